@@ -1,0 +1,80 @@
+"""What to train on, how it is cut into tokens and rows, and in which order it is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MIN_BPE_VOCAB = 257  # 256 bytes and the end-of-text token
+DEFAULT_BPE_VOCAB = 4096
+
+
+class DataError(ValueError):
+    """Input that cannot be trained on; the message says where, what was found, the rule and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """A corpus, its tokenizer, and the rows made from it."""
+
+    source: str = "sotu"
+    """The corpus: a name (`sotu`), or the path of a .txt, .jsonl or .parquet file, or of a folder searched for them recursively.
+    A .txt file is one document; .jsonl has one a line and .parquet one a row."""
+
+    text_field: str = "text"
+    """The field (.jsonl) or column (.parquet) that holds a document's text."""
+
+    tokenizer: str = "bpe"
+    """`byte` (the 256 bytes), `bpe` (trained on the corpus), or the path of a tokenizer.json, its folder, or a run folder."""
+
+    vocab_size: int | None = None
+    """Size of the `bpe` vocabulary to train, specials included; None is 4096. Other tokenizers bring their own size."""
+
+    seq_len: int = 512
+    """Tokens in a row; documents are packed into rows without loss and never see each other."""
+
+    batch_size: int = 16
+    """Rows in a step, over all hosts."""
+
+    val_fraction: float = 0.02
+    """Share of the tokens held out for validation, by whole documents where they are small enough; 0 holds out none."""
+
+    document_start: bool = True
+    """Start each document with the beginning-of-text token, from which its first token is predicted.
+    Without it no row needs to begin with the same token, and the first token of a document is not predicted."""
+
+    seed: int = 0
+    """Decides which documents are held out and the order of documents and rows in each epoch."""
+
+    cache_dir: str | None = None
+    """Folder that keeps tokenised corpora and trained tokenizers, to be shared by runs; None is inside the run folder."""
+
+    def __post_init__(self) -> None:
+        for name in ("source", "text_field", "tokenizer"):
+            if not getattr(self, name).strip():
+                raise ValueError(f"data.{name}={getattr(self, name)!r} must not be empty; leave it out for the default")
+        if self.vocab_size is not None and self.tokenizer != "bpe":
+            raise ValueError(
+                f"data.vocab_size={self.vocab_size} is the size of a vocabulary to train, and data.tokenizer={self.tokenizer!r} "
+                "has its own; leave vocab_size out, or use data.tokenizer=bpe"
+            )
+        if self.vocab_size is not None and self.vocab_size < MIN_BPE_VOCAB:
+            raise ValueError(
+                f"data.vocab_size={self.vocab_size} must hold the 256 bytes and end-of-text; use {MIN_BPE_VOCAB} or more, "
+                f"as {DEFAULT_BPE_VOCAB}"
+            )
+        for name in ("seq_len", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"data.{name}={getattr(self, name)} must be at least 1; use a positive number")
+        if not 0 <= self.val_fraction <= 0.5:
+            raise ValueError(
+                f"data.val_fraction={self.val_fraction} must lie in 0 to 0.5; use 0.02 for 2 percent, or 0 for no validation"
+            )
+        if self.seed < 0:
+            raise ValueError(f"data.seed={self.seed} must not be negative; use 0 or more")
+        if self.cache_dir is not None and not self.cache_dir.strip():
+            raise ValueError(f"data.cache_dir={self.cache_dir!r} must name a folder; leave it out to use the run folder")
+
+    @property
+    def bpe_vocab_size(self) -> int:
+        """The vocabulary size a `bpe` tokenizer is trained to."""
+        return DEFAULT_BPE_VOCAB if self.vocab_size is None else self.vocab_size

@@ -1,0 +1,221 @@
+"""A corpus tokenised once into memory-mapped files, checked whenever they are used again, and split by document."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from plait.data.config import DataError
+from plait.data.packing import Documents, shuffled_order
+from plait.data.sources import Source
+from plait.data.tokenizer import Tokenizer, train_bpe
+
+log = logging.getLogger("plait.data")
+
+FORMAT = 1
+META, TOKENS, INDEX = "meta.json", "tokens.bin", "documents.npy"
+INDEX_DTYPE = np.dtype([("end", "<i8"), ("hash", "<u8")])  # one past the document's last token; hash of its text
+ENCODE_CHARS = 4 << 20  # text encoded at a time
+TRAIN_BYTES = 64 << 20  # text a vocabulary is learned from; of a larger corpus, a sample of documents
+VERIFY_BYTES = 1 << 30  # token files up to this size are read and hashed before they are used again
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusMeta:
+    """What is known of a tokenised corpus without reading it."""
+
+    format: int
+    source: str
+    fingerprint: str  # of the text: the same on every machine
+    tokenizer: str  # fingerprint
+    dtype: str
+    num_documents: int
+    num_tokens: int
+    num_bytes: int  # of UTF-8 text
+    num_token_bytes: int  # the same, counted token by token
+    tokens_sha256: str
+    index_sha256: str
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Tokens of all documents, and what is known of them."""
+
+    meta: CorpusMeta
+    documents: Documents
+
+
+def train_tokenizer(source: Source, vocab_size: int) -> tuple[Tokenizer, str]:
+    """A BPE learned from the corpus, and the fingerprint of its text.
+
+    Of a corpus of more than 64 MiB, each document is taken with the same probability, decided by its hash.
+    """
+    keep = min(1.0, TRAIN_BYTES / max(source.num_bytes, 1)) * 2.0**64
+    fingerprint = hashlib.sha256()
+
+    def sample() -> Iterator[str]:
+        for text in source.documents():
+            digest = _hash(text)
+            fingerprint.update(digest)
+            if int.from_bytes(digest, "little") < keep:
+                yield text
+
+    return train_bpe(sample(), vocab_size), fingerprint.hexdigest()
+
+
+def load_corpus(source: Source, tokenizer: Tokenizer, cache: Path) -> Corpus:
+    """The tokenised corpus: from the cache where it is there and whole, else tokenised into it.
+
+    Any number of processes may do this at once; each writes a folder of its own and the first to rename it wins.
+
+    Raises:
+        DataError: the source cannot be read or the cache cannot be written.
+    """
+    key = hashlib.sha256(
+        f"{FORMAT}\0{source.root.resolve()}\0{source.signature()}\0{tokenizer.fingerprint}".encode()
+    ).hexdigest()[:16]
+    folder = cache / f"tokens-{key}"
+    if folder.exists():
+        problem = _problem(folder, tokenizer)
+        if problem is None:
+            return _open(folder)
+        log.warning("%s is not whole (%s); tokenising again", folder, problem)
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=cache))
+    except OSError as error:
+        raise DataError(f"{cache} cannot hold the tokenised corpus: {error}; set data.cache_dir to a folder that can") from None
+    try:
+        _tokenise(source, tokenizer, partial)
+        try:
+            partial.rename(folder)
+        except OSError:  # another process was first
+            if problem := _problem(folder, tokenizer):
+                raise DataError(f"{folder} cannot be replaced and is not whole ({problem}); delete it") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return _open(folder)
+
+
+def split(documents: Documents, val_fraction: float, seed: int) -> tuple[Documents, Documents]:
+    """Training and validation documents.
+
+    Held out are whole documents, in the order of their salted hashes, until they have `val_fraction` of the tokens. So the
+    choice does not hang on file names or their order, and copies of a document are on the same side. Where that would be
+    more than twice the share asked for (documents few or large), the last `val_fraction` of every document is held out.
+    """
+    if val_fraction == 0:
+        return documents, documents.take(np.arange(0))
+    goal = documents.num_tokens * val_fraction
+    order = shuffled_order(documents.hashes, "split", seed)
+    hashes, total = documents.hashes[order], np.cumsum(documents.lengths[order])
+    count = int(np.searchsorted(total, goal)) + 1  # the fewest that reach the goal
+    count += int(np.sum(hashes[count:] == hashes[count - 1]))  # copies stand together in the order
+    if total[count - 1] <= 2 * goal:
+        return documents.take(np.sort(order[count:])), documents.take(order[:count])
+    held = np.minimum(np.ceil(documents.lengths * val_fraction).astype(np.int64), documents.lengths - 1)
+    train = replace(documents, lengths=documents.lengths - held)
+    val = replace(documents, starts=documents.starts + train.lengths, lengths=held)
+    return train, val.take(np.flatnonzero(held))
+
+
+def _tokenise(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
+    dtype = np.dtype("<u2") if tokenizer.vocab_size <= 1 << 16 else np.dtype("<u4")
+    content, fingerprint = hashlib.sha256(), hashlib.sha256()
+    ends, hashes = [], []
+    num_tokens = num_bytes = num_token_bytes = 0
+    with (folder / TOKENS).open("wb") as file:
+        for texts in _groups(source.documents()):
+            digests = [_hash(text) for text in texts]
+            for text, digest, ids in zip(texts, digests, tokenizer.encode_batch(texts)):
+                if len(ids) == 0:  # a tokenizer that normalises can leave nothing of a text
+                    continue
+                raw = ids.astype(dtype).tobytes()
+                file.write(raw)
+                content.update(raw)
+                num_tokens += len(ids)
+                num_bytes += len(text.encode("utf-8"))
+                num_token_bytes += tokenizer.num_bytes(ids)
+                ends.append(num_tokens)
+                hashes.append(int.from_bytes(digest, "little"))
+            fingerprint.update(b"".join(digests))
+    if tokenizer.exact_bytes and num_bytes != num_token_bytes:
+        raise AssertionError(f"{num_token_bytes} bytes of tokens stand for {num_bytes} bytes of text")
+    if num_bytes != num_token_bytes:
+        share = num_token_bytes / num_bytes
+        log.warning("the tokens stand for %.4f of the bytes of the text: bits per byte counts the tokens' bytes", share)
+    index = np.empty(len(ends), INDEX_DTYPE)
+    index["end"], index["hash"] = ends, np.array(hashes, np.uint64)
+    np.save(folder / INDEX, index)
+    meta = CorpusMeta(
+        format=FORMAT,
+        source=source.name,
+        fingerprint=fingerprint.hexdigest(),
+        tokenizer=tokenizer.fingerprint,
+        dtype=dtype.str,
+        num_documents=len(ends),
+        num_tokens=num_tokens,
+        num_bytes=num_bytes,
+        num_token_bytes=num_token_bytes,
+        tokens_sha256=content.hexdigest(),
+        index_sha256=_sha256(folder / INDEX),
+    )
+    (folder / META).write_text(json.dumps(asdict(meta), indent=1), "utf-8")
+
+
+def _groups(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Lists of documents of about ENCODE_CHARS characters."""
+    group, size = [], 0
+    for text in texts:
+        group.append(text)
+        size += len(text)
+        if size >= ENCODE_CHARS:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _problem(folder: Path, tokenizer: Tokenizer) -> str | None:
+    """Why the files in this folder cannot be used, or None."""
+    try:
+        meta = CorpusMeta(**json.loads((folder / META).read_text("utf-8")))
+        if meta.format != FORMAT or meta.tokenizer != tokenizer.fingerprint:
+            return f"{META} is of another format or tokenizer"
+        size, expected = (folder / TOKENS).stat().st_size, meta.num_tokens * np.dtype(meta.dtype).itemsize
+        if size != expected:
+            return f"{TOKENS} has {size} bytes instead of {expected}"
+        if _sha256(folder / INDEX) != meta.index_sha256:
+            return f"{INDEX} has changed"
+        if size <= VERIFY_BYTES and _sha256(folder / TOKENS) != meta.tokens_sha256:
+            return f"{TOKENS} has changed"
+    except (OSError, ValueError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _open(folder: Path) -> Corpus:
+    meta = CorpusMeta(**json.loads((folder / META).read_text("utf-8")))
+    tokens = np.asarray(np.memmap(folder / TOKENS, np.dtype(meta.dtype), "r"))
+    index = np.load(folder / INDEX, allow_pickle=False)
+    ends = index["end"].astype(np.int64)
+    lengths = np.diff(ends, prepend=0)
+    return Corpus(meta, Documents(tokens, ends - lengths, lengths, index["hash"].astype(np.uint64)))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hash(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
