@@ -1,0 +1,27 @@
+"""The ops that mixers are made of, each with several implementations behind one public function."""
+
+from plait.kernels.attention import AttentionStats, attention, attention_rows
+from plait.kernels.cross_entropy import cross_entropy
+from plait.kernels.delta_rule import delta_rule, delta_rule_rows
+from plait.kernels.dispatch import chosen, registered
+from plait.kernels.masks import Mask
+from plait.kernels.scalar_decay import scalar_decay, scalar_decay_rows
+from plait.kernels.short_conv import short_conv
+from plait.kernels.vector_decay import vector_decay, vector_decay_rows
+
+__all__ = [
+    "AttentionStats",
+    "Mask",
+    "attention",
+    "attention_rows",
+    "chosen",
+    "cross_entropy",
+    "delta_rule",
+    "delta_rule_rows",
+    "registered",
+    "scalar_decay",
+    "scalar_decay_rows",
+    "short_conv",
+    "vector_decay",
+    "vector_decay_rows",
+]

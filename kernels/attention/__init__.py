@@ -1,0 +1,133 @@
+"""Softmax and sigmoid attention under one mask object."""
+
+from typing import Literal
+
+import jax
+
+from plait.kernels.attention import chunked, reference
+from plait.kernels.attention.implied import attention_rows
+from plait.kernels.attention.reference import AttentionStats
+from plait.kernels.dispatch import Implementation, Op
+from plait.kernels.masks import Mask
+from plait.kernels.shapes import check_divides, check_rank, check_segment_ids, check_shape
+
+__all__ = ["AttentionStats", "attention", "attention_rows"]
+
+Array = jax.Array
+
+_op = Op("attention", chunked=Implementation(chunked.attention), reference=Implementation(reference.attention))
+
+
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    mask: Mask,
+    segment_ids: Array | None = None,
+    positions: Array | None = None,
+    kv_segment_ids: Array | None = None,
+    kv_positions: Array | None = None,
+    scale: float | None = None,
+    sinks: Array | None = None,
+    normalizer: Literal["softmax", "sigmoid"] = "softmax",
+    sigmoid_bias: Array | float | None = None,
+    return_stats: bool = False,
+    implementation: str = "auto",
+) -> Array | tuple[Array, AttentionStats]:
+    """Each query's weighted mean of the values it may see, and on request what its row of weights looked like.
+
+    A_ij = exp(z_ij) / (exp(sink_h) + sum_j exp(z_ij)),    z_ij = scale q_i . k_j,    o_i = sum_j A_ij v_j,
+    over the keys j that the mask shows to i, the sink term only with `sinks`; with the sigmoid, A_ij = sigmoid(z_ij + bias_h).
+    A query that sees nothing gives zeros.
+
+    Args:
+      q: [B, T, H, K], float32 or bfloat16.
+      k: [B, S, Hkv, K]; Hkv divides H, and head h uses k and v of head h // (H / Hkv).
+      v: [B, S, Hkv, V].
+      mask: which positions a query sees in its segment.
+      segment_ids: int32 [B, T]; tokens of equal ids see each other, id 0 is padding. None is one segment.
+      positions: int32 [B, T], from 0 in each segment and rising by one a token. None derives them from the segments.
+      kv_segment_ids: int32 [B, S] where keys are not the queries' own tokens, such as a cache; id 0 is an empty entry. The order of
+        the entries does not matter then, only their positions.
+      kv_positions: int32 [B, S], likewise.
+      scale: multiplies the logits; None is K^-1/2.
+      sinks: [H] logits that join the denominator only; softmax only.
+      normalizer: "softmax" or "sigmoid".
+      sigmoid_bias: scalar or [H], added to the sigmoid's logits; usually -log of the longest training sequence.
+      return_stats: also return `AttentionStats`, differentiable except for `max_logit` ties.
+      implementation: "auto", "chunked" or "reference".
+
+    Returns:
+      o [B, T, H, V] in q's dtype; with `return_stats`, (o, AttentionStats).
+
+    Raises:
+      ValueError: a shape, ratio, option or known segment id does not fit, or the implementation is unknown.
+      NotImplementedError: the named implementation does not support the call.
+
+    Source: scaled dot-product attention; grouped heads of arXiv 2305.13245; sink logits as in gpt-oss (2508.10925); sigmoid of
+    2409.04431. Entropy is log(l) - u / l with l = sum_j exp(z_j - m) and u = sum_j exp(z_j - m) (z_j - m).
+    """
+    _check(q, k, v, segment_ids, positions, kv_segment_ids, kv_positions, sinks, normalizer, sigmoid_bias)
+    o, stats = _op(
+        implementation,
+        q,
+        k,
+        v,
+        mask=mask,
+        segment_ids=segment_ids,
+        positions=positions,
+        kv_segment_ids=kv_segment_ids,
+        kv_positions=kv_positions,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        sinks=sinks,
+        normalizer=normalizer,
+        sigmoid_bias=sigmoid_bias,
+        return_stats=return_stats,
+    )
+    return (o, stats) if return_stats else o
+
+
+def _check(
+    q: Array,
+    k: Array,
+    v: Array,
+    segment_ids: Array | None,
+    positions: Array | None,
+    kv_segment_ids: Array | None,
+    kv_positions: Array | None,
+    sinks: Array | None,
+    normalizer: str,
+    sigmoid_bias: Array | float | None,
+) -> None:
+    op = "attention"
+    check_rank(op, "q", q, "[B, T, H, K]")
+    check_rank(op, "k", k, "[B, S, Hkv, K]")
+    check_rank(op, "v", v, "[B, S, Hkv, V]")
+    batch, length, num_heads, key_dim = q.shape
+    num_keys, num_kv_heads = k.shape[1:3]
+    check_shape(op, "k", k, (batch, num_keys, num_kv_heads, key_dim), "[B, S, Hkv, K] with B and K of q")
+    check_shape(op, "v", v, (batch, num_keys, num_kv_heads, v.shape[3]), "[B, S, Hkv, V] with B, S and Hkv of k")
+    check_divides(op, "the number of k and v heads", num_kv_heads, "the number of q heads", num_heads)
+    check_segment_ids(op, "segment_ids", segment_ids, batch, length)
+    if positions is not None:
+        check_shape(op, "positions", positions, (batch, length), "[B, T]")
+    for name, array in (("kv_segment_ids", kv_segment_ids), ("kv_positions", kv_positions)):
+        if array is not None:
+            check_shape(op, name, array, (batch, num_keys), "[B, S]")
+    if kv_segment_ids is None and kv_positions is None and num_keys != length:
+        raise ValueError(
+            f"{op}: k has S={num_keys} tokens and q has T={length}; they must be equal unless kv_positions and kv_segment_ids say "
+            "what the keys are; pass them"
+        )
+    if sinks is not None:
+        check_shape(op, "sinks", sinks, (num_heads,), "[H]")
+    if normalizer not in ("softmax", "sigmoid"):
+        raise ValueError(f"{op}: normalizer={normalizer!r} is unknown; use 'softmax' or 'sigmoid'")
+    if (normalizer == "sigmoid") != (sigmoid_bias is not None):
+        raise ValueError(
+            f"{op}: sigmoid_bias={sigmoid_bias} with normalizer={normalizer!r}; the sigmoid needs one and softmax takes none; "
+            "use -log(longest training sequence) or None"
+        )
+    if normalizer == "sigmoid" and sinks is not None:
+        raise ValueError(f"{op}: sinks with normalizer='sigmoid' have no denominator to join; use sinks=None")

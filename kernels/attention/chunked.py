@@ -1,0 +1,125 @@
+"""Attention by blocks of queries, each against the keys that its mask can reach, recomputed in the backward pass."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from plait.kernels.attention.reference import AttentionStats, Tokens, apply, scaled_logits, segment_starts, sides, unnormalised
+from plait.kernels.masks import Mask
+from plait.kernels.shapes import accumulation_dtype, matmul_precision
+
+Array = jax.Array
+
+DENSE_TILE = 512 * 512
+"""Up to so many query-key pairs a head, one dense tile is fastest and small enough to keep for the backward pass."""
+
+BLOCK_SIZE = 256
+"""Queries a block."""
+
+MAX_TILE = 1 << 21
+"""Query-key pairs a head that one block holds at most; long key ranges get fewer queries a block."""
+
+MAX_GROUPS = 8
+"""Groups of blocks that are compiled apart, so that early causal queries skip late keys: 8 waste one part in 16 of the square."""
+
+
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    mask: Mask,
+    segment_ids: Array | None,
+    positions: Array | None,
+    kv_segment_ids: Array | None,
+    kv_positions: Array | None,
+    scale: float,
+    return_stats: bool,
+    **normalization: object,
+) -> tuple[Array, AttentionStats | None]:
+    """See `plait.kernels.attention`; always a pair here."""
+    length, num_keys = q.shape[1], k.shape[1]
+    queries, keys = sides(q, k, segment_ids, positions, kv_segment_ids, kv_positions)
+    rows = partial(
+        _rows, mask=mask, scale=scale, precision=matmul_precision(q.dtype), return_stats=return_stats, **normalization
+    )
+    if length == 1 or length * num_keys <= DENSE_TILE:
+        return rows(q, queries, k, v, keys)
+
+    own_keys = kv_segment_ids is None and kv_positions is None
+    block = min(BLOCK_SIZE, max(8, MAX_TILE // num_keys))
+    ranges = [mask.key_range(i, i + block, num_keys) if own_keys else (0, num_keys) for i in range(0, length, block)]
+    dtype = accumulation_dtype(q, k, v)
+    k, v = k.astype(dtype), v.astype(dtype)  # the gradients of k and v are summed over blocks in this dtype
+    anchors = mask.num_sink_tokens if own_keys else 0
+    starts = segment_starts(queries.segment_ids) if anchors else None
+
+    def run_block(q: Array, queries: Tokens, k: Array, v: Array, low: Array, start: Array | None, *, width: int):
+        cut = lambda x: jax.lax.dynamic_slice_in_dim(x, low, width, axis=1)  # noqa: E731
+        near_k, near_v, near = cut(k), cut(v), Tokens(*map(cut, keys))
+        if start is not None:
+            near_k, near_v, near = _with_anchors(k, v, keys, near_k, near_v, near, low, start, anchors)
+        return rows(q, queries, near_k, near_v, near)
+
+    blocks = lambda x: jnp.moveaxis(_pad(x, -length % block).reshape(x.shape[0], -1, block, *x.shape[2:]), 1, 0)  # noqa: E731
+    q_blocks, query_blocks = blocks(q), Tokens(*map(blocks, queries))
+    outputs = []
+    for first, last in _groups(ranges):
+        width = max(high - low for low, high in ranges[first:last])
+        lows = np.minimum([low for low, _ in ranges[first:last]], num_keys - width).astype(np.int32)
+        of_block = starts[:, first * block : last * block : block].T if anchors and lows.max() > 0 else None
+        body = jax.checkpoint(partial(run_block, width=width))
+        per_block = (q_blocks[first:last], Tokens(*(x[first:last] for x in query_blocks)), jnp.asarray(lows), of_block)
+        outputs.append(jax.lax.map(lambda x, body=body: body(x[0], x[1], k, v, x[2], x[3]), per_block))
+    whole = jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :length], whole)
+
+
+def _rows(
+    q: Array,
+    queries: Tokens,
+    k: Array,
+    v: Array,
+    keys: Tokens,
+    *,
+    mask: Mask,
+    scale: float,
+    precision: jax.lax.Precision,
+    return_stats: bool,
+    **normalization: object,
+) -> tuple[Array, AttentionStats | None]:
+    """Whole rows of attention for some queries over some keys."""
+    logits = scaled_logits(q, k, scale, precision)
+    visible = mask.dense(queries.positions, keys.positions, queries.segment_ids, keys.segment_ids)
+    p, divisor, stats = unnormalised(logits, visible, keys.positions == 0, return_stats=return_stats, **normalization)
+    divisor = jnp.moveaxis(divisor, 3, 1).reshape(*q.shape[:3], 1)
+    return (apply(p, v, precision) / divisor).astype(q.dtype), stats
+
+
+def _with_anchors(
+    k: Array, v: Array, keys: Tokens, near_k: Array, near_v: Array, near: Tokens, low: Array, start: Array, anchors: int
+) -> tuple[Array, Array, Tokens]:
+    """Puts before a key range the first tokens of the one segment that may begin before it: that of the block's first query."""
+    index = start[:, None] + jnp.arange(anchors, dtype=start.dtype)[None, :]  # [B, anchors]
+    before = index < low
+    index = jnp.minimum(index, k.shape[1] - 1)
+    take = lambda x: jnp.take_along_axis(x, index.reshape(*index.shape, *[1] * (x.ndim - 2)), axis=1)  # noqa: E731
+    join = lambda far, near: jnp.concatenate([far, near], axis=1)  # noqa: E731
+    ids = jnp.where(before, take(keys.segment_ids), 0)
+    return join(take(k), near_k), join(take(v), near_v), Tokens(join(ids, near.segment_ids), join(take(keys.positions), near.positions))
+
+
+def _groups(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Cuts the blocks into runs [first, last) that share a key range width; one run when widths hardly differ."""
+    widths = [high - low for low, high in ranges]
+    if max(widths) * len(widths) <= 1.25 * sum(widths):
+        return [(0, len(ranges))]
+    edges = np.linspace(0, len(ranges), min(MAX_GROUPS, len(ranges)) + 1).astype(int).tolist()
+    return list(zip(edges[:-1], edges[1:]))
+
+
+def _pad(x: Array, padding: int) -> Array:
+    """x [B, T, ...] with zeros after it: padding tokens, which see nothing."""
+    return jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2)) if padding else x

@@ -1,0 +1,53 @@
+"""Rows of the attention matrix."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from plait.kernels.attention.reference import Tokens, attention_weights, sides
+from plait.kernels.masks import Mask
+
+Array = jax.Array
+
+
+def attention_rows(
+    q: Array,
+    k: Array,
+    rows: Array,
+    *,
+    mask: Mask,
+    segment_ids: Array | None = None,
+    positions: Array | None = None,
+    kv_segment_ids: Array | None = None,
+    kv_positions: Array | None = None,
+    scale: float | None = None,
+    sinks: Array | None = None,
+    normalizer: Literal["softmax", "sigmoid"] = "softmax",
+    sigmoid_bias: Array | float | None = None,
+) -> Array:
+    """Rows of the attention matrix: A with `o[:, rows] = A @ v` for `plait.kernels.attention`. Costs O(R S K).
+
+    Args:
+      q: [B, T, H, K].
+      k: [B, S, Hkv, K].
+      rows: int32 [R] query indices, may be traced.
+      mask, segment_ids, positions, kv_segment_ids, kv_positions, scale, sinks, normalizer, sigmoid_bias: as in `attention`.
+
+    Returns:
+      [B, H, R, S] float32, zero at keys a query does not see.
+    """
+    queries, keys = sides(q, k, segment_ids, positions, kv_segment_ids, kv_positions)
+    weights, _ = attention_weights(
+        q[:, rows],
+        k,
+        Tokens(*(x[:, rows] for x in queries)),
+        keys,
+        mask=mask,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        sinks=sinks,
+        normalizer=normalizer,
+        sigmoid_bias=sigmoid_bias,
+        return_stats=False,
+    )
+    return weights.reshape(q.shape[0], q.shape[2], rows.shape[0], k.shape[1]).astype(jnp.float32)

@@ -1,0 +1,62 @@
+"""The delta rule: erase what a key holds, then write (DeltaNet, Gated DeltaNet, KDA)."""
+
+import jax
+
+from plait.kernels.delta_rule import chunked, reference
+from plait.kernels.delta_rule.implied import delta_rule_rows
+from plait.kernels.dispatch import Implementation, Op
+from plait.kernels.shapes import check_recurrence
+
+__all__ = ["delta_rule", "delta_rule_rows"]
+
+Array = jax.Array
+
+_op = Op("delta_rule", chunked=Implementation(chunked.delta_rule), reference=Implementation(reference.delta_rule))
+
+
+def delta_rule(
+    q: Array,
+    k: Array,
+    v: Array,
+    g: Array | None,
+    beta: Array,
+    *,
+    scale: float | None = None,
+    initial_state: Array | None = None,
+    segment_ids: Array | None = None,
+    chunk_size: int = 64,
+    implementation: str = "auto",
+) -> tuple[Array, Array]:
+    """The outputs and the final state of a state that is decayed, corrected towards v_t at k_t, and read.
+
+    R_t = Diag(exp g_t) S_{t-1},    S_t = R_t + beta_t k_t (v_t - R_t^T k_t)^T,    o_t = scale S_t^T q_t.
+
+    Args:
+      q: [B, T, Hqk, K], float32 or bfloat16, already normalised.
+      k: [B, T, Hqk, K], already normalised: with |k| <= 1 and beta <= 2 no step enlarges the state, with longer keys it diverges.
+      v: [B, T, Hv, V]; Hqk divides Hv, and value head h uses q and k of head h // (Hv / Hqk).
+      g: float32 log decay, at most 0: [B, T, Hv] for one decay a head (Gated DeltaNet), [B, T, Hv, K] for one a channel (KDA), None
+        for no decay (DeltaNet).
+      beta: [B, T, Hv], write strength in [0, 2], after its sigmoid.
+      scale: multiplies q; None is K^-1/2.
+      initial_state: [B, Hv, K, V] float32, of the first token's segment; None is zero.
+      segment_ids: int32 [B, T], each segment contiguous; the state is zero at the start of each but the first. Id 0 is padding: it
+        gives zeros and is skipped. None is one segment.
+      chunk_size: tokens per chunk, a power of two.
+      implementation: "auto", "chunked" or "reference".
+
+    Returns:
+      o [B, T, Hv, V] in q's dtype, and the state [B, Hv, K, V] float32 after the last token that is not padding.
+
+    Raises:
+      ValueError: a shape, ratio or known segment id does not fit, or the implementation is unknown.
+      NotImplementedError: the named implementation does not support the call.
+
+    Source: DeltaNet, arXiv 2406.06484, section 3; Gated DeltaNet, 2412.06464, equation 10; Kimi Linear (KDA), 2510.26692, equation 1.
+    """
+    gates = {"g": (g, ("[B, T, Hv]", "[B, T, Hv, K]")), "beta": (beta, ("[B, T, Hv]",))}
+    check_recurrence("delta_rule", q, k, v, gates, initial_state=initial_state, segment_ids=segment_ids, chunk_size=chunk_size)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return _op(
+        implementation, q, k, v, g, beta, scale=scale, initial_state=initial_state, segment_ids=segment_ids, chunk_size=chunk_size
+    )

@@ -1,0 +1,34 @@
+"""The recurrence as written, one token after another."""
+
+import jax
+import jax.numpy as jnp
+
+from plait.kernels.recurrence import scan_tokens
+
+Array = jax.Array
+
+
+def delta_rule(
+    q: Array,
+    k: Array,
+    v: Array,
+    g: Array | None,
+    beta: Array,
+    *,
+    scale: float,
+    initial_state: Array | None,
+    segment_ids: Array | None,
+    chunk_size: int,
+) -> tuple[Array, Array]:
+    """See `plait.kernels.delta_rule`; `chunk_size` means nothing here."""
+    read = lambda state, x: jnp.einsum("bhkv,bhk->bhv", state, x, precision="highest")  # noqa: E731
+
+    def step(state: Array, q: Array, k: Array, v: Array, beta: Array, g: Array) -> tuple[Array, Array]:
+        state = jnp.exp(g)[..., None] * state
+        error = v - read(state, k)
+        state = state + k[..., :, None] * (beta[..., None] * error)[..., None, :]
+        return state, scale * read(state, q)
+
+    g = jnp.zeros_like(beta) if g is None else g
+    g = g[..., None] if g.ndim == 3 else g
+    return scan_tokens(step, q, k, v, beta, g, initial_state=initial_state, segment_ids=segment_ids)

@@ -1,0 +1,28 @@
+"""The recurrence as written, one token after another."""
+
+import jax
+import jax.numpy as jnp
+
+from plait.kernels.recurrence import scan_tokens
+
+Array = jax.Array
+
+
+def scalar_decay(
+    q: Array,
+    k: Array,
+    v: Array,
+    g: Array,
+    *,
+    scale: float,
+    initial_state: Array | None,
+    segment_ids: Array | None,
+    chunk_size: int,
+) -> tuple[Array, Array]:
+    """See `plait.kernels.scalar_decay`; `chunk_size` means nothing here."""
+
+    def step(state: Array, q: Array, k: Array, v: Array, g: Array) -> tuple[Array, Array]:
+        state = jnp.exp(g)[..., None, None] * state + k[..., :, None] * v[..., None, :]
+        return state, scale * jnp.einsum("bhkv,bhk->bhv", state, q, precision="highest")
+
+    return scan_tokens(step, q, k, v, g, initial_state=initial_state, segment_ids=segment_ids)

@@ -1,0 +1,94 @@
+"""Argument checks and numeric choices shared by the ops. Every message names the argument, what came, the rule and the fix."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array
+
+
+def accumulation_dtype(*arrays: Array) -> Any:
+    """The dtype of states, sums and logits: float32, or float64 when an input is (tests check gradients there)."""
+    return jnp.result_type(jnp.float32, *arrays)
+
+
+def matmul_precision(dtype: Any) -> jax.lax.Precision:
+    """Precision of the large products: full for float32 inputs, the hardware's default for 16-bit inputs, which are exact in it."""
+    return jax.lax.Precision.DEFAULT if jnp.dtype(dtype).itemsize < 4 else jax.lax.Precision.HIGHEST
+
+
+def check_shape(op: str, name: str, array: Array, expected: tuple[int, ...], legend: str) -> None:
+    """Raises ValueError unless `array` has the expected shape; `legend` names the axes, such as "[B, T, Hv]"."""
+    if array.shape != expected:
+        raise ValueError(f"{op}: {name}.shape={array.shape} must be {legend} = {expected}; reshape {name} or the argument it follows")
+
+
+def check_rank(op: str, name: str, array: Array, legend: str) -> None:
+    """Raises ValueError unless `array` has as many axes as `legend`, such as "[B, T, H, K]"."""
+    if array.ndim != legend.count(",") + 1:
+        raise ValueError(f"{op}: {name}.shape={array.shape} must be {legend}; add or drop axes")
+
+
+def check_divides(op: str, small_name: str, small: int, large_name: str, large: int) -> None:
+    """Raises ValueError unless `small` divides `large`, naming the values that would do."""
+    if small == 0 or large % small:
+        allowed = [n for n in range(1, large + 1) if large % n == 0]
+        raise ValueError(f"{op}: {small_name}={small} must divide {large_name}={large}; use one of {allowed}")
+
+
+def check_segment_ids(op: str, name: str, segment_ids: Array | None, batch: int, length: int) -> None:
+    """Raises ValueError unless int [B, T], at least 0 and, where the values are known, no segment returns after another began."""
+    if segment_ids is None:
+        return
+    check_shape(op, name, segment_ids, (batch, length), "[B, T]")
+    if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+        raise ValueError(f"{op}: {name}.dtype={segment_ids.dtype} must be an integer type; cast it to int32")
+    if isinstance(segment_ids, jax.core.Tracer):
+        return
+    for row, ids in enumerate(np.asarray(segment_ids)):
+        real = ids[ids != 0]
+        starts = real[np.flatnonzero(np.diff(real, prepend=-1))]
+        if (real < 0).any() or len(set(starts.tolist())) < len(starts):
+            raise ValueError(
+                f"{op}: {name}[{row}] holds runs {starts.tolist()}; ids must be at least 0 and each segment contiguous; number the segments in order"
+            )
+
+
+def check_chunk_size(op: str, chunk_size: int) -> None:
+    """Raises ValueError unless `chunk_size` is a power of two (chunks are halved recursively)."""
+    if chunk_size < 1 or chunk_size & (chunk_size - 1):
+        raise ValueError(f"{op}: chunk_size={chunk_size} must be a power of two; use 16, 32, 64 or 128")
+
+
+def check_recurrence(
+    op: str,
+    q: Array,
+    k: Array,
+    v: Array,
+    gates: dict[str, tuple[Array | None, tuple[str, ...]]],
+    *,
+    initial_state: Array | None,
+    segment_ids: Array | None,
+    chunk_size: int,
+) -> None:
+    """Checks the arguments that all linear recurrences share; `gates` maps a name to its array and its allowed axes."""
+    check_rank(op, "q", q, "[B, T, Hqk, K]")
+    check_rank(op, "v", v, "[B, T, Hv, V]")
+    check_shape(op, "k", k, q.shape, "[B, T, Hqk, K] as q")
+    batch, length, num_qk_heads, key_dim = q.shape
+    num_heads, value_dim = v.shape[2:]
+    if length < 1:
+        raise ValueError(f"{op}: q.shape={q.shape} holds no token; T must be at least 1")
+    check_shape(op, "v", v, (batch, length, num_heads, value_dim), "[B, T, Hv, V] with B and T of q")
+    check_divides(op, "the number of q and k heads", num_qk_heads, "the number of v heads", num_heads)
+    sizes = {"[B, T, Hv]": (batch, length, num_heads), "[B, T, Hv, K]": (batch, length, num_heads, key_dim)}
+    for name, (gate, legends) in gates.items():
+        if gate is not None and gate.shape not in [sizes[legend] for legend in legends]:
+            allowed = " or ".join(f"{legend} = {sizes[legend]}" for legend in legends)
+            raise ValueError(f"{op}: {name}.shape={gate.shape} must be {allowed}; gates live on the value heads")
+    if initial_state is not None:
+        check_shape(op, "initial_state", initial_state, (batch, num_heads, key_dim, value_dim), "[B, Hv, K, V]")
+    check_segment_ids(op, "segment_ids", segment_ids, batch, length)
+    check_chunk_size(op, chunk_size)

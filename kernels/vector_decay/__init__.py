@@ -1,0 +1,59 @@
+"""Linear attention with a decay per channel (GLA, HGRN2)."""
+
+import jax
+
+from plait.kernels.dispatch import Implementation, Op
+from plait.kernels.shapes import check_recurrence
+from plait.kernels.vector_decay import chunked, reference
+from plait.kernels.vector_decay.implied import vector_decay_rows
+
+__all__ = ["vector_decay", "vector_decay_rows"]
+
+Array = jax.Array
+
+_op = Op("vector_decay", chunked=Implementation(chunked.vector_decay), reference=Implementation(reference.vector_decay))
+
+
+def vector_decay(
+    q: Array,
+    k: Array,
+    v: Array,
+    g: Array,
+    *,
+    scale: float | None = None,
+    initial_state: Array | None = None,
+    segment_ids: Array | None = None,
+    chunk_size: int = 64,
+    implementation: str = "auto",
+) -> tuple[Array, Array]:
+    """The outputs and the final state of linear attention whose state decays by channel.
+
+    S_t = Diag(exp g_t) S_{t-1} + k_t v_t^T,    o_t = scale S_t^T q_t.
+
+    Args:
+      q: [B, T, Hqk, K], float32 or bfloat16.
+      k: [B, T, Hqk, K].
+      v: [B, T, Hv, V]; Hqk divides Hv, and value head h uses q and k of head h // (Hv / Hqk).
+      g: [B, T, Hv, K] float32, log decay, at most 0.
+      scale: multiplies q; None is K^-1/2.
+      initial_state: [B, Hv, K, V] float32, of the first token's segment; None is zero.
+      segment_ids: int32 [B, T], each segment contiguous; the state is zero at the start of each but the first. Id 0 is padding: it
+        gives zeros and is skipped. None is one segment.
+      chunk_size: tokens per chunk, a power of two.
+      implementation: "auto", "chunked" or "reference".
+
+    Returns:
+      o [B, T, Hv, V] in q's dtype, and the state [B, Hv, K, V] float32 after the last token that is not padding.
+
+    Raises:
+      ValueError: a shape, ratio or known segment id does not fit, or the implementation is unknown.
+      NotImplementedError: the named implementation does not support the call.
+
+    Source: Gated Linear Attention, arXiv 2312.06635, equation 3; secondary chunking of section 4.3 taken down to single tokens.
+    """
+    gates = {"g": (g, ("[B, T, Hv, K]",))}
+    check_recurrence("vector_decay", q, k, v, gates, initial_state=initial_state, segment_ids=segment_ids, chunk_size=chunk_size)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return _op(
+        implementation, q, k, v, g, scale=scale, initial_state=initial_state, segment_ids=segment_ids, chunk_size=chunk_size
+    )

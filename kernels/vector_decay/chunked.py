@@ -1,0 +1,28 @@
+"""The chunk form: products inside a chunk, one state passed between chunks."""
+
+import jax
+
+from plait.kernels import chunking, recurrence
+from plait.kernels.vector_decay import reference
+
+Array = jax.Array
+
+
+def vector_decay(
+    q: Array,
+    k: Array,
+    v: Array,
+    g: Array,
+    *,
+    scale: float,
+    initial_state: Array | None,
+    segment_ids: Array | None,
+    chunk_size: int,
+) -> tuple[Array, Array]:
+    """See `plait.kernels.vector_decay`."""
+    options = {"scale": scale, "segment_ids": segment_ids, "chunk_size": chunk_size}
+    if q.shape[1] == 1:
+        return reference.vector_decay(q, k, v, g, initial_state=initial_state, **options)
+    chunks = recurrence.cut(q, k, v, g, num_heads=v.shape[2], **options)
+    o, final_state = recurrence.decayed_attention(chunks, initial_state=initial_state)
+    return chunking.heads_from_chunks(o, q.shape[1]).astype(q.dtype), final_state

@@ -1,0 +1,48 @@
+"""The implied attention of a recurrence that decays and adds."""
+
+import jax
+
+from plait.kernels import recurrence
+from plait.kernels.shapes import check_recurrence
+
+Array = jax.Array
+
+
+def vector_decay_rows(
+    q: Array,
+    k: Array,
+    g: Array,
+    rows: Array,
+    *,
+    scale: float | None = None,
+    segment_ids: Array | None = None,
+    chunk_size: int = 64,
+) -> Array:
+    """Rows of the implied attention: A with `o[:, rows] = A @ v` for `plait.kernels.vector_decay` from a zero initial state.
+
+    A_ij = scale sum_d q_id k_jd exp(g_{j+1} + ... + g_i) for j <= i in the same segment, else 0. Costs O(R T K).
+
+    Args:
+      q: [B, T, Hqk, K].
+      k: [B, T, Hqk, K].
+      g: [B, T, Hv, K] float32 log decay, at most 0.
+      rows: int32 [R] token indices, may be traced.
+      scale: multiplies q; None is K^-1/2.
+      segment_ids: int32 [B, T] or None.
+      chunk_size: tokens per chunk, a power of two.
+
+    Returns:
+      [B, Hv, R, T] float32.
+
+    Raises:
+      ValueError: a shape does not fit.
+    """
+    v = jax.ShapeDtypeStruct((*g.shape[:3], 1), k.dtype)
+    check_recurrence(
+        "vector_decay_rows", q, k, v, {"g": (g, ("[B, T, Hv, K]",))}, initial_state=None, segment_ids=segment_ids, chunk_size=chunk_size
+    )
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    chunks = recurrence.cut(
+        q, k, None, g, num_heads=g.shape[2], scale=scale, segment_ids=segment_ids, chunk_size=chunk_size
+    )
+    return recurrence.implied_rows(chunks, rows, q.shape[1])
