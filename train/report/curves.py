@@ -1,0 +1,297 @@
+"""Curves over training steps: loss, speed, each layer kind, each layer, and the events on the same axis."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from plait.train.report.run import Run
+from plait.train.report.style import (
+    INK,
+    KIND_DASHES,
+    MUTED,
+    Picture,
+    colour_bar,
+    depth_colours,
+    kind_colour,
+    panels,
+    picture,
+    run_colour,
+    run_dash,
+    short,
+    step_axis,
+    value_axis,
+)
+
+EVENT_TITLES = {
+    "sink_onset": "sink onset",
+    "sink_at_start": "sink at start",
+    "entropy_collapse": "entropy collapse",
+    "low_entropy_at_start": "low entropy at start",
+    "logit_growth": "logit growth",
+    "massive_activation": "massive activation",
+    "loss_spike": "loss spike",
+}
+
+
+def smooth(values: np.ndarray, share: float = 0.02) -> np.ndarray:
+    """An exponential mean over about `share` of the points, not biased towards its start; NaN are skipped."""
+    decay = 1 - 1 / max(1.0, share * len(values))
+    mean = weight = 0.0
+    smoothed = np.full(len(values), np.nan)
+    for index, value in enumerate(values):
+        if math.isfinite(value):
+            mean, weight = decay * mean + (1 - decay) * value, decay * weight + (1 - decay)
+        if weight:
+            smoothed[index] = mean / weight
+    return smoothed
+
+
+def loss(runs: Sequence[Run]) -> Picture | str:
+    """Training and validation loss: the whole run on a logarithmic step axis, and its second half enlarged."""
+    if not any(run.series(name)[0].size for run in runs for name in ("loss/train", "loss/val")):
+        return "No loss was logged."
+    figure, axes = panels(2, columns=2, height=3.3, gap=(0.75, 0))
+    end = max((run.records[-1]["step"] for run in runs if run.records), default=1)
+    tails: list[float] = []
+    for index, run in enumerate(runs):
+        colour, dash, alone = run_colour(index), run_dash(index), len(runs) == 1
+        steps, values = run.series("loss/train")
+        val_steps, val = run.series("loss/val")
+        line = smooth(values)
+        for ax in axes:
+            if values.size > 8:
+                ax.plot(steps, values, color=colour, linewidth=0.6, alpha=0.22 if alone else 0.1)
+            if values.size:
+                marker = "o" if values.size == 1 else None
+                ax.plot(steps, line, color=colour, linestyle=dash, marker=marker, markersize=4)
+            if val.size:
+                style = {"marker": "o", "markersize": 4.2, "markerfacecolor": "white", "markeredgewidth": 1.2}
+                ax.plot(val_steps, val, color=INK if alone else colour, linewidth=0.8, linestyle=dash, **style)
+            for event in run.events:
+                if event["kind"] == "loss_spike":
+                    ax.plot(
+                        event["step"],
+                        1.015,
+                        "v",
+                        color=INK if alone else colour,
+                        markersize=5,
+                        transform=ax.get_xaxis_transform(),
+                    )
+        tails += [*line[steps >= end / 2], *val[val_steps >= end / 2]]
+    finite = [value for value in tails if math.isfinite(value)]
+    axes[0].set(title="Loss, whole run", ylabel="nats per token")
+    axes[1].set(title="Second half, enlarged", ylabel="nats per token")
+    if end > 1:
+        axes[0].set_xscale("log")
+        axes[0].xaxis.set_major_formatter(FuncFormatter(short))
+        axes[0].xaxis.set_minor_formatter(NullFormatter())
+    axes[0].set_xlabel("step, logarithmic")
+    value_axis(axes[0])
+    value_axis(axes[1])
+    step_axis(axes[1])
+    if finite:
+        room = 0.12 * (max(finite) - min(finite)) or 0.1
+        axes[1].set(xlim=(end / 2, end * 1.01), ylim=(min(finite) - room, max(finite) + room))
+    _legend(axes[0], runs, [Line2D([], [], color=INK, marker="o", markerfacecolor="white", linewidth=0.8)], ["validation"])
+    spikes = (
+        " Triangles on the upper edge mark loss spikes." if any(e["kind"] == "loss_spike" for r in runs for e in r.events) else ""
+    )
+    caption = "Faint: every logged training loss. Solid: its exponential mean over 2% of the points. Circles: validation loss."
+    return picture("loss", figure, caption + spikes)
+
+
+def _legend(ax: Axes, runs: Sequence[Run], handles: list[Line2D], labels: list[str], *, place: str = "upper right") -> None:
+    """One entry for each run, then the others; in a panel of its own colour order, so the same in every figure."""
+    lines = [Line2D([], [], color=run_colour(i), linestyle=run_dash(i), linewidth=2) for i in range(len(runs))]
+    names = ["training"] if len(runs) == 1 else [run.name for run in runs]
+    ax.legend(lines[:12] + handles, [name.lstrip("_") or "run" for name in names[:12]] + labels, loc=place, handlelength=1.8)
+
+
+SCALARS = {
+    "throughput/tokens_per_second": ("Speed", "tokens per second"),
+    "throughput/mfu": ("Model FLOP utilisation", "share of peak"),
+    "time/step": ("Time of one step", "seconds"),
+    "grad/norm": ("Gradient norm, before clipping", "L2 norm"),
+    "optimizer/learning_rate": ("Learning rate", "per step"),
+}
+OFTEN = ("loss/train", "loss/val", "loss/bits_per_byte")  # shown elsewhere
+
+
+def scalars(runs: Sequence[Run]) -> Picture | str:
+    """Speed, optimisation and whatever else the run logged, one small panel for each name."""
+    logged = dict.fromkeys(name for run in runs for record in run.records for name in record if "/" in name)
+    names = [name for name in SCALARS if name in logged] + sorted(set(logged) - set(SCALARS) - set(OFTEN))
+    if not names:
+        return "Besides the loss nothing was logged: no speed, no gradient norm."
+    shown = names[:24]
+    figure, axes = panels(len(shown), columns=min(4, max(2, len(shown))), height=1.65, gap=(0.62, 0.78), margin=(0.36, 0.48))
+    for ax, name in zip(axes, shown):
+        title, unit = SCALARS.get(name, (name, ""))
+        for index, run in enumerate(runs):
+            steps, values = run.series(name)
+            if steps.size > 1:
+                ax.plot(steps, values, color=run_colour(index), linewidth=0.5, alpha=0.25)
+            if steps.size:
+                marker = "o" if steps.size == 1 else None
+                ax.plot(steps, smooth(values), color=run_colour(index), linestyle=run_dash(index), marker=marker, linewidth=1.3)
+        ax.set_title(title, fontsize=8.5)
+        ax.set_ylabel(unit, fontsize=7.5)
+        lines = [line.get_ydata() for line in ax.lines]
+        values = np.concatenate([np.asarray(line, float) for line in lines]) if lines else np.array([])
+        values = values[np.isfinite(values)]
+        value_axis(ax, log=name == "grad/norm" and values.size > 0 and values.min() > 0)
+        if name.startswith(("throughput/", "time/")) and values.size:
+            ax.set_ylim(0, 1.15 * np.percentile(values, 98))  # the first step holds the compile time
+        step_axis(ax)
+    more = f" {len(names) - len(shown)} more names are in metrics.jsonl." if len(names) > len(shown) else ""
+    return picture("scalars", figure, "Faint: as logged. Solid: exponential mean over 2% of the points." + more)
+
+
+def kinds(runs: Sequence[Run]) -> Picture | str:
+    """Mean entropy, sink share and strongest sink of each layer kind over training, one line for each kind and run."""
+    panels_of = (
+        ("entropy_ratio", "Mean entropy", "share of log n", np.nanmean),
+        ("sink", "Heads with a sink", "share of heads, α₁ > 0.3", lambda a: np.mean(a[np.isfinite(a)] > 0.3)),
+        ("sink", "Strongest sink", "largest α₁ of a head", np.nanmax),
+    )
+    if not any(run.probe(name) is not None for run in runs for name, *_ in panels_of):
+        return "No attention probes were written, so entropy and sinks are not known."
+    figure, axes = panels(3, columns=3, height=2.5, gap=(0.72, 0))
+    for ax, (name, title, unit, reduce) in zip(axes, panels_of):
+        for index, run in enumerate(runs):
+            for kind in run.kinds:
+                array = run.probe(name)
+                array = None if array is None else array[:, run.layers_of(kind)]
+                if array is None or not np.isfinite(array).any():
+                    continue
+                line = [reduce(row) if np.isfinite(row).any() else np.nan for row in array]
+                colour = kind_colour(kind) if len(runs) == 1 else run_colour(index)
+                style = {"color": colour, "linestyle": KIND_DASHES.get(kind, "-"), "marker": "o" if len(line) == 1 else None}
+                ax.plot(run.probes.steps, line, **style)
+        ax.set(title=title, ylabel=unit, ylim=(-0.02, 1.02))
+        value_axis(ax)
+        step_axis(ax)
+    axes[2].axhline(0.3, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
+    present = list(dict.fromkeys(kind for run in runs for kind in run.kinds))
+    ink = kind_colour if len(runs) == 1 else (lambda kind: MUTED)
+    handles = [Line2D([], [], color=ink(kind), linestyle=KIND_DASHES.get(kind, "-"), linewidth=1.8) for kind in present]
+    labels = [f"{kind} layers" for kind in present]
+    if len(runs) > 1:
+        _legend(axes[0], runs, handles, labels, place="best")
+    else:
+        axes[0].legend(handles, labels, loc="best", handlelength=2.2)
+    caption = (
+        "Every layer kind on one scale. α₁ is the mean weight that later tokens give the first token; dotted, the sink threshold."
+    )
+    return picture("kinds", figure, caption)
+
+
+@dataclass(frozen=True)
+class LayerValue:
+    """A probe drawn as one line for each layer: its key, title, unit, scale, and how runs are compared (median or max)."""
+
+    key: str
+    title: str
+    unit: str
+    log: bool = False
+    compare: str = "median"
+
+
+LINEAR = (
+    LayerValue("decay_horizon", "Decay horizon", "tokens", log=True),
+    LayerValue("write_strength", "Write strength", "mean β or input gate"),
+    LayerValue("state_norm", "State norm", "Frobenius norm"),
+)
+EXTREMES = (
+    LayerValue("residual_top", "Largest |x| after each layer", "absolute value", log=True, compare="max"),
+    LayerValue("residual_peak", "First token against the rest", "‖x₀‖ / mean ‖xⱼ‖", log=True, compare="max"),
+    LayerValue("max_logit", "Largest attention logit", "logit", compare="max"),
+    LayerValue("value_drain", "Values of the first token", "‖v₀‖ / mean ‖vⱼ‖"),
+)
+
+
+def layer_lines(name: str, runs: Sequence[Run], values: Sequence[LayerValue], missing: str) -> Picture | str:
+    """One panel for each value: the median over heads of every layer with the 10-90% band, or one line for each run."""
+    values = [value for value in values if any(run.probe(value.key) is not None for run in runs)]
+    if not values:
+        return missing
+    figure, axes = panels(len(values), columns=min(4, max(2, len(values))), height=2.3, gap=(0.66, 0), margin=(0.45, 0.5))
+    for ax, value in zip(axes, values):
+        for index, run in enumerate(runs):
+            array = run.probe(value.key)
+            if array is None:
+                continue
+            array = array[..., :1] if value.key == "residual_top" else array.reshape(*array.shape[:2], -1)
+            if len(runs) == 1:
+                _one_run(ax, run, array, value)
+            else:
+                flat = array.reshape(len(array), -1)
+                level = [_reduce(row, value.compare) for row in flat]
+                ax.plot(run.probes.steps, level, color=run_colour(index), linestyle=run_dash(index), marker=_marker(level))
+        ax.set_title(value.title, fontsize=8.5)
+        ax.set_ylabel(value.unit + (f", {value.compare}" if len(runs) > 1 else ""), fontsize=7.5)
+        value_axis(ax, log=value.log and all(np.nanmin(line.get_ydata()) > 0 for line in ax.lines))
+        step_axis(ax)
+    if len(runs) > 1:
+        _legend(axes[0], runs, [], [], place="best")
+        return picture(
+            name, figure, "One line for each run: over all layers and heads, the median or the maximum as the axis says."
+        )
+    caption = "One line for each layer, dark for deep: the median over heads, shaded from the 10th to the 90th percentile; "
+    caption += "for logits the maximum over heads."
+    return picture(name, figure, caption)
+
+
+def _one_run(ax: Axes, run: Run, array: np.ndarray, value: LayerValue) -> None:
+    colours, scale = depth_colours(array.shape[1])
+    for layer, colour in enumerate(colours):
+        heads = array[:, layer]
+        heads = heads[:, np.isfinite(heads).any(0)]
+        if heads.size:
+            line = [_reduce(row, "max" if value.key == "max_logit" else "median") for row in heads]
+            ax.plot(run.probes.steps, line, color=colour, linewidth=1.3, marker=_marker(line))
+            if heads.shape[1] > 2 and value.key != "max_logit":
+                low, high = np.nanpercentile(np.where(np.isfinite(heads), heads, np.nan), (10, 90), axis=1)
+                ax.fill_between(run.probes.steps, low, high, color=colour, alpha=0.1, linewidth=0)
+    bar = colour_bar(ax, scale, ticks=[0, array.shape[1] - 1] if array.shape[1] > 1 else [0], width=0.2)
+    bar.text(-0.12, 0.5, "layer", transform=bar.transAxes, ha="right", va="center", fontsize=7, color=MUTED)
+
+
+def _reduce(row: np.ndarray, how: str) -> float:
+    row = row[np.isfinite(row)]
+    return float({"median": np.median, "max": np.max}[how](row)) if row.size else math.nan
+
+
+def _marker(line: Sequence[float]) -> str | None:
+    return "o" if len(line) == 1 else None
+
+
+def timeline(runs: Sequence[Run]) -> Picture | str:
+    """Every event at its step, one lane for each kind, coloured by layer kind or, for several runs, by run."""
+    kinds_found = list(dict.fromkeys(event["kind"] for run in runs for event in run.events))
+    if not kinds_found:
+        return "No event was recorded: no sink emerged, no entropy collapsed, no logit, activation or loss left its bounds."
+    lanes = [kind for kind in EVENT_TITLES if kind in kinds_found] + [kind for kind in kinds_found if kind not in EVENT_TITLES]
+    figure, (ax,) = panels(1, columns=1, height=0.32 * len(lanes) + 0.1, left=1.55, margin=(0.3, 0.5))
+    for index, run in enumerate(runs):
+        shift = 0 if len(runs) == 1 else 0.5 * (index / (len(runs) - 1) - 0.5)
+        for event in run.events:
+            layer = event.get("layer")
+            known = layer is not None and layer < len(run.layers)
+            kind = run.layers[layer]["kind"] if known else "model"
+            colour = run_colour(index) if len(runs) > 1 else kind_colour(kind) if known else INK
+            style = {"marker": "o" if layer is not None else "D", "markersize": 6 if layer is not None else 6.5, "alpha": 0.75}
+            ax.plot(event["step"], lanes.index(event["kind"]) + shift, color=colour, markeredgewidth=0, linestyle="", **style)
+    end = max((run.records[-1]["step"] for run in runs if run.records), default=1)
+    ax.set(ylim=(len(lanes) - 0.5, -0.5), xlim=(-0.01 * end, 1.01 * end))
+    ax.set_yticks(range(len(lanes)), [EVENT_TITLES.get(lane, lane) for lane in lanes])
+    ax.spines["left"].set_visible(False)
+    ax.grid(axis="y")
+    step_axis(ax)
+    whose = "one colour for each run" if len(runs) > 1 else "coloured by layer kind as in the strip at the top"
+    return picture("events", figure, f"Circles concern one head or layer, {whose}; diamonds concern the whole model.")

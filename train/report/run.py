@@ -1,0 +1,213 @@
+"""A run folder as the report sees it: what was configured, what was measured, and what is missing."""
+
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from plait.train.metrics import (
+    ATTENTION,
+    EVENTS,
+    METRICS,
+    ProbeSeries,
+    format_seconds,
+    read_events,
+    read_lines,
+    read_metrics,
+    read_probes,
+    series,
+)
+from plait.train.probes.events import EventDetector
+
+log = logging.getLogger(__name__)
+KINDS = ("full", "sparse", "linear")
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Attention pictures of one held-out text: maps [L, H, T, T], NaN for heads a layer does not have; its T tokens."""
+
+    maps: np.ndarray
+    tokens: list[str]
+    step: int | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder, read once."""
+
+    path: Path
+    name: str
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    records: list[dict[str, float]]
+    events: list[dict[str, Any]]
+    probes: ProbeSeries
+    attention: Attention | None
+    notes: list[str]
+    """Sentences about what is missing or was ignored."""
+
+    def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Steps and values of the metrics lines that carry `name`."""
+        return series(self.records, name)
+
+    def last(self, name: str) -> float:
+        """The last finite value of a metric, NaN where there is none."""
+        values = self.series(name)[1]
+        values = values[np.isfinite(values)]
+        return float(values[-1]) if values.size else math.nan
+
+    def probe(self, name: str) -> np.ndarray | None:
+        """Probe values [N, L, H] over the N probe steps (`sink` gives alpha_1); None where no layer has a value."""
+        array = self.probes.arrays.get(name)
+        if array is not None and name == "sink":
+            array = array[..., 0]
+        return array if array is not None and np.isfinite(array).any() else None
+
+    @property
+    def layers(self) -> list[dict[str, Any]]:
+        """The entries of `probes/layers.json`."""
+        return self.probes.layers
+
+    def layers_of(self, kind: str) -> list[int]:
+        """The layers of one kind: linear, sparse or full."""
+        return [i for i, layer in enumerate(self.layers) if layer["kind"] == kind]
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of layer the run has, in the order full, sparse, linear, others."""
+        present = dict.fromkeys(layer["kind"] for layer in self.layers)
+        return [kind for kind in KINDS if kind in present] + [kind for kind in present if kind not in KINDS]
+
+
+def load_runs(paths: Sequence[Path]) -> list[Run]:
+    """The runs in the order given, each named by its folder and as much of the path above as tells them apart."""
+    resolved = [Path(path).resolve() for path in paths]
+    if not resolved:
+        raise ValueError("runs is empty; name at least one run folder")
+    depth = 1
+    while len({path.parts[-depth:] for path in resolved}) < len(set(resolved)):
+        depth += 1
+    return [load_run(path, "/".join(path.parts[-depth:])) for path in dict.fromkeys(resolved)]
+
+
+def load_run(path: Path, name: str) -> Run:
+    """Everything the report needs from one run folder.
+
+    Raises:
+      ValueError: the folder holds no `metrics.jsonl`.
+    """
+    if not (path / METRICS).is_file():
+        raise ValueError(f"{path} is not a run: a run folder holds {METRICS}; give the folder that was passed to train as --out")
+    notes = [note for name_ in (METRICS, EVENTS) if (note := read_lines(path / name_)[1])]
+    config, environment = (_read_tree(path / f"{file}.json", notes) for file in ("config", "environment"))
+    probes = _with_layers(read_probes(path))
+    notes += probes.notes
+    if (path / EVENTS).exists():
+        events = read_events(path)
+    else:
+        events = _derive_events(probes)
+        notes.append(f"{EVENTS} is missing; the events shown were derived from the probe files")
+    attention = _read_attention(path / ATTENTION, notes)
+    return Run(path, name, config, environment, read_metrics(path), events, probes, attention, notes)
+
+
+def _read_tree(path: Path, notes: list[str]) -> dict[str, Any]:
+    try:
+        tree = json.loads(path.read_text())
+    except (OSError, ValueError):
+        notes.append(f"{path.name} is missing or cannot be read")
+        return {}
+    return tree if isinstance(tree, dict) else {}
+
+
+def _read_attention(path: Path, notes: list[str]) -> Attention | None:
+    if not path.exists():
+        return None
+    try:
+        with np.load(path) as arrays:
+            step = int(arrays["step"]) if "step" in arrays else None
+            return Attention(arrays["maps"].astype(np.float32), [str(token) for token in arrays["tokens"]], step)
+    except Exception as error:  # any damage to this one optional file costs its pictures, not the report
+        notes.append(f"{path.name} cannot be read ({error}) and was ignored")
+        return None
+
+
+def _with_layers(probes: ProbeSeries) -> ProbeSeries:
+    """The probes with an entry for every layer, "unknown" where `layers.json` has none."""
+    shape = next((array.shape for array in probes.arrays.values() if array.ndim >= 3), (0, 0, 0))
+    known = len(probes.layers)
+    rest = [{"index": i, "mixer": "unknown", "kind": "unknown", "num_heads": shape[2]} for i in range(known, shape[1])]
+    return ProbeSeries(probes.steps, probes.arrays, [*probes.layers, *rest], probes.first_k, probes.notes)
+
+
+def _derive_events(probes: ProbeSeries) -> list[dict[str, Any]]:
+    detector, events = EventDetector(probes.layers), []
+    for index, step in enumerate(probes.steps):
+        events += detector.update(int(step), {name: array[index] for name, array in probes.arrays.items()})
+    return [event.to_dict() for event in events]
+
+
+def lookup(tree: Mapping[str, Any], *names: str) -> Any:
+    """The first value found in a JSON tree under one of the dotted names, None where there is none."""
+    for name in names:
+        value: Any = tree
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if value is not None:
+            return value
+    return None
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """A JSON tree as one level of dotted names."""
+    if isinstance(tree, Mapping):
+        return {name: leaf for key, item in tree.items() for name, leaf in flatten(item, f"{prefix}{key}.").items()}
+    return {prefix.rstrip("."): tree}
+
+
+def quantity(value: Any, unit: str = "") -> str:
+    """A count with a readable scale: 950, 12.3k, 65.5M, 1.20B; a dash when it is not known."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        return "–"
+    for scale, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= scale:
+            return f"{value / scale:.3g}{letter}{unit}"
+    return f"{value:.4g}{unit}"
+
+
+def number(value: float, digits: int = 3) -> str:
+    """A value with fixed decimals, a dash when it is not known."""
+    return f"{value:.{digits}f}" if math.isfinite(value) else "–"
+
+
+def facts(run: Run) -> dict[str, str]:
+    """What the header and the comparison say of a run; a dash where the run folder does not tell."""
+    both = {**run.environment, **run.config}
+    devices = lookup(run.environment, "device", "devices", "device_kind")
+    if isinstance(devices, list):
+        counts = {str(device): sum(str(other) == str(device) for other in devices) for device in devices}
+        devices = ", ".join(f"{count} × {device}" if count > 1 else device for device, count in counts.items())
+    speed = run.series("throughput/tokens_per_second")[1]
+    speed = speed[np.isfinite(speed)]
+    mfu = run.last("throughput/mfu")
+    last = run.records[-1] if run.records else {}
+    return {
+        "preset": str(lookup(both, "preset", "name") or "–"),
+        "pattern": str(lookup(both, "model.pattern", "pattern") or "–"),
+        "parameters": quantity(lookup(both, "parameters", "num_params", "model.num_params", "params")),
+        "device": str(devices or "–"),
+        "steps": f"{int(last['step']):,}" if last else "–",
+        "tokens": quantity(last.get("tokens", math.nan)),
+        "train loss": number(run.last("loss/train")),
+        "validation loss": number(run.last("loss/val")),
+        "bits per byte": number(run.last("loss/bits_per_byte")),
+        "speed": quantity(float(np.median(speed)), " tok/s") if speed.size else "–",
+        "MFU": f"{mfu:.1%}" if math.isfinite(mfu) else "–",
+        "wall time": format_seconds(last.get("seconds", math.nan)),
+    }
