@@ -1,0 +1,1 @@
+"""Mixers that look at every visible token."""

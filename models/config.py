@@ -1,0 +1,142 @@
+"""The language model's config."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from flax import nnx
+
+from plait.models.build import SigmaReparam
+from plait.models.channel_mixers import GatedMLPConfig
+from plait.models.mixers.base import MixerConfig, mixer_config
+from plait.models.pattern import expand_pattern, pattern_names, split_name
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+class MixerTable(dict[str, MixerConfig]):
+    """Mixer configs by pattern name; cannot be changed, so that configs stay hashable."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+    def _frozen(self, *_: Any, **__: Any) -> None:
+        raise TypeError("a mixer table is final; build a new config with dataclasses.replace")
+
+    __setitem__ = __delitem__ = update = clear = pop = popitem = setdefault = _frozen  # type: ignore[assignment]
+
+
+def default_mixer(name: str) -> MixerConfig:
+    """The default config of a pattern name such as `gla`, `moh+softmax` or `softmax/local`. Raises ValueError for unknown mixers."""
+    wrapper, mixer = split_name(name)
+    config = mixer_config(mixer)()
+    return config if wrapper is None else mixer_config(wrapper)(mixer=config)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LMConfig:
+    """A decoder-only language model: embedding, a stack of blocks over a pattern of mixers, head."""
+
+    d_model: int
+    """Width of the residual stream."""
+    num_layers: int
+    """Number of blocks."""
+    pattern: str
+    """Mixer of each layer: "gated_deltanet*3,softmax", "gla:softmax=6:1" or "softmax@0,5; gla"."""
+    mixers: Mapping[str, MixerConfig] = dataclasses.field(default_factory=MixerTable)
+    """Config of each name in the pattern; names left out get their defaults."""
+    channel_mixer: GatedMLPConfig = GatedMLPConfig()
+    """The other half of every block."""
+    vocab_size: int | None = None
+    """Rows of the embedding; None gives the tokenizer's size rounded up to a multiple of 128."""
+    tie_embeddings: bool = False
+    """Use the embedding as the head."""
+    norm: Literal["pre", "post"] = "pre"
+    """`x + f(norm(x))` or `norm(x + f(x))`."""
+    norm_eps: float = 1e-6
+    """Epsilon of the RMS norms of the residual stream."""
+    logit_soft_cap: float | None = None
+    """Logits become `cap * tanh(logits / cap)`."""
+    z_loss: float | None = None
+    """Coefficient of the mean squared log-normaliser of the output softmax."""
+    sigma_reparam: SigmaReparam | None = None
+    """Reparametrise every projection as gain / sigma(W) W (arXiv 2303.06296); gain starts at sigma(W) ("spectral") or at 1 ("one")."""
+    remat: Literal["full", "dots"] | None = None
+    """What the backward pass recomputes: all of a period, or all but its weight products; None keeps everything."""
+    param_dtype: Dtype = "float32"
+    """Dtype in which parameters are kept."""
+    compute_dtype: Dtype = "float32"
+    """Dtype of activations and products; states, norms, softmax statistics and the loss are float32 always."""
+
+    def __post_init__(self) -> None:
+        for name in ("d_model", "num_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name}={getattr(self, name)} must be at least 1")
+        for name in ("vocab_size", "logit_soft_cap", "z_loss"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ValueError(f"model.{name}={value} must be positive; use None to leave it out")
+        names = dict.fromkeys(self.layers)
+        unused = [name for name in self.mixers if name not in names]
+        if unused:
+            raise ValueError(
+                f"model.mixers.{unused[0]} is in no layer of model.pattern={self.pattern!r}; remove it or name it in the pattern"
+            )
+        table = MixerTable({name: self.mixers.get(name) or default_mixer(name) for name in names})
+        for name, config in table.items():
+            wrapper, mixer = split_name(name)
+            inner = getattr(config, "mixer", None) if wrapper else config
+            if config.name != (wrapper or mixer) or getattr(inner, "name", None) != mixer:
+                raise ValueError(
+                    f"model.mixers.{name} is a {type(config).__name__}; it must be a {type(default_mixer(name)).__name__}"
+                )
+            config.head_count(self.d_model)  # raises where the mixer does not fit the width
+        object.__setattr__(self, "mixers", table)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Pattern name of each layer."""
+        return expand_pattern(self.pattern, self.num_layers)
+
+    @property
+    def layer_mixers(self) -> tuple[MixerConfig, ...]:
+        """Mixer config of each layer."""
+        return tuple(self.mixers[name] for name in self.layers)
+
+    def with_pattern(self, pattern: str, num_layers: int | None = None) -> LMConfig:
+        """This model with another pattern (and depth): configs of names that stay are kept, new names get their defaults."""
+        names = pattern_names(pattern)
+        mixers = {name: config for name, config in self.mixers.items() if name in names}
+        return dataclasses.replace(self, pattern=pattern, mixers=mixers, num_layers=num_layers or self.num_layers)
+
+    def with_vocab(self, tokenizer_size: int) -> LMConfig:
+        """This model with its vocabulary settled. Raises ValueError when it is smaller than the tokenizer's."""
+        size = self.vocab_size or -(-tokenizer_size // 128) * 128
+        if size < tokenizer_size:
+            raise ValueError(
+                f"model.vocab_size={size} is smaller than the tokenizer's {tokenizer_size}; leave it None or raise it"
+            )
+        return dataclasses.replace(self, vocab_size=size)
+
+    def build(self, *, rngs: nnx.Rngs, seq_len: int) -> Any:
+        """The model (`plait.models.lm.LM`) trained at `seq_len` tokens."""
+        from plait.models.lm import LM
+
+        return LM(self, rngs=rngs, seq_len=seq_len)
+
+    def flops(self, seq_len: int) -> float:
+        """Forward operations per token at `seq_len` (2 per multiply-add, causal mean, embedding lookup free)."""
+        channel = 6.0 * self.d_model * self.channel_mixer.width(self.d_model) * self.num_layers
+        return (
+            sum(m.flops(self.d_model, seq_len) for m in self.layer_mixers) + channel + 2.0 * self.d_model * (self.vocab_size or 0)
+        )
+
+    def num_params(self) -> int:
+        """Trained parameters."""
+        import math
+
+        import jax
+
+        model = nnx.eval_shape(lambda: self.build(rngs=nnx.Rngs(0), seq_len=1))
+        return sum(math.prod(p.shape) for p in jax.tree.leaves(nnx.state(model, nnx.Param)))

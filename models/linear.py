@@ -1,0 +1,92 @@
+"""The one linear projection of every layer, with sigmaReparam as an option of the whole model."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from plait.models.axes import Axes
+from plait.models.build import Buffer, BuildContext, Initializer, fan_in_normal
+
+_INITIAL_POWER_STEPS = 64
+
+
+class SpectralVector(Buffer):
+    """Unit estimate of a leading singular vector, moved by one power step per optimizer step."""
+
+
+def power_step(kernel: jax.Array, u: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """One power iteration of `W = kernel` `[..., I, O]` from the right vector `u` `[..., O]`: returns unit `(v [..., I], u [..., O])`, float32.
+
+    Source: sigmaReparam (arXiv 2303.06296), section 3. Leading axes are independent matrices (stacked layers).
+    """
+    kernel = kernel.astype(jnp.float32)
+    v = _unit(jnp.einsum("...io,...o->...i", kernel, u, precision="highest"))
+    return v, _unit(jnp.einsum("...io,...i->...o", kernel, v, precision="highest"))
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
+def _sigma(kernel: jax.Array, v: jax.Array, u: jax.Array) -> jax.Array:
+    return jnp.einsum("...i,...io,...o->...", v, kernel.astype(jnp.float32), u, precision="highest")
+
+
+class Dense(nnx.Module):
+    """`y = x @ W (+ b)`, with `W = (gain / sigma(kernel)) kernel` under sigmaReparam.
+
+    The forward pass only reads the singular vectors (gradient flows through `kernel` alone); `power_iterate` moves them, once per
+    optimizer step. `sigma_reparam="spectral"` starts `gain` at sigma(kernel), so the layer starts as a plain projection; `"one"` at 1.
+    """
+
+    def __init__(
+        self, ctx: BuildContext, in_dim: int, out_dim: int, axes: Axes, *, init: Initializer | None = None, use_bias: bool = False
+    ):
+        """Args: `axes` are the logical names of the kernel's two axes; `init` defaults to a fan-in truncated normal."""
+        self.compute_dtype = ctx.compute_dtype
+        self.kernel = ctx.param(init or fan_in_normal(), (in_dim, out_dim), axes, decay=True)
+        self.bias = ctx.param(jax.nn.initializers.zeros, (out_dim,), axes[1:]) if use_bias else None
+        self.gain = self.v = self.u = None
+        if ctx.sigma_reparam is not None:
+            kernel = self.kernel[...]
+            u = _unit(jax.random.normal(ctx.rngs.params(), (out_dim,), jnp.float32))
+            v, u = jax.lax.fori_loop(0, _INITIAL_POWER_STEPS, lambda _, vu: power_step(kernel, vu[1]), power_step(kernel, u))
+            gain = _sigma(kernel, v, u) if ctx.sigma_reparam == "spectral" else jnp.ones((), jnp.float32)
+            self.gain = nnx.Param(gain.astype(ctx.param_dtype), axes=(), decay=False)
+            self.v = SpectralVector(v, axes=axes[:1])
+            self.u = SpectralVector(u, axes=axes[1:])
+
+    def weight(self) -> jax.Array:
+        """The matrix that multiplies, `[..., in_dim, out_dim]` in the parameter dtype, leading axes for stacked layers."""
+        kernel = self.kernel[...]
+        if self.gain is None:
+            return kernel
+        scale = self.gain[...] / _sigma(kernel, self.v[...], self.u[...])
+        return kernel * scale[..., None, None].astype(kernel.dtype)
+
+    def power_iterate(self) -> None:
+        """Move the singular vectors one power step towards the kernel's leading ones. Nothing to do without sigmaReparam."""
+        if self.gain is not None:
+            v, u = power_step(jax.lax.stop_gradient(self.kernel[...]), self.u[...])
+            self.v[...], self.u[...] = v, u
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[..., in_dim] -> [..., out_dim]` in the compute dtype."""
+        y = x.astype(self.compute_dtype) @ self.weight().astype(self.compute_dtype)
+        if self.bias is not None:
+            bias = self.bias[...].astype(self.compute_dtype)
+            y = y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)
+        return y
+
+
+def dense_layers(model: nnx.Module) -> list[tuple[tuple, Dense]]:
+    """Every `Dense` of `model` with its path, in a stable order."""
+    return [(path, module) for path, module in nnx.iter_modules(model) if isinstance(module, Dense)]
+
+
+def power_iterate(model: nnx.Module) -> None:
+    """One power step for every projection of `model`, in place."""
+    for _, layer in dense_layers(model):
+        layer.power_iterate()

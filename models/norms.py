@@ -1,0 +1,30 @@
+"""Normalisations, computed in float32 whatever the input dtype."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from plait.models.build import BuildContext
+
+
+class RMSNorm(nnx.Module):
+    """`x / rms(x) * scale` over the last axis (arXiv 1910.07467)."""
+
+    def __init__(self, ctx: BuildContext, dim: int, *, eps: float, axis: str | None = None):
+        """Args: `dim` is the width normalised over, `axis` its logical name (None: replicated)."""
+        self.eps = eps
+        self.scale = ctx.param(jax.nn.initializers.ones, (dim,), (axis,))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        scale = self.scale[...].astype(jnp.float32)
+        return (x32 * scale.reshape((1,) * (x.ndim - 1) + scale.shape)).astype(x.dtype)
+
+
+def l2_normalize(x: jax.Array, eps: float = 1e-6) -> jax.Array:
+    """`x / sqrt(sum(x^2) + eps)` over the last axis: the key and query normalisation of the delta-rule family."""
+    x32 = x.astype(jnp.float32)
+    return (x32 * jax.lax.rsqrt(jnp.sum(jnp.square(x32), axis=-1, keepdims=True) + eps)).astype(x.dtype)

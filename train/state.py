@@ -1,0 +1,109 @@
+"""What a run carries from step to step, and how a model is taken apart into it and put together again."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from plait.configs.experiment import ExperimentConfig
+from plait.models.lm import LM
+from plait.train import mesh as meshes
+
+Arrays = dict[str, jax.Array]
+"""Arrays by dotted path in the model."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that training changes."""
+
+    step: jax.Array
+    """Optimizer steps taken, int32."""
+    params: Arrays
+    """Trained parameters."""
+    buffers: Arrays
+    """Non-trained model state: sigmaReparam's singular vectors and layers' constants."""
+    optimizer: optax.OptState
+    ema: Arrays | None
+    """Running average of the parameters, where configured."""
+    bad_steps: jax.Array
+    """Non-finite steps in a row, int32."""
+    skipped: jax.Array
+    """Non-finite steps skipped so far, int32."""
+
+
+class Blueprint:
+    """A model without its arrays: builds it from them, and knows the axes and the kind of each."""
+
+    def __init__(self, config: ExperimentConfig):
+        """Args: `config` with the model's vocabulary settled."""
+        self.config = config
+        model = nnx.eval_shape(self._create)
+        self._graph, state = nnx.split(model)
+        self._variables: dict[str, nnx.Variable] = {_dotted(path): v for path, v in nnx.to_flat_state(state)}
+        self._paths = {_dotted(path): path for path, _ in nnx.to_flat_state(state)}
+        self.params = {name for name, v in self._variables.items() if isinstance(v, nnx.Param)}
+        self.decay = {name: bool(self._variables[name].get_metadata().get("decay")) for name in self.params}
+
+    def _create(self) -> LM:
+        return self.config.model.build(rngs=nnx.Rngs(self.config.seed), seq_len=self.config.data.seq_len)
+
+    @property
+    def num_params(self) -> int:
+        """Trained parameters."""
+        return sum(self._variables[name].size for name in self.params)
+
+    def init(self) -> tuple[Arrays, Arrays]:
+        """Fresh `(params, buffers)`, the same for a seed on any mesh."""
+        return self.split(self._create())
+
+    def split(self, model: LM) -> tuple[Arrays, Arrays]:
+        """The `(params, buffers)` of a model."""
+        values = {_dotted(path): v[...] for path, v in nnx.to_flat_state(nnx.state(model))}
+        return {k: v for k, v in values.items() if k in self.params}, {k: v for k, v in values.items() if k not in self.params}
+
+    def build(self, params: Mapping[str, jax.Array], buffers: Mapping[str, jax.Array]) -> LM:
+        """The model with these arrays."""
+        values = {**params, **buffers}
+        flat = [(self._paths[name], variable.replace(values[name])) for name, variable in self._variables.items()]
+        return nnx.merge(self._graph, nnx.from_flat_state(flat))
+
+    def shardings(self, mesh: Mesh) -> tuple[dict[str, NamedSharding], dict[str, NamedSharding]]:
+        """Shardings of `(params, buffers)`. Raises ValueError where the mesh does not divide a parameter."""
+        every = {
+            name: meshes.sharding(mesh, variable.get_metadata()["axes"], variable.shape, f"parameter {name}")
+            for name, variable in self._variables.items()
+        }
+        return {k: v for k, v in every.items() if k in self.params}, {k: v for k, v in every.items() if k not in self.params}
+
+
+def create_state(blueprint: Blueprint, tx: optax.GradientTransformation) -> TrainState:
+    """The state at step 0 (traceable)."""
+    params, buffers = blueprint.init()
+    zero = jnp.zeros((), jnp.int32)
+    ema = None if blueprint.config.optimizer.ema is None else dict(params)
+    return TrainState(zero, params, buffers, tx.init(params), ema, zero, zero)
+
+
+def state_shardings(blueprint: Blueprint, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The sharding of each leaf of the state: moments and averages lie as their parameters do."""
+    params, buffers = blueprint.shardings(mesh)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    abstract = jax.eval_shape(lambda: create_state(blueprint, tx))
+    optimizer: Any = optax.tree_utils.tree_map_params(
+        tx, lambda _, s: s, abstract.optimizer, params, transform_non_params=lambda _: everywhere
+    )
+    ema = None if abstract.ema is None else params
+    return TrainState(everywhere, params, buffers, optimizer, ema, everywhere, everywhere)
+
+
+def _dotted(path: tuple) -> str:
+    return ".".join(map(str, path))

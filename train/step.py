@@ -1,0 +1,101 @@
+"""One jitted training step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from plait.data.batch import Batch
+from plait.models.axes import constraining
+from plait.models.linear import power_iterate
+from plait.models.mixers.stats import ProbeConfig
+from plait.train.loss import loss_terms
+from plait.train.mesh import constrainer
+from plait.train.optimizer import make_schedule
+from plait.train.state import Blueprint, TrainState
+
+Metrics = dict[str, Any]
+Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def make_step(blueprint: Blueprint, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh, probe: ProbeConfig | None) -> Step:
+    """The step `(state, batch) -> (state, metrics)`, traceable; jit it with the state donated.
+
+    Metrics are scalars by name, and with `probe` also `"stats"`, the list of the layers' statistics. A step whose loss or gradient is
+    not finite changes nothing but the counts of such steps.
+    """
+    config = blueprint.config
+    schedule = make_schedule(config.optimizer, config.steps)
+    parts = config.optimizer.accumulate
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        with constraining(constrainer(mesh)):
+            buffers = _move_singular_vectors(blueprint, state)
+            total = jnp.maximum(batch.loss_mask.astype(jnp.float32).sum(), 1.0)
+
+            def loss(params, batch):
+                return loss_terms(blueprint.build(params, buffers), batch, total=total, share=1 / parts, probe=probe)
+
+            grads, (value, terms) = _accumulate(jax.value_and_grad(loss, has_aux=True), state.params, batch, parts)
+        norm = optax.global_norm(grads)
+        updates, optimizer = tx.update(grads, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if ema is not None:
+            keep = config.optimizer.ema
+            ema = jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, ema, params)
+        good = jnp.isfinite(value) & jnp.isfinite(norm)
+        one = jnp.ones((), jnp.int32)
+        new = TrainState(state.step + one, params, buffers, optimizer, ema, jnp.zeros_like(state.bad_steps), state.skipped)
+        old = dataclasses.replace(state, step=state.step + one, bad_steps=state.bad_steps + one, skipped=state.skipped + one)
+        new = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
+        metrics = {
+            "loss/train": terms["nll"],
+            "grad/norm": norm,
+            "optimizer/learning_rate": schedule(state.step),
+            "optimizer/skipped_steps": new.skipped,
+            "bad_steps": new.bad_steps,
+            "tokens": batch.loss_mask.sum(),
+        }
+        if config.model.z_loss is not None:
+            metrics["loss/z"] = terms["z"]
+        if any(hasattr(m, "balance") for m in config.model.layer_mixers):
+            metrics["loss/balance"] = terms["auxiliary"]
+        if probe is not None:
+            metrics["stats"] = terms["stats"]
+        return new, metrics
+
+    return step
+
+
+def _move_singular_vectors(blueprint: Blueprint, state: TrainState) -> dict[str, jax.Array]:
+    if blueprint.config.model.sigma_reparam is None:
+        return state.buffers
+    model = blueprint.build(state.params, state.buffers)
+    power_iterate(model)
+    return blueprint.split(model)[1]
+
+
+def _accumulate(grad: Callable, params: dict[str, jax.Array], batch: Batch, parts: int) -> tuple[dict[str, jax.Array], tuple]:
+    """Gradients and loss terms summed over `parts` micro-batches; statistics are the last one's."""
+    if parts == 1:
+        (value, terms), grads = grad(params, batch)
+        return grads, (value, terms)
+    # Row i goes to micro-batch i % parts, so that every data shard has its part of each.
+    micro = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(a.shape[0] // parts, parts, *a.shape[1:]), 1, 0), batch)
+
+    def body(carry, batch):
+        (value, terms), grads = grad(params, batch)
+        stats = terms.pop("stats")
+        sums = (grads, (value, terms))
+        return sums if carry is None else jax.tree.map(jnp.add, carry, sums), stats
+
+    shapes, _ = jax.eval_shape(lambda b: body(None, jax.tree.map(lambda a: a[0], b)), micro)
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+    (grads, (value, terms)), stats = jax.lax.scan(body, zeros, micro)
+    return grads, (value, {**terms, "stats": jax.tree.map(lambda a: a[-1], stats)})
