@@ -1,0 +1,32 @@
+"""Each field of the data config refuses what it cannot mean."""
+
+import pytest
+
+from plait.data.config import DataConfig
+
+
+def test_config_default_is_valid_and_trains_4096_tokens():
+    assert DataConfig().bpe_vocab_size == 4096
+    assert DataConfig(vocab_size=300).bpe_vocab_size == 300
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"seq_len": 0}, r"data\.seq_len=0 must be at least 1; use"),
+        ({"batch_size": -1}, r"data\.batch_size=-1 must be at least 1; use"),
+        ({"val_fraction": 0.9}, r"data\.val_fraction=0\.9 must lie in 0 to 0\.5; use"),
+        ({"val_fraction": float("nan")}, r"data\.val_fraction=nan must"),
+        ({"seed": -1}, r"data\.seed=-1 must not be negative"),
+        ({"source": " "}, r"data\.source=' ' must not be empty"),
+        ({"text_field": ""}, r"data\.text_field='' must not be empty"),
+        ({"tokenizer": ""}, r"data\.tokenizer='' must not be empty"),
+        ({"cache_dir": ""}, r"data\.cache_dir='' must name a folder"),
+        ({"vocab_size": 256}, r"data\.vocab_size=256 must hold the 256 bytes.*use 257 or more"),
+        ({"vocab_size": 4096, "tokenizer": "byte"}, r"data\.vocab_size=4096.*leave vocab_size out"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_config_bad_field_says_path_value_rule_and_fix(fields, message):
+    with pytest.raises(ValueError, match=message):
+        DataConfig(**fields)

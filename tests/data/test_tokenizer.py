@@ -1,0 +1,177 @@
+"""Every text comes back from its ids, and every id knows its bytes."""
+
+import json
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers
+
+from plait.data.config import DataError
+from plait.data.tokenizer import (
+    END_OF_TEXT,
+    ByteTokenizer,
+    JsonTokenizer,
+    load_tokenizer,
+    read_meta,
+    split_long,
+    train_bpe,
+)
+from tests.data.conftest import make_texts
+
+TEXTS = [
+    "",
+    " ",
+    "plain",
+    "naïve 日本語 🙂‍👩 \u0301",
+    "\r\n\ttabs  two\n\n\n",
+    f"spells {END_OF_TEXT} out",
+    "\x00\x1f\x7f",
+    "'tis don't",
+]
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return train_bpe(make_texts(50), 300)
+
+
+@pytest.fixture(params=["byte", "bpe"])
+def tokenizer(request, bpe):
+    return ByteTokenizer() if request.param == "byte" else bpe
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_decode_inverts_encode_and_bytes_add_up(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert ids.dtype == np.int32
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.num_bytes(ids) == len(text.encode())
+    assert b"".join(tokenizer.token_bytes(int(i)) for i in ids) == text.encode()
+    assert tokenizer.eos_id not in ids  # a text cannot spell a special token
+
+
+@given(text=st.text(st.characters(exclude_categories=["Cs"])))
+def test_decode_inverts_encode_of_any_text(bpe, text):
+    for tokenizer in (bpe, ByteTokenizer()):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.num_bytes(ids) == len(text.encode())
+
+
+def test_encode_batch_equals_encode_one_by_one(tokenizer):
+    for one, many in zip([tokenizer.encode(text) for text in TEXTS], tokenizer.encode_batch(TEXTS)):
+        np.testing.assert_array_equal(one, many)
+
+
+def test_special_tokens_have_no_bytes_and_no_text(tokenizer):
+    assert tokenizer.bytes_per_token.shape == (tokenizer.vocab_size,)
+    assert tokenizer.bytes_per_token[tokenizer.eos_id] == 0
+    assert np.sum(tokenizer.bytes_per_token == 0) == 1
+    assert tokenizer.decode([tokenizer.bos_id, *tokenizer.encode("hi"), tokenizer.eos_id]) == "hi"
+
+
+def test_token_strings_label_text_specials_and_lone_bytes(tokenizer):
+    ids = [*ByteTokenizer().encode("é"), 256]
+    assert ByteTokenizer().token_strings(ids) == ["<C3>", "<A9>", END_OF_TEXT]
+    text = "the people"
+    assert "".join(tokenizer.token_strings(tokenizer.encode(text))) == text
+    assert tokenizer.token_strings([tokenizer.eos_id]) == [END_OF_TEXT]
+
+
+def test_bpe_training_is_deterministic():
+    one, two = (train_bpe(make_texts(50), 300) for _ in range(2))
+    assert one.text == two.text
+    assert one.fingerprint == two.fingerprint != train_bpe(make_texts(50), 299).fingerprint
+    assert one.vocab_size == 300
+
+
+def test_bpe_of_a_small_corpus_has_fewer_tokens_and_257_has_no_merges():
+    assert train_bpe(["ab ab"], 4096).vocab_size < 300
+    assert len(train_bpe(make_texts(5), 257).encode("people")) == 6
+    with pytest.raises(DataError, match=r"data\.vocab_size=100 must be at least 257"):
+        train_bpe(["a"], 100)
+
+
+def test_save_and_load_give_the_same_tokenizer(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "run" / "tokenizer", corpus="abc")
+    for path in ("run", "run/tokenizer", "run/tokenizer/tokenizer.json"):
+        loaded = load_tokenizer(tmp_path / path)
+        assert type(loaded) is type(tokenizer)
+        assert loaded.fingerprint == tokenizer.fingerprint
+        assert (loaded.eos_id, loaded.bos_id, loaded.vocab_size) == (tokenizer.eos_id, tokenizer.bos_id, tokenizer.vocab_size)
+        np.testing.assert_array_equal(loaded.encode(TEXTS[3]), tokenizer.encode(TEXTS[3]))
+    assert read_meta(tmp_path / "run" / "tokenizer")["corpus"] == "abc"
+
+
+def test_saved_tokenizer_json_means_the_same_to_other_libraries(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    other = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text in TEXTS[:5]:
+        assert other.encode(text).ids == tokenizer.encode(text).tolist()
+    assert other.token_to_id(END_OF_TEXT) == tokenizer.eos_id
+
+
+@pytest.mark.parametrize("limit", [1, 7, 50])
+def test_split_long_changes_no_token(bpe, limit):
+    text = " ".join(make_texts(20)) + "  spaces \n .\n\n x"
+    pieces = split_long(text, limit)
+    assert "".join(pieces) == text
+    assert len(pieces) > 5
+    np.testing.assert_array_equal(np.concatenate(bpe.encode_batch(pieces)), bpe.encode(text))
+
+
+def sentencepiece_like():
+    """Byte fallback and a marker for spaces, as in Llama 2."""
+    vocab = {
+        "<unk>": 0,
+        "<s>": 1,
+        "</s>": 2,
+        **{f"<0x{b:02X}>": b + 3 for b in range(256)},
+        "▁": 259,
+        "h": 260,
+        "i": 261,
+        "hi": 262,
+    }
+    tok = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[("h", "i")], byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    tok.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tok.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(content=" ", left=1)]
+    )
+    tok.add_special_tokens(["<s>", "</s>"])
+    return tok
+
+
+def test_byte_fallback_tokenizer_is_read_and_says_that_its_bytes_are_inexact(tmp_path):
+    (tmp_path / "tokenizer.json").write_text(sentencepiece_like().to_str())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "</s>"}, "bos_token": "<s>"}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.eos_id, tokenizer.bos_id, tokenizer.exact_bytes) == (2, 1, False)
+    assert tokenizer.decode(tokenizer.encode("hi hi é")) == "hi hi é"
+    assert tokenizer.num_bytes(tokenizer.encode("hi hi é")) == len("hi hi é".encode()) + 1
+
+
+def test_end_token_comes_from_usual_names_where_nothing_says_it(tmp_path, bpe):
+    (tmp_path / "tokenizer.json").write_text(bpe.text)
+    assert load_tokenizer(tmp_path).eos_id == bpe.eos_id
+
+
+def test_unusable_tokenizers_say_why(tmp_path, bpe):
+    with pytest.raises(DataError, match=r"is no tokenizer\.json and has none; use byte, bpe, or the path"):
+        load_tokenizer(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    for text in ("{", "[]", '{"eos": 1, "added_tokens": [{"content": "</s>", "special": true}]}'):
+        file.write_text(text)
+        with pytest.raises(DataError, match=r"is not a tokenizer\.json"):
+            load_tokenizer(tmp_path)
+    file.write_text(bpe.text.replace(END_OF_TEXT, "<stop>"))
+    with pytest.raises(DataError, match=r"which token ends a text \(special tokens: <stop>\); put"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<gone>"}')
+    with pytest.raises(DataError, match=r"has no token '<gone>'"):
+        load_tokenizer(tmp_path)
+    words = tokenizers.Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, unk_token="a"))
+    with pytest.raises(DataError, match="neither byte-level nor has byte fallback"):
+        JsonTokenizer(words.to_str(), eos="</s>")
