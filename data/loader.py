@@ -77,14 +77,13 @@ class ValBatches(Sequence[Batch]):
         return 0 if self._rows is None else -(-self._rows.num_rows // self._batch_size)
 
     def __getitem__(self, index: int) -> Batch:  # type: ignore[override]
-        if not -len(self) <= index < len(self):
+        if self._rows is None or not -len(self) <= index < len(self):
             raise IndexError(f"validation batch {index} of {len(self)}")
         first = index % len(self) * self._batch_size + self._offset
         real = min(max(self._rows.num_rows - first, 0), self._local)
         batch = self._rows.read(first if real else 0, max(real, 1))
-        return Batch(
-            *(np.concatenate([array[:real], np.zeros((self._local - real, *array.shape[1:]), array.dtype)]) for array in batch)
-        )
+        padding = ((0, self._local - real), (0, 0))
+        return Batch(*(np.pad(array[:real], padding) for array in batch))
 
 
 class DataIterator(Iterator[Batch]):

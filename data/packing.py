@@ -63,7 +63,7 @@ def shuffled_order(hashes: np.ndarray, *salt: object) -> np.ndarray:
 
 def _mix(x: np.ndarray) -> np.ndarray:
     """The finaliser of SplitMix64: a bijection of uint64 in which every input bit reaches every output bit."""
-    x = (x + np.uint64(0x9E3779B97F4A7C15)) & np.uint64(0xFFFFFFFFFFFFFFFF)
+    x = x + np.uint64(0x9E3779B97F4A7C15)  # modulo 2^64, as are the products
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

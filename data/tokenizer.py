@@ -161,7 +161,7 @@ class JsonTokenizer(Tokenizer):
             self.bos_id,
         }
         self._added = {i for i in self._tok.get_added_tokens_decoder() if i not in self._special}
-        self.exact_bytes = self._byte_level and content.get("normalizer") is None
+        self.exact_bytes = self._byte_level and content.get("normalizer") in (None, {"type": "Sequence", "normalizers": []})
         self._pieces = [self._piece(i) for i in range(self.vocab_size)]
         self.bytes_per_token = np.array([len(piece) for piece in self._pieces], np.int32)
         self.fingerprint = hashlib.sha256(f"{self.eos}\0{self.bos}\0{text}".encode()).hexdigest()
