@@ -1,19 +1,23 @@
 """The report: written from run folders alone, whole, escaped, and clear about what is missing."""
 
+import itertools
 import json
 import re
 import time
 from html.parser import HTMLParser
 
+import matplotlib
 import numpy as np
 import pytest
 
 from plait.train.metrics import MetricsWriter, write_attention, write_layers, write_probes
 from plait.train.probes.events import EventDetector
 from plait.train.report import write_report
+from plait.train.report.attention import choose_heads, head_scores, normalise, shown
+from plait.train.report.curves import smooth
 
 KIND = {"softmax": "full", "sliding_window": "sparse", "gated_deltanet": "linear", "gla": "linear"}
-TEXT = "The old lighthouse keeper wrote in his log every night: wind, tide, ships. When the storm came, the keeper wrote the same words: "
+TEXT = "The old lighthouse keeper wrote in his log every night: wind, tide, ships. When the storm came, he wrote the same words: "
 HYBRID = ("gated_deltanet", "gated_deltanet", "sliding_window", "softmax") * 2
 
 
@@ -22,7 +26,12 @@ def make_run(run, *, pattern=HYBRID, heads=8, steps=2000, probes=40, seed=0, tok
     rng, depth = np.random.default_rng(seed), len(pattern)
     layers = [{"index": i, "mixer": mixer, "kind": KIND[mixer], "num_heads": heads} for i, mixer in enumerate(pattern)]
     run.mkdir(parents=True)
-    model = {"pattern": ",".join(pattern[:4]), "d_model": 512, "num_layers": depth}
+    runs = [(mixer, len(list(group))) for mixer, group in itertools.groupby(pattern[:4])]
+    model = {
+        "pattern": ",".join(mixer if count == 1 else f"{mixer}*{count}" for mixer, count in runs),
+        "d_model": 512,
+        "num_layers": depth,
+    }
     (run / "config.json").write_text(json.dumps({"preset": "lm_quick", "steps": steps, "seed": seed, "model": model}))
     environment = {"parameters": 41_300_000, "devices": ["NVIDIA H100"] * 8, "jax": "0.11.2", "commit": "0123abc"}
     (run / "environment.json").write_text(
@@ -53,7 +62,7 @@ def make_run(run, *, pattern=HYBRID, heads=8, steps=2000, probes=40, seed=0, tok
             writer.write(step, values, tokens=step * 65536, seconds=step * 0.16 + 8)
             writer.write_events(detector.update(step, loss=loss))
         for step in np.linspace(0, steps, probes).astype(int):
-            arrays = make_probes(rng, layers, step / steps, onset, top, moh)
+            arrays = make_probes(rng, layers, step / steps, onset=onset, top=top, moh=moh)
             write_probes(run, step, arrays)
             writer.write_events(detector.update(int(step), arrays))
     words = re.findall(r"\w+|[^\w]", TEXT * 8)[:tokens]
@@ -61,7 +70,7 @@ def make_run(run, *, pattern=HYBRID, heads=8, steps=2000, probes=40, seed=0, tok
     return run
 
 
-def make_probes(rng, layers, share, onset, top, moh):
+def make_probes(rng, layers, share, *, onset, top, moh):
     """Probe arrays at `share` of the training."""
     kinds, shape = np.array([layer["kind"] for layer in layers]), onset.shape
     linear, full = (kinds == "linear")[:, None], (kinds == "full")[:, None]
@@ -116,7 +125,7 @@ def make_attention(rng, layers, size):
 class Page(HTMLParser):
     """Counts tags, checks that they close, and collects every address."""
 
-    VOID = {"meta", "img", "br", "link", "input"}
+    VOID = ("meta", "img", "br", "link", "input")
 
     def __init__(self, text):
         super().__init__()
@@ -148,6 +157,137 @@ def test_report_of_a_full_run_is_self_contained_fast_and_small(full_run):
     parsed = Page(text)
     assert all(address.startswith(("#", "data:image/png;base64,")) for address in parsed.addresses)
     assert "url(" not in text and "@import" not in text
-    assert parsed.tags.count("img") == len(list(path.parent.glob("*.png"))) == 9
+    assert parsed.tags.count("img") == len(list(path.parent.glob("*.png"))) == 10
     for part in ("41.3M", "8 × NVIDIA H100", "sink onset", "loss spike", "bits per byte", "decay horizon".capitalize()):
         assert part in text
+
+
+def test_report_of_several_runs_overlays_and_compares_them(full_run, tmp_path):
+    other = make_run(tmp_path / "softmax", pattern=("softmax",) * 4, heads=4, steps=200, probes=5, seed=1, level=2.9, moh=False)
+    path = write_report([full_run, other], tmp_path / "out")
+    text = path.read_text()
+    Page(text)
+    assert path == tmp_path / "out/index.html" and not (tmp_path / "report").exists()
+    for part in (
+        "2 runs compared",
+        "Settings that differ",
+        "hybrid has the lowest validation loss",
+        "model.num_layers",
+        "same number of tokens",
+    ):
+        assert part in text
+    assert {p.name for p in path.parent.glob("attention*.png")} == {"attention.png", "attention_1.png"}
+
+
+def test_report_of_runs_with_the_same_folder_name_tells_them_apart(tmp_path):
+    runs = [make_run(tmp_path / name / "run", pattern=("softmax",), heads=2, steps=20, probes=2) for name in ("a", "b")]
+    text = write_report(runs, tmp_path / "out").read_text()
+    assert "a/run" in text and "b/run" in text
+
+
+def test_report_goes_beside_the_first_of_several_runs(tmp_path):
+    runs = [make_run(tmp_path / name, pattern=("softmax",), heads=2, steps=20, probes=1) for name in ("a", "b")]
+    assert write_report(runs) == tmp_path / "report/index.html"
+
+
+def test_run_with_a_single_metrics_line_says_what_is_missing(tmp_path):
+    with MetricsWriter(tmp_path / "run", tensorboard=False) as writer:
+        writer.write(1, {"loss/train": 9.5}, tokens=64, seconds=1.0)
+    text = write_report([tmp_path / "run"]).read_text()
+    Page(text)
+    for part in (
+        "One training loss was logged: 9.500 at step 1.",
+        "config.json is missing or cannot be read",
+        "No attention probes were written",
+        "No probe of any head was written",
+        "no attention pictures were written",
+        "No event was recorded",
+        "no layer of these runs is a mixture of heads",
+    ):
+        assert part in text, part
+
+
+def test_run_without_any_line_still_has_a_report(tmp_path):
+    MetricsWriter(tmp_path / "run", tensorboard=False).close()
+    assert "No loss was logged." in write_report([tmp_path / "run"]).read_text()
+
+
+def test_run_whose_values_are_not_finite_or_cut_off_has_a_report(tmp_path):
+    run = make_run(tmp_path / "run", pattern=("softmax", "gla"), heads=2, steps=40, probes=3)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 41, "tokens": 1, "seconds": 9.0, "loss/train": null}\n{"step": 42, "lo')
+    probes = {"sink": np.full((2, 2, 4), np.nan), "entropy_ratio": np.full((2, 2), np.nan), "max_logit": np.full((2, 2), np.inf)}
+    write_probes(run, 41, probes)
+    (run / "probes/attention.npz").write_bytes(b"no zip")
+    (run / "events.jsonl").unlink()
+    text = write_report([run]).read_text()
+    assert "1 logged loss not finite" in text and "line 43 is unfinished" in text
+    assert "attention.npz cannot be read" in text and "derived from the probe files" in text
+
+
+@pytest.mark.parametrize("name", ["config.json", None])
+def test_folder_that_is_not_a_run_is_an_error(tmp_path, name):
+    if name:
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(ValueError, match=rf"{re.escape(str(tmp_path))} is not a run: .*metrics.jsonl; give the folder"):
+        write_report([tmp_path])
+    with pytest.raises(ValueError, match="name at least one"):
+        write_report([])
+
+
+def test_every_string_of_a_run_is_escaped(tmp_path):
+    bad = "<script>alert('x')</script>&\"$"
+    run = make_run(tmp_path / "<script>a&b$", pattern=("softmax", "softmax"), heads=2, steps=20, probes=2, tokens=12)
+    config = {"preset": bad, "model": {"pattern": bad}, bad: bad}
+    (run / "config.json").write_text(json.dumps(config))
+    (run / "environment.json").write_text(json.dumps({"devices": [bad], "commit": bad, "parameters": bad}))
+    write_layers(run, [{"index": i, "mixer": bad, "kind": bad, "num_heads": 2} for i in range(2)], first_k=4)
+    write_attention(
+        run,
+        20,
+        make_attention(np.random.default_rng(0), [{"num_heads": 2, "kind": "full", "mixer": "softmax"}] * 2, 12),
+        [bad] * 12,
+    )
+    event = {"step": 3, "kind": bad, "layer": 0, "head": 0, "value": 1.0, "threshold": 0.5, "message": bad}
+    with MetricsWriter(run, tensorboard=False) as writer:
+        writer.write_events([event])
+        writer.write(21, {f"{bad}/{bad}": 1.0}, tokens=1, seconds=1.0)
+    second = make_run(tmp_path / "_second", pattern=("softmax",), heads=2, steps=20, probes=2)
+    for runs in ([run], [run, second]):
+        text = write_report(runs, tmp_path / "out").read_text()
+        parsed = Page(text)
+        assert "script" not in parsed.tags and "<script" not in text and "&lt;script&gt;" in text
+        assert all(address.startswith(("#", "data:image/png;base64,")) for address in parsed.addresses)
+
+
+def test_report_leaves_no_style_behind(full_run, tmp_path):
+    before = dict(matplotlib.rcParams)
+    write_report([make_run(tmp_path / "run", pattern=("gla",), heads=1, steps=10, probes=1)])
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_smooth_starts_unbiased_and_skips_nan():
+    values = np.r_[10.0, np.nan, np.full(98, 10.0)]
+    assert np.allclose(smooth(values), 10.0)
+
+
+def test_chosen_heads_are_the_extreme_ones_and_differ():
+    maps = np.zeros((1, 3, 8, 8))
+    maps[0, 0, :, 0] = 1  # all on the first token
+    maps[0, 1] = np.eye(8)  # most local
+    maps[0, 2] = np.tril(np.ones((8, 8)))  # broadest
+    maps[0, 2, :, 1] *= -1
+    normal = normalise(maps)
+    assert np.allclose(np.abs(normal).sum(-1), 1)
+    chosen = {reason: head for _, head, reason, _ in choose_heads(head_scores(normal), [0])}
+    assert chosen == {"most on first token": 0, "most local": 1, "sharpest": 2}
+
+
+def test_head_that_a_layer_does_not_have_is_never_chosen():
+    maps = np.full((1, 2, 4, 4), np.nan)
+    maps[0, 0] = np.eye(4)
+    assert {head for _, head, *_ in choose_heads(head_scores(normalise(maps)), [0])} == {0}
+
+
+def test_token_labels_show_white_space_and_stay_short():
+    assert shown(" a\n") == "·a↵" and shown("\x00") == "□" and len(shown("x" * 50)) == 8

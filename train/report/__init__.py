@@ -28,11 +28,11 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
     with matplotlib.rc_context(RC):
         sections = _sections(loaded)
     html = []
-    for title, items in sections:
+    for short, title, items in sections:
         for item in items:
             if isinstance(item, Picture):
                 write_atomically(out / f"{item.name}.png", item.png)
-        html.append((title, "".join(item if isinstance(item, Markup) else page.show(item) for item in items)))
+        html.append((short, title, "".join(item if isinstance(item, Markup) else page.show(item) for item in items)))
     names = ", ".join(run.name for run in loaded)
     foot = "Written by plait from the run folders alone; the figures are also PNG files beside this page."
     text = page.page(f"plait report: {names}", page.header(loaded), html, foot)
@@ -44,7 +44,7 @@ class Markup(str):
     """HTML that `page` made and escaped; any other string is a sentence still to be escaped."""
 
 
-def _sections(runs: list[Run]) -> list[tuple[str, list[Picture | Markup | str]]]:
+def _sections(runs: list[Run]) -> list[tuple[str, str, list[Picture | Markup | str]]]:
     shown = list(enumerate(runs))[:MOST_MAPS]
     rest = f"Maps and pictures are shown for the first {MOST_MAPS} of {len(runs)} runs." if len(runs) > MOST_MAPS else None
     note: list[Picture | Markup | str] = [rest] if rest else []
@@ -52,30 +52,32 @@ def _sections(runs: list[Run]) -> list[tuple[str, list[Picture | Markup | str]]]
         over_time = [maps.over_time("over_time", [(0, runs[0], value) for value in (maps.ENTROPY, maps.SINK)], _NO_PROBES)]
     else:
         over_time = [
-            maps.over_time(
-                f"over_time_{value.key}", [(index, run, value) for index, run in shown], f"{value.title}: {_NO_PROBES}"
-            )
+            maps.over_time(f"over_time_{value.key}", [(index, run, value) for index, run in shown], _NO_PROBES)
             for value in (maps.ENTROPY, maps.SINK)
         ]
     load = maps.over_time("head_load", [(index, run, maps.LOAD) for index, run in shown], _NO_LOAD)
     pictures = [item for index, run in shown for item in (attention.pictures(index, run), Markup(page.text_sample(run)))]
+    memory = (
+        [maps.over_time("memory", [(0, runs[0], value) for value in (maps.HORIZON, maps.WRITE)], "")] if len(runs) == 1 else []
+    )
+    memory = [item for item in memory if item]
     return [
-        ("What happened", [Markup(page.story(runs))]),
-        ("Loss", [curves.loss(runs)]),
-        ("Speed and optimisation", [curves.scalars(runs)]),
-        ("Attention over training", [curves.kinds(runs), *over_time, *note]),
-        ("Heads at the end", [maps.final(shown)]),
-        ("Memory of linear layers", [curves.layer_lines("linear", runs, curves.LINEAR, _NO_LINEAR)]),
-        ("Head load", [load]),
-        ("Extreme values", [curves.layer_lines("extremes", runs, curves.EXTREMES, _NO_EXTREMES)]),
-        ("Attention pictures", pictures),
-        ("Events", [curves.timeline(runs), Markup(page.events_table(runs))]),
-        ("Definitions", [Markup(page.definitions())]),
-        ("Settings", [Markup(page.sources(runs))]),
+        ("Summary", "What happened", [Markup(page.story(runs))]),
+        ("Loss", "Loss", [curves.loss(runs)]),
+        ("Speed", "Speed and optimisation", [curves.scalars(runs)]),
+        ("Attention", "Attention over training", [curves.kinds(runs), *over_time, *note]),
+        ("Heads", "Every head at the end", [maps.final(shown)]),
+        ("Memory", "Memory of the linear layers", [curves.layer_lines("linear", runs, curves.LINEAR, _NO_LINEAR), *memory]),
+        ("Head load", "Mixture of heads", [load]),
+        ("Extremes", "Extreme values", [curves.layer_lines("extremes", runs, curves.EXTREMES, _NO_EXTREMES)]),
+        ("Pictures", "Attention pictures", pictures),
+        ("Events", "Events", [curves.timeline(runs), Markup(page.events_table(runs))]),
+        ("Definitions", "Definitions", [Markup(page.definitions())]),
+        ("Settings", "Settings", [Markup(page.sources(runs))]),
     ]
 
 
-_NO_PROBES = "no probes were written, so there is nothing to map; they come with --probe-every."
+_NO_PROBES = "No probes were written, so there is nothing to map; they come with --probe-every."
 _NO_LOAD = "No head load was recorded: no layer of these runs is a mixture of heads."
 _NO_LINEAR = "No decay horizon, write strength or state norm was recorded: these runs have no linear layer, or no probes."
 _NO_EXTREMES = "No residual norms or logits were recorded."

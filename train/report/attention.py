@@ -17,12 +17,15 @@ MARKS = {"\n": "↵", "\t": "→", "\r": "↵", " ": "·"}
 def normalise(maps: np.ndarray) -> np.ndarray:
     """Rows divided by their sum of absolute values, so that signed and unnormalised weights are shares of the same total."""
     total = np.nansum(np.abs(maps), -1, keepdims=True)
-    return np.divide(maps, total, out=np.zeros_like(maps), where=total > 0)
+    return maps / np.where(total > 0, total, 1)
 
 
 def head_scores(maps: np.ndarray) -> dict[str, np.ndarray]:
     """What makes a head worth a picture, each [L, H] and larger for more so; from normalised maps, first query left out."""
-    weights, size = np.abs(maps[..., 1:, :]), maps.shape[-1]
+    size = maps.shape[-1]
+    exists = np.isfinite(maps[..., np.tri(size, dtype=bool)]).all(-1)
+    maps = np.nan_to_num(maps)
+    weights = np.abs(maps[..., 1:, :])
     rows, columns = np.arange(1, size)[:, None], np.arange(size)
     with np.errstate(divide="ignore", invalid="ignore"):
         entropy = -np.nansum(np.where(weights > 0, weights * np.log(weights), 0), -1) / np.log(np.arange(2, size + 1))
@@ -35,7 +38,6 @@ def head_scores(maps: np.ndarray) -> dict[str, np.ndarray]:
         "most negative": negative.mean(-1),
         "broadest": entropy.mean(-1),
     }
-    exists = np.isfinite(maps).all((-1, -2))
     return {name: np.where(exists, score, -np.inf) for name, score in scores.items()}
 
 
@@ -89,12 +91,13 @@ def pictures(index: int, run: Run) -> Picture | str:
         width = 0.12 + 0.078 * len(mixer["mixer"])
         place = {"transform": cells[0].transAxes, "fontsize": 8.5, "color": MUTED}
         cells[0].text(width / 2.5, 1.14, f"{mixer['kind']} layers", **place)
-    colour_bar(axes[PANELS - 1], image, ticks=[-1, -0.25, 0, 0.25, 1], width=0.6, lift=0.36)
+    bar = colour_bar(axes[PANELS - 1], image, ticks=[-1, -0.25, 0, 0.25, 1], width=0.6, lift=0.36)
+    bar.text(-0.04, 0.5, "share of the row", transform=bar.transAxes, ha="right", va="center", fontsize=7.5, color=MUTED)
     step = "" if run.attention.step is None else f" at step {run.attention.step:,}"
     caption = (
         f"{run.name}{step}: implied attention, each row (query) divided by its sum of absolute weights. "
-        "Blue is positive, red negative, white zero; colour grows with the square root of the weight, so weak weights stay visible. "
-        "Keys run across, queries down. "
+        "Blue is positive, red negative, pale grey zero; colour grows with the square root of the weight, so weak weights stay "
+        "visible. Keys run across, queries down. "
         "The heads shown are the extreme ones of each mixer, not typical ones."
     )
     return picture(f"attention_{index}" if index else "attention", figure, caption)

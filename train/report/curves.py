@@ -39,11 +39,14 @@ EVENT_TITLES = {
 
 
 def smooth(values: np.ndarray, share: float = 0.02) -> np.ndarray:
-    """An exponential mean over about `share` of the points, not biased towards its start; NaN are skipped."""
-    decay = 1 - 1 / max(1.0, share * len(values))
+    """An exponential mean over about `share` of the points, and over no more than a tenth of those so far; NaN are skipped.
+
+    The second bound keeps the line from lagging behind the steep start of a loss.
+    """
     mean = weight = 0.0
     smoothed = np.full(len(values), np.nan)
     for index, value in enumerate(values):
+        decay = 1 - 1 / max(1.0, min(share * len(values), 0.1 * (index + 1)))
         if math.isfinite(value):
             mean, weight = decay * mean + (1 - decay) * value, decay * weight + (1 - decay)
         if weight:
@@ -55,54 +58,51 @@ def loss(runs: Sequence[Run]) -> Picture | str:
     """Training and validation loss: the whole run on a logarithmic step axis, and its second half enlarged."""
     if not any(run.series(name)[0].size for run in runs for name in ("loss/train", "loss/val")):
         return "No loss was logged."
-    figure, axes = panels(2, columns=2, height=3.3, gap=(0.75, 0))
     end = max((run.records[-1]["step"] for run in runs if run.records), default=1)
-    tails: list[float] = []
+    whole, half = (1 if end > 1 else 0), end / 2  # a logarithmic axis has no step 0
+    figure, axes = panels(2, columns=2, height=3.3, gap=(0.75, 0), margin=(0.36, 0.5))
+    seen = [level for index, run in enumerate(runs) for level in _loss_of(axes[1], run, index, half, alone=len(runs) == 1)]
     for index, run in enumerate(runs):
-        colour, dash, alone = run_colour(index), run_dash(index), len(runs) == 1
-        steps, values = run.series("loss/train")
-        val_steps, val = run.series("loss/val")
-        line = smooth(values)
-        for ax in axes:
-            if values.size > 8:
-                ax.plot(steps, values, color=colour, linewidth=0.6, alpha=0.22 if alone else 0.1)
-            if values.size:
-                marker = "o" if values.size == 1 else None
-                ax.plot(steps, line, color=colour, linestyle=dash, marker=marker, markersize=4)
-            if val.size:
-                style = {"marker": "o", "markersize": 4.2, "markerfacecolor": "white", "markeredgewidth": 1.2}
-                ax.plot(val_steps, val, color=INK if alone else colour, linewidth=0.8, linestyle=dash, **style)
-            for event in run.events:
-                if event["kind"] == "loss_spike":
-                    ax.plot(
-                        event["step"],
-                        1.015,
-                        "v",
-                        color=INK if alone else colour,
-                        markersize=5,
-                        transform=ax.get_xaxis_transform(),
-                    )
-        tails += [*line[steps >= end / 2], *val[val_steps >= end / 2]]
-    finite = [value for value in tails if math.isfinite(value)]
-    axes[0].set(title="Loss, whole run", ylabel="nats per token")
+        _loss_of(axes[0], run, index, whole, alone=len(runs) == 1)
+    axes[0].set(title="Whole run", ylabel="nats per token", xlabel="step, logarithmic")
     axes[1].set(title="Second half, enlarged", ylabel="nats per token")
     if end > 1:
         axes[0].set_xscale("log")
         axes[0].xaxis.set_major_formatter(FuncFormatter(short))
         axes[0].xaxis.set_minor_formatter(NullFormatter())
-    axes[0].set_xlabel("step, logarithmic")
-    value_axis(axes[0])
-    value_axis(axes[1])
     step_axis(axes[1])
-    if finite:
-        room = 0.12 * (max(finite) - min(finite)) or 0.1
-        axes[1].set(xlim=(end / 2, end * 1.01), ylim=(min(finite) - room, max(finite) + room))
-    _legend(axes[0], runs, [Line2D([], [], color=INK, marker="o", markerfacecolor="white", linewidth=0.8)], ["validation"])
-    spikes = (
-        " Triangles on the upper edge mark loss spikes." if any(e["kind"] == "loss_spike" for r in runs for e in r.events) else ""
-    )
+    if seen:
+        room = 0.12 * (max(seen) - min(seen)) or 0.1
+        axes[1].set(xlim=(half, end * 1.01), ylim=(min(seen) - room, max(seen) + room))
+    for ax in axes:
+        value_axis(ax)
+    validation = Line2D([], [], color=INK, marker="o", markerfacecolor="white", linewidth=0.8)
+    _legend(axes[0], runs, [validation], ["validation"])
     caption = "Faint: every logged training loss. Solid: its exponential mean over 2% of the points. Circles: validation loss."
-    return picture("loss", figure, caption + spikes)
+    if any(event["kind"] == "loss_spike" for run in runs for event in run.events):
+        caption += " Triangles on the upper edge mark loss spikes."
+    return picture("loss", figure, caption)
+
+
+def _loss_of(ax: Axes, run: Run, index: int, start: float, *, alone: bool) -> list[float]:
+    """Draws the losses of one run from a step on; the finite levels of its smooth line and its validation."""
+    colour, dash, levels = run_colour(index), run_dash(index), []
+    (steps, values), (val_steps, val) = run.series("loss/train"), run.series("loss/val")
+    smoothed, late, val_late = smooth(values), steps >= start, val_steps >= start
+    if late.sum() > 8:
+        ax.plot(steps[late], values[late], color=colour, linewidth=0.6, alpha=0.25 if alone else 0.1)
+    if late.any():
+        marker = "o" if late.sum() == 1 else None
+        ax.plot(steps[late], smoothed[late], color=colour, linestyle=dash, marker=marker, markersize=4)
+        levels += list(smoothed[late])
+    if val_late.any():
+        style = {"marker": "o", "markersize": 4.2, "markerfacecolor": "white", "markeredgewidth": 1.2}
+        ax.plot(val_steps[val_late], val[val_late], color=INK if alone else colour, linewidth=0.8, linestyle=dash, **style)
+        levels += list(val[val_late])
+    spikes = [event["step"] for event in run.events if event["kind"] == "loss_spike" and event["step"] >= start]
+    place = {"transform": ax.get_xaxis_transform(), "clip_on": False, "linestyle": "", "markeredgewidth": 0}
+    ax.plot(spikes, [1.015] * len(spikes), marker="v", color=INK if alone else colour, markersize=6, **place)
+    return [level for level in levels if math.isfinite(level)]
 
 
 def _legend(ax: Axes, runs: Sequence[Run], handles: list[Line2D], labels: list[str], *, place: str = "upper right") -> None:
@@ -184,7 +184,7 @@ def kinds(runs: Sequence[Run]) -> Picture | str:
     if len(runs) > 1:
         _legend(axes[0], runs, handles, labels, place="best")
     else:
-        axes[0].legend(handles, labels, loc="best", handlelength=2.2)
+        axes[0].legend(handles, labels, loc="lower left", handlelength=2.2)
     caption = (
         "Every layer kind on one scale. α₁ is the mean weight that later tokens give the first token; dotted, the sink threshold."
     )
@@ -208,15 +208,15 @@ LINEAR = (
     LayerValue("state_norm", "State norm", "Frobenius norm"),
 )
 EXTREMES = (
-    LayerValue("residual_top", "Largest |x| after each layer", "absolute value", log=True, compare="max"),
-    LayerValue("residual_peak", "First token against the rest", "‖x₀‖ / mean ‖xⱼ‖", log=True, compare="max"),
-    LayerValue("max_logit", "Largest attention logit", "logit", compare="max"),
-    LayerValue("value_drain", "Values of the first token", "‖v₀‖ / mean ‖vⱼ‖"),
+    LayerValue("residual_top", "Largest |x|", "in the residual stream", log=True, compare="max"),
+    LayerValue("residual_peak", "First-token norm", "‖x₀‖ / mean ‖xⱼ‖", log=True, compare="max"),
+    LayerValue("max_logit", "Largest logit", "before the softmax", compare="max"),
+    LayerValue("value_drain", "Value drain", "‖v₀‖ / mean ‖vⱼ‖"),
 )
 
 
 def layer_lines(name: str, runs: Sequence[Run], values: Sequence[LayerValue], missing: str) -> Picture | str:
-    """One panel for each value: the median over heads of every layer with the 10-90% band, or one line for each run."""
+    """One panel for each value: a line for every layer (median over heads), or one line for each run."""
     values = [value for value in values if any(run.probe(value.key) is not None for run in runs)]
     if not values:
         return missing
@@ -242,8 +242,7 @@ def layer_lines(name: str, runs: Sequence[Run], values: Sequence[LayerValue], mi
         return picture(
             name, figure, "One line for each run: over all layers and heads, the median or the maximum as the axis says."
         )
-    caption = "One line for each layer, dark for deep: the median over heads, shaded from the 10th to the 90th percentile; "
-    caption += "for logits the maximum over heads."
+    caption = "One line for each layer, dark for deep: the median over its heads, for logits the maximum."
     return picture(name, figure, caption)
 
 
@@ -255,9 +254,6 @@ def _one_run(ax: Axes, run: Run, array: np.ndarray, value: LayerValue) -> None:
         if heads.size:
             line = [_reduce(row, "max" if value.key == "max_logit" else "median") for row in heads]
             ax.plot(run.probes.steps, line, color=colour, linewidth=1.3, marker=_marker(line))
-            if heads.shape[1] > 2 and value.key != "max_logit":
-                low, high = np.nanpercentile(np.where(np.isfinite(heads), heads, np.nan), (10, 90), axis=1)
-                ax.fill_between(run.probes.steps, low, high, color=colour, alpha=0.1, linewidth=0)
     bar = colour_bar(ax, scale, ticks=[0, array.shape[1] - 1] if array.shape[1] > 1 else [0], width=0.2)
     bar.text(-0.12, 0.5, "layer", transform=bar.transAxes, ha="right", va="center", fontsize=7, color=MUTED)
 
@@ -277,16 +273,16 @@ def timeline(runs: Sequence[Run]) -> Picture | str:
     if not kinds_found:
         return "No event was recorded: no sink emerged, no entropy collapsed, no logit, activation or loss left its bounds."
     lanes = [kind for kind in EVENT_TITLES if kind in kinds_found] + [kind for kind in kinds_found if kind not in EVENT_TITLES]
-    figure, (ax,) = panels(1, columns=1, height=0.32 * len(lanes) + 0.1, left=1.55, margin=(0.3, 0.5))
+    figure, (ax,) = panels(1, columns=1, height=0.4 * len(lanes) + 0.05, left=1.55, margin=(0.3, 0.5))
     for index, run in enumerate(runs):
-        shift = 0 if len(runs) == 1 else 0.5 * (index / (len(runs) - 1) - 0.5)
         for event in run.events:
             layer = event.get("layer")
             known = layer is not None and layer < len(run.layers)
             kind = run.layers[layer]["kind"] if known else "model"
             colour = run_colour(index) if len(runs) > 1 else kind_colour(kind) if known else INK
-            style = {"marker": "o" if layer is not None else "D", "markersize": 6 if layer is not None else 6.5, "alpha": 0.75}
-            ax.plot(event["step"], lanes.index(event["kind"]) + shift, color=colour, markeredgewidth=0, linestyle="", **style)
+            depth = 0.5 * (layer / max(1, len(run.layers) - 1) - 0.5) if known else 0.0
+            style = {"marker": "o" if layer is not None else "D", "markersize": 6.5, "markeredgecolor": "white"}
+            ax.plot(event["step"], lanes.index(event["kind"]) + depth, color=colour, markeredgewidth=0.7, linestyle="", **style)
     end = max((run.records[-1]["step"] for run in runs if run.records), default=1)
     ax.set(ylim=(len(lanes) - 0.5, -0.5), xlim=(-0.01 * end, 1.01 * end))
     ax.set_yticks(range(len(lanes)), [EVENT_TITLES.get(lane, lane) for lane in lanes])
@@ -294,4 +290,8 @@ def timeline(runs: Sequence[Run]) -> Picture | str:
     ax.grid(axis="y")
     step_axis(ax)
     whose = "one colour for each run" if len(runs) > 1 else "coloured by layer kind as in the strip at the top"
-    return picture("events", figure, f"Circles concern one head or layer, {whose}; diamonds concern the whole model.")
+    return picture(
+        "events",
+        figure,
+        f"Circles concern one head or layer, {whose}, first layers higher in the lane; diamonds the whole model.",
+    )

@@ -8,20 +8,19 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, LogNorm, Normalize
-from matplotlib.patches import Rectangle
 
 from plait.train.report.run import Run
 from plait.train.report.style import (
     AMOUNT_MAP,
     ENTROPY_MAP,
-    MUTED,
     PAPER,
     Picture,
     blank,
     colour_bar,
-    kind_colour,
+    kind_strip,
     panels,
     picture,
+    run_colour,
     step_axis,
 )
 
@@ -35,11 +34,16 @@ class HeadValue:
     meaning: str
     limits: tuple[float, float] | None = None
     log: bool = False
+    low_is_dark: bool = False
+    compared: bool = True
+    """Whether a comparison of several runs shows it."""
 
     @property
     def colours(self) -> Colormap:
-        """Entropy has a colour map of its own; for every other value pale is little and dark is much."""
-        return ENTROPY_MAP if self.key == "entropy_ratio" else AMOUNT_MAP
+        """Entropy has a colour map of its own; for every other value dark is what one looks for."""
+        if self.key == "entropy_ratio":
+            return ENTROPY_MAP
+        return AMOUNT_MAP.reversed() if self.low_is_dark else AMOUNT_MAP
 
 
 ENTROPY = HeadValue(
@@ -55,25 +59,31 @@ SINK = HeadValue(
     "Mean weight that the queries give the first token of their document; a sink above 0.3.",
     limits=(0, 1),
 )
+HORIZON = HeadValue("decay_horizon", "Decay horizon", "Tokens after which a linear head's state is down to 1/e.", log=True)
+WRITE = HeadValue("write_strength", "Write strength", "Mean of the write gate (β) of a linear head.")
 LOAD = HeadValue("head_load", "Head load", "Share of tokens that choose the head (mixture of heads).", limits=(0, 1))
 HEAD_VALUES = (
     ENTROPY,
     SINK,
-    HeadValue("sink_rate", "Sink rate", "Share of held-out sequences in which the head has α₁ > 0.3.", limits=(0, 1)),
+    HeadValue(
+        "sink_rate", "Sink rate", "Share of held-out sequences in which the head has α₁ > 0.3.", limits=(0, 1), compared=False
+    ),
     HeadValue("max_logit", "Largest logit", "Largest attention logit before the softmax; linear layers have none."),
-    HeadValue("value_drain", "Value drain", "‖v₀‖ / mean ‖vⱼ‖: a sink that carries no content is well below 1."),
-    HeadValue("decay_horizon", "Decay horizon", "Tokens after which the state of a linear head has decayed to 1/e.", log=True),
-    HeadValue("write_strength", "Write strength", "Mean of the write gate (β) of a linear head."),
-    HeadValue("state_norm", "State norm", "Frobenius norm of the recurrent state at the end of a sequence."),
+    HeadValue(
+        "value_drain", "Value drain", "‖v₀‖ / mean ‖vⱼ‖: a sink that carries no content is well below 1.", low_is_dark=True
+    ),
+    HORIZON,
+    WRITE,
+    HeadValue("state_norm", "State norm", "Frobenius norm of the recurrent state at the end of a sequence.", compared=False),
     LOAD,
 )
 
 
 def _norm(value: HeadValue, arrays: Sequence[np.ndarray]) -> Normalize:
     """One colour scale for every panel that shows this value."""
-    if value.limits:
-        return Normalize(*value.limits)
     finite = np.concatenate([array[np.isfinite(array)].ravel() for array in arrays])
+    if value.limits or not finite.size:
+        return Normalize(*(value.limits or (0, 1)))
     if value.log and (finite > 0).any():
         low, high = finite[finite > 0].min(), finite.max()
         return LogNorm(low, high if high > low else 2 * low)
@@ -94,8 +104,8 @@ def over_time(name: str, cells: Sequence[tuple[int, Run, HeadValue]], missing: s
     if not shown:
         return missing
     several = len({index for index, *_ in shown}) > 1
-    rows = max(len(_rows(run, array)) for _, run, _, array in shown)
-    height = float(np.clip(0.075 * rows, 0.35 * max(len(run.layers) for _, run, *_ in shown), 12.0))
+    places = [_rows(array) for *_, array in shown]
+    height = float(np.clip(0.075 * max(map(len, places)), 0.3 * max(len({layer for layer, _ in rows}) for rows in places), 12.0))
     same = len({tuple((layer["mixer"], layer["num_heads"]) for layer in run.layers) for _, run, *_ in shown}) == 1
     widest = max((len(layer["mixer"]) for _, run, *_ in shown for layer in run.layers), default=4)
     left = 0.55 + 0.068 * widest
@@ -106,7 +116,7 @@ def over_time(name: str, cells: Sequence[tuple[int, Run, HeadValue]], missing: s
     for position, (ax, (_, run, value, array)) in enumerate(zip(axes, shown)):
         mesh = _heat(ax, run, array, value, norms[value.key], labels=position % columns == 0 or not same)
         ax.set_title(run.name if several else value.title, fontsize=9 if several else 9.5)
-        if position < columns:
+        if not several or position in (columns - 1, len(shown) - 1):
             colour_bar(ax, mesh, ticks=_ticks(norms[value.key]), width=0.3)
     title = f"{shown[0][2].title}, one panel for each run. " if several else ""
     parts = [
@@ -119,13 +129,13 @@ def over_time(name: str, cells: Sequence[tuple[int, Run, HeadValue]], missing: s
     return picture(name, figure, " ".join(parts))
 
 
-def _rows(run: Run, array: np.ndarray) -> list[tuple[int, int]]:
+def _rows(array: np.ndarray) -> list[tuple[int, int]]:
     """The (layer, head) pairs that have a value, in order."""
     return [(layer, head) for layer, head in np.ndindex(array.shape[1:3]) if np.isfinite(array[:, layer, head]).any()]
 
 
 def _heat(ax: Axes, run: Run, array: np.ndarray, value: HeadValue, norm: Normalize, *, labels: bool) -> Any:
-    rows, steps = _rows(run, array), run.probes.steps.astype(float)
+    rows, steps = _rows(array), run.probes.steps.astype(float)
     middles = (steps[1:] + steps[:-1]) / 2
     first, last = (steps[1] - steps[0], steps[-1] - steps[-2]) if steps.size > 1 else (1.0, 1.0)
     edges = np.array([steps[0] - first / 2, *middles, steps[-1] + last / 2])
@@ -133,56 +143,66 @@ def _heat(ax: Axes, run: Run, array: np.ndarray, value: HeadValue, norm: Normali
     mesh = ax.pcolormesh(edges, np.arange(len(rows) + 1), matrix, cmap=value.colours, norm=norm, rasterized=True)
     ax.set_ylim(len(rows), 0)
     starts = [i for i, (layer, _) in enumerate(rows) if i == 0 or rows[i - 1][0] != layer] + [len(rows)]
-    for start, end in pairwise(starts):
-        layer = run.layers[rows[start][0]]
-        ax.axhline(end, color=PAPER, linewidth=1.6)
-        place = {"transform": ax.get_yaxis_transform(), "clip_on": False, "linewidth": 0}
-        ax.add_patch(Rectangle((-0.02, start + 0.1), 0.012, end - start - 0.2, color=kind_colour(layer["kind"]), **place))
+    ax.hlines(starts[1:], *edges[[0, -1]], color=PAPER, linewidth=1.6)
+    kind_strip(ax, [(start + 0.1, end - 0.1, run.layers[rows[start][0]]["kind"]) for start, end in pairwise(starts)])
     centres = [(start + end) / 2 for start, end in pairwise(starts)]
     names = [f"{rows[start][0]}  {run.layers[rows[start][0]]['mixer']}" for start in starts[:-1]]
     ax.set_yticks(centres, names if labels else [])
-    ax.tick_params(axis="y", pad=9, labelsize=8 if len(names) <= 24 else 6.5)
+    ax.tick_params(axis="y", labelsize=8 if len(names) <= 24 else 6.5)
     if value is SINK:
         for event in run.events:
             if event["kind"] == "sink_onset" and (event["layer"], event["head"]) in rows:
                 y = rows.index((event["layer"], event["head"])) + 0.5
-                ax.plot(event["step"], y, ">", color="#0077bb", markersize=4.5, markeredgecolor=PAPER, markeredgewidth=0.6)
-    for side in ("left", "bottom"):
-        ax.spines[side].set_visible(False)
+                ax.plot(event["step"], y, ">", color="#ee7733", markersize=5, markeredgecolor=PAPER, markeredgewidth=0.6)
     step_axis(ax)
     return mesh
 
 
 def final(runs: Sequence[tuple[int, Run]]) -> Picture | str:
     """Layer x head at the last probe step: one panel for each value, or for several runs one row for each value."""
-    values = [value for value in HEAD_VALUES if any(run.probe(value.key) is not None for _, run in runs)]
+    several = len(runs) > 1
+    values: list[HeadValue | None] = [
+        value
+        for value in HEAD_VALUES
+        if any(run.probe(value.key) is not None for _, run in runs) and (value.compared or not several)
+    ]
     if not values:
         return "No probe of any head was written."
-    several = len(runs) > 1
-    profile = any(_profile(run) is not None for _, run in runs)
-    rows: list[HeadValue | None] = [*values, *([None] if profile else [])]
-    cells = [(run, value) for value in rows for _, run in runs]
+    norms = {value: _norm(value, [a[-1] for _, run in runs if (a := run.probe(value.key)) is not None]) for value in values}
+    if any(_profile(run) is not None for _, run in runs):
+        values.append(None)  # stands for alpha_k by position
+    cells = [(run, value) for value in values for _, run in runs]
     columns = len(runs) if several else 5
-    layers = max(len(run.layers) for _, run in runs)
-    height = float(np.clip(0.16 * layers, 0.7, 4.0))
-    figure, axes = panels(len(cells), columns=columns, height=height, left=0.5, gap=(0.42, 0.78), margin=(0.5, 0.42))
-    norms = {value.key: _norm(value, [a[-1] for _, run in runs if (a := run.probe(value.key)) is not None]) for value in values}
+    height = float(np.clip((0.11 if several else 0.16) * max(len(run.layers) for _, run in runs), 0.7, 4.0))
+    figure, axes = panels(
+        len(cells), columns=columns, height=height, left=0.5, gap=(0.42, 0.62 if several else 0.78), margin=(0.55, 0.42)
+    )
     for index, (ax, (run, value)) in enumerate(zip(axes, cells)):
+        first = index % columns == 0
         array = _profile(run) if value is None else run.probe(value.key)
-        if array is None or not np.isfinite(array if value is None else array[-1]).any():
-            blank(ax, "not measured")
-            continue
-        matrix, norm = (array, Normalize(0, 1)) if value is None else (array[-1], norms[value.key])
-        image = ax.imshow(matrix, aspect="auto", cmap=value.colours if value else AMOUNT_MAP, norm=norm, interpolation="nearest")
-        title = value.title if value else "αₖ by position k"
-        ax.set_title(f"{title}\n{run.name}" if several and index < columns else title, fontsize=8.5)
-        _cells(ax, run, matrix, first=index % columns == 0, label="head" if value else "position in the document")
-        if value:
-            colour_bar(ax, image, ticks=_ticks(norm), width=0.34)
+        matrix = array if value is None or array is None else array[-1]
+        if matrix is None or not np.isfinite(matrix).any():
+            blank(ax, "none in this run")
+        else:
+            norm = norms.get(value, Normalize(0, 1))
+            image = ax.imshow(
+                matrix, aspect="auto", cmap=value.colours if value else AMOUNT_MAP, norm=norm, interpolation="nearest"
+            )
+            _cells(ax, run, matrix, first=first, label="head" if value else "position in the document")
+            if value and (not several or index % columns == columns - 1):
+                colour_bar(ax, image, ticks=_ticks(norm))
+        if first or not several:
+            ax.set_title(value.title if value else "αₖ by position k", fontsize=8.5)
+        if several and index < columns:
+            inch = 1 / (ax.get_position().height * figure.get_figheight())
+            ax.text(0, 1 + 0.32 * inch, run.name, transform=ax.transAxes, color=run_colour(index), weight="bold", fontsize=9.5)
     steps = ", ".join(dict.fromkeys(f"{run.probes.steps[-1]:,}" for _, run in runs if run.probes.steps.size))
-    caption = f"At step {steps}. Rows are layers, columns heads; white where a layer has no such value. "
-    caption += " ".join(f"{value.title}: {value.meaning}" for value in values[2:])
-    if profile:
+    caption = f"At step {steps}. Rows are layers, columns heads; blank where a layer has no such value. "
+    if several:
+        caption += "One column for each run and one colour scale for each row; Definitions says what each value is."
+    else:
+        caption += " ".join(f"{value.title}: {value.meaning}" for value in values[2:] if value)
+    if None in values:
         caption += " αₖ by position: the largest αₖ of a head for each layer, so a sink on another token than the first is seen."
     return picture("final", figure, caption)
 
@@ -202,14 +222,8 @@ def _cells(ax: Axes, run: Run, matrix: np.ndarray, *, first: bool, label: str) -
         ax.set_xticks(range(0, heads, max(1, heads // 4)), range(1, heads + 1, max(1, heads // 4)))
     ax.set_yticks(range(0, layers, max(1, layers // 8)))
     ax.tick_params(labelsize=7, length=0)
-    ax.tick_params(axis="y", pad=6)
     ax.set_xlabel(label, fontsize=7.5, labelpad=1)
     if first:
         ax.set_ylabel("layer", fontsize=7.5)
-    for side in ("left", "bottom"):
-        ax.spines[side].set_visible(False)
-    for index, layer in enumerate(run.layers[:layers]):
-        place = {"transform": ax.get_yaxis_transform(), "clip_on": False, "linewidth": 0}
-        ax.add_patch(Rectangle((-0.035, index - 0.4), 0.02, 0.8, color=kind_colour(layer["kind"]), **place))
+    kind_strip(ax, [(index - 0.4, index + 0.4, layer["kind"]) for index, layer in enumerate(run.layers[:layers])])
     ax.set_facecolor("#f4f6f8")
-    ax.spines["left"].set_color(MUTED)

@@ -1,19 +1,19 @@
 """The report as one HTML page: inline style, images as data, no request to anywhere. Every string from a run is escaped here."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
 from plait.train.report.curves import EVENT_TITLES
 from plait.train.report.maps import HEAD_VALUES
 from plait.train.report.run import Run, facts
-from plait.train.report.style import KIND_COLOURS, MUTED, Picture, kind_colour, run_colour
+from plait.train.report.style import Picture, kind_colour, run_colour
 from plait.train.report.summary import comparison, differences, mean_entropy, sink_count, summary
 
 CSS = """
 :root { --ink: #1c2733; --muted: #66727f; --line: #e4e8ec; --paper: #ffffff; --page: #f6f7f9; --accent: #004488;
-  color-scheme: light dark; }
+  --mono: ui-monospace, "SF Mono", Menlo, "DejaVu Sans Mono", monospace; color-scheme: light dark; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e3e8ee; --muted: #96a3b0; --line: #2c3640; --paper: #182029; --page: #10161c; --accent: #7fb2e5; }
   figure img { border-radius: 6px; }
@@ -29,51 +29,58 @@ h1 { font-size: 30px; line-height: 1.2; margin: 4px 0 18px; letter-spacing: -.01
 h2 { font-size: 20px; letter-spacing: -.01em; margin: 0 0 4px; }
 h3 { font-size: 15px; margin: 22px 0 6px; overflow-wrap: anywhere; }
 nav { position: sticky; top: 0; z-index: 2; background: var(--paper); border-bottom: 1px solid var(--line); }
-nav a { display: inline-block; padding: 9px 18px 9px 0; color: var(--muted); text-decoration: none; font-size: 13.5px; }
+nav a { display: inline-block; padding: 9px 17px 9px 0; color: var(--muted); text-decoration: none; font-size: 13.5px; }
 nav a:hover { color: var(--accent); }
 section { background: var(--paper); border: 1px solid var(--line); border-radius: 10px; padding: 24px 26px; margin: 20px 0; }
 section > p.lead { color: var(--muted); margin: 0 0 14px; max-width: 78ch; }
-dl.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(132px, 1fr)); gap: 14px 22px; margin: 0; }
+dl.facts { display: grid; grid-template-columns: repeat(6, 1fr); gap: 14px 22px; margin: 0; }
 dl.facts div { border-top: 2px solid var(--line); padding-top: 6px; min-width: 0; }
-dl.facts div.wide { grid-column: span 2; }
+@media (max-width: 900px) { dl.facts { grid-template-columns: repeat(3, 1fr); } }
 dl.facts dt { color: var(--muted); font-size: 12.5px; }
 dl.facts dd { margin: 0; font-size: 17px; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
-.strip { display: flex; gap: 3px; margin: 22px 0 0; }
+.pattern { font: 13px/1.5 var(--mono); margin: 26px 0 0; overflow-wrap: anywhere; }
+.strip { display: flex; gap: 3px; margin: 8px 0 0; }
 .strip span { flex: 1; height: 14px; border-radius: 3px; min-width: 2px; }
 .key { color: var(--muted); font-size: 12.5px; margin: 7px 0 0; }
 .key i { display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin: 0 6px 0 14px; vertical-align: baseline; }
 .key i:first-child { margin-left: 0; }
-ul.story { margin: 8px 0 0; padding: 0; list-style: none; max-width: 92ch; }
-ul.story li { padding: 7px 0; border-top: 1px solid var(--line); }
-ul.story li:first-child { border-top: 0; }
-figure { margin: 14px 0 0; }
+dl.story { display: grid; grid-template-columns: 108px 1fr; margin: 10px 0 0; }
+dl.story dt, dl.story dd { padding: 8px 0; margin: 0; border-top: 1px solid var(--line); }
+dl.story dt { color: var(--muted); }
+dl.story dd { padding-right: 10%; }
+.lane { display: grid; grid-template-columns: 200px 1fr; align-items: center; margin-top: 8px; }
+.lane .strip { margin: 0; }
+figure { margin: 10px 0 0; }
+figure + figure { margin-top: 26px; }
 figure img { display: block; width: 100%; height: auto; }
-figcaption { color: var(--muted); font-size: 13px; line-height: 1.5; margin-top: 6px; max-width: 110ch; }
+figcaption { color: var(--muted); font-size: 13px; line-height: 1.5; margin-top: 6px; max-width: 900px; }
 p.none { color: var(--muted); border-left: 3px solid var(--line); padding-left: 12px; }
 .scroll { overflow: auto; max-height: 430px; margin-top: 12px; }
 table { border-collapse: collapse; width: 100%; font-size: 13.5px; font-variant-numeric: tabular-nums; }
 th { text-align: left; font-weight: 500; color: var(--muted); white-space: nowrap;
   position: sticky; top: 0; background: var(--paper); }
 th, td { padding: 6px 14px 6px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-td.n, th.n { text-align: right; }
-td.nowrap { white-space: nowrap; }
+td.n, th.n { text-align: right; white-space: nowrap; }
+td:first-child { white-space: nowrap; }
+table.dense { font-size: 12.5px; }
+table.dense th, table.dense td { padding-right: 12px; }
+table.dense td:nth-child(2) { overflow-wrap: anywhere; min-width: 150px; }
 .dot { display: inline-block; width: 9px; height: 9px; border-radius: 50%; margin-right: 7px; }
 details { margin-top: 10px; }
 summary { cursor: pointer; color: var(--accent); font-size: 14px; }
-pre { overflow: auto; max-height: 420px; font: 12px/1.5 ui-monospace, "SF Mono", Menlo, "DejaVu Sans Mono", monospace; }
-.text { font: 12.5px/1.9 ui-monospace, "SF Mono", Menlo, "DejaVu Sans Mono", monospace;
+pre { overflow: auto; max-height: 420px; font: 12px/1.5 var(--mono); }
+.text { font: 12.5px/1.9 var(--mono);
   overflow-wrap: anywhere; white-space: pre-wrap; }
 .text span { background: var(--page); border-radius: 3px; padding: 2px 1px; margin-right: 2px; }
 footer { color: var(--muted); font-size: 12.5px; max-width: 1160px; margin: 0 auto; padding: 4px 24px 40px; }
 @media print { nav { display: none; } section { break-inside: avoid-page; border: 0; } }
 """
-WIDE = ("pattern", "device")
 
 
-def page(title: str, head: str, sections: Sequence[tuple[str, str]], foot: str) -> str:
-    """The whole page; `sections` are (title, HTML) and become the navigation."""
-    links = "".join(f'<a href="#{_anchor(name)}">{escape(name)}</a>' for name, _ in sections)
-    body = "".join(f'<section id="{_anchor(name)}"><h2>{escape(name)}</h2>{html}</section>' for name, html in sections)
+def page(title: str, head: str, sections: Sequence[tuple[str, str, str]], foot: str) -> str:
+    """The whole page; `sections` are (short name for the navigation, title, HTML)."""
+    links = "".join(f'<a href="#{_anchor(short)}">{escape(short)}</a>' for short, *_ in sections)
+    body = "".join(f'<section id="{_anchor(short)}"><h2>{escape(name)}</h2>{html}</section>' for short, name, html in sections)
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -102,41 +109,45 @@ def show(item: Picture | str) -> str:
 def header(runs: Sequence[Run]) -> str:
     """Names, facts and the layer strip of one run, or the number of runs compared."""
     if len(runs) > 1:
-        return f"<small>plait training report</small><h1>{len(runs)} runs compared</h1>" + _names(runs)
+        return f"<small>plait training report</small><h1>{len(runs)} runs compared</h1>" + strip(runs)
     told = facts(runs[0])
-    tiles = "".join(
-        f"<div{' class=wide' if name in WIDE else ''}><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>"
-        for name, value in told.items()
-    )
+    pattern = told.pop("pattern")
+    tiles = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in told.items())
     title = f"<small>plait training report</small><h1>{escape(runs[0].name)}</h1>"
-    return f'{title}<dl class="facts">{tiles}</dl>{strip(runs[0])}'
+    return f'{title}<dl class="facts">{tiles}</dl><p class="pattern">{escape(pattern)}</p>{strip(runs)}'
 
 
-def _names(runs: Sequence[Run]) -> str:
-    dots = (f'<i style="background:{run_colour(i)};border-radius:50%"></i>{escape(run.name)}' for i, run in enumerate(runs))
-    return f'<p class="key">{"".join(dots)}</p>'
+def _lane(index: int, run: Run) -> str:
+    dot = f'<i class="dot" style="background:{run_colour(index)}"></i>'
+    return f'<div class="lane"><span>{dot}{escape(run.name)}</span><div class="strip">{_blocks(run)}</div></div>'
 
 
-def strip(run: Run) -> str:
-    """The layers of a run as a row of coloured blocks, first to last, with a key."""
-    if not run.layers:
-        return ""
-    blocks = "".join(_block(i, layer) for i, layer in enumerate(run.layers))
-    key = "".join(
-        f'<i style="background:{KIND_COLOURS.get(kind, MUTED)}"></i>{escape(kind)}: {escape(_mixers(run, kind))}'
-        for kind in run.kinds
-    )
-    return f'<div class="strip">{blocks}</div><p class="key">{key}</p>'
+def strip(runs: Sequence[Run]) -> str:
+    """The layers of each run as a row of coloured blocks, first to last, with one key."""
+    if len(runs) == 1:
+        lanes = f'<div class="strip">{_blocks(runs[0])}</div>'
+    else:
+        lanes = "".join(_lane(index, run) for index, run in enumerate(runs))
+    mixers: dict[str, dict[str, int]] = {}
+    for run in runs:
+        for layer in run.layers:
+            counts = mixers.setdefault(layer["kind"], {})
+            counts[layer["mixer"]] = counts.get(layer["mixer"], 0) + 1
+    names = {
+        kind: ", ".join(f"{count} × {name}" if len(runs) == 1 else name for name, count in counts.items())
+        for kind, counts in mixers.items()
+    }
+    key = "".join(f'<i style="background:{kind_colour(kind)}"></i>{escape(f"{kind}: {text}")}' for kind, text in names.items())
+    return f'{lanes}<p class="key">{key}</p>'
+
+
+def _blocks(run: Run) -> str:
+    return "".join(_block(index, layer) for index, layer in enumerate(run.layers))
 
 
 def _block(index: int, layer: dict[str, Any]) -> str:
     name = escape(f"layer {index}: {layer['mixer']}, {layer['num_heads']} heads", quote=True)
     return f'<span style="background:{kind_colour(layer["kind"])}" title="{name}"></span>'
-
-
-def _mixers(run: Run, kind: str) -> str:
-    names = [layer["mixer"] for layer in run.layers if layer["kind"] == kind]
-    return ", ".join(f"{names.count(name)} × {name}" for name in dict.fromkeys(names))
 
 
 def story(runs: Sequence[Run]) -> str:
@@ -150,33 +161,44 @@ def story(runs: Sequence[Run]) -> str:
         told += "<h3>Settings that differ</h3>" + table(["setting", *(run.name for run in runs)], rows)
     for index, run in enumerate(runs):
         colour = f'<i class="dot" style="background:{run_colour(index)}"></i>'
-        told += (
-            f"<details><summary>{colour}{escape(run.name)}</summary>{_sentences(summary(run))}{strip(run)}{_notes(run)}</details>"
-        )
+        told += f"<details><summary>{colour}{escape(run.name)}</summary>{_sentences(summary(run))}{_notes(run)}</details>"
     return told
 
 
-def _sentences(sentences: Iterable[str]) -> str:
-    return f'<ul class="story">{"".join(f"<li>{escape(sentence)}</li>" for sentence in sentences)}</ul>'
+def _sentences(told: Mapping[str, str]) -> str:
+    return f'<dl class="story">{"".join(f"<dt>{escape(topic)}</dt><dd>{escape(text)}</dd>" for topic, text in told.items())}</dl>'
 
 
 def _notes(run: Run) -> str:
     return "".join(f'<p class="none">{escape(note)}.</p>' for note in run.notes)
 
 
+COMPARED = {  # heading of the comparison: name of the fact
+    "pattern": "pattern",
+    "params": "parameters",
+    "steps": "steps",
+    "tokens": "tokens",
+    "train": "train loss",
+    "val": "validation loss",
+    "bits/byte": "bits per byte",
+    "speed": "speed",
+    "time": "wall time",
+}
+
+
 def comparison_table(runs: Sequence[Run]) -> str:
     """One line for each run: what it is, its losses, its heads at the end, its speed."""
-    names = ("pattern", "parameters", "steps", "tokens", "train loss", "validation loss", "bits per byte", "speed", "wall time")
+    head = ["run", *COMPARED, "sink heads", "entropy"]
     rows = []
     for run in runs:
         told = facts(run)
-        values = [told[name] for name in names]
-        rows.append([run.name, *values[:7], sink_count(run), mean_entropy(run), *values[7:]])
-    head = ["run", *names[:7], "sink heads", "mean entropy", *names[7:]]
-    return table(head, rows, numbers=range(2, len(head)), dots=[run_colour(index) for index in range(len(runs))])
+        rows.append([run.name, *(told[name] for name in COMPARED.values()), sink_count(run), mean_entropy(run)])
+    return table(head, rows, numbers=range(2, len(head)), dots=[run_colour(index) for index in range(len(runs))], style="dense")
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Iterable[int] = (), dots: Sequence[str] = ()) -> str:
+def table(
+    head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Iterable[int] = (), dots: Sequence[str] = (), style: str = ""
+) -> str:
     """A table; `numbers` are the right-aligned columns, `dots` a colour before the first cell of each row."""
     right = set(numbers)
     top = "".join(f"<th{' class=n' if i in right else ''}>{escape(name)}</th>" for i, name in enumerate(head))
@@ -187,7 +209,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Iterab
             f"<td{' class=n' if i in right else ''}>{'' if i else dot}{escape(str(cell))}</td>" for i, cell in enumerate(row)
         )
         lines.append(f"<tr>{''.join(cells)}</tr>")
-    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+    body = f"<thead><tr>{top}</tr></thead><tbody>{''.join(lines)}</tbody>"
+    return f'<div class="scroll"><table class="{style}">{body}</table></div>'
 
 
 def events_table(runs: Sequence[Run], limit: int = 400) -> str:
@@ -220,12 +243,13 @@ def definitions() -> str:
     rows = [[value.title, value.meaning] for value in HEAD_VALUES]
     rows += [
         ["Massive activation", "|x| in the residual stream above 100 and above 1000 times the median |x| of the layer."],
-        ["Loss spike", "A loss more than 6 robust deviations and more than 10% above the median of the last logged losses."],
+        ["Loss spike", "A loss more than 6 robust deviations and more than 10% above the median of the losses before it."],
+        ["Train loss", "The mean of the last 2% of the logged training losses, in nats per token."],
     ]
     note = (
         "Linear and sparse layers are compared with softmax through their implied attention: the weights A with which the head "
-        "output before norm and projection is A times v. Where these are signed or do not sum to one, entropy and sinks are taken "
-        "from their absolute values divided by the row sum, so they are proxies."
+        "output before norm and projection is A times v. Where these are signed or do not sum to one, entropy and sinks are "
+        "taken from their absolute values divided by the row sum, so they are proxies."
     )
     return lead(note) + table(["value", "definition"], rows)
 

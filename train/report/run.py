@@ -186,6 +186,13 @@ def number(value: float, digits: int = 3) -> str:
     return f"{value:.{digits}f}" if math.isfinite(value) else "–"
 
 
+def final_loss(run: Run) -> float:
+    """The mean of the last 2% of the finite training losses, NaN where there is none."""
+    values = run.series("loss/train")[1]
+    values = values[np.isfinite(values)]
+    return float(values[-max(1, len(values) // 50) :].mean()) if values.size else math.nan
+
+
 def facts(run: Run) -> dict[str, str]:
     """What the header and the comparison say of a run; a dash where the run folder does not tell."""
     both = {**run.environment, **run.config}
@@ -197,6 +204,7 @@ def facts(run: Run) -> dict[str, str]:
     speed = speed[np.isfinite(speed)]
     mfu = run.last("throughput/mfu")
     last = run.records[-1] if run.records else {}
+    commit = lookup(run.environment, "commit", "git_commit", "git.commit")
     return {
         "preset": str(lookup(both, "preset", "name") or "–"),
         "pattern": str(lookup(both, "model.pattern", "pattern") or "–"),
@@ -204,10 +212,11 @@ def facts(run: Run) -> dict[str, str]:
         "device": str(devices or "–"),
         "steps": f"{int(last['step']):,}" if last else "–",
         "tokens": quantity(last.get("tokens", math.nan)),
-        "train loss": number(run.last("loss/train")),
+        "wall time": format_seconds(last.get("seconds", math.nan)),
+        "train loss": number(final_loss(run)),
         "validation loss": number(run.last("loss/val")),
         "bits per byte": number(run.last("loss/bits_per_byte")),
         "speed": quantity(float(np.median(speed)), " tok/s") if speed.size else "–",
         "MFU": f"{mfu:.1%}" if math.isfinite(mfu) else "–",
-        "wall time": format_seconds(last.get("seconds", math.nan)),
+        "commit": str(commit or "–")[:10],
     }

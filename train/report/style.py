@@ -16,23 +16,30 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, FuncNorm, LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 INK, MUTED, FAINT, PAPER = "#1c2733", "#66727f", "#e4e8ec", "#ffffff"
 RUN_COLOURS = ("#0077bb", "#ee7733", "#009988", "#cc3311", "#aa3377", "#33a6d8", "#777777")  # Tol, vibrant: colour-blind safe
 KIND_COLOURS = {"full": "#004488", "sparse": "#bb5566", "linear": "#c2902a"}  # Tol, high contrast
 KIND_DASHES = {"full": "-", "sparse": (0, (6, 2)), "linear": (0, (2, 1.5))}
+ROUND = (1, 2, 2.5, 5, 10)  # the steps between axis numbers
 WIDTH, DPI = 11.2, 150  # inches; shown 1075 CSS pixels wide
 
 
-def _tint(name: str, low: float, high: float) -> Colormap:
-    """Part of a perceptually uniform map, so that its ends are neither white paper nor black ink."""
-    return LinearSegmentedColormap.from_list(name, matplotlib.colormaps[name](np.linspace(low, high, 256)))
+def _even(name: str, low: float = 0.0, high: float = 1.0) -> Colormap:
+    """The part low..high of a colour map, resampled so that its lightness (CIE L*) falls or rises evenly."""
+    colours = matplotlib.colormaps[name](np.linspace(low, high, 512))[:, :3]
+    linear = np.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4)
+    lightness = np.cbrt(linear @ (0.2126, 0.7152, 0.0722))
+    order = np.argsort(lightness)
+    even = np.interp(np.linspace(lightness[0], lightness[-1], 256), lightness[order], order)
+    return LinearSegmentedColormap.from_list(name, colours[even.astype(int)])
 
 
 ENTROPY_MAP = matplotlib.colormaps["viridis"]
-AMOUNT_MAP = _tint("magma_r", 0.0, 0.92)  # pale: little, dark: much
-DEPTH_MAP = _tint("viridis_r", 0.12, 1.0)  # pale: first layer, dark: last
+AMOUNT_MAP = _even("BuPu")  # pale: little, dark: much
+DEPTH_MAP = _even("viridis_r", 0.15, 1.0)  # pale: first layer, dark: last
 SIGNED_MAP = matplotlib.colormaps["RdBu"]  # red: negative, white: 0, blue: positive
 SIGNED_ROOT = FuncNorm((lambda x: np.sign(x) * np.sqrt(np.abs(x)), lambda y: np.sign(y) * np.square(y)), vmin=-1, vmax=1)
 
@@ -50,6 +57,7 @@ RC: dict[str, Any] = {
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
     "axes.titlepad": 8,
+    "axes.titley": 1.0,  # beside a colour bar, not pushed above it
     "axes.edgecolor": "#b9c2cb",
     "axes.linewidth": 0.8,
     "axes.spines.top": False,
@@ -147,13 +155,13 @@ def value_axis(ax: Axes, *, log: bool = False) -> None:
         ax.yaxis.set_minor_locator(NullLocator())
         ax.yaxis.set_minor_formatter(NullFormatter())
     else:
-        ax.yaxis.set_major_locator(MaxNLocator(5))
+        ax.yaxis.set_major_locator(MaxNLocator(5, steps=ROUND))
     ax.yaxis.set_major_formatter(FuncFormatter(short))
 
 
 def step_axis(ax: Axes, label: str = "step") -> None:
     """Few round step numbers on the x axis."""
-    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=ROUND))
     ax.xaxis.set_major_formatter(FuncFormatter(short))
     ax.set_xlabel(label)
 
@@ -171,6 +179,17 @@ def colour_bar(
     bar.xaxis.set_major_formatter(FuncFormatter(short))
     bar.tick_params(labelsize=7, pad=1, length=0)
     return bar
+
+
+def kind_strip(ax: Axes, spans: Sequence[tuple[float, float, str]]) -> None:
+    """A strip left of a heat map that colours the rows start..end by layer kind; the row labels move beside it."""
+    inch = 1 / (ax.get_position().width * ax.figure.get_figwidth())
+    place = {"transform": ax.get_yaxis_transform(), "clip_on": False, "linewidth": 0}
+    for start, end, kind in spans:
+        ax.add_patch(Rectangle((-0.11 * inch, start), 0.07 * inch, end - start, color=kind_colour(kind), **place))
+    ax.tick_params(axis="y", pad=10, length=0)
+    for side in ("left", "bottom"):
+        ax.spines[side].set_visible(False)
 
 
 def blank(ax: Axes, sentence: str) -> None:

@@ -5,16 +5,24 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from plait.train.metrics import format_seconds
-from plait.train.report.run import Run, facts, flatten, number, quantity
+from plait.train.report.run import Run, facts, final_loss, flatten, number, quantity
 
 SINK = 0.3
 
 
-def summary(run: Run) -> list[str]:
-    """A few sentences about loss, sinks, entropy, memory, logits, activations and speed; only what the data says."""
-    parts = (_loss, _stability, _sinks, _entropy, _memory, _load, _extremes, _speed)
-    return [sentence for part in parts if (sentence := part(run))]
+def summary(run: Run) -> dict[str, str]:
+    """A sentence or two for each topic the data tells of: loss, stability, sinks, entropy, memory, head load, extremes, speed."""
+    topics = {
+        "Loss": _loss,
+        "Stability": _stability,
+        "Sinks": _sinks,
+        "Entropy": _entropy,
+        "Memory": _memory,
+        "Head load": _load,
+        "Extremes": _extremes,
+        "Speed": _speed,
+    }
+    return {topic: sentence[0].upper() + sentence[1:] for topic, tell in topics.items() if (sentence := tell(run))}
 
 
 def _loss(run: Run) -> str | None:
@@ -25,8 +33,7 @@ def _loss(run: Run) -> str | None:
     steps, values = steps[finite], values[finite]
     if steps.size == 1:
         return f"One training loss was logged: {values[0]:.3f} at step {steps[0]:,}."
-    end = float(values[-max(1, len(values) // 50) :].mean())
-    text = f"Training loss went from {values[0]:.2f} to {end:.2f} over {int(steps[-1]):,} steps"
+    text = f"Training loss went from {values[0]:.2f} to {final_loss(run):.3f} over {int(steps[-1]):,} steps"
     tokens = run.records[-1].get("tokens", math.nan)
     text += f" ({quantity(tokens)} tokens)." if math.isfinite(tokens) else "."
     val_steps, val = run.series("loss/val")
@@ -51,7 +58,7 @@ def _stability(run: Run) -> str | None:
         parts.append(f"{_count(broken, 'logged loss', 'logged losses')} not finite")
     if any(event["layer"] is None for event in _events(run, "entropy_collapse")):
         parts.append("entropy collapse of the whole model together with a loss spike")
-    return "Stability: " + "; ".join(parts) + "." if parts else None
+    return "; ".join(parts) + "." if parts else None
 
 
 def _sinks(run: Run) -> str | None:
@@ -79,7 +86,7 @@ def _sinks(run: Run) -> str | None:
             layer, head = np.unravel_index(np.nanargmax(last), last.shape)
             text += f"; strongest is layer {layers[layer]} head {head} with α₁ = {last[layer, head]:.2f}"
         sentences.append(text + ".")
-    return "Sinks: " + " ".join(sentences) if sentences else None
+    return " ".join(sentences) or None
 
 
 def _entropy(run: Run) -> str | None:
@@ -106,7 +113,7 @@ def _memory(run: Run) -> str | None:
     if horizon is None or not np.isfinite(horizon[-1]).any():
         return None
     low, middle, high = np.nanpercentile(horizon[-1], (0, 50, 100))
-    return f"Memory: linear heads forget over {low:.3g} to {high:.3g} tokens at the end, {middle:.3g} in the median."
+    return f"linear heads forget over {low:.3g} to {high:.3g} tokens at the end, {middle:.3g} in the median."
 
 
 def _load(run: Run) -> str | None:
@@ -115,7 +122,7 @@ def _load(run: Run) -> str | None:
         return None
     last = load[-1]
     idle = int((last < 0.02).sum())
-    text = f"Head load: heads are chosen by {np.nanmin(last):.0%} to {np.nanmax(last):.0%} of the tokens"
+    text = f"heads are chosen by {np.nanmin(last):.0%} to {np.nanmax(last):.0%} of the tokens"
     return text + (f"; {_count(idle, 'head')} by fewer than 2%." if idle else "; none is idle.")
 
 
@@ -129,8 +136,10 @@ def _extremes(run: Run) -> str | None:
         times = top[-1, layer, 0] / median[-1, layer] if median[-1, layer] > 0 else math.inf
         text = f"the largest |x| at the end is {top[-1, layer, 0]:,.3g} after layer {layer}, {times:,.0f} times the median"
         massive = [event["layer"] for event in _events(run, "massive_activation")]
-        parts.append(text + (f"; massive activations in layers {_list(massive)}" if massive else "; no massive activations"))
-    return "Extremes: " + "; ".join(parts) + "." if parts else None
+        parts.append(
+            text + (f"; massive activations in layers {_list(sorted(massive))}" if massive else "; no massive activations")
+        )
+    return "; ".join(parts) + "." if parts else None
 
 
 def _speed(run: Run) -> str | None:
@@ -138,23 +147,23 @@ def _speed(run: Run) -> str | None:
     if told["speed"] == "–":
         return None
     mfu = f" at {told['MFU']} of the peak FLOP rate" if told["MFU"] != "–" else ""
-    return f"Speed: {told['speed']} in the median{mfu}; {told['wall time']} in all."
+    return f"{told['speed']} in the median{mfu}; {told['wall time']} in all."
 
 
-def comparison(runs: Sequence[Run]) -> list[str]:
+def comparison(runs: Sequence[Run]) -> dict[str, str]:
     """What sets the runs apart: the lowest validation loss (training loss where no run has one), and the fastest run."""
-    sentences = []
+    told = {}
     name = next((n for n in ("loss/val", "loss/train") if sum(math.isfinite(run.last(n)) for run in runs) > 1), None)
     if name:
         ranked = sorted((run.last(name), run.name) for run in runs if math.isfinite(run.last(name)))
         which = "validation" if name == "loss/val" else "training"
         (best, winner), (second, _), (worst, loser) = ranked[0], ranked[1], ranked[-1]
-        text = f"Lowest {which} loss: {winner} with {best:.3f}, {second - best:.3f} below the next"
-        sentences.append(text + (f" and {worst - best:.3f} below the last, {loser}." if len(ranked) > 2 else f", {loser}."))
+        text = f"{winner} has the lowest {which} loss, {best:.3f}, {second - best:.3f} below the next"
+        told["Loss"] = text + (f" and {worst - best:.3f} below the last, {loser}." if len(ranked) > 2 else f", {loser}.")
     ends = {run.records[-1].get("tokens") for run in runs if run.records}
     if len(ends) > 1:
-        sentences.append("The runs did not see the same number of tokens; compare the losses at equal steps in the curves.")
-    return sentences
+        told["Tokens"] = "The runs did not see the same number of tokens; compare their losses at equal steps, in the curves."
+    return told
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
@@ -175,11 +184,6 @@ def mean_entropy(run: Run) -> str:
     """The mean entropy ratio over all heads at the last probe."""
     ratio = run.probe("entropy_ratio")
     return "–" if ratio is None or not np.isfinite(ratio[-1]).any() else number(float(np.nanmean(ratio[-1])), 2)
-
-
-def duration(run: Run) -> str:
-    """The wall time of a run."""
-    return format_seconds(run.records[-1].get("seconds", math.nan)) if run.records else "–"
 
 
 def _events(run: Run, kind: str) -> list[dict]:
