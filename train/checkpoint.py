@@ -1,0 +1,160 @@
+"""Checkpoints of a run: asynchronous, checked, and never trusted half-written."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import zlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from plait.train.metrics import write_atomically
+from plait.train.state import TrainState
+
+log = logging.getLogger("plait")
+_MANIFEST = "manifest.json"
+_METRIC = "loss/val"
+
+
+class CheckpointError(ValueError):
+    """No checkpoint that can be used, or one of another model."""
+
+
+class Checkpoints:
+    """The checkpoints under `folder`, one numbered folder a step.
+
+    Beside the newest `keep_last` the `keep_best` of lowest validation loss are kept. Once a checkpoint is whole, a manifest with the
+    size and CRC-32 of its files is written into it; `restore` checks it and goes back to the last whole one, setting a damaged one
+    aside under `damaged-STEP`.
+    """
+
+    def __init__(self, folder: Path, *, keep_last: int = 1, keep_best: int = 0, read_only: bool = False):
+        """Args: `read_only` neither makes nor moves anything."""
+        self.folder = Path(folder).resolve()
+        self.read_only = read_only
+        best = policies.BestN(
+            get_metric_fn=lambda metrics: -metrics[_METRIC], n=keep_best, keep_checkpoints_without_metrics=False
+        )
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep_last), best]),
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+            create=not read_only,
+            read_only=read_only,
+            cleanup_tmp_directories=not read_only,
+        )
+        self._manager = ocp.CheckpointManager(self.folder, options=options) if self.folder.exists() or not read_only else None
+
+    def save(self, step: int, state: TrainState, extra: dict[str, Any], *, loss: float | None) -> None:
+        """Starts saving the state after `step` with the JSON `extra`; `loss` ranks it among the best."""
+        items = ocp.args.Composite(state=ocp.args.StandardSave(_tree(state)), extra=ocp.args.JsonSave(extra))
+        self._manager.save(step, args=items, metrics=None if loss is None else {_METRIC: loss})
+
+    def steps(self) -> list[int]:
+        """Steps with a finished checkpoint, ascending."""
+        return sorted(self._manager.all_steps()) if self._manager is not None else []
+
+    def restore(self, like: TrainState, step: int | None = None) -> tuple[int, TrainState, dict[str, Any]] | None:
+        """`(step, state, extra)` of the newest whole checkpoint (or that of `step`), None where there is none.
+
+        Args:
+            like: the state's shapes and shardings.
+            step: take this one and no other.
+
+        Raises:
+            CheckpointError: `step` is not there or damaged, every checkpoint is damaged, or it is of another model.
+        """
+        steps = self.steps()
+        if step is not None and step not in steps:
+            raise CheckpointError(f"{self.folder} has no checkpoint of step {step}; it has {', '.join(map(str, steps)) or 'none'}")
+        problems = []
+        for candidate in [step] if step is not None else reversed(steps):
+            problem = self._damage(candidate)
+            if problem is None:
+                self._check_model(candidate, like)
+                try:
+                    items = ocp.args.Composite(state=ocp.args.StandardRestore(_tree(like)), extra=ocp.args.JsonRestore())
+                    restored = self._manager.restore(candidate, args=items)
+                except Exception as error:  # whatever a storage layer raises on bytes that are not what they were
+                    problem = f"cannot be read ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
+                else:
+                    return candidate, TrainState(**{"ema": None, **restored["state"]}), dict(restored["extra"])
+            problems.append(f"checkpoint {candidate} {problem}")
+            log.warning("%s: %s; %s", self.folder, problems[-1], "going back to the one before" if step is None else "not used")
+            if not self.read_only and step is None:
+                self._set_aside(candidate)
+        if problems:
+            raise CheckpointError(f"{self.folder} has no whole checkpoint: {'; '.join(problems)}")
+        return None
+
+    def wait(self) -> None:
+        """Returns when everything started is on disk."""
+        if self._manager is not None:
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits and ends the background threads."""
+        if self._manager is not None:
+            self._manager.close()
+
+    def _seal(self) -> None:
+        if jax.process_index() != 0:
+            return
+        for folder in self.folder.iterdir():
+            if folder.name.isdigit() and not (folder / _MANIFEST).exists():
+                files = {str(p.relative_to(folder)): _digest(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+                write_atomically(folder / _MANIFEST, json.dumps(files, indent=1).encode())
+
+    def _damage(self, step: int) -> str | None:
+        """What is wrong with a checkpoint's files, None when they are as written (or were never sealed)."""
+        folder = self.folder / str(step)
+        try:
+            manifest = json.loads((folder / _MANIFEST).read_text())
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            return f"has a broken {_MANIFEST}"
+        for name, written in manifest.items():
+            path = folder / name
+            if not path.is_file():
+                return f"has lost {name}"
+            if (found := _digest(path)) != written:
+                return f"is damaged: {name} has {found[0]} bytes of CRC {found[1]:08x}, written were {written[0]} of {written[1]:08x}"
+        return None
+
+    def _check_model(self, step: int, like: TrainState) -> None:
+        try:
+            saved = self._manager.item_metadata(step)["state"]
+            saved = {k: tuple(v.shape) for k, v in saved["params"].items()}
+        except Exception:  # unreadable metadata is damage, which restoring reports
+            return
+        wanted = {name: p.shape for name, p in like.params.items()}
+        if saved != wanted:
+            name = sorted(set(saved.items()) ^ set(wanted.items()))[0][0]
+            raise CheckpointError(
+                f"{self.folder}/{step} is of another model: {name} is {saved.get(name)} there and {wanted.get(name)} here; "
+                "use the config it was trained with"
+            )
+
+    def _set_aside(self, step: int) -> None:
+        target = self.folder / f"damaged-{step}"
+        while target.exists():
+            target = target.with_name(target.name + "-")
+        (self.folder / str(step)).rename(target)
+        self._manager.reload()
+
+
+def _digest(path: Path) -> list[int]:
+    crc, size = 0, 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            crc, size = zlib.crc32(block, crc), size + len(block)
+    return [size, crc]
+
+
+def _tree(state: TrainState) -> dict[str, Any]:
+    return {f.name: value for f in dataclasses.fields(state) if (value := getattr(state, f.name)) is not None}

@@ -1,0 +1,109 @@
+"""Text from a trained model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from plait.data.tokenizer import Tokenizer
+from plait.models.lm import LM
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is drawn."""
+
+    temperature: float = 0.8
+    """Divides the logits; 0 takes the likeliest token."""
+    top_k: int | None = None
+    """Draw among this many likeliest tokens."""
+    top_p: float | None = None
+    """Draw among the likeliest tokens that together have this probability."""
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"temperature={self.temperature} must be 0 (greedy) or more")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k={self.top_k} must be at least 1; leave it out to draw among all tokens")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1; leave it out to draw among all tokens")
+
+    def draw(self, logits: jax.Array, key: jax.Array) -> jax.Array:
+        """Tokens `[B]` int32 from `logits` `[B, V]` float32."""
+        if self.temperature == 0:
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        logits = logits / self.temperature
+        if self.top_k is not None and self.top_k < logits.shape[-1]:
+            least = jax.lax.top_k(logits, self.top_k)[0][:, -1:]
+            logits = jnp.where(logits < least, -jnp.inf, logits)
+        if self.top_p is not None and self.top_p < 1:
+            ordered = jnp.sort(logits, axis=-1)[:, ::-1]
+            p = jax.nn.softmax(ordered, axis=-1)
+            kept = jnp.cumsum(p, axis=-1) - p < self.top_p  # the token that crosses the share is kept
+            least = jnp.where(kept, ordered, jnp.inf).min(-1, keepdims=True)
+            logits = jnp.where(logits < least, -jnp.inf, logits)
+        return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
+
+
+def generate_tokens(
+    model: LM, prompts: Sequence[Sequence[int]], *, num_tokens: int, vocab_size: int, sampling: Sampling, seed: int = 0
+) -> np.ndarray:
+    """Continuations `[B, num_tokens]` of token prompts, by prefill and then one token a step.
+
+    Args:
+        prompts: at least one token each; shorter ones are padded on the left.
+        vocab_size: the tokenizer's; the embedding's further rows are never drawn.
+
+    Raises:
+        ValueError: no prompt, an empty one, or num_tokens below 1.
+    """
+    if not prompts or min(map(len, prompts)) == 0:
+        raise ValueError("prompt is empty after tokenising; give at least one token to go on from")
+    if num_tokens < 1:
+        raise ValueError(f"num_tokens={num_tokens} must be at least 1")
+    lengths = np.array([len(p) for p in prompts], np.int32)
+    width = -(-int(lengths.max()) // 64) * 64  # few distinct shapes to compile
+    tokens = np.zeros((len(prompts), width), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[width - len(prompt) :] = prompt
+    start = (width - lengths)[:, None]
+    column = np.arange(width, dtype=np.int32)[None, :]
+    segment_ids, positions = (column >= start).astype(np.int32), np.maximum(column - start, 0).astype(np.int32)
+
+    def pick(logits: jax.Array, key: jax.Array) -> jax.Array:
+        legal = jnp.arange(logits.shape[-1])[None, :] < vocab_size
+        return sampling.draw(jnp.where(legal, logits, -jnp.inf), key)
+
+    @jax.jit
+    def run(model: LM, key: jax.Array) -> jax.Array:
+        state = model.init_state(len(prompts), width + num_tokens)
+        logits, state = model.prefill(jnp.asarray(tokens), state, segment_ids=jnp.asarray(segment_ids), positions=jnp.asarray(positions))
+
+        def body(carry, key):
+            logits, state, position = carry
+            token = pick(logits, key)
+            logits, state = model.step(token, state, positions=position)
+            return (logits, state, position + 1), token
+
+        _, out = jax.lax.scan(body, (logits, state, jnp.asarray(lengths)), jax.random.split(key, num_tokens))
+        return out.T
+
+    return np.asarray(run(model, jax.random.key(seed)))
+
+
+def generate_text(
+    model: LM, tokenizer: Tokenizer, prompts: Sequence[str], *, num_tokens: int, sampling: Sampling, document_start: bool, seed: int = 0
+) -> list[str]:
+    """Continuations of `prompts`, each cut at its end-of-text. `document_start` puts the start token the model was trained with first."""
+    start = [tokenizer.bos_id] if document_start else []
+    encoded = [[*start, *tokenizer.encode(prompt).tolist()] for prompt in prompts]
+    texts = []
+    out = generate_tokens(model, encoded, num_tokens=num_tokens, vocab_size=tokenizer.vocab_size, sampling=sampling, seed=seed)
+    for row in out.tolist():
+        end = row.index(tokenizer.eos_id) if tokenizer.eos_id in row else len(row)
+        texts.append(tokenizer.decode(row[:end]))
+    return texts

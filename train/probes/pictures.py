@@ -1,0 +1,50 @@
+"""Attention pictures: what every head of every layer looks at in one held-out text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from plait.data.batch import Batch
+from plait.data.tokenizer import Tokenizer
+from plait.models.mixers.stats import PictureProbe
+from plait.train.metrics import write_attention
+from plait.train.probes.collect import padded_layers
+from plait.train.state import Arrays, Blueprint
+
+_LENGTH = 64
+
+
+def write_pictures(run: Path, step: int, blueprint: Blueprint, params: Arrays, buffers: Arrays, batch: Batch, tokenizer: Tokenizer) -> None:
+    """Writes the implied attention of all layers over the longest document piece of `batch`, at most 64 tokens of it."""
+    row, start, length = _longest_piece(np.asarray(batch.segment_ids))
+    length = min(length, _LENGTH)
+    tokens = np.asarray(batch.tokens)[row, start : start + length]
+
+    @jax.jit
+    def attend(params: Arrays, buffers: Arrays, tokens: jax.Array) -> list:
+        where = {"segment_ids": jnp.ones_like(tokens), "positions": jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]}
+        _, stats = blueprint.build(params, buffers).hidden(tokens, **where, probe=PictureProbe(sequences=1))
+        return [None if s.attention is None else s.attention[0] for s in stats]  # [H, T, T] a layer
+
+    maps = [None if a is None else np.asarray(a, np.float32) for a in attend(params, buffers, jnp.asarray(tokens)[None])]
+    if all(heads is None for heads in maps):
+        return
+    widest = max(heads.shape[0] for heads in maps if heads is not None)
+    write_attention(run, step, padded_layers(maps, (widest, length, length)), tokenizer.token_strings(tokens.tolist()))
+
+
+def _longest_piece(segment_ids: np.ndarray) -> tuple[int, int, int]:
+    """`(row, start, length)` of the longest run of one non-zero segment."""
+    best = (0, 0, 1)
+    for row, ids in enumerate(segment_ids):
+        borders = np.flatnonzero(np.diff(ids)) + 1
+        starts = np.concatenate([[0], borders])
+        lengths = np.diff(np.concatenate([starts, [len(ids)]]))
+        for start, length in zip(starts, lengths, strict=True):
+            if ids[start] > 0 and length > best[2]:
+                best = (row, int(start), int(length))
+    return best

@@ -1,0 +1,114 @@
+"""A run folder: who may start in it, what goes on, and how it is opened afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from plait.configs import codec
+from plait.configs.experiment import ExperimentConfig
+from plait.data.loader import Data, build_data
+from plait.train.checkpoint import CheckpointError, Checkpoints
+from plait.train.mesh import make_mesh
+from plait.train.metrics import write_atomically
+from plait.train.optimizer import make_optimizer
+from plait.train.state import Arrays, Blueprint, TrainState, create_state, state_shardings
+
+CONFIG, ENVIRONMENT, CHECKPOINTS = "config.json", "environment.json", "checkpoints"
+_FREE_ON_RESUME = ("out", "resume", "mesh", "log_every", "keep_last", "keep_best", "checkpoint_every", "wandb")
+
+
+class RunError(ValueError):
+    """A run folder that cannot be used as asked."""
+
+
+def claim(config: ExperimentConfig) -> bool:
+    """Whether the run folder holds a run to go on with. Raises RunError when it is used and `resume` is off, or holds another run."""
+    folder = Path(config.folder)
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"out={str(folder)!r} is a file; give a folder")
+    if not (folder / CONFIG).exists():
+        return False
+    if not config.resume:
+        raise RunError(f"out={str(folder)!r} already holds a run; use --resume to go on with it, or another --out")
+    saved = codec.encode(codec.load(ExperimentConfig, folder / CONFIG))
+    changed = [line for line in codec.differences(saved, codec.encode(config)) if not line.startswith(_FREE_ON_RESUME)]
+    if changed:
+        raise RunError(
+            f"out={str(folder)!r} was started with another config: {'; '.join(changed)}; resume with the same values, or use another --out"
+        )
+    return True
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` as indented JSON, atomically."""
+    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """The parts of a run that hold no trained values."""
+
+    config: ExperimentConfig
+    data: Data
+    mesh: Mesh
+    blueprint: Blueprint
+    tx: optax.GradientTransformation
+    shardings: TrainState
+
+    def fresh(self) -> TrainState:
+        """The state at step 0."""
+        return jax.jit(lambda: create_state(self.blueprint, self.tx), out_shardings=self.shardings)()
+
+    def like(self) -> TrainState:
+        """Shapes and shardings of the state."""
+        abstract = jax.eval_shape(lambda: create_state(self.blueprint, self.tx))
+        return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, self.shardings)
+
+
+def set_up(config: ExperimentConfig) -> Setup:
+    """Data, mesh and model of an experiment, checked against each other. Raises ValueError before anything is compiled."""
+    mesh = make_mesh(config.mesh)
+    data = build_data(config.data, config.folder, process_index=jax.process_index(), process_count=jax.process_count())
+    config = dataclasses.replace(config, model=config.model.with_vocab(data.vocab_size))
+    blueprint = Blueprint(config)
+    tx = make_optimizer(config.optimizer, config.steps, blueprint.decay)
+    return Setup(config, data, mesh, blueprint, tx, state_shardings(blueprint, tx, mesh))
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A run opened for reading."""
+
+    setup: Setup
+    step: int
+    params: Arrays
+    """Averaged ones where the run keeps an average."""
+    buffers: Arrays
+
+
+@contextlib.contextmanager
+def opened(folder: str | Path, step: int | None = None) -> Iterator[Trained]:
+    """The run in `folder` at its newest whole checkpoint (or that of `step`). Raises RunError or CheckpointError."""
+    folder = Path(folder)
+    if not (folder / CONFIG).exists():
+        raise RunError(f"{str(folder)!r} is not a run folder: it has no {CONFIG}; give the --out of a training run")
+    config = dataclasses.replace(codec.load(ExperimentConfig, folder / CONFIG), out=str(folder))
+    setup = set_up(dataclasses.replace(config, mesh=type(config.mesh)()))
+    checkpoints = Checkpoints(folder / CHECKPOINTS, read_only=True)
+    try:
+        restored = checkpoints.restore(setup.like(), step)
+    finally:
+        checkpoints.close()
+    if restored is None:
+        raise CheckpointError(f"{str(folder)!r} has no checkpoint yet; wait for the first one or train longer")
+    at, state, _ = restored
+    yield Trained(setup, at, state.params if state.ema is None else state.ema, state.buffers)
