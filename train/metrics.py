@@ -276,7 +276,7 @@ def read_probes(run: Path) -> ProbeSeries:
     run, notes, files = Path(run), [], {}
     for path in probe_files(run):
         try:
-            with np.load(path) as arrays:
+            with np.load(io.BytesIO(path.read_bytes())) as arrays:
                 files[_step_of(path)] = {name: np.asarray(arrays[name], np.float32) for name in arrays.files}
         except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             notes.append(f"{path.name} cannot be read ({error}) and was ignored")

@@ -55,19 +55,22 @@ def _sections(runs: list[Run]) -> list[tuple[str, str, list[Picture | Markup | s
             maps.over_time(f"over_time_{value.key}", [(index, run, value) for index, run in shown], _NO_PROBES)
             for value in (maps.ENTROPY, maps.SINK)
         ]
+    kinds = curves.kinds(runs)
     load = maps.over_time("head_load", [(index, run, maps.LOAD) for index, run in shown], _NO_LOAD)
-    pictures = [item for index, run in shown for item in (attention.pictures(index, run), Markup(page.text_sample(run)))]
-    memory = (
-        [maps.over_time("memory", [(0, runs[0], value) for value in (maps.HORIZON, maps.WRITE)], "")] if len(runs) == 1 else []
-    )
-    memory = [item for item in memory if item]
+    pictures: list[Picture | Markup | str] = []
+    for index, run in shown:
+        heading = [Markup(page.heading(index, run))] if len(runs) > 1 else []
+        pictures += [*heading, attention.pictures(index, run), Markup(page.text_sample(run))]
+    memory: list[Picture | Markup | str] = [curves.layer_lines("linear", runs, curves.LINEAR, _NO_LINEAR)]
+    if len(runs) == 1 and isinstance(memory[0], Picture):
+        memory.append(maps.over_time("memory", [(0, runs[0], value) for value in (maps.HORIZON, maps.WRITE)], _NO_PROBES))
     return [
         ("Summary", "What happened", [Markup(page.story(runs))]),
         ("Loss", "Loss", [curves.loss(runs)]),
         ("Speed", "Speed and optimisation", [curves.scalars(runs)]),
-        ("Attention", "Attention over training", [curves.kinds(runs), *over_time, *note]),
+        ("Attention", "Attention over training", [kinds, *(over_time if isinstance(kinds, Picture) else []), *note]),
         ("Heads", "Every head at the end", [maps.final(shown)]),
-        ("Memory", "Memory of the linear layers", [curves.layer_lines("linear", runs, curves.LINEAR, _NO_LINEAR), *memory]),
+        ("Memory", "Memory of the linear layers", memory),
         ("Head load", "Mixture of heads", [load]),
         ("Extremes", "Extreme values", [curves.layer_lines("extremes", runs, curves.EXTREMES, _NO_EXTREMES)]),
         ("Pictures", "Attention pictures", pictures),

@@ -95,7 +95,7 @@ def pictures(index: int, run: Run) -> Picture | str:
     bar.text(-0.04, 0.5, "share of the row", transform=bar.transAxes, ha="right", va="center", fontsize=7.5, color=MUTED)
     step = "" if run.attention.step is None else f" at step {run.attention.step:,}"
     caption = (
-        f"{run.name}{step}: implied attention, each row (query) divided by its sum of absolute weights. "
+        f"Implied attention{step}, each row (query) divided by its sum of absolute weights. "
         "Blue is positive, red negative, pale grey zero; colour grows with the square root of the weight, so weak weights stay "
         "visible. Keys run across, queries down. "
         "The heads shown are the extreme ones of each mixer, not typical ones."

@@ -76,8 +76,9 @@ def loss(runs: Sequence[Run]) -> Picture | str:
         axes[1].set(xlim=(half, end * 1.01), ylim=(min(seen) - room, max(seen) + room))
     for ax in axes:
         value_axis(ax)
-    validation = Line2D([], [], color=INK, marker="o", markerfacecolor="white", linewidth=0.8)
-    _legend(axes[0], runs, [validation], ["validation"])
+    validation = [Line2D([], [], color=INK, marker="o", markerfacecolor="white", linewidth=0.8)]
+    validated = any(run.series("loss/val")[0].size for run in runs)
+    _legend(axes[0], runs, validation if validated else [], ["validation"] if validated else [])
     caption = "Faint: every logged training loss. Solid: its exponential mean over 2% of the points. Circles: validation loss."
     if any(event["kind"] == "loss_spike" for run in runs for event in run.events):
         caption += " Triangles on the upper edge mark loss spikes."

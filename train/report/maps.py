@@ -103,7 +103,7 @@ def over_time(name: str, cells: Sequence[tuple[int, Run, HeadValue]], missing: s
     shown = [(index, run, value, array) for index, run, value in cells if (array := run.probe(value.key)) is not None]
     if not shown:
         return missing
-    several = len({index for index, *_ in shown}) > 1
+    several = len({index for index, *_ in cells}) > 1
     places = [_rows(array) for *_, array in shown]
     height = float(np.clip(0.075 * max(map(len, places)), 0.3 * max(len({layer for layer, _ in rows}) for rows in places), 12.0))
     same = len({tuple((layer["mixer"], layer["num_heads"]) for layer in run.layers) for _, run, *_ in shown}) == 1
@@ -120,8 +120,7 @@ def over_time(name: str, cells: Sequence[tuple[int, Run, HeadValue]], missing: s
             colour_bar(ax, mesh, ticks=_ticks(norms[value.key]), width=0.3)
     title = f"{shown[0][2].title}, one panel for each run. " if several else ""
     parts = [
-        title
-        + "Each row is a head, heads grouped by layer from the first (top) to the last; the strip is coloured by layer kind."
+        f"{title}Each row is a head, grouped by layer from the first (top) to the last; the strip is coloured by layer kind."
     ]
     parts += [f"{value.title}: {value.meaning}" for value in dict.fromkeys(value for *_, value, _ in shown)]
     if any(event["kind"] == "sink_onset" for _, run, *_ in shown for event in run.events) and SINK in [cell[2] for cell in shown]:

@@ -16,7 +16,7 @@ CSS = """
   --mono: ui-monospace, "SF Mono", Menlo, "DejaVu Sans Mono", monospace; color-scheme: light dark; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e3e8ee; --muted: #96a3b0; --line: #2c3640; --paper: #182029; --page: #10161c; --accent: #7fb2e5; }
-  figure img { border-radius: 6px; }
+  figure img { border-radius: 6px; filter: brightness(.93); }
 }
 * { box-sizing: border-box; }
 html { scroll-behavior: smooth; scroll-padding-top: 56px; }
@@ -106,6 +106,11 @@ def show(item: Picture | str) -> str:
     return f'<figure><img src="{item.source}" alt="{alt}" loading="lazy"><figcaption>{escape(item.caption)}</figcaption></figure>'
 
 
+def heading(index: int, run: Run) -> str:
+    """The name of one of several runs, in its colour."""
+    return f'<h3><i class="dot" style="background:{run_colour(index)}"></i>{escape(run.name)}</h3>'
+
+
 def header(runs: Sequence[Run]) -> str:
     """Names, facts and the layer strip of one run, or the number of runs compared."""
     if len(runs) > 1:
@@ -114,7 +119,7 @@ def header(runs: Sequence[Run]) -> str:
     pattern = told.pop("pattern")
     tiles = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in told.items())
     title = f"<small>plait training report</small><h1>{escape(runs[0].name)}</h1>"
-    return f'{title}<dl class="facts">{tiles}</dl><p class="pattern">{escape(pattern)}</p>{strip(runs)}'
+    return f'{title}<dl class="facts">{tiles}</dl><p class="pattern">{escape("" if pattern == "–" else pattern)}</p>{strip(runs)}'
 
 
 def _lane(index: int, run: Run) -> str:

@@ -1,7 +1,7 @@
 """A run folder as the report sees it: what was configured, what was measured, and what is missing."""
 
+import io
 import json
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +24,6 @@ from plait.train.metrics import (
 )
 from plait.train.probes.events import EventDetector
 
-log = logging.getLogger(__name__)
 KINDS = ("full", "sparse", "linear")
 
 
@@ -130,7 +129,7 @@ def _read_attention(path: Path, notes: list[str]) -> Attention | None:
     if not path.exists():
         return None
     try:
-        with np.load(path) as arrays:
+        with np.load(io.BytesIO(path.read_bytes())) as arrays:
             step = int(arrays["step"]) if "step" in arrays else None
             return Attention(arrays["maps"].astype(np.float32), [str(token) for token in arrays["tokens"]], step)
     except Exception as error:  # any damage to this one optional file costs its pictures, not the report

@@ -136,9 +136,7 @@ def _extremes(run: Run) -> str | None:
         times = top[-1, layer, 0] / median[-1, layer] if median[-1, layer] > 0 else math.inf
         text = f"the largest |x| at the end is {top[-1, layer, 0]:,.3g} after layer {layer}, {times:,.0f} times the median"
         massive = [event["layer"] for event in _events(run, "massive_activation")]
-        parts.append(
-            text + (f"; massive activations in layers {_list(sorted(massive))}" if massive else "; no massive activations")
-        )
+        parts.append(text + (f"; massive activations in layers {_ranges(massive)}" if massive else "; no massive activations"))
     return "; ".join(parts) + "." if parts else None
 
 
@@ -194,8 +192,12 @@ def _count(number_of: int, one: str, many: str | None = None) -> str:
     return f"{number_of} {one if number_of == 1 else many or one + 's'}"
 
 
-def _list(items: Sequence[int]) -> str:
-    return ", ".join(str(item) for item in dict.fromkeys(items))
+def _ranges(items: Sequence[int]) -> str:
+    """Whole numbers with neighbours joined: 0, 3-7."""
+    ordered = sorted(set(items))
+    starts = [item for item in ordered if item - 1 not in ordered]
+    ends = [item for item in ordered if item + 1 not in ordered]
+    return ", ".join(f"{start}-{end}" if end > start else f"{start}" for start, end in zip(starts, ends))
 
 
 def _steps(steps: Sequence[int], limit: int = 6) -> str:
