@@ -138,7 +138,7 @@ class EventDetector:
         alpha, limits, found = probes["sink"][..., 0], self.thresholds, []
         above, gone = alpha > limits.sink, alpha < limits.release * limits.sink
         for layer, head in np.ndindex(alpha.shape):
-            emerged = self._onset(f"sink/{layer}/{head}", above[layer, head], gone[layer, head], first)
+            emerged = self._onset(f"sink/{layer}/{head}", bool(above[layer, head]), bool(gone[layer, head]), first)
             if emerged is not None:
                 value, where = float(alpha[layer, head]), self._name(layer, head)
                 share = f"{value:.2f} of its attention {'goes' if emerged else 'went'} to the first token"
@@ -160,7 +160,7 @@ class EventDetector:
         ratio, limits, found = probes["entropy_ratio"], self.thresholds, []
         below, gone = ratio < limits.entropy, ratio > limits.entropy / limits.release
         for layer, head in np.ndindex(ratio.shape):
-            emerged = self._onset(f"entropy/{layer}/{head}", below[layer, head], gone[layer, head], first)
+            emerged = self._onset(f"entropy/{layer}/{head}", bool(below[layer, head]), bool(gone[layer, head]), first)
             if emerged is not None:
                 value, where = float(ratio[layer, head]), self._name(layer, head)
                 when = "fell to" if emerged else "is since the first probe"
