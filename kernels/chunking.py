@@ -82,51 +82,97 @@ def boundaries(index: Array, chunk_size: int, dtype: jnp.dtype) -> Boundaries:
     return Boundaries(*(x.astype(dtype) for x in (pairs, head, tail, last == entering)))
 
 
-def prefix_sums(g: Array) -> Array:
-    """Sums of g [..., C, K] up to and including each token."""
-    return jnp.cumsum(g, axis=-2)
-
-
-def suffix_sums(g: Array) -> Array:
-    """Sums of g [..., C, K] after each token, itself excluded; never a difference of larger sums."""
-    shifted = jnp.concatenate([g[..., 1:, :], jnp.zeros_like(g[..., :1, :])], axis=-2)
-    return jnp.flip(jnp.cumsum(jnp.flip(shifted, -2), axis=-2), -2)
-
-
 def _merge(top: Array, left: Array, bottom: Array) -> Array:
     """The lower block matrix [[top, 0], [left, bottom]]."""
     upper = jnp.concatenate([top, jnp.zeros_like(top)], axis=-1)
     return jnp.concatenate([upper, jnp.concatenate([left, bottom], axis=-1)], axis=-2)
 
 
+def _halves(x: Array, size: int) -> tuple[Array, Array]:
+    """[..., C, X] to the even and the odd runs of `size` rows, both [..., C / (2 size), size, X]."""
+    pairs = x.reshape(*x.shape[:-2], -1, 2, size, x.shape[-1])
+    return pairs[..., 0, :, :], pairs[..., 1, :, :]
+
+
+def _join(even: Array, odd: Array) -> Array:
+    """The inverse of `_halves`."""
+    pairs = jnp.stack([even, odd], axis=-3)
+    return pairs.reshape(*pairs.shape[:-4], -1, pairs.shape[-1])
+
+
+def _double(prefix: Array, suffix: Array, size: int) -> tuple[Array, Array]:
+    """Sums within runs of `size` tokens to sums within runs of twice that."""
+    (p0, p1), (s0, s1) = _halves(prefix, size), _halves(suffix, size)
+    return _join(p0, p1 + p0[..., -1:, :]), _join(s0 + p1[..., -1:, :], s1)
+
+
+def decay_sums(g: Array) -> tuple[Array, Array]:
+    """Sums of g [..., C, K] over the chunk up to each token, itself included, and after each token; only ever sums, no differences."""
+    prefix, suffix, size = g, jnp.zeros_like(g), 1
+    while size < g.shape[-2]:
+        prefix, suffix = _double(prefix, suffix, size)
+        size *= 2
+    return prefix, suffix
+
+
+@jax.custom_vjp
 def decayed_scores(q: Array, k: Array, g: Array) -> Array:
     """Scores of every query with the keys up to it, decayed in between: sum_d q_id k_jd exp(g_{j+1,d} + ... + g_id) for j <= i, else 0.
 
     The chunk is halved: queries of the later half carry the decay since the half's start, keys of the earlier half the decay up to
     it, and their product is one matmul; both halves recurse. No exponent is positive and none is a difference of sums, so nothing
-    overflows and strong gates cost no accuracy.
+    overflows and strong gates cost no accuracy; the backward pass keeps both properties.
 
     Args:
-      q: [P, ..., C, K], P kinds of query.
+      q: [..., C, K].
       k: [..., C, K].
       g: [..., C, K] log decay, at most 0.
 
     Returns:
-      [P, ..., C, C], zero above the diagonal.
+      [..., C, C], zero above the diagonal.
     """
-    chunk = k.shape[-2]
-    scores = jnp.sum(q * k[None], axis=-1)[..., None, None]  # [P, ..., C, 1, 1]
-    size = 1
-    blocks = lambda x, size: x.reshape(*x.shape[:-2], chunk // (2 * size), 2, size, x.shape[-1])  # noqa: E731
-    while size < chunk:
-        qs, ks, gs = blocks(q, size), blocks(k, size), blocks(g, size)
-        late = qs[..., 1, :, :] * jnp.exp(prefix_sums(gs[..., 1, :, :]))[None]
-        early = ks[..., 0, :, :] * jnp.exp(suffix_sums(gs[..., 0, :, :]))
-        left = dot("p...ik,...jk->p...ij", late, early)
-        pairs = scores.reshape(*scores.shape[:-3], -1, 2, size, size)
-        scores = _merge(pairs[..., 0, :, :], left, pairs[..., 1, :, :])
+    scores, prefix, suffix, size = jnp.sum(q * k, axis=-1)[..., None, None], g, jnp.zeros_like(g), 1  # scores [..., C, 1, 1]
+    while size < k.shape[-2]:
+        late = _halves(q, size)[1] * jnp.exp(_halves(prefix, size)[1])
+        early = _halves(k, size)[0] * jnp.exp(_halves(suffix, size)[0])
+        blocks = scores.reshape(*scores.shape[:-3], -1, 2, size, size)
+        scores = _merge(blocks[..., 0, :, :], dot("...ik,...jk->...ij", late, early), blocks[..., 1, :, :])
+        prefix, suffix = _double(prefix, suffix, size)
         size *= 2
     return scores[..., 0, :, :]
+
+
+def _decayed_scores_forward(q: Array, k: Array, g: Array) -> tuple[Array, tuple[Array, ...]]:
+    return decayed_scores(q, k, g), (q, k, g)
+
+
+def _decayed_scores_backward(residuals: tuple[Array, ...], dscores: Array) -> tuple[Array, ...]:
+    q, k, g = residuals
+    sums, size = [(g, jnp.zeros_like(g))], 1
+    while 2 * size < g.shape[-2]:
+        sums.append(_double(*sums[-1], size))
+        size *= 2
+    diagonal = jnp.diagonal(dscores, axis1=-2, axis2=-1)[..., None]
+    dq, dk, dprefix, dsuffix = diagonal * k, diagonal * q, jnp.zeros_like(g), jnp.zeros_like(g)
+    dblocks = dscores[..., None, :, :]  # [..., blocks, 2 size, 2 size]
+    for level in reversed(range((g.shape[-2] - 1).bit_length())):
+        size = 1 << level
+        since, to = jnp.exp(_halves(sums[level][0], size)[1]), jnp.exp(_halves(sums[level][1], size)[0])
+        late, early = _halves(q, size)[1] * since, _halves(k, size)[0] * to
+        dleft = dblocks[..., size:, :size]
+        dlate, dearly = dot("...ij,...jk->...ik", dleft, early), dot("...ij,...ik->...jk", dleft, late)
+        dq += _join(jnp.zeros_like(dlate), dlate * since)
+        dk += _join(dearly * to, jnp.zeros_like(dearly))
+        (p0, p1), (s0, s1) = _halves(dprefix, size), _halves(dsuffix, size)
+        last = (jnp.arange(size) == size - 1).astype(g.dtype).reshape(*[1] * (p0.ndim - 2), size, 1)
+        p0, p1 = p0 + last * jnp.sum(p1, axis=-2, keepdims=True), p1 + last * jnp.sum(s0, axis=-2, keepdims=True)
+        dprefix, dsuffix = _join(p0, p1 + dlate * late), _join(s0 + dearly * early, s1)
+        dblocks = jnp.stack([dblocks[..., :size, :size], dblocks[..., size:, size:]], axis=-3)
+        dblocks = dblocks.reshape(*dblocks.shape[:-4], -1, size, size)
+    return dq, dk, dprefix
+
+
+decayed_scores.defvjp(_decayed_scores_forward, _decayed_scores_backward)
 
 
 @jax.custom_jvp

@@ -96,7 +96,7 @@ def cut(
         inputs = [None if x is None else _zero_where_padding(real, x) for x in inputs]
         bounds = chunking.boundaries(index, chunk_size, dtype)
     q, k, v, g, *gates = (None if x is None else chunking.heads_to_chunks(x, chunk_size, num_heads) for x in inputs)
-    since_start, to_end = jnp.exp(chunking.prefix_sums(g)), jnp.exp(chunking.suffix_sums(g))
+    since_start, to_end = (jnp.exp(x) for x in chunking.decay_sums(g))
     decay = since_start[..., -1, :]
     if bounds is not None:
         since_start, to_end = since_start * bounds.head[..., None], to_end * bounds.tail[..., None]
@@ -105,15 +105,14 @@ def cut(
     return Chunks(q, k, v, g, tuple(gates), pairs, q * since_start, k * since_start, k * to_end, decay)
 
 
-def scores(c: Chunks, *queries: Array) -> Array:
-    """Decayed products inside each chunk, [P, ..., C, C] for P queries [..., C, K]: with k_j for j <= i in the same segment, else 0."""
-    q = jnp.stack(queries)
+def scores(q: Array, c: Chunks) -> Array:
+    """Decayed products inside each chunk, [..., C, C]: q_i with k_j for j <= i in the same segment, else 0."""
     if c.g.shape[-1] == 1:
         ones = jnp.ones_like(c.g)
-        products = dot("p...ik,...jk->p...ij", q, c.k) * chunking.decayed_scores(ones[None], ones, c.g)
+        products = dot("...ik,...jk->...ij", q, c.k) * chunking.decayed_scores(ones, ones, c.g)
     else:
         products = chunking.decayed_scores(q, c.k, c.g)
-    return products if c.pairs is None else products * c.pairs[None]
+    return products if c.pairs is None else products * c.pairs
 
 
 def scan_chunks(
@@ -134,7 +133,7 @@ def decayed_attention(c: Chunks, *, initial_state: Array | None) -> tuple[Array,
         return decay[..., None] * state + write, state
 
     entering, final_state = scan_chunks(advance, (c.decay, writes), initial_state, writes.shape[:2] + writes.shape[3:])
-    o = dot("...ck,...kv->...cv", c.q_in, entering) + dot("...ij,...jv->...iv", scores(c, c.q)[0], c.v)
+    o = dot("...ck,...kv->...cv", c.q_in, entering) + dot("...ij,...jv->...iv", scores(c.q, c), c.v)
     return o, final_state
 
 
@@ -178,5 +177,5 @@ def _home_scores(c: Chunks, home: Array, offset: Array) -> Array:
     q, k, g = c.q[:, :, home, offset], c.k[:, :, home], c.g[:, :, home]  # [B, H, R, K], [B, H, R, C, K], [B, H, R, C, K or 1]
     tokens = jnp.arange(c.k.shape[3])[None, :]
     upto = (tokens <= offset[:, None])[..., None]  # [R, C, 1]
-    decay = jnp.where(upto, jnp.exp(chunking.suffix_sums(jnp.where(upto, g, 0))), 0)
+    decay = jnp.where(upto, jnp.exp(chunking.decay_sums(jnp.where(upto, g, 0))[1]), 0)
     return jnp.sum(q[..., None, :] * k * decay, axis=-1)

@@ -18,7 +18,7 @@ def cut(
     g = g[..., None] if g.ndim == 3 else g
     c = recurrence.cut(q, k, v, g, beta[..., None], num_heads=beta.shape[2], **options)
     (beta,) = c.gates  # [B, H, N, C, 1]
-    scores, lower = recurrence.scores(c, c.q, beta * c.k)
+    scores, lower = recurrence.scores(c.q, c), recurrence.scores(beta * c.k, c)
     inverse = chunking.unit_lower_inverse(jnp.tril(lower, -1))
     return c, scores, inverse * jnp.swapaxes(beta, -1, -2)
 
