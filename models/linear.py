@@ -48,7 +48,7 @@ class Dense(nnx.Module):
         self.compute_dtype = ctx.compute_dtype
         self.kernel = ctx.param(init or fan_in_normal(), (in_dim, out_dim), axes, decay=True)
         self.bias = ctx.param(jax.nn.initializers.zeros, (out_dim,), axes[1:]) if use_bias else None
-        self.gain = self.v = self.u = None
+        self.gain = self.v = self.u = nnx.data(None)
         if ctx.sigma_reparam is not None:
             kernel = self.kernel[...]
             u = _unit(jax.random.normal(ctx.rngs.params(), (out_dim,), jnp.float32))

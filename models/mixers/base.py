@@ -15,7 +15,7 @@ import importlib
 import math
 import pkgutil
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,11 @@ class MixerConfig(abc.ABC):
     kind: ClassVar[Kind]
     source: ClassVar[str]
     """Paper, as `Title (arXiv id)`."""
+
+    @classmethod
+    def example(cls) -> Self:
+        """A small config for width 64, for tests and tables; override where the defaults do not fit it."""
+        return cls()
 
     @abc.abstractmethod
     def build(self, d_model: int, ctx: BuildContext) -> Mixer:

@@ -39,6 +39,10 @@ class MoHConfig(MixerConfig):
         if self.num_shared_heads < 0 or self.balance < 0:
             raise ValueError(f"{path}: num_shared_heads={self.num_shared_heads} and balance={self.balance} must be 0 or more")
 
+    @classmethod
+    def example(cls) -> MoHConfig:
+        return cls(mixer=SoftmaxConfig.example(), num_shared_heads=2)
+
     @property
     def kind(self):  # type: ignore[override]
         """That of the wrapped mixer."""
@@ -102,16 +106,20 @@ class MoH(HeadMixer):
     def finish(self, o, x):
         return self.inner.finish(o, x) * self.gates(x)[..., None].astype(o.dtype)
 
+    def loads(self, x: jax.Array, *, segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Mean probability of each routed head and the share of tokens that use it, `[num_routed]`, padding left out."""
+        real = (segment_ids > 0).astype(jnp.float32)[..., None]
+        p, mask = ((y * real).sum((0, 1)) / jnp.maximum(real.sum(), 1.0) for y in self.routing(x))
+        return p, mask
+
     def auxiliary_loss(self, x, *, segment_ids):
         """`E sum_e mean_t(p_e) mean_t(m_e)`, whose balanced value is top_k, times the coefficient."""
-        p, mask = self.routing(x)
-        real = (segment_ids > 0).astype(jnp.float32)[..., None]
-        mean = lambda y: (y * real).sum((0, 1)) / jnp.maximum(real.sum(), 1.0)  # noqa: E731
-        return self.config.balance * self.num_routed * (mean(p) * mean(mask)).sum()
+        p, mask = self.loads(x, segment_ids=segment_ids)
+        return self.config.balance * self.num_routed * (p * mask).sum()
 
     def observe(self, inputs, x, *, segment_ids, positions):
-        _, mask = self.routing(x)
-        load = jnp.concatenate([jnp.ones(self.num_heads - self.num_routed), mask.mean((0, 1))])
+        _, mask = self.loads(x, segment_ids=segment_ids)
+        load = jnp.concatenate([jnp.ones(self.num_heads - self.num_routed), mask])
         return {**self.inner.observe(inputs, x, segment_ids=segment_ids, positions=positions), "head_load": load}
 
     def project(self, x, *, segment_ids, positions, state):

@@ -128,7 +128,7 @@ def attention_statistics(
         "entropy": _masked_mean(entropy, real, axis=(0, 2)),
         "entropy_ratio": _masked_mean(ratio, wide, axis=(0, 2)),
         "sink": _masked_mean(received, sees, axis=(0, 3)),
-        "sink_rate": (alpha[:, :, 0] > SINK_THRESHOLD).astype(jnp.float32).mean(0),
+        "sink_rate": _masked_mean((alpha[:, :, 0] > SINK_THRESHOLD).astype(jnp.float32), real.any(-1), axis=0),
     }
 
 
@@ -142,18 +142,27 @@ def start_ratio(norms: jax.Array, *, segment_ids: jax.Array, positions: jax.Arra
     return first / jnp.maximum(rest, 1e-30)
 
 
-def recurrent_statistics(*, g: jax.Array | None, writes: jax.Array, state: jax.Array) -> dict[str, jax.Array]:
-    """Statistics of a decaying state.
+def recurrent_statistics(
+    *, g: jax.Array | None, writes: jax.Array, state: jax.Array, segment_ids: jax.Array
+) -> dict[str, jax.Array]:
+    """Statistics of a decaying state; padding is left out.
 
     Args:
         g: log decay `[B, T, H]` or `[B, T, H, K]`, None for a state that never decays.
         writes: Frobenius norm of each token's write `[B, T, H]`.
         state: final state `[B, H, K, V]`.
+        segment_ids: `[B, T]`, 0 for padding.
     """
-    out = {"write_strength": writes.astype(jnp.float32).mean((0, 1)), "state_norm": jnp.linalg.norm(state, axis=(-2, -1)).mean(0)}
+    real = (segment_ids > 0)[:, :, None]
+    norms = jnp.linalg.norm(state, axis=(-2, -1))
+    out = {
+        "write_strength": _masked_mean(writes.astype(jnp.float32), real, axis=(0, 1)),
+        "state_norm": _masked_mean(norms, real.any(1), axis=0),
+    }
     if g is not None:
-        rate = -g.astype(jnp.float32).mean(tuple(i for i in range(g.ndim) if i != 2))
-        out["decay_horizon"] = 1.0 / jnp.maximum(rate, 1e-9)
+        rate = -g.astype(jnp.float32)
+        rate = rate.mean(-1) if rate.ndim == 4 else rate
+        out["decay_horizon"] = 1.0 / jnp.maximum(_masked_mean(rate, real, axis=(0, 1)), 1e-9)
     return out
 
 
@@ -163,12 +172,14 @@ def residual_statistics(
     """Extremes of the residual stream `x` `[B, T, D]` after a block (massive activations, arXiv 2402.17762; residual peak, 2410.13835)."""
     keep = probe.pick_sequences(x.shape[0])
     x, segment_ids, positions = jnp.abs(x[keep].astype(jnp.float32)), segment_ids[keep], positions[keep]
-    per_token = jax.lax.top_k(x, 3)[0]
-    sample = x[:, :, :: max(1, x.shape[1] * x.shape[2] // 4096)].reshape(-1)
+    real = segment_ids > 0
+    top = jax.lax.top_k(jnp.where(real[:, :, None], x, 0.0), 3)[0]
+    stride = max(1, x.shape[1] // 64)
+    sample = jnp.where(real[:, ::stride, None], x[:, ::stride], jnp.nan)
     norms = jnp.sqrt(jnp.mean(jnp.square(x), axis=-1))
     return {
-        "residual_top": jax.lax.top_k(per_token.reshape(x.shape[0], -1), 3)[0].mean(0),
-        "residual_median": jnp.median(sample),
+        "residual_top": _masked_mean(jax.lax.top_k(top.reshape(x.shape[0], -1), 3)[0], real.any(1)[:, None], axis=0),
+        "residual_median": jnp.nan_to_num(jnp.nanmedian(sample)),
         "residual_peak": start_ratio(norms, segment_ids=segment_ids, positions=positions),
     }
 

@@ -66,6 +66,10 @@ class SoftmaxConfig(MixerConfig):
                 f"{path}.sink_logits=True needs normalizer='softmax', not {self.normalizer!r}: only softmax has a denominator"
             )
 
+    @classmethod
+    def example(cls) -> SoftmaxConfig:
+        return cls(num_heads=4, head_dim=16)
+
     def heads(self, d_model: int) -> tuple[int, int]:
         """`(num_heads, num_kv_heads)` at width `d_model`."""
         path = f"model.mixers.{self.name}"

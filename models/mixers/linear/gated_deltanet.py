@@ -49,6 +49,10 @@ class GatedDeltaNetConfig(MixerConfig):
         if int(self.head_dim * self.expand_v) < 1:
             raise ValueError(f"{path}.expand_v={self.expand_v} must leave at least one of head_dim={self.head_dim} channels")
 
+    @classmethod
+    def example(cls) -> GatedDeltaNetConfig:
+        return cls(num_heads=4, head_dim=8)
+
     def heads(self, d_model: int) -> tuple[int, int]:
         """`(num_heads, num_v_heads)` at width `d_model`."""
         path = f"model.mixers.{self.name}"
@@ -145,7 +149,7 @@ class GatedDeltaNet(HeadMixer):
     def observe(self, inputs, x, *, segment_ids, positions):
         _, memory = delta_rule(*inputs, segment_ids=segment_ids)
         writes = inputs.beta * jnp.linalg.norm(inputs.v.astype(jnp.float32), axis=-1)  # keys have unit norm
-        return recurrent_statistics(g=inputs.g, writes=writes, state=memory)
+        return recurrent_statistics(g=inputs.g, writes=writes, state=memory, segment_ids=segment_ids)
 
 
 def _init_a_log(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:

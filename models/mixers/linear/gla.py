@@ -110,4 +110,4 @@ class GLA(HeadMixer):
     def observe(self, inputs, x, *, segment_ids, positions):
         _, memory = vector_decay(*inputs, segment_ids=segment_ids)
         norm = lambda y: jnp.linalg.norm(y.astype(jnp.float32), axis=-1)  # noqa: E731
-        return recurrent_statistics(g=inputs.g, writes=norm(inputs.k) * norm(inputs.v), state=memory)
+        return recurrent_statistics(g=inputs.g, writes=norm(inputs.k) * norm(inputs.v), state=memory, segment_ids=segment_ids)

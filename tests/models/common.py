@@ -1,0 +1,30 @@
+"""What the model tests share."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+"""`jax.jit` that compiles in half the time and runs slower: right for models this small."""
+
+
+def layout(*rows: tuple[int, ...], length: int) -> dict[str, jax.Array]:
+    """Segment ids and positions `[B, length]` of rows made of documents of these lengths and then padding."""
+    segment_ids, positions = np.zeros((len(rows), length), np.int32), np.zeros((len(rows), length), np.int32)
+    for row, documents in enumerate(rows):
+        start = 0
+        for index, size in enumerate(documents):
+            segment_ids[row, start : start + size] = index + 1
+            positions[row, start : start + size] = np.arange(size)
+            start += size
+    return {"segment_ids": jnp.asarray(segment_ids), "positions": jnp.asarray(positions)}
+
+
+def left_padded(*lengths: int) -> tuple[dict[str, jax.Array], np.ndarray]:
+    """Segment ids and positions of prompts of these lengths, padded left to the longest; and the token index of each slot (0 at padding)."""
+    longest = max(lengths)
+    index = np.arange(longest)[None] - (longest - np.asarray(lengths)[:, None])
+    positions = np.maximum(index, 0).astype(np.int32)
+    return {"segment_ids": jnp.asarray(index >= 0, jnp.int32), "positions": jnp.asarray(positions)}, positions
