@@ -15,8 +15,6 @@ from rich.logging import RichHandler
 from rich.table import Table
 
 console = Console(soft_wrap=True)
-Positional = tyro.conf.Positional
-
 USAGE = """usage: launch.py COMMAND ...
 
   train PRESET [--steps 2000] [--model.pattern "gla*3,softmax"] [--out runs/a] [--resume]   (train PRESET --help lists every option)
@@ -51,7 +49,7 @@ def train(args: Sequence[str]) -> None:
 class EvalArgs:
     """Scores a run on its held-out text."""
 
-    run: Positional[Path]
+    run: Annotated[Path, tyro.conf.Positional]
     """Run folder."""
     tasks: str = "ppl"
     """Comma-separated; `list tasks` shows them."""
@@ -89,7 +87,7 @@ def evaluate(args: Sequence[str]) -> None:
 class GenerateArgs:
     """Continues a text with a trained model."""
 
-    run: Positional[Path]
+    run: Annotated[Path, tyro.conf.Positional]
     """Run folder."""
     prompt: str = ""
     """Text to go on from; empty starts a document."""
@@ -167,8 +165,11 @@ COMMANDS = {"train": train, "eval": evaluate, "generate": generate, "report": re
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console, show_time=False, show_path=False)])
+    logging.basicConfig(
+        level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console, show_time=False, show_path=False)]
+    )
     logging.getLogger("plait").setLevel(logging.INFO)
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax's running commentary
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return 0

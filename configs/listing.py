@@ -24,12 +24,25 @@ def preset_table() -> Table:
 
 def mixer_table() -> Table:
     """Registered mixers at width 1,024."""
-    table = Table("mixer", "kind", "parameters", "forward FLOPs/token at 4,096", "decode state at 4,096", "source", title="Mixers, at width 1,024")
+    table = Table(
+        "mixer",
+        "kind",
+        "parameters",
+        "forward FLOPs/token at 4,096",
+        "decode state at 4,096",
+        "source",
+        title="Mixers, at width 1,024",
+    )
     for name, config_class in mixer_configs().items():
         config = config_class()
         flops, state = config.flops(1024, 4096), config.state_bytes(1024, 4096, "bfloat16")
         table.add_row(
-            name, str(config.kind), f"{config.num_params(1024) / 1e6:.2f}M", f"{flops / 1e6:.1f}M", f"{state / 2**20:.2f} MiB", config.source
+            name,
+            str(config.kind),
+            f"{config.num_params(1024) / 1e6:.2f}M",
+            f"{flops / 1e6:.1f}M",
+            f"{state / 2**20:.2f} MiB",
+            config.source,
         )
     return table
 
@@ -49,5 +62,10 @@ def kernel_table() -> Table:
     return table
 
 
-TABLES: dict[str, Callable[[], Table]] = {"presets": preset_table, "mixers": mixer_table, "tasks": task_table, "kernels": kernel_table}
+TABLES: dict[str, Callable[[], Table]] = {
+    "presets": preset_table,
+    "mixers": mixer_table,
+    "tasks": task_table,
+    "kernels": kernel_table,
+}
 """What can be listed."""

@@ -23,7 +23,7 @@ from plait.train.clock import Clock
 from plait.train.evaluate import Evaluator, place
 from plait.train.hardware import environment, peak_flops
 from plait.train.mesh import batch_sharding
-from plait.train.metrics import MetricsWriter, ProgressLine, trim_metrics, write_layers, write_probes
+from plait.train.metrics import ATTENTION, MetricsWriter, ProgressLine, trim_metrics, write_layers, write_probes
 from plait.train.probes.collect import describe_layers, probe_arrays, probe_metrics
 from plait.train.probes.events import EventDetector
 from plait.train.probes.pictures import write_pictures
@@ -89,14 +89,15 @@ class _Loop:
         config = self.config
         sinks = {"wandb": config.wandb is not None, "project": config.wandb or "plait", "config": codec.encode(config)}
         try:
+            if first < config.steps:
+                self._compile()
+            self._write_facts()
             with (
                 MetricsWriter(self.folder, resumed_at=first or None, **sinks) as self.writer,
                 ProgressLine(config.steps, start_step=first) as self.progress,
             ):
-                self._compile()
-                self._write_facts()
                 state, last = self._steps(state, first)
-            if last == config.steps:
+            if last == config.steps and not (self.folder / ATTENTION).exists():
                 params = state.params if state.ema is None else state.ema
                 sample = next(iter(self.setup.data.val or [next(self.iterator)]))
                 write_pictures(self.folder, last, self.setup.blueprint, params, state.buffers, sample, self.setup.data.tokenizer)
@@ -122,18 +123,24 @@ class _Loop:
 
     def _compile(self) -> None:
         """Both steps, ahead of time: compiling is then no part of any step's time, and its errors come before training."""
+        log.info("compiling a step of %s parameters", f"{self.setup.blueprint.num_params:,}")
         shape = (self.config.data.batch_size, self.config.data.seq_len)
         kinds = Batch(*(jnp.int32,) * 4, jnp.float32)
         batch = Batch(*(jax.ShapeDtypeStruct(shape, kind, sharding=self.rows) for kind in kinds))
 
         def compiled(probe: ProbeConfig | None) -> Any:
             step = make_step(self.setup.blueprint, self.setup.tx, self.setup.mesh, probe)
-            return jax.jit(step, donate_argnums=0, out_shardings=(self.setup.shardings, None)).lower(self.setup.like(), batch).compile()
+            return (
+                jax.jit(step, donate_argnums=0, out_shardings=(self.setup.shardings, None))
+                .lower(self.setup.like(), batch)
+                .compile()
+            )
 
         self.plain_step = compiled(None)
-        self.probe_step = compiled(self.config.probe) if self.config.probe_every is not None else None
+        self.probe_step = self.plain_step if self.config.probe_every is None else compiled(self.config.probe)
 
     def _write_facts(self) -> None:
+        """What a reader of the run folder wants to know about it."""
         facts = {
             **environment(),
             "kernels": chosen(),
@@ -149,7 +156,7 @@ class _Loop:
         config, pending = self.config, None
         self.clock.lap()
         while step < config.steps and not self.termination.asked:
-            probing = self.probe_step is not None and (step == 0 or _due(step + 1, config.probe_every))
+            probing = config.probe_every is not None and (step == 0 or _due(step + 1, config.probe_every))
             batch = place(next(self.iterator), self.rows)
             state, metrics = (self.probe_step if probing else self.plain_step)(state, batch)
             step += 1

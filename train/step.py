@@ -26,8 +26,8 @@ Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 def make_step(blueprint: Blueprint, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh, probe: ProbeConfig | None) -> Step:
     """The step `(state, batch) -> (state, metrics)`, traceable; jit it with the state donated.
 
-    Metrics are scalars by name, and with `probe` also `"stats"`, the list of the layers' statistics. A step whose loss or gradient is
-    not finite changes nothing but the counts of such steps.
+    Metrics are scalars by name, and with `probe` also `"stats"`, the list of the layers' statistics. A step whose loss or gradient
+    is not finite changes nothing but the counts of such steps.
     """
     config = blueprint.config
     schedule = make_schedule(config.optimizer, config.steps)
@@ -46,8 +46,8 @@ def make_step(blueprint: Blueprint, tx: optax.GradientTransformation, mesh: jax.
         updates, optimizer = tx.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
-        if ema is not None:
-            keep = config.optimizer.ema
+        keep = config.optimizer.ema
+        if ema is not None and keep is not None:
             ema = jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, ema, params)
         good = jnp.isfinite(value) & jnp.isfinite(norm)
         one = jnp.ones((), jnp.int32)

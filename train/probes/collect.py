@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -29,7 +29,7 @@ def probe_arrays(stats: Sequence[Stats]) -> dict[str, np.ndarray]:
 
 def probe_metrics(arrays: dict[str, np.ndarray]) -> dict[str, float]:
     """The model's attention in a few scalars."""
-    named = {
+    named: dict[str, tuple[str, Callable[[np.ndarray], Any]]] = {
         "attn/entropy_mean": ("entropy", np.nanmean),
         "attn/entropy_ratio": ("entropy_ratio", np.nanmean),
         "attn/sink_rate": ("sink_rate", np.nanmean),
@@ -59,5 +59,5 @@ def padded_layers(values: Sequence[np.ndarray | None], shape: tuple[int, ...]) -
     out = np.full((len(values), *shape), np.nan, np.float32)
     for index, value in enumerate(values):
         if value is not None:
-            out[(index, *(slice(n) for n in value.shape))] = value
+            out[index, ...][tuple(slice(n) for n in value.shape)] = value
     return out

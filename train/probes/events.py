@@ -158,7 +158,9 @@ class EventDetector:
         if "entropy_ratio" not in probes:
             return []
         ratio, limits, found = probes["entropy_ratio"], self.thresholds, []
-        below, gone = ratio < limits.entropy, ratio > limits.entropy / limits.release
+        # A linear head that forgets within a token or two has low entropy by design; its decay horizon says so better.
+        linear = np.array([i < len(self.layers) and self.layers[i].get("kind") == "linear" for i in range(len(ratio))])
+        below, gone = (ratio < limits.entropy) & ~linear[:, None], ratio > limits.entropy / limits.release
         for layer, head in np.ndindex(ratio.shape):
             emerged = self._onset(f"entropy/{layer}/{head}", bool(below[layer, head]), bool(gone[layer, head]), first)
             if emerged is not None:
@@ -169,8 +171,7 @@ class EventDetector:
                     text += " (it is a sink: the weight sits on the first token)"
                 kind = "entropy_collapse" if emerged else "low_entropy_at_start"
                 found.append(Event(step, kind, layer, head, value, limits.entropy, text))
-        softmax = [i for i in range(len(ratio)) if i >= len(self.layers) or self.layers[i].get("kind") != "linear"]
-        mean = _mean(ratio[softmax] if softmax else ratio)
+        mean = _mean(ratio[~linear] if not linear.all() else ratio)
         near = self._last_spike is not None and step - self._last_spike <= limits.join_steps
         if mean < limits.model_entropy and near and self._once("entropy/model"):
             text = f"entropy collapse: the mean entropy is {mean:.3f} of log n, with a loss spike at step {self._last_spike}"

@@ -18,7 +18,9 @@ from plait.train.state import Arrays, Blueprint
 _LENGTH = 64
 
 
-def write_pictures(run: Path, step: int, blueprint: Blueprint, params: Arrays, buffers: Arrays, batch: Batch, tokenizer: Tokenizer) -> None:
+def write_pictures(
+    run: Path, step: int, blueprint: Blueprint, params: Arrays, buffers: Arrays, batch: Batch, tokenizer: Tokenizer
+) -> None:
     """Writes the implied attention of all layers over the longest document piece of `batch`, at most 64 tokens of it."""
     row, start, length = _longest_piece(np.asarray(batch.segment_ids))
     length = min(length, _LENGTH)
@@ -28,7 +30,7 @@ def write_pictures(run: Path, step: int, blueprint: Blueprint, params: Arrays, b
     def attend(params: Arrays, buffers: Arrays, tokens: jax.Array) -> list:
         where = {"segment_ids": jnp.ones_like(tokens), "positions": jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]}
         _, stats = blueprint.build(params, buffers).hidden(tokens, **where, probe=PictureProbe(sequences=1))
-        return [None if s.attention is None else s.attention[0] for s in stats]  # [H, T, T] a layer
+        return [None if s is None or s.attention is None else s.attention[0] for s in stats]  # [H, T, T] a layer
 
     maps = [None if a is None else np.asarray(a, np.float32) for a in attend(params, buffers, jnp.asarray(tokens)[None])]
     if all(heads is None for heads in maps):

@@ -1,0 +1,160 @@
+"""Training speed and memory of `lm_quick` on this machine's CPU, beside nanodo on the same shape, and what the probes cost.
+
+    python benchmarks/train_cpu.py [--nanodo FOLDER] [--rounds 15]
+
+FOLDER is a checkout of github.com/google-deepmind/nanodo (its model and attention run in a jitted AdamW step; needs nothing but flax and
+optax). Steps are timed in turn, round by round, so that all see the same machine; the table gives the median and the middle half.
+Each variant's peak memory is read from a process of its own that takes three steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from plait.configs.experiment import ExperimentConfig, MeshConfig
+from plait.configs.presets import preset
+from plait.data.batch import Batch
+from plait.models.mixers.full.softmax import SoftmaxConfig
+from plait.train.mesh import make_mesh
+from plait.train.optimizer import make_optimizer
+from plait.train.state import Blueprint, create_state
+from plait.train.step import make_step
+
+VOCAB = 4096
+Stepper = Callable[[], Any]
+"""Takes one training step and returns something to wait for."""
+
+
+def batch(config: ExperimentConfig) -> Batch:
+    """Random tokens in rows of one document: every variant sees the same."""
+    shape = (config.data.batch_size, config.data.seq_len)
+    tokens = np.random.default_rng(0).integers(1, VOCAB, shape).astype(np.int32)
+    positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+    return Batch(tokens, np.roll(tokens, -1, 1), np.ones(shape, np.int32), positions, np.ones(shape, np.float32))
+
+
+def plait(config: ExperimentConfig, probe: bool = False) -> tuple[Stepper, int]:
+    """Our step and the model's parameter count."""
+    config = dataclasses.replace(config, model=config.model.with_vocab(VOCAB))
+    blueprint = Blueprint(config)
+    tx = make_optimizer(config.optimizer, config.steps, blueprint.decay)
+    mesh = make_mesh(MeshConfig())
+    state = jax.jit(lambda: create_state(blueprint, tx))()
+    step = jax.jit(make_step(blueprint, tx, mesh, config.probe if probe else None), donate_argnums=0)
+    rows = batch(config)
+
+    def run() -> Any:
+        nonlocal state
+        state, metrics = step(state, rows)
+        return metrics["loss/train"]
+
+    return run, blueprint.num_params
+
+
+def transformer() -> ExperimentConfig:
+    """`lm_quick` with softmax attention only, and a channel mixer that brings it to nanodo's parameter count."""
+    config = preset("lm_quick")
+    model = dataclasses.replace(config.model, pattern="softmax", mixers={"softmax": SoftmaxConfig(num_heads=6, head_dim=32)})
+    return dataclasses.replace(config, model=model)
+
+
+def nanodo(folder: Path) -> tuple[Stepper, int]:
+    """nanodo's decoder of the same width, depth, heads and channel-mixer parameters, in an AdamW step."""
+    sys.path.insert(0, str(folder))
+    from nanodo.model import DoConfig, TransformerDo
+
+    config = preset("lm_quick")
+    d, inner = config.model.d_model, config.model.channel_mixer.width(config.model.d_model)
+    do = DoConfig(D=d, H=6, L=config.data.seq_len, N=config.model.num_layers, V=VOCAB, F=3 * inner // 2, fsdp_enabled=False)
+    model, rows = TransformerDo(do), batch(config)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3, b2=0.95, weight_decay=0.1))
+    params = model.init(jax.random.key(0), jnp.asarray(rows.tokens))["params"]
+    state = (params, tx.init(params))
+
+    @jax.jit
+    def step(state: Any, rows: Batch) -> Any:
+        def loss(params: Any) -> jax.Array:
+            logits = model.apply({"params": params}, rows.tokens)
+            return (optax.losses.softmax_cross_entropy_with_integer_labels(logits, rows.targets) * rows.loss_mask).mean()
+
+        value, grads = jax.value_and_grad(loss)(state[0])
+        updates, optimizer = tx.update(grads, state[1], state[0])
+        return (optax.apply_updates(state[0], updates), optimizer), value
+
+    def run() -> Any:
+        nonlocal state
+        state, value = step(state, rows)
+        return value
+
+    return run, sum(p.size for p in jax.tree.leaves(params))
+
+
+def variants(folder: Path | None) -> dict[str, Callable[[], tuple[Stepper, int]]]:
+    """What is measured."""
+    quick = preset("lm_quick")
+    out = {
+        "plait lm_quick (hybrid)": lambda: plait(quick),
+        "plait lm_quick, probes in every step": lambda: plait(quick, probe=True),
+        "plait softmax only": lambda: plait(transformer()),
+    }
+    if folder is not None:
+        out["nanodo"] = lambda: nanodo(folder)
+    return out
+
+
+def main() -> None:
+    """Prints the table; with `--one NAME` the peak memory of one variant in this process."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nanodo", type=Path)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--one")
+    args = parser.parse_args()
+    if args.one:
+        run, _ = variants(args.nanodo)[args.one]()
+        for _ in range(3):
+            jax.block_until_ready(run())
+        print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+        return
+    built = {name: make() for name, make in variants(args.nanodo).items()}
+    times: dict[str, list[float]] = {name: [] for name in built}
+    for _ in range(args.rounds + 2):
+        for name, (run, _) in built.items():
+            start = time.perf_counter()
+            jax.block_until_ready(run())
+            times[name].append(time.perf_counter() - start)
+    quick = preset("lm_quick")
+    tokens = quick.data.batch_size * quick.data.seq_len
+    print(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}, {tokens} tokens a step, {args.rounds} rounds\n")
+    print("| variant | parameters | step, median (middle half) | tokens/s | peak memory |\n|---|---|---|---|---|")
+    medians = {}
+    for name, (_, num_params) in built.items():
+        low, mid, high = np.percentile(times[name][2:], [25, 50, 75])
+        medians[name] = mid
+        command = [sys.executable, __file__, "--one", name, *(["--nanodo", str(args.nanodo)] if args.nanodo else [])]
+        memory = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+        print(
+            f"| {name} | {num_params / 1e6:.2f}M | {mid:.3f} s ({low:.3f}-{high:.3f}) | {tokens / mid:,.0f} | {memory:,.0f} MiB |"
+        )
+    plain, probing = medians["plait lm_quick (hybrid)"], medians["plait lm_quick, probes in every step"]
+    for every in (1, 50):
+        print(
+            f"\nprobe_every={every}: {(plain * (every - 1) + probing) / every / plain:.3f} of the time of a step without probes"
+        )
+
+
+if __name__ == "__main__":
+    main()
