@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,11 @@ import optax
 from jax.sharding import Mesh
 
 from plait.configs import codec
-from plait.configs.experiment import ExperimentConfig
+from plait.configs.experiment import ExperimentConfig, MeshConfig
 from plait.data.loader import Data, build_data
+from plait.data.tokenizer import read_meta
 from plait.train.checkpoint import CheckpointError, Checkpoints
-from plait.train.mesh import make_mesh
+from plait.train.mesh import batch_sharding, make_mesh
 from plait.train.metrics import write_atomically
 from plait.train.optimizer import make_optimizer
 from plait.train.state import Arrays, Blueprint, TrainState, create_state, state_shardings
@@ -36,6 +39,8 @@ def claim(config: ExperimentConfig) -> bool:
     if folder.exists() and not folder.is_dir():
         raise RunError(f"out={str(folder)!r} is a file; give a folder")
     if not (folder / CONFIG).exists():
+        if read_meta(folder / "tokenizer"):  # of a try that failed before it began: it must not bind this one
+            shutil.rmtree(folder / "tokenizer")
         return False
     if not config.resume:
         raise RunError(f"out={str(folder)!r} already holds a run; use --resume to go on with it, or another --out")
@@ -95,6 +100,15 @@ class Trained:
     buffers: Arrays
 
 
+def _mesh_for_reading(config: ExperimentConfig) -> MeshConfig:
+    """The run's own mesh where these devices can form it, else as many data shards as divide the batch."""
+    try:
+        batch_sharding(make_mesh(config.mesh), config.data.batch_size, 1)
+        return config.mesh
+    except ValueError:
+        return MeshConfig(data=math.gcd(config.data.batch_size, jax.device_count()))
+
+
 @contextlib.contextmanager
 def opened(folder: str | Path, step: int | None = None) -> Iterator[Trained]:
     """The run in `folder` at its newest whole checkpoint (or that of `step`). Raises RunError or CheckpointError."""
@@ -102,7 +116,7 @@ def opened(folder: str | Path, step: int | None = None) -> Iterator[Trained]:
     if not (folder / CONFIG).exists():
         raise RunError(f"{str(folder)!r} is not a run folder: it has no {CONFIG}; give the --out of a training run")
     config = dataclasses.replace(codec.load(ExperimentConfig, folder / CONFIG), out=str(folder))
-    setup = set_up(dataclasses.replace(config, mesh=type(config.mesh)()))
+    setup = set_up(dataclasses.replace(config, mesh=_mesh_for_reading(config)))
     checkpoints = Checkpoints(folder / CHECKPOINTS, read_only=True)
     try:
         restored = checkpoints.restore(setup.like(), step)
