@@ -9,6 +9,8 @@ import tyro
 
 from plait.configs.experiment import ExperimentConfig
 from plait.configs.presets import preset
+from plait.models.config import LMConfig, MixerTable, default_mixer
+from plait.models.pattern import pattern_names
 
 _PATTERN = "--model.pattern"
 
@@ -21,12 +23,23 @@ def parse_experiment(name: str, args: Sequence[str], prog: str = "launch.py trai
     """
     config = preset(name)
     if (pattern := _value_of(_PATTERN, args)) is not None:
-        layers = _value_of("--model.num-layers", args) or _value_of("--model.num_layers", args)
-        depth = int(layers) if layers is not None and layers.isdigit() else None
-        config = dataclasses.replace(config, model=config.model.with_pattern(pattern, depth))
+        config = dataclasses.replace(config, model=_with_pattern(config.model, pattern))
     return tyro.cli(
         ExperimentConfig, default=config, args=list(args), prog=f"{prog} {name}", description=f"Options of preset {name}."
     )
+
+
+def _with_pattern(model: LMConfig, pattern: str) -> LMConfig:
+    """`model` over another pattern, unchecked: other options may still change the width, depth and heads that it must fit.
+
+    tyro builds the final config from it, which is checked. Raises ValueError for names that are no mixers.
+    """
+    fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
+    mixers = MixerTable({name: model.mixers.get(name) or default_mixer(name) for name in pattern_names(pattern)})
+    unchecked = object.__new__(LMConfig)
+    for name, value in {**fields, "pattern": pattern, "mixers": mixers}.items():
+        object.__setattr__(unchecked, name, value)
+    return unchecked
 
 
 def _value_of(flag: str, args: Sequence[str]) -> str | None:
