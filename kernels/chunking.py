@@ -108,11 +108,17 @@ def _double(prefix: Array, suffix: Array, size: int) -> tuple[Array, Array]:
 
 def decay_sums(g: Array) -> tuple[Array, Array]:
     """Sums of g [..., C, K] over the chunk up to each token, itself included, and after each token; only ever sums, no differences."""
-    prefix, suffix, size = g, jnp.zeros_like(g), 1
-    while size < g.shape[-2]:
-        prefix, suffix = _double(prefix, suffix, size)
-        size *= 2
-    return prefix, suffix
+    up_to = jnp.tril(jnp.ones((g.shape[-2],) * 2, g.dtype))
+    return dot("ij,...jk->...ik", up_to, g), dot("ij,...jk->...ik", 1 - up_to, g)
+
+
+def decay_between(g: Array) -> Array:
+    """How much of what token j wrote is left at token i: exp(g_{j+1} + ... + g_i) for j <= i, else 0; g [..., C, 1] to [..., C, C].
+
+    The sums are one matmul with 0/1 weights, so here too none is a difference.
+    """
+    up_to = jnp.tril(jnp.ones((g.shape[-2],) * 2, g.dtype))
+    return jnp.exp(dot("is,...sj->...ij", up_to, g * jnp.tril(up_to, -1))) * up_to
 
 
 @jax.custom_vjp

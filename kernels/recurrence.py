@@ -108,8 +108,7 @@ def cut(
 def scores(q: Array, c: Chunks) -> Array:
     """Decayed products inside each chunk, [..., C, C]: q_i with k_j for j <= i in the same segment, else 0."""
     if c.g.shape[-1] == 1:
-        ones = jnp.ones_like(c.g)
-        products = dot("...ik,...jk->...ij", q, c.k) * chunking.decayed_scores(ones, ones, c.g)
+        products = dot("...ik,...jk->...ij", q, c.k) * chunking.decay_between(c.g)
     else:
         products = chunking.decayed_scores(q, c.k, c.g)
     return products if c.pairs is None else products * c.pairs
