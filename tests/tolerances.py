@@ -1,40 +1,76 @@
 """The one rule by which the tests accept a number; no test has a tolerance of its own.
 
-error = RMS(actual - reference) / RMS(reference), the reference in float32 (or better). It may be at most `MULTIPLE` times the error that
-the plain reference makes when it runs in the tested dtype on the same inputs. Where that error is not at hand (two float32 forms of one
-thing), `ROUNDING` of the dtype stands for it: what a few hundred chained roundings leave. Raising a number here needs a sentence of why.
+error = RMS(actual - exact) / RMS(exact), where `exact` is the plain reference in float64 on the same, already rounded inputs.
+It may be at most `MULTIPLE` times the error that the plain reference makes when it runs in the tested dtype, and that error counts at
+least as one rounding to the dtype (RMS about eps / 4), since a lucky reference would forbid every other order of summation.
+Where the plain error is not at hand (two forms of one thing are compared), `CHAINED` stands for it: what a few hundred roundings leave.
+Raising a number here needs a sentence of why in the change that does it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 MULTIPLE = 4.0
-ROUNDING = {"float32": 2.0**-18, "bfloat16": 2.0**-7}
+"""Four, because a chunk form sums in another order and passes each product through up to a handful more roundings."""
+
+CHAINED = {"float64": 2.0**-46, "float32": 2.0**-18, "bfloat16": 2.0**-7}
 
 
-def rms_error(actual: Any, reference: Any) -> float:
-    """RMS of the difference over the RMS of the reference; the plain RMS of the difference where the reference is zero."""
-    actual, reference = np.asarray(actual, np.float64), np.asarray(reference, np.float64)
-    assert actual.shape == reference.shape, f"shapes differ: {actual.shape} and {reference.shape}"
-    scale = np.sqrt(np.mean(np.square(reference))) if reference.size else 0.0
-    return float(np.sqrt(np.mean(np.square(actual - reference))) / (scale or 1.0)) if reference.size else 0.0
+def one_rounding(dtype: Any) -> float:
+    """The RMS relative error of rounding once to `dtype`."""
+    return float(ml_dtypes.finfo(dtype).eps) / 4
 
 
-def bound(dtype: Any, plain_error: float = 0.0) -> float:
-    """Largest allowed error for a result of `dtype`, given the plain reference's own error in that dtype."""
-    return MULTIPLE * max(plain_error, ROUNDING[np.dtype(dtype).name])
+def rms_error(actual: Any, exact: Any) -> float:
+    """RMS of the difference over the RMS of `exact`; the plain RMS of the difference where that is zero."""
+    actual, exact = np.asarray(actual, np.float64), np.asarray(exact, np.float64)
+    assert actual.shape == exact.shape, f"shapes differ: {actual.shape} and {exact.shape}"
+    scale = np.sqrt(np.mean(np.square(exact))) if exact.size else 0.0
+    return float(np.sqrt(np.mean(np.square(actual - exact))) / (scale or 1.0)) if exact.size else 0.0
 
 
-def assert_close(actual: Any, reference: Any, *, plain: Any = None, err_msg: str = "") -> None:
-    """Raises AssertionError unless `actual` keeps the rule. `plain` is the plain reference run in the dtype of `actual`, if there is one."""
-    dtype = getattr(actual, "dtype", np.dtype("float32"))
-    dtype = dtype if np.dtype(dtype).name in ROUNDING else np.dtype("float32")
-    limit = bound(dtype, 0.0 if plain is None else rms_error(plain, reference))
+def bound(dtype: Any, plain_error: float | None = None) -> float:
+    """Largest allowed error in `dtype`, given the plain reference's own error in it; None where that is not known."""
+    return MULTIPLE * (CHAINED[np.dtype(dtype).name] if plain_error is None else max(plain_error, one_rounding(dtype)))
+
+
+def assert_close(actual: Any, reference: Any, *, plain: Any = None, dtype: Any = None, err_msg: str = "") -> None:
+    """Raises AssertionError unless the array `actual` keeps the rule.
+
+    Args:
+      actual: the tested result.
+      reference: the exact result, or another form's.
+      plain: the plain reference run in the tested dtype, if there is one.
+      dtype: the tested dtype, that of the inputs; None is that of `actual`.
+      err_msg: begins the message.
+    """
+    dtype = np.dtype(getattr(actual, "dtype", "float32") if dtype is None else dtype)
+    limit = bound(dtype if dtype.name in CHAINED else "float32", None if plain is None else rms_error(plain, reference))
     error = rms_error(actual, reference)
     worst = np.max(np.abs(np.asarray(actual, np.float64) - np.asarray(reference, np.float64)), initial=0.0)
-    assert error <= limit, (
-        f"{err_msg or 'error'} {error:.2e} exceeds {limit:.2e} ({np.dtype(dtype).name}); largest difference {worst:.2e}"
-    )
+    assert error <= limit, f"{err_msg or 'error'} {error:.2e} exceeds {limit:.2e} ({dtype.name}); largest difference {worst:.2e}"
+
+
+def assert_tree_close(actual: Any, exact: Any, plain: Any, *, dtype: Any) -> None:
+    """`assert_close` on each leaf of three trees of one structure; the message names the leaf and all that fail are listed."""
+    failures = []
+    for (path, got), want, own in zip(jax.tree.leaves_with_path(actual), jax.tree.leaves(exact), jax.tree.leaves(plain), strict=True):
+        try:
+            assert_close(got, want, plain=own, dtype=dtype, err_msg=jax.tree_util.keystr(path))
+        except AssertionError as error:
+            failures.append(str(error))
+    assert not failures, "\n".join(failures)
+
+
+def in_float64(function: Callable[..., Any], *args: Any) -> Any:
+    """`function(*args)` with every floating argument widened to float64, as NumPy arrays; the `exact` of the rule."""
+    with jax.enable_x64(True):
+        widen = lambda x: jnp.asarray(np.asarray(x, np.float64)) if jnp.issubdtype(x.dtype, jnp.floating) else jnp.asarray(x)  # noqa: E731
+        return jax.tree.map(np.asarray, function(*jax.tree.map(widen, args)))

@@ -1,0 +1,291 @@
+"""The kernel contract: every implementation of every op gives the reference's outputs, final states and gradients."""
+
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from plait import kernels
+from plait.kernels import Mask
+from plait.tests.kernels import cases
+from plait.tests.tolerances import assert_close, assert_tree_close, in_float64
+
+TESTED = {op: [name for name in names if name != "reference"] for op, names in kernels.registered().items()}
+RECURRENT = [(name, i) for name, r in cases.RECURRENCES.items() for i in TESTED[r.op.__name__]]
+CASES = [  # length, segments, decay
+    (1, None, "mixed"),
+    (63, None, "mixed"),
+    (64, "several", "mixed"),
+    (64, "long", "weak"),
+    (64, "one", "strong"),
+    (65, None, "weak"),
+    (500, "several", "mixed"),
+    (500, "one", "weak"),
+]
+_ids = lambda value: str(value).replace(" ", "")  # noqa: E731
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("length", "layout", "decay"), CASES, ids=_ids)
+@pytest.mark.parametrize(("name", "implementation"), RECURRENT, ids=_ids)
+def test_recurrence_matches_reference(name: str, implementation: str, length: int, layout: str | None, decay: str, dtype: str):
+    if dtype == "bfloat16" and (length, layout) not in [(1, None), (64, "several")]:
+        pytest.skip("bfloat16 runs the same float32 inside; two shapes show the casts")
+    inputs = cases.RECURRENCES[name].inputs(length, decay=decay, dtype=dtype)
+    args = (inputs, cases.state(), None if layout is None else cases.segments(length, layout))
+    plain = cases.values_and_gradients(name, "reference")
+    got = cases.values_and_gradients(name, implementation)(*args)
+    assert got["value"]["o"].dtype == dtype
+    assert got["value"]["final_state"].dtype == jnp.float32
+    assert_tree_close(got, in_float64(plain, *args), plain(*args), dtype=dtype)
+
+
+@pytest.mark.parametrize("name", cases.RECURRENCES)
+def test_recurrence_packed_equals_separate(name: str):
+    recurrence, lengths = cases.RECURRENCES[name], (19, 1, 30)
+    inputs = recurrence.inputs(sum(lengths))
+    ids = jnp.asarray(np.repeat([1, 2, 3], lengths)[None].repeat(cases.BATCH, 0))
+    o, final_state = recurrence.call(inputs, segment_ids=ids, initial_state=cases.state(), chunk_size=16)
+    starts = np.cumsum((0, *lengths))
+    for i, (start, stop) in enumerate(zip(starts[:-1], starts[1:])):
+        piece = {key: x[:, start:stop] for key, x in inputs.items()}
+        alone, alone_state = recurrence.call(piece, initial_state=cases.state() if i == 0 else None, chunk_size=16)
+        assert_close(o[:, start:stop], alone, err_msg=f"segment {i}")
+    assert_close(final_state, alone_state, err_msg="final state")
+
+
+@pytest.mark.parametrize("name", cases.RECURRENCES)
+@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+def test_recurrence_skips_padding(name: str, implementation: str):
+    recurrence = cases.RECURRENCES[name]
+    inputs = recurrence.inputs(40)
+    real = np.r_[5:20, 24:33]  # one segment with padding before, inside and after it
+    ids = jnp.zeros((cases.BATCH, 40), jnp.int32).at[:, real].set(7)
+    o, final_state = recurrence.call(inputs, segment_ids=ids, initial_state=cases.state(), chunk_size=16, implementation=implementation)
+    dense = {key: x[:, real] for key, x in inputs.items()}
+    alone, alone_state = recurrence.call(dense, initial_state=cases.state(), chunk_size=16, implementation=implementation)
+    assert_close(o[:, real], alone)
+    assert_close(final_state, alone_state)
+    assert not np.asarray(o)[:, np.asarray(ids[0]) == 0].any()
+
+
+@pytest.mark.parametrize("name", cases.RECURRENCES)
+def test_recurrence_steps_equal_one_call(name: str):
+    recurrence = cases.RECURRENCES[name]
+    inputs = recurrence.inputs(5)
+    whole, whole_state = recurrence.call(inputs, initial_state=cases.state())
+    state, outputs = cases.state(), []
+    for t in range(5):
+        o, state = recurrence.call({key: x[:, t : t + 1] for key, x in inputs.items()}, initial_state=state)
+        outputs.append(o)
+    assert_close(jnp.concatenate(outputs, axis=1), whole)
+    assert_close(state, whole_state)
+
+
+@pytest.mark.parametrize("layout", [None, "several"])
+@pytest.mark.parametrize("name", cases.RECURRENCES)
+def test_recurrence_rows_reproduce_output(name: str, layout: str | None):
+    recurrence, length = cases.RECURRENCES[name], 100
+    inputs = recurrence.inputs(length)
+    ids = None if layout is None else cases.segments(length, layout)
+    rows = jnp.asarray([0, 1, 31, 32, 50, 63, 64, 99], jnp.int32)
+    weights = cases.quick_jit(partial(recurrence.implied, segment_ids=ids, chunk_size=32))(inputs, rows)
+    o, _ = recurrence.call(inputs, segment_ids=ids, implementation="reference")
+    assert weights.dtype == jnp.float32
+    assert_close(jnp.einsum("bhrs,bshv->brhv", weights, inputs["v"]), o[:, rows])
+    ids = np.ones((cases.BATCH, length), int) if ids is None else np.asarray(ids)
+    hidden = (np.arange(length)[None, :] > np.asarray(rows)[:, None])[None] | (ids[:, np.asarray(rows), None] != ids[:, None, :])
+    assert not np.asarray(weights)[np.broadcast_to(hidden[:, None], weights.shape)].any()
+
+
+ATTENTION = {
+    "causal": (Mask(), {}),
+    "full": (Mask(causal=False), {}),
+    "window": (Mask(window_size=70), {}),
+    "window-sinks": (Mask(window_size=9, num_sink_tokens=3), {}),
+    "two-sided-window": (Mask(causal=False, window_size=9, num_sink_tokens=2), {}),
+    "sink-logits": (Mask(window_size=40), {"sinks": True}),
+    "sigmoid": (Mask(), {"normalizer": "sigmoid", "sigmoid_bias": -3.0}),
+}
+
+
+@cache
+def _attention(name: str, implementation: str) -> Any:
+    mask, options = ATTENTION[name]
+
+    @cases.quick_jit
+    def run(inputs: dict[str, jax.Array], segment_ids: jax.Array | None) -> Any:
+        def outputs(inputs: dict[str, jax.Array]) -> Any:
+            named = dict(options, sinks=inputs["sinks"]) if options.get("sinks") else options
+            o, stats = kernels.attention(
+                inputs["q"], inputs["k"], inputs["v"], mask=mask, segment_ids=segment_ids, return_stats=True,
+                implementation=implementation, **named,
+            )  # fmt: skip
+            return {"o": o, **{f: jnp.where(x > -1e29, x, 0) for f, x in stats._asdict().items()}}
+
+        return cases.with_gradients(outputs, inputs)
+
+    return run
+
+
+def _attention_inputs(length: int, dtype: str = "float32", num_heads: int = 4, num_kv_heads: int = 2) -> dict[str, jax.Array]:
+    rng = np.random.default_rng(length)
+    shapes = {"q": (2, length, num_heads, 8), "k": (2, length, num_kv_heads, 8), "v": (2, length, num_kv_heads, 4)}
+    inputs = {key: jnp.asarray(rng.standard_normal(shape), dtype) for key, shape in shapes.items()}
+    return inputs | {"sinks": jnp.asarray(rng.standard_normal(num_heads), jnp.float32)}
+
+
+@pytest.fixture(params=["one-tile", "blocks"])
+def tiling(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "blocks":
+        from plait.kernels.attention import chunked
+
+        monkeypatch.setattr(chunked, "DENSE_TILE", 0)
+        monkeypatch.setattr(chunked, "BLOCK_SIZE", 16)
+    _attention.cache_clear()
+    return request.param
+
+
+@pytest.mark.parametrize(("length", "layout"), [(1, None), (65, None), (64, "several"), (200, "several")], ids=_ids)
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention_matches_reference(name: str, length: int, layout: str | None, tiling: str):
+    if tiling == "blocks" and length in (1, 64):
+        pytest.skip("blocks are shown by the longer cases")
+    if tiling == "one-tile" and length == 200:
+        pytest.skip("one tile is shown by the shorter cases")
+    args = (_attention_inputs(length), None if layout is None else cases.segments(length, layout))
+    plain = _attention(name, "reference")
+    for implementation in TESTED["attention"]:
+        got = _attention(name, implementation)(*args)
+        assert_tree_close(got, in_float64(plain, *args), plain(*args), dtype="float32")
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(got))
+
+
+def test_attention_bfloat16(tiling: str):
+    args = (_attention_inputs(90, "bfloat16"), cases.segments(90, "several"))
+    plain, got = _attention("causal", "reference"), _attention("causal", "chunked")(*args)
+    assert got["value"]["o"].dtype == jnp.bfloat16
+    assert got["value"]["lse"].dtype == jnp.float32
+    assert_tree_close(got, in_float64(plain, *args), plain(*args), dtype="bfloat16")
+
+
+def test_attention_hidden_row_is_zero_and_gradients_finite():
+    inputs = _attention_inputs(12)
+    ids = jnp.zeros((2, 12), jnp.int32)
+    for name in ("causal", "sink-logits", "sigmoid"):
+        got = _attention(name, "chunked")(inputs, ids)
+        assert all(not np.asarray(x).any() for x in (got["value"]["o"], got["value"]["entropy"]))
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(got))
+
+
+@pytest.mark.parametrize("implementation", TESTED["attention"])
+def test_attention_decodes_from_shuffled_cache(implementation: str):
+    inputs, mask, rng = _attention_inputs(40), Mask(window_size=12, num_sink_tokens=2), np.random.default_rng(0)
+    q, k, v = inputs["q"], inputs["k"], inputs["v"]
+    whole = kernels.attention(q, k, v, mask=mask, implementation="reference")
+    order, spare = rng.permutation(40), ((0, 0), (0, 8), (0, 0), (0, 0))
+    cache_k, cache_v = (jnp.pad(x[:, order], spare, constant_values=9.0) for x in (k, v))
+    positions = jnp.pad(jnp.asarray(order, jnp.int32)[None].repeat(2, 0), ((0, 0), (0, 8)))
+    for t in (0, 5, 39):
+        filled = (positions <= t) & (jnp.arange(48)[None, :] < 40)
+        o = kernels.attention(
+            q[:, t : t + 1], cache_k, cache_v, mask=mask, positions=jnp.full((2, 1), t), kv_positions=positions,
+            kv_segment_ids=filled.astype(jnp.int32), implementation=implementation,
+        )  # fmt: skip
+        assert_close(o, whole[:, t : t + 1], err_msg=f"token {t}")
+
+
+def test_attention_rows_reproduce_output():
+    inputs, ids, rows = _attention_inputs(50), cases.segments(50, "several"), jnp.asarray([0, 7, 31, 49])
+    for options in ({}, {"sinks": inputs["sinks"]}, {"normalizer": "sigmoid", "sigmoid_bias": -1.0}):
+        options |= {"mask": Mask(window_size=20, num_sink_tokens=2), "segment_ids": ids}
+        weights = kernels.attention_rows(inputs["q"], inputs["k"], rows, **options)
+        o = kernels.attention(inputs["q"], inputs["k"], inputs["v"], **options)
+        values = jnp.repeat(inputs["v"], 2, axis=2)
+        assert_close(jnp.einsum("bhrs,bshv->brhv", weights, values), o[:, rows])
+
+
+@cache
+def _short_conv(implementation: str, activation: str | None) -> Any:
+    @cases.quick_jit
+    def run(inputs: dict[str, jax.Array], segment_ids: jax.Array | None) -> Any:
+        def outputs(inputs: dict[str, jax.Array]) -> Any:
+            return kernels.short_conv(
+                **inputs, activation=activation, segment_ids=segment_ids, implementation=implementation
+            )
+
+        return cases.with_gradients(outputs, inputs)
+
+    return run
+
+
+def _conv_inputs(length: int, width: int, dtype: str = "float32") -> dict[str, jax.Array]:
+    rng = np.random.default_rng(length)
+    shapes = {"x": (2, length, 6), "weight": (width, 6), "bias": (6,), "initial_state": (2, width - 1, 6)}
+    return {name: jnp.asarray(rng.standard_normal(shape), dtype) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("length", "width", "layout"), [(1, 4, None), (2, 4, None), (65, 4, "several"), (64, 1, None), (9, 4, "long")], ids=_ids
+)
+@pytest.mark.parametrize("implementation", TESTED["short_conv"])
+def test_short_conv_matches_reference(implementation: str, length: int, width: int, layout: str | None, dtype: str):
+    args = (_conv_inputs(length, width, dtype), None if layout is None else cases.segments(length, layout))
+    plain, activation = _short_conv("reference", "silu" if width > 1 else None), "silu" if width > 1 else None
+    got = _short_conv(implementation, activation)(*args)
+    assert_tree_close(got, in_float64(plain, *args), plain(*args), dtype=dtype)
+
+
+def test_short_conv_packed_equals_separate():
+    inputs = _conv_inputs(20, 4)
+    ids = jnp.asarray(np.repeat([1, 2, 3], [9, 1, 10])[None].repeat(2, 0))
+    y, state = kernels.short_conv(**inputs, segment_ids=ids)
+    first, _ = kernels.short_conv(inputs["x"][:, :9], inputs["weight"], bias=inputs["bias"], initial_state=inputs["initial_state"])
+    last, last_state = kernels.short_conv(inputs["x"][:, 10:], inputs["weight"], bias=inputs["bias"])
+    assert_close(y[:, :9], first)
+    assert_close(y[:, 10:], last)
+    assert_close(state, last_state)
+
+
+def test_short_conv_steps_equal_one_call():
+    inputs = _conv_inputs(7, 4)
+    whole, whole_state = kernels.short_conv(**inputs)
+    state = inputs["initial_state"]
+    for t in range(7):
+        y, state = kernels.short_conv(inputs["x"][:, t : t + 1], inputs["weight"], bias=inputs["bias"], initial_state=state)
+        assert_close(y, whole[:, t : t + 1])
+    assert_close(state, whole_state)
+
+
+@cache
+def _cross_entropy(implementation: str, soft_cap: float | None) -> Any:
+    @cases.quick_jit
+    def run(inputs: dict[str, jax.Array], targets: jax.Array, loss_mask: jax.Array) -> Any:
+        def outputs(inputs: dict[str, jax.Array]) -> Any:
+            return kernels.cross_entropy(
+                **inputs, targets=targets, loss_mask=loss_mask, logit_soft_cap=soft_cap, chunk_size=16, implementation=implementation
+            )
+
+        return cases.with_gradients(outputs, inputs)
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("soft_cap", [None, 2.0])
+@pytest.mark.parametrize("length", [1, 37])
+@pytest.mark.parametrize("implementation", TESTED["cross_entropy"])
+def test_cross_entropy_matches_reference(implementation: str, length: int, soft_cap: float | None, dtype: str):
+    rng = np.random.default_rng(length)
+    inputs = {"hidden": jnp.asarray(rng.standard_normal((2, length, 8)), dtype), "weight": jnp.asarray(rng.standard_normal((8, 50)), dtype)}
+    loss_mask = jnp.asarray(rng.random((2, length)) > 0.3).at[0, 0].set(True)
+    targets = jnp.where(loss_mask, jnp.asarray(rng.integers(0, 50, (2, length))), -100)
+    args = (inputs, targets, loss_mask)
+    plain, got = _cross_entropy("reference", soft_cap), _cross_entropy(implementation, soft_cap)(*args)
+    assert all(x.dtype == jnp.float32 for x in got["value"])
+    assert_tree_close(got, in_float64(plain, *args), plain(*args), dtype=dtype)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(got))
