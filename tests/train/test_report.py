@@ -32,8 +32,8 @@ def make_run(run, *, pattern=HYBRID, heads=8, steps=2000, probes=40, seed=0, tok
         "d_model": 512,
         "num_layers": depth,
     }
-    (run / "config.json").write_text(json.dumps({"preset": "lm_quick", "steps": steps, "seed": seed, "model": model}))
-    environment = {"parameters": 41_300_000, "devices": ["NVIDIA H100"] * 8, "jax": "0.11.2", "commit": "0123abc"}
+    (run / "config.json").write_text(json.dumps({"name": "lm_quick", "steps": steps, "seed": seed, "model": model}))
+    environment = {"num_params": 41_300_000, "devices": {"kind": "NVIDIA H100", "platform": "gpu", "count": 8}, "jax": "0.11.2", "commit": "0123abc"}
     (run / "environment.json").write_text(
         json.dumps({**environment, "kernels": {"attention": "pallas_gpu", "delta_rule": "chunked"}})
     )
@@ -238,9 +238,9 @@ def test_folder_that_is_not_a_run_is_an_error(tmp_path, name):
 def test_every_string_of_a_run_is_escaped(tmp_path):
     bad = "<script>alert('x')</script>&\"$"
     run = make_run(tmp_path / "<script>a&b$", pattern=("softmax", "softmax"), heads=2, steps=20, probes=2, tokens=12)
-    config = {"preset": bad, "model": {"pattern": bad}, bad: bad}
+    config = {"name": bad, "model": {"pattern": bad}, bad: bad}
     (run / "config.json").write_text(json.dumps(config))
-    (run / "environment.json").write_text(json.dumps({"devices": [bad], "commit": bad, "parameters": bad}))
+    (run / "environment.json").write_text(json.dumps({"devices": {"kind": bad}, "commit": bad, "num_params": bad}))
     write_layers(run, [{"index": i, "mixer": bad, "kind": bad, "num_heads": 2} for i in range(2)], first_k=4)
     write_attention(
         run,

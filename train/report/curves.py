@@ -205,7 +205,7 @@ class LayerValue:
 
 LINEAR = (
     LayerValue("decay_horizon", "Decay horizon", "tokens", log=True),
-    LayerValue("write_strength", "Write strength", "mean β or input gate"),
+    LayerValue("write_strength", "Write strength", "norm of a write to the state"),
     LayerValue("state_norm", "State norm", "Frobenius norm"),
 )
 EXTREMES = (

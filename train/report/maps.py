@@ -60,7 +60,7 @@ SINK = HeadValue(
     limits=(0, 1),
 )
 HORIZON = HeadValue("decay_horizon", "Decay horizon", "Tokens after which a linear head's state is down to 1/e.", log=True)
-WRITE = HeadValue("write_strength", "Write strength", "Mean of the write gate (β) of a linear head.")
+WRITE = HeadValue("write_strength", "Write strength", "Mean Frobenius norm of a token's write to the state of a linear head.")
 LOAD = HeadValue("head_load", "Head load", "Share of tokens that choose the head (mixture of heads).", limits=(0, 1))
 HEAD_VALUES = (
     ENTROPY,

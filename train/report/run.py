@@ -195,19 +195,19 @@ def final_loss(run: Run) -> float:
 def facts(run: Run) -> dict[str, str]:
     """What the header and the comparison say of a run; a dash where the run folder does not tell."""
     both = {**run.environment, **run.config}
-    devices = lookup(run.environment, "device", "devices", "device_kind")
-    if isinstance(devices, list):
-        counts = {str(device): sum(str(other) == str(device) for other in devices) for device in devices}
-        devices = ", ".join(f"{count} × {device}" if count > 1 else device for device, count in counts.items())
+    devices = lookup(run.environment, "devices")
+    if isinstance(devices, dict):
+        count, kind = devices.get("count", 1), devices.get("kind", "?")
+        devices = f"{count} × {kind}" if count > 1 else kind
     speed = run.series("throughput/tokens_per_second")[1]
     speed = speed[np.isfinite(speed)]
     mfu = run.last("throughput/mfu")
     last = run.records[-1] if run.records else {}
-    commit = lookup(run.environment, "commit", "git_commit", "git.commit")
+    commit = lookup(run.environment, "commit")
     return {
-        "preset": str(lookup(both, "preset", "name") or "–"),
-        "pattern": str(lookup(both, "model.pattern", "pattern") or "–"),
-        "parameters": quantity(lookup(both, "parameters", "num_params", "model.num_params", "params")),
+        "preset": str(lookup(both, "name") or "–"),
+        "pattern": str(lookup(both, "model.pattern") or "–"),
+        "parameters": quantity(lookup(both, "num_params")),
         "device": str(devices or "–"),
         "steps": f"{int(last['step']):,}" if last else "–",
         "tokens": quantity(last.get("tokens", math.nan)),
