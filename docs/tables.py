@@ -88,7 +88,9 @@ def mixer_options() -> str:
     parts = []
     for name, schema in mixer_configs().items():
         document = inspect.getdoc(schema) or ""
-        parts.append(f"### `{name}`\n\n{document}\n\n{options(schema, f'model.mixers.{name}.'.replace('_', '-'))}")
+        wraps = any(field.name == "mixer" for field in dataclasses.fields(schema))
+        prefix = f"model.mixers.{name}{'+NAME' if wraps else ''}.".replace("_", "-")
+        parts.append(f"### `{name}`\n\n{document}\n\n{options(schema, prefix)}")
     return "\n" + "\n".join(parts) + "\n"
 
 
