@@ -46,7 +46,9 @@ def field_texts(schema: type) -> dict[str, str]:
     texts = {}
     for node, after in zip(tree.body, [*tree.body[1:], None]):
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and isinstance(after.value.value, str)
+            documented = (
+                isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and isinstance(after.value.value, str)
+            )
             texts[node.target.id] = " ".join(str(after.value.value).split()) if documented else ""  # type: ignore[union-attr]
     return texts
 
@@ -96,7 +98,9 @@ def mixer_options() -> str:
 
 def kernels() -> str:
     """Ops and their implementations, in the order in which `auto` tries them."""
-    return markdown(("op", "implementations, in the order of `auto`"), ([f"`{op}`", ", ".join(names)] for op, names in registered().items()))
+    return markdown(
+        ("op", "implementations, in the order of `auto`"), ([f"`{op}`", ", ".join(names)] for op, names in registered().items())
+    )
 
 
 def preset_table() -> str:

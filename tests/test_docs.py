@@ -11,6 +11,8 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,7 +28,18 @@ README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 MAKE_TARGETS = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
 # What makes a command of the README small enough to run. Later options win over those of the command.
-SMALL = ["--steps", "2", "--optimizer.warmup-steps", "1", "--data.source", "corpus/", "--data.cache-dir", "cache", "--eval-batches", "1"]
+SMALL = [
+    "--steps",
+    "2",
+    "--optimizer.warmup-steps",
+    "1",
+    "--data.source",
+    "corpus/",
+    "--data.cache-dir",
+    "cache",
+    "--eval-batches",
+    "1",
+]
 
 
 def commands(page: Path) -> list[str]:
@@ -56,7 +69,9 @@ def test_command_is_known_and_parses(command):
     if args is None:
         script = ROOT / words[1] if words[0] == "python" and len(words) > 1 else None
         known = words[0] in ("git", "pre-commit", "pip", "tensorboard") or words[:3] == ["python", "-m", "pytest"]
-        assert known or (script is not None and script.is_file()), f"{command!r} is no command this test knows; fence it otherwise"
+        assert known or (script is not None and script.is_file()), (
+            f"{command!r} is no command this test knows; fence it otherwise"
+        )
         return
     name, rest = args[0], args[1:]
     if name == "train":
@@ -160,6 +175,39 @@ def test_generated_tables_are_up_to_date():
     spec.loader.exec_module(tables)
     old = [page.relative_to(ROOT).as_posix() for page in tables.outdated()]
     assert not old, f"{', '.join(old)}: tables are out of date; run `{tables.COMMAND}` and commit what it changes"
+
+
+def test_example_mixer_is_one_file_that_works(tmp_path):
+    """The file of docs/adding-a-mixer.md, in a process of its own so that the registry here stays as it is."""
+    page = (ROOT / "docs" / "adding-a-mixer.md").read_text("utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    (tmp_path / "fading.py").write_text(code, "utf-8")
+    (tmp_path / "use.py").write_text(USE_EXAMPLE, "utf-8")
+    done = subprocess.run([sys.executable, tmp_path / "use.py"], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, f"the mixer of docs/adding-a-mixer.md no longer works:\n{done.stderr[-3000:]}"
+
+
+USE_EXAMPLE = """
+import fading, jax, jax.numpy as jnp
+from flax import nnx
+from plait.configs.cli import parse_experiment
+from plait.models.mixers.stats import ProbeConfig
+
+for pattern in ("fading*3,softmax", "moh+fading"):
+    args = ["--model.pattern", pattern, "--model.num-layers", "4"]
+    args += ["--model.mixers." + pattern.split("*")[0] + (".mixer" if "+" in pattern else "") + ".head-dim", "16"]
+    model = parse_experiment("lm_tiny", args).model.with_vocab(257)
+
+    def use(tokens):
+        lm = model.build(rngs=nnx.Rngs(0), seq_len=8)
+        where = {"segment_ids": jnp.ones_like(tokens), "positions": jnp.broadcast_to(jnp.arange(8)[None], tokens.shape)}
+        logits, stats = lm(tokens, **where, probe=ProbeConfig())
+        last, state = lm.prefill(tokens, lm.init_state(2, 16), **where)
+        return logits, stats[0].decay_horizon, lm.step(tokens[:, 0], state, positions=jnp.full(2, 8))[0]
+
+    logits, horizon, step = jax.eval_shape(use, jax.ShapeDtypeStruct((2, 8), jnp.int32))
+    assert logits.shape == (2, 8, 384) and step.shape == (2, 384) and horizon.shape == (2,)
+"""
 
 
 @pytest.mark.parametrize("name", presets())

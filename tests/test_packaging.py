@@ -22,7 +22,19 @@ MAY_IMPORT = {  # imports run one way, and data stands alone
     "configs": {"kernels", "models", "configs", "data"},
     "train": {"kernels", "models", "configs", "data", "train"},
 }
-NOT_IN_BASE = {"torch", "transformers", "einops", "fla", "lm-eval", "pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "wandb"}
+NOT_IN_BASE = {
+    "torch",
+    "transformers",
+    "einops",
+    "fla",
+    "lm-eval",
+    "pytest",
+    "pytest-xdist",
+    "hypothesis",
+    "ruff",
+    "mypy",
+    "wandb",
+}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 
 
@@ -83,7 +95,9 @@ def test_every_third_party_import_is_a_dependency():
 def test_no_torch_outside_tests():
     for path in [*python_files(*PACKAGES), ROOT / "launch.py"]:
         for line, module, _ in imports(path):
-            assert module.split(".")[0] not in ("torch", "transformers", "fla"), f"{path.relative_to(ROOT)}:{line} imports {module}"
+            assert module.split(".")[0] not in ("torch", "transformers", "fla"), (
+                f"{path.relative_to(ROOT)}:{line} imports {module}"
+            )
 
 
 def test_own_modules_are_imported_as_plait():
