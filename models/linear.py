@@ -26,6 +26,12 @@ def power_step(kernel: jax.Array, u: jax.Array) -> tuple[jax.Array, jax.Array]:
     return v, _unit(jnp.einsum("...io,...i->...o", kernel, v, precision="highest"))
 
 
+@jax.jit
+def _leading_vectors(kernel: jax.Array, u: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The vectors after the power steps of a new layer."""
+    return jax.lax.fori_loop(0, _INITIAL_POWER_STEPS, lambda _, vu: power_step(kernel, vu[1]), power_step(kernel, u))
+
+
 def _unit(x: jax.Array) -> jax.Array:
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
@@ -52,7 +58,7 @@ class Dense(nnx.Module):
         if ctx.sigma_reparam is not None:
             kernel = self.kernel[...]
             u = _unit(jax.random.normal(ctx.rngs.params(), (out_dim,), jnp.float32))
-            v, u = jax.lax.fori_loop(0, _INITIAL_POWER_STEPS, lambda _, vu: power_step(kernel, vu[1]), power_step(kernel, u))
+            v, u = _leading_vectors(kernel, u)
             gain = _sigma(kernel, v, u) if ctx.sigma_reparam == "spectral" else jnp.ones((), jnp.float32)
             self.gain = nnx.Param(gain.astype(ctx.param_dtype), axes=(), decay=False)
             self.v = SpectralVector(v, axes=axes[:1])

@@ -5,6 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
+
+from plait.models.config import LMConfig
+from plait.models.lm import LM
 
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 """`jax.jit` that compiles in half the time and runs slower: right for models this small."""
@@ -23,8 +27,15 @@ def layout(*rows: tuple[int, ...], length: int) -> dict[str, jax.Array]:
 
 
 def left_padded(*lengths: int) -> tuple[dict[str, jax.Array], np.ndarray]:
-    """Segment ids and positions of prompts of these lengths, padded left to the longest; and the token index of each slot (0 at padding)."""
+    """Segment ids and positions of prompts of these lengths, padded left to the longest; and each slot's token (0 at padding)."""
     longest = max(lengths)
     index = np.arange(longest)[None] - (longest - np.asarray(lengths)[:, None])
     positions = np.maximum(index, 0).astype(np.int32)
     return {"segment_ids": jnp.asarray(index >= 0, jnp.int32), "positions": jnp.asarray(positions)}, positions
+
+
+def build(config: LMConfig, *, seq_len: int, seed: int = 0) -> LM:
+    """The model, its parameters made in one compiled function."""
+    create = lambda: config.build(rngs=nnx.Rngs(seed), seq_len=seq_len)  # noqa: E731
+    graph, _ = nnx.split(nnx.eval_shape(create))
+    return nnx.merge(graph, quick_jit(lambda: nnx.split(create())[1])())

@@ -1,0 +1,181 @@
+"""Mixture-of-Head: gates, load balance, routers."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from plait.models.build import BuildContext
+from plait.models.mixers.base import MixerConfig, mixer_configs
+from plait.models.mixers.full.softmax import SoftmaxConfig
+from plait.models.mixers.moh import MoH, MoHConfig
+from plait.models.mixers.stats import ProbeConfig
+from plait.tests.models.common import layout, quick_jit
+from plait.tests.tolerances import assert_close
+
+WIDTH, LENGTH = 64, 24
+WHERE = layout((LENGTH,), (10, 8), length=LENGTH)
+SOFTMAX = SoftmaxConfig(num_heads=8, head_dim=8)
+INNER = {"softmax": SOFTMAX} | {n: mixer_configs()[n].example() for n in ("gla", "gated_deltanet")}
+
+
+def build(config: MoHConfig, seed: int = 0) -> MoH:
+    return config.build(WIDTH, BuildContext(layer_index=0, num_layers=1, rngs=nnx.Rngs(seed), seq_len=LENGTH))
+
+
+def inputs(seed: int = 1) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), (2, LENGTH, WIDTH))
+
+
+def make_uniform(moh: MoH) -> None:
+    """Routers that know nothing: every probability equal."""
+    for router in (moh.routed_router, moh.shared_router, moh.balance_router):
+        if router is not None:
+            router.kernel[...] = jnp.zeros_like(router.kernel[...])
+
+
+@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize("num_shared", [0, 1, 2])
+def test_each_token_has_its_shared_heads_and_exactly_k_routed_ones(inner, num_shared):
+    moh = build(MoHConfig(mixer=INNER[inner], num_shared_heads=num_shared, top_k=2))
+    active = np.asarray(moh.gates(inputs())) > 0
+    assert active[..., :num_shared].all()
+    assert (active[..., num_shared:].sum(-1) == 2).all()
+
+
+@pytest.mark.parametrize("num_shared", [0, 1, 2])
+def test_gates_of_active_heads_average_one_under_uniform_routing(num_shared):
+    moh = build(MoHConfig(mixer=SOFTMAX, num_shared_heads=num_shared, top_k=3))
+    make_uniform(moh)
+    gates = moh.gates(inputs())
+    assert_close(gates, np.asarray(gates > 0, np.float32))
+
+
+def test_gates_of_active_heads_average_about_one_at_initialisation():
+    moh = build(MoHConfig(mixer=SOFTMAX, num_shared_heads=2, top_k=3))
+    gates = np.asarray(moh.gates(0.02 * inputs()))  # inputs at which the routers are still nearly uniform
+    assert gates[gates > 0].mean() == pytest.approx(1, abs=0.01)
+
+
+def test_gates_of_two_tokens_worked_by_hand():
+    moh = build(MoHConfig(mixer=dataclasses.replace(SOFTMAX, num_heads=5), num_shared_heads=2, top_k=2))
+    zeros = lambda n: jnp.zeros((WIDTH, n))  # noqa: E731
+    ln = math.log
+    # Odds of routed heads, of shared ones, and of shared to routed: 1:2:5, 1:3, 1:4 for token e_0; 6:3:1, 1:1, 2:1 for e_1.
+    moh.routed_router.kernel[...] = zeros(3).at[0].set(jnp.array([0, ln(2), ln(5)])).at[1].set(jnp.array([ln(6), ln(3), 0]))
+    moh.shared_router.kernel[...] = zeros(2).at[0].set(jnp.array([0, ln(3)]))
+    moh.balance_router.kernel[...] = zeros(2).at[0].set(jnp.array([0, ln(4)])).at[1].set(jnp.array([ln(2), 0]))
+    tokens = jnp.eye(WIDTH)[None, :2]
+    # a = 2 (1/5, 4/5), s = 2 (1/4, 3/4), r = 2 (-, 2/7, 5/7);  a = 2 (2/3, 1/3), s = (1, 1), r = 2 (6/9, 3/9, -)
+    first = [2 / 5 * 1 / 2, 2 / 5 * 3 / 2, 0, 8 / 5 * 4 / 7, 8 / 5 * 10 / 7]
+    second = [4 / 3, 4 / 3, 2 / 3 * 12 / 9, 2 / 3 * 6 / 9, 0]
+    assert_close(moh.gates(tokens), np.array([[first, second]]))
+    # p = (1/8, 2/8, 5/8) and (6/10, 3/10, 1/10); both keep head 1, one head 2, one head 0.
+    p, load = np.array([29 / 80, 22 / 80, 29 / 80]), np.array([1 / 2, 1, 1 / 2])
+    expected = moh.config.balance * 3 * (p * load).sum()
+    assert_close(moh.auxiliary_loss(tokens, segment_ids=jnp.ones((1, 2), jnp.int32)), np.float32(expected))
+
+
+def test_output_is_the_gated_sum_of_the_heads():
+    config = MoHConfig(mixer=SOFTMAX, num_shared_heads=2, top_k=3)
+    moh, x = build(config), inputs()
+    a = moh.implied_attention(x, **WHERE)
+    v = moh.project(x, **WHERE, state=None)[0].v
+    o = jnp.einsum("bhts,bshv,bth->bthv", a, v, moh.gates(x))
+    real = np.asarray(WHERE["segment_ids"] > 0)
+    assert_close(moh(x, **WHERE)[0][real], moh.output(o)[real])
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_balance_loss_is_k_times_the_coefficient_under_uniform_routing(top_k):
+    moh = build(MoHConfig(mixer=SOFTMAX, num_shared_heads=2, top_k=top_k, balance=0.25))
+    make_uniform(moh)
+    _, stats = moh(inputs(), **WHERE)
+    assert_close(stats.auxiliary_loss, np.float32(0.25 * top_k))
+
+
+def test_balance_loss_is_larger_for_skewed_routing():
+    moh = build(MoHConfig(mixer=SOFTMAX, num_shared_heads=0, top_k=2, balance=1.0))
+    x = inputs().at[..., 0].set(1.0)
+    moh.routed_router.kernel[...] = jnp.zeros((WIDTH, 8)).at[0, :2].set(20.0)  # every token takes the same two heads
+    assert_close(moh.auxiliary_loss(x, segment_ids=WHERE["segment_ids"]), np.float32(8 * 2 * 0.5))  # E sum_e p_e m_e
+
+
+def test_balance_loss_spreads_a_skewed_load():
+    moh = build(MoHConfig(mixer=SOFTMAX, num_shared_heads=1, top_k=2, balance=1.0))
+    x = inputs().at[..., 0].set(1.0)
+    router = moh.routed_router.kernel
+    router[...] = router[...].at[0, :2].add(3.0)
+    graph, params = nnx.split(moh)
+    tx = optax.adam(3e-2)
+
+    @quick_jit
+    def step(params, opt, x):
+        grads = jax.grad(lambda p: nnx.merge(graph, p).auxiliary_loss(x, segment_ids=WHERE["segment_ids"]))(params)
+        updates, opt = tx.update(grads, opt, params)
+        return optax.apply_updates(params, updates), opt
+
+    load = lambda params: np.asarray(nnx.merge(graph, params).loads(x, segment_ids=WHERE["segment_ids"])[1])  # noqa: E731
+    before, opt = load(params), tx.init(params)
+    for _ in range(50):
+        params, opt = step(params, opt, x)
+    after = load(params)
+    assert before.max() > 0.9
+    assert before.min() < 0.1
+    assert after.max() < 0.5
+    assert after.min() > 0.1
+    assert after.sum() == pytest.approx(2)
+
+
+@pytest.mark.parametrize("inner", INNER)
+def test_gradient_reaches_every_router(inner):
+    moh = build(MoHConfig(mixer=INNER[inner], num_shared_heads=2, top_k=2, balance=0.0))
+    graph, params = nnx.split(moh)
+    target = inputs(7)
+    loss = lambda p: jnp.mean(jnp.square(nnx.merge(graph, p)(inputs(), **WHERE)[0] - target))  # noqa: E731
+    grads = nnx.to_pure_dict(quick_jit(jax.grad(loss))(params))
+    for router in ("routed_router", "shared_router", "balance_router"):
+        assert np.abs(grads[router]["kernel"]).max() > 0, router
+
+
+def test_head_load_of_the_probe_is_the_share_of_tokens():
+    moh, x = build(MoHConfig(mixer=SOFTMAX, num_shared_heads=2, top_k=3)), inputs()
+    _, stats = moh(x, **WHERE, probe=ProbeConfig())
+    active = np.asarray(moh.gates(x) > 0)[np.asarray(WHERE["segment_ids"] > 0)]
+    assert_close(stats.head_load, active.mean(0))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Headless(MixerConfig):
+    """A mixer without heads."""
+
+    name = "headless"
+
+    def build(self, d_model, ctx):
+        return nnx.Module()
+
+    def mixing_flops(self, d_model, seq_len):
+        return 0.0
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: MoHConfig(mixer=MoHConfig()), "wrap a mixer once"),
+        (lambda: MoHConfig(num_shared_heads=-1), "num_shared_heads=-1"),
+        (lambda: MoHConfig(balance=-0.5), "balance=-0.5"),
+        (lambda: build(MoHConfig(mixer=SOFTMAX, num_shared_heads=8)), "num_shared_heads=8 must leave a routed head of 8; use 7"),
+        (lambda: build(MoHConfig(mixer=SOFTMAX, top_k=8)), "top_k=8 must be between 1 and the 7 routed heads"),
+        (lambda: build(MoHConfig(mixer=SOFTMAX, top_k=0)), "top_k=0 must be between 1"),
+        (lambda: build(MoHConfig(mixer=Headless())), "headless has no per-head outputs"),
+    ],
+    ids=["nested", "negative-shared", "negative-balance", "all-shared", "k-too-large", "k-zero", "no-heads"],
+)
+def test_bad_options_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
