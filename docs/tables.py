@@ -1,7 +1,7 @@
 """Writes the generated tables of the documentation: `python docs/tables.py` updates them, `--check` says which are out of date.
 
-A table stands between `<!-- table: NAME -->` and `<!-- end table -->` in a page of this folder, or in the README. What it holds comes
-from the registries and from the config classes and the text under their fields, so that a page cannot say anything else than the code.
+A table stands between `<!-- table: NAME -->` and `<!-- end table -->` in a page of this folder, or in the README. What it
+holds comes from the registries, the config classes and the text under their fields, so no page can say anything but the code.
 """
 
 from __future__ import annotations

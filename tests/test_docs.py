@@ -1,9 +1,10 @@
 """The documentation does what it says: its commands run, its links lead somewhere, its tables are those of the code.
 
-Convention: a block fenced as `sh` holds commands that a reader may paste, one a line, from the root of the repository; `#` starts a
-comment. Commands of the README are run as they stand, in a folder of their own, on the preset lm_tiny for a few steps. In the fast
-suite only the first training is run, the further ones are parsed and their run folders are copies of its; the slow suite runs them all.
-Commands of the other pages are parsed. A block that shows output, a file or a command of another program is fenced otherwise.
+Convention: a block fenced as `sh` holds commands that a reader may paste, one a line, from the root of the repository; `#`
+starts a comment. Commands of the README are run as they stand, in a folder of their own, on the preset lm_tiny for two steps.
+In the fast suite only the first training is run, the further ones are parsed and their run folders are copies of its; the slow
+suite runs them all. Commands of the other pages are parsed. A block that shows output, a file or another program's command is
+fenced otherwise.
 """
 
 import importlib.util
@@ -15,6 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 import tyro
 
@@ -90,8 +92,9 @@ def test_command_is_known_and_parses(command):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder to run in, with a corpus; left again at the end."""
+    """A folder to run in, with a corpus; left again at the end. Programs are compiled quickly rather than well in it."""
     folder, before = tmp_path_factory.mktemp("readme"), Path.cwd()
+    jax.config.update("jax_disable_most_optimizations", True)
     (folder / "corpus").mkdir()
     for number in range(12):
         words = [f"{(number * 7 + i * i) % 23} and {i % 5}" for i in range(60)]
@@ -99,6 +102,7 @@ def place(tmp_path_factory):
     os.chdir(folder)
     yield folder
     os.chdir(before)
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def run(args: list[str]) -> None:
