@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import zlib
 from pathlib import Path
 from typing import Any
@@ -44,15 +45,18 @@ class Checkpoints:
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep_last), best]),
             async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
             create=not read_only,
-            read_only=read_only,
             cleanup_tmp_directories=not read_only,
         )
-        self._manager = ocp.CheckpointManager(self.folder, options=options) if self.folder.exists() or not read_only else None
+        # Named here, because a checkpoint's metadata is read before anything is restored.
+        handlers = {"state": ocp.StandardCheckpointHandler(), "extra": ocp.JsonCheckpointHandler()}
+        there = self.folder.exists() or not read_only
+        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers) if there else None
 
     def save(self, step: int, state: TrainState, extra: dict[str, Any], *, loss: float | None) -> None:
         """Starts saving the state after `step` with the JSON `extra`; `loss` ranks it among the best."""
         items = ocp.args.Composite(state=ocp.args.StandardSave(_tree(state)), extra=ocp.args.JsonSave(extra))
-        self._manager.save(step, args=items, metrics=None if loss is None else {_METRIC: loss})
+        ranked = loss is not None and math.isfinite(loss)
+        self._manager.save(step, args=items, metrics={_METRIC: loss} if ranked else None)
 
     def steps(self) -> list[int]:
         """Steps with a finished checkpoint, ascending."""
@@ -70,7 +74,9 @@ class Checkpoints:
         """
         steps = self.steps()
         if step is not None and step not in steps:
-            raise CheckpointError(f"{self.folder} has no checkpoint of step {step}; it has {', '.join(map(str, steps)) or 'none'}")
+            raise CheckpointError(
+                f"{self.folder} has no checkpoint of step {step}; it has {', '.join(map(str, steps)) or 'none'}"
+            )
         problems = []
         for candidate in [step] if step is not None else reversed(steps):
             problem = self._damage(candidate)
