@@ -25,7 +25,7 @@ class MixerTable(dict[str, MixerConfig]):
     def _frozen(self, *_: Any, **__: Any) -> None:
         raise TypeError("a mixer table is final; build a new config with dataclasses.replace")
 
-    __setitem__ = __delitem__ = update = clear = pop = popitem = setdefault = _frozen  # type: ignore[assignment]
+    __setitem__ = __delitem__ = __ior__ = update = clear = pop = popitem = setdefault = _frozen  # type: ignore[assignment]
 
 
 def default_mixer(name: str) -> MixerConfig:
