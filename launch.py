@@ -41,7 +41,7 @@ def train(args: Sequence[str]) -> None:
         return
     if "loss/bits_per_byte" in result.metrics:
         console.print(f"validation: {result.metrics['loss/bits_per_byte']:.4f} bits per byte", markup=False)
-    _generate(GenerateArgs(run=result.folder, prompt="Fellow citizens,", num_tokens=60))
+    _generate(GenerateArgs(run=result.folder, prompt="Fellow citizens," if config.data.source == "sotu" else "", num_tokens=60))
     console.print(f"report: {write_report([result.folder])}", markup=False)
 
 
@@ -137,7 +137,7 @@ class ReportArgs:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Run folders."""
     out: Path | None = None
-    """Folder of the page; `report/` of the first run by default."""
+    """Folder of the page; `report/` in the run, or beside the first of several, by default."""
 
 
 def report(args: Sequence[str]) -> None:

@@ -66,8 +66,10 @@ def decode(schema: type[T], value: Any, path: str = "config") -> T:
 
 
 def save(config: Any, path: Path) -> None:
-    """Writes `config` as JSON."""
-    path.write_text(json.dumps(encode(config), indent=2) + "\n", encoding="utf-8")
+    """Writes `config` as JSON, all of it or nothing."""
+    unfinished = path.with_name(f".{path.name}.tmp")
+    unfinished.write_text(json.dumps(encode(config), indent=2) + "\n", encoding="utf-8")
+    unfinished.replace(path)
 
 
 def load(schema: type[T], path: Path) -> T:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import jax
 from flax import nnx
 
 from plait.models.build import SigmaReparam
@@ -133,10 +134,14 @@ class LMConfig:
         )
 
     def num_params(self) -> int:
-        """Trained parameters."""
-        import math
+        """Trained parameters (of models of one layer for each kind, so the time to count them does not grow with depth)."""
 
-        import jax
+        def count(name: str) -> tuple[int, int]:
+            """Parameters outside and inside the one block of a model with this mixer."""
+            one = dataclasses.replace(self, pattern=name, num_layers=1, mixers={name: self.mixers[name]})
+            model = nnx.eval_shape(lambda: one.build(rngs=nnx.Rngs(0), seq_len=1))
+            every, block = (sum(p.size for p in jax.tree.leaves(nnx.state(m, nnx.Param))) for m in (model, model.stack))
+            return every - block, block
 
-        model = nnx.eval_shape(lambda: self.build(rngs=nnx.Rngs(0), seq_len=1))
-        return sum(math.prod(p.shape) for p in jax.tree.leaves(nnx.state(model, nnx.Param)))
+        counts = {name: count(name) for name in self.mixers}
+        return counts[self.layers[0]][0] + sum(counts[name][1] for name in self.layers)

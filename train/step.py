@@ -57,7 +57,7 @@ def make_step(blueprint: Blueprint, tx: optax.GradientTransformation, mesh: jax.
         metrics = {
             "loss/train": terms["nll"],
             "grad/norm": norm,
-            "optimizer/learning_rate": schedule(state.step),
+            "optimizer/learning_rate": schedule(state.step - state.skipped),
             "optimizer/skipped_steps": new.skipped,
             "bad_steps": new.bad_steps,
             "tokens": batch.loss_mask.sum(),
