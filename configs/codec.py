@@ -57,7 +57,7 @@ def decode(schema: type[T], value: Any, path: str = "config") -> T:
         except ValueError as error:
             raise ConfigError(f"{path}: {error}") from None
     if dataclasses.is_dataclass(schema):
-        return _dataclass(schema, _mapping(value, path), path)  # type: ignore[return-value]
+        return _dataclass(schema, _mapping(value, path), path)
     if schema is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)  # type: ignore[return-value]
     if type(value) is not schema:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
+Array = Any
+"""NumPy on the host, a JAX array in a step."""
 
 
 class Batch(NamedTuple):
@@ -15,8 +16,8 @@ class Batch(NamedTuple):
     restart at 0 in each. A named tuple is a pytree to JAX, so a batch can be placed and sharded as it is.
     """
 
-    tokens: np.ndarray  # int32
-    targets: np.ndarray  # int32
-    segment_ids: np.ndarray  # int32
-    positions: np.ndarray  # int32
-    loss_mask: np.ndarray  # float32: 1 where the target counts, 0 on padding
+    tokens: Array  # int32
+    targets: Array  # int32
+    segment_ids: Array  # int32
+    positions: Array  # int32
+    loss_mask: Array  # float32: 1 where the target counts, 0 on padding

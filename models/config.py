@@ -30,10 +30,11 @@ class MixerTable(dict[str, MixerConfig]):
 
 
 def default_mixer(name: str) -> MixerConfig:
-    """The default config of a pattern name such as `gla`, `moh+softmax` or `softmax/local`. Raises ValueError for unknown mixers."""
+    """The default config of a pattern name such as `gla`, `moh+softmax` or `softmax/local`. Raises ValueError if unknown."""
     wrapper, mixer = split_name(name)
     config = mixer_config(mixer)()
-    return config if wrapper is None else mixer_config(wrapper)(mixer=config)
+    wrap: Any = None if wrapper is None else mixer_config(wrapper)
+    return config if wrap is None else wrap(mixer=config)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,7 @@ class LMConfig:
     """Mixer of each layer: "gated_deltanet*3,softmax", "gla:softmax=6:1" or "softmax@0,5; gla"."""
     mixers: Mapping[str, MixerConfig] = dataclasses.field(default_factory=MixerTable)
     """Config of each name in the pattern; names left out get their defaults."""
-    channel_mixer: GatedMLPConfig = GatedMLPConfig()
+    channel_mixer: GatedMLPConfig = GatedMLPConfig()  # noqa: RUF009 (frozen)
     """The other half of every block."""
     vocab_size: int | None = None
     """Rows of the embedding; None gives the tokenizer's size rounded up to a multiple of 128."""
@@ -63,7 +64,7 @@ class LMConfig:
     z_loss: float | None = None
     """Coefficient of the mean squared log-normaliser of the output softmax."""
     sigma_reparam: SigmaReparam | None = None
-    """Reparametrise every projection as gain / sigma(W) W (arXiv 2303.06296); gain starts at sigma(W) ("spectral") or at 1 ("one")."""
+    """Every projection is gain / sigma(W) W (arXiv 2303.06296); gain starts at sigma(W) ("spectral") or at 1 ("one")."""
     remat: Literal["full", "dots"] | None = None
     """What the backward pass recomputes: all of a period, or all but its weight products; None keeps everything."""
     param_dtype: Dtype = "float32"

@@ -192,7 +192,7 @@ class MetricsWriter:
         if self._wandb:
             self._wandb.log({**scalars, "tokens": tokens}, step=step)
 
-    def write_events(self, events: Iterable[Mapping[str, Any]]) -> None:
+    def write_events(self, events: Iterable[Any]) -> None:
         """Appends one line for each event; an `Event` of `train.probes.events` is written through its `to_dict`."""
         for event in events:
             self._append(self._events, event if isinstance(event, Mapping) else event.to_dict())

@@ -95,8 +95,10 @@ def create_state(blueprint: Blueprint, tx: optax.GradientTransformation) -> Trai
 
 def state_shardings(blueprint: Blueprint, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """The sharding of each leaf of the state: moments and averages lie as their parameters do."""
+    params: Any
+    buffers: Any
     params, buffers = blueprint.shardings(mesh)
-    everywhere = NamedSharding(mesh, PartitionSpec())
+    everywhere: Any = NamedSharding(mesh, PartitionSpec())
     abstract = jax.eval_shape(lambda: create_state(blueprint, tx))
     optimizer: Any = optax.tree_utils.tree_map_params(
         tx, lambda _, s: s, abstract.optimizer, params, transform_non_params=lambda _: everywhere

