@@ -1,6 +1,7 @@
 """Logical axis names of parameters and activations.
 
-Models name what an axis *is*; `plait.train.mesh` holds the one table that says where it lives. Outside a mesh, `constrain` does nothing.
+Models name what an axis *is*; `plait.train.mesh` holds the one table that says where it lives. Outside a mesh, `constrain` does
+nothing.
 """
 
 from __future__ import annotations

@@ -50,4 +50,4 @@ class Block(nnx.Module):
             y, out = mix(x)
             x = self.mixer_norm(x + y)
             x = self.channel_norm(x + self.channel_mixer(x))
-        return constrain(x, (BATCH, LENGTH, None)[: x.ndim - 1] + (None,)), out
+        return constrain(x, (*(BATCH, LENGTH)[: x.ndim - 1], None)), out

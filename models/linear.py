@@ -17,7 +17,7 @@ class SpectralVector(Buffer):
 
 
 def power_step(kernel: jax.Array, u: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """One power iteration of `W = kernel` `[..., I, O]` from the right vector `u` `[..., O]`: returns unit `(v [..., I], u [..., O])`, float32.
+    """One power iteration of `kernel` `[..., I, O]` from the right vector `u` `[..., O]`: unit `v` `[..., I]` and `u`, float32.
 
     Source: sigmaReparam (arXiv 2303.06296), section 3. Leading axes are independent matrices (stacked layers).
     """
@@ -44,7 +44,7 @@ class Dense(nnx.Module):
     """`y = x @ W (+ b)`, with `W = (gain / sigma(kernel)) kernel` under sigmaReparam.
 
     The forward pass only reads the singular vectors (gradient flows through `kernel` alone); `power_iterate` moves them, once per
-    optimizer step. `sigma_reparam="spectral"` starts `gain` at sigma(kernel), so the layer starts as a plain projection; `"one"` at 1.
+    optimizer step. `sigma_reparam="spectral"` starts `gain` at sigma(kernel), as a plain projection would; `"one"` at 1.
     """
 
     def __init__(

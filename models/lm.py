@@ -84,7 +84,7 @@ class LM(nnx.Module):
     def prefill(
         self, tokens: jax.Array, state: State, *, segment_ids: jax.Array, positions: jax.Array
     ) -> tuple[jax.Array, State]:
-        """Reads left-padded prompts (segment 0, then 1) from an empty state: logits `[B, vocab]` after the last token, and the state."""
+        """Reads left-padded prompts (segment 0, then 1) from an empty state: logits `[B, vocab]` after them, and the state."""
         x, state = self.stack.prefill(self._embed(tokens), state, segment_ids=segment_ids, positions=positions)
         return self.logits(self._final(x[:, -1])), state
 
@@ -95,14 +95,14 @@ class LM(nnx.Module):
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
         x = self.embedding[...].astype(jnp.dtype(self.config.compute_dtype))[tokens]
-        return constrain(x, (BATCH, LENGTH, None)[: x.ndim - 1] + (None,))
+        return constrain(x, (*(BATCH, LENGTH)[: x.ndim - 1], None))
 
     def _final(self, x: jax.Array) -> jax.Array:
         return x if self.norm is None else self.norm(x)
 
 
 def fold(model: LM) -> LM:
-    """`model` with sigmaReparam baked into plain weights: the same function, for export and inference. A plain model is returned as it is."""
+    """`model` with sigmaReparam baked into plain weights: the same function. A plain model is returned as it is."""
     if model.config.sigma_reparam is None:
         return model
     values = nnx.to_pure_dict(nnx.state(model))

@@ -50,7 +50,7 @@ def split_name(name: str) -> tuple[str | None, str]:
 
 
 def find_period(layers: tuple[str, ...]) -> tuple[int, int]:
-    """`(length, count)` of the shortest repeating unit that covers all but fewer than `length` trailing layers; `(n, 1)` if none repeats."""
+    """`(length, count)` of the shortest unit whose repeats leave fewer than `length` layers at the end; `(n, 1)` if none."""
     n = len(layers)
     for length in range(1, n // 2 + 1):
         count = n // length

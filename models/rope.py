@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 
 def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
-    """`x` `[B, T, H, K]` rotated by `positions` `[B, T]` with base `theta`: channel d pairs with channel d + K/2. Angles in float32."""
+    """`x` `[B, T, H, K]` rotated by `positions` `[B, T]` with base `theta`; channel d pairs with d + K/2. Angles in float32."""
     half = x.shape[-1] // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = positions.astype(jnp.float32)[:, :, None, None] * frequency[None, None, None, :]

@@ -22,7 +22,7 @@ Apply = Callable[[Block, jax.Array, Any], tuple[jax.Array, Any]]
 
 
 class Stack(nnx.Module):
-    """`num_layers` blocks. Parameters of repeated periods are stacked on a leading `layers` axis, so compile time does not grow with depth."""
+    """`num_layers` blocks. Repeated periods are stacked on a leading `layers` axis, so compile time does not grow with depth."""
 
     def __init__(self, config: LMConfig, context: Callable[[int], BuildContext]):
         """Args: `context(layer_index)` gives the build context of a layer."""

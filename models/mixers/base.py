@@ -1,8 +1,8 @@
 """The mixer contract and the registry.
 
-A mixer is a frozen config and a module, in one file, found by its registered name: nothing else is edited to add one. Most mixers have
-heads whose output is a weighted sum of values; they subclass `HeadMixer`, write the pieces listed there, and get training, decoding,
-Mixture-of-Head wrapping and diagnostics from it.
+A mixer is a frozen config and a module, in one file, found by its registered name: nothing else is edited to add one. Most mixers
+have heads whose output is a weighted sum of values; they subclass `HeadMixer`, write the pieces listed there, and get training,
+decoding, Mixture-of-Head wrapping and diagnostics from it.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class MixerConfig(abc.ABC):
 
     @abc.abstractmethod
     def mixing_flops(self, d_model: int, seq_len: int) -> float:
-        """Forward operations per token besides the projections: 2 per multiply-add, averaged over a causal sequence of `seq_len`."""
+        """Forward operations per token besides the projections: 2 per multiply-add, the mean over a causal `seq_len`."""
 
     def head_count(self, d_model: int) -> int:
         """Number of output heads at width `d_model`."""
@@ -82,7 +82,7 @@ def _abstract(config: MixerConfig, d_model: int, dtype: str = "float32") -> Any:
 
 
 class Mixer(nnx.Module, abc.ABC):
-    """A token mixer. `x` is `[B, T, D]`, `segment_ids` and `positions` int32 `[B, T]`; id 0 is padding, positions restart in each segment.
+    """A token mixer of `x` `[B, T, D]`; `segment_ids` and `positions` are int32 `[B, T]`, id 0 is padding, positions count by segment.
 
     Causal always; nothing crosses a segment border.
     """
@@ -120,14 +120,14 @@ class Inputs(Protocol):
 
 class HeadMixer(Mixer):
     """A mixer whose head h outputs `o_h = A_h v_h`. Subclasses write `project`, `attend`, `implied`, `init_state`, `output`;
-    `finish` (per-head norm and gates), `attend_step` (when decoding differs), `observe` and `auxiliary_loss` where they have them.
+    `finish` (per-head norm, gates), `attend_step` (when decoding differs), `observe` and `auxiliary_loss` where they have them.
     """
 
     @abc.abstractmethod
     def project(
         self, x: jax.Array, *, segment_ids: jax.Array, positions: jax.Array, state: State | None
     ) -> tuple[Any, State | None]:
-        """Queries, keys, values and gates of `x` as a NamedTuple with field `v`; advances the state's convolutions if there are any."""
+        """Queries, keys, values and gates of `x` as a NamedTuple with field `v`; advances the state's convolutions."""
 
     @abc.abstractmethod
     def attend(
@@ -178,7 +178,7 @@ class HeadMixer(Mixer):
 
     def statistics(
         self, inputs: Any, x: jax.Array, *, segment_ids: jax.Array, positions: jax.Array, probe: ProbeConfig
-    ) -> dict[str, jax.Array]:
+    ) -> dict[str, jax.Array | None]:
         """All probe statistics of already selected sequences."""
         where = {"segment_ids": segment_ids, "positions": positions}
         rows = probe.pick_rows(positions.shape[1])

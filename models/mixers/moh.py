@@ -1,4 +1,4 @@
-"""Mixture-of-Head attention: each token weighs the shared heads and its own top-k of the routed ones. Wraps any multi-head mixer."""
+"""Mixture-of-Head attention: each token weighs shared heads and its own top-k of the routed ones. Wraps any multi-head mixer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class MoHConfig(MixerConfig):
     g_shared = a_1 h_s s, g_routed = a_2 k r / (sum of kept r) for the kept heads, 0 for the others.
     """
 
-    mixer: MixerConfig = SoftmaxConfig()
+    mixer: MixerConfig = SoftmaxConfig()  # noqa: RUF009 (frozen)
     """The wrapped mixer."""
     num_shared_heads: int = 1
     """Leading heads that every token uses (0: all heads are routed)."""
@@ -54,7 +54,7 @@ class MoHConfig(MixerConfig):
         routed = num_heads - self.num_shared_heads
         if routed < 1:
             raise ValueError(
-                f"{path}.num_shared_heads={self.num_shared_heads} must leave a routed head of {num_heads}; use {num_heads - 1} or less"
+                f"{path}.num_shared_heads={self.num_shared_heads} must leave one of {num_heads} heads; use at most {num_heads - 1}"
             )
         top_k = self.top_k if self.top_k is not None else -(-routed // 2)
         if not 1 <= top_k <= routed:
@@ -75,7 +75,7 @@ class MoH(HeadMixer):
         inner = config.mixer.build(d_model, ctx)
         if not isinstance(inner, HeadMixer):
             raise ValueError(
-                f"model.mixers.moh+{config.mixer.name}: {config.mixer.name} has no per-head outputs to route; wrap a multi-head mixer"
+                f"model.mixers.moh+{config.mixer.name}: {config.mixer.name} has no head outputs to route; wrap a multi-head mixer"
             )
         self.config, self.inner, self.num_heads = config, inner, inner.num_heads
         self.num_routed, self.top_k = config.split(self.num_heads)

@@ -56,8 +56,8 @@ class PictureProbe(ProbeConfig):
 class Stats:
     """Statistics of one layer, float32; None where the layer has no such thing or no probe was asked for.
 
-    `auxiliary_loss` is there at every step (its coefficient applied); all else only on probe steps. Attention weights are those of
-    the implied attention with |A| normalised per query row, so that every layer kind can be compared (`docs/diagnostics.md`).
+    `auxiliary_loss` is there at every step (its coefficient applied); all else only on probe steps. Attention weights are of the
+    implied attention with |A| normalised per query row, so that every layer kind can be compared (`docs/diagnostics.md`).
     """
 
     auxiliary_loss: jax.Array | None = None
@@ -169,7 +169,7 @@ def recurrent_statistics(
 def residual_statistics(
     x: jax.Array, *, segment_ids: jax.Array, positions: jax.Array, probe: ProbeConfig
 ) -> dict[str, jax.Array]:
-    """Extremes of the residual stream `x` `[B, T, D]` after a block (massive activations, arXiv 2402.17762; residual peak, 2410.13835)."""
+    """Extremes of the residual stream `x` `[B, T, D]` after a block (arXiv 2402.17762; residual peak, 2410.13835)."""
     keep = probe.pick_sequences(x.shape[0])
     x, segment_ids, positions = jnp.abs(x[keep].astype(jnp.float32)), segment_ids[keep], positions[keep]
     real = segment_ids > 0

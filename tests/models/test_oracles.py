@@ -1,4 +1,4 @@
-"""Our models and layers against those of `transformers`: committed golden numbers, and live where torch and transformers are installed."""
+"""Our models and layers against those of `transformers`: committed golden numbers, and live where both can be imported."""
 
 import importlib.util
 from pathlib import Path

@@ -55,7 +55,7 @@ class SoftmaxConfig(MixerConfig):
             raise ValueError(f"{path}.num_sink_tokens={self.num_sink_tokens} must be 0 or more")
         if self.num_sink_tokens and self.window_size is None:
             raise ValueError(
-                f"{path}.num_sink_tokens={self.num_sink_tokens} needs a window: all tokens are visible without one; set window_size"
+                f"{path}.num_sink_tokens={self.num_sink_tokens} needs a window, without which all are visible; set window_size"
             )
         if self.rope_theta is not None and (self.rope_theta <= 0 or self.head_dim % 2):
             raise ValueError(

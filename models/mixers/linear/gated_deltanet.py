@@ -24,7 +24,10 @@ from plait.models.short_conv import ShortConv
 @register("gated_deltanet", kind="linear", source="Gated Delta Networks (2412.06464)")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GatedDeltaNetConfig(MixerConfig):
-    """`S_t = a_t (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T`, `o_t = S_t^T q_t / sqrt(K)`, `log a = -exp(A_log) softplus(W_a x + dt_bias)`."""
+    """`S_t = a_t (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T`, `o_t = S_t^T q_t / sqrt(K)`.
+
+    `log a = -exp(A_log) softplus(W_a x + dt_bias)`, `b = sigmoid(W_b x)`; q, k and v are convolved, q and k of unit norm.
+    """
 
     num_heads: int | None = None
     """Query and key heads; None gives the published 3/4 d_model / head_dim."""
@@ -59,7 +62,7 @@ class GatedDeltaNetConfig(MixerConfig):
         num_heads = self.num_heads or 3 * d_model // (4 * self.head_dim)
         if num_heads == 0:
             raise ValueError(
-                f"{path}.head_dim={self.head_dim} is too wide for 3/4 of d_model={d_model}; set {path}.num_heads or a smaller head_dim"
+                f"{path}.head_dim={self.head_dim} is too wide for 3/4 of d_model={d_model}; set num_heads or a smaller head_dim"
             )
         num_v_heads = self.num_v_heads or num_heads
         require_divides(path, ("num_heads", num_heads), ("num_v_heads", num_v_heads))

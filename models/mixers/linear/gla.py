@@ -22,7 +22,7 @@ from plait.models.norms import RMSNorm
 @register("gla", kind="linear", source="Gated Linear Attention Transformers with Hardware-Efficient Training (2312.06635)")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GLAConfig(MixerConfig):
-    """`S_t = Diag(exp g_t) S_{t-1} + k_t v_t^T`, `o_t = S_t^T q_t / sqrt(K)`, with `g = logsigmoid(W2 W1 x + b) / gate_normalizer`."""
+    """`S_t = Diag(exp g_t) S_{t-1} + k_t v_t^T`, `o_t = S_t^T q_t / sqrt(K)`, `g = logsigmoid(W2 W1 x + b) / gate_normalizer`."""
 
     num_heads: int = 4
     """Heads; the state of each is (expand_k d_model / num_heads) x (expand_v d_model / num_heads)."""

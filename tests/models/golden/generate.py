@@ -1,7 +1,7 @@
-"""Golden outputs of models and layers in `transformers`: `python tests/models/golden/generate.py` writes the .npz files beside it.
+"""Golden outputs of `transformers` models and layers: `python tests/models/golden/generate.py` writes the .npz files beside it.
 
-Needs torch and transformers (see the `oracle` extra). A file holds the inputs, the random weights under their names there, and the
-output; nothing else of the other library is kept.
+Needs torch and transformers (see the `oracle` extra). A file holds the inputs, the random weights under their names there, and
+the output; nothing else of the other library is kept.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ WIDTH, BATCH, LENGTH = 64, 2, 72  # two chunks of the linear layers, the second 
 PROMPTS, STEPS = (48, 13), 24  # prompt lengths, padded left to the longest, and tokens decoded after them
 SEGMENTS = (20, 33, 12)  # documents of the packed row; the rest of it is padding
 PROBE = ProbeConfig(rows=16, sequences=4, first_k=3)
+MESH = meshes.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +112,7 @@ class Program:
         self.prefill = quick_jit(lambda variables, *args, **where: self.mixer(variables).prefill(*args, **where))
         self.probe = quick_jit(lambda variables, x, **where: self.mixer(variables)(x, **where, probe=PROBE))
         self.heads = quick_jit(self._heads)
+        self.sharded = quick_jit(self._sharded)
 
     def mixer(self, variables: nnx.State) -> Mixer:
         return nnx.merge(self.graph, variables)
@@ -136,6 +138,10 @@ class Program:
         mixer = self.mixer(variables)
         inputs, _ = mixer.project(x, **where, state=None)
         return mixer.implied_attention(x, **where), inputs.v, mixer.attend(inputs, **where, state=None)[0]
+
+    def _sharded(self, variables, x, where):
+        with constraining(meshes.constrainer(MESH)):
+            return self.mixer(variables)(x, **where)[0]
 
 
 program = functools.cache(Program)
@@ -329,19 +335,13 @@ def test_implied_attention_reproduces_the_head_outputs(plain_subject):
 
 
 def test_eight_devices_equal_one(subject):
-    mesh = meshes.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     placed = []
     for path, variable in nnx.to_flat_state(subject.variables):
-        sharding = meshes.sharding(mesh, variable.get_metadata()["axes"], variable.shape, str(path))
+        sharding = meshes.sharding(MESH, variable.get_metadata()["axes"], variable.shape, str(path))
         placed.append((path, variable.replace(jax.device_put(variable[...], sharding))))
-    rows = meshes.batch_sharding(mesh, 2 * BATCH, 1)
+    rows = meshes.batch_sharding(MESH, 2 * BATCH, 1)
     twice = lambda a: jax.device_put(jnp.concatenate([a, a]), rows)  # noqa: E731
-
-    def run(variables, x, where):
-        with constraining(meshes.constrainer(mesh)):
-            return subject.program.mixer(variables)(x, **where)[0]
-
-    y = quick_jit(run)(nnx.from_flat_state(placed), twice(subject.x), jax.tree.map(twice, PACKED))
+    y = subject.program.sharded(nnx.from_flat_state(placed), twice(subject.x), jax.tree.map(twice, PACKED))
     assert len(y.sharding.device_set) == 8
     expected = subject.call(subject.x, PACKED)
     assert_close(y[:BATCH][REAL], expected[REAL])

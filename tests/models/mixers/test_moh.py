@@ -169,10 +169,13 @@ class Headless(MixerConfig):
         (lambda: MoHConfig(mixer=MoHConfig()), "wrap a mixer once"),
         (lambda: MoHConfig(num_shared_heads=-1), "num_shared_heads=-1"),
         (lambda: MoHConfig(balance=-0.5), "balance=-0.5"),
-        (lambda: build(MoHConfig(mixer=SOFTMAX, num_shared_heads=8)), "num_shared_heads=8 must leave a routed head of 8; use 7"),
+        (
+            lambda: build(MoHConfig(mixer=SOFTMAX, num_shared_heads=8)),
+            "num_shared_heads=8 must leave one of 8 heads; use at most 7",
+        ),
         (lambda: build(MoHConfig(mixer=SOFTMAX, top_k=8)), "top_k=8 must be between 1 and the 7 routed heads"),
         (lambda: build(MoHConfig(mixer=SOFTMAX, top_k=0)), "top_k=0 must be between 1"),
-        (lambda: build(MoHConfig(mixer=Headless())), "headless has no per-head outputs"),
+        (lambda: build(MoHConfig(mixer=Headless())), "headless has no head outputs"),
     ],
     ids=["nested", "negative-shared", "negative-balance", "all-shared", "k-too-large", "k-zero", "no-heads"],
 )
