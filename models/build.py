@@ -44,7 +44,7 @@ class BuildContext:
     sigma_reparam: SigmaReparam | None = None
 
     def param(self, init: Initializer, shape: tuple[int, ...], axes: Axes, *, decay: bool = False) -> nnx.Param:
-        """A trained parameter of logical `axes`; `decay`: whether weight decay applies (to matrices, not to gains, biases, decays)."""
+        """A trained parameter of logical `axes`; `decay`: weight decay applies (to matrices, not to gains, biases and decays)."""
         return nnx.Param(init(self.rngs.params(), shape, self.param_dtype), axes=axes, decay=decay)
 
     @property

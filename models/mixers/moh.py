@@ -54,7 +54,7 @@ class MoHConfig(MixerConfig):
         routed = num_heads - self.num_shared_heads
         if routed < 1:
             raise ValueError(
-                f"{path}.num_shared_heads={self.num_shared_heads} must leave one of {num_heads} heads; use at most {num_heads - 1}"
+                f"{path}.num_shared_heads={self.num_shared_heads} must leave a head of {num_heads}; use at most {num_heads - 1}"
             )
         top_k = self.top_k if self.top_k is not None else -(-routed // 2)
         if not 1 <= top_k <= routed:

@@ -171,7 +171,7 @@ class Headless(MixerConfig):
         (lambda: MoHConfig(balance=-0.5), "balance=-0.5"),
         (
             lambda: build(MoHConfig(mixer=SOFTMAX, num_shared_heads=8)),
-            "num_shared_heads=8 must leave one of 8 heads; use at most 7",
+            "num_shared_heads=8 must leave a head of 8; use at most 7",
         ),
         (lambda: build(MoHConfig(mixer=SOFTMAX, top_k=8)), "top_k=8 must be between 1 and the 7 routed heads"),
         (lambda: build(MoHConfig(mixer=SOFTMAX, top_k=0)), "top_k=0 must be between 1"),
