@@ -1,7 +1,7 @@
 """What the chunk-parallel recurrences share: chunks, segment boundaries, decayed products and a stable triangular inverse.
 
-Inside the implementations arrays are head-major, `[B, H, N, C, K]`: N chunks of C tokens, C a power of two. Everything here is float32
-(float64 in float64 tests) at full matmul precision, because a state carries its rounding errors forward.
+Inside the implementations arrays are head-major, `[B, H, N, C, K]`: N chunks of C tokens, C a power of two. Everything here is
+float32 (float64 in float64 tests) at full matmul precision, because a state carries its rounding errors forward.
 """
 
 from typing import NamedTuple
@@ -107,13 +107,13 @@ def _double(prefix: Array, suffix: Array, size: int) -> tuple[Array, Array]:
 
 
 def decay_sums(g: Array) -> tuple[Array, Array]:
-    """Sums of g [..., C, K] over the chunk up to each token, itself included, and after each token; only ever sums, no differences."""
+    """Sums of g [..., C, K] over the chunk, up to each token, itself included, and after each token; no sum is a difference."""
     up_to = jnp.tril(jnp.ones((g.shape[-2],) * 2, g.dtype))
     return dot("ij,...jk->...ik", up_to, g), dot("ij,...jk->...ik", 1 - up_to, g)
 
 
 def decay_between(g: Array) -> Array:
-    """How much of what token j wrote is left at token i: exp(g_{j+1} + ... + g_i) for j <= i, else 0; g [..., C, 1] to [..., C, C].
+    """What is left at token i of what token j wrote, [..., C, C] of g [..., C, 1]: exp(g_{j+1} + ... + g_i) for j <= i, else 0.
 
     The sums are one matmul with 0/1 weights, so here too none is a difference.
     """
@@ -124,11 +124,13 @@ def decay_between(g: Array) -> Array:
 
 @jax.custom_vjp
 def decayed_scores(q: Array, k: Array, g: Array) -> Array:
-    """Scores of every query with the keys up to it, decayed in between: sum_d q_id k_jd exp(g_{j+1,d} + ... + g_id) for j <= i, else 0.
+    """Scores of every query with the keys up to it, decayed in between.
 
-    The chunk is halved: queries of the later half carry the decay since the half's start, keys of the earlier half the decay up to
-    it, and their product is one matmul; both halves recurse. No exponent is positive and none is a difference of sums, so nothing
-    overflows and strong gates cost no accuracy; the backward pass keeps both properties.
+    A_ij = sum_d q_id k_jd exp(g_{j+1,d} + ... + g_id) for j <= i, else 0.
+
+    The chunk is halved: queries of the later half carry the decay since the half's start, keys of the earlier half the decay up
+    to it, and their product is one matmul; both halves recurse. No exponent is positive and none is a difference of sums, so
+    nothing overflows and strong gates cost no accuracy; the backward pass keeps both properties.
 
     Args:
       q: [..., C, K].

@@ -24,7 +24,7 @@ class Mask:
     """Keys a query sees, itself included (tokens); without `causal`, as many on the other side. None is no limit."""
 
     num_sink_tokens: int = 0
-    """The first tokens of each segment, visible to every later query of the segment whatever the window."""
+    """The first tokens of each segment, visible to every later query of the segment whatever the window, but not to earlier ones."""
 
     def __post_init__(self) -> None:
         if self.window_size is not None and self.window_size < 1:
@@ -33,7 +33,8 @@ class Mask:
             raise ValueError(f"mask.num_sink_tokens={self.num_sink_tokens} must be at least 0; use 0 for none")
         if self.num_sink_tokens and self.window_size is None:
             raise ValueError(
-                f"mask.num_sink_tokens={self.num_sink_tokens} needs a window, without which every token is visible; set window_size or use 0"
+                f"mask.num_sink_tokens={self.num_sink_tokens} needs a window, without which every token is visible; "
+                "set window_size or use 0"
             )
 
     def reaches(self, q_positions: Array, kv_positions: Array) -> Array:
@@ -41,9 +42,7 @@ class Mask:
         distance = q_positions - kv_positions
         seen = jnp.ones(distance.shape, bool)
         if self.window_size is not None:
-            seen = (distance < self.window_size) | (kv_positions < self.num_sink_tokens)
-            if not self.causal:
-                seen &= distance > -self.window_size
+            seen = (abs(distance) < self.window_size) | ((kv_positions < self.num_sink_tokens) & (distance >= 0))
         return seen & (distance >= 0) if self.causal else seen
 
     def dense(self, q_positions: Array, kv_positions: Array, q_segment_ids: Array, kv_segment_ids: Array) -> Array:
@@ -53,6 +52,6 @@ class Mask:
         return same & self.reaches(q_positions[..., :, None], kv_positions[..., None, :])
 
     def key_range(self, start: int, stop: int, num_keys: int) -> tuple[int, int]:
-        """The keys [lo, hi) that queries [start, stop) of the same sequence can see, sink tokens aside; indices, not positions."""
+        """The keys [lo, hi) that queries [start, stop) of the same sequence can see, sink tokens aside; indices, no positions."""
         reach = num_keys if self.window_size is None else self.window_size - 1
         return max(0, start - reach), min(num_keys, stop if self.causal else stop + reach)

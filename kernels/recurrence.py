@@ -1,6 +1,6 @@
 """What the linear recurrences share: the token-by-token scan of the references, and the chunk form around a decayed state.
 
-Every op here is S_t = Diag(exp g_t) S_{t-1} + k_t u_t^T and o_t = scale S_t^T q_t, with u_t = v_t, or a pseudo value for the delta rule.
+Every op is S_t = Diag(exp g_t) S_{t-1} + k_t u_t^T and o_t = scale S_t^T q_t, where u_t is v_t, or for the delta rule a pseudo value.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ def scan_tokens(
     initial_state: Array | None,
     segment_ids: Array | None,
 ) -> tuple[Array, Array]:
-    """The outputs [B, T, Hv, V] and the final state of `step(state, q_t, k_t, v_t, *gates_t) -> (state, o_t)`, one token after another.
+    """The outputs [B, T, Hv, V] and the final state of one token after another: `step(state, q, k, v, *gates) -> (state, o)`.
 
     Padding is skipped: it gives zeros and leaves the state alone. Gates must be neutral at 0.
     """
@@ -89,7 +89,12 @@ def cut(
     """Cuts token-major arguments, of any T, into chunks; g is [B, T, Hv, K] or [B, T, Hv, 1], other gates [B, T, Hv, 1]."""
     dtype = accumulation_dtype(q, k)
     chunk_size = chunking.fit_chunk_size(chunk_size, q.shape[1])
-    inputs = [q.astype(dtype) * scale, k.astype(dtype), None if v is None else v.astype(dtype), *(x.astype(dtype) for x in (g, *gates))]
+    inputs = [
+        q.astype(dtype) * scale,
+        k.astype(dtype),
+        None if v is None else v.astype(dtype),
+        *(x.astype(dtype) for x in (g, *gates)),
+    ]
     bounds = None
     if segment_ids is not None:
         index, real = chunking.segment_index(segment_ids)
@@ -115,7 +120,10 @@ def scores(q: Array, c: Chunks) -> Array:
 
 
 def scan_chunks(
-    advance: Callable[[Array, tuple[Array, ...]], tuple[Array, Array]], inputs: tuple[Array, ...], initial_state: Array | None, shape: tuple
+    advance: Callable[[Array, tuple[Array, ...]], tuple[Array, Array]],
+    inputs: tuple[Array, ...],
+    initial_state: Array | None,
+    shape: tuple,
 ) -> tuple[Array, Array]:
     """Scans `advance(state, inputs of one chunk) -> (state, output)` over axis 2; the outputs get that axis back."""
     state = jnp.zeros(shape, inputs[0].dtype) if initial_state is None else initial_state.astype(inputs[0].dtype)
@@ -139,9 +147,9 @@ def decayed_attention(c: Chunks, *, initial_state: Array | None) -> tuple[Array,
 def implied_rows(c: Chunks, rows: Array, length: int, *, inverse: Array | None = None) -> Array:
     """Implied attention A [B, Hv, R, T]: o[rows] = A @ v from a zero initial state.
 
-    A reader r [K] per row walks the chunks backwards. It starts as the row's query, decayed to the start of its chunk; each earlier chunk
-    is read as (k_out r) and decays r. With the delta rule, `inverse` = (I + L)^-1 Diag(beta) turns what is read into weights on v,
-    and what the chunk erased is taken from r. All exponents are at most 0; the cost is O(R T K).
+    A reader r [K] per row walks the chunks backwards. It starts as the row's query, decayed to the start of its chunk; each
+    earlier chunk is read as (k_out r) and decays r. With the delta rule, `inverse` = (I + L)^-1 Diag(beta) turns what is read into
+    weights on v, and what the chunk erased is taken from r. All exponents are at most 0; the cost is O(R T K).
     """
     batch, num_heads, num_chunks, chunk_size, key_dim = c.k.shape
     home, offset = rows // chunk_size, rows % chunk_size
@@ -172,7 +180,7 @@ def implied_rows(c: Chunks, rows: Array, length: int, *, inverse: Array | None =
 
 
 def _home_scores(c: Chunks, home: Array, offset: Array) -> Array:
-    """The scores of given rows inside their own chunk, [B, H, R, C]: the explicit sum over channels, masked before the exponential."""
+    """The scores of given rows inside their own chunk, [B, H, R, C], summed over channels one by one."""
     q, k, g = c.q[:, :, home, offset], c.k[:, :, home], c.g[:, :, home]  # [B, H, R, K], [B, H, R, C, K], [B, H, R, C, K or 1]
     tokens = jnp.arange(c.k.shape[3])[None, :]
     upto = (tokens <= offset[:, None])[..., None]  # [R, C, 1]

@@ -15,14 +15,16 @@ def accumulation_dtype(*arrays: Array) -> Any:
 
 
 def matmul_precision(dtype: Any) -> jax.lax.Precision:
-    """Precision of the large products: full for float32 inputs, the hardware's default for 16-bit inputs, which are exact in it."""
+    """Precision of the large products: full for float32 inputs, the hardware's default for 16-bit ones, which are exact in it."""
     return jax.lax.Precision.DEFAULT if jnp.dtype(dtype).itemsize < 4 else jax.lax.Precision.HIGHEST
 
 
 def check_shape(op: str, name: str, array: Array, expected: tuple[int, ...], legend: str) -> None:
     """Raises ValueError unless `array` has the expected shape; `legend` names the axes, such as "[B, T, Hv]"."""
     if array.shape != expected:
-        raise ValueError(f"{op}: {name}.shape={array.shape} must be {legend} = {expected}; reshape {name} or the argument it follows")
+        raise ValueError(
+            f"{op}: {name}.shape={array.shape} must be {legend} = {expected}; reshape {name} or the argument it follows"
+        )
 
 
 def check_rank(op: str, name: str, array: Array, legend: str) -> None:
@@ -52,7 +54,8 @@ def check_segment_ids(op: str, name: str, segment_ids: Array | None, batch: int,
         starts = real[np.flatnonzero(np.diff(real, prepend=-1))]
         if (real < 0).any() or len(set(starts.tolist())) < len(starts):
             raise ValueError(
-                f"{op}: {name}[{row}] holds runs {starts.tolist()}; ids must be at least 0 and each segment contiguous; number the segments in order"
+                f"{op}: {name}[{row}] holds runs {starts.tolist()}; ids must be at least 0 and each segment contiguous; "
+                "number the segments in order"
             )
 
 

@@ -48,8 +48,8 @@ def attention(
       mask: which positions a query sees in its segment.
       segment_ids: int32 [B, T]; tokens of equal ids see each other, id 0 is padding. None is one segment.
       positions: int32 [B, T], from 0 in each segment and rising by one a token. None derives them from the segments.
-      kv_segment_ids: int32 [B, S] where keys are not the queries' own tokens, such as a cache; id 0 is an empty entry. The order of
-        the entries does not matter then, only their positions.
+      kv_segment_ids: int32 [B, S] where keys are not the queries' own tokens, such as a cache; id 0 is an empty entry. The order
+        of the entries does not matter then, only their positions.
       kv_positions: int32 [B, S], likewise.
       scale: multiplies the logits; None is K^-1/2.
       sinks: [H] logits that join the denominator only; softmax only.
@@ -68,7 +68,8 @@ def attention(
     Source: scaled dot-product attention; grouped heads of arXiv 2305.13245; sink logits as in gpt-oss (2508.10925); sigmoid of
     2409.04431. Entropy is log(l) - u / l with l = sum_j exp(z_j - m) and u = sum_j exp(z_j - m) (z_j - m).
     """
-    _check(q, k, v, segment_ids, positions, kv_segment_ids, kv_positions, sinks, normalizer, sigmoid_bias)
+    _check_tokens(q, k, v, segment_ids=segment_ids, positions=positions, kv_segment_ids=kv_segment_ids, kv_positions=kv_positions)
+    _check_normalizer(q, sinks=sinks, normalizer=normalizer, sigmoid_bias=sigmoid_bias)
     o, stats = _op(
         implementation,
         q,
@@ -88,17 +89,15 @@ def attention(
     return (o, stats) if return_stats else o
 
 
-def _check(
+def _check_tokens(
     q: Array,
     k: Array,
     v: Array,
+    *,
     segment_ids: Array | None,
     positions: Array | None,
     kv_segment_ids: Array | None,
     kv_positions: Array | None,
-    sinks: Array | None,
-    normalizer: str,
-    sigmoid_bias: Array | float | None,
 ) -> None:
     op = "attention"
     check_rank(op, "q", q, "[B, T, H, K]")
@@ -117,9 +116,13 @@ def _check(
             check_shape(op, name, array, (batch, num_keys), "[B, S]")
     if kv_segment_ids is None and kv_positions is None and num_keys != length:
         raise ValueError(
-            f"{op}: k has S={num_keys} tokens and q has T={length}; they must be equal unless kv_positions and kv_segment_ids say "
-            "what the keys are; pass them"
+            f"{op}: k has S={num_keys} tokens and q has T={length}; they must be equal unless kv_positions and kv_segment_ids "
+            "say what the keys are; pass them"
         )
+
+
+def _check_normalizer(q: Array, *, sinks: Array | None, normalizer: str, sigmoid_bias: Array | float | None) -> None:
+    op, num_heads = "attention", q.shape[2]
     if sinks is not None:
         check_shape(op, "sinks", sinks, (num_heads,), "[H]")
     if normalizer not in ("softmax", "sigmoid"):

@@ -1,6 +1,7 @@
 """Attention by blocks of queries, each against the keys that its mask can reach, recomputed in the backward pass."""
 
 from functools import partial
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ MAX_TILE = 1 << 21
 """Query-key pairs a head that one block holds at most; long key ranges get fewer queries a block."""
 
 MAX_GROUPS = 4
-"""Groups of blocks that are compiled apart, so that early causal queries skip late keys: 4 compute 5 / 8 of the square instead of half."""
+"""Groups of blocks that are compiled apart, so that early causal queries skip late keys; with 4, 5/8 of the square remain."""
 
 
 def attention(
@@ -41,10 +42,10 @@ def attention(
 ) -> tuple[Array, AttentionStats | None]:
     """See `plait.kernels.attention`; always a pair here."""
     length, num_keys = q.shape[1], k.shape[1]
-    queries, keys = sides(q, k, segment_ids, positions, kv_segment_ids, kv_positions)
-    rows = partial(
-        _rows, mask=mask, scale=scale, precision=matmul_precision(q.dtype), return_stats=return_stats, **normalization
+    queries, keys = sides(
+        q, k, segment_ids=segment_ids, positions=positions, kv_segment_ids=kv_segment_ids, kv_positions=kv_positions
     )
+    rows = partial(_rows, mask=mask, scale=scale, precision=matmul_precision(q.dtype), return_stats=return_stats, **normalization)
     if length == 1 or length * num_keys <= DENSE_TILE:
         return rows(q, queries, k, v, keys)
 
@@ -56,11 +57,15 @@ def attention(
     anchors = mask.num_sink_tokens if own_keys else 0
     starts = segment_starts(queries.segment_ids) if anchors else None
 
-    def run_block(q: Array, queries: Tokens, k: Array, v: Array, low: Array, start: Array | None, *, width: int):
+    def run_block(block: tuple[Array, Tokens, Array, Array | None], k: Array, v: Array, *, width: int):
+        q, queries, low, start = block
         cut = lambda x: jax.lax.dynamic_slice_in_dim(x, low, width, axis=1)  # noqa: E731
         near_k, near_v, near = cut(k), cut(v), Tokens(*map(cut, keys))
         if start is not None:
-            near_k, near_v, near = _with_anchors(k, v, keys, near_k, near_v, near, low, start, anchors)
+            index = start[:, None] + jnp.arange(anchors, dtype=start.dtype)[None, :]  # [B, anchors]
+            far_k, far_v, far = _anchors(k, v, keys, index, low)
+            join = lambda far, near: jnp.concatenate([far, near], axis=1)  # noqa: E731
+            near_k, near_v, near = join(far_k, near_k), join(far_v, near_v), Tokens(*map(join, far, near))
         return rows(q, queries, near_k, near_v, near)
 
     blocks = lambda x: jnp.moveaxis(_pad(x, -length % block).reshape(x.shape[0], -1, block, *x.shape[2:]), 1, 0)  # noqa: E731
@@ -72,7 +77,7 @@ def attention(
         of_block = starts[:, first * block : last * block : block].T if anchors and lows.max() > 0 else None
         body = jax.checkpoint(partial(run_block, width=width))
         per_block = (q_blocks[first:last], Tokens(*(x[first:last] for x in query_blocks)), jnp.asarray(lows), of_block)
-        outputs.append(jax.lax.map(lambda x, body=body: body(x[0], x[1], k, v, x[2], x[3]), per_block))
+        outputs.append(jax.lax.map(lambda x, body=body: body(x, k, v), per_block))
     whole = jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :length], whole)
 
@@ -98,17 +103,16 @@ def _rows(
     return (apply(p, v, precision) / divisor).astype(q.dtype), stats
 
 
-def _with_anchors(
-    k: Array, v: Array, keys: Tokens, near_k: Array, near_v: Array, near: Tokens, low: Array, start: Array, anchors: int
-) -> tuple[Array, Array, Tokens]:
-    """Puts before a key range the first tokens of the one segment that may begin before it: that of the block's first query."""
-    index = start[:, None] + jnp.arange(anchors, dtype=start.dtype)[None, :]  # [B, anchors]
+def _anchors(k: Array, v: Array, keys: Tokens, index: Array, low: Array) -> tuple[Array, Array, Tokens]:
+    """The keys at `index` [B, n], hidden unless they stand before `low`.
+
+    A block's key range misses only tokens before it, and of the segments in the block only the first query's can begin there, so
+    the first tokens of that one segment are all the sink tokens a block can miss.
+    """
     before = index < low
     index = jnp.minimum(index, k.shape[1] - 1)
     take = lambda x: jnp.take_along_axis(x, index.reshape(*index.shape, *[1] * (x.ndim - 2)), axis=1)  # noqa: E731
-    join = lambda far, near: jnp.concatenate([far, near], axis=1)  # noqa: E731
-    ids = jnp.where(before, take(keys.segment_ids), 0)
-    return join(take(k), near_k), join(take(v), near_v), Tokens(join(ids, near.segment_ids), join(take(keys.positions), near.positions))
+    return take(k), take(v), Tokens(jnp.where(before, take(keys.segment_ids), 0), take(keys.positions))
 
 
 def _groups(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -117,7 +121,7 @@ def _groups(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
     if max(widths) * len(widths) <= 1.25 * sum(widths):
         return [(0, len(ranges))]
     edges = np.linspace(0, len(ranges), min(MAX_GROUPS, len(ranges)) + 1).astype(int).tolist()
-    return list(zip(edges[:-1], edges[1:]))
+    return list(pairwise(edges))
 
 
 def _pad(x: Array, padding: int) -> Array:

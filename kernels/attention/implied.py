@@ -37,7 +37,9 @@ def attention_rows(
     Returns:
       [B, H, R, S] float32, zero at keys a query does not see.
     """
-    queries, keys = sides(q, k, segment_ids, positions, kv_segment_ids, kv_positions)
+    queries, keys = sides(
+        q, k, segment_ids=segment_ids, positions=positions, kv_segment_ids=kv_segment_ids, kv_positions=kv_positions
+    )
     weights, _ = attention_weights(
         q[:, rows],
         k,

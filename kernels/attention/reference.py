@@ -133,7 +133,7 @@ def attention(
     weights, stats = attention_weights(
         q,
         k,
-        *sides(q, k, segment_ids, positions, kv_segment_ids, kv_positions),
+        *sides(q, k, segment_ids=segment_ids, positions=positions, kv_segment_ids=kv_segment_ids, kv_positions=kv_positions),
         mask=mask,
         scale=scale,
         sinks=sinks,
@@ -145,7 +145,13 @@ def attention(
 
 
 def sides(
-    q: Array, k: Array, segment_ids: Array | None, positions: Array | None, kv_segment_ids: Array | None, kv_positions: Array | None
+    q: Array,
+    k: Array,
+    *,
+    segment_ids: Array | None,
+    positions: Array | None,
+    kv_segment_ids: Array | None,
+    kv_positions: Array | None,
 ) -> tuple[Tokens, Tokens]:
     """Query and key tokens; without key arguments the keys are the queries' own tokens."""
     queries = tokens(segment_ids, positions, *q.shape[:2])

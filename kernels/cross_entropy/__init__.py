@@ -24,7 +24,7 @@ def cross_entropy(
     chunk_size: int | None = None,
     implementation: str = "auto",
 ) -> tuple[Array, Array]:
-    """The negative log likelihood of each target and the log normaliser of each row of logits; enough for the loss and the z-loss.
+    """The negative log likelihood of each target and the log normaliser of each row of logits; enough for loss and z-loss.
 
     z = cap(hidden @ weight),    lse = log sum_v exp z_v,    nll = lse - z_target,    cap(z) = c tanh(z / c) if there is one.
 

@@ -35,13 +35,13 @@ def delta_rule(
       q: [B, T, Hqk, K], float32 or bfloat16, already normalised.
       k: [B, T, Hqk, K], already normalised: with |k| <= 1 and beta <= 2 no step enlarges the state, with longer keys it diverges.
       v: [B, T, Hv, V]; Hqk divides Hv, and value head h uses q and k of head h // (Hv / Hqk).
-      g: float32 log decay, at most 0: [B, T, Hv] for one decay a head (Gated DeltaNet), [B, T, Hv, K] for one a channel (KDA), None
-        for no decay (DeltaNet).
+      g: float32 log decay, at most 0: [B, T, Hv] for one decay a head (Gated DeltaNet), [B, T, Hv, K] for one a channel (KDA),
+        None for no decay (DeltaNet).
       beta: [B, T, Hv], write strength in [0, 2], after its sigmoid.
       scale: multiplies q; None is K^-1/2.
       initial_state: [B, Hv, K, V] float32, of the first token's segment; None is zero.
-      segment_ids: int32 [B, T], each segment contiguous; the state is zero at the start of each but the first. Id 0 is padding: it
-        gives zeros and is skipped. None is one segment.
+      segment_ids: int32 [B, T], each segment contiguous; the state is zero at the start of each but the first. Id 0 is padding:
+        it gives zeros and is skipped. None is one segment.
       chunk_size: tokens per chunk, a power of two.
       implementation: "auto", "chunked" or "reference".
 
@@ -52,7 +52,8 @@ def delta_rule(
       ValueError: a shape, ratio or known segment id does not fit, or the implementation is unknown.
       NotImplementedError: the named implementation does not support the call.
 
-    Source: DeltaNet, arXiv 2406.06484, section 3; Gated DeltaNet, 2412.06464, equation 10; Kimi Linear (KDA), 2510.26692, equation 1.
+    Source: DeltaNet, arXiv 2406.06484, section 3; Gated DeltaNet, 2412.06464, equation 10; Kimi Linear (KDA), 2510.26692,
+    equation 1.
     """
     gates = {"g": (g, ("[B, T, Hv]", "[B, T, Hv, K]")), "beta": (beta, ("[B, T, Hv]",))}
     check_recurrence("delta_rule", q, k, v, gates, initial_state=initial_state, segment_ids=segment_ids, chunk_size=chunk_size)

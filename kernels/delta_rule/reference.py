@@ -23,7 +23,8 @@ def delta_rule(
     """See `plait.kernels.delta_rule`; `chunk_size` means nothing here."""
     read = lambda state, x: jnp.einsum("bhkv,bhk->bhv", state, x, precision="highest")  # noqa: E731
 
-    def step(state: Array, q: Array, k: Array, v: Array, beta: Array, g: Array) -> tuple[Array, Array]:
+    def step(state: Array, q: Array, k: Array, v: Array, *gates: Array) -> tuple[Array, Array]:
+        g, beta = gates
         state = jnp.exp(g)[..., None] * state
         error = v - read(state, k)
         state = state + k[..., :, None] * (beta[..., None] * error)[..., None, :]
@@ -31,4 +32,4 @@ def delta_rule(
 
     g = jnp.zeros_like(beta) if g is None else g
     g = g[..., None] if g.ndim == 3 else g
-    return scan_tokens(step, q, k, v, beta, g, initial_state=initial_state, segment_ids=segment_ids)
+    return scan_tokens(step, q, k, v, g, beta, initial_state=initial_state, segment_ids=segment_ids)

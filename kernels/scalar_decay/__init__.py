@@ -3,9 +3,9 @@
 import jax
 
 from plait.kernels.dispatch import Implementation, Op
-from plait.kernels.shapes import check_recurrence
 from plait.kernels.scalar_decay import chunked, reference
 from plait.kernels.scalar_decay.implied import scalar_decay_rows
+from plait.kernels.shapes import check_recurrence
 
 __all__ = ["scalar_decay", "scalar_decay_rows"]
 
@@ -37,8 +37,8 @@ def scalar_decay(
       g: [B, T, Hv] float32, log decay, at most 0.
       scale: multiplies q; None is K^-1/2.
       initial_state: [B, Hv, K, V] float32, of the first token's segment; None is zero.
-      segment_ids: int32 [B, T], each segment contiguous; the state is zero at the start of each but the first. Id 0 is padding: it
-        gives zeros and is skipped. None is one segment.
+      segment_ids: int32 [B, T], each segment contiguous; the state is zero at the start of each but the first. Id 0 is padding:
+        it gives zeros and is skipped. None is one segment.
       chunk_size: tokens per chunk, a power of two.
       implementation: "auto", "chunked" or "reference".
 
@@ -49,7 +49,8 @@ def scalar_decay(
       ValueError: a shape, ratio or known segment id does not fit, or the implementation is unknown.
       NotImplementedError: the named implementation does not support the call.
 
-    Source: Transformers are SSMs (Mamba-2), arXiv 2405.21060, section 6; a fixed g gives RetNet (2307.08621) and Lightning attention (2401.04658).
+    Source: Transformers are SSMs (Mamba-2), arXiv 2405.21060, section 6; a fixed g gives RetNet (2307.08621) and Lightning
+    attention (2401.04658).
     """
     gates = {"g": (g, ("[B, T, Hv]",))}
     check_recurrence("scalar_decay", q, k, v, gates, initial_state=initial_state, segment_ids=segment_ids, chunk_size=chunk_size)

@@ -39,7 +39,14 @@ def scalar_decay_rows(
     """
     v = jax.ShapeDtypeStruct((*g.shape[:3], 1), k.dtype)
     check_recurrence(
-        "scalar_decay_rows", q, k, v, {"g": (g, ("[B, T, Hv]",))}, initial_state=None, segment_ids=segment_ids, chunk_size=chunk_size
+        "scalar_decay_rows",
+        q,
+        k,
+        v,
+        {"g": (g, ("[B, T, Hv]",))},
+        initial_state=None,
+        segment_ids=segment_ids,
+        chunk_size=chunk_size,
     )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     chunks = recurrence.cut(

@@ -35,13 +35,13 @@ def short_conv(
       bias: [D] or None.
       activation: "silu" or None.
       initial_state: [B, W-1, D], the inputs before the first token, in its segment; None is zero.
-      segment_ids: int32 [B, T], each segment contiguous; no tap crosses into another. Id 0 is padding and gives zeros; it may stand
-        between and after segments. None is one segment.
+      segment_ids: int32 [B, T], each segment contiguous; no tap crosses into another. Id 0 is padding and gives zeros; it may
+        stand between and after segments. None is one segment.
       implementation: "auto", "chunked" or "reference".
 
     Returns:
-      y [B, T, D] in x's dtype, and the last W-1 inputs [B, W-1, D] in x's dtype, up to the last token that is not padding, zero where
-      its segment has fewer.
+      y [B, T, D] in x's dtype, and the last W-1 inputs [B, W-1, D] in x's dtype, up to the last token that is not padding, zero
+      where its segment has fewer.
 
     Raises:
       ValueError: a shape, the activation or a known segment id does not fit, or the implementation is unknown.
@@ -61,6 +61,4 @@ def short_conv(
     if activation not in ("silu", None):
         raise ValueError(f"short_conv: activation={activation!r} is unknown; use 'silu' or None")
     check_segment_ids("short_conv", "segment_ids", segment_ids, batch, length)
-    return _op(
-        implementation, x, weight, bias=bias, activation=activation, initial_state=initial_state, segment_ids=segment_ids
-    )
+    return _op(implementation, x, weight, bias=bias, activation=activation, initial_state=initial_state, segment_ids=segment_ids)

@@ -43,7 +43,7 @@ def first_id(ids: Array) -> Array:
 def last_inputs(inputs: Array, ids: Array, reach: int) -> Array:
     """The last `reach` entries [B, W-1, D] up to the last token that is not padding, zero where they are of another segment.
 
-    `inputs` and `ids` begin with the entries of the initial state, which count as padding when no token is real, and are then kept.
+    `inputs` and `ids` begin with the entries of the initial state, which are kept as they are when no token is real.
     """
     length = ids.shape[1] - reach
     real = ids[:, reach:] != 0

@@ -37,8 +37,8 @@ def vector_decay(
       g: [B, T, Hv, K] float32, log decay, at most 0.
       scale: multiplies q; None is K^-1/2.
       initial_state: [B, Hv, K, V] float32, of the first token's segment; None is zero.
-      segment_ids: int32 [B, T], each segment contiguous; the state is zero at the start of each but the first. Id 0 is padding: it
-        gives zeros and is skipped. None is one segment.
+      segment_ids: int32 [B, T], each segment contiguous; the state is zero at the start of each but the first. Id 0 is padding:
+        it gives zeros and is skipped. None is one segment.
       chunk_size: tokens per chunk, a power of two.
       implementation: "auto", "chunked" or "reference".
 

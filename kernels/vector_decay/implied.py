@@ -39,10 +39,15 @@ def vector_decay_rows(
     """
     v = jax.ShapeDtypeStruct((*g.shape[:3], 1), k.dtype)
     check_recurrence(
-        "vector_decay_rows", q, k, v, {"g": (g, ("[B, T, Hv, K]",))}, initial_state=None, segment_ids=segment_ids, chunk_size=chunk_size
+        "vector_decay_rows",
+        q,
+        k,
+        v,
+        {"g": (g, ("[B, T, Hv, K]",))},
+        initial_state=None,
+        segment_ids=segment_ids,
+        chunk_size=chunk_size,
     )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    chunks = recurrence.cut(
-        q, k, None, g, num_heads=g.shape[2], scale=scale, segment_ids=segment_ids, chunk_size=chunk_size
-    )
+    chunks = recurrence.cut(q, k, None, g, num_heads=g.shape[2], scale=scale, segment_ids=segment_ids, chunk_size=chunk_size)
     return recurrence.implied_rows(chunks, rows, q.shape[1])

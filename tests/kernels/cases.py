@@ -28,7 +28,7 @@ class Recurrence:
     beta: bool = False
 
     def inputs(self, length: int, *, decay: str = "mixed", dtype: Any = jnp.float32, seed: int = 0) -> dict[str, jax.Array]:
-        """Random arguments by name, in the op's order; `decay` is none, weak, strong or mixed (a g of -20 beside one of nearly 0)."""
+        """Random arguments by name; `decay` is none, weak, strong or mixed (a g of -20 beside one of nearly 0)."""
         rng = np.random.default_rng(seed)
         normal = lambda *shape: rng.standard_normal(shape)  # noqa: E731
         q, k = normal(2, BATCH, length, NUM_QK_HEADS, KEY_DIM)
@@ -45,15 +45,15 @@ class Recurrence:
 
     def call(self, inputs: dict[str, jax.Array], **options: Any) -> Any:
         """The op on `inputs`, with g=None where it has no gate."""
-        return self.op(*self._positional(inputs), **options)
+        return self.op(*self._positional(inputs, "qkv"), **options)
 
     def implied(self, inputs: dict[str, jax.Array], rows: jax.Array, **options: Any) -> jax.Array:
         """The implied attention rows for the same inputs."""
-        return self.rows(*self._positional({name: x for name, x in inputs.items() if name != "v"}), rows, **options)
+        return self.rows(*self._positional(inputs, "qk"), rows, **options)
 
-    def _positional(self, inputs: dict[str, jax.Array]) -> list[Any]:
-        args = [x for name, x in inputs.items() if name not in ("g", "beta")]
-        return args + ([inputs.get("g")] if self.g is not None or self.beta else []) + ([inputs["beta"]] if self.beta else [])
+    def _positional(self, inputs: dict[str, jax.Array], names: str) -> list[Any]:
+        gates = [inputs.get("g"), inputs["beta"]] if self.beta else [inputs["g"]]
+        return [inputs[name] for name in names] + gates
 
 
 RECURRENCES = {
@@ -86,15 +86,24 @@ def segments(length: int, layout: str) -> jax.Array:
 
 
 @cache
-def values_and_gradients(name: str, implementation: str) -> Callable[..., Any]:
-    """A jitted function of (inputs, initial_state, segment_ids) to named outputs and the gradient of a fixed random projection."""
+def jitted(name: str, implementation: str, chunk_size: int = 64) -> Callable[..., Any]:
+    """A jitted function of (inputs, initial_state, segment_ids) to (o, final_state)."""
+    options = {"implementation": implementation, "chunk_size": chunk_size}
+    return quick_jit(
+        lambda inputs, state, ids=None: RECURRENCES[name].call(inputs, initial_state=state, segment_ids=ids, **options)
+    )
+
+
+@cache
+def values_and_gradients(name: str, implementation: str, chunk_size: int = 64) -> Callable[..., Any]:
+    """A jitted function of (inputs, initial_state, segment_ids) to named outputs and the gradients of a fixed projection."""
     recurrence = RECURRENCES[name]
 
     @quick_jit
     def run(inputs: dict[str, jax.Array], initial_state: jax.Array, segment_ids: jax.Array | None) -> Any:
         def outputs(inputs: dict[str, jax.Array], initial_state: jax.Array) -> dict[str, jax.Array]:
             o, final_state = recurrence.call(
-                inputs, initial_state=initial_state, segment_ids=segment_ids, implementation=implementation
+                inputs, initial_state=initial_state, segment_ids=segment_ids, implementation=implementation, chunk_size=chunk_size
             )
             return {"o": o, "final_state": final_state}
 

@@ -1,6 +1,7 @@
 """The kernel contract: every implementation of every op gives the reference's outputs, final states and gradients."""
 
 from functools import cache, partial
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -23,21 +24,22 @@ CASES = [  # length, segments, decay
     (64, "one", "strong"),
     (65, None, "weak"),
     (500, "several", "mixed"),
-    (500, "one", "weak"),
+    (500, "long", "weak"),
 ]
 _ids = lambda value: str(value).replace(" ", "")  # noqa: E731
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("length", "layout", "decay"), CASES, ids=_ids)
+@pytest.mark.parametrize("case", CASES, ids=_ids)
 @pytest.mark.parametrize(("name", "implementation"), RECURRENT, ids=_ids)
-def test_recurrence_matches_reference(name: str, implementation: str, length: int, layout: str | None, decay: str, dtype: str):
-    if dtype == "bfloat16" and (length, layout) not in [(1, None), (64, "several")]:
-        pytest.skip("bfloat16 runs the same float32 inside; two shapes show the casts")
+def test_recurrence_matches_reference(name: str, implementation: str, case: tuple[int, str | None, str], dtype: str):
+    length, layout, decay = case
+    if dtype == "bfloat16" and (length, layout) != (64, "several"):
+        pytest.skip("the casts of bfloat16 do not depend on the case")
     inputs = cases.RECURRENCES[name].inputs(length, decay=decay, dtype=dtype)
     args = (inputs, cases.state(), None if layout is None else cases.segments(length, layout))
     plain = cases.values_and_gradients(name, "reference")
-    got = cases.values_and_gradients(name, implementation)(*args)
+    got = cases.values_and_gradients(name, implementation, 64 if length == 64 else 16)(*args)
     assert got["value"]["o"].dtype == dtype
     assert got["value"]["final_state"].dtype == jnp.float32
     assert_tree_close(got, in_float64(plain, *args), plain(*args), dtype=dtype)
@@ -45,28 +47,26 @@ def test_recurrence_matches_reference(name: str, implementation: str, length: in
 
 @pytest.mark.parametrize("name", cases.RECURRENCES)
 def test_recurrence_packed_equals_separate(name: str):
-    recurrence, lengths = cases.RECURRENCES[name], (19, 1, 30)
-    inputs = recurrence.inputs(sum(lengths))
+    inputs, lengths = cases.RECURRENCES[name].inputs(50), (19, 1, 30)
     ids = jnp.asarray(np.repeat([1, 2, 3], lengths)[None].repeat(cases.BATCH, 0))
-    o, final_state = recurrence.call(inputs, segment_ids=ids, initial_state=cases.state(), chunk_size=16)
+    o, final_state = cases.jitted(name, "chunked", 16)(inputs, cases.state(), ids)
     starts = np.cumsum((0, *lengths))
-    for i, (start, stop) in enumerate(zip(starts[:-1], starts[1:])):
+    for start, stop in pairwise(starts):
         piece = {key: x[:, start:stop] for key, x in inputs.items()}
-        alone, alone_state = recurrence.call(piece, initial_state=cases.state() if i == 0 else None, chunk_size=16)
-        assert_close(o[:, start:stop], alone, err_msg=f"segment {i}")
+        state = cases.state() * (start == 0)
+        alone, alone_state = cases.jitted(name, "reference")(piece, state)
+        assert_close(o[:, start:stop], alone, err_msg=f"tokens {start} to {stop}")
     assert_close(final_state, alone_state, err_msg="final state")
 
 
-@pytest.mark.parametrize("name", cases.RECURRENCES)
 @pytest.mark.parametrize("implementation", ["reference", "chunked"])
+@pytest.mark.parametrize("name", cases.RECURRENCES)
 def test_recurrence_skips_padding(name: str, implementation: str):
-    recurrence = cases.RECURRENCES[name]
-    inputs = recurrence.inputs(40)
+    inputs = cases.RECURRENCES[name].inputs(40)
     real = np.r_[5:20, 24:33]  # one segment with padding before, inside and after it
     ids = jnp.zeros((cases.BATCH, 40), jnp.int32).at[:, real].set(7)
-    o, final_state = recurrence.call(inputs, segment_ids=ids, initial_state=cases.state(), chunk_size=16, implementation=implementation)
-    dense = {key: x[:, real] for key, x in inputs.items()}
-    alone, alone_state = recurrence.call(dense, initial_state=cases.state(), chunk_size=16, implementation=implementation)
+    o, final_state = cases.jitted(name, implementation, 16)(inputs, cases.state(), ids)
+    alone, alone_state = cases.jitted(name, "reference")({key: x[:, real] for key, x in inputs.items()}, cases.state())
     assert_close(o[:, real], alone)
     assert_close(final_state, alone_state)
     assert not np.asarray(o)[:, np.asarray(ids[0]) == 0].any()
@@ -74,12 +74,11 @@ def test_recurrence_skips_padding(name: str, implementation: str):
 
 @pytest.mark.parametrize("name", cases.RECURRENCES)
 def test_recurrence_steps_equal_one_call(name: str):
-    recurrence = cases.RECURRENCES[name]
-    inputs = recurrence.inputs(5)
-    whole, whole_state = recurrence.call(inputs, initial_state=cases.state())
+    run, inputs = cases.jitted(name, "chunked"), cases.RECURRENCES[name].inputs(5)
+    whole, whole_state = run(inputs, cases.state())
     state, outputs = cases.state(), []
     for t in range(5):
-        o, state = recurrence.call({key: x[:, t : t + 1] for key, x in inputs.items()}, initial_state=state)
+        o, state = run({key: x[:, t : t + 1] for key, x in inputs.items()}, state)
         outputs.append(o)
     assert_close(jnp.concatenate(outputs, axis=1), whole)
     assert_close(state, whole_state)
@@ -93,7 +92,7 @@ def test_recurrence_rows_reproduce_output(name: str, layout: str | None):
     ids = None if layout is None else cases.segments(length, layout)
     rows = jnp.asarray([0, 1, 31, 32, 50, 63, 64, 99], jnp.int32)
     weights = cases.quick_jit(partial(recurrence.implied, segment_ids=ids, chunk_size=32))(inputs, rows)
-    o, _ = recurrence.call(inputs, segment_ids=ids, implementation="reference")
+    o, _ = cases.jitted(name, "reference")(inputs, None, ids)
     assert weights.dtype == jnp.float32
     assert_close(jnp.einsum("bhrs,bshv->brhv", weights, inputs["v"]), o[:, rows])
     ids = np.ones((cases.BATCH, length), int) if ids is None else np.asarray(ids)
@@ -138,43 +137,51 @@ def _attention_inputs(length: int, dtype: str = "float32", num_heads: int = 4, n
     return inputs | {"sinks": jnp.asarray(rng.standard_normal(num_heads), jnp.float32)}
 
 
-@pytest.fixture(params=["one-tile", "blocks"])
-def tiling(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "blocks":
-        from plait.kernels.attention import chunked
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Has the chunked form cut short sequences as it cuts long ones."""
+    from plait.kernels.attention import chunked
 
-        monkeypatch.setattr(chunked, "DENSE_TILE", 0)
-        monkeypatch.setattr(chunked, "BLOCK_SIZE", 16)
+    monkeypatch.setattr(chunked, "DENSE_TILE", 0)
+    monkeypatch.setattr(chunked, "BLOCK_SIZE", 16)
+    monkeypatch.setattr(chunked, "MAX_GROUPS", 2)
     _attention.cache_clear()
-    return request.param
+    yield
+    _attention.cache_clear()
 
 
-@pytest.mark.parametrize(("length", "layout"), [(1, None), (65, None), (64, "several"), (200, "several")], ids=_ids)
-@pytest.mark.parametrize("name", ATTENTION)
-def test_attention_matches_reference(name: str, length: int, layout: str | None, tiling: str):
-    if tiling == "blocks" and length in (1, 64):
-        pytest.skip("blocks are shown by the longer cases")
-    if tiling == "one-tile" and length == 200:
-        pytest.skip("one tile is shown by the shorter cases")
-    args = (_attention_inputs(length), None if layout is None else cases.segments(length, layout))
-    plain = _attention(name, "reference")
-    for implementation in TESTED["attention"]:
-        got = _attention(name, implementation)(*args)
-        assert_tree_close(got, in_float64(plain, *args), plain(*args), dtype="float32")
-        assert all(np.isfinite(x).all() for x in jax.tree.leaves(got))
-
-
-def test_attention_bfloat16(tiling: str):
-    args = (_attention_inputs(90, "bfloat16"), cases.segments(90, "several"))
-    plain, got = _attention("causal", "reference"), _attention("causal", "chunked")(*args)
-    assert got["value"]["o"].dtype == jnp.bfloat16
+def _assert_attention_matches(name: str, implementation: str, length: int, layout: str | None, dtype: str = "float32") -> None:
+    args = (_attention_inputs(length, dtype), None if layout is None else cases.segments(length, layout))
+    plain, got = _attention(name, "reference"), _attention(name, implementation)(*args)
+    assert got["value"]["o"].dtype == dtype
     assert got["value"]["lse"].dtype == jnp.float32
-    assert_tree_close(got, in_float64(plain, *args), plain(*args), dtype="bfloat16")
+    assert_tree_close(got, in_float64(plain, *args), plain(*args), dtype=dtype)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(got))
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+@pytest.mark.parametrize("implementation", TESTED["attention"])
+def test_attention_matches_reference(implementation: str, name: str):
+    _assert_attention_matches(name, implementation, 65, "several")
+
+
+@pytest.mark.parametrize(("length", "dtype"), [(1, "float32"), (63, "bfloat16"), (64, "float32"), (500, "float32")], ids=_ids)
+@pytest.mark.parametrize("implementation", TESTED["attention"])
+def test_causal_attention_matches_reference(implementation: str, length: int, dtype: str):
+    _assert_attention_matches("causal", implementation, length, None if length == 64 else "long", dtype)
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention_by_blocks_matches_reference(name: str, small_blocks: None):
+    _assert_attention_matches(name, "chunked", 90, None if name in ("causal", "window") else "several")
+
+
+def test_attention_by_blocks_bfloat16(small_blocks: None):
+    _assert_attention_matches("window-sinks", "chunked", 90, "several", "bfloat16")
 
 
 def test_attention_hidden_row_is_zero_and_gradients_finite():
-    inputs = _attention_inputs(12)
-    ids = jnp.zeros((2, 12), jnp.int32)
+    inputs, ids = _attention_inputs(64), jnp.zeros((2, 64), jnp.int32)
     for name in ("causal", "sink-logits", "sigmoid"):
         got = _attention(name, "chunked")(inputs, ids)
         assert all(not np.asarray(x).any() for x in (got["value"]["o"], got["value"]["entropy"]))
@@ -185,27 +192,38 @@ def test_attention_hidden_row_is_zero_and_gradients_finite():
 def test_attention_decodes_from_shuffled_cache(implementation: str):
     inputs, mask, rng = _attention_inputs(40), Mask(window_size=12, num_sink_tokens=2), np.random.default_rng(0)
     q, k, v = inputs["q"], inputs["k"], inputs["v"]
-    whole = kernels.attention(q, k, v, mask=mask, implementation="reference")
+    whole = cases.quick_jit(lambda q, k, v: kernels.attention(q, k, v, mask=mask, implementation="reference"))(q, k, v)
     order, spare = rng.permutation(40), ((0, 0), (0, 8), (0, 0), (0, 0))
     cache_k, cache_v = (jnp.pad(x[:, order], spare, constant_values=9.0) for x in (k, v))
     positions = jnp.pad(jnp.asarray(order, jnp.int32)[None].repeat(2, 0), ((0, 0), (0, 8)))
-    for t in (0, 5, 39):
+
+    @cases.quick_jit
+    def decode(q: jax.Array, t: jax.Array) -> jax.Array:
         filled = (positions <= t) & (jnp.arange(48)[None, :] < 40)
-        o = kernels.attention(
-            q[:, t : t + 1], cache_k, cache_v, mask=mask, positions=jnp.full((2, 1), t), kv_positions=positions,
+        return kernels.attention(
+            q, cache_k, cache_v, mask=mask, positions=jnp.full((2, 1), t), kv_positions=positions,
             kv_segment_ids=filled.astype(jnp.int32), implementation=implementation,
         )  # fmt: skip
+
+    for t in (0, 5, 39):
+        o = decode(q[:, t : t + 1], t)
         assert_close(o, whole[:, t : t + 1], err_msg=f"token {t}")
 
 
-def test_attention_rows_reproduce_output():
+@pytest.mark.parametrize(
+    "options", [{}, {"sinks": jnp.arange(4.0) - 2}, {"normalizer": "sigmoid", "sigmoid_bias": -1.0}], ids=str
+)
+def test_attention_rows_reproduce_output(options: dict[str, Any]):
     inputs, ids, rows = _attention_inputs(50), cases.segments(50, "several"), jnp.asarray([0, 7, 31, 49])
-    for options in ({}, {"sinks": inputs["sinks"]}, {"normalizer": "sigmoid", "sigmoid_bias": -1.0}):
-        options |= {"mask": Mask(window_size=20, num_sink_tokens=2), "segment_ids": ids}
-        weights = kernels.attention_rows(inputs["q"], inputs["k"], rows, **options)
-        o = kernels.attention(inputs["q"], inputs["k"], inputs["v"], **options)
-        values = jnp.repeat(inputs["v"], 2, axis=2)
-        assert_close(jnp.einsum("bhrs,bshv->brhv", weights, values), o[:, rows])
+    options = options | {"mask": Mask(window_size=20, num_sink_tokens=2), "segment_ids": ids}
+
+    @cases.quick_jit
+    def both(q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array) -> tuple[jax.Array, jax.Array]:
+        weights = kernels.attention_rows(q, k, rows, **options)
+        by_rows = jnp.einsum("bhrs,bshv->brhv", weights, jnp.repeat(v, 2, axis=2))
+        return by_rows, kernels.attention(q, k, v, **options)[:, rows]
+
+    assert_close(*both(**inputs))
 
 
 @cache
@@ -213,9 +231,7 @@ def _short_conv(implementation: str, activation: str | None) -> Any:
     @cases.quick_jit
     def run(inputs: dict[str, jax.Array], segment_ids: jax.Array | None) -> Any:
         def outputs(inputs: dict[str, jax.Array]) -> Any:
-            return kernels.short_conv(
-                **inputs, activation=activation, segment_ids=segment_ids, implementation=implementation
-            )
+            return kernels.short_conv(**inputs, activation=activation, segment_ids=segment_ids, implementation=implementation)
 
         return cases.with_gradients(outputs, inputs)
 
@@ -244,7 +260,9 @@ def test_short_conv_packed_equals_separate():
     inputs = _conv_inputs(20, 4)
     ids = jnp.asarray(np.repeat([1, 2, 3], [9, 1, 10])[None].repeat(2, 0))
     y, state = kernels.short_conv(**inputs, segment_ids=ids)
-    first, _ = kernels.short_conv(inputs["x"][:, :9], inputs["weight"], bias=inputs["bias"], initial_state=inputs["initial_state"])
+    first, _ = kernels.short_conv(
+        inputs["x"][:, :9], inputs["weight"], bias=inputs["bias"], initial_state=inputs["initial_state"]
+    )
     last, last_state = kernels.short_conv(inputs["x"][:, 10:], inputs["weight"], bias=inputs["bias"])
     assert_close(y[:, :9], first)
     assert_close(y[:, 10:], last)
@@ -267,7 +285,12 @@ def _cross_entropy(implementation: str, soft_cap: float | None) -> Any:
     def run(inputs: dict[str, jax.Array], targets: jax.Array, loss_mask: jax.Array) -> Any:
         def outputs(inputs: dict[str, jax.Array]) -> Any:
             return kernels.cross_entropy(
-                **inputs, targets=targets, loss_mask=loss_mask, logit_soft_cap=soft_cap, chunk_size=16, implementation=implementation
+                **inputs,
+                targets=targets,
+                loss_mask=loss_mask,
+                logit_soft_cap=soft_cap,
+                chunk_size=16,
+                implementation=implementation,
             )
 
         return cases.with_gradients(outputs, inputs)
@@ -281,7 +304,10 @@ def _cross_entropy(implementation: str, soft_cap: float | None) -> Any:
 @pytest.mark.parametrize("implementation", TESTED["cross_entropy"])
 def test_cross_entropy_matches_reference(implementation: str, length: int, soft_cap: float | None, dtype: str):
     rng = np.random.default_rng(length)
-    inputs = {"hidden": jnp.asarray(rng.standard_normal((2, length, 8)), dtype), "weight": jnp.asarray(rng.standard_normal((8, 50)), dtype)}
+    inputs = {
+        "hidden": jnp.asarray(rng.standard_normal((2, length, 8)), dtype),
+        "weight": jnp.asarray(rng.standard_normal((8, 50)), dtype),
+    }
     loss_mask = jnp.asarray(rng.random((2, length)) > 0.3).at[0, 0].set(True)
     targets = jnp.where(loss_mask, jnp.asarray(rng.integers(0, 50, (2, length))), -100)
     args = (inputs, targets, loss_mask)

@@ -1,0 +1,95 @@
+"""Choosing an implementation, and the errors of the ops' public functions."""
+
+import logging
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from plait import kernels
+from plait.kernels import Mask, dispatch
+
+
+@pytest.fixture
+def op(monkeypatch: pytest.MonkeyPatch) -> dispatch.Op:
+    monkeypatch.setattr(dispatch, "_ops", {})
+    monkeypatch.setattr(dispatch, "_chosen", {})
+    monkeypatch.setattr(dispatch, "_logged", set())
+    fast = dispatch.Implementation(lambda x: x + 1, lambda x: "x is negative" if x < 0 else None)
+    return dispatch.Op("demo", fast=fast, plain=dispatch.Implementation(lambda x: x + 2))
+
+
+def test_auto_takes_the_first_that_supports_and_logs_once(op: dispatch.Op, caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.INFO, logger="plait"):
+        assert [op("auto", 1), op("auto", 1), op("auto", -1)] == [2, 2, 1]
+    assert caplog.messages == ["demo: chose fast", "demo: chose plain; not fast because x is negative"]
+    assert dispatch.chosen() == {"demo": "fast, plain"}
+    assert dispatch.registered() == {"demo": ("fast", "plain")}
+
+
+def test_named_is_taken_or_refused(op: dispatch.Op):
+    assert op("plain", 1) == 3
+    with pytest.raises(NotImplementedError, match="demo: implementation='fast' does not support this call: x is negative"):
+        op("fast", -1)
+    with pytest.raises(ValueError, match="implementation='slow' is unknown; use one of auto, fast, plain"):
+        op("slow", 1)
+
+
+def test_exceptions_propagate():
+    broken = dispatch.Op("broken", first=dispatch.Implementation(lambda: 1 / 0), second=dispatch.Implementation(lambda: 1))
+    dispatch._ops.pop("broken")
+    with pytest.raises(ZeroDivisionError):
+        broken("auto")
+
+
+QK, V, G, STATE = jnp.zeros((2, 6, 2, 8)), jnp.zeros((2, 6, 4, 3)), jnp.zeros((2, 6, 4)), jnp.zeros((2, 4, 8, 3))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: kernels.scalar_decay(QK[0], QK, V, G), "scalar_decay: q.shape=(6, 2, 8) must be [B, T, Hqk, K]"),
+        (lambda: kernels.scalar_decay(QK, QK[:, :5], V, G), "k.shape=(2, 5, 2, 8) must be [B, T, Hqk, K] as q = (2, 6, 2, 8)"),
+        (lambda: kernels.scalar_decay(QK, QK, V[:, :, :3], G), "heads=2 must divide the number of v heads=3; use one of [1, 3]"),
+        (lambda: kernels.vector_decay(QK, QK, V, G), "g.shape=(2, 6, 4) must be [B, T, Hv, K] = (2, 6, 4, 8)"),
+        (lambda: kernels.delta_rule(QK, QK, V, G, G[:, :, :2]), "beta.shape=(2, 6, 2) must be [B, T, Hv] = (2, 6, 4)"),
+        (lambda: kernels.delta_rule(QK, QK, V, None, G, initial_state=STATE[:, :2]), "initial_state.shape=(2, 2, 8, 3) must be"),
+        (lambda: kernels.delta_rule(QK, QK, V, None, G, chunk_size=48), "chunk_size=48 must be a power of two"),
+        (
+            lambda: kernels.scalar_decay(QK, QK, V, G, segment_ids=jnp.ones((2, 5), int)),
+            "segment_ids.shape=(2, 5) must be [B, T]",
+        ),
+        (
+            lambda: kernels.scalar_decay(QK, QK, V, G, segment_ids=jnp.ones((2, 6))),
+            "segment_ids.dtype=float32 must be an integer",
+        ),
+        (
+            lambda: kernels.scalar_decay(QK, QK, V, G, segment_ids=jnp.asarray([[1, 1, 2, 0, 1, 1]] * 2)),
+            "segment_ids[0] holds runs [1, 2, 1]",
+        ),
+        (lambda: kernels.attention(QK, QK[:, :4], QK[:, :4], mask=Mask()), "k has S=4 tokens and q has T=6"),
+        (lambda: kernels.attention(V, V[:, :, :3], V[:, :, :3], mask=Mask()), "must divide the number of q heads=4"),
+        (lambda: kernels.attention(QK, QK, QK, mask=Mask(), sinks=jnp.zeros(3)), "sinks.shape=(3,) must be [H] = (2,)"),
+        (lambda: kernels.attention(QK, QK, QK, mask=Mask(), normalizer="sigmoid"), "sigmoid_bias=None with normalizer='sigmoid'"),
+        (lambda: kernels.attention(QK, QK, QK, mask=Mask(), normalizer="relu"), "normalizer='relu' is unknown"),
+        (lambda: kernels.attention(QK, QK, QK, mask=Mask(), implementation="cuda"), "use one of auto, chunked, reference"),
+        (lambda: kernels.short_conv(G, jnp.zeros((4, 5))), "weight.shape=(4, 5) must be [W, D] with D of x = (4, 4)"),
+        (lambda: kernels.short_conv(G, jnp.zeros((4, 4)), activation="relu"), "activation='relu' is unknown"),
+        (
+            lambda: kernels.cross_entropy(G, jnp.zeros((4, 9)), jnp.zeros((2, 5), int)),
+            "targets.shape=(2, 5) must be [B, T] = (2, 6)",
+        ),
+        (
+            lambda: kernels.cross_entropy(G, jnp.zeros((4, 9)), jnp.zeros((2, 6), int), logit_soft_cap=0.0),
+            "logit_soft_cap=0.0 must be",
+        ),
+    ],
+)
+def test_public_functions_reject(call, message: str):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call()
+
+
+def test_traced_segment_ids_are_not_read():
+    jax.eval_shape(lambda ids: kernels.scalar_decay(QK, QK, V, G, segment_ids=ids), jnp.asarray([[1, 2, 1, 1, 1, 1]] * 2))
