@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 import math
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from plait.train.state import TrainState
 
 log = logging.getLogger("plait")
 _MANIFEST = "manifest.json"
+_STAMPED = "_CHECKPOINT_METADATA"  # gets the time at which the checkpoint is renamed, and is not needed to restore
 _METRIC = "loss/val"
 
 
@@ -29,9 +32,9 @@ class CheckpointError(ValueError):
 class Checkpoints:
     """The checkpoints under `folder`, one numbered folder a step.
 
-    Beside the newest `keep_last` the `keep_best` of lowest validation loss are kept. Once a checkpoint is whole, a manifest with the
-    size and CRC-32 of its files is written into it; `restore` checks it and goes back to the last whole one, setting a damaged one
-    aside under `damaged-STEP`.
+    Beside the newest `keep_last` the `keep_best` of lowest validation loss are kept. A checkpoint gets its name only when it is
+    whole and holds a manifest of the size and CRC-32 of its files; `restore` checks it and goes back to the last whole one, setting
+    a damaged one aside under `damaged-STEP`.
     """
 
     def __init__(self, folder: Path, *, keep_last: int = 1, keep_best: int = 0, read_only: bool = False):
@@ -53,10 +56,15 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers) if there else None
 
     def save(self, step: int, state: TrainState, extra: dict[str, Any], *, loss: float | None) -> None:
-        """Starts saving the state after `step` with the JSON `extra`; `loss` ranks it among the best."""
+        """Starts saving the state after `step` with the JSON `extra`; `loss` ranks it among the best.
+
+        Raises:
+            OSError: this checkpoint, or the one before, whose writing went on in the background, cannot be written.
+        """
         items = ocp.args.Composite(state=ocp.args.StandardSave(_tree(state)), extra=ocp.args.JsonSave(extra))
         ranked = loss is not None and math.isfinite(loss)
-        self._manager.save(step, args=items, metrics={_METRIC: loss} if ranked else None)
+        with self._writing():
+            self._manager.save(step, args=items, metrics={_METRIC: loss} if ranked else None)
 
     def steps(self) -> list[int]:
         """Steps with a finished checkpoint, ascending."""
@@ -98,30 +106,44 @@ class Checkpoints:
         return None
 
     def wait(self) -> None:
-        """Returns when everything started is on disk."""
+        """Returns when everything started is on disk. Raises OSError where it cannot be."""
         if self._manager is not None:
-            self._manager.wait_until_finished()
+            with self._writing():
+                self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits and ends the background threads."""
+        """Waits and ends the background threads. Raises OSError where what was started cannot be written."""
         if self._manager is not None:
-            self._manager.close()
+            with self._writing():
+                self._manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """What a storage layer raises of its own kinds (or a background thread raised before) as an OSError."""
+        try:
+            yield
+        except Exception as error:
+            what = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise OSError(
+                f"a checkpoint cannot be written to {self.folder}: {what[:400]}; make room or mend the disk, then go on with --resume"
+            ) from error
 
     def _seal(self) -> None:
+        """Writes the manifest of the checkpoint that is about to be renamed to its final name, so that none is ever without."""
         if jax.process_index() != 0:
             return
-        for folder in self.folder.iterdir():
-            if folder.name.isdigit() and not (folder / _MANIFEST).exists():
-                files = {str(p.relative_to(folder)): _digest(p) for p in sorted(folder.rglob("*")) if p.is_file()}
-                write_atomically(folder / _MANIFEST, json.dumps(files, indent=1).encode())
+        for folder in self.folder.glob(f"[0-9]*{ocp.utils.TMP_DIR_SUFFIX}*"):
+            files = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / _STAMPED)
+            manifest = {str(p.relative_to(folder)): _digest(p) for p in files}
+            write_atomically(folder / _MANIFEST, json.dumps(manifest, indent=1).encode())
 
     def _damage(self, step: int) -> str | None:
-        """What is wrong with a checkpoint's files, None when they are as written (or were never sealed)."""
+        """What is wrong with a checkpoint's files, None when they are as written."""
         folder = self.folder / str(step)
         try:
             manifest = json.loads((folder / _MANIFEST).read_text())
         except FileNotFoundError:
-            return None
+            return f"has lost {_MANIFEST}"
         except ValueError:
             return f"has a broken {_MANIFEST}"
         for name, written in manifest.items():
