@@ -1,0 +1,273 @@
+"""Every leaf of a config does something.
+
+Each leaf is changed to another valid value, and some sign of the run must change: the shapes of the parameters, the program
+that is traced (its text and constants), the layout on devices, or the rows that are read. A new field needs no entry here unless
+it works only beside another value (`NEEDS`), takes a text (`TEXTS`), or steers the loop (`LOOP`, shown in train/test_loop.py).
+A field that changes nothing fails.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import re
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from plait.configs.experiment import ExperimentConfig, MeshConfig
+from plait.data.loader import build_data
+from plait.models.mixers.base import MixerConfig, mixer_config, mixer_configs
+from plait.models.mixers.moh import MoHConfig
+from plait.tests.train.common import changed, get_leaf, random_batch, setup_of, tiny, write_corpus
+from plait.train.loss import loss_terms
+from plait.train.step import make_step
+
+LOOP = {
+    "out",
+    "resume",
+    "log_every",
+    "probe_every",
+    "eval_every",
+    "eval_batches",
+    "checkpoint_every",
+    "keep_last",
+    "keep_best",
+    "wandb",
+    "optimizer.max_bad_steps",
+    "data.cache_dir",
+}
+"""Leaves that steer the loop; tests/train/test_loop.py has a case for each, and fails where one is missing."""
+
+TEXTS = {
+    "name": ["another"],
+    "model.pattern": ["gla@1;softmax"],
+    "data.source": ["{other}"],
+    "data.text_field": ["body"],
+    "data.tokenizer": ["bpe"],
+}
+"""Other values of the leaves that are free text."""
+
+NEEDS: dict[str, dict[str, Any]] = {
+    "optimizer.decay_fraction": {"optimizer.schedule": "wsd"},
+    "data.text_field": {"data.source": "{lines}"},
+    "data.vocab_size": {"data.tokenizer": "bpe", "data.vocab_size": 300},
+    "softmax.num_kv_heads": {"num_heads": 4},
+    "softmax.num_sink_tokens": {"window_size": 4},
+    "softmax.window_size": {"window_size": 8},
+}
+"""What must hold for a leaf to work; of a mixer's leaf by `mixer.field`, within the mixer."""
+
+SEQ_LEN, VOCAB = 32, 128
+
+
+def leaves(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """`(dotted path, annotated type)` of every leaf below a config dataclass; mixers are walked on their own."""
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), f"{path}.{field.name}" if path else field.name
+        if dataclasses.is_dataclass(value) and not isinstance(value, MixerConfig):
+            yield from leaves(value, name)
+        elif not isinstance(value, Mapping | MixerConfig):
+            yield name, hints[field.name]
+
+
+def candidates(kind: Any, value: Any) -> list[Any]:
+    """Other values of a type, likely valid ones first."""
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        options = [option for option in typing.get_args(kind) if option is not type(None)]
+        return [c for option in options for c in candidates(option, value)] + [None]
+    if typing.get_origin(kind) is Literal:
+        return list(typing.get_args(kind))
+    if kind is bool:
+        return [not value]
+    if kind is int:
+        return [2, 1, 4, 8, 256] if value is None else [value * 2, value // 2, value + 1, value + 2, value - 1]
+    if kind is float:
+        return [0.5, 4.0] if value is None else [value * 2, value / 2, value * 0.9, 0.5]
+    return []
+
+
+def text_of(jaxpr: Any) -> str:
+    """A traced program as text without addresses, its constants by their bytes."""
+    constants = [hashlib.sha256(np.asarray(c).tobytes()).hexdigest() for c in jaxpr.consts if hasattr(c, "shape")]
+    return re.sub(r"0x[0-9a-f]+", "", str(jaxpr)) + "".join(constants)
+
+
+def model_signs(config: ExperimentConfig) -> Iterator[Callable[[], Any]]:
+    """What a model config decides, cheapest first."""
+    setup = setup_of(config, VOCAB)
+    batch = random_batch(config.data.batch_size, config.data.seq_len, VOCAB)
+    like = setup.like()
+
+    def loss(params, buffers):
+        return loss_terms(setup.blueprint.build(params, buffers), batch, total=jnp.float32(1), share=1.0, probe=None)[0]
+
+    yield lambda: str(jax.tree.map(lambda a: (a.shape, str(a.dtype)), like))
+    yield lambda: text_of(jax.make_jaxpr(loss)(like.params, like.buffers))
+    yield lambda: text_of(jax.make_jaxpr(setup.blueprint.init)())
+
+
+def step_signs(config: ExperimentConfig) -> Iterator[Callable[[], Any]]:
+    """What the optimizer and probe configs decide."""
+    setup = setup_of(config, VOCAB)
+    batch = random_batch(config.data.batch_size, config.data.seq_len, VOCAB)
+    probe = config.probe if config.probe_every is not None else None
+    yield lambda: text_of(jax.make_jaxpr(make_step(setup.blueprint, setup.tx, setup.mesh, probe))(setup.like(), batch))
+
+
+def mesh_signs(config: ExperimentConfig) -> Iterator[Callable[[], Any]]:
+    """The layout on eight devices."""
+    yield lambda: str((setup_of(config, devices=8).mesh, setup_of(config, devices=8).shardings))
+
+
+def data_signs(config: ExperimentConfig, folder: Any) -> Iterator[Callable[[], Any]]:
+    """The first rows of either side."""
+
+    def rows() -> list[bytes]:
+        key = hashlib.sha256(repr(config.data).encode()).hexdigest()[:12]
+        data = build_data(config.data, folder / key)
+        iterator = data.train()
+        batches = [next(iterator), next(iterator), *(data.val[i] for i in range(len(data.val)))]
+        iterator.close()
+        return [array.tobytes() for batch in batches for array in batch]
+
+    yield rows
+
+
+def folder_signs(config: ExperimentConfig) -> Iterator[Callable[[], Any]]:
+    yield lambda: config.folder
+
+
+def notices(signs: Callable[..., Iterator], base: Any, other: Any) -> bool:
+    """Whether any sign differs between two configs."""
+    return any(left() != right() for left, right in zip(signs(base), signs(other), strict=True))
+
+
+BASE = tiny(
+    {
+        "model.mixers.softmax.head_dim": 8,
+        "data.seq_len": SEQ_LEN,
+        "steps": 40,
+        "optimizer.warmup_steps": 10,
+    }
+)
+SIGNS = {"model": model_signs, "optimizer": step_signs, "probe": step_signs, "mesh": mesh_signs}
+TOP_SIGNS = {"name": folder_signs, "seed": model_signs, "steps": step_signs}
+PATHS = dict(leaves(BASE))
+
+
+def signs_of(path: str, folder: Any) -> Callable[[ExperimentConfig], Iterator]:
+    head, _, rest = path.partition(".")
+    if head == "data":
+        return functools.partial(data_signs, folder=folder)
+    return (SIGNS if rest else TOP_SIGNS).get(head, step_signs)
+
+
+def valid_changes(base: Any, path: str, kind: Any, values: list[Any]) -> Iterator[Any]:
+    """`base` with the leaf at `path` set to each of the values that it accepts."""
+    for value in values:
+        if value == get_leaf(base, path):
+            continue
+        try:
+            yield changed(base, {path: value})
+        except ValueError:
+            continue
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory) -> dict[str, str]:
+    """Two folders of documents, and lines with two fields."""
+    folder = tmp_path_factory.mktemp("corpora")
+    records = [{"text": "one two three " * 40 + str(i), "body": "four five six " * 40 + str(i)} for i in range(20)]
+    (folder / "lines.jsonl").write_text("\n".join(map(json.dumps, records)))
+    return {
+        "text": str(write_corpus(folder / "text")),
+        "other": str(write_corpus(folder / "other", seed=9)),
+        "lines": str(folder / "lines.jsonl"),
+    }
+
+
+def filled(values: Mapping[str, Any], corpora: Mapping[str, str]) -> dict[str, Any]:
+    return {k: v.format(**corpora) if isinstance(v, str) else v for k, v in values.items()}
+
+
+@pytest.mark.parametrize("path", [path for path in PATHS if path not in LOOP])
+def test_leaf_is_noticed(path, corpora, tmp_path):
+    settings = {
+        "data.source": corpora["text"],
+        "mesh": MeshConfig(data=2, fsdp=2, tensor=2) if path.startswith("mesh") else MeshConfig(data=1),
+    }
+    settings |= {"probe_every": 1} if path.startswith("probe") else {}
+    base = changed(BASE, settings | filled(NEEDS.get(path, {}), corpora))
+    values = [v.format(**corpora) for v in TEXTS[path]] if path in TEXTS else candidates(PATHS[path], get_leaf(base, path))
+    if path.startswith("mesh"):
+        values = [1, *values]
+    signs = signs_of(path, tmp_path)
+    tried = 0
+    for other in valid_changes(base, path, PATHS[path], values):
+        try:
+            found = notices(signs, base, other)
+        except ValueError:  # does not fit the vocabulary or the devices
+            continue
+        tried += 1
+        if found:
+            return
+    pytest.fail(
+        f"{path} was changed from {get_leaf(base, path)!r} to {tried} other valid values and nothing noticed. Use it, take it away, "
+        "or, where it works only beside another value or in the loop, name that in NEEDS, TEXTS or LOOP"
+    )
+
+
+def test_signs_do_not_change_by_themselves(corpora, tmp_path):
+    base = changed(BASE, {"data.source": corpora["text"]})
+    for signs in (model_signs, step_signs, mesh_signs, functools.partial(data_signs, folder=tmp_path)):
+        assert not notices(signs, base, changed(base, {}))
+
+
+def test_loop_leaves_exist():
+    assert set(PATHS) >= LOOP, "LOOP names a field that is gone"
+
+
+def mixer_base(name: str) -> MixerConfig:
+    return mixer_config(name).example()
+
+
+def mixer_leaves() -> list[tuple[str, str, Any]]:
+    """`(mixer, field, type)` of every leaf of every registered mixer."""
+    found = []
+    for name, config in mixer_configs().items():
+        hints = typing.get_type_hints(config)
+        found += [(name, f.name, hints[f.name]) for f in dataclasses.fields(config) if f.name != "mixer"]
+    return found
+
+
+@pytest.mark.parametrize(("name", "field", "kind"), mixer_leaves(), ids=lambda x: x if isinstance(x, str) else "")
+def test_mixer_leaf_is_noticed(name, field, kind):
+    mixer = dataclasses.replace(mixer_base(name), **NEEDS.get(f"{name}.{field}", {}))
+    tried = 0
+    for other in valid_changes(mixer, field, kind, candidates(kind, getattr(mixer, field))):
+        try:
+            found = notices(model_signs, one_layer(mixer), one_layer(other))
+        except ValueError:  # does not fit the width
+            continue
+        tried += 1
+        if found:
+            return
+    pytest.fail(
+        f"mixer {name}: {field} was changed from {getattr(mixer, field)!r} to {tried} other valid values and nothing noticed. "
+        f"Use it, take it away, or, where it works only beside another value, name that under {name}.{field} in NEEDS"
+    )
+
+
+def one_layer(mixer: MixerConfig) -> ExperimentConfig:
+    """A model of one such layer, of width 64."""
+    pattern = f"moh+{mixer.mixer.name}" if isinstance(mixer, MoHConfig) else mixer.name
+    model = dataclasses.replace(BASE.model, d_model=64, num_layers=1, pattern=pattern, mixers={pattern: mixer})
+    return dataclasses.replace(BASE, model=model)

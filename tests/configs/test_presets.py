@@ -1,0 +1,68 @@
+"""Every preset can be built, has the size its name says, and its training step can be traced."""
+
+import dataclasses
+import re
+
+import jax
+import pytest
+from flax import nnx
+
+from plait.configs.presets import preset, presets
+from plait.data.batch import Batch
+from plait.tests.train.common import changed, random_batch, setup_of
+from plait.train.step import make_step
+
+SIZES = {"m": 1e6, "b": 1e9}
+
+
+@pytest.fixture(params=presets())
+def config(request):
+    return preset(request.param)
+
+
+def test_name_is_the_function(config):
+    assert preset(config.name) == config
+
+
+def test_docstring_holds_purpose_command_device_and_expectation():
+    for name, function in presets().items():
+        text = function.__doc__ or ""
+        assert len(text.splitlines()[0]) > 20, name
+        assert "ommand" in text and "evice" in text, f"{name} names no command or device"
+
+
+def test_builds_abstractly_with_the_size_its_name_says(config, record_property):
+    model = config.model.with_vocab(config.data.vocab_size or 257)
+    built = nnx.eval_shape(lambda: model.build(rngs=nnx.Rngs(0), seq_len=config.data.seq_len))
+    total = sum(p.size for p in jax.tree.leaves(nnx.state(built, nnx.Param)))
+    assert total == model.num_params()
+    body = total - (0 if model.tie_embeddings else model.vocab_size * model.d_model)  # the literature counts the embedding once
+    print(f"{config.name}: {total / 1e6:,.1f}M parameters, {body / 1e6:,.1f}M with the embedding counted once")
+    if named := re.search(r"_(\d+)([mb])\b", config.name):
+        said = {"1b": 1.3e9}.get("".join(named.groups()), int(named[1]) * SIZES[named[2]])
+        assert 0.85 * said < body < 1.15 * said
+
+
+def test_step_can_be_traced_at_reduced_size(config):
+    """Same pattern, options, dtypes and optimizer; narrow, short and of one period and a bit."""
+    mixers = {
+        name: type(mixer).example() if not hasattr(mixer, "mixer") else mixer for name, mixer in config.model.mixers.items()
+    }
+    small = {
+        "model.d_model": 64 if config.model.d_model > 200 else config.model.d_model,
+        "model.mixers": mixers if config.model.d_model > 200 else dict(config.model.mixers),
+        "model.channel_mixer.hidden_dim": 96,
+        "model.num_layers": min(config.model.num_layers, 5),
+        "model.vocab_size": 512,
+        "data.seq_len": 32,
+        "data.batch_size": 2 * config.optimizer.accumulate,
+        "data.vocab_size": 300 if config.data.tokenizer == "bpe" else None,
+        "mesh": dataclasses.replace(config.mesh, data=1, fsdp=1, tensor=1),
+    }
+    setup = setup_of(changed(config, small))
+    batch = random_batch(setup.config.data.batch_size, 32)
+    like = jax.eval_shape(setup.like)
+    abstract = Batch(*(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in batch))
+    after, metrics = jax.eval_shape(make_step(setup.blueprint, setup.tx, setup.mesh, config.probe), setup.like(), abstract)
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), after) == jax.tree.map(lambda a: (a.shape, a.dtype), like)
+    assert len(metrics["stats"]) == setup.config.model.num_layers

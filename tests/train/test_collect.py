@@ -1,0 +1,68 @@
+"""Statistics of layers to arrays of one shape, and to the few scalars of a metrics line."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from plait.models.mixers.stats import Stats
+from plait.tests.train.common import hybrid
+from plait.train.probes.collect import describe_layers, padded_layers, probe_arrays, probe_metrics
+
+NAN = np.nan
+
+
+def stats():
+    """A recurrent layer of two heads and a softmax layer of three."""
+    return [
+        Stats(entropy=jnp.array([1.0, 3.0]), sink=jnp.ones((2, 4)), sink_rate=jnp.zeros(2), decay_horizon=jnp.array([8.0, 2.0])),
+        Stats(
+            entropy=jnp.array([2.0, 4.0, 5.0]),
+            sink=jnp.zeros((3, 4)),
+            sink_rate=jnp.array([1.0, 0.0, 1.0]),
+            max_logit=jnp.array([7.0, 9.0, 1.0]),
+            head_load=jnp.array([1.0, 0.6, 0.4]),
+            residual_top=jnp.array([30.0, 20.0, 10.0]),
+            residual_median=jnp.array(0.5),
+            attention=jnp.zeros((1, 3, 4, 4)),
+            auxiliary_loss=jnp.array(0.1),
+        ),
+    ]
+
+
+def test_narrow_layers_and_missing_statistics_are_nan():
+    arrays = probe_arrays(stats())
+    np.testing.assert_array_equal(arrays["entropy"], np.float32([[1, 3, NAN], [2, 4, 5]]))
+    np.testing.assert_array_equal(arrays["decay_horizon"], np.float32([[8, 2], [NAN, NAN]]))
+    np.testing.assert_array_equal(arrays["residual_median"], np.float32([NAN, 0.5]))
+    assert arrays["sink"].shape == (2, 3, 4) and np.isnan(arrays["sink"][0, 2]).all()
+    assert all(a.dtype == np.float32 for a in arrays.values())
+    assert not {"attention", "auxiliary_loss", "value_drain"} & arrays.keys()
+
+
+def test_metrics_are_over_the_heads_that_there_are():
+    found = probe_metrics(probe_arrays(stats()))
+    expected = {
+        "attn/entropy_mean": 3.0,
+        "attn/sink_rate": 0.4,
+        "attn/max_logit": 9.0,
+        "attn/decay_horizon": 5.0,
+        "moh/max_load": np.float32(0.6),
+        "residual/max": 30.0,
+    }
+    assert found.keys() == expected.keys()
+    np.testing.assert_allclose([found[k] for k in expected], list(expected.values()), rtol=1e-6)
+
+
+def test_shared_heads_are_no_load():
+    assert probe_metrics({"head_load": np.float32([[1.0, 1.0]])}) == {"moh/max_load": 1.0}
+    assert probe_metrics({}) == {}
+
+
+def test_padded_layers():
+    np.testing.assert_array_equal(padded_layers([np.ones(1), None], (2,)), np.float32([[1, NAN], [NAN, NAN]]))
+
+
+def test_layers_are_described():
+    assert describe_layers(hybrid().model) == [
+        {"index": 0, "mixer": "gated_deltanet", "kind": "linear", "num_heads": 2},
+        {"index": 1, "mixer": "moh+softmax", "kind": "full", "num_heads": 4},
+    ]

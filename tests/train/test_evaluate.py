@@ -1,0 +1,122 @@
+"""Validation numbers against sums worked out from the logits."""
+
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from plait.launch import main
+from plait.tests.tolerances import assert_close
+from plait.tests.train.common import changed, mixture, tiny
+from plait.train import run as runs
+from plait.train.evaluate import Evaluation, Evaluator, check_tasks
+from plait.train.loop import train
+
+
+@pytest.fixture(scope="module")
+def scored(compile_cache, corpus, tmp_path_factory):
+    """Fresh parameters (made large, so that losses differ), the held-out batches, and their evaluation."""
+    config = tiny({"data.source": str(corpus), "data.tokenizer": "bpe", "data.vocab_size": 270, "model.logit_soft_cap": 20.0})
+    setup = runs.set_up(changed(config, {"out": str(tmp_path_factory.mktemp("eval") / "run")}))
+    state = setup.fresh()
+    params = {name: p * 5 if name.endswith("head.kernel") else p for name, p in state.params.items()}
+    evaluator = Evaluator(setup.blueprint, setup.mesh)
+    return setup, params, state.buffers, evaluator, evaluator(params, state.buffers, setup.data.val, setup.data.tokenizer)
+
+
+@pytest.fixture(scope="module")
+def by_hand(scored):
+    """Nats, bytes and position of every held-out token, from the logits in float64."""
+    setup, params, buffers, _, _ = scored
+    model = setup.blueprint.build(params, buffers)
+    nats, sizes, positions = [], [], []
+    for batch in setup.data.val:
+        logits, _ = jax.jit(lambda b: model(b.tokens, segment_ids=b.segment_ids, positions=b.positions))(batch)
+        logits = np.asarray(logits, np.float64)
+        normalizer = np.log(np.exp(logits).sum(-1))
+        loss = normalizer - np.take_along_axis(logits, batch.targets[..., None], -1)[..., 0]
+        real = batch.loss_mask > 0
+        nats.append(loss[real])
+        sizes.append(setup.data.tokenizer.bytes_per_token[batch.targets][real])
+        positions.append(batch.positions[real])
+    return np.concatenate(nats), np.concatenate(sizes), np.concatenate(positions)
+
+
+def test_loss_is_the_mean_over_all_held_out_tokens(scored, by_hand):
+    setup, _, _, _, found = scored
+    nats, sizes, _ = by_hand
+    assert found.num_tokens == len(nats) == setup.data.num_val_tokens
+    assert found.num_bytes == sizes.sum() == setup.data.num_val_bytes
+    assert_close(np.float32(found.loss), nats.mean())
+    assert found.perplexity == pytest.approx(math.exp(found.loss))
+
+
+def test_bits_per_byte_is_loss_times_tokens_over_bytes(scored):
+    found = scored[-1]
+    assert found.bits_per_byte == pytest.approx(found.loss / math.log(2) * found.num_tokens / found.num_bytes, rel=1e-12)
+    assert found.metrics() == {"loss/val": found.loss, "loss/bits_per_byte": found.bits_per_byte}
+
+
+def test_positions_sum_to_the_whole_and_cover_doubling_ranges(scored, by_hand):
+    found = scored[-1]
+    nats, _, positions = by_hand
+    assert found.tokens_by_position.sum() == found.num_tokens
+    assert found.nats_by_position.sum() == pytest.approx(found.nats)
+    rows = found.by_position()
+    assert [(first, last) for first, last, _ in rows] == [(0, 0), (1, 1), (2, 3), (4, 7), (8, 15)]
+    for first, last, loss in rows:
+        assert_close(np.float32(loss), nats[(positions >= first) & (positions <= last)].mean(), err_msg=f"{first} to {last}")
+
+
+def test_limit_takes_the_first_batches(scored):
+    setup, params, buffers, evaluator, whole = scored
+    one = evaluator(params, buffers, setup.data.val, setup.data.tokenizer, 1)
+    alone = evaluator(params, buffers, [setup.data.val[0]], setup.data.tokenizer)
+    assert one.nats == alone.nats and one.num_tokens < whole.num_tokens
+    assert evaluator(params, buffers, setup.data.val, setup.data.tokenizer, 10**6).nats == whole.nats
+
+
+def test_rows_of_padding_count_for_nothing(scored):
+    setup, params, buffers, evaluator, _ = scored
+    batch = setup.data.val[0]
+    padding = type(batch)(*(np.zeros_like(a) for a in batch))
+    one, two = (evaluator(params, buffers, b, setup.data.tokenizer) for b in ([batch], [batch, padding]))
+    assert (one.nats, one.num_tokens, one.num_bytes) == (two.nats, two.num_tokens, two.num_bytes)
+    with pytest.raises(ValueError, match="no held-out text"):
+        evaluator(params, buffers, [padding], setup.data.tokenizer)
+
+
+def test_perplexity_of_a_diverged_model_is_infinite():
+    nothing = np.zeros(4)
+    found = Evaluation(nats=1e6, num_tokens=10, num_bytes=10, nats_by_position=nothing, tokens_by_position=nothing)
+    assert found.perplexity == math.inf and found.by_position() == []
+
+
+@pytest.mark.parametrize("text", ["", "pppl", "ppl,nothing", ","])
+def test_unknown_tasks_are_refused(text):
+    with pytest.raises(ValueError, match="must name tasks among ppl"):
+        check_tasks(text)
+
+
+def test_eval_command_writes_what_training_measured(compile_cache, corpus, tmp_path, capsys, monkeypatch):
+    """On the run's held-out text, with the averaged parameters, on another number of devices."""
+    monkeypatch.setenv("COLUMNS", "200")
+    out = tmp_path / "run"
+    result = train(mixture({"data.source": str(corpus), "out": str(out), "optimizer.ema": 0.5}))
+    capsys.readouterr()
+    assert main(["eval", str(out)]) == 0
+    printed = capsys.readouterr().out
+    written = json.loads((out / "eval_6.json").read_text())
+    assert written["step"] == 6
+    assert_close(np.float32(written["ppl"]["loss"]), result.metrics["loss/val"])
+    assert_close(np.float32(written["ppl"]["bits_per_byte"]), result.metrics["loss/bits_per_byte"])
+    assert f"{written['ppl']['bits_per_byte']:.4f}" in printed and f"{written['ppl']['num_tokens']:,} held-out tokens" in printed
+    weights = [(row["last"] - row["first"] + 1, row["loss"]) for row in written["ppl"]["loss_by_position"]]
+    assert sum(width for width, _ in weights) == 16
+    assert main(["eval", str(out), "--step", "5"]) == 2
+    assert "no checkpoint of step 5; it has 6" in capsys.readouterr().err
+    before = sorted(p.name for p in (out / "checkpoints").iterdir())
+    assert main(["eval", str(out), "--batches", "1"]) == 0
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == before

@@ -1,0 +1,313 @@
+"""The training loop: what each of its options does, what it writes, and how it ends."""
+
+import json
+import os
+import signal
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from plait.launch import main
+from plait.tests.train.common import changed, mixture
+from plait.train import run as runs
+from plait.train.loop import TrainingFailed, train
+from plait.train.metrics import probe_files, read_metrics, series
+
+
+@pytest.fixture(scope="module")
+def base(compile_cache, corpus):
+    """Six steps on a small corpus, held-out text and probes; `out` differs from test to test."""
+    return mixture({"data.source": str(corpus), "probe_every": 3, "eval_every": 3, "checkpoint_every": 2})
+
+
+def trained(config, out, **changes):
+    """The result of a run in `out`."""
+    return train(changed(config, {"out": str(out), **{name.replace("__", "."): value for name, value in changes.items()}}))
+
+
+def steps_with(folder, metric):
+    return series(read_metrics(folder), metric)[0].tolist()
+
+
+def checkpoints_of(folder):
+    return sorted(int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdigit())
+
+
+@pytest.fixture(scope="module")
+def finished(base, tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished") / "run"
+    return trained(base, out), out
+
+
+def test_a_run_folder_holds_everything(finished, base):
+    result, out = finished
+    assert result.finished and result.step == 6 and result.folder == out
+    there = {p.name for p in out.iterdir()}
+    assert there >= {
+        "config.json",
+        "environment.json",
+        "metrics.jsonl",
+        "events.jsonl",
+        "probes",
+        "checkpoints",
+        "tensorboard",
+        "tokenizer",
+    }
+    facts = json.loads((out / "environment.json").read_text())
+    assert facts["devices"]["platform"] == "cpu" and facts["mesh"] == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert facts["kernels"]["attention"] and facts["data"]["seq_len"] == 16 and facts["flops_per_token"] > 0
+    assert facts["num_params"] == base.model.with_vocab(257).num_params()
+    layers = json.loads((out / "probes" / "layers.json").read_text())["layers"]
+    assert [layer["mixer"] for layer in layers] == ["softmax", "moh+softmax"]
+    assert (out / "probes" / "attention.npz").exists()
+
+
+def test_metrics_of_every_step_are_there_once_and_in_order(finished):
+    _, out = finished
+    records = read_metrics(out)
+    assert steps_with(out, "loss/train") == [1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in records] == sorted(r["step"] for r in records)
+    tokens, seconds = [r["tokens"] for r in records], [r["seconds"] for r in records]
+    assert tokens == sorted(tokens) and tokens[0] == 64 and seconds == sorted(seconds)
+    expected = {"loss/train", "loss/balance", "grad/norm", "optimizer/learning_rate", "optimizer/skipped_steps", "time/step"}
+    assert all(expected <= record.keys() for record in records if "loss/train" in record)
+    probed = next(r for r in records if r["step"] == 3 and "loss/train" in r)
+    assert {"attn/entropy_mean", "attn/sink_rate", "attn/max_logit", "moh/max_load", "residual/max"} <= probed.keys()
+    assert json.loads((out / "metrics.jsonl").read_text().splitlines()[0])["step"] == 1
+
+
+def test_a_run_is_the_same_twice(finished, base, tmp_path):
+    trained(base, tmp_path / "again")
+    times = ("seconds", "time/step", "throughput/tokens_per_second")
+    first, second = (
+        [{k: v for k, v in r.items() if k not in times} for r in read_metrics(f)] for f in (finished[1], tmp_path / "again")
+    )
+    assert first == second
+
+
+def test_nothing_held_out_trains_without_validation(base, tmp_path):
+    result = trained(base, tmp_path / "run", data__val_fraction=0.0)
+    assert result.finished and "loss/val" not in result.metrics
+    assert checkpoints_of(tmp_path / "run")[-1] == 6
+
+
+# One case for each leaf that steers the loop: what to change it to, and what then differs from the run `finished`.
+
+
+def log_every(base, out):
+    trained(base, out, log_every=4)
+    assert steps_with(out, "time/step") == [4, 6]
+    assert steps_with(out, "loss/train") == [1, 3, 4, 6], "probed steps are always written"
+
+
+def probe_every(base, out):
+    trained(base, out, probe_every=4)
+    assert [int(p.stem[-8:]) for p in probe_files(out)] == [1, 4]
+
+
+def eval_every(base, out):
+    trained(base, out, eval_every=4)
+    assert steps_with(out, "loss/val") == [4, 6]
+
+
+def eval_batches(base, out):
+    whole = trained(base, out / "all", eval_every=None).metrics["loss/val"]
+    first = trained(base, out / "one", eval_every=None, eval_batches=1).metrics["loss/val"]
+    assert whole != first
+
+
+def checkpoint_every(base, out):
+    trained(base, out, checkpoint_every=4, keep_last=9)
+    assert checkpoints_of(out) == [4, 6]
+
+
+def keep_last(base, out):
+    trained(base, out, keep_last=1, keep_best=0)
+    assert checkpoints_of(out) == [6]
+
+
+def keep_best(base, out):
+    """Learning so fast that the loss rises: the best checkpoint is an early one, kept beside the newest."""
+    settings = {
+        "keep_last": 1,
+        "eval_every": 1,
+        "checkpoint_every": 1,
+        "optimizer__learning_rate": 3.0,
+        "optimizer__warmup_steps": 4,
+    }
+    trained(base, out / "none", keep_best=0, **settings)
+    trained(base, out / "two", keep_best=2, **settings)
+    steps, losses = series(read_metrics(out / "two"), "loss/val")
+    best = {int(steps[i]) for i in np.argsort(losses)[:2]}
+    assert 6 not in best and checkpoints_of(out / "none") == [6]
+    assert checkpoints_of(out / "two") == sorted(best | {6})
+
+
+def out_folder(base, out):
+    assert trained(base, out / "elsewhere").folder == out / "elsewhere" and (out / "elsewhere" / "config.json").exists()
+    assert changed(base, {"out": None}).folder == "runs/tiny"
+
+
+def resume(base, out):
+    trained(base, out)
+    with pytest.raises(runs.RunError, match="--resume"):
+        trained(base, out)
+    assert trained(base, out, resume=True).step == 6
+
+
+def wandb(base, out):
+    sent = {}
+    fake = types.SimpleNamespace(
+        init=lambda **options: sent.update(options) or fake,
+        log=lambda values, step: sent.update({step: values}),
+        finish=lambda: None,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "wandb", fake)
+        trained(base, out, wandb="my-project")
+    assert sent["project"] == "my-project" and sent["config"]["steps"] == 6 and "loss/val" in sent[6]
+
+
+def max_bad_steps(base, out):
+    for limit in (2, 3):
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            pytest.raises(TrainingFailed, match=f"the last {limit} steps up to {limit + 2}"),
+        ):
+            patch.setattr("plait.train.loop.place", poisoned_from(3))
+            trained(poisonable(base), out / str(limit), optimizer__max_bad_steps=limit, steps=20)
+
+
+def cache_dir(base, out):
+    trained(base, out / "own")
+    trained(base, out / "shared", data__cache_dir=str(out / "cache"))
+    assert (out / "own" / "data").is_dir() and not (out / "shared" / "data").exists()
+    assert list((out / "cache").glob("tokens-*"))
+
+
+LOOP = {
+    "log_every": log_every,
+    "probe_every": probe_every,
+    "eval_every": eval_every,
+    "eval_batches": eval_batches,
+    "checkpoint_every": checkpoint_every,
+    "keep_last": keep_last,
+    "keep_best": keep_best,
+    "out": out_folder,
+    "resume": resume,
+    "wandb": wandb,
+    "optimizer.max_bad_steps": max_bad_steps,
+    "data.cache_dir": cache_dir,
+}
+
+
+def test_every_leaf_of_the_loop_has_a_case():
+    from plait.tests.configs import test_leaves
+
+    assert set(LOOP) == test_leaves.LOOP
+
+
+@pytest.mark.parametrize("case", LOOP.values(), ids=LOOP)
+def test_option_of_the_loop(case, base, tmp_path):
+    case(base, tmp_path / "run")
+
+
+def poisonable(config):
+    """Without probes and checkpoints, whose statistics and states are not what is looked at."""
+    return changed(config, {"probe_every": None, "eval_every": None, "checkpoint_every": None})
+
+
+def poisoned_from(step, until=None):
+    """A `place` that gives not-a-number masks from batch `step` on."""
+    from plait.train.evaluate import place
+
+    count = 0
+
+    def placing(batch, sharding):
+        nonlocal count
+        count += 1
+        bad = count >= step and (until is None or count < until)
+        return place(batch._replace(loss_mask=batch.loss_mask * np.float32("nan")) if bad else batch, sharding)
+
+    return placing
+
+
+def test_a_few_bad_steps_are_skipped_counted_and_survived(base, tmp_path, monkeypatch):
+    monkeypatch.setattr("plait.train.loop.place", poisoned_from(3, until=5))
+    result = trained(poisonable(base), tmp_path / "run", optimizer__max_bad_steps=3, log_every=1)
+    assert result.finished and np.isfinite(result.metrics["loss/train"])
+    records = read_metrics(tmp_path / "run")
+    assert [r["optimizer/skipped_steps"] for r in records if "loss/train" in r] == [0, 0, 1, 2, 2, 2]
+
+
+def test_too_many_bad_steps_end_the_command_with_status_1(base, tmp_path, monkeypatch, capsys, corpus):
+    """The last good parameters stay in the checkpoint before, and --resume goes on from there."""
+    words = (
+        "train lm_tiny --model.pattern softmax --steps 30 --checkpoint-every 2 --probe-every None --eval-every None --mesh.data 1"
+    )
+    words += f" --optimizer.max-bad-steps 3 --optimizer.warmup-steps 2 --data.source {corpus} --data.val-fraction 0 --out {tmp_path}/run"
+    with monkeypatch.context() as patch:
+        patch.setattr("plait.train.loop.place", poisoned_from(5))
+        assert main(words.split()) == 1
+    message = capsys.readouterr().err
+    assert (
+        message.startswith("error: the last 3 steps up to 7")
+        and "optimizer.max_bad_steps=3" in message
+        and "Traceback" not in message
+    )
+    kept = checkpoints_of(tmp_path / "run")
+    assert kept and max(kept) <= 6
+
+
+@pytest.mark.parametrize("where", ["validation", "checkpoint"])
+def test_sigterm_while_validating_or_saving_still_saves(where, base, tmp_path, monkeypatch):
+    """Whenever the signal comes, the step that `stopped and saved at step N` names is on disk."""
+    from plait.train import loop
+
+    target = {"validation": (loop.Evaluator, "__call__"), "checkpoint": (loop.Checkpoints, "save")}[where]
+    original = getattr(*target)
+
+    def signalling(*args, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*target, signalling)
+        settings = {"validation": {"checkpoint_every": None}, "checkpoint": {"eval_every": None}}[where]
+        result = trained(base, tmp_path / "run", **settings)
+    assert not result.finished and result.step < 6
+    assert checkpoints_of(tmp_path / "run")[-1] == result.step
+
+
+def test_average_is_what_is_validated(base, tmp_path):
+    """With an average that hardly moves, validation keeps the loss of the first parameters."""
+    plain = trained(base, tmp_path / "plain").metrics["loss/val"]
+    still = trained(base, tmp_path / "still", optimizer__ema=0.999999).metrics["loss/val"]
+    assert abs(still - np.log(384)) < 0.1 < np.log(384) - plain
+
+
+def test_a_full_disk_ends_with_status_1_and_keeps_earlier_checkpoints(base, tmp_path, monkeypatch, capsys, corpus):
+    """Writing fails from the third checkpoint on, as on a full disk."""
+    from plait.train import checkpoint
+
+    words = (
+        "train lm_tiny --model.pattern softmax --steps 30 --checkpoint-every 2 --probe-every None --eval-every None --mesh.data 1"
+    )
+    words += f" --optimizer.warmup-steps 2 --data.source {corpus} --data.val-fraction 0 --keep-last 9 --out {tmp_path}/run"
+    original, saves = checkpoint.write_atomically, []
+
+    def failing(path, data):
+        saves.append(path)
+        if len(saves) >= 3:
+            raise OSError(28, "No space left on device", str(path))
+        original(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_atomically", failing)
+        assert main(words.split()) == 1
+    message = capsys.readouterr().err
+    assert "No space left on device" in message and "what was saved before stays" in message and "Traceback" not in message
+    assert {2, 4} <= set(checkpoints_of(tmp_path / "run"))
+    assert main([*words.split(), "--resume"]) == 0, capsys.readouterr().err

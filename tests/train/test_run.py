@@ -1,0 +1,95 @@
+"""Run folders: who may start in one, and how it is opened afterwards."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from plait.configs import codec
+from plait.tests.train.common import changed, tiny
+from plait.train import run as runs
+from plait.train.checkpoint import CheckpointError, Checkpoints
+
+
+@pytest.fixture
+def config(corpus, tmp_path):
+    return tiny({"data.source": str(corpus), "out": str(tmp_path / "run"), "optimizer.ema": 0.9})
+
+
+def test_new_folder_is_free_and_claiming_makes_nothing(config, tmp_path):
+    assert runs.claim(config) is False and runs.claim(changed(config, {"resume": True})) is False
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_default_folder_is_named_after_the_preset():
+    assert tiny().folder == "runs/tiny" and tiny({"out": "elsewhere"}).folder == "elsewhere"
+
+
+@pytest.fixture
+def trained(config):
+    """A run with one checkpoint whose average differs from its parameters."""
+    setup = runs.set_up(config)
+    codec.save(config, setup_folder(config) / runs.CONFIG)
+    state = setup.fresh()
+    state = dataclasses.replace(state, ema={name: p + 1 for name, p in state.params.items()})
+    checkpoints = Checkpoints(setup_folder(config) / runs.CHECKPOINTS)
+    checkpoints.save(4, state, {}, loss=None)
+    checkpoints.close()
+    return config, state
+
+
+def setup_folder(config):
+    from pathlib import Path
+
+    return Path(config.folder)
+
+
+def test_opened_run_has_the_averaged_parameters(trained):
+    config, state = trained
+    with runs.opened(config.folder) as run:
+        assert run.step == 4 and run.setup.config.data == config.data
+        for name, value in state.ema.items():
+            np.testing.assert_array_equal(run.params[name], value)
+
+
+def test_moved_run_opens_where_it_is(trained, tmp_path):
+    config, _ = trained
+    moved = tmp_path / "moved"
+    setup_folder(config).rename(moved)
+    with runs.opened(moved) as run:
+        assert run.step == 4 and run.setup.config.folder == str(moved)
+    assert not setup_folder(config).exists(), "reading a moved run makes nothing at its old place"
+
+
+READ_ON = {
+    "its own mesh": ({"mesh.data": 2}, {"data": 2, "fsdp": 1, "tensor": 1}),
+    "its own sharded mesh": ({"mesh.data": 1, "mesh.fsdp": 2, "mesh.tensor": 2}, {"data": 1, "fsdp": 2, "tensor": 2}),
+    "one of more devices than there are": ({"mesh.data": 1, "mesh.fsdp": 64}, {"data": 4, "fsdp": 1, "tensor": 1}),
+    "all devices, which do not divide its batch": ({"mesh.data": None}, {"data": 4, "fsdp": 1, "tensor": 1}),
+}
+
+
+@pytest.mark.parametrize(("changes", "shape"), READ_ON.values(), ids=READ_ON)
+def test_run_of_another_mesh_can_be_read(changes, shape, trained):
+    config, _ = trained
+    codec.save(changed(config, changes), setup_folder(config) / runs.CONFIG)
+    with runs.opened(config.folder) as run:
+        assert dict(run.setup.mesh.shape) == shape
+
+
+def test_folder_that_is_no_run(tmp_path):
+    with pytest.raises(runs.RunError, match=r"is not a run folder: it has no config.json"), runs.opened(tmp_path):
+        pass
+
+
+def test_step_that_is_not_there(trained):
+    config, _ = trained
+    with pytest.raises(CheckpointError, match="no checkpoint of step 9; it has 4"), runs.opened(config.folder, 9):
+        pass
+
+
+def test_files_are_whole_or_absent(tmp_path):
+    runs.write_json(tmp_path / "deep" / "x.json", {"a": 1})
+    assert json.loads((tmp_path / "deep" / "x.json").read_text()) == {"a": 1}
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["x.json"]
