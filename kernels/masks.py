@@ -24,7 +24,7 @@ class Mask:
     """Keys a query sees, itself included (tokens); without `causal`, as many on the other side. None is no limit."""
 
     num_sink_tokens: int = 0
-    """The first tokens of each segment, visible to every later query of the segment whatever the window, but not to earlier ones."""
+    """The first tokens of each segment, visible to every later query of the segment whatever the window, to earlier ones not."""
 
     def __post_init__(self) -> None:
         if self.window_size is not None and self.window_size < 1:

@@ -1,6 +1,6 @@
 """What the linear recurrences share: the token-by-token scan of the references, and the chunk form around a decayed state.
 
-Every op is S_t = Diag(exp g_t) S_{t-1} + k_t u_t^T and o_t = scale S_t^T q_t, where u_t is v_t, or for the delta rule a pseudo value.
+Every op is S_t = Diag(exp g_t) S_{t-1} + k_t u_t^T and o_t = scale S_t^T q_t, u_t being v_t, or a pseudo value (delta rule).
 """
 
 from collections.abc import Callable
@@ -148,8 +148,8 @@ def implied_rows(c: Chunks, rows: Array, length: int, *, inverse: Array | None =
     """Implied attention A [B, Hv, R, T]: o[rows] = A @ v from a zero initial state.
 
     A reader r [K] per row walks the chunks backwards. It starts as the row's query, decayed to the start of its chunk; each
-    earlier chunk is read as (k_out r) and decays r. With the delta rule, `inverse` = (I + L)^-1 Diag(beta) turns what is read into
-    weights on v, and what the chunk erased is taken from r. All exponents are at most 0; the cost is O(R T K).
+    earlier chunk is read as (k_out r) and decays r. With the delta rule, `inverse` = (I + L)^-1 Diag(beta) turns what is read
+    into weights on v, and what the chunk erased is taken from r. All exponents are at most 0; the cost is O(R T K).
     """
     batch, num_heads, num_chunks, chunk_size, key_dim = c.k.shape
     home, offset = rows // chunk_size, rows % chunk_size

@@ -13,7 +13,7 @@ Array = jax.Array
 def cut(
     q: Array, k: Array, v: Array | None, g: Array | None, beta: Array, **options: object
 ) -> tuple[recurrence.Chunks, Array, Array]:
-    """The chunks, the scores of q [..., C, C], and M = (I + L)^-1 Diag(beta), where L holds beta_i times the scores of k, j < i."""
+    """The chunks, the scores of q [..., C, C], and M = (I + L)^-1 Diag(beta), L_ij being beta_i times the score of k_i, k_j."""
     g = jnp.zeros_like(beta) if g is None else g
     g = g[..., None] if g.ndim == 3 else g
     c = recurrence.cut(q, k, v, g, beta[..., None], num_heads=beta.shape[2], **options)
