@@ -47,7 +47,7 @@ def check_segment_ids(op: str, name: str, segment_ids: Array | None, batch: int,
     check_shape(op, name, segment_ids, (batch, length), "[B, T]")
     if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
         raise ValueError(f"{op}: {name}.dtype={segment_ids.dtype} must be an integer type; cast it to int32")
-    if isinstance(segment_ids, jax.core.Tracer):
+    if isinstance(segment_ids, jax.core.Tracer) or not getattr(segment_ids, "is_fully_addressable", True):
         return
     for row, ids in enumerate(np.asarray(segment_ids)):
         real = ids[ids != 0]

@@ -1,0 +1,144 @@
+"""Which tiles of the attention matrix a TPU kernel visits: a table that the grid follows, so that hidden tiles are never loaded."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from plait.kernels import chunking
+from plait.kernels.attention.reference import Tokens
+from plait.kernels.masks import Mask
+
+Array = jax.Array
+
+SKIP, MASKED, FULL = 0, 1, 2
+"""Kinds of tile: not computed, computed under the mask, computed without looking at the mask."""
+
+_FAR = 1 << 30
+
+
+class Schedule(NamedTuple):
+    """The tiles that each block of one side visits on the other side, in order."""
+
+    entries: Array
+    """int32 [B or 1, N, W]: 4 * block + kind. After a row's last tile, its block again with kind SKIP, which moves no data."""
+
+    def flat(self) -> Array:
+        """One axis, as scalar memory wants it; `lookup` reads it."""
+        return self.entries.reshape(-1)
+
+    def lookup(self, flat: Array, b: Array, i: Array, step: Array) -> tuple[Array, Array]:
+        """(block, kind) of a step of block i in batch row b; `flat` may be a reference in scalar memory."""
+        batch, blocks, width = self.entries.shape
+        entry = flat[((b if batch > 1 else 0) * blocks + i) * width + step]
+        return entry >> 2, entry & 3
+
+
+class Layout(NamedTuple):
+    """What is known of the two sides before the tokens are."""
+
+    mask: Mask
+    num_queries: int
+    num_keys: int
+    own_keys: bool
+    """The keys are the queries' own tokens."""
+    packed: bool
+    """Tokens are given: there may be several segments."""
+
+    def near(self, block_q: int, block_kv: int) -> np.ndarray:
+        """bool [NQ, NK]: tiles that the mask can show by order alone, sink tokens aside."""
+        num_q, num_kv = -(-self.num_queries // block_q), -(-self.num_keys // block_kv)
+        if not self.own_keys:
+            return np.ones((num_q, num_kv), bool)
+        tiles = np.zeros((num_q, num_kv), bool)
+        for i, row in enumerate(tiles):
+            low, high = self.mask.key_range(i * block_q, min((i + 1) * block_q, self.num_queries), self.num_keys)
+            row[low // block_kv : -(-high // block_kv)] = True
+        return tiles
+
+    def anchored(self, block_q: int, block_kv: int) -> np.ndarray:
+        """bool [NQ, NK]: tiles that may also be visible for the sake of sink tokens."""
+        near = self.near(block_q, block_kv)
+        if not (self.own_keys and self.mask.num_sink_tokens):
+            return np.zeros_like(near)
+        starts = np.arange(near.shape[1])[None, :] * block_kv
+        return (starts < np.arange(1, near.shape[0] + 1)[:, None] * block_q) & (
+            self.packed | (starts < self.mask.num_sink_tokens)
+        )
+
+    def widths(self, block_q: int, block_kv: int) -> tuple[int, int]:
+        """The most key blocks a query block visits, and the most query blocks a key block is visited by."""
+        near = self.near(block_q, block_kv)
+        either = near | self.anchored(block_q, block_kv)
+        rows, columns = either.sum(1).max(), either.sum(0).max()
+        if self.packed and self.own_keys and self.mask.num_sink_tokens:
+            # Only the segment of a block's first query can begin before the block's key range.
+            rows = min(rows, near.sum(1).max() + (self.mask.num_sink_tokens - 1) // block_kv + 2)
+        return int(rows), int(columns)
+
+
+def renumbered(tokens: Tokens) -> Tokens:
+    """The same tokens with segments numbered in order, so that the segments of a block are an interval; padding stays 0."""
+    index, real = chunking.segment_index(tokens.segment_ids)
+    return Tokens(jnp.where(real, index + 1, 0), tokens.positions)
+
+
+def schedules(
+    layout: Layout, queries: Tokens, keys: Tokens, block_q: int, block_kv: int, *, keep_first: bool
+) -> tuple[Schedule, Schedule]:
+    """What query blocks visit, and what key blocks visit.
+
+    Tokens are padded to whole blocks, int32 [B or 1, T or S], and renumbered where the keys are the queries' own. With `keep_first`
+    no tile that holds a segment's first key is FULL. A tile is left out only if nothing in it is visible.
+    """
+    mask = layout.mask
+    q, k = (_summary(x, block) for x, block in ((queries, block_q), (keys, block_kv)))
+    q, k = _Summary(*(x[:, :, None] for x in q)), _Summary(*(x[:, None, :] for x in k))
+    near, anchored = layout.near(block_q, block_kv), layout.anchored(block_q, block_kv)
+    visible = jnp.asarray(near) | (jnp.asarray(anchored) & (k.low_position < mask.num_sink_tokens))
+    visible &= (q.low_segment <= k.high_segment) & (k.low_segment <= q.high_segment)
+    whole = (q.segment == k.segment) & (q.segment > 0) & (type(mask) is Mask)  # of other rules only the reach is known
+    if keep_first:
+        whole &= k.low_position > 0
+    if type(mask) is Mask:
+        if mask.causal:
+            visible &= q.high_position >= k.low_position
+            whole &= q.low_position >= k.high_position
+        if mask.window_size is not None:
+            within = q.low_position - k.high_position < mask.window_size
+            visible &= within | (k.low_position < mask.num_sink_tokens)
+            whole &= q.high_position - k.low_position < mask.window_size
+            if not mask.causal:
+                visible &= k.low_position - q.high_position < mask.window_size
+                whole &= k.high_position - q.low_position < mask.window_size
+    kinds = jnp.where(visible, jnp.where(whole, FULL, MASKED), SKIP)
+    rows, columns = layout.widths(block_q, block_kv)
+    return _ordered(kinds, rows), _ordered(jnp.swapaxes(kinds, 1, 2), columns)
+
+
+class _Summary(NamedTuple):
+    """Of each block's real tokens, [B, N]: the range of segments and positions; and its segment if it has no other token, else -1."""
+
+    low_segment: Array
+    high_segment: Array
+    low_position: Array
+    high_position: Array
+    segment: Array
+
+
+def _summary(tokens: Tokens, block: int) -> _Summary:
+    ids, positions = (x.reshape(x.shape[0], -1, block) for x in tokens)
+    low, high = (lambda x: jnp.where(ids != 0, x, _FAR).min(-1)), (lambda x: jnp.where(ids != 0, x, -_FAR).max(-1))
+    alone = jnp.where(ids.min(-1) == ids.max(-1), ids.max(-1), -1)
+    return _Summary(low(ids), high(ids), low(positions), high(positions), alone)
+
+
+def _ordered(kinds: Array, width: int) -> Schedule:
+    """Gathers each row's visited tiles [B, N, M] at its front."""
+    order = jnp.argsort(kinds == SKIP, axis=-1, stable=True)[..., :width]
+    count = jnp.sum(kinds != SKIP, axis=-1, keepdims=True)
+    step = jnp.arange(width).reshape(1, 1, -1)
+    blocks = jnp.take_along_axis(order, jnp.minimum(step, jnp.maximum(count - 1, 0)), axis=-1)
+    kind = jnp.where(step < count, jnp.take_along_axis(kinds, blocks, axis=-1), SKIP)
+    return Schedule((4 * blocks + kind).astype(jnp.int32))
