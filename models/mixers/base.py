@@ -82,9 +82,8 @@ def _abstract(config: MixerConfig, d_model: int, dtype: str = "float32") -> Any:
 
 
 class Mixer(nnx.Module, abc.ABC):
-    """A token mixer of `x` `[B, T, D]`; `segment_ids` and `positions` are int32 `[B, T]`, id 0 is padding, positions restart.
-
-    Causal always; nothing crosses a segment border.
+    """A token mixer of `x` `[B, T, D]`. `segment_ids` and `positions` are int32 `[B, T]`: id 0 is padding, positions restart in
+    each segment. Causal always; nothing crosses a segment border.
     """
 
     num_heads: int
