@@ -45,7 +45,8 @@ def claim(config: ExperimentConfig) -> bool:
     if not config.resume:
         raise RunError(f"out={str(folder)!r} already holds a run; use --resume to go on with it, or another --out")
     saved = codec.encode(codec.load(ExperimentConfig, folder / CONFIG))
-    changed = [line for line in codec.differences(saved, codec.encode(config)) if not line.startswith(_FREE_ON_RESUME)]
+    different = codec.differences(saved, codec.encode(config))
+    changed = [line for line in different if line.split(":")[0].split(".")[0] not in _FREE_ON_RESUME]
     if changed:
         raise RunError(
             f"out={str(folder)!r} was started with another config: {'; '.join(changed)}; resume with the same values, or use another --out"
