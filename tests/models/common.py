@@ -27,11 +27,14 @@ def layout(*rows: tuple[int, ...], length: int) -> dict[str, jax.Array]:
 
 
 def left_padded(*lengths: int) -> tuple[dict[str, jax.Array], np.ndarray]:
-    """Segment ids and positions of prompts of these lengths, padded left to the longest; and each slot's token (0 at padding)."""
+    """Segment ids and positions of prompts of these lengths, padded left to the longest; and each slot's token (0 at padding).
+
+    Positions at padding are the last one: a value that does harm where it is read.
+    """
     longest = max(lengths)
     index = np.arange(longest)[None] - (longest - np.asarray(lengths)[:, None])
-    positions = np.maximum(index, 0).astype(np.int32)
-    return {"segment_ids": jnp.asarray(index >= 0, jnp.int32), "positions": jnp.asarray(positions)}, positions
+    where = {"segment_ids": index >= 0, "positions": np.where(index >= 0, index, longest - 1)}
+    return {name: jnp.asarray(a, jnp.int32) for name, a in where.items()}, np.maximum(index, 0)
 
 
 def build(config: LMConfig, *, seq_len: int, seed: int = 0) -> LM:

@@ -1,0 +1,87 @@
+"""Every option of softmax attention, against the formula in NumPy."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from plait.models.build import BuildContext
+from plait.models.mixers.full.softmax import Softmax, SoftmaxConfig
+from plait.tests.models.common import layout
+from plait.tests.tolerances import assert_close
+
+WIDTH, LENGTH, HEADS, HEAD_DIM = 32, 14, 4, 8
+WHERE = layout((LENGTH,), (8, 5), length=LENGTH)
+OPTIONS = {
+    "plain": {},
+    "gqa": {"num_kv_heads": 2},
+    "mqa": {"num_kv_heads": 1},
+    "nope": {"rope_theta": None},
+    "theta": {"rope_theta": 50.0},
+    "qk_norm": {"qk_norm": True},
+    "window": {"window_size": 3},
+    "window-sinks": {"window_size": 3, "num_sink_tokens": 2},
+    "sink_logits": {"sink_logits": True},
+    "elementwise-gate": {"gate": "elementwise"},
+    "headwise-gate": {"gate": "headwise"},
+    "sigmoid": {"normalizer": "sigmoid"},
+}
+
+
+def build(config: SoftmaxConfig) -> Softmax:
+    """The layer, every parameter moved off its initial value."""
+    ctx = BuildContext(layer_index=0, num_layers=1, rngs=nnx.Rngs(0), seq_len=LENGTH)
+    layer = config.build(WIDTH, ctx)
+    for i, variable in enumerate(jax.tree.leaves(nnx.state(layer), is_leaf=lambda v: isinstance(v, nnx.Variable))):
+        variable[...] = variable[...] + 0.3 * jax.random.normal(jax.random.key(i), variable.shape)
+    return layer
+
+
+def formula(layer: Softmax, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Weights `[B, H, T, S]` and output `[B, T, D]`, in float64, one document at a time."""
+    config = layer.config
+    w = lambda dense: np.asarray(dense.kernel[...], np.float64)  # noqa: E731
+    heads = lambda y: y.reshape(len(y), -1, HEAD_DIM)  # noqa: E731
+    ids = np.asarray(WHERE["segment_ids"])
+    a, y = np.zeros((len(x), HEADS, LENGTH, LENGTH)), np.zeros_like(x)
+    for row, document in [(r, d) for r in range(len(x)) for d in set(ids[r]) - {0}]:
+        at = np.flatnonzero(ids[row] == document)
+        h, n = x[row, at], len(at)
+        q, k, v = (heads(h @ w(dense)) for dense in (layer.q, layer.k, layer.v))
+        if config.qk_norm:
+            norm = lambda z, m: z / np.sqrt((z**2).mean(-1, keepdims=True) + 1e-6) * np.asarray(m.scale[...])  # noqa: E731
+            q, k = norm(q, layer.q_norm), norm(k, layer.k_norm)
+        if config.rope_theta is not None:
+            angle = np.arange(n)[:, None] * config.rope_theta ** (-np.arange(0, HEAD_DIM, 2) / HEAD_DIM)
+            turn = np.exp(1j * angle)[:, None]  # channel d and d + K/2 as a complex number
+            q, k = ((z[..., : HEAD_DIM // 2] + 1j * z[..., HEAD_DIM // 2 :]) * turn for z in (q, k))
+            q, k = (np.concatenate([z.real, z.imag], axis=-1) for z in (q, k))
+        k, v = (np.repeat(z, HEADS // z.shape[1], axis=1) for z in (k, v))
+        logits = np.einsum("ihd,jhd->hij", q, k) / np.sqrt(HEAD_DIM)
+        i, j = np.arange(n)[:, None], np.arange(n)[None]
+        seen = j <= i
+        if config.window_size is not None:
+            seen &= (i - j < config.window_size) | (j < config.num_sink_tokens)
+        if config.normalizer == "sigmoid":
+            weights = seen / (1 + np.exp(-(logits - np.log(LENGTH))))
+        else:
+            weights = np.exp(logits) * seen
+            sinks = np.exp(np.asarray(layer.sinks[...]))[:, None, None] if config.sink_logits else 0.0
+            weights = weights / (weights.sum(-1, keepdims=True) + sinks)
+        o = np.einsum("hij,jhd->ihd", weights, v)
+        if config.gate is not None:
+            o = o / (1 + np.exp(-(h @ w(layer.gate)).reshape(n, HEADS, -1)))
+        a[row][:, at[:, None], at] = weights
+        y[row, at] = o.reshape(n, -1) @ w(layer.o)
+    return a, y
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_layer_equals_the_formula(options):
+    layer = build(SoftmaxConfig(num_heads=HEADS, head_dim=HEAD_DIM, **options))
+    x = jax.random.normal(jax.random.key(9), (2, LENGTH, WIDTH))
+    a, expected = formula(layer, np.asarray(x, np.float64))
+    real = np.asarray(WHERE["segment_ids"] > 0)
+    assert_close(layer(x, **WHERE)[0][real], expected[real])
+    assert_close(layer.implied_attention(x, **WHERE), a)
+    np.testing.assert_array_equal(np.asarray(layer.implied_attention(x, **WHERE)) > 0, a > 0)
