@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -25,8 +26,8 @@ class Sampling:
     """Draw among the likeliest tokens that together have this probability."""
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"temperature={self.temperature} must be 0 (greedy) or more")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature={self.temperature} must be 0 (greedy) or more, and finite")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k={self.top_k} must be at least 1; leave it out to draw among all tokens")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -74,29 +75,46 @@ def generate_tokens(
     column = np.arange(width, dtype=np.int32)[None, :]
     segment_ids, positions = (column >= start).astype(np.int32), np.maximum(column - start, 0).astype(np.int32)
 
-    def pick(logits: jax.Array, key: jax.Array) -> jax.Array:
+    keys = jax.random.split(jax.random.key(seed), num_tokens)
+    return np.asarray(_continue(model, tokens, segment_ids, positions, lengths, keys, vocab_size=vocab_size, sampling=sampling))
+
+
+@functools.partial(jax.jit, static_argnames=("vocab_size", "sampling"))
+def _continue(
+    model: LM,
+    tokens: jax.Array,
+    segment_ids: jax.Array,
+    positions: jax.Array,
+    lengths: jax.Array,
+    keys: jax.Array,
+    *,
+    vocab_size: int,
+    sampling: Sampling,
+) -> jax.Array:
+    """One token `[B]` for each of the keys: `[B, N]`."""
+    state = model.init_state(tokens.shape[0], tokens.shape[1] + len(keys))
+    logits, state = model.prefill(tokens, state, segment_ids=segment_ids, positions=positions)
+
+    def body(carry, key):
+        logits, state, position = carry
         legal = jnp.arange(logits.shape[-1])[None, :] < vocab_size
-        return sampling.draw(jnp.where(legal, logits, -jnp.inf), key)
+        token = sampling.draw(jnp.where(legal, logits, -jnp.inf), key)
+        logits, state = model.step(token, state, positions=position)
+        return (logits, state, position + 1), token
 
-    @jax.jit
-    def run(model: LM, key: jax.Array) -> jax.Array:
-        state = model.init_state(len(prompts), width + num_tokens)
-        logits, state = model.prefill(jnp.asarray(tokens), state, segment_ids=jnp.asarray(segment_ids), positions=jnp.asarray(positions))
-
-        def body(carry, key):
-            logits, state, position = carry
-            token = pick(logits, key)
-            logits, state = model.step(token, state, positions=position)
-            return (logits, state, position + 1), token
-
-        _, out = jax.lax.scan(body, (logits, state, jnp.asarray(lengths)), jax.random.split(key, num_tokens))
-        return out.T
-
-    return np.asarray(run(model, jax.random.key(seed)))
+    _, out = jax.lax.scan(body, (logits, state, lengths), keys)
+    return out.T
 
 
 def generate_text(
-    model: LM, tokenizer: Tokenizer, prompts: Sequence[str], *, num_tokens: int, sampling: Sampling, document_start: bool, seed: int = 0
+    model: LM,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    *,
+    num_tokens: int,
+    sampling: Sampling,
+    document_start: bool,
+    seed: int = 0,
 ) -> list[str]:
     """Continuations of `prompts`, each cut at its end-of-text. `document_start` puts the start token the model was trained with first."""
     start = [tokenizer.bos_id] if document_start else []
