@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import math
-import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from jax.sharding import Mesh
 from plait.configs import codec
 from plait.configs.experiment import ExperimentConfig, MeshConfig
 from plait.data.loader import Data, build_data
-from plait.data.tokenizer import read_meta
+from plait.data.tokenizer import META_FILE, TOKENIZER_FILE
 from plait.train.checkpoint import CheckpointError, Checkpoints
 from plait.train.mesh import batch_sharding, make_mesh
 from plait.train.metrics import write_atomically
@@ -38,9 +39,11 @@ def claim(config: ExperimentConfig) -> bool:
     folder = Path(config.folder)
     if folder.exists() and not folder.is_dir():
         raise RunError(f"out={str(folder)!r} is a file; give a folder")
+    if config.wandb is not None and "wandb" not in sys.modules and importlib.util.find_spec("wandb") is None:
+        raise RunError(f"wandb={config.wandb!r} needs the package wandb, which is not installed; pip install 'plait[wandb]'")
     if not (folder / CONFIG).exists():
-        if read_meta(folder / "tokenizer"):  # of a try that failed before it began: it must not bind this one
-            shutil.rmtree(folder / "tokenizer")
+        for name in (META_FILE, TOKENIZER_FILE):  # of a try that failed before it began: it must not bind this one
+            (folder / "tokenizer" / name).unlink(missing_ok=True)
         return False
     if not config.resume:
         raise RunError(f"out={str(folder)!r} already holds a run; use --resume to go on with it, or another --out")
@@ -84,6 +87,7 @@ def set_up(config: ExperimentConfig) -> Setup:
     """Data, mesh and model of an experiment, checked against each other. Raises ValueError before anything is compiled."""
     mesh = make_mesh(config.mesh)
     data = build_data(config.data, config.folder, process_index=jax.process_index(), process_count=jax.process_count())
+    batch_sharding(mesh, config.data.batch_size, config.optimizer.accumulate)
     config = dataclasses.replace(config, model=config.model.with_vocab(data.vocab_size))
     blueprint = Blueprint(config)
     tx = make_optimizer(config.optimizer, config.steps, blueprint.decay)
@@ -104,10 +108,10 @@ class Trained:
 def _mesh_for_reading(config: ExperimentConfig) -> MeshConfig:
     """The run's own mesh where these devices can form it, else as many data shards as divide the batch."""
     try:
-        batch_sharding(make_mesh(config.mesh), config.data.batch_size, 1)
+        batch_sharding(make_mesh(config.mesh), config.data.batch_size, config.optimizer.accumulate)
         return config.mesh
     except ValueError:
-        return MeshConfig(data=math.gcd(config.data.batch_size, jax.device_count()))
+        return MeshConfig(data=math.gcd(config.data.batch_size // config.optimizer.accumulate, jax.device_count()))
 
 
 @contextlib.contextmanager
