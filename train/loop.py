@@ -172,6 +172,8 @@ class _Loop:
                     if last or _due(step, config.checkpoint_every):
                         self._save(state, step, loss)
         self._read(pending)
+        if self.termination.asked:  # it may have come after the step looked, as while validating
+            self._save(state, step, None)
         return state, step
 
     def _read(self, pending: tuple[int, dict[str, Any]] | None) -> None:
