@@ -1,5 +1,7 @@
 """The mask object: its dense form against the rule in plain Python, its key range against its dense form, its errors."""
 
+from functools import partial
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 
 from plait.kernels import Mask, attention
 from plait.kernels.attention import chunked
+from plait.tests.kernels.cases import quick_jit
 from plait.tests.tolerances import assert_close
 
 
@@ -65,10 +68,11 @@ def test_blocks_match_dense(mask: Mask, row: tuple[np.ndarray, np.ndarray]):
     tile, block = chunked.DENSE_TILE, chunked.BLOCK_SIZE
     chunked.DENSE_TILE, chunked.BLOCK_SIZE = 0, 8
     try:
-        blocks = attention(q, k, v, mask=mask, segment_ids=ids)
+        blocks = quick_jit(partial(attention, mask=mask, segment_ids=ids))(q, k, v)
     finally:
         chunked.DENSE_TILE, chunked.BLOCK_SIZE = tile, block
-    assert_close(blocks, attention(q, k, v, mask=mask, segment_ids=ids, implementation="reference"))
+    whole = quick_jit(partial(attention, mask=mask, segment_ids=ids, implementation="reference"))(q, k, v)
+    assert_close(blocks, whole)
 
 
 def test_mask_is_a_dictionary_key():

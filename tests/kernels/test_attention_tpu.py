@@ -1,0 +1,189 @@
+"""The TPU attention kernel in Pallas' TPU interpreter, with race detection, against the reference; and its schedule of tiles."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from plait.kernels import Mask
+from plait.kernels.attention import pallas_tpu, reference, tpu_kernels
+from plait.kernels.attention.reference import sides
+from plait.kernels.attention.tpu_schedule import FULL, SKIP, Layout, renumbered, schedules
+from plait.tests.kernels import cases
+from plait.tests.tolerances import assert_tree_close, in_float64
+
+
+class Case(NamedTuple):
+    """One call: sizes, a layout of segments and options."""
+
+    mask: Mask = Mask()
+    length: int = 200
+    heads: tuple[int, int] = (2, 1)
+    dims: tuple[int, int] = (16, 16)
+    dtype: str = "float32"
+    segments: str | None = None
+    sinks: bool = False
+    sigmoid: bool = False
+    stats: bool = True
+
+
+SINKS = Mask(window_size=9, num_sink_tokens=3)
+CASES = {
+    "causal": Case(heads=(4, 2), dims=(64, 64)),
+    "causal-63-bfloat16": Case(length=63, dims=(32, 16), dtype="bfloat16"),
+    "causal-65-without-statistics": Case(length=65, dims=(8, 24), sinks=True, stats=False),
+    "full-sigmoid": Case(mask=Mask(causal=False), sigmoid=True, heads=(2, 2), length=130),
+    "sigmoid-without-statistics": Case(sigmoid=True, length=63, stats=False),
+    "window": Case(mask=Mask(window_size=40), length=256, heads=(1, 1)),
+    "two-sided-window": Case(mask=Mask(causal=False, window_size=9, num_sink_tokens=2), segments="several"),
+    "window-sinks-segments-bfloat16": Case(mask=SINKS, segments="several", sinks=True, dtype="bfloat16"),
+    "segments": Case(segments="several", length=256, heads=(1, 1), dims=(24, 8)),
+    "hidden": Case(segments="none", length=65, sinks=True, heads=(1, 1)),
+}
+
+
+def run_checked(function: Callable[..., Any], *args: Any) -> Any:
+    """Runs under the TPU interpreter; raises on a data race in every supported JAX."""
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)), pallas_tpu.target("v5e"):
+        out = jax.block_until_ready(jax.jit(function)(*args))
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call as state  # before JAX 0.12 a race only sets this flag
+
+    if getattr(getattr(state, "races", None), "races_found", False):
+        raise RuntimeError("data race in kernel")
+    return out
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Several tiles even in sequences of 200."""
+    monkeypatch.setattr(pallas_tpu, "choose_tiles", lambda *_: tpu_kernels.Tiles(**dict.fromkeys(TILES, 128)))
+    yield
+
+
+TILES = tuple(tpu_kernels.Tiles.__dataclass_fields__)
+
+
+def _inputs(case: Case) -> dict[str, jax.Array]:
+    rng = np.random.default_rng(case.length)
+    (num_heads, num_kv_heads), (key_dim, value_dim) = case.heads, case.dims
+    batch = 1 if case.segments is None else cases.BATCH
+    shapes = {"q": (num_heads, key_dim), "k": (num_kv_heads, key_dim), "v": (num_kv_heads, value_dim)}
+    inputs = {name: jnp.asarray(rng.standard_normal((batch, case.length, *s)), case.dtype) for name, s in shapes.items()}
+    if case.sinks:
+        inputs["sinks"] = jnp.asarray(rng.standard_normal(num_heads), jnp.float32)
+    if case.sigmoid:
+        inputs["sigmoid_bias"] = jnp.asarray(rng.standard_normal(num_heads) - 3, jnp.float32)
+    return inputs
+
+
+def _segments(case: Case) -> jax.Array | None:
+    if case.segments in (None, "none"):
+        return None if case.segments is None else jnp.zeros((cases.BATCH, case.length), jnp.int32)
+    return cases.segments(case.length, case.segments)
+
+
+def _run(implementation: Any, case: Case, inputs: dict[str, jax.Array], tokens: dict[str, jax.Array | None]) -> Any:
+    """Outputs and all gradients; the tokens are all four of the op's arguments."""
+
+    def outputs(inputs: dict[str, jax.Array]) -> Any:
+        options = {"sinks": None, "sigmoid_bias": None, "scale": case.dims[0] ** -0.5, "return_stats": case.stats} | inputs
+        normalizer = "sigmoid" if case.sigmoid else "softmax"
+        q, k, v = (options.pop(name) for name in "qkv")
+        o, stats = implementation.attention(q, k, v, mask=case.mask, normalizer=normalizer, **options, **tokens)
+        return {"o": o, **{f: jnp.where(x > -1e29, x, 0) for f, x in (stats._asdict() if stats else {}).items()}}
+
+    return cases.with_gradients(outputs, inputs)
+
+
+def _assert_matches(case: Case, inputs: dict[str, jax.Array], tokens: dict[str, jax.Array | None]) -> Any:
+    plain = cases.quick_jit(partial(_run, reference, case))
+    got = run_checked(partial(_run, pallas_tpu, case), inputs, tokens)
+    assert got["value"]["o"].dtype == case.dtype
+    assert_tree_close(got, in_float64(plain, inputs, tokens), plain(inputs, tokens), dtype=case.dtype)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(got))
+    return got
+
+
+def _own(segment_ids: jax.Array | None) -> dict[str, jax.Array | None]:
+    return {"segment_ids": segment_ids, "positions": None, "kv_segment_ids": None, "kv_positions": None}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kernel_matches_reference(name: str):
+    case = CASES[name]
+    got = _assert_matches(case, _inputs(case), _own(_segments(case)))
+    if name == "hidden":
+        assert not any(np.asarray(x).any() for key, x in got["value"].items() if key != "lse")
+
+
+def test_kernel_matches_reference_with_shuffled_keys():
+    case = Case(mask=Mask(window_size=90, num_sink_tokens=2), length=64)
+    inputs, rng = _inputs(case), np.random.default_rng(0)
+    longer = {name: jnp.asarray(rng.standard_normal((1, 200, *x.shape[2:])), case.dtype) for name, x in inputs.items()}
+    positions = jnp.asarray(rng.permutation(200)[None], jnp.int32)
+    tokens = _own(None) | {
+        "positions": 130 + jnp.arange(64)[None, :],
+        "kv_positions": positions,
+        "kv_segment_ids": (positions < 190).astype(jnp.int32),
+    }
+    _assert_matches(case, inputs | {"k": longer["k"], "v": longer["v"]}, tokens)
+
+
+MASKS = (Mask(), Mask(causal=False), Mask(window_size=20), SINKS, Mask(causal=False, window_size=9, num_sink_tokens=2))
+
+
+@pytest.mark.parametrize("layout", [None, "several", "long"])
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+def test_schedule_visits_what_is_visible(mask: Mask, layout: str | None):
+    block_q, block_kv, length = 8, 16, 160
+    ids = None if layout is None else cases.segments(length, layout)
+    if layout == "several":
+        ids = jnp.where(ids == 4, 1000, ids)  # numbered out of order
+    x = jnp.zeros((cases.BATCH, length, 1, 1))
+    tokens = renumbered(sides(x, x, **_own(ids))[0])
+    known = Layout(mask, length, length, own_keys=True, packed=layout is not None)
+    visible = np.asarray(mask.dense(tokens.positions, tokens.positions, tokens.segment_ids, tokens.segment_ids))
+    tiles = visible.reshape(cases.BATCH, length // block_q, block_q, length // block_kv, block_kv).swapaxes(2, 3)
+    some, every = tiles.any((-1, -2)), tiles.all((-1, -2))
+    by_query, by_key = schedules(known, tokens, tokens, block_q, block_kv, keep_first=False)
+    for schedule, transpose in ((by_query, False), (by_key, True)):
+        entries = np.broadcast_to(schedule.entries, (cases.BATCH, *schedule.entries.shape[1:]))
+        kinds = np.full((cases.BATCH, *(some.shape[:0:-1] if transpose else some.shape[1:])), SKIP)
+        for b, i, step in np.ndindex(entries.shape):
+            if entries[b, i, step] & 3 != SKIP:
+                kinds[b, i, entries[b, i, step] >> 2] = entries[b, i, step] & 3
+        kinds = kinds.swapaxes(1, 2) if transpose else kinds
+        assert not (some & (kinds == SKIP)).any(), "a visible tile is not visited"
+        assert not ((kinds == FULL) & ~every).any(), "a tile is taken for wholly visible"
+        assert (kinds == SKIP).sum() >= 0.8 * (~some).sum(), "hidden tiles are visited"
+        assert layout is not None or ((kinds != SKIP) == some).all()
+
+
+def test_schedule_of_window_is_short():
+    layout = Layout(Mask(window_size=100), 10_000, 10_000, own_keys=True, packed=True)
+    assert layout.widths(100, 100) == (2, 2)
+    assert layout._replace(mask=Mask(window_size=100, num_sink_tokens=4)).widths(100, 100)[0] == 4
+
+
+def test_unsupported_says_why():
+    call = {"mask": Mask(), "segment_ids": None, "positions": None, "scale": 1.0}
+    x = jax.ShapeDtypeStruct((1, 64, 1, 64), jnp.float32)
+    assert "the backend is cpu" in pallas_tpu.unsupported(x, x, x, **call)
+    with pallas_tpu.target("v5e"):
+        assert pallas_tpu.unsupported(x, x, x, **call) is None
+        half = jax.ShapeDtypeStruct(x.shape, jnp.float16)
+        assert "float16" in pallas_tpu.unsupported(half, half, half, **call)
+        one = jax.ShapeDtypeStruct((1, 1, 1, 64), jnp.float32)
+        assert "1 queries" in pallas_tpu.unsupported(one, x, x, **call)
+        wide = jax.ShapeDtypeStruct((1, 64, 1, 512), jnp.float32)
+        assert "512" in pallas_tpu.unsupported(wide, wide, x, **call)
+
+
+def test_tiles_are_checked():
+    with pytest.raises(ValueError, match=r"tiles\.block_q=100 must be a positive multiple of 128"):
+        tpu_kernels.Tiles(block_q=100)
