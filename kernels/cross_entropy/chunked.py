@@ -1,4 +1,4 @@
-"""Cross entropy with one chunk of logits at a time, made again in the backward pass."""
+"""Cross entropy with one chunk of logits at a time, made again in the backward pass when there are several."""
 
 from functools import partial
 
@@ -21,6 +21,8 @@ def cross_entropy(
     if chunk_size is None:
         chunk_size = max(64, MAX_LOGITS // (batch * weight.shape[1]))
     num_chunks = -(-length // chunk_size)
+    if num_chunks == 1:  # what fits at once is kept for the backward pass
+        return _one_chunk(hidden, weight, jnp.where(loss_mask, targets, 0), loss_mask, logit_soft_cap)
     chunk_size = -(-length // num_chunks)
     padding = num_chunks * chunk_size - length
 
@@ -40,18 +42,18 @@ def _logits(hidden: Array, weight: Array, soft_cap: float | None) -> Array:
     return logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)
 
 
+def _one_chunk(hidden: Array, weight: Array, targets: Array, mask: Array, soft_cap: float | None) -> tuple[Array, Array]:
+    """nll and lse [B, C] of hidden [B, C, D]."""
+    logits = _logits(hidden, weight, soft_cap)
+    lse = jax.nn.logsumexp(logits, axis=-1)
+    target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jnp.where(mask, lse - target, 0), jnp.where(mask, lse, 0)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _chunked(hidden: Array, weight: Array, targets: Array, mask: Array, soft_cap: float | None) -> tuple[Array, Array]:
     """nll and lse [N, B, C] of hidden [N, B, C, D]."""
-
-    def chunk(x: tuple[Array, Array, Array]) -> tuple[Array, Array]:
-        hidden, targets, mask = x
-        logits = _logits(hidden, weight, soft_cap)
-        lse = jax.nn.logsumexp(logits, axis=-1)
-        target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return jnp.where(mask, lse - target, 0), jnp.where(mask, lse, 0)
-
-    return jax.lax.map(chunk, (hidden, targets, mask))
+    return jax.lax.map(lambda x: _one_chunk(x[0], weight, x[1], x[2], soft_cap), (hidden, targets, mask))
 
 
 def _forward(hidden: Array, weight: Array, targets: Array, mask: Array, soft_cap: float | None):
