@@ -1,4 +1,4 @@
-"""Which tiles of the attention matrix a TPU kernel visits: a table that the grid follows, so that hidden tiles are never loaded."""
+"""Which tiles of the attention matrix a TPU kernel visits: a table for the grid, so that hidden tiles are never loaded."""
 
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ Array = jax.Array
 SKIP, MASKED, FULL = 0, 1, 2
 """Kinds of tile: not computed, computed under the mask, computed without looking at the mask."""
 
-_FAR = 1 << 30
+_FAR = 1 << 29
 
 
 class Schedule(NamedTuple):
@@ -89,14 +89,14 @@ def schedules(
 ) -> tuple[Schedule, Schedule]:
     """What query blocks visit, and what key blocks visit.
 
-    Tokens are padded to whole blocks, int32 [B or 1, T or S], and renumbered where the keys are the queries' own. With `keep_first`
-    no tile that holds a segment's first key is FULL. A tile is left out only if nothing in it is visible.
+    Tokens are padded to whole blocks, int32 [B or 1, T or S], and renumbered where the keys are the queries' own. With
+    `keep_first` no tile that holds a segment's first key is FULL. A tile is left out only if nothing in it is visible.
     """
     mask = layout.mask
     q, k = (_summary(x, block) for x, block in ((queries, block_q), (keys, block_kv)))
     q, k = _Summary(*(x[:, :, None] for x in q)), _Summary(*(x[:, None, :] for x in k))
     near, anchored = layout.near(block_q, block_kv), layout.anchored(block_q, block_kv)
-    visible = jnp.asarray(near) | (jnp.asarray(anchored) & (k.low_position < mask.num_sink_tokens))
+    visible = jnp.asarray(near)[None] | (jnp.asarray(anchored)[None] & (k.low_position < mask.num_sink_tokens))
     visible &= (q.low_segment <= k.high_segment) & (k.low_segment <= q.high_segment)
     whole = (q.segment == k.segment) & (q.segment > 0) & (type(mask) is Mask)  # of other rules only the reach is known
     if keep_first:
@@ -118,7 +118,7 @@ def schedules(
 
 
 class _Summary(NamedTuple):
-    """Of each block's real tokens, [B, N]: the range of segments and positions; and its segment if it has no other token, else -1."""
+    """Of each block's real tokens, [B, N]: ranges of segments and positions; and the segment of all its tokens, else -1."""
 
     low_segment: Array
     high_segment: Array

@@ -1,0 +1,174 @@
+"""Flash attention for TPU (Mosaic), forward and backward, with the statistics of each row inside.
+
+Every tile is kept transposed, keys by queries [N, M]: then the maximum, the sums and the statistics of a query are sums over
+sublanes, and what belongs to a query is a row [1, M] that broadcasts for nothing. Outputs of queries accumulate transposed too.
+With z the scaled logits, one tile of the forward pass updates
+  m' = max(m, max_j z_j), p_j = exp(z_j - m'), l <- e^(m-m') l + sum_j p_j, u <- e^(m-m') (u - (m' - m) l) + sum_j p_j (z_j - m')
+and o likewise; then lse = m + log l and the entropy is log l - u / l. The backward pass recomputes A and needs one form for all:
+  dz_j = A_j (do . v_j + [j is first] dfirst + c1 - c e_j) + [z_j = max] dmax       (times 1 - A_j for the sigmoid)
+where e_j = log A_j up to a constant of the row, and c1 and c are rows made from the cotangents of o, lse, entropy and first mass.
+Sink logits need no kernel: they scale a row's output by the share of its keys, which is done, and differentiated, outside.
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from plait.kernels.attention import tpu_kernels
+from plait.kernels.attention.reference import MASKED as HIDDEN
+from plait.kernels.attention.reference import AttentionStats, Tokens, sides
+from plait.kernels.attention.tpu_kernels import LANES, Operands, Problem, Tiles
+from plait.kernels.attention.tpu_schedule import Layout, renumbered
+from plait.kernels.masks import Mask
+
+Array = jax.Array
+
+MIN_QUERIES = 32
+"""Fewer queries than this (decoding) fill too little of a tile."""
+
+MAX_HEAD_DIM = 256
+MAX_TABLE = 1 << 17
+"""Entries of a table in scalar memory (4 bytes each; the core has 1 MiB)."""
+
+_TIES = 1e-6
+"""Logits this close to the row's maximum, relatively, get its gradient."""
+
+
+def choose_tiles(generation: str, key_dim: int, value_dim: int, dtype: Any) -> Tiles:
+    """Tiles that compile within the scoped VMEM of a generation (v5e and v5p: 16 MiB)."""
+    wide = max(key_dim, value_dim) > LANES or jnp.dtype(dtype).itemsize > 2
+    size = 256 if wide else 512
+    return Tiles(block_q=size, block_kv=size, block_q_dq=size, block_kv_dq=size, block_q_dkv=size, block_kv_dkv=size)
+
+
+_GENERATIONS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x"}
+_target: contextvars.ContextVar[str | None] = contextvars.ContextVar("plait_tpu_target", default=None)
+
+
+@contextlib.contextmanager
+def target(generation: str) -> Iterator[None]:
+    """Traces for a TPU generation ("v5e", "v5p", "v6e", ...) where the default backend is another: to compile ahead of time."""
+    token = _target.set(generation)
+    try:
+        yield
+    finally:
+        _target.reset(token)
+
+
+def _generation() -> str | None:
+    if _target.get() is not None:
+        return _target.get()
+    return _GENERATIONS.get(jax.devices()[0].device_kind) if jax.default_backend() == "tpu" else None
+
+
+def unsupported(
+    q: Array, k: Array, v: Array, *, mask: Mask, segment_ids: Array | None, positions: Array | None, scale: float, **_: object
+) -> str | None:
+    """Why this kernel cannot serve a call, or None."""
+    if _generation() is None:
+        return f"the backend is {jax.default_backend()}, not a known TPU"
+    dtypes = {x.dtype.name for x in (q, k, v)}
+    if len(dtypes) > 1 or not dtypes <= {"float32", "bfloat16"}:
+        return f"q, k and v are {', '.join(sorted(dtypes))}, not all float32 or all bfloat16"
+    if max(q.shape[-1], v.shape[-1]) > MAX_HEAD_DIM:
+        return f"head dims {q.shape[-1]} and {v.shape[-1]} exceed {MAX_HEAD_DIM}"
+    if q.shape[1] < MIN_QUERIES or k.shape[1] < MIN_QUERIES:
+        return f"{q.shape[1]} queries and {k.shape[1]} keys fill no tile of at least {MIN_QUERIES}"
+    if not isinstance(scale, (int, float)):
+        return "the scale is an array, not a number"
+    tiles = _tiles(q, k, v)
+    blocks = -(-q.shape[1] // tiles.block_q_dkv) * -(-k.shape[1] // tiles.block_kv_dkv)
+    if blocks * q.shape[0] > MAX_TABLE:
+        return f"{q.shape[0]} x {blocks} tiles exceed the {MAX_TABLE} that scalar memory holds"
+    return None
+
+
+def _tiles(q: Array, k: Array, v: Array) -> Tiles:
+    return choose_tiles(_generation() or "v5e", q.shape[-1], v.shape[-1], q.dtype).fit(q.shape[1], k.shape[1])
+
+
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    mask: Mask,
+    segment_ids: Array | None,
+    positions: Array | None,
+    kv_segment_ids: Array | None,
+    kv_positions: Array | None,
+    scale: float,
+    sinks: Array | None,
+    normalizer: str,
+    sigmoid_bias: Array | float | None,
+    return_stats: bool,
+) -> tuple[Array, AttentionStats | None]:
+    """See `plait.kernels.attention`; always a pair here."""
+    length, num_heads = q.shape[1:3]
+    own_keys = kv_segment_ids is None and kv_positions is None
+    packed = not own_keys or segment_ids is not None or positions is not None
+    queries, keys = sides(
+        q, k, segment_ids=segment_ids, positions=positions, kv_segment_ids=kv_segment_ids, kv_positions=kv_positions
+    )
+    if own_keys:
+        queries = keys = renumbered(queries)
+    if not packed:
+        queries = keys = Tokens(*(x[:1] for x in queries))
+    layout = Layout(mask=mask, num_queries=length, num_keys=k.shape[1], own_keys=own_keys, packed=packed)
+    problem = Problem(layout, _tiles(q, k, v), float(scale), normalizer == "sigmoid", return_stats)
+    bias = jnp.broadcast_to(jnp.asarray(0 if sigmoid_bias is None else sigmoid_bias, jnp.float32), (num_heads,))
+    head_major = lambda x: jnp.swapaxes(x, 1, 2)  # noqa: E731
+    o, rows = _flash(problem, Operands(head_major(q), head_major(k), head_major(v), bias, queries, keys))
+    o, stats = jnp.moveaxis(o, 3, 1), [jnp.moveaxis(x, 2, 1) for x in rows]  # [B, H, V, T] and [B, H, T] to token-major
+    if sinks is not None:
+        lse, sinks = stats[0], sinks.astype(jnp.float32).reshape(1, 1, -1)
+        share = jax.nn.sigmoid(lse - sinks)
+        o = (o * share[..., None]).astype(o.dtype)
+        stats[0] = jnp.logaddexp(lse, sinks)
+        stats[3:] = [first * share for first in stats[3:]]
+    return o, AttentionStats(*stats) if return_stats else None
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _flash(problem: Problem, x: Operands) -> tuple[Array, tuple[Array, ...]]:
+    """`tpu_kernels.forward` with its gradients."""
+    return tpu_kernels.forward(problem, x)
+
+
+def _flash_forward(problem: Problem, x: Operands) -> Any:
+    o, rows = tpu_kernels.forward(problem, x)
+    return (o, rows), (x, o, rows)
+
+
+def _flash_backward(problem: Problem, saved: Any, cotangents: tuple[Array, tuple[Array, ...]]) -> Any:
+    x, o, (lse, *stats) = saved
+    d_o, (d_lse, *d_stats) = cotangents
+    # delta_i = sum_j A_ij do_i . v_j, which only a normalised row subtracts
+    c1 = 0 if problem.sigmoid else d_lse - jnp.sum(d_o.astype(jnp.float32) * o, axis=2)
+    rows = [lse, c1]
+    if problem.stats:
+        peak, entropy, first = stats
+        d_peak, d_entropy, d_first = d_stats
+        seen = lse > HIDDEN / 2
+        inverse = jnp.where(seen, jnp.exp(-jnp.where(seen, lse, 0)), 0) if problem.sigmoid else seen.astype(jnp.float32)
+        c, d_first = d_entropy * inverse, d_first * inverse
+        rows[1] = c1 + jnp.where(seen, c * (lse - entropy) - d_first * first, 0)
+        if problem.sigmoid:
+            rows[1] += d_lse * inverse
+        rows += [c, d_first, d_peak, jnp.where(seen, peak - _TIES * abs(peak), -HIDDEN)]
+    elif problem.sigmoid:
+        inverse = jnp.where(lse > HIDDEN / 2, jnp.exp(-lse), 0)
+        rows[1] = d_lse * inverse
+    rows = jnp.stack(rows, axis=2).astype(jnp.float32)  # [B, H, R, T]
+    d_o = jnp.swapaxes(d_o, 2, 3)
+    d_q, d_bias = tpu_kernels.query_gradients(problem, x, d_o, rows)
+    d_k, d_v = tpu_kernels.key_gradients(problem, x, d_o, rows)
+    return (Operands(d_q, d_k, d_v, d_bias, None, None),)
+
+
+_flash.defvjp(_flash_forward, _flash_backward)

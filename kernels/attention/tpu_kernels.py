@@ -1,0 +1,364 @@
+"""The three kernels of flash attention for TPU: forward, query gradients, key gradients. The math is in `pallas_tpu`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from plait.kernels.attention.reference import MASKED as HIDDEN
+from plait.kernels.attention.reference import Tokens
+from plait.kernels.attention.tpu_schedule import FULL, MASKED, Layout, Schedule, schedules
+from plait.kernels.masks import Mask
+from plait.kernels.shapes import matmul_precision
+
+Array = jax.Array
+
+LANES = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """Tokens a tile, by kernel; multiples of 128. A short sequence gets smaller ones."""
+
+    block_q: int = 512
+    """Queries a tile of the forward pass."""
+    block_kv: int = 512
+    """Keys a tile of the forward pass."""
+    block_q_dq: int = 512
+    """Queries a tile of the query gradients."""
+    block_kv_dq: int = 512
+    """Keys a tile of the query gradients."""
+    block_q_dkv: int = 512
+    """Queries a tile of the key and value gradients."""
+    block_kv_dkv: int = 512
+    """Keys a tile of the key and value gradients."""
+
+    def __post_init__(self) -> None:
+        for name, size in vars(self).items():
+            if size < LANES or size % LANES:
+                raise ValueError(f"tiles.{name}={size} must be a positive multiple of {LANES}; use 128, 256, 512 or 1024")
+
+    def fit(self, num_queries: int, num_keys: int) -> "Tiles":
+        """These tiles, none longer than the sequences need."""
+        most = {"q": num_queries, "kv": num_keys}
+        return Tiles(**{name: min(size, _round_up(most[name.split("_")[1]], LANES)) for name, size in vars(self).items()})
+
+
+class Problem(NamedTuple):
+    """What a kernel is specialised to."""
+
+    layout: Layout
+    tiles: Tiles
+    scale: float
+    sigmoid: bool
+    stats: bool
+
+
+class Operands(NamedTuple):
+    """What every kernel reads."""
+
+    q: Array
+    """[B, H, T, K]"""
+    k: Array
+    """[B, Hkv, S, K]"""
+    v: Array
+    """[B, Hkv, S, V]"""
+    bias: Array
+    """[H] float32, added to the sigmoid's logits."""
+    queries: Tokens
+    """int32 [B or 1, T]"""
+    keys: Tokens
+    """int32 [B or 1, S]"""
+
+
+_NT, _NN, _TN = ((((a,), (b,)), ((), ())) for a, b in ((1, 1), (1, 0), (0, 0)))
+
+
+def _dot(a: Array, b: Array, dims: Any) -> Array:
+    """A product of two tiles in float32; 16-bit operands are exact in it, float32 ones get full precision."""
+    return jax.lax.dot_general(a, b, dims, precision=matmul_precision(a.dtype), preferred_element_type=jnp.float32)
+
+
+def _log_sigmoid(x: Array) -> Array:
+    return jnp.minimum(x, 0) - jnp.log1p(jnp.exp(-abs(x)))
+
+
+def _visible(mask: Mask, query_tokens: Array, key_tokens: Array) -> tuple[Array, Array]:
+    """bool [N, M] of tokens [2, M] and [2, N] (segments, positions): which keys a query sees, and which of these are first."""
+    key_tokens = key_tokens.T  # [N, 2]
+    q_ids, q_positions = query_tokens[0:1], query_tokens[1:2]
+    k_ids, k_positions = key_tokens[:, 0:1], key_tokens[:, 1:2]
+    visible = (q_ids == k_ids) & (k_ids != 0) & mask.reaches(q_positions, k_positions)
+    return visible, visible & (k_positions == 0)
+
+
+def _by_kind(kind: Array, tile: Callable[[bool], None]) -> None:
+    """Runs tile(masked) as the kind of the tile asks."""
+    pl.when(kind == MASKED)(lambda: tile(True))
+    pl.when(kind == FULL)(lambda: tile(False))
+
+
+def _weights_and_gradient(problem: Problem, masked: bool, bias: Array, refs: tuple[Any, ...]) -> tuple[Array, Array, Array]:
+    """A, dz and the part of dz that the sigmoid's bias shares, all [N, M], of one tile of the backward pass."""
+    *operands, q_tokens, k_tokens = refs
+    q, k, v, d_o, rows = (x[0, 0] for x in operands)
+    z = problem.scale * _dot(k, q, _NT)
+    e = _log_sigmoid(z + bias) if problem.sigmoid and problem.stats else z
+    weights = jax.nn.sigmoid(z + bias) if problem.sigmoid else jnp.exp(z - rows[0:1])
+    if masked:
+        visible, first = _visible(problem.layout.mask, q_tokens[0, 0], k_tokens[0, 0])
+        weights = jnp.where(visible, weights, 0)
+    d_weights = _dot(v, d_o, _NT) + rows[1:2]
+    if problem.stats:
+        d_weights -= rows[2:3] * e
+        if masked:
+            d_weights += jnp.where(first, rows[3:4], 0)
+    d_logits = d_weights * weights
+    if problem.sigmoid:
+        d_logits *= 1 - weights
+    shared = d_logits
+    if problem.stats:
+        highest = z >= rows[5:6]
+        d_logits += jnp.where(highest & visible if masked else highest, rows[4:5], 0)
+    return weights, d_logits, shared
+
+
+def _forward_kernel(problem: Problem, schedule: Schedule, table: Any, bias: Any, *refs: Any) -> None:
+    q, k, v, q_tokens, k_tokens, o, rows, acc, *state = refs
+    b, h, i, step = (pl.program_id(axis) for axis in range(4))
+    peak, total, *extra = state  # each [1, M]: m, l and, with statistics, u and the first mass
+
+    @pl.when(step == 0)
+    def _start():
+        peak[...] = jnp.full_like(peak, HIDDEN)
+        for x in (total, acc, *extra):
+            x[...] = jnp.zeros_like(x)
+
+    def tile(masked: bool) -> None:
+        z = problem.scale * _dot(k[0, 0], q[0, 0], _NT)  # [N, M]
+        if masked:
+            visible, first = _visible(problem.layout.mask, q_tokens[0, 0], k_tokens[0, 0])
+        shown = jnp.where(visible, z, HIDDEN) if masked else z
+        old = peak[...]
+        if problem.stats or not problem.sigmoid:
+            peak[...] = jnp.maximum(old, jnp.max(shown, axis=0, keepdims=True))
+        if problem.sigmoid:
+            p = jax.nn.sigmoid(z + bias[h])
+            exponents = _log_sigmoid(z + bias[h]) if problem.stats else None
+            rise, keep = 0.0, 1.0
+        else:
+            exponents = shown - peak[...]
+            p = jnp.exp(exponents)
+            rise = peak[...] - old
+            keep = jnp.exp(-rise)
+        if masked:
+            p = jnp.where(visible, p, 0)
+        if problem.stats:
+            spread, first_mass = extra
+            spread[...] = keep * (spread[...] - rise * total[...]) + jnp.sum(p * exponents, axis=0, keepdims=True)
+            here = jnp.sum(jnp.where(first, p, 0), axis=0, keepdims=True) if masked else 0.0
+            first_mass[...] = keep * first_mass[...] + here
+        total[...] = keep * total[...] + jnp.sum(p, axis=0, keepdims=True)
+        acc[...] = keep * acc[...] + _dot(v[0, 0], p.astype(v.dtype), _TN)  # [V, M]
+
+    _by_kind(schedule.lookup(table, b, i, step)[1], tile)
+
+    @pl.when(step == pl.num_programs(3) - 1)
+    def _finish():
+        some = total[...] > 0
+        mass = jnp.where(some, total[...], 1)
+        o[0, 0] = (acc[...] if problem.sigmoid else acc[...] / mass).astype(o.dtype)
+        log_mass = jnp.log(mass)
+        rows[0, 0, 0:1] = jnp.where(some, log_mass if problem.sigmoid else log_mass + peak[...], HIDDEN)
+        if problem.stats:
+            spread, first_mass = extra
+            rows[0, 0, 1:2] = peak[...]
+            rows[0, 0, 2:3] = jnp.where(some, log_mass - spread[...] / mass, 0)
+            rows[0, 0, 3:4] = first_mass[...] / mass
+
+
+def forward(problem: Problem, x: Operands) -> tuple[Array, tuple[Array, ...]]:
+    """o [B, H, V, T] in q's dtype, and rows [B, H, T]: lse and, with statistics, maximum, entropy and first mass."""
+    tiles, length, value_dim = problem.tiles, x.q.shape[2], x.v.shape[3]
+    tiling = _Tiling(problem, x, tiles.block_q, tiles.block_kv)
+    num_rows = 4 if problem.stats else 1
+    state = [pltpu.VMEM((1, tiles.block_q), jnp.float32)] * (4 if problem.stats else 2)
+    o, rows = tiling.over_queries(
+        _forward_kernel,
+        "attention_forward",
+        outputs=((value_dim, x.q.dtype), (num_rows, jnp.float32)),
+        scratch=[pltpu.VMEM((value_dim, tiles.block_q), jnp.float32), *state],
+    )
+    return o[..., :length], tuple(rows[:, :, i, :length] for i in range(num_rows))
+
+
+def _query_gradients_kernel(problem: Problem, schedule: Schedule, table: Any, bias: Any, *refs: Any) -> None:
+    *inputs, d_q, d_bias, acc, shared_acc = refs
+    k = inputs[1]
+    b, h, i, step = (pl.program_id(axis) for axis in range(4))
+
+    @pl.when(step == 0)
+    def _start():
+        acc[...] = jnp.zeros_like(acc)
+        shared_acc[...] = jnp.zeros_like(shared_acc)
+
+    def tile(masked: bool) -> None:
+        _, d_logits, shared = _weights_and_gradient(problem, masked, bias[h], inputs)
+        acc[...] += _dot(k[0, 0], d_logits.astype(k.dtype), _TN)  # [K, M]
+        if problem.sigmoid:
+            shared_acc[...] += jnp.sum(shared, axis=0, keepdims=True)
+
+    _by_kind(schedule.lookup(table, b, i, step)[1], tile)
+
+    @pl.when(step == pl.num_programs(3) - 1)
+    def _finish():
+        d_q[0, 0] = (problem.scale * acc[...]).astype(d_q.dtype)
+        d_bias[0, 0] = shared_acc[...]
+
+
+def query_gradients(problem: Problem, x: Operands, d_o: Array, rows: Array) -> tuple[Array, Array]:
+    """dq [B, H, T, K] and the gradient [H] of the sigmoid's bias, for d_o [B, H, T, V].
+
+    The float32 rows [B, H, R, T] are lse, c1 and, with statistics, c, dfirst, dmax and the logit from which dmax applies.
+    """
+    tiles, length, key_dim = problem.tiles, x.q.shape[2], x.q.shape[3]
+    d_q, d_bias = _Tiling(problem, x, tiles.block_q_dq, tiles.block_kv_dq).over_queries(
+        _query_gradients_kernel,
+        "attention_query_gradients",
+        extra=((d_o, "q", 2), (rows, "q", 3)),
+        outputs=((key_dim, x.q.dtype), (1, jnp.float32)),
+        scratch=[pltpu.VMEM((n, tiles.block_q_dq), jnp.float32) for n in (key_dim, 1)],
+    )
+    return jnp.swapaxes(d_q[..., :length], 2, 3), jnp.sum(d_bias, axis=(0, 2, 3))
+
+
+def _key_gradients_kernel(problem: Problem, schedule: Schedule, table: Any, bias: Any, *refs: Any) -> None:
+    *inputs, d_k, d_v, k_acc, v_acc = refs
+    q, d_o = inputs[0], inputs[3]
+    b, h, j, member, step = (pl.program_id(axis) for axis in range(5))
+    num_members = pl.num_programs(3)
+
+    @pl.when((member == 0) & (step == 0))
+    def _start():
+        k_acc[...] = jnp.zeros_like(k_acc)
+        v_acc[...] = jnp.zeros_like(v_acc)
+
+    def tile(masked: bool) -> None:
+        weights, d_logits, _ = _weights_and_gradient(problem, masked, bias[h * num_members + member], inputs)
+        v_acc[...] += _dot(weights.astype(d_o.dtype), d_o[0, 0], _NN)  # [N, V]
+        k_acc[...] += _dot(d_logits.astype(q.dtype), q[0, 0], _NN)  # [N, K]
+
+    _by_kind(schedule.lookup(table, b, j, step)[1], tile)
+
+    @pl.when((member == num_members - 1) & (step == pl.num_programs(4) - 1))
+    def _finish():
+        d_k[0, 0] = (problem.scale * k_acc[...]).astype(d_k.dtype)
+        d_v[0, 0] = v_acc[...].astype(d_v.dtype)
+
+
+def key_gradients(problem: Problem, x: Operands, d_o: Array, rows: Array) -> tuple[Array, Array]:
+    """dk [B, Hkv, S, K] and dv [B, Hkv, S, V], summed over the heads of each group; arguments as in `query_gradients`."""
+    tiles, num_keys, dims = problem.tiles, x.k.shape[2], (x.k.shape[3], x.v.shape[3])
+    d_k, d_v = _Tiling(problem, x, tiles.block_q_dkv, tiles.block_kv_dkv).over_keys(
+        _key_gradients_kernel,
+        "attention_key_gradients",
+        extra=((d_o, "q", 2), (rows, "q", 3)),
+        outputs=((dims[0], x.k.dtype), (dims[1], x.v.dtype)),
+        scratch=[pltpu.VMEM((tiles.block_kv_dkv, n), jnp.float32) for n in dims],
+    )
+    return d_k[:, :, :num_keys], d_v[:, :, :num_keys]
+
+
+_Inputs = tuple[tuple[Array, str, int], ...]
+"""Arrays [B or 1, any heads, ., .], the side they belong to and the axis of its tokens."""
+
+_Outputs = tuple[tuple[int, Any], ...]
+"""Width and dtype of arrays [B, H, width, T] or [B, Hkv, S, width]."""
+
+
+class _Tiling:
+    """One kernel's blocks: pads the two sides to whole blocks and lays out the grid and its operands."""
+
+    def __init__(self, problem: Problem, x: Operands, block_q: int, block_kv: int):
+        self.problem, self.x, self.blocks = problem, x, {"q": block_q, "kv": block_kv}
+        self.batch, self.num_heads, self.num_kv_heads = *x.q.shape[:2], x.k.shape[1]
+        self.tokens = {side: Tokens(*(self._pad(t, side, 1) for t in both)) for side, both in (("q", x.queries), ("kv", x.keys))}
+        self.count = {side: both.positions.shape[1] // self.blocks[side] for side, both in self.tokens.items()}
+        self.by_query, self.by_key = schedules(
+            problem.layout, self.tokens["q"], self.tokens["kv"], block_q, block_kv, keep_first=problem.stats
+        )
+
+    def over_queries(self, kernel: Any, name: str, *, extra: _Inputs = (), outputs: _Outputs, scratch: list[Any]) -> list[Array]:
+        """Runs a kernel over (batch, heads, query blocks, key blocks visited); outputs belong to the queries."""
+
+        def where(b: Array, h: Array, i: Array, *rest: Any) -> tuple[Array, Array, dict[str, Array]]:
+            step, table, _ = rest
+            return b, h, {"q": i, "kv": self.by_query.lookup(table, b, i, step)[0]}
+
+        grid = (self.batch, self.num_heads, self.count["q"], self.by_query.entries.shape[2])
+        length = self.count["q"] * self.blocks["q"]
+        shapes = [jax.ShapeDtypeStruct((self.batch, self.num_heads, n, length), dtype) for n, dtype in outputs]
+        specs = [self._spec(shape.shape, "q", 3, where) for shape in shapes]
+        return self._call(
+            kernel, name, self.by_query, where, extra, out_shape=shapes, out_specs=specs, grid=grid, scratch=scratch
+        )
+
+    def over_keys(self, kernel: Any, name: str, *, extra: _Inputs = (), outputs: _Outputs, scratch: list[Any]) -> list[Array]:
+        """Likewise over (batch, key heads, key blocks, heads of the group, query blocks visited); outputs belong to the keys."""
+        group = self.num_heads // self.num_kv_heads
+
+        def where(b: Array, h: Array, j: Array, *rest: Any) -> tuple[Array, Array, dict[str, Array]]:
+            member, step, table, _ = rest
+            return b, h * group + member, {"q": self.by_key.lookup(table, b, j, step)[0], "kv": j}
+
+        grid = (self.batch, self.num_kv_heads, self.count["kv"], group, self.by_key.entries.shape[2])
+        length = self.count["kv"] * self.blocks["kv"]
+        shapes = [jax.ShapeDtypeStruct((self.batch, self.num_kv_heads, length, n), dtype) for n, dtype in outputs]
+        specs = [self._spec(shape.shape, "kv", 2, where) for shape in shapes]
+        return self._call(kernel, name, self.by_key, where, extra, out_shape=shapes, out_specs=specs, grid=grid, scratch=scratch)
+
+    def _call(
+        self, kernel: Any, name: str, schedule: Schedule, where: Any, extra: _Inputs, *, out_shape, out_specs, grid, scratch
+    ) -> list[Array]:
+        x = self.x
+        tokens = tuple((jnp.stack(both, axis=1)[:, None], side, 3) for side, both in self.tokens.items())  # [B, 1, 2, T]
+        inputs = ((x.q, "q", 2), (x.k, "kv", 2), (x.v, "kv", 2), *extra)
+        inputs = tuple((self._pad(array, side, axis), side, axis) for array, side, axis in inputs) + tokens
+        return pl.pallas_call(
+            partial(kernel, self.problem, schedule),
+            name=name,
+            out_shape=out_shape,
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=2,
+                grid=grid,
+                in_specs=[self._spec(array.shape, side, axis, where) for array, side, axis in inputs],
+                out_specs=out_specs,
+                scratch_shapes=scratch,
+            ),
+            compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3 + ("arbitrary",) * (len(grid) - 3)),
+        )(schedule.flat(), x.bias, *(array for array, _, _ in inputs))
+
+    def _pad(self, x: Array, side: str, axis: int) -> Array:
+        padding = [(0, 0)] * x.ndim
+        padding[axis] = (0, -x.shape[axis] % self.blocks[side])
+        return jnp.pad(x, padding)
+
+    def _spec(self, shape: tuple[int, ...], side: str, axis: int, where: Any) -> pl.BlockSpec:
+        """The blocks of an array [B or 1, any heads, ., .] along its token axis; heads are shared in contiguous groups."""
+
+        def index(*at: Any) -> tuple[Any, ...]:
+            b, h, blocks = where(*at)
+            b, h = b if shape[0] > 1 else 0, jax.lax.div(h, self.num_heads // shape[1]) if shape[1] > 1 else 0
+            return (b, h, blocks[side], 0) if axis == 2 else (b, h, 0, blocks[side])
+
+        size = self.blocks[side]
+        return pl.BlockSpec((1, 1, size, shape[3]) if axis == 2 else (1, 1, shape[2], size), index)
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
