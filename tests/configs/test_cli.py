@@ -42,7 +42,7 @@ PATTERNS = {
         {"model.mixers.moh+softmax.mixer.head_dim": 8, "model.mixers.moh+softmax.top_k": 1},
     ),
     "labels": (
-        "--model.pattern softmax/local,softmax --model.mixers.softmax/local.head-dim 8 --model.mixers.softmax/local.window-size 5",
+        "--model.pattern softmax/local,softmax --model.mixers.softmax/local.head-dim 8 --model.mixers.softmax/local.window-size=5",
         ("softmax/local", "softmax"),
         {"model.mixers.softmax/local.window_size": 5, "model.mixers.softmax.window_size": None},
     ),

@@ -220,8 +220,8 @@ def test_leaf_is_noticed(path, corpora, tmp_path):
         if found:
             return
     pytest.fail(
-        f"{path} was changed from {get_leaf(base, path)!r} to {tried} other valid values and nothing noticed. Use it, take it away, "
-        "or, where it works only beside another value or in the loop, name that in NEEDS, TEXTS or LOOP"
+        f"{path} was changed from {get_leaf(base, path)!r} to {tried} other valid values and nothing noticed. Use it, take "
+        "it away, or, where it works only beside another value or in the loop, name that in NEEDS, TEXTS or LOOP"
     )
 
 

@@ -94,6 +94,13 @@ def mixture(changes: Mapping[str, Any] | None = None) -> ExperimentConfig:
     return changed(dataclasses.replace(tiny(), model=model), changes or {})
 
 
+def routed(changes: Mapping[str, Any] | None = None) -> ExperimentConfig:
+    """`tiny` with one Mixture-of-Head softmax layer."""
+    mixers = {"moh+softmax": hybrid().model.mixers["moh+softmax"]}
+    model = dataclasses.replace(tiny().model, pattern="moh+softmax", num_layers=1, mixers=mixers)
+    return changed(dataclasses.replace(tiny(), model=model), changes or {})
+
+
 def changed(config: Any, changes: Mapping[str, Any]) -> Any:
     """`config` with the values at dotted paths replaced, all paths of one parent at once (so that joint rules hold)."""
     here: dict[str, Any] = {}
@@ -149,20 +156,21 @@ def write_corpus(folder: Path, *, files: int = 4, words: int = 300, seed: int = 
 
 
 def launch(*args: object, cache: Path, **popen: Any) -> subprocess.Popen:
-    """`launch.py` with these arguments as a process on one CPU device, compiling through the cache."""
+    """`launch.py` with these arguments as a process, compiling through the cache."""
     return subprocess.Popen(
         [sys.executable, str(ROOT / "launch.py"), *map(str, args)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", **cache_environment(cache)},
+        env={**os.environ, **environment(cache)},
         **popen,
     )
 
 
-def cache_environment(cache: Path) -> dict[str, str]:
-    """Environment of a process that keeps everything it compiles in `cache`."""
+def environment(cache: Path) -> dict[str, str]:
+    """Environment of a process that compiles as this one does (the other settings it inherits) and keeps it in `cache`."""
     return {
+        "JAX_DEFAULT_MATMUL_PRECISION": "highest",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",

@@ -176,7 +176,7 @@ def test_full_disk_is_an_os_error_and_earlier_checkpoints_stay(kib, small_disk):
     folder = small_disk(kib) / "checkpoints"
     rng = np.random.default_rng(0)  # random numbers do not compress
     states = {}
-    with pytest.raises(OSError, match="cannot be written to .*(No space left|RESOURCE_EXHAUSTED)"):
+    with pytest.raises(OSError, match=r"cannot be written to .*(No space left|RESOURCE_EXHAUSTED)"):
         checkpoints = Checkpoints(folder, keep_last=99)
         try:
             for step in range(1, 30):

@@ -9,7 +9,7 @@ import pytest
 
 from plait.launch import main
 from plait.tests.tolerances import assert_close
-from plait.tests.train.common import changed, mixture, tiny
+from plait.tests.train.common import changed, tiny
 from plait.train import run as runs
 from plait.train.evaluate import Evaluation, Evaluator, check_tasks
 from plait.train.loop import train
@@ -104,7 +104,7 @@ def test_eval_command_writes_what_training_measured(compile_cache, corpus, tmp_p
     """On the run's held-out text, with the averaged parameters, on another number of devices."""
     monkeypatch.setenv("COLUMNS", "200")
     out = tmp_path / "run"
-    result = train(mixture({"data.source": str(corpus), "out": str(out), "optimizer.ema": 0.5}))
+    result = train(tiny({"data.source": str(corpus), "out": str(out), "optimizer.ema": 0.5}))
     capsys.readouterr()
     assert main(["eval", str(out)]) == 0
     printed = capsys.readouterr().out

@@ -8,7 +8,7 @@ import pytest
 from plait.data.tokenizer import ByteTokenizer
 from plait.launch import main
 from plait.tests.models.common import quick_jit
-from plait.tests.train.common import hybrid, random_batch, setup_of
+from plait.tests.train.common import hybrid, random_batch, setup_of, tiny
 from plait.train.generate import Sampling, generate_text, generate_tokens
 from plait.train.loop import train
 from plait.train.step import make_step
@@ -56,7 +56,7 @@ def test_greedy_by_steps_is_the_likeliest_by_full_passes(model, greedy):
 
 
 def test_prompts_of_different_lengths_go_on_as_they_do_alone(model, greedy):
-    for prompt, row in zip(PROMPTS, greedy, strict=True):
+    for prompt, row in zip(PROMPTS, greedy, strict=True):  # of one shape, so compiled once
         np.testing.assert_array_equal(continued(model, [prompt], temperature=0)[0], row)
 
 
@@ -119,6 +119,7 @@ def test_seed_decides_the_draws(model):
     [
         ({"temperature": -0.1}, "temperature=-0.1 must be 0"),
         ({"temperature": float("nan")}, "temperature=nan must be 0"),
+        ({"temperature": float("inf")}, "temperature=inf must be 0"),
         ({"top_k": 0}, "top_k=0 must be at least 1"),
         ({"top_p": 0.0}, "top_p=0.0 must be above 0"),
         ({"top_p": 1.1}, "top_p=1.1 must be above 0 and at most 1"),
@@ -153,7 +154,7 @@ def test_text_ends_at_end_of_text(monkeypatch):
 
 def test_generate_command(compile_cache, corpus, tmp_path, capsys):
     out = tmp_path / "run"
-    train(hybrid({"data.source": str(corpus), "out": str(out), "steps": 3, "optimizer.warmup_steps": 1}))
+    train(tiny({"data.source": str(corpus), "out": str(out), "steps": 3, "optimizer.warmup_steps": 1, "data.val_fraction": 0.0}))
     capsys.readouterr()
 
     def said(*words):

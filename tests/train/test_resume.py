@@ -55,6 +55,20 @@ def undisturbed(config, compile_cache) -> Path:
     return Path(config.folder)
 
 
+@pytest.fixture(scope="module")
+def light(config, tmp_path_factory) -> ExperimentConfig:
+    """The same without recurrent layers and sigmaReparam, for the cases in which only files matter."""
+    mixers = {name: mixer for name, mixer in config.model.mixers.items() if name.startswith("moh")}
+    model = dataclasses.replace(config.model, pattern="moh+softmax", mixers=mixers, num_layers=1, sigma_reparam=None)
+    return dataclasses.replace(config, model=model, out=str(tmp_path_factory.mktemp("light") / "undisturbed"))
+
+
+@pytest.fixture(scope="module")
+def light_undisturbed(light, compile_cache) -> Path:
+    train(light)
+    return Path(light.folder)
+
+
 def flags(config: ExperimentConfig, out: Path) -> list[str]:
     """The command line that gives `config` from the preset lm_tiny, in another folder."""
     leaves = dict(_leaves(codec.encode(changed(config, {"out": str(out)}))))
@@ -162,9 +176,9 @@ def test_killed_at_a_random_moment(seed, config, undisturbed, compile_cache, tmp
     assert_same_run(out, undisturbed)
 
 
-def test_sigterm_saves_exits_0_and_goes_on(config, undisturbed, compile_cache, tmp_path):
+def test_sigterm_saves_exits_0_and_goes_on(light, light_undisturbed, compile_cache, tmp_path):
     out = tmp_path / "run"
-    words = flags(config, out)
+    words = flags(light, out)
     process = launch(*words, cache=compile_cache)
     while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").stat().st_size:
         assert process.poll() is None, process.communicate()[0]
@@ -175,29 +189,27 @@ def test_sigterm_saves_exits_0_and_goes_on(config, undisturbed, compile_cache, t
     assert "SIGTERM: saving after this step" in output and "--resume goes on" in output
     step = max(int(p.name) for p in (out / "checkpoints").glob("[0-9]*"))
     assert step < STEPS and f"saved at step {step}" in output
-    process = launch(*words, "--resume", cache=compile_cache)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0 and f"goes on from step {step}" in " ".join(output.split()), output
-    assert_same_run(out, undisturbed)
+    train(changed(light, {"name": "lm_tiny", "out": str(out), "resume": True}))
+    assert_same_run(out, light_undisturbed)
 
 
-def test_stopped_twice_and_resumed_twice(config, undisturbed, tmp_path, monkeypatch):
-    again = stopped_at(config, tmp_path / "run", 3, monkeypatch)
+def test_stopped_twice_and_resumed_twice(light, light_undisturbed, tmp_path, monkeypatch):
+    again = stopped_at(light, tmp_path / "run", 3, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr("plait.train.loop.place", _terminating(10))
         assert train(again).step == 13
     train(again)
-    assert_same_run(tmp_path / "run", undisturbed)
+    assert_same_run(tmp_path / "run", light_undisturbed)
 
 
-def test_stopped_before_the_first_step_begins_anew(config, undisturbed, tmp_path):
+def test_stopped_before_the_first_step_begins_anew(light, light_undisturbed, tmp_path):
     """A run killed before its first checkpoint holds only its config; --resume starts it."""
     out = tmp_path / "run"
     out.mkdir()
-    codec.save(changed(config, {"out": str(out)}), out / "config.json")
+    codec.save(changed(light, {"out": str(out)}), out / "config.json")
     (out / "metrics.jsonl").write_text('{"step": 2, "tokens": 1, "seconds": 1.0}\n{"step": 4, "tok')
-    train(changed(config, {"out": str(out), "resume": True}))
-    assert_same_run(out, undisturbed)
+    train(changed(light, {"out": str(out), "resume": True}))
+    assert_same_run(out, light_undisturbed)
 
 
 def truncate(file: Path) -> None:
@@ -214,12 +226,12 @@ DAMAGE = {"cut in half": truncate, "one file lost": Path.unlink, "one bit flippe
 
 
 @pytest.fixture(scope="module")
-def stopped(config, undisturbed, tmp_path_factory) -> tuple[ExperimentConfig, Path]:
+def stopped(light, light_undisturbed, tmp_path_factory) -> tuple[ExperimentConfig, Path]:
     """A run that stopped at step 19 with checkpoints of 8, 16 and 19; copy it before going on."""
     out = tmp_path_factory.mktemp("stopped") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        stopped_at(config, out, 19, patch)
-    return config, out
+        stopped_at(light, out, 19, patch)
+    return light, out
 
 
 def copied(stopped: tuple[ExperimentConfig, Path], tmp_path: Path) -> tuple[ExperimentConfig, Path]:
@@ -234,30 +246,30 @@ def largest_file(checkpoint: Path) -> Path:
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_damaged_checkpoint_is_set_aside_and_the_one_before_used(damage, stopped, undisturbed, tmp_path, caplog):
+def test_damaged_checkpoint_is_set_aside_and_the_one_before_used(damage, stopped, light_undisturbed, tmp_path, caplog):
     config, out = copied(stopped, tmp_path)
     caplog.set_level("WARNING", logger="plait")
     damage(largest_file(out / "checkpoints" / "19"))
     train(config)
     assert "checkpoint 19" in caplog.text and "going back to the one before" in caplog.text
     assert (out / "checkpoints" / "damaged-19").is_dir()
-    assert_same_run(out, undisturbed)
+    assert_same_run(out, light_undisturbed)
 
 
-def test_two_damaged_checkpoints_then_a_whole_one(stopped, undisturbed, tmp_path):
+def test_two_damaged_checkpoints_then_a_whole_one(stopped, light_undisturbed, tmp_path):
     config, out = copied(stopped, tmp_path)
     for step in ("19", "16"):
         truncate(largest_file(out / "checkpoints" / step))
     train(config)
     assert {p.name for p in (out / "checkpoints").glob("damaged-*")} == {"damaged-16", "damaged-19"}
-    assert_same_run(out, undisturbed)
+    assert_same_run(out, light_undisturbed)
 
 
-def test_half_written_checkpoint_folder_is_ignored(stopped, undisturbed, tmp_path):
+def test_half_written_checkpoint_folder_is_ignored(stopped, light_undisturbed, tmp_path):
     config, out = copied(stopped, tmp_path)
     shutil.copytree(out / "checkpoints" / "19", out / "checkpoints" / "24.orbax-checkpoint-tmp-1")
     train(config)
-    assert_same_run(out, undisturbed)
+    assert_same_run(out, light_undisturbed)
 
 
 def test_all_checkpoints_damaged_is_one_clear_error(stopped, tmp_path, capsys):
@@ -277,8 +289,8 @@ REFUSED = {
     "another learning rate": ({"optimizer.learning_rate": 0.5}, "optimizer.learning_rate: 0.01 -> 0.5"),
     "another model": ({"model.d_model": 32}, "model.d_model: 16 -> 32"),
     "another mixer option": (
-        {"model.mixers.gated_deltanet.conv_size": 3},
-        "model.mixers.gated_deltanet.conv_size: 4 -> 3",
+        {"model.mixers.moh+softmax.top_k": 1},
+        r"model.mixers.moh\+softmax.top_k: null -> 1",
     ),
     "another data seed": ({"data.seed": 5}, "data.seed: 0 -> 5"),
     "another length": ({"steps": 80}, "steps: 40 -> 80"),
@@ -289,7 +301,7 @@ REFUSED = {
 def test_run_folder_refuses_what_is_not_its_run(changes, message, stopped, tmp_path, capsys):
     config, out = copied(stopped, tmp_path)
     before = sorted(p.name for p in (out / "checkpoints").iterdir())
-    with pytest.raises(runs.RunError, match=message.replace(".", r"\.")):
+    with pytest.raises(runs.RunError, match=message):
         train(changed(config, changes))
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == before
 

@@ -14,7 +14,7 @@ from plait.models.linear import power_step
 from plait.models.mixers.stats import ProbeConfig
 from plait.tests.models.common import quick_jit
 from plait.tests.tolerances import assert_close
-from plait.tests.train.common import changed, different_arrays, hybrid, mixture, random_batch, setup_of, tiny
+from plait.tests.train.common import changed, different_arrays, hybrid, mixture, random_batch, routed, setup_of, tiny
 from plait.train.step import make_step
 
 GOLDEN = Path(__file__).with_name("golden_step.json")
@@ -97,7 +97,7 @@ def test_accumulation_weighs_tokens_not_rows(batch):
 
 
 def test_auxiliary_losses_are_in_the_metrics_and_survive_accumulation(batch):
-    config = mixture({"model.z_loss": 1e-3})
+    config = routed({"model.z_loss": 1e-3})
     _, metrics = Trainee(config).run(batch)
     assert float(metrics["loss/z"]) > 0 and float(metrics["loss/balance"]) > 0
     assert "loss/z" not in Trainee(tiny()).run(batch)[1]
