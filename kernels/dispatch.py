@@ -52,7 +52,7 @@ class Op:
         return name
 
     def _auto(self, *args: Any, **kwargs: Any) -> str:
-        declined = []
+        declined: list[str] = []
         for name, candidate in self.implementations.items():
             reason = candidate.unsupported(*args, **kwargs)
             if reason is None:

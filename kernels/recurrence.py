@@ -4,7 +4,7 @@ Every op is S_t = Diag(exp g_t) S_{t-1} + k_t u_t^T and o_t = scale S_t^T q_t, u
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +58,8 @@ class Chunks(NamedTuple):
     q: Array
     """[..., C, K], scaled."""
     k: Array
-    v: Array | None
+    v: Any
+    """None where only the weights on it are wanted."""
     g: Array
     """[..., C, K], or [..., C, 1] when all channels decay alike."""
     gates: tuple[Array, ...]
@@ -89,7 +90,7 @@ def cut(
     """Cuts token-major arguments, of any T, into chunks; g is [B, T, Hv, K] or [B, T, Hv, 1], other gates [B, T, Hv, 1]."""
     dtype = accumulation_dtype(q, k)
     chunk_size = chunking.fit_chunk_size(chunk_size, q.shape[1])
-    inputs = [
+    inputs: list[Any] = [
         q.astype(dtype) * scale,
         k.astype(dtype),
         None if v is None else v.astype(dtype),
@@ -100,14 +101,15 @@ def cut(
         index, real = chunking.segment_index(segment_ids)
         inputs = [None if x is None else _zero_where_padding(real, x) for x in inputs]
         bounds = chunking.boundaries(index, chunk_size, dtype)
-    q, k, v, g, *gates = (None if x is None else chunking.heads_to_chunks(x, chunk_size, num_heads) for x in inputs)
+    cut_inputs: list[Any] = [None if x is None else chunking.heads_to_chunks(x, chunk_size, num_heads) for x in inputs]
+    q, k, v, g, *chunk_gates = cut_inputs
     since_start, to_end = (jnp.exp(x) for x in chunking.decay_sums(g))
     decay = since_start[..., -1, :]
     if bounds is not None:
         since_start, to_end = since_start * bounds.head[..., None], to_end * bounds.tail[..., None]
         decay = decay * bounds.through[..., None]
     pairs = None if bounds is None else bounds.pairs
-    return Chunks(q, k, v, g, tuple(gates), pairs, q * since_start, k * since_start, k * to_end, decay)
+    return Chunks(q, k, v, g, tuple(chunk_gates), pairs, q * since_start, k * since_start, k * to_end, decay)
 
 
 def scores(q: Array, c: Chunks) -> Array:
@@ -120,7 +122,7 @@ def scores(q: Array, c: Chunks) -> Array:
 
 
 def scan_chunks(
-    advance: Callable[[Array, tuple[Array, ...]], tuple[Array, Array]],
+    advance: Callable[[Array, tuple[Array, ...]], tuple[Array, Any]],
     inputs: tuple[Array, ...],
     initial_state: Array | None,
     shape: tuple,

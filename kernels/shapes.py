@@ -1,5 +1,6 @@
 """Argument checks and numeric choices shared by the ops. Every message names the argument, what came, the rule and the fix."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -69,8 +70,8 @@ def check_recurrence(
     op: str,
     q: Array,
     k: Array,
-    v: Array,
-    gates: dict[str, tuple[Array | None, tuple[str, ...]]],
+    v: Any,
+    gates: Mapping[str, tuple[Any, tuple[str, ...]]],
     *,
     initial_state: Array | None,
     segment_ids: Array | None,

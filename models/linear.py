@@ -67,14 +67,14 @@ class Dense(nnx.Module):
     def weight(self) -> jax.Array:
         """The matrix that multiplies, `[..., in_dim, out_dim]` in the parameter dtype, leading axes for stacked layers."""
         kernel = self.kernel[...]
-        if self.gain is None:
+        if self.gain is None or self.v is None or self.u is None:
             return kernel
         scale = self.gain[...] / _sigma(kernel, self.v[...], self.u[...])
         return kernel * scale[..., None, None].astype(kernel.dtype)
 
     def power_iterate(self) -> None:
         """Move the singular vectors one power step towards the kernel's leading ones. Nothing to do without sigmaReparam."""
-        if self.gain is not None:
+        if self.v is not None and self.u is not None:
             v, u = power_step(jax.lax.stop_gradient(self.kernel[...]), self.u[...])
             self.v[...], self.u[...] = v, u
 

@@ -53,7 +53,7 @@ class Checkpoints:
         # Named here, because a checkpoint's metadata is read before anything is restored.
         handlers = {"state": ocp.StandardCheckpointHandler(), "extra": ocp.JsonCheckpointHandler()}
         there = self.folder.exists() or not read_only
-        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers) if there else None
+        self._manager: Any = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers) if there else None
 
     def save(self, step: int, state: TrainState, extra: dict[str, Any], *, loss: float | None) -> None:
         """Starts saving the state after `step` with the JSON `extra`; `loss` ranks it among the best.

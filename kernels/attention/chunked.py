@@ -2,6 +2,7 @@
 
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,14 +39,16 @@ def attention(
     kv_positions: Array | None,
     scale: float,
     return_stats: bool,
-    **normalization: object,
+    **normalization: Any,
 ) -> tuple[Array, AttentionStats | None]:
     """See `plait.kernels.attention`; always a pair here."""
     length, num_keys = q.shape[1], k.shape[1]
     queries, keys = sides(
         q, k, segment_ids=segment_ids, positions=positions, kv_segment_ids=kv_segment_ids, kv_positions=kv_positions
     )
-    rows = partial(_rows, mask=mask, scale=scale, precision=matmul_precision(q.dtype), return_stats=return_stats, **normalization)
+    rows: Any = partial(
+        _rows, mask=mask, scale=scale, precision=matmul_precision(q.dtype), return_stats=return_stats, **normalization
+    )
     if length == 1 or length * num_keys <= DENSE_TILE:
         return rows(q, queries, k, v, keys)
 
@@ -55,7 +58,7 @@ def attention(
     dtype = accumulation_dtype(q, k, v)
     k, v = k.astype(dtype), v.astype(dtype)  # the gradients of k and v are summed over blocks in this dtype
     anchors = mask.num_sink_tokens if own_keys else 0
-    starts = segment_starts(queries.segment_ids) if anchors else None
+    starts: Any = segment_starts(queries.segment_ids) if anchors else None
 
     def run_block(block: tuple[Array, Tokens, Array, Array | None], k: Array, v: Array, *, width: int):
         q, queries, low, start = block
@@ -93,7 +96,7 @@ def _rows(
     scale: float,
     precision: jax.lax.Precision,
     return_stats: bool,
-    **normalization: object,
+    **normalization: Any,
 ) -> tuple[Array, AttentionStats | None]:
     """Whole rows of attention for some queries over some keys."""
     logits = scaled_logits(q, k, scale, precision)

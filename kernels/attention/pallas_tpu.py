@@ -164,10 +164,10 @@ def _flash_backward(problem: Problem, saved: Any, cotangents: tuple[Array, tuple
     elif problem.sigmoid:
         inverse = jnp.where(lse > HIDDEN / 2, jnp.exp(-lse), 0)
         rows[1] = d_lse * inverse
-    rows = jnp.stack(rows, axis=2).astype(jnp.float32)  # [B, H, R, T]
+    stacked = jnp.stack(rows, axis=2).astype(jnp.float32)  # [B, H, R, T]
     d_o = jnp.swapaxes(d_o, 2, 3)
-    d_q, d_bias = tpu_kernels.query_gradients(problem, x, d_o, rows)
-    d_k, d_v = tpu_kernels.key_gradients(problem, x, d_o, rows)
+    d_q, d_bias = tpu_kernels.query_gradients(problem, x, d_o, stacked)
+    d_k, d_v = tpu_kernels.key_gradients(problem, x, d_o, stacked)
     return (Operands(d_q, d_k, d_v, d_bias, None, None),)
 
 

@@ -1,6 +1,6 @@
 """Attention as written: all scores, a dense mask, one normalisation."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -161,7 +161,7 @@ def sides(
 
 
 def attention_weights(
-    q: Array, k: Array, queries: Tokens, keys: Tokens, *, mask: Mask, scale: float, **options: object
+    q: Array, k: Array, queries: Tokens, keys: Tokens, *, mask: Mask, scale: float, **options: Any
 ) -> tuple[Array, AttentionStats | None]:
     """The weights [B, Hkv, R, T, S] and the statistics."""
     dtype = accumulation_dtype(q, k)

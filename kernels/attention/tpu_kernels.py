@@ -1,6 +1,6 @@
 """The three kernels of flash attention for TPU: forward, query gradients, key gradients. The math is in `pallas_tpu`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -70,10 +70,10 @@ class Operands(NamedTuple):
     """[B, Hkv, S, V]"""
     bias: Array
     """[H] float32, added to the sigmoid's logits."""
-    queries: Tokens
-    """int32 [B or 1, T]"""
-    keys: Tokens
-    """int32 [B or 1, S]"""
+    queries: Any
+    """`Tokens`, int32 [B or 1, T]"""
+    keys: Any
+    """`Tokens`, int32 [B or 1, S]"""
 
 
 _NT, _NN, _TN = ((((a,), (b,)), ((), ())) for a, b in ((1, 1), (1, 0), (0, 0)))
@@ -103,7 +103,7 @@ def _by_kind(kind: Array, tile: Callable[[bool], None]) -> None:
     pl.when(kind == FULL)(lambda: tile(False))
 
 
-def _weights_and_gradient(problem: Problem, masked: bool, bias: Array, refs: tuple[Any, ...]) -> tuple[Array, Array, Array]:
+def _weights_and_gradient(problem: Problem, masked: bool, bias: Array, refs: Sequence[Any]) -> tuple[Array, Array, Array]:
     """A, dz and the part of dz that the sigmoid's bias shares, all [N, M], of one tile of the backward pass."""
     *operands, q_tokens, k_tokens = refs
     q, k, v, d_o, rows = (x[0, 0] for x in operands)
@@ -149,8 +149,9 @@ def _forward_kernel(problem: Problem, schedule: Schedule, table: Any, bias: Any,
             peak[...] = jnp.maximum(old, jnp.max(shown, axis=0, keepdims=True))
         if problem.sigmoid:
             p = jax.nn.sigmoid(z + bias[h])
-            exponents = _log_sigmoid(z + bias[h]) if problem.stats else None
-            rise, keep = 0.0, 1.0
+            exponents: Any = _log_sigmoid(z + bias[h]) if problem.stats else None
+            rise: Any = 0.0
+            keep: Any = 1.0
         else:
             exponents = shown - peak[...]
             p = jnp.exp(exponents)
@@ -329,6 +330,7 @@ class _Tiling:
         tokens = tuple((jnp.stack(both, axis=1)[:, None], side, 3) for side, both in self.tokens.items())  # [B, 1, 2, T]
         inputs = ((x.q, "q", 2), (x.k, "kv", 2), (x.v, "kv", 2), *extra)
         inputs = tuple((self._pad(array, side, axis), side, axis) for array, side, axis in inputs) + tokens
+        semantics: Any = ("parallel",) * 3 + ("arbitrary",) * (len(grid) - 3)
         return pl.pallas_call(
             partial(kernel, self.problem, schedule),
             name=name,
@@ -340,7 +342,7 @@ class _Tiling:
                 out_specs=out_specs,
                 scratch_shapes=scratch,
             ),
-            compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3 + ("arbitrary",) * (len(grid) - 3)),
+            compiler_params=pltpu.CompilerParams(dimension_semantics=semantics),
         )(schedule.flat(), x.bias, *(array for array, _, _ in inputs))
 
     def _pad(self, x: Array, side: str, axis: int) -> Array:

@@ -1,5 +1,7 @@
 """The chunk form by the WY transform: what a chunk writes is one triangular inverse away from its keys and values."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -11,7 +13,7 @@ Array = jax.Array
 
 
 def cut(
-    q: Array, k: Array, v: Array | None, g: Array | None, beta: Array, **options: object
+    q: Array, k: Array, v: Array | None, g: Array | None, beta: Array, **options: Any
 ) -> tuple[recurrence.Chunks, Array, Array]:
     """The chunks, the scores of q [..., C, C], and M = (I + L)^-1 Diag(beta), L_ij being beta_i times the score of k_i, k_j."""
     g = jnp.zeros_like(beta) if g is None else g
@@ -36,7 +38,7 @@ def delta_rule(
     chunk_size: int,
 ) -> tuple[Array, Array]:
     """See `plait.kernels.delta_rule`."""
-    options = {"scale": scale, "segment_ids": segment_ids, "chunk_size": chunk_size}
+    options: dict[str, Any] = {"scale": scale, "segment_ids": segment_ids, "chunk_size": chunk_size}
     if q.shape[1] == 1:
         return reference.delta_rule(q, k, v, g, beta, initial_state=initial_state, **options)
     c, scores, inverse = cut(q, k, v, g, beta, **options)

@@ -1,5 +1,7 @@
 """The chunk form: products inside a chunk, one state passed between chunks."""
 
+from typing import Any
+
 import jax
 
 from plait.kernels import chunking, recurrence
@@ -20,7 +22,7 @@ def vector_decay(
     chunk_size: int,
 ) -> tuple[Array, Array]:
     """See `plait.kernels.vector_decay`."""
-    options = {"scale": scale, "segment_ids": segment_ids, "chunk_size": chunk_size}
+    options: dict[str, Any] = {"scale": scale, "segment_ids": segment_ids, "chunk_size": chunk_size}
     if q.shape[1] == 1:
         return reference.vector_decay(q, k, v, g, initial_state=initial_state, **options)
     chunks = recurrence.cut(q, k, v, g, num_heads=v.shape[2], **options)

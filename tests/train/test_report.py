@@ -33,7 +33,12 @@ def make_run(run, *, pattern=HYBRID, heads=8, steps=2000, probes=40, seed=0, tok
         "num_layers": depth,
     }
     (run / "config.json").write_text(json.dumps({"name": "lm_quick", "steps": steps, "seed": seed, "model": model}))
-    environment = {"num_params": 41_300_000, "devices": {"kind": "NVIDIA H100", "platform": "gpu", "count": 8}, "jax": "0.11.2", "commit": "0123abc"}
+    environment = {
+        "num_params": 41_300_000,
+        "devices": {"kind": "NVIDIA H100", "platform": "gpu", "count": 8},
+        "jax": "0.11.2",
+        "commit": "0123abc",
+    }
     (run / "environment.json").write_text(
         json.dumps({**environment, "kernels": {"attention": "pallas_gpu", "delta_rule": "chunked"}})
     )
