@@ -91,7 +91,7 @@ class _Loop:
         try:
             if first < config.steps:
                 self._compile()
-            self._write_facts()
+                self._write_facts()
             with (
                 MetricsWriter(self.folder, resumed_at=first or None, **sinks) as self.writer,
                 ProgressLine(config.steps, start_step=first) as self.progress,
