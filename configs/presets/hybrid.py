@@ -14,7 +14,7 @@ _HYBRID = "gated_deltanet*3,softmax"
 
 
 def hybrid_340m() -> ExperimentConfig:
-    """340M parameters, three gated DeltaNet layers to one softmax layer, 20B tokens.
+    """The study's 340M size (412M with embeddings), three gated DeltaNet layers to one softmax layer, 20B tokens.
 
     Command: `python launch.py train hybrid_340m --data.source CORPUS --mesh.fsdp 8`. Device: 8 accelerators of 40 GB or more.
     Expected: the study's language-model average for gated DeltaNet at 3:1 and 340M and 1.3B is 0.478; not yet run here.
@@ -23,23 +23,23 @@ def hybrid_340m() -> ExperimentConfig:
 
 
 def hybrid_1b() -> ExperimentConfig:
-    """1.3B parameters, three gated DeltaNet layers to one softmax layer, 100B tokens.
+    """The study's 1.3B size (1,516M with embeddings), three gated DeltaNet layers to one softmax layer, 100B tokens.
 
-    Command: `python launch.py train hybrid_1b --data.source CORPUS --mesh.fsdp 64` on every host of the slice. Device: a pod slice.
+    Command: `python launch.py train hybrid_1b --data.source CORPUS --mesh.fsdp 64`. Device: 64 accelerators.
     Expected: RULER 0.436 at this ratio in the study; not yet run here.
     """
     return _experiment("hybrid_1b", _HYBRID, d_model=2048, hidden_dim=5632, steps=95_000, batch_size=256, learning_rate=4e-4)
 
 
 def transformer_340m() -> ExperimentConfig:
-    """340M parameters, softmax attention throughout: the baseline of `hybrid_340m`. Command and device as there."""
+    """The study's 340M size (374M with embeddings), softmax attention throughout: the baseline of `hybrid_340m`. Command and device as there."""
     return _experiment(
         "transformer_340m", "softmax", d_model=1024, hidden_dim=2816, steps=38_000, batch_size=128, learning_rate=1e-3
     )
 
 
 def transformer_1b() -> ExperimentConfig:
-    """1.3B parameters, softmax attention throughout: the baseline of `hybrid_1b`. Command and device as there."""
+    """The study's 1.3B size (1,364M with embeddings), softmax attention throughout: the baseline of `hybrid_1b`. Command and device as there."""
     return _experiment(
         "transformer_1b", "softmax", d_model=2048, hidden_dim=5632, steps=95_000, batch_size=256, learning_rate=4e-4
     )
