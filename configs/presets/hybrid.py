@@ -32,14 +32,14 @@ def hybrid_1b() -> ExperimentConfig:
 
 
 def transformer_340m() -> ExperimentConfig:
-    """The study's 340M size (374M with embeddings), softmax attention throughout: the baseline of `hybrid_340m`. Command and device as there."""
+    """The study's 340M size (374M with embeddings), softmax attention throughout: the baseline of `hybrid_340m`, run as it is."""
     return _experiment(
         "transformer_340m", "softmax", d_model=1024, hidden_dim=2816, steps=38_000, batch_size=128, learning_rate=1e-3
     )
 
 
 def transformer_1b() -> ExperimentConfig:
-    """The study's 1.3B size (1,364M with embeddings), softmax attention throughout: the baseline of `hybrid_1b`. Command and device as there."""
+    """The study's 1.3B size (1,364M with embeddings), softmax attention throughout: the baseline of `hybrid_1b`, run as it is."""
     return _experiment(
         "transformer_1b", "softmax", d_model=2048, hidden_dim=5632, steps=95_000, batch_size=256, learning_rate=4e-4
     )
