@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from plait.configs.cli import parse_experiment
 from plait.launch import main
 from plait.tests.train.common import changed, routed
 from plait.train import run as runs
@@ -135,6 +136,7 @@ def keep_best(base, out):
     """Learning so fast that the loss rises: the best checkpoint is an early one, kept beside the newest."""
     settings = {
         "keep_last": 1,
+        "probe_every": None,
         "eval_every": 1,
         "checkpoint_every": 1,
         "optimizer__learning_rate": 3.0,
@@ -178,7 +180,7 @@ def max_bad_steps(base, out):
             pytest.raises(TrainingFailed, match=f"the last {limit} steps up to {limit + 2}"),
         ):
             poison_losses(patch, 3)
-            trained(poisonable(base), out / str(limit), optimizer__max_bad_steps=limit, steps=20)
+            trained(plain_steps(base), out / str(limit), optimizer__max_bad_steps=limit, steps=20)
 
 
 def cache_dir(base, out):
@@ -214,8 +216,8 @@ def test_option_of_the_loop(case, base, tmp_path):
     case(base, tmp_path / "run")
 
 
-def poisonable(config):
-    """Without probes and checkpoints, whose statistics and states are not what is looked at."""
+def plain_steps(config):
+    """Without probes, validations and checkpoints on the way, where they are not what is looked at."""
     return changed(config, {"probe_every": None, "eval_every": None, "checkpoint_every": None})
 
 
@@ -237,7 +239,7 @@ def poison_losses(patch, first, last=99):
 
 def test_a_few_bad_steps_are_skipped_counted_and_survived(base, tmp_path, monkeypatch):
     poison_losses(monkeypatch, 3, 4)
-    result = trained(poisonable(base), tmp_path / "run", optimizer__max_bad_steps=3, log_every=1)
+    result = trained(plain_steps(base), tmp_path / "run", optimizer__max_bad_steps=3, log_every=1)
     assert result.finished and np.isfinite(result.metrics["loss/train"])
     records = read_metrics(tmp_path / "run")
     assert [r["optimizer/skipped_steps"] for r in records if "loss/train" in r] == [0, 0, 1, 2, 2, 2]
@@ -286,7 +288,7 @@ def test_sigterm_while_validating_or_saving_still_saves(where, base, tmp_path, m
 def test_average_is_what_is_validated(finished, base, tmp_path):
     """With an average that hardly moves, validation keeps the loss of the first parameters."""
     plain = finished[0].metrics["loss/val"]
-    still = trained(base, tmp_path / "still", optimizer__ema=0.999999).metrics["loss/val"]
+    still = trained(plain_steps(base), tmp_path / "still", optimizer__ema=0.999999).metrics["loss/val"]
     assert abs(still - np.log(384)) < 0.1 < np.log(384) - plain
 
 
@@ -312,4 +314,5 @@ def test_a_full_disk_ends_with_status_1_and_keeps_earlier_checkpoints(base, tmp_
     message = capsys.readouterr().err
     assert "No space left on device" in message and "what was saved before stays" in message and "Traceback" not in message
     assert {2, 4} <= set(checkpoints_of(tmp_path / "run"))
-    assert main([*words.split(), "--resume"]) == 0, capsys.readouterr().err
+    _, preset, *options = words.split()
+    assert train(parse_experiment(preset, [*options, "--resume"])).finished
