@@ -27,7 +27,7 @@ CLOCKS = ("seconds", "time/step", "throughput/tokens_per_second")
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> ExperimentConfig:
-    """A hybrid with Mixture-of-Head, trained BPE, packing, an average and probes."""
+    """A hybrid with Mixture-of-Head, trained BPE, packing, an average, sigmaReparam and probes: everything that has state."""
     folder = tmp_path_factory.mktemp("resume")
     return hybrid(
         {
@@ -39,6 +39,7 @@ def config(tmp_path_factory) -> ExperimentConfig:
             "checkpoint_every": EVERY,
             "keep_last": 3,
             "optimizer.ema": 0.9,
+            "model.sigma_reparam": "spectral",
             "data.source": str(write_corpus(folder / "text")),
             "data.tokenizer": "bpe",
             "data.vocab_size": 300,
@@ -56,9 +57,9 @@ def undisturbed(config, compile_cache) -> Path:
 
 @pytest.fixture(scope="module")
 def light(config, tmp_path_factory) -> ExperimentConfig:
-    """One Mixture-of-Head layer with sigmaReparam instead, for the many cases in which it is files that matter."""
+    """One Mixture-of-Head layer instead, for the many cases in which it is files that matter."""
     mixers = {name: mixer for name, mixer in config.model.mixers.items() if name.startswith("moh")}
-    model = dataclasses.replace(config.model, pattern="moh+softmax", mixers=mixers, num_layers=1, sigma_reparam="spectral")
+    model = dataclasses.replace(config.model, pattern="moh+softmax", mixers=mixers, num_layers=1, sigma_reparam=None)
     return dataclasses.replace(config, model=model, out=str(tmp_path_factory.mktemp("light") / "undisturbed"))
 
 
