@@ -27,7 +27,7 @@ CLOCKS = ("seconds", "time/step", "throughput/tokens_per_second")
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> ExperimentConfig:
-    """A hybrid with Mixture-of-Head, trained BPE, packing, an average, sigmaReparam and probes: everything that has state."""
+    """A hybrid with Mixture-of-Head, trained BPE, packing, an average and probes."""
     folder = tmp_path_factory.mktemp("resume")
     return hybrid(
         {
@@ -39,7 +39,6 @@ def config(tmp_path_factory) -> ExperimentConfig:
             "checkpoint_every": EVERY,
             "keep_last": 3,
             "optimizer.ema": 0.9,
-            "model.sigma_reparam": "spectral",
             "data.source": str(write_corpus(folder / "text")),
             "data.tokenizer": "bpe",
             "data.vocab_size": 300,
@@ -59,7 +58,7 @@ def undisturbed(config, compile_cache) -> Path:
 def light(config, tmp_path_factory) -> ExperimentConfig:
     """One Mixture-of-Head layer instead, for the many cases in which it is files that matter."""
     mixers = {name: mixer for name, mixer in config.model.mixers.items() if name.startswith("moh")}
-    model = dataclasses.replace(config.model, pattern="moh+softmax", mixers=mixers, num_layers=1, sigma_reparam=None)
+    model = dataclasses.replace(config.model, pattern="moh+softmax", mixers=mixers, num_layers=1)
     return dataclasses.replace(config, model=model, out=str(tmp_path_factory.mktemp("light") / "undisturbed"))
 
 
@@ -200,6 +199,14 @@ def test_stopped_twice_and_resumed_twice(light, light_undisturbed, tmp_path, mon
         assert train(again).step == 13
     train(again)
     assert_same_run(tmp_path / "run", light_undisturbed)
+
+
+@pytest.mark.slow
+def test_stopped_with_singular_vectors(light, compile_cache, tmp_path, monkeypatch):
+    reparametrised = changed(light, {"model.sigma_reparam": "spectral", "out": str(tmp_path / "undisturbed")})
+    train(reparametrised)
+    train(stopped_at(reparametrised, tmp_path / "run", 11, monkeypatch))
+    assert_same_run(tmp_path / "run", tmp_path / "undisturbed")
 
 
 def test_stopped_before_the_first_step_begins_anew(light, light_undisturbed, tmp_path):
