@@ -57,7 +57,7 @@ def _plait(args: argparse.Namespace, x, shape):
     from plait.kernels import Mask
     from plait.kernels.attention import pallas_tpu, tpu_kernels
     from plait.kernels.attention.reference import Tokens
-    from plait.kernels.attention.tpu_schedule import FULL, MASKED, Layout
+    from plait.kernels.attention.schedule import FULL, MASKED, Layout
 
     length, width = args.seq_len, args.head_dim
     names = ("block_q", "block_kv", "block_q_dq", "block_kv_dq", "block_q_dkv", "block_kv_dkv")

@@ -10,9 +10,6 @@ where e_j = log A_j up to a constant of the row, and c1 and c are rows made from
 Sink logits need no kernel: they scale a row's output by the share of its keys, which is done, and differentiated, outside.
 """
 
-import contextlib
-import contextvars
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -23,8 +20,9 @@ from plait.kernels.attention import tpu_kernels
 from plait.kernels.attention.reference import MASKED as HIDDEN
 from plait.kernels.attention.reference import AttentionStats, Tokens, sides
 from plait.kernels.attention.tpu_kernels import LANES, Operands, Problem, Tiles
-from plait.kernels.attention.tpu_schedule import Layout, renumbered
+from plait.kernels.attention.schedule import Layout, renumbered
 from plait.kernels.masks import Mask
+from plait.kernels.target import current, not_on
 
 Array = jax.Array
 
@@ -46,32 +44,12 @@ def choose_tiles(generation: str, key_dim: int, value_dim: int, dtype: Any) -> T
     return Tiles(block_q=size, block_kv=size, block_q_dq=size, block_kv_dq=size, block_q_dkv=size, block_kv_dkv=size)
 
 
-_GENERATIONS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x"}
-_target: contextvars.ContextVar[str | None] = contextvars.ContextVar("plait_tpu_target", default=None)
-
-
-@contextlib.contextmanager
-def target(generation: str) -> Iterator[None]:
-    """Traces for a TPU generation ("v5e", "v5p", "v6e", ...) where the default backend is another: to compile ahead of time."""
-    token = _target.set(generation)
-    try:
-        yield
-    finally:
-        _target.reset(token)
-
-
-def _generation() -> str | None:
-    if _target.get() is not None:
-        return _target.get()
-    return _GENERATIONS.get(jax.devices()[0].device_kind) if jax.default_backend() == "tpu" else None
-
-
 def unsupported(
     q: Array, k: Array, v: Array, *, mask: Mask, segment_ids: Array | None, positions: Array | None, scale: float, **_: object
 ) -> str | None:
     """Why this kernel cannot serve a call, or None."""
-    if _generation() is None:
-        return f"the backend is {jax.default_backend()}, not a known TPU"
+    if reason := not_on("tpu"):
+        return reason
     dtypes = {x.dtype.name for x in (q, k, v)}
     if len(dtypes) > 1 or not dtypes <= {"float32", "bfloat16"}:
         return f"q, k and v are {', '.join(sorted(dtypes))}, not all float32 or all bfloat16"
@@ -88,8 +66,13 @@ def unsupported(
     return None
 
 
+def _generation() -> str:
+    here = current()
+    return here.generation if here is not None else "v5e"
+
+
 def _tiles(q: Array, k: Array, v: Array) -> Tiles:
-    return choose_tiles(_generation() or "v5e", q.shape[-1], v.shape[-1], q.dtype).fit(q.shape[1], k.shape[1])
+    return choose_tiles(_generation(), q.shape[-1], v.shape[-1], q.dtype).fit(q.shape[1], k.shape[1])
 
 
 def attention(

@@ -12,7 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from plait.kernels.attention.reference import MASKED as HIDDEN
 from plait.kernels.attention.reference import Tokens
-from plait.kernels.attention.tpu_schedule import FULL, MASKED, Layout, Schedule, schedules
+from plait.kernels.attention.schedule import FULL, MASKED, Layout, Schedule, schedules
 from plait.kernels.masks import Mask
 from plait.kernels.shapes import matmul_precision
 

@@ -11,6 +11,7 @@ from jax.sharding import SingleDeviceSharding
 
 from plait.kernels import Mask
 from plait.kernels.attention import pallas_tpu
+from plait.kernels.target import target
 
 pytest.importorskip("libtpu", reason="compiling for TPU needs libtpu: pip install 'jax[tpu]'")
 
@@ -42,7 +43,7 @@ def test_attention_compiles(generation: str, head_dim: int):
         return jnp.sum(o.astype(jnp.float32)) + (jnp.sum(rows.entropy) if stats else 0)
 
     segment_ids = jax.ShapeDtypeStruct((1, 4096), jnp.int32, sharding=where)
-    with pallas_tpu.target(generation):
+    with target(generation):
         text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(heads(8), heads(2), heads(2), segment_ids).compile().as_text()
     kernels = [line for line in text.splitlines() if 'custom_call_target="tpu_custom_call"' in line]
     assert {re.search(r"attention_[a-z]+", line)[0] for line in kernels} == {

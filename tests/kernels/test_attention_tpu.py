@@ -13,7 +13,8 @@ from jax.experimental.pallas import tpu as pltpu
 from plait.kernels import Mask
 from plait.kernels.attention import pallas_tpu, reference, tpu_kernels
 from plait.kernels.attention.reference import sides
-from plait.kernels.attention.tpu_schedule import FULL, SKIP, Layout, renumbered, schedules
+from plait.kernels.attention.schedule import FULL, SKIP, Layout, renumbered, schedules
+from plait.kernels.target import target
 from plait.tests.kernels import cases
 from plait.tests.tolerances import assert_tree_close, in_float64
 
@@ -49,7 +50,7 @@ CASES = {
 
 def run_checked(function: Callable[..., Any], *args: Any) -> Any:
     """Runs under the TPU interpreter; raises on a data race in every supported JAX."""
-    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)), pallas_tpu.target("v5e"):
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)), target("v5e"):
         out = jax.block_until_ready(jax.jit(function)(*args))
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call as state  # before JAX 0.12 a race only sets this flag
 
@@ -174,7 +175,7 @@ def test_unsupported_says_why():
     call = {"mask": Mask(), "segment_ids": None, "positions": None, "scale": 1.0}
     x = jax.ShapeDtypeStruct((1, 64, 1, 64), jnp.float32)
     assert "the backend is cpu" in pallas_tpu.unsupported(x, x, x, **call)
-    with pallas_tpu.target("v5e"):
+    with target("v5e"):
         assert pallas_tpu.unsupported(x, x, x, **call) is None
         half = jax.ShapeDtypeStruct(x.shape, jnp.float16)
         assert "float16" in pallas_tpu.unsupported(half, half, half, **call)
