@@ -1,0 +1,143 @@
+"""What the GPU kernels (Mosaic GPU, for Hopper) share: when they can run, tiles in shared memory, and matrix products on them.
+
+The products have two forms with the same numbers. Compiled, `wgmma` takes its left factor and its accumulator from registers; the
+interpreter runs neither, so there the left factor goes through shared memory and a fresh product is added.
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from plait.kernels.target import current, not_on
+
+Array = jax.Array
+
+MIN_JAX = (0, 11, 2)
+"""The first release with the kernel interface used here."""
+
+GENERATIONS = ("h100", "h200")
+"""Targets with `wgmma`."""
+
+MAX_SMEM = 227 << 10
+"""Bytes of shared memory a block can have."""
+
+_interpreting: contextvars.ContextVar[Any] = contextvars.ContextVar("plait_gpu_interpret", default=None)
+
+
+def unavailable() -> str | None:
+    """Why no GPU kernel of ours can be traced here, or None."""
+    if reason := not_on("gpu"):
+        return reason
+    here = current()
+    if here is not None and here.generation not in GENERATIONS:
+        return f"the target is {here.generation}, and wgmma exists on {' and '.join(GENERATIONS)} only"
+    if jax.__version_info__ < MIN_JAX:
+        return f"it needs JAX >= {'.'.join(map(str, MIN_JAX))} and this is {jax.__version__}"
+    return None
+
+
+@contextlib.contextmanager
+def interpreting(*, detect_races: bool = True) -> Iterator[None]:
+    """Kernels traced here run in Pallas' GPU interpreter on the CPU; a data race raises an error."""
+    token = _interpreting.set(plgpu.InterpretGPUParams(detect_races=detect_races))
+    try:
+        yield
+    except Exception:
+        from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # a failed kernel leaves its buffers behind
+
+        gpu_callbacks.reset_gpu_interpret_mode_state()
+        raise
+    finally:
+        _interpreting.reset(token)
+
+
+def interpreted() -> bool:
+    """Whether kernels traced here are interpreted."""
+    return _interpreting.get() is not None
+
+
+def call(body: Callable[..., None], *, name: str, **options: Any) -> Callable[..., Any]:
+    """`plgpu.kernel` with fast exponentials and explicit layouts; interpreted under `interpreting`. `options` are its own."""
+    body.__name__ = name
+    params = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
+    interpret = {"interpret": _interpreting.get()} if interpreted() else {}
+    return plgpu.kernel(body, compiler_params=params, **interpret, **options)
+
+
+def tile(shape: Sequence[int], dtype: Any) -> Any:
+    """An uninitialised tile [..., M, N] in shared memory, laid out as `wgmma` and the copies want it.
+
+    Raises:
+      ValueError: N is no multiple of the smallest swizzle (32 bytes).
+    """
+    for swizzle in (128, 64, 32):
+        columns = swizzle // jnp.dtype(dtype).itemsize
+        if shape[-1] % columns == 0:
+            return plgpu.SMEM(
+                tuple(shape), dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle))
+            )
+    raise ValueError(f"tile: shape={tuple(shape)} must end in a multiple of {columns} {jnp.dtype(dtype).name}; pad the last axis")
+
+
+def tile_bytes(shape: Sequence[int], dtype: Any) -> int:
+    """Shared memory of a tile."""
+    size = jnp.dtype(dtype).itemsize
+    for n in shape:
+        size *= n
+    return size
+
+
+def left_factor(shape: Sequence[int], dtype: Any) -> Any:
+    """Scratch through which `product` and `accumulate` pass a left factor that lives in registers; None where none is needed."""
+    return tile(shape, dtype) if interpreted() else None
+
+
+def full(shape: Sequence[int], value: float, dtype: Any = jnp.float32) -> Array:
+    """A constant [M, N] in the layout of products, or [M] in that of their rows."""
+    layout = plgpu.Layout.WGMMA if len(shape) == 2 else plgpu.Layout.WGMMA.reduce(1)
+    return plgpu.layout_cast(jnp.full(shape, value, dtype), layout)
+
+
+def rows_to(x: Array, num_columns: int) -> Array:
+    """[M] to [M, N]."""
+    return jax.lax.broadcast_in_dim(x, (x.shape[0], num_columns), (0,))
+
+
+def columns_to(x: Array, num_rows: int) -> Array:
+    """[N] to [M, N]."""
+    return jax.lax.broadcast_in_dim(x, (num_rows, x.shape[0]), (1,))
+
+
+def product(a: Any, b: Any, *, scratch: Any = None) -> Array:
+    """a [M, K] times b [K, N], float32, waited for; b in shared memory, a there or in registers.
+
+    `scratch` is what `left_factor` gave, for an a in registers, else None.
+    """
+
+    def multiply(acc: Any) -> Array:
+        plgpu.wgmma(acc, _staged(a, scratch), b)
+        return acc[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+
+
+def accumulate(acc: Array, a: Any, b: Any, *, scratch: Any = None) -> Array:
+    """acc + a b for float32 acc [M, N]; see `product`."""
+    if interpreted():
+        return acc + product(a, b, scratch=scratch)
+    return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(plgpu.ACC.init(acc))
+
+
+def _staged(a: Any, scratch: Any) -> Any:
+    """The left factor as `wgmma` takes it."""
+    if scratch is None:
+        return a
+    scratch[...] = a
+    plgpu.commit_smem()
+    return scratch
