@@ -7,7 +7,7 @@ interpreter runs neither, so there the left factor goes through shared memory an
 import contextlib
 import contextvars
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -94,8 +94,42 @@ def tile_bytes(shape: Sequence[int], dtype: Any) -> int:
 
 
 def left_factor(shape: Sequence[int], dtype: Any) -> Any:
-    """Scratch through which `product` and `accumulate` pass a left factor that lives in registers; None where none is needed."""
+    """Scratch through which `accumulate` passes a left factor that lives in registers; None where none is needed."""
     return tile(shape, dtype) if interpreted() else None
+
+
+class Ring(NamedTuple):
+    """Tiles in shared memory that one warpgroup fills and others read, `tiles.shape[0]` ahead of them at most."""
+
+    tiles: Any
+    """[stages, ...]"""
+    filled: Any
+    """A barrier a stage, on which the readers wait."""
+    free: Any
+    """A barrier a stage, on which every reader arrives when it is done."""
+
+    def fill(self, step: Array, source: Any) -> None:
+        """Starts the copy of `source` for the reader's step `step`."""
+        stages = self.tiles.shape[0]
+        slot = jax.lax.rem(step, jnp.int32(stages))
+        pl.when(step >= stages)(lambda: plgpu.barrier_wait(self.free.at[slot]))
+        plgpu.copy_gmem_to_smem(source, self.tiles.at[slot], self.filled.at[slot])
+
+    def read(self, step: Array) -> Any:
+        """The tile of a step, once it is there; to be followed by `release`."""
+        slot = jax.lax.rem(step, jnp.int32(self.tiles.shape[0]))
+        plgpu.barrier_wait(self.filled.at[slot])
+        return self.tiles.at[slot]
+
+    def release(self, step: Array) -> None:
+        """Says that this reader has read a step's tile."""
+        plgpu.barrier_arrive(self.free.at[jax.lax.rem(step, jnp.int32(self.tiles.shape[0]))])
+
+
+def ring(stages: int, tiles: Any, readers: int) -> Ring:
+    """Scratch of a `Ring` of `tiles` [stages, ...] for a number of reading warpgroups."""
+    filled = plgpu.Barrier(num_barriers=stages)
+    return Ring(tiles, filled, plgpu.Barrier(num_arrivals=readers, num_barriers=stages))
 
 
 def full(shape: Sequence[int], value: float, dtype: Any = jnp.float32) -> Array:
@@ -114,30 +148,37 @@ def columns_to(x: Array, num_rows: int) -> Array:
     return jax.lax.broadcast_in_dim(x, (num_rows, x.shape[0]), (1,))
 
 
-def product(a: Any, b: Any, *, scratch: Any = None) -> Array:
-    """a [M, K] times b [K, N], float32, waited for; b in shared memory, a there or in registers.
+def products(*pairs: tuple[Any, Any], issued: Callable[[], None] | None = None) -> list[Array]:
+    """The products a b, float32, of pairs of tiles in shared memory, a [M, K] and b [K, N], waited for together.
 
-    `scratch` is what `left_factor` gave, for an a in registers, else None.
+    `issued` is called between their start and the wait.
     """
 
-    def multiply(acc: Any) -> Array:
-        plgpu.wgmma(acc, _staged(a, scratch), b)
-        return acc[...]
+    def multiply(*accs: Any) -> list[Array]:
+        for acc, (a, b) in zip(accs, pairs, strict=True):
+            plgpu.wgmma(acc, a, b)
+        if issued is not None:
+            issued()
+        return [acc[...] for acc in accs]
 
-    return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
-
-
-def accumulate(acc: Array, a: Any, b: Any, *, scratch: Any = None) -> Array:
-    """acc + a b for float32 acc [M, N]; see `product`."""
-    if interpreted():
-        return acc + product(a, b, scratch=scratch)
-    return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(plgpu.ACC.init(acc))
+    return pl.run_scoped(multiply, *(plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32) for a, b in pairs))
 
 
-def _staged(a: Any, scratch: Any) -> Any:
-    """The left factor as `wgmma` takes it."""
-    if scratch is None:
-        return a
-    scratch[...] = a
-    plgpu.commit_smem()
-    return scratch
+def accumulate(*terms: tuple[Array, Array, Any], scratch: Any = None) -> list[Array]:
+    """acc + a b of (acc, a, b), waited for together: acc float32 [M, N] and a [M, K] in registers, b in shared memory.
+
+    `scratch` is what `left_factor` gave.
+    """
+    if not interpreted():
+
+        def add(accs: Any) -> None:
+            for acc, (_, a, b) in zip(accs, terms, strict=True):
+                plgpu.wgmma(acc, a, b)
+
+        return list(pl.run_state(add)([plgpu.ACC.init(acc) for acc, _, _ in terms]))
+    sums = []
+    for acc, a, b in terms:
+        scratch[...] = a
+        plgpu.commit_smem()
+        sums.append(acc + products((scratch, b))[0])
+    return sums
