@@ -1,0 +1,287 @@
+"""The Hopper kernels of the linear recurrences around the state: the pass over chunks, what reads its states, and their gradients.
+
+With the factors of `plait.kernels.recurrence.Chunks`, A the scores inside a chunk, S_n the state that enters chunk n, and E = -W
+what the delta rule erases (W = (I + L)^-1 Diag(beta) K_in; without the delta rule X is v):
+
+    X_n = U_n + E_n S_n            S_{n+1} = Diag(d_n) S_n + K_out^T X_n            `carry`
+    O_n = Q_in S_n + A X_n                                                          `combine`
+
+and backwards, with Z_n the gradient of the state that leaves chunk n:
+
+    dX_n = A^T dO + K_out Z_n      Z_{n-1} = Diag(d_n) Z_n + Q_in^T dO + E^T dX_n   `carry`, last chunk first; dU is dX
+    dQ_in = dO S^T, dK_out = X Z^T, dE = dX S^T, dA = dO X^T, dd = sum_v S Z        `gradients`
+
+Only `carry` runs chunk after chunk. Products are wgmma on bfloat16 tiles in shared memory with float32 accumulators; the running
+state stays float32 in registers. Rows are `[B, H, N, C, X]` or, straight from the model, `[B, T, H, X]`; every kernel reads both.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from plait.kernels.gpu import call, tile
+
+Array = jax.Array
+Ref = Any
+
+CHUNK = 64
+"""Tokens a chunk: the rows that one warpgroup multiplies."""
+
+WIDTH = 64
+"""Columns of the state in one program of `carry` (registers hold them beside an accumulator of the same size), and its rows in one
+of `gradients`."""
+
+_IN_FLIGHT = 80 << 10
+"""Bytes of shared memory that `carry` fills ahead, so that two programs fit a multiprocessor."""
+
+_ALL = slice(None)
+
+
+class Delta(NamedTuple):
+    """The part of a pass that reads the state and writes back: X = base + read S, then S += write^T X."""
+
+    read: Array
+    """[B, H, N, C, K] bfloat16"""
+    write: Array
+    """[B, H, N, C, K] bfloat16"""
+    base: tuple[Array, ...]
+    """Rows of width V; or scores [B, H, N, C, C] and rows of width V, for the base scores^T rows."""
+
+
+def _tile(*shape: int) -> Any:
+    return tile(shape, jnp.bfloat16)
+
+
+def _matmul(shape: tuple[int, ...], *pairs: tuple[Ref, Ref]) -> Array:
+    """The float32 sum of the products of pairs of tiles in shared memory."""
+
+    def accumulate(acc: Ref) -> Array:
+        for a, b in pairs:
+            plgpu.wgmma(acc, a, b)
+        return acc[...]
+
+    return pl.run_scoped(accumulate, plgpu.ACC(shape, jnp.float32))
+
+
+def _transposed(tile: Ref) -> Ref:
+    return tile.transpose((1, 0))
+
+
+def _load(tile: Ref) -> Array:
+    """A tile in registers, in float32, laid out as an accumulator."""
+    return plgpu.load(tile, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+
+
+def _at(x: Ref, b: Any, h: Any, n: Any, columns: Any = _ALL) -> Ref:
+    """What belongs to chunk n of a head: the rows, or a matrix [K, V] of [B, H, N, K, V]."""
+    if len(x.shape) == 5:
+        return x.at[b, h, n, :, columns]
+    return x.at[b, pl.ds(n * CHUNK, CHUNK), h, columns]
+
+
+def carry(
+    decay: Array, initial: Array, *, add: tuple[Array, Array] | None = None, delta: Delta | None = None, reverse: bool = False
+) -> tuple[Array, Array, Array | None]:
+    """Carries a state through the chunks: S <- Diag(decay) S + add[0]^T add[1] + write^T X with X = base + read S.
+
+    Args:
+      decay: [B, H, N, K] float32.
+      initial: [B, H, K, V] float32.
+      add: rows of width K and of width V, bfloat16.
+      delta: the part that reads the state.
+      reverse: from the last chunk to the first.
+
+    Returns:
+      The states before each chunk [B, H, N, K, V] bfloat16, the last state [B, H, K, V] float32, and X [B, H, N, C, V] bfloat16.
+    """
+    (batch, heads, chunks, key_dim), value_dim = decay.shape, initial.shape[-1]
+    loads: list[tuple[Array, bool]] = []  # with whether a program reads all columns, or its share of V
+    if add:
+        loads += [(add[0], True), (add[1], False)]
+    if delta:
+        loads += [(delta.read, True), (delta.write, True)]
+        loads += [(x, i < len(delta.base) - 1) for i, x in enumerate(delta.base)]
+    tiles_bytes = sum(2 * CHUNK * (x.shape[-1] if whole else WIDTH) for x, whole in loads)
+
+    def kernel(*refs: Ref) -> None:
+        decay_ref, initial_ref, *ins = refs[: 2 + len(loads)]
+        states_ref, final_ref, *x_ref, state_smem, x_smem = refs[2 + len(loads) :]
+        b, h, j = (jax.lax.axis_index(name) for name in "bhj")
+        columns = pl.ds(j * WIDTH, WIDTH)
+        chunk = (lambda n: chunks - 1 - n) if reverse else (lambda n: n)
+
+        def spec(x: Array, whole: bool) -> Any:
+            width, column = (x.shape[-1], 0) if whole else (WIDTH, j)
+            if x.ndim == 5:
+                shape, index = (None, None, None, x.shape[3], width), lambda n: (b, h, chunk(n), 0, column)
+            else:
+                shape, index = (None, CHUNK, None, width), lambda n: (b, chunk(n), h, column)
+            return plgpu.BlockSpec(shape, index, transforms=tile(shape[-1:], x.dtype).transforms)
+
+        def step(at: tuple[Any], decay_smem: Ref, *args: Any) -> Array:
+            *tiles, state = args
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            state_smem[...] = state.astype(jnp.bfloat16)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(state_smem, _at(states_ref, b, h, chunk(at[0]), columns))
+            updates = []
+            if add:
+                a, rows, *tiles = tiles
+                updates.append((_transposed(a), rows))
+            if delta:
+                read, write, *bases = tiles
+                if len(bases) == 1:
+                    x = _load(bases[0]) + _matmul((CHUNK, WIDTH), (read, state_smem))
+                else:
+                    x = _matmul((CHUNK, WIDTH), (_transposed(bases[0]), bases[1]), (read, state_smem))
+                x_smem[...] = x.astype(jnp.bfloat16)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(x_smem, _at(x_ref[0], b, h, chunk(at[0]), columns))
+                updates.append((_transposed(write), x_smem))
+            kept = plgpu.load(decay_smem, layout=plgpu.Layout.WGMMA.reduce(1))
+            state = state * jax.lax.broadcast_in_dim(kept, state.shape, [0]) + _matmul(state.shape, *updates)
+            plgpu.commit_smem()  # No warp still reads the tiles when the pipeline fills them again.
+            return state
+
+        pipeline = plgpu.emit_pipeline(
+            step,
+            grid=(chunks,),
+            in_specs=[plgpu.BlockSpec((None, None, None, key_dim), lambda n: (b, h, chunk(n), 0)), *(spec(*x) for x in loads)],
+            max_concurrent_steps=max(2, min(4, _IN_FLIGHT // tiles_bytes)),
+            init_carry=plgpu.load(initial_ref.at[b, h, :, columns], layout=plgpu.Layout.WGMMA, optimized=False),
+        )
+        final_ref[b, h, :, columns] = pipeline(decay_ref, *ins)
+        plgpu.wait_smem_to_gmem(0)
+
+    outputs = [
+        jax.ShapeDtypeStruct((batch, heads, chunks, key_dim, value_dim), jnp.bfloat16),
+        jax.ShapeDtypeStruct(initial.shape, jnp.float32),
+    ]
+    if delta:
+        outputs.append(jax.ShapeDtypeStruct((batch, heads, chunks, CHUNK, value_dim), jnp.bfloat16))
+    states, final, *x = call(
+        kernel,
+        name=f"carry{'_delta' if delta else ''}{'_back' if reverse else ''}",
+        out_type=outputs,
+        grid=(batch, heads, value_dim // WIDTH),
+        grid_names=tuple("bhj"),
+        scratch_types=[_tile(key_dim, WIDTH), _tile(CHUNK, WIDTH)],
+    )(decay, initial, *(x for x, _ in loads))
+    return states, final, x[0] if x else None
+
+
+def _fetch(barrier: Ref, *copies: tuple[Ref, Ref]) -> None:
+    """Copies to shared memory and waits."""
+    for source, target in copies:
+        plgpu.copy_gmem_to_smem(source, target, barrier)
+    plgpu.barrier_wait(barrier)
+
+
+def combine(rows: Array, states: Array, scores: Array, values: Array, like: Any, *, transposed: bool = False) -> Array:
+    """rows S_n + scores values, or scores^T values, for every chunk: outputs, and the gradients of values.
+
+    Args:
+      rows: rows of width K, bfloat16.
+      states: [B, H, N, K, V] bfloat16.
+      scores: [B, H, N, C, C] bfloat16.
+      values: rows of width V, bfloat16.
+      like: shape and dtype of the result.
+      transposed: takes the transpose of the scores.
+    """
+    batch, heads, chunks, key_dim, value_dim = states.shape
+
+    def kernel(*refs: Ref) -> None:
+        (*ins, out_ref), tiles, barrier = refs[:5], refs[5:9], refs[9]
+        place = tuple(jax.lax.axis_index(name) for name in "bhn")
+        _fetch(barrier, *((_at(x, *place), t) for x, t in zip(ins, tiles, strict=True)))
+        rows, state, scores, values = tiles
+        pairs = (rows, state), (_transposed(scores) if transposed else scores, values)
+        out = _matmul((CHUNK, value_dim), *pairs)
+        plgpu.commit_smem()  # Every warp has read the tile that is written next.
+        values[...] = out.astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(values, _at(out_ref, *place))
+        plgpu.wait_smem_to_gmem(0)
+
+    tiles = [_tile(CHUNK, key_dim), _tile(key_dim, value_dim), _tile(CHUNK, CHUNK), _tile(CHUNK, value_dim)]
+    return call(
+        kernel,
+        name="combine_back" if transposed else "combine",
+        out_type=like,
+        grid=(batch, heads, chunks),
+        grid_names=tuple("bhn"),
+        scratch_types=[*tiles, plgpu.Barrier(num_arrivals=len(tiles))],
+    )(rows, states, scores, values)
+
+
+class Gradients(NamedTuple):
+    """What `gradients` gives: bfloat16, except the decay's float32."""
+
+    q_in: Array
+    """[B, H, N, C, K]"""
+    k_out: Array
+    """[B, H, N, C, K]"""
+    scores: Array
+    """[B, H, N, C, C]"""
+    decay: Array
+    """[B, H, N, K]"""
+    erase: Array | None
+    """[B, H, N, C, K]"""
+
+
+def gradients(d_o: Array, x: Array, d_x: Array | None, states: Array, d_states: Array) -> Gradients:
+    """The gradients of what `carry` and `combine` read, for every chunk.
+
+    Args:
+      d_o: rows of width V, bfloat16: the gradient of the outputs.
+      x: rows of width V, bfloat16: what each token wrote.
+      d_x: its gradient; None without the delta rule.
+      states: [B, H, N, K, V] bfloat16, entering.
+      d_states: [B, H, N, K, V] bfloat16, the gradients of the leaving ones.
+    """
+    batch, heads, chunks, key_dim, value_dim = states.shape
+    rows = [d_o, x] if d_x is None else [d_o, x, d_x]
+
+    def kernel(*refs: Ref) -> None:
+        sources, refs = refs[: len(rows) + 2], refs[len(rows) + 2 :]
+        outs, tiles, out_tiles, barrier = refs[: len(like)], refs[len(like) : -1 - len(like)], refs[-1 - len(like) : -1], refs[-1]
+        b, h, n, i = (jax.lax.axis_index(name) for name in "bhni")
+        block = pl.ds(i * WIDTH, WIDTH)
+        blocks = [_at(x, b, h, n) for x in sources[:-2]] + [x.at[b, h, n, block, :] for x in sources[-2:]]
+        _fetch(barrier, *zip(blocks, tiles, strict=True))
+        d_o, x, *d_x, state, d_state = tiles
+        out_scores, out_decay, *out_rows = out_tiles
+        out_decay[...] = jnp.sum(_load(state) * _load(d_state), axis=1)
+        factors = [(d_o, state), (x, d_state), *((d, state) for d in d_x)]
+        for (a, matrix), out in zip(factors, out_rows, strict=True):
+            out[...] = _matmul((CHUNK, WIDTH), (a, _transposed(matrix))).astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(out_decay, outs[1].at[b, h, n, block])
+        for out, ref in zip(out_rows, outs[2:], strict=True):
+            plgpu.copy_smem_to_gmem(out, ref.at[b, h, n, :, block])
+
+        @pl.when(i == 0)
+        def _scores() -> None:
+            out_scores[...] = _matmul((CHUNK, CHUNK), (d_o, _transposed(x))).astype(jnp.bfloat16)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(out_scores, outs[0].at[b, h, n])
+
+        plgpu.wait_smem_to_gmem(0)
+
+    shape = (batch, heads, chunks)
+    like = [jax.ShapeDtypeStruct((*shape, CHUNK, CHUNK), jnp.bfloat16), jax.ShapeDtypeStruct((*shape, key_dim), jnp.float32)]
+    like += [jax.ShapeDtypeStruct((*shape, CHUNK, key_dim), jnp.bfloat16)] * len(rows)
+    tiles = [*[_tile(CHUNK, value_dim)] * len(rows), *[_tile(WIDTH, value_dim)] * 2]
+    out_tiles = [_tile(CHUNK, CHUNK), plgpu.SMEM((WIDTH,), jnp.float32), *[_tile(CHUNK, WIDTH)] * len(rows)]
+    d_scores, d_decay, d_q, d_k, *d_erase = call(
+        kernel,
+        name="gradients" if d_x is None else "gradients_delta",
+        out_type=like,
+        grid=(*shape, key_dim // WIDTH),
+        grid_names=tuple("bhni"),
+        scratch_types=[*tiles, *out_tiles, plgpu.Barrier(num_arrivals=len(tiles))],
+    )(*rows, states, d_states)
+    return Gradients(d_q, d_k, d_scores, d_decay, *(d_erase or (None,)))

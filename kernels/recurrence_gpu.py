@@ -1,0 +1,152 @@
+"""The GPU driver of the linear recurrences: what their Hopper kernels share in arguments, order and gradients.
+
+A call is prepared (everything in a chunk that does not depend on the state), carried and combined. The backward pass prepares
+again, so that between the passes only the arguments and the states [K, V] that enter each chunk are kept, in bfloat16.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from plait.kernels import gpu
+from plait.kernels.recurrence import Results, log_decay_rate, results, summarize, token_norm
+
+Array = jax.Array
+
+CHUNK = 64
+"""Tokens a chunk: the rows that one warpgroup multiplies."""
+
+DIMS = (64, 128, 256)
+"""Head dims that fill whole tiles."""
+
+
+class Prepared(NamedTuple):
+    """What the kernels read, after `plait.kernels.recurrence.Chunks`; rows are [B, H, N, C, X] or [B, T, H, X]."""
+
+    q_in: Array
+    """Rows of width K, bfloat16."""
+    k_out: Array
+    """Rows of width K, bfloat16."""
+    decay: Array
+    """[B, H, N, K] float32"""
+    scores: Array
+    """[B, H, N, C, C] bfloat16"""
+    values: Array
+    """Rows of width V, bfloat16: v, or U of the delta rule."""
+    erase: Array | None = None
+    """-W of the delta rule: rows of width K, bfloat16."""
+
+
+Prepare = Callable[..., Prepared]
+"""`prepare(segment_ids, scale, *arguments)`: the arguments are q, k, v and gates, T a multiple of `CHUNK`."""
+
+
+def unsupported(q: Array, k: Array, v: Array, *, scale: Any) -> str | None:
+    """Why the kernels cannot serve a call, or None."""
+    if reason := gpu.unavailable():
+        return reason
+    dtypes = {x.dtype.name for x in (q, k, v)}
+    if dtypes != {"bfloat16"}:
+        return f"q, k and v are {', '.join(sorted(dtypes))}, not bfloat16 (float32 products would round to tf32)"
+    if q.shape[-1] not in DIMS or v.shape[-1] not in DIMS:
+        return f"head dims {q.shape[-1]} and {v.shape[-1]} are not of {DIMS}"
+    if q.shape[1] == 1:
+        return "one token is one step of the recurrence and fills no chunk"
+    if not isinstance(scale, (int, float)):
+        return "the scale is an array, not a number"
+    return None
+
+
+def run(
+    prepare: Prepare,
+    q: Array,
+    k: Array,
+    v: Array,
+    g: Array | None,
+    *gates: Array,
+    scale: float,
+    initial_state: Array | None,
+    segment_ids: Array | None,
+    return_stats: bool,
+) -> Results:
+    """The outputs, the final state and, when asked, the statistics of a recurrence."""
+    batch, length, heads, value_dim = v.shape
+    if initial_state is None:
+        initial_state = jnp.zeros((batch, heads, q.shape[-1], value_dim), jnp.float32)
+    arguments = tuple(None if x is None else _fill(x) for x in (q, k, v, g, *gates))
+    ids = None if segment_ids is None else _fill(segment_ids)
+    o, final_state, norms, writes = _recur(prepare, scale, return_stats, arguments, initial_state.astype(jnp.float32), ids)
+    stats = None
+    if return_stats:
+        rates = jnp.zeros((batch, length, heads)) if g is None else log_decay_rate(g)
+        if segment_ids is not None:
+            rates = jnp.where((segment_ids != 0)[..., None], rates, 0)
+        by_chunk = _fill(rates).reshape(batch, -1, CHUNK, heads).sum(2)
+        stats = summarize(norms, writes, by_chunk, CHUNK, segment_ids, length)
+    return results(o[:, :length], final_state, stats)
+
+
+def _fill(x: Array) -> Array:
+    """[B, T, ...] with zeros up to whole chunks."""
+    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % CHUNK)] + [(0, 0)] * (x.ndim - 2))
+
+
+def _measure(k: Array, x: Array, states: Array, final: Array, segment_ids: Array | None) -> tuple[Array, Array]:
+    """Norms of the leaving states and sums of |k| |x| by chunk, both [B, N, H]."""
+    norms = token_norm(states.astype(jnp.float32).reshape(*states.shape[:3], -1))
+    norms = jnp.concatenate([norms[:, :, 1:], token_norm(final.reshape(*final.shape[:2], -1))[..., None]], axis=2)
+    x = token_norm(x.astype(jnp.float32))
+    x = x if x.ndim == 3 else jnp.moveaxis(x.reshape(*x.shape[:2], -1), 1, 2)  # [B, T, H]
+    writes = jnp.repeat(token_norm(k.astype(jnp.float32)), x.shape[2] // k.shape[2], axis=2) * x
+    if segment_ids is not None:
+        writes = jnp.where((segment_ids != 0)[..., None], writes, 0)
+    return jnp.moveaxis(norms, 1, 2), writes.reshape(x.shape[0], -1, CHUNK, x.shape[2]).sum(2)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _recur(
+    prepare: Prepare, scale: float, measure: bool, arguments: tuple[Any, ...], initial: Array, segment_ids: Array | None
+) -> tuple[Array, Array, Array | None, Array | None]:
+    """o, the final state and what `_measure` gives, or None."""
+    return _recur_forward(prepare, scale, measure, arguments, initial, segment_ids)[0]
+
+
+def _recur_forward(
+    prepare: Prepare, scale: float, measure: bool, arguments: tuple[Any, ...], initial: Array, segment_ids: Array | None
+) -> Any:
+    from plait.kernels import carry_gpu
+
+    p = prepare(segment_ids, scale, *arguments)
+    if p.erase is None:
+        states, final, _ = carry_gpu.carry(p.decay, initial, add=(p.k_out, p.values))
+        x = p.values
+    else:
+        states, final, x = carry_gpu.carry(p.decay, initial, delta=carry_gpu.Delta(p.erase, p.k_out, (p.values,)))
+    o = carry_gpu.combine(p.q_in, states, p.scores, x, arguments[2])
+    measured = _measure(arguments[1], x, states, final, segment_ids) if measure else (None, None)
+    return (o, final, *measured), (arguments, states, segment_ids)
+
+
+def _recur_backward(prepare: Prepare, scale: float, measure: bool, saved: Any, cotangents: Any) -> Any:
+    from plait.kernels import carry_gpu
+
+    (arguments, states, segment_ids), (d_o, d_final, *_) = saved, cotangents
+    p, pull = jax.vjp(partial(prepare, segment_ids, scale), *arguments)
+    if p.erase is None:
+        x, d_x = p.values, None
+        d_states, d_initial, _ = carry_gpu.carry(p.decay, d_final, add=(p.q_in, d_o), reverse=True)
+        d_values = carry_gpu.combine(p.k_out, d_states, p.scores, d_o, p.values, transposed=True)
+    else:
+        erased = jnp.einsum("bhnck,bhnkv->bhncv", p.erase, states, preferred_element_type=jnp.float32)
+        x = (p.values + erased).astype(p.values.dtype)
+        delta = carry_gpu.Delta(p.k_out, p.erase, (p.scores, d_o))
+        d_states, d_initial, d_x = carry_gpu.carry(p.decay, d_final, add=(p.q_in, d_o), delta=delta, reverse=True)
+        d_values = d_x
+    g = carry_gpu.gradients(d_o, x, d_x, states, d_states)
+    return pull(Prepared(g.q_in, g.k_out, g.decay, g.scores, d_values, g.erase)), d_initial, None
+
+
+_recur.defvjp(_recur_forward, _recur_backward)
