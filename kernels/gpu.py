@@ -99,37 +99,44 @@ def left_factor(shape: Sequence[int], dtype: Any) -> Any:
 
 
 class Ring(NamedTuple):
-    """Tiles in shared memory that one warpgroup fills and others read, `tiles.shape[0]` ahead of them at most."""
+    """Tiles in shared memory that one warpgroup fills and others read, some steps ahead of them."""
 
-    tiles: Any
-    """[stages, ...]"""
+    tiles: tuple[Any, ...]
+    """Each [stages, ...]; filled and read together."""
     filled: Any
     """A barrier a stage, on which the readers wait."""
     free: Any
     """A barrier a stage, on which every reader arrives when it is done."""
 
-    def fill(self, step: Array, source: Any) -> None:
-        """Starts the copy of `source` for the reader's step `step`."""
-        stages = self.tiles.shape[0]
-        slot = jax.lax.rem(step, jnp.int32(stages))
-        pl.when(step >= stages)(lambda: plgpu.barrier_wait(self.free.at[slot]))
-        plgpu.copy_gmem_to_smem(source, self.tiles.at[slot], self.filled.at[slot])
+    def fill(self, step: Array, *sources: Any) -> None:
+        """Starts the copies of a reader's step, one source a tile."""
+        slot = self._slot(step)
+        pl.when(step >= self.tiles[0].shape[0])(lambda: plgpu.barrier_wait(self.free.at[slot]))
+        for tile, source in zip(self.tiles, sources, strict=True):
+            plgpu.copy_gmem_to_smem(source, tile.at[slot], self.filled.at[slot])
 
-    def read(self, step: Array) -> Any:
-        """The tile of a step, once it is there; to be followed by `release`."""
-        slot = jax.lax.rem(step, jnp.int32(self.tiles.shape[0]))
+    def read(self, step: Array) -> list[Any]:
+        """The tiles of a step, once they are there; to be followed by `release`."""
+        slot = self._slot(step)
         plgpu.barrier_wait(self.filled.at[slot])
-        return self.tiles.at[slot]
+        return [tile.at[slot] for tile in self.tiles]
 
     def release(self, step: Array) -> None:
-        """Says that this reader has read a step's tile."""
-        plgpu.barrier_arrive(self.free.at[jax.lax.rem(step, jnp.int32(self.tiles.shape[0]))])
+        """Says that this reader has read a step's tiles."""
+        plgpu.barrier_arrive(self.free.at[self._slot(step)])
+
+    def _slot(self, step: Array) -> Array:
+        return jax.lax.rem(step, jnp.int32(self.tiles[0].shape[0]))
 
 
-def ring(stages: int, tiles: Any, readers: int) -> Ring:
-    """Scratch of a `Ring` of `tiles` [stages, ...] for a number of reading warpgroups."""
-    filled = plgpu.Barrier(num_barriers=stages)
-    return Ring(tiles, filled, plgpu.Barrier(num_arrivals=readers, num_barriers=stages))
+def ring(*tiles: Any, readers: int) -> Ring:
+    """Scratch of a `Ring` of tiles [stages, ...] for a number of reading warpgroups."""
+    stages = tiles[0].shape[0]
+    return Ring(
+        tiles,
+        plgpu.Barrier(num_arrivals=len(tiles), num_barriers=stages),
+        plgpu.Barrier(num_arrivals=readers, num_barriers=stages),
+    )
 
 
 def full(shape: Sequence[int], value: float, dtype: Any = jnp.float32) -> Array:
@@ -164,10 +171,10 @@ def products(*pairs: tuple[Any, Any], issued: Callable[[], None] | None = None) 
     return pl.run_scoped(multiply, *(plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32) for a, b in pairs))
 
 
-def accumulate(*terms: tuple[Array, Array, Any], scratch: Any = None) -> list[Array]:
-    """acc + a b of (acc, a, b), waited for together: acc float32 [M, N] and a [M, K] in registers, b in shared memory.
+def accumulate(*terms: tuple[Array, Any, Any], scratch: Any = None) -> list[Array]:
+    """acc + a b of (acc, a, b), waited for together: acc float32 [M, N] in registers, a [M, K] there or in shared memory, b there.
 
-    `scratch` is what `left_factor` gave.
+    `scratch` is what `left_factor` gave; only an a in registers needs it.
     """
     if not interpreted():
 
@@ -176,9 +183,13 @@ def accumulate(*terms: tuple[Array, Array, Any], scratch: Any = None) -> list[Ar
                 plgpu.wgmma(acc, a, b)
 
         return list(pl.run_state(add)([plgpu.ACC.init(acc) for acc, _, _ in terms]))
-    sums = []
-    for acc, a, b in terms:
-        scratch[...] = a
-        plgpu.commit_smem()
-        sums.append(acc + products((scratch, b))[0])
-    return sums
+    return [acc + products((_staged(a, scratch), b))[0] for acc, a, b in terms]
+
+
+def _staged(a: Any, scratch: Any) -> Any:
+    """A left factor in shared memory."""
+    if not isinstance(a, jax.Array):
+        return a
+    scratch[...] = a
+    plgpu.commit_smem()
+    return scratch
