@@ -1,9 +1,13 @@
 """The one dispatcher: an op has several implementations, each says what it does not support, and the choice is never silent."""
 
+import importlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+
+from plait.kernels.sharding import Axes, Shards
+from plait.kernels.target import not_on
 
 _log = logging.getLogger("plait")
 _ops: dict[str, "Op"] = {}
@@ -23,38 +27,63 @@ class Implementation:
     """Takes the resolved arguments of the op's public function."""
 
     unsupported: Callable[..., str | None] = _supports_all
-    """Takes the same arguments; the reason why `run` cannot serve them, or None."""
+    """Takes the same arguments, of which it may use shapes and dtypes only; the reason why `run` cannot serve them, or None."""
+
+    per_device: bool = False
+    """`run` knows one device only: under a mesh it gets the part of each."""
+
+
+def kernel(platform: Literal["tpu", "gpu"], module: str, run: str, unsupported: str = "unsupported") -> Implementation:
+    """The kernel `run` of a module, which is imported where `platform` is the target and nowhere else."""
+
+    def reason(*args: Any, **kwargs: Any) -> str | None:
+        return not_on(platform) or getattr(importlib.import_module(module), unsupported)(*args, **kwargs)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return getattr(importlib.import_module(module), run)(*args, **kwargs)
+
+    return Implementation(call, reason, per_device=True)
 
 
 class Op:
     """A named op and its implementations, in the order in which `auto` tries them."""
 
-    def __init__(self, name: str, **implementations: Implementation):
-        self.name = name
-        self.implementations = implementations
+    def __init__(self, name: str, axes: Axes, **implementations: Implementation):
+        self.name, self.axes, self.implementations = name, axes, implementations
         _ops[name] = self
 
     def __call__(self, implementation: str, *args: Any, **kwargs: Any) -> Any:
         """Runs the op; `implementation` is a name, or `auto` for the first that supports the arguments."""
-        name = self._auto(*args, **kwargs) if implementation == "auto" else self._named(implementation, *args, **kwargs)
+        shards = Shards(self.axes, args, kwargs)
+        name = self._auto(shards) if implementation == "auto" else self._named(implementation, shards)
         names = _chosen.setdefault(self.name, [])
         if name not in names:
             names.append(name)
-        return self.implementations[name].run(*args, **kwargs)
+        chosen = self.implementations[name]
+        return shards.run(chosen.run) if chosen.per_device else chosen.run(*args, **kwargs)
 
-    def _named(self, name: str, *args: Any, **kwargs: Any) -> str:
+    def unsupported(self, name: str, *args: Any, **kwargs: Any) -> str | None:
+        """Why the implementation `name` cannot serve a call with these resolved arguments, or None."""
+        return self._reason(self.implementations[name], Shards(self.axes, args, kwargs))
+
+    @staticmethod
+    def _reason(candidate: Implementation, shards: Shards) -> str | None:
+        args, kwargs = shards.local() if candidate.per_device else (shards.args, shards.options)
+        return candidate.unsupported(*args, **kwargs)
+
+    def _named(self, name: str, shards: Shards) -> str:
         if name not in self.implementations:
             known = ", ".join(("auto", *self.implementations))
             raise ValueError(f"{self.name}: implementation={name!r} is unknown; use one of {known}")
-        reason = self.implementations[name].unsupported(*args, **kwargs)
+        reason = self._reason(self.implementations[name], shards)
         if reason is not None:
             raise NotImplementedError(f"{self.name}: implementation={name!r} does not support this call: {reason}")
         return name
 
-    def _auto(self, *args: Any, **kwargs: Any) -> str:
+    def _auto(self, shards: Shards) -> str:
         declined: list[str] = []
         for name, candidate in self.implementations.items():
-            reason = candidate.unsupported(*args, **kwargs)
+            reason = self._reason(candidate, shards)
             if reason is None:
                 self._log_once(name, "; ".join(declined))
                 return name
@@ -72,6 +101,9 @@ def chosen() -> dict[str, str]:
     return {op: ", ".join(names) for op, names in _chosen.items()}
 
 
-def registered() -> dict[str, tuple[str, ...]]:
-    """The implementations of each op, in the order in which `auto` tries them."""
-    return {name: tuple(op.implementations) for name, op in _ops.items()}
+def registered(*, everywhere: bool = False) -> dict[str, tuple[str, ...]]:
+    """The implementations of each op, in the order in which `auto` tries them; with `everywhere`, no accelerator's kernels."""
+    return {
+        name: tuple(key for key, implementation in op.implementations.items() if not (everywhere and implementation.per_device))
+        for name, op in _ops.items()
+    }

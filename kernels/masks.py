@@ -1,11 +1,22 @@
-"""The one mask object of attention: which keys a query may see, by position and segment."""
+"""The mask of attention: which keys a query may see, by position, segment and, on request, a table of blocks."""
 
+from __future__ import annotations
+
+import dataclasses
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 Array = jax.Array
+
+
+class Span(NamedTuple):
+    """Positions from `low` to `high`, both included; integers or integer arrays."""
+
+    low: Any
+    high: Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +25,7 @@ class Mask:
 
     A query sees a key when both are in the same segment (padding, id 0, sees nothing and is not seen), when the key is not in its
     future, and when the key is within reach: inside the window, or one of the segment's first tokens.
-    Other kinds of reach subclass this and override `reaches` and `key_range`; nothing else knows the kind.
+    Other kinds of reach subclass this and override `reaches`, `tile` and `reach_back`; nothing else knows the kind.
     """
 
     causal: bool = True
@@ -23,27 +34,65 @@ class Mask:
     window_size: int | None = None
     """Keys a query sees, itself included (tokens); without `causal`, as many on the other side. None is no limit."""
 
+    right_window_size: int | None = None
+    """Without `causal`: keys a query sees from itself on, itself included. None is as many as on the left."""
+
     num_sink_tokens: int = 0
     """The first tokens of each segment, visible to every later query of the segment whatever the window, to earlier ones not."""
 
+    dilation: int | None = None
+    """Only keys at multiples of this distance are visible, and the window counts those. None is every key."""
+
     def __post_init__(self) -> None:
-        if self.window_size is not None and self.window_size < 1:
-            raise ValueError(f"mask.window_size={self.window_size} must be at least 1 (the query itself); use None for no limit")
+        for name in ("window_size", "right_window_size", "dilation"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"mask.{name}={value} must be at least 1 (the query itself); use None for no limit")
         if self.num_sink_tokens < 0:
             raise ValueError(f"mask.num_sink_tokens={self.num_sink_tokens} must be at least 0; use 0 for none")
-        if self.num_sink_tokens and self.window_size is None:
+        if self.num_sink_tokens and self.sees_all:
             raise ValueError(
                 f"mask.num_sink_tokens={self.num_sink_tokens} needs a window, without which every token is visible; "
                 "set window_size or use 0"
             )
+        if self.right_window_size is not None and self.causal:
+            raise ValueError(
+                f"mask.right_window_size={self.right_window_size} lets a query see its future; set causal=False or use None"
+            )
+
+    @property
+    def sees_all(self) -> bool:
+        """Nothing but causality hides a key."""
+        return self.window_size is None and self.right_window_size is None and self.dilation is None
+
+    @property
+    def alignment(self) -> int:
+        """Positions that the rule groups into blocks counted from a segment's start; 1 where only distances matter."""
+        return 1
 
     def reaches(self, q_positions: Array, kv_positions: Array) -> Array:
         """Whether a query position reaches a key position of its segment; broadcasts its arguments."""
         distance = q_positions - kv_positions
-        seen = jnp.ones(distance.shape, bool)
-        if self.window_size is not None:
-            seen = (abs(distance) < self.window_size) | ((kv_positions < self.num_sink_tokens) & (distance >= 0))
-        return seen & (distance >= 0) if self.causal else seen
+        seen = distance >= 0 if self.causal else distance == distance  # noqa: PLR0124 (all true, of its shape)
+        near = self._within(distance)
+        return seen if near is None else seen & (near | self._is_sink(distance, kv_positions))
+
+    def tile(self, q: Span, k: Span) -> tuple[Any, Any]:
+        """Whether some, and whether every, query of `q` reaches some, and every, key of `k`; may err to some and to not every."""
+        distance = Span(q.low - k.high, q.high - k.low)
+        left, right = self._limits()
+        some, every = distance.high >= -right, distance.low >= -right
+        if left is not None:
+            some, every = some & (distance.low <= left), every & (distance.high <= left)
+        if self.dilation is not None:
+            every = every & (self.dilation == 1)
+        if self.num_sink_tokens:
+            some = some | ((distance.high >= 0) & (k.low < self.num_sink_tokens))
+        return some, every
+
+    def reach_back(self) -> int | None:
+        """The largest distance back to a visible key, sink tokens aside; None is no limit."""
+        return self._limits()[0]
 
     def dense(self, q_positions: Array, kv_positions: Array, q_segment_ids: Array, kv_segment_ids: Array) -> Array:
         """The boolean mask [..., T, S] of positions and segment ids [..., T] and [..., S]; True is visible."""
@@ -53,5 +102,133 @@ class Mask:
 
     def key_range(self, start: int, stop: int, num_keys: int) -> tuple[int, int]:
         """The keys [lo, hi) that queries [start, stop) of the same sequence can see, sink tokens aside; indices, no positions."""
-        reach = num_keys if self.window_size is None else self.window_size - 1
-        return max(0, start - reach), min(num_keys, stop if self.causal else stop + reach)
+        left = self.reach_back()
+        return max(0, start - (num_keys if left is None else left)), min(num_keys, stop + min(num_keys, self._limits()[1]))
+
+    def without_sinks(self) -> Mask:
+        """The same rule without sink tokens."""
+        return dataclasses.replace(self, num_sink_tokens=0) if self.num_sink_tokens else self
+
+    def _limits(self) -> tuple[int | None, int]:
+        """The largest distance back and ahead; without a limit back None, ahead a number beyond any position."""
+        stride = self.dilation or 1
+        left = None if self.window_size is None else (self.window_size - 1) * stride
+        size = self.window_size if self.right_window_size is None else self.right_window_size
+        right = 0 if self.causal else (_FAR if size is None else (size - 1) * stride)
+        return left, right
+
+    def _within(self, distance: Array) -> Array | None:
+        """Whether the window, in strides, holds a distance; None where it holds all."""
+        if self.sees_all:
+            return None
+        left, right = self._limits()
+        near = distance >= -right
+        if left is not None:
+            near &= distance <= left
+        return near if self.dilation is None else near & (jax.lax.rem(distance, jnp.full_like(distance, self.dilation)) == 0)
+
+    def _is_sink(self, distance: Array, kv_positions: Array) -> Array:
+        return (kv_positions < self.num_sink_tokens) & (distance >= 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PowerMask(Mask):
+    """PowerAttention: keys whose block lies 0 or a power of two blocks back, besides the window and the sink tokens.
+
+    Blocks are counted from the segment's start. A query sees O(log T) blocks, and d layers reach every token less than 2^d blocks
+    back. Here `window_size=None` adds no window.
+
+    Source: arXiv 2503.03588, block form.
+    """
+
+    block_size: int = 128
+    """Tokens a block; a multiple of the kernels' tiles, or a divisor, skips most."""
+
+    def __post_init__(self) -> None:
+        if self.block_size < 1:
+            raise ValueError(f"mask.block_size={self.block_size} must be at least 1; use a multiple of 128 for speed")
+        if not self.causal or self.dilation is not None or self.right_window_size is not None:
+            raise ValueError("PowerMask looks back only: leave causal=True, dilation=None and right_window_size=None")
+        super().__post_init__()
+
+    @property
+    def sees_all(self) -> bool:
+        """Nothing but causality hides a key."""
+        return False
+
+    @property
+    def alignment(self) -> int:
+        """See `Mask.alignment`."""
+        return self.block_size
+
+    def reaches(self, q_positions: Array, kv_positions: Array) -> Array:
+        """See `Mask.reaches`."""
+        distance = q_positions - kv_positions
+        back = self._block(q_positions) - self._block(kv_positions)
+        near = (back & (back - 1)) == 0  # 0 or a power of two, given that it is not negative
+        if self.window_size is not None:
+            near |= distance < self.window_size
+        return (distance >= 0) & (near | self._is_sink(distance, kv_positions))
+
+    def tile(self, q: Span, k: Span) -> tuple[Any, Any]:
+        """See `Mask.tile`."""
+        distance = Span(q.low - k.high, q.high - k.low)
+        low, high = q.low // self.block_size - k.high // self.block_size, q.high // self.block_size - k.low // self.block_size
+        power = high
+        for shift in (1, 2, 4, 8, 16):  # all bits below the highest
+            power = power | (power >> shift)
+        power = power - (power >> 1)  # the largest power of two that is not above `high`, for `high` of at least 1
+        some = (low <= 0) | (power >= low)
+        if self.window_size is not None:
+            some |= distance.low < self.window_size
+        if self.num_sink_tokens:
+            some |= k.low < self.num_sink_tokens
+        alone = (low == high) & (low >= 0) & ((low & (low - 1)) == 0)
+        return some & (distance.high >= 0), alone & (distance.low >= 0)
+
+    def reach_back(self) -> int | None:
+        """See `Mask.reach_back`."""
+        return None
+
+    def _block(self, positions: Array) -> Array:
+        if self.block_size & (self.block_size - 1) == 0:
+            return positions >> (self.block_size.bit_length() - 1)
+        return jax.lax.div(positions, jnp.full_like(positions, self.block_size))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class BlockTable:
+    """Which blocks of keys each block of queries may see, by head; intersected with the mask. The mask sees positions, this indices."""
+
+    visible: Array
+    """bool [B, H or 1, ceil(T / block_q), ceil(S / block_kv)]."""
+    block_q: int = dataclasses.field(metadata={"static": True})
+    """Queries a block; 1 selects for every query on its own."""
+    block_kv: int = dataclasses.field(metadata={"static": True})
+    """Keys a block."""
+
+    def dense(self, num_queries: int, num_keys: int) -> Array:
+        """bool [B, H or 1, T, S]."""
+        return self.at(jnp.arange(num_queries), jnp.arange(num_keys)[None, :])
+
+    def at(self, queries: Array, keys: Array) -> Array:
+        """bool [B, H or 1, T, S] of query indices [T] and key indices [B or 1, S]."""
+        rows = jnp.take(self.visible, queries // self.block_q, axis=2)
+        return jnp.take_along_axis(rows, (keys // self.block_kv)[:, None, None, :], axis=3)
+
+    def bits(self, tile_kv: int, num_queries: int) -> Array:
+        """int32 [B, H or 1, ceil(S / tile_kv), 1, num_queries]: each query's view of a tile of keys, a bit for every block in it."""
+        count = self.visible.shape[3]
+        per_tile = max(1, tile_kv // self.block_kv)
+        tiles = -(-count * self.block_kv // tile_kv)
+        first = jnp.arange(tiles) * tile_kv // self.block_kv
+        at = first[:, None] + jnp.arange(per_tile)[None, :]
+        entries = jnp.take(self.visible, at, axis=3, mode="fill", fill_value=False)  # [B, H, NQ, tiles, per_tile]
+        packed = jnp.sum(jnp.where(entries, 1 << jnp.arange(per_tile, dtype=jnp.int32), 0), axis=-1, dtype=jnp.int32)
+        rows = jnp.repeat(jnp.moveaxis(packed, 3, 2), self.block_q, axis=3)[..., :num_queries]
+        return jnp.pad(rows, [(0, 0)] * 3 + [(0, num_queries - rows.shape[3])])[:, :, :, None]
+
+
+_FAR = 1 << 29
+"""Beyond any position."""

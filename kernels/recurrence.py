@@ -12,8 +12,14 @@ import jax.numpy as jnp
 from plait.kernels import chunking
 from plait.kernels.chunking import dot
 from plait.kernels.shapes import accumulation_dtype
+from plait.kernels.sharding import Axes
 
 Array = jax.Array
+
+AXES = Axes(
+    arguments=("bthk",), options={"initial_state": "bhkv", "segment_ids": "bt"}, results=("bthv", "bhkv"), statistics="bnh"
+)
+"""The axes of the linear recurrences' arrays: q, k, v and gates are [B, T, H, ...]."""
 
 
 def _zero_where_padding(real: Array, x: Array) -> Array:

@@ -15,9 +15,8 @@ from jax.sharding import Mesh
 
 from plait.data.batch import Batch
 from plait.data.tokenizer import Tokenizer
-from plait.models.axes import constraining
 from plait.train.loss import token_losses
-from plait.train.mesh import batch_sharding, constrainer
+from plait.train.mesh import batch_sharding, on_mesh
 from plait.train.state import Arrays, Blueprint
 
 
@@ -80,7 +79,7 @@ class Evaluator:
         self._sharding = batch_sharding(mesh, config.data.batch_size, 1)
 
         def score(params: Arrays, buffers: Arrays, batch: Batch) -> tuple[jax.Array, ...]:
-            with constraining(constrainer(mesh)):
+            with on_mesh(mesh):
                 nll, _, _ = token_losses(blueprint.build(params, buffers), batch)
             mask = batch.loss_mask.astype(jnp.float32)
             position = jax.nn.one_hot(batch.positions, batch.tokens.shape[1], dtype=jnp.float32) * mask[..., None]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from plait.configs.experiment import MeshConfig
+from plait.kernels.sharding import splitting
 from plait.models import axes
 from plait.models.axes import Axes
 
@@ -85,6 +87,15 @@ def constrainer(mesh: Mesh) -> axes.Constrain:
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*parts)))
 
     return constrain
+
+
+@contextlib.contextmanager
+def on_mesh(mesh: Mesh) -> Iterator[None]:
+    """Traces models for the mesh: activations are pinned to it, and each device runs the kernels on its part."""
+    batch, heads = (RULES[name] for name in (axes.BATCH, axes.HEADS))
+    over = {key: (rule,) if isinstance(rule, str) else tuple(rule or ()) for key, rule in (("batch", batch), ("heads", heads))}
+    with axes.constraining(constrainer(mesh)), splitting(mesh, **over):
+        yield
 
 
 def _ways(mesh: Mesh, part: str | tuple[str, ...] | None) -> int:

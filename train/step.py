@@ -11,11 +11,10 @@ import jax.numpy as jnp
 import optax
 
 from plait.data.batch import Batch
-from plait.models.axes import constraining
 from plait.models.linear import power_iterate
 from plait.models.mixers.stats import ProbeConfig
 from plait.train.loss import loss_terms
-from plait.train.mesh import constrainer
+from plait.train.mesh import on_mesh
 from plait.train.optimizer import make_schedule
 from plait.train.state import Blueprint, TrainState
 
@@ -34,7 +33,7 @@ def make_step(blueprint: Blueprint, tx: optax.GradientTransformation, mesh: jax.
     parts = config.optimizer.accumulate
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        with constraining(constrainer(mesh)):
+        with on_mesh(mesh):
             buffers = _move_singular_vectors(blueprint, state)
             total = jnp.maximum(batch.loss_mask.astype(jnp.float32).sum(), 1.0)
 

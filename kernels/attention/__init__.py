@@ -7,15 +7,37 @@ import jax
 from plait.kernels.attention import chunked, reference
 from plait.kernels.attention.implied import attention_rows
 from plait.kernels.attention.reference import AttentionStats
-from plait.kernels.dispatch import Implementation, Op
-from plait.kernels.masks import Mask
+from plait.kernels.dispatch import Implementation, Op, kernel
+from plait.kernels.masks import BlockTable, Mask
 from plait.kernels.shapes import check_divides, check_rank, check_segment_ids, check_shape
+from plait.kernels.sharding import Axes
 
 __all__ = ["AttentionStats", "attention", "attention_rows"]
 
 Array = jax.Array
 
-_op = Op("attention", chunked=Implementation(chunked.attention), reference=Implementation(reference.attention))
+_MODULE = "plait.kernels.attention.pallas_tpu"
+_AXES = Axes(
+    arguments=("bthk",),
+    options={
+        "segment_ids": "bt",
+        "positions": "bt",
+        "kv_segment_ids": "bt",
+        "kv_positions": "bt",
+        "block_table": "bhqk",
+        "sinks": "h",
+        "sigmoid_bias": "h",
+    },
+    results=("bthv", "bth"),
+)
+
+_op = Op(
+    "attention",
+    _AXES,
+    pallas_tpu=kernel("tpu", _MODULE, "attention"),
+    chunked=Implementation(chunked.attention),
+    reference=Implementation(reference.attention),
+)
 
 
 def attention(
@@ -28,6 +50,7 @@ def attention(
     positions: Array | None = None,
     kv_segment_ids: Array | None = None,
     kv_positions: Array | None = None,
+    block_table: BlockTable | None = None,
     scale: float | None = None,
     sinks: Array | None = None,
     normalizer: Literal["softmax", "sigmoid"] = "softmax",
@@ -51,12 +74,13 @@ def attention(
       kv_segment_ids: int32 [B, S] where keys are not the queries' own tokens, such as a cache; id 0 is an empty entry. The order
         of the entries does not matter then, only their positions.
       kv_positions: int32 [B, S], likewise.
+      block_table: blocks of keys that each block of queries may see, intersected with the mask (block top-k selection).
       scale: multiplies the logits; None is K^-1/2.
       sinks: [H] logits that join the denominator only; softmax only.
       normalizer: "softmax" or "sigmoid".
       sigmoid_bias: scalar or [H], added to the sigmoid's logits; usually -log of the longest training sequence.
       return_stats: also return `AttentionStats`, differentiable except for `max_logit` ties.
-      implementation: "auto", "chunked" or "reference".
+      implementation: "auto", "pallas_tpu", "chunked" or "reference".
 
     Returns:
       o [B, T, H, V] in q's dtype; with `return_stats`, (o, AttentionStats).
@@ -69,6 +93,7 @@ def attention(
     2409.04431. Entropy is log(l) - u / l with l = sum_j exp(z_j - m) and u = sum_j exp(z_j - m) (z_j - m).
     """
     _check_tokens(q, k, v, segment_ids=segment_ids, positions=positions, kv_segment_ids=kv_segment_ids, kv_positions=kv_positions)
+    _check_table(q, k, block_table)
     _check_normalizer(q, sinks=sinks, normalizer=normalizer, sigmoid_bias=sigmoid_bias)
     o, stats = _op(
         implementation,
@@ -80,6 +105,7 @@ def attention(
         positions=positions,
         kv_segment_ids=kv_segment_ids,
         kv_positions=kv_positions,
+        block_table=block_table,
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
         sinks=sinks,
         normalizer=normalizer,
@@ -119,6 +145,21 @@ def _check_tokens(
             f"{op}: k has S={num_keys} tokens and q has T={length}; they must be equal unless kv_positions and kv_segment_ids "
             "say what the keys are; pass them"
         )
+
+
+def _check_table(q: Array, k: Array, table: BlockTable | None) -> None:
+    if table is None:
+        return
+    for name, size in (("block_q", table.block_q), ("block_kv", table.block_kv)):
+        if size < 1:
+            raise ValueError(f"attention: block_table.{name}={size} must be at least 1; use 64 or 128")
+    visible, heads = table.visible, q.shape[2]
+    check_rank("attention", "block_table.visible", visible, "[B, H, NQ, NK]")
+    if visible.dtype != bool:
+        raise ValueError(f"attention: block_table.visible.dtype={visible.dtype} must be bool; compare it with 0")
+    count = (-(-q.shape[1] // table.block_q), -(-k.shape[1] // table.block_kv))
+    expected = (q.shape[0], 1 if visible.shape[1] == 1 else heads, *count)
+    check_shape("attention", "block_table.visible", visible, expected, "[B, H or 1, ceil(T / block_q), ceil(S / block_kv)]")
 
 
 def _check_normalizer(q: Array, *, sinks: Array | None, normalizer: str, sigmoid_bias: Array | float | None) -> None:

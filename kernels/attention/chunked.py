@@ -8,8 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from plait.kernels.attention.reference import AttentionStats, Tokens, apply, scaled_logits, segment_starts, sides, unnormalised
-from plait.kernels.masks import Mask
+from plait.kernels.attention.reference import (
+    AttentionStats,
+    Tokens,
+    apply,
+    grouped_heads,
+    scaled_logits,
+    segment_starts,
+    sides,
+    unnormalised,
+)
+from plait.kernels.masks import BlockTable, Mask
 from plait.kernels.shapes import accumulation_dtype, matmul_precision
 
 Array = jax.Array
@@ -37,6 +46,7 @@ def attention(
     positions: Array | None,
     kv_segment_ids: Array | None,
     kv_positions: Array | None,
+    block_table: BlockTable | None,
     scale: float,
     return_stats: bool,
     **normalization: Any,
@@ -50,7 +60,8 @@ def attention(
         _rows, mask=mask, scale=scale, precision=matmul_precision(q.dtype), return_stats=return_stats, **normalization
     )
     if length == 1 or length * num_keys <= DENSE_TILE:
-        return rows(q, queries, k, v, keys)
+        shown = None if block_table is None else block_table.dense(length, num_keys)
+        return rows(q, queries, k, v, keys, shown)
 
     own_keys = kv_segment_ids is None and kv_positions is None
     block = min(BLOCK_SIZE, max(8, MAX_TILE // num_keys))
@@ -60,26 +71,31 @@ def attention(
     anchors = mask.num_sink_tokens if own_keys else 0
     starts: Any = segment_starts(queries.segment_ids) if anchors else None
 
-    def run_block(block: tuple[Array, Tokens, Array, Array | None], k: Array, v: Array, *, width: int):
-        q, queries, low, start = block
+    def run_block(block: tuple[Array, Tokens, Array, Array, Array | None], k: Array, v: Array, *, width: int):
+        q, queries, at, low, start = block
         cut = lambda x: jax.lax.dynamic_slice_in_dim(x, low, width, axis=1)  # noqa: E731
         near_k, near_v, near = cut(k), cut(v), Tokens(*map(cut, keys))
+        indices = low + jnp.arange(width)[None, :]
         if start is not None:
             index = start[:, None] + jnp.arange(anchors, dtype=start.dtype)[None, :]  # [B, anchors]
             far_k, far_v, far = _anchors(k, v, keys, index, low)
             join = lambda far, near: jnp.concatenate([far, near], axis=1)  # noqa: E731
             near_k, near_v, near = join(far_k, near_k), join(far_v, near_v), Tokens(*map(join, far, near))
-        return rows(q, queries, near_k, near_v, near)
+            indices = join(index, jnp.broadcast_to(indices, (index.shape[0], width)))
+        shown = None if block_table is None else block_table.at(at, jnp.minimum(indices, num_keys - 1))
+        return rows(q, queries, near_k, near_v, near, shown)
 
     blocks = lambda x: jnp.moveaxis(_pad(x, -length % block).reshape(x.shape[0], -1, block, *x.shape[2:]), 1, 0)  # noqa: E731
     q_blocks, query_blocks = blocks(q), Tokens(*map(blocks, queries))
+    indices = jnp.minimum(jnp.arange(q_blocks.shape[0] * block), length - 1).reshape(-1, block)
     outputs = []
     for first, last in _groups(ranges):
         width = max(high - low for low, high in ranges[first:last])
         lows = np.minimum([low for low, _ in ranges[first:last]], num_keys - width).astype(np.int32)
         of_block = starts[:, first * block : last * block : block].T if anchors and lows.max() > 0 else None
         body = jax.checkpoint(partial(run_block, width=width))
-        per_block = (q_blocks[first:last], Tokens(*(x[first:last] for x in query_blocks)), jnp.asarray(lows), of_block)
+        tokens = Tokens(*(x[first:last] for x in query_blocks))
+        per_block = (q_blocks[first:last], tokens, indices[first:last], jnp.asarray(lows), of_block)
         outputs.append(jax.lax.map(lambda x, body=body: body(x, k, v), per_block))
     whole = jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :length], whole)
@@ -91,6 +107,7 @@ def _rows(
     k: Array,
     v: Array,
     keys: Tokens,
+    shown: Array | None,
     *,
     mask: Mask,
     scale: float,
@@ -100,7 +117,8 @@ def _rows(
 ) -> tuple[Array, AttentionStats | None]:
     """Whole rows of attention for some queries over some keys."""
     logits = scaled_logits(q, k, scale, precision)
-    visible = mask.dense(queries.positions, keys.positions, queries.segment_ids, keys.segment_ids)
+    visible = mask.dense(queries.positions, keys.positions, queries.segment_ids, keys.segment_ids)[:, None, None]
+    visible = visible if shown is None else visible & grouped_heads(shown, k.shape[2])
     p, divisor, stats = unnormalised(logits, visible, keys.positions == 0, return_stats=return_stats, **normalization)
     divisor = jnp.moveaxis(divisor, 3, 1).reshape(*q.shape[:3], 1)
     return (apply(p, v, precision) / divisor).astype(q.dtype), stats

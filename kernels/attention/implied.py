@@ -5,8 +5,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from plait.kernels.attention.reference import Tokens, attention_weights, sides
-from plait.kernels.masks import Mask
+from plait.kernels.attention.reference import Tokens, attention_weights, grouped_heads, sides
+from plait.kernels.masks import BlockTable, Mask
 
 Array = jax.Array
 
@@ -21,6 +21,7 @@ def attention_rows(
     positions: Array | None = None,
     kv_segment_ids: Array | None = None,
     kv_positions: Array | None = None,
+    block_table: BlockTable | None = None,
     scale: float | None = None,
     sinks: Array | None = None,
     normalizer: Literal["softmax", "sigmoid"] = "softmax",
@@ -32,7 +33,7 @@ def attention_rows(
       q: [B, T, H, K].
       k: [B, S, Hkv, K].
       rows: int32 [R] query indices, may be traced.
-      mask, segment_ids, positions, kv_segment_ids, kv_positions, scale, sinks, normalizer, sigmoid_bias: as in `attention`.
+      mask, segment_ids, positions, kv_segment_ids, kv_positions, block_table, scale, sinks, normalizer, sigmoid_bias: as in `attention`.
 
     Returns:
       [B, H, R, S] float32, zero at keys a query does not see.
@@ -46,6 +47,7 @@ def attention_rows(
         Tokens(*(x[:, rows] for x in queries)),
         keys,
         mask=mask,
+        shown=None if block_table is None else grouped_heads(block_table.at(rows, jnp.arange(k.shape[1])[None, :]), k.shape[2]),
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
         sinks=sinks,
         normalizer=normalizer,

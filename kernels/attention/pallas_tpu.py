@@ -19,9 +19,9 @@ import jax.numpy as jnp
 from plait.kernels.attention import tpu_kernels
 from plait.kernels.attention.reference import MASKED as HIDDEN
 from plait.kernels.attention.reference import AttentionStats, Tokens, sides
-from plait.kernels.attention.tpu_kernels import LANES, Operands, Problem, Tiles
 from plait.kernels.attention.schedule import Layout, renumbered
-from plait.kernels.masks import Mask
+from plait.kernels.attention.tpu_kernels import LANES, Operands, Problem, Tiles
+from plait.kernels.masks import BlockTable, Mask
 from plait.kernels.target import current, not_on
 
 Array = jax.Array
@@ -45,9 +45,19 @@ def choose_tiles(generation: str, key_dim: int, value_dim: int, dtype: Any) -> T
 
 
 def unsupported(
-    q: Array, k: Array, v: Array, *, mask: Mask, segment_ids: Array | None, positions: Array | None, scale: float, **_: object
+    q: Array, k: Array, v: Array, *, scale: float, segment_ids: Array | None, block_table: BlockTable | None = None, **_: object
 ) -> str | None:
     """Why this kernel cannot serve a call, or None."""
+    heads = 1 if block_table is None else block_table.visible.shape[1]
+    return _unsupported(q, k, v, scale, block_table, heads)
+
+
+def routed_unsupported(q: Array, k: Array, v: Array, active: Array, *, scale: float, **_: object) -> str | None:
+    """Why this kernel cannot serve a call of `routed_attention`, or None."""
+    return _unsupported(q, k, v, scale, None, q.shape[2])
+
+
+def _unsupported(q: Array, k: Array, v: Array, scale: float, block_table: BlockTable | None, heads: int) -> str | None:
     if reason := not_on("tpu"):
         return reason
     dtypes = {x.dtype.name for x in (q, k, v)}
@@ -60,19 +70,23 @@ def unsupported(
     if not isinstance(scale, (int, float)):
         return "the scale is an array, not a number"
     tiles = _tiles(q, k, v)
+    if block_table is not None:
+        own = block_table.block_kv
+        for size in (tiles.block_kv, tiles.block_kv_dq, tiles.block_kv_dkv):
+            if (size % own and own % size) or size > 32 * own:
+                return (
+                    f"block_table.block_kv={own} is no multiple of a tile of {size} keys, nor a divisor of at least {size // 32}"
+                )
     blocks = -(-q.shape[1] // tiles.block_q_dkv) * -(-k.shape[1] // tiles.block_kv_dkv)
-    if blocks * q.shape[0] > MAX_TABLE:
-        return f"{q.shape[0]} x {blocks} tiles exceed the {MAX_TABLE} that scalar memory holds"
+    if blocks * q.shape[0] * heads > MAX_TABLE:
+        return f"{q.shape[0]} x {heads} x {blocks} tiles exceed the {MAX_TABLE} that scalar memory holds"
     return None
 
 
-def _generation() -> str:
-    here = current()
-    return here.generation if here is not None else "v5e"
-
-
 def _tiles(q: Array, k: Array, v: Array) -> Tiles:
-    return choose_tiles(_generation(), q.shape[-1], v.shape[-1], q.dtype).fit(q.shape[1], k.shape[1])
+    here = current()
+    generation = "v5e" if here is None else here.generation
+    return choose_tiles(generation, q.shape[-1], v.shape[-1], q.dtype).fit(q.shape[1], k.shape[1])
 
 
 def attention(
@@ -85,6 +99,7 @@ def attention(
     positions: Array | None,
     kv_segment_ids: Array | None,
     kv_positions: Array | None,
+    block_table: BlockTable | None,
     scale: float,
     sinks: Array | None,
     normalizer: str,
@@ -92,7 +107,6 @@ def attention(
     return_stats: bool,
 ) -> tuple[Array, AttentionStats | None]:
     """See `plait.kernels.attention`; always a pair here."""
-    length, num_heads = q.shape[1:3]
     own_keys = kv_segment_ids is None and kv_positions is None
     packed = not own_keys or segment_ids is not None or positions is not None
     queries, keys = sides(
@@ -102,11 +116,18 @@ def attention(
         queries = keys = renumbered(queries)
     if not packed:
         queries = keys = Tokens(*(x[:1] for x in queries))
-    layout = Layout(mask=mask, num_queries=length, num_keys=k.shape[1], own_keys=own_keys, packed=packed)
-    problem = Problem(layout, _tiles(q, k, v), float(scale), normalizer == "sigmoid", return_stats)
-    bias = jnp.broadcast_to(jnp.asarray(0 if sigmoid_bias is None else sigmoid_bias, jnp.float32), (num_heads,))
-    head_major = lambda x: jnp.swapaxes(x, 1, 2)  # noqa: E731
-    o, rows = _flash(problem, Operands(head_major(q), head_major(k), head_major(v), bias, queries, keys))
+    queries, keys = (Tokens(*(x[:, None] for x in side)) for side in (queries, keys))
+    problem = Problem(
+        layout=Layout(mask=mask, num_queries=q.shape[1], num_keys=k.shape[1], own_keys=own_keys, packed=packed),
+        tiles=_tiles(q, k, v),
+        scale=float(scale),
+        sigmoid=normalizer == "sigmoid",
+        stats=return_stats,
+        table_blocks=None if block_table is None else (block_table.block_q, block_table.block_kv),
+    )
+    bias = jnp.broadcast_to(jnp.asarray(0 if sigmoid_bias is None else sigmoid_bias, jnp.float32), (q.shape[2],))
+    table = None if block_table is None else block_table.visible
+    o, rows = _flash(problem, Operands(*(jnp.swapaxes(x, 1, 2) for x in (q, k, v)), bias, queries, keys, table))
     o, stats = jnp.moveaxis(o, 3, 1), [jnp.moveaxis(x, 2, 1) for x in rows]  # [B, H, V, T] and [B, H, T] to token-major
     if sinks is not None:
         lse, sinks = stats[0], sinks.astype(jnp.float32).reshape(1, 1, -1)
@@ -115,6 +136,53 @@ def attention(
         stats[0] = jnp.logaddexp(lse, sinks)
         stats[3:] = [first * share for first in stats[3:]]
     return o, AttentionStats(*stats) if return_stats else None
+
+
+def routed_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    active: Array,
+    *,
+    mask: Mask,
+    segment_ids: Array | None,
+    positions: Array | None,
+    scale: float,
+    sinks: Array | None,
+) -> Array:
+    """See `plait.kernels.routed_attention`: each head's queries are gathered at its front, and tiles without one are not visited."""
+    tokens = renumbered(sides(q, k, segment_ids=segment_ids, positions=positions, kv_segment_ids=None, kv_positions=None)[0])
+    active = jnp.swapaxes(active, 1, 2)  # [B, H, T]
+    order = jnp.argsort(~active, axis=-1, stable=True)
+    back = jnp.argsort(order, axis=-1)
+    gather = lambda x: jnp.take_along_axis(jnp.broadcast_to(x, active.shape), order, axis=-1)  # noqa: E731
+    queries = Tokens(gather(jnp.where(active, tokens.segment_ids[:, None], 0)), gather(tokens.positions[:, None]))
+    problem = Problem(
+        layout=Layout(mask=mask, num_queries=q.shape[1], num_keys=k.shape[1], own_keys=False, packed=True),
+        tiles=_tiles(q, k, v),
+        scale=float(scale),
+        sigmoid=False,
+        stats=False,
+    )
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+    bias = jnp.zeros(q.shape[1], jnp.float32)
+    keys = Tokens(*(x[:, None] for x in tokens))
+    o, (lse,) = _flash(problem, Operands(_permuted(q, order, back), k, v, bias, queries, keys))
+    if sinks is not None:
+        o = (o * jax.nn.sigmoid(lse - sinks.astype(jnp.float32).reshape(1, -1, 1))[:, :, None]).astype(o.dtype)
+    return jnp.swapaxes(_permuted(jnp.swapaxes(o, 2, 3), back, order), 1, 2)
+
+
+@jax.custom_vjp
+def _permuted(x: Array, order: Array, back: Array) -> Array:
+    """x [B, H, T, K] with the tokens of each head in `order` [B, H, T], whose inverse is `back`."""
+    return jnp.take_along_axis(x, order[..., None], axis=2)
+
+
+_permuted.defvjp(
+    lambda x, order, back: (_permuted(x, order, back), (order, back)),
+    lambda saved, d_x: (_permuted(d_x, saved[1], saved[0]), None, None),
+)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -151,7 +219,7 @@ def _flash_backward(problem: Problem, saved: Any, cotangents: tuple[Array, tuple
     d_o = jnp.swapaxes(d_o, 2, 3)
     d_q, d_bias = tpu_kernels.query_gradients(problem, x, d_o, stacked)
     d_k, d_v = tpu_kernels.key_gradients(problem, x, d_o, stacked)
-    return (Operands(d_q, d_k, d_v, d_bias, None, None),)
+    return (Operands(d_q, d_k, d_v, d_bias, None, None, None),)
 
 
 _flash.defvjp(_flash_forward, _flash_backward)

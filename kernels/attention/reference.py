@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from plait.kernels import chunking
-from plait.kernels.masks import Mask
+from plait.kernels.masks import BlockTable, Mask
 from plait.kernels.shapes import accumulation_dtype
 
 Array = jax.Array
@@ -61,6 +61,11 @@ def scaled_logits(q: Array, k: Array, scale: float, precision: jax.lax.Precision
     )
 
 
+def grouped_heads(x: Array, num_kv_heads: int) -> Array:
+    """[B, H or 1, ...] to [B, Hkv or 1, R or 1, ...]."""
+    return x.reshape(x.shape[0], *((1, 1) if x.shape[1] == 1 else (num_kv_heads, -1)), *x.shape[2:])
+
+
 def by_head(x: Array) -> Array:
     """[B, Hkv, R, T] to [B, T, H]."""
     return jnp.moveaxis(x.reshape(x.shape[0], -1, x.shape[-1]), 1, 2)
@@ -82,12 +87,11 @@ def unnormalised(
     sigmoid_bias: Array | float | None,
     return_stats: bool,
 ) -> tuple[Array, Array, AttentionStats | None]:
-    """Numerators [B, Hkv, R, T, S], denominators [B, Hkv, R, T, 1] and the statistics of logits under a mask [B, T, S].
+    """Numerators [B, Hkv, R, T, S], denominators [B, Hkv, R, T, 1] and the statistics of logits under a mask that fits them.
 
     `first` [B, S] marks keys at position 0. Gradients are finite in rows that see nothing.
     """
     per_head = lambda x: jnp.asarray(x, logits.dtype).reshape(1, *logits.shape[1:3], 1, 1)  # noqa: E731
-    visible = visible[:, None, None]
     logits = jnp.where(visible, logits, MASKED)
     peak = jnp.max(logits, axis=-1, keepdims=True, initial=MASKED)
     if normalizer == "sigmoid":
@@ -123,6 +127,7 @@ def attention(
     positions: Array | None,
     kv_segment_ids: Array | None,
     kv_positions: Array | None,
+    block_table: BlockTable | None,
     scale: float,
     sinks: Array | None,
     normalizer: str,
@@ -135,6 +140,7 @@ def attention(
         k,
         *sides(q, k, segment_ids=segment_ids, positions=positions, kv_segment_ids=kv_segment_ids, kv_positions=kv_positions),
         mask=mask,
+        shown=None if block_table is None else grouped_heads(block_table.dense(q.shape[1], k.shape[1]), k.shape[2]),
         scale=scale,
         sinks=sinks,
         normalizer=normalizer,
@@ -161,11 +167,12 @@ def sides(
 
 
 def attention_weights(
-    q: Array, k: Array, queries: Tokens, keys: Tokens, *, mask: Mask, scale: float, **options: Any
+    q: Array, k: Array, queries: Tokens, keys: Tokens, *, mask: Mask, shown: Array | None = None, scale: float, **options: Any
 ) -> tuple[Array, AttentionStats | None]:
-    """The weights [B, Hkv, R, T, S] and the statistics."""
+    """The weights [B, Hkv, R, T, S] and the statistics; `shown` is one more mask that fits the weights."""
     dtype = accumulation_dtype(q, k)
     logits = scaled_logits(q.astype(dtype), k.astype(dtype), scale, "highest")
-    visible = mask.dense(queries.positions, keys.positions, queries.segment_ids, keys.segment_ids)
+    visible = mask.dense(queries.positions, keys.positions, queries.segment_ids, keys.segment_ids)[:, None, None]
+    visible = visible if shown is None else visible & shown
     p, divisor, stats = unnormalised(logits, visible, keys.positions == 0, **options)
     return p / divisor, stats

@@ -13,7 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from plait.kernels.attention.reference import MASKED as HIDDEN
 from plait.kernels.attention.reference import Tokens
 from plait.kernels.attention.schedule import FULL, MASKED, Layout, Schedule, schedules
-from plait.kernels.masks import Mask
+from plait.kernels.masks import BlockTable
 from plait.kernels.shapes import matmul_precision
 
 Array = jax.Array
@@ -57,6 +57,8 @@ class Problem(NamedTuple):
     scale: float
     sigmoid: bool
     stats: bool
+    table_blocks: tuple[int, int] | None = None
+    """Queries and keys a block of the block table, if there is one."""
 
 
 class Operands(NamedTuple):
@@ -71,9 +73,11 @@ class Operands(NamedTuple):
     bias: Array
     """[H] float32, added to the sigmoid's logits."""
     queries: Any
-    """`Tokens`, int32 [B or 1, T]"""
+    """`Tokens`, int32 [B or 1, H or 1, T]"""
     keys: Any
-    """`Tokens`, int32 [B or 1, S]"""
+    """`Tokens`, int32 [B or 1, 1, S]"""
+    table: Any = None
+    """bool [B, H or 1, NQ, NK], or None."""
 
 
 _NT, _NN, _TN = ((((a,), (b,)), ((), ())) for a, b in ((1, 1), (1, 0), (0, 0)))
@@ -88,12 +92,19 @@ def _log_sigmoid(x: Array) -> Array:
     return jnp.minimum(x, 0) - jnp.log1p(jnp.exp(-abs(x)))
 
 
-def _visible(mask: Mask, query_tokens: Array, key_tokens: Array) -> tuple[Array, Array]:
-    """bool [N, M] of tokens [2, M] and [2, N] (segments, positions): which keys a query sees, and which of these are first."""
-    key_tokens = key_tokens.T  # [N, 2]
-    q_ids, q_positions = query_tokens[0:1], query_tokens[1:2]
-    k_ids, k_positions = key_tokens[:, 0:1], key_tokens[:, 1:2]
-    visible = (q_ids == k_ids) & (k_ids != 0) & mask.reaches(q_positions, k_positions)
+def _visible(problem: Problem, query_tokens: Any, key_tokens: Any, bits: Any = None) -> tuple[Array, Array]:
+    """bool [N, M] of tokens [2, M] and [2, N] (segments, positions): which keys a query sees, and which of these are first.
+
+    `bits` int32 [1, M] holds, for each query, a bit for every block of the table that the tile's keys span.
+    """
+    queries, keys = query_tokens[0, 0], key_tokens[0, 0].T  # [2, M], [N, 2]
+    q_ids, q_positions = queries[0:1], queries[1:2]
+    k_ids, k_positions = keys[:, 0:1], keys[:, 1:2]
+    visible = (q_ids == k_ids) & (k_ids != 0) & problem.layout.mask.reaches(q_positions, k_positions)
+    if bits is not None and problem.table_blocks is not None:
+        block = problem.table_blocks[1]
+        entry = jax.lax.broadcasted_iota(jnp.int32, visible.shape, 0) // block if block < visible.shape[0] else 0
+        visible &= (jax.lax.shift_right_logical(jnp.broadcast_to(bits[0, 0, 0], visible.shape), entry) & 1) == 1
     return visible, visible & (k_positions == 0)
 
 
@@ -105,13 +116,13 @@ def _by_kind(kind: Array, tile: Callable[[bool], None]) -> None:
 
 def _weights_and_gradient(problem: Problem, masked: bool, bias: Array, refs: Sequence[Any]) -> tuple[Array, Array, Array]:
     """A, dz and the part of dz that the sigmoid's bias shares, all [N, M], of one tile of the backward pass."""
-    *operands, q_tokens, k_tokens = refs
+    operands, tokens = refs[:5], refs[5:]
     q, k, v, d_o, rows = (x[0, 0] for x in operands)
     z = problem.scale * _dot(k, q, _NT)
     e = _log_sigmoid(z + bias) if problem.sigmoid and problem.stats else z
     weights = jax.nn.sigmoid(z + bias) if problem.sigmoid else jnp.exp(z - rows[0:1])
     if masked:
-        visible, first = _visible(problem.layout.mask, q_tokens[0, 0], k_tokens[0, 0])
+        visible, first = _visible(problem, *tokens)
         weights = jnp.where(visible, weights, 0)
     d_weights = _dot(v, d_o, _NT) + rows[1:2]
     if problem.stats:
@@ -129,7 +140,9 @@ def _weights_and_gradient(problem: Problem, masked: bool, bias: Array, refs: Seq
 
 
 def _forward_kernel(problem: Problem, schedule: Schedule, table: Any, bias: Any, *refs: Any) -> None:
-    q, k, v, q_tokens, k_tokens, o, rows, acc, *state = refs
+    q, k, v, *rest = refs
+    num_tokens = 2 if problem.table_blocks is None else 3
+    tokens, (o, rows, acc, *state) = rest[:num_tokens], rest[num_tokens:]
     b, h, i, step = (pl.program_id(axis) for axis in range(4))
     peak, total, *extra = state  # each [1, M]: m, l and, with statistics, u and the first mass
 
@@ -142,7 +155,7 @@ def _forward_kernel(problem: Problem, schedule: Schedule, table: Any, bias: Any,
     def tile(masked: bool) -> None:
         z = problem.scale * _dot(k[0, 0], q[0, 0], _NT)  # [N, M]
         if masked:
-            visible, first = _visible(problem.layout.mask, q_tokens[0, 0], k_tokens[0, 0])
+            visible, first = _visible(problem, *tokens)
         shown = jnp.where(visible, z, HIDDEN) if masked else z
         old = peak[...]
         if problem.stats or not problem.sigmoid:
@@ -167,7 +180,7 @@ def _forward_kernel(problem: Problem, schedule: Schedule, table: Any, bias: Any,
         total[...] = keep * total[...] + jnp.sum(p, axis=0, keepdims=True)
         acc[...] = keep * acc[...] + _dot(v[0, 0], p.astype(v.dtype), _TN)  # [V, M]
 
-    _by_kind(schedule.lookup(table, b, i, step)[1], tile)
+    _by_kind(schedule.lookup(table, b, h, i, step)[1], tile)
 
     @pl.when(step == pl.num_programs(3) - 1)
     def _finish():
@@ -214,7 +227,7 @@ def _query_gradients_kernel(problem: Problem, schedule: Schedule, table: Any, bi
         if problem.sigmoid:
             shared_acc[...] += jnp.sum(shared, axis=0, keepdims=True)
 
-    _by_kind(schedule.lookup(table, b, i, step)[1], tile)
+    _by_kind(schedule.lookup(table, b, h, i, step)[1], tile)
 
     @pl.when(step == pl.num_programs(3) - 1)
     def _finish():
@@ -243,6 +256,7 @@ def _key_gradients_kernel(problem: Problem, schedule: Schedule, table: Any, bias
     q, d_o = inputs[0], inputs[3]
     b, h, j, member, step = (pl.program_id(axis) for axis in range(5))
     num_members = pl.num_programs(3)
+    head = h * num_members + member
 
     @pl.when((member == 0) & (step == 0))
     def _start():
@@ -250,11 +264,11 @@ def _key_gradients_kernel(problem: Problem, schedule: Schedule, table: Any, bias
         v_acc[...] = jnp.zeros_like(v_acc)
 
     def tile(masked: bool) -> None:
-        weights, d_logits, _ = _weights_and_gradient(problem, masked, bias[h * num_members + member], inputs)
+        weights, d_logits, _ = _weights_and_gradient(problem, masked, bias[head], inputs)
         v_acc[...] += _dot(weights.astype(d_o.dtype), d_o[0, 0], _NN)  # [N, V]
         k_acc[...] += _dot(d_logits.astype(q.dtype), q[0, 0], _NN)  # [N, K]
 
-    _by_kind(schedule.lookup(table, b, j, step)[1], tile)
+    _by_kind(schedule.lookup(table, b, head, j, step)[1], tile)
 
     @pl.when((member == num_members - 1) & (step == pl.num_programs(4) - 1))
     def _finish():
@@ -288,10 +302,14 @@ class _Tiling:
     def __init__(self, problem: Problem, x: Operands, block_q: int, block_kv: int):
         self.problem, self.x, self.blocks = problem, x, {"q": block_q, "kv": block_kv}
         self.batch, self.num_heads, self.num_kv_heads = *x.q.shape[:2], x.k.shape[1]
-        self.tokens = {side: Tokens(*(self._pad(t, side, 1) for t in both)) for side, both in (("q", x.queries), ("kv", x.keys))}
-        self.count = {side: both.positions.shape[1] // self.blocks[side] for side, both in self.tokens.items()}
+        self.tokens = {side: Tokens(*(self._pad(t, side, 2) for t in both)) for side, both in (("q", x.queries), ("kv", x.keys))}
+        self.count = {side: both.positions.shape[2] // self.blocks[side] for side, both in self.tokens.items()}
+        table = None
+        if problem.table_blocks is not None:
+            table = BlockTable(visible=x.table, block_q=problem.table_blocks[0], block_kv=problem.table_blocks[1])
+        self.bits = None if table is None else table.bits(block_kv, self.count["q"] * block_q)
         self.by_query, self.by_key = schedules(
-            problem.layout, self.tokens["q"], self.tokens["kv"], block_q, block_kv, keep_first=problem.stats
+            problem.layout, self.tokens["q"], self.tokens["kv"], block_q, block_kv, keep_first=problem.stats, table=table
         )
 
     def over_queries(self, kernel: Any, name: str, *, extra: _Inputs = (), outputs: _Outputs, scratch: list[Any]) -> list[Array]:
@@ -299,9 +317,9 @@ class _Tiling:
 
         def where(b: Array, h: Array, i: Array, *rest: Any) -> tuple[Array, Array, dict[str, Array]]:
             step, table, _ = rest
-            return b, h, {"q": i, "kv": self.by_query.lookup(table, b, i, step)[0]}
+            return b, h, {"q": i, "kv": self.by_query.lookup(table, b, h, i, step)[0]}
 
-        grid = (self.batch, self.num_heads, self.count["q"], self.by_query.entries.shape[2])
+        grid = (self.batch, self.num_heads, self.count["q"], self.by_query.entries.shape[3])
         length = self.count["q"] * self.blocks["q"]
         shapes = [jax.ShapeDtypeStruct((self.batch, self.num_heads, n, length), dtype) for n, dtype in outputs]
         specs = [self._spec(shape.shape, "q", 3, where) for shape in shapes]
@@ -315,9 +333,10 @@ class _Tiling:
 
         def where(b: Array, h: Array, j: Array, *rest: Any) -> tuple[Array, Array, dict[str, Array]]:
             member, step, table, _ = rest
-            return b, h * group + member, {"q": self.by_key.lookup(table, b, j, step)[0], "kv": j}
+            head = h * group + member
+            return b, head, {"q": self.by_key.lookup(table, b, head, j, step)[0], "kv": j}
 
-        grid = (self.batch, self.num_kv_heads, self.count["kv"], group, self.by_key.entries.shape[2])
+        grid = (self.batch, self.num_kv_heads, self.count["kv"], group, self.by_key.entries.shape[3])
         length = self.count["kv"] * self.blocks["kv"]
         shapes = [jax.ShapeDtypeStruct((self.batch, self.num_kv_heads, length, n), dtype) for n, dtype in outputs]
         specs = [self._spec(shape.shape, "kv", 2, where) for shape in shapes]
@@ -327,9 +346,11 @@ class _Tiling:
         self, kernel: Any, name: str, schedule: Schedule, where: Any, extra: _Inputs, *, out_shape, out_specs, grid, scratch
     ) -> list[Array]:
         x = self.x
-        tokens = tuple((jnp.stack(both, axis=1)[:, None], side, 3) for side, both in self.tokens.items())  # [B, 1, 2, T]
+        tokens: Any = tuple((jnp.stack(both, axis=2), side, 3) for side, both in self.tokens.items())  # [B, H or 1, 2, T]
         inputs = ((x.q, "q", 2), (x.k, "kv", 2), (x.v, "kv", 2), *extra)
         inputs = tuple((self._pad(array, side, axis), side, axis) for array, side, axis in inputs) + tokens
+        if self.bits is not None:
+            inputs += ((self.bits, "q", 4),)
         semantics: Any = ("parallel",) * 3 + ("arbitrary",) * (len(grid) - 3)
         return pl.pallas_call(
             partial(kernel, self.problem, schedule),
@@ -351,14 +372,18 @@ class _Tiling:
         return jnp.pad(x, padding)
 
     def _spec(self, shape: tuple[int, ...], side: str, axis: int, where: Any) -> pl.BlockSpec:
-        """The blocks of an array [B or 1, any heads, ., .] along its token axis; heads are shared in contiguous groups."""
+        """The blocks of an array [B or 1, any heads, ., .] along its token axis (bits: of both sides); groups of heads share."""
 
         def index(*at: Any) -> tuple[Any, ...]:
             b, h, blocks = where(*at)
             b, h = b if shape[0] > 1 else 0, jax.lax.div(h, self.num_heads // shape[1]) if shape[1] > 1 else 0
+            if axis == 4:
+                return b, h, blocks["kv"], 0, blocks["q"]
             return (b, h, blocks[side], 0) if axis == 2 else (b, h, 0, blocks[side])
 
         size = self.blocks[side]
+        if axis == 4:
+            return pl.BlockSpec((1, 1, 1, 1, size), index)
         return pl.BlockSpec((1, 1, size, shape[3]) if axis == 2 else (1, 1, shape[2], size), index)
 
 

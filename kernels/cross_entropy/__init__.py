@@ -5,13 +5,16 @@ import jax.numpy as jnp
 
 from plait.kernels.cross_entropy import chunked, reference
 from plait.kernels.dispatch import Implementation, Op
+from plait.kernels.sharding import Axes
 from plait.kernels.shapes import check_rank, check_shape
 
 __all__ = ["cross_entropy"]
 
 Array = jax.Array
 
-_op = Op("cross_entropy", chunked=Implementation(chunked.cross_entropy), reference=Implementation(reference.cross_entropy))
+_AXES = Axes(arguments=("bsd", "dv", "bs"), options={"loss_mask": "bs"}, results=("bs", "bs"))
+
+_op = Op("cross_entropy", _AXES, chunked=Implementation(chunked.cross_entropy), reference=Implementation(reference.cross_entropy))
 
 
 def cross_entropy(

@@ -5,13 +5,14 @@ import jax
 from plait.kernels.delta_rule import chunked, reference
 from plait.kernels.delta_rule.implied import delta_rule_rows
 from plait.kernels.dispatch import Implementation, Op
+from plait.kernels.recurrence import AXES
 from plait.kernels.shapes import check_recurrence
 
 __all__ = ["delta_rule", "delta_rule_rows"]
 
 Array = jax.Array
 
-_op = Op("delta_rule", chunked=Implementation(chunked.delta_rule), reference=Implementation(reference.delta_rule))
+_op = Op("delta_rule", AXES, chunked=Implementation(chunked.delta_rule), reference=Implementation(reference.delta_rule))
 
 
 def delta_rule(

@@ -3,6 +3,7 @@
 import jax
 
 from plait.kernels.dispatch import Implementation, Op
+from plait.kernels.recurrence import AXES
 from plait.kernels.scalar_decay import chunked, reference
 from plait.kernels.scalar_decay.implied import scalar_decay_rows
 from plait.kernels.shapes import check_recurrence
@@ -11,7 +12,7 @@ __all__ = ["scalar_decay", "scalar_decay_rows"]
 
 Array = jax.Array
 
-_op = Op("scalar_decay", chunked=Implementation(chunked.scalar_decay), reference=Implementation(reference.scalar_decay))
+_op = Op("scalar_decay", AXES, chunked=Implementation(chunked.scalar_decay), reference=Implementation(reference.scalar_decay))
 
 
 def scalar_decay(

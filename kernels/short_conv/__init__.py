@@ -6,13 +6,18 @@ import jax
 
 from plait.kernels.dispatch import Implementation, Op
 from plait.kernels.shapes import check_rank, check_segment_ids, check_shape
+from plait.kernels.sharding import Axes
 from plait.kernels.short_conv import chunked, reference
 
 __all__ = ["short_conv"]
 
 Array = jax.Array
 
-_op = Op("short_conv", chunked=Implementation(chunked.short_conv), reference=Implementation(reference.short_conv))
+_AXES = Axes(
+    arguments=("bth", "wh"), options={"bias": "h", "initial_state": "bwh", "segment_ids": "bt"}, results=("bth", "bwh")
+)
+
+_op = Op("short_conv", _AXES, chunked=Implementation(chunked.short_conv), reference=Implementation(reference.short_conv))
 
 
 def short_conv(

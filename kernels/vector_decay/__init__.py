@@ -3,6 +3,7 @@
 import jax
 
 from plait.kernels.dispatch import Implementation, Op
+from plait.kernels.recurrence import AXES
 from plait.kernels.shapes import check_recurrence
 from plait.kernels.vector_decay import chunked, reference
 from plait.kernels.vector_decay.implied import vector_decay_rows
@@ -11,7 +12,7 @@ __all__ = ["vector_decay", "vector_decay_rows"]
 
 Array = jax.Array
 
-_op = Op("vector_decay", chunked=Implementation(chunked.vector_decay), reference=Implementation(reference.vector_decay))
+_op = Op("vector_decay", AXES, chunked=Implementation(chunked.vector_decay), reference=Implementation(reference.vector_decay))
 
 
 def vector_decay(

@@ -150,6 +150,14 @@ class HeadMixer(Mixer):
         """`attend` for one new token (T = 1); a recurrent mixer's is `attend` itself."""
         return self.attend(inputs, segment_ids=jnp.ones_like(positions), positions=positions, state=state)
 
+    def mix(self, inputs: Any, x: jax.Array, *, segment_ids: jax.Array, positions: jax.Array) -> jax.Array:
+        """The head outputs of a training pass; `x` for mixers that choose heads by it."""
+        return self.attend(inputs, segment_ids=segment_ids, positions=positions, state=None)[0]
+
+    def attend_active(self, inputs: Any, active: jax.Array, *, segment_ids: jax.Array, positions: jax.Array) -> jax.Array:
+        """`attend` of a training pass where only the outputs at `active`, bool `[B, T, H]`, are used; others may be anything finite."""
+        return self.attend(inputs, segment_ids=segment_ids, positions=positions, state=None)[0]
+
     def observe(self, inputs: Any, x: jax.Array, *, segment_ids: jax.Array, positions: jax.Array) -> dict[str, jax.Array]:
         """Further fields of `Stats` for the probed sequences, beside those every head mixer has."""
         return {}
@@ -162,7 +170,7 @@ class HeadMixer(Mixer):
         self, x: jax.Array, *, segment_ids: jax.Array, positions: jax.Array, probe: ProbeConfig | None = None
     ) -> tuple[jax.Array, Stats | None]:
         inputs, _ = self.project(x, segment_ids=segment_ids, positions=positions, state=None)
-        o, _ = self.attend(inputs, segment_ids=segment_ids, positions=positions, state=None)
+        o = self.mix(inputs, x, segment_ids=segment_ids, positions=positions)
         y = self.output(self.finish(o, x))
         loss = self.auxiliary_loss(x, segment_ids=segment_ids)
         if probe is None:
@@ -183,11 +191,15 @@ class HeadMixer(Mixer):
         rows = probe.pick_rows(positions.shape[1])
         drain = start_ratio(jnp.linalg.norm(inputs.v.astype(jnp.float32), axis=-1), **where)  # [Hkv]
         attention = self.implied(inputs, rows, **where)
+        by_rows = attention_statistics(attention, rows, **where, first_k=probe.first_k)
+        observed = self.observe(inputs, x, **where)
+        if (first := observed.pop("sink_first", None)) is not None:
+            by_rows["sink"] = by_rows["sink"].at[:, 0].set(first)
         return {
             "attention": attention if probe.keep_attention else None,
             "value_drain": jnp.repeat(drain, self.num_heads // drain.shape[0]),
-            **attention_statistics(attention, rows, **where, first_k=probe.first_k),
-            **self.observe(inputs, x, **where),
+            **by_rows,
+            **observed,
         }
 
     def prefill(self, x: jax.Array, state: State, *, segment_ids: jax.Array, positions: jax.Array) -> tuple[jax.Array, State]:

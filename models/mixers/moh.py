@@ -90,6 +90,12 @@ class MoH(HeadMixer):
         _, chosen = jax.lax.top_k(p, self.top_k)
         return p, jax.nn.one_hot(chosen, self.num_routed).sum(-2)
 
+    def mix(self, inputs, x, *, segment_ids, positions):
+        _, chosen = self.routing(x)
+        shared = jnp.ones((*x.shape[:-1], self.num_heads - self.num_routed), bool)
+        active = jnp.concatenate([shared, chosen > 0], axis=-1)
+        return self.inner.attend_active(inputs, active, segment_ids=segment_ids, positions=positions)
+
     def gates(self, x: jax.Array) -> jax.Array:
         """Head weights `[B, T, H]` float32; the mean weight of an active head is 1 under uniform routing."""
         p, mask = self.routing(x)

@@ -132,6 +132,28 @@ def attention_statistics(
     }
 
 
+def row_statistics(entropy: jax.Array, first: jax.Array, *, segment_ids: jax.Array, positions: jax.Array) -> dict[str, jax.Array]:
+    """What `attention_statistics` gives, from every row instead of some, as attention kernels return it.
+
+    Args:
+        entropy: `[B, T, H]` nats of each row.
+        first: `[B, T, H]` weight of each row on the first token of its document.
+        segment_ids, positions: `[B, T]`.
+
+    Returns:
+        `entropy`, `entropy_ratio`, `sink_rate` and `sink_first` (alpha_1), all `[H]` float32.
+    """
+    real = (segment_ids > 0)[:, :, None]
+    ratio = entropy / jnp.log(jnp.maximum(positions, 1).astype(jnp.float32) + 1.0)[:, :, None]
+    alpha = _masked_mean(first, real, axis=1)  # [B, H]
+    return {
+        "entropy": _masked_mean(entropy, real, axis=(0, 1)),
+        "entropy_ratio": _masked_mean(ratio, real & (positions > 0)[:, :, None], axis=(0, 1)),
+        "sink_first": _masked_mean(first, real, axis=(0, 1)),
+        "sink_rate": _masked_mean((alpha > SINK_THRESHOLD).astype(jnp.float32), real.any(1), axis=0),
+    }
+
+
 def start_ratio(norms: jax.Array, *, segment_ids: jax.Array, positions: jax.Array) -> jax.Array:
     """Mean of `norms` `[B, T, ...]` at document starts over the mean elsewhere (padding left out): `[...]`, NaN-free."""
     shape = segment_ids.shape + (1,) * (norms.ndim - 2)

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from plait.kernels import Mask
+from plait.kernels import BlockTable, Mask, PowerMask, routed_attention
 from plait.kernels.attention import pallas_tpu, reference, tpu_kernels
-from plait.kernels.attention.reference import sides
+from plait.kernels.attention.reference import Tokens, sides
 from plait.kernels.attention.schedule import FULL, SKIP, Layout, renumbered, schedules
 from plait.kernels.target import target
 from plait.tests.kernels import cases
@@ -44,6 +44,8 @@ CASES = {
     "two-sided-window": Case(mask=Mask(causal=False, window_size=9, num_sink_tokens=2), segments="several"),
     "window-sinks-segments-bfloat16": Case(mask=SINKS, segments="several", sinks=True, dtype="bfloat16"),
     "segments": Case(segments="several", length=256, heads=(1, 1), dims=(24, 8)),
+    "power": Case(mask=PowerMask(block_size=32, window_size=9, num_sink_tokens=2), segments="several", heads=(1, 1), length=300),
+    "dilated": Case(mask=Mask(window_size=6, dilation=20, num_sink_tokens=1), segments="long", stats=False, dtype="bfloat16"),
     "hidden": Case(segments="none", length=65, sinks=True, heads=(1, 1)),
 }
 
@@ -111,7 +113,7 @@ def _assert_matches(case: Case, inputs: dict[str, jax.Array], tokens: dict[str, 
 
 
 def _own(segment_ids: jax.Array | None) -> dict[str, jax.Array | None]:
-    return {"segment_ids": segment_ids, "positions": None, "kv_segment_ids": None, "kv_positions": None}
+    return {"segment_ids": segment_ids, "positions": None, "kv_segment_ids": None, "kv_positions": None, "block_table": None}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -135,7 +137,47 @@ def test_kernel_matches_reference_with_shuffled_keys():
     _assert_matches(case, inputs | {"k": longer["k"], "v": longer["v"]}, tokens)
 
 
-MASKS = (Mask(), Mask(causal=False), Mask(window_size=20), SINKS, Mask(causal=False, window_size=9, num_sink_tokens=2))
+@pytest.mark.parametrize("blocks", [(1, 16), (64, 128), (200, 32)], ids=str)
+def test_kernel_matches_reference_with_block_table(blocks: tuple[int, int]):
+    case = Case(heads=(2, 1), segments="several", stats=blocks[0] == 1)
+    rng, count = np.random.default_rng(0), [-(-case.length // block) for block in blocks]
+    visible = jnp.asarray(rng.random((cases.BATCH, 1 if blocks[0] == 64 else 2, *count)) < 0.4)
+    table = BlockTable(visible=visible, block_q=blocks[0], block_kv=blocks[1])
+    _assert_matches(case, _inputs(case), _own(_segments(case)) | {"block_table": table})
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_routed_matches_reference(share: float):
+    case = Case(mask=Mask(window_size=90), heads=(4, 2), segments="several", dtype="float32" if share else "bfloat16", sinks=True)
+    inputs, rng = _inputs(case), np.random.default_rng(0)
+    active = jnp.asarray(rng.random(inputs["q"].shape[:3]) < share).at[:, :, 0].set(rng.random() < 0.5)
+
+    def run(implementation: str, inputs: dict[str, jax.Array]) -> Any:
+        def outputs(inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
+            q, k, v = (inputs[name] for name in "qkv")
+            options = {"mask": case.mask, "segment_ids": _segments(case), "sinks": inputs["sinks"]}
+            return {"o": routed_attention(q, k, v, active, implementation=implementation, **options)}
+
+        return cases.with_gradients(outputs, inputs)
+
+    plain = cases.quick_jit(partial(run, "reference"))
+    got = run_checked(partial(run, "pallas_tpu"), inputs)
+    assert_tree_close(got, in_float64(plain, inputs), plain(inputs), dtype=case.dtype)
+    assert not np.asarray(got["value"]["o"])[~np.asarray(active)].any()
+
+
+MASKS = (
+    Mask(),
+    Mask(causal=False),
+    Mask(window_size=20),
+    SINKS,
+    Mask(causal=False, window_size=9, num_sink_tokens=2),
+    Mask(causal=False, window_size=30, right_window_size=5),
+    Mask(window_size=4, dilation=7),
+    PowerMask(block_size=8),
+    PowerMask(block_size=16, window_size=5, num_sink_tokens=3),
+    PowerMask(block_size=5),
+)
 
 
 @pytest.mark.parametrize("layout", [None, "several", "long"])
@@ -146,14 +188,16 @@ def test_schedule_visits_what_is_visible(mask: Mask, layout: str | None):
     if layout == "several":
         ids = jnp.where(ids == 4, 1000, ids)  # numbered out of order
     x = jnp.zeros((cases.BATCH, length, 1, 1))
-    tokens = renumbered(sides(x, x, **_own(ids))[0])
+    own = {"segment_ids": ids, "positions": None, "kv_segment_ids": None, "kv_positions": None}
+    tokens = renumbered(sides(x, x, **own)[0])
+    tokens = Tokens(*(x[:, None] for x in tokens))
     known = Layout(mask, length, length, own_keys=True, packed=layout is not None)
-    visible = np.asarray(mask.dense(tokens.positions, tokens.positions, tokens.segment_ids, tokens.segment_ids))
+    visible = np.asarray(mask.dense(tokens.positions, tokens.positions, tokens.segment_ids, tokens.segment_ids))[:, 0]
     tiles = visible.reshape(cases.BATCH, length // block_q, block_q, length // block_kv, block_kv).swapaxes(2, 3)
     some, every = tiles.any((-1, -2)), tiles.all((-1, -2))
     by_query, by_key = schedules(known, tokens, tokens, block_q, block_kv, keep_first=False)
     for schedule, transpose in ((by_query, False), (by_key, True)):
-        entries = np.broadcast_to(schedule.entries, (cases.BATCH, *schedule.entries.shape[1:]))
+        entries = np.broadcast_to(schedule.entries[:, 0], (cases.BATCH, *schedule.entries.shape[2:]))
         kinds = np.full((cases.BATCH, *(some.shape[:0:-1] if transpose else some.shape[1:])), SKIP)
         for b, i, step in np.ndindex(entries.shape):
             if entries[b, i, step] & 3 != SKIP:

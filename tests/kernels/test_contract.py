@@ -14,7 +14,7 @@ from plait.kernels import Mask
 from plait.tests.kernels import cases
 from plait.tests.tolerances import assert_close, assert_tree_close, in_float64
 
-TESTED = {op: [name for name in names if name != "reference"] for op, names in kernels.registered().items()}
+TESTED = {op: [name for name in names if name != "reference"] for op, names in kernels.registered(everywhere=True).items()}
 RECURRENT = [(name, i) for name, r in cases.RECURRENCES.items() for i in TESTED[r.op.__name__]]
 CASES = [  # length, segments, decay
     (1, None, "mixed"),

@@ -9,6 +9,7 @@ import pytest
 
 from plait import kernels
 from plait.kernels import Mask, dispatch
+from plait.kernels.sharding import Axes
 
 
 @pytest.fixture
@@ -17,7 +18,7 @@ def op(monkeypatch: pytest.MonkeyPatch) -> dispatch.Op:
     monkeypatch.setattr(dispatch, "_chosen", {})
     monkeypatch.setattr(dispatch, "_logged", set())
     fast = dispatch.Implementation(lambda x: x + 1, lambda x: "x is negative" if x < 0 else None)
-    return dispatch.Op("demo", fast=fast, plain=dispatch.Implementation(lambda x: x + 2))
+    return dispatch.Op("demo", Axes(arguments=("",)), fast=fast, plain=dispatch.Implementation(lambda x: x + 2))
 
 
 def test_auto_takes_the_first_that_supports_and_logs_once(op: dispatch.Op, caplog: pytest.LogCaptureFixture):
@@ -37,7 +38,9 @@ def test_named_is_taken_or_refused(op: dispatch.Op):
 
 
 def test_exceptions_propagate():
-    broken = dispatch.Op("broken", first=dispatch.Implementation(lambda: 1 / 0), second=dispatch.Implementation(lambda: 1))
+    broken = dispatch.Op(
+        "broken", Axes(arguments=("",)), first=dispatch.Implementation(lambda: 1 / 0), second=dispatch.Implementation(lambda: 1)
+    )
     dispatch._ops.pop("broken")
     with pytest.raises(ZeroDivisionError):
         broken("auto")
@@ -73,7 +76,10 @@ QK, V, G, STATE = jnp.zeros((2, 6, 2, 8)), jnp.zeros((2, 6, 4, 3)), jnp.zeros((2
         (lambda: kernels.attention(QK, QK, QK, mask=Mask(), sinks=jnp.zeros(3)), "sinks.shape=(3,) must be [H] = (2,)"),
         (lambda: kernels.attention(QK, QK, QK, mask=Mask(), normalizer="sigmoid"), "sigmoid_bias=None with normalizer='sigmoid'"),
         (lambda: kernels.attention(QK, QK, QK, mask=Mask(), normalizer="relu"), "normalizer='relu' is unknown"),
-        (lambda: kernels.attention(QK, QK, QK, mask=Mask(), implementation="cuda"), "use one of auto, chunked, reference"),
+        (
+            lambda: kernels.attention(QK, QK, QK, mask=Mask(), implementation="cuda"),
+            "use one of auto, pallas_tpu, chunked, reference",
+        ),
         (lambda: kernels.short_conv(G, jnp.zeros((4, 5))), "weight.shape=(4, 5) must be [W, D] with D of x = (4, 4)"),
         (lambda: kernels.short_conv(G, jnp.zeros((4, 4)), activation="relu"), "activation='relu' is unknown"),
         (

@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plait.kernels import Mask, attention
+from plait.kernels import BlockTable, Mask, PowerMask, attention
 from plait.kernels.attention import chunked
+from plait.kernels.attention.reference import Tokens
+from plait.kernels.attention.schedule import FULL, SKIP, Layout, schedules
 from plait.tests.kernels.cases import quick_jit
 from plait.tests.tolerances import assert_close
 
@@ -17,8 +19,12 @@ from plait.tests.tolerances import assert_close
 @st.composite
 def masks(draw: st.DrawFn) -> Mask:
     window_size = draw(st.none() | st.integers(1, 12))
-    sinks = 0 if window_size is None else draw(st.integers(0, 4))
-    return Mask(causal=draw(st.booleans()), window_size=window_size, num_sink_tokens=sinks)
+    if draw(st.booleans()):
+        return PowerMask(block_size=draw(st.integers(1, 7)), window_size=window_size, num_sink_tokens=draw(st.integers(0, 4)))
+    causal, dilation = draw(st.booleans()), draw(st.none() | st.integers(1, 5))
+    right = None if causal else draw(st.none() | st.integers(1, 12))
+    sinks = 0 if window_size is None and dilation is None and right is None else draw(st.integers(0, 4))
+    return Mask(causal=causal, window_size=window_size, num_sink_tokens=sinks, dilation=dilation, right_window_size=right)
 
 
 @st.composite
@@ -33,7 +39,15 @@ def packed(draw: st.DrawFn, length: int = 24) -> tuple[np.ndarray, np.ndarray]:
 def _sees(mask: Mask, i: int, j: int) -> bool:
     if mask.causal and j > i:
         return False
-    return mask.window_size is None or abs(i - j) < mask.window_size or (j <= i and j < mask.num_sink_tokens)
+    if j <= i and j < mask.num_sink_tokens:
+        return True
+    if isinstance(mask, PowerMask):
+        back = i // mask.block_size - j // mask.block_size
+        return back == 0 or back.bit_count() == 1 or (mask.window_size is not None and i - j < mask.window_size)
+    if (i - j) % (mask.dilation or 1):
+        return False
+    size = mask.window_size if i >= j else mask.right_window_size or mask.window_size
+    return size is None or abs(i - j) // (mask.dilation or 1) < size
 
 
 @settings(max_examples=60, deadline=None)
@@ -45,6 +59,38 @@ def test_dense_follows_the_rule(mask: Mask, row: tuple[np.ndarray, np.ndarray]):
         for j in range(len(ids)):
             expected = ids[i] == ids[j] != 0 and _sees(mask, int(positions[i]), int(positions[j]))
             assert dense[i, j] == expected, (i, j)
+
+
+@settings(max_examples=1000, deadline=None)
+@given(masks(), packed(), st.sampled_from([3, 8]), st.sampled_from([3, 8]), st.booleans(), st.randoms(use_true_random=False))
+def test_schedule_follows_the_rule(mask: Mask, row, block_q: int, block_kv: int, with_table: bool, rng):
+    """Every visible tile is visited, no tile is taken for wholly visible that is not, by queries and by keys."""
+    ids, positions = row
+    length = len(ids)
+    dense = np.array(_visible(mask, ids, positions))
+    table = None
+    if with_table:
+        own = (3, 6)
+        shown = np.array([[rng.random() < 0.5 for _ in range(-(-length // own[1]))] for _ in range(-(-length // own[0]))])
+        table = BlockTable(visible=jnp.asarray(shown[None, None]), block_q=own[0], block_kv=own[1])
+        dense &= np.asarray(table.dense(length, length))[0, 0]
+    sides = [Tokens(*(jnp.asarray(np.pad(x, (0, -length % block)))[None, None] for x in row)) for block in (block_q, block_kv)]
+    layout = Layout(mask, length, length, own_keys=True, packed=True)
+    by_query, by_key = schedules(layout, *sides, block_q, block_kv, keep_first=True, table=table)
+    for schedule, seen, blocks in ((by_query, dense, (block_q, block_kv)), (by_key, dense.T, (block_kv, block_q))):
+        entries = np.asarray(schedule.entries)[0, 0]
+        padded = np.pad(seen, [(0, -length % block) for block in blocks])
+        tiles = padded.reshape(padded.shape[0] // blocks[0], blocks[0], -1, blocks[1]).swapaxes(1, 2)
+        for visited, tile_row in zip(entries, tiles):
+            kinds = {entry >> 2: entry & 3 for entry in visited if entry & 3 != SKIP}
+            assert len(kinds) == sum(visited & 3 != SKIP)
+            for at, tile in enumerate(tile_row):
+                assert at in kinds or not tile.any(), "a visible tile is not visited"
+                assert kinds.get(at) != FULL or tile.all(), "a tile is taken for wholly visible"
+
+
+def _visible(mask: Mask, ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    return np.asarray(mask.dense(*(jnp.asarray(x) for x in (positions, positions, ids, ids))))
 
 
 @settings(max_examples=100, deadline=None)

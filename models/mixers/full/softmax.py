@@ -9,13 +9,14 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from plait.kernels import Mask, attention
+from plait.kernels import Mask, attention, routed_attention
 from plait.kernels.attention import attention_rows
 from plait.models.axes import BATCH, EMBED, HEADS, KV_HEADS, LENGTH, constrain
 from plait.models.build import BuildContext
 from plait.models.linear import Dense
 from plait.models.mixers.base import HeadMixer, MixerConfig, register
 from plait.models.mixers.heads import join_heads, require_divides, require_positive, resolve_heads, split_heads
+from plait.models.mixers.stats import row_statistics
 from plait.models.norms import RMSNorm
 from plait.models.rope import rotate
 
@@ -144,6 +145,13 @@ class Softmax(HeadMixer):
             state = self._remember(state, inputs, positions, keep=(segment_ids > 0) & (segment_ids == segment_ids[:, -1:]))
         return o, state
 
+    def attend_active(self, inputs, active, *, segment_ids, positions):
+        options = self._options
+        if options.pop("normalizer") != "softmax":
+            return super().attend_active(inputs, active, segment_ids=segment_ids, positions=positions)
+        del options["sigmoid_bias"]
+        return routed_attention(*inputs, active, segment_ids=segment_ids, positions=positions, **options)
+
     def attend_step(self, inputs, *, positions, state):
         state = self._remember(state, inputs, positions, keep=jnp.ones_like(positions, bool))
         filled = (state.positions >= 0).astype(jnp.int32)
@@ -191,5 +199,11 @@ class Softmax(HeadMixer):
 
     def observe(self, inputs, x, *, segment_ids, positions):
         _, stats = attention(*inputs, segment_ids=segment_ids, positions=positions, return_stats=True, **self._options)
+        first = stats.first_mass
+        if self.sinks is not None:  # the share of the keys alone
+            first /= -jnp.expm1(jnp.minimum(self.sinks[...].astype(jnp.float32) - stats.lse, -1e-6))
         real = (segment_ids > 0)[:, :, None]
-        return {"max_logit": jnp.where(real, stats.max_logit, -jnp.inf).max((0, 1))}
+        return {
+            "max_logit": jnp.where(real, stats.max_logit, -jnp.inf).max((0, 1)),
+            **row_statistics(stats.entropy, first, segment_ids=segment_ids, positions=positions),
+        }

@@ -15,7 +15,6 @@ from jax.extend.core import jaxprs_in_params
 from plait.configs.codec import decode, encode
 from plait.configs.experiment import MeshConfig
 from plait.kernels import dispatch
-from plait.models.axes import constraining
 from plait.models.build import BuildContext
 from plait.models.mixers.base import HeadMixer, Mixer, MixerConfig, mixer_configs
 from plait.models.mixers.full.softmax import SoftmaxConfig
@@ -140,7 +139,7 @@ class Program:
         return mixer.implied_attention(x, **where), inputs.v, mixer.attend(inputs, **where, state=None)[0]
 
     def _sharded(self, variables, x, where):
-        with constraining(meshes.constrainer(MESH)):
+        with meshes.on_mesh(MESH):
             return self.mixer(variables)(x, **where)[0]
 
 

@@ -1,0 +1,122 @@
+"""Runs a kernel that knows one device only under a mesh: every device gets its own rows of the batch and its own heads."""
+
+import contextlib
+import contextvars
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec as P
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axes:
+    """The axes of an op's arrays as letters, such as "bthk"; those of an array with fewer axes are the first ones.
+
+    A mesh may split b (rows of the batch), h (heads, or channels by head) and s (tokens of an op to which each token is alone).
+    """
+
+    arguments: tuple[str, ...]
+    """Positional arguments, in order; the last one stands for all that follow."""
+    options: Mapping[str, str] = field(default_factory=dict)
+    """Keyword arguments that are arrays, or hold some."""
+    results: tuple[str, ...] = ()
+    """What `run` returns, always."""
+    statistics: str | None = None
+    """One more result with `return_stats=True`."""
+
+
+@dataclass(frozen=True)
+class _Split:
+    mesh: jax.sharding.Mesh
+    over: Mapping[str, tuple[str, ...]]  # letter to mesh axes
+
+
+_split: contextvars.ContextVar[_Split | None] = contextvars.ContextVar("plait_split", default=None)
+
+
+@contextlib.contextmanager
+def splitting(mesh: jax.sharding.Mesh, *, batch: tuple[str, ...], heads: tuple[str, ...]) -> Iterator[None]:
+    """Splits the batches and heads of per-device kernels called inside the block over these axes of `mesh`."""
+    token = _split.set(_Split(mesh, {"b": batch, "h": heads, "s": heads}))
+    try:
+        yield
+    finally:
+        _split.reset(token)
+
+
+class Shards:
+    """One call of an op, divided over the mesh in use; without one, the call as it is."""
+
+    def __init__(self, axes: Axes, args: tuple[Any, ...], options: dict[str, Any]):
+        split = _split.get()
+        self.args, self.options = args, options
+        self.mesh = None if split is None or split.mesh.size == 1 else split.mesh
+        if split is None or self.mesh is None:
+            return
+        self.axes = axes
+        names = axes.arguments + (axes.arguments[-1],) * (len(args) - len(axes.arguments))
+        self.named = {i: letters for i, letters in enumerate(names) if args[i] is not None}
+        self.named |= {name: letters for name, letters in axes.options.items() if _has_arrays(options.get(name))}
+        self.ways = {letter: math.prod(self.mesh.shape[axis] for axis in over) for letter, over in split.over.items()}
+        divides = dict.fromkeys(self.ways, True)
+        for at, letters in self.named.items():
+            for leaf in jax.tree.leaves(self._get(at)):
+                for letter, size in zip(letters, leaf.shape):
+                    if letter in self.ways and size > 1 and size % self.ways[letter]:
+                        divides[letter] = False
+        self.over = {letter: over for letter, over in split.over.items() if divides[letter] and self.ways[letter] > 1}
+
+    def local(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments as one device sees them; shapes and dtypes where they are divided."""
+        if self.mesh is None:
+            return self.args, self.options
+
+        def shrink(at: Any, value: Any) -> Any:
+            if at not in self.named:
+                return value
+            letters = self.named[at]
+
+            def shard(x: Any) -> jax.ShapeDtypeStruct:
+                ways = [self.ways[a] if a in self.over and n > 1 else 1 for a, n in zip(letters, x.shape)]
+                return jax.ShapeDtypeStruct(tuple(n // w for n, w in zip(x.shape, ways)), x.dtype)
+
+            return jax.tree.map(shard, value)
+
+        return tuple(shrink(i, x) for i, x in enumerate(self.args)), {k: shrink(k, x) for k, x in self.options.items()}
+
+    def run(self, function: Callable[..., Any]) -> Any:
+        """`function(*args, **options)`, on each device for its part."""
+        if self.mesh is None:
+            return function(*self.args, **self.options)
+        arrays = [self._get(at) for at in self.named]
+        specs = [
+            jax.tree.map(lambda x, letters=letters: self._spec(letters, x.shape), array)
+            for letters, array in zip(self.named.values(), arrays)
+        ]
+        results = self.axes.results
+        if self.axes.statistics and self.options.get("return_stats"):
+            results += (self.axes.statistics,)
+
+        def on_device(arrays: list[Any]) -> Any:
+            part = dict(zip(self.named, arrays))
+            args = tuple(part.get(i, x) for i, x in enumerate(self.args))
+            return function(*args, **{name: part.get(name, x) for name, x in self.options.items()})
+
+        out = tuple(self._spec(letters) for letters in results)
+        return jax.shard_map(
+            on_device, mesh=self.mesh, in_specs=(specs,), out_specs=out if len(out) > 1 else out[0], check_vma=False
+        )(arrays)
+
+    def _get(self, at: int | str) -> Any:
+        return self.args[at] if isinstance(at, int) else self.options[at]
+
+    def _spec(self, letters: str, shape: tuple[int, ...] | None = None) -> P:
+        sizes = (2,) * len(letters) if shape is None else shape
+        return P(*(self.over.get(letter) if size > 1 else None for letter, size in zip(letters, sizes)))
+
+
+def _has_arrays(value: Any) -> bool:
+    return any(hasattr(leaf, "shape") and leaf.shape for leaf in jax.tree.leaves(value))

@@ -1,0 +1,90 @@
+"""Block selection against its rule in plain Python, its causality, and its use as attention's table."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from plait.kernels import Mask, attention, topk_blocks
+from plait.kernels.topk_blocks import chunked
+from plait.tests.tolerances import assert_close
+
+BATCH, LENGTH, HEADS, KV_HEADS, DIM, BLOCK = 2, 90, 4, 2, 8, 8
+
+
+def _inputs(seed: int = 0) -> tuple[jax.Array, jax.Array]:
+    rng = np.random.default_rng(seed)
+    return tuple(jnp.asarray(rng.standard_normal((BATCH, LENGTH, h, DIM)), jnp.float32) for h in (HEADS, KV_HEADS))
+
+
+def _segments() -> np.ndarray:
+    ids = np.ones((BATCH, LENGTH), np.int32)
+    ids[0, 19:43], ids[0, 43:], ids[0, 85:] = 2, 3, 0
+    return ids
+
+
+def _expected(q, k, ids, *, top_k, block_q, num_local, num_first, by_group):
+    q, k = np.asarray(q, np.float64), np.repeat(np.asarray(k, np.float64), HEADS // KV_HEADS, axis=2)
+    rows, columns = -(-LENGTH // block_q), -(-LENGTH // BLOCK)
+    table = np.zeros((BATCH, HEADS, rows, columns), bool)
+    for b, h, m in np.ndindex(BATCH, HEADS, rows):
+        i = m * block_q
+        own = i // BLOCK
+        scores, forced = {}, {own}
+        for n in range(own):
+            tokens = [j for j in range(n * BLOCK, (n + 1) * BLOCK) if ids[b, j]]
+            if not ids[b, i] or not tokens or ids[b, tokens[-1]] != ids[b, i]:
+                continue
+            mean = np.mean([k[b, j] for j in tokens if ids[b, j] == ids[b, tokens[-1]]], axis=0)
+            group = range(h // 2 * 2, h // 2 * 2 + 2) if by_group else (h,)
+            scores[n] = sum(q[b, i, head] @ mean[head] for head in group)
+            start = np.flatnonzero(ids[b] == ids[b, i])[0] // BLOCK
+            if n > own - num_local or n < start + num_first:
+                forced.add(n)
+        best = sorted((n for n in scores if n not in forced), key=lambda n: -scores[n])[: max(0, top_k - len(forced))]
+        table[b, h, m, [*forced, *best]] = True
+    return table
+
+
+@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+@pytest.mark.parametrize(
+    ("block_q", "num_local", "num_first", "by_group", "packed"),
+    [(1, 1, 0, False, True), (1, 2, 1, True, True), (4, 1, 1, False, False), (8, 2, 0, True, False)],
+)
+def test_selection_follows_the_rule(implementation, block_q, num_local, num_first, by_group, packed, monkeypatch):
+    monkeypatch.setattr(chunked, "MAX_SCORES", 2000)
+    options = {"top_k": 4, "block_q": block_q, "num_local": num_local, "num_first": num_first, "by_group": by_group}
+    (q, k), ids = _inputs(), _segments() if packed else np.ones((BATCH, LENGTH), np.int32)
+    table = topk_blocks(q, k, block_kv=BLOCK, segment_ids=jnp.asarray(ids), implementation=implementation, **options)
+    assert (np.asarray(table.visible) == _expected(q, k, ids, **options)).all()
+
+
+@pytest.mark.parametrize("block_q", [1, 4])
+def test_no_query_sees_its_future(block_q):
+    (q, k), (q2, k2), t = _inputs(), _inputs(1), 50
+    later = lambda a, b: jnp.concatenate([a[:, :t], b[:, t:]], axis=1)  # noqa: E731
+
+    def run(q, k):
+        table = topk_blocks(q, k, top_k=3, block_kv=BLOCK, block_q=block_q)
+        return attention(q, k, k, mask=Mask(), block_table=table)
+
+    assert (np.asarray(run(q, k))[:, :t] == np.asarray(run(later(q, q2), later(k, k2)))[:, :t]).all()
+
+
+def test_all_blocks_are_dense_attention():
+    q, k = _inputs()
+    table = topk_blocks(q, k, top_k=12, block_kv=BLOCK, segment_ids=jnp.asarray(_segments()))
+    options = {"mask": Mask(), "segment_ids": jnp.asarray(_segments())}
+    assert_close(attention(q, k, k, block_table=table, **options), attention(q, k, k, **options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"top_k": 1, "num_local": 2}, "top_k=1 must hold num_local=2"),
+        ({"top_k": 2, "block_q": 3}, "block_q=3 must divide block_kv=8"),
+    ],
+)
+def test_bad_counts_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        topk_blocks(*_inputs(), block_kv=BLOCK, **options)
