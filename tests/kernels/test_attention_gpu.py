@@ -1,5 +1,6 @@
 """The GPU attention kernel in Pallas' GPU interpreter, with race detection, against the reference."""
 
+import re
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -9,11 +10,11 @@ import numpy as np
 import pytest
 
 from plait.kernels import Mask, gpu
-from plait.kernels.attention import pallas_gpu, reference
+from plait.kernels.attention import cudnn, pallas_gpu, reference
 from plait.kernels.masks import BlockTable
 from plait.kernels.target import target
 from plait.tests.kernels import cases
-from plait.tests.tolerances import assert_tree_close, in_float64
+from plait.tests.tolerances import assert_close, assert_tree_close, in_float64
 
 
 class Case(NamedTuple):
@@ -126,3 +127,74 @@ def test_kernel_matches_reference_with_shuffled_keys():
         "kv_segment_ids": (positions < 190).astype(jnp.int32),
     }
     _assert_matches(case, inputs | {"k": longer["k"], "v": longer["v"]}, tokens)
+
+
+def _call(**options: Any) -> dict[str, Any]:
+    return _own(None) | {"mask": Mask(), "scale": 1.0, "sinks": None, "sigmoid_bias": None, "return_stats": False} | options
+
+
+def _shapes(length: int = 128, heads: tuple[int, int] = (4, 2), dim: int = 64, dtype: str = "bfloat16") -> list[Any]:
+    return [jax.ShapeDtypeStruct((1, length, n, dim), dtype) for n in (heads[0], heads[1], heads[1])]
+
+
+@needs_interpreter
+def test_unsupported_says_why():
+    assert "the backend is cpu" in pallas_gpu.unsupported(*_shapes(), **_call())
+    with target("b200"):
+        assert "wgmma" in pallas_gpu.unsupported(*_shapes(), **_call())
+    with target("h200"):
+        assert pallas_gpu.unsupported(*_shapes(), **_call()) is None
+        assert "float32" in pallas_gpu.unsupported(*_shapes(dtype="float32"), **_call())
+        assert "head dim 24" in pallas_gpu.unsupported(*_shapes(dim=24), **_call())
+        assert "head dim 512" in pallas_gpu.unsupported(*_shapes(dim=512), **_call())
+        assert "scale" in pallas_gpu.unsupported(*_shapes(), **_call(scale=-1.0))
+        table = BlockTable(visible=jnp.ones((1, 1, 1, 3), bool), block_q=1, block_kv=48)
+        assert "block_kv=48" in pallas_gpu.unsupported(*_shapes(), **_call(block_table=table))
+
+
+@pytest.fixture
+def as_if_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets JAX trace its cuDNN attention without the library."""
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+
+
+@pytest.mark.parametrize("mask", [Mask(), Mask(causal=False), Mask(window_size=20)], ids=str)
+def test_cudnn_lowers(as_if_cudnn: None, mask: Mask):
+    with target("h100"):
+        assert cudnn.unsupported(*_shapes(), **_call(mask=mask)) is None
+        loss = lambda q, k, v: jnp.sum(cudnn.attention(q, k, v, **_call(mask=mask))[0].astype(jnp.float32))  # noqa: E731
+        text = jax.jit(jax.grad(loss, (0, 1, 2))).trace(*_shapes()).lower(lowering_platforms=("cuda",)).as_text()
+    assert "__cudnn$fmhaSoftmax(" in text and "__cudnn$fmhaSoftmaxBackward(" in text
+    assert re.search(r"sliding_window_length\W+22: (\d+)", text)[1] == str(mask.window_size or 0)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window_size", [None, 1, 7])
+def test_cudnn_window_counts_the_query_itself(window_size: int | None, causal: bool):
+    mask, rng = Mask(causal=causal, window_size=window_size), np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((1, 40, n, 16)), jnp.float32) for n in (2, 1, 1))
+    got = jax.nn.dot_product_attention(q, k, v, scale=1.0, is_causal=causal, local_window_size=cudnn.local_window(mask))
+    want, _ = reference.attention(q, k, v, **_call(mask=mask, normalizer="softmax", block_table=None))
+    assert_close(got, want)
+
+
+def test_cudnn_says_why_not(as_if_cudnn: None):
+    assert "the backend is cpu" in cudnn.unsupported(*_shapes(), **_call())
+    with target("h100"):
+        refused = {
+            "sinks": _call(sinks=jnp.zeros(4)),
+            "segment_ids, return_stats": _call(segment_ids=jnp.ones((1, 128), jnp.int32), return_stats=True),
+            "look back only": _call(mask=Mask(causal=False, window_size=3)),
+            "not Mask": _call(mask=SINKS),
+        }
+        for reason, call in refused.items():
+            assert reason in cudnn.unsupported(*_shapes(), **call)
+        assert "fp16/bf16" in cudnn.unsupported(*_shapes(dtype="float32"), **_call())
+        assert "head dim" in cudnn.unsupported(*_shapes(dim=512), **_call())
+
+
+def test_cudnn_is_asked_for_itself():
+    with target("h100"):
+        assert cudnn.unsupported(*_shapes(), **_call()) is not None
