@@ -70,19 +70,24 @@ def call(body: Callable[..., None], *, name: str, **options: Any) -> Callable[..
     return plgpu.kernel(body, compiler_params=params, **interpret, **options)
 
 
-def tile(shape: Sequence[int], dtype: Any) -> Any:
+def tile(shape: Sequence[int], dtype: Any, *, depth: int = 64) -> Any:
     """An uninitialised tile [..., M, N] in shared memory, laid out as `wgmma` and the copies want it.
 
+    Both tiles of a product need the same swizzle, which depends on N and on `depth`: the least M over which a product with this
+    tile, or with a tile that meets it, sums.
+
     Raises:
-      ValueError: N is no multiple of the smallest swizzle (32 bytes).
+      ValueError: N or `depth` is no multiple of the smallest swizzle (32 bytes).
     """
     for swizzle in (128, 64, 32):
         columns = swizzle // jnp.dtype(dtype).itemsize
-        if shape[-1] % columns == 0:
+        if shape[-1] % columns == 0 and depth % columns == 0:
             return plgpu.SMEM(
                 tuple(shape), dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle))
             )
-    raise ValueError(f"tile: shape={tuple(shape)} must end in a multiple of {columns} {jnp.dtype(dtype).name}; pad the last axis")
+    raise ValueError(
+        f"tile: the last of shape={tuple(shape)} and depth={depth} must be multiples of {columns}; pad the last axis"
+    )
 
 
 def tile_bytes(shape: Sequence[int], dtype: Any) -> int:

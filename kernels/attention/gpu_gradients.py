@@ -107,12 +107,12 @@ def query_gradients(problem: Problem, x: Operands, d_o: Array, rows: Array) -> t
         inputs={"d_o": d_o, "rows": rows},
         outputs=outputs,
         scratch={
-            "q_tile": gpu.tile((COMPUTE, ROWS, plan.key_dim), dtype),
-            "d_o_tile": gpu.tile((COMPUTE, ROWS, plan.value_dim), dtype),
+            "q_tile": gpu.tile((COMPUTE, ROWS, plan.key_dim), dtype, depth=size),
+            "d_o_tile": gpu.tile((COMPUTE, ROWS, plan.value_dim), dtype, depth=size),
             "shared_tile": plgpu.SMEM((COMPUTE, ROWS), jnp.float32) if problem.sigmoid else None,
             "staged": gpu.left_factor((COMPUTE, ROWS, size), dtype),
-            "keys": gpu.ring(gpu.tile((stages, size, plan.key_dim), dtype), readers=COMPUTE),
-            "values": gpu.ring(gpu.tile((stages, size, plan.value_dim), dtype), readers=COMPUTE),
+            "keys": gpu.ring(gpu.tile((stages, size, plan.key_dim), dtype, depth=size), readers=COMPUTE),
+            "values": gpu.ring(gpu.tile((stages, size, plan.value_dim), dtype, depth=size), readers=COMPUTE),
             "arrived": plgpu.Barrier(num_arrivals=2, num_barriers=COMPUTE),
         },
     )
@@ -198,12 +198,12 @@ def _key_gradients(problem: Problem, x: Operands, d_o: Array, rows: Array, wante
         inputs={"d_o": d_o, "rows": rows},
         outputs=outputs,
         scratch={
-            "k_tile": gpu.tile((COMPUTE, ROWS, plan.key_dim), dtype),
-            "v_tile": gpu.tile((COMPUTE, ROWS, plan.value_dim), dtype),
+            "k_tile": gpu.tile((COMPUTE, ROWS, plan.key_dim), dtype, depth=size),
+            "v_tile": gpu.tile((COMPUTE, ROWS, plan.value_dim), dtype, depth=size),
             "staged": gpu.left_factor((COMPUTE, ROWS, size), dtype),
             "visited": gpu.ring(
-                gpu.tile((stages, size, plan.key_dim), dtype),
-                gpu.tile((stages, size, plan.value_dim), dtype),
+                gpu.tile((stages, size, plan.key_dim), dtype, depth=size),
+                gpu.tile((stages, size, plan.value_dim), dtype, depth=size),
                 plgpu.SMEM((stages, num_rows, size), jnp.float32),
                 readers=COMPUTE,
             ),

@@ -1,0 +1,81 @@
+"""The GPU kernels through ptxas, ahead of time, for Hopper; needs JAX's CUDA plugin and no GPU."""
+
+import importlib.util
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from plait.kernels import Mask, gpu
+from plait.kernels.attention import pallas_gpu
+from plait.kernels.target import target
+from plait.tests.kernels.gpu_targets import TARGETS
+
+pytestmark = [
+    pytest.mark.skipif(jax.__version_info__ < gpu.MIN_JAX, reason=f"compiling needs JAX >= {'.'.join(map(str, gpu.MIN_JAX))}"),
+    pytest.mark.skipif(
+        not any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13)), reason="compiling needs JAX's CUDA plugin"
+    ),
+]
+
+
+def _on(generation: str) -> NamedSharding:
+    """Where arrays of a program for one GPU live."""
+    topology = topologies.get_topology_desc(
+        platform="cuda", topology_name=generation, topology="1x1x1", target_config=TARGETS[generation]
+    )
+    return NamedSharding(Mesh(np.array(topology.devices), ("d",), axis_types=(AxisType.Auto,)), PartitionSpec())
+
+
+def _reports(out: str) -> dict[str, str]:
+    """What ptxas says of each kernel, by name."""
+    parts = re.split(r"Compiling entry function '(\w+?)_mosaic_gpu_kernel'", out)
+    return {parts[i]: parts[i - 1].rsplit("bytes gmem", 1)[-1] + parts[i + 1] for i in range(1, len(parts), 2)}
+
+
+KERNELS = {"attention_forward", "attention_query_gradients", "attention_key_gradients"}
+SCALARS = 128
+"""Bytes of spills that may remain: addresses that no loop iteration changes, in the widest kernels; no tile fits in so few."""
+
+
+@pytest.mark.parametrize(
+    ("generation", "length", "dims", "stats"),
+    [
+        ("h100", 4096, (64, 64), True),
+        ("h100", 4096, (128, 128), False),
+        ("h200", 32768, (128, 128), True),
+        pytest.param("h200", 32768, (64, 64), False, marks=pytest.mark.slow),
+        pytest.param("h100", 4096, (192, 128), True, marks=pytest.mark.slow),
+        pytest.param("h100", 4096, (256, 256), True, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_attention_compiles(
+    generation: str, length: int, dims: tuple[int, int], stats: bool, monkeypatch: pytest.MonkeyPatch, capfd: Any
+):
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    where = _on(generation)
+    heads = lambda n, dim: jax.ShapeDtypeStruct((1, length, n, dim), jnp.bfloat16, sharding=where)  # noqa: E731
+
+    def loss(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
+        o, rows = pallas_gpu.attention(
+            q, k, v, mask=Mask(), segment_ids=segment_ids, positions=None, kv_segment_ids=None, kv_positions=None,
+            block_table=None, scale=dims[0] ** -0.5, sinks=None, normalizer="softmax", sigmoid_bias=None, return_stats=stats,
+        )  # fmt: skip
+        return jnp.sum(o.astype(jnp.float32)) + (jnp.sum(rows.entropy) if stats else 0)
+
+    segment_ids = jax.ShapeDtypeStruct((1, length), jnp.int32, sharding=where)
+    with target(generation):
+        jax.jit(jax.grad(loss, (0, 1, 2))).lower(heads(8, dims[0]), heads(2, dims[0]), heads(2, dims[1]), segment_ids).compile()
+    captured = capfd.readouterr()
+    reports = _reports(captured.out + captured.err)
+    assert set(reports) == KERNELS
+    for name, report in reports.items():
+        assert "serialized" not in report, f"{name}: {report}"
+        spills = int(re.search(r"(\d+) bytes spill stores", report)[1])
+        assert spills <= (SCALARS if stats and max(dims) > 64 else 0), f"{name}: {report}"
