@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 
 from plait.kernels.cross_entropy import chunked, reference
-from plait.kernels.dispatch import Implementation, Op
-from plait.kernels.sharding import Axes
+from plait.kernels.dispatch import Implementation, Op, kernel
 from plait.kernels.shapes import check_rank, check_shape
+from plait.kernels.sharding import Axes
 
 __all__ = ["cross_entropy"]
 
@@ -14,7 +14,13 @@ Array = jax.Array
 
 _AXES = Axes(arguments=("bsd", "dv", "bs"), options={"loss_mask": "bs"}, results=("bs", "bs"))
 
-_op = Op("cross_entropy", _AXES, chunked=Implementation(chunked.cross_entropy), reference=Implementation(reference.cross_entropy))
+_op = Op(
+    "cross_entropy",
+    _AXES,
+    pallas_tpu=kernel("tpu", f"{__name__}.pallas_tpu", "cross_entropy"),
+    chunked=Implementation(chunked.cross_entropy),
+    reference=Implementation(reference.cross_entropy),
+)
 
 
 def cross_entropy(
@@ -37,8 +43,9 @@ def cross_entropy(
       targets: int32 [B, T], in [0, Vocab) where the mask is set, anything elsewhere.
       loss_mask: [B, T], zero or False where both results and all gradients are zero; None counts every token.
       logit_soft_cap: c, above 0, or None.
-      chunk_size: tokens of each sequence whose logits exist at a time; None takes what fits 128 MiB of float32, at least 64.
-      implementation: "auto", "chunked" or "reference".
+      chunk_size: tokens of each sequence whose logits exist at a time; None takes what fits 128 MiB of float32, at least 64. The
+        pallas implementations hold as many logit gradients, and no logits, of all tokens and some of the vocabulary.
+      implementation: "auto", "pallas_tpu", "chunked" or "reference".
 
     Returns:
       nll and lse, both float32 [B, T] in nats.
