@@ -21,6 +21,73 @@ AXES = Axes(
 )
 """The axes of the linear recurrences' arrays: q, k, v and gates are [B, T, H, ...]."""
 
+SPAN = 128
+"""Tokens that one number of `RecurrenceStats` is about."""
+
+SLOWEST = 1e-9
+"""Log decay a token below which a state counts as kept for ever."""
+
+
+class RecurrenceStats(NamedTuple):
+    """What a recurrence does, by spans of `SPAN` tokens; float32, S = ceil(T / SPAN) spans, constants to differentiation."""
+
+    state_norm: Array
+    """[B, S, Hv]: Frobenius norm of the state that leaves the span."""
+    write_strength: Array
+    """[B, S, Hv]: mean of |k_t| |u_t| over the span's real tokens, u_t being v_t or the delta rule's beta_t (v_t - R_t^T k_t)."""
+    decay_horizon: Array
+    """[B, S, Hv]: tokens after which the state has decayed by e, 1 / mean(-g) over the span's real tokens and all channels; at
+    most 1e9, which also stands for no decay."""
+    num_tokens: Array
+    """[B, S, Hv]: real tokens. Means over several spans weigh write_strength and 1 / decay_horizon with it."""
+
+
+Results = tuple[Array, Array] | tuple[Array, Array, RecurrenceStats]
+"""Outputs [B, T, Hv, V], final state [B, Hv, K, V] and, when asked, statistics."""
+
+
+def results(o: Array, final_state: Array, stats: RecurrenceStats | None) -> Results:
+    """As every implementation returns them."""
+    return (o, final_state) if stats is None else (o, final_state, stats)
+
+
+def per_span(x: Array, chunk_size: int, length: int, *, last: bool) -> Array:
+    """[B, N, H], a number for every chunk (of at most SPAN tokens), to [B, S, H]: the last of each span, or the sum."""
+    chunks, spans = SPAN // chunk_size, -(-length // SPAN)
+    x = x[:, : spans * chunks]
+    x = jnp.pad(x, ((0, 0), (0, spans * chunks - x.shape[1]), (0, 0)), mode="edge" if last else "constant")
+    x = x.reshape(x.shape[0], spans, chunks, x.shape[2])
+    return x[:, :, -1] if last else x.sum(2)
+
+
+def summarize(
+    norms: Array, writes: Array, rates: Array, chunk_size: int, segment_ids: Array | None, length: int
+) -> RecurrenceStats:
+    """The statistics of numbers by chunk, [B, N, Hv] each: the leaving state's norm, and sums of |k| |u| and of -g."""
+    real = jnp.ones((norms.shape[0], length)) if segment_ids is None else segment_ids != 0
+    count = per_span(real.astype(jnp.float32)[..., None], 1, length, last=False)
+    mean = lambda x: per_span(x, chunk_size, length, last=False) / jnp.maximum(count, 1)  # noqa: E731
+    horizon = 1 / jnp.maximum(mean(rates), SLOWEST)
+    stats = RecurrenceStats(
+        per_span(norms, chunk_size, length, last=True), mean(writes), horizon, jnp.broadcast_to(count, horizon.shape)
+    )
+    return jax.lax.stop_gradient(jax.tree.map(lambda x: x.astype(jnp.float32), stats))
+
+
+def with_ones(v: Array) -> Array:
+    """v [B, T, H, V] with a column of ones, under which a state sums its keys."""
+    return jnp.concatenate([v, jnp.ones((*v.shape[:-1], 1), v.dtype)], axis=-1)
+
+
+def over_weights(o: Array) -> Array:
+    """The outputs [..., V] of `with_ones` divided by their last column, the summed weights (Based, arXiv 2402.18668: plus 1e-12)."""
+    return o[..., :-1] / (o[..., -1:] + 1e-12)
+
+
+def token_norm(x: Array) -> Array:
+    """The length of the last axis' vectors."""
+    return jnp.sqrt(jnp.sum(jnp.square(x), axis=-1))
+
 
 def _zero_where_padding(real: Array, x: Array) -> Array:
     """x [B, T, ...] with zeros at padding."""
@@ -28,17 +95,19 @@ def _zero_where_padding(real: Array, x: Array) -> Array:
 
 
 def scan_tokens(
-    step: Callable[..., tuple[Array, Array]],
+    step: Callable[..., tuple[Array, Array, Array]],
     q: Array,
     k: Array,
     v: Array,
     *gates: Array,
     initial_state: Array | None,
     segment_ids: Array | None,
-) -> tuple[Array, Array]:
-    """The outputs [B, T, Hv, V] and the final state of one token after another: `step(state, q, k, v, *gates) -> (state, o)`.
+    return_stats: bool,
+) -> Results:
+    """The outputs [B, T, Hv, V], the final state and, when asked, the statistics of one token after another.
 
-    Padding is skipped: it gives zeros and leaves the state alone. Gates must be neutral at 0.
+    `step(state, q, k, v, *gates) -> (state, o, u)`, u [B, Hv, V] being written under k; the first gate is the log decay. Padding is
+    skipped: it gives zeros and leaves the state alone. Gates must be neutral at 0.
     """
     dtype = accumulation_dtype(q, k, v)
     batch, _, num_heads, value_dim = v.shape
@@ -50,12 +119,23 @@ def scan_tokens(
         inputs = [_zero_where_padding(real, x) for x in inputs]
         starts = jnp.diff(index, axis=1, prepend=0) != 0
 
-    def body(state: Array, token: tuple[Array, list[Array]]) -> tuple[Array, Array]:
+    def body(state: Array, token: tuple[Array, list[Array]]) -> tuple[Array, tuple[Array, ...]]:
         start, inputs = token
-        return step(jnp.where(start[:, None, None, None], 0, state), *inputs)
+        state, o, written = step(jnp.where(start[:, None, None, None], 0, state), *inputs)
+        if not return_stats:
+            return state, (o,)
+        norms = token_norm(state.reshape(*state.shape[:2], -1))
+        return state, (o, norms, token_norm(inputs[1]) * token_norm(written))
 
-    final_state, o = jax.lax.scan(body, state, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (starts, inputs)))
-    return jnp.moveaxis(o, 0, 1).astype(q.dtype), final_state
+    final_state, outputs = jax.lax.scan(body, state, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (starts, inputs)))
+    o, *sums = (jnp.moveaxis(x, 0, 1) for x in outputs)
+    stats = summarize(*sums, log_decay_rate(inputs[3]), 1, segment_ids, v.shape[1]) if return_stats else None
+    return results(o.astype(q.dtype), final_state, stats)
+
+
+def log_decay_rate(g: Array) -> Array:
+    """-g [B, T, H] of log decays [B, T, H] or [B, T, H, K or 1], a mean over channels."""
+    return -(g if g.ndim == 3 else jnp.mean(g, axis=-1))
 
 
 class Chunks(NamedTuple):
@@ -139,8 +219,20 @@ def scan_chunks(
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), outputs), final_state
 
 
-def decayed_attention(c: Chunks, *, initial_state: Array | None) -> tuple[Array, Array]:
-    """Outputs [B, Hv, N, C, V] and final state of a recurrence that only decays and adds (no delta rule)."""
+def chunk_stats(
+    c: Chunks, written: Array, entering: Array, final_state: Array, segment_ids: Array | None, length: int
+) -> RecurrenceStats:
+    """The statistics of chunks that wrote `written` [B, H, N, C, V], from the states [B, H, N, K, V] that entered them."""
+    leaving = jnp.concatenate([entering[:, :, 1:], final_state[:, :, None]], axis=2)
+    norms = token_norm(leaving.reshape(*leaving.shape[:3], -1))
+    writes = jnp.sum(token_norm(c.k) * token_norm(written), axis=-1)
+    rates = jnp.sum(log_decay_rate(c.g), axis=-1)
+    by_chunk = (jnp.moveaxis(x, 1, 2) for x in (norms, writes, rates))
+    return summarize(*by_chunk, c.k.shape[3], segment_ids, length)
+
+
+def decayed_attention(c: Chunks, *, initial_state: Array | None) -> tuple[Array, Array, Array]:
+    """Outputs [B, Hv, N, C, V], final state and entering states of a recurrence that only decays and adds (no delta rule)."""
     writes = dot("...ck,...cv->...kv", c.k_out, c.v)
 
     def advance(state: Array, chunk: tuple[Array, ...]) -> tuple[Array, Array]:
@@ -149,7 +241,7 @@ def decayed_attention(c: Chunks, *, initial_state: Array | None) -> tuple[Array,
 
     entering, final_state = scan_chunks(advance, (c.decay, writes), initial_state, writes.shape[:2] + writes.shape[3:])
     o = dot("...ck,...kv->...cv", c.q_in, entering) + dot("...ij,...jv->...iv", scores(c.q, c), c.v)
-    return o, final_state
+    return o, final_state, entering
 
 
 def implied_rows(c: Chunks, rows: Array, length: int, *, inverse: Array | None = None) -> Array:

@@ -4,15 +4,21 @@ import jax
 
 from plait.kernels.delta_rule import chunked, reference
 from plait.kernels.delta_rule.implied import delta_rule_rows
-from plait.kernels.dispatch import Implementation, Op
-from plait.kernels.recurrence import AXES
+from plait.kernels.dispatch import Implementation, Op, kernel
+from plait.kernels.recurrence import AXES, Results
 from plait.kernels.shapes import check_recurrence
 
 __all__ = ["delta_rule", "delta_rule_rows"]
 
 Array = jax.Array
 
-_op = Op("delta_rule", AXES, chunked=Implementation(chunked.delta_rule), reference=Implementation(reference.delta_rule))
+_op = Op(
+    "delta_rule",
+    AXES,
+    pallas_tpu=kernel("tpu", "plait.kernels.delta_rule.pallas_tpu", "delta_rule"),
+    chunked=Implementation(chunked.delta_rule),
+    reference=Implementation(reference.delta_rule),
+)
 
 
 def delta_rule(
@@ -26,8 +32,9 @@ def delta_rule(
     initial_state: Array | None = None,
     segment_ids: Array | None = None,
     chunk_size: int = 64,
+    return_stats: bool = False,
     implementation: str = "auto",
-) -> tuple[Array, Array]:
+) -> Results:
     """The outputs and the final state of a state that is decayed, corrected towards v_t at k_t, and read.
 
     R_t = Diag(exp g_t) S_{t-1},    S_t = R_t + beta_t k_t (v_t - R_t^T k_t)^T,    o_t = scale S_t^T q_t.
@@ -43,11 +50,13 @@ def delta_rule(
       initial_state: [B, Hv, K, V] float32, of the first token's segment; None is zero.
       segment_ids: int32 [B, T], each segment contiguous; the state is zero at the start of each but the first. Id 0 is padding:
         it gives zeros and is skipped. None is one segment.
-      chunk_size: tokens per chunk, a power of two.
-      implementation: "auto", "chunked" or "reference".
+      chunk_size: tokens per chunk of the chunked form, a power of two; kernels have their own.
+      return_stats: adds a third result.
+      implementation: "auto", "pallas_tpu", "chunked" or "reference".
 
     Returns:
-      o [B, T, Hv, V] in q's dtype, and the state [B, Hv, K, V] float32 after the last token that is not padding.
+      o [B, T, Hv, V] in q's dtype, the state [B, Hv, K, V] float32 after the last token that is not padding, and with `return_stats`
+      a `RecurrenceStats` by spans of 128 tokens, through which no gradient flows.
 
     Raises:
       ValueError: a shape, ratio or known segment id does not fit, or the implementation is unknown.
@@ -58,7 +67,16 @@ def delta_rule(
     """
     gates = {"g": (g, ("[B, T, Hv]", "[B, T, Hv, K]")), "beta": (beta, ("[B, T, Hv]",))}
     check_recurrence("delta_rule", q, k, v, gates, initial_state=initial_state, segment_ids=segment_ids, chunk_size=chunk_size)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     return _op(
-        implementation, q, k, v, g, beta, scale=scale, initial_state=initial_state, segment_ids=segment_ids, chunk_size=chunk_size
+        implementation,
+        q,
+        k,
+        v,
+        g,
+        beta,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        initial_state=initial_state,
+        segment_ids=segment_ids,
+        chunk_size=chunk_size,
+        return_stats=return_stats,
     )

@@ -36,11 +36,14 @@ def delta_rule(
     initial_state: Array | None,
     segment_ids: Array | None,
     chunk_size: int,
-) -> tuple[Array, Array]:
+    return_stats: bool,
+) -> recurrence.Results:
     """See `plait.kernels.delta_rule`."""
+    if return_stats:
+        chunk_size = min(chunk_size, recurrence.SPAN)
     options: dict[str, Any] = {"scale": scale, "segment_ids": segment_ids, "chunk_size": chunk_size}
     if q.shape[1] == 1:
-        return reference.delta_rule(q, k, v, g, beta, initial_state=initial_state, **options)
+        return reference.delta_rule(q, k, v, g, beta, initial_state=initial_state, return_stats=return_stats, **options)
     c, scores, inverse = cut(q, k, v, g, beta, **options)
     written = dot("...ij,...jv->...iv", inverse, c.v)  # U
     erased = dot("...ij,...jk->...ik", inverse, c.k_in)  # W
@@ -53,4 +56,5 @@ def delta_rule(
     shape = (*c.k.shape[:2], c.k.shape[-1], c.v.shape[-1])
     (entering, pseudo), final_state = recurrence.scan_chunks(advance, (c.decay, c.k_out, written, erased), initial_state, shape)
     o = dot("...ck,...kv->...cv", c.q_in, entering) + dot("...ij,...jv->...iv", scores, pseudo)
-    return chunking.heads_from_chunks(o, q.shape[1]).astype(q.dtype), final_state
+    stats = recurrence.chunk_stats(c, pseudo, entering, final_state, segment_ids, q.shape[1]) if return_stats else None
+    return recurrence.results(chunking.heads_from_chunks(o, q.shape[1]).astype(q.dtype), final_state, stats)

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from plait.kernels.recurrence import scan_tokens
+from plait.kernels.recurrence import Results, scan_tokens
 
 Array = jax.Array
 
@@ -19,17 +19,18 @@ def delta_rule(
     initial_state: Array | None,
     segment_ids: Array | None,
     chunk_size: int,
-) -> tuple[Array, Array]:
+    return_stats: bool,
+) -> Results:
     """See `plait.kernels.delta_rule`; `chunk_size` means nothing here."""
     read = lambda state, x: jnp.einsum("bhkv,bhk->bhv", state, x, precision="highest")  # noqa: E731
 
-    def step(state: Array, q: Array, k: Array, v: Array, *gates: Array) -> tuple[Array, Array]:
+    def step(state: Array, q: Array, k: Array, v: Array, *gates: Array) -> tuple[Array, Array, Array]:
         g, beta = gates
         state = jnp.exp(g)[..., None] * state
-        error = v - read(state, k)
-        state = state + k[..., :, None] * (beta[..., None] * error)[..., None, :]
-        return state, scale * read(state, q)
+        written = beta[..., None] * (v - read(state, k))
+        state = state + k[..., :, None] * written[..., None, :]
+        return state, scale * read(state, q), written
 
     g = jnp.zeros_like(beta) if g is None else g
     g = g[..., None] if g.ndim == 3 else g
-    return scan_tokens(step, q, k, v, g, beta, initial_state=initial_state, segment_ids=segment_ids)
+    return scan_tokens(step, q, k, v, g, beta, initial_state=initial_state, segment_ids=segment_ids, return_stats=return_stats)

@@ -2,9 +2,9 @@
 
 import jax
 
-from plait.kernels.dispatch import Implementation, Op
-from plait.kernels.recurrence import AXES
-from plait.kernels.shapes import check_recurrence
+from plait.kernels.dispatch import Implementation, Op, kernel
+from plait.kernels.recurrence import AXES, Results, over_weights, with_ones
+from plait.kernels.shapes import accumulation_dtype, check_recurrence
 from plait.kernels.vector_decay import chunked, reference
 from plait.kernels.vector_decay.implied import vector_decay_rows
 
@@ -12,7 +12,13 @@ __all__ = ["vector_decay", "vector_decay_rows"]
 
 Array = jax.Array
 
-_op = Op("vector_decay", AXES, chunked=Implementation(chunked.vector_decay), reference=Implementation(reference.vector_decay))
+_op = Op(
+    "vector_decay",
+    AXES,
+    pallas_tpu=kernel("tpu", "plait.kernels.vector_decay.pallas_tpu", "vector_decay"),
+    chunked=Implementation(chunked.vector_decay),
+    reference=Implementation(reference.vector_decay),
+)
 
 
 def vector_decay(
@@ -24,9 +30,11 @@ def vector_decay(
     scale: float | None = None,
     initial_state: Array | None = None,
     segment_ids: Array | None = None,
+    normalize: bool = False,
     chunk_size: int = 64,
+    return_stats: bool = False,
     implementation: str = "auto",
-) -> tuple[Array, Array]:
+) -> Results:
     """The outputs and the final state of linear attention whose state decays by channel.
 
     S_t = Diag(exp g_t) S_{t-1} + k_t v_t^T,    o_t = scale S_t^T q_t.
@@ -40,11 +48,16 @@ def vector_decay(
       initial_state: [B, Hv, K, V] float32, of the first token's segment; None is zero.
       segment_ids: int32 [B, T], each segment contiguous; the state is zero at the start of each but the first. Id 0 is padding:
         it gives zeros and is skipped. None is one segment.
-      chunk_size: tokens per chunk, a power of two.
-      implementation: "auto", "chunked" or "reference".
+      normalize: divides by the summed weights as Based and Hedgehog do: o_t = S_t^T q_t / (z_t^T q_t + 1e-12), z_t being the sum
+        of the keys, decayed as the state; `scale` then means nothing. For q and k from a positive feature map. The states get a
+        last column for z_t: [B, Hv, K, V + 1].
+      chunk_size: tokens per chunk of the chunked form, a power of two; kernels have their own.
+      return_stats: adds a third result.
+      implementation: "auto", "pallas_tpu", "chunked" or "reference".
 
     Returns:
-      o [B, T, Hv, V] in q's dtype, and the state [B, Hv, K, V] float32 after the last token that is not padding.
+      o [B, T, Hv, V] in q's dtype, the state [B, Hv, K, V] float32 after the last token that is not padding, and with `return_stats`
+      a `RecurrenceStats` by spans of 128 tokens, through which no gradient flows.
 
     Raises:
       ValueError: a shape, ratio or known segment id does not fit, or the implementation is unknown.
@@ -53,8 +66,21 @@ def vector_decay(
     Source: Gated Linear Attention, arXiv 2312.06635, equation 3; secondary chunking of section 4.3 taken down to single tokens.
     """
     gates = {"g": (g, ("[B, T, Hv, K]",))}
-    check_recurrence("vector_decay", q, k, v, gates, initial_state=initial_state, segment_ids=segment_ids, chunk_size=chunk_size)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _op(
-        implementation, q, k, v, g, scale=scale, initial_state=initial_state, segment_ids=segment_ids, chunk_size=chunk_size
+    wide = with_ones(v) if normalize else v
+    check_recurrence(
+        "vector_decay", q, k, wide, gates, initial_state=initial_state, segment_ids=segment_ids, chunk_size=chunk_size
     )
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    o, *others = _op(
+        implementation,
+        q.astype(accumulation_dtype(q)) if normalize else q,
+        k,
+        wide,
+        g,
+        scale=1.0 if normalize else scale,
+        initial_state=initial_state,
+        segment_ids=segment_ids,
+        chunk_size=chunk_size,
+        return_stats=return_stats,
+    )
+    return (over_weights(o).astype(q.dtype) if normalize else o, *others)

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from plait.kernels.recurrence import scan_tokens
+from plait.kernels.recurrence import Results, scan_tokens
 
 Array = jax.Array
 
@@ -18,11 +18,12 @@ def vector_decay(
     initial_state: Array | None,
     segment_ids: Array | None,
     chunk_size: int,
-) -> tuple[Array, Array]:
+    return_stats: bool,
+) -> Results:
     """See `plait.kernels.vector_decay`; `chunk_size` means nothing here."""
 
-    def step(state: Array, q: Array, k: Array, v: Array, g: Array) -> tuple[Array, Array]:
+    def step(state: Array, q: Array, k: Array, v: Array, g: Array) -> tuple[Array, Array, Array]:
         state = jnp.exp(g)[..., None] * state + k[..., :, None] * v[..., None, :]
-        return state, scale * jnp.einsum("bhkv,bhk->bhv", state, q, precision="highest")
+        return state, scale * jnp.einsum("bhkv,bhk->bhv", state, q, precision="highest"), v
 
-    return scan_tokens(step, q, k, v, g, initial_state=initial_state, segment_ids=segment_ids)
+    return scan_tokens(step, q, k, v, g, initial_state=initial_state, segment_ids=segment_ids, return_stats=return_stats)

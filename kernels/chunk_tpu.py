@@ -1,0 +1,306 @@
+"""The math of one chunk of a linear recurrence in operations that Mosaic lowers: products, elementwise, reductions, iota masks.
+
+Everything is two-dimensional and float32: a chunk of C tokens is [C, K] or [C, V], a number a token is a row [1, C] or a column
+[C, 1]. The state is kept transposed, [V, K], so that the decay of a key channel is a row. As in `chunking`, no exponent is
+positive and no sum is a difference of longer ones. Everything can be differentiated inside a kernel: `product`, `count`, `roll` and
+`unit_lower_inverses` bring backward parts of the same kind.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
+
+Array = jax.Array
+Kind = Literal["nn", "nt", "tn"]
+"""Which operands of a product are transposed."""
+
+Parts = tuple[int, int] | None
+"""Into how many bfloat16 numbers the matrix unit gets each operand's numbers: one rounds, two keep 16 bits; None is all of float32."""
+
+SUBLANES = 8
+
+_DIMS = {"nn": (((1,), (0,)), ((), ())), "nt": (((1,), (1,)), ((), ())), "tn": (((0,), (0,)), ((), ()))}
+
+
+def _split(x: Array, parts: int) -> list[Array]:
+    """x as a sum of bfloat16 arrays: its leading bits, then the next ones, the last rounded."""
+    out = []
+    for _ in range(parts - 1):
+        bits = jax.lax.bitcast_convert_type(x, jnp.int32) & -(1 << 16)
+        high = jax.lax.bitcast_convert_type(bits, jnp.float32)
+        out.append(high.astype(jnp.bfloat16))
+        x = x - high
+    return [*out, x.astype(jnp.bfloat16)]
+
+
+def _dot(kind: Kind, a: Array, b: Array) -> Array:
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    return jax.lax.dot_general(a, b, _DIMS[kind], precision=precision, preferred_element_type=jnp.float32)
+
+
+def _product(kind: Kind, parts: Parts, a: Array, b: Array) -> Array:
+    if parts is None:
+        return _dot(kind, a, b)
+    lefts, rights = _split(a, parts[0]), _split(b, parts[1])
+    pairs = [(x, y) for i, x in enumerate(lefts) for j, y in enumerate(rights) if i + j < max(parts)]
+    first, *rest = [_dot(kind, x, y) for x, y in pairs]
+    return sum(rest, start=first)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def product(kind: Kind, parts: Parts, a: Array, b: Array) -> Array:
+    """A matrix product of float32 arrays in float32, transposed as `kind` says, also when differentiated."""
+    return _product(kind, parts, a, b)
+
+
+def _product_backward(kind: Kind, parts: Parts, saved: tuple[Array, Array], ct: Array) -> tuple[Array, Array]:
+    a, b = saved
+    pull = lambda kind, x, i, y, j: _product(kind, None if parts is None else (i, j), x, y)  # noqa: E731
+    i, j = parts or (0, 0)
+    most = max(i, j)
+    if kind == "nn":
+        return pull("nt", ct, most, b, j), pull("tn", a, i, ct, most)
+    if kind == "nt":
+        return pull("nn", ct, most, b, j), pull("tn", ct, most, a, i)
+    return pull("nt", b, j, ct, most), pull("nn", a, i, ct, most)
+
+
+product.defvjp(lambda kind, parts, a, b: (_product(kind, parts, a, b), (a, b)), _product_backward)
+
+
+def _count(kind: Kind, x: Array, weights: Array) -> Array:
+    weights = weights.astype(jnp.bfloat16)
+    first, *rest = [_dot(kind, part, weights) for part in _split(x, 3)]
+    return sum(rest, start=first)
+
+
+@jax.custom_vjp
+def count(x: Array, weights: Array) -> Array:
+    """x @ weights for weights that are 0 or 1: three 16-bit passes give all of float32."""
+    return _count("nn", x, weights)
+
+
+count.defvjp(lambda x, weights: (_count("nn", x, weights), weights), lambda weights, ct: (_count("nt", ct, weights), None))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def roll(x: Array, shift: int) -> Array:
+    """Row i of x [C, K] to row i + shift, around the end; 0 < shift < C."""
+    return pltpu.roll(x, shift, 0)
+
+
+roll.defvjp(lambda x, shift: (roll(x, shift), None), lambda shift, _, ct: (pltpu.roll(ct, ct.shape[0] - shift, 0),))
+
+
+def iota(shape: tuple[int, int], axis: int) -> Array:
+    """int32 indices along an axis."""
+    return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+
+
+def _square(size: int) -> tuple[Array, Array]:
+    return iota((size, size), 0), iota((size, size), 1)
+
+
+def column(row: Array) -> Array:
+    """[1, C] to [C, 1]."""
+    i, j = _square(row.shape[1])
+    return jnp.sum(jnp.where(i == j, row, 0.0), axis=1, keepdims=True)
+
+
+class Bounds(NamedTuple):
+    """Who sees whom across segment boundaries, as 0/1 factors; see `chunking.Boundaries`."""
+
+    pairs: Array
+    """[C, C]"""
+    head: Array
+    """[C, 1]"""
+    tail: Array
+    """[C, 1]"""
+    through: Array
+    """[1, 1]"""
+
+    @classmethod
+    def of(cls, number: Array, entering: Array) -> "Bounds":
+        """From the segment number of every token and that of the token before the chunk, repeated, both float32 rows [1, C]."""
+        same = lambda a, b: jnp.where(a == b, 1.0, 0.0)  # noqa: E731
+        numbers, first, last = column(number), entering[:, :1], number[:, -1:]
+        return cls(same(numbers, number), same(numbers, first), same(numbers, last), same(first, last))
+
+
+class Chunk(NamedTuple):
+    """What a chunk does with the state; `since`, `to_end` and `decay` are 0 across segment boundaries."""
+
+    scores: tuple[Array, ...]
+    """Decayed products of queries with the keys up to them, [C, C] each."""
+    since: Array
+    """[C, K or 1]: what is left at a token of the entering state."""
+    to_end: Array
+    """[C, K or 1]: what is left at the chunk's end of a token's write."""
+    decay: Array
+    """[1, K or 1]: what is left at the chunk's end of the entering state."""
+
+
+def cut(queries: tuple[Array, ...], k: Array, g: Array | None, bounds: Bounds | None, parts: Parts) -> Chunk:
+    """Scores of several sets of queries [C, K] with the keys [C, K], for g a row [1, C], [C, K], or None (no decay)."""
+    build = _by_channel if g is not None and g.shape[0] != 1 else _by_head
+    c: Chunk = build(queries, k, g, parts)
+    if bounds is None:
+        return c
+    scores = tuple(x * bounds.pairs for x in c.scores)
+    return Chunk(scores, c.since * bounds.head, c.to_end * bounds.tail, c.decay * bounds.through)
+
+
+def _by_head(queries: tuple[Array, ...], k: Array, g: Array | None, parts: Parts) -> Chunk:
+    size = k.shape[0]
+    i, j = _square(size)
+    if g is None:
+        one = jnp.ones((size, 1), jnp.float32)
+        between = jnp.where(j <= i, 1.0, 0.0)
+        since, to_end, decay = one, one, one[:1]
+    else:
+        up_to = jnp.where(j <= i, g, 0.0)
+        between = jnp.where(j <= i, jnp.exp(count(up_to, jnp.where(i > j, 1.0, 0.0))), 0.0)
+        since = jnp.exp(jnp.sum(up_to, axis=1, keepdims=True))
+        to_end = jnp.exp(jnp.sum(jnp.where(j > i, g, 0.0), axis=1, keepdims=True))
+        decay = jnp.exp(jnp.sum(g, axis=1, keepdims=True))
+    return Chunk(tuple(product("nt", parts, q, k) * between for q in queries), since, to_end, decay)
+
+
+def _by_channel(queries: tuple[Array, ...], k: Array, g: Array, parts: Parts) -> Chunk:
+    """`chunking.decayed_scores`: tokens halve into runs; late ones decay since their run's start, early ones to its end.
+
+    At each level one array holds both decays, the late runs' and the early runs', and a mask keeps the products of the two.
+    """
+    size = k.shape[0]
+    i, j = _square(size)
+    token = iota(g.shape, 0)
+    scores = [jnp.where(i == j, jnp.sum(q * k, axis=1, keepdims=True), 0.0) for q in queries]
+    prefix, suffix = g, jnp.zeros_like(g)
+    for level in range((size - 1).bit_length()):
+        run = 1 << level
+        late = (token & run) != 0
+        decay = jnp.exp(jnp.where(late, prefix, suffix))
+        early_keys = k * decay
+        pairs = jnp.where(((i & run) != 0) & ((i >> level) == (j >> level) + 1), 1.0, 0.0)
+        for n, q in enumerate(queries):
+            scores[n] += pairs * product("nt", parts, q * decay, early_keys)
+        total = prefix + suffix
+        other = jnp.where(late, roll(total, run), roll(total, size - run))
+        prefix, suffix = prefix + jnp.where(late, other, 0.0), suffix + jnp.where(late, 0.0, other)
+    return Chunk(tuple(scores), jnp.exp(prefix), jnp.exp(suffix), jnp.exp(jnp.sum(g, axis=0, keepdims=True)))
+
+
+def _inverses(parts: Parts, lowers: Sequence[Array]) -> list[Array]:
+    size = lowers[0].shape[0]
+    i, j = _square(size)
+    dot = partial(_product, "nn", parts)
+
+    def spread(x: Array) -> Array:  # the block-diagonal matrix of blocks side by side
+        height = x.shape[0]
+        return jnp.where(i & -height == j & -height, jnp.concatenate([x] * (size // height), axis=0), 0.0)
+
+    height = min(SUBLANES, size)
+    r, c = iota((height, size), 0), iota((height, size), 1)
+    inverses = [jnp.where(r == c & (height - 1), 1.0, 0.0)] * len(lowers)
+    for level in range((size - 1).bit_length()):
+        left = ((i >> level) == (j >> level) + 1) & ((i >> level) & 1 != 0)
+        corrections = [dot(x, jnp.where(left, lower, 0.0)) for x, lower in zip(inverses, lowers, strict=True)]
+        if level:
+            corrections = [dot(y, spread(x)) for x, y in zip(inverses, corrections, strict=True)]
+        for n, (x, y) in enumerate(zip(inverses, corrections, strict=True)):
+            if 1 << level < height:
+                inverses[n] = x - y
+            else:
+                odd = (iota(x.shape, 1) >> level) & 1 != 0
+                inverses[n] = jnp.concatenate([jnp.where(odd, 0.0, x), jnp.where(odd, x, -y)], axis=0)
+    return inverses
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def unit_lower_inverses(parts: Parts, lowers: list[Array]) -> list[Array]:
+    """The inverses of I + L for strictly lower triangular L [C, C], by halving, as stable as substitution.
+
+    Diagonal blocks of b tokens lie side by side as [b, C]: then (-bottom^-1 left top^-1) of all pairs is two products of b rows.
+    Several matrices go through the levels together, since each waits for the one before.
+    """
+    return _inverses(parts, lowers)
+
+
+def _inverses_forward(parts: Parts, lowers: list[Array]) -> tuple[list[Array], list[Array]]:
+    inverses = _inverses(parts, lowers)
+    return inverses, inverses
+
+
+def _inverses_backward(parts: Parts, inverses: list[Array], cts: list[Array]) -> tuple[list[Array]]:
+    i, j = _square(cts[0].shape[0])
+    inner = [_product("tn", parts, x, ct) for x, ct in zip(inverses, cts, strict=True)]
+    outer = [_product("nt", parts, y, x) for x, y in zip(inverses, inner, strict=True)]
+    return ([jnp.where(j < i, -x, 0.0) for x in outer],)
+
+
+unit_lower_inverses.defvjp(_inverses_forward, _inverses_backward)
+
+
+class Inputs(NamedTuple):
+    """One chunk's arguments, float32."""
+
+    q: Array
+    """[C, K]"""
+    k: Array
+    """[C, K]"""
+    v: Array
+    """[C, V]"""
+    gates: tuple[Any, ...]
+    """Rows [1, C] or [C, K], or None."""
+
+
+class Written(NamedTuple):
+    """What a chunk gives."""
+
+    o: Array
+    """[C, V], not scaled."""
+    values: Array
+    """[C, V], what was written under the keys: v, or the pseudo values of the delta rule."""
+    state: Array
+    """[V, K], leaving."""
+
+
+BlockFunction = Callable[[bool, list[Inputs], list[Bounds | None], Array], list[Written]]
+"""(full, chunks in order, their bounds, state [V, K] that enters the first) to what each gives.
+
+`full` asks for float32 products; without it operands are rounded to bfloat16 where that costs no more than rounding the inputs.
+"""
+
+
+def decay_and_add(full: bool, chunks: list[Inputs], bounds: list[Bounds | None], state: Array) -> list[Written]:
+    """Scalar or vector decay: the `BlockFunction` of gates (g,)."""
+    parts: Parts = None if full else (1, 1)
+    written = []
+    for x, c in zip(chunks, [cut((x.q,), x.k, x.gates[0], b, parts) for x, b in zip(chunks, bounds, strict=True)], strict=True):
+        o = product("nt", parts, x.q * c.since, state) + product("nn", parts, c.scores[0], x.v)
+        state = c.decay * state + product("tn", parts, x.v, x.k * c.to_end)
+        written.append(Written(o, x.v, state))
+    return written
+
+
+def erase_and_write(full: bool, chunks: list[Inputs], bounds: list[Bounds | None], state: Array) -> list[Written]:
+    """The delta rule: the `BlockFunction` of gates (g, beta) with beta a row, g perhaps None.
+
+    What goes around from state to state is kept at 16 bits: without decay, nothing fades the roundings.
+    """
+    rounded, fine = (None, None) if full else ((1, 1), (2, 2))
+    i, j = _square(chunks[0].k.shape[0])
+    cuts = [cut((x.q, x.k), x.k, x.gates[0], b, rounded) for x, b in zip(chunks, bounds, strict=True)]
+    lowers = [jnp.where(j < i, column(x.gates[1]) * c.scores[1], 0.0) for x, c in zip(chunks, cuts, strict=True)]
+    written = []
+    for x, c, inverse in zip(chunks, cuts, unit_lower_inverses(fine, lowers), strict=True):
+        error = x.v - product("nt", fine, x.k * c.since, state)
+        values = product("nn", fine, inverse * x.gates[1], error)
+        o = product("nt", rounded, x.q * c.since, state) + product("nn", rounded, c.scores[0], values)
+        state = c.decay * state + product("tn", fine, values, x.k * c.to_end)
+        written.append(Written(o, values, state))
+    return written

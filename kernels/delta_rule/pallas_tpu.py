@@ -1,0 +1,43 @@
+"""The chunk form on TPU (Mosaic): the WY form, the triangular inverse by halving; see `chunk_tpu.erase_and_write`."""
+
+from typing import Any
+
+import jax
+
+from plait.kernels import recurrence_tpu
+from plait.kernels.chunk_tpu import erase_and_write
+from plait.kernels.recurrence import Results
+
+Array = jax.Array
+
+
+def unsupported(q: Array, k: Array, v: Array, *gates: Any, scale: Any, **_: object) -> str | None:
+    """Why the kernel cannot serve a call, or None."""
+    return recurrence_tpu.unsupported(q, k, v, scale=scale)
+
+
+def delta_rule(
+    q: Array,
+    k: Array,
+    v: Array,
+    g: Array | None,
+    beta: Array,
+    *,
+    scale: float,
+    initial_state: Array | None,
+    segment_ids: Array | None,
+    chunk_size: int,
+    return_stats: bool,
+) -> Results:
+    """See `plait.kernels.delta_rule`; `chunk_size` means nothing here, `recurrence_tpu.Tiles` has the kernel's own."""
+    return recurrence_tpu.recurrence(
+        erase_and_write,
+        q,
+        k,
+        v,
+        (g, beta),
+        scale=scale,
+        initial_state=initial_state,
+        segment_ids=segment_ids,
+        return_stats=return_stats,
+    )

@@ -1,0 +1,42 @@
+"""The chunk form on TPU (Mosaic): scores by halving, every level one masked product; see `chunk_tpu.decay_and_add`."""
+
+from typing import Any
+
+import jax
+
+from plait.kernels import recurrence_tpu
+from plait.kernels.chunk_tpu import decay_and_add
+from plait.kernels.recurrence import Results
+
+Array = jax.Array
+
+
+def unsupported(q: Array, k: Array, v: Array, *gates: Any, scale: Any, **_: object) -> str | None:
+    """Why the kernel cannot serve a call, or None."""
+    return recurrence_tpu.unsupported(q, k, v, scale=scale)
+
+
+def vector_decay(
+    q: Array,
+    k: Array,
+    v: Array,
+    g: Array,
+    *,
+    scale: float,
+    initial_state: Array | None,
+    segment_ids: Array | None,
+    chunk_size: int,
+    return_stats: bool,
+) -> Results:
+    """See `plait.kernels.vector_decay`; `chunk_size` means nothing here, `recurrence_tpu.Tiles` has the kernel's own."""
+    return recurrence_tpu.recurrence(
+        decay_and_add,
+        q,
+        k,
+        v,
+        (g,),
+        scale=scale,
+        initial_state=initial_state,
+        segment_ids=segment_ids,
+        return_stats=return_stats,
+    )

@@ -1,0 +1,108 @@
+"""The TPU kernels of the linear recurrences in Pallas' TPU interpreter, with race detection, against the reference."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from plait import kernels
+from plait.kernels import chunk_tpu, chunking, recurrence_tpu
+from plait.kernels.recurrence_tpu import Tiles
+from plait.kernels.target import target
+from plait.tests.kernels import cases
+from plait.tests.tolerances import assert_close, assert_tree_close, in_float64
+
+
+class Case(NamedTuple):
+    """One call: the recurrence, sizes, a layout of segments and the decay."""
+
+    name: str
+    length: int = 65
+    segments: str | None = None
+    decay: str = "mixed"
+    dtype: str = "float32"
+    heads: tuple[int, int] = (1, 2)
+    dims: tuple[int, int] = (8, 4)
+    batch: int = 1
+    tiles: Tiles = Tiles(chunk_size=32, forward_chunks=2, backward_chunks=1)
+
+
+LARGE = Tiles(forward_chunks=2, backward_chunks=2)
+CASES = [
+    Case("scalar_decay", 63, None, "mixed"),
+    Case("scalar_decay", 64, "several", "strong", batch=2),
+    Case("scalar_decay", 65, "long", "weak", dtype="bfloat16"),
+    Case("scalar_decay", 500, "several", "mixed", heads=(2, 2), dims=(16, 128), tiles=LARGE),
+    Case("vector_decay", 63, "several", "mixed", batch=2),
+    Case("vector_decay", 65, None, "strong", dtype="bfloat16"),
+    Case("vector_decay", 64, "one", "weak", heads=(2, 2), dims=(128, 8)),
+    Case("vector_decay", 500, "several", "mixed", heads=(1, 1), tiles=LARGE),
+    Case("deltanet", 64, "several", "none", batch=2),
+    Case("deltanet", 300, None, "none", dtype="bfloat16", heads=(1, 1), tiles=LARGE),
+    Case("gated_deltanet", 65, "several", "mixed", batch=2),
+    Case("gated_deltanet", 500, "long", "weak", heads=(1, 1), tiles=LARGE),
+    Case("gated_deltanet", 63, None, "strong", dtype="bfloat16", heads=(1, 3)),
+    Case("kda", 65, "several", "mixed", batch=2),
+    Case("kda", 130, None, "weak", dtype="bfloat16"),
+    Case("kda", 300, "several", "mixed", heads=(1, 1), dims=(128, 64), tiles=LARGE),
+]
+LONG = [Case(name, 2048, "several", "mixed", tiles=Tiles(), dtype=d) for name in cases.RECURRENCES for d in ("float32", "bfloat16")]
+
+
+def run_checked(function: Callable[..., Any], *args: Any) -> Any:
+    """Runs under the TPU interpreter; raises on a data race in every supported JAX."""
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)), target("v5e"):
+        out = jax.block_until_ready(jax.jit(function)(*args))
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call as state  # before JAX 0.12 a race only sets this flag
+
+    if getattr(getattr(state, "races", None), "races_found", False):
+        raise RuntimeError("data race in kernel")
+    return out
+
+
+def _inputs(case: Case, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, ...]:
+    sizes = {"BATCH": case.batch, "NUM_QK_HEADS": case.heads[0], "NUM_HEADS": case.heads[1]}
+    for name, size in (sizes | {"KEY_DIM": case.dims[0], "VALUE_DIM": case.dims[1]}).items():
+        monkeypatch.setattr(cases, name, size)
+    monkeypatch.setattr(recurrence_tpu, "choose_tiles", lambda *_: case.tiles)
+    inputs = cases.RECURRENCES[case.name].inputs(case.length, decay=case.decay, dtype=case.dtype)
+    return inputs, cases.state(), None if case.segments is None else cases.segments(case.length, case.segments)
+
+
+def _run(implementation: str, case: Case, inputs: dict[str, jax.Array], state: jax.Array, ids: jax.Array | None) -> Any:
+    """Values, statistics and all gradients."""
+
+    def outputs(inputs: dict[str, jax.Array], state: jax.Array) -> Any:
+        o, final_state, stats = cases.RECURRENCES[case.name].call(
+            inputs, initial_state=state, segment_ids=ids, implementation=implementation, return_stats=True
+        )
+        return {"o": o, "final_state": final_state, **stats._asdict()}
+
+    return cases.with_gradients(outputs, inputs, state)
+
+
+def _assert_matches(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = _inputs(case, monkeypatch)
+    plain = cases.quick_jit(partial(_run, "reference", case))
+    got = run_checked(partial(_run, "pallas_tpu", case), *args)
+    assert got["value"]["o"].dtype == case.dtype
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(got))
+    assert_tree_close(got, in_float64(plain, *args), plain(*args), dtype=case.dtype)
+    if case.segments is not None:
+        assert not np.asarray(got["value"]["o"])[np.asarray(args[2]) == 0].any()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.name}-{c.length}-{c.segments}-{c.decay}-{c.dtype}")
+def test_kernel_matches_reference(case: Case, monkeypatch: pytest.MonkeyPatch):
+    _assert_matches(case, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", LONG, ids=lambda c: f"{c.name}-{c.dtype}")
+def test_kernel_matches_reference_over_2048(case: Case, monkeypatch: pytest.MonkeyPatch):
+    _assert_matches(case, monkeypatch)
