@@ -16,7 +16,7 @@ __all__ = ["AttentionStats", "attention", "attention_rows"]
 
 Array = jax.Array
 
-_MODULE = "plait.kernels.attention.pallas_tpu"
+_FOLDER = "plait.kernels.attention"
 _AXES = Axes(
     arguments=("bthk",),
     options={
@@ -34,7 +34,9 @@ _AXES = Axes(
 _op = Op(
     "attention",
     _AXES,
-    pallas_tpu=kernel("tpu", _MODULE, "attention"),
+    pallas_tpu=kernel("tpu", f"{_FOLDER}.pallas_tpu", "attention"),
+    cudnn=kernel("gpu", f"{_FOLDER}.cudnn", "attention"),
+    pallas_gpu=kernel("gpu", f"{_FOLDER}.pallas_gpu", "attention"),
     chunked=Implementation(chunked.attention),
     reference=Implementation(reference.attention),
 )
@@ -80,7 +82,7 @@ def attention(
       normalizer: "softmax" or "sigmoid".
       sigmoid_bias: scalar or [H], added to the sigmoid's logits; usually -log of the longest training sequence.
       return_stats: also return `AttentionStats`, differentiable except for `max_logit` ties.
-      implementation: "auto", "pallas_tpu", "chunked" or "reference".
+      implementation: "auto", "pallas_tpu", "cudnn", "pallas_gpu", "chunked" or "reference".
 
     Returns:
       o [B, T, H, V] in q's dtype; with `return_stats`, (o, AttentionStats).

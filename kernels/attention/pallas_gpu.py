@@ -22,6 +22,9 @@ from plait.kernels.masks import BlockTable, Mask
 
 Array = jax.Array
 
+MIN_QUERIES = 32
+"""Fewer queries than this (decoding) fill too little of a tile."""
+
 MAX_HEAD_DIM = 256
 """Columns of one `wgmma` product."""
 
@@ -46,6 +49,8 @@ def unsupported(q: Array, k: Array, v: Array, *, scale: float, block_table: Bloc
     for dim in (q.shape[-1], v.shape[-1]):
         if dim % 16 or dim > MAX_HEAD_DIM:
             return f"head dim {dim} is no multiple of 16 up to {MAX_HEAD_DIM}"
+    if q.shape[1] < MIN_QUERIES or k.shape[1] < MIN_QUERIES:
+        return f"{q.shape[1]} queries and {k.shape[1]} keys fill no tile of at least {MIN_QUERIES}"
     if not isinstance(scale, (int, float)) or scale <= 0:
         return f"the scale {scale} is not a positive number"
     if block_table is not None:

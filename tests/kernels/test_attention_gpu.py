@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from plait.kernels import Mask, gpu
+from plait import kernels
+from plait.kernels import Mask, dispatch, gpu
 from plait.kernels.attention import cudnn, pallas_gpu, reference
 from plait.kernels.masks import BlockTable
 from plait.kernels.target import target
@@ -147,6 +148,7 @@ def test_unsupported_says_why():
         assert "float32" in pallas_gpu.unsupported(*_shapes(dtype="float32"), **_call())
         assert "head dim 24" in pallas_gpu.unsupported(*_shapes(dim=24), **_call())
         assert "head dim 512" in pallas_gpu.unsupported(*_shapes(dim=512), **_call())
+        assert "1 queries" in pallas_gpu.unsupported(*_shapes(length=1), **_call())
         assert "scale" in pallas_gpu.unsupported(*_shapes(), **_call(scale=-1.0))
         table = BlockTable(visible=jnp.ones((1, 1, 1, 3), bool), block_q=1, block_kv=48)
         assert "block_kv=48" in pallas_gpu.unsupported(*_shapes(), **_call(block_table=table))
@@ -198,3 +200,13 @@ def test_cudnn_says_why_not(as_if_cudnn: None):
 def test_cudnn_is_asked_for_itself():
     with target("h100"):
         assert cudnn.unsupported(*_shapes(), **_call()) is not None
+
+
+def test_auto_chooses_for_the_gpu(as_if_cudnn: None):
+    with target("h100"):
+        run = lambda **options: jax.eval_shape(lambda q, k, v: kernels.attention(q, k, v, mask=Mask(), **options), *_shapes())  # noqa: E731
+        run()
+        if jax.__version_info__ >= gpu.MIN_JAX:
+            run(return_stats=True)
+    names = dispatch.chosen()["attention"]
+    assert "cudnn" in names and ("pallas_gpu" in names) == (jax.__version_info__ >= gpu.MIN_JAX)

@@ -78,7 +78,7 @@ QK, V, G, STATE = jnp.zeros((2, 6, 2, 8)), jnp.zeros((2, 6, 4, 3)), jnp.zeros((2
         (lambda: kernels.attention(QK, QK, QK, mask=Mask(), normalizer="relu"), "normalizer='relu' is unknown"),
         (
             lambda: kernels.attention(QK, QK, QK, mask=Mask(), implementation="cuda"),
-            "use one of auto, pallas_tpu, chunked, reference",
+            "use one of auto, pallas_tpu, cudnn, pallas_gpu, chunked, reference",
         ),
         (lambda: kernels.short_conv(G, jnp.zeros((4, 5))), "weight.shape=(4, 5) must be [W, D] with D of x = (4, 4)"),
         (lambda: kernels.short_conv(G, jnp.zeros((4, 4)), activation="relu"), "activation='relu' is unknown"),
