@@ -45,7 +45,7 @@ def unavailable() -> str | None:
 @contextlib.contextmanager
 def interpreting(*, detect_races: bool = True) -> Iterator[None]:
     """Kernels traced here run in Pallas' GPU interpreter on the CPU; a data race raises an error."""
-    token = _interpreting.set(plgpu.InterpretGPUParams(detect_races=detect_races))
+    token = _interpreting.set(plgpu.InterpretGPUParams(detect_races=detect_races))  # type: ignore[attr-defined]
     try:
         yield
     except Exception:
@@ -148,6 +148,11 @@ def full(shape: Sequence[int], value: float, dtype: Any = jnp.float32) -> Array:
     """A constant [M, N] in the layout of products, or [M] in that of their rows."""
     layout = plgpu.Layout.WGMMA if len(shape) == 2 else plgpu.Layout.WGMMA.reduce(1)
     return plgpu.layout_cast(jnp.full(shape, value, dtype), layout)
+
+
+def load(ref: Any, axis: int) -> Array:
+    """A vector from shared or global memory, in the layout of what each row (`axis` 0) or column (1) of a product has one of."""
+    return plgpu.layout_cast(ref[...], plgpu.Layout.WGMMA.reduce(1 - axis))
 
 
 def rows_to(x: Array, num_columns: int) -> Array:

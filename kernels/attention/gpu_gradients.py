@@ -140,10 +140,7 @@ def _query_rows(plan: Plan, refs: Any, b: Array, h: Array, i: Array, wg: Array, 
     at, q_tile, d_o_tile = (b, pl.ds(first, ROWS), h), refs.q_tile.at[wg], refs.d_o_tile.at[wg]
     plgpu.copy_gmem_to_smem(refs.q.at[at], q_tile, refs.arrived.at[wg])
     plgpu.copy_gmem_to_smem(refs.d_o.at[at], d_o_tile, refs.arrived.at[wg])
-    layout = plgpu.Layout.WGMMA.reduce(1)
-    rows = [
-        plgpu.load(refs.rows.at[b, h, r, pl.ds(first, ROWS)], layout=layout, optimized=False) for r in range(refs.rows.shape[2])
-    ]
+    rows = [gpu.load(refs.rows.at[b, h, r, pl.ds(first, ROWS)], 0) for r in range(refs.rows.shape[2])]
     plgpu.barrier_wait(refs.arrived.at[wg])
     staged = None if refs.staged is None else refs.staged.at[wg]
 
@@ -184,7 +181,8 @@ def key_gradients(problem: Problem, x: Operands, d_o: Array, rows: Array) -> tup
     if x.q.shape[3] + x.v.shape[3] <= 256:
         d_k, d_v = _key_gradients(problem, x, d_o, rows, ("d_k", "d_v"))
         return d_k, d_v
-    return *_key_gradients(problem, x, d_o, rows, ("d_k",)), *_key_gradients(problem, x, d_o, rows, ("d_v",))
+    [d_k], [d_v] = (_key_gradients(problem, x, d_o, rows, (name,)) for name in ("d_k", "d_v"))
+    return d_k, d_v
 
 
 def _key_gradients(problem: Problem, x: Operands, d_o: Array, rows: Array, wanted: tuple[str, ...]) -> list[Array]:
@@ -265,8 +263,7 @@ def _key_rows(plan: Plan, refs: Any, b: Array, h: Array, j: Array, wg: Array, wa
         q_tile, d_o_tile, rows = refs.visited.read(n)
 
         def row(r: int) -> Array:
-            values = plgpu.load(rows.at[r], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
-            return gpu.columns_to(values, ROWS)
+            return gpu.columns_to(gpu.load(rows.at[r], 1), ROWS)
 
         sums = dict(zip(wanted, accs, strict=True))
         [z] = gpu.products((k_tile, q_tile.transpose((1, 0))))

@@ -215,9 +215,8 @@ class Tile(NamedTuple):
         """int32 of one side's tokens from an array [B or 1, H or 1, ..., T or S]."""
         b, h = (x if n > 1 else 0 for x, n in zip((self.b, self.head), array.shape))
         axis = self._axis(side)
-        layout = plgpu.Layout.WGMMA.reduce(1 - axis)
         source = array.at[(*at(b, h), pl.ds(self._start(side), self.shape[axis]))]
-        return jax.lax.broadcast_in_dim(plgpu.load(source, layout=layout, optimized=False), self.shape, (axis,))
+        return jax.lax.broadcast_in_dim(gpu.load(source, axis), self.shape, (axis,))
 
     def _indices(self, side: str) -> Array:
         return plgpu.broadcasted_iota(jnp.int32, self.shape, self._axis(side), layout=plgpu.Layout.WGMMA)
@@ -321,7 +320,6 @@ def _forward_rows(plan: Plan, refs: Any, b: Array, h: Array, i: Array, wg: Array
         peak = jnp.maximum(old, jnp.max(z, axis=1) * unit) if problem.stats or not problem.sigmoid else old
         if problem.sigmoid:
             exponents = log2_sigmoid(z * unit + refs.bias[h])
-            rise = keep = None
         else:
             exponents = z * unit - spread_out(peak)
             rise = peak - old
@@ -330,7 +328,7 @@ def _forward_rows(plan: Plan, refs: Any, b: Array, h: Array, i: Array, wg: Array
         p = jnp.exp2(exponents)
         if problem.stats:
             spread, first_mass = extra
-            if keep is not None:
+            if not problem.sigmoid:
                 spread, first_mass = keep * spread - rise * total, keep * first_mass
             spread += jnp.sum(p * exponents, axis=1)
             first_mass = where_masked(
