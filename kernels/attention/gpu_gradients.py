@@ -23,6 +23,7 @@ from plait.kernels.attention.gpu_kernels import (
     Tile,
     copy_keys,
     log2_sigmoid,
+    unhoisted,
 )  # fmt: skip
 from plait.kernels.attention.schedule import MASKED
 
@@ -147,6 +148,7 @@ def _query_rows(plan: Plan, refs: Any, b: Array, h: Array, i: Array, wg: Array, 
     def step(n: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
         acc, total = state
         start, kind = plan.entry(refs, b, h, i, n)
+        q_tile, d_o_tile = (tile.at[unhoisted(wg, start)] for tile in (refs.q_tile, refs.d_o_tile))
         tile = Tile(plan, refs, b, h, (first, start), (ROWS, size), 0)
         row = lambda r: gpu.rows_to(rows[r], size)  # noqa: E731
         [key_tile] = refs.keys.read(n)
@@ -259,6 +261,7 @@ def _key_rows(plan: Plan, refs: Any, b: Array, h: Array, j: Array, wg: Array, wa
 
     def visit(n: Array, head: Array, step: Array, accs: list[Array]) -> list[Array]:
         start, kind = plan.entry(refs, b, head, j, step)
+        k_tile, v_tile = (tile.at[unhoisted(wg, start)] for tile in (refs.k_tile, refs.v_tile))
         tile = Tile(plan, refs, b, head, (start, first), (ROWS, size), 1)
         q_tile, d_o_tile, rows = refs.visited.read(n)
 

@@ -228,6 +228,14 @@ class Tile(NamedTuple):
         return self.first[0 if side == "query" else 1]
 
 
+def unhoisted(index: Array, start: Array) -> Array:
+    """`index`, plus a 0 that the compiler cannot foresee, made from the start of the step's tile.
+
+    A tile so indexed gets its `wgmma` descriptors anew in each step; else the loop keeps all of them in registers, and spills.
+    """
+    return index + (start >> 31)
+
+
 def where_masked(kind: Array, change: Callable[[Array], Array], x: Array) -> Array:
     """change(x) in tiles that need the mask, else x."""
     return jax.lax.cond(kind == MASKED, change, lambda x: x, x)
@@ -298,6 +306,7 @@ def _forward_rows(plan: Plan, refs: Any, b: Array, h: Array, i: Array, wg: Array
     problem, size = plan.problem, plan.blocks["kv"]
     unit = problem.scale * LOG2E
     first = i * BLOCK + wg * ROWS
+    crowded = plan.key_dim > 128 or (problem.sigmoid and problem.stats)
     q_tile = refs.q_tile.at[wg]
     at = (b, pl.ds(first, ROWS), h)
     plgpu.copy_gmem_to_smem(refs.q.at[at], q_tile, refs.arrived.at[wg])
@@ -312,6 +321,7 @@ def _forward_rows(plan: Plan, refs: Any, b: Array, h: Array, i: Array, wg: Array
         acc, old, total, *extra = state
         start, kind = plan.entry(refs, b, h, i, n)
         tile = Tile(plan, refs, b, h, (first, start), (ROWS, size), 0)
+        q_tile = refs.q_tile.at[unhoisted(wg, start) if crowded else wg]
         [key_tile] = refs.keys.read(n)
         [z] = gpu.products((q_tile, key_tile.transpose((1, 0))), issued=swap_turns)
         refs.keys.release(n)

@@ -29,17 +29,29 @@ MAX_HEAD_DIM = 256
 """Columns of one `wgmma` product."""
 
 
-def choose_tiles(key_dim: int, value_dim: int) -> Tiles:
+def choose_tiles(key_dim: int, value_dim: int, normalizer: str, return_stats: bool) -> Tiles:
     """Tiles whose shared memory and registers fit."""
     wide = max(key_dim, value_dim)
+    crowded = normalizer == "sigmoid" and return_stats  # its gradients hold the logits beside the weights
     if wide <= 64:
-        return Tiles(block_kv=128, block_kv_dq=128, block_q_dkv=64, stages=3)
+        return Tiles(block_kv=128, block_kv_dq=64 if crowded else 128, block_q_dkv=64, stages=3)
     if wide <= 128:
-        return Tiles(block_kv=128, block_kv_dq=64, block_q_dkv=64, stages=2)
+        size = 32 if crowded else 64
+        return Tiles(block_kv=128, block_kv_dq=size, block_q_dkv=size, stages=2)
     return Tiles(block_kv=64, block_kv_dq=32, block_q_dkv=32, stages=2)
 
 
-def unsupported(q: Array, k: Array, v: Array, *, scale: float, block_table: BlockTable | None = None, **_: object) -> str | None:
+def unsupported(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    scale: float,
+    normalizer: str,
+    return_stats: bool,
+    block_table: BlockTable | None = None,
+    **_: object,
+) -> str | None:
     """Why this kernel cannot serve a call, or None."""
     if reason := gpu.unavailable():
         return reason
@@ -54,7 +66,7 @@ def unsupported(q: Array, k: Array, v: Array, *, scale: float, block_table: Bloc
     if not isinstance(scale, (int, float)) or scale <= 0:
         return f"the scale {scale} is not a positive number"
     if block_table is not None:
-        tiles, own = choose_tiles(q.shape[-1], v.shape[-1]), block_table.block_kv
+        tiles, own = choose_tiles(q.shape[-1], v.shape[-1], normalizer, return_stats), block_table.block_kv
         for size in (tiles.block_kv, tiles.block_kv_dq, BLOCK):
             if (size % own and own % size) or size > 32 * own:
                 return (
@@ -97,7 +109,7 @@ def attention(
     problem = Problem(
         layout=Layout(mask=mask, num_queries=q.shape[1], num_keys=k.shape[1], own_keys=own_keys, packed=packed),
         num_keys=num_keys,
-        tiles=choose_tiles(q.shape[-1], v.shape[-1]),
+        tiles=choose_tiles(q.shape[-1], v.shape[-1], normalizer, return_stats),
         scale=float(scale),
         sigmoid=normalizer == "sigmoid",
         stats=return_stats,

@@ -39,24 +39,24 @@ def _reports(out: str) -> dict[str, str]:
 
 
 KERNELS = {"attention_forward", "attention_query_gradients", "attention_key_gradients"}
-SCALARS = 128
-"""Bytes of spills that may remain: addresses that no loop iteration changes, in the widest kernels; no tile fits in so few."""
 
 
 @pytest.mark.parametrize(
-    ("generation", "length", "dims", "stats"),
+    ("generation", "length", "dims", "normalizer", "stats"),
     [
-        ("h100", 4096, (64, 64), True),
-        ("h100", 4096, (128, 128), False),
-        ("h200", 32768, (128, 128), True),
-        pytest.param("h200", 32768, (64, 64), False, marks=pytest.mark.slow),
-        pytest.param("h100", 4096, (192, 128), True, marks=pytest.mark.slow),
-        pytest.param("h100", 4096, (256, 256), True, marks=pytest.mark.slow),
+        ("h100", 4096, (64, 64), "softmax", True),
+        ("h100", 4096, (128, 128), "softmax", False),
+        ("h200", 32768, (128, 128), "softmax", True),
+        pytest.param("h200", 32768, (64, 64), "softmax", False, marks=pytest.mark.slow),
+        pytest.param("h100", 4096, (192, 128), "softmax", True, marks=pytest.mark.slow),
+        pytest.param("h100", 4096, (64, 64), "sigmoid", True, marks=pytest.mark.slow),
+        pytest.param("h100", 4096, (128, 128), "sigmoid", True, marks=pytest.mark.slow),
+        pytest.param("h100", 4096, (256, 256), "softmax", True, marks=pytest.mark.slow),
     ],
     ids=str,
 )
 def test_attention_compiles(
-    generation: str, length: int, dims: tuple[int, int], stats: bool, monkeypatch: pytest.MonkeyPatch, capfd: Any
+    generation: str, length: int, dims: tuple[int, int], normalizer: str, stats: bool, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ):
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
     where = _on(generation)
@@ -65,7 +65,8 @@ def test_attention_compiles(
     def loss(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
         o, rows = pallas_gpu.attention(
             q, k, v, mask=Mask(), segment_ids=segment_ids, positions=None, kv_segment_ids=None, kv_positions=None,
-            block_table=None, scale=dims[0] ** -0.5, sinks=None, normalizer="softmax", sigmoid_bias=None, return_stats=stats,
+            block_table=None, scale=dims[0] ** -0.5, sinks=None, normalizer=normalizer,
+            sigmoid_bias=-8.0 if normalizer == "sigmoid" else None, return_stats=stats,
         )  # fmt: skip
         return jnp.sum(o.astype(jnp.float32)) + (jnp.sum(rows.entropy) if stats else 0)
 
@@ -77,5 +78,4 @@ def test_attention_compiles(
     assert set(reports) == KERNELS
     for name, report in reports.items():
         assert "serialized" not in report, f"{name}: {report}"
-        spills = int(re.search(r"(\d+) bytes spill stores", report)[1])
-        assert spills <= (SCALARS if stats and max(dims) > 64 else 0), f"{name}: {report}"
+        assert ", 0 bytes spill stores, 0 bytes spill loads" in report, f"{name}: {report}"
