@@ -4,7 +4,7 @@ from typing import Literal
 
 import jax
 
-from plait.kernels.dispatch import Implementation, Op
+from plait.kernels.dispatch import Implementation, Op, kernel
 from plait.kernels.shapes import check_rank, check_segment_ids, check_shape
 from plait.kernels.sharding import Axes
 from plait.kernels.short_conv import chunked, reference
@@ -13,11 +13,15 @@ __all__ = ["short_conv"]
 
 Array = jax.Array
 
-_AXES = Axes(
-    arguments=("bth", "wh"), options={"bias": "h", "initial_state": "bwh", "segment_ids": "bt"}, results=("bth", "bwh")
-)
+_AXES = Axes(arguments=("bth", "wh"), options={"bias": "h", "initial_state": "bwh", "segment_ids": "bt"}, results=("bth", "bwh"))
 
-_op = Op("short_conv", _AXES, chunked=Implementation(chunked.short_conv), reference=Implementation(reference.short_conv))
+_op = Op(
+    "short_conv",
+    _AXES,
+    pallas_tpu=kernel("tpu", f"{__name__}.pallas_tpu", "short_conv"),
+    chunked=Implementation(chunked.short_conv),
+    reference=Implementation(reference.short_conv),
+)
 
 
 def short_conv(
@@ -42,7 +46,7 @@ def short_conv(
       initial_state: [B, W-1, D], the inputs before the first token, in its segment; None is zero.
       segment_ids: int32 [B, T], each segment contiguous; no tap crosses into another. Id 0 is padding and gives zeros; it may
         stand between and after segments. None is one segment.
-      implementation: "auto", "chunked" or "reference".
+      implementation: "auto", "pallas_tpu", "chunked" or "reference".
 
     Returns:
       y [B, T, D] in x's dtype, and the last W-1 inputs [B, W-1, D] in x's dtype, up to the last token that is not padding, zero
