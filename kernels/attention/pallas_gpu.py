@@ -53,6 +53,24 @@ def unsupported(
     **_: object,
 ) -> str | None:
     """Why this kernel cannot serve a call, or None."""
+    if reason := _unsupported(q, k, v, scale):
+        return reason
+    if block_table is not None:
+        tiles, own = choose_tiles(q.shape[-1], v.shape[-1], normalizer, return_stats), block_table.block_kv
+        for size in (tiles.block_kv, tiles.block_kv_dq, BLOCK):
+            if (size % own and own % size) or size > 32 * own:
+                return (
+                    f"block_table.block_kv={own} is no multiple of a tile of {size} keys, nor a divisor of at least {size // 32}"
+                )
+    return None
+
+
+def routed_unsupported(q: Array, k: Array, v: Array, active: Array, *, scale: float, **_: object) -> str | None:
+    """Why this kernel cannot serve a call of `routed_attention`, or None."""
+    return _unsupported(q, k, v, scale)
+
+
+def _unsupported(q: Array, k: Array, v: Array, scale: float) -> str | None:
     if reason := gpu.unavailable():
         return reason
     dtypes = {x.dtype.name for x in (q, k, v)}
@@ -65,13 +83,6 @@ def unsupported(
         return f"{q.shape[1]} queries and {k.shape[1]} keys fill no tile of at least {MIN_QUERIES}"
     if not isinstance(scale, (int, float)) or scale <= 0:
         return f"the scale {scale} is not a positive number"
-    if block_table is not None:
-        tiles, own = choose_tiles(q.shape[-1], v.shape[-1], normalizer, return_stats), block_table.block_kv
-        for size in (tiles.block_kv, tiles.block_kv_dq, BLOCK):
-            if (size % own and own % size) or size > 32 * own:
-                return (
-                    f"block_table.block_kv={own} is no multiple of a tile of {size} keys, nor a divisor of at least {size // 32}"
-                )
     return None
 
 
@@ -121,6 +132,54 @@ def attention(
     if sinks is not None:
         o, stats = with_sinks(o, stats, sinks)
     return o, AttentionStats(*stats) if return_stats else None
+
+
+def routed_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    active: Array,
+    *,
+    mask: Mask,
+    segment_ids: Array | None,
+    positions: Array | None,
+    scale: float,
+    sinks: Array | None,
+) -> Array:
+    """See `plait.kernels.routed_attention`: each head's queries are gathered at its front, and tiles without one are not visited."""
+    length = q.shape[1]
+    tokens = renumbered(sides(q, k, segment_ids=segment_ids, positions=positions, kv_segment_ids=None, kv_positions=None)[0])
+    order = jnp.argsort(~active, axis=1, stable=True)  # [B, T, H]
+    back = jnp.argsort(order, axis=1)
+    gather = lambda x: jnp.take_along_axis(jnp.broadcast_to(x, active.shape), order, axis=1)  # noqa: E731
+    of_heads = (gather(jnp.where(active, tokens.segment_ids[..., None], 0)), gather(tokens.positions[..., None]))
+    queries = Tokens(*(jnp.swapaxes(_pad(x), 1, 2) for x in of_heads))
+    keys = Tokens(*(_pad(x)[:, None] for x in tokens))
+    gathered, k, v = (_pad(x) for x in (_permuted(q, order, back), k, v))
+    problem = Problem(
+        layout=Layout(mask=mask, num_queries=gathered.shape[1], num_keys=k.shape[1], own_keys=False, packed=True),
+        num_keys=length,
+        tiles=choose_tiles(q.shape[-1], v.shape[-1], "softmax", False),
+        scale=float(scale),
+        sigmoid=False,
+        stats=False,
+    )
+    o, (lse,) = _flash(problem, Operands(gathered, k, v, jnp.zeros(q.shape[2], jnp.float32), queries, keys))
+    if sinks is not None:
+        o, _ = with_sinks(o, [jnp.swapaxes(lse, 1, 2)], sinks)
+    return _permuted(o[:, :length], back, order)
+
+
+@jax.custom_vjp
+def _permuted(x: Array, order: Array, back: Array) -> Array:
+    """x [B, T, H, K] with the tokens of each head in `order` [B, T, H], whose inverse is `back`."""
+    return jnp.take_along_axis(x, order[..., None], axis=1)
+
+
+_permuted.defvjp(
+    lambda x, order, back: (_permuted(x, order, back), (order, back)),
+    lambda saved, d_x: (_permuted(d_x, saved[1], saved[0]), None, None),
+)
 
 
 def _pad(x: Array) -> Array:

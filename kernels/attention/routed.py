@@ -29,6 +29,7 @@ _op = Op(
     "routed_attention",
     Axes(arguments=("bthk",), options={"segment_ids": "bt", "positions": "bt", "sinks": "h"}, results=("bthv",)),
     pallas_tpu=kernel("tpu", "plait.kernels.attention.pallas_tpu", "routed_attention", "routed_unsupported"),
+    pallas_gpu=kernel("gpu", "plait.kernels.attention.pallas_gpu", "routed_attention", "routed_unsupported"),
     chunked=Implementation(_masked(chunked.attention)),
     reference=Implementation(_masked(reference.attention)),
 )

@@ -11,8 +11,10 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from plait import kernels
 from plait.kernels import Mask, gpu
 from plait.kernels.attention import pallas_gpu
+from plait.kernels.masks import BlockTable, PowerMask
 from plait.kernels.target import target
 from plait.tests.kernels.gpu_targets import TARGETS
 
@@ -79,3 +81,27 @@ def test_attention_compiles(
     for name, report in reports.items():
         assert "serialized" not in report, f"{name}: {report}"
         assert ", 0 bytes spill stores, 0 bytes spill loads" in report, f"{name}: {report}"
+
+
+@pytest.mark.parametrize(
+    "mask", [Mask(causal=False, window_size=30, right_window_size=5), Mask(window_size=4, dilation=7)], ids=str
+)
+def test_attention_with_other_masks_compiles(mask: Mask):
+    _compile_forward(mask, None)
+
+
+@pytest.mark.parametrize("block_size", [64, 5])
+def test_attention_with_power_mask_and_table_compiles(block_size: int):
+    _compile_forward(PowerMask(block_size=block_size, window_size=5, num_sink_tokens=3), (1, 32))
+
+
+def _compile_forward(mask: Mask, blocks: tuple[int, int] | None) -> None:
+    x = jax.ShapeDtypeStruct((1, 512, 2, 64), jnp.bfloat16, sharding=_on("h100"))
+    visible = None if blocks is None else jnp.ones((1, 2, *(512 // block for block in blocks)), bool)
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        table = None if blocks is None else BlockTable(visible=visible, block_q=blocks[0], block_kv=blocks[1])
+        return kernels.attention(q, k, v, mask=mask, block_table=table, implementation="pallas_gpu")
+
+    with target("h100"):
+        jax.jit(attend).lower(x, x, x).compile()

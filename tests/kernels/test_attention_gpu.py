@@ -12,7 +12,7 @@ import pytest
 from plait import kernels
 from plait.kernels import Mask, dispatch, gpu
 from plait.kernels.attention import cudnn, pallas_gpu, reference
-from plait.kernels.masks import BlockTable
+from plait.kernels.masks import BlockTable, PowerMask
 from plait.kernels.target import target
 from plait.tests.kernels import cases
 from plait.tests.tolerances import assert_close, assert_tree_close, in_float64
@@ -41,8 +41,9 @@ CASES = {
     "sigmoid-without-statistics": Case(sigmoid=True, length=63, stats=False, dims=(96, 64)),
     "window-float16": Case(mask=Mask(window_size=40), length=256, dtype="float16"),
     "window-sinks-segments": Case(mask=SINKS, segments="several", sinks=True, length=140),
-    "segments": Case(segments="several", length=130, dims=(192, 128)),
+    "segments": Case(segments="several", length=65, dims=(192, 128)),
     "hidden": Case(segments="none", length=65, sinks=True),
+    "power": Case(mask=PowerMask(block_size=16, window_size=5, num_sink_tokens=3), segments="long", length=160, stats=False),
     "table": Case(heads=(2, 1), table=(64, 32), length=192),
 }
 
@@ -128,6 +129,27 @@ def test_kernel_matches_reference_with_shuffled_keys():
         "kv_segment_ids": (positions < 190).astype(jnp.int32),
     }
     _assert_matches(case, inputs | {"k": longer["k"], "v": longer["v"]}, tokens)
+
+
+@needs_interpreter
+def test_routed_matches_reference():
+    case = Case(mask=Mask(window_size=90), heads=(2, 1), segments="several", sinks=True, length=140)
+    inputs, rng = _inputs(case), np.random.default_rng(0)
+    active = jnp.asarray(rng.random(inputs["q"].shape[:3]) < 0.4).at[0, :, 0].set(False)
+
+    def run(implementation: str, inputs: dict[str, jax.Array]) -> Any:
+        def outputs(inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
+            q, k, v = (inputs[name] for name in "qkv")
+            options = {"mask": case.mask, "segment_ids": _segments(case), "sinks": inputs["sinks"]}
+            return {"o": kernels.routed_attention(q, k, v, active, implementation=implementation, **options)}
+
+        return cases.with_gradients(outputs, inputs)
+
+    plain = cases.quick_jit(partial(run, "reference"))
+    with gpu.interpreting(), target("h100"):
+        got = jax.block_until_ready(cases.quick_jit(partial(run, "pallas_gpu"))(inputs))
+    assert_tree_close(got, in_float64(plain, inputs), plain(inputs), dtype=case.dtype)
+    assert not np.asarray(got["value"]["o"])[~np.asarray(active)].any()
 
 
 def _call(**options: Any) -> dict[str, Any]:
