@@ -12,7 +12,7 @@ and backwards, with Z_n the gradient of the state that leaves chunk n:
     dQ_in = dO S^T, dK_out = X Z^T, dE = dX S^T, dA = dO X^T, dd = sum_v S Z        `gradients`
 
 Only `carry` runs chunk after chunk. Products are wgmma on bfloat16 tiles in shared memory with float32 accumulators; the running
-state stays float32 in registers. Rows are `[B, H, N, C, X]` or, straight from the model, `[B, T, H, X]`; every kernel reads both.
+state stays float32 in registers. Rows are [B, T, H, X], as the model has them.
 """
 
 from typing import Any, NamedTuple
@@ -22,13 +22,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from plait.kernels.gpu import call, tile
+from plait.kernels.chunk_gpu import BF16, CHUNK, F32, Ref, at, fetch, flip, load, matmul, send, tile
+from plait.kernels.gpu import call
 
 Array = jax.Array
-Ref = Any
-
-CHUNK = 64
-"""Tokens a chunk: the rows that one warpgroup multiplies."""
 
 WIDTH = 64
 """Columns of the state in one program of `carry` (registers hold them beside an accumulator of the same size), and its rows in one
@@ -37,49 +34,16 @@ of `gradients`."""
 _IN_FLIGHT = 80 << 10
 """Bytes of shared memory that `carry` fills ahead, so that two programs fit a multiprocessor."""
 
-_ALL = slice(None)
-
 
 class Delta(NamedTuple):
     """The part of a pass that reads the state and writes back: X = base + read S, then S += write^T X."""
 
     read: Array
-    """[B, H, N, C, K] bfloat16"""
+    """[B, T, H, K] bfloat16"""
     write: Array
-    """[B, H, N, C, K] bfloat16"""
+    """[B, T, H, K] bfloat16"""
     base: tuple[Array, ...]
     """Rows of width V; or scores [B, H, N, C, C] and rows of width V, for the base scores^T rows."""
-
-
-def _tile(*shape: int) -> Any:
-    return tile(shape, jnp.bfloat16)
-
-
-def _matmul(shape: tuple[int, ...], *pairs: tuple[Ref, Ref]) -> Array:
-    """The float32 sum of the products of pairs of tiles in shared memory."""
-
-    def accumulate(acc: Ref) -> Array:
-        for a, b in pairs:
-            plgpu.wgmma(acc, a, b)
-        return acc[...]
-
-    return pl.run_scoped(accumulate, plgpu.ACC(shape, jnp.float32))
-
-
-def _transposed(tile: Ref) -> Ref:
-    return tile.transpose((1, 0))
-
-
-def _load(tile: Ref) -> Array:
-    """A tile in registers, in float32, laid out as an accumulator."""
-    return plgpu.load(tile, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
-
-
-def _at(x: Ref, b: Any, h: Any, n: Any, columns: Any = _ALL) -> Ref:
-    """What belongs to chunk n of a head: the rows, or a matrix [K, V] of [B, H, N, K, V]."""
-    if len(x.shape) == 5:
-        return x.at[b, h, n, :, columns]
-    return x.at[b, pl.ds(n * CHUNK, CHUNK), h, columns]
 
 
 def carry(
@@ -95,7 +59,7 @@ def carry(
       reverse: from the last chunk to the first.
 
     Returns:
-      The states before each chunk [B, H, N, K, V] bfloat16, the last state [B, H, K, V] float32, and X [B, H, N, C, V] bfloat16.
+      The states before each chunk [B, H, N, K, V] bfloat16, the last state [B, H, K, V] float32, and X [B, T, H, V] bfloat16.
     """
     (batch, heads, chunks, key_dim), value_dim = decay.shape, initial.shape[-1]
     loads: list[tuple[Array, bool]] = []  # with whether a program reads all columns, or its share of V
@@ -119,30 +83,30 @@ def carry(
                 shape, index = (None, None, None, x.shape[3], width), lambda n: (b, h, chunk(n), 0, column)
             else:
                 shape, index = (None, CHUNK, None, width), lambda n: (b, chunk(n), h, column)
-            return plgpu.BlockSpec(shape, index, transforms=tile(shape[-1:], x.dtype).transforms)
+            return plgpu.BlockSpec(shape, index, transforms=tile(CHUNK, width).transforms)
 
-        def step(at: tuple[Any], decay_smem: Ref, *args: Any) -> Array:
+        def step(place: tuple[Any], decay_smem: Ref, *args: Any) -> Array:
             *tiles, state = args
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            state_smem[...] = state.astype(jnp.bfloat16)
+            state_smem[...] = state.astype(BF16)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(state_smem, _at(states_ref, b, h, chunk(at[0]), columns))
+            plgpu.copy_smem_to_gmem(state_smem, at(states_ref, b, h, chunk(place[0]), columns))
             updates = []
             if add:
                 a, rows, *tiles = tiles
-                updates.append((_transposed(a), rows))
+                updates.append((flip(a), rows))
             if delta:
                 read, write, *bases = tiles
                 if len(bases) == 1:
-                    x = _load(bases[0]) + _matmul((CHUNK, WIDTH), (read, state_smem))
+                    x = load(bases[0]) + matmul((CHUNK, WIDTH), (read, state_smem))
                 else:
-                    x = _matmul((CHUNK, WIDTH), (_transposed(bases[0]), bases[1]), (read, state_smem))
-                x_smem[...] = x.astype(jnp.bfloat16)
+                    x = matmul((CHUNK, WIDTH), (flip(bases[0]), bases[1]), (read, state_smem))
+                x_smem[...] = x.astype(BF16)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(x_smem, _at(x_ref[0], b, h, chunk(at[0]), columns))
-                updates.append((_transposed(write), x_smem))
+                plgpu.copy_smem_to_gmem(x_smem, at(x_ref[0], b, h, chunk(place[0]), columns))
+                updates.append((flip(write), x_smem))
             kept = plgpu.load(decay_smem, layout=plgpu.Layout.WGMMA.reduce(1))
-            state = state * jax.lax.broadcast_in_dim(kept, state.shape, [0]) + _matmul(state.shape, *updates)
+            state = state * jax.lax.broadcast_in_dim(kept, state.shape, [0]) + matmul(state.shape, *updates)
             plgpu.commit_smem()  # No warp still reads the tiles when the pipeline fills them again.
             return state
 
@@ -157,30 +121,23 @@ def carry(
         plgpu.wait_smem_to_gmem(0)
 
     outputs = [
-        jax.ShapeDtypeStruct((batch, heads, chunks, key_dim, value_dim), jnp.bfloat16),
-        jax.ShapeDtypeStruct(initial.shape, jnp.float32),
+        jax.ShapeDtypeStruct((batch, heads, chunks, key_dim, value_dim), BF16),
+        jax.ShapeDtypeStruct(initial.shape, F32),
     ]
     if delta:
-        outputs.append(jax.ShapeDtypeStruct((batch, heads, chunks, CHUNK, value_dim), jnp.bfloat16))
+        outputs.append(jax.ShapeDtypeStruct((batch, chunks * CHUNK, heads, value_dim), BF16))
     states, final, *x = call(
         kernel,
         name=f"carry{'_delta' if delta else ''}{'_back' if reverse else ''}",
         out_type=outputs,
         grid=(batch, heads, value_dim // WIDTH),
         grid_names=tuple("bhj"),
-        scratch_types=[_tile(key_dim, WIDTH), _tile(CHUNK, WIDTH)],
+        scratch_types=[tile(key_dim, WIDTH), tile(CHUNK, WIDTH)],
     )(decay, initial, *(x for x, _ in loads))
     return states, final, x[0] if x else None
 
 
-def _fetch(barrier: Ref, *copies: tuple[Ref, Ref]) -> None:
-    """Copies to shared memory and waits."""
-    for source, target in copies:
-        plgpu.copy_gmem_to_smem(source, target, barrier)
-    plgpu.barrier_wait(barrier)
-
-
-def combine(rows: Array, states: Array, scores: Array, values: Array, like: Any, *, transposed: bool = False) -> Array:
+def combine(rows: Array, states: Array, scores: Array, values: Array, *, transposed: bool = False) -> Array:
     """rows S_n + scores values, or scores^T values, for every chunk: outputs, and the gradients of values.
 
     Args:
@@ -188,7 +145,6 @@ def combine(rows: Array, states: Array, scores: Array, values: Array, like: Any,
       states: [B, H, N, K, V] bfloat16.
       scores: [B, H, N, C, C] bfloat16.
       values: rows of width V, bfloat16.
-      like: shape and dtype of the result.
       transposed: takes the transpose of the scores.
     """
     batch, heads, chunks, key_dim, value_dim = states.shape
@@ -196,21 +152,19 @@ def combine(rows: Array, states: Array, scores: Array, values: Array, like: Any,
     def kernel(*refs: Ref) -> None:
         (*ins, out_ref), tiles, barrier = refs[:5], refs[5:9], refs[9]
         place = tuple(jax.lax.axis_index(name) for name in "bhn")
-        _fetch(barrier, *((_at(x, *place), t) for x, t in zip(ins, tiles, strict=True)))
+        fetch(barrier, *((at(x, *place), t) for x, t in zip(ins, tiles, strict=True)))
         rows, state, scores, values = tiles
-        pairs = (rows, state), (_transposed(scores) if transposed else scores, values)
-        out = _matmul((CHUNK, value_dim), *pairs)
+        pairs = (rows, state), (flip(scores) if transposed else scores, values)
+        out = matmul((CHUNK, value_dim), *pairs)
         plgpu.commit_smem()  # Every warp has read the tile that is written next.
-        values[...] = out.astype(jnp.bfloat16)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(values, _at(out_ref, *place))
-        plgpu.wait_smem_to_gmem(0)
+        values[...] = out.astype(BF16)
+        send((values, at(out_ref, *place)))
 
-    tiles = [_tile(CHUNK, key_dim), _tile(key_dim, value_dim), _tile(CHUNK, CHUNK), _tile(CHUNK, value_dim)]
+    tiles = [tile(CHUNK, key_dim), tile(key_dim, value_dim), tile(CHUNK, CHUNK), tile(CHUNK, value_dim)]
     return call(
         kernel,
         name="combine_back" if transposed else "combine",
-        out_type=like,
+        out_type=jax.ShapeDtypeStruct(values.shape, BF16),
         grid=(batch, heads, chunks),
         grid_names=tuple("bhn"),
         scratch_types=[*tiles, plgpu.Barrier(num_arrivals=len(tiles))],
@@ -221,15 +175,15 @@ class Gradients(NamedTuple):
     """What `gradients` gives: bfloat16, except the decay's float32."""
 
     q_in: Array
-    """[B, H, N, C, K]"""
+    """[B, T, H, K]"""
     k_out: Array
-    """[B, H, N, C, K]"""
+    """[B, T, H, K]"""
     scores: Array
     """[B, H, N, C, C]"""
     decay: Array
     """[B, H, N, K]"""
     erase: Array | None
-    """[B, H, N, C, K]"""
+    """[B, T, H, K]"""
 
 
 def gradients(d_o: Array, x: Array, d_x: Array | None, states: Array, d_states: Array) -> Gradients:
@@ -247,35 +201,33 @@ def gradients(d_o: Array, x: Array, d_x: Array | None, states: Array, d_states: 
 
     def kernel(*refs: Ref) -> None:
         sources, refs = refs[: len(rows) + 2], refs[len(rows) + 2 :]
-        outs, tiles, out_tiles, barrier = refs[: len(like)], refs[len(like) : -1 - len(like)], refs[-1 - len(like) : -1], refs[-1]
+        outs, tiles, out_tiles, barrier = refs[: len(like)], refs[len(like) : -len(like)], refs[-len(like) : -1], refs[-1]
         b, h, n, i = (jax.lax.axis_index(name) for name in "bhni")
         block = pl.ds(i * WIDTH, WIDTH)
-        blocks = [_at(x, b, h, n) for x in sources[:-2]] + [x.at[b, h, n, block, :] for x in sources[-2:]]
-        _fetch(barrier, *zip(blocks, tiles, strict=True))
+        blocks = [at(x, b, h, n) for x in sources[:-2]] + [x.at[b, h, n, block, :] for x in sources[-2:]]
+        fetch(barrier, *zip(blocks, tiles, strict=True))
         d_o, x, *d_x, state, d_state = tiles
-        out_scores, out_decay, *out_rows = out_tiles
-        out_decay[...] = jnp.sum(_load(state) * _load(d_state), axis=1)
+        out_decay, *out_rows = out_tiles
+        out_decay[...] = jnp.sum(load(state) * load(d_state), axis=1)
         factors = [(d_o, state), (x, d_state), *((d, state) for d in d_x)]
         for (a, matrix), out in zip(factors, out_rows, strict=True):
-            out[...] = _matmul((CHUNK, WIDTH), (a, _transposed(matrix))).astype(jnp.bfloat16)
+            out[...] = matmul((CHUNK, WIDTH), (a, flip(matrix))).astype(BF16)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(out_decay, outs[1].at[b, h, n, block])
         for out, ref in zip(out_rows, outs[2:], strict=True):
-            plgpu.copy_smem_to_gmem(out, ref.at[b, h, n, :, block])
+            plgpu.copy_smem_to_gmem(out, at(ref, b, h, n, block))
+        plgpu.wait_smem_to_gmem(0)
 
         @pl.when(i == 0)
         def _scores() -> None:
-            out_scores[...] = _matmul((CHUNK, CHUNK), (d_o, _transposed(x))).astype(jnp.bfloat16)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(out_scores, outs[0].at[b, h, n])
-
-        plgpu.wait_smem_to_gmem(0)
+            out_rows[0][...] = matmul((CHUNK, CHUNK), (d_o, flip(x))).astype(BF16)
+            send((out_rows[0], outs[0].at[b, h, n]))
 
     shape = (batch, heads, chunks)
-    like = [jax.ShapeDtypeStruct((*shape, CHUNK, CHUNK), jnp.bfloat16), jax.ShapeDtypeStruct((*shape, key_dim), jnp.float32)]
-    like += [jax.ShapeDtypeStruct((*shape, CHUNK, key_dim), jnp.bfloat16)] * len(rows)
-    tiles = [*[_tile(CHUNK, value_dim)] * len(rows), *[_tile(WIDTH, value_dim)] * 2]
-    out_tiles = [_tile(CHUNK, CHUNK), plgpu.SMEM((WIDTH,), jnp.float32), *[_tile(CHUNK, WIDTH)] * len(rows)]
+    like = [jax.ShapeDtypeStruct((*shape, CHUNK, CHUNK), BF16), jax.ShapeDtypeStruct((*shape, key_dim), F32)]
+    like += [jax.ShapeDtypeStruct((batch, chunks * CHUNK, heads, key_dim), BF16)] * len(rows)
+    tiles = [*[tile(CHUNK, value_dim)] * len(rows), *[tile(WIDTH, value_dim)] * 2]
+    out_tiles = [plgpu.SMEM((WIDTH,), F32), *[tile(CHUNK, WIDTH)] * len(rows)]
     d_scores, d_decay, d_q, d_k, *d_erase = call(
         kernel,
         name="gradients" if d_x is None else "gradients_delta",

@@ -4,27 +4,29 @@ A call is prepared (everything in a chunk that does not depend on the state), ca
 again, so that between the passes only the arguments and the states [K, V] that enter each chunk are kept, in bfloat16.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from plait.kernels import gpu
+from plait.kernels import carry_gpu, gpu, inverse_gpu, scores_gpu
+from plait.kernels.chunk_gpu import CHUNK
+from plait.kernels.chunking import segment_index
 from plait.kernels.recurrence import Results, log_decay_rate, results, summarize, token_norm
 
 Array = jax.Array
-
-CHUNK = 64
-"""Tokens a chunk: the rows that one warpgroup multiplies."""
 
 DIMS = (64, 128, 256)
 """Head dims that fill whole tiles."""
 
 
+FORGET = -1e4
+"""The log decay that ends a segment: its exponential is 0, alone or in any sum."""
+
+
 class Prepared(NamedTuple):
-    """What the kernels read, after `plait.kernels.recurrence.Chunks`; rows are [B, H, N, C, X] or [B, T, H, X]."""
+    """What the kernels read, after `plait.kernels.recurrence.Chunks`; rows are [B, T, H, X]."""
 
     q_in: Array
     """Rows of width K, bfloat16."""
@@ -38,10 +40,6 @@ class Prepared(NamedTuple):
     """Rows of width V, bfloat16: v, or U of the delta rule."""
     erase: Array | None = None
     """-W of the delta rule: rows of width K, bfloat16."""
-
-
-Prepare = Callable[..., Prepared]
-"""`prepare(segment_ids, scale, *arguments)`: the arguments are q, k, v and gates, T a multiple of `CHUNK`."""
 
 
 def unsupported(q: Array, k: Array, v: Array, *, scale: Any) -> str | None:
@@ -61,12 +59,12 @@ def unsupported(q: Array, k: Array, v: Array, *, scale: Any) -> str | None:
 
 
 def run(
-    prepare: Prepare,
     q: Array,
     k: Array,
     v: Array,
     g: Array | None,
-    *gates: Array,
+    beta: Array | None = None,
+    *,
     scale: float,
     initial_state: Array | None,
     segment_ids: Array | None,
@@ -76,9 +74,9 @@ def run(
     batch, length, heads, value_dim = v.shape
     if initial_state is None:
         initial_state = jnp.zeros((batch, heads, q.shape[-1], value_dim), jnp.float32)
-    arguments = tuple(None if x is None else _fill(x) for x in (q, k, v, g, *gates))
+    arguments = tuple(None if x is None else _fill(x) for x in (q, k, v, g, beta))
     ids = None if segment_ids is None else _fill(segment_ids)
-    o, final_state, norms, writes = _recur(prepare, scale, return_stats, arguments, initial_state.astype(jnp.float32), ids)
+    o, final_state, norms, writes = _recur(scale, return_stats, arguments, initial_state.astype(jnp.float32), ids)
     stats = None
     if return_stats:
         rates = jnp.zeros((batch, length, heads)) if g is None else log_decay_rate(g)
@@ -89,59 +87,88 @@ def run(
     return results(o[:, :length], final_state, stats)
 
 
+def zero_where_padding(real: Array, x: Array) -> Array:
+    """x [B, T, ...] with zeros at padding."""
+    return jnp.where(real.reshape(*real.shape, *[1] * (x.ndim - 2)), x, 0)
+
+
 def _fill(x: Array) -> Array:
     """[B, T, ...] with zeros up to whole chunks."""
     return jnp.pad(x, [(0, 0), (0, -x.shape[1] % CHUNK)] + [(0, 0)] * (x.ndim - 2))
+
+
+def _prepare(
+    segment_ids: Array | None, scale: float, q: Array, k: Array, v: Array, g: Array | None, beta: Array | None
+) -> Prepared:
+    """What does not depend on the state; T is a multiple of C."""
+    g = jnp.zeros(v.shape[:3], jnp.float32) if g is None else g.astype(jnp.float32)
+    beta = None if beta is None else beta.astype(jnp.float32)
+    if segment_ids is not None:
+        index, real = segment_index(segment_ids)
+        starts = jnp.diff(index, axis=1, prepend=0) != 0
+        q, k, g = (zero_where_padding(real, x) for x in (q, k, g))
+        beta = None if beta is None else zero_where_padding(real, beta)
+        g = jnp.where(starts.reshape(*starts.shape, *[1] * (g.ndim - 2)), FORGET, g)
+    to_heads = lambda x: jnp.repeat(x, v.shape[2] // x.shape[2], axis=2).astype(jnp.float32)  # noqa: E731
+    by_chunk = (g if g.ndim == 4 else g[..., None]).reshape(g.shape[0], -1, CHUNK, g.shape[2], g.shape[3] if g.ndim == 4 else 1)
+    after = jnp.pad(by_chunk[:, :, 1:], ((0, 0), (0, 0), (0, 1), (0, 0), (0, 0)))
+    since_start = jnp.exp(jnp.cumsum(by_chunk, axis=2))
+    to_end = jnp.exp(jax.lax.cumsum(after, axis=2, reverse=True))
+    decay = jnp.moveaxis(since_start[:, :, -1], 2, 1)  # [B, H, N, K or 1]
+    decay = jnp.broadcast_to(decay, (*decay.shape[:3], k.shape[-1]))
+    since_start, to_end = (x.reshape(*g.shape[:3], -1) for x in (since_start, to_end))
+    q_in = (scale * to_heads(q) * since_start).astype(v.dtype)
+    k_out = (to_heads(k) * to_end).astype(v.dtype)
+    scores, *own = scores_gpu.scores(beta is not None, scale, q, k, g)
+    if beta is None:
+        return Prepared(q_in, k_out, decay, scores, v)
+    k_in = (-to_heads(k) * since_start).astype(v.dtype)
+    written, erase = inverse_gpu.write(*own, scores_gpu.heads_to_lines(beta), k_in, v)
+    return Prepared(q_in, k_out, decay, scores, written, erase)
 
 
 def _measure(k: Array, x: Array, states: Array, final: Array, segment_ids: Array | None) -> tuple[Array, Array]:
     """Norms of the leaving states and sums of |k| |x| by chunk, both [B, N, H]."""
     norms = token_norm(states.astype(jnp.float32).reshape(*states.shape[:3], -1))
     norms = jnp.concatenate([norms[:, :, 1:], token_norm(final.reshape(*final.shape[:2], -1))[..., None]], axis=2)
-    x = token_norm(x.astype(jnp.float32))
-    x = x if x.ndim == 3 else jnp.moveaxis(x.reshape(*x.shape[:2], -1), 1, 2)  # [B, T, H]
-    writes = jnp.repeat(token_norm(k.astype(jnp.float32)), x.shape[2] // k.shape[2], axis=2) * x
+    key_norms = token_norm(k.astype(jnp.float32))
+    writes = jnp.repeat(key_norms, x.shape[2] // k.shape[2], axis=2) * token_norm(x.astype(jnp.float32))
     if segment_ids is not None:
         writes = jnp.where((segment_ids != 0)[..., None], writes, 0)
     return jnp.moveaxis(norms, 1, 2), writes.reshape(x.shape[0], -1, CHUNK, x.shape[2]).sum(2)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _recur(
-    prepare: Prepare, scale: float, measure: bool, arguments: tuple[Any, ...], initial: Array, segment_ids: Array | None
+    scale: float, measure: bool, arguments: tuple[Any, ...], initial: Array, segment_ids: Array | None
 ) -> tuple[Array, Array, Array | None, Array | None]:
     """o, the final state and what `_measure` gives, or None."""
-    return _recur_forward(prepare, scale, measure, arguments, initial, segment_ids)[0]
+    return _recur_forward(scale, measure, arguments, initial, segment_ids)[0]
 
 
-def _recur_forward(
-    prepare: Prepare, scale: float, measure: bool, arguments: tuple[Any, ...], initial: Array, segment_ids: Array | None
-) -> Any:
-    from plait.kernels import carry_gpu
-
-    p = prepare(segment_ids, scale, *arguments)
+def _recur_forward(scale: float, measure: bool, arguments: tuple[Any, ...], initial: Array, segment_ids: Array | None) -> Any:
+    p = _prepare(segment_ids, scale, *arguments)
     if p.erase is None:
         states, final, _ = carry_gpu.carry(p.decay, initial, add=(p.k_out, p.values))
         x = p.values
     else:
         states, final, x = carry_gpu.carry(p.decay, initial, delta=carry_gpu.Delta(p.erase, p.k_out, (p.values,)))
-    o = carry_gpu.combine(p.q_in, states, p.scores, x, arguments[2])
+    o = carry_gpu.combine(p.q_in, states, p.scores, x)
     measured = _measure(arguments[1], x, states, final, segment_ids) if measure else (None, None)
     return (o, final, *measured), (arguments, states, segment_ids)
 
 
-def _recur_backward(prepare: Prepare, scale: float, measure: bool, saved: Any, cotangents: Any) -> Any:
-    from plait.kernels import carry_gpu
-
+def _recur_backward(scale: float, measure: bool, saved: Any, cotangents: Any) -> Any:
     (arguments, states, segment_ids), (d_o, d_final, *_) = saved, cotangents
-    p, pull = jax.vjp(partial(prepare, segment_ids, scale), *arguments)
+    p, pull = jax.vjp(partial(_prepare, segment_ids, scale), *arguments)
     if p.erase is None:
         x, d_x = p.values, None
         d_states, d_initial, _ = carry_gpu.carry(p.decay, d_final, add=(p.q_in, d_o), reverse=True)
-        d_values = carry_gpu.combine(p.k_out, d_states, p.scores, d_o, p.values, transposed=True)
+        d_values = carry_gpu.combine(p.k_out, d_states, p.scores, d_o, transposed=True)
     else:
-        erased = jnp.einsum("bhnck,bhnkv->bhncv", p.erase, states, preferred_element_type=jnp.float32)
-        x = (p.values + erased).astype(p.values.dtype)
+        erase = p.erase.reshape(p.erase.shape[0], -1, CHUNK, *p.erase.shape[2:])
+        erased = jnp.einsum("bnchk,bhnkv->bnchv", erase, states, preferred_element_type=jnp.float32)
+        x = (p.values + erased.reshape(p.values.shape)).astype(p.values.dtype)
         delta = carry_gpu.Delta(p.k_out, p.erase, (p.scores, d_o))
         d_states, d_initial, d_x = carry_gpu.carry(p.decay, d_final, add=(p.q_in, d_o), delta=delta, reverse=True)
         d_values = d_x

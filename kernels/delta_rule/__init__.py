@@ -16,6 +16,7 @@ _op = Op(
     "delta_rule",
     AXES,
     pallas_tpu=kernel("tpu", "plait.kernels.delta_rule.pallas_tpu", "delta_rule"),
+    pallas_gpu=kernel("gpu", "plait.kernels.delta_rule.pallas_gpu", "delta_rule"),
     chunked=Implementation(chunked.delta_rule),
     reference=Implementation(reference.delta_rule),
 )
@@ -52,7 +53,7 @@ def delta_rule(
         it gives zeros and is skipped. None is one segment.
       chunk_size: tokens per chunk of the chunked form, a power of two; kernels have their own.
       return_stats: adds a third result.
-      implementation: "auto", "pallas_tpu", "chunked" or "reference".
+      implementation: "auto", "pallas_tpu", "pallas_gpu", "chunked" or "reference".
 
     Returns:
       o [B, T, Hv, V] in q's dtype, the state [B, Hv, K, V] float32 after the last token that is not padding, and with `return_stats`

@@ -16,6 +16,7 @@ _op = Op(
     "vector_decay",
     AXES,
     pallas_tpu=kernel("tpu", "plait.kernels.vector_decay.pallas_tpu", "vector_decay"),
+    pallas_gpu=kernel("gpu", "plait.kernels.vector_decay.pallas_gpu", "vector_decay"),
     chunked=Implementation(chunked.vector_decay),
     reference=Implementation(reference.vector_decay),
 )
@@ -53,7 +54,7 @@ def vector_decay(
         last column for z_t: [B, Hv, K, V + 1].
       chunk_size: tokens per chunk of the chunked form, a power of two; kernels have their own.
       return_stats: adds a third result.
-      implementation: "auto", "pallas_tpu", "chunked" or "reference".
+      implementation: "auto", "pallas_tpu", "pallas_gpu", "chunked" or "reference".
 
     Returns:
       o [B, T, Hv, V] in q's dtype, the state [B, Hv, K, V] float32 after the last token that is not padding, and with `return_stats`

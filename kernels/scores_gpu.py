@@ -1,0 +1,303 @@
+"""Hopper kernels for the decayed scores inside a chunk, and their gradients.
+
+    A_ij = sum_c x_ic k_jc exp(g_{j+1,c} + ... + g_ic)        for j <= i, x being the queries; for j < i, x being the keys
+
+As in `plait.kernels.chunking`, no exponent is positive and none is a difference of sums: exponents are products of 0/1 matrices with
+g, which is split into two bfloat16 terms. A decay shared by all channels takes one product for all exponents (t later than j times t
+not later than i); a decay by channel takes one for each of the six halvings of the chunk, whose later queries carry the decay
+since the half's start and whose earlier keys carry the decay up to it. A g of -1e4 where a segment starts hides everything before.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from plait.kernels.chunk_gpu import (
+    BF16,
+    CHUNK,
+    F32,
+    HALVINGS,
+    SQUARE,
+    Ref,
+    at,
+    by_row,
+    fetch,
+    flip,
+    halving,
+    line,
+    load,
+    matmul,
+    send,
+    store_split,
+    tile,
+    tokens,
+    zero_one,
+    zeros,
+)
+from plait.kernels.gpu import call
+
+Array = jax.Array
+
+WIDTH = 64
+"""Channels that the kernel of a decay by channel works on at a time."""
+
+NARROW = 32
+"""Likewise for its gradients, which take twice the registers."""
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def scores(keys: bool, scale: float, q: Array, k: Array, g: Array) -> tuple[Array, ...]:
+    """The scores of queries times `scale`, [B, H, N, C, C] bfloat16, and with `keys` those of keys, float32 and zero for j >= i.
+
+    Args:
+      q: [B, T, Hqk, K] bfloat16, T a multiple of C.
+      k: [B, T, Hqk, K] bfloat16.
+      g: [B, T, H] or [B, T, H, K] float32; -1e4 or less where a segment starts.
+    """
+    return tuple(_shared(keys, scale, q, k, heads_to_lines(g)) if g.ndim == 3 else _by_channel(keys, scale, q, k, g))
+
+
+def heads_to_lines(x: Array) -> Array:
+    """[B, T, H] to [B, H, N, C]."""
+    return jnp.moveaxis(x, 2, 1).reshape(x.shape[0], x.shape[2], -1, CHUNK)
+
+
+def _scores_forward(keys: bool, scale: float, q: Array, k: Array, g: Array) -> Any:
+    return scores(keys, scale, q, k, g), (q, k, g)
+
+
+def _scores_backward(keys: bool, scale: float, saved: tuple[Array, ...], d_scores: tuple[Array, ...]) -> tuple[Array, ...]:
+    q, k, g = saved
+    if g.ndim == 3:
+        d_q, d_k, d_g = _shared_gradients(scale, q, k, heads_to_lines(g), *d_scores)
+        d_g = jnp.moveaxis(d_g.reshape(*d_g.shape[:2], -1), 1, 2)
+    else:
+        d_q, d_k, d_g = _by_channel_gradients(scale, q, k, g, *d_scores)
+    of_group = lambda x: jnp.sum(x.reshape(*q.shape[:3], -1, q.shape[3]), axis=3, dtype=F32).astype(q.dtype)  # noqa: E731
+    return of_group(d_q), of_group(d_k), d_g
+
+
+scores.defvjp(_scores_forward, _scores_backward)
+
+
+def _decay(g: Ref, until: Ref, high: Ref, low: Ref) -> Array:
+    """exp(g_{j+1} + ... + g_i) for j <= i, else 0, of g [C] in shared memory; leaves i >= t in `until`."""
+    row, column = tokens()
+    until[...] = zero_one(row >= column)
+    store_split(jnp.where(row > column, by_row(g), 0.0), high, low)
+    plgpu.commit_smem()
+    return jnp.where(row >= column, jnp.exp(matmul(SQUARE, (until, high), (until, low))), 0.0)
+
+
+def _shared(keys: bool, scale: float, q: Array, k: Array, g: Array) -> list[Array]:
+    """The scores of queries and, with `keys`, of keys for g [B, H, N, C]."""
+    batch, heads, chunks, _ = g.shape
+    group, key_dim = heads // q.shape[2], q.shape[3]
+
+    def kernel(q_ref: Ref, k_ref: Ref, g_ref: Ref, *refs: Ref) -> None:
+        outs, (q, k, g, until, high, low, *tiles, barrier) = refs[: 1 + keys], refs[1 + keys :]
+        b, h, n = (jax.lax.axis_index(name) for name in "bhn")
+        own = jax.lax.div(h, jnp.int32(group))
+        fetch(barrier, (at(q_ref, b, own, n), q), (at(k_ref, b, own, n), k), (g_ref.at[b, h, n], g))
+        decay = _decay(g, until, high, low)
+        tiles[0][...] = (scale * decay * matmul(SQUARE, (q, flip(k)))).astype(BF16)
+        if keys:
+            row, column = tokens()
+            tiles[1][...] = jnp.where(row > column, decay * matmul(SQUARE, (k, flip(k))), 0.0)
+        send(*((out, ref.at[b, h, n]) for out, ref in zip(tiles, outs, strict=True)))
+
+    dtypes = [BF16, F32][: 1 + keys]
+    rows, square = tile(CHUNK, key_dim), tile(*SQUARE)
+    return call(
+        kernel,
+        name="scores",
+        out_type=[jax.ShapeDtypeStruct((batch, heads, chunks, *SQUARE), dtype) for dtype in dtypes],
+        grid=(batch, heads, chunks),
+        grid_names=tuple("bhn"),
+        scratch_types=[
+            *(rows, rows, line(), square, square, square),
+            *(tile(*SQUARE, dtype=dtype) for dtype in dtypes),
+            plgpu.Barrier(num_arrivals=3),
+        ],
+    )(q, k, g)
+
+
+def _shared_gradients(scale: float, q: Array, k: Array, g: Array, *d_scores: Array) -> list[Array]:
+    """The gradients of q and k, [B, T, H, K] by value head, and of g."""
+    batch, heads, chunks, _ = g.shape
+    group, key_dim, count = heads // q.shape[2], q.shape[3], 3 + len(d_scores)
+
+    def kernel(*refs: Ref) -> None:
+        (q_ref, k_ref, g_ref, *d_refs), outs, scratch = refs[:count], refs[count : count + 3], refs[count + 3 :]
+        q, k, g, until, high, low, weights, d_g, *d_tiles, barrier = scratch
+        b, h, n = (jax.lax.axis_index(name) for name in "bhn")
+        own = jax.lax.div(h, jnp.int32(group))
+        places = [at(q_ref, b, own, n), at(k_ref, b, own, n), g_ref.at[b, h, n], *(x.at[b, h, n] for x in d_refs)]
+        fetch(barrier, *zip(places, (q, k, g, *d_tiles), strict=True))
+        row, column = tokens()
+        decay = _decay(g, until, high, low)
+        d_products = scale * decay * load(d_tiles[0])
+        d_exponents = d_products * matmul(SQUARE, (q, flip(k)))
+        weights[...] = d_products.astype(BF16)
+        to_q, to_k = [(weights, k)], [(flip(weights), q)]
+        if len(d_scores) > 1:
+            d_own = jnp.where(row > column, decay * load(d_tiles[1]), 0.0)
+            d_exponents += d_own * matmul(SQUARE, (k, flip(k)))
+            plgpu.commit_smem()
+            d_tiles[0][...] = d_own.astype(BF16)
+            to_k += [(d_tiles[0], k), (flip(d_tiles[0]), k)]
+        store_split(d_exponents, high, low)
+        plgpu.commit_smem()
+        crossing = matmul(SQUARE, (flip(until), high), (flip(until), low))
+        d_g[...] = jnp.sum(jnp.where(row > column, crossing, 0.0), axis=1)
+        d_q, d_k = matmul((CHUNK, key_dim), *to_q), matmul((CHUNK, key_dim), *to_k)
+        plgpu.commit_smem()
+        q[...], k[...] = d_q.astype(BF16), d_k.astype(BF16)
+        send((q, at(outs[0], b, h, n)), (k, at(outs[1], b, h, n)), (d_g, outs[2].at[b, h, n]))
+
+    rows, square = tile(CHUNK, key_dim), tile(*SQUARE)
+    by_head = jax.ShapeDtypeStruct((batch, chunks * CHUNK, heads, key_dim), BF16)
+    return call(
+        kernel,
+        name="scores_back",
+        out_type=[by_head, by_head, jax.ShapeDtypeStruct(g.shape, F32)],
+        grid=(batch, heads, chunks),
+        grid_names=tuple("bhn"),
+        scratch_types=[
+            *(rows, rows, line(), square, square, square, square, line()),
+            *(tile(*SQUARE, dtype=x.dtype) for x in d_scores),
+            plgpu.Barrier(num_arrivals=count),
+        ],
+    )(q, k, g, *d_scores)
+
+
+def _exponentials(size: Array, mask: Ref, g: tuple[Ref, Ref], width: int) -> Array:
+    """exp of g summed, within runs of `size` tokens, up to each token of later runs and after each token of earlier ones.
+
+    Leaves the 0/1 weights of these sums in `mask`; `g` are the two terms of [C, width].
+    """
+    row, column = tokens()
+    later = (row & size) != 0
+    mask[...] = zero_one(((row ^ column) < size) & ((later & (row >= column)) | (~later & (row < column))))
+    plgpu.commit_smem()
+    return jnp.exp(matmul((CHUNK, width), (mask, g[0]), (mask, g[1])))
+
+
+def _by_channel(keys: bool, scale: float, q: Array, k: Array, g: Array) -> list[Array]:
+    """The scores of queries and, with `keys`, of keys for g [B, T, H, K]."""
+    batch, length, heads, key_dim = g.shape
+    group, chunks = heads // q.shape[2], length // CHUNK
+
+    def kernel(q_ref: Ref, k_ref: Ref, g_ref: Ref, *refs: Ref) -> None:
+        outs, (high, low, mask, q_decayed, k_decayed, *tiles) = refs[: 1 + keys], refs[1 + keys :]
+        b, h, n = (jax.lax.axis_index(name) for name in "bhn")
+        own = jax.lax.div(h, jnp.int32(group))
+
+        def step(_: Any, q: Ref, k: Ref, g: Ref, sums: list[Array]) -> list[Array]:
+            row, column = tokens()
+            store_split(load(g), high, low)
+            sums[0] += jnp.where(row == column, matmul(SQUARE, (q, flip(k))), 0.0)
+
+            def halve(level: Array, sums: list[Array]) -> list[Array]:
+                size = jnp.int32(1) << level
+                decay = _exponentials(size, mask, (high, low), WIDTH)
+                for x, decayed in ((q, q_decayed), (k, k_decayed)):
+                    decayed[...] = (load(x) * decay).astype(BF16)
+                plgpu.commit_smem()
+                pairs = halving(size, row, column)
+                decayed = (q_decayed, k_decayed)[: len(sums)]
+                found = [jnp.where(pairs, matmul(SQUARE, (x, flip(k_decayed))), 0.0) for x in decayed]
+                plgpu.commit_smem()  # No warp still reads what the next halving writes.
+                return [x + y for x, y in zip(sums, found, strict=True)]
+
+            return jax.lax.fori_loop(0, HALVINGS, halve, sums)
+
+        spec = lambda x, head: plgpu.BlockSpec(  # noqa: E731
+            (None, CHUNK, None, WIDTH), lambda j: (b, n, head, j), transforms=tile(CHUNK, WIDTH, dtype=x.dtype).transforms
+        )
+        pipeline = plgpu.emit_pipeline(
+            step,
+            grid=(key_dim // WIDTH,),
+            in_specs=[spec(q, own), spec(k, own), spec(g, h)],
+            init_carry=[zeros(*SQUARE) for _ in tiles],
+        )
+        for i, (out, sums) in enumerate(zip(tiles, pipeline(q_ref, k_ref, g_ref), strict=True)):
+            out[...] = (scale * sums).astype(BF16) if i == 0 else sums
+        send(*((out, ref.at[b, h, n]) for out, ref in zip(tiles, outs, strict=True)))
+
+    dtypes = [BF16, F32][: 1 + keys]
+    block = tile(CHUNK, WIDTH)
+    return call(
+        kernel,
+        name="scores_by_channel",
+        out_type=[jax.ShapeDtypeStruct((batch, heads, chunks, *SQUARE), dtype) for dtype in dtypes],
+        grid=(batch, heads, chunks),
+        grid_names=tuple("bhn"),
+        scratch_types=[block, block, tile(*SQUARE), block, block, *(tile(*SQUARE, dtype=dtype) for dtype in dtypes)],
+    )(q, k, g)
+
+
+def _by_channel_gradients(scale: float, q: Array, k: Array, g: Array, *d_scores: Array) -> list[Array]:
+    """The gradients of q and k, [B, T, H, K] by value head, and of g."""
+    batch, length, heads, key_dim = g.shape
+    group, chunks, count = heads // q.shape[2], length // CHUNK, 3 + len(d_scores)
+
+    def kernel(*refs: Ref) -> None:
+        ins, outs, (*tiles, barrier) = refs[:count], refs[count : count + 3], refs[count + 3 :]
+        (q, k, g, *d_tiles), (high, low, mask, q_decayed, k_decayed, *weights) = tiles[:count], tiles[count:]
+        b, h, n, j = (jax.lax.axis_index(name) for name in "bhnj")
+        own, block = jax.lax.div(h, jnp.int32(group)), pl.ds(j * NARROW, NARROW)
+        places = [at(x, b, head, n, block) for x, head in zip(ins[:3], (own, own, h), strict=True)]
+        fetch(barrier, *zip([*places, *(x.at[b, h, n] for x in ins[3:])], tiles[:count], strict=True))
+        row, column = tokens()
+        shape = (CHUNK, NARROW)
+        store_split(load(g), high, low)
+        weights[0][...] = jnp.where(row == column, scale * load(d_tiles[0]), 0.0).astype(BF16)
+        plgpu.commit_smem()
+        g[...] = zeros(*shape)  # From here on the gradient: registers are short.
+        sums = matmul(shape, (weights[0], k)), matmul(shape, (weights[0], q))
+
+        def halve(level: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
+            size = jnp.int32(1) << level
+            plgpu.commit_smem()  # No warp still reads what is written next.
+            decay = _exponentials(size, mask, (high, low), NARROW)
+            q_decayed[...], k_decayed[...] = ((load(x) * decay).astype(BF16) for x in (q, k))
+            pairs = halving(size, row, column)
+            for x, factor, out in zip(d_tiles, (scale, 1.0), weights, strict=False):
+                out[...] = jnp.where(pairs, factor * load(x), 0.0).astype(BF16)
+            plgpu.commit_smem()
+            d_q, d_k = sums
+            d_late = matmul(shape, (weights[0], k_decayed)) * decay
+            d_q, d_exponents = d_q + d_late, d_late * load(q)
+            of_keys = [(x, k_decayed) for own in weights[1:] for x in (own, flip(own))]
+            d_early = matmul(shape, (flip(weights[0]), q_decayed), *of_keys) * decay
+            d_k, d_exponents = d_k + d_early, d_exponents + d_early * load(k)
+            plgpu.commit_smem()
+            store_split(d_exponents, q_decayed, k_decayed)
+            plgpu.commit_smem()
+            g[...] = load(g) + matmul(shape, (flip(mask), q_decayed), (flip(mask), k_decayed))
+            return d_q, d_k
+
+        d_q, d_k = jax.lax.fori_loop(0, HALVINGS, halve, sums)
+        plgpu.commit_smem()
+        q[...], k[...] = d_q.astype(BF16), d_k.astype(BF16)
+        send(*((x, at(ref, b, h, n, block)) for x, ref in zip((q, k, g), outs, strict=True)))
+
+    by_head = jax.ShapeDtypeStruct(g.shape, BF16)
+    block, square = tile(CHUNK, NARROW), tile(*SQUARE, like=NARROW)
+    return call(
+        kernel,
+        name="scores_by_channel_back",
+        out_type=[by_head, by_head, jax.ShapeDtypeStruct(g.shape, F32)],
+        grid=(batch, heads, chunks, key_dim // NARROW),
+        grid_names=tuple("bhnj"),
+        scratch_types=[
+            *(block, block, tile(CHUNK, NARROW, dtype=F32), *(tile(*SQUARE, dtype=x.dtype) for x in d_scores)),
+            *(block, block, square, block, block, *(square for _ in d_scores)),
+            plgpu.Barrier(num_arrivals=count),
+        ],
+    )(q, k, g, *d_scores)

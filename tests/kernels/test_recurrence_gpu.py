@@ -1,0 +1,114 @@
+"""The GPU kernels of the linear recurrences in Pallas' GPU interpreter, with race detection, against the reference."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from plait.kernels import dispatch, gpu, recurrence_gpu
+from plait.kernels.target import target
+from plait.tests.kernels import cases
+from plait.tests.tolerances import assert_tree_close, in_float64
+
+
+class Case(NamedTuple):
+    """One call: the recurrence, sizes, a layout of segments and the decay; bfloat16."""
+
+    name: str
+    length: int = 65
+    segments: str | None = None
+    decay: str = "mixed"
+    heads: tuple[int, int] = (1, 1)
+    dims: tuple[int, int] = (64, 64)
+    batch: int = 1
+
+
+CASES = [
+    Case("scalar_decay", 130, "several", heads=(1, 2)),
+    Case("vector_decay", 65, "several", heads=(1, 2)),
+    Case("deltanet", 63, None, "none"),
+    Case("gated_deltanet", 130, "several", heads=(1, 2)),
+    Case("kda", 65, "several"),
+]
+MORE = [
+    Case("scalar_decay", 64, "one", "strong", batch=2),
+    Case("scalar_decay", 500, "long", "weak", dims=(128, 64)),
+    Case("vector_decay", 63, None, "strong"),
+    Case("vector_decay", 500, "several", dims=(64, 128)),
+    Case("vector_decay", 64, "long", "weak", dims=(256, 64)),
+    Case("deltanet", 500, "several", "none", batch=2),
+    Case("gated_deltanet", 65, None, "strong", heads=(2, 4)),
+    Case("gated_deltanet", 500, "long", "weak", dims=(128, 128)),
+    Case("kda", 500, "several", heads=(1, 2)),
+    Case("kda", 130, None, "weak", dims=(128, 64)),
+    Case("kda", 64, "one", "strong", dims=(64, 256)),
+    *(Case(name, 2048, "several") for name in cases.RECURRENCES),
+]
+
+needs_interpreter = pytest.mark.skipif(
+    jax.__version_info__ < gpu.MIN_JAX, reason=f"the GPU interpreter needs JAX >= {'.'.join(map(str, gpu.MIN_JAX))}"
+)
+
+
+def _run(implementation: str, case: Case, inputs: dict[str, jax.Array], state: jax.Array, ids: jax.Array | None) -> Any:
+    """Values, statistics and all gradients."""
+
+    def outputs(inputs: dict[str, jax.Array], state: jax.Array) -> Any:
+        o, final_state, stats = cases.RECURRENCES[case.name].call(
+            inputs, initial_state=state, segment_ids=ids, implementation=implementation, return_stats=True
+        )
+        return {"o": o, "final_state": final_state, **stats._asdict()}
+
+    return cases.with_gradients(outputs, inputs, state)
+
+
+def _assert_matches(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"BATCH": case.batch, "NUM_QK_HEADS": case.heads[0], "NUM_HEADS": case.heads[1]}
+    for name, size in (sizes | {"KEY_DIM": case.dims[0], "VALUE_DIM": case.dims[1]}).items():
+        monkeypatch.setattr(cases, name, size)
+    inputs = cases.RECURRENCES[case.name].inputs(case.length, decay=case.decay, dtype=jnp.bfloat16)
+    args = inputs, cases.state(), None if case.segments is None else cases.segments(case.length, case.segments)
+    plain = cases.quick_jit(partial(_run, "reference", case))
+    with gpu.interpreting(), target("h100"):
+        got = jax.block_until_ready(cases.quick_jit(partial(_run, "pallas_gpu", case))(*args))
+    assert got["value"]["o"].dtype == jnp.bfloat16
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(got))
+    assert_tree_close(got, in_float64(plain, *args), plain(*args), dtype="bfloat16")
+    if case.segments is not None:
+        assert not np.asarray(got["value"]["o"])[np.asarray(args[2]) == 0].any()
+
+
+_ids = lambda c: f"{c.name}-{c.length}-{c.segments}-{c.decay}-{c.dims[0]}x{c.dims[1]}"  # noqa: E731
+
+
+@needs_interpreter
+@pytest.mark.parametrize("case", CASES, ids=_ids)
+def test_kernel_matches_reference(case: Case, monkeypatch: pytest.MonkeyPatch):
+    _assert_matches(case, monkeypatch)
+
+
+@needs_interpreter
+@pytest.mark.slow
+@pytest.mark.parametrize("case", MORE, ids=_ids)
+def test_kernel_matches_reference_in_more_cases(case: Case, monkeypatch: pytest.MonkeyPatch):
+    _assert_matches(case, monkeypatch)
+
+
+@needs_interpreter
+def test_kernel_is_chosen_where_it_fits():
+    def reason(length: int = 64, dims: tuple[int, int] = (64, 64), dtype: Any = jnp.bfloat16) -> str | None:
+        q, v = (jnp.zeros((1, length, 1, dim), dtype) for dim in dims)
+        with target("h100"):
+            return recurrence_gpu.unsupported(q, q, v, scale=1.0)
+
+    assert reason() is None
+    assert "tf32" in str(reason(dtype=jnp.float32))
+    assert "one token" in str(reason(length=1))
+    assert "(64, 128, 256)" in str(reason(dims=(64, 65)))
+    with target("b200"):
+        q = jnp.zeros((1, 64, 1, 64), jnp.bfloat16)
+        assert "wgmma" in str(recurrence_gpu.unsupported(q, q, q, scale=1.0))
+    assert all("pallas_gpu" in dispatch.registered()[op] for op in ("scalar_decay", "vector_decay", "delta_rule"))
