@@ -1,0 +1,87 @@
+"""The GPU kernels of the linear recurrences through ptxas, ahead of time, for Hopper; needs JAX's CUDA plugin and no GPU."""
+
+import importlib.util
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from plait import kernels
+from plait.kernels import gpu
+from plait.kernels.target import target
+from plait.tests.kernels.gpu_targets import TARGETS
+
+pytestmark = [
+    pytest.mark.skipif(jax.__version_info__ < gpu.MIN_JAX, reason=f"compiling needs JAX >= {'.'.join(map(str, gpu.MIN_JAX))}"),
+    pytest.mark.skipif(
+        not any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13)), reason="compiling needs JAX's CUDA plugin"
+    ),
+]
+
+SHARED = {"carry", "carry_back", "combine", "combine_back", "gradients", "scores", "scores_back"}
+BY_CHANNEL = SHARED - {"scores", "scores_back"} | {"scores_by_channel", "scores_by_channel_back"}
+DELTA = {"carry_delta", "carry_delta_back", "combine", "gradients_delta", "inverse", "inverse_back"}
+KERNELS = {
+    "scalar_decay": SHARED,
+    "vector_decay": BY_CHANNEL,
+    "gated_deltanet": DELTA | {"scores", "scores_back"},
+    "kda": DELTA | {"scores_by_channel", "scores_by_channel_back"},
+}
+"""The kernels of a gradient, by the recurrence."""
+
+
+def _loss(name: str, *args: jax.Array) -> jax.Array:
+    op = getattr(kernels, name if name.endswith("_decay") else "delta_rule")
+    *args_of_op, segment_ids = args
+    o, state = op(*args_of_op, segment_ids=segment_ids, implementation="pallas_gpu")
+    return jnp.sum(o.astype(jnp.float32)) + jnp.sum(state)
+
+
+@pytest.mark.parametrize(
+    ("generation", "length", "dim", "names"),
+    [
+        ("h100", 4096, 64, ("scalar_decay", "kda")),
+        ("h200", 32768, 128, ("vector_decay", "gated_deltanet")),
+        pytest.param("h100", 4096, 128, tuple(KERNELS), marks=pytest.mark.slow),
+        pytest.param("h100", 32768, 64, tuple(KERNELS), marks=pytest.mark.slow),
+        pytest.param("h200", 32768, 128, tuple(KERNELS), marks=pytest.mark.slow),
+        pytest.param("h200", 4096, 256, tuple(KERNELS), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_recurrences_compile(
+    generation: str, length: int, dim: int, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capfd: Any
+):
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    topology = topologies.get_topology_desc(
+        platform="cuda", topology_name=generation, topology="1x1x1", target_config=TARGETS[generation]
+    )
+    mesh = Mesh(np.array(topology.devices), ("d",), axis_types=(AxisType.Auto,))
+    array = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(  # noqa: E731
+        shape, dtype, sharding=NamedSharding(mesh, PartitionSpec())
+    )
+    for name in names:
+        qk, v = array(1, length, 2, dim), array(1, length, 4, dim)
+        g = array(*v.shape[: 4 if name in ("vector_decay", "kda") else 3], dtype=jnp.float32)
+        beta = [] if name.endswith("_decay") else [array(*v.shape[:3])]
+        args = [qk, qk, v, g, *beta, array(1, length, dtype=jnp.int32)]
+        with target(generation):
+            both = jax.value_and_grad(lambda *args, name=name: _loss(name, *args), tuple(range(len(args) - 1)))
+            jax.jit(both).lower(*args).compile()
+    captured = capfd.readouterr()
+    reports = _reports(captured.out + captured.err)
+    assert {name for name, _ in reports} == set().union(*(KERNELS[name] for name in names))
+    for name, report in reports:
+        assert "serialized" not in report, f"{name}: {report}"
+        assert ", 0 bytes spill stores, 0 bytes spill loads" in report, f"{name}: {report}"
+
+
+def _reports(out: str) -> list[tuple[str, str]]:
+    """What ptxas says of each kernel, with its name."""
+    parts = re.split(r"Compiling entry function '(\w+?)_mosaic_gpu_kernel'", out)
+    return [(parts[i], parts[i - 1].rsplit("bytes gmem", 1)[-1] + parts[i + 1]) for i in range(1, len(parts), 2)]
