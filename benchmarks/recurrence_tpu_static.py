@@ -49,7 +49,6 @@ def compile_one(args: argparse.Namespace) -> None:
     if args.implementation == "pallas_tpu":
         os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_static_llo_profile_to={dump}"
     import jax
-    import jax.numpy as jnp
     from jax.experimental import topologies
     from jax.sharding import SingleDeviceSharding
 
@@ -126,7 +125,12 @@ def _kernel(args: argparse.Namespace, shape):
     if args.kernel == "forward":
         return lambda x: recurrence_tpu._forward(problem, x, keep=True), (operands,)
     entering = shape(1, 1, args.seq_len // (tiles.chunk_size * tiles.backward_chunks), *state.shape[2:])
-    return lambda x, *rest: jnp.asarray(0) if not rest else recurrence_tpu._backward(problem, x, *rest), (operands, entering, x, state)
+    return lambda x, *rest: jnp.asarray(0) if not rest else recurrence_tpu._backward(problem, x, *rest), (
+        operands,
+        entering,
+        x,
+        state,
+    )
 
 
 def _chunked(args: argparse.Namespace, shape):
@@ -180,7 +184,9 @@ def main() -> None:
     if args.op:
         compile_one(args)
         return
-    print(f"{args.generation}, one head, T={args.seq_len}, K=V={args.head_dim}, {args.dtype}: estimated cycles a token, not measured")
+    print(
+        f"{args.generation}, one head, T={args.seq_len}, K=V={args.head_dim}, {args.dtype}: estimated cycles a token, not measured"
+    )
     print("the chunked form's backward includes its forward; least: the larger of FLOPs / peak and bytes / bandwidth")
     for op in args.ops.split(","):
         for kernel in args.kernels.split(","):

@@ -96,7 +96,7 @@ def roll(x: Array, shift: int) -> Array:
 roll.defvjp(lambda x, shift: (roll(x, shift), None), lambda shift, _, ct: (pltpu.roll(ct, ct.shape[0] - shift, 0),))
 
 
-def iota(shape: tuple[int, int], axis: int) -> Array:
+def iota(shape: tuple[int, ...], axis: int) -> Array:
     """int32 indices along an axis."""
     return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
 
@@ -147,7 +147,7 @@ class Chunk(NamedTuple):
 def cut(queries: tuple[Array, ...], k: Array, g: Array | None, bounds: Bounds | None, parts: Parts) -> Chunk:
     """Scores of several sets of queries [C, K] with the keys [C, K], for g a row [1, C], [C, K], or None (no decay)."""
     build = _by_channel if g is not None and g.shape[0] != 1 else _by_head
-    c: Chunk = build(queries, k, g, parts)
+    c: Chunk = build(queries, k, g, parts)  # type: ignore[arg-type]
     if bounds is None:
         return c
     scores = tuple(x * bounds.pairs for x in c.scores)
@@ -279,28 +279,38 @@ BlockFunction = Callable[[bool, list[Inputs], list[Bounds | None], Array], list[
 def decay_and_add(full: bool, chunks: list[Inputs], bounds: list[Bounds | None], state: Array) -> list[Written]:
     """Scalar or vector decay: the `BlockFunction` of gates (g,)."""
     parts: Parts = None if full else (1, 1)
-    written = []
-    for x, c in zip(chunks, [cut((x.q,), x.k, x.gates[0], b, parts) for x, b in zip(chunks, bounds, strict=True)], strict=True):
-        o = product("nt", parts, x.q * c.since, state) + product("nn", parts, c.scores[0], x.v)
-        state = c.decay * state + product("tn", parts, x.v, x.k * c.to_end)
-        written.append(Written(o, x.v, state))
-    return written
+    cuts = [cut((x.q,), x.k, x.gates[0], b, parts) for x, b in zip(chunks, bounds, strict=True)]
+    both = list(zip(chunks, cuts, strict=True))
+    writes = [product("tn", parts, x.v, x.k * c.to_end) for x, c in both]
+    states = [state]
+    for c, write in zip(cuts, writes, strict=True):
+        states.append(c.decay * states[-1] + write)
+    o = [
+        product("nt", parts, x.q * c.since, entering) + product("nn", parts, c.scores[0], x.v)
+        for (x, c), entering in zip(both, states, strict=False)
+    ]
+    return [Written(*each) for each in zip(o, (x.v for x in chunks), states[1:], strict=True)]
 
 
 def erase_and_write(full: bool, chunks: list[Inputs], bounds: list[Bounds | None], state: Array) -> list[Written]:
     """The delta rule: the `BlockFunction` of gates (g, beta) with beta a row, g perhaps None.
 
-    What goes around from state to state is kept at 16 bits: without decay, nothing fades the roundings.
+    With M = (I + L)^-1 Diag(beta) (see delta_rule/README.md) the pseudo values are M (V - (exp(P) * K) S). What goes from state to
+    state is kept at 16 bits: without decay, nothing fades the roundings.
     """
     rounded, fine = (None, None) if full else ((1, 1), (2, 2))
     i, j = _square(chunks[0].k.shape[0])
     cuts = [cut((x.q, x.k), x.k, x.gates[0], b, rounded) for x, b in zip(chunks, bounds, strict=True)]
-    lowers = [jnp.where(j < i, column(x.gates[1]) * c.scores[1], 0.0) for x, c in zip(chunks, cuts, strict=True)]
-    written = []
-    for x, c, inverse in zip(chunks, cuts, unit_lower_inverses(fine, lowers), strict=True):
-        error = x.v - product("nt", fine, x.k * c.since, state)
-        values = product("nn", fine, inverse * x.gates[1], error)
-        o = product("nt", rounded, x.q * c.since, state) + product("nn", rounded, c.scores[0], values)
-        state = c.decay * state + product("tn", fine, values, x.k * c.to_end)
-        written.append(Written(o, values, state))
-    return written
+    both = list(zip(chunks, cuts, strict=True))
+    lowers = [jnp.where(j < i, column(x.gates[1]) * c.scores[1], 0.0) for x, c in both]
+    inverses = unit_lower_inverses(fine, lowers)
+    states, values = [state], []
+    for (x, c), inverse in zip(both, inverses, strict=True):
+        error = x.v - product("nt", fine, x.k * c.since, states[-1])
+        values.append(product("nn", fine, inverse * x.gates[1], error))
+        states.append(c.decay * states[-1] + product("tn", fine, values[-1], x.k * c.to_end))
+    o = [
+        product("nt", rounded, x.q * c.since, entering) + product("nn", rounded, c.scores[0], value)
+        for (x, c), entering, value in zip(both, states, values, strict=False)
+    ]
+    return [Written(*each) for each in zip(o, values, states[1:], strict=True)]

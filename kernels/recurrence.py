@@ -42,7 +42,7 @@ class RecurrenceStats(NamedTuple):
     """[B, S, Hv]: real tokens. Means over several spans weigh write_strength and 1 / decay_horizon with it."""
 
 
-Results = tuple[Array, Array] | tuple[Array, Array, RecurrenceStats]
+Results = tuple[Any, ...]
 """Outputs [B, T, Hv, V], final state [B, Hv, K, V] and, when asked, statistics."""
 
 
@@ -129,7 +129,10 @@ def scan_tokens(
 
     final_state, outputs = jax.lax.scan(body, state, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (starts, inputs)))
     o, *sums = (jnp.moveaxis(x, 0, 1) for x in outputs)
-    stats = summarize(*sums, log_decay_rate(inputs[3]), 1, segment_ids, v.shape[1]) if return_stats else None
+    stats = None
+    if return_stats:
+        norms, writes = sums
+        stats = summarize(norms, writes, log_decay_rate(inputs[3]), 1, segment_ids, v.shape[1])
     return results(o.astype(q.dtype), final_state, stats)
 
 
@@ -227,8 +230,8 @@ def chunk_stats(
     norms = token_norm(leaving.reshape(*leaving.shape[:3], -1))
     writes = jnp.sum(token_norm(c.k) * token_norm(written), axis=-1)
     rates = jnp.sum(log_decay_rate(c.g), axis=-1)
-    by_chunk = (jnp.moveaxis(x, 1, 2) for x in (norms, writes, rates))
-    return summarize(*by_chunk, c.k.shape[3], segment_ids, length)
+    norms, writes, rates = (jnp.moveaxis(x, 1, 2) for x in (norms, writes, rates))
+    return summarize(norms, writes, rates, c.k.shape[3], segment_ids, length)
 
 
 def decayed_attention(c: Chunks, *, initial_state: Array | None) -> tuple[Array, Array, Array]:

@@ -30,6 +30,9 @@ MIN_TOKENS = 16
 
 MAX_DIM = 256
 
+MAX_STATES = 16 * 128 * 128
+"""Numbers in the states of one key head's value heads, which stay in VMEM."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Tiles:
@@ -37,9 +40,9 @@ class Tiles:
 
     chunk_size: int = 128
     """Tokens a chunk: a power of two, from 16 to 128."""
-    forward_chunks: int = 4
+    forward_chunks: int = 8
     """Chunks a grid step of the forward kernel."""
-    backward_chunks: int = 2
+    backward_chunks: int = 4
     """Chunks a grid step of the backward kernel; divides `forward_chunks`."""
 
     def __post_init__(self) -> None:
@@ -64,9 +67,13 @@ class Tiles:
 
 
 def choose_tiles(generation: str, key_dim: int, value_dim: int, full: bool, by_channel: bool) -> Tiles:
-    """Tiles that compile within the scoped VMEM of a generation (v5e and v5p: 16 MiB)."""
-    wide = max(key_dim, value_dim) > LANES or full
-    return Tiles(forward_chunks=2, backward_chunks=1) if wide else Tiles(forward_chunks=4, backward_chunks=2)
+    """Tiles that compile within the scoped VMEM of a generation (v5e and v5p: 16 MiB); `full` means float32 products."""
+    wide = max(key_dim, value_dim) > LANES
+    if wide and full:
+        return Tiles(chunk_size=64, forward_chunks=1, backward_chunks=1)
+    if wide or full:
+        return Tiles(forward_chunks=2, backward_chunks=1)
+    return Tiles(forward_chunks=4, backward_chunks=2) if by_channel else Tiles()
 
 
 def unsupported(q: Array, k: Array, v: Array, *, scale: Any) -> str | None:
@@ -78,6 +85,8 @@ def unsupported(q: Array, k: Array, v: Array, *, scale: Any) -> str | None:
         return f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}; k and v must be alike, all float32 or bfloat16"
     if max(k.shape[-1], v.shape[-1]) > MAX_DIM:
         return f"head dims {k.shape[-1]} and {v.shape[-1]} exceed {MAX_DIM}"
+    if (numbers := v.shape[2] // k.shape[2] * k.shape[-1] * v.shape[-1]) > MAX_STATES:
+        return f"the states of a key head's value heads hold {numbers} numbers, more than {MAX_STATES}"
     if q.shape[1] < MIN_TOKENS:
         return f"{q.shape[1]} tokens are fewer than {MIN_TOKENS}"
     if not isinstance(scale, (int, float)):
@@ -145,7 +154,7 @@ def recurrence(
     problem = Problem(block, tiles, float(scale), full, return_stats)
     o, final, sums = _run(problem, Operands(pad(q), pad(k), pad(v), wide, state, tokens))
     stats = None
-    if return_stats:
+    if sums is not None:
         squares, writes, rates = jnp.moveaxis(jax.lax.stop_gradient(sums), (3, 1), (0, 3))  # [B, N, Hv] each
         stats = summarize(jnp.sqrt(squares), writes, rates, tiles.chunk_size, segment_ids, length)
     return results(o[:, :length], jnp.swapaxes(final, 2, 3), stats)
@@ -269,7 +278,8 @@ def _load(problem: Problem, x: Operands, refs: list[Any], n: int) -> tuple[Input
     for g in x.gates:
         gates.append(None if g is None else rest.pop(0)[slice(n, n + 1) if g.ndim == 3 else tokens, :])
     rows = tuple(rest[0][r, n : n + 1] for r in range(3)) if rest else None
-    return Inputs(*(ref[tokens, :].astype(jnp.float32) for ref in (q, k, v)), tuple(gates)), rows
+    q, k, v = (ref[tokens, :].astype(jnp.float32) for ref in (q, k, v))
+    return Inputs(q, k, v, tuple(gates)), rows
 
 
 def _real(x: Inputs, rows: _Rows) -> Inputs:
@@ -338,7 +348,7 @@ def _forward(problem: Problem, x: Operands, *, keep: bool) -> tuple[Array, Array
         shape = jax.ShapeDtypeStruct((grid.batch, grid.num_heads, grid.blocks, SUBLANES, LANES), f32)
         spec = grid.spec((None, None, None, SUBLANES, LANES), lambda b, h, hv, i: (b, hv, i, 0, 0))
         outputs.append((shape, spec))
-    kernel = partial(_forward_kernel, problem, x, grid.chunks, keep)
+    kernel = partial(_forward_kernel, problem, jax.tree.map(_like, x), grid.chunks, keep)
     name = f"{problem.block.__name__}_forward"
     o, final, *extra = grid.call(kernel, name, [x.state, *arrays], [grid.states(), *specs], outputs)
     sums = None
@@ -410,7 +420,7 @@ def _backward(problem: Problem, x: Operands, entering: Array, d_o: Array, d_fina
     outputs.append((_like(x.state), grid.states()))
     scratch = [pltpu.VMEM((grid.size * grid.chunks, x.q.shape[3]), jnp.float32)] * (2 if grid.group > 1 else 0)
     d_q, d_k, d_v, *d_gates, d_state = grid.call(
-        partial(_backward_kernel, problem, x, grid.chunks),
+        partial(_backward_kernel, problem, jax.tree.map(_like, x), grid.chunks),
         f"{problem.block.__name__}_backward",
         [d_final, entering, _lay(d_o), *arrays],
         [grid.states(), entering_spec, values, *specs],

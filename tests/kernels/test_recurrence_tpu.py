@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from plait import kernels
-from plait.kernels import chunk_tpu, chunking, recurrence_tpu
+from plait.kernels import recurrence_tpu
 from plait.kernels.recurrence_tpu import Tiles
 from plait.kernels.target import target
 from plait.tests.kernels import cases
-from plait.tests.tolerances import assert_close, assert_tree_close, in_float64
+from plait.tests.tolerances import assert_tree_close, in_float64
 
 
 class Case(NamedTuple):
@@ -35,6 +34,14 @@ class Case(NamedTuple):
 LARGE = Tiles(forward_chunks=2, backward_chunks=2)
 CASES = [
     Case("scalar_decay", 63, None, "mixed"),
+    Case("scalar_decay", 65, "several", "strong", dtype="bfloat16", batch=2),
+    Case("vector_decay", 65, "several", "mixed", batch=2),
+    Case("vector_decay", 64, None, "weak", dtype="bfloat16", heads=(2, 2), dims=(128, 8)),
+    Case("deltanet", 300, None, "none", dtype="bfloat16", heads=(1, 1), tiles=LARGE),
+    Case("gated_deltanet", 65, "several", "mixed", batch=2),
+    Case("kda", 65, "several", "mixed", batch=2),
+]
+MORE = [
     Case("scalar_decay", 64, "several", "strong", batch=2),
     Case("scalar_decay", 65, "long", "weak", dtype="bfloat16"),
     Case("scalar_decay", 500, "several", "mixed", heads=(2, 2), dims=(16, 128), tiles=LARGE),
@@ -43,21 +50,20 @@ CASES = [
     Case("vector_decay", 64, "one", "weak", heads=(2, 2), dims=(128, 8)),
     Case("vector_decay", 500, "several", "mixed", heads=(1, 1), tiles=LARGE),
     Case("deltanet", 64, "several", "none", batch=2),
-    Case("deltanet", 300, None, "none", dtype="bfloat16", heads=(1, 1), tiles=LARGE),
-    Case("gated_deltanet", 65, "several", "mixed", batch=2),
     Case("gated_deltanet", 500, "long", "weak", heads=(1, 1), tiles=LARGE),
     Case("gated_deltanet", 63, None, "strong", dtype="bfloat16", heads=(1, 3)),
-    Case("kda", 65, "several", "mixed", batch=2),
     Case("kda", 130, None, "weak", dtype="bfloat16"),
     Case("kda", 300, "several", "mixed", heads=(1, 1), dims=(128, 64), tiles=LARGE),
 ]
-LONG = [Case(name, 2048, "several", "mixed", tiles=Tiles(), dtype=d) for name in cases.RECURRENCES for d in ("float32", "bfloat16")]
+LONG = [
+    Case(name, 2048, "several", "mixed", tiles=Tiles(), dtype=d) for name in cases.RECURRENCES for d in ("float32", "bfloat16")
+]
 
 
 def run_checked(function: Callable[..., Any], *args: Any) -> Any:
     """Runs under the TPU interpreter; raises on a data race in every supported JAX."""
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)), target("v5e"):
-        out = jax.block_until_ready(jax.jit(function)(*args))
+        out = jax.block_until_ready(cases.quick_jit(function)(*args))
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call as state  # before JAX 0.12 a race only sets this flag
 
     if getattr(getattr(state, "races", None), "races_found", False):
@@ -97,12 +103,40 @@ def _assert_matches(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
         assert not np.asarray(got["value"]["o"])[np.asarray(args[2]) == 0].any()
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.name}-{c.length}-{c.segments}-{c.decay}-{c.dtype}")
+_name = lambda c: f"{c.name}-{c.length}-{c.segments}-{c.decay}-{c.dtype}"  # noqa: E731
+
+
+@pytest.mark.parametrize("case", CASES, ids=_name)
 def test_kernel_matches_reference(case: Case, monkeypatch: pytest.MonkeyPatch):
     _assert_matches(case, monkeypatch)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", LONG, ids=lambda c: f"{c.name}-{c.dtype}")
-def test_kernel_matches_reference_over_2048(case: Case, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("case", MORE + LONG, ids=_name)
+def test_kernel_matches_reference_in_more_cases(case: Case, monkeypatch: pytest.MonkeyPatch):
     _assert_matches(case, monkeypatch)
+
+
+def test_unsupported_says_why():
+    x = jax.ShapeDtypeStruct((1, 64, 2, 64), jnp.float32)
+    assert "the backend is cpu" in recurrence_tpu.unsupported(x, x, x, scale=1.0)
+    with target("v5e"):
+        assert recurrence_tpu.unsupported(x, x, x, scale=1.0) is None
+        half = jax.ShapeDtypeStruct(x.shape, jnp.float16)
+        assert "float16" in recurrence_tpu.unsupported(half, half, half, scale=1.0)
+        one = jax.ShapeDtypeStruct((1, 1, 2, 64), jnp.float32)
+        assert "1 tokens" in recurrence_tpu.unsupported(one, one, one, scale=1.0)
+        wide = jax.ShapeDtypeStruct((1, 64, 2, 512), jnp.float32)
+        assert "512" in recurrence_tpu.unsupported(wide, wide, x, scale=1.0)
+        many = jax.ShapeDtypeStruct((1, 64, 256, 64), jnp.float32)
+        assert "more than" in recurrence_tpu.unsupported(x, x, many, scale=1.0)
+
+
+def test_tiles_are_checked():
+    with pytest.raises(ValueError, match=r"tiles\.chunk_size=100 must be a power of two"):
+        Tiles(chunk_size=100)
+    with pytest.raises(ValueError, match=r"tiles\.backward_chunks=3 must be positive and divide tiles\.forward_chunks=4"):
+        Tiles(forward_chunks=4, backward_chunks=3)
+    for length in (16, 17, 100, 129, 500, 1025):
+        fitted = Tiles().fit(length)
+        assert fitted.chunk_size * fitted.forward_chunks < 2 * max(length, 64)
