@@ -2,7 +2,7 @@
 
     python benchmarks/recurrence_tpu_static.py [--generation v5e] [--seq-len 2048] [--head-dim 128] [--ops kda,scalar_decay]
 
-Needs libtpu (`pip install 'jax[tpu]'`). The compiler walks its final schedule of each kernel, one head of one sequence. Memory
+Needs libtpu (`pip install 'jax[tpu]'`). The compiler walks its final schedule of each kernel, here for one head of one sequence. Memory
 traffic is not contended, so the roofline's bytes stand beside the cycles: the larger of the two counts. The chunked form in XLA is
 given as the sum of the compiler's estimates of its fusions, a loop's body times its trips. Each program is compiled in a process of
 its own, since the estimator aborts on what it does not model.
@@ -62,7 +62,7 @@ def compile_one(args: argparse.Namespace) -> None:
         compiled = jax.jit(function).lower(*operands).compile()
     text = compiled.as_text()
     if args.implementation == "chunked":
-        print("cycles", total_cycles(text), 0)
+        print("cycles", round(total_cycles(text) / args.heads), 0)
     for file in dump.glob("*.textproto"):
         found = re.search(r'hlo_op_name: "(.*)"\s+estimated_cycles: (\d+)', file.read_text())
         if found and re.search(r"decay_and_add|erase_and_write", found[1]):
@@ -96,8 +96,8 @@ def total_cycles(hlo: str) -> int:
     return cycles(entry)
 
 
-def _inputs(args: argparse.Namespace, shape):
-    one = (1, args.seq_len, 1)
+def _inputs(args: argparse.Namespace, shape, heads: int = 1):
+    one = (1, args.seq_len, heads)
     wide = (*one, args.head_dim)
     x = shape(*wide, dtype=args.dtype)
     gate = {"deltanet": None, "vector_decay": shape(*wide), "kda": shape(*wide)}.get(args.op, shape(*one))
@@ -139,7 +139,7 @@ def _chunked(args: argparse.Namespace, shape):
 
     from plait import kernels
 
-    x, gates = _inputs(args, shape)
+    x, gates = _inputs(args, shape, args.heads)
     op = getattr(kernels, args.op if len(gates) == 1 else "delta_rule")
     ids = shape(1, args.seq_len, dtype="int32") if args.segments else None
 
@@ -172,6 +172,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--heads", type=int, default=8, help="heads of the chunked form, whose cycles are divided by them")
     parser.add_argument("--segments", action="store_true")
     parser.add_argument("--stats", action="store_true")
     parser.add_argument("--tiles", help="chunk_size,forward_chunks,backward_chunks; the default is the heuristic's choice")
