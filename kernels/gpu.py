@@ -120,6 +120,12 @@ class Ring(NamedTuple):
         for tile, source in zip(self.tiles, sources, strict=True):
             plgpu.copy_gmem_to_smem(source, tile.at[slot], self.filled.at[slot])
 
+    def drain(self, steps: Array) -> None:
+        """Waits until all of a number of steps, not waited for by later fills, are released; ends the filling."""
+        for back in range(self.tiles[0].shape[0], 0, -1):
+            last = steps - back
+            pl.when(last >= 0)(lambda last=last: plgpu.barrier_wait(self.free.at[self._slot(last)]))
+
     def read(self, step: Array) -> list[Any]:
         """The tiles of a step, once they are there; to be followed by `release`."""
         slot = self._slot(step)
@@ -152,7 +158,7 @@ def full(shape: Sequence[int], value: float, dtype: Any = jnp.float32) -> Array:
 
 def load(ref: Any, axis: int) -> Array:
     """A vector from shared or global memory, in the layout of what each row (`axis` 0) or column (1) of a product has one of."""
-    return plgpu.layout_cast(ref[...], plgpu.Layout.WGMMA.reduce(1 - axis))
+    return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1 - axis), optimized=False)  # type: ignore[call-arg]
 
 
 def rows_to(x: Array, num_columns: int) -> Array:

@@ -226,8 +226,11 @@ def _key_body(plan: Plan, refs: Any, wanted: tuple[str, ...]) -> None:
         _key_rows(plan, refs, b, h, j, wg, wanted)
 
 
-def _over_members(plan: Plan, refs: Any, b: Array, h: Array, j: Array, visit: Any, state: Any) -> Any:
-    """Folds state = visit(n, head, step, state) over the tiles of all heads of a group, n counting from 0 across them."""
+def _over_members(plan: Plan, refs: Any, b: Array, h: Array, j: Array, visit: Any, state: Any) -> tuple[Array, Any]:
+    """Folds state = visit(n, head, step, state) over the tiles of all heads of a group, n counting from 0 across them.
+
+    Returns the number of tiles and the last state.
+    """
 
     def member(m: Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:
         base, state = carry
@@ -235,7 +238,7 @@ def _over_members(plan: Plan, refs: Any, b: Array, h: Array, j: Array, visit: An
         count = plan.count(refs, b, head, j)
         return base + count, jax.lax.fori_loop(0, count, lambda s, state: visit(base + s, head, s, state), state)
 
-    return jax.lax.fori_loop(0, plan.group, member, (jnp.int32(0), state))[1]
+    return jax.lax.fori_loop(0, plan.group, member, (jnp.int32(0), state))
 
 
 def _copy_queries(plan: Plan, refs: Any, b: Array, h: Array, j: Array) -> None:
@@ -246,7 +249,8 @@ def _copy_queries(plan: Plan, refs: Any, b: Array, h: Array, j: Array) -> None:
         tokens = pl.ds(start, size)
         refs.visited.fill(n, refs.q.at[b, tokens, head], refs.d_o.at[b, tokens, head], refs.rows.at[b, head, :, tokens])
 
-    _over_members(plan, refs, b, h, j, copy, None)
+    count, _ = _over_members(plan, refs, b, h, j, copy, None)
+    refs.visited.drain(count)
 
 
 def _key_rows(plan: Plan, refs: Any, b: Array, h: Array, j: Array, wg: Array, wanted: tuple[str, ...]) -> None:
@@ -286,7 +290,7 @@ def _key_rows(plan: Plan, refs: Any, b: Array, h: Array, j: Array, wg: Array, wa
         return [sums[name] for name in wanted]
 
     widths = {"d_k": plan.key_dim, "d_v": plan.value_dim}
-    accs = _over_members(plan, refs, b, h, j, visit, [gpu.full((ROWS, widths[name]), 0.0) for name in wanted])
+    _, accs = _over_members(plan, refs, b, h, j, visit, [gpu.full((ROWS, widths[name]), 0.0) for name in wanted])
     done = dict(zip(wanted, accs, strict=True))
     for name, acc in done.items():
         target = k_tile if name == "d_k" else v_tile

@@ -299,6 +299,8 @@ def copy_keys(plan: Plan, refs: Any, b: Array, h: Array, i: Array, count: Array)
         refs.values.fill(step, refs.v.at[at])
 
     jax.lax.fori_loop(0, count, copy, None)
+    refs.keys.drain(count)
+    refs.values.drain(count)
 
 
 def _forward_rows(plan: Plan, refs: Any, b: Array, h: Array, i: Array, wg: Array, count: Array) -> None:
