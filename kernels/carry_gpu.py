@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from plait.kernels.chunk_gpu import BF16, CHUNK, F32, Ref, at, fetch, flip, load, matmul, send, tile
+from plait.kernels.chunk_gpu import BF16, CHUNK, F32, Ref, at, by_row, fetch, flip, line, load, matmul, send, tile
 from plait.kernels.gpu import call
 
 Array = jax.Array
@@ -48,7 +48,7 @@ class Delta(NamedTuple):
 
 def carry(
     decay: Array, initial: Array, *, add: tuple[Array, Array] | None = None, delta: Delta | None = None, reverse: bool = False
-) -> tuple[Array, Array, Array | None]:
+) -> tuple[Array, Array, Any]:
     """Carries a state through the chunks: S <- Diag(decay) S + add[0]^T add[1] + write^T X with X = base + read S.
 
     Args:
@@ -59,7 +59,7 @@ def carry(
       reverse: from the last chunk to the first.
 
     Returns:
-      The states before each chunk [B, H, N, K, V] bfloat16, the last state [B, H, K, V] float32, and X [B, T, H, V] bfloat16.
+      The states before each chunk [B, H, N, K, V] bfloat16, the last state [B, H, K, V] float32, and X [B, T, H, V] bfloat16 or None.
     """
     (batch, heads, chunks, key_dim), value_dim = decay.shape, initial.shape[-1]
     loads: list[tuple[Array, bool]] = []  # with whether a program reads all columns, or its share of V
@@ -79,11 +79,12 @@ def carry(
 
         def spec(x: Array, whole: bool) -> Any:
             width, column = (x.shape[-1], 0) if whole else (WIDTH, j)
+            transforms = tile(CHUNK, width).transforms
             if x.ndim == 5:
-                shape, index = (None, None, None, x.shape[3], width), lambda n: (b, h, chunk(n), 0, column)
-            else:
-                shape, index = (None, CHUNK, None, width), lambda n: (b, chunk(n), h, column)
-            return plgpu.BlockSpec(shape, index, transforms=tile(CHUNK, width).transforms)
+                return plgpu.BlockSpec(
+                    (None, None, None, x.shape[3], width), lambda n: (b, h, chunk(n), 0, column), transforms=transforms
+                )
+            return plgpu.BlockSpec((None, CHUNK, None, width), lambda n: (b, chunk(n), h, column), transforms=transforms)
 
         def step(place: tuple[Any], decay_smem: Ref, *args: Any) -> Array:
             *tiles, state = args
@@ -105,8 +106,7 @@ def carry(
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(x_smem, at(x_ref[0], b, h, chunk(place[0]), columns))
                 updates.append((flip(write), x_smem))
-            kept = plgpu.load(decay_smem, layout=plgpu.Layout.WGMMA.reduce(1))
-            state = state * jax.lax.broadcast_in_dim(kept, state.shape, [0]) + matmul(state.shape, *updates)
+            state = by_row(decay_smem, WIDTH) * state + matmul((key_dim, WIDTH), *updates)
             plgpu.commit_smem()  # No warp still reads the tiles when the pipeline fills them again.
             return state
 
@@ -115,7 +115,7 @@ def carry(
             grid=(chunks,),
             in_specs=[plgpu.BlockSpec((None, None, None, key_dim), lambda n: (b, h, chunk(n), 0)), *(spec(*x) for x in loads)],
             max_concurrent_steps=max(2, min(4, _IN_FLIGHT // tiles_bytes)),
-            init_carry=plgpu.load(initial_ref.at[b, h, :, columns], layout=plgpu.Layout.WGMMA, optimized=False),
+            init_carry=load(initial_ref.at[b, h, :, columns]),
         )
         final_ref[b, h, :, columns] = pipeline(decay_ref, *ins)
         plgpu.wait_smem_to_gmem(0)
@@ -227,7 +227,7 @@ def gradients(d_o: Array, x: Array, d_x: Array | None, states: Array, d_states: 
     like = [jax.ShapeDtypeStruct((*shape, CHUNK, CHUNK), BF16), jax.ShapeDtypeStruct((*shape, key_dim), F32)]
     like += [jax.ShapeDtypeStruct((batch, chunks * CHUNK, heads, key_dim), BF16)] * len(rows)
     tiles = [*[tile(CHUNK, value_dim)] * len(rows), *[tile(WIDTH, value_dim)] * 2]
-    out_tiles = [plgpu.SMEM((WIDTH,), F32), *[tile(CHUNK, WIDTH)] * len(rows)]
+    out_tiles = [line(WIDTH), *[tile(CHUNK, WIDTH)] * len(rows)]
     d_scores, d_decay, d_q, d_k, *d_erase = call(
         kernel,
         name="gradients" if d_x is None else "gradients_delta",

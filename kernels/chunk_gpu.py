@@ -35,7 +35,7 @@ def line(size: int = CHUNK) -> Any:
     return plgpu.SMEM((size,), F32)
 
 
-def matmul(shape: tuple[int, ...], *pairs: tuple[Ref, Ref]) -> Array:
+def matmul(shape: tuple[int, int], *pairs: tuple[Ref, Ref]) -> Array:
     """The float32 sum of the products of pairs of bfloat16 tiles in shared memory."""
 
     def accumulate(acc: Ref) -> Array:
@@ -52,23 +52,18 @@ def flip(x: Ref) -> Ref:
 
 
 def load(x: Ref) -> Array:
-    """A tile in registers, in float32, laid out as an accumulator."""
-    return plgpu.load(x, layout=plgpu.Layout.WGMMA).astype(F32)
+    """A tile, or a matrix in global memory, in registers, in float32, laid out as an accumulator."""
+    return plgpu.load(x, layout=plgpu.Layout.WGMMA, optimized=False).astype(F32)  # type: ignore[call-arg]
 
 
 def by_row(x: Ref, columns: int = CHUNK) -> Array:
     """A vector [M] in shared memory as [M, columns] in registers."""
-    return jax.lax.broadcast_in_dim(plgpu.load(x, layout=plgpu.Layout.WGMMA.reduce(1)), (x.shape[0], columns), (0,))
+    return gpu.rows_to(gpu.load(x, 0), columns)
 
 
 def by_column(x: Ref, rows: int = CHUNK) -> Array:
     """A vector [N] in shared memory as [rows, N] in registers."""
-    return jax.lax.broadcast_in_dim(plgpu.load(x, layout=plgpu.Layout.WGMMA.reduce(0)), (rows, x.shape[0]), (1,))
-
-
-def zeros(*shape: int) -> Array:
-    """An accumulator in registers."""
-    return plgpu.layout_cast(jnp.zeros(shape, F32), plgpu.Layout.WGMMA)
+    return gpu.columns_to(gpu.load(x, 1), rows)
 
 
 def store_split(x: Array, high: Ref, low: Ref) -> None:

@@ -8,6 +8,8 @@ The inverse is built by halves, as in `plait.kernels.chunking`: where X inverts 
 the next larger ones, these are inverted by X - X B X. Factors are split into two bfloat16 terms, of which three products are kept.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -78,7 +80,7 @@ def _write_forward(*operands: Array) -> tuple[tuple[Array, Array], tuple[Array, 
     return (written, erased), (inverse, *operands)
 
 
-def _write_backward(saved: tuple[Array, ...], cotangents: tuple[Array, Array]) -> tuple[Array, ...]:
+def _write_backward(saved: Any, cotangents: Any) -> tuple[Array, ...]:
     return tuple(_backward(*saved, *cotangents))
 
 

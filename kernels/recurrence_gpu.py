@@ -17,8 +17,8 @@ from plait.kernels.recurrence import Results, log_decay_rate, results, summarize
 
 Array = jax.Array
 
-DIMS = (64, 128, 256)
-"""Head dims that fill whole tiles."""
+KEY_DIMS, VALUE_DIMS = (64, 128), (64, 128, 256)
+"""Head dims that fill whole tiles and fit."""
 
 
 FORGET = -1e4
@@ -49,8 +49,8 @@ def unsupported(q: Array, k: Array, v: Array, *, scale: Any) -> str | None:
     dtypes = {x.dtype.name for x in (q, k, v)}
     if dtypes != {"bfloat16"}:
         return f"q, k and v are {', '.join(sorted(dtypes))}, not bfloat16 (float32 products would round to tf32)"
-    if q.shape[-1] not in DIMS or v.shape[-1] not in DIMS:
-        return f"head dims {q.shape[-1]} and {v.shape[-1]} are not of {DIMS}"
+    if q.shape[-1] not in KEY_DIMS or v.shape[-1] not in VALUE_DIMS:
+        return f"the head dims {q.shape[-1]} and {v.shape[-1]} are not of {KEY_DIMS} and {VALUE_DIMS}"
     if q.shape[1] == 1:
         return "one token is one step of the recurrence and fills no chunk"
     if not isinstance(scale, (int, float)):
@@ -87,7 +87,7 @@ def run(
     return results(o[:, :length], final_state, stats)
 
 
-def zero_where_padding(real: Array, x: Array) -> Array:
+def _zero_where_padding(real: Array, x: Array) -> Array:
     """x [B, T, ...] with zeros at padding."""
     return jnp.where(real.reshape(*real.shape, *[1] * (x.ndim - 2)), x, 0)
 
@@ -106,17 +106,18 @@ def _prepare(
     if segment_ids is not None:
         index, real = segment_index(segment_ids)
         starts = jnp.diff(index, axis=1, prepend=0) != 0
-        q, k, g = (zero_where_padding(real, x) for x in (q, k, g))
-        beta = None if beta is None else zero_where_padding(real, beta)
+        q, k, g = (_zero_where_padding(real, x) for x in (q, k, g))
+        beta = None if beta is None else _zero_where_padding(real, beta)
         g = jnp.where(starts.reshape(*starts.shape, *[1] * (g.ndim - 2)), FORGET, g)
     to_heads = lambda x: jnp.repeat(x, v.shape[2] // x.shape[2], axis=2).astype(jnp.float32)  # noqa: E731
-    by_chunk = (g if g.ndim == 4 else g[..., None]).reshape(g.shape[0], -1, CHUNK, g.shape[2], g.shape[3] if g.ndim == 4 else 1)
-    after = jnp.pad(by_chunk[:, :, 1:], ((0, 0), (0, 0), (0, 1), (0, 0), (0, 0)))
+    channels = g if g.ndim == 4 else g[..., None]
+    by_chunk = channels.reshape(g.shape[0], -1, CHUNK, *channels.shape[2:])  # [B, N, C, H, K or 1]
     since_start = jnp.exp(jnp.cumsum(by_chunk, axis=2))
+    after = jnp.pad(by_chunk[:, :, 1:], ((0, 0), (0, 0), (0, 1), (0, 0), (0, 0)))
     to_end = jnp.exp(jax.lax.cumsum(after, axis=2, reverse=True))
     decay = jnp.moveaxis(since_start[:, :, -1], 2, 1)  # [B, H, N, K or 1]
     decay = jnp.broadcast_to(decay, (*decay.shape[:3], k.shape[-1]))
-    since_start, to_end = (x.reshape(*g.shape[:3], -1) for x in (since_start, to_end))
+    since_start, to_end = (x.reshape(channels.shape) for x in (since_start, to_end))
     q_in = (scale * to_heads(q) * since_start).astype(v.dtype)
     k_out = (to_heads(k) * to_end).astype(v.dtype)
     scores, *own = scores_gpu.scores(beta is not None, scale, q, k, g)
@@ -141,7 +142,7 @@ def _measure(k: Array, x: Array, states: Array, final: Array, segment_ids: Array
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _recur(
     scale: float, measure: bool, arguments: tuple[Any, ...], initial: Array, segment_ids: Array | None
-) -> tuple[Array, Array, Array | None, Array | None]:
+) -> tuple[Array, Array, Any, Any]:
     """o, the final state and what `_measure` gives, or None."""
     return _recur_forward(scale, measure, arguments, initial, segment_ids)[0]
 
@@ -161,8 +162,8 @@ def _recur_forward(scale: float, measure: bool, arguments: tuple[Any, ...], init
 def _recur_backward(scale: float, measure: bool, saved: Any, cotangents: Any) -> Any:
     (arguments, states, segment_ids), (d_o, d_final, *_) = saved, cotangents
     p, pull = jax.vjp(partial(_prepare, segment_ids, scale), *arguments)
+    x, d_x = p.values, None
     if p.erase is None:
-        x, d_x = p.values, None
         d_states, d_initial, _ = carry_gpu.carry(p.decay, d_final, add=(p.q_in, d_o), reverse=True)
         d_values = carry_gpu.combine(p.k_out, d_states, p.scores, d_o, transposed=True)
     else:

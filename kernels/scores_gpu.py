@@ -36,9 +36,8 @@ from plait.kernels.chunk_gpu import (
     tile,
     tokens,
     zero_one,
-    zeros,
 )
-from plait.kernels.gpu import call
+from plait.kernels.gpu import call, full
 
 Array = jax.Array
 
@@ -223,7 +222,7 @@ def _by_channel(keys: bool, scale: float, q: Array, k: Array, g: Array) -> list[
             step,
             grid=(key_dim // WIDTH,),
             in_specs=[spec(q, own), spec(k, own), spec(g, h)],
-            init_carry=[zeros(*SQUARE) for _ in tiles],
+            init_carry=[full(SQUARE, 0) for _ in tiles],
         )
         for i, (out, sums) in enumerate(zip(tiles, pipeline(q_ref, k_ref, g_ref), strict=True)):
             out[...] = (scale * sums).astype(BF16) if i == 0 else sums
@@ -258,7 +257,7 @@ def _by_channel_gradients(scale: float, q: Array, k: Array, g: Array, *d_scores:
         store_split(load(g), high, low)
         weights[0][...] = jnp.where(row == column, scale * load(d_tiles[0]), 0.0).astype(BF16)
         plgpu.commit_smem()
-        g[...] = zeros(*shape)  # From here on the gradient: registers are short.
+        g[...] = full(shape, 0)  # From here on the gradient: registers are short.
         sums = matmul(shape, (weights[0], k)), matmul(shape, (weights[0], q))
 
         def halve(level: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:

@@ -43,19 +43,19 @@ def _loss(name: str, *args: jax.Array) -> jax.Array:
 
 
 @pytest.mark.parametrize(
-    ("generation", "length", "dim", "names"),
+    ("generation", "length", "dims", "names"),
     [
-        ("h100", 4096, 64, ("scalar_decay", "kda")),
-        ("h200", 32768, 128, ("vector_decay", "gated_deltanet")),
-        pytest.param("h100", 4096, 128, tuple(KERNELS), marks=pytest.mark.slow),
-        pytest.param("h100", 32768, 64, tuple(KERNELS), marks=pytest.mark.slow),
-        pytest.param("h200", 32768, 128, tuple(KERNELS), marks=pytest.mark.slow),
-        pytest.param("h200", 4096, 256, tuple(KERNELS), marks=pytest.mark.slow),
+        ("h100", 4096, (64, 64), ("scalar_decay", "kda")),
+        ("h200", 32768, (128, 128), ("vector_decay", "gated_deltanet")),
+        pytest.param("h100", 4096, (128, 128), tuple(KERNELS), marks=pytest.mark.slow),
+        pytest.param("h100", 32768, (64, 64), tuple(KERNELS), marks=pytest.mark.slow),
+        pytest.param("h200", 32768, (128, 128), tuple(KERNELS), marks=pytest.mark.slow),
+        pytest.param("h200", 4096, (128, 256), tuple(KERNELS), marks=pytest.mark.slow),
     ],
     ids=str,
 )
 def test_recurrences_compile(
-    generation: str, length: int, dim: int, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capfd: Any
+    generation: str, length: int, dims: tuple[int, int], names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capfd: Any
 ):
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
     topology = topologies.get_topology_desc(
@@ -66,8 +66,9 @@ def test_recurrences_compile(
         shape, dtype, sharding=NamedSharding(mesh, PartitionSpec())
     )
     for name in names:
-        qk, v = array(1, length, 2, dim), array(1, length, 4, dim)
-        g = array(*v.shape[: 4 if name in ("vector_decay", "kda") else 3], dtype=jnp.float32)
+        qk, v = array(1, length, 2, dims[0]), array(1, length, 4, dims[1])
+        by_channel = name in ("vector_decay", "kda")
+        g = array(1, length, 4, *dims[:by_channel], dtype=jnp.float32)
         beta = [] if name.endswith("_decay") else [array(*v.shape[:3])]
         args = [qk, qk, v, g, *beta, array(1, length, dtype=jnp.int32)]
         with target(generation):
