@@ -7,6 +7,7 @@ interpreter runs neither, so there the left factor goes through shared memory an
 import contextlib
 import contextvars
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -124,7 +125,7 @@ class Ring(NamedTuple):
         """Waits until all of a number of steps, not waited for by later fills, are released; ends the filling."""
         for back in range(self.tiles[0].shape[0], 0, -1):
             last = steps - back
-            pl.when(last >= 0)(lambda last=last: plgpu.barrier_wait(self.free.at[self._slot(last)]))
+            pl.when(last >= 0)(partial(plgpu.barrier_wait, self.free.at[self._slot(last)]))
 
     def read(self, step: Array) -> list[Any]:
         """The tiles of a step, once they are there; to be followed by `release`."""
