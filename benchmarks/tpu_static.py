@@ -1,0 +1,235 @@
+"""The static estimates of `kernels.py --target`: one program a process, each printing the cycles that libtpu's compiler gives."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+TOPOLOGY = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+SHAPES = {"attention": "1x4096x1x128", "short_conv": "1x2048x8x128", "cross_entropy": "1x2048x8x128"}
+"""By op; the recurrences have one head of one sequence, 2048 tokens."""
+
+ATTENTION = ("full", "full-stats", "masked", "masked-stats", "splash")
+KERNELS = {"forward": 2, "query_gradients": 3, "key_gradients": 4}
+"""The attention kernels and their products of tiles."""
+
+
+def estimates(args: Any) -> tuple[list[dict[str, Any]], str]:
+    """Rows of the table, and its title."""
+    from kernel_cases import OPS
+    from rooflines import PEAKS, Shape, least
+
+    peak, rows = PEAKS[args.target], []
+    dtype = args.dtype or "bfloat16"
+    for op in (args.ops or ",".join(OPS)).split(","):
+        for size in (args.shapes or SHAPES.get(op, "1x2048x1x128")).split(","):
+            shape = Shape(*map(int, size.split("x")), args.vocabulary or 8192)
+            default = ",".join((*ATTENTION, "chunked")) if op == "attention" else "pallas_tpu,chunked"
+            for backward in (False, True):
+                flops, moved = least(op, shape, 2 if dtype == "bfloat16" else 4, backward=backward)
+                if op == "attention":
+                    flops *= 2  # every tile is visited
+                bound = peak.clock * peak.seconds(flops, moved)
+                for name in (args.implementations or default).split(","):
+                    job = {"target": args.target, "op": op, "shape": shape, "dtype": dtype, "backward": backward, "name": name}
+                    found = _estimate(job | {"block": args.block}, args.timeout)
+                    ours, others = found["kernels"], found["others"]
+                    total = None if ours is None else sum(ours.values()) + others
+                    small = total is not None and ours and total < peak.clock * flops / peak.flops
+                    rows.append(
+                        {
+                            "op": op,
+                            "shape": str(shape),
+                            "pass": "forward + backward" if backward else "forward",
+                            "implementation": name,
+                            "kernels": "no estimate" if ours is None else " + ".join(f"{n:,}" for n in ours.values()) or "-",
+                            "XLA": f"{others:,}",
+                            "roofline": f"{bound:,.0f}",
+                            "% of roofline": ""
+                            if total in (None, 0)
+                            else "not believed"
+                            if small
+                            else f"{100 * bound / total:.0f}",
+                            "VMEM MiB": f"{found['vmem'] / 2**20:.1f}" if found["vmem"] else "",
+                        }
+                    )
+    return rows, f"{args.target}, {dtype}: cycles by the compiler's static estimate, not measured"
+
+
+def _estimate(job: dict[str, Any], timeout: int) -> dict[str, Any]:
+    """`kernels` (cycles by name, or None without an estimate), `others` (cycles) and `vmem` (bytes, the most of any kernel)."""
+    if job["op"] == "attention" and job["name"] not in ("chunked", "splash"):
+        parts = [_run(job | {"kernel": kernel}, timeout) for kernel in (KERNELS if job["backward"] else ("forward",))]
+        known = all(part["kernels"] is not None for part in parts)
+        merged = {name: cycles for part in parts for name, cycles in (part["kernels"] or {}).items()}
+        return {"kernels": merged if known else None, "others": 0, "vmem": max(part["vmem"] for part in parts)}
+    profiled = job["name"] not in ("chunked", "reference")
+    found = _run(job | {"profile": profiled}, timeout)
+    if found["kernels"] is None and profiled:  # the compiler's estimates of the rest do not need the profile
+        found = _run(job | {"profile": False}, timeout) | {"kernels": None}
+    return found
+
+
+def _run(job: dict[str, Any], timeout: int) -> dict[str, Any]:
+    command = [sys.executable, __file__, json.dumps({"profile": True} | job)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        print(f"# {job['op']} {job['name']}: no estimate within {timeout} s", file=sys.stderr)
+        return {"kernels": None, "others": 0, "vmem": 0}
+    if found := re.search(r"^estimate (.*)$", done.stdout, re.M):
+        return json.loads(found[1])
+    errors = [line for line in done.stderr.splitlines() if "Error: " in line and "worker hostname" not in line]
+    reason = errors[-1][:200] if errors and done.returncode > 0 else f"exit {done.returncode}"
+    print(f"# {job['op']} {job['name']}: no estimate: {reason}", file=sys.stderr)
+    return {"kernels": None, "others": 0, "vmem": 0}
+
+
+def work(job: dict[str, Any]) -> None:
+    """Compiles one program and prints its estimate."""
+    dump = Path(tempfile.mkdtemp())
+    os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+    if job["profile"]:
+        os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_static_llo_profile_to={dump}"
+    import jax
+    from jax.experimental import topologies
+    from jax.sharding import SingleDeviceSharding
+
+    from plait.kernels.target import target
+
+    where = SingleDeviceSharding(topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY[job["target"]]).devices[0])
+    array = lambda *s, dtype=job["dtype"]: jax.ShapeDtypeStruct(s, dtype, sharding=where)  # noqa: E731
+    build = _splash if job["name"] == "splash" else _attention_kernel if "kernel" in job else _public
+    with target(job["target"]):
+        function, operands = build(job, array)
+        text = jax.jit(function).lower(*operands).compile().as_text()
+    lines = [line for line in text.splitlines() if 'custom_call_target="tpu_custom_call"' in line]
+    names = {re.match(r"\s*(?:ROOT )?%?(\S+) =", line)[1] for line in lines}
+    vmem = [int(m[1]) for line in lines if (m := re.search(r'memory_configs":\[\{"memory_space":"1".*?"size":"(\d+)"', line))]
+    kernels = {}
+    for file in dump.glob("*.textproto"):
+        found = re.search(r'hlo_op_name: "(.*)"\s+estimated_cycles: (\d+)', file.read_text())
+        if found and found[1] in names:
+            kernels[found[1]] = int(found[2])
+    known = kernels if len(kernels) == len(names) else None
+    print("estimate", json.dumps({"kernels": known, "others": _fusions(text), "vmem": max(vmem, default=0)}))
+
+
+def _fusions(hlo: str) -> int:
+    """The compiler's estimates of the fusions of a module, loops times their trips."""
+    bodies: dict[str, list[str]] = {}
+    name = entry = ""
+    for line in hlo.splitlines():
+        if found := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line):
+            name, entry = found[2], found[2] if found[1] else entry
+            bodies[name] = []
+        elif name:
+            bodies[name].append(line)
+
+    def cycles(name: str) -> int:
+        total = 0
+        for line in bodies.get(name, ()):
+            own = re.search(r'"estimated_cycles":"(\d+)"', line)
+            if own and "tpu_custom_call" not in line:
+                total += int(own[1])
+            if loop := re.search(r"while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line):
+                trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+                trips = trips or re.search(r"constant\((\d+)\)", "\n".join(bodies.get(loop[1], ())))
+                total += cycles(loop[2]) * (int(trips[1]) if trips else 1)
+        return total
+
+    return cycles(entry)
+
+
+def _public(job: dict[str, Any], array: Callable[..., Any]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """The op's public function, with the gradients of all its arrays if they are wanted."""
+    import jax
+    import jax.numpy as jnp
+    from kernel_cases import ours, shapes
+    from rooflines import Shape
+
+    operands = tuple(
+        {name: array(*size, dtype=dtype) for name, (size, dtype) in named.items()}
+        for named in shapes(job["op"], Shape(*job["shape"]), job["dtype"])
+    )
+    call = ours(job["op"], job["name"])
+
+    def both(x: Any, fixed: Any) -> Any:
+        out, pullback = jax.vjp(lambda x: call(x, fixed), x)
+        return out, pullback(jnp.cos(out))
+
+    return both if job["backward"] else call, operands
+
+
+def _attention_kernel(job: dict[str, Any], array: Callable[..., Any]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """One attention kernel with a schedule known at compile time: every tile of the square in order, all of one kind."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from plait.kernels import Mask
+    from plait.kernels.attention import pallas_tpu, tpu_kernels
+    from plait.kernels.attention.reference import Tokens
+    from plait.kernels.attention.schedule import FULL, MASKED, Layout
+
+    _, length, _, width, _ = job["shape"]
+    tiles = pallas_tpu.choose_tiles(job["target"], width, width, jnp.dtype(job["dtype"]))
+    if job["block"]:
+        tiles = tpu_kernels.Tiles(**dict.fromkeys(vars(tiles), job["block"]))
+    tiles = tiles.fit(length, length)
+    layout = Layout(mask=Mask(), num_queries=length, num_keys=length, own_keys=True, packed=True)
+    kind, stats = MASKED if job["name"].startswith("masked") else FULL, job["name"].endswith("stats")
+
+    class Every:
+        """Stands for a `Schedule`."""
+
+        def __init__(self, width: int):
+            self.entries = np.zeros((1, 1, 1, width))
+
+        def lookup(self, *at: Any) -> tuple[Any, int]:
+            return at[-1], kind
+
+    blocks = (length // tiles.block_kv, length // tiles.block_q_dkv)
+    tpu_kernels.schedules = lambda *_, **__: tuple(map(Every, blocks))
+    problem = tpu_kernels.Problem(layout, tiles, width**-0.5, False, stats)
+    x, token = array(1, 1, length, width), array(1, 1, length, dtype=jnp.int32)
+    rows = array(1, 1, 6 if stats else 2, length, dtype=jnp.float32)
+    side = Tokens(token, token)
+    operands = tpu_kernels.Operands(x, x, x, array(1, dtype=jnp.float32), side, side)
+
+    def function(table: Any, *operands: Any) -> Any:
+        Every.flat = lambda self: table
+        return getattr(tpu_kernels, job["kernel"])(problem, *operands)
+
+    return function, (array(1, dtype=jnp.int32), operands, *(() if job["kernel"] == "forward" else (x, rows)))
+
+
+def _splash(job: dict[str, Any], array: Callable[..., Any]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """JAX's splash attention without a mask, which is a table of scalars to it."""
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+    from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
+
+    _, length, _, width, _ = job["shape"]
+    names = [f"block_{a}{b}" for a in ("q", "kv") for b in ("", "_dq", "_dkv")] + ["block_kv_compute", "block_kv_dkv_compute"]
+    sizes = kernels.BlockSizes(**dict.fromkeys(names, job["block"] or 512))
+    everything = MaskInfo(None, None, None, None, None)
+    mask = masks.MultiHeadMask([masks.FullMask((length, length))])
+    attend = kernels.make_splash_mha_single_device(mask, block_sizes=sizes)
+    attend = kernels.SplashAttentionKernel(everything, everything, everything, **attend.kwargs)
+    operands = (array(1, length, width),) * 3
+    if not job["backward"]:
+        return attend, operands
+    return jax.grad(lambda *a: attend(*a).astype(jnp.float32).sum(), (0, 1, 2)), operands
+
+
+if __name__ == "__main__":
+    work(json.loads(sys.argv[1]))
