@@ -4,9 +4,9 @@ Every tile is kept transposed, keys by queries [N, M]: then the maximum, the sum
 sublanes, and what belongs to a query is a row [1, M] that broadcasts for nothing. Outputs of queries accumulate transposed too.
 With z the scaled logits, one tile of the forward pass updates
   m' = max(m, max_j z_j), p_j = exp(z_j - m'), l <- e^(m-m') l + sum_j p_j, u <- e^(m-m') (u - (m' - m) l) + sum_j p_j (z_j - m')
-and o likewise; then lse = m + log l and the entropy is log l - u / l. The backward pass recomputes A and needs one form for all:
-  dz_j = A_j (do . v_j + [j is first] dfirst + c1 - c e_j) + [z_j = max] dmax       (times 1 - A_j for the sigmoid)
-where e_j = log A_j up to a constant of the row, and c1 and c are rows made from the cotangents of o, lse, entropy and first mass.
+and o likewise; then lse = m + log l and the entropy is log l - u / l. The kernels keep m unscaled, u in bits, and use powers of 2.
+A tile is worked off in parts, which leaves the compiler room to run products and exponentials side by side; the statistics ride along.
+The backward pass recomputes A; what it needs of each row is in `rows`.
 Sink logits need no kernel: they scale a row's output by the share of its keys, which is done, and differentiated, outside.
 """
 
@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from plait.kernels.attention import tpu_kernels
-from plait.kernels.attention.reference import MASKED as HIDDEN
 from plait.kernels.attention.reference import AttentionStats, Tokens, sides
+from plait.kernels.attention.rows import first_mass, gradient_rows, with_sinks
 from plait.kernels.attention.schedule import Layout, renumbered
 from plait.kernels.attention.tpu_kernels import LANES, Operands, Problem, Tiles
 from plait.kernels.masks import BlockTable, Mask
@@ -33,14 +33,11 @@ MAX_HEAD_DIM = 256
 MAX_TABLE = 1 << 17
 """Entries of a table in scalar memory (4 bytes each; the core has 1 MiB)."""
 
-_TIES = 1e-6
-"""Logits this close to the row's maximum, relatively, get its gradient."""
-
 
 def choose_tiles(generation: str, key_dim: int, value_dim: int, dtype: Any) -> Tiles:
     """Tiles that compile within the scoped VMEM of a generation (v5e and v5p: 16 MiB)."""
     wide = max(key_dim, value_dim) > LANES or jnp.dtype(dtype).itemsize > 2
-    size = 256 if wide else 512
+    size = 512 if wide else 1024
     return Tiles(block_q=size, block_kv=size, block_q_dq=size, block_kv_dq=size, block_q_dkv=size, block_kv_dkv=size)
 
 
@@ -67,8 +64,8 @@ def _unsupported(q: Array, k: Array, v: Array, scale: float, block_table: BlockT
         return f"head dims {q.shape[-1]} and {v.shape[-1]} exceed {MAX_HEAD_DIM}"
     if q.shape[1] < MIN_QUERIES or k.shape[1] < MIN_QUERIES:
         return f"{q.shape[1]} queries and {k.shape[1]} keys fill no tile of at least {MIN_QUERIES}"
-    if not isinstance(scale, (int, float)):
-        return "the scale is an array, not a number"
+    if not isinstance(scale, (int, float)) or scale <= 0:
+        return "the scale is not a number above 0"
     tiles = _tiles(q, k, v)
     if block_table is not None:
         own = block_table.block_kv
@@ -116,7 +113,6 @@ def attention(
         queries = keys = renumbered(queries)
     if not packed:
         queries = keys = Tokens(*(x[:1] for x in queries))
-    queries, keys = (Tokens(*(x[:, None] for x in side)) for side in (queries, keys))
     problem = Problem(
         layout=Layout(mask=mask, num_queries=q.shape[1], num_keys=k.shape[1], own_keys=own_keys, packed=packed),
         tiles=_tiles(q, k, v),
@@ -127,14 +123,15 @@ def attention(
     )
     bias = jnp.broadcast_to(jnp.asarray(0 if sigmoid_bias is None else sigmoid_bias, jnp.float32), (q.shape[2],))
     table = None if block_table is None else block_table.visible
-    o, rows = _flash(problem, Operands(*(jnp.swapaxes(x, 1, 2) for x in (q, k, v)), bias, queries, keys, table))
+    sides_by_head = (Tokens(*(x[:, None] for x in side)) for side in (queries, keys))
+    o, rows = _flash(problem, Operands(*(jnp.swapaxes(x, 1, 2) for x in (q, k, v)), bias, *sides_by_head, table))
     o, stats = jnp.moveaxis(o, 3, 1), [jnp.moveaxis(x, 2, 1) for x in rows]  # [B, H, V, T] and [B, H, T] to token-major
+    if return_stats:
+        where = {"own_keys": own_keys, "mask": mask, "block_table": block_table, "scale": float(scale)}
+        sigmoid = bias if problem.sigmoid else None
+        stats.append(first_mass(q, k, stats[0], queries, keys, sigmoid_bias=sigmoid, **where))
     if sinks is not None:
-        lse, sinks = stats[0], sinks.astype(jnp.float32).reshape(1, 1, -1)
-        share = jax.nn.sigmoid(lse - sinks)
-        o = (o * share[..., None]).astype(o.dtype)
-        stats[0] = jnp.logaddexp(lse, sinks)
-        stats[3:] = [first * share for first in stats[3:]]
+        o, stats = with_sinks(o, stats, sinks)
     return o, AttentionStats(*stats) if return_stats else None
 
 
@@ -197,28 +194,13 @@ def _flash_forward(problem: Problem, x: Operands) -> Any:
 
 
 def _flash_backward(problem: Problem, saved: Any, cotangents: tuple[Array, tuple[Array, ...]]) -> Any:
-    x, o, (lse, *stats) = saved
-    d_o, (d_lse, *d_stats) = cotangents
-    # delta_i = sum_j A_ij do_i . v_j, which only a normalised row subtracts
-    c1 = 0 if problem.sigmoid else d_lse - jnp.sum(d_o.astype(jnp.float32) * o, axis=2)
-    rows = [lse, c1]
-    if problem.stats:
-        peak, entropy, first = stats
-        d_peak, d_entropy, d_first = d_stats
-        seen = lse > HIDDEN / 2
-        inverse = jnp.where(seen, jnp.exp(-jnp.where(seen, lse, 0)), 0) if problem.sigmoid else seen.astype(jnp.float32)
-        c, d_first = d_entropy * inverse, d_first * inverse
-        rows[1] = c1 + jnp.where(seen, c * (lse - entropy) - d_first * first, 0)
-        if problem.sigmoid:
-            rows[1] += d_lse * inverse
-        rows += [c, d_first, d_peak, jnp.where(seen, peak - _TIES * abs(peak), -HIDDEN)]
-    elif problem.sigmoid:
-        inverse = jnp.where(lse > HIDDEN / 2, jnp.exp(-lse), 0)
-        rows[1] = d_lse * inverse
-    stacked = jnp.stack(rows, axis=2).astype(jnp.float32)  # [B, H, R, T]
+    x, o, rows = saved
+    d_o, d_rows = cotangents
+    delta = jnp.sum(d_o.astype(jnp.float32) * o, axis=2)
+    rows = gradient_rows(rows, d_rows, delta, sigmoid=problem.sigmoid)
     d_o = jnp.swapaxes(d_o, 2, 3)
-    d_q, d_bias = tpu_kernels.query_gradients(problem, x, d_o, stacked)
-    d_k, d_v = tpu_kernels.key_gradients(problem, x, d_o, stacked)
+    d_q, d_bias = tpu_kernels.query_gradients(problem, x, d_o, rows)
+    d_k, d_v = tpu_kernels.key_gradients(problem, x, d_o, rows)
     return (Operands(d_q, d_k, d_v, d_bias, None, None, None),)
 
 

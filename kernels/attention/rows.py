@@ -11,6 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from plait.kernels.attention.reference import MASKED as HIDDEN
+from plait.kernels.attention.reference import Tokens, segment_starts
+from plait.kernels.masks import BlockTable, Mask
+from plait.kernels.shapes import matmul_precision
 
 Array = jax.Array
 
@@ -22,7 +25,8 @@ def gradient_rows(rows: Sequence[Array], d_rows: Sequence[Array], delta: Array, 
     """The rows that the backward kernels read: lse, c1 and, with statistics, c, dfirst, dmax and the logit from which dmax applies.
 
     Args:
-      rows: what the forward kernel gave, all of one shape: lse and, with statistics, maximum, entropy and first mass.
+      rows: what the forward kernel gave, all of one shape: lse and, with statistics, maximum, entropy and perhaps first mass,
+        without which dfirst is left out.
       d_rows: their cotangents.
       delta: sum of do o over the values of each row.
       sigmoid: the weights are not normalised.
@@ -33,11 +37,63 @@ def gradient_rows(rows: Sequence[Array], d_rows: Sequence[Array], delta: Array, 
     c1 = d_lse * inverse if sigmoid else d_lse - delta  # only a normalised row subtracts delta_i = sum_j A_ij do_i . v_j
     if len(rows) == 1:
         return [lse, c1]
-    _, peak, entropy, first = rows
-    _, d_peak, d_entropy, d_first = d_rows
-    c, d_first = d_entropy * inverse, d_first * inverse
-    c1 += jnp.where(seen, c * (lse - entropy) - d_first * first, 0)
-    return [lse, c1, c, d_first, d_peak, jnp.where(seen, peak - _TIES * abs(peak), -HIDDEN)]
+    peak, entropy, *firsts = rows[1:]
+    d_peak, d_entropy, *d_firsts = d_rows[1:]
+    c, d_firsts = d_entropy * inverse, [d * inverse for d in d_firsts]
+    c1 += jnp.where(seen, c * (lse - entropy) - sum(d * first for d, first in zip(d_firsts, firsts)), 0)
+    return [lse, c1, c, *d_firsts, d_peak, jnp.where(seen, peak - _TIES * abs(peak), -HIDDEN)]
+
+
+def first_mass(
+    q: Array,
+    k: Array,
+    lse: Array,
+    queries: Tokens,
+    keys: Tokens,
+    *,
+    own_keys: bool,
+    mask: Mask,
+    block_table: BlockTable | None,
+    scale: float,
+    sigmoid_bias: Array | None,
+) -> Array:
+    """The weight [B, T, H] of each row on its segment's first token, from the row's lse and one score: no kernel looks for it.
+
+    Args:
+      q, k: [B, T, H, K] and [B, S, Hkv, K].
+      lse: [B, T, H] float32, without sink logits.
+      queries, keys: int32 [B or 1, T] and [B or 1, S]; one row of them is one segment where `own_keys`.
+      sigmoid_bias: [H], or None for the softmax.
+    """
+    index = _first_keys(queries, keys, own_keys)  # [B or 1, T]
+    at = jnp.broadcast_to(index, (k.shape[0], index.shape[1]))[:, :, None, None]
+    first = jnp.take_along_axis(k, at, axis=1)  # [B, T, Hkv, K]
+    grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
+    z = jnp.einsum("btgrk,btgk->btgr", grouped, first, precision=matmul_precision(q.dtype), preferred_element_type=jnp.float32)
+    z = scale * z.reshape(lse.shape)
+    ids, positions = (jnp.take_along_axis(x, index, axis=1) for x in keys)
+    visible = (ids == queries.segment_ids) & (ids != 0) & (positions == 0) & mask.reaches(queries.positions, positions)
+    visible = visible[:, :, None] & (lse > HIDDEN / 2)
+    if block_table is not None:
+        blocks = jnp.arange(q.shape[1]) // block_table.block_q
+        rows = jnp.take(block_table.visible, blocks, axis=2)  # [B, H or 1, T, NK]
+        entry = jnp.broadcast_to(index[:, None, :, None] // block_table.block_kv, (*rows.shape[:3], 1))
+        visible &= jnp.swapaxes(jnp.take_along_axis(rows, entry, axis=3)[..., 0], 1, 2)
+    lse = jnp.where(visible, lse, 0)
+    if sigmoid_bias is None:
+        return jnp.where(visible, jnp.exp(jnp.where(visible, z - lse, 0)), 0)
+    return jnp.where(visible, jax.nn.sigmoid(z + sigmoid_bias.reshape(1, 1, -1)) * jnp.exp(-lse), 0)
+
+
+def _first_keys(queries: Tokens, keys: Tokens, own_keys: bool) -> Array:
+    """int32 [B or 1, T]: where the first token of each query's segment is, or any index where there is none."""
+    if own_keys:
+        return segment_starts(queries.segment_ids)
+    found = jnp.where(keys.positions == 0, keys.segment_ids, jnp.iinfo(jnp.int32).max)
+    order = jnp.argsort(found, axis=1)
+    ranked = jnp.take_along_axis(found, order, axis=1)
+    rank = jax.vmap(jnp.searchsorted)(ranked, queries.segment_ids)
+    return jnp.take_along_axis(order, jnp.minimum(rank, found.shape[1] - 1), axis=1)
 
 
 def with_sinks(o: Array, rows: Sequence[Array], sinks: Array) -> tuple[Array, list[Array]]:

@@ -1,6 +1,6 @@
 """The three kernels of flash attention for TPU: forward, query gradients, key gradients. The math is in `pallas_tpu`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,23 +19,24 @@ from plait.kernels.shapes import matmul_precision
 Array = jax.Array
 
 LANES = 128
+_LOG2_E = 1.4426950408889634
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tiles:
     """Tokens a tile, by kernel; multiples of 128. A short sequence gets smaller ones."""
 
-    block_q: int = 512
+    block_q: int = 1024
     """Queries a tile of the forward pass."""
-    block_kv: int = 512
+    block_kv: int = 1024
     """Keys a tile of the forward pass."""
-    block_q_dq: int = 512
+    block_q_dq: int = 1024
     """Queries a tile of the query gradients."""
-    block_kv_dq: int = 512
+    block_kv_dq: int = 1024
     """Keys a tile of the query gradients."""
-    block_q_dkv: int = 512
+    block_q_dkv: int = 1024
     """Queries a tile of the key and value gradients."""
-    block_kv_dkv: int = 512
+    block_kv_dkv: int = 1024
     """Keys a tile of the key and value gradients."""
 
     def __post_init__(self) -> None:
@@ -80,7 +81,7 @@ class Operands(NamedTuple):
     """bool [B, H or 1, NQ, NK], or None."""
 
 
-_NT, _NN, _TN = ((((a,), (b,)), ((), ())) for a, b in ((1, 1), (1, 0), (0, 0)))
+_NT, _NN = ((((a,), (b,)), ((), ())) for a, b in ((1, 1), (1, 0)))
 
 
 def _dot(a: Array, b: Array, dims: Any) -> Array:
@@ -92,20 +93,47 @@ def _log_sigmoid(x: Array) -> Array:
     return jnp.minimum(x, 0) - jnp.log1p(jnp.exp(-abs(x)))
 
 
-def _visible(problem: Problem, query_tokens: Any, key_tokens: Any, bits: Any = None) -> tuple[Array, Array]:
-    """bool [N, M] of tokens [2, M] and [2, N] (segments, positions): which keys a query sees, and which of these are first.
+class _Keys(NamedTuple):
+    """Some keys of a tile: where they are and, under the mask, their tokens as columns int32 [N, 1]."""
 
-    `bits` int32 [1, M] holds, for each query, a bit for every block of the table that the tile's keys span.
+    at: slice
+    ids: Any = None
+    positions: Any = None
+
+
+_FORWARD_PART, _GRADIENT_PART = (128, 128), (1024, 256)
+"""Keys and queries of the parts in which a tile is worked off: with these the compiler runs products, exponentials and sums side by
+side, and the statistics cost next to nothing."""
+
+
+def _cuts(length: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _key_parts(tokens: Sequence[Any], masked: bool, size: int) -> Iterator[_Keys]:
+    for at in _cuts(tokens[1].shape[3], size):
+        if masked:
+            columns = tokens[1][0, 0, :, at].T
+            yield _Keys(at, columns[:, 0:1], columns[:, 1:2])
+        else:
+            yield _Keys(at)
+
+
+def _visible(problem: Problem, tokens: Sequence[Any], keys: _Keys, queries: slice) -> Array:
+    """bool [N, M]: which keys a query sees.
+
+    `tokens` are (segments, positions) of queries and keys, [2, tile] each; where a block table is used, a third array int32
+    [1, tile] holds, for each query, a bit for every block that the tile's keys span.
     """
-    queries, keys = query_tokens[0, 0], key_tokens[0, 0].T  # [2, M], [N, 2]
-    q_ids, q_positions = queries[0:1], queries[1:2]
-    k_ids, k_positions = keys[:, 0:1], keys[:, 1:2]
-    visible = (q_ids == k_ids) & (k_ids != 0) & problem.layout.mask.reaches(q_positions, k_positions)
-    if bits is not None and problem.table_blocks is not None:
-        block = problem.table_blocks[1]
-        entry = jax.lax.broadcasted_iota(jnp.int32, visible.shape, 0) // block if block < visible.shape[0] else 0
-        visible &= (jax.lax.shift_right_logical(jnp.broadcast_to(bits[0, 0, 0], visible.shape), entry) & 1) == 1
-    return visible, visible & (k_positions == 0)
+    q_ids, q_positions = tokens[0][0, 0, 0:1, queries], tokens[0][0, 0, 1:2, queries]
+    visible = (q_ids == keys.ids) & (keys.ids != 0) & problem.layout.mask.reaches(q_positions, keys.positions)
+    if problem.table_blocks is not None:
+        block, tile = problem.table_blocks[1], tokens[1].shape[3]
+        key = keys.at.start + jax.lax.broadcasted_iota(jnp.int32, visible.shape, 0)
+        entry = key // block if block < tile else jnp.zeros_like(key)
+        bits = jnp.broadcast_to(tokens[2][0, 0, 0, :, queries], visible.shape)
+        visible &= (jax.lax.shift_right_logical(bits, entry) & 1) == 1
+    return visible
 
 
 def _by_kind(kind: Array, tile: Callable[[bool], None]) -> None:
@@ -114,29 +142,44 @@ def _by_kind(kind: Array, tile: Callable[[bool], None]) -> None:
     pl.when(kind == FULL)(lambda: tile(False))
 
 
-def _weights_and_gradient(problem: Problem, masked: bool, bias: Array, refs: Sequence[Any]) -> tuple[Array, Array, Array]:
-    """A, dz and the part of dz that the sigmoid's bias shares, all [N, M], of one tile of the backward pass."""
-    operands, tokens = refs[:5], refs[5:]
-    q, k, v, d_o, rows = (x[0, 0] for x in operands)
-    z = problem.scale * _dot(k, q, _NT)
-    e = _log_sigmoid(z + bias) if problem.sigmoid and problem.stats else z
-    weights = jax.nn.sigmoid(z + bias) if problem.sigmoid else jnp.exp(z - rows[0:1])
+def _weights_and_gradient(
+    problem: Problem, masked: bool, bias: Array, refs: Sequence[Any], keys: _Keys, queries: slice
+) -> tuple[Array, Array, Array]:
+    """A, dz and the part of dz that the sigmoid's bias shares, all [N, M], of a part of a tile of the backward pass.
+
+    z is q . k without the scale, and the rows [R, M] fit it: see `_gradient_rows`.
+    """
+    tokens = refs[5:]
+    q, k, v, d_o = refs[0][0, 0, queries], refs[1][0, 0, keys.at], refs[2][0, 0, keys.at], refs[3][0, 0, queries]
+    rows = refs[4][0, 0, :, queries]
+    z = _dot(k, q, _NT)
+    logits = problem.scale * z + bias if problem.sigmoid else z
+    e = _log_sigmoid(logits) if problem.sigmoid and problem.stats else z
+    weights = jax.nn.sigmoid(logits) if problem.sigmoid else jnp.exp2((problem.scale * _LOG2_E) * z - rows[0:1])
     if masked:
-        visible, first = _visible(problem, *tokens)
+        visible = _visible(problem, tokens, keys, queries)
         weights = jnp.where(visible, weights, 0)
     d_weights = _dot(v, d_o, _NT) + rows[1:2]
     if problem.stats:
         d_weights -= rows[2:3] * e
-        if masked:
-            d_weights += jnp.where(first, rows[3:4], 0)
     d_logits = d_weights * weights
     if problem.sigmoid:
         d_logits *= 1 - weights
     shared = d_logits
     if problem.stats:
-        highest = z >= rows[5:6]
-        d_logits += jnp.where(highest & visible if masked else highest, rows[4:5], 0)
+        highest = z >= rows[4:5]
+        d_logits += jnp.where(highest & visible if masked else highest, rows[3:4], 0)
     return weights, d_logits, shared
+
+
+def _gradient_rows(problem: Problem, rows: Sequence[Array]) -> Array:
+    """The rows of `plait.kernels.attention.rows.gradient_rows`, stacked [B, H, R, T] and in the units of unscaled logits."""
+    lse, c1, *stats = rows
+    stacked = [lse if problem.sigmoid else lse * _LOG2_E, c1]
+    if stats:
+        c, d_peak, threshold = stats
+        stacked += [c if problem.sigmoid else c * problem.scale, d_peak, threshold / problem.scale]
+    return jnp.stack(stacked, axis=2).astype(jnp.float32)
 
 
 def _forward_kernel(problem: Problem, schedule: Schedule, table: Any, bias: Any, *refs: Any) -> None:
@@ -144,7 +187,8 @@ def _forward_kernel(problem: Problem, schedule: Schedule, table: Any, bias: Any,
     num_tokens = 2 if problem.table_blocks is None else 3
     tokens, (o, rows, acc, *state) = rest[:num_tokens], rest[num_tokens:]
     b, h, i, step = (pl.program_id(axis) for axis in range(4))
-    peak, total, *extra = state  # each [1, M]: m, l and, with statistics, u and the first mass
+    peak, total, *extra = state  # each [1, M]: the largest q . k, l and, with statistics, u in bits
+    to_bits = problem.scale * _LOG2_E
 
     @pl.when(step == 0)
     def _start():
@@ -152,33 +196,40 @@ def _forward_kernel(problem: Problem, schedule: Schedule, table: Any, bias: Any,
         for x in (total, acc, *extra):
             x[...] = jnp.zeros_like(x)
 
-    def tile(masked: bool) -> None:
-        z = problem.scale * _dot(k[0, 0], q[0, 0], _NT)  # [N, M]
+    def part(masked: bool, keys: _Keys, values: Array, queries: slice) -> None:
+        z = _dot(k[0, 0, keys.at], q[0, 0, queries], _NT)  # [N, M]
         if masked:
-            visible, first = _visible(problem, *tokens)
+            visible = _visible(problem, tokens, keys, queries)
         shown = jnp.where(visible, z, HIDDEN) if masked else z
-        old = peak[...]
+        old, highest = peak[:, queries], None
         if problem.stats or not problem.sigmoid:
-            peak[...] = jnp.maximum(old, jnp.max(shown, axis=0, keepdims=True))
+            highest = jnp.maximum(old, jnp.max(shown, axis=0, keepdims=True))
+            peak[:, queries] = highest
         if problem.sigmoid:
-            p = jax.nn.sigmoid(z + bias[h])
-            exponents: Any = _log_sigmoid(z + bias[h]) if problem.stats else None
+            logits = problem.scale * z + bias[h]
+            p = jax.nn.sigmoid(logits)
+            exponents: Any = _log_sigmoid(logits) * _LOG2_E if problem.stats else None
             rise: Any = 0.0
             keep: Any = 1.0
         else:
-            exponents = shown - peak[...]
-            p = jnp.exp(exponents)
-            rise = peak[...] - old
-            keep = jnp.exp(-rise)
+            exponents = (shown - highest) * to_bits
+            p = jnp.exp2(exponents)
+            rise = (highest - old) * to_bits
+            keep = jnp.exp2(-rise)
         if masked:
             p = jnp.where(visible, p, 0)
+        mass = total[:, queries]
         if problem.stats:
-            spread, first_mass = extra
-            spread[...] = keep * (spread[...] - rise * total[...]) + jnp.sum(p * exponents, axis=0, keepdims=True)
-            here = jnp.sum(jnp.where(first, p, 0), axis=0, keepdims=True) if masked else 0.0
-            first_mass[...] = keep * first_mass[...] + here
-        total[...] = keep * total[...] + jnp.sum(p, axis=0, keepdims=True)
-        acc[...] = keep * acc[...] + _dot(v[0, 0], p.astype(v.dtype), _TN)  # [V, M]
+            spread = extra[0][:, queries]
+            extra[0][:, queries] = keep * (spread - rise * mass) + jnp.sum(p * exponents, axis=0, keepdims=True)
+        total[:, queries] = keep * mass + jnp.sum(p, axis=0, keepdims=True)
+        acc[:, queries] = keep * acc[:, queries] + _dot(values, p.astype(v.dtype), _NN)  # [V, M]
+
+    def tile(masked: bool) -> None:
+        for keys in _key_parts(tokens, masked, _FORWARD_PART[0]):
+            values = v[0, 0, keys.at].T
+            for queries in _cuts(q.shape[2], _FORWARD_PART[1]):
+                part(masked, keys, values, queries)
 
     _by_kind(schedule.lookup(table, b, h, i, step)[1], tile)
 
@@ -187,21 +238,19 @@ def _forward_kernel(problem: Problem, schedule: Schedule, table: Any, bias: Any,
         some = total[...] > 0
         mass = jnp.where(some, total[...], 1)
         o[0, 0] = (acc[...] if problem.sigmoid else acc[...] / mass).astype(o.dtype)
-        log_mass = jnp.log(mass)
-        rows[0, 0, 0:1] = jnp.where(some, log_mass if problem.sigmoid else log_mass + peak[...], HIDDEN)
+        log_mass, highest = jnp.log(mass), problem.scale * peak[...]
+        rows[0, 0, 0:1] = jnp.where(some, log_mass if problem.sigmoid else log_mass + highest, HIDDEN)
         if problem.stats:
-            spread, first_mass = extra
-            rows[0, 0, 1:2] = peak[...]
-            rows[0, 0, 2:3] = jnp.where(some, log_mass - spread[...] / mass, 0)
-            rows[0, 0, 3:4] = first_mass[...] / mass
+            rows[0, 0, 1:2] = jnp.where(peak[...] > HIDDEN / 2, highest, HIDDEN)
+            rows[0, 0, 2:3] = jnp.where(some, log_mass - extra[0][...] / (_LOG2_E * mass), 0)
 
 
 def forward(problem: Problem, x: Operands) -> tuple[Array, tuple[Array, ...]]:
-    """o [B, H, V, T] in q's dtype, and rows [B, H, T]: lse and, with statistics, maximum, entropy and first mass."""
+    """o [B, H, V, T] in q's dtype, and rows [B, H, T]: lse and, with statistics, maximum and entropy."""
     tiles, length, value_dim = problem.tiles, x.q.shape[2], x.v.shape[3]
     tiling = _Tiling(problem, x, tiles.block_q, tiles.block_kv)
-    num_rows = 4 if problem.stats else 1
-    state = [pltpu.VMEM((1, tiles.block_q), jnp.float32)] * (4 if problem.stats else 2)
+    num_rows = 3 if problem.stats else 1
+    state = [pltpu.VMEM((1, tiles.block_q), jnp.float32)] * (3 if problem.stats else 2)
     o, rows = tiling.over_queries(
         _forward_kernel,
         "attention_forward",
@@ -222,10 +271,13 @@ def _query_gradients_kernel(problem: Problem, schedule: Schedule, table: Any, bi
         shared_acc[...] = jnp.zeros_like(shared_acc)
 
     def tile(masked: bool) -> None:
-        _, d_logits, shared = _weights_and_gradient(problem, masked, bias[h], inputs)
-        acc[...] += _dot(k[0, 0], d_logits.astype(k.dtype), _TN)  # [K, M]
-        if problem.sigmoid:
-            shared_acc[...] += jnp.sum(shared, axis=0, keepdims=True)
+        for keys in _key_parts(inputs[5:], masked, _GRADIENT_PART[0]):
+            turned = k[0, 0, keys.at].T
+            for queries in _cuts(acc.shape[1], _GRADIENT_PART[1]):
+                _, d_logits, shared = _weights_and_gradient(problem, masked, bias[h], inputs, keys, queries)
+                acc[:, queries] += _dot(turned, d_logits.astype(k.dtype), _NN)  # [K, M]
+                if problem.sigmoid:
+                    shared_acc[:, queries] += jnp.sum(shared, axis=0, keepdims=True)
 
     _by_kind(schedule.lookup(table, b, h, i, step)[1], tile)
 
@@ -235,16 +287,16 @@ def _query_gradients_kernel(problem: Problem, schedule: Schedule, table: Any, bi
         d_bias[0, 0] = shared_acc[...]
 
 
-def query_gradients(problem: Problem, x: Operands, d_o: Array, rows: Array) -> tuple[Array, Array]:
+def query_gradients(problem: Problem, x: Operands, d_o: Array, rows: Sequence[Array]) -> tuple[Array, Array]:
     """dq [B, H, T, K] and the gradient [H] of the sigmoid's bias, for d_o [B, H, T, V].
 
-    The float32 rows [B, H, R, T] are lse, c1 and, with statistics, c, dfirst, dmax and the logit from which dmax applies.
+    The float32 rows [B, H, T] are those of `plait.kernels.attention.rows.gradient_rows`.
     """
     tiles, length, key_dim = problem.tiles, x.q.shape[2], x.q.shape[3]
     d_q, d_bias = _Tiling(problem, x, tiles.block_q_dq, tiles.block_kv_dq).over_queries(
         _query_gradients_kernel,
         "attention_query_gradients",
-        extra=((d_o, "q", 2), (rows, "q", 3)),
+        extra=((d_o, "q", 2), (_gradient_rows(problem, rows), "q", 3)),
         outputs=((key_dim, x.q.dtype), (1, jnp.float32)),
         scratch=[pltpu.VMEM((n, tiles.block_q_dq), jnp.float32) for n in (key_dim, 1)],
     )
@@ -264,9 +316,11 @@ def _key_gradients_kernel(problem: Problem, schedule: Schedule, table: Any, bias
         v_acc[...] = jnp.zeros_like(v_acc)
 
     def tile(masked: bool) -> None:
-        weights, d_logits, _ = _weights_and_gradient(problem, masked, bias[head], inputs)
-        v_acc[...] += _dot(weights.astype(d_o.dtype), d_o[0, 0], _NN)  # [N, V]
-        k_acc[...] += _dot(d_logits.astype(q.dtype), q[0, 0], _NN)  # [N, K]
+        for keys in _key_parts(inputs[5:], masked, _GRADIENT_PART[0]):
+            for queries in _cuts(q.shape[2], _GRADIENT_PART[1]):
+                weights, d_logits, _ = _weights_and_gradient(problem, masked, bias[head], inputs, keys, queries)
+                v_acc[keys.at] += _dot(weights.astype(d_o.dtype), d_o[0, 0, queries], _NN)  # [N, V]
+                k_acc[keys.at] += _dot(d_logits.astype(q.dtype), q[0, 0, queries], _NN)  # [N, K]
 
     _by_kind(schedule.lookup(table, b, head, j, step)[1], tile)
 
@@ -276,13 +330,13 @@ def _key_gradients_kernel(problem: Problem, schedule: Schedule, table: Any, bias
         d_v[0, 0] = v_acc[...].astype(d_v.dtype)
 
 
-def key_gradients(problem: Problem, x: Operands, d_o: Array, rows: Array) -> tuple[Array, Array]:
+def key_gradients(problem: Problem, x: Operands, d_o: Array, rows: Sequence[Array]) -> tuple[Array, Array]:
     """dk [B, Hkv, S, K] and dv [B, Hkv, S, V], summed over the heads of each group; arguments as in `query_gradients`."""
     tiles, num_keys, dims = problem.tiles, x.k.shape[2], (x.k.shape[3], x.v.shape[3])
     d_k, d_v = _Tiling(problem, x, tiles.block_q_dkv, tiles.block_kv_dkv).over_keys(
         _key_gradients_kernel,
         "attention_key_gradients",
-        extra=((d_o, "q", 2), (rows, "q", 3)),
+        extra=((d_o, "q", 2), (_gradient_rows(problem, rows), "q", 3)),
         outputs=((dims[0], x.k.dtype), (dims[1], x.v.dtype)),
         scratch=[pltpu.VMEM((tiles.block_kv_dkv, n), jnp.float32) for n in dims],
     )
@@ -309,7 +363,7 @@ class _Tiling:
             table = BlockTable(visible=x.table, block_q=problem.table_blocks[0], block_kv=problem.table_blocks[1])
         self.bits = None if table is None else table.bits(block_kv, self.count["q"] * block_q)
         self.by_query, self.by_key = schedules(
-            problem.layout, self.tokens["q"], self.tokens["kv"], block_q, block_kv, keep_first=problem.stats, table=table
+            problem.layout, self.tokens["q"], self.tokens["kv"], block_q, block_kv, keep_first=False, table=table
         )
 
     def over_queries(self, kernel: Any, name: str, *, extra: _Inputs = (), outputs: _Outputs, scratch: list[Any]) -> list[Array]:

@@ -28,15 +28,11 @@ def topk_blocks(
     if at_a_time >= rows:
         return choose(q, first, ids, positions)
     padding = -rows % at_a_time
-    cut = (
-        lambda x, axis: jnp.moveaxis(  # noqa: E731
-            jnp.pad(x, [(0, padding if i == axis else 0) for i in range(x.ndim)]).reshape(
-                *x.shape[:axis], -1, at_a_time, *x.shape[axis + 1 :]
-            ),
-            axis,
-            0,
-        )
-    )
+
+    def cut(x: Array, axis: int) -> Array:
+        x = jnp.pad(x, [(0, padding if i == axis else 0) for i in range(x.ndim)])
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, at_a_time, *x.shape[axis + 1 :]), axis, 0)
+
     parts: Any = (cut(q, 1), cut(first, 0), cut(ids, 1), cut(positions, 1))
     visible = jax.lax.map(lambda part: choose(*part), parts)  # [parts, B, H, M, N]
     visible = jnp.moveaxis(visible, 0, 2)

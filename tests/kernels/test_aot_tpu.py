@@ -1,7 +1,8 @@
-"""The TPU kernels through the real compiler, ahead of time, for several generations; needs libtpu and no TPU."""
+"""The TPU attention kernels through the real compiler, ahead of time, for several generations; needs libtpu and no TPU."""
 
 import os
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +10,12 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from plait.kernels import Mask
-from plait.kernels.attention import pallas_tpu
+from plait.kernels import BlockTable, Mask, PowerMask, attention, routed_attention
 from plait.kernels.target import target
 
-pytest.importorskip("libtpu", reason="compiling for TPU needs libtpu: pip install 'jax[tpu]'")
+pytest.importorskip("libtpu", reason="compiling for TPU needs libtpu: pip install 'plait[aot]'")
 
-TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 SCOPED_VMEM = 16 << 20
 
 
@@ -27,28 +27,77 @@ def quiet_libtpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.environ["JAX_PLATFORMS"] == "cpu"
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("generation", TOPOLOGIES)
-def test_attention_compiles(generation: str, head_dim: int):
-    stats = head_dim == 128
+def compiled_kernels(generation: str, loss: Any, *shapes: tuple[tuple[int, ...], Any]) -> dict[str, int]:
+    """The Pallas calls in the gradient of `loss` compiled for a generation, by name, with the bytes of VMEM of each."""
     device = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[generation]).devices[0]
-    where = SingleDeviceSharding(device)
-    heads = lambda n: jax.ShapeDtypeStruct((1, 4096, n, head_dim), jnp.bfloat16, sharding=where)  # noqa: E731
-
-    def loss(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
-        o, rows = pallas_tpu.attention(
-            q, k, v, mask=Mask(), segment_ids=segment_ids, positions=None, kv_segment_ids=None, kv_positions=None,
-            scale=head_dim**-0.5, sinks=None, normalizer="softmax", sigmoid_bias=None, return_stats=stats,
-        )  # fmt: skip
-        return jnp.sum(o.astype(jnp.float32)) + (jnp.sum(rows.entropy) if stats else 0)
-
-    segment_ids = jax.ShapeDtypeStruct((1, 4096), jnp.int32, sharding=where)
+    args = [jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device)) for shape, dtype in shapes]
+    floating = tuple(i for i, (_, dtype) in enumerate(shapes) if jnp.issubdtype(dtype, jnp.floating))
     with target(generation):
-        text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(heads(8), heads(2), heads(2), segment_ids).compile().as_text()
-    kernels = [line for line in text.splitlines() if 'custom_call_target="tpu_custom_call"' in line]
-    assert {re.search(r"attention_[a-z]+", line)[0] for line in kernels} == {
-        f"attention_{x}" for x in ("forward", "query", "key")
-    }
-    for line in kernels:
-        vmem = re.search(r'"used_scoped_memory_configs":\[\{"memory_space":"1".*?"size":"(\d+)"', line)
-        assert int(vmem[1]) <= SCOPED_VMEM
+        text = jax.jit(jax.grad(loss, floating)).lower(*args).compile().as_text()
+    found = {}
+    for line in text.splitlines():
+        if 'custom_call_target="tpu_custom_call"' in line:
+            name = re.search(r"(attention_[a-z_]*[a-z])", line)
+            vmem = re.search(r'"used_scoped_memory_configs":\[\{"memory_space":"1".*?"size":"(\d+)"', line)
+            assert name is not None
+            found[name[1]] = int(vmem[1]) if vmem else 0
+    return found
+
+
+def _inputs(length: int, head_dim: int, num_heads: int = 4, num_kv_heads: int = 2) -> list[tuple[tuple[int, ...], Any]]:
+    heads = lambda n: ((1, length, n, head_dim), jnp.bfloat16)  # noqa: E731
+    return [heads(num_heads), heads(num_kv_heads), heads(num_kv_heads), ((1, length), jnp.int32)]
+
+
+def _check(found: dict[str, int]) -> None:
+    assert set(found) == {"attention_forward", "attention_query_gradients", "attention_key_gradients"}
+    assert max(found.values()) <= SCOPED_VMEM
+
+
+@pytest.mark.parametrize(
+    ("generation", "length", "head_dim"), [("v5e", 4096, 64), *((generation, 32768, 128) for generation in TOPOLOGIES)]
+)
+def test_attention_compiles(generation: str, length: int, head_dim: int):
+    stats = head_dim == 128
+
+    def loss(q, k, v, segment_ids):
+        out = attention(q, k, v, mask=Mask(), segment_ids=segment_ids, return_stats=stats, implementation="pallas_tpu")
+        o, rows = out if stats else (out, None)
+        return jnp.sum(o.astype(jnp.float32)) + (0 if rows is None else jnp.sum(rows.entropy) + jnp.sum(rows.first_mass))
+
+    _check(compiled_kernels(generation, loss, *_inputs(length, head_dim)))
+
+
+@pytest.mark.parametrize(
+    ("mask", "head_dim", "options"),
+    [
+        (Mask(window_size=512, num_sink_tokens=4), 256, {}),
+        (Mask(causal=False), 96, {"normalizer": "sigmoid", "sigmoid_bias": -8.0}),
+        (PowerMask(block_size=1024, window_size=512), 128, {"return_stats": True}),
+        (Mask(window_size=64, dilation=4), 192, {}),
+    ],
+    ids=["window", "sigmoid", "power", "dilated"],
+)
+def test_masks_compile(mask: Mask, head_dim: int, options: dict[str, Any]):
+    def loss(q, k, v, segment_ids):
+        o: Any = attention(q, k, v, mask=mask, segment_ids=segment_ids, implementation="pallas_tpu", **options)
+        return sum(jnp.sum(x.astype(jnp.float32)) for x in jax.tree.leaves(o))
+
+    _check(compiled_kernels("v5e", loss, *_inputs(4096, head_dim)))
+
+
+def test_block_table_compiles():
+    def loss(q, k, v, segment_ids, visible):
+        table = BlockTable(visible=visible, block_q=1, block_kv=64)
+        o = attention(q, k, v, mask=Mask(), segment_ids=segment_ids, block_table=table, implementation="pallas_tpu")
+        return jnp.sum(o.astype(jnp.float32))
+
+    _check(compiled_kernels("v5e", loss, *_inputs(4096, 128), ((1, 4, 4096, 64), jnp.bool_)))
+
+
+def test_routed_attention_compiles():
+    def loss(q, k, v, segment_ids, active):
+        o = routed_attention(q, k, v, active, mask=Mask(), segment_ids=segment_ids, implementation="pallas_tpu")
+        return jnp.sum(o.astype(jnp.float32))
+
+    _check(compiled_kernels("v5e", loss, *_inputs(4096, 128), ((1, 4096, 4), jnp.bool_)))

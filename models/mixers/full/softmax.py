@@ -201,7 +201,8 @@ class Softmax(HeadMixer):
         _, stats = attention(*inputs, segment_ids=segment_ids, positions=positions, return_stats=True, **self._options)
         first = stats.first_mass
         if self.sinks is not None:  # the share of the keys alone
-            first /= -jnp.expm1(jnp.minimum(self.sinks[...].astype(jnp.float32) - stats.lse, -1e-6))
+            sinks = self.sinks[...].astype(jnp.float32)[None, None, :]
+            first /= -jnp.expm1(jnp.minimum(sinks - stats.lse, -1e-6))
         real = (segment_ids > 0)[:, :, None]
         return {
             "max_logit": jnp.where(real, stats.max_logit, -jnp.inf).max((0, 1)),
