@@ -91,14 +91,6 @@ def tile(shape: Sequence[int], dtype: Any, *, depth: int = 64) -> Any:
     )
 
 
-def tile_bytes(shape: Sequence[int], dtype: Any) -> int:
-    """Shared memory of a tile."""
-    size = jnp.dtype(dtype).itemsize
-    for n in shape:
-        size *= n
-    return size
-
-
 def left_factor(shape: Sequence[int], dtype: Any) -> Any:
     """Scratch through which `accumulate` passes a left factor that lives in registers; None where none is needed."""
     return tile(shape, dtype) if interpreted() else None

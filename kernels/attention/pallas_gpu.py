@@ -79,11 +79,20 @@ def _unsupported(q: Array, k: Array, v: Array, scale: float) -> str | None:
     for dim in (q.shape[-1], v.shape[-1]):
         if dim % 16 or dim > MAX_HEAD_DIM:
             return f"head dim {dim} is no multiple of 16 up to {MAX_HEAD_DIM}"
+    if (needed := _shared_memory(q.shape[-1], v.shape[-1])) > gpu.MAX_SMEM:
+        return f"head dims {q.shape[-1]} and {v.shape[-1]} need {needed} bytes of shared memory of {gpu.MAX_SMEM}"
     if q.shape[1] < MIN_QUERIES or k.shape[1] < MIN_QUERIES:
         return f"{q.shape[1]} queries and {k.shape[1]} keys fill no tile of at least {MIN_QUERIES}"
     if not isinstance(scale, (int, float)) or scale <= 0:
         return f"the scale {scale} is not a positive number"
     return None
+
+
+def _shared_memory(key_dim: int, value_dim: int) -> int:
+    """Bytes that the forward kernel needs, of all kernels the most."""
+    tiles = choose_tiles(key_dim, value_dim, "softmax", True)
+    own = key_dim if key_dim == value_dim else key_dim + value_dim
+    return 2 * (BLOCK * own + tiles.stages * tiles.block_kv * (key_dim + value_dim)) + (4 << 10)
 
 
 def attention(

@@ -175,6 +175,8 @@ def test_unsupported_says_why():
         assert pallas_gpu.unsupported(*_shapes(), **_call()) is None
         assert "float32" in pallas_gpu.unsupported(*_shapes(dtype="float32"), **_call())
         assert "head dim 24" in pallas_gpu.unsupported(*_shapes(dim=24), **_call())
+        q, k, _ = _shapes(dim=256)
+        assert "shared memory" in pallas_gpu.unsupported(q, k, _shapes(dim=240)[2], **_call())
         assert "head dim 512" in pallas_gpu.unsupported(*_shapes(dim=512), **_call())
         assert "1 queries" in pallas_gpu.unsupported(*_shapes(length=1), **_call())
         assert "scale" in pallas_gpu.unsupported(*_shapes(), **_call(scale=-1.0))
