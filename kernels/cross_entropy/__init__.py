@@ -18,6 +18,7 @@ _op = Op(
     "cross_entropy",
     _AXES,
     pallas_tpu=kernel("tpu", f"{__name__}.pallas_tpu", "cross_entropy"),
+    pallas_gpu=kernel("gpu", f"{__name__}.pallas_gpu", "cross_entropy"),
     chunked=Implementation(chunked.cross_entropy),
     reference=Implementation(reference.cross_entropy),
 )
@@ -45,7 +46,7 @@ def cross_entropy(
       logit_soft_cap: c, above 0, or None.
       chunk_size: tokens of each sequence whose logits exist at a time; None takes what fits 128 MiB of float32, at least 64. The
         pallas implementations hold as many logit gradients, and no logits, of all tokens and some of the vocabulary.
-      implementation: "auto", "pallas_tpu", "chunked" or "reference".
+      implementation: "auto", "pallas_tpu", "pallas_gpu", "chunked" or "reference".
 
     Returns:
       nll and lse, both float32 [B, T] in nats.
