@@ -67,11 +67,14 @@ class Tiles:
 
 
 def choose_tiles(generation: str, key_dim: int, value_dim: int, full: bool, by_channel: bool) -> Tiles:
-    """Tiles that compile within the scoped VMEM of a generation (v5e and v5p: 16 MiB); `full` means float32 products."""
+    """Tiles that compile within the scoped VMEM of a generation (v5e and v5p: 16 MiB).
+
+    `full` means float32 products: there a larger chunk would show in the accuracy of its triangular inverse.
+    """
     wide = max(key_dim, value_dim) > LANES
-    if wide and full:
-        return Tiles(chunk_size=64, forward_chunks=1, backward_chunks=1)
-    if wide or full:
+    if full:
+        return Tiles(chunk_size=64, forward_chunks=2, backward_chunks=1 if wide else 2)
+    if wide:
         return Tiles(forward_chunks=2, backward_chunks=1)
     return Tiles(forward_chunks=4, backward_chunks=2) if by_channel else Tiles()
 

@@ -11,7 +11,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from plait.kernels import recurrence_tpu
-from plait.kernels.recurrence_tpu import Tiles
+from plait.kernels.recurrence_tpu import Tiles, choose_tiles
 from plait.kernels.target import target
 from plait.tests.kernels import cases
 from plait.tests.tolerances import assert_tree_close, in_float64
@@ -56,7 +56,9 @@ MORE = [
     Case("kda", 300, "several", "mixed", heads=(1, 1), dims=(128, 64), tiles=LARGE),
 ]
 LONG = [
-    Case(name, 2048, "several", "mixed", tiles=Tiles(), dtype=d) for name in cases.RECURRENCES for d in ("float32", "bfloat16")
+    Case(name, 2048, "several", "mixed", dtype=dtype, tiles=choose_tiles("v5e", 8, 4, dtype == "float32", False))
+    for name in cases.RECURRENCES
+    for dtype in ("float32", "bfloat16")
 ]
 
 
