@@ -137,7 +137,7 @@ def _fusions(hlo: str) -> int:
         total = 0
         for line in bodies.get(name, ()):
             own = re.search(r'"estimated_cycles":"(\d+)"', line)
-            if own and "tpu_custom_call" not in line:
+            if own and "custom-call(" not in line and "tpu_custom_call" not in line:
                 total += int(own[1])
             if loop := re.search(r"while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line):
                 trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
@@ -199,7 +199,7 @@ def _attention_kernel(job: dict[str, Any], array: Callable[..., Any]) -> tuple[C
     tpu_kernels.schedules = lambda *_, **__: tuple(map(Every, blocks))
     problem = tpu_kernels.Problem(layout, tiles, width**-0.5, False, stats)
     x, token = array(1, 1, length, width), array(1, 1, length, dtype=jnp.int32)
-    rows = array(1, 1, 6 if stats else 2, length, dtype=jnp.float32)
+    rows = [array(1, 1, length, dtype=jnp.float32)] * (5 if stats else 2)
     side = Tokens(token, token)
     operands = tpu_kernels.Operands(x, x, x, array(1, dtype=jnp.float32), side, side)
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from plait.kernels.cross_entropy.by_vocabulary import Rows, cross_entropy_of
+from plait.kernels.cross_entropy.by_vocabulary import Kernels, Rows, cross_entropy_of
 from plait.kernels.shapes import matmul_precision
 from plait.kernels.target import current, not_on
 
@@ -79,7 +79,7 @@ def cross_entropy(
 ) -> tuple[Array, Array]:
     """See `plait.kernels.cross_entropy`."""
     return cross_entropy_of(
-        _rows, hidden, weight, targets, loss_mask=loss_mask, logit_soft_cap=logit_soft_cap, chunk_size=chunk_size
+        Kernels(_rows), hidden, weight, targets, loss_mask=loss_mask, logit_soft_cap=logit_soft_cap, chunk_size=chunk_size
     )
 
 

@@ -14,6 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from plait.kernels import gpu
 from plait.kernels.cross_entropy import pallas_gpu, reference
+from plait.kernels.cross_entropy.by_vocabulary import Slope
 from plait.kernels.target import target
 from plait.tests.kernels import cases
 from plait.tests.kernels.gpu_targets import TARGETS
@@ -92,14 +93,17 @@ def test_kernel_compiles_without_spills(
     )
     where = NamedSharding(Mesh(np.array(topology.devices), ("d",), axis_types=(AxisType.Auto,)), PartitionSpec())
     shape = lambda *s, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(s, dtype, sharding=where)  # noqa: E731
+    rows, targets = shape(tokens, dtype=jnp.float32), shape(tokens, dtype=jnp.int32)
     with target(generation):
-        function = jax.jit(lambda *x: pallas_gpu.forward(*x, soft_cap))
-        function.lower(shape(tokens, width), shape(width, vocabulary), shape(tokens, dtype=jnp.int32)).compile()
+        forward = jax.jit(lambda *x: pallas_gpu.forward(*x, soft_cap))
+        forward.lower(shape(tokens, width), shape(width, vocabulary), targets).compile()
+        slopes = jax.jit(lambda *x: pallas_gpu.slopes(*x, soft_cap))
+        slopes.lower(shape(tokens, width), shape(width, 8192), Slope(rows, rows, rows, targets)).compile()
     captured = capfd.readouterr()
     report = captured.out + captured.err
-    assert "cross_entropy_forward" in report
+    assert all(name in report for name in ("cross_entropy_forward", "cross_entropy_slopes"))
     assert "serialized" not in report
-    assert re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report) == [("0", "0")], report
+    assert re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report) == [("0", "0")] * 2, report
 
 
 def test_unsupported_says_why():
