@@ -51,6 +51,7 @@ def _inverse(lower: Array, scratch: tuple[Ref, ...]) -> Array:
     row, column = tokens()
 
     def halve(level: Array, x: Array) -> Array:
+        plgpu.commit_smem()  # No warp still reads what is written next.
         store_split(x, *inverse)
         store_split(jnp.where(halving(jnp.int32(1) << level, row, column), lower, 0.0), *block)
         plgpu.commit_smem()

@@ -146,7 +146,8 @@ def _shared_gradients(scale: float, q: Array, k: Array, g: Array, *d_scores: Arr
         if len(d_scores) > 1:
             d_own = jnp.where(row > column, decay * load(d_tiles[1]), 0.0)
             d_exponents += d_own * matmul(SQUARE, (k, flip(k)))
-            plgpu.commit_smem()
+        plgpu.commit_smem()  # No warp still reads what is written next.
+        if len(d_scores) > 1:
             d_tiles[0][...] = d_own.astype(BF16)
             to_k += [(d_tiles[0], k), (flip(d_tiles[0]), k)]
         store_split(d_exponents, high, low)
