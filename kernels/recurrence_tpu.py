@@ -79,15 +79,18 @@ def choose_tiles(generation: str, key_dim: int, value_dim: int, full: bool, by_c
     return Tiles(forward_chunks=4, backward_chunks=2) if by_channel else Tiles()
 
 
-def unsupported(q: Array, k: Array, v: Array, *, scale: Any) -> str | None:
+def unsupported(q: Array, k: Array, v: Array, *, scale: Any, return_stats: bool = False) -> str | None:
     """Why the kernels cannot serve a call, or None."""
     if reason := not_on("tpu"):
         return reason
     dtypes = {x.dtype.name for x in (k, v)}
     if len(dtypes) > 1 or not dtypes | {q.dtype.name} <= {"float32", "bfloat16"}:
         return f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}; k and v must be alike, all float32 or bfloat16"
-    if max(k.shape[-1], v.shape[-1]) > MAX_DIM:
-        return f"head dims {k.shape[-1]} and {v.shape[-1]} exceed {MAX_DIM}"
+    parts = value_parts(v.shape[-1])
+    if k.shape[-1] > MAX_DIM or v.shape[-1] % parts:
+        return f"head dims {k.shape[-1]} and {v.shape[-1]} are not up to {MAX_DIM} and a multiple of {parts}"
+    if parts > 1 and return_stats:
+        return f"values of {v.shape[-1]} channels are worked off in {parts} parts, whose statistics do not add up"
     if (numbers := v.shape[2] // k.shape[2] * k.shape[-1] * v.shape[-1]) > MAX_STATES:
         return f"the states of a key head's value heads hold {numbers} numbers, more than {MAX_STATES}"
     if q.shape[1] < MIN_TOKENS:
@@ -95,6 +98,11 @@ def unsupported(q: Array, k: Array, v: Array, *, scale: Any) -> str | None:
     if not isinstance(scale, (int, float)):
         return "the scale is an array, not a number"
     return None
+
+
+def value_parts(value_dim: int) -> int:
+    """Into how many value heads a wider one is cut: the columns of v do not meet in a recurrence."""
+    return -(-value_dim // MAX_DIM)
 
 
 class Problem(NamedTuple):
@@ -136,6 +144,16 @@ def recurrence(
     return_stats: bool,
 ) -> Results:
     """Outputs [B, T, Hv, V] in q's dtype, final state [B, Hv, K, V] float32 and, when asked, statistics."""
+    if (parts := value_parts(v.shape[3])) > 1:
+        shape, narrow = v.shape, (*v.shape[:2], v.shape[2] * parts, v.shape[3] // parts)
+        split = lambda s: jnp.moveaxis(s.reshape(*s.shape[:3], parts, -1), 3, 2).reshape(s.shape[0], -1, s.shape[2], narrow[3])  # noqa: E731
+        gates = tuple(None if x is None else jnp.repeat(x, parts, axis=2) for x in gates)
+        state = None if initial_state is None else split(initial_state)
+        o, final, *_ = recurrence(
+            block, q, k, v.reshape(narrow), gates, scale=scale, initial_state=state, segment_ids=segment_ids, return_stats=False
+        )
+        final = jnp.moveaxis(final.reshape(shape[0], shape[2], parts, *final.shape[2:]), 2, 3)
+        return results(o.reshape(shape), final.reshape(*final.shape[:3], shape[3]), None)
     (batch, length, _, key_dim), (num_heads, value_dim) = k.shape, v.shape[2:]
     here = current()
     full = k.dtype == jnp.float32

@@ -11,9 +11,9 @@ from plait.kernels.recurrence import Results
 Array = jax.Array
 
 
-def unsupported(q: Array, k: Array, v: Array, *gates: Any, scale: Any, **_: object) -> str | None:
+def unsupported(q: Array, k: Array, v: Array, *gates: Any, scale: Any, return_stats: bool = False, **_: object) -> str | None:
     """Why the kernel cannot serve a call, or None."""
-    return recurrence_tpu.unsupported(q, k, v, scale=scale)
+    return recurrence_tpu.unsupported(q, k, v, scale=scale, return_stats=return_stats)
 
 
 def scalar_decay(
