@@ -20,9 +20,8 @@ Array = jax.Array
 KEY_DIMS, VALUE_DIMS = (64, 128), (64, 128, 256)
 """Head dims that fill whole tiles and fit."""
 
-
 FORGET = -1e4
-"""The log decay that ends a segment: its exponential is 0, alone or in any sum."""
+"""The log decay that ends a segment, and the strongest: its exponential is 0, alone or in any sum."""
 
 
 class Prepared(NamedTuple):
@@ -101,7 +100,7 @@ def _prepare(
     segment_ids: Array | None, scale: float, q: Array, k: Array, v: Array, g: Array | None, beta: Array | None
 ) -> Prepared:
     """What does not depend on the state; T is a multiple of C."""
-    g = jnp.zeros(v.shape[:3], jnp.float32) if g is None else g.astype(jnp.float32)
+    g = jnp.zeros(v.shape[:3], jnp.float32) if g is None else jnp.maximum(g.astype(jnp.float32), FORGET)
     beta = None if beta is None else beta.astype(jnp.float32)
     if segment_ids is not None:
         index, real = segment_index(segment_ids)

@@ -55,7 +55,7 @@ def scores(keys: bool, scale: float, q: Array, k: Array, g: Array) -> tuple[Arra
     Args:
       q: [B, T, Hqk, K] bfloat16, T a multiple of C.
       k: [B, T, Hqk, K] bfloat16.
-      g: [B, T, H] or [B, T, H, K] float32; -1e4 or less where a segment starts.
+      g: [B, T, H] or [B, T, H, K] float32; -1e4 where a segment starts, and nowhere less.
     """
     return tuple(_shared(keys, scale, q, k, heads_to_lines(g)) if g.ndim == 3 else _by_channel(keys, scale, q, k, g))
 
