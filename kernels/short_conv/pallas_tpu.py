@@ -95,8 +95,11 @@ def _bits(segment_ids: Array, reach: int) -> Array:
     """int32 [B, T]: bit k where the token and the one k before it are in one segment; nothing for padding."""
     ids = jnp.concatenate([jnp.repeat(first_id(segment_ids), reach, axis=1), segment_ids], axis=1)
     length = segment_ids.shape[1]
-    same = [ids[:, reach - k : reach - k + length] == segment_ids for k in range(reach + 1)]
-    return sum(jnp.where(same[k] & (segment_ids != 0), 1 << k, 0) for k in range(reach + 1)).astype(jnp.int32)
+    bits = jnp.zeros_like(segment_ids, jnp.int32)
+    for k in range(reach + 1):
+        same = ids[:, reach - k : reach - k + length] == segment_ids
+        bits += jnp.where(same & (segment_ids != 0), 1 << k, 0)
+    return bits
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -121,12 +124,12 @@ def _backward(silu: bool, tiles: Tiles, saved: Any, d_y: Array) -> Any:
     taps, reach = weight.shape[0], weight.shape[0] - 1
     call = _Call(tiles, x, weight, bias, before, bits, backwards=True)
     rows = (taps + 1) * HALO
-    sums = (jax.ShapeDtypeStruct((x.shape[0], rows, call.channels), jnp.float32), (1, rows, tiles.channels), call.by_channel)
+    sums_tile = (jax.ShapeDtypeStruct((x.shape[0], rows, call.channels), jnp.float32), (1, rows, tiles.channels), call.by_channel)
     d_x, sums = call.run(
         partial(_backward_kernel, silu, bits is not None, taps),
         "short_conv_backward",
         more=[call.pad(d_y.astype(x.dtype))],
-        outputs=[call.tile, sums],
+        outputs=[call.tile, sums_tile],
         scratch=[_rows_of(tiles)] * 2,
     )
     sums = jnp.sum(sums.reshape(-1, taps + 1, HALO, call.channels), axis=(0, 2))[:, : x.shape[2]]
@@ -164,7 +167,7 @@ class _Call:
     def __init__(
         self, tiles: Tiles, x: Array, weight: Array, bias: Array, before: Array, bits: Array | None, *, backwards: bool = False
     ):
-        self.tiles, self.packed = tiles, bits is not None
+        self.tiles = tiles
         self.batch, length, channels = x.shape
         self.length = pl.cdiv(length, tiles.tokens) * tiles.tokens
         self.channels = pl.cdiv(channels, tiles.channels) * tiles.channels
@@ -198,7 +201,7 @@ class _Call:
             pl.BlockSpec((1, HALO, tiles.channels), self.by_channel),
             pl.BlockSpec((self.constants.shape[0], tiles.channels), lambda b, d, t: (0, d)),
         ]
-        if self.packed:
+        if self.bits is not None:
             inputs.append(self.bits)
             specs.append(pl.BlockSpec((1, 1, tiles.tokens), lambda b, d, t: (b, 0, self.order(t))))
             scratch = [*scratch, pltpu.VMEM((tiles.tokens + HALO, LANES), jnp.int32)]
