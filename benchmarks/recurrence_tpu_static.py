@@ -106,9 +106,7 @@ def _inputs(args: argparse.Namespace, shape, heads: int = 1):
 
 
 def _kernel(args: argparse.Namespace, shape):
-    import jax.numpy as jnp
-
-    from plait.kernels import chunk_tpu, recurrence_tpu
+    from plait.kernels import chunk_tpu, recurrence_tpu, recurrence_tpu_kernels
 
     x, gates = _inputs(args, shape)
     chunk = chunk_tpu.decay_and_add if len(gates) == 1 else chunk_tpu.erase_and_write
@@ -116,21 +114,16 @@ def _kernel(args: argparse.Namespace, shape):
     by_channel = gates[0] is not None and len(gates[0].shape) == 4
     tiles = recurrence_tpu.choose_tiles(args.generation, args.head_dim, args.head_dim, full, by_channel)
     if args.tiles:
-        tiles = recurrence_tpu.Tiles(**dict(zip(tiles.__dict__, map(int, args.tiles.split(",")), strict=True)))
+        tiles = recurrence_tpu_kernels.Tiles(**dict(zip(tiles.__dict__, map(int, args.tiles.split(",")), strict=True)))
     tiles = tiles.fit(args.seq_len)
-    problem = recurrence_tpu.Problem(chunk, tiles, args.head_dim**-0.5, full, args.stats)
+    problem = recurrence_tpu_kernels.Problem(chunk, tiles, args.head_dim**-0.5, full, args.stats)
     state = shape(1, 1, args.head_dim, args.head_dim)
     tokens = shape(1, 3, args.seq_len) if args.segments else None
-    operands = recurrence_tpu.Operands(x, x, x, gates, state, tokens)
+    operands = recurrence_tpu_kernels.Operands(x, x, x, gates, state, tokens)
     if args.kernel == "forward":
-        return lambda x: recurrence_tpu._forward(problem, x, keep=True), (operands,)
+        return lambda x: recurrence_tpu_kernels.forward(problem, x, keep=True), (operands,)
     entering = shape(1, 1, args.seq_len // (tiles.chunk_size * tiles.backward_chunks), *state.shape[2:])
-    return lambda x, *rest: jnp.asarray(0) if not rest else recurrence_tpu._backward(problem, x, *rest), (
-        operands,
-        entering,
-        x,
-        state,
-    )
+    return lambda *arrays: recurrence_tpu_kernels.backward(problem, *arrays), (operands, entering, x, state)
 
 
 def _chunked(args: argparse.Namespace, shape):

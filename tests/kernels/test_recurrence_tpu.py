@@ -11,7 +11,8 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from plait.kernels import recurrence_tpu
-from plait.kernels.recurrence_tpu import Tiles, choose_tiles
+from plait.kernels.recurrence_tpu import choose_tiles
+from plait.kernels.recurrence_tpu_kernels import Tiles
 from plait.kernels.target import target
 from plait.tests.kernels import cases
 from plait.tests.tolerances import assert_tree_close, in_float64
@@ -29,6 +30,7 @@ class Case(NamedTuple):
     dims: tuple[int, int] = (8, 4)
     batch: int = 1
     tiles: Tiles = Tiles(chunk_size=32, forward_chunks=2, backward_chunks=1)
+    stats: bool = True
 
 
 LARGE = Tiles(forward_chunks=2, backward_chunks=2)
@@ -86,10 +88,10 @@ def _run(implementation: str, case: Case, inputs: dict[str, jax.Array], state: j
     """Values, statistics and all gradients."""
 
     def outputs(inputs: dict[str, jax.Array], state: jax.Array) -> Any:
-        o, final_state, stats = cases.RECURRENCES[case.name].call(
-            inputs, initial_state=state, segment_ids=ids, implementation=implementation, return_stats=True
+        o, final_state, *stats = cases.RECURRENCES[case.name].call(
+            inputs, initial_state=state, segment_ids=ids, implementation=implementation, return_stats=case.stats
         )
-        return {"o": o, "final_state": final_state, **stats._asdict()}
+        return {"o": o, "final_state": final_state, **(stats[0]._asdict() if stats else {})}
 
     return cases.with_gradients(outputs, inputs, state)
 
@@ -117,6 +119,11 @@ def test_kernel_matches_reference(case: Case, monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("case", MORE + LONG, ids=_name)
 def test_kernel_matches_reference_in_more_cases(case: Case, monkeypatch: pytest.MonkeyPatch):
     _assert_matches(case, monkeypatch)
+
+
+def test_wide_values_are_cut_into_heads(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(recurrence_tpu, "MAX_DIM", 8)
+    _assert_matches(Case("scalar_decay", 33, "several", dims=(8, 16), stats=False), monkeypatch)
 
 
 def test_unsupported_says_why():
