@@ -151,10 +151,10 @@ def _backward(
         plgpu.commit_smem()
         d_lower = jnp.where(row > column, -matmul(SQUARE, (square, flip(inverse))), 0.0)
         d_beta[...] = jnp.sum(columns + d_lower * load(scores), axis=1)
-        d_values, d_keys = (matmul((CHUNK, w), (flip(weights), y)) for w, y in zip(dims, (d_written, d_erased), strict=True))
-        d_scores = by_row(beta) * d_lower
-        plgpu.commit_smem()
-        scores[...], keys[...], values[...] = d_scores, d_keys.astype(BF16), d_values.astype(BF16)
+        plgpu.commit_smem()  # Every warp has read the scores.
+        scores[...] = by_row(beta) * d_lower
+        for width, out, d_out in ((dims[0], values, d_written), (dims[1], keys, d_erased)):
+            out[...] = matmul((CHUNK, width), (flip(weights), d_out)).astype(BF16)
         out = (scores, d_beta, keys, values)
         send(*zip(out, [ref.at[b, h, n] if ref is outs[1] else at(ref, b, h, n) for ref in outs], strict=True))
 
