@@ -88,6 +88,7 @@ def timings(args: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
     for op in (args.ops or ",".join(cases.OPS)).split(","):
         for size in sizes.split(","):
             shape = Shape(*map(int, size.split("x")), vocabulary)
+            print(f"# {op}, {shape}", file=sys.stderr)
             x, fixed = cases.inputs(op, shape, dtype)
             names = args.implementations.split(",") if args.implementations else cases.implementations(op)
             functions = {name: cases.ours(op, name) for name in names} | cases.jax_peers(op)
