@@ -45,7 +45,11 @@ def unavailable() -> str | None:
 
 @contextlib.contextmanager
 def interpreting(*, detect_races: bool = True) -> Iterator[None]:
-    """Kernels traced here run in Pallas' GPU interpreter on the CPU; a data race raises an error."""
+    """Kernels traced here run in Pallas' GPU interpreter on the CPU; a data race raises an error.
+
+    A warpgroup that waits holds one of XLA's threads: with fewer of these than warpgroups and one, as on two cores, large tiles
+    hang. Set NPROC=8, or XLA_FLAGS=--xla_force_host_platform_device_count=8, before JAX starts.
+    """
     token = _interpreting.set(plgpu.InterpretGPUParams(detect_races=detect_races))  # type: ignore[attr-defined]
     try:
         yield
