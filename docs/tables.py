@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import json
 import re
 import sys
 import textwrap
@@ -30,6 +31,11 @@ FOLDER = Path(__file__).resolve().parent
 PAGES = (FOLDER.parent / "README.md", *sorted(FOLDER.glob("*.md")))
 COMMAND = "python docs/tables.py"
 WIDTH, LENGTH = 1024, 4096  # at which mixers are compared, as in `launch.py list mixers`
+PROOFS = {
+    "interpreter": "agrees with the reference in an interpreter",
+    "compiled": "compiled ahead of time, forward and backward",
+    "hardware": "run on hardware",
+}
 _MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end table -->)", re.DOTALL)
 
 
@@ -103,6 +109,21 @@ def kernels() -> str:
     )
 
 
+def proofs() -> str:
+    """What is proven of each accelerator kernel, from `proofs.json`. Raises ValueError where that and the registry differ."""
+    known = json.loads((FOLDER / "proofs.json").read_text("utf-8"))
+    everywhere = registered(everywhere=True)
+    kernels = {op: [name for name in names if name not in everywhere[op]] for op, names in registered().items()}
+    rows = []
+    for op, names in kernels.items():
+        if (listed := sorted(known.get(op, {}))) != sorted(names):
+            raise ValueError(
+                f"docs/proofs.json lists {listed} for {op}, the registry has {sorted(names)}; describe what is there"
+            )
+        rows += [[f"`{op}`", f"`{name}`", *(known[op][name][key] for key in PROOFS)] for name in names]
+    return markdown(("op", "implementation", *PROOFS.values()), rows)
+
+
 def preset_table() -> str:
     """Presets, their purpose and where they run."""
     rows = []
@@ -129,6 +150,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "mixers": mixers,
     "mixer_options": mixer_options,
     "kernels": kernels,
+    "proofs": proofs,
     "presets": preset_table,
     "stats": stats,
     "thresholds": thresholds,

@@ -14,9 +14,8 @@ from plait.models.mixers.stats import ProbeConfig, Stats
 def token_losses(model: LM, batch: Batch, probe: ProbeConfig | None = None) -> tuple[jax.Array, jax.Array, list[Stats | None]]:
     """Negative log-likelihood in nats and log-normaliser of each token, `[B, T]` float32 (0 off the loss mask), and the layers' statistics."""
     hidden, stats = model.hidden(batch.tokens, segment_ids=batch.segment_ids, positions=batch.positions, probe=probe)
-    nll, lse = cross_entropy(
-        hidden, model.head_weight(), batch.targets, loss_mask=batch.loss_mask, logit_soft_cap=model.config.logit_soft_cap
-    )
+    weight = model.head_weight().astype(hidden.dtype)
+    nll, lse = cross_entropy(hidden, weight, batch.targets, loss_mask=batch.loss_mask, logit_soft_cap=model.config.logit_soft_cap)
     return nll, lse, stats
 
 

@@ -42,19 +42,21 @@ def choose_tiles(generation: str, key_dim: int, value_dim: int, dtype: Any) -> T
 
 
 def unsupported(
-    q: Array, k: Array, v: Array, *, scale: float, segment_ids: Array | None, block_table: BlockTable | None = None, **_: object
+    q: Array, k: Array, v: Array, *, mask: Mask, scale: float, block_table: BlockTable | None = None, **_: object
 ) -> str | None:
     """Why this kernel cannot serve a call, or None."""
     heads = 1 if block_table is None else block_table.visible.shape[1]
-    return _unsupported(q, k, v, scale, block_table, heads)
+    return _unsupported(q, k, v, mask, scale, block_table, heads)
 
 
-def routed_unsupported(q: Array, k: Array, v: Array, active: Array, *, scale: float, **_: object) -> str | None:
+def routed_unsupported(q: Array, k: Array, v: Array, active: Array, *, mask: Mask, scale: float, **_: object) -> str | None:
     """Why this kernel cannot serve a call of `routed_attention`, or None."""
-    return _unsupported(q, k, v, scale, None, q.shape[2])
+    return _unsupported(q, k, v, mask, scale, None, q.shape[2])
 
 
-def _unsupported(q: Array, k: Array, v: Array, scale: float, block_table: BlockTable | None, heads: int) -> str | None:
+def _unsupported(
+    q: Array, k: Array, v: Array, mask: Mask, scale: float, block_table: BlockTable | None, heads: int
+) -> str | None:
     if reason := not_on("tpu"):
         return reason
     dtypes = {x.dtype.name for x in (q, k, v)}
@@ -66,7 +68,7 @@ def _unsupported(q: Array, k: Array, v: Array, scale: float, block_table: BlockT
         return f"{q.shape[1]} queries and {k.shape[1]} keys fill no tile of at least {MIN_QUERIES}"
     if not isinstance(scale, (int, float)) or scale <= 0:
         return "the scale is not a number above 0"
-    tiles = _tiles(q, k, v)
+    tiles = _tiles(q, k, v, mask, block_table)
     if block_table is not None:
         own = block_table.block_kv
         for size in (tiles.block_kv, tiles.block_kv_dq, tiles.block_kv_dkv):
@@ -80,10 +82,18 @@ def _unsupported(q: Array, k: Array, v: Array, scale: float, block_table: BlockT
     return None
 
 
-def _tiles(q: Array, k: Array, v: Array) -> Tiles:
+def _tiles(q: Array, k: Array, v: Array, mask: Mask, table: BlockTable | None = None) -> Tiles:
+    """The tiles of a call. Where blocks are hidden, none is larger than a block (of 128 at least), so that they are hidden tiles;
+    a window of less than four tiles of keys gets smaller ones, which waste less at its ends."""
     here = current()
     generation = "v5e" if here is None else here.generation
-    return choose_tiles(generation, q.shape[-1], v.shape[-1], q.dtype).fit(q.shape[1], k.shape[1])
+    reach = mask.reach_back()
+    most = 512 if reach is not None and reach < 4096 else 1024
+    if mask.alignment > 1:
+        most = min(most, max(LANES, mask.alignment))
+    sizes = [most, most] if table is None else [min(most, max(LANES, x)) for x in (table.block_q, table.block_kv)]
+    tiles = choose_tiles(generation, q.shape[-1], v.shape[-1], q.dtype)
+    return tiles.fit(min(sizes[0], q.shape[1]), min(sizes[1], k.shape[1]))
 
 
 def attention(
@@ -115,7 +125,7 @@ def attention(
         queries = keys = Tokens(*(x[:1] for x in queries))
     problem = Problem(
         layout=Layout(mask=mask, num_queries=q.shape[1], num_keys=k.shape[1], own_keys=own_keys, packed=packed),
-        tiles=_tiles(q, k, v),
+        tiles=_tiles(q, k, v, mask, block_table),
         scale=float(scale),
         sigmoid=normalizer == "sigmoid",
         stats=return_stats,
@@ -156,7 +166,7 @@ def routed_attention(
     queries = Tokens(gather(jnp.where(active, tokens.segment_ids[:, None], 0)), gather(tokens.positions[:, None]))
     problem = Problem(
         layout=Layout(mask=mask, num_queries=q.shape[1], num_keys=k.shape[1], own_keys=False, packed=True),
-        tiles=_tiles(q, k, v),
+        tiles=_tiles(q, k, v, mask),
         scale=float(scale),
         sigmoid=False,
         stats=False,

@@ -130,7 +130,7 @@ def _visible(problem: Problem, tokens: Sequence[Any], keys: _Keys, queries: slic
     if problem.table_blocks is not None:
         block, tile = problem.table_blocks[1], tokens[1].shape[3]
         key = keys.at.start + jax.lax.broadcasted_iota(jnp.int32, visible.shape, 0)
-        entry = key // block if block < tile else jnp.zeros_like(key)
+        entry = jax.lax.div(key, jnp.full_like(key, block)) if block < tile else jnp.zeros_like(key)
         bits = jnp.broadcast_to(tokens[2][0, 0, 0, :, queries], visible.shape)
         visible &= (jax.lax.shift_right_logical(bits, entry) & 1) == 1
     return visible

@@ -8,6 +8,8 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from plait.kernels.recurrence import RecurrenceStats
+
 SINK_THRESHOLD = 0.3
 """alpha_1 above which a head counts as a sink for a sequence (arXiv 2410.10781)."""
 
@@ -164,28 +166,21 @@ def start_ratio(norms: jax.Array, *, segment_ids: jax.Array, positions: jax.Arra
     return first / jnp.maximum(rest, 1e-30)
 
 
-def recurrent_statistics(
-    *, g: jax.Array | None, writes: jax.Array, state: jax.Array, segment_ids: jax.Array
-) -> dict[str, jax.Array]:
+def recurrent_statistics(stats: RecurrenceStats, *, state: jax.Array, segment_ids: jax.Array) -> dict[str, jax.Array]:
     """Statistics of a decaying state; padding is left out.
 
     Args:
-        g: log decay `[B, T, H]` or `[B, T, H, K]`, None for a state that never decays.
-        writes: Frobenius norm of each token's write `[B, T, H]`.
+        stats: as the recurrence's kernel gives them, by spans of tokens.
         state: final state `[B, H, K, V]`.
         segment_ids: `[B, T]`, 0 for padding.
     """
-    real = (segment_ids > 0)[:, :, None]
-    norms = jnp.linalg.norm(state, axis=(-2, -1))
-    out = {
-        "write_strength": _masked_mean(writes.astype(jnp.float32), real, axis=(0, 1)),
-        "state_norm": _masked_mean(norms, real.any(1), axis=0),
+    weight = stats.num_tokens / jnp.maximum(stats.num_tokens.sum((0, 1)), 1.0)[None, None, :]  # [B, spans, H]
+    real = (segment_ids > 0).any(1)[:, None]
+    return {
+        "write_strength": (stats.write_strength * weight).sum((0, 1)),
+        "state_norm": _masked_mean(jnp.linalg.norm(state, axis=(-2, -1)), real, axis=0),
+        "decay_horizon": 1.0 / jnp.maximum((weight / stats.decay_horizon).sum((0, 1)), 1e-9),
     }
-    if g is not None:
-        rate = -g.astype(jnp.float32)
-        rate = rate.mean(-1) if rate.ndim == 4 else rate
-        out["decay_horizon"] = 1.0 / jnp.maximum(_masked_mean(rate, real, axis=(0, 1)), 1e-9)
-    return out
 
 
 def residual_statistics(

@@ -150,9 +150,8 @@ class GatedDeltaNet(HeadMixer):
         return delta_rule_rows(inputs.q, inputs.k, inputs.g, inputs.beta, rows=rows, segment_ids=segment_ids)
 
     def observe(self, inputs, x, *, segment_ids, positions):
-        _, memory = delta_rule(*inputs, segment_ids=segment_ids)
-        writes = inputs.beta * jnp.linalg.norm(inputs.v.astype(jnp.float32), axis=-1)  # keys have unit norm
-        return recurrent_statistics(g=inputs.g, writes=writes, state=memory, segment_ids=segment_ids)
+        _, memory, stats = delta_rule(*inputs, segment_ids=segment_ids, return_stats=True)
+        return recurrent_statistics(stats, state=memory, segment_ids=segment_ids)
 
 
 def _init_a_log(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:

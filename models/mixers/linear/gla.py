@@ -108,6 +108,5 @@ class GLA(HeadMixer):
         return vector_decay_rows(inputs.q, inputs.k, inputs.g, rows=rows, segment_ids=segment_ids)
 
     def observe(self, inputs, x, *, segment_ids, positions):
-        _, memory = vector_decay(*inputs, segment_ids=segment_ids)
-        norm = lambda y: jnp.linalg.norm(y.astype(jnp.float32), axis=-1)  # noqa: E731
-        return recurrent_statistics(g=inputs.g, writes=norm(inputs.k) * norm(inputs.v), state=memory, segment_ids=segment_ids)
+        _, memory, stats = vector_decay(*inputs, segment_ids=segment_ids, return_stats=True)
+        return recurrent_statistics(stats, state=memory, segment_ids=segment_ids)

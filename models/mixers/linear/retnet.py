@@ -105,6 +105,5 @@ class RetNet(HeadMixer):
         return scalar_decay_rows(inputs.q, inputs.k, inputs.g, rows=rows, segment_ids=segment_ids)
 
     def observe(self, inputs, x, *, segment_ids, positions):
-        _, memory = scalar_decay(*inputs, segment_ids=segment_ids)
-        norm = lambda y: jnp.linalg.norm(y.astype(jnp.float32), axis=-1)  # noqa: E731
-        return recurrent_statistics(g=inputs.g, writes=norm(inputs.k) * norm(inputs.v), state=memory, segment_ids=segment_ids)
+        _, memory, stats = scalar_decay(*inputs, segment_ids=segment_ids, return_stats=True)
+        return recurrent_statistics(stats, state=memory, segment_ids=segment_ids)
