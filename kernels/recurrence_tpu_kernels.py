@@ -197,11 +197,11 @@ def _advance(problem: Problem, chunks: list[Inputs], rows: list[_Rows], state: A
 
 def _sums(x: Inputs, written: Written) -> tuple[Array, Array, Array]:
     """[1, 1] each: the leaving state's squares, and the sums of |k| |u| and of -g."""
-    total = lambda y: jnp.sum(jnp.sum(y, axis=1, keepdims=True), axis=0, keepdims=True)  # noqa: E731
-    norm = lambda y: jnp.sqrt(jnp.sum(y * y, axis=1, keepdims=True))  # noqa: E731
+    total = lambda y: jnp.sum(jnp.sum(y, axis=0, keepdims=True), axis=1, keepdims=True)  # noqa: E731
+    squares = lambda y: jnp.sum(y * y, axis=1, keepdims=True)  # noqa: E731
     g = x.gates[0]
     rate = jnp.zeros((1, 1), jnp.float32) if g is None else total(g) * (-1.0 / (1 if g.shape[0] == 1 else g.shape[1]))
-    return total(written.state * written.state), total(norm(x.k) * norm(written.values)), rate
+    return total(written.state * written.state), total(jnp.sqrt(squares(x.k) * squares(written.values))), rate
 
 
 def _forward_kernel(problem: Problem, x: Operands, chunks: int, keep: bool, initial: Any, *refs: Any) -> None:
