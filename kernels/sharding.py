@@ -58,7 +58,7 @@ class Shards:
             return
         self.axes = axes
         names = axes.arguments + (axes.arguments[-1],) * (len(args) - len(axes.arguments))
-        self.named = {i: letters for i, letters in enumerate(names) if args[i] is not None}
+        self.named: dict[int | str, str] = {i: letters for i, letters in enumerate(names) if args[i] is not None}
         self.named |= {name: letters for name, letters in axes.options.items() if _has_arrays(options.get(name))}
         self.ways = {letter: math.prod(self.mesh.shape[axis] for axis in over) for letter, over in split.over.items()}
         divides = dict.fromkeys(self.ways, True)

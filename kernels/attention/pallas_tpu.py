@@ -133,11 +133,12 @@ def attention(
     )
     bias = jnp.broadcast_to(jnp.asarray(0 if sigmoid_bias is None else sigmoid_bias, jnp.float32), (q.shape[2],))
     table = None if block_table is None else block_table.visible
-    sides_by_head = (Tokens(*(x[:, None] for x in side)) for side in (queries, keys))
-    o, rows = _flash(problem, Operands(*(jnp.swapaxes(x, 1, 2) for x in (q, k, v)), bias, *sides_by_head, table))
+    q_side, k_side = (Tokens(*(x[:, None] for x in side)) for side in (queries, keys))
+    q_heads, k_heads, v_heads = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+    o, rows = _flash(problem, Operands(q_heads, k_heads, v_heads, bias, q_side, k_side, table))
     o, stats = jnp.moveaxis(o, 3, 1), [jnp.moveaxis(x, 2, 1) for x in rows]  # [B, H, V, T] and [B, H, T] to token-major
     if return_stats:
-        where = {"own_keys": own_keys, "mask": mask, "block_table": block_table, "scale": float(scale)}
+        where: dict[str, Any] = {"own_keys": own_keys, "mask": mask, "block_table": block_table, "scale": float(scale)}
         sigmoid = bias if problem.sigmoid else None
         stats.append(first_mass(q, k, stats[0], queries, keys, sigmoid_bias=sigmoid, **where))
     if sinks is not None:

@@ -201,7 +201,8 @@ def _forward_kernel(problem: Problem, schedule: Schedule, table: Any, bias: Any,
         if masked:
             visible = _visible(problem, tokens, keys, queries)
         shown = jnp.where(visible, z, HIDDEN) if masked else z
-        old, highest = peak[:, queries], None
+        old = peak[:, queries]
+        highest: Any = None
         if problem.stats or not problem.sigmoid:
             highest = jnp.maximum(old, jnp.max(shown, axis=0, keepdims=True))
             peak[:, queries] = highest

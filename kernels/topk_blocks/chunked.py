@@ -16,12 +16,12 @@ MAX_SCORES = 1 << 24
 
 
 def topk_blocks(
-    q: Array, k: Array, *, block_q: int, block_kv: int, by_group: bool, segment_ids: Array | None, **counts: int
+    q: Array, k: Array, *, block_q: int, block_kv: int, by_group: bool, segment_ids: Array | None, **counts: Any
 ) -> Array:
     """See `plait.kernels.topk_blocks`; the table's array."""
     side = tokens(segment_ids, None, *q.shape[:2])
     blocks = key_blocks(k, side, block_kv)
-    choose = partial(select, blocks=blocks, block_kv=block_kv, by_group=by_group, **counts)
+    choose: Any = partial(select, blocks=blocks, block_kv=block_kv, by_group=by_group, **counts)
     q, first, ids, positions = query_blocks(q, side, block_q)
     rows = first.shape[0]
     at_a_time = max(1, MAX_SCORES // (q.shape[0] * q.shape[2] * blocks.start.shape[0]))

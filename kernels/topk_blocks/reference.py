@@ -1,6 +1,6 @@
 """Block selection as written: all scores of all query blocks with all key blocks."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -81,9 +81,10 @@ def query_blocks(q: Array, side: Tokens, block_q: int) -> tuple[Array, Array, Ar
 
 
 def topk_blocks(
-    q: Array, k: Array, *, block_q: int, block_kv: int, by_group: bool, segment_ids: Array | None, **counts: int
+    q: Array, k: Array, *, block_q: int, block_kv: int, by_group: bool, segment_ids: Array | None, **counts: Any
 ) -> Array:
     """See `plait.kernels.topk_blocks`; the table's array."""
     side = tokens(segment_ids, None, *q.shape[:2])
     blocks = key_blocks(k, side, block_kv)
-    return select(*query_blocks(q, side, block_q), blocks, block_kv=block_kv, by_group=by_group, **counts)
+    at, first, ids, positions = query_blocks(q, side, block_q)
+    return select(at, first, ids, positions, blocks, block_kv=block_kv, by_group=by_group, **counts)

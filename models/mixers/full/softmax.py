@@ -150,7 +150,8 @@ class Softmax(HeadMixer):
         if options.pop("normalizer") != "softmax":
             return super().attend_active(inputs, active, segment_ids=segment_ids, positions=positions)
         del options["sigmoid_bias"]
-        return routed_attention(*inputs, active, segment_ids=segment_ids, positions=positions, **options)
+        q, k, v = inputs
+        return routed_attention(q, k, v, active, segment_ids=segment_ids, positions=positions, **options)
 
     def attend_step(self, inputs, *, positions, state):
         state = self._remember(state, inputs, positions, keep=jnp.ones_like(positions, bool))
