@@ -60,6 +60,22 @@ def check_segment_ids(op: str, name: str, segment_ids: Array | None, batch: int,
             )
 
 
+def check_floating(op: str, **arrays: Array) -> None:
+    """Raises ValueError unless the named arrays hold floating-point numbers."""
+    for name, array in arrays.items():
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"{op}: {name}.dtype={array.dtype} must be a floating-point type; cast it to float32 or bfloat16")
+
+
+def check_log_decay(op: str, g: Array | None) -> None:
+    """Raises ValueError where a log decay whose values are known is above 0: the state would grow without bound."""
+    if g is None or isinstance(g, jax.core.Tracer) or not getattr(g, "is_fully_addressable", True):
+        return
+    largest = float(np.max(np.asarray(g, np.float32), initial=-np.inf))
+    if largest > 0:
+        raise ValueError(f"{op}: g holds {largest:.3g}; a log decay must be at most 0; pass log(decay) of decays in (0, 1]")
+
+
 def check_chunk_size(op: str, chunk_size: int) -> None:
     """Raises ValueError unless `chunk_size` is a power of two (chunks are halved recursively)."""
     if chunk_size < 1 or chunk_size & (chunk_size - 1):
@@ -80,6 +96,7 @@ def check_recurrence(
     """Checks the arguments that all linear recurrences share; `gates` maps a name to its array and its allowed axes."""
     check_rank(op, "q", q, "[B, T, Hqk, K]")
     check_rank(op, "v", v, "[B, T, Hv, V]")
+    check_floating(op, q=q, k=k, v=v)
     check_shape(op, "k", k, q.shape, "[B, T, Hqk, K] as q")
     batch, length, num_qk_heads, key_dim = q.shape
     num_heads, value_dim = v.shape[2:]
@@ -92,6 +109,7 @@ def check_recurrence(
         if gate is not None and gate.shape not in [sizes[legend] for legend in legends]:
             allowed = " or ".join(f"{legend} = {sizes[legend]}" for legend in legends)
             raise ValueError(f"{op}: {name}.shape={gate.shape} must be {allowed}; gates live on the value heads")
+    check_log_decay(op, gates["g"][0] if "g" in gates else None)
     if initial_state is not None:
         check_shape(op, "initial_state", initial_state, (batch, num_heads, key_dim, value_dim), "[B, Hv, K, V]")
     check_segment_ids(op, "segment_ids", segment_ids, batch, length)

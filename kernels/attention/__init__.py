@@ -9,7 +9,7 @@ from plait.kernels.attention.implied import attention_rows
 from plait.kernels.attention.reference import AttentionStats
 from plait.kernels.dispatch import Implementation, Op, kernel
 from plait.kernels.masks import BlockTable, Mask
-from plait.kernels.shapes import check_divides, check_rank, check_segment_ids, check_shape
+from plait.kernels.shapes import check_divides, check_floating, check_rank, check_segment_ids, check_shape
 from plait.kernels.sharding import Axes
 
 __all__ = ["AttentionStats", "attention", "attention_rows"]
@@ -131,6 +131,7 @@ def _check_tokens(
     check_rank(op, "q", q, "[B, T, H, K]")
     check_rank(op, "k", k, "[B, S, Hkv, K]")
     check_rank(op, "v", v, "[B, S, Hkv, V]")
+    check_floating(op, q=q, k=k, v=v)
     batch, length, num_heads, key_dim = q.shape
     num_keys, num_kv_heads = k.shape[1:3]
     check_shape(op, "k", k, (batch, num_keys, num_kv_heads, key_dim), "[B, S, Hkv, K] with B and K of q")

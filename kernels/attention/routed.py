@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from plait.kernels.attention import chunked, reference
 from plait.kernels.dispatch import Implementation, Op, kernel
 from plait.kernels.masks import Mask
-from plait.kernels.shapes import check_divides, check_rank, check_segment_ids, check_shape
+from plait.kernels.shapes import check_divides, check_floating, check_rank, check_segment_ids, check_shape
 from plait.kernels.sharding import Axes
 
 Array = jax.Array
@@ -77,6 +77,7 @@ def routed_attention(
     check_rank(op, "v", v, "[B, T, Hkv, V]")
     check_shape(op, "v", v, (*k.shape[:3], v.shape[3]), "[B, T, Hkv, V] with B, T and Hkv of k")
     check_divides(op, "the number of k and v heads", k.shape[2], "the number of q heads", num_heads)
+    check_floating(op, q=q, k=k, v=v)
     check_shape(op, "active", active, (batch, length, num_heads), "[B, T, H]")
     if active.dtype != bool:
         raise ValueError(f"{op}: active.dtype={active.dtype} must be bool; compare it with 0")

@@ -46,6 +46,7 @@ def test_exceptions_propagate():
         broken("auto")
 
 
+TABLE = kernels.BlockTable(visible=jnp.ones((2, 2, 2, 2), bool), block_q=3, block_kv=2)
 QK, V, G, STATE = jnp.zeros((2, 6, 2, 8)), jnp.zeros((2, 6, 4, 3)), jnp.zeros((2, 6, 4)), jnp.zeros((2, 4, 8, 3))
 
 
@@ -58,6 +59,17 @@ QK, V, G, STATE = jnp.zeros((2, 6, 2, 8)), jnp.zeros((2, 6, 4, 3)), jnp.zeros((2
         (lambda: kernels.vector_decay(QK, QK, V, G), "g.shape=(2, 6, 4) must be [B, T, Hv, K] = (2, 6, 4, 8)"),
         (lambda: kernels.delta_rule(QK, QK, V, G, G[:, :, :2]), "beta.shape=(2, 6, 2) must be [B, T, Hv] = (2, 6, 4)"),
         (lambda: kernels.delta_rule(QK, QK, V, None, G, initial_state=STATE[:, :2]), "initial_state.shape=(2, 2, 8, 3) must be"),
+        (lambda: kernels.scalar_decay(QK, QK, V, G + 0.5), "scalar_decay: g holds 0.5; a log decay must be at most 0"),
+        (lambda: kernels.scalar_decay(QK.astype(int), QK, V, G), "q.dtype=int32 must be a floating-point type"),
+        (lambda: kernels.attention(QK, QK, QK.astype(bool), mask=Mask()), "v.dtype=bool must be a floating-point type"),
+        (
+            lambda: kernels.attention(QK, QK, QK, mask=Mask(), block_table=TABLE),
+            "block_table.visible.shape=(2, 2, 2, 2) must be [B, H or 1, ceil(T / block_q), ceil(S / block_kv)] = (2, 2, 2, 3)",
+        ),
+        (
+            lambda: kernels.routed_attention(QK, QK, QK, QK[..., 0], mask=Mask()),
+            "routed_attention: active.dtype=float32 must be bool",
+        ),
         (lambda: kernels.delta_rule(QK, QK, V, None, G, chunk_size=48), "chunk_size=48 must be a power of two"),
         (
             lambda: kernels.scalar_decay(QK, QK, V, G, segment_ids=jnp.ones((2, 5), int)),
