@@ -1,6 +1,7 @@
 """The ops that mixers are made of, each with several implementations behind one public function."""
 
 from plait.kernels.attention import AttentionStats, attention, attention_rows
+from plait.kernels.attention.masses import column_mass, first_masses
 from plait.kernels.attention.routed import routed_attention
 from plait.kernels.cross_entropy import cross_entropy
 from plait.kernels.delta_rule import delta_rule, delta_rule_rows
@@ -19,9 +20,11 @@ __all__ = [
     "attention",
     "attention_rows",
     "chosen",
+    "column_mass",
     "cross_entropy",
     "delta_rule",
     "delta_rule_rows",
+    "first_masses",
     "registered",
     "routed_attention",
     "scalar_decay",

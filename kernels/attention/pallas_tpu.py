@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from plait.kernels.attention import tpu_kernels
+from plait.kernels.attention.reference import MASKED as HIDDEN
 from plait.kernels.attention.reference import AttentionStats, Tokens, sides
 from plait.kernels.attention.rows import first_mass, gradient_rows, with_sinks
 from plait.kernels.attention.schedule import Layout, renumbered
@@ -179,6 +180,26 @@ def routed_attention(
     if sinks is not None:
         o = (o * jax.nn.sigmoid(lse - sinks.astype(jnp.float32).reshape(1, -1, 1))[:, :, None]).astype(o.dtype)
     return jnp.swapaxes(_permuted(jnp.swapaxes(o, 2, 3), back, order), 1, 2)
+
+
+def column_mass_unsupported(q: Array, k: Array, lse: Array, *, mask: Mask, scale: float, **_: object) -> str | None:
+    """Why this kernel cannot serve a call of `column_mass`, or None."""
+    return _unsupported(q, k, k, mask, scale, None, 1)
+
+
+def column_mass(
+    q: Array, k: Array, lse: Array, *, mask: Mask, segment_ids: Array | None, positions: Array | None, scale: float
+) -> Array:
+    """See `plait.kernels.column_mass`."""
+    packed = segment_ids is not None or positions is not None
+    tokens = renumbered(sides(q, k, segment_ids=segment_ids, positions=positions, kv_segment_ids=None, kv_positions=None)[0])
+    side = Tokens(*(x[: None if packed else 1, None] for x in tokens))
+    layout = Layout(mask=mask, num_queries=q.shape[1], num_keys=k.shape[1], own_keys=True, packed=packed)
+    problem = Problem(layout=layout, tiles=_tiles(q, k, k, mask), scale=float(scale), sigmoid=False, stats=False)
+    bias = jnp.zeros(q.shape[2], jnp.float32)
+    lse = jnp.swapaxes(jnp.where(lse > HIDDEN / 2, lse, -HIDDEN), 1, 2)
+    mass = tpu_kernels.column_mass(problem, Operands(jnp.swapaxes(q, 1, 2), jnp.swapaxes(k, 1, 2), None, bias, side, side), lse)
+    return jnp.swapaxes(mass, 1, 2)
 
 
 @jax.custom_vjp

@@ -56,23 +56,24 @@ def first_mass(
     block_table: BlockTable | None,
     scale: float,
     sigmoid_bias: Array | None,
+    position: int = 0,
 ) -> Array:
-    """The weight [B, T, H] of each row on its segment's first token, from the row's lse and one score: no kernel looks for it.
+    """The weight [B, T, H] of each row on its segment's token at `position`, from the row's lse and one score: no kernel looks for it.
 
     Args:
       q, k: [B, T, H, K] and [B, S, Hkv, K].
-      lse: [B, T, H] float32, without sink logits.
+      lse: [B, T, H] float32; with sink logits in it the weights are those beside a sink.
       queries, keys: int32 [B or 1, T] and [B or 1, S]; one row of them is one segment where `own_keys`.
       sigmoid_bias: [H], or None for the softmax.
     """
-    index = _first_keys(queries, keys, own_keys)  # [B or 1, T]
+    index = _keys_at(position, queries, keys, own_keys)  # [B or 1, T]
     at = jnp.broadcast_to(index, (k.shape[0], index.shape[1]))[:, :, None, None]
     first = jnp.take_along_axis(k, at, axis=1)  # [B, T, Hkv, K]
     grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
     z = jnp.einsum("btgrk,btgk->btgr", grouped, first, precision=matmul_precision(q.dtype), preferred_element_type=jnp.float32)
     z = scale * z.reshape(lse.shape)
     ids, positions = (jnp.take_along_axis(x, index, axis=1) for x in keys)
-    visible = (ids == queries.segment_ids) & (ids != 0) & (positions == 0) & mask.reaches(queries.positions, positions)
+    visible = (ids == queries.segment_ids) & (ids != 0) & (positions == position) & mask.reaches(queries.positions, positions)
     visible = visible[:, :, None] & (lse > HIDDEN / 2)
     if block_table is not None:
         blocks = jnp.arange(q.shape[1]) // block_table.block_q
@@ -85,11 +86,11 @@ def first_mass(
     return jnp.where(visible, jax.nn.sigmoid(z + sigmoid_bias.reshape(1, 1, -1)) * jnp.exp(-lse), 0)
 
 
-def _first_keys(queries: Tokens, keys: Tokens, own_keys: bool) -> Array:
-    """int32 [B or 1, T]: where the first token of each query's segment is, or any index where there is none."""
+def _keys_at(position: int, queries: Tokens, keys: Tokens, own_keys: bool) -> Array:
+    """int32 [B or 1, T]: where the token at `position` of each query's segment is, or any index where there is none."""
     if own_keys:
-        return segment_starts(queries.segment_ids)
-    found = jnp.where(keys.positions == 0, keys.segment_ids, jnp.iinfo(jnp.int32).max)
+        return jnp.minimum(segment_starts(queries.segment_ids) + position, keys.positions.shape[1] - 1)
+    found = jnp.where(keys.positions == position, keys.segment_ids, jnp.iinfo(jnp.int32).max)
     order = jnp.argsort(found, axis=1)
     ranked = jnp.take_along_axis(found, order, axis=1)
     rank = jax.vmap(jnp.searchsorted)(ranked, queries.segment_ids)

@@ -1,4 +1,4 @@
-"""The three kernels of flash attention for TPU: forward, query gradients, key gradients. The math is in `pallas_tpu`."""
+"""The kernels of flash attention for TPU: forward, query gradients, key gradients, column mass. The math is in `pallas_tpu`."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -69,8 +69,8 @@ class Operands(NamedTuple):
     """[B, H, T, K]"""
     k: Array
     """[B, Hkv, S, K]"""
-    v: Array
-    """[B, Hkv, S, V]"""
+    v: Any
+    """[B, Hkv, S, V], or None where only the weights matter."""
     bias: Array
     """[H] float32, added to the sigmoid's logits."""
     queries: Any
@@ -344,6 +344,44 @@ def key_gradients(problem: Problem, x: Operands, d_o: Array, rows: Sequence[Arra
     return d_k[:, :, :num_keys], d_v[:, :, :num_keys]
 
 
+def _column_mass_kernel(problem: Problem, schedule: Schedule, table: Any, bias: Any, *refs: Any) -> None:
+    q, k, lse, *tokens, mass, total = refs
+    b, h, j, _, step = (pl.program_id(axis) for axis in range(5))
+
+    @pl.when(step == 0)
+    def _start():
+        total[...] = jnp.zeros_like(total)
+
+    def tile(masked: bool) -> None:
+        for keys in _key_parts(tokens, masked, _GRADIENT_PART[0]):
+            for queries in _cuts(q.shape[2], _GRADIENT_PART[1]):
+                z = _dot(k[0, 0, keys.at], q[0, 0, queries], _NT)
+                weights = jnp.exp2((problem.scale * _LOG2_E) * z - lse[0, 0, 0:1, queries])
+                if masked:
+                    weights = jnp.where(_visible(problem, tokens, keys, queries), weights, 0)
+                total[keys.at] += jnp.sum(weights, axis=1, keepdims=True)
+
+    _by_kind(schedule.lookup(table, b, h, j, step)[1], tile)
+
+    @pl.when(step == pl.num_programs(4) - 1)
+    def _finish():
+        mass[0, 0] = total[...]
+
+
+def column_mass(problem: Problem, x: Operands, lse: Array) -> Array:
+    """sum_i A_ij, float32 [B, H, S], for lse [B, H, T] that is large where a row sees nothing."""
+    tiling = _Tiling(problem, x, problem.tiles.block_q_dkv, problem.tiles.block_kv_dkv)
+    tiling.num_kv_heads = tiling.num_heads  # each head has sums of its own, on the keys it shares
+    (mass,) = tiling.over_keys(
+        _column_mass_kernel,
+        "attention_column_mass",
+        extra=(((lse * _LOG2_E)[:, :, None], "q", 3),),
+        outputs=((1, jnp.float32),),
+        scratch=[pltpu.VMEM((problem.tiles.block_kv_dkv, 1), jnp.float32)],
+    )
+    return mass[:, :, : x.k.shape[2], 0]
+
+
 _Inputs = tuple[tuple[Array, str, int], ...]
 """Arrays [B or 1, any heads, ., .], the side they belong to and the axis of its tokens."""
 
@@ -402,7 +440,8 @@ class _Tiling:
     ) -> list[Array]:
         x = self.x
         tokens: Any = tuple((jnp.stack(both, axis=2), side, 3) for side, both in self.tokens.items())  # [B, H or 1, 2, T]
-        inputs = ((x.q, "q", 2), (x.k, "kv", 2), (x.v, "kv", 2), *extra)
+        values = () if x.v is None else ((x.v, "kv", 2),)
+        inputs = ((x.q, "q", 2), (x.k, "kv", 2), *values, *extra)
         inputs = tuple((self._pad(array, side, axis), side, axis) for array, side, axis in inputs) + tokens
         if self.bits is not None:
             inputs += ((self.bits, "q", 4),)

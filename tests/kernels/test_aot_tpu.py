@@ -10,7 +10,7 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from plait.kernels import BlockTable, Mask, PowerMask, attention, routed_attention
+from plait.kernels import BlockTable, Mask, PowerMask, attention, column_mass, routed_attention
 from plait.kernels.target import target
 
 pytest.importorskip("libtpu", reason="compiling for TPU needs libtpu: pip install 'plait[aot]'")
@@ -28,12 +28,13 @@ def quiet_libtpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def compiled_kernels(generation: str, loss: Any, *shapes: tuple[tuple[int, ...], Any]) -> dict[str, int]:
-    """The Pallas calls in the gradient of `loss` compiled for a generation, by name, with the bytes of VMEM of each."""
+    """The Pallas calls in the gradient of `loss`, or in what it computes if that is no scalar, compiled for a generation: VMEM by name."""
     device = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[generation]).devices[0]
     args = [jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device)) for shape, dtype in shapes]
     floating = tuple(i for i, (_, dtype) in enumerate(shapes) if jnp.issubdtype(dtype, jnp.floating))
     with target(generation):
-        text = jax.jit(jax.grad(loss, floating)).lower(*args).compile().as_text()
+        function = jax.grad(loss, floating) if jax.eval_shape(loss, *args).ndim == 0 else loss
+        text = jax.jit(function).lower(*args).compile().as_text()
     found = {}
     for line in text.splitlines():
         if 'custom_call_target="tpu_custom_call"' in line:
@@ -106,3 +107,13 @@ def test_routed_attention_compiles():
         return jnp.sum(o.astype(jnp.float32))
 
     _check(compiled_kernels("v5e", loss, *_inputs(4096, 128), ((1, 4096, 4), jnp.bool_)))
+
+
+def test_column_mass_compiles():
+    def masses(q, k, lse, segment_ids):
+        return column_mass(q, k, lse, mask=Mask(), segment_ids=segment_ids, implementation="pallas_tpu")
+
+    q, k, _, ids = _inputs(4096, 128)
+    found = compiled_kernels("v5e", masses, q, k, ((1, 4096, 4), jnp.float32), ids)
+    assert set(found) == {"attention_column_mass"}
+    assert found["attention_column_mass"] <= SCOPED_VMEM

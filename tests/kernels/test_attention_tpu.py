@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from plait.kernels import BlockTable, Mask, PowerMask, routed_attention
+from plait.kernels import BlockTable, Mask, PowerMask, attention, column_mass, routed_attention
 from plait.kernels.attention import pallas_tpu, reference, tpu_kernels
 from plait.kernels.attention.reference import Tokens, sides
 from plait.kernels.attention.schedule import FULL, SKIP, Layout, renumbered, schedules
 from plait.kernels.target import target
 from plait.tests.kernels import cases
-from plait.tests.tolerances import assert_tree_close, in_float64
+from plait.tests.tolerances import assert_close, assert_tree_close, in_float64
 
 
 class Case(NamedTuple):
@@ -68,6 +68,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
+CHOSEN = pallas_tpu.choose_tiles
 TILES = tuple(tpu_kernels.Tiles.__dataclass_fields__)
 
 
@@ -166,6 +167,17 @@ def test_routed_matches_reference(share: float):
     assert not np.asarray(got["value"]["o"])[~np.asarray(active)].any()
 
 
+@pytest.mark.parametrize("segments", [None, "several"])
+def test_column_mass_matches_reference(segments: str | None):
+    case = Case(mask=Mask(window_size=90), heads=(4, 2), segments=segments, length=200)
+    inputs, options = _inputs(case), {"mask": case.mask, "segment_ids": _segments(case)}
+    q, k, v = (inputs[name] for name in "qkv")
+    _, stats = cases.quick_jit(partial(attention, return_stats=True, implementation="reference", **options))(q, k, v)
+    plain = cases.quick_jit(partial(column_mass, implementation="chunked", **options))
+    got = run_checked(partial(column_mass, implementation="pallas_tpu", **options), q, k, stats.lse)
+    assert_close(got, in_float64(plain, q, k, stats.lse), plain=plain(q, k, stats.lse))
+
+
 MASKS = (
     Mask(),
     Mask(causal=False),
@@ -232,3 +244,18 @@ def test_unsupported_says_why():
 def test_tiles_are_checked():
     with pytest.raises(ValueError, match=r"tiles\.block_q=100 must be a positive multiple of 128"):
         tpu_kernels.Tiles(block_q=100)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(length=500, heads=(4, 2), dims=(64, 64), segments="several"),
+        Case(length=2048, heads=(1, 1), dims=(128, 128), dtype="bfloat16", segments="several", sinks=True),
+        Case(length=2048, mask=Mask(window_size=300, num_sink_tokens=4), heads=(1, 1), dims=(64, 64)),
+    ],
+    ids=["500", "2048-bfloat16", "2048-window"],
+)
+def test_kernel_matches_reference_with_its_own_tiles(case: Case, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(pallas_tpu, "choose_tiles", CHOSEN)
+    _assert_matches(case, _inputs(case), _own(_segments(case)))
