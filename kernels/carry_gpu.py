@@ -23,16 +23,24 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from plait.kernels.chunk_gpu import BF16, CHUNK, F32, Ref, at, by_row, fetch, flip, line, load, matmul, send, tile
-from plait.kernels.gpu import call
+from plait.kernels.gpu import MAX_SMEM, call
 
 Array = jax.Array
 
 WIDTH = 64
-"""Columns of the state in one program of `carry` (registers hold them beside an accumulator of the same size), and its rows in one
-of `gradients`."""
+"""Rows of the state in one program of `gradients`."""
+
+_STATE = 128 * 64
+"""Numbers of the state in one program of `carry`: registers hold them beside an accumulator of the same size."""
+
+_ROWS = 128
+"""Rows of the state that are advanced at once."""
 
 _IN_FLIGHT = 80 << 10
-"""Bytes of shared memory that `carry` fills ahead, so that two programs fit a multiprocessor."""
+"""Bytes of shared memory that `carry` fills ahead, so that two programs fit a multiprocessor; more where two chunks need it, and fit."""
+
+_BARRIERS = 1 << 10
+"""Bytes of shared memory that `carry` leaves to the pipeline."""
 
 
 class Delta(NamedTuple):
@@ -68,45 +76,52 @@ def carry(
     if delta:
         loads += [(delta.read, True), (delta.write, True)]
         loads += [(x, i < len(delta.base) - 1) for i, x in enumerate(delta.base)]
-    tiles_bytes = sum(2 * CHUNK * (x.shape[-1] if whole else WIDTH) for x, whole in loads)
+    width = min(64, _STATE // key_dim)
+    chunk_bytes = 4 * key_dim + sum(2 * CHUNK * (x.shape[-1] if whole else width) for x, whole in loads)
+    room = MAX_SMEM - 2 * (key_dim + CHUNK) * width - _BARRIERS
+    steps = min(max(2, min(4, _IN_FLIGHT // chunk_bytes)), room // chunk_bytes)
 
     def kernel(*refs: Ref) -> None:
         decay_ref, initial_ref, *ins = refs[: 2 + len(loads)]
         states_ref, final_ref, *x_ref, state_smem, x_smem = refs[2 + len(loads) :]
         b, h, j = (jax.lax.axis_index(name) for name in "bhj")
-        columns = pl.ds(j * WIDTH, WIDTH)
+        columns = pl.ds(j * width, width)
+        parts = [pl.ds(i, min(key_dim, _ROWS)) for i in range(0, key_dim, _ROWS)]
         chunk = (lambda n: chunks - 1 - n) if reverse else (lambda n: n)
 
         def spec(x: Array, whole: bool) -> Any:
-            width, column = (x.shape[-1], 0) if whole else (WIDTH, j)
-            transforms = tile(CHUNK, width).transforms
+            size, column = (x.shape[-1], 0) if whole else (width, j)
+            transforms = tile(CHUNK, size, like=width).transforms
             if x.ndim == 5:
                 return plgpu.BlockSpec(
-                    (None, None, None, x.shape[3], width), lambda n: (b, h, chunk(n), 0, column), transforms=transforms
+                    (None, None, None, x.shape[3], size), lambda n: (b, h, chunk(n), 0, column), transforms=transforms
                 )
-            return plgpu.BlockSpec((None, CHUNK, None, width), lambda n: (b, chunk(n), h, column), transforms=transforms)
+            return plgpu.BlockSpec((None, CHUNK, None, size), lambda n: (b, chunk(n), h, column), transforms=transforms)
 
-        def step(place: tuple[Any], decay_smem: Ref, *args: Any) -> Array:
+        def step(place: tuple[Any], decay_smem: Ref, *args: Any) -> list[Array]:
             *tiles, state = args
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            state_smem[...] = state.astype(BF16)
+            for own, part in zip(parts, state, strict=True):
+                state_smem[own, :] = part.astype(BF16)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(state_smem, at(states_ref, b, h, chunk(place[0]), columns))
             updates = []
             if add:
                 a, rows, *tiles = tiles
-                updates.append((flip(a), rows))
+                updates.append((a, rows))
             if delta:
                 read, write, *bases = tiles
                 if len(bases) == 1:
-                    x = load(bases[0]) + matmul((CHUNK, WIDTH), (read, state_smem))
+                    x = load(bases[0]) + matmul((CHUNK, width), (read, state_smem))
                 else:
-                    x = matmul((CHUNK, WIDTH), (flip(bases[0]), bases[1]), (read, state_smem))
+                    x = matmul((CHUNK, width), (flip(bases[0]), bases[1]), (read, state_smem))
                 x_smem[...] = x.astype(BF16)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(x_smem, at(x_ref[0], b, h, chunk(place[0]), columns))
-                updates.append((flip(write), x_smem))
-            state = by_row(decay_smem, WIDTH) * state + matmul((key_dim, WIDTH), *updates)
+                updates.append((write, x_smem))
+            for i, own in enumerate(parts):
+                written = matmul((own.size, width), *((flip(a.at[:, own]), rows) for a, rows in updates))
+                state[i] = by_row(decay_smem.at[own], width) * state[i] + written
             plgpu.commit_smem()  # No warp still reads the tiles when the pipeline fills them again.
             return state
 
@@ -114,10 +129,11 @@ def carry(
             step,
             grid=(chunks,),
             in_specs=[plgpu.BlockSpec((None, None, None, key_dim), lambda n: (b, h, chunk(n), 0)), *(spec(*x) for x in loads)],
-            max_concurrent_steps=max(2, min(4, _IN_FLIGHT // tiles_bytes)),
-            init_carry=load(initial_ref.at[b, h, :, columns]),
+            max_concurrent_steps=steps,
+            init_carry=[load(initial_ref.at[b, h, own, columns]) for own in parts],
         )
-        final_ref[b, h, :, columns] = pipeline(decay_ref, *ins)
+        for own, part in zip(parts, pipeline(decay_ref, *ins), strict=True):
+            final_ref[b, h, own, columns] = part
         plgpu.wait_smem_to_gmem(0)
 
     outputs = [
@@ -130,9 +146,9 @@ def carry(
         kernel,
         name=f"carry{'_delta' if delta else ''}{'_back' if reverse else ''}",
         out_type=outputs,
-        grid=(batch, heads, value_dim // WIDTH),
+        grid=(batch, heads, value_dim // width),
         grid_names=tuple("bhj"),
-        scratch_types=[tile(key_dim, WIDTH), tile(CHUNK, WIDTH)],
+        scratch_types=[tile(key_dim, width), tile(CHUNK, width)],
     )(decay, initial, *(x for x, _ in loads))
     return states, final, x[0] if x else None
 

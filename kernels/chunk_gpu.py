@@ -1,5 +1,6 @@
 """What the Hopper kernels of the linear recurrences share: tiles of one chunk, their products, and masks of its tokens."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -17,6 +18,9 @@ CHUNK = 64
 
 SQUARE = (CHUNK, CHUNK)
 BF16, F32 = jnp.bfloat16, jnp.float32
+COLUMNS = 128
+"""Columns of two products that fit in registers together."""
+
 HALVINGS = CHUNK.bit_length() - 1
 """How often a chunk is halved down to single tokens."""
 
@@ -44,6 +48,13 @@ def matmul(shape: tuple[int, int], *pairs: tuple[Ref, Ref]) -> Array:
         return acc[...]
 
     return pl.run_scoped(accumulate, plgpu.ACC(shape, F32))
+
+
+def blocks(*tiles: Ref) -> Iterator[list[Ref]]:
+    """The same columns of tiles of one width, at most `COLUMNS` at a time."""
+    for start in range(0, tiles[0].shape[1], COLUMNS):
+        width = min(COLUMNS, tiles[0].shape[1] - start)
+        yield [x.at[:, pl.ds(start, width)] for x in tiles]
 
 
 def flip(x: Ref) -> Ref:

@@ -22,6 +22,7 @@ from plait.kernels.chunk_gpu import (
     SQUARE,
     Ref,
     at,
+    blocks,
     by_column,
     by_row,
     fetch,
@@ -104,9 +105,10 @@ def _forward(scores: Array, beta: Array, keys: Array, values: Array, *, keep: bo
         store_split(x * by_column(beta), high, low)
         kept[...] = x.astype(BF16)
         plgpu.commit_smem()
-        written, erased = (matmul((CHUNK, w), (high, y), (low, y)) for w, y in zip(dims, (values, keys), strict=True))
-        plgpu.commit_smem()
-        values[...], keys[...] = written.astype(BF16), erased.astype(BF16)
+        for (own,) in (*blocks(values), *blocks(keys)):
+            written = matmul(own.shape, (high, own), (low, own))
+            plgpu.commit_smem()
+            own[...] = written.astype(BF16)
         send(*((x, at(ref, b, h, n)) for x, ref in zip((values, keys, kept), outs, strict=False)))
 
     outputs = [jax.ShapeDtypeStruct(x.shape, BF16) for x in (values, keys, scores)]

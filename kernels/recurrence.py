@@ -24,6 +24,9 @@ AXES = Axes(
 SPAN = 128
 """Tokens that one number of `RecurrenceStats` is about."""
 
+MAX_VALUE_DIM = 256
+"""Channels of a value head that the kernels work on at once; see `in_value_parts`."""
+
 SLOWEST = 1e-9
 """Log decay a token below which a state counts as kept for ever."""
 
@@ -49,6 +52,33 @@ Results = tuple[Any, ...]
 def results(o: Array, final_state: Array, stats: RecurrenceStats | None) -> Results:
     """As every implementation returns them."""
     return (o, final_state) if stats is None else (o, final_state, stats)
+
+
+def value_parts(value_dim: int) -> int:
+    """Into how many value heads of at most `MAX_VALUE_DIM` channels a wider one is cut."""
+    return -(-value_dim // MAX_VALUE_DIM)
+
+
+def in_value_parts(run: Callable[..., Results], v: Array, gates: tuple[Any, ...], initial_state: Array | None) -> Results:
+    """The outputs and the final state of `run(v, gates, initial_state=...)`, called with wide value heads cut into several.
+
+    The columns of v do not meet in a recurrence. Statistics, norms over all columns, do not add up and are not given.
+
+    Args:
+      run: serves value heads [B, T, Hv, V] of any number.
+      v: [B, T, Hv, V], V a multiple of `value_parts(V)`.
+      gates: [B, T, Hv, ...] each, or None.
+      initial_state: [B, Hv, K, V] or None.
+    """
+    (batch, length, heads, value_dim), parts = v.shape, value_parts(v.shape[3])
+    gates = tuple(None if x is None else jnp.repeat(x, parts, axis=2) for x in gates)
+    if initial_state is not None:
+        key_dim = initial_state.shape[2]
+        initial_state = jnp.moveaxis(initial_state.reshape(batch, heads, key_dim, parts, -1), 3, 2)
+        initial_state = initial_state.reshape(batch, heads * parts, key_dim, -1)
+    o, final, *_ = run(v.reshape(batch, length, heads * parts, -1), gates, initial_state=initial_state)
+    final = jnp.moveaxis(final.reshape(batch, heads, parts, *final.shape[2:]), 2, 3)
+    return results(o.reshape(v.shape), final.reshape(*final.shape[:3], value_dim), None)
 
 
 def per_span(x: Array, chunk_size: int, length: int, *, last: bool) -> Array:

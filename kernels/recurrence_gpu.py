@@ -13,12 +13,12 @@ import jax.numpy as jnp
 from plait.kernels import carry_gpu, gpu, inverse_gpu, scores_gpu
 from plait.kernels.chunk_gpu import CHUNK
 from plait.kernels.chunking import segment_index
-from plait.kernels.recurrence import Results, log_decay_rate, results, summarize, token_norm
+from plait.kernels.recurrence import Results, in_value_parts, log_decay_rate, results, summarize, token_norm, value_parts
 
 Array = jax.Array
 
-KEY_DIMS, VALUE_DIMS = (64, 128), (64, 128, 256)
-"""Head dims that fill whole tiles and fit."""
+KEY_DIMS, VALUE_DIMS = (64, 128, 256), (64, 128, 256)
+"""Head dims that fill whole tiles and fit; wider values are cut."""
 
 FORGET = -1e4
 """The log decay that ends a segment, and the strongest: its exponential is 0, alone or in any sum."""
@@ -41,15 +41,18 @@ class Prepared(NamedTuple):
     """-W of the delta rule: rows of width K, bfloat16."""
 
 
-def unsupported(q: Array, k: Array, v: Array, *, scale: Any) -> str | None:
+def unsupported(q: Array, k: Array, v: Array, *, scale: Any, return_stats: bool = False) -> str | None:
     """Why the kernels cannot serve a call, or None."""
     if reason := gpu.unavailable():
         return reason
     dtypes = {x.dtype.name for x in (q, k, v)}
     if dtypes != {"bfloat16"}:
         return f"q, k and v are {', '.join(sorted(dtypes))}, not bfloat16 (float32 products would round to tf32)"
-    if q.shape[-1] not in KEY_DIMS or v.shape[-1] not in VALUE_DIMS:
-        return f"the head dims {q.shape[-1]} and {v.shape[-1]} are not of {KEY_DIMS} and {VALUE_DIMS}"
+    parts = value_parts(v.shape[-1])
+    if q.shape[-1] not in KEY_DIMS or v.shape[-1] not in [parts * dim for dim in VALUE_DIMS]:
+        return f"the head dims {q.shape[-1]} and {v.shape[-1]} are not of {KEY_DIMS} and {VALUE_DIMS} or a multiple of its last"
+    if parts > 1 and return_stats:
+        return f"values of {v.shape[-1]} channels are worked off in {parts} parts, whose statistics do not add up"
     if q.shape[1] == 1:
         return "one token is one step of the recurrence and fills no chunk"
     if not isinstance(scale, (int, float)):
@@ -70,6 +73,10 @@ def run(
     return_stats: bool,
 ) -> Results:
     """The outputs, the final state and, when asked, the statistics of a recurrence."""
+    if value_parts(v.shape[3]) > 1:
+        options = {"scale": scale, "segment_ids": segment_ids, "return_stats": False}
+        narrow = lambda v, gates, initial_state: run(q, k, v, *gates, initial_state=initial_state, **options)  # noqa: E731
+        return in_value_parts(narrow, v, (g, beta), initial_state)
     batch, length, heads, value_dim = v.shape
     if initial_state is None:
         initial_state = jnp.zeros((batch, heads, q.shape[-1], value_dim), jnp.float32)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from plait.kernels import chunking, recurrence_tpu_kernels
 from plait.kernels.chunk_tpu import BlockFunction
-from plait.kernels.recurrence import Results, results, summarize
+from plait.kernels.recurrence import Results, in_value_parts, results, summarize, value_parts
 from plait.kernels.recurrence_tpu_kernels import LANES, MIN_TOKENS, Operands, Problem, Tiles
 from plait.kernels.target import current, not_on
 
@@ -61,11 +61,6 @@ def unsupported(q: Array, k: Array, v: Array, *, scale: Any, return_stats: bool 
     return None
 
 
-def value_parts(value_dim: int) -> int:
-    """Into how many value heads a wider one is cut: the columns of v do not meet in a recurrence."""
-    return -(-value_dim // MAX_DIM)
-
-
 def recurrence(
     block: BlockFunction,
     q: Array,
@@ -79,16 +74,9 @@ def recurrence(
     return_stats: bool,
 ) -> Results:
     """Outputs [B, T, Hv, V] in q's dtype, final state [B, Hv, K, V] float32 and, when asked, statistics."""
-    if (parts := value_parts(v.shape[3])) > 1:
-        shape, narrow = v.shape, (*v.shape[:2], v.shape[2] * parts, v.shape[3] // parts)
-        split = lambda s: jnp.moveaxis(s.reshape(*s.shape[:3], parts, -1), 3, 2).reshape(s.shape[0], -1, s.shape[2], narrow[3])  # noqa: E731
-        gates = tuple(None if x is None else jnp.repeat(x, parts, axis=2) for x in gates)
-        state = None if initial_state is None else split(initial_state)
-        o, final, *_ = recurrence(
-            block, q, k, v.reshape(narrow), gates, scale=scale, initial_state=state, segment_ids=segment_ids, return_stats=False
-        )
-        final = jnp.moveaxis(final.reshape(shape[0], shape[2], parts, *final.shape[2:]), 2, 3)
-        return results(o.reshape(shape), final.reshape(*final.shape[:3], shape[3]), None)
+    if value_parts(v.shape[3]) > 1:
+        narrow = partial(recurrence, block, q, k, scale=scale, segment_ids=segment_ids, return_stats=False)
+        return in_value_parts(narrow, v, gates, initial_state)
     (batch, length, _, key_dim), (num_heads, value_dim) = k.shape, v.shape[2:]
     here = current()
     full = k.dtype == jnp.float32

@@ -24,6 +24,7 @@ from plait.kernels.chunk_gpu import (
     SQUARE,
     Ref,
     at,
+    blocks,
     by_row,
     fetch,
     flip,
@@ -142,21 +143,23 @@ def _shared_gradients(scale: float, q: Array, k: Array, g: Array, *d_scores: Arr
         d_products = scale * decay * load(d_tiles[0])
         d_exponents = d_products * matmul(SQUARE, (q, flip(k)))
         weights[...] = d_products.astype(BF16)
-        to_q, to_k = [(weights, k)], [(flip(weights), q)]
         if len(d_scores) > 1:
             d_own = jnp.where(row > column, decay * load(d_tiles[1]), 0.0)
             d_exponents += d_own * matmul(SQUARE, (k, flip(k)))
         plgpu.commit_smem()  # No warp still reads what is written next.
         if len(d_scores) > 1:
             d_tiles[0][...] = d_own.astype(BF16)
-            to_k += [(d_tiles[0], k), (flip(d_tiles[0]), k)]
         store_split(d_exponents, high, low)
         plgpu.commit_smem()
         crossing = matmul(SQUARE, (flip(until), high), (flip(until), low))
         d_g[...] = jnp.sum(jnp.where(row > column, crossing, 0.0), axis=1)
-        d_q, d_k = matmul((CHUNK, key_dim), *to_q), matmul((CHUNK, key_dim), *to_k)
-        plgpu.commit_smem()
-        q[...], k[...] = d_q.astype(BF16), d_k.astype(BF16)
+        for own_q, own_k in blocks(q, k):
+            to_k = [(flip(weights), own_q)]
+            if len(d_scores) > 1:
+                to_k += [(d_tiles[0], own_k), (flip(d_tiles[0]), own_k)]
+            d_q, d_k = matmul(own_q.shape, (weights, own_k)), matmul(own_q.shape, *to_k)
+            plgpu.commit_smem()
+            own_q[...], own_k[...] = d_q.astype(BF16), d_k.astype(BF16)
         send((q, at(outs[0], b, h, n)), (k, at(outs[1], b, h, n)), (d_g, outs[2].at[b, h, n]))
 
     rows, square = tile(CHUNK, key_dim), tile(*SQUARE)

@@ -9,9 +9,11 @@ from plait.kernels import recurrence, recurrence_gpu
 Array = jax.Array
 
 
-def unsupported(q: Array, k: Array, v: Array, g: Array | None, beta: Array, *, scale: Any, **_: object) -> str | None:
+def unsupported(
+    q: Array, k: Array, v: Array, g: Array | None, beta: Array, *, scale: Any, return_stats: bool = False, **_: object
+) -> str | None:
     """Why this kernel cannot serve a call, or None."""
-    return recurrence_gpu.unsupported(q, k, v, scale=scale)
+    return recurrence_gpu.unsupported(q, k, v, scale=scale, return_stats=return_stats)
 
 
 def delta_rule(

@@ -51,6 +51,7 @@ def _loss(name: str, *args: jax.Array) -> jax.Array:
         pytest.param("h100", 32768, (64, 64), tuple(KERNELS), marks=pytest.mark.slow),
         pytest.param("h200", 32768, (128, 128), tuple(KERNELS), marks=pytest.mark.slow),
         pytest.param("h200", 4096, (128, 256), tuple(KERNELS), marks=pytest.mark.slow),
+        pytest.param("h100", 4096, (256, 512), tuple(KERNELS), marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -65,10 +66,11 @@ def test_recurrences_compile(
     array = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(  # noqa: E731
         shape, dtype, sharding=NamedSharding(mesh, PartitionSpec())
     )
+    heads = (3, 3) if dims[0] == 256 else (2, 4)
     for name in names:
-        qk, v = array(1, length, 2, dims[0]), array(1, length, 4, dims[1])
+        qk, v = array(1, length, heads[0], dims[0]), array(1, length, heads[1], dims[1])
         by_channel = name in ("vector_decay", "kda")
-        g = array(1, length, 4, *dims[:by_channel], dtype=jnp.float32)
+        g = array(1, length, heads[1], *dims[:by_channel], dtype=jnp.float32)
         beta = [] if name.endswith("_decay") else [array(*v.shape[:3])]
         args = [qk, qk, v, g, *beta, array(1, length, dtype=jnp.int32)]
         with target(generation):

@@ -15,7 +15,7 @@ from plait.tests.kernels import cases
 
 pytest.importorskip("libtpu", reason="compiling for TPU needs libtpu: pip install 'jax[tpu]'")
 
-TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 SCOPED_VMEM = 16 << 20
 FEW = [
     ("v5e", "scalar_decay", 64, 4096, "bfloat16"),

@@ -42,6 +42,21 @@ def test_recurrence_matches_reference(name: str, implementation: str, case: tupl
     assert_tree_close(got, in_float64(plain, *args), plain(*args), dtype=dtype)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "implementation"), RECURRENT, ids=_ids)
+def test_recurrence_matches_reference_at_length(name: str, implementation: str):
+    args = (cases.RECURRENCES[name].inputs(2048), cases.state(), cases.segments(2048, "several"))
+    plain = cases.values_and_gradients(name, "reference")
+    got = cases.values_and_gradients(name, implementation, 64)(*args)
+    assert_tree_close(got, in_float64(plain, *args), plain(*args), dtype="float32")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["causal", "window-sinks", "sigmoid"])
+def test_attention_matches_reference_at_length(name: str):
+    _assert_attention_matches(name, "chunked", 2048, "several")
+
+
 @pytest.mark.parametrize("name", cases.RECURRENCES)
 def test_recurrence_packed_equals_separate(name: str):
     inputs, lengths = cases.RECURRENCES[name].inputs(50), (19, 1, 30)
