@@ -68,8 +68,8 @@ def _assert_same(function: Any, inputs: dict[str, jax.Array], mesh: Mesh) -> Non
     def rows(x: jax.Array) -> NamedSharding:
         return NamedSharding(mesh, PartitionSpec(("data", "fsdp") if x.ndim > 1 and x.shape[0] % 4 == 0 else None))
 
-    with splitting(mesh, batch=("data", "fsdp"), heads=("tensor",)):
-        split = cases.quick_jit(lambda x: function(x))(jax.tree.map(lambda x: jax.device_put(x, rows(x)), inputs))
+    with splitting(mesh, batch=("data", "fsdp"), heads=("tensor",)):  # a new partial: what is traced depends on the mesh
+        split = cases.quick_jit(partial(function))(jax.tree.map(lambda x: jax.device_put(x, rows(x)), inputs))
     for (path, got), want in zip(jax.tree.leaves_with_path(split), jax.tree.leaves(alone), strict=True):
         assert_close(got, want, err_msg=jax.tree_util.keystr(path))
 
