@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from plait.kernels.chunk_gpu import BF16, CHUNK, F32, Ref, at, by_row, fetch, flip, line, load, matmul, send, tile
-from plait.kernels.gpu import MAX_SMEM, call
+from plait.kernels.gpu import call
 
 Array = jax.Array
 
@@ -33,14 +33,8 @@ WIDTH = 64
 _STATE = 128 * 64
 """Numbers of the state in one program of `carry`: registers hold them beside an accumulator of the same size."""
 
-_ROWS = 128
-"""Rows of the state that are advanced at once."""
-
 _IN_FLIGHT = 80 << 10
-"""Bytes of shared memory that `carry` fills ahead, so that two programs fit a multiprocessor; more where two chunks need it, and fit."""
-
-_BARRIERS = 1 << 10
-"""Bytes of shared memory that `carry` leaves to the pipeline."""
+"""Bytes of shared memory that `carry` fills ahead, so that two programs fit a multiprocessor; two chunks are filled in any case."""
 
 
 class Delta(NamedTuple):
@@ -50,8 +44,8 @@ class Delta(NamedTuple):
     """[B, T, H, K] bfloat16"""
     write: Array
     """[B, T, H, K] bfloat16"""
-    base: tuple[Array, ...]
-    """Rows of width V; or scores [B, H, N, C, C] and rows of width V, for the base scores^T rows."""
+    base: Array
+    """[B, T, H, V] bfloat16"""
 
 
 def carry(
@@ -74,66 +68,50 @@ def carry(
     if add:
         loads += [(add[0], True), (add[1], False)]
     if delta:
-        loads += [(delta.read, True), (delta.write, True)]
-        loads += [(x, i < len(delta.base) - 1) for i, x in enumerate(delta.base)]
+        loads += [(delta.read, True), (delta.write, True), (delta.base, False)]
     width = min(64, _STATE // key_dim)
     chunk_bytes = 4 * key_dim + sum(2 * CHUNK * (x.shape[-1] if whole else width) for x, whole in loads)
-    room = MAX_SMEM - 2 * (key_dim + CHUNK) * width - _BARRIERS
-    steps = min(max(2, min(4, _IN_FLIGHT // chunk_bytes)), room // chunk_bytes)
 
     def kernel(*refs: Ref) -> None:
         decay_ref, initial_ref, *ins = refs[: 2 + len(loads)]
-        states_ref, final_ref, *x_ref, state_smem, x_smem = refs[2 + len(loads) :]
+        states_ref, final_ref, *x_ref, state_smem = refs[2 + len(loads) :]
         b, h, j = (jax.lax.axis_index(name) for name in "bhj")
         columns = pl.ds(j * width, width)
-        parts = [pl.ds(i, min(key_dim, _ROWS)) for i in range(0, key_dim, _ROWS)]
         chunk = (lambda n: chunks - 1 - n) if reverse else (lambda n: n)
 
         def spec(x: Array, whole: bool) -> Any:
             size, column = (x.shape[-1], 0) if whole else (width, j)
             transforms = tile(CHUNK, size, like=width).transforms
-            if x.ndim == 5:
-                return plgpu.BlockSpec(
-                    (None, None, None, x.shape[3], size), lambda n: (b, h, chunk(n), 0, column), transforms=transforms
-                )
             return plgpu.BlockSpec((None, CHUNK, None, size), lambda n: (b, chunk(n), h, column), transforms=transforms)
 
-        def step(place: tuple[Any], decay_smem: Ref, *args: Any) -> list[Array]:
+        def step(place: tuple[Any], decay_smem: Ref, *args: Any) -> Array:
             *tiles, state = args
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            for own, part in zip(parts, state, strict=True):
-                state_smem[own, :] = part.astype(BF16)
+            state_smem[...] = state.astype(BF16)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(state_smem, at(states_ref, b, h, chunk(place[0]), columns))
             updates = []
             if add:
                 a, rows, *tiles = tiles
-                updates.append((a, rows))
+                updates.append((flip(a), rows))
             if delta:
-                read, write, *bases = tiles
-                if len(bases) == 1:
-                    x = load(bases[0]) + matmul((CHUNK, width), (read, state_smem))
-                else:
-                    x = matmul((CHUNK, width), (flip(bases[0]), bases[1]), (read, state_smem))
-                x_smem[...] = x.astype(BF16)
+                read, write, x = tiles
+                x[...] = (load(x) + matmul((CHUNK, width), (read, state_smem))).astype(BF16)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(x_smem, at(x_ref[0], b, h, chunk(place[0]), columns))
-                updates.append((write, x_smem))
-            for i, own in enumerate(parts):
-                written = matmul((own.size, width), *((flip(a.at[:, own]), rows) for a, rows in updates))
-                state[i] = by_row(decay_smem.at[own], width) * state[i] + written
-            plgpu.commit_smem()  # No warp still reads the tiles when the pipeline fills them again.
+                plgpu.copy_smem_to_gmem(x, at(x_ref[0], b, h, chunk(place[0]), columns))
+                updates.append((flip(write), x))
+            state = by_row(decay_smem, width) * state + matmul((key_dim, width), *updates)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.commit_smem()  # Nothing still reads the tiles when the pipeline fills them again.
             return state
 
         pipeline = plgpu.emit_pipeline(
             step,
             grid=(chunks,),
             in_specs=[plgpu.BlockSpec((None, None, None, key_dim), lambda n: (b, h, chunk(n), 0)), *(spec(*x) for x in loads)],
-            max_concurrent_steps=steps,
-            init_carry=[load(initial_ref.at[b, h, own, columns]) for own in parts],
+            max_concurrent_steps=max(2, min(4, _IN_FLIGHT // chunk_bytes)),
+            init_carry=load(initial_ref.at[b, h, :, columns]),
         )
-        for own, part in zip(parts, pipeline(decay_ref, *ins), strict=True):
-            final_ref[b, h, own, columns] = part
+        final_ref[b, h, :, columns] = pipeline(decay_ref, *ins)
         plgpu.wait_smem_to_gmem(0)
 
     outputs = [
@@ -148,43 +126,46 @@ def carry(
         out_type=outputs,
         grid=(batch, heads, value_dim // width),
         grid_names=tuple("bhj"),
-        scratch_types=[tile(key_dim, width), tile(CHUNK, width)],
+        scratch_types=[tile(key_dim, width)],
     )(decay, initial, *(x for x, _ in loads))
     return states, final, x[0] if x else None
 
 
-def combine(rows: Array, states: Array, scores: Array, values: Array, *, transposed: bool = False) -> Array:
-    """rows S_n + scores values, or scores^T values, for every chunk: outputs, and the gradients of values.
+def combine(scores: Array, values: Array, *read: Array, transposed: bool = False) -> Array:
+    """scores values, or scores^T values, and rows S_n for every chunk: outputs, and the gradients of values.
 
     Args:
-      rows: rows of width K, bfloat16.
-      states: [B, H, N, K, V] bfloat16.
       scores: [B, H, N, C, C] bfloat16.
       values: rows of width V, bfloat16.
+      read: none; or rows of width K, bfloat16, and the states [B, H, N, K, V] that they read, bfloat16.
       transposed: takes the transpose of the scores.
     """
-    batch, heads, chunks, key_dim, value_dim = states.shape
+    (batch, heads, chunks, *_), value_dim = scores.shape, values.shape[-1]
+    count = 2 + len(read)
 
     def kernel(*refs: Ref) -> None:
-        (*ins, out_ref), tiles, barrier = refs[:5], refs[5:9], refs[9]
+        ins, out_ref, tiles, barrier = refs[:count], refs[count], refs[count + 1 : -1], refs[-1]
         place = tuple(jax.lax.axis_index(name) for name in "bhn")
         fetch(barrier, *((at(x, *place), t) for x, t in zip(ins, tiles, strict=True)))
-        rows, state, scores, values = tiles
-        pairs = (rows, state), (flip(scores) if transposed else scores, values)
+        scores, values, *own_read = tiles
+        pairs = [(flip(scores) if transposed else scores, values), *([tuple(own_read)] if read else [])]
         out = matmul((CHUNK, value_dim), *pairs)
         plgpu.commit_smem()  # Every warp has read the tile that is written next.
         values[...] = out.astype(BF16)
         send((values, at(out_ref, *place)))
 
-    tiles = [tile(CHUNK, key_dim), tile(key_dim, value_dim), tile(CHUNK, CHUNK), tile(CHUNK, value_dim)]
+    tiles = [tile(CHUNK, CHUNK), tile(CHUNK, value_dim)]
+    if read:
+        key_dim = read[0].shape[-1]
+        tiles += [tile(CHUNK, key_dim), tile(key_dim, value_dim)]
     return call(
         kernel,
-        name="combine_back" if transposed else "combine",
+        name=f"combine{'_back' if transposed else ''}{'' if read else '_local'}",
         out_type=jax.ShapeDtypeStruct(values.shape, BF16),
         grid=(batch, heads, chunks),
         grid_names=tuple("bhn"),
         scratch_types=[*tiles, plgpu.Barrier(num_arrivals=len(tiles))],
-    )(rows, states, scores, values)
+    )(scores, values, *read)
 
 
 class Gradients(NamedTuple):

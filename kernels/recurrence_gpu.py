@@ -74,8 +74,10 @@ def run(
 ) -> Results:
     """The outputs, the final state and, when asked, the statistics of a recurrence."""
     if value_parts(v.shape[3]) > 1:
-        options = {"scale": scale, "segment_ids": segment_ids, "return_stats": False}
-        narrow = lambda v, gates, initial_state: run(q, k, v, *gates, initial_state=initial_state, **options)  # noqa: E731
+
+        def narrow(v: Array, gates: tuple[Any, ...], initial_state: Array | None) -> Results:
+            return run(q, k, v, *gates, scale=scale, initial_state=initial_state, segment_ids=segment_ids, return_stats=False)
+
         return in_value_parts(narrow, v, (g, beta), initial_state)
     batch, length, heads, value_dim = v.shape
     if initial_state is None:
@@ -159,8 +161,8 @@ def _recur_forward(scale: float, measure: bool, arguments: tuple[Any, ...], init
         states, final, _ = carry_gpu.carry(p.decay, initial, add=(p.k_out, p.values))
         x = p.values
     else:
-        states, final, x = carry_gpu.carry(p.decay, initial, delta=carry_gpu.Delta(p.erase, p.k_out, (p.values,)))
-    o = carry_gpu.combine(p.q_in, states, p.scores, x)
+        states, final, x = carry_gpu.carry(p.decay, initial, delta=carry_gpu.Delta(p.erase, p.k_out, p.values))
+    o = carry_gpu.combine(p.scores, x, p.q_in, states)
     measured = _measure(arguments[1], x, states, final, segment_ids) if measure else (None, None)
     return (o, final, *measured), (arguments, states, segment_ids)
 
@@ -171,12 +173,12 @@ def _recur_backward(scale: float, measure: bool, saved: Any, cotangents: Any) ->
     x, d_x = p.values, None
     if p.erase is None:
         d_states, d_initial, _ = carry_gpu.carry(p.decay, d_final, add=(p.q_in, d_o), reverse=True)
-        d_values = carry_gpu.combine(p.k_out, d_states, p.scores, d_o, transposed=True)
+        d_values = carry_gpu.combine(p.scores, d_o, p.k_out, d_states, transposed=True)
     else:
         erase = p.erase.reshape(p.erase.shape[0], -1, CHUNK, *p.erase.shape[2:])
         erased = jnp.einsum("bnchk,bhnkv->bnchv", erase, states, preferred_element_type=jnp.float32)
         x = (p.values + erased.reshape(p.values.shape)).astype(p.values.dtype)
-        delta = carry_gpu.Delta(p.k_out, p.erase, (p.scores, d_o))
+        delta = carry_gpu.Delta(p.k_out, p.erase, carry_gpu.combine(p.scores, d_o, transposed=True))
         d_states, d_initial, d_x = carry_gpu.carry(p.decay, d_final, add=(p.q_in, d_o), delta=delta, reverse=True)
         d_values = d_x
     g = carry_gpu.gradients(d_o, x, d_x, states, d_states)

@@ -25,7 +25,7 @@ pytestmark = [
 
 SHARED = {"carry", "carry_back", "combine", "combine_back", "gradients", "scores", "scores_back"}
 BY_CHANNEL = SHARED - {"scores", "scores_back"} | {"scores_by_channel", "scores_by_channel_back"}
-DELTA = {"carry_delta", "carry_delta_back", "combine", "gradients_delta", "inverse", "inverse_back"}
+DELTA = {"carry_delta", "carry_delta_back", "combine", "combine_back_local", "gradients_delta", "inverse", "inverse_back"}
 KERNELS = {
     "scalar_decay": SHARED,
     "vector_decay": BY_CHANNEL,
