@@ -51,6 +51,7 @@ MORE = [
     Case("gated_deltanet", 130, "several", dims=(64, 512)),
     Case("deltanet", 65, "several", "none", heads=(1, 2), dims=(256, 512)),
     Case("scalar_decay", 130, "several", dims=(256, 64)),
+    Case("vector_decay", 65, "several", dims=(256, 64)),
     Case("kda", 65, "several", dims=(256, 64)),
     *(Case(name, 2048, "several") for name in cases.RECURRENCES),
 ]
