@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from plait.kernels import recurrence_tpu
+from plait.kernels import recurrence, recurrence_tpu
 from plait.kernels.recurrence_tpu import choose_tiles
 from plait.kernels.recurrence_tpu_kernels import Tiles
 from plait.kernels.target import target
@@ -122,7 +122,7 @@ def test_kernel_matches_reference_in_more_cases(case: Case, monkeypatch: pytest.
 
 
 def test_wide_values_are_cut_into_heads(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(recurrence_tpu, "MAX_DIM", 8)
+    monkeypatch.setattr(recurrence, "MAX_VALUE_DIM", 8)
     _assert_matches(Case("scalar_decay", 33, "several", dims=(8, 16), stats=False), monkeypatch)
 
 
