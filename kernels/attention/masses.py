@@ -81,7 +81,7 @@ def column_mass(
       k: [B, T, Hkv, K].
       lse: [B, T, H], as `attention` returns it with `return_stats` for the same arguments; sink logits are in it where there are any.
       mask, segment_ids, positions, scale: as in `attention`.
-      implementation: "auto", "pallas_tpu" or "chunked".
+      implementation: "auto", "pallas_tpu", "chunked" or "reference".
 
     Returns:
       [B, T, H] float32: sum_i A_ij of key j. Over the keys of a segment it sums to the segment's queries (less their sinks' shares).
@@ -94,6 +94,19 @@ def column_mass(
     q, k, lse = jax.lax.stop_gradient((q, k, lse))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return _op(implementation, q, k, lse, mask=mask, segment_ids=segment_ids, positions=positions, scale=scale)
+
+
+def _reference(
+    q: Array, k: Array, lse: Array, *, mask: Mask, segment_ids: Array | None, positions: Array | None, scale: float
+) -> Array:
+    """All weights at once."""
+    tokens, _ = sides(q, k, segment_ids=segment_ids, positions=positions, kv_segment_ids=None, kv_positions=None)
+    dtype = accumulation_dtype(q, k)
+    logits = scaled_logits(q.astype(dtype), k.astype(dtype), scale, "highest")  # [B, Hkv, R, T, T]
+    visible = mask.dense(tokens.positions, tokens.positions, tokens.segment_ids, tokens.segment_ids)[:, None, None]
+    lse = grouped_heads(jnp.swapaxes(lse, 1, 2), k.shape[2])[..., None]
+    mass = jnp.where(visible, jnp.exp(jnp.where(visible, logits - lse, 0)), 0).sum(3)
+    return jnp.swapaxes(mass.reshape(q.shape[0], -1, q.shape[1]), 1, 2)
 
 
 def _chunked(
@@ -134,4 +147,5 @@ _op = Op(
     Axes(arguments=("bthk", "bthk", "bth"), options={"segment_ids": "bt", "positions": "bt"}, results=("bth",)),
     pallas_tpu=kernel("tpu", "plait.kernels.attention.pallas_tpu", "column_mass", "column_mass_unsupported"),
     chunked=Implementation(_chunked),
+    reference=Implementation(_reference),
 )
