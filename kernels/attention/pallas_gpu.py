@@ -208,7 +208,6 @@ def _flash_forward(problem: Problem, x: Operands) -> Any:
 
 
 def _flash_backward(problem: Problem, saved: Any, cotangents: tuple[Array, tuple[Array, ...]]) -> Any:
-
     x, o, rows = saved
     d_o, d_rows = cotangents
     delta = jnp.einsum("bthv,bthv->bht", d_o.astype(jnp.float32), o.astype(jnp.float32))
