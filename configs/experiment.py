@@ -69,6 +69,8 @@ class MeshConfig:
     """Data parallel; None takes the devices that the other axes leave."""
     fsdp: int = 1
     """Data parallel with parameters and optimizer state sharded."""
+    context: int = 1
+    """Tokens of a sequence sharded: each device holds a contiguous part of every row."""
     tensor: int = 1
     """Heads, channel-mixer widths and the vocabulary sharded."""
 

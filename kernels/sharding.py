@@ -38,8 +38,10 @@ _split: contextvars.ContextVar[_Split | None] = contextvars.ContextVar("plait_sp
 
 
 @contextlib.contextmanager
-def splitting(mesh: jax.sharding.Mesh, *, batch: tuple[str, ...], heads: tuple[str, ...]) -> Iterator[None]:
-    """Splits the batches and heads of per-device kernels called inside the block over these axes of `mesh`."""
+def splitting(
+    mesh: jax.sharding.Mesh, *, batch: tuple[str, ...], heads: tuple[str, ...], context: tuple[str, ...] = ()
+) -> Iterator[None]:
+    """Splits the batches, heads and sequences of the ops called inside the block over these axes of `mesh`."""
     token = _split.set(_Split(mesh, {"b": batch, "h": heads, "s": heads}))
     try:
         yield

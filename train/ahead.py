@@ -34,7 +34,7 @@ def lower_step(
     blueprint = Blueprint(config)
     tx = make_optimizer(config.optimizer, config.steps, blueprint.decay)
     shardings = state_shardings(blueprint, tx, mesh)
-    rows = batch_sharding(mesh, config.data.batch_size, config.optimizer.accumulate)
+    rows = batch_sharding(mesh, config.data.batch_size, config.data.seq_len, config.optimizer.accumulate)
     place = lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where)  # noqa: E731
     state: Any = jax.tree.map(place, jax.eval_shape(lambda: create_state(blueprint, tx)), shardings)
     shape = (config.data.batch_size, config.data.seq_len)

@@ -76,7 +76,7 @@ class Evaluator:
 
     def __init__(self, blueprint: Blueprint, mesh: Mesh):
         config = blueprint.config
-        self._sharding = batch_sharding(mesh, config.data.batch_size, 1)
+        self._sharding = batch_sharding(mesh, config.data.batch_size, config.data.seq_len, 1)
 
         def score(params: Arrays, buffers: Arrays, batch: Batch) -> tuple[jax.Array, ...]:
             with on_mesh(mesh):

@@ -77,7 +77,7 @@ class _Loop:
         self.checkpoints = Checkpoints(folder / runs.CHECKPOINTS, keep_last=config.keep_last, keep_best=config.keep_best)
         self.evaluator = Evaluator(setup.blueprint, setup.mesh)
         self.iterator = setup.data.train()
-        self.rows = batch_sharding(setup.mesh, config.data.batch_size, config.optimizer.accumulate)
+        self.rows = batch_sharding(setup.mesh, config.data.batch_size, config.data.seq_len, config.optimizer.accumulate)
         peak = peak_flops(jax.devices()[0])
         self.step_flops = None if peak is None else 3 * config.model.flops(config.data.seq_len) / (peak * setup.mesh.size)
         self.tokens = 0

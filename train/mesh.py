@@ -16,7 +16,7 @@ from plait.kernels.sharding import splitting
 from plait.models import axes
 from plait.models.axes import Axes
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "context", "tensor")
 RULES: Mapping[str, str | tuple[str, ...] | None] = {
     axes.LAYERS: None,
     axes.VOCAB: "tensor",
@@ -25,21 +25,21 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
     axes.KV_HEADS: "tensor",
     axes.MLP: "tensor",
     axes.BATCH: ("data", "fsdp"),
-    axes.LENGTH: None,
+    axes.LENGTH: "context",
 }
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh over `devices` (all there are by default). Raises ValueError where the axes do not multiply to the device count."""
     devices = list(jax.devices() if devices is None else devices)
-    rest = config.fsdp * config.tensor
-    data = config.data if config.data is not None else len(devices) // rest
-    if data * rest != len(devices) and not (config.data is not None and data * rest < len(devices) and jax.process_count() == 1):
-        raise ValueError(
-            f"mesh.data={config.data} x mesh.fsdp={config.fsdp} x mesh.tensor={config.tensor} must multiply to the {len(devices)} devices; "
-            "leave mesh.data=None to fill them"
-        )
-    grid = np.asarray(devices[: data * rest]).reshape(data, config.fsdp, config.tensor)
+    sizes = {name: getattr(config, name) for name in AXES}
+    rest = math.prod(size for size in sizes.values() if size is not None)
+    sizes = {name: len(devices) // rest if size is None else size for name, size in sizes.items()}
+    used = math.prod(sizes.values())
+    if used != len(devices) and not (config.data is not None and used < len(devices) and jax.process_count() == 1):
+        product = " x ".join(f"mesh.{name}={getattr(config, name)}" for name in AXES)
+        raise ValueError(f"{product} must multiply to the {len(devices)} devices; leave mesh.data=None to fill them")
+    grid = np.asarray(devices[:used]).reshape(*sizes.values())
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -67,14 +67,19 @@ def sharding(mesh: Mesh, names: Axes, shape: Sequence[int], what: str) -> NamedS
     return NamedSharding(mesh, partition)
 
 
-def batch_sharding(mesh: Mesh, batch_size: int, accumulate: int) -> NamedSharding:
-    """The sharding of a batch's rows. Raises ValueError where a micro-batch does not divide over the data axes."""
+def batch_sharding(mesh: Mesh, batch_size: int, seq_len: int, accumulate: int) -> NamedSharding:
+    """The sharding of a batch `[B, T]`. Raises ValueError where a micro-batch or a sequence does not divide over its axes."""
     partition = spec((axes.BATCH, axes.LENGTH))
-    ways = _ways(mesh, partition[0])
-    if (batch_size // accumulate) % ways:
+    rows, tokens = (_ways(mesh, part) for part in partition)
+    if (batch_size // accumulate) % rows:
         raise ValueError(
             f"data.batch_size={batch_size} / optimizer.accumulate={accumulate} must be a multiple of mesh {_describe(mesh, partition[0])}; "
-            f"use a batch of {ways * accumulate * max(1, batch_size // (ways * accumulate))} rows"
+            f"use a batch of {rows * accumulate * max(1, batch_size // (rows * accumulate))} rows"
+        )
+    if tokens > 1 and seq_len % (2 * tokens):
+        raise ValueError(
+            f"data.seq_len={seq_len} must be a multiple of 2 x mesh {_describe(mesh, partition[1])}, for each device two equal halves; "
+            f"use data.seq_len={2 * tokens * max(1, seq_len // (2 * tokens))}"
         )
     return NamedSharding(mesh, partition)
 
@@ -92,17 +97,19 @@ def constrainer(mesh: Mesh) -> axes.Constrain:
 @contextlib.contextmanager
 def on_mesh(mesh: Mesh) -> Iterator[None]:
     """Traces models for the mesh: activations are pinned to it, and each device runs the kernels on its part."""
-    batch, heads = (RULES[name] for name in (axes.BATCH, axes.HEADS))
-    over = {key: (rule,) if isinstance(rule, str) else tuple(rule or ()) for key, rule in (("batch", batch), ("heads", heads))}
+    rules = {"batch": axes.BATCH, "heads": axes.HEADS, "context": axes.LENGTH}
+    over = {key: _names(RULES[name]) for key, name in rules.items()}
     with axes.constraining(constrainer(mesh)), splitting(mesh, **over):
         yield
 
 
+def _names(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (part,) if isinstance(part, str) else part or ()
+
+
 def _ways(mesh: Mesh, part: str | tuple[str, ...] | None) -> int:
-    names = (part,) if isinstance(part, str) else part or ()
-    return math.prod(mesh.shape[name] for name in names)
+    return math.prod(mesh.shape[name] for name in _names(part))
 
 
 def _describe(mesh: Mesh, part: str | tuple[str, ...] | None) -> str:
-    names = (part,) if isinstance(part, str) else part or ()
-    return " x ".join(f"{name}={mesh.shape[name]}" for name in names)
+    return " x ".join(f"{name}={mesh.shape[name]}" for name in _names(part))

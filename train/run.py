@@ -87,7 +87,7 @@ def set_up(config: ExperimentConfig) -> Setup:
     """Data, mesh and model of an experiment, checked against each other. Raises ValueError before anything is compiled."""
     mesh = make_mesh(config.mesh)
     data = build_data(config.data, config.folder, process_index=jax.process_index(), process_count=jax.process_count())
-    batch_sharding(mesh, config.data.batch_size, config.optimizer.accumulate)
+    batch_sharding(mesh, config.data.batch_size, config.data.seq_len, config.optimizer.accumulate)
     config = dataclasses.replace(config, model=config.model.with_vocab(data.vocab_size))
     blueprint = Blueprint(config)
     tx = make_optimizer(config.optimizer, config.steps, blueprint.decay)
@@ -108,7 +108,7 @@ class Trained:
 def _mesh_for_reading(config: ExperimentConfig) -> MeshConfig:
     """The run's own mesh where these devices can form it, else as many data shards as divide the batch."""
     try:
-        batch_sharding(make_mesh(config.mesh), config.data.batch_size, config.optimizer.accumulate)
+        batch_sharding(make_mesh(config.mesh), config.data.batch_size, config.data.seq_len, config.optimizer.accumulate)
         return config.mesh
     except ValueError:
         return MeshConfig(data=math.gcd(config.data.batch_size // config.optimizer.accumulate, jax.device_count()))

@@ -32,7 +32,7 @@ def two_steps(config):
     state = setup.fresh()
     step = make_step(setup.blueprint, setup.tx, setup.mesh, None)
     step = quick_jit(step, out_shardings=(setup.shardings, None))
-    rows = batch_sharding(setup.mesh, 8, config.optimizer.accumulate)
+    rows = batch_sharding(setup.mesh, 8, config.data.seq_len, config.optimizer.accumulate)
     seen = []
     for batch in BATCHES:
         state, metrics = step(state, place(batch, rows))
@@ -125,18 +125,19 @@ def test_fresh_state_is_the_same_on_any_mesh_and_laid_out_at_once():
 def test_every_logical_axis_has_a_rule_and_a_mesh_axis_is_used_once():
     assert set(RULES) == set(axes.NAMES)
     assert spec((axes.HEADS, axes.MLP)) == P("tensor", None)
-    assert spec((axes.BATCH, axes.LENGTH, axes.EMBED)) == P(("data", "fsdp"), None, None)
+    assert spec((axes.BATCH, axes.LENGTH, axes.EMBED)) == P(("data", "fsdp"), "context", None)
     assert spec((None, axes.HEADS)) == P(None, "tensor")
 
 
 @pytest.mark.parametrize(
     ("config", "shape"),
     [
-        ({}, (8, 1, 1)),
-        ({"fsdp": 4}, (2, 4, 1)),
-        ({"fsdp": 2, "tensor": 2}, (2, 2, 2)),
-        ({"data": 2}, (2, 1, 1)),
-        ({"data": 1, "fsdp": 3}, (1, 3, 1)),
+        ({}, (8, 1, 1, 1)),
+        ({"fsdp": 4}, (2, 4, 1, 1)),
+        ({"fsdp": 2, "tensor": 2}, (2, 2, 1, 2)),
+        ({"context": 4}, (2, 1, 4, 1)),
+        ({"data": 2}, (2, 1, 1, 1)),
+        ({"data": 1, "fsdp": 3}, (1, 3, 1, 1)),
     ],
     ids=str,
 )
@@ -149,7 +150,7 @@ def test_axes_that_do_not_make_the_devices_are_refused(config):
     with pytest.raises(ValueError) as error:
         make_mesh(MeshConfig(**config), jax.devices())
     message = str(error.value)
-    for name in ("data", "fsdp", "tensor"):
+    for name in ("data", "fsdp", "context", "tensor"):
         assert f"mesh.{name}={getattr(MeshConfig(**config), name)}" in message
     assert "must multiply to the 8 devices; leave mesh.data=None to fill them" in message
 
@@ -172,8 +173,8 @@ def test_heads_that_tensor_does_not_divide_are_refused():
 def test_batch_that_the_data_axes_do_not_divide_is_refused_with_one_that_they_do(rows, parts):
     mesh = make_mesh(MeshConfig(fsdp=8), jax.devices())
     with pytest.raises(ValueError) as error:
-        batch_sharding(mesh, rows, parts)
+        batch_sharding(mesh, rows, 64, parts)
     message = str(error.value)
     assert f"data.batch_size={rows} / optimizer.accumulate={parts}" in message and "data=1 x fsdp=8" in message
     suggested = int(message.partition("use a batch of ")[2].partition(" ")[0])
-    batch_sharding(mesh, suggested, parts)
+    batch_sharding(mesh, suggested, 64, parts)

@@ -338,7 +338,7 @@ def test_eight_devices_equal_one(subject):
     for path, variable in nnx.to_flat_state(subject.variables):
         sharding = meshes.sharding(MESH, variable.get_metadata()["axes"], variable.shape, str(path))
         placed.append((path, variable.replace(jax.device_put(variable[...], sharding))))
-    rows = meshes.batch_sharding(MESH, 2 * BATCH, 1)
+    rows = meshes.batch_sharding(MESH, 2 * BATCH, 64, 1)
     twice = lambda a: jax.device_put(jnp.concatenate([a, a]), rows)  # noqa: E731
     y = subject.program.sharded(nnx.from_flat_state(placed), twice(subject.x), jax.tree.map(twice, PACKED))
     assert len(y.sharding.device_set) == 8
