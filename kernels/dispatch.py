@@ -4,9 +4,13 @@ import importlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
-from plait.kernels.sharding import Axes, Shards
+import jax
+
+from plait.kernels.context import ContextRule
+from plait.kernels.sharding import Axes, Shards, parts_of_sequence
 from plait.kernels.target import not_on
 
 _log = logging.getLogger("plait")
@@ -48,12 +52,16 @@ def kernel(platform: Literal["tpu", "gpu"], module: str, run: str, unsupported: 
 class Op:
     """A named op and its implementations, in the order in which `auto` tries them."""
 
-    def __init__(self, name: str, axes: Axes, **implementations: Implementation):
-        self.name, self.axes, self.implementations = name, axes, implementations
+    def __init__(self, name: str, axes: Axes, rule: ContextRule | None = None, /, **implementations: Implementation):
+        """Args: `rule` serves calls whose sequence the mesh cuts; without one every device that needs it sees all of it."""
+        self.name, self.axes, self.rule, self.implementations = name, axes, rule, implementations
         _ops[name] = self
 
     def __call__(self, implementation: str, *args: Any, **kwargs: Any) -> Any:
         """Runs the op; `implementation` is a name, or `auto` for the first that supports the arguments."""
+        if (in_parts := self._in_parts(implementation, args, kwargs)) is not None:
+            with jax.named_scope(f"context_{self.name}"):
+                return Shards(self.axes, args, kwargs, in_parts=True).run(in_parts)
         shards = Shards(self.axes, args, kwargs)
         name = self._auto(shards) if implementation == "auto" else self._named(implementation, shards)
         names = _chosen.setdefault(self.name, [])
@@ -61,6 +69,17 @@ class Op:
             names.append(name)
         chosen = self.implementations[name]
         return shards.run(chosen.run) if chosen.per_device else chosen.run(*args, **kwargs)
+
+    def _in_parts(self, implementation: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any] | None:
+        """What each device does with its part of the sequence, where the mesh cuts it and the op can be cut."""
+        parts = None if self.rule is None else parts_of_sequence(self.axes, args, kwargs)
+        if parts is None or self.rule is None:
+            return None
+        reason = self.rule.unsupported(parts.count, *args, **kwargs)
+        if reason is not None:
+            self._log_once("whole sequences", f"not cut over {parts.count} devices because {reason}")
+            return None
+        return partial(self.rule.run, partial(self, implementation), parts)
 
     def unsupported(self, name: str, *args: Any, **kwargs: Any) -> str | None:
         """Why the implementation `name` cannot serve a call with these resolved arguments, or None."""
