@@ -78,3 +78,11 @@ class ContextRule:
     """`run(op, parts, *args, **options)` with each device's arguments; `op` computes the op on them as if they were all."""
     unsupported: Callable[..., str | None]
     """Takes the op's whole arguments after the number of parts; the reason why they cannot be cut, or None."""
+
+
+def ends(ids: Array) -> Array:
+    """The segment ids of each row's first and last tokens that are not padding, [B, 2] of [B, T]; 0 where there are none."""
+    real = ids != 0
+    index = jnp.arange(ids.shape[1])
+    first, last = jnp.argmax(real, axis=1), jnp.max(jnp.where(real, index, 0), axis=1)
+    return jnp.take_along_axis(ids, jnp.stack([first, last], axis=1), axis=1)

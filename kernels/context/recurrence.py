@@ -12,17 +12,16 @@ import jax
 import jax.numpy as jnp
 
 from plait.kernels import chunking
-from plait.kernels.context import ContextRule, Parts
+from plait.kernels.context import ContextRule, Parts, ends
 from plait.kernels.recurrence import Results
 from plait.kernels.shapes import accumulation_dtype, matmul_precision
-from plait.kernels.short_conv.reference import first_id
 
 Array = jax.Array
 Op = Callable[..., Results]
 
 
-def _unsupported(count: int, *args: Array | None, **options: Any) -> str | None:
-    return None
+def _unsupported(count: int, *args: Array | None, **options: Any) -> None:
+    """Any can be cut."""
 
 
 def _decays(
@@ -96,18 +95,17 @@ def _compose(parts: Parts, through: Array, write: Array, ids: Array, initial_sta
       initial_state: enters the first part.
     """
     batch, heads = write.shape[:2]
-    last = jnp.take_along_axis(ids, jnp.max(jnp.where(ids != 0, jnp.arange(ids.shape[1]), 0), axis=1)[:, None], axis=1)
-    ends = jnp.concatenate([first_id(ids), last], axis=1)[:, None].astype(write.dtype)  # [B, 1, 2], exact up to 2^24
-    arrays = (write, through, jnp.broadcast_to(ends, (batch, heads, 2)))
+    border = ends(ids)[:, None].astype(write.dtype)  # [B, 1, 2], exact up to 2^24
+    arrays = (write, through, jnp.broadcast_to(border, (batch, heads, 2)))
     flat = jnp.concatenate([x.reshape(batch, heads, -1) for x in arrays], axis=-1)
     sizes = [write[0, 0].size, write[0, 0].size + through[0, 0].size]
 
     def step(carry: tuple[Array, Array, Array], part: tuple[Array, Array]) -> tuple[tuple[Array, Array, Array], None]:
         state, open_id, entering = carry
         number, flat = part
-        write_, through_, ends = jnp.split(flat, sizes, axis=-1)
+        write_, through_, border = jnp.split(flat, sizes, axis=-1)
         write_, through_ = write_.reshape(write.shape), through_.reshape(through.shape)
-        first, last = ends[:, 0, 0], ends[:, 0, 1]
+        first, last = border[:, 0, 0], border[:, 0, 1]
         goes_on = (first == open_id) | (open_id < 0)
         state = jnp.where((goes_on | (first == 0))[:, None, None, None], state, 0)
         entering = jnp.where(number == parts.index, state, entering)

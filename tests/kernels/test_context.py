@@ -186,3 +186,18 @@ def compiled_text(function: Any, inputs: dict[str, jax.Array], count: int) -> st
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where(x)) for name, x in inputs.items()}
     with splitting(mesh, batch=("data",), heads=("tensor",), context=("context",)):
         return jax.jit(partial(function)).lower(shapes).compile().as_text()
+
+
+@pytest.mark.parametrize(("segments", "count"), EVERY)
+@pytest.mark.parametrize("name", cases.RECURRENCES)
+def test_implied_attention(name: str, segments: str, count: int):
+    inputs = {key: x for key, x in cases.RECURRENCES[name].inputs(LENGTH, decay="weak").items() if key != "v"}
+
+    def outputs(inputs: dict[str, jax.Array]) -> jax.Array:
+        rows = jnp.asarray([0, 5, 31, 32, 40, 63])
+        return cases.RECURRENCES[name].implied(inputs, rows, segment_ids=segment_ids(SEGMENTS[segments]), chunk_size=8)
+
+    alone = cases.quick_jit(outputs)(inputs)
+    with splitting(mesh_of(context=count), batch=("data",), heads=("tensor",), context=("context",)):
+        found = cases.quick_jit(partial(outputs))(inputs)
+    assert_close(found, alone)
