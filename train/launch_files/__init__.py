@@ -40,6 +40,12 @@ def write_launch(args: Sequence[str]) -> tuple[Path, Job]:
     Raises:
         ValueError: bad values; an experiment that does not fit the machines; a file that is there already.
     """
+    options, job, text = prepare(args)
+    return _write(options, text, f"{job.name}.{KINDS[args[0]].suffix}"), job
+
+
+def prepare(args: Sequence[str]) -> tuple[LaunchOptions, Job, str]:
+    """What `write_launch` does before it writes: the options, what is started, and the text of the file. Raises ValueError."""
     if not args or args[0] not in KINDS:
         raise ValueError(f"write-launch needs one of {', '.join(KINDS)} first, not {args[0] if args else 'nothing'}")
     kind = KINDS[args[0]]
@@ -58,7 +64,7 @@ def write_launch(args: Sequence[str]) -> tuple[Path, Job]:
     )
     check_label("name", job.name)
     checked_experiment(preset, overrides, job.machines)
-    return _write(options, kind.render(options, job), f"{job.name}.{kind.suffix}"), job
+    return options, job, kind.render(options, job)
 
 
 def split_options(options: type[LaunchOptions], args: Sequence[str]) -> tuple[list[str], list[str]]:

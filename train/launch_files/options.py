@@ -53,8 +53,8 @@ def check_folder(what: str, folder: str) -> None:
 def check_words(what: str, *words: str | None) -> None:
     """Raises ValueError where a word is empty or holds white space: names of projects, zones, partitions."""
     for word in words:
-        if word is not None and not re.fullmatch(r"[\w.:/@+-]+", word):
-            raise ValueError(f"{what}={word!r} must be one word of letters, digits and . _ - : / @ +")
+        if word is not None and not re.fullmatch(r"[\w.:/@+#-]+", word):
+            raise ValueError(f"{what}={word!r} must be one word of letters, digits and . _ - : / @ + #")
 
 
 def check_positive(**numbers: int | None) -> None:

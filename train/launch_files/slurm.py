@@ -38,7 +38,8 @@ def _head(options: SlurmOptions, job: Job) -> list[str]:
         f"submit:     sbatch {file}",
         f"watch:      tail --follow=name --retry {job.name}-JOBID.host0.log",
         f"state:      squeue --name {job.name}; sacct --duplicates --name {job.name}",
-        "stop, save: scancel --signal TERM JOBID once it is of no more use: scontrol update JobId=JOBID Requeue=0 before it",
+        "stop, save: scancel JOBID    (saves within the cluster's KillWait, 30 s by default; for longer:",
+        "            scontrol update JobId=JOBID Requeue=0; scancel --signal=TERM JOBID)",
         f"resume:     submit again; it goes on from the newest whole checkpoint in {options.run_folder}",
     ]
     directives = {

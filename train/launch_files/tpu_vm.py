@@ -157,13 +157,13 @@ tpus() {
 }
 
 on_all() { # a command on every host, all at once; fails where one does
-  local node worker_status=0 jobs=()
+  local node job failed=0 jobs=()
   for node in "${NODES[@]}"; do
     tpus tpu-vm ssh "$node" --worker=all --command="$1" &
     jobs+=("$!")
   done
-  for node in "${jobs[@]}"; do wait "$node" || worker_status=1; done
-  return "$worker_status"
+  for job in "${jobs[@]}"; do wait "$job" || failed=1; done
+  return "$failed"
 }
 
 on_first() {
@@ -171,7 +171,16 @@ on_first() {
 }
 
 state() { # of the queued resource: ACTIVE once all TPUs are there
-  tpus queued-resources describe "$NAME" --format='value(state.state)' 2> /dev/null || echo ABSENT
+  local answer
+  if answer="$(tpus queued-resources describe "$NAME" --format='value(state.state)' 2> /dev/null)"; then
+    echo "$answer"
+    return
+  fi
+  answer="$(tpus queued-resources describe "$NAME" 2>&1 > /dev/null || true)"
+  case "$answer" in
+    *NOT_FOUND* | *"not found"*) echo ABSENT ;;
+    *) echo UNKNOWN; echo "$answer" >&2 ;;
+  esac
 }
 
 create() {
@@ -203,30 +212,31 @@ REMOTE
 }
 
 delete() {
-  if [[ "$(state)" != ABSENT ]]; then
-    tpus queued-resources delete "$NAME" --force
-  fi
+  tpus queued-resources delete "$NAME" --force
 }
 
-service() { # what the first host's service does: SubState is running, auto-restart, exited (done) or failed
-  on_first "systemctl show --property=SubState,ExecMainStatus $UNIT" 2> /dev/null || echo unreachable
+services() { # a word a host: running, auto-restart, exited (done), failed (bad input), dead (a host was started anew)
+  on_all "systemctl show --property=SubState --value $UNIT" 2> /dev/null || true
 }
 
 watch() { # until the run is done; TPUs that were taken away are asked for again
   local now
   while true; do
-    case "$(state)" in
+    now="$(state)"
+    case "$now" in
       ACTIVE)
-        now="$(service)"
+        now="$(services)"
         case "$now" in
-          *SubState=exited*) echo "done"; return 0 ;;
-          *SubState=failed*) echo "the service ended: $now (@BAD_INPUT@ is bad input); see logs" >&2; return 1 ;;
+          *failed*) echo "the services ended: exit status @BAD_INPUT@ is bad input; see logs" >&2; return 1 ;;
+          *dead*) echo "a host was started anew"; { install && start; } || echo "not yet; trying again" ;;
+          *start* | *running* | *stop*) ;;
+          *exited*) echo "done"; return 0 ;;
         esac
         ;;
       FAILED | SUSPENDED | ABSENT)
-        echo "the TPUs are gone: asking for new ones"
-        delete
-        create && install && start || echo "not yet; trying again"
+        echo "queued resource $NAME is $now: asking for new TPUs"
+        [[ "$now" == ABSENT ]] || delete || true
+        { create && install && start; } || echo "not yet; trying again"
         ;;
     esac
     sleep 60
