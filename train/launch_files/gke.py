@@ -19,7 +19,8 @@ from plait.train.launch_files.options import GkeOptions, environment
 
 SUFFIX = "gke.yaml"
 _CONTAINER = "plait"
-_BACKOFF_NAME = "-abcde"  # what Kubernetes adds to the name of a pod
+_ADDED_TO_NAMES = "-abcde"  # by Kubernetes, to each pod's
+_NODES_COME_WITHIN = 3600  # seconds: a pod waits so long for those whose nodes are still made or repaired
 
 
 def render(options: GkeOptions, job: Job) -> str:
@@ -31,7 +32,7 @@ def render(options: GkeOptions, job: Job) -> str:
 def jobset(options: GkeOptions, job: Job) -> dict[str, Any]:
     """The JobSet as plain data."""
     machines, group = job.machines, _group(job)
-    longest = f"{job.name}-{group}-{machines.slices - 1}-{machines.hosts_per_slice - 1}{_BACKOFF_NAME}"
+    longest = f"{job.name}-{group}-{machines.slices - 1}-{machines.hosts_per_slice - 1}{_ADDED_TO_NAMES}"
     if len(longest) > 63:
         raise ValueError(
             f"name={job.name!r} makes names of pods of {len(longest)} characters ({longest}), of which there may be 63; "
@@ -126,7 +127,7 @@ def _pod(options: GkeOptions, job: Job) -> dict[str, Any]:
     container: dict[str, Any] = {
         "name": _CONTAINER,
         "image": options.image,
-        "command": job.command(options.entry, run_folder(options, job)),
+        "command": _command(options, job),
         "env": _environment(options, job),
     }
     if options.secret:
@@ -142,6 +143,12 @@ def _pod(options: GkeOptions, job: Job) -> dict[str, Any]:
 def run_folder(options: GkeOptions, job: Job) -> str:
     """The run folder as the pods see it."""
     return f"{options.mount.rstrip('/')}/{job.name}"
+
+
+def _command(options: GkeOptions, job: Job) -> list[str]:
+    command = job.command(options.entry, run_folder(options, job))
+    waits = any(word.startswith("--hosts.connect") for word in command) or job.machines.hosts == 1
+    return command if waits else [*command, "--hosts.connect-seconds", str(_NODES_COME_WITHIN)]
 
 
 def _environment(options: GkeOptions, job: Job) -> list[dict[str, Any]]:

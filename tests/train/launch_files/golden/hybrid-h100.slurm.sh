@@ -20,7 +20,8 @@
 # submit:     sbatch hybrid-h100.slurm.sh
 # watch:      tail --follow=name --retry hybrid-h100-JOBID.host0.log
 # state:      squeue --name hybrid-h100; sacct --duplicates --name hybrid-h100
-# stop, save: scancel --signal TERM JOBID once it is of no more use: scontrol update JobId=JOBID Requeue=0 before it
+# stop, save: scancel JOBID    (saves within the cluster's KillWait, 30 s by default; for longer:
+#             scontrol update JobId=JOBID Requeue=0; scancel --signal=TERM JOBID)
 # resume:     submit again; it goes on from the newest whole checkpoint in /shared/runs/hybrid
 
 set -uo pipefail

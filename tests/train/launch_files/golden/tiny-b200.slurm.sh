@@ -19,7 +19,8 @@
 # submit:     sbatch tiny-b200.slurm.sh
 # watch:      tail --follow=name --retry tiny-b200-JOBID.host0.log
 # state:      squeue --name tiny-b200; sacct --duplicates --name tiny-b200
-# stop, save: scancel --signal TERM JOBID once it is of no more use: scontrol update JobId=JOBID Requeue=0 before it
+# stop, save: scancel JOBID    (saves within the cluster's KillWait, 30 s by default; for longer:
+#             scontrol update JobId=JOBID Requeue=0; scancel --signal=TERM JOBID)
 # resume:     submit again; it goes on from the newest whole checkpoint in /shared/runs/tiny
 
 set -uo pipefail
