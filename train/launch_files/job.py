@@ -40,8 +40,9 @@ class Job:
     """The command that wrote the file, to be pasted."""
 
     def command(self, entry: str, run_folder: str) -> list[str]:
-        """What each host runs; the first start and every restart are the same."""
-        return [*shlex.split(entry), "train", self.preset, *self.overrides, "--out", run_folder, "--resume"]
+        """What each host runs, watched by its supervisor; the first start and every restart are the same."""
+        alone = ["--hosts.local", "1"] if self.machines.hosts == 1 else []
+        return [*shlex.split(entry), "train", self.preset, *self.overrides, "--out", run_folder, "--resume", *alone]
 
 
 @dataclasses.dataclass(frozen=True)

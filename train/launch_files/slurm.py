@@ -16,6 +16,7 @@ from plait.train.launch_files.machines import GPUS_PER_HOST
 from plait.train.launch_files.options import SlurmOptions, environment
 
 SUFFIX = "slurm.sh"
+_LEAVE_SECONDS = 120  # the hosts of a run end together; one that has not by then is ended
 
 
 def render(options: SlurmOptions, job: Job) -> str:
@@ -68,7 +69,8 @@ def _head(options: SlurmOptions, job: Job) -> list[str]:
 
 def _body(options: SlurmOptions, job: Job) -> list[str]:
     command = job.command(options.entry, options.run_folder)
-    step = ["srun", "--kill-on-bad-exit=1", "--wait=120", "--open-mode=append", f"--output={job.name}-%j.host%t.log"]
+    # Without --kill-on-bad-exit: the first host that has saved would end the others, which save still.
+    step = ["srun", f"--wait={_LEAVE_SECONDS}", "--open-mode=append", f"--output={job.name}-%j.host%t.log"]
     step.append("--cpu-bind=none" if options.cpus is None else f"--cpus-per-task={options.cpus}")
     if options.image is not None:
         step.append(f"--container-image={options.image}")

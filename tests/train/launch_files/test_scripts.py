@@ -105,6 +105,7 @@ def test_batch_script_is_queued_again_when_it_should(status, state, restarts, qu
         assert (tmp_path / "bin/queued").read_text() == "requeue 7\n"
     devices, *args = (tmp_path / "bin/args").read_text().splitlines()
     assert devices == "0,1,2,3,4,5,6,7"
+    assert "--kill-on-bad-exit" not in " ".join(args), "it would end hosts that are still saving"
     assert "--cpus-per-task=96" in args and "--container-mounts=/shared/corpus:/shared/corpus,/shared/runs:/shared/runs" in args
     at = args.index("plait")
     config = parse_experiment(args[at + 2], args[at + 3 :])

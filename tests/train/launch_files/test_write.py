@@ -100,6 +100,15 @@ def test_overrides_of_the_supervisor_pass_through(tmp_path):
     assert "--hosts.step-seconds" in job.command("plait", "/runs/a")
 
 
+def test_one_host_is_supervised_too():
+    """Else SIGTERM would end it with 0, which schedulers take for done."""
+    for target, alone in {"h100:1x8": True, "v6e:2x4": True, "h100:2x8": False}.items():
+        command = Job(name="a", machines=machines(target), preset="lm_tiny", overrides=(), written_by=()).command(
+            "plait", "/runs/a"
+        )
+        assert (command[-2:] == ["--hosts.local", "1"]) == alone
+
+
 @pytest.mark.parametrize("name", ["a", "hybrid-1b", "a" * 63])
 def test_labels(name):
     check_label("name", name)

@@ -30,7 +30,7 @@ export JAX_LOCAL_DEVICE_IDS=0,1,2,3,4,5,6,7  # a task owns all GPUs of its host
 export NOTE='it'"'"'s $HOME'
 export NCCL_DEBUG=INFO
 
-srun --kill-on-bad-exit=1 --wait=120 --open-mode=append --output=tiny-b200-%j.host%t.log --cpus-per-task=96 '--container-image=nvcr.io#team/plait:0.1.0' --container-mounts=/shared/corpus:/shared/corpus,/shared/runs:/shared/runs \
+srun --wait=120 --open-mode=append --output=tiny-b200-%j.host%t.log --cpus-per-task=96 '--container-image=nvcr.io#team/plait:0.1.0' --container-mounts=/shared/corpus:/shared/corpus,/shared/runs:/shared/runs \
   plait train lm_tiny --data.batch-size 4096 --data.tokenizer bpe --data.vocab-size 512 --model.pattern 'gated_deltanet*3,softmax' --model.num-layers 4 --out /shared/runs/tiny --resume
 status=$?
 
