@@ -48,6 +48,8 @@ def prepare(args: Sequence[str]) -> tuple[LaunchOptions, Job, str]:
     """What `write_launch` does before it writes: the options, what is started, and the text of the file. Raises ValueError."""
     if not args or args[0] not in KINDS:
         raise ValueError(f"write-launch needs one of {', '.join(KINDS)} first, not {args[0] if args else 'nothing'}")
+    if broken := [word for word in args if "\n" in word or "\r" in word]:
+        raise ValueError(f"{broken[0]!r} must be on one line: it becomes part of one in the file")
     kind = KINDS[args[0]]
     preset, rest = (args[1], args[2:]) if len(args) > 1 and not args[1].startswith("-") else (None, args[1:])
     mine, overrides = split_options(kind.options, rest)
@@ -74,7 +76,7 @@ def split_options(options: type[LaunchOptions], args: Sequence[str]) -> tuple[li
         ValueError: a name that is neither and is near to an option.
     """
     fields = {"--" + field.name.replace("_", "-"): field for field in dataclasses.fields(options)}
-    switches = {flag for flag, field in fields.items() if "bool" in str(field.type)}
+    switches = {flag for flag, field in fields.items() if field.type == "bool"}
     switches |= {"--no-" + flag[2:] for flag in switches} | {"-h", "--help"}
     experiment = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(ExperimentConfig)}
     mine: list[str] = []

@@ -9,6 +9,7 @@ sdk/gcloud/reference/compute/tpus/queued-resources/create, storage/docs/cloud-st
 
 from __future__ import annotations
 
+import re
 import shlex
 
 from plait.train.launch_files.job import BAD_INPUT, Job
@@ -35,10 +36,7 @@ def render(options: TpuVmOptions, job: Job) -> str:
         "UNIT": shlex.quote(_unit(job)),
         "BAD_INPUT": str(BAD_INPUT),
     }
-    script = _SCRIPT
-    for name, value in values.items():
-        script = script.replace(f"@{name}@", value)
-    return "#!/bin/bash\n" + _header(options, job) + script
+    return "#!/bin/bash\n" + _header(options, job) + re.sub("@([A-Z_]+)@", lambda found: values[found[1]], _SCRIPT)
 
 
 def nodes(job: Job) -> list[str]:

@@ -6,10 +6,10 @@ import pytest
 
 from plait.launch import USAGE, main
 from plait.tests.train.launch_files.cases import CASES, GOLDEN, IMAGE
-from plait.train.launch_files import KINDS
+from plait.train.launch_files import KINDS, split_options
 from plait.train.launch_files.job import Job, checked_experiment
 from plait.train.launch_files.machines import machines
-from plait.train.launch_files.options import check_image, check_label, environment
+from plait.train.launch_files.options import GkeOptions, SlurmOptions, check_image, check_label, environment
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -54,6 +54,7 @@ BAD = {
     "machine type": (f"gke lm_tiny --data.batch-size 16 {TO_GKE} --machine-type a3-megagpu-8g", "use ct5lp-hightpu-4t"),
     "environment": (f"gke lm_tiny {TO_GKE} --env A", "must be NAME=VALUE"),
     "own environment": (f"gke lm_tiny {TO_GKE} --env PLAIT_HOST_COUNT=3", "is set by the launch file"),
+    "two lines": (f"gke lm_tiny {TO_GKE} --model.pattern 'softmax\nkubectl delete'", "must be on one line"),
     "grace": (f"gke lm_tiny {TO_GKE} --grace-seconds 5", "grace_seconds=5 must be at least 60"),
     "relative folder": ("slurm lm_tiny --target h100:2x8 --run-folder runs/a", "must be an absolute path"),
     "TPU on SLURM": ("slurm lm_tiny --data.batch-size 16 --target v5e:4x4 --run-folder /runs/a", "use 'write-launch gke'"),
@@ -98,6 +99,14 @@ def test_overrides_of_the_supervisor_pass_through(tmp_path):
     checked_experiment("lm_tiny", ["--data.batch-size", "16", "--hosts.step-seconds", "120"], found)
     job = Job(name="a", machines=found, preset="lm_tiny", overrides=("--hosts.step-seconds", "120"), written_by=())
     assert "--hosts.step-seconds" in job.command("plait", "/runs/a")
+
+
+def test_options_of_the_file_stand_among_those_of_train():
+    words = "--steps 9 --target=v5e:4x4 --spot --mesh.fsdp 4 --host-network False --no-overwrite --seed=3 --env A=1 --service_account s"
+    mine, rest = split_options(GkeOptions, words.split())
+    assert mine == "--target=v5e:4x4 --spot --host-network False --no-overwrite --env A=1 --service_account s".split()  # noqa: SIM905
+    assert rest == "--steps 9 --mesh.fsdp 4 --seed=3".split()  # noqa: SIM905
+    assert split_options(SlurmOptions, ["--target"]) == (["--target"], [])
 
 
 def test_one_host_is_supervised_too():
