@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ USAGE = """usage: launch.py COMMAND ...
   eval RUN [--tasks ppl] [--step N]
   generate RUN [--prompt "..."] [--num-tokens 200] [--temperature 0.8] [--top-k 40] [--top-p 0.9]
   report RUN [RUN ...] [--out FOLDER]
+  write-launch gke|slurm|tpu-vm PRESET [train options] --target v5e:16x16 [--slices 2] [--out FOLDER]   (write-launch gke --help lists the rest)
   list presets|mixers|tasks|kernels
 """
 
@@ -150,6 +152,15 @@ def report(args: Sequence[str]) -> None:
     console.print(f"report: {write_report(list(options.runs), options.out)}", markup=False)
 
 
+def write_launch(args: Sequence[str]) -> None:
+    """`write-launch gke|slurm|tpu-vm PRESET [train overrides]`."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # looks at no accelerator that is here
+    from plait.train import launch_files
+
+    path, job = launch_files.write_launch(args)
+    console.print(f"{path}: {job.machines.describe()}; its first lines say how to submit, watch, resume and delete", markup=False)
+
+
 def list_things(args: Sequence[str]) -> None:
     """`list presets|mixers|tasks|kernels`."""
     from plait.configs import listing
@@ -159,7 +170,14 @@ def list_things(args: Sequence[str]) -> None:
     console.print(listing.TABLES[args[0]]())
 
 
-COMMANDS = {"train": train, "eval": evaluate, "generate": generate, "report": report, "list": list_things}
+COMMANDS = {
+    "train": train,
+    "eval": evaluate,
+    "generate": generate,
+    "report": report,
+    "write-launch": write_launch,
+    "list": list_things,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
