@@ -39,14 +39,26 @@ _split: contextvars.ContextVar[_Split | None] = contextvars.ContextVar("plait_sp
 
 @contextlib.contextmanager
 def splitting(
-    mesh: jax.sharding.Mesh, *, batch: tuple[str, ...], heads: tuple[str, ...], context: tuple[str, ...] = ()
+    mesh: jax.sharding.Mesh,
+    *,
+    batch: tuple[str, ...],
+    heads: tuple[str, ...],
+    context: tuple[str, ...] = (),
+    alone: tuple[str, ...] = (),
 ) -> Iterator[None]:
-    """Splits the batches, heads and sequences of the ops called inside the block over these axes of `mesh`."""
-    token = _split.set(_Split(mesh, {"b": batch, "h": heads, "s": heads}))
+    """Splits the batches, heads and sequences of the ops called inside the block over these axes of `mesh`; an op to which each token
+    is alone over `alone` too."""
+    token = _split.set(_Split(mesh, {"b": batch, "h": heads, "s": heads + alone}))
     try:
         yield
     finally:
         _split.reset(token)
+
+
+def inside(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh | jax.sharding.AbstractMesh:
+    """`mesh` as the code around sees it: inside a `shard_map` over some of its axes, the mesh that knows these to be taken."""
+    around = jax.sharding.get_abstract_mesh()
+    return mesh if around.empty else around
 
 
 class Shards:
@@ -56,6 +68,9 @@ class Shards:
         split = _split.get()
         self.args, self.options = args, options
         self.mesh = None if split is None or split.mesh.size == 1 else split.mesh
+        # Inside a `shard_map` over some axes, what the compiler lays out over the others is best left simple: its partitioner gives
+        # up on gathers there.
+        self.nested = self.mesh is not None and inside(self.mesh) is not self.mesh
         if split is None or self.mesh is None:
             return
         self.axes = axes
@@ -109,7 +124,7 @@ class Shards:
 
         out = tuple(self._spec(letters) for letters in results)
         return jax.shard_map(
-            on_device, mesh=self.mesh, in_specs=(specs,), out_specs=out if len(out) > 1 else out[0], check_vma=False
+            on_device, mesh=inside(self.mesh), in_specs=(specs,), out_specs=out if len(out) > 1 else out[0], check_vma=False
         )(arrays)
 
     def _get(self, at: int | str) -> Any:
