@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 from plait.data.config import DataConfig
 from plait.models.config import LMConfig
@@ -84,6 +85,8 @@ class MeshConfig:
     """ZeRO: moments and average sharded also over data, context and pipeline, gradients reduced to those parts."""
     offload: Literal["optimizer"] | None = None
     """What waits in the host's memory between updates: the optimizer's moments; None for nothing."""
+
+    reserved: ClassVar[Mapping[str, str]] = {"expert": "is kept for layers of experts, which no model has yet; leave it out"}
 
     def __post_init__(self) -> None:
         for name in MESH_AXES:

@@ -72,7 +72,8 @@ class Stack(nnx.Module):
 
             return through if self.remat is None else jax.checkpoint(through, policy=_POLICIES[self.remat])
 
-        stacked, rest = None, []
+        stacked: Any = None
+        rest: list = []
         if self.periods is not None:
             graph, params = nnx.split(self.periods)
             x, stacked = schedule.repeat(layers(graph), x, rows, (params, state[0]))

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from plait.configs.experiment import MESH_AXES as AXES
 from plait.configs.experiment import MeshConfig
@@ -64,7 +64,11 @@ def _line(devices: Sequence[Any], sizes: Mapping[str, int]) -> np.ndarray:
 
 def _torus(devices: Sequence[Any], sizes: Mapping[str, int]) -> np.ndarray:
     """TPUs by mesh coordinates: slices over `SLICED`, each slice's torus over what is left."""
-    slices = left = len({device.slice_index for device in devices})
+    slices = left = len({getattr(device, "slice_index", 0) for device in devices})  # a described slice alone has no number
+    if devices[0].device_kind == "TPU v4" and any(device.core_on_chip for device in devices):
+        return _line(devices, sizes)  # described by the core: their order is that of the chips, which `mesh_utils` does not know
+    if slices == 1:
+        return mesh_utils.create_device_mesh(list(sizes.values()), devices, allow_split_physical_axes=True)
     across = dict.fromkeys(sizes, 1)
     for axis in SLICED:
         across[axis] = math.gcd(left, sizes[axis])
@@ -158,7 +162,7 @@ def _names(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (part,) if isinstance(part, str) else part or ()
 
 
-def _ways(mesh: Mesh, part: str | tuple[str, ...] | None) -> int:
+def _ways(mesh: Mesh | AbstractMesh, part: str | tuple[str, ...] | None) -> int:
     return math.prod(mesh.shape[name] for name in _names(part))
 
 

@@ -67,7 +67,7 @@ class Pipeline:
         return self._join(x.sum(0)), outs
 
     def once(self, layers: Layers, x: jax.Array, rows: Rows, params: Any) -> tuple[jax.Array, Any]:
-        x, outs = jax.lax.map(lambda part: layers(*part, params), (self._cut(x), jax.tree.map(self._cut, rows)))
+        x, outs = jax.lax.map(lambda part: layers(part[0], part[1], params), (self._cut(x), jax.tree.map(self._cut, rows)))
         return self._join(x), over_microbatches(outs)
 
     def _cut(self, a: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ import optax
 
 from plait.data.batch import Batch
 from plait.models.linear import power_iterate
-from plait.models.mixers.stats import ProbeConfig
+from plait.models.mixers.stats import ProbeConfig, over_microbatches
 from plait.train.loss import loss_terms
 from plait.train.mesh import on_mesh
 from plait.train.optimizer import make_schedule
@@ -90,7 +90,7 @@ def _move_singular_vectors(blueprint: Blueprint, state: TrainState) -> dict[str,
 
 
 def _accumulate(grad: Callable, params: dict[str, jax.Array], batch: Batch, parts: int) -> tuple[dict[str, jax.Array], tuple]:
-    """Gradients and loss terms summed over `parts` micro-batches; statistics are the last one's."""
+    """Gradients and loss terms summed over `parts` micro-batches; statistics as `over_microbatches` says."""
     if parts == 1:
         (value, terms), grads = grad(params, batch)
         return grads, (value, terms)
@@ -106,4 +106,4 @@ def _accumulate(grad: Callable, params: dict[str, jax.Array], batch: Batch, part
     shapes, _ = jax.eval_shape(lambda b: body(None, jax.tree.map(lambda a: a[0], b)), micro)
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
     (grads, (value, terms)), stats = jax.lax.scan(body, zeros, micro)
-    return grads, (value, {**terms, "stats": jax.tree.map(lambda a: a[-1], stats)})
+    return grads, (value, {**terms, "stats": over_microbatches(stats)})
