@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 from plait.data.config import DataConfig
 from plait.models.config import LMConfig
 from plait.models.mixers.stats import ProbeConfig
+from plait.models.pattern import find_period
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,7 +37,7 @@ class OptimizerConfig:
     clip_norm: float | None = 1.0
     """Largest global norm of the gradient; None for no clipping."""
     accumulate: int = 1
-    """Micro-batches whose gradients make one step; must divide the batch."""
+    """Micro-batches whose gradients make one step; must divide the batch. With `mesh.pipeline` they flow through its stages."""
     ema: float | None = None
     """Decay of a running average of the parameters, used by evaluation and generation; None keeps none."""
     max_bad_steps: int = 20
@@ -61,10 +63,16 @@ class OptimizerConfig:
                 raise ValueError(f"optimizer.{name}={getattr(self, name)} {rule}")
 
 
+MESH_AXES = ("pipeline", "data", "fsdp", "context", "tensor")
+"""Mesh axes, the outermost first."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """How many devices each mesh axis has; their product is the number of devices used."""
+    """How many devices each mesh axis has, from the outermost (across TPU slices) in; their product is the number of devices used."""
 
+    pipeline: int = 1
+    """Stages in which the repetitions of the layer pattern lie, one behind the other; `optimizer.accumulate` micro-batches fill them."""
     data: int | None = None
     """Data parallel; None takes the devices that the other axes leave."""
     fsdp: int = 1
@@ -73,12 +81,18 @@ class MeshConfig:
     """Tokens of a sequence sharded: each device holds a contiguous part of every row."""
     tensor: int = 1
     """Heads, channel-mixer widths and the vocabulary sharded."""
+    zero: bool = False
+    """ZeRO: moments and average sharded also over data, context and pipeline, gradients reduced to those parts."""
+    offload: Literal["optimizer"] | None = None
+    """What waits in the host's memory between updates: the optimizer's moments; None for nothing."""
+
+    reserved: ClassVar[Mapping[str, str]] = {"expert": "is kept for layers of experts, which no model has yet; leave it out"}
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
+        for name in MESH_AXES:
+            value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"mesh.{field.name}={value} must be at least 1")
+                raise ValueError(f"mesh.{name}={value} must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,6 +141,13 @@ class ExperimentConfig:
         if self.data.batch_size % self.optimizer.accumulate:
             raise ValueError(
                 f"optimizer.accumulate={self.optimizer.accumulate} must divide data.batch_size={self.data.batch_size}"
+            )
+        _, periods = find_period(self.model.layers)
+        if self.mesh.pipeline > 1 and (periods == 1 or periods % self.mesh.pipeline):
+            fits = ", ".join(str(n) for n in range(1, periods + 1) if periods % n == 0)
+            raise ValueError(
+                f"mesh.pipeline={self.mesh.pipeline} must divide the {periods} repetitions of the pattern in "
+                f"model.num_layers={self.model.num_layers}; use mesh.pipeline={fits} or another depth"
             )
         if self.optimizer.schedule != "constant" and self.optimizer.warmup_steps >= self.steps:
             raise ValueError(

@@ -67,7 +67,7 @@ class Op:
         if name not in names:
             names.append(name)
         chosen = self.implementations[name]
-        return shards.run(chosen.run) if chosen.per_device else chosen.run(*args, **kwargs)
+        return shards.run(chosen.run) if chosen.per_device or shards.nested else chosen.run(*args, **kwargs)
 
     def unsupported(self, name: str, *args: Any, **kwargs: Any) -> str | None:
         """Why the implementation `name` cannot serve a call with these resolved arguments, or None."""

@@ -42,10 +42,16 @@ _split: contextvars.ContextVar[_Split | None] = contextvars.ContextVar("plait_sp
 
 @contextlib.contextmanager
 def splitting(
-    mesh: jax.sharding.Mesh, *, batch: tuple[str, ...], heads: tuple[str, ...], context: tuple[str, ...] = ()
+    mesh: jax.sharding.Mesh,
+    *,
+    batch: tuple[str, ...],
+    heads: tuple[str, ...],
+    context: tuple[str, ...] = (),
+    alone: tuple[str, ...] = (),
 ) -> Iterator[None]:
-    """Splits the batches, heads and sequences of the ops called inside the block over these axes of `mesh`."""
-    over = {"b": batch, "h": heads, "s": (*context, *heads), "t": context, "n": context}
+    """Splits the batches, heads and sequences of the ops called inside the block over these axes of `mesh`; an op to which each token
+    is alone over `alone` too."""
+    over = {"b": batch, "h": heads, "s": (*context, *heads, *alone), "t": context, "n": context}
     with _using(_Split(mesh, over)):
         yield
 
@@ -83,6 +89,12 @@ def _arrays(axes: Axes, args: tuple[Any, ...], options: Mapping[str, Any]) -> It
             yield letters, leaf
 
 
+def inside(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh | jax.sharding.AbstractMesh:
+    """`mesh` as the code around sees it: inside a `shard_map` over some of its axes, the mesh that knows these to be taken."""
+    around = jax.sharding.get_abstract_mesh()
+    return mesh if around.empty else around
+
+
 class Shards:
     """One call of an op, divided over the mesh in use; without one, the call as it is."""
 
@@ -91,6 +103,9 @@ class Shards:
         split = _split.get()
         self.args, self.options = args, options
         self.mesh = None if split is None or split.mesh.size == 1 else split.mesh
+        # Inside a `shard_map` over some axes, what the compiler lays out over the others is best left simple: its partitioner gives
+        # up on gathers there.
+        self.nested = self.mesh is not None and inside(self.mesh) is not self.mesh
         if split is None or self.mesh is None:
             return
         self.axes = axes
@@ -143,7 +158,7 @@ class Shards:
 
         out = tuple(self._spec(letters) for letters in results)
         return jax.shard_map(
-            on_device, mesh=self.mesh, in_specs=(specs,), out_specs=out if len(out) > 1 else out[0], check_vma=False
+            on_device, mesh=inside(self.mesh), in_specs=(specs,), out_specs=out if len(out) > 1 else out[0], check_vma=False
         )(arrays)
 
     def _get(self, at: int | str) -> Any:

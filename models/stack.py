@@ -16,9 +16,10 @@ from plait.models.config import LMConfig
 from plait.models.mixers.base import State
 from plait.models.mixers.stats import ProbeConfig, Stats
 from plait.models.pattern import find_period
+from plait.models.schedule import ALL_ROWS, Rows, Schedule, schedule
 
 _POLICIES = {"full": jax.checkpoint_policies.nothing_saveable, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
-Apply = Callable[[Block, jax.Array, Any], tuple[jax.Array, Any]]
+Apply = Callable[[Block, jax.Array, Rows, Any], tuple[jax.Array, Any]]
 
 
 class Stack(nnx.Module):
@@ -37,9 +38,8 @@ class Stack(nnx.Module):
         self, x: jax.Array, *, segment_ids: jax.Array, positions: jax.Array, probe: ProbeConfig | None = None
     ) -> tuple[jax.Array, list[Stats | None]]:
         """The residual stream after the last block and the statistics of each layer."""
-        x, (stacked, rest) = self._run(
-            lambda b, x, _: b(x, segment_ids=segment_ids, positions=positions, probe=probe), x, (None, None)
-        )
+        rows = {"segment_ids": segment_ids, "positions": positions}
+        x, (stacked, rest) = self._run(lambda b, x, rows, _: b(x, **rows, probe=probe), x, rows, (None, None), schedule())
         layers = [jax.tree.map(lambda a, i=i: a[i], s) for i in range(self.count if stacked else 0) for s in stacked]
         return x, layers + rest
 
@@ -52,32 +52,35 @@ class Stack(nnx.Module):
         return stacked, [block.mixer.init_state(batch_size, max_len) for block in self.rest]
 
     def prefill(self, x: jax.Array, state: State, *, segment_ids: jax.Array, positions: jax.Array) -> tuple[jax.Array, State]:
-        return self._run(lambda b, x, s: b.prefill(x, s, segment_ids=segment_ids, positions=positions), x, state)
+        rows = {"segment_ids": segment_ids, "positions": positions}
+        return self._run(lambda b, x, rows, s: b.prefill(x, s, **rows), x, rows, state)
 
     def step(self, x: jax.Array, state: State, *, positions: jax.Array) -> tuple[jax.Array, State]:
-        return self._run(lambda b, x, s: b.step(x, s, positions=positions), x, state)
+        return self._run(lambda b, x, rows, s: b.step(x, s, **rows), x, {"positions": positions}, state)
 
-    def _run(self, apply: Apply, x: jax.Array, state: tuple[Any, Any]) -> tuple[jax.Array, tuple[Any, list]]:
-        def through(blocks, x, states):
-            outs = []
-            for i, block in enumerate(blocks):
-                x, out = apply(block, x, None if states is None else states[i])
-                outs.append(out)
-            return x, outs
+    def _run(
+        self, apply: Apply, x: jax.Array, rows: Rows, state: tuple[Any, Any], schedule: Schedule = ALL_ROWS
+    ) -> tuple[jax.Array, tuple[Any, list]]:
+        def layers(graph: Any) -> Callable:
+            def through(x: jax.Array, rows: Rows, xs: tuple[Any, Any]) -> tuple[jax.Array, list]:
+                params, states = xs
+                outs = []
+                for i, block in enumerate(nnx.merge(graph, params)):
+                    x, out = apply(block, x, rows, None if states is None else states[i])
+                    outs.append(out)
+                return x, outs
 
-        stacked = None
+            return through if self.remat is None else jax.checkpoint(through, policy=_POLICIES[self.remat])
+
+        stacked: Any = None
+        rest: list = []
         if self.periods is not None:
             graph, params = nnx.split(self.periods)
-            body = self._checkpointed(lambda x, xs: through(nnx.merge(graph, xs[0]), x, xs[1]))
-            x, stacked = jax.lax.scan(body, x, (params, state[0]))
-        if not len(self.rest):
-            return x, (stacked, [])
-        graph, params = nnx.split(self.rest)
-        x, rest = self._checkpointed(lambda x, xs: through(nnx.merge(graph, xs[0]), x, xs[1]))(x, (params, state[1]))
+            x, stacked = schedule.repeat(layers(graph), x, rows, (params, state[0]))
+        if len(self.rest):
+            graph, params = nnx.split(self.rest)
+            x, rest = schedule.once(layers(graph), x, rows, (params, state[1]))
         return x, (stacked, rest)
-
-    def _checkpointed(self, body: Callable) -> Callable:
-        return body if self.remat is None else jax.checkpoint(body, policy=_POLICIES[self.remat])
 
 
 def _stack(periods: list[nnx.List]) -> nnx.List | None:

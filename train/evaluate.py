@@ -79,7 +79,7 @@ class Evaluator:
         self._sharding = batch_sharding(mesh, config.data.batch_size, config.data.seq_len, 1)
 
         def score(params: Arrays, buffers: Arrays, batch: Batch) -> tuple[jax.Array, ...]:
-            with on_mesh(mesh):
+            with on_mesh(mesh, config.optimizer.accumulate):
                 nll, _, _ = token_losses(blueprint.build(params, buffers), batch)
             mask = batch.loss_mask.astype(jnp.float32)
             position = jax.nn.one_hot(batch.positions, batch.tokens.shape[1], dtype=jnp.float32) * mask[..., None]

@@ -9,16 +9,19 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from plait.configs.experiment import MESH_AXES as AXES
 from plait.configs.experiment import MeshConfig
-from plait.kernels.sharding import splitting
+from plait.kernels.sharding import inside, splitting
 from plait.models import axes
 from plait.models.axes import Axes
+from plait.models.schedule import ALL_ROWS, scheduling
+from plait.train.pipeline import Pipeline
 
-AXES = ("data", "fsdp", "context", "tensor")
 RULES: Mapping[str, str | tuple[str, ...] | None] = {
-    axes.LAYERS: None,
+    axes.LAYERS: "pipeline",
     axes.VOCAB: "tensor",
     axes.EMBED: "fsdp",
     axes.HEADS: "tensor",
@@ -28,9 +31,21 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
     axes.LENGTH: "context",
 }
 
+SLICED = ("pipeline", "data")
+"""Axes that may span TPU slices: what crosses them is one activation or gradient a micro-batch, over the data-centre network."""
+ZERO = ("pipeline", "data", "context")
+"""Axes over which `mesh.zero` divides moments further."""
+
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh over `devices` (all there are by default). Raises ValueError where the axes do not multiply to the device count."""
+    """The mesh over `devices`, real or described (all there are by default).
+
+    On TPUs the outermost axes span the slices, and the inner ones join neighbouring chips of one; elsewhere devices go in the order
+    of their processes, so that the inner axes stay within a host.
+
+    Raises:
+        ValueError: the axes do not multiply to the device count, or the slices do not divide the outermost axes.
+    """
     devices = list(jax.devices() if devices is None else devices)
     sizes = {name: getattr(config, name) for name in AXES}
     rest = math.prod(size for size in sizes.values() if size is not None)
@@ -39,8 +54,33 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     if used != len(devices) and not (config.data is not None and used < len(devices) and jax.process_count() == 1):
         product = " x ".join(f"mesh.{name}={getattr(config, name)}" for name in AXES)
         raise ValueError(f"{product} must multiply to the {len(devices)} devices; leave mesh.data=None to fill them")
-    grid = np.asarray(devices[:used]).reshape(*sizes.values())
+    grid = _torus(devices, sizes) if devices[0].platform == "tpu" and used == len(devices) else _line(devices[:used], sizes)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _line(devices: Sequence[Any], sizes: Mapping[str, int]) -> np.ndarray:
+    return np.asarray(sorted(devices, key=lambda device: device.process_index)).reshape(*sizes.values())
+
+
+def _torus(devices: Sequence[Any], sizes: Mapping[str, int]) -> np.ndarray:
+    """TPUs by mesh coordinates: slices over `SLICED`, each slice's torus over what is left."""
+    slices = left = len({getattr(device, "slice_index", 0) for device in devices})  # a described slice alone has no number
+    if devices[0].device_kind == "TPU v4" and any(device.core_on_chip for device in devices):
+        return _line(devices, sizes)  # described by the core: their order is that of the chips, which `mesh_utils` does not know
+    if slices == 1:
+        return mesh_utils.create_device_mesh(list(sizes.values()), devices, allow_split_physical_axes=True)
+    across = dict.fromkeys(sizes, 1)
+    for axis in SLICED:
+        across[axis] = math.gcd(left, sizes[axis])
+        left //= across[axis]
+    if left > 1:
+        inner = math.prod(size for axis, size in sizes.items() if axis not in SLICED)
+        raise ValueError(
+            f"{' x '.join(f'mesh.{axis}={sizes[axis]}' for axis in SLICED)} must be a multiple of the {slices} slices of the "
+            f"{len(devices)} devices; use mesh.data={slices} and at most {len(devices) // slices} devices on the other axes (now {inner})"
+        )
+    within = [size // across[axis] for axis, size in sizes.items()]
+    return mesh_utils.create_hybrid_device_mesh(within, list(across.values()), devices, allow_split_physical_axes=True)
 
 
 def spec(names: Axes) -> PartitionSpec:
@@ -67,6 +107,19 @@ def sharding(mesh: Mesh, names: Axes, shape: Sequence[int], what: str) -> NamedS
     return NamedSharding(mesh, partition)
 
 
+def spread(layout: NamedSharding, names: Axes, shape: Sequence[int]) -> NamedSharding:
+    """`layout` divided further over the axes of `ZERO` that it leaves, along the largest dimension that they divide: a whole one before
+    one that is divided already, the stacked layers last, and no further where there is none."""
+    mesh, parts = layout.mesh, list(layout.spec)
+    chosen = None
+    for axis in (axis for axis in ZERO if mesh.shape[axis] > 1 and not any(axis in _names(part) for part in parts)):
+        fitting = [i for i, part in enumerate(parts) if shape[i] % (mesh.shape[axis] * _ways(mesh, part)) == 0]
+        if fitting:
+            chosen = max(fitting, key=lambda i: (i == chosen, names[i] != axes.LAYERS, _ways(mesh, parts[i]) == 1, shape[i]))
+            parts[chosen] = (*_names(parts[chosen]), axis)
+    return NamedSharding(mesh, PartitionSpec(*parts))
+
+
 def batch_sharding(mesh: Mesh, batch_size: int, seq_len: int, accumulate: int) -> NamedSharding:
     """The sharding of a batch `[B, T]`. Raises ValueError where a micro-batch or a sequence does not divide over its axes."""
     partition = spec((axes.BATCH, axes.LENGTH))
@@ -89,17 +142,19 @@ def constrainer(mesh: Mesh) -> axes.Constrain:
 
     def constrain(x: jax.Array, names: Axes) -> jax.Array:
         parts = [part if size % _ways(mesh, part) == 0 else None for size, part in zip(x.shape, spec(names))]
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*parts)))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(inside(mesh), PartitionSpec(*parts)))
 
     return constrain
 
 
 @contextlib.contextmanager
-def on_mesh(mesh: Mesh) -> Iterator[None]:
-    """Traces models for the mesh: activations are pinned to it, and each device runs the kernels on its part."""
+def on_mesh(mesh: Mesh, microbatches: int = 1) -> Iterator[None]:
+    """Traces models for the mesh: activations are pinned to it, each device runs the kernels on its part, and where the mesh has a
+    pipeline, the rows of a batch flow through it in `microbatches` parts."""
     rules = {"batch": axes.BATCH, "heads": axes.HEADS, "context": axes.LENGTH}
     over = {key: _names(RULES[name]) for key, name in rules.items()}
-    with axes.constraining(constrainer(mesh)), splitting(mesh, **over):
+    schedule = Pipeline(mesh, microbatches) if mesh.shape["pipeline"] > 1 else ALL_ROWS
+    with axes.constraining(constrainer(mesh)), splitting(mesh, **over, alone=("pipeline",)), scheduling(schedule):
         yield
 
 
@@ -107,7 +162,7 @@ def _names(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (part,) if isinstance(part, str) else part or ()
 
 
-def _ways(mesh: Mesh, part: str | tuple[str, ...] | None) -> int:
+def _ways(mesh: Mesh | AbstractMesh, part: str | tuple[str, ...] | None) -> int:
     return math.prod(mesh.shape[name] for name in _names(part))
 
 

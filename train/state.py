@@ -84,6 +84,14 @@ class Blueprint:
         }
         return {k: v for k, v in every.items() if k in self.params}, {k: v for k, v in every.items() if k not in self.params}
 
+    def update_shardings(self, mesh: Mesh) -> dict[str, NamedSharding]:
+        """How each parameter's gradient, moments and average lie for the optimizer's update: as it does itself, or by ZeRO."""
+        params, _ = self.shardings(mesh)
+        if not self.config.mesh.zero:
+            return params
+        found = {name: self._variables[name] for name in params}
+        return {name: meshes.spread(params[name], v.get_metadata()["axes"], v.shape) for name, v in found.items()}
+
 
 def create_state(blueprint: Blueprint, tx: optax.GradientTransformation) -> TrainState:
     """The state at step 0 (traceable)."""
@@ -94,16 +102,19 @@ def create_state(blueprint: Blueprint, tx: optax.GradientTransformation) -> Trai
 
 
 def state_shardings(blueprint: Blueprint, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """The sharding of each leaf of the state: moments and averages lie as their parameters do."""
+    """The sharding of each leaf of the state; moments are in the host's memory where `mesh.offload` says so."""
     params: Any
     buffers: Any
     params, buffers = blueprint.shardings(mesh)
+    average: Any = blueprint.update_shardings(mesh)
+    kind = "pinned_host" if blueprint.config.mesh.offload == "optimizer" else None
+    moments = {name: layout.with_memory_kind(kind) for name, layout in average.items()}
     everywhere: Any = NamedSharding(mesh, PartitionSpec())
     abstract = jax.eval_shape(lambda: create_state(blueprint, tx))
     optimizer: Any = optax.tree_utils.tree_map_params(
-        tx, lambda _, s: s, abstract.optimizer, params, transform_non_params=lambda _: everywhere
+        tx, lambda _, s: s, abstract.optimizer, moments, transform_non_params=lambda _: everywhere
     )
-    ema = None if abstract.ema is None else params
+    ema = None if abstract.ema is None else average
     return TrainState(everywhere, params, buffers, optimizer, ema, everywhere, everywhere)
 
 

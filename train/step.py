@@ -12,11 +12,11 @@ import optax
 
 from plait.data.batch import Batch
 from plait.models.linear import power_iterate
-from plait.models.mixers.stats import ProbeConfig
+from plait.models.mixers.stats import ProbeConfig, over_microbatches
 from plait.train.loss import loss_terms
 from plait.train.mesh import on_mesh
 from plait.train.optimizer import make_schedule
-from plait.train.state import Blueprint, TrainState
+from plait.train.state import Blueprint, TrainState, state_shardings
 
 Metrics = dict[str, Any]
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
@@ -30,10 +30,13 @@ def make_step(blueprint: Blueprint, tx: optax.GradientTransformation, mesh: jax.
     """
     config = blueprint.config
     schedule = make_schedule(config.optimizer, config.steps)
-    parts = config.optimizer.accumulate
+    piped = mesh.shape["pipeline"] > 1  # the micro-batches then are the pipeline's
+    parts = 1 if piped else config.optimizer.accumulate
+    layout = blueprint.update_shardings(mesh)
+    home = state_shardings(blueprint, tx, mesh).optimizer
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        with on_mesh(mesh):
+        with on_mesh(mesh, config.optimizer.accumulate):
             buffers = _move_singular_vectors(blueprint, state)
             total = jnp.maximum(batch.loss_mask.astype(jnp.float32).sum(), 1.0)
 
@@ -41,9 +44,13 @@ def make_step(blueprint: Blueprint, tx: optax.GradientTransformation, mesh: jax.
                 return loss_terms(blueprint.build(params, buffers), batch, total=total, share=1 / parts, probe=probe)
 
             grads, (value, terms) = _accumulate(jax.value_and_grad(loss, has_aux=True), state.params, batch, parts)
+        if config.mesh.offload is not None:
+            near = jax.tree.map(lambda s: s.with_memory_kind("device"), home)
+            state = dataclasses.replace(state, optimizer=jax.device_put(state.optimizer, near))
+        grads, params = jax.lax.with_sharding_constraint((grads, state.params), (layout, layout))
         norm = optax.global_norm(grads)
-        updates, optimizer = tx.update(grads, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
+        updates, optimizer = tx.update(grads, state.optimizer, params)
+        params = optax.apply_updates(params, updates)
         ema = state.ema
         keep = config.optimizer.ema
         if ema is not None and keep is not None:
@@ -53,6 +60,8 @@ def make_step(blueprint: Blueprint, tx: optax.GradientTransformation, mesh: jax.
         new = TrainState(state.step + one, params, buffers, optimizer, ema, jnp.zeros_like(state.bad_steps), state.skipped)
         old = dataclasses.replace(state, step=state.step + one, bad_steps=state.bad_steps + one, skipped=state.skipped + one)
         new = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
+        if config.mesh.offload is not None:
+            new = dataclasses.replace(new, optimizer=jax.device_put(new.optimizer, home))
         metrics = {
             "loss/train": terms["nll"],
             "grad/norm": norm,
@@ -81,7 +90,7 @@ def _move_singular_vectors(blueprint: Blueprint, state: TrainState) -> dict[str,
 
 
 def _accumulate(grad: Callable, params: dict[str, jax.Array], batch: Batch, parts: int) -> tuple[dict[str, jax.Array], tuple]:
-    """Gradients and loss terms summed over `parts` micro-batches; statistics are the last one's."""
+    """Gradients and loss terms summed over `parts` micro-batches; statistics as `over_microbatches` says."""
     if parts == 1:
         (value, terms), grads = grad(params, batch)
         return grads, (value, terms)
@@ -97,4 +106,4 @@ def _accumulate(grad: Callable, params: dict[str, jax.Array], batch: Batch, part
     shapes, _ = jax.eval_shape(lambda b: body(None, jax.tree.map(lambda a: a[0], b)), micro)
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
     (grads, (value, terms)), stats = jax.lax.scan(body, zeros, micro)
-    return grads, (value, {**terms, "stats": jax.tree.map(lambda a: a[-1], stats)})
+    return grads, (value, {**terms, "stats": over_microbatches(stats)})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -96,6 +96,16 @@ class Stats:
     def merged(self, **fields: jax.Array | None) -> Stats:
         """A copy with `fields` set."""
         return dataclasses.replace(self, **fields)
+
+
+def over_microbatches(stacked: Any) -> Any:
+    """A tree of `Stats` of one step from those of its micro-batches, stacked: the mean of auxiliary losses, of all else the last."""
+
+    def one(stats: Stats) -> Stats:
+        last = jax.tree.map(lambda a: a[-1], stats)
+        return last if stats.auxiliary_loss is None else last.merged(auxiliary_loss=stats.auxiliary_loss.mean(0))
+
+    return jax.tree.map(one, stacked, is_leaf=lambda s: isinstance(s, Stats))
 
 
 def attention_statistics(

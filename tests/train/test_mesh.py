@@ -1,17 +1,23 @@
 """Meshes of eight devices: the same numbers as one device, the layouts that the rules say, and clear refusals."""
 
+import dataclasses
+import importlib.util
+
 import jax
 import numpy as np
 import pytest
+from jax.experimental import topologies
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from plait.configs.experiment import MeshConfig
 from plait.models import axes
 from plait.tests.models.common import quick_jit
 from plait.tests.tolerances import assert_close
-from plait.tests.train.common import hybrid, random_batch, routed, setup_of, tree_arrays
+from plait.tests.train.common import different_arrays, hybrid, random_batch, routed, setup_of, tiny, tree_arrays
+from plait.train.checkpoint import Checkpoints
 from plait.train.evaluate import place
-from plait.train.mesh import RULES, batch_sharding, make_mesh, sharding, spec
+from plait.train.mesh import AXES, RULES, batch_sharding, make_mesh, sharding, spec, spread
 from plait.train.step import make_step
 
 MESHES = {
@@ -49,7 +55,7 @@ def alone(compile_cache):
 def assert_same_training(found, expected):
     (_, state, metrics), (_, reference, wanted) = found, expected
     for got, want in zip(metrics, wanted, strict=True):
-        for name in ("loss/train", "loss/z", "loss/balance", "grad/norm"):
+        for name in want.keys() & {"loss/train", "loss/z", "loss/balance", "grad/norm"}:
             assert_close(got[name], want[name], err_msg=name)
     for one, other in ((state.optimizer, reference.optimizer), (state.params, reference.params), (state.ema, reference.ema)):
         got, want = tree_arrays(one), tree_arrays(other)
@@ -112,6 +118,51 @@ def test_parameters_moments_and_averages_lie_as_the_rules_say():
         assert layout.spec == P(kernel[0] if name.endswith(".v") else kernel[1]), name
 
 
+def test_zero_divides_moments_and_average_over_the_axes_that_copy_parameters():
+    mesh = MeshConfig(data=2, fsdp=2, context=2, zero=True)
+    setup = setup_of(routed({**SIZES, "model.num_layers": 2, "mesh": mesh}), devices=8)
+    like = setup.like()
+    whole = {name: p.sharding.shard_shape(p.shape) for name, p in like.params.items()}
+    for name, average in like.ema.items():
+        ways = np.prod(whole[name]) / np.prod(average.sharding.shard_shape(average.shape))
+        assert ways == 4, name  # data x context; fsdp divides the parameter itself
+    moments = [a for a in jax.tree.leaves(like.optimizer) if a.ndim]
+    assert {a.sharding.spec for a in moments} == {a.sharding.spec for a in like.ema.values()}
+    assert like.ema["embedding"].sharding.spec == P(("tensor", "data", "context"), "fsdp")
+
+
+def test_zero_leaves_alone_what_nothing_divides():
+    mesh = make_mesh(MeshConfig(data=4, context=2), jax.devices())
+    whole = NamedSharding(mesh, P(None, None))
+    assert spread(whole, (None, None), (3, 5)).spec == P(None, None)
+    assert spread(whole, (axes.LAYERS, axes.MLP), (8, 4)).spec == P("context", "data")
+    assert spread(NamedSharding(mesh, P("context")), (axes.MLP,), (16,)).spec == P(("context", "data"))
+
+
+OFFLOAD = {**SIZES, "optimizer.accumulate": 2, "mesh": MeshConfig(data=2, fsdp=2, offload="optimizer", zero=True)}
+
+
+def test_moments_wait_in_host_memory_and_change_nothing(compile_cache):
+    config = tiny(OFFLOAD)
+    found = two_steps(config)
+    assert {a.sharding.memory_kind for a in jax.tree.leaves(found[1].optimizer) if a.ndim} == {"pinned_host"}
+    assert {a.sharding.memory_kind for a in jax.tree.leaves(found[1].params)} == {"device"}
+    assert_same_training(found, two_steps(dataclasses.replace(config, mesh=MeshConfig(data=2, fsdp=2))))
+
+
+def test_moments_in_host_memory_are_saved_and_restored(tmp_path, compile_cache):
+    _, state, _ = two_steps(tiny(OFFLOAD))
+    checkpoints = Checkpoints(tmp_path, keep_last=1, keep_best=0)
+    checkpoints.save(2, state, {}, loss=None)
+    checkpoints.wait()
+    for mesh in (OFFLOAD["mesh"], MeshConfig(fsdp=4, tensor=2), MeshConfig(data=1, tensor=2, offload="optimizer")):
+        like = setup_of(tiny({**OFFLOAD, "mesh": mesh}), devices=8).like()
+        _, again, _ = checkpoints.restore(like)
+        assert different_arrays(again, state) == []
+        assert jax.tree.map(lambda a: a.sharding, again) == jax.tree.map(lambda a: a.sharding, like)
+    checkpoints.close()
+
+
 def test_fresh_state_is_the_same_on_any_mesh_and_laid_out_at_once():
     whole, parts = setup_of(routed(SIZES)), setup_of(routed({**SIZES, "mesh": MeshConfig(fsdp=4, tensor=2)}), devices=8)
     a, b = whole.fresh(), parts.fresh()
@@ -120,6 +171,63 @@ def test_fresh_state_is_the_same_on_any_mesh_and_laid_out_at_once():
     assert jax.tree.map(lambda x: x.sharding, b) == parts.shardings
     kernel = next(p for name, p in b.params.items() if name.endswith("q.kernel"))
     assert kernel.addressable_shards[0].data.shape == (16 // 4, 16 // 2)
+
+
+TPU = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="described TPUs need the extra aot")
+
+
+def described(name: str, slices: int, monkeypatch: pytest.MonkeyPatch) -> list:
+    """The devices of TPU slices that are not at hand."""
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    more = {"num_slices": slices} if slices > 1 else {}
+    return topologies.get_topology_desc(platform="tpu", topology_name=name, **more).devices
+
+
+def neighbours(line, sides) -> bool:
+    """Whether devices along a mesh axis are one link of the torus apart each."""
+    coords = np.array([device.coords for device in line])
+    apart = np.abs(np.diff(coords, axis=0))
+    return (np.minimum(apart, np.array(sides)[None] - apart).sum(1) <= 1).all()
+
+
+@TPU
+@pytest.mark.parametrize("name", ["v5e:4x4", "v5p:2x2x4", "v4:2x2x1", "v6e:4x4", "tpu7x:2x2x1"])
+def test_inner_axes_join_neighbouring_chips(name, monkeypatch):
+    devices = described(name, 1, monkeypatch)
+    mesh = make_mesh(MeshConfig(context=2, tensor=4 if name.endswith("4x4") else 2), devices)
+    assert sorted(d.id for d in mesh.devices.flat) == sorted(d.id for d in devices)
+    sides = np.max([d.coords for d in devices], axis=0) + 1
+    for axis in ("context", "tensor"):
+        lines = np.moveaxis(mesh.devices, AXES.index(axis), -1).reshape(-1, mesh.shape[axis])
+        assert all(neighbours(line, sides) for line in lines), axis
+
+
+@TPU
+@pytest.mark.parametrize(
+    ("config", "outermost"),
+    [
+        ({"fsdp": 8}, "data"),
+        ({"pipeline": 2, "data": 1, "fsdp": 8}, "pipeline"),
+        ({"pipeline": 2, "data": 2, "fsdp": 4}, "pipeline"),
+    ],
+    ids=str,
+)
+def test_outermost_axis_spans_the_slices(config, outermost, monkeypatch):
+    mesh = make_mesh(MeshConfig(**config), described("v5e:2x4", 2, monkeypatch))
+    by_axis = np.moveaxis(mesh.devices, AXES.index(outermost), 0)
+    for index in range(2):
+        assert {device.slice_index for device in by_axis[index].flat} == {index}
+
+
+@TPU
+@pytest.mark.parametrize("config", [{"fsdp": 16}, {"data": 1, "fsdp": 8, "tensor": 2}], ids=str)
+def test_slices_that_the_outermost_axes_do_not_span_are_refused(config, monkeypatch):
+    with pytest.raises(ValueError) as error:
+        make_mesh(MeshConfig(**config), described("v5e:2x4", 2, monkeypatch))
+    message = str(error.value)
+    assert "mesh.pipeline=1 x mesh.data=1 must be a multiple of the 2 slices of the 16 devices" in message
+    assert "use mesh.data=2 and at most 8 devices on the other axes (now 16)" in message
 
 
 def test_every_logical_axis_has_a_rule_and_a_mesh_axis_is_used_once():
@@ -132,12 +240,12 @@ def test_every_logical_axis_has_a_rule_and_a_mesh_axis_is_used_once():
 @pytest.mark.parametrize(
     ("config", "shape"),
     [
-        ({}, (8, 1, 1, 1)),
-        ({"fsdp": 4}, (2, 4, 1, 1)),
-        ({"fsdp": 2, "tensor": 2}, (2, 2, 1, 2)),
-        ({"context": 4}, (2, 1, 4, 1)),
-        ({"data": 2}, (2, 1, 1, 1)),
-        ({"data": 1, "fsdp": 3}, (1, 3, 1, 1)),
+        ({}, (1, 8, 1, 1, 1)),
+        ({"fsdp": 4}, (1, 2, 4, 1, 1)),
+        ({"fsdp": 2, "tensor": 2}, (1, 2, 2, 1, 2)),
+        ({"pipeline": 2, "context": 4}, (2, 1, 1, 4, 1)),
+        ({"data": 2}, (1, 2, 1, 1, 1)),
+        ({"data": 1, "fsdp": 3}, (1, 1, 3, 1, 1)),
     ],
     ids=str,
 )
@@ -150,7 +258,7 @@ def test_axes_that_do_not_make_the_devices_are_refused(config):
     with pytest.raises(ValueError) as error:
         make_mesh(MeshConfig(**config), jax.devices())
     message = str(error.value)
-    for name in ("data", "fsdp", "context", "tensor"):
+    for name in ("pipeline", "data", "fsdp", "context", "tensor"):
         assert f"mesh.{name}={getattr(MeshConfig(**config), name)}" in message
     assert "must multiply to the 8 devices; leave mesh.data=None to fill them" in message
 

@@ -1,0 +1,102 @@
+"""Pipeline stages: the numbers of one device with the same micro-batches, what each stage holds, and clear refusals."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from plait.configs.experiment import MeshConfig
+from plait.models.mixers.stats import ProbeConfig
+from plait.tests.models.common import quick_jit
+from plait.tests.tolerances import assert_close
+from plait.tests.train.common import hybrid, mixture, random_batch, routed, setup_of, tiny, tree_arrays
+from plait.tests.train.test_mesh import SIZES, assert_same_training, two_steps
+from plait.train.evaluate import place
+from plait.train.mesh import batch_sharding
+from plait.train.pipeline import bubble_fraction
+from plait.train.step import make_step
+
+FOUR = {**SIZES, "model.num_layers": 4, "optimizer.accumulate": 4}
+LAYER_OVER = {**SIZES, "model.pattern": "moh+softmax,softmax", "model.num_layers": 5, "optimizer.accumulate": 2}
+"""Two periods, and a Mixture-of-Head layer behind them."""
+
+
+def in_stages(config, **mesh):
+    return dataclasses.replace(config, mesh=MeshConfig(**{"data": 1, "pipeline": 2, **mesh}))
+
+
+@pytest.mark.parametrize(
+    ("config", "mesh"),
+    [
+        (routed(FOUR), {"data": 2}),
+        (routed(FOUR), {"pipeline": 4}),
+        (mixture({**LAYER_OVER, "model.remat": "full"}), {"fsdp": 2, "zero": True}),
+        (tiny({**SIZES, "model.sigma_reparam": "one"}), {"tensor": 2}),
+    ],
+    ids=["data 2", "four stages", "a layer over, remat, ZeRO", "one micro-batch, sigmaReparam"],
+)
+def test_stages_train_as_one_device(config, mesh, compile_cache):
+    assert_same_training(two_steps(in_stages(config, **mesh)), two_steps(config))
+
+
+@pytest.mark.slow
+def test_stages_of_two_kinds_of_layers_train_as_one_device(compile_cache):
+    config = hybrid({**FOUR, "model.num_layers": 9, "optimizer.accumulate": 2, "model.remat": "dots"})
+    assert_same_training(two_steps(in_stages(config, fsdp=2, tensor=2)), two_steps(config))
+
+
+def probed(config):
+    setup = setup_of(config, devices=8)
+    rows = batch_sharding(setup.mesh, 8, 16, config.optimizer.accumulate)
+    step = quick_jit(make_step(setup.blueprint, setup.tx, setup.mesh, ProbeConfig(sequences=2)))
+    return step(setup.fresh(), place(random_batch(8), rows))[1]["stats"]
+
+
+def test_layers_show_the_same_statistics(compile_cache):
+    config = mixture(LAYER_OVER)
+    found, expected = probed(in_stages(config, fsdp=2)), probed(config)
+    assert len(found) == len(expected) == 5
+    got, want = tree_arrays(found), tree_arrays(expected)
+    assert got.keys() == want.keys()
+    for path in got:
+        assert_close(got[path], want[path], err_msg=path)
+
+
+def test_a_stage_holds_its_layers_only_and_sends_what_leaves_it():
+    config = in_stages(tiny({**FOUR, "model.num_layers": 4}), pipeline=4)
+    setup = setup_of(config, devices=8)
+    like = setup.like()
+    stacked = [a for name, a in like.params.items() if ".periods." in name]
+    assert stacked and {a.sharding.spec[0] for a in stacked} == {"pipeline"}
+    assert {a.sharding.shard_shape(a.shape)[0] for a in stacked} == {1}
+    step = jax.jit(make_step(setup.blueprint, setup.tx, setup.mesh, None), out_shardings=(setup.shardings, None))
+    rows = batch_sharding(setup.mesh, 8, 16, 4)
+    batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=rows), random_batch(8))
+    text = step.lower(like, batch).compile().as_text()
+    assert "collective-permute" in text
+    kernel = next(a for a in stacked if a.ndim == 3 and a.shape[1] == 16)
+    whole = ",".join(map(str, kernel.shape))
+    assert f"f32[{whole}]" not in text, "a stage sees the parameters of others"
+
+
+def test_bubble():
+    assert bubble_fraction(1, 8) == 0
+    assert bubble_fraction(4, 1) == 3 / 4
+    np.testing.assert_allclose(bubble_fraction(4, 12), 3 / 15)
+
+
+@pytest.mark.parametrize(
+    ("layers", "stages", "fits"), [(6, 4, "1, 2, 3, 6"), (8, 16, "1, 2, 4, 8"), (1, 2, "1")], ids=["6/4", "8/16", "1/2"]
+)
+def test_stages_that_do_not_divide_the_layers_are_refused(layers, stages, fits):
+    with pytest.raises(ValueError) as error:
+        tiny({"model.num_layers": layers, "mesh": MeshConfig(pipeline=stages)})
+    message = str(error.value)
+    assert f"mesh.pipeline={stages} must divide the {layers} repetitions of the pattern in model.num_layers={layers}" in message
+    assert f"use mesh.pipeline={fits} or another depth" in message
+
+
+def test_micro_batches_that_do_not_divide_the_batch_are_refused():
+    with pytest.raises(ValueError, match=r"optimizer\.accumulate=3 must divide data\.batch_size=8"):
+        tiny({"data.batch_size": 8, "optimizer.accumulate": 3, "mesh": MeshConfig(pipeline=2)})
