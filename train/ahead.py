@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import jax
@@ -18,14 +19,14 @@ from plait.train.step import make_step
 
 
 def lower_step(
-    config: ExperimentConfig, mesh: jax.sharding.Mesh, generation: str, probe: ProbeConfig | None = None
+    config: ExperimentConfig, mesh: jax.sharding.Mesh, generation: str | None, probe: ProbeConfig | None = None
 ) -> jax.stages.Lowered:
     """The step that a run of `config` takes on `mesh`, lowered; `.compile()` runs the real compiler.
 
     Args:
         config: with the model's vocabulary settled.
         mesh: over described devices (`jax.experimental.topologies`) or real ones.
-        generation: what the kernels are traced for, a name of `plait.kernels.target.TARGETS`.
+        generation: what the kernels are traced for, a name of `plait.kernels.target.TARGETS`; None for what is at hand.
         probe: lowers the step that also returns statistics.
 
     Raises:
@@ -40,5 +41,5 @@ def lower_step(
     shape = (config.data.batch_size, config.data.seq_len)
     batch = Batch(*(jax.ShapeDtypeStruct(shape, t, sharding=rows) for t in (jnp.int32,) * 4 + (jnp.float32,)))
     step = jax.jit(make_step(blueprint, tx, mesh, probe), donate_argnums=0, out_shardings=(shardings, None))
-    with target(generation):
+    with contextlib.nullcontext() if generation is None else target(generation):
         return step.lower(state, batch)
