@@ -65,6 +65,8 @@ def test_counts_bytes_and_axes_of_a_compiled_program():
         ("replica_groups=mesh['data'=2,'fsdp'=4,'tensor'=2] {'fsdp'}", ("fsdp",)),
         ("replica_groups=mesh['axis_0'=8,'axis_1'=2] {'axis_0'}", ("data", "fsdp")),
         ("replica_groups=mesh['a'=16] {'a':(2)4}", ("fsdp",)),
+        ("replica_groups=mesh['axis_0'=8,'axis_1'=1,'axis_2'=2], device_ids=([2,8]T(1,0)) {'axis_0'}", ("fsdp", "tensor")),
+        ("replica_groups=mesh['a'=4,'b'=4], device_ids=(0,4,8,12,1,5,9,13,2,6,10,14,3,7,11,15) {'b'}", ("data", "fsdp")),
         ("replica_groups=[4,4]<=[2,4,2]T(0,2,1)", ("fsdp",)),
         ("replica_groups=[8,2]<=[16]", ("tensor",)),
         ("replica_groups=[1,16]<=[16]", ("data", "fsdp", "tensor")),

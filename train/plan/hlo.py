@@ -14,7 +14,7 @@ import numpy as np
 
 Kind = Literal["all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast"]
 
-_SIZES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4,
+ITEM_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4,
           "f64": 8, "s64": 8, "u64": 8, "c64": 8, "c128": 16}  # fmt: skip
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
@@ -24,7 +24,8 @@ _CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?(
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _LOOP = re.compile(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
-_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}")
+_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^{]*)\))? \{([^}]*)\}")
+_ORDER = re.compile(r"\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _IOTA = re.compile(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _LISTED = re.compile(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}")
 _PAIRS = re.compile(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}")
@@ -61,7 +62,7 @@ class Instruction:
     @property
     def bytes(self) -> float:
         """Of the full arrays, for one execution."""
-        return sum(_SIZES.get(dtype, 1) * math.prod(shape) for dtype, shape in self.shapes)
+        return sum(ITEM_BYTES.get(dtype, 1) * math.prod(shape) for dtype, shape in self.shapes)
 
 
 def collectives(text: str, mesh: jax.sharding.Mesh) -> list[Collective]:
@@ -72,7 +73,7 @@ def collectives(text: str, mesh: jax.sharding.Mesh) -> list[Collective]:
         mesh: names the axes.
     """
     count: dict[tuple[Kind, tuple[str, ...]], int] = collections.Counter()
-    size: dict[tuple[Kind, tuple[str, ...]], float] = collections.Counter()
+    size: dict[tuple[Kind, tuple[str, ...]], float] = collections.defaultdict(float)
     for one in instructions(text, mesh):
         count[one.kind, one.axes] += one.times
         size[one.kind, one.axes] += one.times * one.bytes
@@ -82,11 +83,11 @@ def collectives(text: str, mesh: jax.sharding.Mesh) -> list[Collective]:
 
 def instructions(text: str, mesh: jax.sharding.Mesh) -> list[Instruction]:
     """Every collective of the program; one that runs on one device only (a group of one) is none."""
-    program = _Program(text)
+    program = Program(text)
     return [one for one in program.collectives(_Groups(dict(mesh.shape))) if one.axes]
 
 
-class _Program:
+class Program:
     """A compiled program as computations: lines by name."""
 
     def __init__(self, text: str):
@@ -116,9 +117,9 @@ class _Program:
         for line in self.lines.get(name, ()):
             if not _MATTERS.search(line[: line.find("metadata=")]):
                 continue
-            if found := _LOOP.search(line):
-                trips = self._trips(line, found[1])
-                yield from self._visit(found[2], times * (trips or 1), known and trips is not None, groups, set())
+            if _LOOP.search(line):
+                _, body, trips = self.loop(line)
+                yield from self._visit(body, times * (trips or 1), known and trips is not None, groups, set())
                 continue
             if found := _COLLECTIVE.search(line):
                 if found[4] == "-done":
@@ -130,10 +131,7 @@ class _Program:
                     seen.add(channel[1])
                 yield self._instruction(found, line, name, times, known, groups)
                 continue
-            called = _CALLED.findall(line)
-            if found := _BRANCHES.search(line):
-                called += re.findall(r"[\w.\-]+", found[1])
-            for other in called:
+            for other in self.called(line):
                 yield from self._visit(other, times, known, groups, seen, fused=" fusion(" in line)
 
     def _instruction(self, found: re.Match[str], line: str, inside: str, times: int, known: bool, groups: _Groups) -> Instruction:
@@ -146,10 +144,22 @@ class _Program:
             dimension = re.search(r"dimensions=\{(\d+)\}", line)
             result = _grown(result, int(dimension[1]) if dimension else 0, size)
         shapes = tuple(
-            (dtype, _numbers(dims)) for dtype, dims in _ARRAY.findall(result) if dtype in _SIZES or dtype.startswith("f8")
+            (dtype, _numbers(dims)) for dtype, dims in _ARRAY.findall(result) if dtype in ITEM_BYTES or dtype.startswith("f8")
         )
         op = re.search(r'op_name="([^"]*)"', line)
         return Instruction(kind, axes, shapes, times, known, op[1] if op else "")
+
+    def loop(self, line: str) -> tuple[str, str, int | None]:
+        """Condition, body and trip count (None: not known) of a while loop."""
+        found = _LOOP.search(line)
+        assert found is not None, line
+        return found[1], found[2], self._trips(line, found[1])
+
+    @staticmethod
+    def called(line: str) -> list[str]:
+        """The computations that an instruction other than a loop runs."""
+        branches = _BRANCHES.search(line)
+        return _CALLED.findall(line) + (re.findall(r"[\w.\-]+", branches[1]) if branches else [])
 
     def _trips(self, line: str, condition: str) -> int | None:
         """Of a while loop: as the compiler says, else the constant that its condition compares the counter with."""
@@ -194,7 +204,7 @@ class _Groups:
         if found := _MESH.search(text):
             groups = _mesh_groups(found)
         elif found := _IOTA.search(text):
-            groups = _iota(found).reshape(_numbers(found[1]))
+            groups = _permuted(_numbers(found[2]), found[3]).reshape(_numbers(found[1]))
         elif (found := _LISTED.search(text)) and found[1]:
             rows = [_numbers(row) for row in re.findall(r"\{([\d,]*)\}", found[1])]
             groups = np.array([row for row in rows if len(row) == max(map(len, rows))])
@@ -220,18 +230,20 @@ def _mesh_groups(found: re.Match[str]) -> np.ndarray:
             split += [(before // done, False), (part, True)]
             done = before * part
         split.append((size // done, False))
-    grid = _iota(m) if found[2] and (m := _IOTA.search(found[2])) else np.arange(math.prod(sizes.values()))
+    grid = np.arange(math.prod(sizes.values()))
+    if found[2]:
+        order = _ORDER.search(found[2])
+        grid = _permuted(_numbers(order[1]), order[2]) if order else np.array(_numbers(found[2]))
     inside = [i for i, (_, member) in enumerate(split) if member]
     outside = [i for i, (_, member) in enumerate(split) if not member]
     grid = grid.reshape([size for size, _ in split]).transpose(outside + inside)
     return grid.reshape(-1, math.prod(split[i][0] for i in inside))
 
 
-def _iota(found: re.Match[str]) -> np.ndarray:
-    """The numbers `<=[dims]T(permutation)`, flat."""
-    dims = _numbers(found[2])
+def _permuted(dims: tuple[int, ...], permutation: str | None) -> np.ndarray:
+    """The numbers from 0 as an array of `dims`, transposed, flat."""
     grid = np.arange(math.prod(dims)).reshape(dims)
-    return (grid.transpose(_numbers(found[3])) if found[3] else grid).reshape(-1)
+    return (grid.transpose(_numbers(permutation)) if permutation else grid).reshape(-1)
 
 
 def _numbers(text: str) -> tuple[int, ...]:
