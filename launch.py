@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,9 +19,11 @@ console = Console(soft_wrap=True)
 USAGE = """usage: launch.py COMMAND ...
 
   train PRESET [--steps 2000] [--model.pattern "gla*3,softmax"] [--out runs/a] [--resume]   (train PRESET --help lists every option)
+  plan PRESET --target v5p:4x8x8 [--slices N] [--search [--compile 2]] [--out plans/a] [any option of train]
   eval RUN [--tasks ppl] [--step N]
   generate RUN [--prompt "..."] [--num-tokens 200] [--temperature 0.8] [--top-k 40] [--top-p 0.9]
   report RUN [RUN ...] [--out FOLDER]
+  write-launch gke|slurm|tpu-vm PRESET [train options] --target v5e:16x16 [--slices 2] [--out FOLDER]   (write-launch gke --help lists the rest)
   list presets|mixers|tasks|kernels
 """
 
@@ -43,6 +46,44 @@ def train(args: Sequence[str]) -> None:
         console.print(f"validation: {result.metrics['loss/bits_per_byte']:.4f} bits per byte", markup=False)
     _generate(GenerateArgs(run=result.folder, prompt="Fellow citizens," if config.data.source == "sotu" else "", num_tokens=60))
     console.print(f"report: {write_report([result.folder])}", markup=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanArgs:
+    """Says what a preset's training step takes on TPUs or GPUs that are not at hand: memory, operations, exchange, time at best.
+
+    The step is compiled ahead of time, kernels included. Every option of `train PRESET` may follow.
+    """
+
+    preset: Annotated[str, tyro.conf.Positional]
+    """As for `train`."""
+    target: str
+    """TPU slice or GPUs, as v5e:16x16, v5p:4x8x8, h100:8x8 or h100x64; cpu:8 for devices of this machine."""
+    slices: int = 1
+    """TPU slices of that shape, joined by the network."""
+    search: bool = False
+    """Also tries other meshes, recomputation and micro-batches, and ranks those that fit."""
+    compile: int = 2
+    """With --search: layouts to compile, the best by estimate."""
+    out: Path | None = None
+    """Folder of plan.md and plan.json; plans/PRESET-TARGET by default."""
+
+
+def plan(args: Sequence[str]) -> None:
+    """`plan PRESET --target TARGET [overrides]`."""
+    from plait.train.plan.topology import KNOWN
+
+    if not args or (args[0].startswith("-") and args[0] not in ("-h", "--help")):
+        raise ValueError("plan needs a preset first, as in 'launch.py plan hybrid_1b --target v5e:16x16'")
+    if not {"-h", "--help"} & set(args) and not any(arg.split("=")[0] == "--target" for arg in args):
+        raise ValueError(f"plan needs a --target\nknown targets:\n{KNOWN}")
+    options, overrides = tyro.cli(PlanArgs, args=list(args), prog="launch.py plan", return_unknown_args=True)
+    from plait.configs.cli import parse_experiment
+    from plait.train.plan.command import run_plan
+
+    config = parse_experiment(options.preset, overrides, prog="launch.py plan")
+    search = options.compile if options.search else None
+    run_plan(config, options.target, slices=options.slices, search=search, out=options.out, console=console)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +192,15 @@ def report(args: Sequence[str]) -> None:
     console.print(f"report: {write_report(list(options.runs), options.out)}", markup=False)
 
 
+def write_launch(args: Sequence[str]) -> None:
+    """`write-launch gke|slurm|tpu-vm PRESET [train overrides]`."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # looks at no accelerator that is here
+    from plait.train import launch_files
+
+    path, job = launch_files.write_launch(args)
+    console.print(f"{path}: {job.machines.describe()}; its first lines say how to submit, watch, resume and delete", markup=False)
+
+
 def list_things(args: Sequence[str]) -> None:
     """`list presets|mixers|tasks|kernels`."""
     from plait.configs import listing
@@ -160,7 +210,15 @@ def list_things(args: Sequence[str]) -> None:
     console.print(listing.TABLES[args[0]]())
 
 
-COMMANDS = {"train": train, "eval": evaluate, "generate": generate, "report": report, "list": list_things}
+COMMANDS = {
+    "train": train,
+    "plan": plan,
+    "eval": evaluate,
+    "generate": generate,
+    "report": report,
+    "write-launch": write_launch,
+    "list": list_things,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,9 +4,13 @@ import importlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
-from plait.kernels.sharding import Axes, Shards
+import jax
+
+from plait.kernels.context import ContextRule, Parts
+from plait.kernels.sharding import Axes, Shards, parts_of_sequence
 from plait.kernels.target import not_on
 
 _log = logging.getLogger("plait")
@@ -48,12 +52,15 @@ def kernel(platform: Literal["tpu", "gpu"], module: str, run: str, unsupported: 
 class Op:
     """A named op and its implementations, in the order in which `auto` tries them."""
 
-    def __init__(self, name: str, axes: Axes, **implementations: Implementation):
-        self.name, self.axes, self.implementations = name, axes, implementations
+    def __init__(self, name: str, axes: Axes, rule: ContextRule | None = None, /, **implementations: Implementation):
+        """Args: `rule` serves calls whose sequence the mesh cuts; without one every device that needs it sees all of it."""
+        self.name, self.axes, self.rule, self.implementations = name, axes, rule, implementations
         _ops[name] = self
 
     def __call__(self, implementation: str, *args: Any, **kwargs: Any) -> Any:
         """Runs the op; `implementation` is a name, or `auto` for the first that supports the arguments."""
+        if self.rule is not None and (parts := _parts(self.name, self.axes, self.rule, args, kwargs)) is not None:
+            return _run_in_parts(self.name, self.axes, self.rule, partial(self, implementation), parts, args, kwargs)
         shards = Shards(self.axes, args, kwargs)
         name = self._auto(shards) if implementation == "auto" else self._named(implementation, shards)
         names = _chosen.setdefault(self.name, [])
@@ -85,15 +92,45 @@ class Op:
         for name, candidate in self.implementations.items():
             reason = self._reason(candidate, shards)
             if reason is None:
-                self._log_once(name, "; ".join(declined))
+                _log_once(self.name, f"chose {name}", "; ".join(declined))
                 return name
             declined.append(f"not {name} because {reason}")
         raise NotImplementedError(f"{self.name}: no implementation supports this call: {'; '.join(declined)}")
 
-    def _log_once(self, name: str, declined: str) -> None:
-        if (self.name, name, declined) not in _logged:
-            _logged.add((self.name, name, declined))
-            _log.info("%s: chose %s%s", self.name, name, f"; {declined}" if declined else "")
+
+def in_parts(axes: Axes, rule: ContextRule, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, plain JAX, but run by `rule` where the mesh in use cuts its sequence."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        parts = _parts(function.__name__, axes, rule, args, kwargs)
+        if parts is None:
+            return function(*args, **kwargs)
+        return _run_in_parts(function.__module__.rpartition(".")[2], axes, rule, function, parts, args, kwargs)
+
+    return call
+
+
+def _parts(name: str, axes: Axes, rule: ContextRule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Parts | None:
+    """The devices over which a call's sequence is cut; None where the mesh does not cut it, or the rule cannot."""
+    parts = parts_of_sequence(axes, args, kwargs)
+    reason = None if parts is None else rule.unsupported(parts.count, *args, **kwargs)
+    if reason is None:
+        return parts
+    _log_once(name, "chose whole sequences", f"not parts of them because {reason}")
+    return None
+
+
+def _run_in_parts(
+    name: str, axes: Axes, rule: ContextRule, op: Callable[..., Any], parts: Parts, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    with jax.named_scope(f"context_{name}"):
+        return Shards(axes, args, kwargs, in_parts=True).run(partial(rule.run, op, parts))
+
+
+def _log_once(op: str, what: str, declined: str) -> None:
+    if (op, what, declined) not in _logged:
+        _logged.add((op, what, declined))
+        _log.info("%s: %s%s", op, what, f"; {declined}" if declined else "")
 
 
 def chosen() -> dict[str, str]:

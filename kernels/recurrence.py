@@ -21,6 +21,9 @@ AXES = Axes(
 )
 """The axes of the linear recurrences' arrays: q, k, v and gates are [B, T, H, ...]."""
 
+ROWS = Axes(arguments=("r", "bthk"), options={"reader": "bhrk", "segment_ids": "bt"}, results=("bhrt", "bhrk"))
+"""Those of implied attention: the rows come first."""
+
 SPAN = 128
 """Tokens that one number of `RecurrenceStats` is about."""
 
@@ -277,12 +280,15 @@ def decayed_attention(c: Chunks, *, initial_state: Array | None) -> tuple[Array,
     return o, final_state, entering
 
 
-def implied_rows(c: Chunks, rows: Array, length: int, *, inverse: Array | None = None) -> Array:
-    """Implied attention A [B, Hv, R, T]: o[rows] = A @ v from a zero initial state.
+def implied_rows(
+    c: Chunks, rows: Array, length: int, *, inverse: Array | None = None, reader: Array | None = None
+) -> tuple[Array, Array]:
+    """Implied attention A [B, Hv, R, T], o[rows] = A @ v from a zero initial state, and what then reads the initial state [B, Hv, R, K].
 
     A reader r [K] per row walks the chunks backwards. It starts as the row's query, decayed to the start of its chunk; each
     earlier chunk is read as (k_out r) and decays r. With the delta rule, `inverse` = (I + L)^-1 Diag(beta) turns what is read
     into weights on v, and what the chunk erased is taken from r. All exponents are at most 0; the cost is O(R T K).
+    Rows of -1 lie beyond the last token and start there as `reader` [B, Hv, R, K].
     """
     batch, num_heads, num_chunks, chunk_size, key_dim = c.k.shape
     home, offset = rows // chunk_size, rows % chunk_size
@@ -307,9 +313,9 @@ def implied_rows(c: Chunks, rows: Array, length: int, *, inverse: Array | None =
 
     chunks = (c.k_out, c.decay) if inverse is None else (c.k_out, c.decay, inverse, erase)
     chunks = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), chunks)
-    reader = jnp.zeros((batch, num_heads, rows.shape[0], key_dim), dtype)
-    _, weights = jax.lax.scan(visit, reader, (jnp.arange(num_chunks), *chunks), reverse=True)
-    return jnp.moveaxis(weights, 0, 3).reshape(batch, num_heads, rows.shape[0], -1)[..., :length]
+    reader = jnp.zeros((batch, num_heads, rows.shape[0], key_dim), dtype) if reader is None else reader.astype(dtype)
+    reader, weights = jax.lax.scan(visit, reader, (jnp.arange(num_chunks), *chunks), reverse=True)
+    return jnp.moveaxis(weights, 0, 3).reshape(batch, num_heads, rows.shape[0], -1)[..., :length], reader
 
 
 def _home_scores(c: Chunks, home: Array, offset: Array) -> Array:

@@ -1,4 +1,4 @@
-"""Runs a kernel that knows one device only under a mesh: every device gets its own rows of the batch and its own heads."""
+"""Runs an op under a mesh: every device gets its own rows of the batch, its own heads and, where the op can be cut there, tokens."""
 
 import contextlib
 import contextvars
@@ -10,12 +10,15 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec as P
 
+from plait.kernels.context import Parts
+
 
 @dataclass(frozen=True, kw_only=True)
 class Axes:
     """The axes of an op's arrays as letters, such as "bthk"; those of an array with fewer axes are the first ones.
 
-    A mesh may split b (rows of the batch), h (heads, or channels by head) and s (tokens of an op to which each token is alone).
+    A mesh may split b (rows of the batch), h (heads, or channels by head), s (tokens of an op to which each token is alone), and t
+    (tokens in order) with n (spans of them) where the op has a rule for parts of sequences.
     """
 
     arguments: tuple[str, ...]
@@ -48,11 +51,42 @@ def splitting(
 ) -> Iterator[None]:
     """Splits the batches, heads and sequences of the ops called inside the block over these axes of `mesh`; an op to which each token
     is alone over `alone` too."""
-    token = _split.set(_Split(mesh, {"b": batch, "h": heads, "s": heads + alone}))
+    over = {"b": batch, "h": heads, "s": (*context, *heads, *alone), "t": context, "n": context}
+    with _using(_Split(mesh, over)):
+        yield
+
+
+@contextlib.contextmanager
+def _using(split: _Split | None) -> Iterator[None]:
+    token = _split.set(split)
     try:
         yield
     finally:
         _split.reset(token)
+
+
+def parts_of_sequence(axes: Axes, args: tuple[Any, ...], options: Mapping[str, Any]) -> Parts | None:
+    """The devices over which the mesh in use cuts a call's sequence; None where it does not, or not into two equal halves each."""
+    split = _split.get()
+    if split is None:
+        return None
+    count = math.prod(split.mesh.shape[axis] for axis in split.over["t"])
+    lengths = {n for letters, x in _arrays(axes, args, options) for letter, n in zip(letters, x.shape) if letter == "t"}
+    cut = count > 1 and len(lengths) == 1 and all(n % (2 * count) == 0 for n in lengths)
+    return Parts(split.over["t"], count) if cut else None
+
+
+def _names(axes: Axes, args: tuple[Any, ...], options: Mapping[str, Any]) -> dict[int | str, str]:
+    """The letters of the arguments that are arrays, or hold some, by position or name."""
+    names = axes.arguments + (axes.arguments[-1],) * (len(args) - len(axes.arguments))
+    named: dict[int | str, str] = {i: letters for i, letters in enumerate(names) if i < len(args) and args[i] is not None}
+    return named | {name: letters for name, letters in axes.options.items() if _has_arrays(options.get(name))}
+
+
+def _arrays(axes: Axes, args: tuple[Any, ...], options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for at, letters in _names(axes, args, options).items():
+        for leaf in jax.tree.leaves(args[at] if isinstance(at, int) else options[at]):
+            yield letters, leaf
 
 
 def inside(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh | jax.sharding.AbstractMesh:
@@ -64,7 +98,8 @@ def inside(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh | jax.sharding.Abstract
 class Shards:
     """One call of an op, divided over the mesh in use; without one, the call as it is."""
 
-    def __init__(self, axes: Axes, args: tuple[Any, ...], options: dict[str, Any]):
+    def __init__(self, axes: Axes, args: tuple[Any, ...], options: dict[str, Any], *, in_parts: bool = False):
+        """Args: `in_parts` also cuts the sequence (see `parts_of_sequence`)."""
         split = _split.get()
         self.args, self.options = args, options
         self.mesh = None if split is None or split.mesh.size == 1 else split.mesh
@@ -74,17 +109,15 @@ class Shards:
         if split is None or self.mesh is None:
             return
         self.axes = axes
-        names = axes.arguments + (axes.arguments[-1],) * (len(args) - len(axes.arguments))
-        self.named: dict[int | str, str] = {i: letters for i, letters in enumerate(names) if args[i] is not None}
-        self.named |= {name: letters for name, letters in axes.options.items() if _has_arrays(options.get(name))}
-        self.ways = {letter: math.prod(self.mesh.shape[axis] for axis in over) for letter, over in split.over.items()}
+        self.named = _names(axes, args, options)
+        over = {letter: over for letter, over in split.over.items() if in_parts or letter not in "tn"}
+        self.ways = {letter: math.prod(self.mesh.shape[axis] for axis in axes) for letter, axes in over.items()}
         divides = dict.fromkeys(self.ways, True)
-        for at, letters in self.named.items():
-            for leaf in jax.tree.leaves(self._get(at)):
-                for letter, size in zip(letters, leaf.shape):
-                    if letter in self.ways and size > 1 and size % self.ways[letter]:
-                        divides[letter] = False
-        self.over = {letter: over for letter, over in split.over.items() if divides[letter] and self.ways[letter] > 1}
+        for letters, leaf in _arrays(axes, args, options):
+            for letter, size in zip(letters, leaf.shape):
+                if letter in self.ways and size > 1 and size % self.ways[letter]:
+                    divides[letter] = False
+        self.over = {letter: axes or None for letter, axes in over.items() if divides[letter]}
 
     def local(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments as one device sees them; shapes and dtypes where they are divided."""
@@ -120,7 +153,8 @@ class Shards:
         def on_device(arrays: list[Any]) -> Any:
             part = dict(zip(self.named, arrays))
             args = tuple(part.get(i, x) for i, x in enumerate(self.args))
-            return function(*args, **{name: part.get(name, x) for name, x in self.options.items()})
+            with _using(None):
+                return function(*args, **{name: part.get(name, x) for name, x in self.options.items()})
 
         out = tuple(self._spec(letters) for letters in results)
         return jax.shard_map(
@@ -132,7 +166,8 @@ class Shards:
 
     def _spec(self, letters: str, shape: tuple[int, ...] | None = None) -> P:
         sizes = (2,) * len(letters) if shape is None else shape
-        return P(*(self.over.get(letter) if size > 1 else None for letter, size in zip(letters, sizes)))
+        named = [size > 1 or self.ways.get(letter) == 1 for letter, size in zip(letters, sizes)]
+        return P(*(self.over.get(letter) if name else None for letter, name in zip(letters, named)))
 
 
 def _has_arrays(value: Any) -> bool:

@@ -79,6 +79,10 @@ def test_command_is_known_and_parses(command):
     if name == "train":
         if "--help" not in rest:
             parse_experiment(rest[0], rest[1:])
+    elif name == "write-launch":
+        from plait.train import launch_files
+
+        launch_files.prepare(rest)
     elif name == "list":
         from plait.configs import listing
 

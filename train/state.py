@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from plait.configs.experiment import ExperimentConfig
+from plait.models.axes import Axes
 from plait.models.lm import LM
 from plait.train import mesh as meshes
 
@@ -65,6 +66,15 @@ class Blueprint:
         """Fresh `(params, buffers)`, the same for a seed on any mesh."""
         return self.split(self._create())
 
+    def axes(self, name: str) -> Axes:
+        """Logical axes of an array of the model."""
+        return self._variables[name].get_metadata()["axes"]
+
+    def shapes(self) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, jax.ShapeDtypeStruct]]:
+        """Shapes and dtypes of `(params, buffers)`; unlike an abstract `init`, this traces nothing."""
+        every = {name: jax.ShapeDtypeStruct(v.shape, v.dtype) for name, v in self._variables.items()}
+        return {k: v for k, v in every.items() if k in self.params}, {k: v for k, v in every.items() if k not in self.params}
+
     def split(self, model: LM) -> tuple[Arrays, Arrays]:
         """The `(params, buffers)` of a model."""
         values = {_dotted(path): v[...] for path, v in nnx.to_flat_state(nnx.state(model))}
@@ -110,12 +120,22 @@ def state_shardings(blueprint: Blueprint, tx: optax.GradientTransformation, mesh
     kind = "pinned_host" if blueprint.config.mesh.offload == "optimizer" else None
     moments = {name: layout.with_memory_kind(kind) for name, layout in average.items()}
     everywhere: Any = NamedSharding(mesh, PartitionSpec())
-    abstract = jax.eval_shape(lambda: create_state(blueprint, tx))
+    abstract = abstract_state(blueprint, tx)
     optimizer: Any = optax.tree_utils.tree_map_params(
         tx, lambda _, s: s, abstract.optimizer, moments, transform_non_params=lambda _: everywhere
     )
     ema = None if abstract.ema is None else average
     return TrainState(everywhere, params, buffers, optimizer, ema, everywhere, everywhere)
+
+
+def abstract_state(blueprint: Blueprint, tx: optax.GradientTransformation) -> TrainState:
+    """Shapes and dtypes of the state; much quicker than an abstract `create_state`, which draws every parameter."""
+    params: Any
+    buffers: Any
+    params, buffers = blueprint.shapes()
+    ema = None if blueprint.config.optimizer.ema is None else dict(params)
+    zero: Any = jax.ShapeDtypeStruct((), jnp.int32)
+    return TrainState(zero, params, buffers, jax.eval_shape(tx.init, params), ema, zero, zero)
 
 
 def _dotted(path: tuple) -> str:

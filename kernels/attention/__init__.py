@@ -7,6 +7,7 @@ import jax
 from plait.kernels.attention import chunked, reference
 from plait.kernels.attention.implied import attention_rows
 from plait.kernels.attention.reference import AttentionStats
+from plait.kernels.context.attention import CONTEXT
 from plait.kernels.dispatch import Implementation, Op, kernel
 from plait.kernels.masks import BlockTable, Mask
 from plait.kernels.shapes import check_divides, check_floating, check_rank, check_segment_ids, check_shape
@@ -34,6 +35,7 @@ _AXES = Axes(
 _op = Op(
     "attention",
     _AXES,
+    CONTEXT,
     pallas_tpu=kernel("tpu", f"{_FOLDER}.pallas_tpu", "attention"),
     cudnn=kernel("gpu", f"{_FOLDER}.cudnn", "attention"),
     pallas_gpu=kernel("gpu", f"{_FOLDER}.pallas_gpu", "attention"),

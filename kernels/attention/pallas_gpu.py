@@ -152,22 +152,28 @@ def routed_attention(
     mask: Mask,
     segment_ids: Array | None,
     positions: Array | None,
+    kv_segment_ids: Array | None,
+    kv_positions: Array | None,
     scale: float,
     sinks: Array | None,
 ) -> Array:
     """See `plait.kernels.routed_attention`: each head's queries are gathered at its front, and tiles without one are not visited."""
-    length = q.shape[1]
-    tokens = renumbered(sides(q, k, segment_ids=segment_ids, positions=positions, kv_segment_ids=None, kv_positions=None)[0])
+    length, num_keys = q.shape[1], k.shape[1]
+    own, tokens = sides(
+        q, k, segment_ids=segment_ids, positions=positions, kv_segment_ids=kv_segment_ids, kv_positions=kv_positions
+    )
+    if own is tokens:
+        own = tokens = renumbered(tokens)
     order = jnp.argsort(~active, axis=1, stable=True)  # [B, T, H]
     back = jnp.argsort(order, axis=1)
     gather = lambda x: jnp.take_along_axis(jnp.broadcast_to(x, active.shape), order, axis=1)  # noqa: E731
-    of_heads = (gather(jnp.where(active, tokens.segment_ids[..., None], 0)), gather(tokens.positions[..., None]))
+    of_heads = (gather(jnp.where(active, own.segment_ids[..., None], 0)), gather(own.positions[..., None]))
     queries = Tokens(*(jnp.swapaxes(_pad(x), 1, 2) for x in of_heads))
     keys = Tokens(*(_pad(x)[:, None] for x in tokens))
     gathered, k, v = (_pad(x) for x in (_permuted(q, order, back), k, v))
     problem = Problem(
         layout=Layout(mask=mask, num_queries=gathered.shape[1], num_keys=k.shape[1], own_keys=False, packed=True),
-        num_keys=length,
+        num_keys=num_keys,
         tiles=choose_tiles(q.shape[-1], v.shape[-1], "softmax", False),
         scale=float(scale),
         sigmoid=False,

@@ -156,16 +156,22 @@ def routed_attention(
     mask: Mask,
     segment_ids: Array | None,
     positions: Array | None,
+    kv_segment_ids: Array | None,
+    kv_positions: Array | None,
     scale: float,
     sinks: Array | None,
 ) -> Array:
     """See `plait.kernels.routed_attention`: each head's queries are gathered at its front, and tiles without one are not visited."""
-    tokens = renumbered(sides(q, k, segment_ids=segment_ids, positions=positions, kv_segment_ids=None, kv_positions=None)[0])
+    own, tokens = sides(
+        q, k, segment_ids=segment_ids, positions=positions, kv_segment_ids=kv_segment_ids, kv_positions=kv_positions
+    )
+    if own is tokens:
+        own = tokens = renumbered(tokens)
     active = jnp.swapaxes(active, 1, 2)  # [B, H, T]
     order = jnp.argsort(~active, axis=-1, stable=True)
     back = jnp.argsort(order, axis=-1)
     gather = lambda x: jnp.take_along_axis(jnp.broadcast_to(x, active.shape), order, axis=-1)  # noqa: E731
-    queries = Tokens(gather(jnp.where(active, tokens.segment_ids[:, None], 0)), gather(tokens.positions[:, None]))
+    queries = Tokens(gather(jnp.where(active, own.segment_ids[:, None], 0)), gather(own.positions[:, None]))
     problem = Problem(
         layout=Layout(mask=mask, num_queries=q.shape[1], num_keys=k.shape[1], own_keys=False, packed=True),
         tiles=_tiles(q, k, v, mask),

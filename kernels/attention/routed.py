@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from plait.kernels.attention import chunked, reference
+from plait.kernels.context.attention import CONTEXT
 from plait.kernels.dispatch import Implementation, Op, kernel
 from plait.kernels.masks import Mask
 from plait.kernels.shapes import check_divides, check_floating, check_rank, check_segment_ids, check_shape
@@ -18,8 +19,7 @@ def _masked(attention: Any) -> Any:
     """All heads answer all queries, and those not routed to a head are zeroed."""
 
     def run(q: Array, k: Array, v: Array, active: Array, **options: Any) -> Array:
-        keys = {"kv_segment_ids": None, "kv_positions": None, "block_table": None}
-        o, _ = attention(q, k, v, normalizer="softmax", sigmoid_bias=None, return_stats=False, **keys, **options)
+        o, _ = attention(q, k, v, normalizer="softmax", sigmoid_bias=None, return_stats=False, block_table=None, **options)
         return jnp.where(active[..., None], o, 0)
 
     return run
@@ -27,7 +27,12 @@ def _masked(attention: Any) -> Any:
 
 _op = Op(
     "routed_attention",
-    Axes(arguments=("bthk",), options={"segment_ids": "bt", "positions": "bt", "sinks": "h"}, results=("bthv",)),
+    Axes(
+        arguments=("bthk",),
+        options={"segment_ids": "bt", "positions": "bt", "kv_segment_ids": "bt", "kv_positions": "bt", "sinks": "h"},
+        results=("bthv",),
+    ),
+    CONTEXT,
     pallas_tpu=kernel("tpu", "plait.kernels.attention.pallas_tpu", "routed_attention", "routed_unsupported"),
     pallas_gpu=kernel("gpu", "plait.kernels.attention.pallas_gpu", "routed_attention", "routed_unsupported"),
     chunked=Implementation(_masked(chunked.attention)),
@@ -87,4 +92,5 @@ def routed_attention(
     if sinks is not None:
         check_shape(op, "sinks", sinks, (num_heads,), "[H]")
     scale = key_dim**-0.5 if scale is None else scale
-    return _op(implementation, q, k, v, active, mask=mask, segment_ids=segment_ids, positions=positions, scale=scale, sinks=sinks)
+    where = {"segment_ids": segment_ids, "positions": positions, "kv_segment_ids": None, "kv_positions": None}
+    return _op(implementation, q, k, v, active, mask=mask, scale=scale, sinks=sinks, **where)

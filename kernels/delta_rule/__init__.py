@@ -2,6 +2,7 @@
 
 import jax
 
+from plait.kernels.context.recurrence import DELTA_RULE
 from plait.kernels.delta_rule import chunked, reference
 from plait.kernels.delta_rule.implied import delta_rule_rows
 from plait.kernels.dispatch import Implementation, Op, kernel
@@ -15,6 +16,7 @@ Array = jax.Array
 _op = Op(
     "delta_rule",
     AXES,
+    DELTA_RULE,
     pallas_tpu=kernel("tpu", "plait.kernels.delta_rule.pallas_tpu", "delta_rule"),
     pallas_gpu=kernel("gpu", "plait.kernels.delta_rule.pallas_gpu", "delta_rule"),
     chunked=Implementation(chunked.delta_rule),

@@ -1,9 +1,13 @@
 """The implied attention of the delta rule."""
 
+from typing import Any
+
 import jax
 
-from plait.kernels import recurrence
+from plait.kernels.context.rows import CONTEXT
 from plait.kernels.delta_rule import chunked
+from plait.kernels.dispatch import in_parts
+from plait.kernels.recurrence import ROWS, implied_rows
 from plait.kernels.shapes import check_recurrence
 
 Array = jax.Array
@@ -44,5 +48,11 @@ def delta_rule_rows(
     gates = {"g": (g, ("[B, T, Hv]", "[B, T, Hv, K]")), "beta": (beta, ("[B, T, Hv]",))}
     check_recurrence("delta_rule_rows", q, k, v, gates, initial_state=None, segment_ids=segment_ids, chunk_size=chunk_size)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    chunks, _, inverse = chunked.cut(q, k, None, g, beta, scale=scale, segment_ids=segment_ids, chunk_size=chunk_size)
-    return recurrence.implied_rows(chunks, rows, q.shape[1], inverse=inverse)
+    return in_parts(ROWS, CONTEXT, _rows)(rows, q, k, g, beta, scale=scale, segment_ids=segment_ids, chunk_size=chunk_size)[0]
+
+
+def _rows(
+    rows: Array, q: Array, k: Array, g: Array | None, beta: Array, *, reader: Array | None = None, **options: Any
+) -> tuple[Array, Array]:
+    chunks, _, inverse = chunked.cut(q, k, None, g, beta, **options)
+    return implied_rows(chunks, rows, q.shape[1], inverse=inverse, reader=reader)

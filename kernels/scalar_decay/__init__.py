@@ -2,6 +2,7 @@
 
 import jax
 
+from plait.kernels.context.recurrence import DECAYS
 from plait.kernels.dispatch import Implementation, Op, kernel
 from plait.kernels.recurrence import AXES, Results, over_weights, with_ones
 from plait.kernels.scalar_decay import chunked, reference
@@ -15,6 +16,7 @@ Array = jax.Array
 _op = Op(
     "scalar_decay",
     AXES,
+    DECAYS,
     pallas_tpu=kernel("tpu", "plait.kernels.scalar_decay.pallas_tpu", "scalar_decay"),
     pallas_gpu=kernel("gpu", "plait.kernels.scalar_decay.pallas_gpu", "scalar_decay"),
     chunked=Implementation(chunked.scalar_decay),

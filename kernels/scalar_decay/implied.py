@@ -1,8 +1,12 @@
 """The implied attention of a recurrence that decays and adds."""
 
+from typing import Any
+
 import jax
 
-from plait.kernels import recurrence
+from plait.kernels.context.rows import CONTEXT
+from plait.kernels.dispatch import in_parts
+from plait.kernels.recurrence import ROWS, cut, implied_rows
 from plait.kernels.shapes import check_recurrence
 
 Array = jax.Array
@@ -49,7 +53,9 @@ def scalar_decay_rows(
         chunk_size=chunk_size,
     )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    chunks = recurrence.cut(
-        q, k, None, g[..., None], num_heads=g.shape[2], scale=scale, segment_ids=segment_ids, chunk_size=chunk_size
-    )
-    return recurrence.implied_rows(chunks, rows, q.shape[1])
+    return in_parts(ROWS, CONTEXT, _rows)(rows, q, k, g, scale=scale, segment_ids=segment_ids, chunk_size=chunk_size)[0]
+
+
+def _rows(rows: Array, q: Array, k: Array, g: Array, *, reader: Array | None = None, **options: Any) -> tuple[Array, Array]:
+    chunks = cut(q, k, None, g[..., None], num_heads=g.shape[2], **options)
+    return implied_rows(chunks, rows, q.shape[1], reader=reader)

@@ -4,6 +4,7 @@ from typing import Literal
 
 import jax
 
+from plait.kernels.context.short_conv import CONTEXT
 from plait.kernels.dispatch import Implementation, Op, kernel
 from plait.kernels.shapes import check_rank, check_segment_ids, check_shape
 from plait.kernels.sharding import Axes
@@ -18,6 +19,7 @@ _AXES = Axes(arguments=("bth", "wh"), options={"bias": "h", "initial_state": "bw
 _op = Op(
     "short_conv",
     _AXES,
+    CONTEXT,
     pallas_tpu=kernel("tpu", f"{__name__}.pallas_tpu", "short_conv"),
     chunked=Implementation(chunked.short_conv),
     reference=Implementation(reference.short_conv),

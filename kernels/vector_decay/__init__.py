@@ -2,6 +2,7 @@
 
 import jax
 
+from plait.kernels.context.recurrence import DECAYS
 from plait.kernels.dispatch import Implementation, Op, kernel
 from plait.kernels.recurrence import AXES, Results, over_weights, with_ones
 from plait.kernels.shapes import accumulation_dtype, check_recurrence
@@ -15,6 +16,7 @@ Array = jax.Array
 _op = Op(
     "vector_decay",
     AXES,
+    DECAYS,
     pallas_tpu=kernel("tpu", "plait.kernels.vector_decay.pallas_tpu", "vector_decay"),
     pallas_gpu=kernel("gpu", "plait.kernels.vector_decay.pallas_gpu", "vector_decay"),
     chunked=Implementation(chunked.vector_decay),

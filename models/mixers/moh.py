@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from plait.models.axes import EMBED
 from plait.models.build import BuildContext
@@ -87,8 +88,7 @@ class MoH(HeadMixer):
     def routing(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Probabilities of the routed heads and the 0/1 choice of exactly `top_k` of them, both `[B, T, num_routed]` float32."""
         p = jax.nn.softmax(self.routed_router(x).astype(jnp.float32), axis=-1)
-        _, chosen = jax.lax.top_k(p, self.top_k)
-        return p, jax.nn.one_hot(chosen, self.num_routed).sum(-2)
+        return p, (_rank(p) < self.top_k).astype(jnp.float32)
 
     def mix(self, inputs, x, *, segment_ids, positions):
         _, chosen = self.routing(x)
@@ -145,3 +145,11 @@ class MoH(HeadMixer):
 
     def init_state(self, batch_size, max_len):
         return self.inner.init_state(batch_size, max_len)
+
+
+def _rank(p: jax.Array) -> jax.Array:
+    """How many entries of the last axis come before each, largest first and equal ones in order; unlike a sort, it is no obstacle to
+    sharding the other axes."""
+    earlier = np.tri(p.shape[-1], k=-1, dtype=bool).reshape(*[1] * (p.ndim - 1), p.shape[-1], p.shape[-1])
+    one, other = p[..., :, None], p[..., None, :]
+    return ((other > one) | ((other == one) & earlier)).sum(-1)

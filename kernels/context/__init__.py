@@ -1,0 +1,88 @@
+"""Sequences cut over devices: what an op does when each device holds a contiguous part of every row (context parallelism)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The devices that hold the parts of a sequence, in order. Its methods run on each device, inside `jax.shard_map`.
+
+    Parts are [B, T / count, ...]. What is sent is differentiated: gradients travel back the same way.
+    """
+
+    axes: tuple[str, ...]
+    """Mesh axes, outermost first."""
+    count: int
+
+    @property
+    def index(self) -> Array:
+        """The number of this device's part, int32."""
+        return jax.lax.axis_index(self.axes)
+
+    def gather(self, x: Array) -> Array:
+        """The whole sequence [B, T, ...] from its parts."""
+        return jax.lax.all_gather(x, self.axes, axis=1, tiled=True)
+
+    def stack(self, x: Array) -> Array:
+        """Every device's x, [count, ...]."""
+        return jax.lax.all_gather(x, self.axes)
+
+    def own(self, x: Array) -> Array:
+        """This device's part of a whole sequence [B, T, ...]."""
+        length = x.shape[1] // self.count
+        return jax.lax.dynamic_slice_in_dim(x, self.index * length, length, axis=1)
+
+    def before(self, x: Array, length: int) -> Array:
+        """The `length` tokens before this part, [B, length, ...]; zeros before the first token."""
+        pieces: list[Array] = []
+        distance, left = 1, length
+        while left > 0:
+            piece = x[:, -min(left, x.shape[1]) :]
+            hops = [(i, i + distance) for i in range(self.count - distance)]
+            pieces.insert(0, jax.lax.ppermute(piece, self.axes, hops) if hops else jnp.zeros_like(piece))
+            distance, left = distance + 1, left - piece.shape[1]
+        return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=1)
+
+    def balanced(self, x: Array) -> Array:
+        """Swaps second halves with the part at the other end, so that causal work is even: part i has halves 2i and 2 count - 1 - 2i.
+
+        Its own inverse.
+        """
+        first, second = jnp.split(x, 2, axis=1)
+        mirrored = jax.lax.ppermute(second, self.axes, [(i, self.count - 1 - i) for i in range(self.count)])
+        return jnp.concatenate([first, mirrored], axis=1)
+
+    def of_last(self, x: Array, holds: Array, otherwise: Array) -> Array:
+        """x [B, ...] of the last part for which `holds`, bool [B]; the same on every device."""
+        every = self.stack(holds)
+        last = jnp.max(jnp.where(every, jnp.arange(self.count)[:, None], -1), axis=0)
+        wide = lambda mask: mask.reshape(-1, *[1] * (x.ndim - 1))  # noqa: E731
+        found = jax.lax.psum(jnp.where(wide(last == self.index), x, 0), self.axes)
+        return jnp.where(wide(last >= 0), found, otherwise)
+
+
+@dataclass(frozen=True)
+class ContextRule:
+    """How an op runs on parts of sequences."""
+
+    run: Callable[..., Any]
+    """`run(op, parts, *args, **options)` with each device's arguments; `op` computes the op on them as if they were all."""
+    unsupported: Callable[..., str | None]
+    """Takes the op's whole arguments after the number of parts; the reason why they cannot be cut, or None."""
+
+
+def ends(ids: Array) -> Array:
+    """The segment ids of each row's first and last tokens that are not padding, [B, 2] of [B, T]; 0 where there are none."""
+    real = ids != 0
+    index = jnp.arange(ids.shape[1])
+    first, last = jnp.argmax(real, axis=1), jnp.max(jnp.where(real, index, 0), axis=1)
+    return jnp.take_along_axis(ids, jnp.stack([first, last], axis=1), axis=1)

@@ -1,0 +1,203 @@
+"""Sequences cut over devices: outputs, states, statistics and gradients of every op are those of one device."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from plait.kernels import Mask, attention, routed_attention, short_conv
+from plait.kernels.masks import PowerMask
+from plait.kernels.sharding import splitting
+from plait.tests.kernels import cases
+from plait.tests.tolerances import assert_close
+
+LENGTH = 64
+# Lengths of the segments of two rows: across every border of 2, 4 and 8 parts, with some parts of one segment and one of many.
+SEGMENTS = {
+    "one": None,
+    "packed": [[5, 20, 3, 36], [30, 1, 1, 1, 31]],
+    "padded": [[-3, 21, -9, 17, -14], [64]],
+    "mostly padding": [[6, -58], [-40, 24]],
+}
+
+
+def segment_ids(lengths: list[list[int]] | None) -> jax.Array | None:
+    """Ids from 1 up in each row; a negative length is padding."""
+    if lengths is None:
+        return None
+    rows = []
+    for row in lengths:
+        ids = [(i + 1 if n > 0 else 0, abs(n)) for i, n in enumerate(row)]
+        rows.append(np.concatenate([np.full(n, i) for i, n in ids]))
+    return jnp.asarray(np.stack(rows), jnp.int32)
+
+
+def arrays(**shapes: tuple[int, ...]) -> dict[str, jax.Array]:
+    rng = np.random.default_rng(0)
+    return {name: jnp.asarray(rng.standard_normal(shape), jnp.float32) for name, shape in shapes.items()}
+
+
+def mesh_of(**sizes: int) -> Mesh:
+    names = ("data", "context", "tensor")
+    shape = [sizes.get(name, 1) for name in names]
+    return Mesh(np.asarray(jax.devices()[: int(np.prod(shape))]).reshape(shape), names, axis_types=(AxisType.Auto,) * 3)
+
+
+def assert_same(function: Any, inputs: dict[str, jax.Array], mesh: Mesh, dtype: Any = None) -> None:
+    """`function(inputs)`, a dict of outputs, and its gradients, on one device and cut over the mesh."""
+    function = partial(cases.with_gradients, function)
+    alone = cases.quick_jit(function)(inputs)
+
+    def placed(x: jax.Array) -> jax.Array:
+        cut = x.ndim > 1 and x.shape[1] == LENGTH
+        return jax.device_put(x, NamedSharding(mesh, PartitionSpec(None, "context") if cut else PartitionSpec()))
+
+    with splitting(mesh, batch=("data",), heads=("tensor",), context=("context",)):
+        found = cases.quick_jit(partial(function))(jax.tree.map(placed, inputs))
+    for (path, got), want in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(alone), strict=True):
+        assert_close(got, want, dtype=dtype, err_msg=jax.tree_util.keystr(path))
+
+
+CUTS = [("packed", 2), ("padded", 8)]
+EVERY = [
+    pytest.param(segments, n, marks=() if (segments, n) in CUTS else pytest.mark.slow) for segments in SEGMENTS for n in (2, 4, 8)
+]
+
+
+@pytest.mark.parametrize(("segments", "count"), EVERY)
+@pytest.mark.parametrize("name", cases.RECURRENCES)
+def test_recurrence(name: str, segments: str, count: int):
+    ids = segment_ids(SEGMENTS[segments])
+
+    def outputs(inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        named = {key: x for key, x in inputs.items() if key != "state"}
+        o, final = cases.RECURRENCES[name].call(named, initial_state=inputs["state"], segment_ids=ids, chunk_size=8)
+        return {"o": o, "state": final}
+
+    inputs = cases.RECURRENCES[name].inputs(LENGTH, decay="weak" if segments == "packed" else "mixed") | {"state": cases.state()}
+    assert_same(outputs, inputs, mesh_of(context=count))
+
+
+@pytest.mark.parametrize("name", cases.RECURRENCES)
+def test_recurrence_in_bfloat16(name: str):
+    def outputs(inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        o, final = cases.RECURRENCES[name].call(inputs, segment_ids=segment_ids(SEGMENTS["packed"]), chunk_size=8)
+        return {"o": o, "state": final}
+
+    assert_same(
+        outputs, cases.RECURRENCES[name].inputs(LENGTH, decay="weak", dtype=jnp.bfloat16), mesh_of(context=4), jnp.bfloat16
+    )
+
+
+@pytest.mark.parametrize("name", cases.RECURRENCES)
+def test_recurrence_statistics(name: str):
+    """Parts of whole spans, so that these are the same spans; two rows of 512 tokens."""
+    inputs = cases.RECURRENCES[name].inputs(512, decay="weak")
+    ids = jnp.repeat(segment_ids(SEGMENTS["packed"]), 8, axis=1)
+
+    def outputs(inputs: dict[str, jax.Array]) -> Any:
+        return cases.RECURRENCES[name].call(inputs, segment_ids=ids, return_stats=True)[1:]
+
+    alone = cases.quick_jit(outputs)(inputs)
+    with splitting(mesh_of(context=4), batch=("data",), heads=("tensor",), context=("context",)):
+        found = cases.quick_jit(partial(outputs))(inputs)
+    jax.tree.map(assert_close, found, alone)
+
+
+@pytest.mark.parametrize(("segments", "count"), EVERY)
+def test_short_conv(segments: str, count: int):
+    def outputs(inputs: dict[str, jax.Array]) -> Any:
+        return short_conv(**inputs, segment_ids=segment_ids(SEGMENTS[segments]))
+
+    assert_same(outputs, arrays(x=(2, LENGTH, 6), weight=(4, 6), initial_state=(2, 3, 6)), mesh_of(context=count))
+
+
+MASKS = {
+    "causal": Mask(),
+    "full": Mask(causal=False),
+    "window": Mask(window_size=5),
+    "window of several parts": Mask(window_size=21),
+    "window and sinks": Mask(window_size=7, num_sink_tokens=2),
+    "dilated": Mask(window_size=4, dilation=2),
+    "two-sided": Mask(causal=False, window_size=6, right_window_size=3),
+    "power": PowerMask(block_size=4, window_size=8),
+}
+
+
+@pytest.mark.parametrize(("segments", "count"), EVERY)
+@pytest.mark.parametrize("mask", MASKS)
+def test_attention(mask: str, segments: str, count: int):
+    """With sink logits and statistics, from whose gradients the largest logit is left out: ties break otherwise."""
+
+    def outputs(inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        ids = segment_ids(SEGMENTS[segments])
+        o, stats = attention(**inputs, mask=MASKS[mask], segment_ids=ids, return_stats=True)
+        return {"o": o, "lse": stats.lse, "entropy": stats.entropy, "first": stats.first_mass}
+
+    inputs = arrays(q=(2, LENGTH, 4, 8), k=(2, LENGTH, 2, 8), v=(2, LENGTH, 2, 6), sinks=(4,))
+    assert_same(outputs, inputs, mesh_of(context=count))
+
+
+def test_sigmoid_attention():
+    def outputs(inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return {"o": attention(**inputs, mask=Mask(), normalizer="sigmoid", segment_ids=segment_ids(SEGMENTS["packed"]))}
+
+    inputs = arrays(q=(2, LENGTH, 4, 8), k=(2, LENGTH, 2, 8), v=(2, LENGTH, 2, 6), sigmoid_bias=(4,))
+    assert_same(outputs, inputs, mesh_of(context=4))
+
+
+@pytest.mark.parametrize("mask", ["causal", "window"])
+def test_routed_attention(mask: str):
+    active = jnp.asarray(np.random.default_rng(3).random((2, LENGTH, 4)) < 0.6)
+
+    def outputs(inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        ids = segment_ids(SEGMENTS["packed"])
+        return {"o": routed_attention(**inputs, active=active, mask=MASKS[mask], segment_ids=ids)}
+
+    assert_same(outputs, arrays(q=(2, LENGTH, 4, 8), k=(2, LENGTH, 2, 8), v=(2, LENGTH, 2, 6), sinks=(4,)), mesh_of(context=4))
+
+
+@pytest.mark.parametrize("name", ["attention", "gated_deltanet", "short_conv"])
+def test_beside_split_rows_and_heads(name: str):
+    ids = segment_ids(SEGMENTS["packed"])
+
+    def outputs(inputs: dict[str, jax.Array]) -> Any:
+        if name == "attention":
+            return attention(**inputs, mask=Mask(), segment_ids=ids)
+        if name == "short_conv":
+            return short_conv(**inputs, segment_ids=ids)[0]
+        return cases.RECURRENCES[name].call(inputs, segment_ids=ids, chunk_size=8)[0]
+
+    shapes = {
+        "attention": arrays(q=(2, LENGTH, 4, 8), k=(2, LENGTH, 2, 8), v=(2, LENGTH, 2, 6)),
+        "short_conv": arrays(x=(2, LENGTH, 6), weight=(4, 6)),
+    }
+    inputs = shapes.get(name) or cases.RECURRENCES[name].inputs(LENGTH, decay="weak")
+    assert_same(outputs, inputs, mesh_of(data=2, context=2, tensor=2))
+
+
+def compiled_text(function: Any, inputs: dict[str, jax.Array], count: int) -> str:
+    mesh = mesh_of(context=count)
+    where = lambda x: NamedSharding(mesh, PartitionSpec(None, "context"))  # noqa: E731
+    shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where(x)) for name, x in inputs.items()}
+    with splitting(mesh, batch=("data",), heads=("tensor",), context=("context",)):
+        return jax.jit(partial(function)).lower(shapes).compile().as_text()
+
+
+@pytest.mark.parametrize(("segments", "count"), EVERY)
+@pytest.mark.parametrize("name", cases.RECURRENCES)
+def test_implied_attention(name: str, segments: str, count: int):
+    inputs = {key: x for key, x in cases.RECURRENCES[name].inputs(LENGTH, decay="weak").items() if key != "v"}
+
+    def outputs(inputs: dict[str, jax.Array]) -> jax.Array:
+        rows = jnp.asarray([0, 5, 31, 32, 40, 63])
+        return cases.RECURRENCES[name].implied(inputs, rows, segment_ids=segment_ids(SEGMENTS[segments]), chunk_size=8)
+
+    alone = cases.quick_jit(outputs)(inputs)
+    with splitting(mesh_of(context=count), batch=("data",), heads=("tensor",), context=("context",)):
+        found = cases.quick_jit(partial(outputs))(inputs)
+    assert_close(found, alone)

@@ -1,0 +1,245 @@
+"""Other meshes, recomputation and micro-batches for the same model, batch and devices: estimated all, compiled the best."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import time
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from plait.configs.experiment import ExperimentConfig
+from plait.models import axes
+from plait.train.ahead import Described
+from plait.train.mesh import RULES, make_mesh
+from plait.train.plan.flops import step_flops
+from plait.train.plan.hlo import Collective
+from plait.train.plan.memory import Memory, estimated_memory, saved_activations, state_bytes
+from plait.train.plan.planning import Fix, Plan, check_batch, compile_plan, prepare, settle
+from plait.train.plan.roofline import Times, exchange_seconds, times
+from plait.train.plan.topology import Target, TargetError, describe_devices
+from plait.train.state import Blueprint
+
+_REMAT: tuple[Literal["full", "dots"] | None, ...] = (None, "dots", "full")  # from the most memory to the least
+_WIDTHS = (1, 2, 4, 8)  # of the tensor and context axes
+_MOST_PARTS = 16  # micro-batches
+_PASSES = 4.0  # how often a step reads or writes each value that its forward pass makes
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One way to lay out a step."""
+
+    config: ExperimentConfig
+    overrides: str
+    """The command line's, beside the preset."""
+    memory: Memory
+    times: Times | None
+    plan: Plan | None = None
+    """Where it was compiled."""
+    failure: str | None = None
+    """Why it could not be compiled."""
+
+    @property
+    def score(self) -> float:
+        """Seconds to rank by: half-way between everything and nothing overlapped."""
+        return math.inf if self.times is None else (self.times.bound + self.times.serial) / 2
+
+
+def search(config: ExperimentConfig, target: Target, compile_best: int = 2) -> tuple[list[Candidate], int]:
+    """The candidates that fit, the fastest first, and how many there were.
+
+    The best `compile_best` by estimate are compiled; their numbers are then the compiler's and their rank follows.
+
+    Raises:
+        ValueError: the target has no chip data, or no layout fits the model and batch at all.
+    """
+    if target.chip is None:
+        raise TargetError(f"target={target.name!r} has no peak to rank by; --search is for TPUs and GPUs")
+    config = settle(config)
+    devices = describe_devices(target)
+    blueprint = Blueprint(config)
+    every = list(_candidates(config, target, devices, blueprint))
+    if not every:
+        raise ValueError(
+            f"no mesh over the {target.num_devices} devices of {target.name} divides data.batch_size={config.data.batch_size} and the "
+            "model; change the batch"
+        )
+    ranked = sorted((c for c in every if c.memory.fits), key=lambda c: c.score)
+    compiled = [_compile(c, target, devices) for c in ranked[:compile_best]]
+    ranked = sorted(compiled, key=lambda c: (not c.memory.fits, c.score)) + ranked[compile_best:]
+    return ranked, len(every)
+
+
+def find_fixes(step: Described, target: Target, memory: Memory, most: int = 3) -> list[Fix]:
+    """Changes of recomputation, micro-batches and mesh that fit by estimate, the fastest first; the estimate is scaled to `memory`."""
+    if target.chip is None:
+        return []
+    generation = target.generation
+    state = state_bytes(step.state, step.shardings, step.config, step.mesh)
+    guess = estimated_memory(step.config, step.mesh, state, step.blueprint, generation, memory.limit)
+    scale = memory.temporaries / guess.temporaries if memory.compiled and guess.temporaries else 1.0
+    devices = list(step.mesh.devices.flat)
+    found = [c for c in _candidates(step.config, target, devices, step.blueprint, scale=max(scale, 1.0)) if c.memory.fits]
+    ranked = sorted(found, key=lambda c: (_distance(step.config, c.config), c.score))
+    return [Fix(c.overrides, c.memory) for c in ranked[:most]]
+
+
+def _distance(old: ExperimentConfig, new: ExperimentConfig) -> int:
+    """How many settings differ."""
+    pairs = [(getattr(old.mesh, f.name), getattr(new.mesh, f.name)) for f in dataclasses.fields(old.mesh) if f.name != "data"]
+    pairs += [(old.model.remat, new.model.remat), (old.optimizer.accumulate, new.optimizer.accumulate)]
+    return sum(a != b for a, b in pairs)
+
+
+def _compile(candidate: Candidate, target: Target, devices: list[Any]) -> Candidate:
+    start = time.monotonic()
+    try:
+        plan = compile_plan(prepare(candidate.config, target, devices), target, start)
+    except (ValueError, NotImplementedError) as error:
+        return dataclasses.replace(candidate, times=None, failure=str(error))
+    return dataclasses.replace(candidate, plan=plan, memory=plan.memory, times=plan.times or candidate.times)
+
+
+def _candidates(
+    config: ExperimentConfig, target: Target, devices: list[Any], blueprint: Blueprint, scale: float = 1.0
+) -> Iterator[Candidate]:
+    """Every combination that the model, batch and devices allow."""
+    assert target.chip is not None
+    for sizes in _meshes(config, target):
+        mesh_config = dataclasses.replace(config.mesh, **sizes)  # type: ignore[arg-type]
+        described: tuple[Described, jax.sharding.Mesh] | None = None
+        for remat, parts in itertools.product(_REMAT, _parts(config)):
+            new = dataclasses.replace(
+                config,
+                mesh=mesh_config,
+                model=dataclasses.replace(config.model, remat=remat),
+                optimizer=dataclasses.replace(config.optimizer, accumulate=parts),
+            )
+            try:
+                check_batch(new, target)
+                if described is None:
+                    mesh = make_mesh(mesh_config, devices)
+                    described = prepare_on(new, mesh, blueprint), mesh
+                step, mesh = described
+                state = state_bytes(step.state, step.shardings, new, mesh)
+            except ValueError:
+                continue
+            memory = estimated_memory(new, mesh, state, blueprint, target.generation, target.chip.memory, scale)
+            yield Candidate(new, _overrides(config, new), memory, _times(new, mesh, blueprint, target, step))
+
+
+def prepare_on(config: ExperimentConfig, mesh: jax.sharding.Mesh, blueprint: Blueprint) -> Described:
+    """The step of `config` on a mesh, its state laid out by the blueprint of the same model."""
+    from plait.train.ahead import describe_step
+
+    return describe_step(config, mesh, blueprint)
+
+
+def _meshes(config: ExperimentConfig, target: Target) -> Iterator[dict[str, int | None]]:
+    """Sizes of the axes to try; those of no interest here stay as configured."""
+    tried = {"tensor": _WIDTHS, "context": sorted({*_WIDTHS, config.mesh.context} if config.mesh.context > 1 else {1})}
+    fixed = math.prod(size for name, size in _integers(config.mesh).items() if name not in ("data", "fsdp", *tried))
+    for widths in itertools.product(*tried.values()):
+        rest, left = divmod(target.num_devices, fixed * math.prod(widths))
+        if left:
+            continue
+        for fsdp in (n for n in range(1, rest + 1) if rest % n == 0):
+            yield {**dict(zip(tried, widths)), "fsdp": fsdp, "data": None}
+
+
+def _parts(config: ExperimentConfig) -> list[int]:
+    return [n for n in range(1, _MOST_PARTS + 1) if config.data.batch_size % n == 0 and n & (n - 1) == 0]
+
+
+def _integers(mesh: Any) -> dict[str, int]:
+    values = {f.name: getattr(mesh, f.name) for f in dataclasses.fields(mesh)}
+    return {name: v for name, v in values.items() if isinstance(v, int) and not isinstance(v, bool)}
+
+
+def _overrides(old: ExperimentConfig, new: ExperimentConfig) -> str:
+    """The mesh in full, and what else differs."""
+    parts = [
+        f"--mesh.{name} {size}" for name, size in _integers(new.mesh).items() if size != 1 or getattr(old.mesh, name) != size
+    ]
+    if new.model.remat != old.model.remat:
+        parts.append(f"--model.remat {new.model.remat}")
+    if new.optimizer.accumulate != old.optimizer.accumulate:
+        parts.append(f"--optimizer.accumulate {new.optimizer.accumulate}")
+    return " ".join(parts) or "as it is"
+
+
+def _times(config: ExperimentConfig, mesh: jax.sharding.Mesh, blueprint: Blueprint, target: Target, step: Described) -> Times:
+    """The roofline from estimated memory traffic and exchange."""
+    assert target.chip is not None
+    flops = step_flops(config, mesh.size)
+    width = _ways(mesh, axes.MLP)
+    rows = config.data.batch_size / _ways(mesh, axes.BATCH) / _ways(mesh, axes.LENGTH)
+    every = saved_activations(
+        dataclasses.replace(config, model=dataclasses.replace(config.model, remat=None)), blueprint, target.generation
+    )
+    again = {None: 0.0, "dots": 0.5, "full": 1.0}[config.model.remat]
+    itemsize = jnp.dtype(config.model.compute_dtype).itemsize
+    weights = itemsize * blueprint.num_params / width * (3 + again) * config.optimizer.accumulate
+    update = 8 * 4 * blueprint.num_params / mesh.size * _ways(mesh, axes.BATCH) / max(1, mesh.shape["fsdp"])
+    traffic = rows * (every.whole + every.divided / width) * (_PASSES + again) + weights + update
+    found = estimated_collectives(config, mesh, step)
+    return times(
+        target.chip,
+        hardware_flops=flops.hardware,
+        model_flops=flops.model,
+        traffic=traffic,
+        exchange=sum(exchange_seconds(found, mesh, target)),
+    )
+
+
+def estimated_collectives(config: ExperimentConfig, mesh: jax.sharding.Mesh, step: Described) -> list[Collective]:
+    """What a step exchanges if the compiler does what the layout calls for and no more."""
+    batch = set(_names(axes.BATCH))
+    itemsize = jnp.dtype(config.model.compute_dtype).itemsize
+    parts, model = config.optimizer.accumulate, config.model
+    layouts: Any = step.shardings.params
+    state: Any = step.state.params
+    gathered = kept = 0.0  # bytes of parameters that are gathered over batch axes, and that are whole on them
+    over: set[str] = set()
+    for name, array in state.items():
+        split = {
+            a for part in layouts[name].spec for a in ((part,) if isinstance(part, str) else part or ()) if mesh.shape[a] > 1
+        }
+        size = itemsize * array.size / math.prod(mesh.shape[a] for a in split - batch)
+        over |= split & batch
+        gathered, kept = (gathered + size, kept) if split & batch else (gathered, kept + size)
+    order = lambda names: tuple(a for a in mesh.shape if a in names and mesh.shape[a] > 1)  # noqa: E731
+    found = []
+    if over:
+        found.append(Collective("all-gather", order(over), 2 * parts, 2 * parts * gathered))
+        found.append(Collective("reduce-scatter", order(over), parts, parts * gathered))
+    rest = order(batch - over | set(_names(axes.LENGTH)))
+    if rest:
+        ways = math.prod(mesh.shape[a] for a in over)
+        found.append(Collective("all-reduce", rest, parts, parts * (gathered / ways + kept)))
+    rows = config.data.batch_size / _ways(mesh, axes.BATCH)
+    if width := order(_names(axes.MLP)):
+        count = model.num_layers * (6 if model.remat == "full" else 4)
+        size = rows * config.data.seq_len / _ways(mesh, axes.LENGTH) * model.d_model * itemsize
+        found.append(Collective("all-reduce", width, count * parts, count * size))
+    if length := order(_names(axes.LENGTH)):
+        ways, size = _ways(mesh, axes.LENGTH), 0.0
+        for mixer in model.layer_mixers:
+            short, long = (mixer.state_bytes(model.d_model, n, model.compute_dtype) for n in (1, config.data.seq_len))
+            size += long if long > short else ways * short  # keys and values of the row, or a state from each device
+        found.append(Collective("all-gather", length, 3 * model.num_layers * parts, 3 * rows * size / _ways(mesh, axes.MLP)))
+    return found
+
+
+def _ways(mesh: jax.sharding.Mesh, name: str) -> int:
+    return math.prod(mesh.shape[axis] for axis in _names(name))
+
+
+def _names(name: str) -> tuple[str, ...]:
+    rule = RULES[name]
+    return (rule,) if isinstance(rule, str) else rule or ()
