@@ -167,6 +167,7 @@ def _generate(options: GenerateArgs) -> None:
             sampling=sampling,
             document_start=config.document_start,
             seed=options.seed,
+            mesh=run.setup.mesh,
         )
     console.print(options.prompt + text, markup=False, highlight=False)
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from plait.kernels import short_conv
+from plait.models.axes import BATCH, constrain
 from plait.models.build import BuildContext
 
 
@@ -15,7 +16,7 @@ class ShortConv(nnx.Module):
 
     def __init__(self, ctx: BuildContext, dim: int, *, size: int, axis: str | None):
         """Args: `dim` channels of logical axis `axis`; `size` taps, the last one on the current token."""
-        self.size, self.dim, self.dtype = size, dim, ctx.compute_dtype
+        self.size, self.dim, self.axis, self.dtype = size, dim, axis, ctx.compute_dtype
         bound = size**-0.5
         init = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)  # noqa: E731
         self.weight = ctx.param(init, (size, dim), (None, axis))
@@ -26,4 +27,4 @@ class ShortConv(nnx.Module):
 
     def init_state(self, batch_size: int) -> jax.Array:
         """Zeros: the start of a document."""
-        return jnp.zeros((batch_size, self.size - 1, self.dim), self.dtype)
+        return constrain(jnp.zeros((batch_size, self.size - 1, self.dim), self.dtype), (BATCH, None, self.axis))

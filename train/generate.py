@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -9,9 +10,11 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from plait.data.tokenizer import Tokenizer
 from plait.models.lm import LM
+from plait.train.mesh import on_mesh
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,13 +54,21 @@ class Sampling:
 
 
 def generate_tokens(
-    model: LM, prompts: Sequence[Sequence[int]], *, num_tokens: int, vocab_size: int, sampling: Sampling, seed: int = 0
+    model: LM,
+    prompts: Sequence[Sequence[int]],
+    *,
+    num_tokens: int,
+    vocab_size: int,
+    sampling: Sampling,
+    seed: int = 0,
+    mesh: Mesh | None = None,
 ) -> np.ndarray:
     """Continuations `[B, num_tokens]` of token prompts, by prefill and then one token a step.
 
     Args:
         prompts: at least one token each; shorter ones are padded on the left.
         vocab_size: the tokenizer's; the embedding's further rows are never drawn.
+        mesh: where the model lies, if not on one device; sequences and heads of the decode state are divided over it too.
 
     Raises:
         ValueError: no prompt, an empty one, or num_tokens below 1.
@@ -76,10 +87,11 @@ def generate_tokens(
     segment_ids, positions = (column >= start).astype(np.int32), np.maximum(column - start, 0).astype(np.int32)
 
     keys = jax.random.split(jax.random.key(seed), num_tokens)
-    return np.asarray(_continue(model, tokens, segment_ids, positions, lengths, keys, vocab_size=vocab_size, sampling=sampling))
+    out = _continue(model, tokens, segment_ids, positions, lengths, keys, vocab_size=vocab_size, sampling=sampling, mesh=mesh)
+    return np.asarray(out)
 
 
-@functools.partial(jax.jit, static_argnames=("vocab_size", "sampling"))
+@functools.partial(jax.jit, static_argnames=("vocab_size", "sampling", "mesh"))
 def _continue(
     model: LM,
     tokens: jax.Array,
@@ -90,8 +102,23 @@ def _continue(
     *,
     vocab_size: int,
     sampling: Sampling,
+    mesh: Mesh | None,
 ) -> jax.Array:
     """One token `[B]` for each of the keys: `[B, N]`."""
+    with contextlib.nullcontext() if mesh is None else on_mesh(mesh):
+        return _decode(model, tokens, segment_ids, positions, lengths, keys, vocab_size, sampling)
+
+
+def _decode(
+    model: LM,
+    tokens: jax.Array,
+    segment_ids: jax.Array,
+    positions: jax.Array,
+    lengths: jax.Array,
+    keys: jax.Array,
+    vocab_size: int,
+    sampling: Sampling,
+) -> jax.Array:
     state = model.init_state(tokens.shape[0], tokens.shape[1] + len(keys))
     logits, state = model.prefill(tokens, state, segment_ids=segment_ids, positions=positions)
 
@@ -115,12 +142,14 @@ def generate_text(
     sampling: Sampling,
     document_start: bool,
     seed: int = 0,
+    mesh: Mesh | None = None,
 ) -> list[str]:
     """Continuations of `prompts`, each cut at its end-of-text. `document_start` puts the start token the model was trained with first."""
     start = [tokenizer.bos_id] if document_start else []
     encoded = [[*start, *tokenizer.encode(prompt).tolist()] for prompt in prompts]
     texts = []
-    out = generate_tokens(model, encoded, num_tokens=num_tokens, vocab_size=tokenizer.vocab_size, sampling=sampling, seed=seed)
+    size = tokenizer.vocab_size
+    out = generate_tokens(model, encoded, num_tokens=num_tokens, vocab_size=size, sampling=sampling, seed=seed, mesh=mesh)
     for row in out.tolist():
         end = row.index(tokenizer.eos_id) if tokenizer.eos_id in row else len(row)
         texts.append(tokenizer.decode(row[:end]))

@@ -4,13 +4,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from plait.configs.experiment import MeshConfig
 from plait.data.tokenizer import ByteTokenizer
 from plait.launch import main
 from plait.tests.models.common import quick_jit
 from plait.tests.train.common import hybrid, random_batch, setup_of, tiny
 from plait.train.generate import Sampling, generate_text, generate_tokens
 from plait.train.loop import train
+from plait.train.mesh import on_mesh
 from plait.train.step import make_step
 
 VOCAB = 100  # of the tokenizer; the embedding has 128 rows
@@ -60,6 +64,40 @@ def test_prompts_of_different_lengths_go_on_as_they_do_alone(model, greedy):
         np.testing.assert_array_equal(continued(model, [prompt], temperature=0)[0], row)
 
 
+def placed(model, **mesh):
+    """`model` over eight devices, and their mesh."""
+    setup = setup_of(hybrid({"mesh": MeshConfig(**mesh)}), VOCAB, devices=8)
+    params, buffers = jax.device_put(setup.blueprint.split(model), setup.blueprint.shardings(setup.mesh))
+    return setup.blueprint.build(params, buffers), setup.mesh
+
+
+def test_decode_state_is_divided_over_rows_and_heads(model):
+    over, mesh = placed(model, data=2, fsdp=2, tensor=2)
+    tokens = jnp.ones((4, 64), jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(64, dtype=jnp.int32)[None], tokens.shape)
+
+    @quick_jit
+    def prefilled(model):
+        with on_mesh(mesh):
+            return model.prefill(tokens, model.init_state(4, 72), segment_ids=tokens, positions=positions)[1]
+
+    _, (delta, cache) = prefilled(over)
+    rows, whole = ("data", "fsdp"), None
+    for name, array, spec in [
+        ("memory", delta.memory, P(rows, "tensor", whole, whole)),
+        ("convolution", delta.v_conv, P(rows, whole, "tensor")),
+        ("keys", cache.k, P(rows, whole, "tensor", whole)),
+        ("values", cache.v, P(rows, whole, "tensor", whole)),
+    ]:
+        assert array.sharding.is_equivalent_to(NamedSharding(mesh, spec), array.ndim), f"{name}: {array.sharding}"
+
+
+def test_greedy_on_a_mesh_is_greedy_alone(model, greedy):
+    over, mesh = placed(model, data=1, fsdp=2, context=2, tensor=2)
+    found = generate_tokens(over, PROMPTS, num_tokens=8, vocab_size=VOCAB, sampling=Sampling(temperature=0), mesh=mesh)
+    np.testing.assert_array_equal(found, greedy)
+
+
 SAME_AS_GREEDY = {
     "top_k 1": {"top_k": 1},
     "top_p tiny": {"top_p": 1e-6},
@@ -83,22 +121,22 @@ def draws(probabilities, count=4000, **sampling):
     return np.bincount(drawn, minlength=len(probabilities)) / count
 
 
-P = np.array([0.1, 0.4, 0.2, 0.3])
+CHANCES = np.array([0.1, 0.4, 0.2, 0.3])
 SHARES = {
-    "plain": ({"temperature": 1.0}, P),
+    "plain": ({"temperature": 1.0}, CHANCES),
     "top_k 2": ({"temperature": 1.0, "top_k": 2}, [0, 4 / 7, 0, 3 / 7]),
-    "top_k beyond the vocabulary": ({"temperature": 1.0, "top_k": 99}, P),
+    "top_k beyond the vocabulary": ({"temperature": 1.0, "top_k": 99}, CHANCES),
     "top_p keeps the token that crosses the share": ({"temperature": 1.0, "top_p": 0.5}, [0, 4 / 7, 0, 3 / 7]),
-    "top_p 1": ({"temperature": 1.0, "top_p": 1.0}, P),
+    "top_p 1": ({"temperature": 1.0, "top_p": 1.0}, CHANCES),
     "top_p after top_k": ({"temperature": 1.0, "top_k": 3, "top_p": 0.7}, [0, 4 / 7, 0, 3 / 7]),
-    "temperature": ({"temperature": 0.5}, P**2 / (P**2).sum()),
+    "temperature": ({"temperature": 0.5}, CHANCES**2 / (CHANCES**2).sum()),
     "hot": ({"temperature": 1e6}, np.full(4, 0.25)),
 }
 
 
 @pytest.mark.parametrize(("sampling", "expected"), SHARES.values(), ids=SHARES)
 def test_shares_drawn(sampling, expected):
-    found = draws(P, **sampling)
+    found = draws(CHANCES, **sampling)
     assert np.abs(found - expected).max() < 4 * 0.5 / np.sqrt(4000)
     assert (found[np.asarray(expected) == 0] == 0).all()
 

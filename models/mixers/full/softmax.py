@@ -184,7 +184,8 @@ class Softmax(HeadMixer):
         window = self.config.window_size
         slots = max_len if window is None else min(max_len, window + self.config.num_sink_tokens)
         shape = (batch_size, slots, self.num_kv_heads, self.config.head_dim)
-        return KVCache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype), jnp.full(shape[:2], -1, jnp.int32))
+        empty = constrain(jnp.zeros(shape, self.dtype), (BATCH, None, KV_HEADS, None))
+        return KVCache(empty, empty, constrain(jnp.full(shape[:2], -1, jnp.int32), (BATCH, None)))
 
     def finish(self, o, x):
         if self.gate is None:

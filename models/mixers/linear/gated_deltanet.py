@@ -138,6 +138,7 @@ class GatedDeltaNet(HeadMixer):
 
     def init_state(self, batch_size, max_len):
         memory = jnp.zeros((batch_size, self.num_heads, self.config.head_dim, self.config.head_v_dim), jnp.float32)
+        memory = constrain(memory, (BATCH, HEADS, None, None))
         return DeltaState(memory, *(conv.init_state(batch_size) for conv in (self.q_conv, self.k_conv, self.v_conv)))
 
     def finish(self, o, x):

@@ -96,7 +96,8 @@ class GLA(HeadMixer):
         return o, None if state is None else GLAState(memory)
 
     def init_state(self, batch_size, max_len):
-        return GLAState(jnp.zeros((batch_size, self.num_heads, *self.head_dims), jnp.float32))
+        memory = jnp.zeros((batch_size, self.num_heads, *self.head_dims), jnp.float32)
+        return GLAState(constrain(memory, (BATCH, HEADS, None, None)))
 
     def finish(self, o, x):
         return self.norm(o) * jax.nn.silu(split_heads(self.gate(x), self.num_heads))

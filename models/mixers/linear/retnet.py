@@ -93,7 +93,8 @@ class RetNet(HeadMixer):
         return o, None if state is None else RetNetState(memory)
 
     def init_state(self, batch_size, max_len):
-        return RetNetState(jnp.zeros((batch_size, self.num_heads, *self.head_dims), jnp.float32))
+        memory = jnp.zeros((batch_size, self.num_heads, *self.head_dims), jnp.float32)
+        return RetNetState(constrain(memory, (BATCH, HEADS, None, None)))
 
     def finish(self, o, x):
         return self.norm(o) * jax.nn.silu(split_heads(self.gate(x), self.num_heads))

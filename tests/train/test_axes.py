@@ -1,0 +1,81 @@
+"""Every preset, made small, on every mesh axis and pair of axes: the losses, gradients and updates of one device."""
+
+import dataclasses
+import functools
+import itertools
+
+import pytest
+
+from plait.configs.experiment import MESH_AXES, ExperimentConfig, MeshConfig
+from plait.configs.presets import presets
+from plait.models.pattern import find_period
+from plait.tests.train.common import changed, hybrid, tiny
+from plait.tests.train.test_mesh import SIZES, assert_same_training, two_steps
+
+STEP = {**SIZES, "optimizer.accumulate": 2}
+MESHES = [axes for count in (1, 2) for axes in itertools.combinations(MESH_AXES, count)]
+COVER = [
+    ("pipeline", "data", "fsdp"),
+    ("pipeline", "context", "tensor"),
+    ("data", "context", "tensor"),
+    ("fsdp", "context", "tensor"),
+]
+"""Every pair of axes is in one of these."""
+
+
+def small(config: ExperimentConfig) -> ExperimentConfig:
+    """A preset's pattern, options and losses: narrow, of two periods and in float32, with the data and optimizer of the tests."""
+    sizes = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "window_size": 8, "chunk_size": 4}
+
+    def narrow(mixer):
+        if hasattr(mixer, "mixer"):
+            return dataclasses.replace(mixer, mixer=narrow(mixer.mixer))
+        fields = {field.name for field in dataclasses.fields(mixer) if getattr(mixer, field.name) is not None}
+        return dataclasses.replace(mixer, **{name: size for name, size in sizes.items() if name in fields})
+
+    period, _ = find_period(config.model.layers)
+    model = {
+        "d_model": 32,
+        "num_layers": 2 * period,
+        "mixers": {name: narrow(mixer) for name, mixer in config.model.mixers.items()},
+        "channel_mixer.hidden_dim": 48,
+        "vocab_size": None,
+        "compute_dtype": "float32",
+        "param_dtype": "float32",
+    }
+    return changed(tiny(STEP), {"model": changed(config.model, {**model, "z_loss": 1e-3})})
+
+
+def on(axes: tuple[str, ...], **options) -> MeshConfig:
+    return MeshConfig(**{"data": 1, **dict.fromkeys(axes, 2), **options})
+
+
+@functools.cache
+def alone(config: ExperimentConfig):
+    return two_steps(config)
+
+
+def assert_same_on(config: ExperimentConfig, mesh: MeshConfig) -> None:
+    assert_same_training(two_steps(dataclasses.replace(config, mesh=mesh)), alone(config))
+
+
+SMALL = {small(preset()): name for name, preset in reversed(presets().items())}
+"""Presets that differ once they are small, by the first one's name."""
+
+
+@pytest.mark.parametrize("axes", COVER[:2], ids=" x ".join)
+def test_three_axes_train_as_one_device(axes, compile_cache):
+    assert_same_on(tiny({**STEP, "model.tie_embeddings": True}), on(axes, zero=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", COVER, ids=" x ".join)
+def test_hybrid_on_three_axes_trains_as_one_device(axes, compile_cache):
+    assert_same_on(hybrid({**STEP, "model.num_layers": 4}), on(axes, zero=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", MESHES, ids=" x ".join)
+@pytest.mark.parametrize("config", SMALL, ids=SMALL.get)
+def test_preset_on_one_and_two_axes_trains_as_one_device(config, axes, compile_cache):
+    assert_same_on(config, on(axes))
