@@ -16,6 +16,7 @@ from plait.train.metrics import write_atomically
 from plait.train.plan.planning import Plan
 from plait.train.plan.roofline import ASSUMPTIONS
 from plait.train.plan.search import Candidate
+from plait.train.plan.units import size_text
 
 Row = tuple[str, ...]
 
@@ -251,14 +252,6 @@ def _markdown(title: str, parts: Sequence[Section]) -> str:
             lines += ["| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in part.rows] + [""]
         lines += [f"- {note}" for note in part.notes] + ([""] if part.notes else [])
     return "\n".join(lines)
-
-
-def size_text(size: float) -> str:
-    """Bytes for people."""
-    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if abs(size) >= unit:
-            return f"{size / unit:,.2f} {name}"
-    return f"{size:,.0f} B"
 
 
 def _mega(value: float) -> str:
