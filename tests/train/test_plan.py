@@ -18,7 +18,7 @@ from plait.train.evaluate import place
 from plait.train.hardware import peak_flops
 from plait.train.mesh import batch_sharding, make_mesh
 from plait.train.plan.chips import CHIPS
-from plait.train.plan.compiling import Outcome, compile_step, largest_allocations
+from plait.train.plan.compiling import Outcome, compile_step, largest_allocations, required_temporaries
 from plait.train.plan.findings import find_oddities
 from plait.train.plan.flops import layer_flops, step_flops
 from plait.train.plan.hlo import Instruction
@@ -28,7 +28,6 @@ from plait.train.plan.report import headline, sections
 from plait.train.plan.roofline import Route, route, times
 from plait.train.plan.topology import Target, TargetError, describe_devices, parse_target
 from plait.train.plan.units import GIB
-from plait.train.run import Setup
 from plait.train.state import abstract_state, create_state
 from plait.train.step import make_step
 
@@ -181,8 +180,7 @@ def test_memory_is_that_of_a_real_run():
     config = settle(config)
     mesh = make_mesh(config.mesh)
     step = describe_step(config, mesh)
-    setup = Setup(config, None, mesh, step.blueprint, step.tx, step.shardings)  # type: ignore[arg-type]
-    state = setup.fresh()
+    state = jax.tree.map(lambda a, s: jax.device_put(np.zeros(a.shape, a.dtype), s), step.state, step.shardings)
     rows = batch_sharding(mesh, 8, 32, 1)
     batch = place(random_batch(8, 32), rows)
     device = mesh.devices.flat[0]
@@ -256,6 +254,10 @@ Largest program allocations in hbm:
 
 def test_a_refusal_tells_the_largest_arrays():
     assert largest_allocations(REFUSAL) == ["2.75G bf16[24,4096,5632] jit(step)/jvp()/dot_general", "1.00G f32[12,4096]"]
+    assert required_temporaries(REFUSAL, GIB) == pytest.approx(19.30 * GIB)
+    short = "RESOURCE_EXHAUSTED: Ran out, the total memory required for HLO temporaries (71.21G) exceeds available HBM (15.75G)."
+    assert required_temporaries(short, GIB) == pytest.approx(71.21 * GIB)
+    assert required_temporaries("RESOURCE_EXHAUSTED", GIB) is None
 
 
 def test_what_does_not_fit_gets_changes_that_do(monkeypatch: pytest.MonkeyPatch):
@@ -267,9 +269,7 @@ def test_what_does_not_fit_gets_changes_that_do(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(CHIPS, "v5e", dataclasses.replace(CHIPS["v5e"], memory=limit))
     coords = [(i, j, 0) for i in range(2) for j in range(4)]
     monkeypatch.setattr(planning, "describe_devices", lambda target: list(jax.devices()))
-    monkeypatch.setattr(
-        planning, "compile_step", lambda *_: Outcome(None, REFUSAL.replace("20.30G", "8.00M"), 8 * 2.0**20, (), 1.0, 1.0)
-    )
+    monkeypatch.setattr(planning, "compile_step", lambda *_: Outcome(None, REFUSAL.replace("20.30G", "8.00M"), (), 1.0, 1.0))
     monkeypatch.setattr("plait.train.plan.search.exchange_seconds", lambda found, *_: [0.0 for _ in found])
     monkeypatch.setattr("plait.kernels.target.current", lambda: None)
     assert len(coords) == len(jax.devices())
@@ -327,8 +327,7 @@ def test_compile_step_catches_want_of_memory_only():
 
     Lowered.error = jax.errors.JaxRuntimeError(REFUSAL)  # type: ignore[attr-defined]
     outcome = compile_step(Step(), None)  # type: ignore[arg-type]
-    assert outcome.compiled is None
-    assert outcome.required == pytest.approx(20.30 * GIB)
+    assert (outcome.compiled, outcome.refusal) == (None, REFUSAL)
     Lowered.error = jax.errors.JaxRuntimeError("INTERNAL: no")  # type: ignore[attr-defined]
     with pytest.raises(jax.errors.JaxRuntimeError):
         compile_step(Step(), None)  # type: ignore[arg-type]

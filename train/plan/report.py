@@ -78,7 +78,12 @@ def _memory(plan: Plan) -> Section:
     notes = [] if memory.compiled else ["The compiler gave no account: an estimate."]
     if not plan.fits:
         notes.append(f"Does not fit. The largest part: {names.get(memory.largest, memory.largest)}.")
+        if plan.refusal is not None:
+            notes.append(f"The compiler: {plan.refusal.splitlines()[0]}")
         notes += [f"One of the largest arrays: {line}" for line in plan.largest]
+        notes += [
+            f"By estimate {size_text(size)} of {name}." for name, size in memory.estimate.items() if size > 0.02 * memory.total
+        ]
     return Section("Memory of a device", ("part", ""), rows, notes)
 
 
@@ -93,7 +98,7 @@ def _flops(plan: Plan) -> Section:
     extra = plan.flops.hardware / plan.flops.model - 1
     notes = [
         f"A step: {plan.flops.model / 1e12:.3g} TFLOP of the model a device (three times the forward pass), {plan.flops.hardware / 1e12:.3g} "
-        f"with what is computed again (+{extra:.0%})."
+        f"with what is computed again{' and the idle ticks of the pipeline' if plan.config.mesh.pipeline > 1 else ''} (+{extra:.0%})."
     ]
     if plan.intensity is not None and plan.traffic is not None and plan.target.chip is not None:
         ridge = plan.target.chip.flops / plan.target.chip.memory_bandwidth
