@@ -12,7 +12,7 @@ from plait.kernels import chosen
 from plait.models import axes
 from plait.train.ahead import Described, describe_step
 from plait.train.mesh import RULES, make_mesh
-from plait.train.plan.compiling import Outcome, compile_step, largest_allocations, standard_error
+from plait.train.plan.compiling import Outcome, compile_step, largest_allocations, required_temporaries, standard_error
 from plait.train.plan.findings import find_oddities
 from plait.train.plan.flops import LayerFlops, StepFlops, layer_flops, step_flops
 from plait.train.plan.hlo import Collective, collectives, instructions
@@ -204,6 +204,5 @@ def compile_plan(step: Described, target: Target, start: float | None = None) ->
 def _refused_memory(outcome: Outcome, step: Described, state: StateBytes, generation: str | None, limit: float | None) -> Memory:
     """What the compiler asked for where it says so, else the estimate."""
     memory = estimated_memory(step.config, step.mesh, state, step.blueprint, generation, limit)
-    if outcome.required is None:
-        return memory
-    return dataclasses.replace(memory, temporaries=max(outcome.required - state.total, 0.0), compiled=True)
+    temporaries = required_temporaries(outcome.refusal or "", state.total)
+    return memory if temporaries is None else dataclasses.replace(memory, temporaries=temporaries, compiled=True)

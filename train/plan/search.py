@@ -14,11 +14,11 @@ import jax.numpy as jnp
 
 from plait.configs.experiment import ExperimentConfig
 from plait.models import axes
-from plait.train.ahead import Described
+from plait.train.ahead import Described, describe_step
 from plait.train.mesh import RULES, make_mesh
 from plait.train.plan.flops import step_flops
 from plait.train.plan.hlo import Collective
-from plait.train.plan.memory import Memory, estimated_memory, saved_activations, state_bytes
+from plait.train.plan.memory import Memory, StateBytes, estimated_memory, saved_activations, state_bytes
 from plait.train.plan.planning import Fix, Plan, check_batch, compile_plan, prepare, settle
 from plait.train.plan.roofline import Times, exchange_seconds, times
 from plait.train.plan.topology import Target, TargetError, describe_devices
@@ -112,7 +112,7 @@ def _candidates(
     assert target.chip is not None
     for sizes in _meshes(config, target):
         mesh_config = dataclasses.replace(config.mesh, **sizes)  # type: ignore[arg-type]
-        described: tuple[Described, jax.sharding.Mesh] | None = None
+        step: Described | None = None
         for remat, parts in itertools.product(_REMAT, _parts(config)):
             new = dataclasses.replace(
                 config,
@@ -122,22 +122,13 @@ def _candidates(
             )
             try:
                 check_batch(new, target)
-                if described is None:
-                    mesh = make_mesh(mesh_config, devices)
-                    described = prepare_on(new, mesh, blueprint), mesh
-                step, mesh = described
+                step = describe_step(new, make_mesh(mesh_config, devices), blueprint) if step is None else step
+                mesh = step.mesh
                 state = state_bytes(step.state, step.shardings, new, mesh)
             except ValueError:
                 continue
             memory = estimated_memory(new, mesh, state, blueprint, target.generation, target.chip.memory, scale)
-            yield Candidate(new, _overrides(config, new), memory, _times(new, mesh, blueprint, target, step))
-
-
-def prepare_on(config: ExperimentConfig, mesh: jax.sharding.Mesh, blueprint: Blueprint) -> Described:
-    """The step of `config` on a mesh, its state laid out by the blueprint of the same model."""
-    from plait.train.ahead import describe_step
-
-    return describe_step(config, mesh, blueprint)
+            yield Candidate(new, _overrides(config, new), memory, _times(new, mesh, blueprint, target, step, state))
 
 
 def _meshes(config: ExperimentConfig, target: Target) -> Iterator[dict[str, int | None]]:
@@ -173,7 +164,9 @@ def _overrides(old: ExperimentConfig, new: ExperimentConfig) -> str:
     return " ".join(parts) or "as it is"
 
 
-def _times(config: ExperimentConfig, mesh: jax.sharding.Mesh, blueprint: Blueprint, target: Target, step: Described) -> Times:
+def _times(
+    config: ExperimentConfig, mesh: jax.sharding.Mesh, blueprint: Blueprint, target: Target, step: Described, state: StateBytes
+) -> Times:
     """The roofline from estimated memory traffic and exchange."""
     assert target.chip is not None
     flops = step_flops(config, mesh.size)
@@ -185,7 +178,7 @@ def _times(config: ExperimentConfig, mesh: jax.sharding.Mesh, blueprint: Bluepri
     again = {None: 0.0, "dots": 0.5, "full": 1.0}[config.model.remat]
     itemsize = jnp.dtype(config.model.compute_dtype).itemsize
     weights = itemsize * blueprint.num_params / width * (3 + again) * config.optimizer.accumulate
-    update = 8 * 4 * blueprint.num_params / mesh.size * _ways(mesh, axes.BATCH) / max(1, mesh.shape["fsdp"])
+    update = 2 * (state.parameters + state.optimizer) + state.parameters  # read and written, and the gradients read
     traffic = rows * (every.whole + every.divided / width) * (_PASSES + again) + weights + update
     found = estimated_collectives(config, mesh, step)
     return times(
