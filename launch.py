@@ -42,11 +42,11 @@ def train(args: Sequence[str]) -> int:
     if not supervised and options.local:
         return supervise(["train", *args], None, options)
     host = find_host(HostsOptions() if options.local else options)
-    if host is None:
-        heartbeat.start()
-        return _train(rest, supervised)
-    if not supervised:
+    if host is not None and not supervised:
         return supervise(["train", *args], host, options)
+    heartbeat.start()
+    if host is None:
+        return _train(rest, supervised)
     from plait.train import together
 
     with together.joined(host, options.connect_seconds) as leave:
