@@ -87,7 +87,8 @@ def test_a_run_is_the_same_twice(finished, base, tmp_path):
     trained(base, tmp_path / "again")
     times = ("seconds", "time/", "throughput/")
     first, second = (
-        [{k: v for k, v in r.items() if not k.startswith(times)} for r in read_metrics(f)] for f in (finished[1], tmp_path / "again")
+        [{k: v for k, v in r.items() if not k.startswith(times)} for r in read_metrics(f)]
+        for f in (finished[1], tmp_path / "again")
     )
     assert first == second
 
