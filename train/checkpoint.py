@@ -110,6 +110,19 @@ class Checkpoints:
             raise CheckpointError(f"{self.folder} has no whole checkpoint: {'; '.join(problems)}")
         return None
 
+    def rewind(self, step: int, every: int | None) -> int | None:
+        """The last checkpoint at or before `step` that `every` called for; later ones are set aside under `rewound-STEP`.
+
+        Those that a signal called for do not count, so that a run that was stopped in between goes back as far as one that was not.
+        """
+        steps = decide("checkpoint", self.steps)
+        due = [at for at in steps if at <= step and (every is None or at % every == 0)]
+        if not due:
+            return None
+        for later in (at for at in steps if at > due[-1]):
+            self._set_aside(later, "rewound")
+        return due[-1]
+
     def wait(self) -> None:
         """Returns when everything started is on disk. Raises OSError where it cannot be."""
         if self._manager is not None:
@@ -173,10 +186,10 @@ class Checkpoints:
                 "use the config it was trained with"
             )
 
-    def _set_aside(self, step: int) -> None:
+    def _set_aside(self, step: int, why: str = "damaged") -> None:
         with together("checkpoint"):
             if first():
-                target = self.folder / f"damaged-{step}"
+                target = self.folder / f"{why}-{step}"
                 while target.exists():
                     target = target.with_name(target.name + "-")
                 (self.folder / str(step)).rename(target)

@@ -1,7 +1,7 @@
 """What a training process tells its supervisor: that it lives, what it is doing, and when it last got on with it. Needs no JAX.
 
-A thread writes the file once a second, so its age says whether the process runs at all; what is in it says since when the same phase or
-step has been going on.
+A thread writes the file once a second, and each new phase is written at once. So the file's age says whether the process runs at all, and
+what is in it says since when the same phase or step has been going on.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ class Heartbeat:
         self._path = path
         self._phase, self._step, self._slowest = "start", 0, 0.0
         self._since = time.monotonic()
+        self._writing = threading.Lock()
         self._write()
         threading.Thread(target=self._run, daemon=True, name="heartbeat").start()
 
     def enter(self, phase: str) -> str:
         """Another phase; gives the one before."""
         before, self._phase, self._since = self._phase, phase, time.monotonic()
+        self._write()
         return before
 
     def step(self, step: int) -> None:
@@ -43,14 +45,14 @@ class Heartbeat:
     def _run(self) -> None:
         while True:
             time.sleep(1.0)
-            with contextlib.suppress(OSError):
-                self._write()
+            self._write()
 
     def _write(self) -> None:
         state = {"phase": self._phase, "step": self._step, "slowest": self._slowest, "age": time.monotonic() - self._since}
         temporary = self._path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(state))
-        temporary.replace(self._path)
+        with self._writing, contextlib.suppress(OSError):
+            temporary.write_text(json.dumps(state))
+            temporary.replace(self._path)
 
 
 _current: Heartbeat | None = None

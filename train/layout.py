@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,9 +26,8 @@ class BatchLayout:
     @functools.cached_property
     def rows(self) -> np.ndarray:
         """The rows that this host's devices hold, ascending; hosts that hold other tokens of the same rows have the same ones."""
-        held = {
-            index[0].indices(self.shape[0])[:2] for index in self.sharding.addressable_devices_indices_map(self.shape).values()
-        }
+        parts: Mapping[Any, Any] = self.sharding.addressable_devices_indices_map(self.shape)
+        held = {index[0].indices(self.shape[0])[:2] for index in parts.values()}
         return np.unique(np.concatenate([np.arange(*span) for span in held]))
 
     def place(self, batch: Batch) -> Batch:

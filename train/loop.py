@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from plait.configs import codec
@@ -28,8 +29,9 @@ from plait.train.hardware import environment, peak_flops
 from plait.train.layout import batch_layout
 from plait.train.metrics import ATTENTION, MetricsWriter, ProgressLine, trim_metrics, write_layers, write_probes
 from plait.train.probes.collect import describe_layers, probe_arrays, probe_metrics
-from plait.train.probes.events import EventDetector
+from plait.train.probes.events import Event, EventDetector
 from plait.train.probes.pictures import write_pictures
+from plait.train.spikes import Rewind, SpikeWatch
 from plait.train.spread import Spread
 from plait.train.state import TrainState
 from plait.train.step import make_step
@@ -76,6 +78,7 @@ class _Loop:
         config = self.config = setup.config
         self.layers = describe_layers(config.model)
         self.detector = EventDetector(self.layers)
+        self.spikes = SpikeWatch(config.spike)
         self.checkpoints = Checkpoints(folder / runs.CHECKPOINTS, keep_last=config.keep_last, keep_best=config.keep_best)
         self.evaluator = Evaluator(setup.blueprint, setup.mesh)
         self.iterator = setup.data.train()
@@ -95,8 +98,7 @@ class _Loop:
                     with heartbeat.phase("compile"):
                         self._compile()
                     self._write_facts()
-                with self._sinks(first):
-                    state, last = self._steps(state, first)
+                state, last = self._until_the_end(state, first)
                 with heartbeat.phase("end"):
                     if last == self.config.steps:
                         self._picture(state, last)
@@ -105,6 +107,33 @@ class _Loop:
             self.checkpoints.close()
             self.iterator.close()
         return Result(self.folder, last, last == self.config.steps, self.latest)
+
+    def _until_the_end(self, state: TrainState, step: int) -> tuple[TrainState, int]:
+        """Steps from `step` on, with what has to be done again after spikes."""
+        events: list[Event] = []
+        while True:
+            with self._sinks(step):
+                self._report(events)
+                try:
+                    return self._steps(state, step)
+                except Rewind as spike:
+                    cause, position = spike, spike.step + self.iterator.step - self.dispatched
+            rewinds = self.spikes.rewinds + 1
+            if rewinds > self.config.spike.max_rewinds:
+                raise TrainingFailed(
+                    f"{cause}, after spike.max_rewinds={rewinds - 1} rewinds; lower optimizer.learning_rate in a new run"
+                )
+            with heartbeat.phase("rewind"):
+                self.checkpoints.wait()
+                back = self.checkpoints.rewind(cause.step, self.config.checkpoint_every)
+                if back is None:
+                    raise TrainingFailed(f"{cause}, and there is no checkpoint to go back to")
+                state, step, _ = self._start(back)
+            skipped = position - self.iterator.step
+            self.iterator.set_state({**self.iterator.get_state(), "step": position})
+            self.spikes.rewinds = rewinds
+            text = f"{cause}: back to step {step:,}, leaving out the {skipped:,} batches since (rewind {rewinds})"
+            events = [Event(step + 1, "rewind", None, None, float(cause.step), float(rewinds), text)]
 
     @contextlib.contextmanager
     def _sinks(self, first: int) -> Iterator[None]:
@@ -131,9 +160,9 @@ class _Loop:
             self.folder, last, self.setup.blueprint, self.setup.mesh, params, state.buffers, data.whole(), data.tokenizer
         )
 
-    def _start(self) -> tuple[TrainState, int, float]:
-        """The state to go on from, its step, and the seconds spent before."""
-        restored = self.checkpoints.restore(self.setup.like())
+    def _start(self, at: int | None = None) -> tuple[TrainState, int, float]:
+        """The state to go on from (the newest, or that of step `at`), its step, and the seconds spent before."""
+        restored = self.checkpoints.restore(self.setup.like(), at)
         step = 0 if restored is None else restored[0]
         with together.together("run folder"):
             if together.first():
@@ -143,6 +172,7 @@ class _Loop:
         _, state, extra = restored
         self.iterator.set_state(extra["data"])
         self.detector.load_state_dict(extra["events"])
+        self.spikes.load_state_dict(extra["spikes"])
         self.tokens = extra["tokens"]
         log.info("%s goes on from step %d", self.folder, step)
         return state, step, extra["seconds"]
@@ -158,7 +188,7 @@ class _Loop:
             step = make_step(self.setup.blueprint, self.setup.tx, self.setup.mesh, probe)
             return (
                 jax.jit(step, donate_argnums=0, out_shardings=(self.setup.shardings, everywhere))
-                .lower(self.setup.like(), batch)
+                .lower(self.setup.like(), batch, *self._bounds(0))
                 .compile()
             )
 
@@ -182,13 +212,17 @@ class _Loop:
 
     def _steps(self, state: TrainState, step: int) -> tuple[TrainState, int]:
         config, pending = self.config, None
+        self.dispatched = step
         self.clock.lap()
         while step < config.steps and not self.termination.asked:
             probing = config.probe_every is not None and (step == 0 or _due(step + 1, config.probe_every))
             with self.clock.waiting("data"):
                 batch = next(self.iterator)
-            state, metrics = (self.probe_step if probing else self.plain_step)(state, self.layout.place(batch))
+            state, metrics = (self.probe_step if probing else self.plain_step)(
+                state, self.layout.place(batch), *self._bounds(step + 1)
+            )
             step += 1
+            self.dispatched = step
             self._read(pending)
             pending = (step, metrics)
             self.termination.look(step)
@@ -206,6 +240,10 @@ class _Loop:
             self._save(state, step, None)
         return state, step
 
+    def _bounds(self, step: int) -> list[np.ndarray]:
+        """What the step takes beside state and batch."""
+        return [] if self.config.spike.sigma is None else [self.spikes.bounds(step)]
+
     def _read(self, pending: tuple[int, dict[str, Any]] | None) -> None:
         """Takes in the metrics of a step, once the device has them."""
         if pending is None:
@@ -220,14 +258,20 @@ class _Loop:
         self.clock.count(tokens)
         if bad >= self.config.optimizer.max_bad_steps:
             raise TrainingFailed(
-                f"the last {bad} steps up to {step} had a loss or gradient that is not finite, optimizer.max_bad_steps="
+                f"the last {bad} steps up to {step} had a loss or gradient that is not finite or a spike, optimizer.max_bad_steps="
                 f"{self.config.optimizer.max_bad_steps}; parameters are those before them. Lower optimizer.learning_rate in a new run"
             )
         arrays = None if stats is None else probe_arrays(stats)
+        spike = self.spikes.note(step, values["loss/train"], values["grad/norm"])
+        if spike is not None and self.config.spike.action == "rewind":
+            raise Rewind(step, spike)
         events = self.detector.update(step, arrays, values["loss/train"])
-        self.writer.write_events(events)
-        for event in events:
-            self.progress.message(f"step {step:,}: {event.message}")
+        if spike is not None:
+            text = f"{spike}: its update was left out"
+            events.append(
+                Event(step, "spike_skipped", None, None, values["loss/train"], float(self.spikes.bounds(step)[0]), text)
+            )
+        self._report(events)
         if arrays is not None:
             if together.first():
                 write_probes(self.folder, step, arrays)
@@ -239,10 +283,17 @@ class _Loop:
             values |= self.spread.report(step, lap)
             if self.step_flops is not None:
                 values["throughput/mfu"] = values["throughput/tokens_per_second"] * self.step_flops
+            if self.config.spike.sigma is not None:
+                values["optimizer/rewinds"] = float(self.spikes.rewinds)
         if logging_now or arrays is not None:
             self._write(step, values)
             speed, mfu = self.latest.get("throughput/tokens_per_second"), self.latest.get("throughput/mfu")
             self.progress.update(step, loss=values["loss/train"], tokens_per_second=speed, mfu=mfu)
+
+    def _report(self, events: Sequence[Event]) -> None:
+        self.writer.write_events(events)
+        for event in events:
+            self.progress.message(f"step {event.step:,}: {event.message}")
 
     def _write(self, step: int, values: dict[str, float]) -> None:
         self.latest |= values
@@ -266,6 +317,7 @@ class _Loop:
         extra = {
             "data": self.iterator.get_state(),
             "events": self.detector.state_dict(),
+            "spikes": self.spikes.state_dict(),
             "tokens": self.tokens,
             "seconds": self.clock.seconds,
         }

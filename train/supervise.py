@@ -28,6 +28,7 @@ DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
 ORDERLY = (DONE, BAD_INPUT, STOPPED)
 """With these all hosts end, each by itself."""
 
+LAUNCH = (sys.executable, "-m", "plait.launch")
 SILENCE_SECONDS = 30.0
 """A process that has not touched its heartbeat for so long is stopped, or stuck where no thread of it can run."""
 PHASE_SECONDS: Mapping[str, float] = {"data": 6 * 3600, "compile": 3600, "step": 600}
@@ -39,9 +40,9 @@ _SETTLE_SECONDS = 20.0
 
 
 class Child:
-    """One training process."""
+    """One training process, started by `command`."""
 
-    def __init__(self, arguments: Sequence[str], host: Host, folder: Path, options: HostsOptions):
+    def __init__(self, command: Sequence[str], host: Host, folder: Path, options: HostsOptions):
         self.host, self._options = host, options
         self._file = folder / f"heartbeat-{host.index}.json"
         self._file.unlink(missing_ok=True)
@@ -49,7 +50,7 @@ class Child:
         where = {"COORDINATOR": host.coordinator, "HOST_COUNT": host.count, "HOST_INDEX": host.index}
         environment = {f"PLAIT_{name}": str(value) for name, value in where.items()}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "plait.launch", *arguments],
+            command,
             env={**os.environ, **environment, heartbeat.VARIABLE: str(self._file)},
             start_new_session=True,  # a Ctrl-C reaches it through the supervisor only
         )
@@ -69,7 +70,7 @@ class Child:
             return f"has been silent for {silent:.0f} s in {_where(state)}: it is stopped or stuck"
         age, limit = state["age"] + silent, self._limit(state)
         if age > limit:
-            return f"has been in {_where(state)} for {age:.0f} s, more than the{limit:.0f} s it may take: it hangs, or waits for one that does"
+            return f"has been in {_where(state)} for {age:.0f} s of at most {limit:.0f}: it hangs, or waits for a host that does"
         return None
 
     def death(self) -> str:
@@ -112,19 +113,19 @@ class Child:
 
 def supervise(arguments: Sequence[str], host: Host | None, options: HostsOptions) -> int:
     """Runs `launch.py ARGUMENTS` as the training process of `host`, or `options.local` of them here; gives the exit status."""
-    arguments = list(arguments)
+    command = [*LAUNCH, *arguments]
     with _Signals() as signals, tempfile.TemporaryDirectory(prefix="plait-") as folder:
         for left in range(options.restarts, -1, -1):
             hosts = [host] if host is not None else _local_hosts(options.local or 1)
-            children = [Child(arguments, each, Path(folder), options) for each in hosts]
+            children = [Child(command, each, Path(folder), options) for each in hosts]
             signals.children = children
             status = _watch(children, signals)
             if status != FAILED or signals.asked or not left:
                 break
             if host is not None:
                 time.sleep(_SETTLE_SECONDS)  # until the coordinator of this attempt has ended everywhere
-            if "--resume" not in arguments:
-                arguments.append("--resume")
+            if "--resume" not in command:
+                command.append("--resume")
             _say(f"starting again, {left - 1} restarts left")
     if status == FAILED:
         _say("the job has failed; what was saved before stays, and the same command with --resume goes on from it")

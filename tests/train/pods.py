@@ -36,7 +36,8 @@ class Pod:
         self.outputs = [tempfile.TemporaryFile("w+") for _ in range(count)]  # noqa: SIM115 (closed with the processes)
         self.processes = []
         for index, output in enumerate(self.outputs):
-            where = ("--hosts.coordinator", self.address, "--hosts.count", count, "--hosts.index", index) if count > 1 else ()
+            place = ("--hosts.coordinator", self.address, "--hosts.count", count, "--hosts.index", index)
+            where = (*place, "--hosts.connect-seconds", 40) if count > 1 else ()
             mine = own[index] if index < len(own) else ()
             self.processes.append(
                 subprocess.Popen(
