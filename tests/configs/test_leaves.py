@@ -41,6 +41,10 @@ LOOP = {
     "keep_best",
     "wandb",
     "optimizer.max_bad_steps",
+    "spike.sigma",
+    "spike.window",
+    "spike.action",
+    "spike.max_rewinds",
     "data.cache_dir",
 }
 """Leaves that steer the loop; tests/train/test_loop.py has a case for each, and fails where one is missing."""
