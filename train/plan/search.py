@@ -26,6 +26,7 @@ from plait.train.state import Blueprint
 
 _REMAT: tuple[Literal["full", "dots"] | None, ...] = (None, "dots", "full")  # from the most memory to the least
 _WIDTHS = (1, 2, 4, 8)  # of the tensor and context axes
+_LONG = 16_384  # tokens of a row from which on splitting it is tried, though the rows are enough for all devices
 _MOST_PARTS = 16  # micro-batches
 _PASSES = 4.0  # how often a step reads or writes each value that its forward pass makes
 
@@ -133,7 +134,11 @@ def _candidates(
 
 def _meshes(config: ExperimentConfig, target: Target) -> Iterator[dict[str, int | None]]:
     """Sizes of the axes to try; those of no interest here stay as configured."""
-    tried = {"tensor": _WIDTHS, "context": sorted({*_WIDTHS, config.mesh.context} if config.mesh.context > 1 else {1})}
+    few_rows = config.data.batch_size < target.num_devices or config.data.seq_len >= _LONG
+    tried = {
+        "tensor": _WIDTHS,
+        "context": sorted({*_WIDTHS, config.mesh.context}) if few_rows or config.mesh.context > 1 else (1,),
+    }
     fixed = math.prod(size for name, size in _integers(config.mesh).items() if name not in ("data", "fsdp", *tried))
     for widths in itertools.product(*tried.values()):
         rest, left = divmod(target.num_devices, fixed * math.prod(widths))
