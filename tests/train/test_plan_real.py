@@ -11,9 +11,10 @@ from plait.configs.experiment import ExperimentConfig
 from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.tests.train.common import changed, tiny
 from plait.train.plan.chips import GIB
-from plait.train.plan.planning import Plan, make_plan
+from plait.train.plan.planning import make_plan
 from plait.train.plan.report import sections
 from plait.train.plan.search import search
+from plait.train.plan.step_plan import Plan
 from plait.train.plan.topology import TargetError, describe_devices, parse_target
 
 TPU = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="compiling for TPU needs the extra aot")
