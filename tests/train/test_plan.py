@@ -23,9 +23,10 @@ from plait.train.plan.findings import find_oddities
 from plait.train.plan.flops import layer_flops, step_flops
 from plait.train.plan.hlo import Instruction
 from plait.train.plan.memory import estimated_memory, state_bytes
-from plait.train.plan.planning import check_batch, make_plan, settle
+from plait.train.plan.planning import make_plan
 from plait.train.plan.report import headline, sections
 from plait.train.plan.roofline import Route, route, times
+from plait.train.plan.step_plan import check_batch, settle
 from plait.train.plan.topology import Target, TargetError, describe_devices, parse_target
 from plait.train.plan.units import GIB
 from plait.train.state import abstract_state, create_state
@@ -262,14 +263,14 @@ def test_a_refusal_tells_the_largest_arrays():
 
 def test_what_does_not_fit_gets_changes_that_do(monkeypatch: pytest.MonkeyPatch):
     """The compiler's part is played; targets, estimates and changes are real."""
-    from plait.train.plan import planning
+    from plait.train.plan import planning, step_plan
 
     target = Target("v5e:2x4", "v5e", (2, 4))
     limit = 3e6
     monkeypatch.setitem(CHIPS, "v5e", dataclasses.replace(CHIPS["v5e"], memory=limit))
     coords = [(i, j, 0) for i in range(2) for j in range(4)]
     monkeypatch.setattr(planning, "describe_devices", lambda target: list(jax.devices()))
-    monkeypatch.setattr(planning, "compile_step", lambda *_: Outcome(None, REFUSAL.replace("20.30G", "8.00M"), (), 1.0, 1.0))
+    monkeypatch.setattr(step_plan, "compile_step", lambda *_: Outcome(None, REFUSAL.replace("20.30G", "8.00M"), (), 1.0, 1.0))
     monkeypatch.setattr("plait.train.plan.search.exchange_seconds", lambda found, *_: [0.0 for _ in found])
     monkeypatch.setattr("plait.kernels.target.current", lambda: None)
     assert len(coords) == len(jax.devices())
@@ -310,7 +311,7 @@ def test_command_writes_a_plan_and_keeps_the_old_one(tmp_path: Path, capsys: pyt
 )
 def test_bad_input_ends_before_a_compile(args: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("plait.train.plan.planning.compile_step", lambda *_: pytest.fail("compiled"))
+    monkeypatch.setattr("plait.train.plan.step_plan.compile_step", lambda *_: pytest.fail("compiled"))
     assert main(["plan", *args]) == 2
     assert said in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
@@ -318,7 +319,7 @@ def test_bad_input_ends_before_a_compile(args: list[str], said: str, capsys: pyt
 
 def test_compile_step_catches_want_of_memory_only():
     class Lowered:
-        def compile(self, compiler_options=None):
+        def compile(self):
             raise self.error
 
     class Step:

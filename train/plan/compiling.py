@@ -10,7 +10,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 
@@ -36,19 +35,15 @@ class Outcome:
     compile_seconds: float
 
 
-def compile_step(step: Described, generation: str | None, options: dict[str, Any] | None = None) -> Outcome:
-    """Lowers and compiles; only want of memory is caught.
-
-    Args:
-        options: of the compiler.
-    """
+def compile_step(step: Described, generation: str | None) -> Outcome:
+    """Lowers and compiles; only want of memory is caught."""
     start = time.monotonic()
     with standard_error() as said:
         lowered = step.lower(generation)
         middle = time.monotonic()
         compiled, refusal = None, None
         try:
-            compiled = lowered.compile(compiler_options=options)
+            compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from plait.models import axes
 from plait.train.ahead import Described
-from plait.train.mesh import RULES
 from plait.train.plan.hlo import Instruction
+from plait.train.plan.rules import mesh_axes
 from plait.train.plan.units import size_text
 
 _SMALL = 2**20  # bytes a step that nobody needs to hear of
@@ -48,7 +48,7 @@ def find_oddities(step: Described, found: Sequence[Instruction], rematerialized:
 
 
 def _weights(step: Described) -> _Weights:
-    batch = set(_names(RULES[axes.BATCH]))
+    batch = set(mesh_axes(axes.BATCH))
     layouts: Any = step.shardings.params
     state: Any = step.state.params
     gathered: set[str] = set()
@@ -122,7 +122,7 @@ def _gathers(found: Sequence[Instruction], weights: _Weights, step: Described) -
 
 def _permutes(found: Sequence[Instruction]) -> list[str]:
     """Permutations over axes whose layout asks for none: rings of tokens and pipelines of layers do."""
-    expected = {*_names(RULES[axes.LENGTH]), *_names(RULES[axes.LAYERS])}
+    expected = {*mesh_axes(axes.LENGTH), *mesh_axes(axes.LAYERS)}
     size: dict[str, float] = collections.defaultdict(float)
     count = 0
     for one in found:

@@ -13,10 +13,12 @@ import jax.numpy as jnp
 from plait.configs.experiment import ExperimentConfig
 from plait.data.batch import Batch
 from plait.kernels.target import target as kernels_for
+from plait.models import axes
 from plait.models.pattern import find_period
 from plait.train.loss import loss_terms
-from plait.train.mesh import RULES, batch_sharding
+from plait.train.mesh import batch_sharding
 from plait.train.plan.chips import CHIPS
+from plait.train.plan.rules import ways
 from plait.train.state import Blueprint, TrainState
 
 
@@ -51,7 +53,8 @@ class Memory:
 
     @property
     def fits(self) -> bool:
-        return self.limit is None or self.total <= self.limit
+        """Whether it is within the limit; an estimate has to leave a tenth."""
+        return self.limit is None or self.total <= self.limit * (1.0 if self.compiled else 0.9)
 
     @property
     def largest(self) -> str:
@@ -197,9 +200,9 @@ def _temporaries(
     config: ExperimentConfig, mesh: jax.sharding.Mesh, state: StateBytes, blueprint: Blueprint, generation: str | None
 ) -> dict[str, float]:
     model = config.model
-    width = _ways(mesh, RULES["mlp"])
-    rows = config.data.batch_size / config.optimizer.accumulate / _ways(mesh, RULES["batch"]) / _ways(mesh, RULES["length"])
-    stages = _ways(mesh, RULES["layers"])
+    width = ways(mesh, axes.MLP)
+    rows = config.data.batch_size / config.optimizer.accumulate / ways(mesh, axes.BATCH) / ways(mesh, axes.LENGTH)
+    stages = ways(mesh, axes.LAYERS)
     in_flight = config.optimizer.accumulate / stages if stages > 1 else 1  # a stage keeps its layers' part of each micro-batch
     period, count = find_period(model.layers)
     kept = saved_activations(config, blueprint, generation)
@@ -224,8 +227,3 @@ def _temporaries(
 
 def _with_remat(config: ExperimentConfig, remat: Any) -> ExperimentConfig:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat))
-
-
-def _ways(mesh: jax.sharding.Mesh, rule: str | tuple[str, ...] | None) -> int:
-    names = (rule,) if isinstance(rule, str) else rule or ()
-    return math.prod(mesh.shape[name] for name in names)
