@@ -174,14 +174,14 @@ def _attention_kernel(job: dict[str, Any], array: Callable[..., Any]) -> tuple[C
     import numpy as np
 
     from plait.kernels import Mask
-    from plait.kernels.attention import pallas_tpu, tpu_kernels
+    from plait.kernels.attention import pallas_tpu, tpu_kernels, tpu_tiling
     from plait.kernels.attention.reference import Tokens
     from plait.kernels.attention.schedule import FULL, MASKED, Layout
 
     _, length, _, width, _ = job["shape"]
     tiles = pallas_tpu.choose_tiles(job["target"], width, width, jnp.dtype(job["dtype"]))
     if job["block"]:
-        tiles = tpu_kernels.Tiles(**dict.fromkeys(vars(tiles), job["block"]))
+        tiles = tpu_tiling.Tiles(**dict.fromkeys(vars(tiles), job["block"]))
     tiles = tiles.fit(length, length)
     layout = Layout(mask=Mask(), num_queries=length, num_keys=length, own_keys=True, packed=True)
     kind, stats = MASKED if job["name"].startswith("masked") else FULL, job["name"].endswith("stats")
@@ -196,12 +196,12 @@ def _attention_kernel(job: dict[str, Any], array: Callable[..., Any]) -> tuple[C
             return at[-1], kind
 
     blocks = (length // tiles.block_kv, length // tiles.block_q_dkv)
-    tpu_kernels.schedules = lambda *_, **__: tuple(map(Every, blocks))
-    problem = tpu_kernels.Problem(layout, tiles, width**-0.5, False, stats)
+    tpu_tiling.schedules = lambda *_, **__: tuple(map(Every, blocks))
+    problem = tpu_tiling.Problem(layout, tiles, width**-0.5, False, stats)
     x, token = array(1, 1, length, width), array(1, 1, length, dtype=jnp.int32)
     rows = [array(1, 1, length, dtype=jnp.float32)] * (5 if stats else 2)
     side = Tokens(token, token)
-    operands = tpu_kernels.Operands(x, x, x, array(1, dtype=jnp.float32), side, side)
+    operands = tpu_tiling.Operands(x, x, x, array(1, dtype=jnp.float32), side, side)
 
     def function(table: Any, *operands: Any) -> Any:
         Every.flat = lambda self: table

@@ -21,7 +21,7 @@ from plait.kernels.attention.reference import MASKED as HIDDEN
 from plait.kernels.attention.reference import AttentionStats, Tokens, sides
 from plait.kernels.attention.rows import first_mass, gradient_rows, with_sinks
 from plait.kernels.attention.schedule import Layout, renumbered
-from plait.kernels.attention.tpu_kernels import LANES, Operands, Problem, Tiles
+from plait.kernels.attention.tpu_tiling import LANES, Operands, Problem, Tiles
 from plait.kernels.masks import BlockTable, Mask
 from plait.kernels.target import current, not_on
 

@@ -11,7 +11,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from plait.kernels import BlockTable, Mask, PowerMask, attention, column_mass, routed_attention
-from plait.kernels.attention import pallas_tpu, reference, tpu_kernels
+from plait.kernels.attention import pallas_tpu, reference, tpu_tiling
 from plait.kernels.attention.reference import Tokens, sides
 from plait.kernels.attention.schedule import FULL, SKIP, Layout, renumbered, schedules
 from plait.kernels.target import target
@@ -64,12 +64,12 @@ def run_checked(function: Callable[..., Any], *args: Any) -> Any:
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Several tiles even in sequences of 200."""
-    monkeypatch.setattr(pallas_tpu, "choose_tiles", lambda *_: tpu_kernels.Tiles(**dict.fromkeys(TILES, 128)))
+    monkeypatch.setattr(pallas_tpu, "choose_tiles", lambda *_: tpu_tiling.Tiles(**dict.fromkeys(TILES, 128)))
     yield
 
 
 CHOSEN = pallas_tpu.choose_tiles
-TILES = tuple(tpu_kernels.Tiles.__dataclass_fields__)
+TILES = tuple(tpu_tiling.Tiles.__dataclass_fields__)
 
 
 def _inputs(case: Case) -> dict[str, jax.Array]:
@@ -243,7 +243,7 @@ def test_unsupported_says_why():
 
 def test_tiles_are_checked():
     with pytest.raises(ValueError, match=r"tiles\.block_q=100 must be a positive multiple of 128"):
-        tpu_kernels.Tiles(block_q=100)
+        tpu_tiling.Tiles(block_q=100)
 
 
 @pytest.mark.slow
