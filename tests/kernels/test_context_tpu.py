@@ -1,0 +1,54 @@
+"""The TPU kernels on parts of sequences, interpreted on two devices: the values and gradients of the reference on one."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from plait.kernels import Mask, attention, dispatch, short_conv
+from plait.kernels.sharding import splitting
+from plait.kernels.target import target
+from plait.tests.kernels import cases
+from plait.tests.kernels.test_context import arrays, mesh_of, segment_ids
+from plait.tests.tolerances import assert_close
+
+pltpu = pytest.importorskip("jax.experimental.pallas.tpu")
+LENGTH = 128
+IDS = segment_ids([[10, 90, 28]])
+
+
+def case(name: str) -> tuple[Any, dict[str, jax.Array]]:
+    """A function of (inputs, implementation) and its inputs."""
+    if name in ("causal", "window"):
+        mask = Mask() if name == "causal" else Mask(window_size=40)
+        inputs = arrays(q=(1, LENGTH, 2, 8), k=(1, LENGTH, 1, 8), v=(1, LENGTH, 1, 8))
+        return lambda x, how: {"o": attention(**x, mask=mask, segment_ids=IDS, implementation=how)}, inputs
+    if name == "short_conv":
+        call = partial(short_conv, segment_ids=IDS)
+        return lambda x, how: {"y": call(**x, implementation=how)[0]}, arrays(x=(1, LENGTH, 8), weight=(4, 8))
+    op = cases.RECURRENCES[name]
+    inputs = {key: x if key == "weight" else x[:1] for key, x in op.inputs(LENGTH, decay="weak").items()}
+    return lambda x, how: dict(zip(("o", "state"), op.call(x, segment_ids=IDS, implementation=how))), inputs
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["causal", "gated_deltanet", *(pytest.param(n, marks=pytest.mark.slow) for n in ("window", "short_conv", "vector_decay"))],
+)
+def test_kernels_on_parts(name: str):
+    function, inputs = case(name)
+    alone = cases.quick_jit(partial(cases.with_gradients, lambda x: function(x, "reference")))(inputs)
+    dispatch._chosen.clear()
+    with (
+        splitting(mesh_of(context=2), batch=("data",), heads=("tensor",), context=("context",)),
+        pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()),
+        target("v5e"),
+    ):
+        found = cases.quick_jit(partial(cases.with_gradients, lambda x: function(x, "pallas_tpu")))(inputs)
+        found = jax.block_until_ready(found)
+    assert set(dispatch.chosen().values()) == {"pallas_tpu"}
+    for (path, got), want in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(alone), strict=True):
+        assert jnp.isfinite(got).all()
+        assert_close(got, want, err_msg=jax.tree_util.keystr(path))
