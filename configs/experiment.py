@@ -96,6 +96,30 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SpikeConfig:
+    """What counts as a spike of the loss or gradient norm, and what is done about it. The update of such a step is never applied."""
+
+    sigma: float | None = None
+    """Robust standard deviations above the median of recent steps from which a step is a spike; None never looks."""
+    window: int = 128
+    """Recent steps the median is over; a quarter of them must be there before the first spike."""
+    action: Literal["skip", "rewind"] = "skip"
+    """`skip` leaves the step out; `rewind` also goes back to the last checkpoint and leaves out the batches since."""
+    max_rewinds: int = 5
+    """Rewinds after which a further one ends the run."""
+
+    def __post_init__(self) -> None:
+        checks = [
+            (self.sigma is None or self.sigma > 0, "sigma", "must be positive; use None to never look"),
+            (self.window >= 4, "window", "must be at least 4"),
+            (self.max_rewinds >= 1, "max_rewinds", "must be at least 1; use spike.action=skip for none"),
+        ]
+        for good, name, rule in checks:
+            if not good:
+                raise ValueError(f"spike.{name}={getattr(self, name)} {rule}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ExperimentConfig:
     """One pretraining run."""
 
@@ -108,6 +132,7 @@ class ExperimentConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
     probe: ProbeConfig = ProbeConfig()
+    spike: SpikeConfig = SpikeConfig()
     seed: int = 0
     """Of the parameters; the data has its own, `data.seed`."""
     out: str | None = None
@@ -138,11 +163,14 @@ class ExperimentConfig:
                 raise ValueError(f"{name}={value} must be at least 1" + ("; use None to leave it out" if "every" in name else ""))
         if self.keep_best < 0:
             raise ValueError(f"keep_best={self.keep_best} must be 0 or more")
+        if self.spike.action == "rewind" and self.spike.sigma is not None and self.checkpoint_every is None:
+            raise ValueError("spike.action=rewind needs checkpoints to go back to; set checkpoint_every")
         if self.data.batch_size % self.optimizer.accumulate:
             raise ValueError(
                 f"optimizer.accumulate={self.optimizer.accumulate} must divide data.batch_size={self.data.batch_size}"
             )
-        _, periods = find_period(self.model.layers)
+        # A pattern from the command line comes before the depth that it must fit, so it is read only where there are stages.
+        periods = find_period(self.model.layers)[1] if self.mesh.pipeline > 1 else 1
         if self.mesh.pipeline > 1 and (periods == 1 or periods % self.mesh.pipeline):
             fits = ", ".join(str(n) for n in range(1, periods + 1) if periods % n == 0)
             raise ValueError(

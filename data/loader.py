@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -47,12 +47,11 @@ class Rows:
         self.num_targets = pairs
         self.num_rows = -(-pairs // config.seq_len)
 
-    def read(self, first: int, count: int) -> Batch:
-        """Rows `first` to `first + count`, counted from the first row of the first epoch on, [count, T]."""
-        index = np.arange(first, first + count)
+    def read(self, index: np.ndarray) -> Batch:
+        """The rows with these ascending numbers, counted from the first row of the first epoch on, [R, T]."""
         parts = []
-        for epoch in range(first // self.num_rows, (first + count - 1) // self.num_rows + 1):
-            packing, order = self._epoch(epoch)
+        for epoch in np.unique(index // self.num_rows):
+            packing, order = self._epoch(int(epoch))
             parts.append(packing.rows(order[index[index // self.num_rows == epoch] % self.num_rows]))
         return Batch(*(np.concatenate(arrays) for arrays in zip(*parts)))
 
@@ -65,13 +64,11 @@ class Rows:
 class ValBatches(Sequence[Batch]):
     """The held-out rows in one fixed random order, every row once; the last batch is filled up with rows of padding.
 
-    So the first few batches are a fair sample of the whole.
+    So the first few batches are a fair sample of the whole. Of each batch of `batch_size` rows only those numbered `held` are read.
     """
 
-    def __init__(self, rows: Rows | None, batch_size: int, process_index: int, process_count: int) -> None:
-        self._rows, self._batch_size = rows, batch_size
-        self._local = batch_size // process_count
-        self._offset = self._local * process_index
+    def __init__(self, rows: Rows | None, batch_size: int, held: np.ndarray) -> None:
+        self._rows, self._batch_size, self._held = rows, batch_size, held
 
     def __len__(self) -> int:
         return 0 if self._rows is None else -(-self._rows.num_rows // self._batch_size)
@@ -79,11 +76,11 @@ class ValBatches(Sequence[Batch]):
     def __getitem__(self, index: int) -> Batch:  # type: ignore[override]
         if self._rows is None or not -len(self) <= index < len(self):
             raise IndexError(f"validation batch {index} of {len(self)}")
-        first = index % len(self) * self._batch_size + self._offset
-        real = min(max(self._rows.num_rows - first, 0), self._local)
-        batch = self._rows.read(first if real else 0, max(real, 1))
-        padding = ((0, self._local - real), (0, 0))
-        return Batch(*(np.pad(array[:real], padding) for array in batch))
+        wanted = index % len(self) * self._batch_size + self._held
+        real = wanted[wanted < self._rows.num_rows]
+        batch = self._rows.read(real if len(real) else np.zeros(1, np.int64))
+        padding = ((0, len(wanted) - len(real)), (0, 0))
+        return Batch(*(np.pad(array[: len(real)], padding) for array in batch))
 
 
 class DataIterator(Iterator[Batch]):
@@ -147,6 +144,9 @@ class Data:
         num_train_rows: rows in an epoch.
         num_train_tokens, num_val_tokens: predicted tokens, each document's end counted.
         num_train_bytes, num_val_bytes: bytes of text in the documents of either side.
+        steps: training batch n.
+        identity: what the order of rows depends on.
+        whole: gives all rows of the first held-out batch, or of the first training batch where nothing is held out.
     """
 
     tokenizer: Tokenizer
@@ -160,6 +160,7 @@ class Data:
     num_val_bytes: int
     steps: grain.MapDataset
     identity: dict[str, object]
+    whole: Callable[[], Batch]
 
     @property
     def vocab_size(self) -> int:
@@ -197,29 +198,23 @@ def build_data(
     config: DataConfig,
     folder: str | Path,
     *,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: np.ndarray | None = None,
     tokenizer_folder: str | Path | None = None,
 ) -> Data:
     """Tokenises the corpus where that has not been done, and gives its batches.
 
-    Batch n holds the same global rows for any `process_count`; host h gets the h-th of `process_count` equal parts of them, in
-    order. On hosts that share a file system, let one call this first, and the others find the cache.
+    Batch n is the same for any `rows`, which says which rows of it are read here. On hosts that share a file system, let one call
+    this first, and the others find the cache.
 
     Args:
         config: what to read.
         folder: the run folder; it keeps the tokenizer, and the tokens unless `config.cache_dir` says where.
-        process_index, process_count: this host, and the number of hosts.
+        rows: ascending numbers in `range(batch_size)`; None for all.
         tokenizer_folder: where the run's tokenizer is kept; None is `folder`/tokenizer. What is there is used again.
 
     Raises:
         DataError: the corpus, tokenizer or cache is not usable, or too small for `seq_len`.
     """
-    if config.batch_size % process_count or not 0 <= process_index < process_count:
-        raise DataError(
-            f"data.batch_size={config.batch_size} must be a multiple of the {process_count} hosts, of which this is number "
-            f"{process_index}; use {-(-config.batch_size // process_count) * process_count}"
-        )
     folder = Path(folder)
     cache = Path(config.cache_dir).expanduser() if config.cache_dir else folder / "data"
     source = open_source(config.source, config.text_field)
@@ -239,21 +234,21 @@ def build_data(
         log.warning(
             "data.batch_size=%d is more than the %d rows of an epoch: a batch repeats rows", config.batch_size, train.num_rows
         )
-    local = config.batch_size // process_count
+    every = np.arange(config.batch_size)
+    held = every if rows is None else np.asarray(rows, np.int64)
     num_val_bytes = val_documents.num_bytes(tokenizer.bytes_per_token)
     return Data(
         tokenizer=tokenizer,
         config=config,
         corpus=corpus,
-        val=ValBatches(val, config.batch_size, process_index, process_count),
+        val=ValBatches(val, config.batch_size, held),
         num_train_rows=train.num_rows,
         num_train_tokens=train.num_targets,
         num_val_tokens=val.num_targets if val else 0,
         num_train_bytes=corpus.meta.num_token_bytes - num_val_bytes,
         num_val_bytes=num_val_bytes,
-        steps=grain.MapDataset.range(sys.maxsize).map(
-            lambda step: train.read(step * config.batch_size + process_index * local, local)
-        ),
+        steps=grain.MapDataset.range(sys.maxsize).map(lambda step: train.read(step * config.batch_size + held)),
+        whole=lambda: next(iter(ValBatches(val, config.batch_size, every) or [train.read(every)])),
         identity={
             "corpus": corpus.meta.fingerprint,
             "tokenizer": tokenizer.fingerprint,

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from plait.configs.experiment import ExperimentConfig, MeshConfig, OptimizerConfig
+from plait.configs.experiment import ExperimentConfig, MeshConfig, OptimizerConfig, SpikeConfig
 from plait.configs.presets import presets
 from plait.data.config import DataConfig
 from plait.kernels import registered
@@ -25,6 +25,7 @@ from plait.models.channel_mixers import GatedMLPConfig
 from plait.models.config import LMConfig
 from plait.models.mixers.base import MixerConfig, mixer_configs
 from plait.models.mixers.stats import ProbeConfig, Stats
+from plait.train.hosts import HostsOptions
 from plait.train.probes.events import EventThresholds
 
 FOLDER = Path(__file__).resolve().parent
@@ -160,6 +161,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "data": lambda: options(DataConfig, "data."),
     "optimizer": lambda: options(OptimizerConfig, "optimizer."),
     "mesh": lambda: options(MeshConfig, "mesh."),
+    "spike": lambda: options(SpikeConfig, "spike."),
+    "hosts": lambda: options(HostsOptions, "hosts."),
     "probe": lambda: options(ProbeConfig, "probe."),
 }
 """What a page can hold."""

@@ -24,6 +24,8 @@ from plait import launch
 from plait.configs.cli import parse_experiment
 from plait.configs.presets import presets
 from plait.train.evaluate import check_tasks
+from plait.train.hosts import split_options
+from plait.train.plan.topology import parse_target
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -78,11 +80,15 @@ def test_command_is_known_and_parses(command):
     name, rest = args[0], args[1:]
     if name == "train":
         if "--help" not in rest:
-            parse_experiment(rest[0], rest[1:])
+            parse_experiment(rest[0], split_options(rest[1:])[1])
     elif name == "write-launch":
         from plait.train import launch_files
 
         launch_files.prepare(rest)
+    elif name == "plan":
+        options, overrides = tyro.cli(launch.PlanArgs, args=rest, return_unknown_args=True)
+        parse_experiment(options.preset, overrides)
+        parse_target(options.target, options.slices)
     elif name == "list":
         from plait.configs import listing
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -18,6 +19,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from plait.train.metrics import write_atomically
 from plait.train.state import TrainState
+from plait.train.together import any_of, decide, first, together
 
 log = logging.getLogger("plait")
 _MANIFEST = "manifest.json"
@@ -34,7 +36,7 @@ class Checkpoints:
 
     Beside the newest `keep_last` the `keep_best` of lowest validation loss are kept. A checkpoint gets its name only when it is
     whole and holds a manifest of the size and CRC-32 of its files; `restore` checks it and goes back to the last whole one, setting
-    a damaged one aside under `damaged-STEP`.
+    a damaged one aside under `damaged-STEP`. Several hosts write one checkpoint, each its parts; host 0 checks and chooses for all.
     """
 
     def __init__(self, folder: Path, *, keep_last: int = 1, keep_best: int = 0, read_only: bool = False):
@@ -80,22 +82,25 @@ class Checkpoints:
         Raises:
             CheckpointError: `step` is not there or damaged, every checkpoint is damaged, or it is of another model.
         """
-        steps = self.steps()
+        steps = decide("checkpoint", self.steps)
         if step is not None and step not in steps:
             raise CheckpointError(
                 f"{self.folder} has no checkpoint of step {step}; it has {', '.join(map(str, steps)) or 'none'}"
             )
         problems = []
         for candidate in [step] if step is not None else reversed(steps):
-            problem = self._damage(candidate)
+            problem = decide("checkpoint", functools.partial(self._damage, candidate))
             if problem is None:
-                self._check_model(candidate, like)
+                with together("checkpoint"):
+                    self._check_model(candidate, like)
+                restored = None
                 try:
                     items = ocp.args.Composite(state=ocp.args.StandardRestore(_tree(like)), extra=ocp.args.JsonRestore())
                     restored = self._manager.restore(candidate, args=items)
                 except Exception as error:  # whatever a storage layer raises on bytes that are not what they were
                     problem = f"cannot be read ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
-                else:
+                problem = any_of(problem)
+                if problem is None and restored is not None:
                     return candidate, TrainState(**{"ema": None, **restored["state"]}), dict(restored["extra"])
             problems.append(f"checkpoint {candidate} {problem}")
             log.warning("%s: %s; %s", self.folder, problems[-1], "going back to the one before" if step is None else "not used")
@@ -104,6 +109,19 @@ class Checkpoints:
         if problems:
             raise CheckpointError(f"{self.folder} has no whole checkpoint: {'; '.join(problems)}")
         return None
+
+    def rewind(self, step: int, every: int | None) -> int | None:
+        """The last checkpoint at or before `step` that `every` called for; later ones are set aside under `rewound-STEP`.
+
+        Those that a signal called for do not count, so that a run that was stopped in between goes back as far as one that was not.
+        """
+        steps = decide("checkpoint", self.steps)
+        due = [at for at in steps if at <= step and (every is None or at % every == 0)]
+        if not due:
+            return None
+        for later in (at for at in steps if at > due[-1]):
+            self._set_aside(later, "rewound")
+        return due[-1]
 
     def wait(self) -> None:
         """Returns when everything started is on disk. Raises OSError where it cannot be."""
@@ -168,11 +186,13 @@ class Checkpoints:
                 "use the config it was trained with"
             )
 
-    def _set_aside(self, step: int) -> None:
-        target = self.folder / f"damaged-{step}"
-        while target.exists():
-            target = target.with_name(target.name + "-")
-        (self.folder / str(step)).rename(target)
+    def _set_aside(self, step: int, why: str = "damaged") -> None:
+        with together("checkpoint"):
+            if first():
+                target = self.folder / f"{why}-{step}"
+                while target.exists():
+                    target = target.with_name(target.name + "-")
+                (self.folder / str(step)).rename(target)
         self._manager.reload()
 
 

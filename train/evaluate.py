@@ -11,12 +11,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from plait.data.batch import Batch
 from plait.data.tokenizer import Tokenizer
+from plait.train.layout import batch_layout
 from plait.train.loss import token_losses
-from plait.train.mesh import batch_sharding, on_mesh
+from plait.train.mesh import on_mesh
 from plait.train.state import Arrays, Blueprint
 
 
@@ -75,29 +76,30 @@ class Evaluator:
     """Scores batches with a model; compiled once."""
 
     def __init__(self, blueprint: Blueprint, mesh: Mesh):
-        config = blueprint.config
-        self._sharding = batch_sharding(mesh, config.data.batch_size, config.data.seq_len, 1)
+        self._layout = batch_layout(blueprint.config, mesh)
 
-        def score(params: Arrays, buffers: Arrays, batch: Batch) -> tuple[jax.Array, ...]:
-            with on_mesh(mesh, config.optimizer.accumulate):
+        def score(params: Arrays, buffers: Arrays, batch: Batch, sizes: jax.Array) -> tuple[jax.Array, ...]:
+            with on_mesh(mesh, blueprint.config.optimizer.accumulate):
                 nll, _, _ = token_losses(blueprint.build(params, buffers), batch)
             mask = batch.loss_mask.astype(jnp.float32)
             position = jax.nn.one_hot(batch.positions, batch.tokens.shape[1], dtype=jnp.float32) * mask[..., None]
-            return jnp.einsum("bt,btp->p", nll, position, precision="highest"), position.sum((0, 1)), mask
+            num_bytes = jnp.where(batch.loss_mask > 0, sizes[batch.targets], 0).sum()
+            return jnp.einsum("bt,btp->p", nll, position, precision="highest"), position.sum((0, 1)), num_bytes
 
-        self._score = jax.jit(score)
+        self._score = jax.jit(score, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
     def __call__(
         self, params: Arrays, buffers: Arrays, batches: Iterable[Batch], tokenizer: Tokenizer, limit: int | None = None
     ) -> Evaluation:
-        """Scores the first `limit` batches (all by default). Raises ValueError when there are none."""
+        """Scores the first `limit` batches (all by default), of which each host gives its rows. Raises ValueError when there are none."""
+        sizes = tokenizer.bytes_per_token.astype(np.int32)
         nats: Any = 0.0
         counts: Any = 0.0
         num_bytes = 0
         for batch in itertools.islice(iter(batches), limit):
-            by_position, count, _ = self._score(params, buffers, place(batch, self._sharding))
+            by_position, count, size = self._score(params, buffers, self._layout.place(batch), sizes)
             nats, counts = nats + np.asarray(by_position, np.float64), counts + np.asarray(count, np.float64)
-            num_bytes += int((tokenizer.bytes_per_token[batch.targets] * (batch.loss_mask > 0)).sum())
+            num_bytes += int(size)
         if not np.sum(counts):
             raise ValueError("no held-out text to evaluate; raise data.val_fraction or data.source")
         return Evaluation(
@@ -107,11 +109,6 @@ class Evaluator:
             nats_by_position=nats,
             tokens_by_position=counts,
         )
-
-
-def place(batch: Batch, sharding: jax.sharding.NamedSharding) -> Batch:
-    """This host's rows of a batch as global arrays."""
-    return Batch(*(jax.make_array_from_process_local_data(sharding, np.asarray(array)) for array in batch))
 
 
 TASKS = ("ppl",)

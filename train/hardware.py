@@ -34,25 +34,31 @@ def peak_flops(device: Any) -> float | None:
     return _PEAK_TFLOPS[max(known, key=len)] * 1e12 if known else None
 
 
-def environment() -> dict[str, Any]:
-    """Versions, devices, host and commit, for `environment.json`."""
-    versions = {}
+def versions() -> dict[str, str]:
+    """Versions of the packages that a run's numbers hang on, where they are installed."""
+    found = {}
     for name in _PACKAGES:
         try:
-            versions[name] = importlib.metadata.version(name)
+            found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
+    return found
+
+
+def environment() -> dict[str, Any]:
+    """Versions, devices, host and commit, for `environment.json`."""
     devices = jax.devices()
     return {
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": versions(),
         "devices": {"kind": devices[0].device_kind, "platform": devices[0].platform, "count": len(devices)},
         "processes": jax.process_count(),
-        "commit": _commit(),
+        "commit": commit(),
     }
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
+    """The commit of this source tree, None where it is installed without one."""
     try:
         done = subprocess.run(
             ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],

@@ -2,39 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
-import signal
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from plait.configs import codec
 from plait.configs.experiment import ExperimentConfig
 from plait.data.batch import Batch
 from plait.kernels import chosen
 from plait.models.mixers.stats import ProbeConfig
+from plait.train import heartbeat, together
 from plait.train import run as runs
 from plait.train.checkpoint import Checkpoints
 from plait.train.clock import Clock
-from plait.train.evaluate import Evaluator, place
+from plait.train.evaluate import Evaluator
+from plait.train.failure import TrainingFailed
 from plait.train.hardware import environment, peak_flops
-from plait.train.mesh import batch_sharding
+from plait.train.layout import batch_layout
 from plait.train.metrics import ATTENTION, MetricsWriter, ProgressLine, trim_metrics, write_layers, write_probes
 from plait.train.probes.collect import describe_layers, probe_arrays, probe_metrics
-from plait.train.probes.events import EventDetector
+from plait.train.probes.events import Event, EventDetector
 from plait.train.probes.pictures import write_pictures
+from plait.train.spikes import Rewind, SpikeWatch
+from plait.train.spread import Spread
 from plait.train.state import TrainState
 from plait.train.step import make_step
+from plait.train.termination import Termination
 
 log = logging.getLogger("plait")
-
-
-class TrainingFailed(RuntimeError):
-    """A run that cannot go on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,28 +59,31 @@ def train(config: ExperimentConfig) -> Result:
         ValueError: the config, data or run folder cannot be used (before anything is compiled).
         TrainingFailed: too many non-finite steps in a row.
     """
-    going_on = runs.claim(config)
+    going_on = runs.meet(config)
     setup = runs.set_up(config)
     folder = Path(config.folder)
-    if not going_on:
-        folder.mkdir(parents=True, exist_ok=True)
-        codec.save(config, folder / runs.CONFIG)
-    with _Termination() as termination:
+    with together.together("run folder"):
+        if together.first() and not going_on:
+            folder.mkdir(parents=True, exist_ok=True)
+            codec.save(config, folder / runs.CONFIG)
+    with Termination() as termination:
         return _Loop(setup, folder, termination).run()
 
 
 class _Loop:
     """A run in progress. Metrics of step n are read after step n + 1 is dispatched, so that reading never stalls the device."""
 
-    def __init__(self, setup: runs.Setup, folder: Path, termination: _Termination):
+    def __init__(self, setup: runs.Setup, folder: Path, termination: Termination):
         self.setup, self.folder, self.termination = setup, folder, termination
         config = self.config = setup.config
         self.layers = describe_layers(config.model)
         self.detector = EventDetector(self.layers)
+        self.spikes = SpikeWatch(config.spike)
         self.checkpoints = Checkpoints(folder / runs.CHECKPOINTS, keep_last=config.keep_last, keep_best=config.keep_best)
         self.evaluator = Evaluator(setup.blueprint, setup.mesh)
         self.iterator = setup.data.train()
-        self.rows = batch_sharding(setup.mesh, config.data.batch_size, config.data.seq_len, config.optimizer.accumulate)
+        self.spread = Spread()
+        self.layout = batch_layout(config, setup.mesh)
         peak = peak_flops(jax.devices()[0])
         self.step_flops = None if peak is None else 3 * config.model.flops(config.data.seq_len) / (peak * setup.mesh.size)
         self.tokens = 0
@@ -86,37 +92,87 @@ class _Loop:
     def run(self) -> Result:
         state, first, seconds = self._start()
         self.clock = Clock(seconds)
-        config = self.config
-        sinks = {"wandb": config.wandb is not None, "project": config.wandb or "plait", "config": codec.encode(config)}
         try:
-            if first < config.steps:
-                self._compile()
-                self._write_facts()
-            with (
-                MetricsWriter(self.folder, resumed_at=first or None, **sinks) as self.writer,
-                ProgressLine(config.steps, start_step=first) as self.progress,
-            ):
-                state, last = self._steps(state, first)
-            if last == config.steps and not (self.folder / ATTENTION).exists():
-                params = state.params if state.ema is None else state.ema
-                sample = next(iter(self.setup.data.val or [next(self.iterator)]))
-                write_pictures(self.folder, last, self.setup.blueprint, params, state.buffers, sample, self.setup.data.tokenizer)
-            self.checkpoints.wait()
+            with _peers_lost():
+                if first < self.config.steps:
+                    with heartbeat.phase("compile"):
+                        self._compile()
+                    self._write_facts()
+                state, last = self._until_the_end(state, first)
+                with heartbeat.phase("end"):
+                    if last == self.config.steps:
+                        self._picture(state, last)
+                    self.checkpoints.wait()
         finally:
             self.checkpoints.close()
             self.iterator.close()
-        return Result(self.folder, last, last == config.steps, self.latest)
+        return Result(self.folder, last, last == self.config.steps, self.latest)
 
-    def _start(self) -> tuple[TrainState, int, float]:
-        """The state to go on from, its step, and the seconds spent before."""
-        restored = self.checkpoints.restore(self.setup.like())
+    def _until_the_end(self, state: TrainState, step: int) -> tuple[TrainState, int]:
+        """Steps from `step` on, with what has to be done again after spikes."""
+        events: list[Event] = []
+        while True:
+            with self._sinks(step):
+                self._report(events)
+                try:
+                    return self._steps(state, step)
+                except Rewind as spike:
+                    cause, position = spike, spike.step + self.iterator.step - self.dispatched
+            rewinds = self.spikes.rewinds + 1
+            if rewinds > self.config.spike.max_rewinds:
+                raise TrainingFailed(
+                    f"{cause}, after spike.max_rewinds={rewinds - 1} rewinds; lower optimizer.learning_rate in a new run"
+                )
+            with heartbeat.phase("rewind"):
+                self.checkpoints.wait()
+                back = self.checkpoints.rewind(cause.step, self.config.checkpoint_every)
+                if back is None:
+                    raise TrainingFailed(f"{cause}, and there is no checkpoint to go back to")
+                state, step, _ = self._start(back)
+            skipped = position - self.iterator.step
+            self.iterator.set_state({**self.iterator.get_state(), "step": position})
+            self.spikes.rewinds = rewinds
+            text = f"{cause}: back to step {step:,}, leaving out the {skipped:,} batches since (rewind {rewinds})"
+            events = [Event(step + 1, "rewind", None, None, float(cause.step), float(rewinds), text)]
+
+    @contextlib.contextmanager
+    def _sinks(self, first: int) -> Iterator[None]:
+        """Where metrics go and progress is shown: on host 0 only."""
+        self.writer: MetricsWriter | Nowhere = Nowhere()
+        self.progress: ProgressLine | Nowhere = Nowhere()
+        if not together.first():
+            yield
+            return
+        config = self.config
+        sinks = {"wandb": config.wandb is not None, "project": config.wandb or "plait", "config": codec.encode(config)}
+        with (
+            MetricsWriter(self.folder, resumed_at=first or None, **sinks) as self.writer,
+            ProgressLine(config.steps, start_step=first) as self.progress,
+        ):
+            yield
+
+    def _picture(self, state: TrainState, last: int) -> None:
+        if together.decide("end", (self.folder / ATTENTION).exists):
+            return
+        params = state.params if state.ema is None else state.ema
+        data = self.setup.data
+        write_pictures(
+            self.folder, last, self.setup.blueprint, self.setup.mesh, params, state.buffers, data.whole(), data.tokenizer
+        )
+
+    def _start(self, at: int | None = None) -> tuple[TrainState, int, float]:
+        """The state to go on from (the newest, or that of step `at`), its step, and the seconds spent before."""
+        restored = self.checkpoints.restore(self.setup.like(), at)
         step = 0 if restored is None else restored[0]
-        trim_metrics(self.folder, step)
+        with together.together("run folder"):
+            if together.first():
+                trim_metrics(self.folder, step)
         if restored is None:
             return self.setup.fresh(), 0, 0.0
         _, state, extra = restored
         self.iterator.set_state(extra["data"])
         self.detector.load_state_dict(extra["events"])
+        self.spikes.load_state_dict(extra["spikes"])
         self.tokens = extra["tokens"]
         log.info("%s goes on from step %d", self.folder, step)
         return state, step, extra["seconds"]
@@ -124,15 +180,15 @@ class _Loop:
     def _compile(self) -> None:
         """Both steps, ahead of time: compiling is then no part of any step's time, and its errors come before training."""
         log.info("compiling a step of %s parameters", f"{self.setup.blueprint.num_params:,}")
-        shape = (self.config.data.batch_size, self.config.data.seq_len)
         kinds = Batch(*(jnp.int32,) * 4, jnp.float32)
-        batch = Batch(*(jax.ShapeDtypeStruct(shape, kind, sharding=self.rows) for kind in kinds))
+        batch = Batch(*(jax.ShapeDtypeStruct(self.layout.shape, kind, sharding=self.layout.sharding) for kind in kinds))
+        everywhere = NamedSharding(self.setup.mesh, PartitionSpec())  # metrics are read on every host
 
         def compiled(probe: ProbeConfig | None) -> Any:
             step = make_step(self.setup.blueprint, self.setup.tx, self.setup.mesh, probe)
             return (
-                jax.jit(step, donate_argnums=0, out_shardings=(self.setup.shardings, None))
-                .lower(self.setup.like(), batch)
+                jax.jit(step, donate_argnums=0, out_shardings=(self.setup.shardings, everywhere))
+                .lower(self.setup.like(), batch, *self._bounds(0))
                 .compile()
             )
 
@@ -141,6 +197,8 @@ class _Loop:
 
     def _write_facts(self) -> None:
         """What a reader of the run folder wants to know about it."""
+        if not together.first():
+            return
         facts = {
             **environment(),
             "kernels": chosen(),
@@ -154,14 +212,20 @@ class _Loop:
 
     def _steps(self, state: TrainState, step: int) -> tuple[TrainState, int]:
         config, pending = self.config, None
+        self.dispatched = step
         self.clock.lap()
         while step < config.steps and not self.termination.asked:
             probing = config.probe_every is not None and (step == 0 or _due(step + 1, config.probe_every))
-            batch = place(next(self.iterator), self.rows)
-            state, metrics = (self.probe_step if probing else self.plain_step)(state, batch)
+            with self.clock.waiting("data"):
+                batch = next(self.iterator)
+            state, metrics = (self.probe_step if probing else self.plain_step)(
+                state, self.layout.place(batch), *self._bounds(step + 1)
+            )
             step += 1
+            self.dispatched = step
             self._read(pending)
             pending = (step, metrics)
+            self.termination.look(step)
             last = step == config.steps or self.termination.asked
             evaluating = step == config.steps or _due(step, config.eval_every)
             if last or evaluating or _due(step, config.checkpoint_every):
@@ -176,38 +240,60 @@ class _Loop:
             self._save(state, step, None)
         return state, step
 
+    def _bounds(self, step: int) -> list[np.ndarray]:
+        """What the step takes beside state and batch."""
+        return [] if self.config.spike.sigma is None else [self.spikes.bounds(step)]
+
     def _read(self, pending: tuple[int, dict[str, Any]] | None) -> None:
         """Takes in the metrics of a step, once the device has them."""
         if pending is None:
             return
         step, metrics = pending
         stats = metrics.pop("stats", None)
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        with self.clock.waiting("devices"):
+            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        heartbeat.step(step)
         tokens, bad = int(values.pop("tokens")), int(values.pop("bad_steps"))
         self.tokens += tokens
         self.clock.count(tokens)
         if bad >= self.config.optimizer.max_bad_steps:
             raise TrainingFailed(
-                f"the last {bad} steps up to {step} had a loss or gradient that is not finite, optimizer.max_bad_steps="
+                f"the last {bad} steps up to {step} had a loss or gradient that is not finite or a spike, optimizer.max_bad_steps="
                 f"{self.config.optimizer.max_bad_steps}; parameters are those before them. Lower optimizer.learning_rate in a new run"
             )
         arrays = None if stats is None else probe_arrays(stats)
+        spike = self.spikes.note(step, values["loss/train"], values["grad/norm"])
+        if spike is not None and self.config.spike.action == "rewind":
+            raise Rewind(step, spike)
         events = self.detector.update(step, arrays, values["loss/train"])
-        self.writer.write_events(events)
-        for event in events:
-            self.progress.message(f"step {step:,}: {event.message}")
+        if spike is not None:
+            text = f"{spike}: its update was left out"
+            events.append(
+                Event(step, "spike_skipped", None, None, values["loss/train"], float(self.spikes.bounds(step)[0]), text)
+            )
+        self._report(events)
         if arrays is not None:
-            write_probes(self.folder, step, arrays)
+            if together.first():
+                write_probes(self.folder, step, arrays)
             values |= probe_metrics(arrays)
         logging_now = _due(step, self.config.log_every) or step == self.config.steps
         if logging_now:
-            values["time/step"], values["throughput/tokens_per_second"] = self.clock.lap()
+            lap = self.clock.lap()
+            values |= {"time/step": lap.step, "throughput/tokens_per_second": lap.tokens_per_second, "time/data": lap.data}
+            values |= self.spread.report(step, lap)
             if self.step_flops is not None:
                 values["throughput/mfu"] = values["throughput/tokens_per_second"] * self.step_flops
+            if self.config.spike.sigma is not None:
+                values["optimizer/rewinds"] = float(self.spikes.rewinds)
         if logging_now or arrays is not None:
             self._write(step, values)
             speed, mfu = self.latest.get("throughput/tokens_per_second"), self.latest.get("throughput/mfu")
             self.progress.update(step, loss=values["loss/train"], tokens_per_second=speed, mfu=mfu)
+
+    def _report(self, events: Sequence[Event]) -> None:
+        self.writer.write_events(events)
+        for event in events:
+            self.progress.message(f"step {event.step:,}: {event.message}")
 
     def _write(self, step: int, values: dict[str, float]) -> None:
         self.latest |= values
@@ -219,7 +305,8 @@ class _Loop:
         if not len(data.val):
             return None
         params = state.params if state.ema is None else state.ema
-        found = self.evaluator(params, state.buffers, data.val, data.tokenizer, self.config.eval_batches)
+        with heartbeat.phase("evaluate"):
+            found = self.evaluator(params, state.buffers, data.val, data.tokenizer, self.config.eval_batches)
         self._write(step, found.metrics())
         self.progress.message(f"step {step:,}: validation loss {found.loss:.4f}, {found.bits_per_byte:.4f} bits per byte")
         return found.loss
@@ -230,31 +317,40 @@ class _Loop:
         extra = {
             "data": self.iterator.get_state(),
             "events": self.detector.state_dict(),
+            "spikes": self.spikes.state_dict(),
             "tokens": self.tokens,
             "seconds": self.clock.seconds,
         }
-        self.checkpoints.save(step, state, extra, loss=loss)
+        with heartbeat.phase("save"):
+            self.checkpoints.save(step, state, extra, loss=loss)
 
 
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-class _Termination:
-    """Notes SIGTERM and SIGINT, so that the step in progress is finished and saved. A second SIGINT interrupts at once."""
+class Nowhere:
+    """Takes what host 0 writes and shows, on the other hosts."""
 
-    asked = False
+    def write(self, step: int, values: Mapping[str, float], *, tokens: int, seconds: float) -> None:
+        """Nothing."""
 
-    def __enter__(self) -> _Termination:
-        self._old = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
+    def write_events(self, events: Iterable[Any]) -> None:
+        """Nothing."""
 
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
+    def message(self, text: str) -> None:
+        """Nothing."""
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.asked = True
-        log.warning("%s: saving after this step, then stopping; --resume goes on", signal.Signals(number).name)
+    def update(self, step: int, **values: float | None) -> None:
+        """Nothing."""
+
+
+@contextlib.contextmanager
+def _peers_lost() -> Iterator[None]:
+    """What a collective raises when a host is gone is no bad input."""
+    try:
+        yield
+    except (ValueError, jax.errors.JaxRuntimeError) as error:
+        if together.count() == 1:
+            raise
+        raise TrainingFailed(f"host {together.index()} of {together.count()} cannot go on: {str(error)[:1000]}") from error

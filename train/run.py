@@ -7,7 +7,10 @@ import dataclasses
 import importlib.util
 import json
 import math
+import os
 import sys
+import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,14 +23,21 @@ from plait.configs import codec
 from plait.configs.experiment import ExperimentConfig, MeshConfig
 from plait.data.loader import Data, build_data
 from plait.data.tokenizer import META_FILE, TOKENIZER_FILE
+from plait.train import hardware
 from plait.train.checkpoint import CheckpointError, Checkpoints
+from plait.train.layout import batch_layout
 from plait.train.mesh import batch_sharding, make_mesh
 from plait.train.metrics import write_atomically
 from plait.train.optimizer import make_optimizer
 from plait.train.state import Arrays, Blueprint, TrainState, create_state, state_shardings
+from plait.train.together import agree, broadcast, count, decide, first, together
 
 CONFIG, ENVIRONMENT, CHECKPOINTS = "config.json", "environment.json", "checkpoints"
 _FREE_ON_RESUME = ("out", "resume", "mesh", "log_every", "keep_last", "keep_best", "checkpoint_every", "wandb")
+
+_OWN_TO_A_HOST = ("data.cache_dir",)
+_CHANGES_PROGRAMS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_DEFAULT_MATMUL_PRECISION", "JAX_ENABLE_X64")
+_SEEN_SECONDS = 15.0  # file systems over a network show a new file late
 
 
 class RunError(ValueError):
@@ -57,6 +67,36 @@ def claim(config: ExperimentConfig) -> bool:
     return True
 
 
+def meet(config: ExperimentConfig) -> bool:
+    """`claim`, on all hosts of a run, which must have the same config, code and run folder. Raises ValueError on every host."""
+    code = {**hardware.versions(), "plait commit": hardware.commit()}
+    leaves = {name: value for name, value in codec.leaves(codec.encode(config)).items() if name not in _OWN_TO_A_HOST}
+    agree("config", {**leaves, **code, **{name: os.environ.get(name) for name in _CHANGES_PROGRAMS}})
+    going_on = decide("run folder", lambda: claim(config))
+    if count() > 1:
+        _share(Path(config.folder))
+    return going_on
+
+
+def _share(folder: Path) -> None:
+    """Raises RunError on every host where some do not see the folder that host 0 sees."""
+    token = broadcast(f".meeting-{uuid.uuid4().hex[:12]}")
+    with together("run folder"):
+        if first():
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / token).touch()
+    with together("run folder"):
+        deadline = time.monotonic() + _SEEN_SECONDS
+        while not (folder / token).exists():
+            if time.monotonic() > deadline:
+                raise RunError(
+                    f"out={str(folder)!r} is not the folder that host 0 sees there; give one on a file system that all hosts share"
+                )
+            time.sleep(0.5)
+    if first():
+        (folder / token).unlink()
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` as indented JSON, atomically."""
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
@@ -84,14 +124,20 @@ class Setup:
 
 
 def set_up(config: ExperimentConfig) -> Setup:
-    """Data, mesh and model of an experiment, checked against each other. Raises ValueError before anything is compiled."""
-    mesh = make_mesh(config.mesh)
-    data = build_data(config.data, config.folder, process_index=jax.process_index(), process_count=jax.process_count())
-    batch_sharding(mesh, config.data.batch_size, config.data.seq_len, config.optimizer.accumulate)
-    config = dataclasses.replace(config, model=config.model.with_vocab(data.vocab_size))
-    blueprint = Blueprint(config)
-    tx = make_optimizer(config.optimizer, config.steps, blueprint.decay)
-    return Setup(config, data, mesh, blueprint, tx, state_shardings(blueprint, tx, mesh))
+    """Data, mesh and model of an experiment, checked against each other and between the hosts. Raises ValueError before any compile."""
+    with together("mesh"):
+        mesh = make_mesh(config.mesh)
+        layout = batch_layout(config, mesh)
+    for reading in (first(), not first()):  # where the hosts share a cache, host 0 fills it and the others find it
+        with together("data"):
+            if reading:
+                data = build_data(config.data, config.folder, rows=layout.rows)
+    agree("data", {f"data {name}": value for name, value in data.identity.items()})
+    with together("model"):
+        config = dataclasses.replace(config, model=config.model.with_vocab(data.vocab_size))
+        blueprint = Blueprint(config)
+        tx = make_optimizer(config.optimizer, config.steps, blueprint.decay)
+        return Setup(config, data, mesh, blueprint, tx, state_shardings(blueprint, tx, mesh))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,14 +19,14 @@ from plait.train.optimizer import make_schedule
 from plait.train.state import Blueprint, TrainState, state_shardings
 
 Metrics = dict[str, Any]
-Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+Step = Callable[..., tuple[TrainState, Metrics]]
 
 
 def make_step(blueprint: Blueprint, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh, probe: ProbeConfig | None) -> Step:
-    """The step `(state, batch) -> (state, metrics)`, traceable; jit it with the state donated.
+    """The step `(state, batch[, bounds]) -> (state, metrics)`, traceable; jit it with the state donated.
 
     Metrics are scalars by name, and with `probe` also `"stats"`, the list of the layers' statistics. A step whose loss or gradient
-    is not finite changes nothing but the counts of such steps.
+    is not finite changes nothing but the counts of such steps; so does one whose loss or gradient norm is above `bounds`, float32 [2].
     """
     config = blueprint.config
     schedule = make_schedule(config.optimizer, config.steps)
@@ -35,7 +35,7 @@ def make_step(blueprint: Blueprint, tx: optax.GradientTransformation, mesh: jax.
     layout = blueprint.update_shardings(mesh)
     home = state_shardings(blueprint, tx, mesh).optimizer
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: Batch, bounds: jax.Array | None = None) -> tuple[TrainState, Metrics]:
         with on_mesh(mesh, config.optimizer.accumulate):
             buffers = _move_singular_vectors(blueprint, state)
             total = jnp.maximum(batch.loss_mask.astype(jnp.float32).sum(), 1.0)
@@ -56,6 +56,8 @@ def make_step(blueprint: Blueprint, tx: optax.GradientTransformation, mesh: jax.
         if ema is not None and keep is not None:
             ema = jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, ema, params)
         good = jnp.isfinite(value) & jnp.isfinite(norm)
+        if bounds is not None:
+            good &= (terms["nll"] <= bounds[0]) & (norm <= bounds[1])
         one = jnp.ones((), jnp.int32)
         new = TrainState(state.step + one, params, buffers, optimizer, ema, jnp.zeros_like(state.bad_steps), state.skipped)
         old = dataclasses.replace(state, step=state.step + one, bad_steps=state.bad_steps + one, skipped=state.skipped + one)

@@ -1,19 +1,18 @@
-"""The chunk form on TPU (Mosaic): the WY form, the triangular inverse by halving; see `chunk_tpu.erase_and_write`."""
+"""The chunk form on TPU (Mosaic): the WY form, the triangular inverse by halving; see `tpu_chunk.erase_and_write`."""
 
 from typing import Any
 
 import jax
 
-from plait.kernels import recurrence_tpu
-from plait.kernels.chunk_tpu import erase_and_write
-from plait.kernels.recurrence import Results
+from plait.kernels.recurrence import Results, tpu_driver
+from plait.kernels.recurrence.tpu_chunk import erase_and_write
 
 Array = jax.Array
 
 
 def unsupported(q: Array, k: Array, v: Array, *gates: Any, scale: Any, return_stats: bool = False, **_: object) -> str | None:
     """Why the kernel cannot serve a call, or None."""
-    return recurrence_tpu.unsupported(q, k, v, scale=scale, return_stats=return_stats)
+    return tpu_driver.unsupported(q, k, v, scale=scale, return_stats=return_stats)
 
 
 def delta_rule(
@@ -29,8 +28,8 @@ def delta_rule(
     chunk_size: int,
     return_stats: bool,
 ) -> Results:
-    """See `plait.kernels.delta_rule`; `chunk_size` means nothing here, `recurrence_tpu.Tiles` has the kernel's own."""
-    return recurrence_tpu.recurrence(
+    """See `plait.kernels.delta_rule`; `chunk_size` means nothing here, `tpu_driver.Tiles` has the kernel's own."""
+    return tpu_driver.recurrence(
         erase_and_write,
         q,
         k,

@@ -1,19 +1,18 @@
-"""The chunk form on TPU (Mosaic): scores times pairwise decays, one product for the sums of gates; see `chunk_tpu.decay_and_add`."""
+"""The chunk form on TPU (Mosaic): scores times pairwise decays, one product for the sums of gates; see `tpu_chunk.decay_and_add`."""
 
 from typing import Any
 
 import jax
 
-from plait.kernels import recurrence_tpu
-from plait.kernels.chunk_tpu import decay_and_add
-from plait.kernels.recurrence import Results
+from plait.kernels.recurrence import Results, tpu_driver
+from plait.kernels.recurrence.tpu_chunk import decay_and_add
 
 Array = jax.Array
 
 
 def unsupported(q: Array, k: Array, v: Array, *gates: Any, scale: Any, return_stats: bool = False, **_: object) -> str | None:
     """Why the kernel cannot serve a call, or None."""
-    return recurrence_tpu.unsupported(q, k, v, scale=scale, return_stats=return_stats)
+    return tpu_driver.unsupported(q, k, v, scale=scale, return_stats=return_stats)
 
 
 def scalar_decay(
@@ -28,8 +27,8 @@ def scalar_decay(
     chunk_size: int,
     return_stats: bool,
 ) -> Results:
-    """See `plait.kernels.scalar_decay`; `chunk_size` means nothing here, `recurrence_tpu.Tiles` has the kernel's own."""
-    return recurrence_tpu.recurrence(
+    """See `plait.kernels.scalar_decay`; `chunk_size` means nothing here, `tpu_driver.Tiles` has the kernel's own."""
+    return tpu_driver.recurrence(
         decay_and_add,
         q,
         k,

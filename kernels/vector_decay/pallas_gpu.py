@@ -4,14 +4,15 @@ from typing import Any
 
 import jax
 
-from plait.kernels import recurrence, recurrence_gpu
+from plait.kernels import recurrence
+from plait.kernels.recurrence import gpu_driver
 
 Array = jax.Array
 
 
 def unsupported(q: Array, k: Array, v: Array, g: Array, *, scale: Any, return_stats: bool = False, **_: object) -> str | None:
     """Why this kernel cannot serve a call, or None."""
-    return recurrence_gpu.unsupported(q, k, v, scale=scale, return_stats=return_stats)
+    return gpu_driver.unsupported(q, k, v, scale=scale, return_stats=return_stats)
 
 
 def vector_decay(
@@ -27,6 +28,6 @@ def vector_decay(
     return_stats: bool,
 ) -> recurrence.Results:
     """See `plait.kernels.vector_decay`; a chunk is 64 tokens whatever `chunk_size` is."""
-    return recurrence_gpu.run(
+    return gpu_driver.run(
         q, k, v, g, scale=scale, initial_state=initial_state, segment_ids=segment_ids, return_stats=return_stats
     )

@@ -41,6 +41,10 @@ LOOP = {
     "keep_best",
     "wandb",
     "optimizer.max_bad_steps",
+    "spike.sigma",
+    "spike.window",
+    "spike.action",
+    "spike.max_rewinds",
     "data.cache_dir",
 }
 """Leaves that steer the loop; tests/train/test_loop.py has a case for each, and fails where one is missing."""
@@ -202,7 +206,9 @@ def filled(values: Mapping[str, Any], corpora: Mapping[str, str]) -> dict[str, A
 def test_leaf_is_noticed(path, corpora, tmp_path):
     settings = {
         "data.source": corpora["text"],
-        "mesh": MeshConfig(data=2, fsdp=2, tensor=2) if path.startswith("mesh") else MeshConfig(data=1),
+        "mesh": MeshConfig(data=2 if path == "mesh.data" else None, fsdp=2, tensor=2)
+        if path.startswith("mesh")
+        else MeshConfig(data=1),
     }
     settings |= {"probe_every": 1} if path.startswith("probe") else {}
     base = changed(BASE, settings | filled(NEEDS.get(path, {}), corpora))

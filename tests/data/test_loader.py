@@ -17,10 +17,10 @@ from tests.data.conftest import make_texts
 def build(corpus_folder, tmp_path):
     """Builds data from the small corpus, all with one cache."""
 
-    def make(*, run="run", process_index=0, process_count=1, **fields):
+    def make(*, run="run", rows=None, **fields):
         fields = {"tokenizer": "byte", "seq_len": 32, "batch_size": 8, "val_fraction": 0.1, **fields}
         config = DataConfig(source=str(corpus_folder), cache_dir=str(tmp_path / "cache"), **fields)
-        return build_data(config, tmp_path / run, process_index=process_index, process_count=process_count)
+        return build_data(config, tmp_path / run, rows=rows)
 
     return make
 
@@ -91,7 +91,7 @@ def test_seed_changes_the_order(build):
 @pytest.mark.parametrize("hosts", [2, 4, 8])
 def test_hosts_share_each_batch_in_order(build, hosts):
     whole = build()
-    parts = [build(process_index=h, process_count=hosts) for h in range(hosts)]
+    parts = [build(rows=rows) for rows in np.split(np.arange(8), hosts)]
     count = whole.num_train_rows // 8 + 3  # past the end of the epoch
     shares = zip(*(take(part.train(), count) for part in parts))
     joined = [type(share[0])(*(np.concatenate(arrays) for arrays in zip(*share))) for share in shares]
@@ -103,7 +103,7 @@ def test_hosts_share_each_batch_in_order(build, hosts):
 
 def test_resume_is_exact_at_any_step_and_on_other_host_counts(build):
     rng = random.Random(0)
-    data, halves = build(), [build(process_index=h, process_count=2) for h in range(2)]
+    data, halves = build(), [build(rows=rows) for rows in np.split(np.arange(8), 2)]
     reference = take(data.train(), 200)
     for step in [0, 1, 150, *rng.sample(range(150), 5)]:
         iterator = data.train()
@@ -144,7 +144,7 @@ def test_validation_is_padded_to_whole_batches_and_can_be_indexed(build):
     with pytest.raises(IndexError):
         data.val[len(data.val)]
     # A host that has no real row of the last batch still gets one of padding.
-    assert build(batch_size=48, process_index=47, process_count=48).val[-1].loss_mask.sum() == 0
+    assert build(batch_size=48, rows=[47]).val[-1].loss_mask.sum() == 0
 
 
 def test_no_validation(build):
@@ -168,9 +168,13 @@ def test_corpus_shorter_than_a_row_says_how_long_it_is(build):
         build(seq_len=999_999)
 
 
-def test_batch_must_divide_over_hosts(build):
-    with pytest.raises(DataError, match=r"data\.batch_size=8 must be a multiple of the 3 hosts.*use 9"):
-        build(process_count=3)
+def test_any_rows_of_a_batch_can_be_read(build):
+    """As where the devices of a host hold rows that do not follow one another."""
+    whole, some = build(batch_size=24), build(batch_size=24, rows=[1, 2, 9, 23])
+    count = whole.num_train_rows // 24 + 3
+    picked = lambda batch: type(batch)(*(array[[1, 2, 9, 23]] for array in batch))  # noqa: E731
+    assert_equal(take(some.train(), count), [picked(batch) for batch in take(whole.train(), count)])
+    assert_equal(some.val, [picked(batch) for batch in whole.val])
 
 
 def test_tokenizer_is_kept_with_the_run_and_used_again(build, tmp_path, corpus_folder, monkeypatch):

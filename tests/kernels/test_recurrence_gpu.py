@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from plait.kernels import dispatch, gpu, recurrence_gpu
-from plait.kernels.recurrence import MAX_VALUE_DIM
+from plait.kernels import dispatch, gpu
+from plait.kernels.recurrence import MAX_VALUE_DIM, gpu_driver
 from plait.kernels.target import target
 from plait.tests.kernels import cases
 from plait.tests.tolerances import assert_tree_close, in_float64
@@ -113,7 +113,7 @@ def test_kernel_is_chosen_where_it_fits():
     ) -> str | None:
         q, v = (jnp.zeros((1, length, 1, dim), dtype) for dim in dims)
         with target("h100"):
-            return recurrence_gpu.unsupported(q, q, v, scale=1.0, return_stats=return_stats)
+            return gpu_driver.unsupported(q, q, v, scale=1.0, return_stats=return_stats)
 
     assert reason() is None
     assert "tf32" in str(reason(dtype=jnp.float32))
@@ -123,5 +123,5 @@ def test_kernel_is_chosen_where_it_fits():
     assert "do not add up" in str(reason(dims=(256, 512), return_stats=True))
     with target("b200"):
         q = jnp.zeros((1, 64, 1, 64), jnp.bfloat16)
-        assert "wgmma" in str(recurrence_gpu.unsupported(q, q, q, scale=1.0))
+        assert "wgmma" in str(gpu_driver.unsupported(q, q, q, scale=1.0))
     assert all("pallas_gpu" in dispatch.registered()[op] for op in ("scalar_decay", "vector_decay", "delta_rule"))

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from plait.kernels import recurrence, recurrence_tpu
-from plait.kernels.recurrence_tpu import choose_tiles
-from plait.kernels.recurrence_tpu_kernels import Tiles
+from plait.kernels import recurrence
+from plait.kernels.recurrence import tpu_driver
+from plait.kernels.recurrence.tpu_driver import choose_tiles
+from plait.kernels.recurrence.tpu_kernels import Tiles
 from plait.kernels.target import target
 from plait.tests.kernels import cases
 from plait.tests.tolerances import assert_tree_close, in_float64
@@ -79,7 +80,7 @@ def _inputs(case: Case, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, ...]:
     sizes = {"BATCH": case.batch, "NUM_QK_HEADS": case.heads[0], "NUM_HEADS": case.heads[1]}
     for name, size in (sizes | {"KEY_DIM": case.dims[0], "VALUE_DIM": case.dims[1]}).items():
         monkeypatch.setattr(cases, name, size)
-    monkeypatch.setattr(recurrence_tpu, "choose_tiles", lambda *_: case.tiles)
+    monkeypatch.setattr(tpu_driver, "choose_tiles", lambda *_: case.tiles)
     inputs = cases.RECURRENCES[case.name].inputs(case.length, decay=case.decay, dtype=case.dtype)
     return inputs, cases.state(), None if case.segments is None else cases.segments(case.length, case.segments)
 
@@ -128,17 +129,17 @@ def test_wide_values_are_cut_into_heads(monkeypatch: pytest.MonkeyPatch):
 
 def test_unsupported_says_why():
     x = jax.ShapeDtypeStruct((1, 64, 2, 64), jnp.float32)
-    assert "the backend is cpu" in recurrence_tpu.unsupported(x, x, x, scale=1.0)
+    assert "the backend is cpu" in tpu_driver.unsupported(x, x, x, scale=1.0)
     with target("v5e"):
-        assert recurrence_tpu.unsupported(x, x, x, scale=1.0) is None
+        assert tpu_driver.unsupported(x, x, x, scale=1.0) is None
         half = jax.ShapeDtypeStruct(x.shape, jnp.float16)
-        assert "float16" in recurrence_tpu.unsupported(half, half, half, scale=1.0)
+        assert "float16" in tpu_driver.unsupported(half, half, half, scale=1.0)
         one = jax.ShapeDtypeStruct((1, 1, 2, 64), jnp.float32)
-        assert "1 tokens" in recurrence_tpu.unsupported(one, one, one, scale=1.0)
+        assert "1 tokens" in tpu_driver.unsupported(one, one, one, scale=1.0)
         wide = jax.ShapeDtypeStruct((1, 64, 2, 512), jnp.float32)
-        assert "512" in recurrence_tpu.unsupported(wide, wide, x, scale=1.0)
+        assert "512" in tpu_driver.unsupported(wide, wide, x, scale=1.0)
         many = jax.ShapeDtypeStruct((1, 64, 256, 64), jnp.float32)
-        assert "more than" in recurrence_tpu.unsupported(x, x, many, scale=1.0)
+        assert "more than" in tpu_driver.unsupported(x, x, many, scale=1.0)
 
 
 def test_tiles_are_checked():

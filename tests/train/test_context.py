@@ -17,7 +17,6 @@ from plait.tests.models.common import quick_jit
 from plait.tests.tolerances import assert_close
 from plait.tests.train.common import changed, hybrid, random_batch, setup_of
 from plait.train.ahead import describe_step
-from plait.train.evaluate import place
 from plait.train.mesh import batch_sharding
 from plait.train.plan.hlo import Instruction, instructions
 from plait.train.step import make_step
@@ -43,7 +42,7 @@ def probed_step(context: int):
     setup = setup_of(plaited(context), devices=context)
     step = quick_jit(make_step(setup.blueprint, setup.tx, setup.mesh, ProbeConfig(rows=8)), out_shardings=(setup.shardings, None))
     rows = batch_sharding(setup.mesh, 4, LENGTH, 1)
-    return step(setup.fresh(), place(random_batch(4, LENGTH), rows))
+    return step(setup.fresh(), jax.device_put(random_batch(4, LENGTH), rows))
 
 
 @pytest.fixture(scope="module")

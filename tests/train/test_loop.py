@@ -1,5 +1,6 @@
 """The training loop: what each of its options does, what it writes, and how it ends."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -12,13 +13,15 @@ import numpy as np
 import pytest
 
 from plait.configs.cli import parse_experiment
+from plait.configs.experiment import SpikeConfig
 from plait.launch import main
 from plait.tests.train.common import changed, routed
 from plait.train import run as runs
-from plait.train.evaluate import place
+from plait.train.layout import BatchLayout
 from plait.train.loop import TrainingFailed, train
 from plait.train.loss import loss_terms
 from plait.train.metrics import probe_files, read_metrics, series
+from plait.train.spikes import SpikeWatch
 
 
 @pytest.fixture(scope="module")
@@ -85,9 +88,10 @@ def test_metrics_of_every_step_are_there_once_and_in_order(finished):
 
 def test_a_run_is_the_same_twice(finished, base, tmp_path):
     trained(base, tmp_path / "again")
-    times = ("seconds", "time/step", "throughput/tokens_per_second")
+    times = ("seconds", "time/", "throughput/")
     first, second = (
-        [{k: v for k, v in r.items() if k not in times} for r in read_metrics(f)] for f in (finished[1], tmp_path / "again")
+        [{k: v for k, v in r.items() if not k.startswith(times)} for r in read_metrics(f)]
+        for f in (finished[1], tmp_path / "again")
     )
     assert first == second
 
@@ -183,6 +187,40 @@ def max_bad_steps(base, out):
             trained(plain_steps(base), out / str(limit), optimizer__max_bad_steps=limit, steps=20)
 
 
+@contextlib.contextmanager
+def spiking_at(step):
+    """No loss of that step is low enough."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SpikeWatch, "bounds", lambda self, at: np.full(2, 0.0 if at == step else np.inf, np.float32))
+        yield
+
+
+def spike_sigma(base, out):
+    with spiking_at(5):
+        assert trained(plain_steps(base), out / "never").metrics["optimizer/skipped_steps"] == 0
+        assert trained(plain_steps(base), out / "looking", spike__sigma=6.0).metrics["optimizer/skipped_steps"] == 1
+
+
+def spike_window(base, out):
+    wide, narrow = (SpikeWatch(SpikeConfig(sigma=1.0, window=window)) for window in (16, 4))
+    for watch in (wide, narrow):
+        for step in range(1, 30):
+            watch.note(step, float(step), 1.0)
+    assert wide.bounds(30)[0] < narrow.bounds(30)[0]
+
+
+def spike_action(base, out):
+    with spiking_at(5), pytest.raises(TrainingFailed, match=r"step 5 .* rewinds"):
+        trained(base, out, spike__sigma=6.0, spike__action="rewind")
+    with pytest.raises(ValueError, match=r"spike\.action=rewind needs checkpoints"):
+        trained(plain_steps(base), out, spike__sigma=6.0, spike__action="rewind")
+
+
+def spike_max_rewinds(base, out):
+    with spiking_at(5), pytest.raises(TrainingFailed, match=r"after spike\.max_rewinds=3 rewinds"):
+        trained(base, out, spike__sigma=6.0, spike__action="rewind", spike__max_rewinds=3)
+
+
 def cache_dir(base, out):
     trained(base, out, data__cache_dir=str(out / "cache"))
     assert not (out / "data").exists()
@@ -201,6 +239,10 @@ LOOP = {
     "resume": resume,
     "wandb": wandb,
     "optimizer.max_bad_steps": max_bad_steps,
+    "spike.sigma": spike_sigma,
+    "spike.window": spike_window,
+    "spike.action": spike_action,
+    "spike.max_rewinds": spike_max_rewinds,
     "data.cache_dir": cache_dir,
 }
 
@@ -223,17 +265,17 @@ def plain_steps(config):
 
 def poison_losses(patch, first, last=99):
     """Makes the loss of the batches numbered `first` to `last` not a number: their mask is doubled as a sign to the loss."""
-    count = itertools.count(1)
+    count, place = itertools.count(1), BatchLayout.place
 
-    def placing(batch, sharding):
+    def placing(layout, batch):
         marked = first <= next(count) <= last
-        return place(batch._replace(loss_mask=batch.loss_mask * np.float32(2)) if marked else batch, sharding)
+        return place(layout, batch._replace(loss_mask=batch.loss_mask * np.float32(2)) if marked else batch)
 
     def losing(model, batch, **options):
         loss, terms = loss_terms(model, batch, **options)
         return loss * jnp.where(batch.loss_mask.max() > 1, jnp.nan, 1.0), terms
 
-    patch.setattr("plait.train.loop.place", placing)
+    patch.setattr(BatchLayout, "place", placing)
     patch.setattr("plait.train.step.loss_terms", losing)
 
 

@@ -16,7 +16,6 @@ from plait.tests.models.common import quick_jit
 from plait.tests.tolerances import assert_close
 from plait.tests.train.common import different_arrays, hybrid, random_batch, routed, setup_of, tiny, tree_arrays
 from plait.train.checkpoint import Checkpoints
-from plait.train.evaluate import place
 from plait.train.mesh import AXES, RULES, batch_sharding, make_mesh, sharding, spec, spread
 from plait.train.step import make_step
 
@@ -41,7 +40,7 @@ def two_steps(config):
     rows = batch_sharding(setup.mesh, 8, config.data.seq_len, config.optimizer.accumulate)
     seen = []
     for batch in BATCHES:
-        state, metrics = step(state, place(batch, rows))
+        state, metrics = step(state, jax.device_put(batch, rows))
         seen.append(metrics)
     return setup, state, seen
 

@@ -19,7 +19,6 @@ from plait.tests.tolerances import assert_close
 from plait.tests.train.common import hybrid, mixture, random_batch, routed, setup_of, tiny, tree_arrays
 from plait.tests.train.test_mesh import SIZES, assert_same_training, two_steps
 from plait.train.ahead import lower_step
-from plait.train.evaluate import place
 from plait.train.mesh import batch_sharding, make_mesh
 from plait.train.pipeline import bubble_fraction
 from plait.train.state import Blueprint
@@ -58,7 +57,7 @@ def probed(config):
     setup = setup_of(config, devices=8)
     rows = batch_sharding(setup.mesh, 8, 16, config.optimizer.accumulate)
     step = quick_jit(make_step(setup.blueprint, setup.tx, setup.mesh, ProbeConfig(sequences=2)))
-    return step(setup.fresh(), place(random_batch(8), rows))[1]["stats"]
+    return step(setup.fresh(), jax.device_put(random_batch(8), rows))[1]["stats"]
 
 
 def test_layers_show_the_same_statistics(compile_cache):

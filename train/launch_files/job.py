@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import shlex
 from collections.abc import Sequence
 
-import jax
-
 from plait.configs.cli import parse_experiment
 from plait.configs.experiment import ExperimentConfig
+from plait.train.ahead import describe_step
 from plait.train.launch_files.machines import Machines
-from plait.train.mesh import batch_sharding, make_mesh
-from plait.train.optimizer import make_optimizer
-from plait.train.state import Blueprint, state_shardings
+from plait.train.mesh import make_mesh
 
 COORDINATOR_PORT = 8476
 DONE, FAILED, BAD_INPUT, SAVED = 0, 1, 2, 75
@@ -52,8 +50,34 @@ class _Device:
     id: int
     process_index: int
     slice_index: int
-    platform: str = "cpu"
-    device_kind: str = "described"
+    coords: tuple[int, ...]
+    """Place of its chip in the torus of its slice."""
+    core_on_chip: int
+    platform: str
+    device_kind: str
+
+
+def _devices(machines: Machines) -> list[_Device]:
+    """What stands for the devices of the machines, in the order of their hosts."""
+    generation = machines.generation
+    if generation.platform == "tpu":
+        sizes = [int(size) for size in machines.topology.split("x")]
+        places = [(*reversed(place), *[0] * (3 - len(sizes))) for place in itertools.product(*map(range, reversed(sizes)))]
+    else:
+        places = [(i,) for i in range(machines.hosts_per_slice * machines.chips_per_host)]
+    everywhere = itertools.product(range(machines.slices), enumerate(places), range(generation.devices_per_chip))
+    return [
+        _Device(
+            i,
+            slice_index * machines.hosts_per_slice + chip // machines.chips_per_host,
+            slice_index,
+            place,
+            core,
+            generation.platform,
+            generation.device_kind,
+        )
+        for i, (slice_index, (chip, place), core) in enumerate(everywhere)
+    ]
 
 
 def check_overrides(overrides: Sequence[str]) -> None:
@@ -70,27 +94,18 @@ def checked_experiment(preset: str, overrides: Sequence[str], machines: Machines
     """The experiment, checked against the machines as a run on them checks it; nothing is compiled.
 
     Raises:
-        ValueError: bad values, or hosts, devices, mesh, model and batch that do not fit each other.
+        ValueError: bad values, or devices, mesh, model and batch that do not fit each other.
     """
     check_overrides(overrides)
     config = parse_experiment(preset, _without_hosts(overrides), prog="launch.py write-launch KIND")
-    per_host = machines.devices // machines.hosts
-    devices = [_Device(i, i // per_host, i // (per_host * machines.hosts_per_slice)) for i in range(machines.devices)]
     try:
-        mesh = make_mesh(config.mesh, devices)
+        mesh = make_mesh(config.mesh, _devices(machines))
         if mesh.size != machines.devices:
             raise ValueError(
                 f"mesh.data={config.mesh.data} leaves {machines.devices - mesh.size} of {machines.devices} devices unused; "
                 "leave mesh.data=None to fill them"
             )
-        rows, hosts = config.data.batch_size, machines.hosts
-        if rows % hosts:
-            raise ValueError(f"data.batch_size={rows} must be a multiple of the {hosts} hosts; use {-(-rows // hosts) * hosts}")
-        batch_sharding(mesh, rows, config.data.seq_len, config.optimizer.accumulate)
-        whole = dataclasses.replace(config, model=config.model.with_vocab(_vocabulary(config)))
-        with jax.default_device("cpu"):
-            blueprint = Blueprint(whole)
-            state_shardings(blueprint, make_optimizer(whole.optimizer, whole.steps, blueprint.decay), mesh)
+        describe_step(dataclasses.replace(config, model=config.model.with_vocab(_vocabulary(config))), mesh)
     except ValueError as error:
         raise ValueError(f"{preset} does not fit {machines.describe()}: {error}") from error
     return config

@@ -27,6 +27,8 @@ class Generation:
 
     name: str
     platform: Literal["tpu", "gpu"]
+    device_kind: str
+    """JAX's name."""
     machine_types: dict[str, str]
     """Google Compute Engine's machine type by the value of GKE's accelerator label; the first is the default. `{}` is the chips a host."""
     max_chips: int | None = None
@@ -49,6 +51,7 @@ GENERATIONS = {
         Generation(
             name="v4",
             platform="tpu",
+            device_kind="TPU v4",
             machine_types={"tpu-v4-podslice": "ct4p-hightpu-{}t"},
             max_chips=4096,
             accelerator_type="v4",
@@ -58,6 +61,7 @@ GENERATIONS = {
         Generation(
             name="v5e",
             platform="tpu",
+            device_kind="TPU v5 lite",
             machine_types={"tpu-v5-lite-podslice": "ct5lp-hightpu-{}t"},
             max_chips=256,
             flat=True,
@@ -67,6 +71,7 @@ GENERATIONS = {
         Generation(
             name="v5p",
             platform="tpu",
+            device_kind="TPU v5",
             machine_types={"tpu-v5p-slice": "ct5p-hightpu-{}t"},
             max_chips=6144,
             accelerator_type="v5p",
@@ -76,6 +81,7 @@ GENERATIONS = {
         Generation(
             name="v6e",
             platform="tpu",
+            device_kind="TPU v6 lite",
             machine_types={"tpu-v6e-slice": "ct6e-standard-{}t"},
             max_chips=256,
             flat=True,
@@ -85,6 +91,7 @@ GENERATIONS = {
         Generation(
             name="tpu7x",
             platform="tpu",
+            device_kind="TPU7x",
             machine_types={"tpu7x": "tpu7x-standard-{}t"},
             max_chips=9216,
             devices_per_chip=2,
@@ -92,10 +99,11 @@ GENERATIONS = {
         Generation(
             name="h100",
             platform="gpu",
+            device_kind="NVIDIA H100",
             machine_types={"nvidia-h100-mega-80gb": "a3-megagpu-8g", "nvidia-h100-80gb": "a3-highgpu-8g"},
         ),
-        Generation(name="h200", platform="gpu", machine_types={"nvidia-h200-141gb": "a3-ultragpu-8g"}),
-        Generation(name="b200", platform="gpu", machine_types={"nvidia-b200": "a4-highgpu-8g"}),
+        Generation(name="h200", platform="gpu", device_kind="NVIDIA H200", machine_types={"nvidia-h200-141gb": "a3-ultragpu-8g"}),
+        Generation(name="b200", platform="gpu", device_kind="NVIDIA B200", machine_types={"nvidia-b200": "a4-highgpu-8g"}),
     )
 }
 
@@ -149,7 +157,7 @@ class Machines:
 
 
 def machines(target: str, slices: int = 1) -> Machines:
-    """The hosts that `target` names: `GENERATION:AxB` or `GENERATION:AxBxC` in chips for TPUs, `GENERATION:HOSTSx8` for GPUs.
+    """The hosts that `target` names: `GENERATION:AxB` or `GENERATION:AxBxC` in chips for TPUs, `GENERATION:HOSTSx8` or `GENERATIONxGPUS`.
 
     Args:
         target: of one slice.
@@ -159,6 +167,8 @@ def machines(target: str, slices: int = 1) -> Machines:
         ValueError: an unknown generation, or a shape that it does not come in.
     """
     name, _, topology = target.partition(":")
+    if (counted := re.fullmatch(r"([a-z]\d+)x(\d+)", target)) and int(counted[2]) % GPUS_PER_HOST == 0:
+        name, topology = counted[1], f"{int(counted[2]) // GPUS_PER_HOST}x{GPUS_PER_HOST}"
     if name not in GENERATIONS:
         near = difflib.get_close_matches(name, GENERATIONS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(GENERATIONS)}"

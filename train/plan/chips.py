@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-GIB = 2**30
+from plait.train.plan.units import GIB
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

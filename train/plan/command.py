@@ -8,9 +8,10 @@ import jax
 from rich.console import Console
 
 from plait.configs.experiment import ExperimentConfig
-from plait.train.plan.planning import Plan, check_batch, make_plan
+from plait.train.plan.planning import make_plan
 from plait.train.plan.report import headline, search_json, search_section, sections, show, to_json, write
 from plait.train.plan.search import search as find_layouts
+from plait.train.plan.step_plan import Plan, check_batch
 from plait.train.plan.topology import TargetError, parse_target
 
 PLAN = "plan.json"

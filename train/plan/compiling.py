@@ -10,14 +10,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 
 from plait.train.ahead import Described
 
 _USED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", re.IGNORECASE)
-_REQUIRED = re.compile(r"(?:memory required for HLO temporaries|total memory) \(?([\d.]+)([KMGT]?)\)?")
+_TEMPORARIES = re.compile(r"required for HLO temporaries \(([\d.]+)([KMGT]?)\)")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _REMATERIALIZED = "Involuntary full rematerialization"
 
@@ -30,33 +29,27 @@ class Outcome:
     """None where the program does not fit."""
     refusal: str | None
     """What the compiler said then."""
-    required: float | None
-    """Bytes that it asked for, where it says so."""
     rematerialized: tuple[str, ...]
     """Resharding for which the compiler found no way but to gather the whole array first, one line each."""
     lower_seconds: float
     compile_seconds: float
 
 
-def compile_step(step: Described, generation: str | None, options: dict[str, Any] | None = None) -> Outcome:
-    """Lowers and compiles; only want of memory is caught.
-
-    Args:
-        options: of the compiler.
-    """
+def compile_step(step: Described, generation: str | None) -> Outcome:
+    """Lowers and compiles; only want of memory is caught."""
     start = time.monotonic()
     with standard_error() as said:
         lowered = step.lower(generation)
         middle = time.monotonic()
         compiled, refusal = None, None
         try:
-            compiled = lowered.compile(compiler_options=options)
+            compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             refusal = str(error)
     lines = tuple(line for line in said if _REMATERIALIZED in line)
-    return Outcome(compiled, refusal, _bytes(refusal), lines, middle - start, time.monotonic() - middle)
+    return Outcome(compiled, refusal, lines, middle - start, time.monotonic() - middle)
 
 
 def largest_allocations(refusal: str, most: int = 5) -> list[str]:
@@ -70,9 +63,17 @@ def largest_allocations(refusal: str, most: int = 5) -> list[str]:
     return found[:most]
 
 
-def _bytes(refusal: str | None) -> float | None:
-    found = (_USED.search(refusal) or _REQUIRED.search(refusal)) if refusal else None
-    return float(found[1]) * _UNITS[found[2].upper()] if found else None
+def required_temporaries(refusal: str, arguments: float) -> float | None:
+    """Bytes of temporaries for which a program was refused; None where the compiler does not say.
+
+    Args:
+        arguments: bytes of the program's arguments, which some messages count in.
+    """
+    if found := _TEMPORARIES.search(refusal):
+        return float(found[1]) * _UNITS[found[2].upper()]
+    if found := _USED.search(refusal):
+        return max(0.0, float(found[1]) * _UNITS[found[2].upper()] - arguments)
+    return None
 
 
 @contextlib.contextmanager

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 
 from plait.models import axes
 from plait.train.ahead import Described
-from plait.train.mesh import RULES
-from plait.train.plan.chips import GIB
 from plait.train.plan.hlo import Instruction
+from plait.train.plan.rules import mesh_axes
+from plait.train.plan.units import size_text
 
 _SMALL = 2**20  # bytes a step that nobody needs to hear of
 
@@ -28,7 +28,7 @@ class _Weights:
     axes: frozenset[str]
     """The axes over which parameters are gathered."""
     single: dict[Shape, str]
-    """A parameter of one layer by its dimensions, sorted, without ones."""
+    """The first parameter of one layer with these dimensions, sorted, without ones."""
     stacked: dict[Shape, str]
     """The parameters of all layers at once."""
     whole: dict[Shape, str]
@@ -48,7 +48,7 @@ def find_oddities(step: Described, found: Sequence[Instruction], rematerialized:
 
 
 def _weights(step: Described) -> _Weights:
-    batch = set(_names(RULES[axes.BATCH]))
+    batch = set(mesh_axes(axes.BATCH))
     layouts: Any = step.shardings.params
     state: Any = step.state.params
     gathered: set[str] = set()
@@ -64,11 +64,11 @@ def _weights(step: Described) -> _Weights:
         if len(dims) - layers < 2:
             continue  # gains and biases
         if set().union(*over) & batch:
-            single[_normal(dims[1:] if layers else dims)] = name
+            single.setdefault(_normal(dims[1:] if layers else dims), name)
             if layers:
-                stacked[_normal(dims)] = name
+                stacked.setdefault(_normal(dims), name)
         if set().union(*over) - batch:
-            whole[_normal(array.shape[1:] if layers else array.shape)] = name
+            whole.setdefault(_normal(array.shape[1:] if layers else array.shape), name)
     return _Weights(frozenset(gathered), single, stacked, {k: v for k, v in whole.items() if k not in single})
 
 
@@ -81,7 +81,7 @@ def _turned_into_all_reduce(found: Sequence[Instruction], weights: _Weights) -> 
     if size <= _SMALL:
         return []
     return [
-        f"{size / GIB:.2f} GiB a step of whole parameters or gradients are all-reduced over {' x '.join(sorted(weights.axes))}, twice the "
+        f"{size_text(size)} a step of whole parameters or gradients are all-reduced over {' x '.join(sorted(weights.axes))}, twice the "
         "bytes of the all-gather or reduce-scatter that would do; TPUs compile them so where the axis spans all chips of a slice: give it "
         "a half or a quarter of them and the rest to another axis"
     ]
@@ -106,23 +106,23 @@ def _gathers(found: Sequence[Instruction], weights: _Weights, step: Described) -
     messages = []
     if sum(stacked.values()) > _SMALL:
         messages.append(
-            f"{sum(stacked.values()) / GIB:.2f} GiB a step: parameters of all layers gathered at once, not a layer at a time: {_few(stacked)}"
+            f"{size_text(sum(stacked.values()))} a step: parameters of all layers gathered at once, not a layer at a time: {_few(stacked)}"
         )
     if sum(whole.values()) > _SMALL:
         messages.append(
-            f"{sum(whole.values()) / GIB:.2f} GiB a step: whole parameters gathered, "
+            f"{size_text(sum(whole.values()))} a step: whole parameters gathered, "
             f"though each device needs only its own part: {_few(whole)}"
         )
     if sum(wide.values()) > _SMALL:
         messages.append(
-            f"{sum(wide.values()) / GIB:.2f} GiB a step: parameters gathered in float32 and rounded after, twice the bytes: {_few(wide)}"
+            f"{size_text(sum(wide.values()))} a step: parameters gathered in float32 and rounded after, twice the bytes: {_few(wide)}"
         )
     return messages
 
 
 def _permutes(found: Sequence[Instruction]) -> list[str]:
     """Permutations over axes whose layout asks for none: rings of tokens and pipelines of layers do."""
-    expected = {*_names(RULES[axes.LENGTH]), *_names(RULES[axes.LAYERS])}
+    expected = {*mesh_axes(axes.LENGTH), *mesh_axes(axes.LAYERS)}
     size: dict[str, float] = collections.defaultdict(float)
     count = 0
     for one in found:
@@ -133,7 +133,7 @@ def _permutes(found: Sequence[Instruction]) -> list[str]:
     if total <= _SMALL:
         return []
     return [
-        f"{total / GIB:.2f} GiB a step in {count} collective-permutes, as where a fused projection is split over an axis: {_few(size)}"
+        f"{size_text(total)} a step in {count} collective-permutes, as where a fused projection is split over an axis: {_few(size)}"
     ]
 
 
@@ -157,7 +157,7 @@ def _normal(shape: Iterable[int]) -> Shape:
 
 def _few(sizes: dict[str, float], most: int = 3) -> str:
     top = sorted(sizes, key=lambda name: -sizes[name])
-    return ", ".join(top[:most]) + (f" and {len(top) - most} more" if len(top) > most else "")
+    return ", ".join(top[:most]) + (f" and {len(top) - most} more" if len(top) > most else "") + " (or others of the shape)"
 
 
 def _short(op: str) -> str:

@@ -6,6 +6,7 @@ import collections
 import dataclasses
 
 from plait.configs.experiment import ExperimentConfig
+from plait.train.pipeline import bubble_fraction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,7 @@ class StepFlops:
     model: float
     """Forward and backward, counted as three times the forward pass: what MFU is about."""
     hardware: float
-    """With what is recomputed."""
+    """With what is computed again, and in the idle ticks of a pipeline."""
 
 
 def step_flops(config: ExperimentConfig, num_devices: int) -> StepFlops:
@@ -62,4 +63,5 @@ def step_flops(config: ExperimentConfig, num_devices: int) -> StepFlops:
     rows = layer_flops(config)
     tokens = config.data.batch_size * config.data.seq_len / num_devices
     model = 3 * tokens * sum(row.forward for row in rows)
-    return StepFlops(model, model + tokens * sum(row.recomputed for row in rows))
+    idle = bubble_fraction(config.mesh.pipeline, config.optimizer.accumulate)
+    return StepFlops(model, (model + tokens * sum(row.recomputed for row in rows)) / (1 - idle))

@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Literal, get_args
 
 import jax
@@ -260,8 +260,3 @@ def _grown(result: str, dimension: int, ways: int) -> str:
         return f"{found[1]}[{','.join(map(str, dims))}]"
 
     return _ARRAY.sub(grow, result)
-
-
-def describe(found: Iterable[Collective]) -> str:
-    """One line a collective, for messages."""
-    return "\n".join(f"{c.kind} over {' x '.join(c.axes)}: {c.count} times, {c.bytes / 2**20:.1f} MiB" for c in found)

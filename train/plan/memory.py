@@ -13,9 +13,12 @@ import jax.numpy as jnp
 from plait.configs.experiment import ExperimentConfig
 from plait.data.batch import Batch
 from plait.kernels.target import target as kernels_for
+from plait.models import axes
 from plait.models.pattern import find_period
 from plait.train.loss import loss_terms
-from plait.train.mesh import RULES, batch_sharding
+from plait.train.mesh import batch_sharding
+from plait.train.plan.chips import CHIPS
+from plait.train.plan.rules import ways
 from plait.train.state import Blueprint, TrainState
 
 
@@ -37,6 +40,8 @@ class Memory:
     """State that waits in the host's memory."""
     compiled: bool = True
     """False for an estimate."""
+    estimate: dict[str, float] = dataclasses.field(default_factory=dict)
+    """What the temporaries are by estimate, where one was made."""
 
     @property
     def total(self) -> float:
@@ -48,7 +53,8 @@ class Memory:
 
     @property
     def fits(self) -> bool:
-        return self.limit is None or self.total <= self.limit
+        """Whether it is within the limit; an estimate has to leave a tenth."""
+        return self.limit is None or self.total <= self.limit * (1.0 if self.compiled else 0.9)
 
     @property
     def largest(self) -> str:
@@ -176,44 +182,48 @@ def estimated_memory(
     Args:
         scale: of the temporaries, from a compiled step of the same model.
     """
+    parts = _temporaries(config, mesh, state, blueprint, generation)
     return Memory(
         parameters=state.parameters,
         optimizer=state.optimizer,
         batch=state.batch,
-        temporaries=scale * _temporaries(config, mesh, state, blueprint, generation),
+        temporaries=scale * sum(parts.values()),
         program=0.0,
         limit=limit,
         host=state.host,
         compiled=False,
+        estimate={name: scale * size for name, size in parts.items()},
     )
 
 
 def _temporaries(
     config: ExperimentConfig, mesh: jax.sharding.Mesh, state: StateBytes, blueprint: Blueprint, generation: str | None
-) -> float:
+) -> dict[str, float]:
     model = config.model
-    width = _ways(mesh, RULES["mlp"])
-    rows = config.data.batch_size / config.optimizer.accumulate / _ways(mesh, RULES["batch"]) / _ways(mesh, RULES["length"])
+    width = ways(mesh, axes.MLP)
+    rows = config.data.batch_size / config.optimizer.accumulate / ways(mesh, axes.BATCH) / ways(mesh, axes.LENGTH)
+    stages = ways(mesh, axes.LAYERS)
+    in_flight = config.optimizer.accumulate / stages if stages > 1 else 1  # a stage keeps its layers' part of each micro-batch
     period, count = find_period(model.layers)
     kept = saved_activations(config, blueprint, generation)
-    alive = rows * (kept.whole + kept.divided / width)
+    again = 0.0
     if model.remat is not None:  # of one stretch of layers, everything is computed again
         every = saved_activations(_with_remat(config, None), blueprint, generation)
-        stretch = (
-            period if generation is not None and generation[0] in "vt" else 1
-        )  # a TPU's schedule overlaps the layers of a period
-        alive += rows * (every.whole + every.divided / width) * stretch / model.num_layers
+        tpu = generation in CHIPS and CHIPS[generation].platform == "tpu"
+        stretch = period if tpu else 1  # a TPU's schedule overlaps the layers of a period
+        again = rows * (every.whole + every.divided / width) * stretch / model.num_layers
     itemsize = jnp.dtype(model.compute_dtype).itemsize
     gathered = itemsize * blueprint.num_params / width * 2 / max(count, 1)  # two periods' weights
     head = model.d_model * (model.vocab_size or 0) / width * (itemsize + 4)  # the head and its gradient
     gradients = state.parameters * (2 if config.optimizer.accumulate > 1 else 1)
-    return alive + gathered + head + gradients
+    return {
+        "activations kept for the backward pass": in_flight * rows * (kept.whole + kept.divided / width),
+        "activations computed again": again,
+        "gathered parameters": gathered,
+        "head and its gradient": head,
+        "gradients": gradients,
+    }
 
 
 def _with_remat(config: ExperimentConfig, remat: Any) -> ExperimentConfig:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat))
-
-
-def _ways(mesh: jax.sharding.Mesh, rule: str | tuple[str, ...] | None) -> int:
-    names = (rule,) if isinstance(rule, str) else rule or ()
-    return math.prod(mesh.shape[name] for name in names)

@@ -13,9 +13,10 @@ from rich.table import Table
 
 from plait.configs import codec
 from plait.train.metrics import write_atomically
-from plait.train.plan.planning import Plan
 from plait.train.plan.roofline import ASSUMPTIONS
 from plait.train.plan.search import Candidate
+from plait.train.plan.step_plan import Plan
+from plait.train.plan.units import size_text
 
 Row = tuple[str, ...]
 
@@ -77,7 +78,12 @@ def _memory(plan: Plan) -> Section:
     notes = [] if memory.compiled else ["The compiler gave no account: an estimate."]
     if not plan.fits:
         notes.append(f"Does not fit. The largest part: {names.get(memory.largest, memory.largest)}.")
+        if plan.refusal is not None:
+            notes.append(f"The compiler: {plan.refusal.splitlines()[0]}")
         notes += [f"One of the largest arrays: {line}" for line in plan.largest]
+        notes += [
+            f"By estimate {size_text(size)} of {name}." for name, size in memory.estimate.items() if size > 0.02 * memory.total
+        ]
     return Section("Memory of a device", ("part", ""), rows, notes)
 
 
@@ -92,7 +98,7 @@ def _flops(plan: Plan) -> Section:
     extra = plan.flops.hardware / plan.flops.model - 1
     notes = [
         f"A step: {plan.flops.model / 1e12:.3g} TFLOP of the model a device (three times the forward pass), {plan.flops.hardware / 1e12:.3g} "
-        f"with what is computed again (+{extra:.0%})."
+        f"with what is computed again{' and the idle ticks of the pipeline' if plan.config.mesh.pipeline > 1 else ''} (+{extra:.0%})."
     ]
     if plan.intensity is not None and plan.traffic is not None and plan.target.chip is not None:
         ridge = plan.target.chip.flops / plan.target.chip.memory_bandwidth
@@ -251,14 +257,6 @@ def _markdown(title: str, parts: Sequence[Section]) -> str:
             lines += ["| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in part.rows] + [""]
         lines += [f"- {note}" for note in part.notes] + ([""] if part.notes else [])
     return "\n".join(lines)
-
-
-def size_text(size: float) -> str:
-    """Bytes for people."""
-    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if abs(size) >= unit:
-            return f"{size / unit:,.2f} {name}"
-    return f"{size:,.0f} B"
 
 
 def _mega(value: float) -> str:

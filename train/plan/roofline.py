@@ -17,7 +17,7 @@ from plait.train.plan.topology import Target
 ASSUMPTIONS = (
     "bfloat16 products at the data sheet's peak; norms, softmax and gates cost nothing beside them",
     "memory traffic is what each operation of the compiled program reads and writes, at the data sheet's bandwidth; what stays in a "
-    "TPU's VMEM is free",
+    "TPU's VMEM is free, what a GPU's cache would save is not counted",
     "a collective moves (n-1)/n of its array, an all-reduce twice that; over a TPU torus along each dimension that its devices span, "
     "both ways where the dimension closes to a ring; over several hosts or slices the network and the links inside run at once",
     "the bound overlaps the three fully; the time without overlap adds them up",

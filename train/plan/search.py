@@ -14,18 +14,20 @@ import jax.numpy as jnp
 
 from plait.configs.experiment import ExperimentConfig
 from plait.models import axes
-from plait.train.ahead import Described
-from plait.train.mesh import RULES, make_mesh
+from plait.train.ahead import Described, describe_step
+from plait.train.mesh import make_mesh
 from plait.train.plan.flops import step_flops
 from plait.train.plan.hlo import Collective
-from plait.train.plan.memory import Memory, estimated_memory, saved_activations, state_bytes
-from plait.train.plan.planning import Fix, Plan, check_batch, compile_plan, prepare, settle
+from plait.train.plan.memory import Memory, StateBytes, estimated_memory, saved_activations, state_bytes
 from plait.train.plan.roofline import Times, exchange_seconds, times
+from plait.train.plan.rules import mesh_axes, ways
+from plait.train.plan.step_plan import Fix, Plan, check_batch, compile_plan, prepare, settle
 from plait.train.plan.topology import Target, TargetError, describe_devices
 from plait.train.state import Blueprint
 
 _REMAT: tuple[Literal["full", "dots"] | None, ...] = (None, "dots", "full")  # from the most memory to the least
 _WIDTHS = (1, 2, 4, 8)  # of the tensor and context axes
+_LONG = 16_384  # tokens of a row from which on splitting it is tried, though the rows are enough for all devices
 _MOST_PARTS = 16  # micro-batches
 _PASSES = 4.0  # how often a step reads or writes each value that its forward pass makes
 
@@ -112,7 +114,7 @@ def _candidates(
     assert target.chip is not None
     for sizes in _meshes(config, target):
         mesh_config = dataclasses.replace(config.mesh, **sizes)  # type: ignore[arg-type]
-        described: tuple[Described, jax.sharding.Mesh] | None = None
+        step: Described | None = None
         for remat, parts in itertools.product(_REMAT, _parts(config)):
             new = dataclasses.replace(
                 config,
@@ -122,27 +124,22 @@ def _candidates(
             )
             try:
                 check_batch(new, target)
-                if described is None:
-                    mesh = make_mesh(mesh_config, devices)
-                    described = prepare_on(new, mesh, blueprint), mesh
-                step, mesh = described
+                step = describe_step(new, make_mesh(mesh_config, devices), blueprint) if step is None else step
+                mesh = step.mesh
                 state = state_bytes(step.state, step.shardings, new, mesh)
             except ValueError:
                 continue
             memory = estimated_memory(new, mesh, state, blueprint, target.generation, target.chip.memory, scale)
-            yield Candidate(new, _overrides(config, new), memory, _times(new, mesh, blueprint, target, step))
-
-
-def prepare_on(config: ExperimentConfig, mesh: jax.sharding.Mesh, blueprint: Blueprint) -> Described:
-    """The step of `config` on a mesh, its state laid out by the blueprint of the same model."""
-    from plait.train.ahead import describe_step
-
-    return describe_step(config, mesh, blueprint)
+            yield Candidate(new, _overrides(config, new), memory, _times(new, mesh, blueprint, target, step, state))
 
 
 def _meshes(config: ExperimentConfig, target: Target) -> Iterator[dict[str, int | None]]:
     """Sizes of the axes to try; those of no interest here stay as configured."""
-    tried = {"tensor": _WIDTHS, "context": sorted({*_WIDTHS, config.mesh.context} if config.mesh.context > 1 else {1})}
+    few_rows = config.data.batch_size < target.num_devices or config.data.seq_len >= _LONG
+    tried = {
+        "tensor": _WIDTHS,
+        "context": sorted({*_WIDTHS, config.mesh.context}) if few_rows or config.mesh.context > 1 else (1,),
+    }
     fixed = math.prod(size for name, size in _integers(config.mesh).items() if name not in ("data", "fsdp", *tried))
     for widths in itertools.product(*tried.values()):
         rest, left = divmod(target.num_devices, fixed * math.prod(widths))
@@ -173,19 +170,21 @@ def _overrides(old: ExperimentConfig, new: ExperimentConfig) -> str:
     return " ".join(parts) or "as it is"
 
 
-def _times(config: ExperimentConfig, mesh: jax.sharding.Mesh, blueprint: Blueprint, target: Target, step: Described) -> Times:
+def _times(
+    config: ExperimentConfig, mesh: jax.sharding.Mesh, blueprint: Blueprint, target: Target, step: Described, state: StateBytes
+) -> Times:
     """The roofline from estimated memory traffic and exchange."""
     assert target.chip is not None
     flops = step_flops(config, mesh.size)
-    width = _ways(mesh, axes.MLP)
-    rows = config.data.batch_size / _ways(mesh, axes.BATCH) / _ways(mesh, axes.LENGTH)
+    width = ways(mesh, axes.MLP)
+    rows = config.data.batch_size / ways(mesh, axes.BATCH) / ways(mesh, axes.LENGTH)
     every = saved_activations(
         dataclasses.replace(config, model=dataclasses.replace(config.model, remat=None)), blueprint, target.generation
     )
     again = {None: 0.0, "dots": 0.5, "full": 1.0}[config.model.remat]
     itemsize = jnp.dtype(config.model.compute_dtype).itemsize
     weights = itemsize * blueprint.num_params / width * (3 + again) * config.optimizer.accumulate
-    update = 8 * 4 * blueprint.num_params / mesh.size * _ways(mesh, axes.BATCH) / max(1, mesh.shape["fsdp"])
+    update = 2 * (state.parameters + state.optimizer) + state.parameters  # read and written, and the gradients read
     traffic = rows * (every.whole + every.divided / width) * (_PASSES + again) + weights + update
     found = estimated_collectives(config, mesh, step)
     return times(
@@ -199,7 +198,7 @@ def _times(config: ExperimentConfig, mesh: jax.sharding.Mesh, blueprint: Bluepri
 
 def estimated_collectives(config: ExperimentConfig, mesh: jax.sharding.Mesh, step: Described) -> list[Collective]:
     """What a step exchanges if the compiler does what the layout calls for and no more."""
-    batch = set(_names(axes.BATCH))
+    batch = set(mesh_axes(axes.BATCH))
     itemsize = jnp.dtype(config.model.compute_dtype).itemsize
     parts, model = config.optimizer.accumulate, config.model
     layouts: Any = step.shardings.params
@@ -218,28 +217,21 @@ def estimated_collectives(config: ExperimentConfig, mesh: jax.sharding.Mesh, ste
     if over:
         found.append(Collective("all-gather", order(over), 2 * parts, 2 * parts * gathered))
         found.append(Collective("reduce-scatter", order(over), parts, parts * gathered))
-    rest = order(batch - over | set(_names(axes.LENGTH)))
+    rest = order(batch - over | set(mesh_axes(axes.LENGTH)))
     if rest:
-        ways = math.prod(mesh.shape[a] for a in over)
-        found.append(Collective("all-reduce", rest, parts, parts * (gathered / ways + kept)))
-    rows = config.data.batch_size / _ways(mesh, axes.BATCH)
-    if width := order(_names(axes.MLP)):
+        shares = math.prod(mesh.shape[a] for a in over)
+        found.append(Collective("all-reduce", rest, parts, parts * (gathered / shares + kept)))
+    rows = config.data.batch_size / ways(mesh, axes.BATCH)
+    if width := order(mesh_axes(axes.MLP)):
         count = model.num_layers * (6 if model.remat == "full" else 4)
-        size = rows * config.data.seq_len / _ways(mesh, axes.LENGTH) * model.d_model * itemsize
+        size = rows * config.data.seq_len / ways(mesh, axes.LENGTH) * model.d_model * itemsize
         found.append(Collective("all-reduce", width, count * parts, count * size))
-    if length := order(_names(axes.LENGTH)):
-        ways, size = _ways(mesh, axes.LENGTH), 0.0
+    if length := order(mesh_axes(axes.LENGTH)):
+        size = 0.0
         for mixer in model.layer_mixers:
             short, long = (mixer.state_bytes(model.d_model, n, model.compute_dtype) for n in (1, config.data.seq_len))
-            size += long if long > short else ways * short  # keys and values of the row, or a state from each device
-        found.append(Collective("all-gather", length, 3 * model.num_layers * parts, 3 * rows * size / _ways(mesh, axes.MLP)))
+            size += (
+                long if long > short else ways(mesh, axes.LENGTH) * short
+            )  # keys and values of the row, or a state from each device
+        found.append(Collective("all-gather", length, 3 * model.num_layers * parts, 3 * rows * size / ways(mesh, axes.MLP)))
     return found
-
-
-def _ways(mesh: jax.sharding.Mesh, name: str) -> int:
-    return math.prod(mesh.shape[axis] for axis in _names(name))
-
-
-def _names(name: str) -> tuple[str, ...]:
-    rule = RULES[name]
-    return (rule,) if isinstance(rule, str) else rule or ()

@@ -19,6 +19,7 @@ _LARGEST = {"v4": 4096, "v5p": 8960, "tpu7x": 9216}  # chips of a pod
 _RING = {"v5e": 16, "v6e": 16, "v4": 4, "v5p": 4, "tpu7x": 4}
 """A dimension of the torus wraps around where its size is a multiple of this."""
 _HOST = 8  # GPUs
+_MOST_CPUS = 256
 KNOWN = f"""v5e and v6e: {", ".join(_FLAT)} chips, as in v5e:16x16
 v4, v5p and tpu7x: AxBxC chips, each 1, 2 or a multiple of 4, as in v5p:4x8x8 or v5p:16x16x16; up to 4096, 8960 and 9216 chips
 h100, h200 and b200: HOSTSxGPUS or xGPUS, as in h100:8x8 or h100x64
@@ -97,8 +98,8 @@ def _gpus(text: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _cpus(text: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    if len(shape) != 1:
-        raise TargetError(f"target={text!r} must be cpu:DEVICES, as in cpu:8")
+    if len(shape) != 1 or shape[0] > _MOST_CPUS:
+        raise TargetError(f"target={text!r} must be cpu:DEVICES with at most {_MOST_CPUS}, as in cpu:8")
     return shape
 
 

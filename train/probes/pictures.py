@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from plait.data.batch import Batch
 from plait.data.tokenizer import Tokenizer
@@ -14,26 +16,30 @@ from plait.models.mixers.stats import PictureProbe
 from plait.train.metrics import write_attention
 from plait.train.probes.collect import padded_layers
 from plait.train.state import Arrays, Blueprint
+from plait.train.together import first
 
 _LENGTH = 64
 
 
 def write_pictures(
-    run: Path, step: int, blueprint: Blueprint, params: Arrays, buffers: Arrays, batch: Batch, tokenizer: Tokenizer
+    run: Path, step: int, blueprint: Blueprint, mesh: Mesh, params: Arrays, buffers: Arrays, batch: Batch, tokenizer: Tokenizer
 ) -> None:
-    """Writes the implied attention of all layers over the longest document piece of `batch`, at most 64 tokens of it."""
+    """Writes the implied attention of all layers over the longest document piece of `batch`, at most 64 tokens of it.
+
+    Every host computes it, on the same whole `batch`; host 0 writes.
+    """
     row, start, length = _longest_piece(np.asarray(batch.segment_ids))
     length = min(length, _LENGTH)
     tokens = np.asarray(batch.tokens)[row, start : start + length]
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
     def attend(params: Arrays, buffers: Arrays, tokens: jax.Array) -> list:
         where = {"segment_ids": jnp.ones_like(tokens), "positions": jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]}
         _, stats = blueprint.build(params, buffers).hidden(tokens, **where, probe=PictureProbe(sequences=1))
         return [None if s is None or s.attention is None else s.attention[0] for s in stats]  # [H, T, T] a layer
 
-    maps = [None if a is None else np.asarray(a, np.float32) for a in attend(params, buffers, jnp.asarray(tokens)[None])]
-    if all(heads is None for heads in maps):
+    maps = [None if a is None else np.asarray(a, np.float32) for a in attend(params, buffers, tokens[None])]
+    if all(heads is None for heads in maps) or not first():
         return
     widest = max(heads.shape[0] for heads in maps if heads is not None)
     write_attention(run, step, padded_layers(maps, (widest, length, length)), tokenizer.token_strings(tokens.tolist()))

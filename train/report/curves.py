@@ -35,6 +35,8 @@ EVENT_TITLES = {
     "logit_growth": "logit growth",
     "massive_activation": "massive activation",
     "loss_spike": "loss spike",
+    "spike_skipped": "spike left out",
+    "rewind": "rewind",
 }
 
 
@@ -117,6 +119,11 @@ SCALARS = {
     "throughput/tokens_per_second": ("Speed", "tokens per second"),
     "throughput/mfu": ("Model FLOP utilisation", "share of peak"),
     "time/step": ("Time of one step", "seconds"),
+    "time/data": ("Waiting for the batch, a step", "seconds"),
+    "time/data_max": ("The same on the host that waited most", "seconds"),
+    "time/host_max": ("Slowest host's own time, a step", "seconds"),
+    "time/host_mean": ("Mean host's own time, a step", "seconds"),
+    "time/slowest_host": ("Slowest host", "number"),
     "grad/norm": ("Gradient norm, before clipping", "L2 norm"),
     "optimizer/learning_rate": ("Learning rate", "per step"),
 }

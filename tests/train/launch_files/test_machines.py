@@ -21,6 +21,7 @@ from plait.train.launch_files.machines import GENERATIONS, machines
         ("v6e:16x16", 64, 4, 256, "v6e-256", "ct6e-standard-4t"),
         ("tpu7x:4x4x4", 16, 4, 128, None, "tpu7x-standard-4t"),
         ("h100:8x8", 8, 8, 64, None, "a3-megagpu-8g"),
+        ("h100x64", 8, 8, 64, None, "a3-megagpu-8g"),
         ("h200:4x8", 4, 8, 32, None, "a3-ultragpu-8g"),
         ("b200:128x8", 128, 8, 1024, None, "a4-highgpu-8g"),
     ],

@@ -44,7 +44,7 @@ BAD = {
     "mesh": (f"gke lm_tiny {TO_GKE} --mesh.fsdp 3 --data.batch-size 48", "must multiply to the 16 devices"),
     "mesh smaller": (f"gke lm_tiny {TO_GKE} --mesh.data 8", "leave mesh.data=None"),
     "batch": (f"gke lm_tiny {TO_GKE} --data.batch-size 24", "use a batch of 16 rows"),
-    "hosts and batch": (f"gke lm_tiny {TO_GKE} --mesh.tensor 16 --data.batch-size 6", "multiple of the 4 hosts; use 8"),
+    "slices": (f"gke lm_tiny {TO_GKE} --slices 2 --mesh.fsdp 32 --data.batch-size 32", "must be a multiple of the 2 slices"),
     "model": (f"gke lm_tiny {TO_GKE} --mesh.fsdp 16 --data.batch-size 16 --model.d-model 40", "which mesh fsdp=16 must divide"),
     "name": (f"gke lm_tiny --data.batch-size 16 {TO_GKE} --name Tiny_1", "RFC 1123"),
     "long name": (f"gke lm_tiny --data.batch-size 16 {TO_GKE} --name {'a' * 55}", "use at most 47 characters"),

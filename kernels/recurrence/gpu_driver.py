@@ -10,10 +10,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from plait.kernels import carry_gpu, gpu, inverse_gpu, scores_gpu
-from plait.kernels.chunk_gpu import CHUNK
+from plait.kernels import gpu
 from plait.kernels.chunking import segment_index
-from plait.kernels.recurrence import Results, in_value_parts, log_decay_rate, results, summarize, token_norm, value_parts
+from plait.kernels.recurrence import (
+    Results,
+    gpu_carry,
+    gpu_inverse,
+    gpu_scores,
+    in_value_parts,
+    log_decay_rate,
+    results,
+    summarize,
+    token_norm,
+    value_parts,
+)
+from plait.kernels.recurrence.gpu_chunk import CHUNK
 
 Array = jax.Array
 
@@ -128,11 +139,11 @@ def _prepare(
     since_start, to_end = (x.reshape(channels.shape) for x in (since_start, to_end))
     q_in = (scale * to_heads(q) * since_start).astype(v.dtype)
     k_out = (to_heads(k) * to_end).astype(v.dtype)
-    scores, *own = scores_gpu.scores(beta is not None, scale, q, k, g)
+    scores, *own = gpu_scores.scores(beta is not None, scale, q, k, g)
     if beta is None:
         return Prepared(q_in, k_out, decay, scores, v)
     k_in = (-to_heads(k) * since_start).astype(v.dtype)
-    written, erase = inverse_gpu.write(*own, scores_gpu.heads_to_lines(beta), k_in, v)
+    written, erase = gpu_inverse.write(*own, gpu_scores.heads_to_lines(beta), k_in, v)
     return Prepared(q_in, k_out, decay, scores, written, erase)
 
 
@@ -158,11 +169,11 @@ def _recur(
 def _recur_forward(scale: float, measure: bool, arguments: tuple[Any, ...], initial: Array, segment_ids: Array | None) -> Any:
     p = _prepare(segment_ids, scale, *arguments)
     if p.erase is None:
-        states, final, _ = carry_gpu.carry(p.decay, initial, add=(p.k_out, p.values))
+        states, final, _ = gpu_carry.carry(p.decay, initial, add=(p.k_out, p.values))
         x = p.values
     else:
-        states, final, x = carry_gpu.carry(p.decay, initial, delta=carry_gpu.Delta(p.erase, p.k_out, p.values))
-    o = carry_gpu.combine(p.scores, x, p.q_in, states)
+        states, final, x = gpu_carry.carry(p.decay, initial, delta=gpu_carry.Delta(p.erase, p.k_out, p.values))
+    o = gpu_carry.combine(p.scores, x, p.q_in, states)
     measured = _measure(arguments[1], x, states, final, segment_ids) if measure else (None, None)
     return (o, final, *measured), (arguments, states, segment_ids)
 
@@ -172,16 +183,16 @@ def _recur_backward(scale: float, measure: bool, saved: Any, cotangents: Any) ->
     p, pull = jax.vjp(partial(_prepare, segment_ids, scale), *arguments)
     x, d_x = p.values, None
     if p.erase is None:
-        d_states, d_initial, _ = carry_gpu.carry(p.decay, d_final, add=(p.q_in, d_o), reverse=True)
-        d_values = carry_gpu.combine(p.scores, d_o, p.k_out, d_states, transposed=True)
+        d_states, d_initial, _ = gpu_carry.carry(p.decay, d_final, add=(p.q_in, d_o), reverse=True)
+        d_values = gpu_carry.combine(p.scores, d_o, p.k_out, d_states, transposed=True)
     else:
         erase = p.erase.reshape(p.erase.shape[0], -1, CHUNK, *p.erase.shape[2:])
         erased = jnp.einsum("bnchk,bhnkv->bnchv", erase, states, preferred_element_type=jnp.float32)
         x = (p.values + erased.reshape(p.values.shape)).astype(p.values.dtype)
-        delta = carry_gpu.Delta(p.k_out, p.erase, carry_gpu.combine(p.scores, d_o, transposed=True))
-        d_states, d_initial, d_x = carry_gpu.carry(p.decay, d_final, add=(p.q_in, d_o), delta=delta, reverse=True)
+        delta = gpu_carry.Delta(p.k_out, p.erase, gpu_carry.combine(p.scores, d_o, transposed=True))
+        d_states, d_initial, d_x = gpu_carry.carry(p.decay, d_final, add=(p.q_in, d_o), delta=delta, reverse=True)
         d_values = d_x
-    g = carry_gpu.gradients(d_o, x, d_x, states, d_states)
+    g = gpu_carry.gradients(d_o, x, d_x, states, d_states)
     return pull(Prepared(g.q_in, g.k_out, g.decay, g.scores, d_values, g.erase)), d_initial, None
 
 

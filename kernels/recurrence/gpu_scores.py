@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from plait.kernels.chunk_gpu import (
+from plait.kernels.gpu import call, full
+from plait.kernels.recurrence.gpu_chunk import (
     BF16,
     CHUNK,
     F32,
@@ -38,7 +39,6 @@ from plait.kernels.chunk_gpu import (
     tokens,
     zero_one,
 )
-from plait.kernels.gpu import call, full
 
 Array = jax.Array
 

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from plait.kernels.chunk_gpu import (
+from plait.kernels.gpu import call
+from plait.kernels.recurrence.gpu_chunk import (
     BF16,
     CHUNK,
     F32,
@@ -37,7 +38,6 @@ from plait.kernels.chunk_gpu import (
     tokens,
     zero_one,
 )
-from plait.kernels.gpu import call
 
 Array = jax.Array
 

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from plait.kernels.chunk_gpu import BF16, CHUNK, F32, Ref, at, by_row, fetch, flip, line, load, matmul, send, tile
 from plait.kernels.gpu import call
+from plait.kernels.recurrence.gpu_chunk import BF16, CHUNK, F32, Ref, at, by_row, fetch, flip, line, load, matmul, send, tile
 
 Array = jax.Array
 

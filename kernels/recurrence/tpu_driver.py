@@ -1,4 +1,4 @@
-"""The TPU (Mosaic) driver of the linear recurrences: two kernels for any `chunk_tpu.BlockFunction`.
+"""The TPU (Mosaic) driver of the linear recurrences: two kernels for any `tpu_chunk.BlockFunction`.
 
 Both walk the grid (batch, key heads, blocks of several chunks, value heads of the key head); the last two run in order and carry
 the states of a key head's value heads in VMEM. The forward kernel writes outputs, the final state and, for the gradient, the state
@@ -13,10 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from plait.kernels import chunking, recurrence_tpu_kernels
-from plait.kernels.chunk_tpu import BlockFunction
-from plait.kernels.recurrence import Results, in_value_parts, results, summarize, value_parts
-from plait.kernels.recurrence_tpu_kernels import LANES, MIN_TOKENS, Operands, Problem, Tiles
+from plait.kernels import chunking
+from plait.kernels.recurrence import Results, in_value_parts, results, summarize, tpu_kernels, value_parts
+from plait.kernels.recurrence.tpu_chunk import BlockFunction
+from plait.kernels.recurrence.tpu_kernels import LANES, MIN_TOKENS, Operands, Problem, Tiles
 from plait.kernels.target import current, not_on
 
 Array = jax.Array
@@ -107,18 +107,18 @@ def recurrence(
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _run(problem: Problem, x: Operands) -> tuple[Array, Array, Array | None]:
     """o, the final state [B, Hv, V, K] and the sums [B, Hv, N, 3] of the statistics."""
-    o, final, sums, _ = recurrence_tpu_kernels.forward(problem, x, keep=False)
+    o, final, sums, _ = tpu_kernels.forward(problem, x, keep=False)
     return o, final, sums
 
 
 def _run_forward(problem: Problem, x: Operands) -> Any:
-    o, final, sums, entering = recurrence_tpu_kernels.forward(problem, x, keep=True)
+    o, final, sums, entering = tpu_kernels.forward(problem, x, keep=True)
     return (o, final, sums), (x, entering)
 
 
 def _run_backward(problem: Problem, saved: tuple[Operands, Array], cotangents: tuple[Array, ...]) -> tuple[Operands]:
     x, entering = saved
-    return (recurrence_tpu_kernels.backward(problem, x, entering, *cotangents[:2]),)
+    return (tpu_kernels.backward(problem, x, entering, *cotangents[:2]),)
 
 
 _run.defvjp(_run_forward, _run_backward)

@@ -1,4 +1,4 @@
-"""The two Pallas kernels of the linear recurrences on TPU, and how they cut their operands; see `recurrence_tpu`."""
+"""The two Pallas kernels of the linear recurrences on TPU, and how they cut their operands; see `tpu_driver`."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from plait.kernels.chunk_tpu import SUBLANES, BlockFunction, Bounds, Inputs, Written, column, iota
+from plait.kernels.recurrence.tpu_chunk import SUBLANES, BlockFunction, Bounds, Inputs, Written, column, iota
 
 Array = jax.Array
 
