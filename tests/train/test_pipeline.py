@@ -1,19 +1,27 @@
 """Pipeline stages: the numbers of one device with the same micro-batches, what each stage holds, and clear refusals."""
 
 import dataclasses
+import importlib.util
+import math
 
 import jax
 import numpy as np
 import pytest
+from jax.experimental import topologies
 
-from plait.configs.experiment import MeshConfig
+from plait.configs.experiment import ExperimentConfig, MeshConfig, OptimizerConfig
+from plait.data.config import DataConfig
+from plait.models.config import LMConfig
+from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.models.mixers.stats import ProbeConfig
 from plait.tests.models.common import quick_jit
 from plait.tests.tolerances import assert_close
 from plait.tests.train.common import hybrid, mixture, random_batch, routed, setup_of, tiny, tree_arrays
 from plait.tests.train.test_mesh import SIZES, assert_same_training, two_steps
-from plait.train.mesh import batch_sharding
+from plait.train.ahead import lower_step
+from plait.train.mesh import batch_sharding, make_mesh
 from plait.train.pipeline import bubble_fraction
+from plait.train.state import Blueprint
 from plait.train.step import make_step
 
 FOUR = {**SIZES, "model.num_layers": 4, "optimizer.accumulate": 4}
@@ -99,3 +107,37 @@ def test_stages_that_do_not_divide_the_layers_are_refused(layers, stages, fits):
 def test_micro_batches_that_do_not_divide_the_batch_are_refused():
     with pytest.raises(ValueError, match=r"optimizer\.accumulate=3 must divide data\.batch_size=8"):
         tiny({"data.batch_size": 8, "optimizer.accumulate": 3, "mesh": MeshConfig(pipeline=2)})
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="compiling for TPU needs the extra aot")
+def test_stages_compile_for_tpu_with_kernels_and_moments_in_host_memory(monkeypatch):
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    model = LMConfig(
+        d_model=256,
+        num_layers=4,
+        pattern="softmax",
+        mixers={"softmax": SoftmaxConfig(num_heads=4, num_kv_heads=2, head_dim=64)},
+        vocab_size=1024,
+        remat="full",
+        compute_dtype="bfloat16",
+    )
+    config = ExperimentConfig(
+        name="stages",
+        steps=1000,
+        model=model,
+        data=DataConfig(seq_len=256, batch_size=8),
+        optimizer=OptimizerConfig(accumulate=4),
+        mesh=MeshConfig(data=1, pipeline=2, tensor=2, offload="optimizer"),
+    )
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+    mesh = make_mesh(config.mesh, devices)
+    compiled = lower_step(config, mesh, "v5e").compile()
+    text = compiled.as_text()
+    assert all(f"attention_{kernel}" in text for kernel in ("forward", "query_gradients", "key_gradients"))
+    assert text.count("collective-permute-start(") == 2, "one there, one back"
+    parts = Blueprint(config).update_shardings(mesh)
+    shapes = {name: variable.shape for name, variable in Blueprint(config)._variables.items()}
+    moments = sum(2 * 4 * math.prod(part.shard_shape(shapes[name])) for name, part in parts.items())
+    assert moments <= compiled.memory_analysis().host_argument_size_in_bytes <= 1.01 * moments
