@@ -29,7 +29,7 @@ _REMAT: tuple[Literal["full", "dots"] | None, ...] = (None, "dots", "full")  # f
 _WIDTHS = (1, 2, 4, 8)  # of the tensor and context axes
 _LONG = 16_384  # tokens of a row from which on splitting it is tried, though the rows are enough for all devices
 _MOST_PARTS = 16  # micro-batches
-_PASSES = 4.0  # how often a step reads or writes each value that its forward pass makes
+_PASSES = 3.0  # how often a step reads or writes each value that its forward pass makes
 
 
 @dataclasses.dataclass(frozen=True)
