@@ -14,7 +14,6 @@ import numpy as np
 from plait.configs.cli import parse_experiment
 from plait.tests.train.common import random_batch
 from plait.train.ahead import describe_step
-from plait.train.evaluate import place
 from plait.train.mesh import batch_sharding, make_mesh
 from plait.train.plan.planning import make_plan
 from plait.train.plan.step_plan import settle
@@ -29,7 +28,7 @@ mesh = make_mesh(config.mesh)
 step = describe_step(config, mesh)
 state = jax.tree.map(lambda a, s: jax.device_put(np.zeros(a.shape, a.dtype), s), step.state, step.shardings)
 rows = batch_sharding(mesh, config.data.batch_size, config.data.seq_len, 1)
-batch = place(random_batch(config.data.batch_size, config.data.seq_len), rows)
+batch = jax.device_put(random_batch(config.data.batch_size, config.data.seq_len), rows)
 run = jax.jit(make_step(step.blueprint, step.tx, mesh, None), donate_argnums=0, out_shardings=(step.shardings, None))
 run = run.lower(state, batch).compile()
 resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096
