@@ -14,7 +14,6 @@ import pytest
 from plait.launch import main
 from plait.tests.train.common import hybrid, random_batch, tiny
 from plait.train.ahead import describe_step
-from plait.train.evaluate import place
 from plait.train.hardware import peak_flops
 from plait.train.mesh import batch_sharding, make_mesh
 from plait.train.plan.chips import CHIPS
@@ -26,6 +25,7 @@ from plait.train.plan.memory import estimated_memory, state_bytes
 from plait.train.plan.planning import make_plan
 from plait.train.plan.report import headline, sections
 from plait.train.plan.roofline import Route, route, times
+from plait.train.plan.search import estimated_collectives
 from plait.train.plan.step_plan import check_batch, settle
 from plait.train.plan.topology import Target, TargetError, describe_devices, parse_target
 from plait.train.plan.units import GIB
@@ -183,7 +183,7 @@ def test_memory_is_that_of_a_real_run():
     step = describe_step(config, mesh)
     state = jax.tree.map(lambda a, s: jax.device_put(np.zeros(a.shape, a.dtype), s), step.state, step.shardings)
     rows = batch_sharding(mesh, 8, 32, 1)
-    batch = place(random_batch(8, 32), rows)
+    batch = jax.device_put(random_batch(8, 32), rows)
     device = mesh.devices.flat[0]
     arrays = jax.tree.leaves((state, batch))
     live = sum(shard.data.nbytes for array in arrays for shard in array.addressable_shards if shard.device == device)
@@ -209,6 +209,20 @@ def test_estimates_grow_with_what_is_kept():
         totals.append(estimated_memory(new, step.mesh, state, step.blueprint, None, None))
     assert totals[0].temporaries < totals[1].temporaries < totals[2].temporaries
     assert all(not memory.compiled and memory.fits for memory in totals)
+
+
+@pytest.mark.parametrize(
+    ("target", "reduction"), [("v5e:2x4", "all-reduce"), ("v5e:4x4", "reduce-scatter"), ("h100x8", "reduce-scatter")]
+)
+def test_estimated_exchange_of_fsdp(target: str, reduction: str):
+    config = settle(tiny({"mesh.data": 1, "mesh.fsdp": 8, "data.batch_size": 8}))
+    step = describe_step(config, make_mesh(config.mesh))
+    gather, reduce = estimated_collectives(config, step.mesh, step, parse_target(target))
+    params: Any = step.state.params
+    split = {name for name in params if "fsdp" in str(step.shardings.params[name].spec)}
+    size = sum(4 * params[name].size for name in split)
+    assert (gather.kind, gather.axes, gather.bytes) == ("all-gather", ("fsdp",), 2 * size)
+    assert (reduce.kind, reduce.axes, reduce.bytes) == (reduction, ("fsdp",), size)
 
 
 def _oddities(config: Any, *found: Instruction, said: tuple[str, ...] = ()) -> list[str]:

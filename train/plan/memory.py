@@ -53,8 +53,8 @@ class Memory:
 
     @property
     def fits(self) -> bool:
-        """Whether it is within the limit; an estimate has to leave a tenth."""
-        return self.limit is None or self.total <= self.limit * (1.0 if self.compiled else 0.9)
+        """Whether it is within the limit; an estimate has to leave 15%."""
+        return self.limit is None or self.total <= self.limit * (1.0 if self.compiled else 0.85)
 
     @property
     def largest(self) -> str:

@@ -188,7 +188,9 @@ def show(console: Console, parts: Sequence[Section]) -> None:
     """Prints sections."""
     for part in parts:
         if part.rows:
-            table = Table(*part.columns, title=part.title, title_justify="left")
+            table = Table(title=part.title, title_justify="left")
+            for column in part.columns:
+                table.add_column(column, overflow="fold")
             for row in part.rows:
                 table.add_row(*row)
             console.print(table)

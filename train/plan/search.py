@@ -17,7 +17,7 @@ from plait.models import axes
 from plait.train.ahead import Described, describe_step
 from plait.train.mesh import make_mesh
 from plait.train.plan.flops import step_flops
-from plait.train.plan.hlo import Collective
+from plait.train.plan.hlo import Collective, Kind
 from plait.train.plan.memory import Memory, StateBytes, estimated_memory, saved_activations, state_bytes
 from plait.train.plan.roofline import Times, exchange_seconds, times
 from plait.train.plan.rules import mesh_axes, ways
@@ -29,7 +29,7 @@ _REMAT: tuple[Literal["full", "dots"] | None, ...] = (None, "dots", "full")  # f
 _WIDTHS = (1, 2, 4, 8)  # of the tensor and context axes
 _LONG = 16_384  # tokens of a row from which on splitting it is tried, though the rows are enough for all devices
 _MOST_PARTS = 16  # micro-batches
-_PASSES = 4.0  # how often a step reads or writes each value that its forward pass makes
+_PASSES = 3.0  # how often a step reads or writes each value that its forward pass makes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +186,7 @@ def _times(
     weights = itemsize * blueprint.num_params / width * (3 + again) * config.optimizer.accumulate
     update = 2 * (state.parameters + state.optimizer) + state.parameters  # read and written, and the gradients read
     traffic = rows * (every.whole + every.divided / width) * (_PASSES + again) + weights + update
-    found = estimated_collectives(config, mesh, step)
+    found = estimated_collectives(config, mesh, step, target)
     return times(
         target.chip,
         hardware_flops=flops.hardware,
@@ -196,8 +196,11 @@ def _times(
     )
 
 
-def estimated_collectives(config: ExperimentConfig, mesh: jax.sharding.Mesh, step: Described) -> list[Collective]:
-    """What a step exchanges if the compiler does what the layout calls for and no more."""
+def estimated_collectives(config: ExperimentConfig, mesh: jax.sharding.Mesh, step: Described, target: Target) -> list[Collective]:
+    """What a step exchanges if the compiler does what the layout calls for and no more.
+
+    Where parameters lie over all chips of a TPU slice, gradients are all-reduced, as TPUs do.
+    """
     batch = set(mesh_axes(axes.BATCH))
     itemsize = jnp.dtype(config.model.compute_dtype).itemsize
     parts, model = config.optimizer.accumulate, config.model
@@ -216,7 +219,10 @@ def estimated_collectives(config: ExperimentConfig, mesh: jax.sharding.Mesh, ste
     found = []
     if over:
         found.append(Collective("all-gather", order(over), 2 * parts, 2 * parts * gathered))
-        found.append(Collective("reduce-scatter", order(over), parts, parts * gathered))
+        all_chips = math.prod(mesh.shape[a] for a in over) == target.num_devices // target.slices
+        on_tpu = target.chip is not None and target.chip.platform == "tpu"
+        reduction: Kind = "all-reduce" if on_tpu and all_chips else "reduce-scatter"
+        found.append(Collective(reduction, order(over), parts, parts * gathered))
     rest = order(batch - over | set(mesh_axes(axes.LENGTH)))
     if rest:
         shares = math.prod(mesh.shape[a] for a in over)
