@@ -15,11 +15,11 @@ import pytest
 
 from plait.configs import codec
 from plait.configs.experiment import ExperimentConfig
+from plait.data.loader import DataIterator
 from plait.launch import main
 from plait.tests.train.common import changed, different_arrays, hybrid, launch, write_corpus
 from plait.train import run as runs
 from plait.train.checkpoint import CheckpointError, Checkpoints
-from plait.train.layout import BatchLayout
 from plait.train.loop import train
 
 STEPS, EVERY = 40, 8
@@ -145,21 +145,22 @@ def stopped_at(config: ExperimentConfig, out: Path, step: int, monkeypatch) -> E
     """Trains in `out` in this process until `step`, ending as on SIGTERM, and gives the config that goes on."""
     config = changed(config, {"out": str(out)})
     with monkeypatch.context() as patch:
-        patch.setattr(BatchLayout, "place", _terminating(step))
+        patch.setattr(DataIterator, "__next__", terminating(step))
         result = train(config)
     assert (result.step, result.finished) == (step, False)
     return changed(config, {"resume": True})
 
 
-def _terminating(step: int):
-    calls, place = iter(range(1, step + 1)), BatchLayout.place
+def terminating(count: int):
+    """Reads the next training batch, with a SIGTERM at the one of that number."""
+    calls, read = iter(range(1, count + 1)), DataIterator.__next__
 
-    def placing(layout, batch):
-        if next(calls, None) == step:
+    def reading(iterator):
+        if next(calls, None) == count:
             os.kill(os.getpid(), signal.SIGTERM)
-        return place(layout, batch)
+        return read(iterator)
 
-    return placing
+    return reading
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 11))])
@@ -194,7 +195,7 @@ def test_sigterm_saves_exits_0_and_goes_on(light, light_undisturbed, compile_cac
 def test_stopped_twice_and_resumed_twice(light, light_undisturbed, tmp_path, monkeypatch):
     again = stopped_at(light, tmp_path / "run", 3, monkeypatch)
     with monkeypatch.context() as patch:
-        patch.setattr(BatchLayout, "place", _terminating(10))
+        patch.setattr(DataIterator, "__next__", terminating(10))
         assert train(again).step == 13
     train(again)
     assert_same_run(tmp_path / "run", light_undisturbed)

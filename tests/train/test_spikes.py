@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from plait.configs.experiment import SpikeConfig
+from plait.data.loader import DataIterator
 from plait.tests.train.common import changed, different_arrays, tiny
-from plait.tests.train.test_resume import _terminating, last_state, lines_of
+from plait.tests.train.test_resume import last_state, lines_of, terminating
 from plait.train.checkpoint import Checkpoints
 from plait.train.failure import TrainingFailed
 from plait.train.layout import BatchLayout
@@ -128,7 +129,7 @@ def test_a_rewind_is_the_same_in_a_run_that_was_stopped(stop, saved, spiked, com
     train(spiked(tmp_path / "whole", BAD, **{"spike.action": "rewind"}))
     config = spiked(tmp_path / "run", BAD, **{"spike.action": "rewind"})
     with monkeypatch.context() as patch:
-        patch.setattr(BatchLayout, "place", _terminating(stop))
+        patch.setattr(DataIterator, "__next__", terminating(stop))
         assert train(config).step == saved
     train(changed(config, {"resume": True}))
     assert different_arrays(last_state(tmp_path / "run"), last_state(tmp_path / "whole")) == []
