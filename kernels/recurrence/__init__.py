@@ -313,9 +313,9 @@ def implied_rows(
 
     chunks = (c.k_out, c.decay) if inverse is None else (c.k_out, c.decay, inverse, erase)
     chunks = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), chunks)
-    reader = jnp.zeros((batch, num_heads, rows.shape[0], key_dim), dtype) if reader is None else reader.astype(dtype)
-    reader, weights = jax.lax.scan(visit, reader, (jnp.arange(num_chunks), *chunks), reverse=True)
-    return jnp.moveaxis(weights, 0, 3).reshape(batch, num_heads, rows.shape[0], -1)[..., :length], reader
+    start = jnp.zeros((batch, num_heads, rows.shape[0], key_dim), dtype) if reader is None else reader.astype(dtype)
+    left, weights = jax.lax.scan(visit, start, (jnp.arange(num_chunks), *chunks), reverse=True)
+    return jnp.moveaxis(weights, 0, 3).reshape(batch, num_heads, rows.shape[0], -1)[..., :length], left
 
 
 def _home_scores(c: Chunks, home: Array, offset: Array) -> Array:
