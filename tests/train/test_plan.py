@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from plait.train.ahead import describe_step
 from plait.train.hardware import peak_flops
 from plait.train.mesh import batch_sharding, make_mesh
 from plait.train.plan.chips import CHIPS
-from plait.train.plan.compiling import Outcome, compile_step, largest_allocations, required_temporaries
+from plait.train.plan.compiling import Outcome, compile_step, largest_allocations, required_temporaries, standard_error
 from plait.train.plan.findings import find_oddities
 from plait.train.plan.flops import layer_flops, step_flops
 from plait.train.plan.hlo import Instruction
@@ -329,6 +330,16 @@ def test_bad_input_ends_before_a_compile(args: list[str], said: str, capsys: pyt
     assert main(["plan", *args]) == 2
     assert said in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_standard_error_of_other_languages_is_kept(capfd: pytest.CaptureFixture[str]):
+    with standard_error() as said:
+        os.write(2, b"from C++\n")
+    assert said == ["from C++"]
+    with pytest.raises(KeyError), standard_error():
+        os.write(2, b"before the end\n")
+        raise KeyError
+    assert "before the end" in capfd.readouterr().err
 
 
 def test_compile_step_catches_want_of_memory_only():
