@@ -263,7 +263,8 @@ class _Loop:
             )
         arrays = None if stats is None else probe_arrays(stats)
         spike = self.spikes.note(step, values["loss/train"], values["grad/norm"])
-        if spike is not None and self.config.spike.action == "rewind":
+        every = self.config.checkpoint_every
+        if spike is not None and self.config.spike.action == "rewind" and every is not None and step > every:
             raise Rewind(step, spike)
         events = self.detector.update(step, arrays, values["loss/train"])
         if spike is not None:

@@ -123,6 +123,12 @@ def test_a_rewind_goes_back_to_the_checkpoint_and_leaves_out_the_batches_since(s
     assert steps == list(range(1, STEPS + 1)), "each step once"
 
 
+def test_before_the_first_checkpoint_a_spike_is_only_left_out(spiked, compile_cache, tmp_path):
+    config = spiked(tmp_path / "run", BAD, **{"spike.action": "rewind", "checkpoint_every": 20})
+    train(config)
+    assert [(event["kind"], event["step"]) for event in events_of(tmp_path / "run")] == [("spike_skipped", BAD)]
+
+
 @pytest.mark.parametrize(("stop", "saved"), [(13, 13), (15, 12), (17, 14)], ids=["before it", "at it", "after it"])
 def test_a_rewind_is_the_same_in_a_run_that_was_stopped(stop, saved, spiked, compile_cache, tmp_path, monkeypatch):
     """`stop` counts the batches, `saved` is the step at which the run then ends."""
