@@ -21,6 +21,7 @@ class Block(nnx.Module):
 
     def __init__(self, config: LMConfig, ctx: BuildContext):
         self.norm = config.norm
+        self.scope = layer_scope(config.layers[ctx.layer_index])
         self.mixer = config.layer_mixers[ctx.layer_index].build(config.d_model, ctx)
         self.channel_mixer = config.channel_mixer.build(config.d_model, ctx)
         self.mixer_norm = RMSNorm(ctx, config.d_model, eps=config.norm_eps)
@@ -41,13 +42,23 @@ class Block(nnx.Module):
     def step(self, x: jax.Array, state: State, *, positions: jax.Array) -> tuple[jax.Array, State]:
         return self._around(x, lambda h: self.mixer.step(h, state, positions=positions))
 
-    def _around(self, x: jax.Array, mix: Callable[[jax.Array], tuple[jax.Array, Any]]) -> tuple[jax.Array, Any]:
+    def _around(self, x: jax.Array, mixer: Callable[[jax.Array], tuple[jax.Array, Any]]) -> tuple[jax.Array, Any]:
+        mix = jax.named_scope(self.scope)(mixer)
         if self.norm == "pre":
             y, out = mix(self.mixer_norm(x))
             x = x + y
-            x = x + self.channel_mixer(self.channel_norm(x))
+            x = x + self._mix_channels(self.channel_norm(x))
         else:
             y, out = mix(x)
             x = self.mixer_norm(x + y)
-            x = self.channel_norm(x + self.channel_mixer(x))
+            x = self.channel_norm(x + self._mix_channels(x))
         return constrain(x, (*(BATCH, LENGTH)[: x.ndim - 1], None)), out
+
+    @jax.named_scope("layer_channel_mixer")
+    def _mix_channels(self, x: jax.Array) -> jax.Array:
+        return self.channel_mixer(x)
+
+
+def layer_scope(name: str) -> str:
+    """The name, in compiled programs, of what a mixer of this pattern name does."""
+    return "layer_" + name.replace("/", ".")

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from plait.train.plan.hlo import Collective, collectives, instructions
+from plait.train.plan.hlo import Collective, Instruction, by_layer_kind, collectives, instructions
 
 
 def _mesh(**sizes: int) -> Mesh:
@@ -159,3 +159,20 @@ def test_a_loop_of_unknown_length_counts_once_and_says_so():
     text = TPU_LOOP.replace("ROOT %lt = pred[]{:T(512)} compare(%i, %limit)", "ROOT %lt = pred[]{:T(512)} compare(%i, %j)")
     found = instructions(text, _Described(fsdp=4))  # type: ignore[arg-type]
     assert [(one.times, one.trips_known) for one in found] == [(1, False)] * 2
+
+
+def test_collectives_by_kind_of_layer():
+    def one(op: str, times: int, axes: tuple[str, ...] = ("fsdp",)) -> Instruction:
+        return Instruction("all-gather", axes, (("f32", (4,)),), times, True, op)
+
+    found = by_layer_kind([
+        one("jit(step)/jvp()/while/body/layer_gated_deltanet/dot_general", 6),
+        one("jit(step)/transpose(jvp(layer_gated_deltanet))/dot_general", 2),
+        one("jit(step)/layer_softmax.local/context_attention/ppermute", 1, ("context",)),
+        one("jit(step)/take", 1),
+    ])  # fmt: skip
+    assert found == {
+        ("gated_deltanet", ("fsdp",)): (8, 128.0),
+        ("softmax/local", ("context",)): (1, 16.0),
+        ("others", ("fsdp",)): (1, 16.0),
+    }

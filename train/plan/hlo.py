@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Literal, get_args
 
 import jax
@@ -28,6 +28,7 @@ _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^{]*)\))
 _ORDER = re.compile(r"\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _IOTA = re.compile(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _LISTED = re.compile(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}")
+_LAYER = re.compile(r"\blayer_([\w+.]+)")  # see `plait.models.block.layer_scope`
 _PAIRS = re.compile(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}")
 
 
@@ -79,6 +80,17 @@ def collectives(text: str, mesh: jax.sharding.Mesh) -> list[Collective]:
         size[one.kind, one.axes] += one.times * one.bytes
     found = [Collective(kind, axes, count[kind, axes], size[kind, axes]) for kind, axes in count]
     return sorted(found, key=lambda c: -c.bytes)
+
+
+def by_layer_kind(found: Iterable[Instruction]) -> dict[tuple[str, tuple[str, ...]], tuple[int, float]]:
+    """Count and bytes of a step by (kind of layer, mesh axes), most bytes first; "others" are embedding, head, loss and optimizer."""
+    sums: dict[tuple[str, tuple[str, ...]], tuple[int, float]] = {}
+    for one in found:
+        layer = _LAYER.search(one.op)
+        key = (layer[1].replace(".", "/") if layer else "others", one.axes)
+        count, size = sums.get(key, (0, 0.0))
+        sums[key] = count + one.times, size + one.times * one.bytes
+    return dict(sorted(sums.items(), key=lambda item: -item[1][1]))
 
 
 def instructions(text: str, mesh: jax.sharding.Mesh) -> list[Instruction]:

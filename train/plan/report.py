@@ -33,7 +33,16 @@ class Section:
 
 def sections(plan: Plan) -> list[Section]:
     """Everything a plan says, in order."""
-    return [_summary(plan), _memory(plan), _flops(plan), _collectives(plan), _roofline(plan), _warnings(plan), _fixes(plan)]
+    return [
+        _summary(plan),
+        _memory(plan),
+        _flops(plan),
+        _collectives(plan),
+        _layer_exchange(plan),
+        _roofline(plan),
+        _warnings(plan),
+        _fixes(plan),
+    ]
 
 
 def headline(plan: Plan) -> str:
@@ -119,6 +128,14 @@ def _collectives(plan: Plan) -> Section:
     if plan.refusal is None and not rows:
         notes.append("None.")
     return Section("Collectives of a device in a step", ("kind", "axes", "count", "full arrays", "ms"), rows, notes)
+
+
+def _layer_exchange(plan: Plan) -> Section:
+    rows = [
+        (layer, " x ".join(axes), f"{count:,}", size_text(size)) for (layer, axes), (count, size) in plan.layer_exchange.items()
+    ]
+    notes = ["A collective that the compiler made of several counts for one of them."] if rows else ["None."]
+    return Section("The same by kind of layer", ("layers", "axes", "count", "full arrays"), rows, notes)
 
 
 def _roofline(plan: Plan) -> Section:
@@ -222,6 +239,10 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "intensity": plan.intensity,
         "collectives": [
             {**dataclasses.asdict(c), "seconds": plan.seconds[i] if plan.seconds else None} for i, c in enumerate(plan.collectives)
+        ],
+        "layer_exchange": [
+            {"layers": layers, "axes": axes, "count": count, "bytes": size}
+            for (layers, axes), (count, size) in plan.layer_exchange.items()
         ],
         "times": None if clock is None else {**dataclasses.asdict(clock), "bound": clock.bound, "serial": clock.serial,
                                              "mfu": clock.mfu, "limited_by": clock.limited_by},

@@ -15,7 +15,7 @@ from plait.train.mesh import make_mesh
 from plait.train.plan.compiling import Outcome, compile_step, largest_allocations, required_temporaries
 from plait.train.plan.findings import find_oddities
 from plait.train.plan.flops import LayerFlops, StepFlops, layer_flops, step_flops
-from plait.train.plan.hlo import Collective, collectives, instructions
+from plait.train.plan.hlo import Collective, by_layer_kind, collectives, instructions
 from plait.train.plan.memory import Memory, StateBytes, compiled_memory, estimated_memory, state_bytes
 from plait.train.plan.roofline import Times, exchange_seconds, route, times
 from plait.train.plan.rules import mesh_axes
@@ -45,6 +45,8 @@ class Plan:
     collectives: list[Collective]
     seconds: list[float]
     """Of each entry of `collectives`; empty where the target has no chip data."""
+    layer_exchange: dict[tuple[str, tuple[str, ...]], tuple[int, float]]
+    """Count and bytes of collectives by kind of layer and mesh axes."""
     routes: dict[str, str]
     """By mesh axes: how their devices are joined."""
     traffic: float | None
@@ -139,13 +141,16 @@ def compile_plan(step: Described, target: Target, start: float | None = None) ->
     found: list[Collective] = []
     seconds: list[float] = []
     warnings: list[str] = []
+    layers: dict[tuple[str, tuple[str, ...]], tuple[int, float]] = {}
     routes: dict[str, str] = {}
     traffic, clock = None, None
     if outcome.compiled is not None:
         memory = compiled_memory(outcome.compiled, state, limit)
         text = outcome.compiled.as_text() or ""
         found = collectives(text, step.mesh)
-        warnings = find_oddities(step, instructions(text, step.mesh), outcome.rematerialized)
+        single = instructions(text, step.mesh)
+        layers = by_layer_kind(single)
+        warnings = find_oddities(step, single, outcome.rematerialized)
         if target.chip is not None:
             traffic = memory_traffic(text)
             seconds = exchange_seconds(found, step.mesh, target)
@@ -165,6 +170,7 @@ def compile_plan(step: Described, target: Target, start: float | None = None) ->
         flops=flops,
         layers=layer_flops(step.config),
         collectives=found,
+        layer_exchange=layers,
         seconds=seconds,
         routes=routes,
         traffic=traffic,
