@@ -64,7 +64,7 @@ def test_a_run_folder_holds_everything(finished, base):
         "tokenizer",
     }
     facts = json.loads((out / "environment.json").read_text())
-    assert facts["devices"]["platform"] == "cpu" and facts["mesh"] == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert facts["devices"]["platform"] == "cpu" and set(facts["mesh"].values()) == {1}
     assert facts["kernels"]["attention"] and facts["data"]["seq_len"] == 16 and facts["flops_per_token"] > 0
     assert facts["num_params"] == base.model.with_vocab(257).num_params()
     layers = json.loads((out / "probes" / "layers.json").read_text())["layers"]

@@ -75,7 +75,7 @@ def test_run_of_another_mesh_can_be_read(changes, shape, trained):
     config, _ = trained
     codec.save(changed(config, changes), setup_folder(config) / runs.CONFIG)
     with runs.opened(config.folder) as run:
-        assert dict(run.setup.mesh.shape) == shape
+        assert {axis: size for axis, size in run.setup.mesh.shape.items() if axis in shape or size > 1} == shape
 
 
 def test_folder_that_is_no_run(tmp_path):
