@@ -17,7 +17,7 @@ from plait.tests.train.common import hybrid, random_batch, tiny
 from plait.train.ahead import describe_step
 from plait.train.hardware import peak_flops
 from plait.train.mesh import batch_sharding, make_mesh
-from plait.train.plan.chips import CHIPS
+from plait.train.plan.chips import CHIPS, GIB
 from plait.train.plan.compiling import Outcome, compile_step, largest_allocations, required_temporaries, standard_error
 from plait.train.plan.findings import find_oddities
 from plait.train.plan.flops import layer_flops, step_flops
@@ -29,7 +29,6 @@ from plait.train.plan.roofline import Route, route, times
 from plait.train.plan.search import estimated_collectives
 from plait.train.plan.step_plan import check_batch, settle
 from plait.train.plan.topology import Target, TargetError, describe_devices, parse_target
-from plait.train.plan.units import GIB
 from plait.train.state import abstract_state, create_state
 from plait.train.step import make_step
 

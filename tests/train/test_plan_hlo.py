@@ -1,5 +1,8 @@
 """The parser of collectives, on what the three compilers write."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -176,3 +179,15 @@ def test_collectives_by_kind_of_layer():
         ("softmax/local", ("context",)): (1, 16.0),
         ("others", ("fsdp",)): (1, 16.0),
     }
+
+
+def test_what_crosses_tpu_slices_is_sent_by_the_hosts():
+    text = _program(
+        "%send = (bf16[24,8,128]{2,1,0:T(8,128)(2,1)}, u32[], token[]) send(%g, %after-all), channel_id=6, is_host_transfer=true, "
+        'frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}',
+        '%recv = (bf16[24,8,128]{2,1,0}, u32[], token[]) recv(%after-all), frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}',
+    )
+    devices = np.empty(8, object)
+    devices[:] = [SimpleNamespace(slice_index=i // 4) for i in range(8)]
+    mesh: Any = SimpleNamespace(shape={"data": 2, "fsdp": 4}, devices=devices.reshape(2, 4))
+    assert collectives(text, mesh) == [Collective("all-reduce", ("data",), 1, 24 * 8 * 128 * 2)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from plait.train.plan.units import GIB
+GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

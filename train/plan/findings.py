@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from plait.models import axes
 from plait.train.ahead import Described
 from plait.train.plan.hlo import Instruction
+from plait.train.plan.memory import size_text
 from plait.train.plan.rules import mesh_axes
-from plait.train.plan.units import size_text
 
 _SMALL = 2**20  # bytes a step that nobody needs to hear of
 

@@ -19,7 +19,10 @@ ITEM_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "bf16": 2, "f16
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _COLLECTIVE = re.compile(rf"%?([\w.\-]+) = (.*?) ({'|'.join(get_args(Kind))})(-start|-done)?\(%?([\w.\-]*)")
-_MATTERS = re.compile(rf" (?:{'|'.join(get_args(Kind))}|while|fusion|call|conditional|async-start)(?:-start|-done)?\(")
+_MATTERS = re.compile(rf" (?:{'|'.join(get_args(Kind))}|while|fusion|call|conditional|async-start|send)(?:-start|-done)?\(")
+_BETWEEN_SLICES = re.compile(r"= \((.*?), u32.* send\(.*_xla_megascale_transfer_type=\"(\w+)\"")
+_TRANSFERS: dict[str, Kind] = {"ALL_GATHER": "all-gather", "ALL_REDUCE": "all-reduce", "REDUCE_SCATTER": "reduce-scatter",
+                               "ALL_TO_ALL": "all-to-all", "ONE_TO_ONE": "collective-permute"}  # fmt: skip
 _CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _LOOP = re.compile(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)")
@@ -96,7 +99,17 @@ def by_layer_kind(found: Iterable[Instruction]) -> dict[tuple[str, tuple[str, ..
 def instructions(text: str, mesh: jax.sharding.Mesh) -> list[Instruction]:
     """Every collective of the program; one that runs on one device only (a group of one) is none."""
     program = Program(text)
-    return [one for one in program.collectives(_Groups(dict(mesh.shape))) if one.axes]
+    return [one for one in program.collectives(_Groups(dict(mesh.shape), _between_slices(mesh))) if one.axes]
+
+
+def _between_slices(mesh: jax.sharding.Mesh) -> tuple[tuple[str, ...], int]:
+    """The mesh axes along which the TPU slice changes, and the number of slices."""
+    devices = getattr(mesh, "devices", None)
+    if devices is None:
+        return (), 1
+    of = np.vectorize(lambda device: getattr(device, "slice_index", None) or 0, otypes=[int])(np.asarray(devices))
+    axes = tuple(name for i, name in enumerate(mesh.shape) if (of != np.take(of, [0], axis=i)).any())
+    return axes, len(np.unique(of))
 
 
 class Program:
@@ -133,6 +146,12 @@ class Program:
                 _, body, trips = self.loop(line)
                 yield from self._visit(body, times * (trips or 1), known and trips is not None, groups, set())
                 continue
+            if found := _BETWEEN_SLICES.search(line):
+                axes, slices = groups.slices
+                kind = _TRANSFERS.get(found[2], "all-to-all")
+                arrays = _arrays(found[1]) * (slices if kind == "all-gather" else 1)
+                yield Instruction(kind, axes, arrays, times, known, "")
+                continue
             if found := _COLLECTIVE.search(line):
                 if found[4] == "-done":
                     continue
@@ -155,9 +174,7 @@ class Program:
         elif kind == "reduce-scatter":  # the result is a part of the full array
             dimension = re.search(r"dimensions=\{(\d+)\}", line)
             result = _grown(result, int(dimension[1]) if dimension else 0, size)
-        shapes = tuple(
-            (dtype, _numbers(dims)) for dtype, dims in _ARRAY.findall(result) if dtype in ITEM_BYTES or dtype.startswith("f8")
-        )
+        shapes = _arrays(result)
         op = re.search(r'op_name="([^"]*)"', line)
         return Instruction(kind, axes, shapes, times, known, op[1] if op else "")
 
@@ -190,7 +207,8 @@ class Program:
 class _Groups:
     """Which mesh axes the devices of a group differ in."""
 
-    def __init__(self, shape: dict[str, int]):
+    def __init__(self, shape: dict[str, int], slices: tuple[tuple[str, ...], int]):
+        self.slices = slices  # axes and number of TPU slices
         self.names, self.sizes = tuple(shape), tuple(shape.values())
         self.cache: dict[str, tuple[tuple[str, ...], int]] = {}
 
@@ -256,6 +274,13 @@ def _permuted(dims: tuple[int, ...], permutation: str | None) -> np.ndarray:
     """The numbers from 0 as an array of `dims`, transposed, flat."""
     grid = np.arange(math.prod(dims)).reshape(dims)
     return (grid.transpose(_numbers(permutation)) if permutation else grid).reshape(-1)
+
+
+def _arrays(type_: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Dtype and dimensions of each array of a type."""
+    return tuple(
+        (dtype, _numbers(dims)) for dtype, dims in _ARRAY.findall(type_) if dtype in ITEM_BYTES or dtype.startswith("f8")
+    )
 
 
 def _numbers(text: str) -> tuple[int, ...]:

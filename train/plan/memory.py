@@ -17,7 +17,7 @@ from plait.models import axes
 from plait.models.pattern import find_period
 from plait.train.loss import loss_terms
 from plait.train.mesh import batch_sharding
-from plait.train.plan.chips import CHIPS
+from plait.train.plan.chips import CHIPS, GIB
 from plait.train.plan.rules import ways
 from plait.train.state import Blueprint, TrainState
 
@@ -227,3 +227,11 @@ def _temporaries(
 
 def _with_remat(config: ExperimentConfig, remat: Any) -> ExperimentConfig:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat))
+
+
+def size_text(size: float) -> str:
+    """Bytes with a unit."""
+    for unit, name in ((GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if abs(size) >= unit:
+            return f"{size / unit:,.2f} {name}"
+    return f"{size:,.0f} B"

@@ -13,10 +13,10 @@ from rich.table import Table
 
 from plait.configs import codec
 from plait.train.metrics import write_atomically
+from plait.train.plan.memory import size_text
 from plait.train.plan.roofline import ASSUMPTIONS
 from plait.train.plan.search import Candidate
 from plait.train.plan.step_plan import Plan
-from plait.train.plan.units import size_text
 
 Row = tuple[str, ...]
 
