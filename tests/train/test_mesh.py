@@ -60,7 +60,8 @@ def assert_same_training(found, expected):
         got, want = tree_arrays(one), tree_arrays(other)
         assert got.keys() == want.keys()
         for path in got:
-            assert_close(got[path], want[path], err_msg=path)
+            root = np.sqrt if ".nu[" in path else np.asarray  # a square has twice the relative error of its gradient
+            assert_close(root(got[path]), root(want[path]), err_msg=path)
 
 
 @pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
