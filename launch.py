@@ -31,9 +31,9 @@ USAGE = """usage: launch.py COMMAND ...
 
 def train(args: Sequence[str]) -> int:
     """`train PRESET [overrides]`: here, or as one of several hosts in a process of its own that is watched."""
-    from plait.train import heartbeat
-    from plait.train.hosts import HostsOptions, find_host, split_options
-    from plait.train.supervise import supervise
+    from plait.train.hosts import heartbeat
+    from plait.train.hosts.host import HostsOptions, find_host, split_options
+    from plait.train.hosts.supervise import supervise
 
     if not args or args[0].startswith("-"):
         raise ValueError("train needs a preset first, as in 'launch.py train lm_quick'; 'launch.py list presets' shows them")
@@ -47,7 +47,7 @@ def train(args: Sequence[str]) -> int:
     heartbeat.start()
     if host is None:
         return _train(rest, supervised)
-    from plait.train import together
+    from plait.train.hosts import together
 
     with together.joined(host, options.connect_seconds) as leave:
         return leave(_status(lambda: _train(rest, supervised)))
@@ -55,10 +55,10 @@ def train(args: Sequence[str]) -> int:
 
 def _train(args: Sequence[str], supervised: bool) -> int:
     from plait.configs.cli import parse_experiment
-    from plait.train import together
+    from plait.train.hosts import together
+    from plait.train.hosts.supervise import DONE, STOPPED
     from plait.train.loop import train as run_training
     from plait.train.report import write_report
-    from plait.train.supervise import DONE, STOPPED
 
     if not together.first():
         logging.getLogger("plait").setLevel(logging.WARNING)
@@ -277,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _status(command: Callable[[], int | None]) -> int:
     """The exit status of a command, after its error is printed."""
-    from plait.train.failure import TrainingFailed
+    from plait.train.hosts.failure import TrainingFailed
 
     try:
         return command() or 0

@@ -24,7 +24,7 @@ from plait import launch
 from plait.configs.cli import parse_experiment
 from plait.configs.presets import presets
 from plait.train.evaluate import check_tasks
-from plait.train.hosts import split_options
+from plait.train.hosts.host import split_options
 from plait.train.plan.topology import parse_target
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -17,9 +17,9 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from plait.train.hosts.together import any_of, decide, first, together
 from plait.train.metrics import write_atomically
 from plait.train.state import TrainState
-from plait.train.together import any_of, decide, first, together
 
 log = logging.getLogger("plait")
 _MANIFEST = "manifest.json"

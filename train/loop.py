@@ -19,23 +19,23 @@ from plait.configs.experiment import ExperimentConfig
 from plait.data.batch import Batch
 from plait.kernels import chosen
 from plait.models.mixers.stats import ProbeConfig
-from plait.train import heartbeat, together
 from plait.train import run as runs
 from plait.train.checkpoint import Checkpoints
 from plait.train.clock import Clock
 from plait.train.evaluate import Evaluator
-from plait.train.failure import TrainingFailed
-from plait.train.hardware import environment, peak_flops
-from plait.train.layout import batch_layout
+from plait.train.hosts import heartbeat, together
+from plait.train.hosts.failure import TrainingFailed
+from plait.train.hosts.hardware import environment, peak_flops
+from plait.train.hosts.layout import batch_layout
+from plait.train.hosts.spread import Spread
+from plait.train.hosts.termination import Termination
 from plait.train.metrics import ATTENTION, MetricsWriter, ProgressLine, trim_metrics, write_layers, write_probes
 from plait.train.probes.collect import describe_layers, probe_arrays, probe_metrics
 from plait.train.probes.events import Event, EventDetector
 from plait.train.probes.pictures import write_pictures
 from plait.train.spikes import Rewind, SpikeWatch
-from plait.train.spread import Spread
 from plait.train.state import TrainState
 from plait.train.step import make_step
-from plait.train.termination import Termination
 
 log = logging.getLogger("plait")
 

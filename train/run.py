@@ -23,14 +23,14 @@ from plait.configs import codec
 from plait.configs.experiment import ExperimentConfig, MeshConfig
 from plait.data.loader import Data, build_data
 from plait.data.tokenizer import META_FILE, TOKENIZER_FILE
-from plait.train import hardware
 from plait.train.checkpoint import CheckpointError, Checkpoints
-from plait.train.layout import batch_layout
+from plait.train.hosts import hardware
+from plait.train.hosts.layout import batch_layout
+from plait.train.hosts.together import agree, broadcast, count, decide, first, together
 from plait.train.mesh import batch_sharding, make_mesh
 from plait.train.metrics import write_atomically
 from plait.train.optimizer import make_optimizer
 from plait.train.state import Arrays, Blueprint, TrainState, create_state, state_shardings
-from plait.train.together import agree, broadcast, count, decide, first, together
 
 CONFIG, ENVIRONMENT, CHECKPOINTS = "config.json", "environment.json", "checkpoints"
 _FREE_ON_RESUME = ("out", "resume", "mesh", "log_every", "keep_last", "keep_best", "checkpoint_every", "wandb")

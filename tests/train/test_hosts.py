@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from plait.launch import main
-from plait.train.hosts import Host, HostsError, HostsOptions, find_host, split_options
+from plait.train.hosts.host import Host, HostsError, HostsOptions, find_host, split_options
 
 SLURM = {"SLURM_JOB_ID": "70000", "SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "8", "SLURM_NTASKS": "8"}
 GKE = {"TPU_WORKER_ID": "1", "TPU_WORKER_HOSTNAMES": "w-0.svc,w-1.svc"}

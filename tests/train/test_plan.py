@@ -15,7 +15,7 @@ import pytest
 from plait.launch import main
 from plait.tests.train.common import hybrid, random_batch, tiny
 from plait.train.ahead import describe_step
-from plait.train.hardware import peak_flops
+from plait.train.hosts.hardware import peak_flops
 from plait.train.mesh import batch_sharding, make_mesh
 from plait.train.plan.chips import CHIPS, GIB
 from plait.train.plan.compiling import Outcome, compile_step, largest_allocations, required_temporaries, standard_error

@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from plait.train import supervise as supervising
-from plait.train.hosts import Host, HostsOptions
-from plait.train.supervise import supervise
+from plait.train.hosts import supervise as supervising
+from plait.train.hosts.host import Host, HostsOptions
+from plait.train.hosts.supervise import supervise
 
 HERE = Host("127.0.0.1:1", 2, 1)
 
@@ -21,7 +21,9 @@ def run(monkeypatch, tmp_path, capfd):
     """Supervises a Python program that has a heartbeat; gives status, seconds and what was said."""
 
     def run(program, host=HERE, **options):
-        text = "import os, signal, sys, time\nfrom plait.train import heartbeat\nheartbeat.start()\n" + textwrap.dedent(program)
+        text = "import os, signal, sys, time\nfrom plait.train.hosts import heartbeat\nheartbeat.start()\n" + textwrap.dedent(
+            program
+        )
         (tmp_path / "program.py").write_text(text)
         monkeypatch.setattr(supervising, "LAUNCH", (sys.executable, str(tmp_path / "program.py")))
         monkeypatch.setattr(supervising, "SILENCE_SECONDS", 3.0)

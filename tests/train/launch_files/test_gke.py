@@ -61,7 +61,7 @@ def test_jobset_restarts_after_failures_and_not_after_bad_input(written):
 
 @pytest.mark.parametrize("name", GKE)
 def test_jobset_tells_each_host_who_it_is(name, written):
-    hosts = pytest.importorskip("plait.train.hosts", reason="needs plait.train.hosts")
+    hosts = pytest.importorskip("plait.train.hosts.host", reason="needs plait.train.hosts")
     manifest = yaml.safe_load((written / name).read_text("utf-8"))
     group, job, pod = pod_of(manifest)
     own = {entry["name"]: entry["value"] for entry in pod["containers"][0]["env"] if "value" in entry}

@@ -8,7 +8,7 @@ from types import FrameType
 
 from jax.experimental import multihost_utils
 
-from plait.train import together
+from plait.train.hosts import together
 
 log = logging.getLogger("plait")
 

@@ -20,8 +20,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from plait.train import heartbeat
-from plait.train.hosts import Host, HostsOptions
+from plait.train.hosts import heartbeat
+from plait.train.hosts.host import Host, HostsOptions
 
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
 """Exit statuses. STOPPED: saved on a signal before the end, start again to go on (EX_TEMPFAIL)."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 
-from plait.train import together
 from plait.train.clock import Lap
+from plait.train.hosts import together
 
 
 class Spread:

@@ -18,9 +18,9 @@ from typing import Any
 
 import jax
 
-from plait.train import heartbeat
-from plait.train.hosts import Host, HostsError
-from plait.train.supervise import FAILED, ORDERLY
+from plait.train.hosts import heartbeat
+from plait.train.hosts.host import Host, HostsError
+from plait.train.hosts.supervise import FAILED, ORDERLY
 
 HEARTBEAT_SECONDS = 10
 """Silence after which the coordinator counts a process as dead and ends the others."""
