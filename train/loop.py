@@ -172,7 +172,8 @@ class _Loop:
         _, state, extra = restored
         self.iterator.set_state(extra["data"])
         self.detector.load_state_dict(extra["events"])
-        self.spikes.load_state_dict(extra["spikes"])
+        if "spikes" in extra:  # a checkpoint from before there was a spike rule has none
+            self.spikes.load_state_dict(extra["spikes"])
         self.tokens = extra["tokens"]
         log.info("%s goes on from step %d", self.folder, step)
         return state, step, extra["seconds"]

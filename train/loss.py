@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from plait.data.batch import Batch
 from plait.kernels import cross_entropy
+from plait.models.axes import EMBED, VOCAB, constrain
 from plait.models.lm import LM
 from plait.models.mixers.stats import ProbeConfig, Stats
 
@@ -14,7 +15,9 @@ from plait.models.mixers.stats import ProbeConfig, Stats
 def token_losses(model: LM, batch: Batch, probe: ProbeConfig | None = None) -> tuple[jax.Array, jax.Array, list[Stats | None]]:
     """Negative log-likelihood in nats and log-normaliser of each token, `[B, T]` float32 (0 off the loss mask), and the layers' statistics."""
     hidden, stats = model.hidden(batch.tokens, segment_ids=batch.segment_ids, positions=batch.positions, probe=probe)
-    weight = model.head_weight().astype(hidden.dtype)
+    weight = constrain(
+        model.head_weight().astype(hidden.dtype), (EMBED, VOCAB)
+    )  # where it lies is rounded, what is sent is small
     nll, lse = cross_entropy(hidden, weight, batch.targets, loss_mask=batch.loss_mask, logit_soft_cap=model.config.logit_soft_cap)
     return nll, lse, stats
 

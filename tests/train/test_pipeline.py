@@ -36,12 +36,16 @@ def in_stages(config, **mesh):
 @pytest.mark.parametrize(
     ("config", "mesh"),
     [
-        (routed(FOUR), {"data": 2}),
-        (routed(FOUR), {"pipeline": 4}),
-        (mixture({**LAYER_OVER, "model.remat": "full"}), {"fsdp": 2, "zero": True}),
-        (tiny({**SIZES, "model.sigma_reparam": "one"}), {"tensor": 2}),
+        pytest.param(routed(FOUR), {"data": 2}, marks=pytest.mark.slow, id="data 2"),
+        pytest.param(routed(FOUR), {"pipeline": 4}, id="four stages"),
+        pytest.param(mixture({**LAYER_OVER, "model.remat": "full"}), {"fsdp": 2, "zero": True}, id="a layer over, remat, ZeRO"),
+        pytest.param(
+            tiny({**SIZES, "model.sigma_reparam": "one"}),
+            {"tensor": 2},
+            marks=pytest.mark.slow,
+            id="one micro-batch, sigmaReparam",
+        ),
     ],
-    ids=["data 2", "four stages", "a layer over, remat, ZeRO", "one micro-batch, sigmaReparam"],
 )
 def test_stages_train_as_one_device(config, mesh, compile_cache):
     assert_same_training(two_steps(in_stages(config, **mesh)), two_steps(config))

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from plait.configs.cli import parse_experiment
 from plait.configs.experiment import ExperimentConfig
 from plait.train.ahead import describe_step
+from plait.train.hosts.host import split_options
 from plait.train.launch_files.machines import Machines
 from plait.train.mesh import make_mesh
 
@@ -97,7 +98,7 @@ def checked_experiment(preset: str, overrides: Sequence[str], machines: Machines
         ValueError: bad values, or devices, mesh, model and batch that do not fit each other.
     """
     check_overrides(overrides)
-    config = parse_experiment(preset, _without_hosts(overrides), prog="launch.py write-launch KIND")
+    config = parse_experiment(preset, split_options(overrides)[1], prog="launch.py write-launch KIND")
     try:
         mesh = make_mesh(config.mesh, _devices(machines))
         if mesh.size != machines.devices:
@@ -116,16 +117,3 @@ def _vocabulary(config: ExperimentConfig) -> int:
     if config.data.tokenizer == "bpe":
         return config.data.bpe_vocab_size
     return 257 if config.data.tokenizer == "byte" else config.model.vocab_size or _TOKENIZER_ELSEWHERE
-
-
-def _without_hosts(overrides: Sequence[str]) -> list[str]:
-    """The overrides of the config: without the supervisor's options (`--hosts.NAME VALUE`)."""
-    kept, skip = [], False
-    for word in overrides:
-        if skip:
-            skip = False
-        elif word.startswith("--hosts."):
-            skip = "=" not in word
-        else:
-            kept.append(word)
-    return kept
