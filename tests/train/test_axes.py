@@ -25,7 +25,7 @@ COVER = [
 
 def small(config: ExperimentConfig) -> ExperimentConfig:
     """A preset's pattern, options and losses: narrow, of two periods and in float32, with the data and optimizer of the tests."""
-    sizes = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "window_size": 8, "chunk_size": 4}
+    sizes = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 4, "window_size": 8, "chunk_size": 4}
 
     def narrow(mixer):
         if hasattr(mixer, "mixer"):
