@@ -30,7 +30,7 @@ from plait.train.hosts.together import agree, broadcast, count, decide, first, t
 from plait.train.mesh import batch_sharding, make_mesh
 from plait.train.metrics import write_atomically
 from plait.train.optimizer import make_optimizer
-from plait.train.state import Arrays, Blueprint, TrainState, create_state, state_shardings
+from plait.train.state import Arrays, Blueprint, TrainState, abstract_state, create_state, state_shardings
 
 CONFIG, ENVIRONMENT, CHECKPOINTS = "config.json", "environment.json", "checkpoints"
 _FREE_ON_RESUME = ("out", "resume", "mesh", "log_every", "keep_last", "keep_best", "checkpoint_every", "wandb")
@@ -119,7 +119,7 @@ class Setup:
 
     def like(self) -> TrainState:
         """Shapes and shardings of the state."""
-        abstract = jax.eval_shape(lambda: create_state(self.blueprint, self.tx))
+        abstract = abstract_state(self.blueprint, self.tx)
         return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, self.shardings)
 
 

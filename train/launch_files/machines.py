@@ -10,33 +10,28 @@ v4 and v5p is one device (both TensorCores together), a chip of TPU7x is two.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
-import re
 from typing import Literal
+
+from plait.train.plan.chips import CHIPS
+from plait.train.plan.topology import parse_target
 
 CHIPS_PER_TPU_HOST = 4
 GPUS_PER_HOST = 8
-_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _BELOW_A_CUBE = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generation:
-    """One generation of accelerators."""
+    """How schedulers know one generation of accelerators."""
 
     name: str
-    platform: Literal["tpu", "gpu"]
     device_kind: str
     """JAX's name."""
     machine_types: dict[str, str]
     """Google Compute Engine's machine type by the value of GKE's accelerator label; the first is the default. `{}` is the chips a host."""
     max_chips: int | None = None
-    """Most chips of a TPU slice."""
-    flat: bool = False
-    """Whether slices are rectangles of chips (else boxes)."""
-    devices_per_chip: int = 1
-    """JAX devices a chip."""
+    """Most chips of a slice that is a box, where that is less than a pod; None for rectangles and GPUs."""
     accelerator_type: str | None = None
     """Cloud TPU API's name before the hyphen; None where only GKE has this generation."""
     cores_per_chip: int = 1
@@ -44,33 +39,36 @@ class Generation:
     runtime_version: str | None = None
     """Software of a TPU VM for JAX."""
 
+    @property
+    def platform(self) -> Literal["tpu", "gpu"]:
+        return CHIPS[self.name].platform
+
+    @property
+    def devices_per_chip(self) -> int:
+        """JAX devices a chip."""
+        return CHIPS[self.name].devices_per_chip
+
 
 GENERATIONS = {
     generation.name: generation
     for generation in (
         Generation(
             name="v4",
-            platform="tpu",
             device_kind="TPU v4",
             machine_types={"tpu-v4-podslice": "ct4p-hightpu-{}t"},
-            max_chips=4096,
             accelerator_type="v4",
             cores_per_chip=2,
             runtime_version="tpu-ubuntu2204-base",
         ),
         Generation(
             name="v5e",
-            platform="tpu",
             device_kind="TPU v5 lite",
             machine_types={"tpu-v5-lite-podslice": "ct5lp-hightpu-{}t"},
-            max_chips=256,
-            flat=True,
             accelerator_type="v5litepod",
             runtime_version="v2-alpha-tpuv5-lite",
         ),
         Generation(
             name="v5p",
-            platform="tpu",
             device_kind="TPU v5",
             machine_types={"tpu-v5p-slice": "ct5p-hightpu-{}t"},
             max_chips=6144,
@@ -80,30 +78,23 @@ GENERATIONS = {
         ),
         Generation(
             name="v6e",
-            platform="tpu",
             device_kind="TPU v6 lite",
             machine_types={"tpu-v6e-slice": "ct6e-standard-{}t"},
-            max_chips=256,
-            flat=True,
             accelerator_type="v6e",
             runtime_version="v2-alpha-tpuv6e",
         ),
         Generation(
             name="tpu7x",
-            platform="tpu",
             device_kind="TPU7x",
             machine_types={"tpu7x": "tpu7x-standard-{}t"},
-            max_chips=9216,
-            devices_per_chip=2,
         ),
         Generation(
             name="h100",
-            platform="gpu",
             device_kind="NVIDIA H100",
             machine_types={"nvidia-h100-mega-80gb": "a3-megagpu-8g", "nvidia-h100-80gb": "a3-highgpu-8g"},
         ),
-        Generation(name="h200", platform="gpu", device_kind="NVIDIA H200", machine_types={"nvidia-h200-141gb": "a3-ultragpu-8g"}),
-        Generation(name="b200", platform="gpu", device_kind="NVIDIA B200", machine_types={"nvidia-b200": "a4-highgpu-8g"}),
+        Generation(name="h200", device_kind="NVIDIA H200", machine_types={"nvidia-h200-141gb": "a3-ultragpu-8g"}),
+        Generation(name="b200", device_kind="NVIDIA B200", machine_types={"nvidia-b200": "a4-highgpu-8g"}),
     )
 }
 
@@ -157,7 +148,7 @@ class Machines:
 
 
 def machines(target: str, slices: int = 1) -> Machines:
-    """The hosts that `target` names: `GENERATION:AxB` or `GENERATION:AxBxC` in chips for TPUs, `GENERATION:HOSTSx8` or `GENERATIONxGPUS`.
+    """The hosts that `target` names, a target of plans (`plait.train.plan.topology.KNOWN`).
 
     Args:
         target: of one slice.
@@ -166,26 +157,13 @@ def machines(target: str, slices: int = 1) -> Machines:
     Raises:
         ValueError: an unknown generation, or a shape that it does not come in.
     """
-    name, _, topology = target.partition(":")
-    if (counted := re.fullmatch(r"([a-z]\d+)x(\d+)", target)) and int(counted[2]) % GPUS_PER_HOST == 0:
-        name, topology = counted[1], f"{int(counted[2]) // GPUS_PER_HOST}x{GPUS_PER_HOST}"
-    if name not in GENERATIONS:
-        near = difflib.get_close_matches(name, GENERATIONS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(GENERATIONS)}"
-        raise ValueError(f"target={target!r} names no generation that is known; {hint}")
-    generation = GENERATIONS[name]
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", topology):
-        form = (
-            "HOSTSx8, as in h100:8x8"
-            if generation.platform == "gpu"
-            else "its chips along each axis, as in v5e:16x16 or v5p:8x8x8"
-        )
-        raise ValueError(f"target={target!r} must give {form}")
-    if slices < 1:
-        raise ValueError(f"slices={slices} must be at least 1")
-    shape = [int(size) for size in topology.split("x")]
+    found = parse_target(target, slices)
+    if found.generation not in GENERATIONS:
+        raise ValueError(f"target={target!r} is this machine; give the one that the file is for, of {', '.join(GENERATIONS)}")
+    generation, shape = GENERATIONS[found.generation], found.shape
+    topology = "x".join(map(str, shape))
     if generation.platform == "gpu":
-        hosts, chips = _gpu_hosts(target, shape, slices)
+        hosts, chips = _gpu_hosts(target, shape)
     else:
         hosts, chips = _tpu_hosts(target, generation, topology, shape)
         if slices > 1 and hosts == 1:
@@ -195,32 +173,26 @@ def machines(target: str, slices: int = 1) -> Machines:
     return Machines(generation=generation, topology=topology, slices=slices, hosts_per_slice=hosts, chips_per_host=chips)
 
 
-def _gpu_hosts(target: str, shape: list[int], slices: int) -> tuple[int, int]:
-    if len(shape) != 2 or shape[1] != GPUS_PER_HOST:
+def _gpu_hosts(target: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    if shape[1] != GPUS_PER_HOST:
         raise ValueError(f"target={target!r} must be hosts of {GPUS_PER_HOST} GPUs, as in {target.partition(':')[0]}:8x8 for 64")
-    if slices > 1:
-        raise ValueError(f"slices={slices} is for TPUs; give all hosts of {target!r} as one target")
     return shape[0], shape[1]
 
 
-def _tpu_hosts(target: str, generation: Generation, topology: str, shape: list[int]) -> tuple[int, int]:
+def _tpu_hosts(target: str, generation: Generation, topology: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Hosts of a slice and chips of each. Of the boxes that the compilers know, not all can be had."""
     chips = math.prod(shape)
-    if generation.flat:
-        if topology not in _FLAT:
-            raise ValueError(f"target={target!r} is no shape of {generation.name}; use one of {', '.join(_FLAT)}")
+    if len(shape) == 2:
         per_host = min(chips, 8) if chips <= 8 else CHIPS_PER_TPU_HOST
         return chips // per_host, per_host
-    assert generation.max_chips is not None
-    if len(shape) != 3:
-        raise ValueError(f"target={target!r} must have three axes, as in {generation.name}:4x4x4")
-    whole = all(size % 4 == 0 for size in shape) and shape == sorted(shape)
+    whole = all(size % 4 == 0 for size in shape) and list(shape) == sorted(shape)
     if topology not in _BELOW_A_CUBE and not whole:
         ordered = "x".join(map(str, sorted(-(-size // 4) * 4 for size in shape)))
         raise ValueError(
             f"target={target!r} is no shape of {generation.name}: use {', '.join(_BELOW_A_CUBE)}, or multiples of 4 in rising order, "
             f"as in {generation.name}:{ordered}"
         )
-    if chips > generation.max_chips:
+    if generation.max_chips is not None and chips > generation.max_chips:
         raise ValueError(
             f"target={target!r} has {chips} chips, and a slice of {generation.name} at most {generation.max_chips}; use several slices"
         )

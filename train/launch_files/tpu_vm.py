@@ -50,7 +50,7 @@ def _unit(job: Job) -> str:
 
 def _create(options: TpuVmOptions, job: Job) -> list[str]:
     machines, generation = job.machines, job.machines.generation
-    if generation.flat:
+    if machines.topology.count("x") == 1:  # rectangles of chips are asked for by their number
         shape = [f"--accelerator-type={machines.accelerator_type}"]
     else:
         shape = [f"--type={generation.accelerator_type}", f"--topology={machines.topology}"]
