@@ -10,15 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from plait.configs import codec
 from plait.configs.experiment import ExperimentConfig
-from plait.data.batch import Batch
 from plait.kernels import chosen
-from plait.models.mixers.stats import ProbeConfig
 from plait.train import run as runs
 from plait.train.checkpoint import Checkpoints
 from plait.train.clock import Clock
@@ -35,7 +31,6 @@ from plait.train.probes.events import Event, EventDetector
 from plait.train.probes.pictures import write_pictures
 from plait.train.spikes import Rewind, SpikeWatch
 from plait.train.state import TrainState
-from plait.train.step import make_step
 
 log = logging.getLogger("plait")
 
@@ -162,7 +157,7 @@ class _Loop:
 
     def _start(self, at: int | None = None) -> tuple[TrainState, int, float]:
         """The state to go on from (the newest, or that of step `at`), its step, and the seconds spent before."""
-        restored = self.checkpoints.restore(self.setup.like(), at)
+        restored = self.checkpoints.restore(self.setup.like, at)
         step = 0 if restored is None else restored[0]
         with together.together("run folder"):
             if together.first():
@@ -181,20 +176,8 @@ class _Loop:
     def _compile(self) -> None:
         """Both steps, ahead of time: compiling is then no part of any step's time, and its errors come before training."""
         log.info("compiling a step of %s parameters", f"{self.setup.blueprint.num_params:,}")
-        kinds = Batch(*(jnp.int32,) * 4, jnp.float32)
-        batch = Batch(*(jax.ShapeDtypeStruct(self.layout.shape, kind, sharding=self.layout.sharding) for kind in kinds))
-        everywhere = NamedSharding(self.setup.mesh, PartitionSpec())  # metrics are read on every host
-
-        def compiled(probe: ProbeConfig | None) -> Any:
-            step = make_step(self.setup.blueprint, self.setup.tx, self.setup.mesh, probe)
-            return (
-                jax.jit(step, donate_argnums=0, out_shardings=(self.setup.shardings, everywhere))
-                .lower(self.setup.like(), batch, *self._bounds(0))
-                .compile()
-            )
-
-        self.plain_step = compiled(None)
-        self.probe_step = self.plain_step if self.config.probe_every is None else compiled(self.config.probe)
+        self.plain_step = self.setup.lower().compile()
+        self.probe_step = self.plain_step if self.config.probe_every is None else self.setup.lower(self.config.probe).compile()
 
     def _write_facts(self) -> None:
         """What a reader of the run folder wants to know about it."""

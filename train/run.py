@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import optax
-from jax.sharding import Mesh
 
 from plait.configs import codec
 from plait.configs.experiment import ExperimentConfig, MeshConfig
@@ -29,8 +27,8 @@ from plait.train.hosts.layout import batch_layout
 from plait.train.hosts.together import agree, broadcast, count, decide, first, together
 from plait.train.mesh import batch_sharding, make_mesh
 from plait.train.metrics import write_atomically
-from plait.train.optimizer import make_optimizer
-from plait.train.state import Arrays, Blueprint, TrainState, abstract_state, create_state, state_shardings
+from plait.train.program import Program
+from plait.train.state import Arrays
 
 CONFIG, ENVIRONMENT, CHECKPOINTS = "config.json", "environment.json", "checkpoints"
 _FREE_ON_RESUME = ("out", "resume", "mesh", "log_every", "keep_last", "keep_best", "checkpoint_every", "wandb")
@@ -102,25 +100,11 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
-@dataclasses.dataclass(frozen=True)
-class Setup:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setup(Program):
     """The parts of a run that hold no trained values."""
 
-    config: ExperimentConfig
     data: Data
-    mesh: Mesh
-    blueprint: Blueprint
-    tx: optax.GradientTransformation
-    shardings: TrainState
-
-    def fresh(self) -> TrainState:
-        """The state at step 0."""
-        return jax.jit(lambda: create_state(self.blueprint, self.tx), out_shardings=self.shardings)()
-
-    def like(self) -> TrainState:
-        """Shapes and shardings of the state."""
-        abstract = abstract_state(self.blueprint, self.tx)
-        return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, self.shardings)
 
 
 def set_up(config: ExperimentConfig) -> Setup:
@@ -135,9 +119,7 @@ def set_up(config: ExperimentConfig) -> Setup:
     agree("data", {f"data {name}": value for name, value in data.identity.items()})
     with together("model"):
         config = dataclasses.replace(config, model=config.model.with_vocab(data.vocab_size))
-        blueprint = Blueprint(config)
-        tx = make_optimizer(config.optimizer, config.steps, blueprint.decay)
-        return Setup(config, data, mesh, blueprint, tx, state_shardings(blueprint, tx, mesh))
+        return Setup.of(config, mesh, data=data)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +152,7 @@ def opened(folder: str | Path, step: int | None = None) -> Iterator[Trained]:
     setup = set_up(dataclasses.replace(config, mesh=_mesh_for_reading(config)))
     checkpoints = Checkpoints(folder / CHECKPOINTS, read_only=True)
     try:
-        restored = checkpoints.restore(setup.like(), step)
+        restored = checkpoints.restore(setup.like, step)
     finally:
         checkpoints.close()
     if restored is None:

@@ -25,7 +25,7 @@ from plait.configs.experiment import ExperimentConfig, MeshConfig
 from plait.data.loader import build_data
 from plait.models.mixers.base import MixerConfig, mixer_config, mixer_configs
 from plait.models.mixers.moh import MoHConfig
-from plait.tests.train.common import changed, get_leaf, random_batch, setup_of, tiny, write_corpus
+from plait.tests.train.common import changed, get_leaf, program_of, random_batch, tiny, write_corpus
 from plait.train.loss import loss_terms
 from plait.train.step import make_step
 
@@ -106,9 +106,9 @@ def text_of(jaxpr: Any) -> str:
 
 def model_signs(config: ExperimentConfig) -> Iterator[Callable[[], Any]]:
     """What a model config decides, cheapest first."""
-    setup = setup_of(config, VOCAB)
+    setup = program_of(config, VOCAB)
     batch = random_batch(config.data.batch_size, config.data.seq_len, VOCAB)
-    like = setup.like()
+    like = setup.like
 
     def loss(params, buffers):
         return loss_terms(setup.blueprint.build(params, buffers), batch, total=jnp.float32(1), share=1.0, probe=None)[0]
@@ -120,15 +120,15 @@ def model_signs(config: ExperimentConfig) -> Iterator[Callable[[], Any]]:
 
 def step_signs(config: ExperimentConfig) -> Iterator[Callable[[], Any]]:
     """What the optimizer and probe configs decide."""
-    setup = setup_of(config, VOCAB)
+    setup = program_of(config, VOCAB)
     batch = random_batch(config.data.batch_size, config.data.seq_len, VOCAB)
     probe = config.probe if config.probe_every is not None else None
-    yield lambda: text_of(jax.make_jaxpr(make_step(setup.blueprint, setup.tx, setup.mesh, probe))(setup.like(), batch))
+    yield lambda: text_of(jax.make_jaxpr(make_step(setup.blueprint, setup.tx, setup.mesh, probe))(setup.like, batch))
 
 
 def mesh_signs(config: ExperimentConfig) -> Iterator[Callable[[], Any]]:
     """The layout on eight devices."""
-    yield lambda: str((setup_of(config, devices=8).mesh, setup_of(config, devices=8).shardings))
+    yield lambda: str((program_of(config, devices=8).mesh, program_of(config, devices=8).shardings))
 
 
 def data_signs(config: ExperimentConfig, folder: Any) -> Iterator[Callable[[], Any]]:

@@ -9,7 +9,7 @@ from flax import nnx
 
 from plait.configs.presets import preset, presets
 from plait.data.batch import Batch
-from plait.tests.train.common import changed, random_batch, setup_of
+from plait.tests.train.common import changed, program_of, random_batch
 from plait.train.step import make_step
 
 SIZES = {"m": 1e6, "b": 1e9}
@@ -60,10 +60,10 @@ def test_step_can_be_traced_at_reduced_size(config):
         "data.vocab_size": 300 if config.data.tokenizer == "bpe" else None,
         "mesh": dataclasses.replace(config.mesh, data=1, fsdp=1, tensor=1),
     }
-    setup = setup_of(changed(config, small))
+    setup = program_of(changed(config, small))
     batch = random_batch(setup.config.data.batch_size, 32)
     like = jax.eval_shape(setup.like)
     abstract = Batch(*(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in batch))
-    after, metrics = jax.eval_shape(make_step(setup.blueprint, setup.tx, setup.mesh, config.probe), setup.like(), abstract)
+    after, metrics = jax.eval_shape(make_step(setup.blueprint, setup.tx, setup.mesh, config.probe), setup.like, abstract)
     assert jax.tree.map(lambda a: (a.shape, a.dtype), after) == jax.tree.map(lambda a: (a.shape, a.dtype), like)
     assert len(metrics["stats"]) == setup.config.model.num_layers

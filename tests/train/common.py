@@ -23,9 +23,7 @@ from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.models.mixers.linear.gated_deltanet import GatedDeltaNetConfig
 from plait.models.mixers.moh import MoHConfig
 from plait.train.mesh import make_mesh
-from plait.train.optimizer import make_optimizer
-from plait.train.run import Setup
-from plait.train.state import Blueprint, state_shardings
+from plait.train.program import Program
 
 ROOT = Path(__file__).parents[2]
 WORDS = [
@@ -123,13 +121,10 @@ def get_leaf(config: Any, path: str) -> Any:
     return config
 
 
-def setup_of(config: ExperimentConfig, vocab: int = 64, devices: int = 1) -> Setup:
-    """The trainer's parts for a vocabulary of `vocab` on the first `devices` devices, without data."""
+def program_of(config: ExperimentConfig, vocab: int = 64, devices: int = 1) -> Program:
+    """The step for a vocabulary of `vocab` on the first `devices` devices."""
     config = dataclasses.replace(config, model=config.model.with_vocab(vocab))
-    blueprint = Blueprint(config)
-    mesh = make_mesh(config.mesh, jax.devices()[:devices])
-    tx = make_optimizer(config.optimizer, config.steps, blueprint.decay)
-    return Setup(config, None, mesh, blueprint, tx, state_shardings(blueprint, tx, mesh))  # type: ignore[arg-type]
+    return Program.of(config, make_mesh(config.mesh, jax.devices()[:devices]))
 
 
 def random_batch(batch_size: int = 4, seq_len: int = 16, vocab: int = 64, seed: int = 0) -> Batch:

@@ -15,8 +15,8 @@ from plait.data.config import DataConfig
 from plait.models.config import LMConfig
 from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.models.mixers.linear.gated_deltanet import GatedDeltaNetConfig
-from plait.train.ahead import lower_step
 from plait.train.mesh import make_mesh
+from plait.train.program import Program
 
 TPU = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="compiling for TPU needs the extra aot")
 
@@ -30,7 +30,7 @@ def quiet_libtpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _compile(config: ExperimentConfig, devices: list[Any], generation: str) -> str:
     config = dataclasses.replace(config, model=config.model.with_vocab(config.data.vocab_size or 1000))
-    lowered = lower_step(config, make_mesh(config.mesh, devices), generation)
+    lowered = Program.of(config, make_mesh(config.mesh, devices)).lower(generation=generation)
     return lowered.compile().as_text()
 
 

@@ -1,4 +1,4 @@
-"""Every preset, made small, on every mesh axis and pair of axes: the losses, gradients and updates of one device."""
+"""Every mixer and every preset, made small, on every mesh axis and pair of axes: the losses, gradients and updates of one device."""
 
 import dataclasses
 import functools
@@ -8,6 +8,7 @@ import pytest
 
 from plait.configs.experiment import MESH_AXES, ExperimentConfig, MeshConfig
 from plait.configs.presets import presets
+from plait.models.mixers.base import MixerConfig, mixer_configs
 from plait.models.pattern import find_period
 from plait.tests.train.common import changed, hybrid, tiny
 from plait.tests.train.test_mesh import SIZES, assert_same_training, two_steps
@@ -46,6 +47,13 @@ def small(config: ExperimentConfig) -> ExperimentConfig:
     return changed(tiny(STEP), {"model": changed(config.model, {**model, "z_loss": 1e-3})})
 
 
+def layers_of(mixer: MixerConfig) -> ExperimentConfig:
+    """A small model of two layers of one mixer."""
+    name = f"{mixer.name}+{mixer.mixer.name}" if hasattr(mixer, "mixer") else mixer.name
+    model = dataclasses.replace(tiny().model, d_model=32, pattern=name, mixers={name: mixer})
+    return changed(dataclasses.replace(tiny(), model=model), STEP)
+
+
 def on(axes: tuple[str, ...], **options) -> MeshConfig:
     return MeshConfig(**{"data": 1, **dict.fromkeys(axes, 2), **options})
 
@@ -72,6 +80,13 @@ def test_three_axes_train_as_one_device(axes, compile_cache):
 @pytest.mark.parametrize("axes", COVER, ids=" x ".join)
 def test_hybrid_on_three_axes_trains_as_one_device(axes, compile_cache):
     assert_same_on(hybrid({**STEP, "model.num_layers": 4}), on(axes, zero=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", MESHES, ids=" x ".join)
+@pytest.mark.parametrize("mixer", mixer_configs().values(), ids=mixer_configs())
+def test_mixer_on_one_and_two_axes_trains_as_one_device(mixer, axes, compile_cache):
+    assert_same_on(layers_of(mixer.example()), on(axes))
 
 
 @pytest.mark.slow

@@ -15,10 +15,10 @@ from plait.tests.kernels import cases
 from plait.tests.kernels.test_context import compiled_text, mesh_of
 from plait.tests.models.common import quick_jit
 from plait.tests.tolerances import assert_close
-from plait.tests.train.common import changed, hybrid, random_batch, setup_of
-from plait.train.ahead import describe_step
+from plait.tests.train.common import changed, hybrid, program_of, random_batch
 from plait.train.mesh import batch_sharding
 from plait.train.plan.hlo import Instruction, instructions
+from plait.train.program import Program
 from plait.train.step import make_step
 
 LENGTH = 64
@@ -39,7 +39,7 @@ def plaited(context: int, length: int = LENGTH):
 
 def probed_step(context: int):
     """Metrics of a step with statistics."""
-    setup = setup_of(plaited(context), devices=context)
+    setup = program_of(plaited(context), devices=context)
     step = quick_jit(make_step(setup.blueprint, setup.tx, setup.mesh, ProbeConfig(rows=8)), out_shardings=(setup.shardings, None))
     rows = batch_sharding(setup.mesh, 4, LENGTH, 1)
     return step(setup.fresh(), jax.device_put(random_batch(4, LENGTH), rows))
@@ -72,9 +72,9 @@ def sent(length: int, probe: ProbeConfig | None = None) -> dict[str, list[Instru
     """What the compiled step sends along `context`, by the op that sends it."""
     config = plaited(4, length)
     config = dataclasses.replace(config, model=config.model.with_vocab(64))
-    mesh = setup_of(config, devices=4).mesh
+    mesh = program_of(config, devices=4).mesh
     found: dict[str, list[Instruction]] = {}
-    for one in instructions(describe_step(config, mesh).lower(None, probe).compile().as_text(), mesh):
+    for one in instructions(Program.of(config, mesh).lower(probe).compile().as_text(), mesh):
         assert one.axes == ("context",)
         scope = re.search(r"context_(\w+)", one.op)
         found.setdefault(scope[1] if scope else "others", []).append(one)

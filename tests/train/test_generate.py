@@ -11,7 +11,7 @@ from plait.configs.experiment import MeshConfig
 from plait.data.tokenizer import ByteTokenizer
 from plait.launch import main
 from plait.tests.models.common import quick_jit
-from plait.tests.train.common import hybrid, random_batch, setup_of, tiny
+from plait.tests.train.common import hybrid, program_of, random_batch, tiny
 from plait.train.generate import Sampling, generate_text, generate_tokens
 from plait.train.loop import train
 from plait.train.mesh import on_mesh
@@ -24,7 +24,7 @@ PROMPTS = [[5, 9, 2], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]]
 @pytest.fixture(scope="module")
 def model(compile_cache):
     """A hybrid trained for a few steps on random tokens, so that its guesses differ from place to place."""
-    setup = setup_of(hybrid({"steps": 30, "optimizer.learning_rate": 0.03}), VOCAB)
+    setup = program_of(hybrid({"steps": 30, "optimizer.learning_rate": 0.03}), VOCAB)
     step, state = quick_jit(make_step(setup.blueprint, setup.tx, setup.mesh, None)), setup.fresh()
     for seed in range(12):
         state, _ = step(state, random_batch(vocab=VOCAB, seed=seed % 2))
@@ -66,7 +66,7 @@ def test_prompts_of_different_lengths_go_on_as_they_do_alone(model, greedy):
 
 def placed(model, **mesh):
     """`model` over eight devices, and their mesh."""
-    setup = setup_of(hybrid({"mesh": MeshConfig(**mesh)}), VOCAB, devices=8)
+    setup = program_of(hybrid({"mesh": MeshConfig(**mesh)}), VOCAB, devices=8)
     params, buffers = jax.device_put(setup.blueprint.split(model), setup.blueprint.shardings(setup.mesh))
     return setup.blueprint.build(params, buffers), setup.mesh
 

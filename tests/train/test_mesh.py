@@ -14,7 +14,7 @@ from plait.configs.experiment import MeshConfig
 from plait.models import axes
 from plait.tests.models.common import quick_jit
 from plait.tests.tolerances import assert_close
-from plait.tests.train.common import different_arrays, hybrid, random_batch, routed, setup_of, tiny, tree_arrays
+from plait.tests.train.common import different_arrays, hybrid, program_of, random_batch, routed, tiny, tree_arrays
 from plait.train.checkpoint import Checkpoints
 from plait.train.mesh import AXES, RULES, batch_sharding, make_mesh, sharding, spec, spread
 from plait.train.step import make_step
@@ -39,7 +39,7 @@ def _conditioned(state):
 
 def two_steps(config):
     """The state and metrics of two steps on the config's mesh, compiled with the shardings of a run."""
-    setup = setup_of(config, devices=8)
+    setup = program_of(config, devices=8)
     state = _conditioned(setup.fresh())
     step = make_step(setup.blueprint, setup.tx, setup.mesh, None)
     step = quick_jit(step, out_shardings=(setup.shardings, None))
@@ -103,13 +103,13 @@ LAYOUT = {
 
 def test_parameters_moments_and_averages_lie_as_the_rules_say():
     mesh = MeshConfig(data=2, fsdp=2, tensor=2)
-    setup = setup_of(routed({**SIZES, "mesh": mesh, "model.sigma_reparam": "one"}), devices=8)
+    setup = program_of(routed({**SIZES, "mesh": mesh, "model.sigma_reparam": "one"}), devices=8)
     shardings = setup.shardings
     for ending, partition in LAYOUT.items():
         names = [name for name in shardings.params if name.endswith(ending)]
         assert names, ending
         assert {shardings.params[name].spec for name in names} == {partition}, ending
-    like = setup.like()
+    like = setup.like
     assert {name: a.sharding for name, a in like.ema.items()} == shardings.params
     moments = jax.tree_util.tree_leaves_with_path(like.optimizer)
     for path, leaf in moments:
@@ -126,8 +126,8 @@ def test_parameters_moments_and_averages_lie_as_the_rules_say():
 
 def test_zero_divides_moments_and_average_over_the_axes_that_copy_parameters():
     mesh = MeshConfig(data=2, fsdp=2, context=2, zero=True)
-    setup = setup_of(routed({**SIZES, "model.num_layers": 2, "mesh": mesh}), devices=8)
-    like = setup.like()
+    setup = program_of(routed({**SIZES, "model.num_layers": 2, "mesh": mesh}), devices=8)
+    like = setup.like
     whole = {name: p.sharding.shard_shape(p.shape) for name, p in like.params.items()}
     for name, average in like.ema.items():
         ways = np.prod(whole[name]) / np.prod(average.sharding.shard_shape(average.shape))
@@ -162,7 +162,7 @@ def test_moments_in_host_memory_are_saved_and_restored(tmp_path, compile_cache):
     checkpoints.save(2, state, {}, loss=None)
     checkpoints.wait()
     for mesh in (OFFLOAD["mesh"], MeshConfig(fsdp=4, tensor=2), MeshConfig(data=1, tensor=2, offload="optimizer")):
-        like = setup_of(tiny({**OFFLOAD, "mesh": mesh}), devices=8).like()
+        like = program_of(tiny({**OFFLOAD, "mesh": mesh}), devices=8).like
         _, again, _ = checkpoints.restore(like)
         assert different_arrays(again, state) == []
         assert jax.tree.map(lambda a: a.sharding, again) == jax.tree.map(lambda a: a.sharding, like)
@@ -170,7 +170,7 @@ def test_moments_in_host_memory_are_saved_and_restored(tmp_path, compile_cache):
 
 
 def test_fresh_state_is_the_same_on_any_mesh_and_laid_out_at_once():
-    whole, parts = setup_of(routed(SIZES)), setup_of(routed({**SIZES, "mesh": MeshConfig(fsdp=4, tensor=2)}), devices=8)
+    whole, parts = program_of(routed(SIZES)), program_of(routed({**SIZES, "mesh": MeshConfig(fsdp=4, tensor=2)}), devices=8)
     a, b = whole.fresh(), parts.fresh()
     for name in a.params:
         np.testing.assert_array_equal(a.params[name], b.params[name], err_msg=name)
@@ -274,7 +274,7 @@ def test_parameter_that_a_mesh_does_not_divide_is_named():
     with pytest.raises(
         ValueError, match=r"parameter \S+ has embed=16, which mesh fsdp=5 must divide; change the mesh or the model"
     ):
-        setup_of(config, devices=5)
+        program_of(config, devices=5)
 
 
 def test_heads_that_tensor_does_not_divide_are_refused():

@@ -16,11 +16,11 @@ from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.models.mixers.stats import ProbeConfig
 from plait.tests.models.common import quick_jit
 from plait.tests.tolerances import assert_close
-from plait.tests.train.common import hybrid, mixture, random_batch, routed, setup_of, tiny, tree_arrays
+from plait.tests.train.common import hybrid, mixture, program_of, random_batch, routed, tiny, tree_arrays
 from plait.tests.train.test_mesh import SIZES, assert_same_training, two_steps
-from plait.train.ahead import lower_step
 from plait.train.mesh import batch_sharding, make_mesh
 from plait.train.pipeline import bubble_fraction
+from plait.train.program import Program
 from plait.train.state import Blueprint
 from plait.train.step import make_step
 
@@ -58,7 +58,7 @@ def test_stages_of_two_kinds_of_layers_train_as_one_device(compile_cache):
 
 
 def probed(config):
-    setup = setup_of(config, devices=8)
+    setup = program_of(config, devices=8)
     rows = batch_sharding(setup.mesh, 8, 16, config.optimizer.accumulate)
     step = quick_jit(make_step(setup.blueprint, setup.tx, setup.mesh, ProbeConfig(sequences=2)))
     return step(setup.fresh(), jax.device_put(random_batch(8), rows))[1]["stats"]
@@ -76,15 +76,12 @@ def test_layers_show_the_same_statistics(compile_cache):
 
 def test_a_stage_holds_its_layers_only_and_sends_what_leaves_it():
     config = in_stages(tiny({**FOUR, "model.num_layers": 4}), pipeline=4)
-    setup = setup_of(config, devices=8)
-    like = setup.like()
+    setup = program_of(config, devices=8)
+    like = setup.like
     stacked = [a for name, a in like.params.items() if ".periods." in name]
     assert stacked and {a.sharding.spec[0] for a in stacked} == {"pipeline"}
     assert {a.sharding.shard_shape(a.shape)[0] for a in stacked} == {1}
-    step = jax.jit(make_step(setup.blueprint, setup.tx, setup.mesh, None), out_shardings=(setup.shardings, None))
-    rows = batch_sharding(setup.mesh, 8, 16, 4)
-    batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=rows), random_batch(8))
-    text = step.lower(like, batch).compile().as_text()
+    text = setup.lower().compile().as_text()
     assert "collective-permute" in text
     kernel = next(a for a in stacked if a.ndim == 3 and a.shape[1] == 16)
     whole = ",".join(map(str, kernel.shape))
@@ -137,7 +134,7 @@ def test_stages_compile_for_tpu_with_kernels_and_moments_in_host_memory(monkeypa
     )
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
     mesh = make_mesh(config.mesh, devices)
-    compiled = lower_step(config, mesh, "v5e").compile()
+    compiled = Program.of(config, mesh).lower(generation="v5e").compile()
     text = compiled.as_text()
     assert all(f"attention_{kernel}" in text for kernel in ("forward", "query_gradients", "key_gradients"))
     assert text.count("collective-permute-start(") == 2, "one there, one back"

@@ -14,7 +14,6 @@ import pytest
 
 from plait.launch import main
 from plait.tests.train.common import hybrid, random_batch, tiny
-from plait.train.ahead import describe_step
 from plait.train.hosts.hardware import peak_flops
 from plait.train.mesh import batch_sharding, make_mesh
 from plait.train.plan.chips import CHIPS, GIB
@@ -29,8 +28,8 @@ from plait.train.plan.roofline import Route, route, times
 from plait.train.plan.search import estimated_collectives
 from plait.train.plan.step_plan import check_batch, settle
 from plait.train.plan.topology import Target, TargetError, describe_devices, parse_target
+from plait.train.program import Program
 from plait.train.state import abstract_state, create_state
-from plait.train.step import make_step
 
 WIDE = {"mesh.data": None, "mesh.fsdp": 4, "mesh.tensor": 2, "data.batch_size": 8, "data.seq_len": 32}
 
@@ -169,7 +168,7 @@ def test_a_batch_that_does_not_divide_names_one_that_does():
 
 def test_abstract_state_is_that_of_a_run():
     config = settle(hybrid({"optimizer.ema": 0.9}))
-    step = describe_step(config, make_mesh(config.mesh, jax.devices()[:1]))
+    step = Program.of(config, make_mesh(config.mesh, jax.devices()[:1]))
     made = jax.eval_shape(lambda: create_state(step.blueprint, step.tx))
     same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), abstract_state(step.blueprint, step.tx), made)
     assert all(jax.tree.leaves(same))
@@ -180,8 +179,8 @@ def test_memory_is_that_of_a_real_run():
     plan = make_plan(config, parse_target("cpu:8"))
     config = settle(config)
     mesh = make_mesh(config.mesh)
-    step = describe_step(config, mesh)
-    state = jax.tree.map(lambda a, s: jax.device_put(np.zeros(a.shape, a.dtype), s), step.state, step.shardings)
+    step = Program.of(config, mesh)
+    state = jax.tree.map(lambda a, s: jax.device_put(np.zeros(a.shape, a.dtype), s), step.like, step.shardings)
     rows = batch_sharding(mesh, 8, 32, 1)
     batch = jax.device_put(random_batch(8, 32), rows)
     device = mesh.devices.flat[0]
@@ -189,8 +188,7 @@ def test_memory_is_that_of_a_real_run():
     live = sum(shard.data.nbytes for array in arrays for shard in array.addressable_shards if shard.device == device)
     memory = plan.memory
     assert memory.parameters + memory.optimizer + memory.batch == pytest.approx(live, rel=0.01)
-    run = jax.jit(make_step(step.blueprint, step.tx, mesh, None), donate_argnums=0, out_shardings=(step.shardings, None))
-    stats: Any = run.lower(state, batch).compile().memory_analysis()
+    stats: Any = step.lower().compile().memory_analysis()
     total = stats.argument_size_in_bytes + stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
     assert memory.total == pytest.approx(total, rel=0.1)
     assert plan.fits
@@ -204,8 +202,8 @@ def test_estimates_grow_with_what_is_kept():
     totals = []
     for remat in ("full", "dots", None):
         new = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat))
-        step = describe_step(new, make_mesh(new.mesh))
-        state = state_bytes(step.state, step.shardings, new, step.mesh)
+        step = Program.of(new, make_mesh(new.mesh))
+        state = state_bytes(step.like, new, step.mesh)
         totals.append(estimated_memory(new, step.mesh, state, step.blueprint, None, None))
     assert totals[0].temporaries < totals[1].temporaries < totals[2].temporaries
     assert all(not memory.compiled and memory.fits for memory in totals)
@@ -216,9 +214,9 @@ def test_estimates_grow_with_what_is_kept():
 )
 def test_estimated_exchange_of_fsdp(target: str, reduction: str):
     config = settle(tiny({"mesh.data": 1, "mesh.fsdp": 8, "data.batch_size": 8}))
-    step = describe_step(config, make_mesh(config.mesh))
+    step = Program.of(config, make_mesh(config.mesh))
     gather, reduce = estimated_collectives(config, step.mesh, step, parse_target(target))
-    params: Any = step.state.params
+    params: Any = step.like.params
     split = {name for name in params if "fsdp" in str(step.shardings.params[name].spec)}
     size = sum(4 * params[name].size for name in split)
     assert (gather.kind, gather.axes, gather.bytes) == ("all-gather", ("fsdp",), 2 * size)
@@ -226,7 +224,7 @@ def test_estimated_exchange_of_fsdp(target: str, reduction: str):
 
 
 def _oddities(config: Any, *found: Instruction, said: tuple[str, ...] = ()) -> list[str]:
-    return find_oddities(describe_step(config, make_mesh(config.mesh)), found, said)
+    return find_oddities(Program.of(config, make_mesh(config.mesh)), found, said)
 
 
 def test_oddities():

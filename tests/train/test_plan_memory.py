@@ -13,24 +13,22 @@ import jax
 import numpy as np
 from plait.configs.cli import parse_experiment
 from plait.tests.train.common import random_batch
-from plait.train.ahead import describe_step
+from plait.train.program import Program
 from plait.train.mesh import batch_sharding, make_mesh
 from plait.train.plan.planning import make_plan
 from plait.train.plan.step_plan import settle
 from plait.train.plan.topology import parse_target
-from plait.train.step import make_step
 
 options = "--mesh.fsdp 8 --data.batch-size 64 --model.pattern softmax".split()
 config = parse_experiment("lm_quick", options)
 planned = make_plan(config, parse_target("cpu:8")).memory.temporaries
 config = settle(config)
 mesh = make_mesh(config.mesh)
-step = describe_step(config, mesh)
-state = jax.tree.map(lambda a, s: jax.device_put(np.zeros(a.shape, a.dtype), s), step.state, step.shardings)
+step = Program.of(config, mesh)
+state = jax.tree.map(lambda a, s: jax.device_put(np.zeros(a.shape, a.dtype), s), step.like, step.shardings)
 rows = batch_sharding(mesh, config.data.batch_size, config.data.seq_len, 1)
 batch = jax.device_put(random_batch(config.data.batch_size, config.data.seq_len), rows)
-run = jax.jit(make_step(step.blueprint, step.tx, mesh, None), donate_argnums=0, out_shardings=(step.shardings, None))
-run = run.lower(state, batch).compile()
+run = step.lower().compile()
 resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 before = peak = resident()
 done = False

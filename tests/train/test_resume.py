@@ -116,7 +116,7 @@ def last_state(folder: Path):
     config = dataclasses.replace(codec.load(ExperimentConfig, folder / "config.json"), out=str(folder))
     checkpoints = Checkpoints(folder / "checkpoints", read_only=True)
     try:
-        step, state, extra = checkpoints.restore(runs.set_up(config).like())
+        step, state, extra = checkpoints.restore(runs.set_up(config).like)
     finally:
         checkpoints.close()
     assert step == config.steps

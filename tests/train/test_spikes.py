@@ -105,7 +105,7 @@ def state_at(config, step):
 
     checkpoints = Checkpoints(runs.Path(config.folder) / "checkpoints", read_only=True)
     try:
-        return checkpoints.restore(runs.set_up(config).like(), step)[1]
+        return checkpoints.restore(runs.set_up(config).like, step)[1]
     finally:
         checkpoints.close()
 

@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 
 from plait.models.linear import SpectralVector
-from plait.tests.train.common import changed, different_arrays, routed, setup_of, tiny
+from plait.tests.train.common import changed, different_arrays, program_of, routed, tiny
 from plait.train.state import create_state
 
 
 @pytest.fixture(scope="module")
 def setup():
-    return setup_of(routed({"model.sigma_reparam": "one", "optimizer.ema": 0.9}))
+    return program_of(routed({"model.sigma_reparam": "one", "optimizer.ema": 0.9}))
 
 
 @pytest.fixture(scope="module")
@@ -46,20 +46,20 @@ def test_state_is_complete_at_step_0(setup, state):
 
 
 def test_seed_decides_the_parameters():
-    one, again, other = (create_state(s.blueprint, s.tx).params for s in (setup_of(tiny({"seed": seed})) for seed in (0, 0, 1)))
+    one, again, other = (create_state(s.blueprint, s.tx).params for s in (program_of(tiny({"seed": seed})) for seed in (0, 0, 1)))
     assert different_arrays(one, again) == []
     assert any("kernel" in name for name in different_arrays(one, other))
 
 
 def test_abstract_state_matches_the_real_one(setup):
-    like, real = setup.like(), setup.fresh()
+    like, real = setup.like, setup.fresh()
     assert jax.tree.map(lambda a: (a.shape, a.dtype, a.sharding), like) == jax.tree.map(
         lambda a: (a.shape, a.dtype, a.sharding), real
     )
 
 
 def test_parameter_dtype_reaches_every_parameter_and_moments_follow():
-    setup = setup_of(changed(tiny(), {"model.param_dtype": "bfloat16"}))
-    like = setup.like()
+    setup = program_of(changed(tiny(), {"model.param_dtype": "bfloat16"}))
+    like = setup.like
     assert {str(p.dtype) for p in like.params.values()} == {"bfloat16"}
     np.testing.assert_equal({str(a.dtype) for a in jax.tree.leaves(like.optimizer) if a.ndim}, {"bfloat16"})

@@ -14,7 +14,7 @@ from plait.models.linear import power_step
 from plait.models.mixers.stats import ProbeConfig
 from plait.tests.models.common import quick_jit
 from plait.tests.tolerances import assert_close
-from plait.tests.train.common import changed, different_arrays, hybrid, random_batch, routed, setup_of, tiny
+from plait.tests.train.common import changed, different_arrays, hybrid, program_of, random_batch, routed, tiny
 from plait.train.step import make_step
 
 GOLDEN = Path(__file__).with_name("golden_step.json")
@@ -28,7 +28,7 @@ class Trainee:
     """The compiled step of a config, and states it went through."""
 
     def __init__(self, config, probe=None, jit=quick_jit):
-        self.setup = setup_of(config)
+        self.setup = program_of(config)
         self.fresh = self.setup.fresh()
         self.step = jit(make_step(self.setup.blueprint, self.setup.tx, self.setup.mesh, probe))
 

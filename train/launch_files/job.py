@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 from plait.configs.cli import parse_experiment
 from plait.configs.experiment import ExperimentConfig
-from plait.train.ahead import describe_step
 from plait.train.hosts.host import split_options
 from plait.train.launch_files.machines import Machines
 from plait.train.mesh import make_mesh
+from plait.train.program import Program
 
 COORDINATOR_PORT = 8476
 DONE, FAILED, BAD_INPUT, SAVED = 0, 1, 2, 75
@@ -106,7 +106,7 @@ def checked_experiment(preset: str, overrides: Sequence[str], machines: Machines
                 f"mesh.data={config.mesh.data} leaves {machines.devices - mesh.size} of {machines.devices} devices unused; "
                 "leave mesh.data=None to fill them"
             )
-        describe_step(dataclasses.replace(config, model=config.model.with_vocab(_vocabulary(config))), mesh)
+        Program.of(dataclasses.replace(config, model=config.model.with_vocab(_vocabulary(config))), mesh)
     except ValueError as error:
         raise ValueError(f"{preset} does not fit {machines.describe()}: {error}") from error
     return config

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import jax
 
-from plait.train.ahead import Described
+from plait.train.program import Program
 
 _USED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", re.IGNORECASE)
 _TEMPORARIES = re.compile(r"required for HLO temporaries \(([\d.]+)([KMGT]?)\)")
@@ -35,11 +35,11 @@ class Outcome:
     compile_seconds: float
 
 
-def compile_step(step: Described, generation: str | None) -> Outcome:
+def compile_step(step: Program, generation: str | None) -> Outcome:
     """Lowers and compiles; only want of memory is caught."""
     start = time.monotonic()
     with standard_error() as said:
-        lowered = step.lower(generation)
+        lowered = step.lower(generation=generation)
         middle = time.monotonic()
         compiled, refusal = None, None
         try:

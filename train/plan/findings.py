@@ -11,10 +11,10 @@ from typing import Any
 import jax.numpy as jnp
 
 from plait.models import axes
-from plait.train.ahead import Described
 from plait.train.plan.hlo import Instruction
 from plait.train.plan.memory import size_text
 from plait.train.plan.rules import mesh_axes
+from plait.train.program import Program
 
 _SMALL = 2**20  # bytes a step that nobody needs to hear of
 
@@ -35,7 +35,7 @@ class _Weights:
     """Gathered over every axis, where that is more than over `axes`."""
 
 
-def find_oddities(step: Described, found: Sequence[Instruction], rematerialized: Sequence[str]) -> list[str]:
+def find_oddities(step: Program, found: Sequence[Instruction], rematerialized: Sequence[str]) -> list[str]:
     """A sentence for each kind of exchange that costs more than it has to; empty when there is none."""
     weights = _weights(step)
     return [
@@ -47,16 +47,15 @@ def find_oddities(step: Described, found: Sequence[Instruction], rematerialized:
     ]
 
 
-def _weights(step: Described) -> _Weights:
+def _weights(step: Program) -> _Weights:
     batch = set(mesh_axes(axes.BATCH))
-    layouts: Any = step.shardings.params
-    state: Any = step.state.params
+    state: Any = step.like.params
     gathered: set[str] = set()
     single: dict[Shape, str] = {}
     stacked: dict[Shape, str] = {}
     whole: dict[Shape, str] = {}
     for name, array in state.items():
-        parts = [_names(part) for part in layouts[name].spec] + [()] * array.ndim
+        parts = [_names(part) for part in array.sharding.spec] + [()] * array.ndim
         over = [{a for a in part if step.mesh.shape[a] > 1} for part in parts]
         gathered |= set().union(*over) & batch
         layers = step.blueprint.axes(name)[0] == axes.LAYERS
@@ -87,7 +86,7 @@ def _turned_into_all_reduce(found: Sequence[Instruction], weights: _Weights) -> 
     ]
 
 
-def _gathers(found: Sequence[Instruction], weights: _Weights, step: Described) -> list[str]:
+def _gathers(found: Sequence[Instruction], weights: _Weights, step: Program) -> list[str]:
     stacked: dict[str, float] = collections.defaultdict(float)
     whole: dict[str, float] = collections.defaultdict(float)
     wide: dict[str, float] = collections.defaultdict(float)

@@ -77,23 +77,23 @@ class StateBytes:
         return self.parameters + self.optimizer + self.batch
 
 
-def state_bytes(state: TrainState, shardings: TrainState, config: ExperimentConfig, mesh: jax.sharding.Mesh) -> StateBytes:
-    """Args: `state` of shapes and dtypes, with the sharding of each leaf in `shardings`."""
+def state_bytes(state: TrainState, config: ExperimentConfig, mesh: jax.sharding.Mesh) -> StateBytes:
+    """Args: `state` of shapes, dtypes and shardings."""
     host = 0.0
 
-    def local(arrays: Any, layouts: Any) -> float:
+    def local(arrays: Any) -> float:
         nonlocal host
         total = 0.0
-        for array, layout in zip(jax.tree.leaves(arrays), jax.tree.leaves(layouts), strict=True):
-            size = math.prod(layout.shard_shape(array.shape)) * array.dtype.itemsize
-            if layout.memory_kind == "pinned_host":
+        for array in jax.tree.leaves(arrays):
+            size = math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
+            if array.sharding.memory_kind == "pinned_host":
                 host += size
             else:
                 total += size
         return total
 
-    parameters = local(state.params, shardings.params) + local(state.buffers, shardings.buffers)
-    optimizer = local(state.optimizer, shardings.optimizer) + local(state.ema, shardings.ema)
+    parameters = local(state.params) + local(state.buffers)
+    optimizer = local(state.optimizer) + local(state.ema)
     shape = (config.data.batch_size, config.data.seq_len)
     rows = batch_sharding(mesh, *shape, config.optimizer.accumulate).shard_shape(shape)
     return StateBytes(parameters, optimizer, len(Batch._fields) * 4.0 * math.prod(rows), host)

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 
 from plait.configs.experiment import ExperimentConfig
 from plait.models import axes
-from plait.train.ahead import Described, describe_step
 from plait.train.mesh import make_mesh
 from plait.train.plan.flops import step_flops
 from plait.train.plan.hlo import Collective, Kind
@@ -23,6 +22,7 @@ from plait.train.plan.roofline import Times, exchange_seconds, times
 from plait.train.plan.rules import mesh_axes, ways
 from plait.train.plan.step_plan import Fix, Plan, check_batch, compile_plan, prepare, settle
 from plait.train.plan.topology import Target, TargetError, describe_devices
+from plait.train.program import Program
 from plait.train.state import Blueprint
 
 _REMAT: tuple[Literal["full", "dots"] | None, ...] = (None, "dots", "full")  # from the most memory to the least
@@ -77,12 +77,12 @@ def search(config: ExperimentConfig, target: Target, compile_best: int = 2) -> t
     return ranked, len(every)
 
 
-def find_fixes(step: Described, target: Target, memory: Memory, most: int = 3) -> list[Fix]:
+def find_fixes(step: Program, target: Target, memory: Memory, most: int = 3) -> list[Fix]:
     """Changes of recomputation, micro-batches and mesh that fit by estimate, the fastest first; the estimate is scaled to `memory`."""
     if target.chip is None:
         return []
     generation = target.generation
-    state = state_bytes(step.state, step.shardings, step.config, step.mesh)
+    state = state_bytes(step.like, step.config, step.mesh)
     guess = estimated_memory(step.config, step.mesh, state, step.blueprint, generation, memory.limit)
     scale = memory.temporaries / guess.temporaries if memory.compiled and guess.temporaries else 1.0
     devices = list(step.mesh.devices.flat)
@@ -114,7 +114,7 @@ def _candidates(
     assert target.chip is not None
     for sizes in _meshes(config, target):
         mesh_config = dataclasses.replace(config.mesh, **sizes)  # type: ignore[arg-type]
-        step: Described | None = None
+        step: Program | None = None
         for remat, parts in itertools.product(_REMAT, _parts(config)):
             new = dataclasses.replace(
                 config,
@@ -124,9 +124,9 @@ def _candidates(
             )
             try:
                 check_batch(new, target)
-                step = describe_step(new, make_mesh(mesh_config, devices), blueprint) if step is None else step
+                step = Program.of(new, make_mesh(mesh_config, devices), blueprint) if step is None else step
                 mesh = step.mesh
-                state = state_bytes(step.state, step.shardings, new, mesh)
+                state = state_bytes(step.like, new, mesh)
             except ValueError:
                 continue
             memory = estimated_memory(new, mesh, state, blueprint, target.generation, target.chip.memory, scale)
@@ -171,7 +171,7 @@ def _overrides(old: ExperimentConfig, new: ExperimentConfig) -> str:
 
 
 def _times(
-    config: ExperimentConfig, mesh: jax.sharding.Mesh, blueprint: Blueprint, target: Target, step: Described, state: StateBytes
+    config: ExperimentConfig, mesh: jax.sharding.Mesh, blueprint: Blueprint, target: Target, step: Program, state: StateBytes
 ) -> Times:
     """The roofline from estimated memory traffic and exchange."""
     assert target.chip is not None
@@ -196,7 +196,7 @@ def _times(
     )
 
 
-def estimated_collectives(config: ExperimentConfig, mesh: jax.sharding.Mesh, step: Described, target: Target) -> list[Collective]:
+def estimated_collectives(config: ExperimentConfig, mesh: jax.sharding.Mesh, step: Program, target: Target) -> list[Collective]:
     """What a step exchanges if the compiler does what the layout calls for and no more.
 
     Where parameters lie over all chips of a TPU slice, gradients are all-reduced, as TPUs do.
@@ -204,13 +204,12 @@ def estimated_collectives(config: ExperimentConfig, mesh: jax.sharding.Mesh, ste
     batch = set(mesh_axes(axes.BATCH))
     itemsize = jnp.dtype(config.model.compute_dtype).itemsize
     parts, model = config.optimizer.accumulate, config.model
-    layouts: Any = step.shardings.params
-    state: Any = step.state.params
+    state: Any = step.like.params
     gathered = kept = 0.0  # bytes of parameters that are gathered over batch axes, and that are whole on them
     over: set[str] = set()
-    for name, array in state.items():
+    for array in state.values():
         split = {
-            a for part in layouts[name].spec for a in ((part,) if isinstance(part, str) else part or ()) if mesh.shape[a] > 1
+            a for part in array.sharding.spec for a in ((part,) if isinstance(part, str) else part or ()) if mesh.shape[a] > 1
         }
         size = itemsize * array.size / math.prod(mesh.shape[a] for a in split - batch)
         over |= split & batch

@@ -10,7 +10,6 @@ from plait.configs.experiment import ExperimentConfig, MeshConfig
 from plait.data.tokenizer import ByteTokenizer
 from plait.kernels import chosen
 from plait.models import axes
-from plait.train.ahead import Described, describe_step
 from plait.train.mesh import make_mesh
 from plait.train.plan.compiling import Outcome, compile_step, largest_allocations, required_temporaries
 from plait.train.plan.findings import find_oddities
@@ -21,6 +20,7 @@ from plait.train.plan.roofline import Times, exchange_seconds, route, times
 from plait.train.plan.rules import mesh_axes
 from plait.train.plan.topology import Target
 from plait.train.plan.traffic import memory_traffic
+from plait.train.program import Program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,18 +124,18 @@ def other_axes(mesh: MeshConfig) -> dict[str, int]:
     return {name: size for name, size in sizes.items() if isinstance(size, int) and not isinstance(size, bool)}
 
 
-def prepare(config: ExperimentConfig, target: Target, devices: list) -> Described:
+def prepare(config: ExperimentConfig, target: Target, devices: list) -> Program:
     """The step of `config` (vocabulary settled) on the devices of `target`. Raises ValueError where they do not fit."""
     check_batch(config, target)
-    return describe_step(config, make_mesh(config.mesh, devices))
+    return Program.of(config, make_mesh(config.mesh, devices))
 
 
-def compile_plan(step: Described, target: Target, start: float | None = None) -> Plan:
+def compile_plan(step: Program, target: Target, start: float | None = None) -> Plan:
     """The plan of a described step, compiled; without a look for changes."""
     start = time.monotonic() if start is None else start
     generation = None if target.chip is None else target.generation
     outcome = compile_step(step, generation)
-    state = state_bytes(step.state, step.shardings, step.config, step.mesh)
+    state = state_bytes(step.like, step.config, step.mesh)
     limit = target.chip.memory if target.chip else None
     flops = step_flops(step.config, step.mesh.size)
     found: list[Collective] = []
@@ -186,7 +186,7 @@ def compile_plan(step: Described, target: Target, start: float | None = None) ->
     )
 
 
-def _refused_memory(outcome: Outcome, step: Described, state: StateBytes, generation: str | None, limit: float | None) -> Memory:
+def _refused_memory(outcome: Outcome, step: Program, state: StateBytes, generation: str | None, limit: float | None) -> Memory:
     """What the compiler asked for where it says so, else the estimate."""
     memory = estimated_memory(step.config, step.mesh, state, step.blueprint, generation, limit)
     temporaries = required_temporaries(outcome.refusal or "", state.total)

@@ -30,7 +30,7 @@ WIDTH, BATCH, LENGTH = 64, 2, 72  # two chunks of the linear layers, the second 
 PROMPTS, STEPS = (48, 13), 24  # prompt lengths, padded left to the longest, and tokens decoded after them
 SEGMENTS = (20, 33, 12)  # documents of the packed row; the rest of it is padding
 PROBE = ProbeConfig(rows=16, sequences=4, first_k=3)
-MESH = meshes.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+MESH = meshes.make_mesh(MeshConfig(data=1, fsdp=2, context=2, tensor=2))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,81 @@
+"""The training step of a config on a mesh: all of a run but its data and its arrays."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from plait.configs.experiment import ExperimentConfig
+from plait.data.batch import Batch
+from plait.kernels.target import target
+from plait.models.mixers.stats import ProbeConfig
+from plait.train.hosts.layout import batch_layout
+from plait.train.optimizer import make_optimizer
+from plait.train.state import Blueprint, TrainState, abstract_state, create_state, state_shardings
+from plait.train.step import make_step
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+    """Make it with `of`. The mesh may be over devices that are not at hand (`jax.experimental.topologies`)."""
+
+    config: ExperimentConfig
+    mesh: Mesh
+    blueprint: Blueprint
+    tx: optax.GradientTransformation
+    shardings: TrainState
+    """Of each leaf of the state."""
+
+    @classmethod
+    def of(cls, config: ExperimentConfig, mesh: Mesh, blueprint: Blueprint | None = None, **more: Any) -> Self:
+        """The step that a run of `config` takes on `mesh`.
+
+        Args:
+            config: with the model's vocabulary settled.
+            mesh: over real or described devices.
+            blueprint: of this config; made if None.
+            more: fields of a subclass.
+
+        Raises:
+            ValueError: the mesh does not divide the model or the batch.
+        """
+        batch_layout(config, mesh)
+        blueprint = Blueprint(config) if blueprint is None else blueprint
+        tx = make_optimizer(config.optimizer, config.steps, blueprint.decay)
+        return cls(config=config, mesh=mesh, blueprint=blueprint, tx=tx, shardings=state_shardings(blueprint, tx, mesh), **more)
+
+    def fresh(self) -> TrainState:
+        """The state at step 0."""
+        return jax.jit(lambda: create_state(self.blueprint, self.tx), out_shardings=self.shardings)()
+
+    @functools.cached_property
+    def like(self) -> TrainState:
+        """Shapes, dtypes and shardings of the state."""
+        place = lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where)  # noqa: E731
+        return jax.tree.map(place, abstract_state(self.blueprint, self.tx), self.shardings)
+
+    def lower(self, probe: ProbeConfig | None = None, generation: str | None = None) -> jax.stages.Lowered:
+        """The step, traced with its state donated; `.compile()` runs the real compiler. Metrics come back whole on every host.
+
+        Args:
+            probe: lowers the step that also returns statistics.
+            generation: what the kernels are traced for, a name of `plait.kernels.target.TARGETS`; None for what is at hand.
+
+        Raises:
+            ValueError: the generation is unknown.
+        """
+        layout = batch_layout(self.config, self.mesh)
+        kinds = Batch(*(jnp.int32,) * 4, jnp.float32)
+        batch = Batch(*(jax.ShapeDtypeStruct(layout.shape, kind, sharding=layout.sharding) for kind in kinds))
+        bounds = [] if self.config.spike.sigma is None else [jax.ShapeDtypeStruct((2,), jnp.float32)]
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        step = make_step(self.blueprint, self.tx, self.mesh, probe)
+        with contextlib.nullcontext() if generation is None else target(generation):
+            return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, everywhere)).lower(self.like, batch, *bounds)
