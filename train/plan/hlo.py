@@ -56,11 +56,11 @@ class Instruction:
     axes: tuple[str, ...]
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
     """Dtype and dimensions of each full array."""
-    times: int
+    times: int = 1
     """How often it runs in a step: the trip counts of the loops around it multiplied."""
-    trips_known: bool
+    trips_known: bool = True
     """False where a loop's trip count could not be read, and counts as one."""
-    op: str
+    op: str = ""
     """The JAX operation that it came from."""
 
     @property
@@ -98,8 +98,7 @@ def by_layer_kind(found: Iterable[Instruction]) -> dict[tuple[str, tuple[str, ..
 
 def instructions(text: str, mesh: jax.sharding.Mesh) -> list[Instruction]:
     """Every collective of the program; one that runs on one device only (a group of one) is none."""
-    program = Program(text)
-    return [one for one in program.collectives(_Groups(dict(mesh.shape), _between_slices(mesh))) if one.axes]
+    return [one for one in Computations(text, mesh).collectives() if one.axes]
 
 
 def _between_slices(mesh: jax.sharding.Mesh) -> tuple[tuple[str, ...], int]:
@@ -112,11 +111,13 @@ def _between_slices(mesh: jax.sharding.Mesh) -> tuple[tuple[str, ...], int]:
     return axes, len(np.unique(of))
 
 
-class Program:
-    """A compiled program as computations: lines by name."""
+class Computations:
+    """A compiled program taken apart."""
 
-    def __init__(self, text: str):
+    def __init__(self, text: str, mesh: jax.sharding.Mesh):
+        self._groups = _Groups(dict(mesh.shape), _between_slices(mesh))
         self.lines: dict[str, list[str]] = {}
+        """Those of each computation, by its name."""
         self.entry = ""
         self.results: dict[str, str] = {}  # type of what a collective's -done returns, by the name of its -start
         name = None
@@ -131,12 +132,11 @@ class Program:
                 if "-done(" in line and (found := _COLLECTIVE.search(line)):
                     self.results[found[5]] = found[2]
 
-    def collectives(self, groups: _Groups) -> Iterator[Instruction]:
-        yield from self._visit(self.entry, 1, True, groups, set())
+    def collectives(self) -> Iterator[Instruction]:
+        """In the order of the text, those in loops with their counts."""
+        yield from self._visit(self.entry, 1, True, set())
 
-    def _visit(
-        self, name: str, times: int, known: bool, groups: _Groups, seen: set[str], fused: bool = False
-    ) -> Iterator[Instruction]:
+    def _visit(self, name: str, times: int, known: bool, seen: set[str], fused: bool = False) -> Iterator[Instruction]:
         """The collectives of a computation. TPU splits one over several fusions, which share its channel: `seen` holds those."""
         seen = seen if fused else set()
         for line in self.lines.get(name, ()):
@@ -144,39 +144,37 @@ class Program:
                 continue
             if _LOOP.search(line):
                 _, body, trips = self.loop(line)
-                yield from self._visit(body, times * (trips or 1), known and trips is not None, groups, set())
+                yield from self._visit(body, times * (trips or 1), known and trips is not None, set())
                 continue
-            if found := _BETWEEN_SLICES.search(line):
-                axes, slices = groups.slices
-                kind = _TRANSFERS.get(found[2], "all-to-all")
-                arrays = _arrays(found[1]) * (slices if kind == "all-gather" else 1)
-                yield Instruction(kind, axes, arrays, times, known, "")
-                continue
-            if found := _COLLECTIVE.search(line):
-                if found[4] == "-done":
-                    continue
-                channel = re.search(r"channel_id=(\d+)", line)
-                if fused and channel:
-                    if channel[1] in seen:
+            if one := self.collective(line, name):
+                if fused and (channel := channel_of(line)):
+                    if channel in seen:
                         continue
-                    seen.add(channel[1])
-                yield self._instruction(found, line, name, times, known, groups)
+                    seen.add(channel)
+                yield dataclasses.replace(one, times=times, trips_known=known)
                 continue
             for other in self.called(line):
-                yield from self._visit(other, times, known, groups, seen, fused=" fusion(" in line)
+                yield from self._visit(other, times, known, seen, fused=" fusion(" in line)
 
-    def _instruction(self, found: re.Match[str], line: str, inside: str, times: int, known: bool, groups: _Groups) -> Instruction:
-        kind: Kind = found[3]  # type: ignore[assignment]
+    def collective(self, line: str, inside: str) -> Instruction | None:
+        """What a line of the computation `inside` begins to exchange, if anything."""
+        if found := _BETWEEN_SLICES.search(line):
+            axes, slices = self._groups.slices
+            kind = _TRANSFERS.get(found[2], "all-to-all")
+            return Instruction(kind, axes, _arrays(found[1]) * (slices if kind == "all-gather" else 1))
+        found = _COLLECTIVE.search(line)
+        if found is None or found[4] == "-done":
+            return None
+        kind = found[3]  # type: ignore[assignment]
         result = self.results.get(found[1], found[2]) if found[4] else found[2]
-        axes, size = groups.of(line)
+        axes, size = self._groups.of(line)
         if kind == "all-reduce" and inside.startswith("all-reduce-scatter"):  # TPU's fusion of a reduction and a slice
             kind = "reduce-scatter"
         elif kind == "reduce-scatter":  # the result is a part of the full array
             dimension = re.search(r"dimensions=\{(\d+)\}", line)
             result = _grown(result, int(dimension[1]) if dimension else 0, size)
-        shapes = _arrays(result)
         op = re.search(r'op_name="([^"]*)"', line)
-        return Instruction(kind, axes, shapes, times, known, op[1] if op else "")
+        return Instruction(kind, axes, _arrays(result), op=op[1] if op else "")
 
     def loop(self, line: str) -> tuple[str, str, int | None]:
         """Condition, body and trip count (None: not known) of a while loop."""
@@ -202,6 +200,12 @@ class Program:
         operands = re.search(r" (?:compare|fusion)\(([^)]*)\)", root)
         compared = [constants[name] for name in re.findall(r"%([\w.\-]+)", operands[1]) if name in constants] if operands else []
         return compared[0] if len(compared) == 1 else None
+
+
+def channel_of(line: str) -> str | None:
+    """The channel of a collective, which the parts that TPU makes of one share."""
+    found = re.search(r"channel_id=(\d+)", line)
+    return found[1] if found else None
 
 
 class _Groups:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -122,12 +123,12 @@ def _flops(plan: Plan) -> Section:
 def _collectives(plan: Plan) -> Section:
     rows = []
     for i, one in enumerate(plan.collectives):
-        seconds = f"{plan.seconds[i] * 1e3:.2f}" if plan.seconds else "-"
-        rows.append((one.kind, " x ".join(one.axes), f"{one.count:,}", size_text(one.bytes), seconds))
+        seconds = (f"{plan.seconds[i] * 1e3:.2f}", f"{plan.waits[i] * 1e3:.2f}") if plan.seconds else ("-", "-")
+        rows.append((one.kind, " x ".join(one.axes), f"{one.count:,}", size_text(one.bytes), *seconds))
     notes = [f"Over {name}: {text}." for name, text in plan.routes.items() if text]
     if plan.refusal is None and not rows:
         notes.append("None.")
-    return Section("Collectives of a device in a step", ("kind", "axes", "count", "full arrays", "ms"), rows, notes)
+    return Section("Collectives of a device in a step", ("kind", "axes", "count", "full arrays", "ms", "not hidden"), rows, notes)
 
 
 def _layer_exchange(plan: Plan) -> Section:
@@ -151,7 +152,18 @@ def _roofline(plan: Plan) -> Section:
             f"links of {chip.link / 1e9:.0f} GB/s, network {chip.network / 1e9:.3g} GB/s",
         ),
         ("bound, all overlapped", f"{clock.bound * 1e3:.1f}", f"limited by {clock.limited_by}; MFU at most {clock.mfu:.1%}"),
-        ("nothing overlapped", f"{clock.serial * 1e3:.1f}", f"MFU {clock.mfu_serial:.1%}"),
+        *(
+            [
+                (
+                    "as scheduled",
+                    f"{clock.scheduled * 1e3:.1f}",
+                    f"{clock.waiting * 1e3:.1f} ms of exchange not hidden; MFU {clock.mfu_in(clock.scheduled):.1%}",
+                )
+            ]
+            if clock.scheduled is not None and clock.waiting is not None
+            else []
+        ),
+        ("nothing overlapped", f"{clock.serial * 1e3:.1f}", f"MFU {clock.mfu_in(clock.serial):.1%}"),
     ]
     notes = [
         f"At the bound {plan.tokens_per_second:,.0f} tokens a second in all.",
@@ -238,13 +250,15 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "traffic": plan.traffic,
         "intensity": plan.intensity,
         "collectives": [
-            {**dataclasses.asdict(c), "seconds": plan.seconds[i] if plan.seconds else None} for i, c in enumerate(plan.collectives)
+            {**dataclasses.asdict(c), "seconds": seconds, "not_hidden": waits}
+            for c, seconds, waits in itertools.zip_longest(plan.collectives, plan.seconds, plan.waits)
         ],
         "layer_exchange": [
             {"layers": layers, "axes": axes, "count": count, "bytes": size}
             for (layers, axes), (count, size) in plan.layer_exchange.items()
         ],
-        "times": None if clock is None else {**dataclasses.asdict(clock), "bound": clock.bound, "serial": clock.serial,
+        "times": None if clock is None else {**dataclasses.asdict(clock), "bound": clock.bound,
+                                             "scheduled": clock.scheduled, "serial": clock.serial,
                                              "mfu": clock.mfu, "limited_by": clock.limited_by},
         "assumptions": list(ASSUMPTIONS),
         "warnings": plan.warnings,

@@ -20,7 +20,8 @@ ASSUMPTIONS = (
     "TPU's VMEM is free, what a GPU's cache would save is not counted",
     "a collective moves (n-1)/n of its array, an all-reduce twice that; over a TPU torus along each dimension that its devices span, "
     "both ways where the dimension closes to a ring; over several hosts or slices the network and the links inside run at once",
-    "the bound overlaps the three fully; the time without overlap adds them up",
+    "the bound overlaps the three fully; the time without overlap adds them up; the time as scheduled adds to the larger of the first two "
+    "the exchange that the compiled schedule has nothing beside, where kernels count by their memory traffic only",
 )
 """Under every time."""
 
@@ -91,6 +92,8 @@ class Times:
     model_flops: float
     """Of one device, for MFU."""
     peak: float
+    waiting: float | None
+    """Of `exchange`, what the compiled schedule has nothing beside; None without one."""
 
     @property
     def bound(self) -> float:
@@ -103,22 +106,29 @@ class Times:
         return self.compute + self.memory + self.exchange
 
     @property
+    def scheduled(self) -> float | None:
+        """With operations and memory traffic overlapped, and of the exchange what the schedule overlaps."""
+        return None if self.waiting is None else max(self.compute, self.memory) + self.waiting
+
+    @property
     def limited_by(self) -> str:
         return max(("compute", "memory", "exchange"), key=lambda name: getattr(self, name))
 
     @property
     def mfu(self) -> float:
         """Model FLOPs utilisation at the bound."""
-        return self.model_flops / self.peak / self.bound if self.bound else math.nan
+        return self.mfu_in(self.bound)
 
-    @property
-    def mfu_serial(self) -> float:
-        return self.model_flops / self.peak / self.serial if self.serial else math.nan
+    def mfu_in(self, seconds: float) -> float:
+        """Model FLOPs utilisation of a step that takes these seconds."""
+        return self.model_flops / self.peak / seconds if seconds else math.nan
 
 
-def times(chip: Chip, *, hardware_flops: float, model_flops: float, traffic: float, exchange: float) -> Times:
-    """Args: operations and bytes of memory traffic of one device, and seconds of its collectives."""
-    return Times(hardware_flops / chip.flops, traffic / chip.memory_bandwidth, exchange, model_flops, chip.flops)
+def times(
+    chip: Chip, *, hardware_flops: float, model_flops: float, traffic: float, exchange: float, waiting: float | None = None
+) -> Times:
+    """Args: operations and bytes of memory traffic of one device, seconds of its collectives and of those not hidden."""
+    return Times(hardware_flops / chip.flops, traffic / chip.memory_bandwidth, exchange, model_flops, chip.flops, waiting)
 
 
 def exchange_seconds(found: Sequence[Collective], mesh: jax.sharding.Mesh, target: Target) -> list[float]:

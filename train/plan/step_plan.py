@@ -14,12 +14,13 @@ from plait.train.mesh import make_mesh
 from plait.train.plan.compiling import Outcome, compile_step, largest_allocations, required_temporaries
 from plait.train.plan.findings import find_oddities
 from plait.train.plan.flops import LayerFlops, StepFlops, layer_flops, step_flops
-from plait.train.plan.hlo import Collective, by_layer_kind, collectives, instructions
+from plait.train.plan.hlo import Collective, Computations, by_layer_kind, collectives, instructions
 from plait.train.plan.memory import Memory, StateBytes, compiled_memory, estimated_memory, state_bytes
 from plait.train.plan.roofline import Times, exchange_seconds, route, times
 from plait.train.plan.rules import mesh_axes
+from plait.train.plan.schedule import waits
 from plait.train.plan.topology import Target
-from plait.train.plan.traffic import memory_traffic
+from plait.train.plan.traffic import Traffic
 from plait.train.program import Program
 
 
@@ -45,6 +46,8 @@ class Plan:
     collectives: list[Collective]
     seconds: list[float]
     """Of each entry of `collectives`; empty where the target has no chip data."""
+    waits: list[float]
+    """Those of the seconds with nothing scheduled beside them."""
     layer_exchange: dict[tuple[str, tuple[str, ...]], tuple[int, float]]
     """Count and bytes of collectives by kind of layer and mesh axes."""
     routes: dict[str, str]
@@ -140,6 +143,7 @@ def compile_plan(step: Program, target: Target, start: float | None = None) -> P
     flops = step_flops(step.config, step.mesh.size)
     found: list[Collective] = []
     seconds: list[float] = []
+    waiting: list[float] = []
     warnings: list[str] = []
     layers: dict[tuple[str, tuple[str, ...]], tuple[int, float]] = {}
     routes: dict[str, str] = {}
@@ -152,10 +156,18 @@ def compile_plan(step: Program, target: Target, start: float | None = None) -> P
         layers = by_layer_kind(single)
         warnings = find_oddities(step, single, outcome.rematerialized)
         if target.chip is not None:
-            traffic = memory_traffic(text)
+            moved = Traffic(Computations(text, step.mesh))
+            traffic = moved.total()
             seconds = exchange_seconds(found, step.mesh, target)
+            waited = waits(moved, step.mesh, target)
+            waiting = [waited.get((one.kind, one.axes), 0.0) for one in found]
             clock = times(
-                target.chip, hardware_flops=flops.hardware, model_flops=flops.model, traffic=traffic, exchange=sum(seconds)
+                target.chip,
+                hardware_flops=flops.hardware,
+                model_flops=flops.model,
+                traffic=traffic,
+                exchange=sum(seconds),
+                waiting=sum(waiting),
             )
             routes = {
                 " x ".join(names): route(step.mesh, names, target).describe() for names in dict.fromkeys(c.axes for c in found)
@@ -172,6 +184,7 @@ def compile_plan(step: Program, target: Target, start: float | None = None) -> P
         collectives=found,
         layer_exchange=layers,
         seconds=seconds,
+        waits=waiting,
         routes=routes,
         traffic=traffic,
         times=clock,

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import re
 
-from plait.train.plan.hlo import ITEM_BYTES, Program
+from plait.train.plan.hlo import ITEM_BYTES, Computations
 
 _LINE = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
@@ -17,7 +17,9 @@ _SLICES = {"dynamic-slice", "slice", "gather"}
 
 
 @dataclasses.dataclass(frozen=True)
-class _Instruction:
+class Operation:
+    """A line of a computation."""
+
     name: str
     type: str
     opcode: str
@@ -26,36 +28,39 @@ class _Instruction:
     root: bool
 
 
-def memory_traffic(text: str) -> float:
-    """Bytes, for one device, of `compiled.as_text()`.
-
-    Operands and results of each operation outside fusions, kernels included, count once; of an array that a fusion slices or updates
-    in place, only the slice. Arrays that the TPU compiler keeps in VMEM are free.
-    """
-    program = Program(text)
-    return _Traffic(program).of(program.entry)
+def is_free(one: Operation) -> bool:
+    """Whether it moves nothing itself."""
+    return one.opcode in _FREE or one.opcode.endswith("-done")
 
 
-class _Traffic:
-    def __init__(self, program: Program):
+class Traffic:
+    """Of one device. Operands and results of each operation outside fusions, kernels included, count once; of an array that a fusion
+    slices or updates in place, only the slice. Arrays that the TPU compiler keeps in VMEM are free."""
+
+    def __init__(self, program: Computations):
         self.program = program
-        self.parsed: dict[str, dict[str, _Instruction]] = {}
+        self.parsed: dict[str, dict[str, Operation]] = {}
+
+    def total(self) -> float:
+        """Bytes of a step."""
+        return self.of(self.program.entry)
 
     def of(self, name: str) -> float:
         """Bytes of one run of a computation, with the computations that it calls."""
         total = 0.0
-        inside = self._instructions(name)
+        inside = self.operations(name)
         for one in inside.values():
             if one.opcode == "while":
                 condition, body, trips = self.program.loop(one.line)
                 total += (trips or 1) * self.of(body) if condition else 0.0
             elif one.opcode in ("call", "conditional", "async-start"):
                 total += max((self.of(other) for other in self.program.called(one.line)), default=0.0)
-            elif one.opcode not in _FREE and not one.opcode.endswith("-done"):
-                total += self._moved(one, inside)
+            elif not is_free(one):
+                total += self.moved(one, inside)
         return total
 
-    def _moved(self, one: _Instruction, inside: dict[str, _Instruction]) -> float:
+    def moved(self, one: Operation, inside: dict[str, Operation]) -> float:
+        """Bytes of an operation that calls nothing but a fusion; `inside` are those of its computation."""
         if one.opcode in _SLICES:
             return 2 * _size(one.type)
         if one.opcode == "dynamic-update-slice":
@@ -71,9 +76,9 @@ class _Traffic:
         operands = sum(_size(inside[name].type) for name in one.operands if name in inside)
         return operands + _size(self.program.results.get(one.name, "") if one.opcode.endswith("-start") else one.type)
 
-    def _fusion(self, one: _Instruction, inside: dict[str, _Instruction], called: str) -> float:
-        body = self._instructions(called)
-        users: dict[str, list[_Instruction]] = collections.defaultdict(list)
+    def _fusion(self, one: Operation, inside: dict[str, Operation], called: str) -> float:
+        body = self.operations(called)
+        users: dict[str, list[Operation]] = collections.defaultdict(list)
         for user in body.values():
             for name in user.operands:
                 users[name].append(user)
@@ -97,7 +102,7 @@ class _Traffic:
         return total + max(0.0, result - sum(in_place)) + sum(written)
 
     @staticmethod
-    def _read(user: _Instruction, name: str, body: dict[str, _Instruction]) -> float | None:
+    def _read(user: Operation, name: str, body: dict[str, Operation]) -> float | None:
         """Bytes that a user reads of a parameter, or None for all."""
         if user.opcode in _SLICES and user.operands[0] == name:
             return _size(user.type)
@@ -105,13 +110,14 @@ class _Traffic:
             return 0.0
         return None
 
-    def _instructions(self, computation: str) -> dict[str, _Instruction]:
+    def operations(self, computation: str) -> dict[str, Operation]:
+        """By name, in the compiler's order."""
         if computation not in self.parsed:
             found = {}
             for line in self.program.lines.get(computation, ()):
                 if m := _LINE.match(line[: line.find(", metadata=")] if ", metadata=" in line else line):
                     operands = tuple(re.findall(r"%([\w.\-]+)", m[4].split(")")[0]))
-                    found[m[1]] = _Instruction(m[1], m[2], m[3], operands, line, line.lstrip().startswith("ROOT"))
+                    found[m[1]] = Operation(m[1], m[2], m[3], operands, line, line.lstrip().startswith("ROOT"))
             self.parsed[computation] = found
         return self.parsed[computation]
 
