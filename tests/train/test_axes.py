@@ -48,10 +48,8 @@ def small(config: ExperimentConfig) -> ExperimentConfig:
 
 
 def layers_of(mixer: MixerConfig) -> ExperimentConfig:
-    """A small model of two layers of one mixer. Outputs as small as these make the norms over heads steep near nothing, where one
-    rounding of the parameters moves gradients by 5e-5 on one device; a larger epsilon makes them smooth."""
+    """A small model of two layers of one mixer."""
     name = f"{mixer.name}+{mixer.mixer.name}" if hasattr(mixer, "mixer") else mixer.name
-    mixer = dataclasses.replace(mixer, norm_eps=1e-2) if hasattr(mixer, "norm_eps") else mixer
     model = dataclasses.replace(tiny().model, d_model=32, pattern=name, mixers={name: mixer})
     return changed(dataclasses.replace(tiny(), model=model), STEP)
 

@@ -14,7 +14,7 @@ from plait.configs.experiment import MeshConfig
 from plait.models import axes
 from plait.tests.models.common import quick_jit
 from plait.tests.tolerances import assert_close
-from plait.tests.train.common import different_arrays, hybrid, program_of, random_batch, routed, tiny, tree_arrays
+from plait.tests.train.common import changed, different_arrays, hybrid, program_of, random_batch, routed, tiny, tree_arrays
 from plait.train.checkpoint import Checkpoints
 from plait.train.mesh import AXES, RULES, batch_sharding, make_mesh, sharding, spec, spread
 from plait.train.step import make_step
@@ -31,16 +31,26 @@ SIZES = {"data.batch_size": 8, "model.z_loss": 1e-3, "optimizer.ema": 0.9, "opti
 BATCHES = [random_batch(8, seed=seed) for seed in (0, 1)]
 
 
-def _conditioned(state):
-    """A state whose residual stream begins as large as what layers add to it. Norms blow up that of a fresh one: under delta-rule layers
-    one rounding of the parameters then moves gradients by 2e-4 on one device, and no two orders of summation could be compared."""
+# Norms blow up vectors as small as those of fresh small models: one rounding of the parameters then moves gradients by 2e-4 on one
+# device, and no two orders of summation could be compared. So the residual stream begins as large as what layers add to it, and the
+# norms over heads have an epsilon about as large as their heads.
+
+
+def _smooth(mixer):
+    if hasattr(mixer, "mixer"):
+        return dataclasses.replace(mixer, mixer=_smooth(mixer.mixer))
+    return dataclasses.replace(mixer, norm_eps=1e-2) if hasattr(mixer, "norm_eps") else mixer
+
+
+def _of_unit_size(state):
     return dataclasses.replace(state, params={**state.params, "embedding": 50 * state.params["embedding"]})
 
 
 def two_steps(config):
     """The state and metrics of two steps on the config's mesh, compiled with the shardings of a run."""
+    config = changed(config, {"model.mixers": {name: _smooth(mixer) for name, mixer in config.model.mixers.items()}})
     setup = program_of(config, devices=8)
-    state = _conditioned(setup.fresh())
+    state = _of_unit_size(setup.fresh())
     step = make_step(setup.blueprint, setup.tx, setup.mesh, None)
     step = quick_jit(step, out_shardings=(setup.shardings, None))
     rows = batch_sharding(setup.mesh, 8, config.data.seq_len, config.optimizer.accumulate)
