@@ -34,7 +34,13 @@ CONFIG, ENVIRONMENT, CHECKPOINTS = "config.json", "environment.json", "checkpoin
 _FREE_ON_RESUME = ("out", "resume", "mesh", "log_every", "keep_last", "keep_best", "checkpoint_every", "wandb")
 
 _OWN_TO_A_HOST = ("data.cache_dir",)
-_CHANGES_PROGRAMS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_DEFAULT_MATMUL_PRECISION", "JAX_ENABLE_X64")
+_CHANGES_PROGRAMS = (
+    "XLA_FLAGS",
+    "LIBTPU_INIT_ARGS",
+    "JAX_OPTIMIZATION_LEVEL",
+    "JAX_DEFAULT_MATMUL_PRECISION",
+    "JAX_ENABLE_X64",
+)
 _SEEN_SECONDS = 15.0  # file systems over a network show a new file late
 
 
