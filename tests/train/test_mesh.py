@@ -280,7 +280,7 @@ def test_axes_that_do_not_make_the_devices_are_refused(config):
 
 
 def test_parameter_that_a_mesh_does_not_divide_is_named():
-    config = routed({**SIZES, "mesh": MeshConfig(data=1, fsdp=5)})
+    config = routed({**SIZES, "data.batch_size": 5, "mesh": MeshConfig(data=1, fsdp=5)})
     with pytest.raises(
         ValueError, match=r"parameter \S+ has embed=16, which mesh fsdp=5 must divide; change the mesh or the model"
     ):
