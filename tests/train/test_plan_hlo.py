@@ -173,11 +173,13 @@ def test_collectives_by_kind_of_layer():
         one("jit(step)/transpose(jvp(layer_gated_deltanet))/dot_general", 2),
         one("jit(step)/layer_softmax.local/context_attention/ppermute", 1, ("context",)),
         one("jit(step)/take", 1),
+        one("", 2),
     ])  # fmt: skip
     assert found == {
         ("gated_deltanet", ("fsdp",)): (8, 128.0),
         ("softmax/local", ("context",)): (1, 16.0),
         ("others", ("fsdp",)): (1, 16.0),
+        ("unnamed", ("fsdp",)): (2, 32.0),
     }
 
 
