@@ -84,7 +84,7 @@ class _Schedule:
             for key in sent[name]:
                 first.setdefault(key, name)
                 last[key] = name
-            if one.opcode.endswith("-done") and one.operands[0] in last:
+            if one.opcode.endswith("-done") and one.operands and one.operands[0] in last:
                 last[one.operands[0]] = name
         ends: dict[str, list[str]] = collections.defaultdict(list)
         for key, name in last.items():
