@@ -22,7 +22,6 @@ from plait.train.evaluate import Evaluator
 from plait.train.hosts import heartbeat, together
 from plait.train.hosts.failure import TrainingFailed
 from plait.train.hosts.hardware import environment, peak_flops
-from plait.train.hosts.layout import batch_layout
 from plait.train.hosts.spread import Spread
 from plait.train.hosts.termination import Termination
 from plait.train.metrics import ATTENTION, MetricsWriter, ProgressLine, trim_metrics, write_layers, write_probes
@@ -78,7 +77,6 @@ class _Loop:
         self.evaluator = Evaluator(setup.blueprint, setup.mesh)
         self.iterator = setup.data.train()
         self.spread = Spread()
-        self.layout = batch_layout(config, setup.mesh)
         peak = peak_flops(jax.devices()[0])
         self.step_flops = None if peak is None else 3 * config.model.flops(config.data.seq_len) / (peak * setup.mesh.size)
         self.tokens = 0
@@ -203,7 +201,7 @@ class _Loop:
             with self.clock.waiting("data"):
                 batch = next(self.iterator)
             state, metrics = (self.probe_step if probing else self.plain_step)(
-                state, self.layout.place(batch), *self._bounds(step + 1)
+                state, self.setup.layout.place(batch), *self._bounds(step + 1)
             )
             step += 1
             self.dispatched = step

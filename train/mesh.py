@@ -83,13 +83,27 @@ def _torus(devices: Sequence[Any], sizes: Mapping[str, int]) -> np.ndarray:
     return mesh_utils.create_hybrid_device_mesh(within, list(across.values()), devices, allow_split_physical_axes=True)
 
 
+def names_of(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes in a rule, or in a part of a `PartitionSpec`."""
+    return (part,) if isinstance(part, str) else part or ()
+
+
+def mesh_axes(name: str) -> tuple[str, ...]:
+    """The mesh axes on which a logical axis lies."""
+    return names_of(RULES[name])
+
+
+def ways(mesh: Mesh, name: str) -> int:
+    """In how many parts a mesh divides a logical axis."""
+    return _ways(mesh, mesh_axes(name))
+
+
 def spec(names: Axes) -> PartitionSpec:
     """The partition of an array with these logical axes; a mesh axis is used once, by the first name that asks for it."""
     used: set[str] = set()
     parts: list[Any] = []
     for name in names:
-        rule = RULES[name] if name is not None else None
-        wanted = tuple(a for a in ((rule,) if isinstance(rule, str) else rule or ()) if a not in used)
+        wanted = tuple(a for a in (mesh_axes(name) if name is not None else ()) if a not in used)
         used.update(wanted)
         parts.append(wanted[0] if len(wanted) == 1 else wanted or None)
     return PartitionSpec(*parts)
@@ -112,11 +126,11 @@ def spread(layout: NamedSharding, names: Axes, shape: Sequence[int]) -> NamedSha
     one that is divided already, the stacked layers last, and no further where there is none."""
     mesh, parts = layout.mesh, list(layout.spec)
     chosen = None
-    for axis in (axis for axis in ZERO if mesh.shape[axis] > 1 and not any(axis in _names(part) for part in parts)):
+    for axis in (axis for axis in ZERO if mesh.shape[axis] > 1 and not any(axis in names_of(part) for part in parts)):
         fitting = [i for i, part in enumerate(parts) if shape[i] % (mesh.shape[axis] * _ways(mesh, part)) == 0]
         if fitting:
             chosen = max(fitting, key=lambda i: (i == chosen, names[i] != axes.LAYERS, _ways(mesh, parts[i]) == 1, shape[i]))
-            parts[chosen] = (*_names(parts[chosen]), axis)
+            parts[chosen] = (*names_of(parts[chosen]), axis)
     return NamedSharding(mesh, PartitionSpec(*parts))
 
 
@@ -152,19 +166,15 @@ def on_mesh(mesh: Mesh, microbatches: int = 1) -> Iterator[None]:
     """Traces models for the mesh: activations are pinned to it, each device runs the kernels on its part, and where the mesh has a
     pipeline, the rows of a batch flow through it in `microbatches` parts."""
     rules = {"batch": axes.BATCH, "heads": axes.HEADS, "context": axes.LENGTH}
-    over = {key: _names(RULES[name]) for key, name in rules.items()}
+    over = {key: mesh_axes(name) for key, name in rules.items()}
     schedule = Pipeline(mesh, microbatches) if mesh.shape["pipeline"] > 1 else ALL_ROWS
     with axes.constraining(constrainer(mesh)), splitting(mesh, **over, alone=("pipeline",)), scheduling(schedule):
         yield
 
 
-def _names(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    return (part,) if isinstance(part, str) else part or ()
-
-
 def _ways(mesh: Mesh | AbstractMesh, part: str | tuple[str, ...] | None) -> int:
-    return math.prod(mesh.shape[name] for name in _names(part))
+    return math.prod(mesh.shape[name] for name in names_of(part))
 
 
 def _describe(mesh: Mesh, part: str | tuple[str, ...] | None) -> str:
-    return " x ".join(f"{name}={mesh.shape[name]}" for name in _names(part))
+    return " x ".join(f"{name}={mesh.shape[name]}" for name in names_of(part))

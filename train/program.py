@@ -16,7 +16,7 @@ from plait.configs.experiment import ExperimentConfig
 from plait.data.batch import Batch
 from plait.kernels.target import target
 from plait.models.mixers.stats import ProbeConfig
-from plait.train.hosts.layout import batch_layout
+from plait.train.hosts.layout import BatchLayout, batch_layout
 from plait.train.optimizer import make_optimizer
 from plait.train.state import Blueprint, TrainState, abstract_state, create_state, state_shardings
 from plait.train.step import make_step
@@ -51,6 +51,11 @@ class Program:
         tx = make_optimizer(config.optimizer, config.steps, blueprint.decay)
         return cls(config=config, mesh=mesh, blueprint=blueprint, tx=tx, shardings=state_shardings(blueprint, tx, mesh), **more)
 
+    @functools.cached_property
+    def layout(self) -> BatchLayout:
+        """That of the batches."""
+        return batch_layout(self.config, self.mesh)
+
     def fresh(self) -> TrainState:
         """The state at step 0."""
         return jax.jit(lambda: create_state(self.blueprint, self.tx), out_shardings=self.shardings)()
@@ -71,9 +76,8 @@ class Program:
         Raises:
             ValueError: the generation is unknown.
         """
-        layout = batch_layout(self.config, self.mesh)
         kinds = Batch(*(jnp.int32,) * 4, jnp.float32)
-        batch = Batch(*(jax.ShapeDtypeStruct(layout.shape, kind, sharding=layout.sharding) for kind in kinds))
+        batch = Batch(*(jax.ShapeDtypeStruct(self.layout.shape, kind, sharding=self.layout.sharding) for kind in kinds))
         bounds = [] if self.config.spike.sigma is None else [jax.ShapeDtypeStruct((2,), jnp.float32)]
         everywhere = NamedSharding(self.mesh, PartitionSpec())
         step = make_step(self.blueprint, self.tx, self.mesh, probe)

@@ -11,9 +11,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from plait.models import axes
+from plait.train.mesh import mesh_axes, names_of
 from plait.train.plan.hlo import Instruction
 from plait.train.plan.memory import size_text
-from plait.train.plan.rules import mesh_axes
 from plait.train.program import Program
 
 _SMALL = 2**20  # bytes a step that nobody needs to hear of
@@ -55,7 +55,7 @@ def _weights(step: Program) -> _Weights:
     stacked: dict[Shape, str] = {}
     whole: dict[Shape, str] = {}
     for name, array in state.items():
-        parts = [_names(part) for part in array.sharding.spec] + [()] * array.ndim
+        parts = [names_of(part) for part in array.sharding.spec] + [()] * array.ndim
         over = [{a for a in part if step.mesh.shape[a] > 1} for part in parts]
         gathered |= set().union(*over) & batch
         layers = step.blueprint.axes(name)[0] == axes.LAYERS
@@ -161,7 +161,3 @@ def _few(sizes: dict[str, float], most: int = 3) -> str:
 
 def _short(op: str) -> str:
     return op.rsplit("/", 1)[-1] or "?"
-
-
-def _names(part: Any) -> tuple[str, ...]:
-    return (part,) if isinstance(part, str) else tuple(part or ())

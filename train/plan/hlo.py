@@ -7,7 +7,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable, Iterator
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import jax
 import numpy as np
@@ -76,13 +76,18 @@ def collectives(text: str, mesh: jax.sharding.Mesh) -> list[Collective]:
         text: `compiled.as_text()` of a program whose devices are the mesh's, in the mesh's order.
         mesh: names the axes.
     """
+    return by_kind(instructions(text, mesh))
+
+
+def by_kind(found: Iterable[Instruction]) -> list[Collective]:
+    """Count and bytes of a step by kind and mesh axes, most bytes first."""
     count: dict[tuple[Kind, tuple[str, ...]], int] = collections.Counter()
     size: dict[tuple[Kind, tuple[str, ...]], float] = collections.defaultdict(float)
-    for one in instructions(text, mesh):
+    for one in found:
         count[one.kind, one.axes] += one.times
         size[one.kind, one.axes] += one.times * one.bytes
-    found = [Collective(kind, axes, count[kind, axes], size[kind, axes]) for kind, axes in count]
-    return sorted(found, key=lambda c: -c.bytes)
+    sums = [Collective(kind, axes, count[kind, axes], size[kind, axes]) for kind, axes in count]
+    return sorted(sums, key=lambda c: -c.bytes)
 
 
 def by_layer_kind(found: Iterable[Instruction]) -> dict[tuple[str, tuple[str, ...]], tuple[int, float]]:
@@ -101,7 +106,7 @@ def by_layer_kind(found: Iterable[Instruction]) -> dict[tuple[str, tuple[str, ..
 
 def instructions(text: str, mesh: jax.sharding.Mesh) -> list[Instruction]:
     """Every collective of the program; one that runs on one device only (a group of one) is none."""
-    return [one for one in Computations(text, mesh).collectives() if one.axes]
+    return list(Computations(text, mesh).collectives())
 
 
 def _between_slices(mesh: jax.sharding.Mesh) -> tuple[tuple[str, ...], int]:
@@ -136,8 +141,8 @@ class Computations:
                     self.results[found[5]] = found[2]
 
     def collectives(self) -> Iterator[Instruction]:
-        """In the order of the text, those in loops with their counts."""
-        yield from self._visit(self.entry, 1, True, set())
+        """In the order of the text, those in loops with their counts; a group of one exchanges nothing."""
+        return (one for one in self._visit(self.entry, 1, True, set()) if one.axes)
 
     def _visit(self, name: str, times: int, known: bool, seen: set[str], fused: bool = False) -> Iterator[Instruction]:
         """The collectives of a computation. TPU splits one over several fusions, which share its channel: `seen` holds those."""
@@ -168,7 +173,7 @@ class Computations:
         found = _COLLECTIVE.search(line)
         if found is None or found[4] == "-done":
             return None
-        kind = found[3]  # type: ignore[assignment]
+        kind = cast(Kind, found[3])
         result = self.results.get(found[1], found[2]) if found[4] else found[2]
         axes, size = self._groups.of(line)
         if kind == "all-reduce" and inside.startswith("all-reduce-scatter"):  # TPU's fusion of a reduction and a slice

@@ -16,9 +16,8 @@ from plait.kernels.target import target as kernels_for
 from plait.models import axes
 from plait.models.pattern import find_period
 from plait.train.loss import loss_terms
-from plait.train.mesh import batch_sharding
+from plait.train.mesh import batch_sharding, ways
 from plait.train.plan.chips import CHIPS, GIB
-from plait.train.plan.rules import ways
 from plait.train.state import Blueprint, TrainState
 
 

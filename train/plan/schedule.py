@@ -33,7 +33,7 @@ def waits(traffic: Traffic, mesh: jax.sharding.Mesh, target: Target) -> dict[Key
     after the other, those over the network too, both at once. An operation takes as long as its products or its memory traffic; kernels
     their memory traffic only, so that less is hidden behind them than there could be.
     """
-    return dict(_Schedule(traffic, mesh, target).run(traffic.program.entry).waits)
+    return _Schedule(traffic, mesh, target).run(traffic.program.entry).waits
 
 
 @dataclasses.dataclass
@@ -41,7 +41,7 @@ class _Run:
     """One run of a computation."""
 
     seconds: float = 0.0
-    waits: collections.Counter[Key] = dataclasses.field(default_factory=collections.Counter)
+    waits: dict[Key, float] = dataclasses.field(default_factory=lambda: collections.defaultdict(float))
 
     def add(self, other: _Run, times: int = 1) -> None:
         self.seconds += times * other.seconds
@@ -65,7 +65,7 @@ class _Way:
     def wait(self, run: _Run, until: float) -> None:
         """Lets the run wait for what ends then."""
         for begin, end, key in self.sent:
-            run.waits[key] += max(0.0, min(end, until) - max(begin, run.seconds))  # type: ignore[assignment]
+            run.waits[key] += max(0.0, min(end, until) - max(begin, run.seconds))
         run.seconds = max(run.seconds, until)
 
 

@@ -14,12 +14,11 @@ import jax.numpy as jnp
 
 from plait.configs.experiment import ExperimentConfig
 from plait.models import axes
-from plait.train.mesh import make_mesh
+from plait.train.mesh import make_mesh, mesh_axes, names_of, ways
 from plait.train.plan.flops import step_flops
 from plait.train.plan.hlo import Collective, Kind
 from plait.train.plan.memory import Memory, StateBytes, estimated_memory, saved_activations, state_bytes
 from plait.train.plan.roofline import Times, exchange_seconds, times
-from plait.train.plan.rules import mesh_axes, ways
 from plait.train.plan.step_plan import Fix, Plan, check_batch, compile_plan, prepare, settle
 from plait.train.plan.topology import Target, TargetError, describe_devices
 from plait.train.program import Program
@@ -208,9 +207,7 @@ def estimated_collectives(config: ExperimentConfig, mesh: jax.sharding.Mesh, ste
     gathered = kept = 0.0  # bytes of parameters that are gathered over batch axes, and that are whole on them
     over: set[str] = set()
     for array in state.values():
-        split = {
-            a for part in array.sharding.spec for a in ((part,) if isinstance(part, str) else part or ()) if mesh.shape[a] > 1
-        }
+        split = {a for part in array.sharding.spec for a in names_of(part) if mesh.shape[a] > 1}
         size = itemsize * array.size / math.prod(mesh.shape[a] for a in split - batch)
         over |= split & batch
         gathered, kept = (gathered + size, kept) if split & batch else (gathered, kept + size)

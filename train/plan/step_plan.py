@@ -10,14 +10,13 @@ from plait.configs.experiment import ExperimentConfig, MeshConfig
 from plait.data.tokenizer import ByteTokenizer
 from plait.kernels import chosen
 from plait.models import axes
-from plait.train.mesh import make_mesh
+from plait.train.mesh import make_mesh, mesh_axes
 from plait.train.plan.compiling import Outcome, compile_step, largest_allocations, required_temporaries
 from plait.train.plan.findings import find_oddities
 from plait.train.plan.flops import LayerFlops, StepFlops, layer_flops, step_flops
-from plait.train.plan.hlo import Collective, Computations, by_layer_kind, collectives, instructions
+from plait.train.plan.hlo import Collective, Computations, by_kind, by_layer_kind
 from plait.train.plan.memory import Memory, StateBytes, compiled_memory, estimated_memory, state_bytes
 from plait.train.plan.roofline import Times, exchange_seconds, route, times
-from plait.train.plan.rules import mesh_axes
 from plait.train.plan.schedule import waits
 from plait.train.plan.topology import Target
 from plait.train.plan.traffic import Traffic
@@ -151,12 +150,13 @@ def compile_plan(step: Program, target: Target, start: float | None = None) -> P
     if outcome.compiled is not None:
         memory = compiled_memory(outcome.compiled, state, limit)
         text = outcome.compiled.as_text() or ""
-        found = collectives(text, step.mesh)
-        single = instructions(text, step.mesh)
+        program = Computations(text, step.mesh)
+        single = list(program.collectives())
+        found = by_kind(single)
         layers = by_layer_kind(single)
         warnings = find_oddities(step, single, outcome.rematerialized)
         if target.chip is not None:
-            moved = Traffic(Computations(text, step.mesh))
+            moved = Traffic(program)
             traffic = moved.total()
             seconds = exchange_seconds(found, step.mesh, target)
             waited = waits(moved, step.mesh, target)
