@@ -2,61 +2,104 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from flax import nnx
 
+from plait.kernels import Tokens
 from plait.models.axes import BATCH, LENGTH, constrain
 from plait.models.build import BuildContext
-from plait.models.config import LMConfig
-from plait.models.mixers.base import State
-from plait.models.mixers.stats import ProbeConfig, Stats, residual_statistics
+from plait.models.channel_mixers.base import ChannelMixerConfig, MixedChannels
+from plait.models.look import Look, Observer, Statistics, look
+from plait.models.mixers.base import Losses, MixerConfig, State
 from plait.models.norms import RMSNorm
+from plait.models.stream import Carry, Stream
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Extras:
+    """What a layer gives beside the stream."""
+
+    losses: Losses = dataclasses.field(default_factory=dict)
+    """Auxiliary losses by name, coefficients applied."""
+    statistics: Statistics = dataclasses.field(default_factory=dict)
+    """Of probe steps."""
 
 
 class Block(nnx.Module):
-    """A layer of the model; the residual stream `x` is `[B, T, D]` (`[B, D]` in `step`)."""
+    """A layer of the model."""
 
-    def __init__(self, config: LMConfig, ctx: BuildContext):
-        self.norm = config.norm
-        self.scope = layer_scope(config.layers[ctx.layer_index])
-        self.mixer = config.layer_mixers[ctx.layer_index].build(config.d_model, ctx)
-        self.channel_mixer = config.channel_mixer.build(config.d_model, ctx)
-        self.mixer_norm = RMSNorm(ctx, config.d_model, eps=config.norm_eps)
-        self.channel_norm = RMSNorm(ctx, config.d_model, eps=config.norm_eps)
+    def __init__(
+        self,
+        name: str,
+        mixer: MixerConfig,
+        channel_mixer: ChannelMixerConfig,
+        d_model: int,
+        ctx: BuildContext,
+        *,
+        norm: str,
+        norm_eps: float,
+    ):
+        """Args: `name` is that of the mixer in the pattern; `norm` is `pre`, `post` or `none`."""
+        self.norm = norm
+        self.scope = layer_scope(name)
+        self.mixer = mixer.build(d_model, ctx)
+        self.channel_mixer = channel_mixer.build(d_model, ctx)
+        self.mixer_norm = self.channel_norm = None
+        if norm != "none":
+            self.mixer_norm = RMSNorm(ctx, d_model, eps=norm_eps)
+            self.channel_norm = RMSNorm(ctx, d_model, eps=norm_eps)
 
-    def __call__(
-        self, x: jax.Array, *, segment_ids: jax.Array, positions: jax.Array, probe: ProbeConfig | None = None
-    ) -> tuple[jax.Array, Stats | None]:
-        where = {"segment_ids": segment_ids, "positions": positions}
-        x, stats = self._around(x, lambda h: self.mixer(h, **where, probe=probe))
-        if probe is not None:
-            stats = (stats or Stats()).merged(**residual_statistics(jax.lax.stop_gradient(x), **where, probe=probe))
-        return x, stats
+    def __call__(self, stream: Stream, *, at: Tokens, observer: Observer | None = None) -> tuple[Stream, Extras]:
+        """The stream after the block."""
 
-    def prefill(self, x: jax.Array, state: State, *, segment_ids: jax.Array, positions: jax.Array) -> tuple[jax.Array, State]:
-        return self._around(x, lambda h: self.mixer.prefill(h, state, segment_ids=segment_ids, positions=positions))
+        def mix(x: jax.Array, carry: Carry) -> tuple[jax.Array, Carry, tuple[Losses, tuple[Look, ...]]]:
+            mixed = self.mixer(x, at=at, carry=carry, observer=observer)
+            return mixed.y, mixed.carry, (mixed.losses, mixed.looks)
 
-    def step(self, x: jax.Array, state: State, *, positions: jax.Array) -> tuple[jax.Array, State]:
-        return self._around(x, lambda h: self.mixer.step(h, state, positions=positions))
+        stream, (losses, looks), channels = self._through(stream, mix, at)
+        statistics: Statistics = {}
+        if observer is not None:
+            looks = looks or (look(observer, at=at, x=stream.x),)
+            residual = jax.lax.stop_gradient(stream.x[observer.pick_sequences(stream.x.shape[0])])
+            channels = channels._replace(observed=jax.lax.stop_gradient(channels.observed))
+            looks = tuple(dataclasses.replace(one, residual=residual, channels=channels.observed) for one in looks)
+            statistics = observer.measure(looks)
+        return stream, Extras({**losses, **channels.losses}, statistics)
 
-    def _around(self, x: jax.Array, mixer: Callable[[jax.Array], tuple[jax.Array, Any]]) -> tuple[jax.Array, Any]:
-        mix = jax.named_scope(self.scope)(mixer)
-        if self.norm == "pre":
-            y, out = mix(self.mixer_norm(x))
-            x = x + y
-            x = x + self._mix_channels(self.channel_norm(x))
-        else:
-            y, out = mix(x)
-            x = self.mixer_norm(x + y)
-            x = self.channel_norm(x + self._mix_channels(x))
-        return constrain(x, (*(BATCH, LENGTH)[: x.ndim - 1], None)), out
+    def prefill(self, stream: Stream, state: State, *, at: Tokens) -> tuple[Stream, State]:
+        """As the call on left-padded prompts, from an empty state; also the state after the last token."""
+        return self._through(stream, lambda x, carry: self.mixer.prefill(x, state, at=at, carry=carry), at)[:2]
+
+    def step(self, stream: Stream, state: State, *, at: Tokens) -> tuple[Stream, State]:
+        """One token."""
+        return self._through(stream, lambda x, carry: self.mixer.step(x, state, at=at, carry=carry), at)[:2]
+
+    def _through(
+        self, stream: Stream, mixer: Callable[[jax.Array, Carry], tuple[jax.Array, Carry, Any]], at: Tokens
+    ) -> tuple[Stream, Any, MixedChannels]:
+        before, after = (_same, self._normed) if self.norm == "post" else (self._normed, _same)
+        y, carry, out = jax.named_scope(self.scope)(mixer)(before(stream.x, self.mixer_norm), stream.carry)
+        x = after(stream.x + y, self.mixer_norm)
+        channels = self._mix_channels(before(x, self.channel_norm), at)
+        x = after(x + channels.y, self.channel_norm)
+        return Stream(constrain(x, (BATCH, LENGTH, None)), carry), out, channels
+
+    @staticmethod
+    def _normed(x: jax.Array, norm: RMSNorm | None) -> jax.Array:
+        return x if norm is None else norm(x)
 
     @jax.named_scope("layer_channel_mixer")
-    def _mix_channels(self, x: jax.Array) -> jax.Array:
-        return self.channel_mixer(x)
+    def _mix_channels(self, x: jax.Array, at: Tokens) -> MixedChannels:
+        return self.channel_mixer(x, at=at)
+
+
+def _same(x: jax.Array, norm: RMSNorm | None) -> jax.Array:
+    return x
 
 
 def layer_scope(name: str) -> str:

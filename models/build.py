@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +14,18 @@ from plait.models.axes import Axes
 
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 SigmaReparam = Literal["spectral", "one"]
+Role = Literal["matrix", "embedding", "head", "gate", "router", "conv", "decay", "vector"]
+"""What a parameter is, for optimizers: a matrix that maps features to features, the embedding or the head, a projection to gates or
+to a router's scores, a convolution, a decay rate, or another vector (gains, biases)."""
+PRODUCTS: tuple[Role, ...] = ("matrix", "embedding", "head", "gate", "router")
+"""Roles that multiply activations: they decay, and count in FLOPs."""
 
 
 def fan_in_normal(gain: float = 1.0) -> Initializer:
-    """Truncated normal of standard deviation `gain / sqrt(fan_in)`, fan-in being the first axis."""
+    """Truncated normal of standard deviation `gain / sqrt(fan_in)`, fan-in being the last axis but one."""
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-        std = gain / shape[0] ** 0.5 / 0.87962566  # the standard deviation of a unit normal cut at two sigmas
+        std = gain / shape[-2] ** 0.5 / 0.87962566  # the standard deviation of a unit normal cut at two sigmas
         return std * jax.random.truncated_normal(key, -2.0, 2.0, shape, dtype)
 
     return init
@@ -30,22 +35,57 @@ class Buffer(nnx.Variable):
     """Non-trained state of a layer: sharded and checkpointed like a parameter, never seen by the optimizer."""
 
 
+class Keys(Protocol):
+    """A stream of random keys, such as `flax.nnx.Rngs`."""
+
+    def params(self) -> jax.Array:
+        """The next one."""
+
+
+class NumberedKeys:
+    """Keys by number from one on, as `flax.nnx.Rngs` gives them; the number may be traced."""
+
+    def __init__(self, key: jax.Array, number: Any):
+        self.key, self.number = key, number
+
+    def params(self) -> jax.Array:
+        key = jax.random.fold_in(self.key, self.number)
+        self.number = self.number + 1
+        return key
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BuildContext:
     """The surroundings of one layer: where it stands, its random stream, and the numerics every layer of the model shares."""
 
-    layer_index: int
+    layer_index: Any
+    """Traced where layers are stacked: what depends on it is an array, kept in a `Buffer`."""
     num_layers: int
-    rngs: nnx.Rngs
+    rngs: Keys
     seq_len: int
     """Training sequence length in tokens (layers accept any length; some options scale with this one)."""
     param_dtype: Any = jnp.float32
     compute_dtype: Any = jnp.float32
     sigma_reparam: SigmaReparam | None = None
+    first_layers: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """The first layer that uses each name of the carry."""
 
-    def param(self, init: Initializer, shape: tuple[int, ...], axes: Axes, *, decay: bool = False) -> nnx.Param:
-        """A trained parameter of logical `axes`; `decay`: weight decay applies (to matrices, not to gains, biases and decays)."""
-        return nnx.Param(init(self.rngs.params(), shape, self.param_dtype), axes=axes, decay=decay)
+    def param(
+        self,
+        init: Initializer,
+        shape: tuple[int, ...],
+        axes: Axes,
+        *,
+        role: Role = "vector",
+        split: tuple[int, tuple[int, ...]] | None = None,
+    ) -> nnx.Param:
+        """A trained parameter of logical `axes`.
+
+        Args:
+            role: what it is to the optimizer.
+            split: axis, counted from the end, and sizes of the independent matrices that a fused projection holds, as one a head.
+        """
+        return nnx.Param(init(self.rngs.params(), shape, self.param_dtype), axes=axes, role=role, split=split)
 
     @property
     def residual_init(self) -> Initializer:

@@ -6,13 +6,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import jax
-from flax import nnx
-
+from plait.configs.components import Config, at
 from plait.models.build import SigmaReparam
-from plait.models.channel_mixers import GatedMLPConfig
-from plait.models.mixers.base import MixerConfig, mixer_config
+from plait.models.channel_mixers.base import ChannelMixerConfig
+from plait.models.channel_mixers.gated_mlp import GatedMLPConfig
+from plait.models.mixers.base import MIXERS, MixerConfig, WrapperConfig
 from plait.models.pattern import expand_pattern, pattern_names, split_name
+from plait.models.stream import check_carries
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -32,14 +32,22 @@ class MixerTable(dict[str, MixerConfig]):
 def default_mixer(name: str) -> MixerConfig:
     """The default config of a pattern name such as `gla`, `moh+softmax` or `softmax/local`. Raises ValueError if unknown."""
     wrapper, mixer = split_name(name)
-    config = mixer_config(mixer)()
-    wrap: Any = None if wrapper is None else mixer_config(wrapper)
-    return config if wrap is None else wrap(mixer=config)
+    inner = MIXERS[mixer]
+    if issubclass(inner, WrapperConfig):
+        raise ValueError(f"{name!r} has the wrapper {mixer!r} around nothing; name a mixer after it, as in '{mixer}+softmax'")
+    if wrapper is None:
+        return inner()
+    outer = MIXERS[wrapper]
+    if not issubclass(outer, WrapperConfig):
+        raise ValueError(f"{name!r} has {wrapper!r} around a mixer, and it is no wrapper; leave '{wrapper}+' out")
+    return outer(mixer=inner())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LMConfig:
+class LMConfig(Config):
     """A decoder-only language model: embedding, a stack of blocks over a pattern of mixers, head."""
+
+    path = "model"
 
     d_model: int
     """Width of the residual stream."""
@@ -49,14 +57,14 @@ class LMConfig:
     """Mixer of each layer: "gated_deltanet*3,softmax", "gla:softmax=6:1" or "softmax@0,5; gla"."""
     mixers: Mapping[str, MixerConfig] = dataclasses.field(default_factory=MixerTable)
     """Config of each name in the pattern; names left out get their defaults."""
-    channel_mixer: GatedMLPConfig = GatedMLPConfig()  # noqa: RUF009 (frozen)
+    channel_mixer: ChannelMixerConfig = GatedMLPConfig()  # noqa: RUF009 (frozen)
     """The other half of every block."""
     vocab_size: int | None = None
     """Rows of the embedding; None gives the tokenizer's size rounded up to a multiple of 128."""
     tie_embeddings: bool = False
     """Use the embedding as the head."""
-    norm: Literal["pre", "post"] = "pre"
-    """`x + f(norm(x))` or `norm(x + f(x))`."""
+    norm: Literal["pre", "post", "none"] = "pre"
+    """`x + f(norm(x))`, `norm(x + f(x))` or `x + f(x)`."""
     norm_eps: float = 1e-6
     """Epsilon of the RMS norms of the residual stream."""
     logit_soft_cap: float | None = None
@@ -72,29 +80,33 @@ class LMConfig:
     compute_dtype: Dtype = "float32"
     """Dtype of activations and products; states, norms, softmax statistics and the loss are float32 always."""
 
-    def __post_init__(self) -> None:
+    def complete(self) -> None:
+        names = pattern_names(self.pattern)
+        extra = {name: config for name, config in self.mixers.items() if name not in names}
+        table = {name: self.mixers.get(name) or default_mixer(name) for name in names}
+        object.__setattr__(self, "mixers", MixerTable({**table, **extra}))
+
+    def check(self) -> None:
         for name in ("d_model", "num_layers"):
             if getattr(self, name) < 1:
-                raise ValueError(f"model.{name}={getattr(self, name)} must be at least 1")
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         for name in ("vocab_size", "logit_soft_cap", "z_loss"):
             if (value := getattr(self, name)) is not None and value <= 0:
-                raise ValueError(f"model.{name}={value} must be positive; use None to leave it out")
-        names = dict.fromkeys(self.layers)
-        unused = [name for name in self.mixers if name not in names]
-        if unused:
-            raise ValueError(
-                f"model.mixers.{unused[0]} is in no layer of model.pattern={self.pattern!r}; remove it or name it in the pattern"
-            )
-        table = MixerTable({name: self.mixers.get(name) or default_mixer(name) for name in names})
-        for name, config in table.items():
-            wrapper, mixer = split_name(name)
-            inner = getattr(config, "mixer", None) if wrapper else config
-            if config.name != (wrapper or mixer) or getattr(inner, "name", None) != mixer:
-                raise ValueError(
-                    f"model.mixers.{name} is a {type(config).__name__}; it must be a {type(default_mixer(name)).__name__}"
-                )
-            config.head_count(self.d_model)  # raises where the mixer does not fit the width
-        object.__setattr__(self, "mixers", table)
+                raise ValueError(f"{name}={value} must be positive; use None to leave it out")
+        layers = self.layers
+        for name, config in self.mixers.items():
+            if name not in layers:
+                raise ValueError(f"mixers.{name} is in no layer of pattern={self.pattern!r}; remove it or name it in the pattern")
+            at(f"mixers.{name}", self._check_mixer, name, config)
+        at("channel_mixer", self.channel_mixer.fit, self.d_model)
+        check_carries([(name, self.mixers[name].carries(self.d_model)) for name in layers])
+
+    def _check_mixer(self, name: str, config: MixerConfig) -> None:
+        wrapper, mixer = split_name(name)
+        inner = config.mixer if wrapper and isinstance(config, WrapperConfig) else config
+        if config.name != (wrapper or mixer) or inner.name != mixer:
+            raise ValueError(f"is a {type(config).__name__}; it must be a {type(default_mixer(name)).__name__}")
+        config.fit(self.d_model)
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -105,6 +117,15 @@ class LMConfig:
     def layer_mixers(self) -> tuple[MixerConfig, ...]:
         """Mixer config of each layer."""
         return tuple(self.mixers[name] for name in self.layers)
+
+    @property
+    def first_layers(self) -> dict[str, int]:
+        """The first layer that uses each name of the carry."""
+        found: dict[str, int] = {}
+        for index, mixer in enumerate(self.layer_mixers):
+            for use in mixer.carries(self.d_model):
+                found.setdefault(use.name, index)
+        return found
 
     def with_pattern(self, pattern: str, num_layers: int | None = None) -> LMConfig:
         """This model with another pattern (and depth): configs of names that stay are kept, new names get their defaults."""
@@ -121,28 +142,9 @@ class LMConfig:
             )
         return dataclasses.replace(self, vocab_size=size)
 
-    def build(self, *, rngs: nnx.Rngs, seq_len: int) -> Any:
-        """The model (`plait.models.lm.LM`) trained at `seq_len` tokens."""
-        from plait.models.lm import LM
-
-        return LM(self, rngs=rngs, seq_len=seq_len)
-
     def flops(self, seq_len: int) -> float:
         """Forward operations per token at `seq_len` (2 per multiply-add, causal mean, embedding lookup free)."""
-        channel = 6.0 * self.d_model * self.channel_mixer.width(self.d_model) * self.num_layers
+        channel = self.num_layers * self.channel_mixer.flops(self.d_model)
         return (
             sum(m.flops(self.d_model, seq_len) for m in self.layer_mixers) + channel + 2.0 * self.d_model * (self.vocab_size or 0)
         )
-
-    def num_params(self) -> int:
-        """Trained parameters (of models of one layer for each kind, so the time to count them does not grow with depth)."""
-
-        def count(name: str) -> tuple[int, int]:
-            """Parameters outside and inside the one block of a model with this mixer."""
-            one = dataclasses.replace(self, pattern=name, num_layers=1, mixers={name: self.mixers[name]})
-            model = nnx.eval_shape(lambda: one.build(rngs=nnx.Rngs(0), seq_len=1))
-            every, block = (sum(p.size for p in jax.tree.leaves(nnx.state(m, nnx.Param))) for m in (model, model.stack))
-            return every - block, block
-
-        counts = {name: count(name) for name in self.mixers}
-        return counts[self.layers[0]][0] + sum(counts[name][1] for name in self.layers)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from plait.models.axes import Axes
-from plait.models.build import Buffer, BuildContext, Initializer, fan_in_normal
+from plait.models.build import Buffer, BuildContext, Initializer, Role, fan_in_normal
 
 _INITIAL_POWER_STEPS = 64
 
@@ -48,11 +48,26 @@ class Dense(nnx.Module):
     """
 
     def __init__(
-        self, ctx: BuildContext, in_dim: int, out_dim: int, axes: Axes, *, init: Initializer | None = None, use_bias: bool = False
+        self,
+        ctx: BuildContext,
+        in_dim: int,
+        out_dim: int,
+        axes: Axes,
+        *,
+        init: Initializer | None = None,
+        use_bias: bool = False,
+        role: Role = "matrix",
+        heads: tuple[int, int] | None = None,
     ):
-        """Args: `axes` are the logical names of the kernel's two axes; `init` defaults to a fan-in truncated normal."""
+        """Args:
+        axes: logical names of the kernel's two axes.
+        init: a fan-in truncated normal by default.
+        role: what the kernel is to the optimizer.
+        heads: `(axis, number)` where one of the axes holds that many heads.
+        """
         self.compute_dtype = ctx.compute_dtype
-        self.kernel = ctx.param(init or fan_in_normal(), (in_dim, out_dim), axes, decay=True)
+        split = None if heads is None else (heads[0] - 2, ((in_dim, out_dim)[heads[0]] // heads[1],) * heads[1])
+        self.kernel = ctx.param(init or fan_in_normal(), (in_dim, out_dim), axes, role=role, split=split)
         self.bias = ctx.param(jax.nn.initializers.zeros, (out_dim,), axes[1:]) if use_bias else None
         self.gain = self.v = self.u = nnx.data(None)
         if ctx.sigma_reparam is not None:
@@ -60,7 +75,7 @@ class Dense(nnx.Module):
             u = _unit(jax.random.normal(ctx.rngs.params(), (out_dim,), jnp.float32))
             v, u = _leading_vectors(kernel, u)
             gain = _sigma(kernel, v, u) if ctx.sigma_reparam == "spectral" else jnp.ones((), jnp.float32)
-            self.gain = nnx.Param(gain.astype(ctx.param_dtype), axes=(), decay=False)
+            self.gain = nnx.Param(gain.astype(ctx.param_dtype), axes=(), role="vector", split=None)
             self.v = SpectralVector(v, axes=axes[:1])
             self.u = SpectralVector(u, axes=axes[1:])
 

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from plait.configs.components import unchecked
+from plait.kernels import Tokens
 from plait.models.axes import BATCH, EMBED, LENGTH, VOCAB, constrain
-from plait.models.build import BuildContext
+from plait.models.block import Extras
+from plait.models.build import BuildContext, Keys
 from plait.models.config import LMConfig
 from plait.models.linear import Dense, dense_layers
+from plait.models.look import Observer
 from plait.models.mixers.base import State
-from plait.models.mixers.stats import ProbeConfig, Stats
 from plait.models.norms import RMSNorm
 from plait.models.stack import Stack
+from plait.models.stream import Stream
 
 _EMBED_STD = 0.02
 
 
 class LM(nnx.Module):
-    """Embedding, stack, final norm, head. `tokens`, `segment_ids`, `positions` are int32 `[B, T]`; segment 0 is padding."""
+    """Embedding, stack, final norm, head. Tokens are int32 `[B, T]` with their segments (0 is padding) and positions."""
 
     def __init__(self, config: LMConfig, *, rngs: nnx.Rngs, seq_len: int):
         """Args: `config` with its vocabulary settled (`LMConfig.with_vocab`); `seq_len` of training, in tokens."""
@@ -32,39 +37,37 @@ class LM(nnx.Module):
             )
         self.config, self.seq_len = config, seq_len
 
-        def context(layer_index: int) -> BuildContext:
+        def context(layer_index: Any, keys: Keys) -> BuildContext:
             return BuildContext(
                 layer_index=layer_index,
                 num_layers=config.num_layers,
-                rngs=rngs,
+                rngs=keys,
                 seq_len=seq_len,
                 param_dtype=jnp.dtype(config.param_dtype),
                 compute_dtype=jnp.dtype(config.compute_dtype),
                 sigma_reparam=config.sigma_reparam,
+                first_layers=config.first_layers,
             )
 
-        ctx = context(config.num_layers)
+        ctx = context(config.num_layers, rngs)
         embed_init = jax.nn.initializers.normal(_EMBED_STD)
-        self.embedding = ctx.param(embed_init, (config.vocab_size, config.d_model), (VOCAB, EMBED), decay=True)
-        self.stack = Stack(config, context)
+        self.embedding = ctx.param(embed_init, (config.vocab_size, config.d_model), (VOCAB, EMBED), role="embedding")
+        self.stack = Stack(config, rngs, context)
         self.norm = RMSNorm(ctx, config.d_model, eps=config.norm_eps) if config.norm == "pre" else None
-        self.head = (
-            None if config.tie_embeddings else Dense(ctx, config.d_model, config.vocab_size, (EMBED, VOCAB), init=embed_init)
-        )
+        self.head = None
+        if not config.tie_embeddings:
+            self.head = Dense(ctx, config.d_model, config.vocab_size, (EMBED, VOCAB), init=embed_init, role="head")
 
-    def __call__(
-        self, tokens: jax.Array, *, segment_ids: jax.Array, positions: jax.Array, probe: ProbeConfig | None = None
-    ) -> tuple[jax.Array, list[Stats | None]]:
-        """Logits `[B, T, vocab]` float32 and the statistics of each layer."""
-        hidden, stats = self.hidden(tokens, segment_ids=segment_ids, positions=positions, probe=probe)
-        return self.logits(hidden), stats
+    def __call__(self, at: Tokens, *, observer: Observer | None = None) -> tuple[jax.Array, list[Extras]]:
+        """Logits `[B, T, vocab]` float32 and what each layer gives beside them."""
+        hidden, extras = self.hidden(at, observer=observer)
+        return self.logits(hidden), extras
 
-    def hidden(
-        self, tokens: jax.Array, *, segment_ids: jax.Array, positions: jax.Array, probe: ProbeConfig | None = None
-    ) -> tuple[jax.Array, list[Stats | None]]:
-        """What the head reads, `[B, T, D]`, and the statistics of each layer."""
-        x, stats = self.stack(self._embed(tokens), segment_ids=segment_ids, positions=positions, probe=probe)
-        return self._final(x), stats
+    def hidden(self, at: Tokens, *, observer: Observer | None = None) -> tuple[jax.Array, list[Extras]]:
+        """What the head reads, `[B, T, D]`, and what each layer gives beside it."""
+        at = at.placed(*at.ids.shape)
+        stream, extras = self.stack(self._embed(at), at=at, observer=observer)
+        return self._final(stream), extras
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """`[..., D] -> [..., vocab]` float32, soft-capped where configured."""
@@ -81,24 +84,38 @@ class LM(nnx.Module):
         """Empty decode state for sequences of at most `max_len` tokens."""
         return self.stack.init_state(batch_size, max_len)
 
-    def prefill(
-        self, tokens: jax.Array, state: State, *, segment_ids: jax.Array, positions: jax.Array
-    ) -> tuple[jax.Array, State]:
+    def prefill(self, at: Tokens, state: State) -> tuple[jax.Array, State]:
         """Reads left-padded prompts (segment 0, then 1) from an empty state: logits `[B, vocab]` after them, and the state."""
-        x, state = self.stack.prefill(self._embed(tokens), state, segment_ids=segment_ids, positions=positions)
-        return self.logits(self._final(x[:, -1])), state
+        at = at.placed(*at.ids.shape)
+        stream, state = self.stack.prefill(self._embed(at), state, at=at)
+        return self.logits(self._final(stream)[:, -1]), state
 
-    def step(self, tokens: jax.Array, state: State, *, positions: jax.Array) -> tuple[jax.Array, State]:
-        """Reads one token per sequence, `tokens` and `positions` `[B]`: logits `[B, vocab]` and the state."""
-        x, state = self.stack.step(self._embed(tokens), state, positions=positions)
-        return self.logits(self._final(x)), state
+    def step(self, at: Tokens, state: State) -> tuple[jax.Array, State]:
+        """Reads one token a sequence, `[B, 1]`: logits `[B, vocab]` and the state."""
+        stream, state = self.stack.step(self._embed(at), state, at=at)
+        return self.logits(self._final(stream)[:, 0]), state
 
-    def _embed(self, tokens: jax.Array) -> jax.Array:
-        x = self.embedding[...].astype(jnp.dtype(self.config.compute_dtype))[tokens]
-        return constrain(x, (*(BATCH, LENGTH)[: x.ndim - 1], None))
+    def _embed(self, at: Tokens) -> Stream:
+        x = self.embedding[...].astype(jnp.dtype(self.config.compute_dtype))[at.ids]
+        return Stream(constrain(x, (BATCH, LENGTH, None)))
 
-    def _final(self, x: jax.Array) -> jax.Array:
-        return x if self.norm is None else self.norm(x)
+    def _final(self, stream: Stream) -> jax.Array:
+        return stream.x if self.norm is None else self.norm(stream.x)
+
+
+def num_params(config: LMConfig) -> int:
+    """Trained parameters of a model, from models of one layer for each of its mixers: the time to count does not grow with depth."""
+
+    def count(name: str) -> tuple[int, int]:
+        """Outside and inside the one block."""
+        with unchecked():
+            one = dataclasses.replace(config, pattern=name, num_layers=1, mixers={name: config.mixers[name]})
+        model = nnx.eval_shape(lambda: LM(one, rngs=nnx.Rngs(0), seq_len=1))
+        every, block = (sum(p.size for p in jax.tree.leaves(nnx.state(m, nnx.Param))) for m in (model, model.stack))
+        return every - block, block
+
+    counts = {name: count(name) for name in config.mixers}
+    return counts[config.layers[0]][0] + sum(counts[name][1] for name in config.layers)
 
 
 def fold(model: LM) -> LM:

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from plait.kernels import short_conv
+from plait.kernels import Tokens, short_conv
 from plait.models.axes import BATCH, constrain
 from plait.models.build import BuildContext
 
 
 class ShortConv(nnx.Module):
-    """`y_t = silu(sum_w weight_w * x_{t-w})` within the segment, depthwise."""
+    """`y_t = silu(b + sum_w weight_w * x_{t-w})` within the segment, depthwise."""
 
-    def __init__(self, ctx: BuildContext, dim: int, *, size: int, axis: str | None):
+    def __init__(self, ctx: BuildContext, dim: int, *, size: int, axis: str | None, use_bias: bool = False):
         """Args: `dim` channels of logical axis `axis`; `size` taps, the last one on the current token."""
         self.size, self.dim, self.axis, self.dtype = size, dim, axis, ctx.compute_dtype
-        bound = size**-0.5
-        init = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)  # noqa: E731
-        self.weight = ctx.param(init, (size, dim), (None, axis))
 
-    def __call__(self, x: jax.Array, *, segment_ids: jax.Array, state: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+            return jax.random.uniform(key, shape, dtype, -(size**-0.5), size**-0.5)
+
+        self.weight = ctx.param(init, (size, dim), (None, axis), role="conv")
+        self.bias = ctx.param(init, (dim,), (axis,)) if use_bias else None
+
+    def __call__(self, x: jax.Array, *, at: Tokens, state: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
         """`x [B, T, D]` to `y [B, T, D]` and the last `size - 1` inputs `[B, size - 1, D]`, from which `state` goes on."""
-        return short_conv(x, self.weight[...].astype(x.dtype), activation="silu", initial_state=state, segment_ids=segment_ids)
+        bias = None if self.bias is None else self.bias[...].astype(x.dtype)
+        return short_conv(x, self.weight[...].astype(x.dtype), bias=bias, activation="silu", initial_state=state, at=at)
 
     def init_state(self, batch_size: int) -> jax.Array:
         """Zeros: the start of a document."""

@@ -9,39 +9,51 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from plait.kernels import Tokens
 from plait.models.axes import LAYERS
-from plait.models.block import Block
-from plait.models.build import BuildContext
+from plait.models.block import Block, Extras
+from plait.models.build import BuildContext, Keys, NumberedKeys
 from plait.models.config import LMConfig
+from plait.models.flow import WHOLE_BATCH, Flow, flow
+from plait.models.look import Observer
 from plait.models.mixers.base import State
-from plait.models.mixers.stats import ProbeConfig, Stats
 from plait.models.pattern import find_period
-from plait.models.schedule import ALL_ROWS, Rows, Schedule, schedule
+from plait.models.stream import Stream
 
 _POLICIES = {"full": jax.checkpoint_policies.nothing_saveable, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
-Apply = Callable[[Block, jax.Array, Rows, Any], tuple[jax.Array, Any]]
+Apply = Callable[[Block, Stream, Tokens, Any], tuple[Stream, Any]]
 
 
 class Stack(nnx.Module):
-    """`num_layers` blocks. Repeated periods are stacked on a leading `layers` axis, so compile time does not grow with depth."""
+    """`num_layers` blocks. Repeated periods are stacked on a leading `layers` axis, made and run by one traced period, so that compile
+    time does not grow with depth."""
 
-    def __init__(self, config: LMConfig, context: Callable[[int], BuildContext]):
-        """Args: `context(layer_index)` gives the build context of a layer."""
+    def __init__(self, config: LMConfig, rngs: nnx.Rngs, context: Callable[[Any, Keys], BuildContext]):
+        """Args: `context(layer_index, rngs)` gives the build context of a layer."""
         self.remat = config.remat
         self.period, self.count = find_period(config.layers)
-        block = lambda i: Block(config, context(i))  # noqa: E731
-        scanned = self.period * self.count if self.count > 1 else 0
-        self.periods = _stack([nnx.List([block(i) for i in range(s, s + self.period)]) for s in range(0, scanned, self.period)])
-        self.rest = nnx.List([block(i) for i in range(scanned, config.num_layers)])
 
-    def __call__(
-        self, x: jax.Array, *, segment_ids: jax.Array, positions: jax.Array, probe: ProbeConfig | None = None
-    ) -> tuple[jax.Array, list[Stats | None]]:
-        """The residual stream after the last block and the statistics of each layer."""
-        rows = {"segment_ids": segment_ids, "positions": positions}
-        x, (stacked, rest) = self._run(lambda b, x, rows, _: b(x, **rows, probe=probe), x, rows, (None, None), schedule())
+        def block(static: int, index: Any, keys: Keys) -> Block:
+            name = config.layers[static]
+            rest = {"norm": config.norm, "norm_eps": config.norm_eps}
+            return Block(name, config.mixers[name], config.channel_mixer, config.d_model, context(index, keys), **rest)
+
+        scanned = self.period * self.count if self.count > 1 else 0
+        self.periods = None
+        if scanned:
+            self.periods = _stacked(
+                lambda start, keys: nnx.List([block(i, start + i, keys) for i in range(self.period)]),
+                rngs,
+                starts=range(0, scanned, self.period),
+            )
+        self.rest = nnx.List([block(i, i, rngs) for i in range(scanned, config.num_layers)])
+
+    def __call__(self, stream: Stream, *, at: Tokens, observer: Observer | None = None) -> tuple[Stream, list[Extras]]:
+        """The stream after the last block, and what each layer gives beside it."""
+        apply: Apply = lambda block, stream, at, _: block(stream, at=at, observer=observer)
+        stream, (stacked, rest) = self._run(apply, stream, at, (None, None), flow())
         layers = [jax.tree.map(lambda a, i=i: a[i], s) for i in range(self.count if stacked else 0) for s in stacked]
-        return x, layers + rest
+        return stream, layers + rest
 
     def init_state(self, batch_size: int, max_len: int) -> State:
         """Empty decode states of every layer."""
@@ -51,24 +63,25 @@ class Stack(nnx.Module):
             stacked = jax.tree.map(lambda a: jnp.broadcast_to(a[None], (self.count, *a.shape)), one)
         return stacked, [block.mixer.init_state(batch_size, max_len) for block in self.rest]
 
-    def prefill(self, x: jax.Array, state: State, *, segment_ids: jax.Array, positions: jax.Array) -> tuple[jax.Array, State]:
-        rows = {"segment_ids": segment_ids, "positions": positions}
-        return self._run(lambda b, x, rows, s: b.prefill(x, s, **rows), x, rows, state)
+    def prefill(self, stream: Stream, state: State, *, at: Tokens) -> tuple[Stream, State]:
+        """As the call on left-padded prompts, from empty states; also the states after the last token."""
+        return self._run(lambda block, stream, at, state: block.prefill(stream, state, at=at), stream, at, state)
 
-    def step(self, x: jax.Array, state: State, *, positions: jax.Array) -> tuple[jax.Array, State]:
-        return self._run(lambda b, x, rows, s: b.step(x, s, **rows), x, {"positions": positions}, state)
+    def step(self, stream: Stream, state: State, *, at: Tokens) -> tuple[Stream, State]:
+        """One token."""
+        return self._run(lambda block, stream, at, state: block.step(stream, state, at=at), stream, at, state)
 
     def _run(
-        self, apply: Apply, x: jax.Array, rows: Rows, state: tuple[Any, Any], schedule: Schedule = ALL_ROWS
-    ) -> tuple[jax.Array, tuple[Any, list]]:
+        self, apply: Apply, stream: Stream, at: Tokens, state: tuple[Any, Any], flow: Flow = WHOLE_BATCH
+    ) -> tuple[Stream, tuple[Any, list]]:
         def layers(graph: Any) -> Callable:
-            def through(x: jax.Array, rows: Rows, xs: tuple[Any, Any]) -> tuple[jax.Array, list]:
+            def through(stream: Stream, at: Tokens, xs: tuple[Any, Any]) -> tuple[Stream, list]:
                 params, states = xs
                 outs = []
                 for i, block in enumerate(nnx.merge(graph, params)):
-                    x, out = apply(block, x, rows, None if states is None else states[i])
+                    stream, out = apply(block, stream, at, None if states is None else states[i])
                     outs.append(out)
-                return x, outs
+                return stream, outs
 
             return through if self.remat is None else jax.checkpoint(through, policy=_POLICIES[self.remat])
 
@@ -76,26 +89,39 @@ class Stack(nnx.Module):
         rest: list = []
         if self.periods is not None:
             graph, params = nnx.split(self.periods)
-            x, stacked = schedule.repeat(layers(graph), x, rows, (params, state[0]))
+            period, xs = layers(graph), (params, state[0])
+            stream, stacked = flow.repeat(period, _with_whole_carry(period, stream, at, xs), at, xs)
         if len(self.rest):
             graph, params = nnx.split(self.rest)
-            x, rest = schedule.once(layers(graph), x, rows, (params, state[1]))
-        return x, (stacked, rest)
+            stream, rest = flow.once(layers(graph), stream, at, (params, state[1]))
+        return stream, (stacked, rest)
 
 
-def _stack(periods: list[nnx.List]) -> nnx.List | None:
-    """The periods as one, each variable stacked on a leading `layers` axis."""
-    if not periods:
-        return None
-    graphs, states = zip(*(nnx.split(period) for period in periods), strict=True)
-    if any(graph != graphs[0] for graph in graphs):
-        raise ValueError(
-            "layers of one kind differ between periods; keep what depends on layer_index in a plait.models.build.Buffer"
-        )
+def _with_whole_carry(period: Callable, stream: Stream, at: Tokens, xs: Any) -> Stream:
+    """The stream with zeros for what the period's layers will leave in the carry: a scan's carry has one structure from the start."""
+    left = jax.eval_shape(lambda stream, at, xs: period(stream, at, jax.tree.map(lambda a: a[0], xs))[0], stream, at, xs).carry
+    new = {name: like for name, like in left.items() if name not in stream.carry}
+    return Stream(stream.x, {**stream.carry, **jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), new)})
 
-    def join(*variables: nnx.Variable) -> nnx.Variable:
-        stacked = variables[0].replace(jnp.stack([v[...] for v in variables]))
-        stacked.set_metadata(axes=(LAYERS, *variables[0].get_metadata()["axes"]))
-        return stacked
 
-    return nnx.merge(graphs[0], jax.tree.map(join, *states, is_leaf=lambda v: isinstance(v, nnx.Variable)))
+def _stacked(make: Callable[[Any, Keys], nnx.List], rngs: nnx.Rngs, starts: range) -> nnx.List:
+    """Modules `make(start, keys)` as one, each variable stacked on a leading `layers` axis, from one trace.
+
+    The keys are those that making them one after another would draw.
+    """
+    stream = rngs.params
+    key, number = stream.key[...], stream.count[...]
+    keys = NumberedKeys(key, 0)
+    graph, _ = nnx.split(nnx.eval_shape(lambda: make(starts[0], keys)))
+    drawn = keys.number
+
+    def variables(i: jax.Array) -> nnx.State:
+        return nnx.split(make(starts.start + i * starts.step, NumberedKeys(key, number + i * drawn)))[1]
+
+    def name_layers(variable: nnx.Variable) -> nnx.Variable:
+        variable.set_metadata(axes=(LAYERS, *variable.get_metadata()["axes"]))
+        return variable
+
+    stacked = jax.vmap(variables)(jnp.arange(len(starts)))
+    stream.count[...] = number + len(starts) * drawn
+    return nnx.merge(graph, jax.tree.map(name_layers, stacked, is_leaf=lambda v: isinstance(v, nnx.Variable)))

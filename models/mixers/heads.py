@@ -1,33 +1,33 @@
-"""Head counts shared by the multi-head mixers' configs."""
+"""Head counts shared by the multi-head mixers' configs. Messages begin with the field; the config's holder puts the path before it."""
 
 from __future__ import annotations
 
 import jax
 
 
-def resolve_heads(path: str, num_heads: int | None, width: int, head_dim: int) -> int:
+def resolve_heads(num_heads: int | None, width: int, head_dim: int) -> int:
     """`num_heads`, or `width // head_dim` when None. Raises ValueError where that does not divide."""
     if num_heads is not None:
         return num_heads
     if width % head_dim:
-        raise ValueError(
-            f"{path}.head_dim={head_dim} must divide d_model={width} when num_heads is None; set {path}.num_heads or a divisor"
-        )
+        raise ValueError(f"head_dim={head_dim} must divide d_model={width} when num_heads is None; set num_heads or a divisor")
     return width // head_dim
 
 
-def require_positive(path: str, **values: int | None) -> None:
-    """Raises ValueError for a value below 1, named `path.field`."""
+def require_positive(**values: float | None) -> None:
+    """Raises ValueError for a count below 1, or a float that is not above 0, named by its field."""
     for name, value in values.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{path}.{name}={value} must be at least 1; use a positive count (None where it may be left out)")
+        if isinstance(value, float) and not 0 < value < float("inf"):
+            raise ValueError(f"{name}={value} must be positive and finite")
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f"{name}={value} must be at least 1; use a positive count (None where it may be left out)")
 
 
-def require_divides(path: str, small: tuple[str, int], big: tuple[str, int]) -> None:
+def require_divides(small: tuple[str, int], big: tuple[str, int]) -> None:
     """Raises ValueError unless `small` divides `big`; each is (field, value). Lists the values that would do."""
     if big[1] % small[1]:
         fits = ", ".join(str(n) for n in range(1, big[1] + 1) if big[1] % n == 0)
-        raise ValueError(f"{path}.{small[0]}={small[1]} must divide {big[0]}={big[1]}; use one of {fits}")
+        raise ValueError(f"{small[0]}={small[1]} must divide {big[0]}={big[1]}; use one of {fits}")
 
 
 def split_heads(x: jax.Array, num_heads: int) -> jax.Array:

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from plait.kernels import Mask, attention, routed_attention
-from plait.kernels.attention import attention_rows
+from plait.kernels import Mask, Tokens, attention, attention_rows, routed_attention
 from plait.models.axes import BATCH, EMBED, HEADS, KV_HEADS, LENGTH, constrain
-from plait.models.build import BuildContext
+from plait.models.build import Buffer, BuildContext
+from plait.models.cache import Cache, Slots
 from plait.models.linear import Dense
 from plait.models.mixers.base import HeadMixer, MixerConfig, register
 from plait.models.mixers.heads import join_heads, require_divides, require_positive, resolve_heads, split_heads
-from plait.models.mixers.stats import row_statistics
 from plait.models.norms import RMSNorm
 from plait.models.rope import rotate
+from plait.models.stream import CarryUse
+
+VALUES, KV = "values", "kv"
+"""Names in the carry: the first layer's values; keys and values left to later layers, or in decoding the cache that holds them."""
 
 
 @register("softmax", kind="full", source="Attention Is All You Need (1706.03762); GQA (2305.13245)")
@@ -46,26 +49,36 @@ class SoftmaxConfig(MixerConfig):
     """Sigmoid gate of the head outputs, from the layer's input (arXiv 2505.06708)."""
     normalizer: Literal["softmax", "sigmoid"] = "softmax"
     """`sigmoid`: each weight is sigmoid(logit - log n) on its own, n the training length (arXiv 2409.04431)."""
+    logit_soft_cap: float | None = None
+    """Logits become `cap * tanh(logits / cap)`, as in Gemma 2 (arXiv 2408.00118)."""
+    value_residual: bool = False
+    """Values become `a v + b v_1`, v_1 being those of the first layer that has the option, a and b learned (arXiv 2410.17897)."""
+    shared_kv: Literal["write", "read"] | None = None
+    """`write`: leaves keys and values to later layers; `read`: takes the last ones left in place of its own and keeps no cache, as in
+    CLA (arXiv 2405.12981) and YOCO (2405.05254)."""
 
-    def __post_init__(self) -> None:
-        path = f"model.mixers.{self.name}"
+    def check(self) -> None:
         require_positive(
-            path, num_heads=self.num_heads, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim, window_size=self.window_size
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            window_size=self.window_size,
+            logit_soft_cap=self.logit_soft_cap,
         )
         if self.num_sink_tokens < 0:
-            raise ValueError(f"{path}.num_sink_tokens={self.num_sink_tokens} must be 0 or more")
-        if self.num_sink_tokens and self.window_size is None:
+            raise ValueError(f"num_sink_tokens={self.num_sink_tokens} must be 0 or more")
+        if self.num_sink_tokens and self.window_size is None and self.mask().sees_all:
             raise ValueError(
-                f"{path}.num_sink_tokens={self.num_sink_tokens} needs a window, without which all are visible; set window_size"
+                f"num_sink_tokens={self.num_sink_tokens} needs a window, without which all are visible; set window_size"
             )
         if self.rope_theta is not None and (self.rope_theta <= 0 or self.head_dim % 2):
-            raise ValueError(
-                f"{path}.rope_theta={self.rope_theta} must be positive and head_dim={self.head_dim} even; use None for NoPE"
-            )
+            raise ValueError(f"rope_theta={self.rope_theta} must be positive and head_dim={self.head_dim} even; use None for NoPE")
         if self.sink_logits and self.normalizer != "softmax":
             raise ValueError(
-                f"{path}.sink_logits=True needs normalizer='softmax', not {self.normalizer!r}: only softmax has a denominator"
+                f"sink_logits=True needs normalizer='softmax', not {self.normalizer!r}: only softmax has a denominator"
             )
+        if self.shared_kv == "read" and self.value_residual:
+            raise ValueError("value_residual=True has no values to add to where shared_kv='read' takes those of another layer")
 
     @classmethod
     def example(cls) -> SoftmaxConfig:
@@ -73,35 +86,41 @@ class SoftmaxConfig(MixerConfig):
 
     def heads(self, d_model: int) -> tuple[int, int]:
         """`(num_heads, num_kv_heads)` at width `d_model`."""
-        path = f"model.mixers.{self.name}"
-        num_heads = resolve_heads(path, self.num_heads, d_model, self.head_dim)
+        num_heads = resolve_heads(self.num_heads, d_model, self.head_dim)
         num_kv_heads = self.num_kv_heads or num_heads
-        require_divides(path, ("num_kv_heads", num_kv_heads), ("num_heads", num_heads))
+        require_divides(("num_kv_heads", num_kv_heads), ("num_heads", num_heads))
         return num_heads, num_kv_heads
+
+    def carries(self, d_model: int) -> tuple[CarryUse, ...]:
+        like = (self.heads(d_model)[1], self.head_dim)
+        values = (CarryUse(VALUES, "first", like),) if self.value_residual else ()
+        return values if self.shared_kv is None else (*values, CarryUse(KV, self.shared_kv, like))
+
+    def mask(self) -> Any:
+        """Which earlier tokens a query sees."""
+        return Mask(causal=True, window_size=self.window_size, num_sink_tokens=self.num_sink_tokens)
+
+    def slots(self) -> Slots:
+        """Where decoding keeps keys and values."""
+        return Slots(self.window_size, self.num_sink_tokens)
 
     def build(self, d_model: int, ctx: BuildContext) -> Softmax:
         return Softmax(self, d_model, ctx)
 
     def mixing_flops(self, d_model: int, seq_len: int) -> float:
-        return 4.0 * self.heads(d_model)[0] * self.head_dim * self._mean_keys(seq_len)
+        return 4.0 * self.heads(d_model)[0] * self.head_dim * self.mean_keys(seq_len)
 
-    def _mean_keys(self, seq_len: int) -> float:
+    def mean_keys(self, seq_len: int) -> float:
+        """Visible keys of a query, the mean over a sequence."""
         most = seq_len if self.window_size is None else min(seq_len, self.window_size + self.num_sink_tokens)
         return most - most * (most - 1) / 2 / seq_len
 
 
-class KVCache(NamedTuple):
-    """Keys (rotated), values and their positions; -1 marks an empty slot. With a window, a ring behind the sink tokens' slots."""
-
-    k: jax.Array  # [B, S, Hkv, K]
-    v: jax.Array  # [B, S, Hkv, K]
-    positions: jax.Array  # [B, S] int32
-
-
 class QKV(NamedTuple):
     q: jax.Array  # [B, T, H, K]
-    k: jax.Array  # [B, T, Hkv, K]
-    v: jax.Array  # [B, T, Hkv, K]
+    k: jax.Array  # [B, S, Hkv, K]
+    v: jax.Array  # [B, S, Hkv, K]
+    kv_at: Tokens | None = None  # where the keys stand, when they are not the queries' own tokens
 
 
 class Softmax(HeadMixer):
@@ -110,103 +129,104 @@ class Softmax(HeadMixer):
     def __init__(self, config: SoftmaxConfig, d_model: int, ctx: BuildContext):
         self.config = config
         self.num_heads, self.num_kv_heads = config.heads(d_model)
-        self.dtype = ctx.compute_dtype
+        self.dtype, self.mask = ctx.compute_dtype, config.mask()
+        self.slots = config.slots()
         width, kv_width = self.num_heads * config.head_dim, self.num_kv_heads * config.head_dim
-        self.q = Dense(ctx, d_model, width, (EMBED, HEADS))
-        self.k = Dense(ctx, d_model, kv_width, (EMBED, KV_HEADS))
-        self.v = Dense(ctx, d_model, kv_width, (EMBED, KV_HEADS))
-        self.o = Dense(ctx, width, d_model, (HEADS, EMBED), init=ctx.residual_init)
-        self.q_norm = RMSNorm(ctx, config.head_dim, eps=1e-6) if config.qk_norm else None
-        self.k_norm = RMSNorm(ctx, config.head_dim, eps=1e-6) if config.qk_norm else None
+        self.q = Dense(ctx, d_model, width, (EMBED, HEADS), heads=(1, self.num_heads))
+        self.k = self.v = None
+        if config.shared_kv != "read":
+            self.k, self.v = (Dense(ctx, d_model, kv_width, (EMBED, KV_HEADS), heads=(1, self.num_kv_heads)) for _ in range(2))
+        self.o = Dense(ctx, width, d_model, (HEADS, EMBED), init=ctx.residual_init, heads=(0, self.num_heads))
+        self.q_norm = self.k_norm = None
+        if config.qk_norm:
+            self.q_norm = RMSNorm(ctx, config.head_dim, eps=1e-6)
+            self.k_norm = RMSNorm(ctx, config.head_dim, eps=1e-6) if self.k is not None else None
         gate_width = {"elementwise": width, "headwise": self.num_heads}.get(config.gate or "")
-        self.gate = Dense(ctx, d_model, gate_width, (EMBED, HEADS)) if gate_width else None
+        self.gate = Dense(ctx, d_model, gate_width, (EMBED, HEADS), role="gate") if gate_width else None
         self.sinks = ctx.param(jax.nn.initializers.zeros, (self.num_heads,), (HEADS,)) if config.sink_logits else None
         self.sigmoid_bias = -math.log(ctx.seq_len) if config.normalizer == "sigmoid" else None
-        self.mask = Mask(causal=True, window_size=config.window_size, num_sink_tokens=config.num_sink_tokens)
+        self.value_mix = self.is_first = None
+        if config.value_residual:
+            self.value_mix = ctx.param(jax.nn.initializers.constant(0.5), (2,), (None,))
+            self.is_first = Buffer(jnp.asarray(ctx.layer_index == ctx.first_layers.get(VALUES, ctx.layer_index)), axes=())
 
-    def project(self, x, *, segment_ids, positions, state):
-        q = constrain(split_heads(self.q(x), self.num_heads), (BATCH, LENGTH, HEADS, None))
-        k = constrain(split_heads(self.k(x), self.num_kv_heads), (BATCH, LENGTH, KV_HEADS, None))
-        v = constrain(split_heads(self.v(x), self.num_kv_heads), (BATCH, LENGTH, KV_HEADS, None))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if self.config.rope_theta is not None:
-            q, k = rotate(q, positions, self.config.rope_theta), rotate(k, positions, self.config.rope_theta)
-        return QKV(q, k, v), state
+    def project(self, x, *, at, state):
+        def heads(dense: Dense | None, norm: RMSNorm | None, axis: str, rotary: bool) -> Any:
+            if dense is None:
+                return None
+            number = self.num_heads if axis == HEADS else self.num_kv_heads
+            y = constrain(split_heads(dense(x), number), (BATCH, LENGTH, axis, None))
+            y = y if norm is None else norm(y)
+            return rotate(y, at.positions, self.config.rope_theta) if rotary and self.config.rope_theta is not None else y
 
-    @property
-    def _options(self) -> dict:
-        sinks = None if self.sinks is None else self.sinks[...]
-        return {"mask": self.mask, "sinks": sinks, "normalizer": self.config.normalizer, "sigmoid_bias": self.sigmoid_bias}
+        q = heads(self.q, self.q_norm, HEADS, True)
+        return QKV(q, heads(self.k, self.k_norm, KV_HEADS, True), heads(self.v, None, KV_HEADS, False)), state
 
-    def attend(self, inputs, *, segment_ids, positions, state):
-        o = attention(*inputs, segment_ids=segment_ids, positions=positions, **self._options)
+    def share(self, inputs, carry):
+        if self.value_mix is not None and self.is_first is not None:
+            first = jnp.where(self.is_first[...], inputs.v, carry.get(VALUES, inputs.v))
+            own, old = self.value_mix[...].astype(inputs.v.dtype)
+            mixed = own * inputs.v + old * first
+            inputs, carry = inputs._replace(v=jnp.where(self.is_first[...], inputs.v, mixed)), {**carry, VALUES: first}
+        if self.config.shared_kv == "read":
+            inputs = inputs._replace(k=carry[KV][0], v=carry[KV][1])
+        elif self.config.shared_kv == "write":
+            carry = {**carry, KV: (inputs.k, inputs.v)}
+        return inputs, carry
+
+    def recall(self, inputs, carry, *, at, state):
+        if self.config.shared_kv == "read":
+            cache = carry[KV]
+        else:
+            inputs, carry = self.share(inputs, carry)
+            cache = state = self.slots.write(state, {"k": inputs.k, "v": inputs.v}, at)
+            carry = {**carry, KV: cache} if self.config.shared_kv == "write" else carry
+        return QKV(inputs.q, cache.entries["k"], cache.entries["v"], cache.at), carry, state
+
+    def attend(self, inputs, *, at, state):
+        o = attention(*inputs[:3], at=at, **self._options)
         if state is not None:
-            state = self._remember(state, inputs, positions, keep=(segment_ids > 0) & (segment_ids == segment_ids[:, -1:]))
+            state = self.slots.write(state, {"k": inputs.k, "v": inputs.v}, at)
         return o, state
 
-    def attend_active(self, inputs, active, *, segment_ids, positions):
-        options = self._options
-        if options.pop("normalizer") != "softmax":
-            return super().attend_active(inputs, active, segment_ids=segment_ids, positions=positions)
-        del options["sigmoid_bias"]
-        q, k, v = inputs
-        return routed_attention(q, k, v, active, segment_ids=segment_ids, positions=positions, **options)
+    def attend_active(self, inputs, active, *, at):
+        if self.config.normalizer != "softmax" or self.config.logit_soft_cap is not None:
+            return super().attend_active(inputs, active, at=at)
+        return routed_attention(*inputs[:3], active, mask=self.mask, sinks=self._options["sinks"], at=at)
 
-    def attend_step(self, inputs, *, positions, state):
-        state = self._remember(state, inputs, positions, keep=jnp.ones_like(positions, bool))
-        filled = (state.positions >= 0).astype(jnp.int32)
-        o = attention(
-            inputs.q,
-            state.k,
-            state.v,
-            segment_ids=jnp.ones_like(positions),
-            positions=positions,
-            kv_segment_ids=filled,
-            kv_positions=state.positions,
-            **self._options,
-        )
-        return o, state
+    def attend_step(self, inputs, *, at, state):
+        return attention(*inputs[:3], at=at, kv_at=inputs.kv_at, **self._options), state
 
-    def _remember(self, cache: KVCache, inputs: QKV, positions: jax.Array, keep: jax.Array) -> KVCache:
-        """The cache with the kept tokens written to their slots."""
-        window, sinks = self.config.window_size, self.config.num_sink_tokens
-        slots = positions
-        if window is not None:
-            slots = jnp.where(positions < sinks, positions, sinks + (positions - sinks) % window)
-            keep = keep & ((positions < sinks) | (positions > positions[:, -1:] - window))
-        slots = jnp.where(keep, slots, cache.positions.shape[1])  # out of range: dropped
-        rows = jnp.arange(positions.shape[0])[:, None]
-        write = lambda old, new: old.at[rows, slots].set(new.astype(old.dtype), mode="drop")  # noqa: E731
-        return KVCache(write(cache.k, inputs.k), write(cache.v, inputs.v), write(cache.positions, positions))
+    def init_state(self, batch_size, max_len) -> Cache | None:
+        if self.config.shared_kv == "read":
+            return None
+        one = ((self.num_kv_heads, self.config.head_dim), KV_HEADS)
+        return self.slots.empty(batch_size, max_len, {"k": one, "v": one}, self.dtype)
 
-    def init_state(self, batch_size, max_len):
-        window = self.config.window_size
-        slots = max_len if window is None else min(max_len, window + self.config.num_sink_tokens)
-        shape = (batch_size, slots, self.num_kv_heads, self.config.head_dim)
-        empty = constrain(jnp.zeros(shape, self.dtype), (BATCH, None, KV_HEADS, None))
-        return KVCache(empty, empty, constrain(jnp.full(shape[:2], -1, jnp.int32), (BATCH, None)))
-
-    def finish(self, o, x):
+    def finish(self, o, inputs, x):
         if self.gate is None:
             return o
-        gate = jax.nn.sigmoid(split_heads(self.gate(x), self.num_heads))  # [B, T, H, K or 1]
-        return o * gate
+        return o * jax.nn.sigmoid(split_heads(self.gate(x), self.num_heads))  # [B, T, H, K or 1]
 
     def output(self, o):
         return self.o(join_heads(o))
 
-    def implied(self, inputs, rows, *, segment_ids, positions):
-        return attention_rows(inputs.q, inputs.k, rows=rows, segment_ids=segment_ids, positions=positions, **self._options)
+    def implied(self, inputs, rows, *, at):
+        return attention_rows(inputs.q, inputs.k, rows=rows, at=at, **self._options)
 
-    def observe(self, inputs, x, *, segment_ids, positions):
-        _, stats = attention(*inputs, segment_ids=segment_ids, positions=positions, return_stats=True, **self._options)
-        first = stats.first_mass
+    def observe(self, inputs, x, *, at):
+        _, stats = attention(*inputs[:3], at=at, return_stats=True, **self._options)
         if self.sinks is not None:  # the share of the keys alone
             sinks = self.sinks[...].astype(jnp.float32)[None, None, :]
-            first /= -jnp.expm1(jnp.minimum(sinks - stats.lse, -1e-6))
-        real = (segment_ids > 0)[:, :, None]
+            stats = stats._replace(first_mass=stats.first_mass / -jnp.expm1(jnp.minimum(sinks - stats.lse, -1e-6)))
+        return {"attention": stats}
+
+    @property
+    def _options(self) -> dict[str, Any]:
         return {
-            "max_logit": jnp.where(real, stats.max_logit, -jnp.inf).max((0, 1)),
-            **row_statistics(stats.entropy, first, segment_ids=segment_ids, positions=positions),
+            "mask": self.mask,
+            "sinks": None if self.sinks is None else self.sinks[...],
+            "normalizer": self.config.normalizer,
+            "sigmoid_bias": self.sigmoid_bias,
+            "logit_soft_cap": self.config.logit_soft_cap,
         }

@@ -1,0 +1,165 @@
+"""Components: the parts of an experiment that are found by name, one file each, and the configs that describe them.
+
+A component's config is a frozen dataclass that builds the thing. It is registered under a name; the codec, the command line, `list`,
+the docs and the contract suites go through the registry of its kind, so that a new file is all that a new component takes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import difflib
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+_deferred: contextvars.ContextVar[bool] = contextvars.ContextVar("plait_deferred", default=False)
+
+
+class ConfigError(ValueError):
+    """A config that cannot be used; the message begins with the dotted path."""
+
+
+class Config:
+    """Base of every config dataclass.
+
+    What is wrong with its values is said by `check`, in messages that begin with the field; whoever holds the config puts its own path
+    before them. A config is checked where it is made, or, under `unchecked`, later and as a whole by `validate`.
+    """
+
+    path: ClassVar[str] = ""
+    """Where it stands when nobody holds it: the beginning of its messages."""
+
+    def __post_init__(self) -> None:
+        self.complete()
+        if not _deferred.get():
+            at(self.path, self.check)
+
+    def complete(self) -> None:
+        """Fills in what follows from other fields."""
+
+    def check(self) -> None:
+        """Raises ValueError for the first value that cannot be used, as `FIELD=VALUE RULE; FIX`."""
+
+
+C = TypeVar("C", bound=Config)
+
+
+class Component(Config):
+    """Base of the configs of one kind of component; `Registry.register` gives them their name."""
+
+    kind_of_component: ClassVar[str]
+    name: ClassVar[str]
+    source: ClassVar[str]
+    """Paper, as `Title (arXiv id)`, or where else it is from."""
+
+
+def children(config: Any) -> Iterator[tuple[str, Any]]:
+    """The configs in a config's fields, each with its path from here: `optimizer`, `mixers.gla`, `parts.0`."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        inner: Iterator[tuple[str, Any]] = iter(())
+        if isinstance(value, Config):
+            inner = iter([("", value)])
+        elif isinstance(value, Mapping):
+            inner = ((f".{key}", item) for key, item in value.items())
+        elif isinstance(value, tuple):
+            inner = ((f".{index}", item) for index, item in enumerate(value))
+        yield from ((field.name + name, item) for name, item in inner if isinstance(item, Config))
+
+
+@contextlib.contextmanager
+def unchecked() -> Iterator[None]:
+    """Configs made inside the block are not checked: their final values, and where they stand, are not known yet."""
+    token = _deferred.set(True)
+    try:
+        yield
+    finally:
+        _deferred.reset(token)
+
+
+def validate(config: C, path: str = "") -> C:
+    """`config`, checked with all that it holds. Raises ConfigError with the dotted path from `path` on."""
+    at(path, config.complete)
+    for name, child in children(config):
+        validate(child, f"{path}.{name}" if path else name)
+    at(path, config.check)
+    return config
+
+
+def at(path: str, check: Callable[..., Any], *args: Any) -> Any:
+    """`check(*args)`, with `path` before the message of a ValueError that it raises."""
+    try:
+        return check(*args)
+    except ValueError as error:
+        raise ConfigError(f"{path}.{error}" if path else str(error)) from None
+
+
+R = TypeVar("R", bound=Component)
+registries: dict[str, Registry[Any]] = {}
+"""By kind of component."""
+
+
+class Registry(Generic[R]):
+    """The components of one kind by name: the config classes that the modules of one package register."""
+
+    def __init__(self, kind: str, package: str):
+        """Args: `kind` in words, as `channel mixer`; `package` is searched with all folders in it, whatever they are."""
+        self.kind, self.package = kind, package
+        self._known: dict[str, type[R]] = {}
+        registries[kind] = self
+
+    @property
+    def tag(self) -> str:
+        """The key under which JSON holds a component's name."""
+        return f"{self.kind.replace(' ', '_')}_name"
+
+    def register(self, name: str, *, source: str, **facts: Any) -> Callable[[type[C]], type[C]]:
+        """Class decorator: makes a config class known by `name`; `facts` become class attributes.
+
+        Raises:
+            ValueError: the name is taken.
+        """
+
+        def add(config: Any) -> Any:
+            known = self._known.get(name)
+            if known is not None and (known.__module__, known.__qualname__) != (config.__module__, config.__qualname__):
+                raise ValueError(
+                    f"{self.kind} {name!r} is registered twice, in {known.__module__} and {config.__module__}; rename one of them"
+                )
+            for key, value in {"kind_of_component": self.kind, "name": name, "source": source, "path": name, **facts}.items():
+                setattr(config, key, value)
+            self._known[name] = config
+            return config
+
+        return add
+
+    def forget(self, name: str) -> None:
+        """Takes a component out again."""
+        self._known.pop(name, None)
+
+    def all(self) -> dict[str, type[R]]:
+        """Every component by name, sorted; imports each module of the package once. Raises what an import raises."""
+        package = importlib.import_module(self.package)
+        for folder in map(Path, package.__path__):
+            for file in sorted(folder.rglob("*.py")):
+                parts = file.relative_to(folder).with_suffix("").parts
+                if parts[-1] != "__init__" and all(part.isidentifier() for part in parts):
+                    importlib.import_module(".".join((self.package, *parts)))
+        return dict(sorted(self._known.items()))
+
+    def __getitem__(self, name: str) -> type[R]:
+        """The config class of a name. Raises ValueError naming the nearest ones."""
+        known = self.all()
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=2)
+            hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {', '.join(known)}"
+            raise ValueError(
+                f"{self.kind} {name!r} is not registered; {hint} (`launch.py list {self.kind.replace(' ', '-')}s` shows all)"
+            )
+        return known[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.all()

@@ -1,0 +1,73 @@
+"""The channel-mixer contract: the half of a block that acts on each token alone, or on each token where a router sends it."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple, Self
+
+import jax
+from flax import nnx
+
+from plait.configs.components import Component, Registry
+from plait.kernels import Tokens
+from plait.models.build import BuildContext
+from plait.models.look import Statistics
+from plait.models.mixers.base import Losses, products
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChannelMixerConfig(Component, abc.ABC):
+    """Options of a channel mixer."""
+
+    @classmethod
+    def example(cls) -> Self:
+        """A small config for width 64, for tests and tables; override where the defaults do not fit it."""
+        return cls()
+
+    @abc.abstractmethod
+    def build(self, d_model: int, ctx: BuildContext) -> ChannelMixer:
+        """The module of this config for width `d_model`."""
+
+    def fit(self, d_model: int) -> None:
+        """Raises ValueError, in a message that begins with the field, where this config does not fit the width."""
+
+    def num_params(self, d_model: int) -> int:
+        """Trained parameters."""
+        return sum(math.prod(p.shape) for p in jax.tree.leaves(nnx.state(_abstract(self, d_model), nnx.Param)))
+
+    def flops(self, d_model: int) -> float:
+        """Forward operations per token, 2 per multiply-add; override where a token does not meet every weight."""
+        return products(_abstract(self, d_model))
+
+
+CHANNEL_MIXERS: Registry[ChannelMixerConfig] = Registry("channel mixer", "plait.models.channel_mixers")
+register = CHANNEL_MIXERS.register
+
+
+@functools.lru_cache(maxsize=64)
+def _abstract(config: ChannelMixerConfig, d_model: int) -> Any:
+    return nnx.eval_shape(
+        lambda: config.build(d_model, BuildContext(layer_index=0, num_layers=1, rngs=nnx.Rngs(0), seq_len=1))
+    )
+
+
+class MixedChannels(NamedTuple):
+    """What a channel mixer gives."""
+
+    y: jax.Array
+    """`[B, T, D]`."""
+    losses: Losses = {}
+    """Auxiliary losses by name, coefficients applied."""
+    observed: Statistics = {}
+    """What it alone can tell of the batch, for probes to read by name."""
+
+
+class ChannelMixer(nnx.Module, abc.ABC):
+    """Mixes the channels of `x` `[B, T, D]`, whose tokens stand where `at` says; padding takes part in nothing."""
+
+    @abc.abstractmethod
+    def __call__(self, x: jax.Array, *, at: Tokens) -> MixedChannels:
+        """Training, scoring and decoding alike."""

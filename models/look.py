@@ -1,0 +1,71 @@
+"""What a layer shows of itself on a probe step, and who looks."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+import jax
+
+from plait.kernels import Tokens
+
+if TYPE_CHECKING:
+    from plait.models.mixers.base import HeadMixer
+
+Statistics = Mapping[str, jax.Array]
+"""Arrays by name, float32; NaN where a head or layer has no such value."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Look:
+    """The looked-at sequences of a batch in one layer, or in one of the parallel parts of one; gradients are stopped."""
+
+    at: Tokens
+    """`[B, T]`, token ids with it."""
+    x: jax.Array
+    """`[B, T, D]`, what the mixer read."""
+    rows: jax.Array
+    """int32 `[R]`: query positions whose attention is looked at."""
+    mixer: HeadMixer | None = None
+    """None where the layer's output is not linear in its values; it has no heads to look at then."""
+    inputs: Any = None
+    """Queries, keys, values and gates as the mixer projects them, `v` among them."""
+    o: jax.Array | None = None
+    """`[B, T, H, V]` head outputs before norm, gates and projection."""
+    residual: jax.Array | None = None
+    """`[B, T, D]`, the residual stream after the block."""
+
+    channels: Statistics = dataclasses.field(default_factory=dict)
+    """What the channel mixer alone can tell of the whole batch."""
+
+    @functools.cached_property
+    def implied(self) -> jax.Array | None:
+        """Implied attention of the rows, `[B, H, R, S]` float32; None where the mixer has none."""
+        return None if self.mixer is None else self.mixer.implied(self.inputs, self.rows, at=self.at)
+
+    @functools.cached_property
+    def observed(self) -> Mapping[str, Any]:
+        """What the mixer alone can tell: see `HeadMixer.observe`."""
+        return {} if self.mixer is None else self.mixer.observe(self.inputs, self.x, at=self.at)
+
+
+class Observer(Protocol):
+    """Chooses what of a batch is looked at, and makes statistics of it."""
+
+    def pick_sequences(self, batch_size: int) -> slice:
+        """The rows of the batch."""
+
+    def pick_rows(self, length: int) -> jax.Array:
+        """The query positions in them, int32 `[R]`."""
+
+    def measure(self, looks: tuple[Look, ...]) -> Statistics:
+        """The statistics of a layer, whose heads are those of the looks one after another."""
+
+
+def look(observer: Observer, *, at: Tokens, x: jax.Array, mixer: HeadMixer | None = None, inputs: Any = None, o: Any = None) -> Look:
+    """What an observer gets to see of a layer's whole batch."""
+    keep = observer.pick_sequences(x.shape[0])
+    at, x, inputs, o = jax.lax.stop_gradient(jax.tree.map(lambda a: a[keep], (at, x, inputs, o)))
+    return Look(at=at, x=x, rows=observer.pick_rows(x.shape[1]), mixer=mixer, inputs=inputs, o=o)

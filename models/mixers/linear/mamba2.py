@@ -1,0 +1,116 @@
+"""Mamba-2: a state whose decay and step size come from the data, with groups of heads that share keys and queries."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from plait.models.axes import EMBED, HEADS
+from plait.models.build import BuildContext
+from plait.models.decays import inverse_softplus_step, log_uniform_rate
+from plait.models.linear import Dense
+from plait.models.mixers.base import MixerConfig, register
+from plait.models.mixers.heads import join_heads, require_divides, require_positive, split_heads
+from plait.models.mixers.linear.recurrent import Recurrent
+from plait.models.norms import RMSNorm
+from plait.models.short_conv import ShortConv
+
+
+@register("mamba2", kind="linear", source="Transformers are SSMs: Generalized Models and Efficient Algorithms (2405.21060)")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mamba2Config(MixerConfig):
+    """`S_t = a_t S_{t-1} + B_t (dt_t x_t)^T`, `y_t = S_t^T C_t + D x_t`, `out = W_o norm(y * silu(z))`.
+
+    `dt = softplus(W_dt u + dt_bias)`, `log a = -exp(A_log) dt`; x, B and C are convolved with a bias. As linear attention C is the query,
+    B the key and dt x the value. The published `in_proj` and `conv1d` hold z, x, B, C and dt side by side; here each has its own.
+    """
+
+    expand: float = 2.0
+    """Inner width over d_model."""
+    head_dim: int = 64
+    """Channels of a head."""
+    state_dim: int = 128
+    """Channels of B and C: the state of a head is state_dim x head_dim."""
+    num_groups: int = 1
+    """Groups of heads that share B and C, a divisor of the number of heads."""
+    conv_size: int = 4
+    """Taps of the short convolutions on x, B and C."""
+    norm_eps: float = 1e-5
+    """Epsilon of the output norm, which is over the whole inner width."""
+
+    def check(self) -> None:
+        require_positive(
+            head_dim=self.head_dim,
+            state_dim=self.state_dim,
+            num_groups=self.num_groups,
+            conv_size=self.conv_size,
+            expand=float(self.expand),
+        )
+
+    @classmethod
+    def example(cls) -> Mamba2Config:
+        return cls(head_dim=16, state_dim=8, num_groups=2)
+
+    def num_heads(self, d_model: int) -> int:
+        """Heads at width `d_model`."""
+        width = int(d_model * self.expand)
+        require_divides(("head_dim", self.head_dim), ("expand * d_model", width))
+        require_divides(("num_groups", self.num_groups), ("expand * d_model / head_dim", width // self.head_dim))
+        return width // self.head_dim
+
+    def build(self, d_model: int, ctx: BuildContext) -> Mamba2:
+        return Mamba2(self, d_model, ctx)
+
+    def mixing_flops(self, d_model: int, seq_len: int) -> float:
+        width = self.num_heads(d_model) * self.head_dim
+        return 4.0 * width * self.state_dim + 2.0 * self.conv_size * (width + 2 * self.num_groups * self.state_dim)
+
+
+class Mamba2Inputs(NamedTuple):
+    q: jax.Array  # C, [B, T, G, N]
+    k: jax.Array  # B, [B, T, G, N]
+    v: jax.Array  # dt x, [B, T, H, P]
+    g: jax.Array  # [B, T, H] float32, at most 0
+    x: jax.Array  # [B, T, H, P]
+
+
+class Mamba2(Recurrent):
+    """See `Mamba2Config`."""
+
+    convs = ("x_conv", "B_conv", "C_conv")
+    scale = 1.0
+
+    def __init__(self, config: Mamba2Config, d_model: int, ctx: BuildContext):
+        self.config, self.num_heads = config, config.num_heads(d_model)
+        self.head_dims = config.state_dim, config.head_dim
+        width, shared = self.num_heads * config.head_dim, config.num_groups * config.state_dim
+        self.z, self.x = (Dense(ctx, d_model, width, (EMBED, HEADS), role=role) for role in ("gate", "matrix"))
+        self.B, self.C = (Dense(ctx, d_model, shared, (EMBED, None)) for _ in range(2))
+        self.dt = Dense(ctx, d_model, self.num_heads, (EMBED, HEADS), role="gate")
+        self.x_conv = ShortConv(ctx, width, size=config.conv_size, axis=HEADS, use_bias=True)
+        self.B_conv, self.C_conv = (ShortConv(ctx, shared, size=config.conv_size, axis=None, use_bias=True) for _ in range(2))
+        self.A_log = ctx.param(log_uniform_rate(1.0, 16.0), (self.num_heads,), (HEADS,), role="decay")
+        self.dt_bias = ctx.param(inverse_softplus_step(floor=1e-4), (self.num_heads,), (HEADS,), role="decay")
+        self.D = ctx.param(jax.nn.initializers.ones, (self.num_heads,), (HEADS,))
+        self.norm = RMSNorm(ctx, width, eps=config.norm_eps, axis=HEADS)
+        self.o = Dense(ctx, width, d_model, (HEADS, EMBED), init=ctx.residual_init)
+
+    def project(self, x, *, at, state):
+        streams = {"x_conv": self.x(x), "B_conv": self.B(x), "C_conv": self.C(x)}
+        (v, k, q), state = self.convolve(streams, at=at, state=state)
+        rate, bias = (p[...].astype(jnp.float32)[None, None] for p in (self.A_log, self.dt_bias))
+        dt = jax.nn.softplus(self.dt(x).astype(jnp.float32) + bias)
+        v, groups = self.heads(v), self.config.num_groups
+        return Mamba2Inputs(
+            split_heads(q, groups), split_heads(k, groups), (dt[..., None] * v).astype(v.dtype), -jnp.exp(rate) * dt, v
+        ), state
+
+    def _arrays(self, inputs):
+        return inputs[:4]
+
+    def finish(self, o, inputs, x):
+        y = join_heads(o + self.D[...].astype(o.dtype)[None, None, :, None] * inputs.x)
+        return split_heads(self.norm(y * jax.nn.silu(self.z(x))), self.num_heads)

@@ -1,0 +1,102 @@
+"""What the linear family shares: heads that read a state, which tokens decay and write. A mixer is then its config, its projections and gates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from plait.kernels import Tokens, decay, decay_rows
+from plait.models.axes import BATCH, EMBED, HEADS, LENGTH, constrain
+from plait.models.build import BuildContext
+from plait.models.linear import Dense
+from plait.models.mixers.base import HeadMixer
+from plait.models.mixers.heads import join_heads, split_heads
+from plait.models.norms import RMSNorm
+
+
+class RecurrentState(NamedTuple):
+    """Decode memory of a recurrent mixer."""
+
+    memory: jax.Array
+    """`[B, H, K, V]` float32."""
+    convs: Mapping[str, jax.Array]
+    """The last inputs of each short convolution."""
+
+
+class Decayed(NamedTuple):
+    """Inputs of a recurrence that decays and adds: `S_t = Diag(exp g_t) S_{t-1} + k_t v_t^T`."""
+
+    q: jax.Array
+    """`[B, T, Hqk, K]`."""
+    k: jax.Array
+    v: jax.Array
+    """`[B, T, H, V]`."""
+    g: jax.Array
+    """`[B, T, H]` or `[B, T, H, K]` float32, at most 0."""
+
+
+class Recurrent(HeadMixer):
+    """Heads with a state `[K, V]`, a norm and a gate on what they read, and an output projection.
+
+    Subclasses set `head_dims`, write `project`, and call `gated_output` at the end of their `__init__`; the delta rule also sets
+    `recur` and `recur_rows`. `project` returns the op's arrays first, in the op's order.
+    """
+
+    head_dims: tuple[int, int]
+    """Channels of a key and of a value head."""
+    convs: ClassVar[tuple[str, ...]] = ()
+    """Attributes that are short convolutions."""
+    recur: ClassVar[Callable[..., Any]] = staticmethod(decay)
+    recur_rows: ClassVar[Callable[..., jax.Array]] = staticmethod(decay_rows)
+    scale: float | None = None
+    """Multiplies the queries; None for `K^-1/2`."""
+
+    def gated_output(self, ctx: BuildContext, d_model: int, *, norm_eps: float) -> None:
+        """Makes the output gate, the per-head norm and the projection back."""
+        width = self.num_heads * self.head_dims[1]
+        self.gate = Dense(ctx, d_model, width, (EMBED, HEADS), role="gate")
+        self.norm = RMSNorm(ctx, self.head_dims[1], eps=norm_eps)
+        self.o = Dense(ctx, width, d_model, (HEADS, EMBED), init=ctx.residual_init, heads=(0, self.num_heads))
+
+    def convolve(
+        self, streams: Mapping[str, jax.Array], *, at: Tokens, state: RecurrentState | None
+    ) -> tuple[list[jax.Array], RecurrentState | None]:
+        """Each stream `[B, T, C]` through the convolution of its name, and the state with their last inputs."""
+        old = {} if state is None else state.convs
+        found = {name: getattr(self, name)(y, at=at, state=old.get(name)) for name, y in streams.items()}
+        if state is not None:
+            state = state._replace(convs={name: last for name, (_, last) in found.items()})
+        return [y for y, _ in found.values()], state
+
+    def heads(self, y: jax.Array, num_heads: int | None = None) -> jax.Array:
+        """`[B, T, H * K]` to `[B, T, H, K]`, laid out by head."""
+        return constrain(split_heads(y, num_heads or self.num_heads), (BATCH, LENGTH, HEADS, None))
+
+    def _arrays(self, inputs: Any) -> tuple[jax.Array, ...]:
+        return tuple(inputs)
+
+    def attend(self, inputs, *, at, state):
+        memory = None if state is None else state.memory
+        o, memory = self.recur(*self._arrays(inputs), scale=self.scale, initial_state=memory, at=at)
+        return o, None if state is None else state._replace(memory=memory)
+
+    def init_state(self, batch_size, max_len):
+        memory = constrain(jnp.zeros((batch_size, self.num_heads, *self.head_dims), jnp.float32), (BATCH, HEADS, None, None))
+        return RecurrentState(memory, {name: getattr(self, name).init_state(batch_size) for name in self.convs})
+
+    def finish(self, o, inputs, x):
+        return self.norm(o) * jax.nn.silu(split_heads(self.gate(x), self.num_heads))
+
+    def output(self, o):
+        return self.o(join_heads(o))
+
+    def implied(self, inputs, rows, *, at):
+        q, k, _, *gates = self._arrays(inputs)
+        return self.recur_rows(q, k, *gates, rows=rows, scale=self.scale, at=at)
+
+    def observe(self, inputs, x, *, at):
+        _, memory, stats = self.recur(*self._arrays(inputs), scale=self.scale, at=at, return_stats=True)
+        return {"memory": memory, "recurrence": stats}

@@ -1,0 +1,1 @@
+"""Mixers made of others side by side."""

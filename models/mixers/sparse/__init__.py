@@ -1,0 +1,1 @@
+"""Mixers whose queries see chosen tokens only."""
