@@ -24,8 +24,8 @@ from plait import launch
 from plait.configs.cli import parse_experiment
 from plait.configs.presets import presets
 from plait.train.evaluate import check_tasks
-from plait.train.hosts.host import split_options
-from plait.train.plan.topology import parse_target
+from plait.train.pods.hosts.host import split_options
+from plait.train.pods.plan.topology import parse_target
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -82,7 +82,7 @@ def test_command_is_known_and_parses(command):
         if "--help" not in rest:
             parse_experiment(rest[0], split_options(rest[1:])[1])
     elif name == "write-launch":
-        from plait.train import launch_files
+        from plait.train.pods import launch_files
 
         launch_files.prepare(rest)
     elif name == "plan":

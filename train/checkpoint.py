@@ -17,8 +17,8 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from plait.train.hosts.together import any_of, decide, first, together
 from plait.train.metrics import write_atomically
+from plait.train.pods.hosts.together import any_of, decide, first, together
 from plait.train.state import TrainState
 
 log = logging.getLogger("plait")

@@ -16,8 +16,8 @@ from plait.configs.experiment import ExperimentConfig
 from plait.data.batch import Batch
 from plait.kernels.target import target
 from plait.models.mixers.stats import ProbeConfig
-from plait.train.hosts.layout import BatchLayout, batch_layout
 from plait.train.optimizer import make_optimizer
+from plait.train.pods.hosts.layout import BatchLayout, batch_layout
 from plait.train.state import Blueprint, TrainState, abstract_state, create_state, state_shardings
 from plait.train.step import make_step
 

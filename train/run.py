@@ -22,11 +22,11 @@ from plait.configs.experiment import ExperimentConfig, MeshConfig
 from plait.data.loader import Data, build_data
 from plait.data.tokenizer import META_FILE, TOKENIZER_FILE
 from plait.train.checkpoint import CheckpointError, Checkpoints
-from plait.train.hosts import hardware
-from plait.train.hosts.layout import batch_layout
-from plait.train.hosts.together import agree, broadcast, count, decide, first, together
 from plait.train.mesh import batch_sharding, make_mesh
 from plait.train.metrics import write_atomically
+from plait.train.pods.hosts import hardware
+from plait.train.pods.hosts.layout import batch_layout
+from plait.train.pods.hosts.together import agree, broadcast, count, decide, first, together
 from plait.train.program import Program
 from plait.train.state import Arrays
 
