@@ -15,6 +15,7 @@ import numpy as np
 from plait.configs import codec
 from plait.configs.experiment import ExperimentConfig
 from plait.kernels import chosen
+from plait.kernels.chips import peak_flops
 from plait.train import run as runs
 from plait.train.checkpoint import Checkpoints
 from plait.train.clock import Clock
@@ -22,7 +23,7 @@ from plait.train.evaluate import Evaluator
 from plait.train.metrics import ATTENTION, MetricsWriter, ProgressLine, trim_metrics, write_layers, write_probes
 from plait.train.pods.hosts import heartbeat, together
 from plait.train.pods.hosts.failure import TrainingFailed
-from plait.train.pods.hosts.hardware import environment, peak_flops
+from plait.train.pods.hosts.hardware import environment
 from plait.train.pods.hosts.spread import Spread
 from plait.train.pods.hosts.termination import Termination
 from plait.train.probes.collect import describe_layers, probe_arrays, probe_metrics

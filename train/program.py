@@ -71,7 +71,7 @@ class Program:
 
         Args:
             probe: lowers the step that also returns statistics.
-            generation: what the kernels are traced for, a name of `plait.kernels.target.TARGETS`; None for what is at hand.
+            generation: what the kernels are traced for, a name of `plait.kernels.chips.CHIPS`; None for what is at hand.
 
         Raises:
             ValueError: the generation is unknown.

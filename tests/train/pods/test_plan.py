@@ -12,11 +12,10 @@ import jax
 import numpy as np
 import pytest
 
+from plait.kernels.chips import CHIPS, GIB
 from plait.launch import main
 from plait.tests.train.common import hybrid, random_batch, tiny
 from plait.train.mesh import batch_sharding, make_mesh
-from plait.train.pods.hosts.hardware import peak_flops
-from plait.train.pods.plan.chips import CHIPS, GIB
 from plait.train.pods.plan.compiling import Outcome, compile_step, largest_allocations, required_temporaries, standard_error
 from plait.train.pods.plan.findings import find_oddities
 from plait.train.pods.plan.flops import layer_flops, step_flops
@@ -95,18 +94,6 @@ def test_more_cpu_devices_than_there_are_is_an_error():
 def test_gpus_need_a_newer_jax():
     with pytest.raises(TargetError, match=r"needs JAX 0\.11\.2"):
         describe_devices(parse_target("h100:1x8"))
-
-
-KINDS = {
-    "v4": "TPU v4", "v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite", "tpu7x": "TPU7x",
-    "h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200", "b200": "NVIDIA B200",
-}  # fmt: skip
-
-
-def test_peaks_are_those_of_a_run():
-    assert {name: peak_flops(SimpleNamespace(device_kind=KINDS[name])) for name in CHIPS} == {
-        n: c.flops for n, c in CHIPS.items()
-    }
 
 
 def _torus_mesh(shape: tuple[int, int], names: tuple[str, str], grid: tuple[int, int]) -> Any:

@@ -8,9 +8,9 @@ import jax
 import pytest
 
 from plait.configs.experiment import ExperimentConfig
+from plait.kernels.chips import GIB
 from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.tests.train.common import changed, tiny
-from plait.train.pods.plan.chips import GIB
 from plait.train.pods.plan.planning import make_plan
 from plait.train.pods.plan.report import sections
 from plait.train.pods.plan.search import search

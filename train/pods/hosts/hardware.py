@@ -1,4 +1,4 @@
-"""What the devices can do and where the run ran."""
+"""Where a run ran: packages, devices, commit."""
 
 from __future__ import annotations
 
@@ -10,28 +10,7 @@ from typing import Any
 
 import jax
 
-_PEAK_TFLOPS = {  # dense bf16, per JAX device, from the makers' data sheets
-    "TPU v4": 275,
-    "TPU v5 lite": 197,
-    "TPU v5e": 197,
-    "TPU v5p": 459,
-    "TPU v5": 459,
-    "TPU v6 lite": 918,
-    "TPU v6e": 918,
-    "TPU7x": 1153,
-    "NVIDIA A100": 312,
-    "NVIDIA H100 PCIe": 756,
-    "NVIDIA H100": 989,
-    "NVIDIA H200": 989,
-    "NVIDIA B200": 2250,
-}
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers", "libtpu", "plait")
-
-
-def peak_flops(device: Any) -> float | None:
-    """Peak bf16 FLOP/s of a device, None where it is not known (CPUs)."""
-    known = [name for name in _PEAK_TFLOPS if device.device_kind.startswith(name)]
-    return _PEAK_TFLOPS[max(known, key=len)] * 1e12 if known else None
 
 
 def versions() -> dict[str, str]:

@@ -75,12 +75,12 @@ def jobset(options: GkeOptions, job: Job) -> dict[str, Any]:
 
 def _group(job: Job) -> str:
     """Name of the replicated job."""
-    return "slice" if job.machines.generation.platform == "tpu" else "hosts"
+    return "slice" if job.machines.chip.platform == "tpu" else "hosts"
 
 
 def _is_pool(job: Job) -> bool:
     """Whether a slice is a node pool of its own."""
-    return job.machines.generation.platform == "tpu" and job.machines.hosts_per_slice > 1
+    return job.machines.chip.platform == "tpu" and job.machines.hosts_per_slice > 1
 
 
 def _exit(status: int) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def _host_network(options: GkeOptions, job: Job) -> bool:
 
 def _pod(options: GkeOptions, job: Job) -> dict[str, Any]:
     machines = job.machines
-    tpu = machines.generation.platform == "tpu"
+    tpu = machines.chip.platform == "tpu"
     accelerator, _ = machines.node(options.machine_type)
     resource = "google.com/tpu" if tpu else "nvidia.com/gpu"
     selector = {"cloud.google.com/gke-tpu-accelerator" if tpu else "cloud.google.com/gke-accelerator": accelerator}
@@ -176,7 +176,7 @@ def _volumes(options: GkeOptions, job: Job) -> tuple[list[dict[str, Any]], list[
             attributes["hostNetworkPodKSA"] = "true"
         runs = {"name": "runs", "csi": {"driver": "gcsfuse.csi.storage.gke.io", "volumeAttributes": attributes}}
     volumes, mounts = [runs], [{"name": "runs", "mountPath": options.mount}]
-    if job.machines.generation.platform == "gpu":  # NCCL shares memory between a host's GPUs
+    if job.machines.chip.platform == "gpu":  # NCCL shares memory between a host's GPUs
         volumes.append({"name": "shared-memory", "emptyDir": {"medium": "Memory"}})
         mounts.append({"name": "shared-memory", "mountPath": "/dev/shm"})
     return volumes, mounts

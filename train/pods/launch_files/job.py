@@ -60,24 +60,24 @@ class _Device:
 
 def _devices(machines: Machines) -> list[_Device]:
     """What stands for the devices of the machines, in the order of their hosts."""
-    generation = machines.generation
-    if generation.platform == "tpu":
+    chip = machines.chip
+    if chip.platform == "tpu":
         sizes = [int(size) for size in machines.topology.split("x")]
         places = [(*reversed(place), *[0] * (3 - len(sizes))) for place in itertools.product(*map(range, reversed(sizes)))]
     else:
         places = [(i,) for i in range(machines.hosts_per_slice * machines.chips_per_host)]
-    everywhere = itertools.product(range(machines.slices), enumerate(places), range(generation.devices_per_chip))
+    everywhere = itertools.product(range(machines.slices), enumerate(places), range(chip.devices_per_chip))
     return [
         _Device(
             i,
-            slice_index * machines.hosts_per_slice + chip // machines.chips_per_host,
+            slice_index * machines.hosts_per_slice + place // machines.chips_per_host,
             slice_index,
-            place,
+            coords,
             core,
-            generation.platform,
-            generation.device_kind,
+            chip.platform,
+            chip.kinds[0],
         )
-        for i, (slice_index, (chip, place), core) in enumerate(everywhere)
+        for i, (slice_index, (place, coords), core) in enumerate(everywhere)
     ]
 
 

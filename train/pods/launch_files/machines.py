@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
 
-from plait.train.pods.plan.chips import CHIPS
-from plait.train.pods.plan.topology import parse_target
+from plait.kernels.chips import CHIPS, Chip
+from plait.train.pods.plan.topology import GPUS_PER_HOST, parse_target
 
 CHIPS_PER_TPU_HOST = 4
-GPUS_PER_HOST = 8
 _BELOW_A_CUBE = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")
 
 
@@ -25,9 +23,6 @@ _BELOW_A_CUBE = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")
 class Generation:
     """How schedulers know one generation of accelerators."""
 
-    name: str
-    device_kind: str
-    """JAX's name."""
     machine_types: dict[str, str]
     """Google Compute Engine's machine type by the value of GKE's accelerator label; the first is the default. `{}` is the chips a host."""
     max_chips: int | None = None
@@ -39,63 +34,39 @@ class Generation:
     runtime_version: str | None = None
     """Software of a TPU VM for JAX."""
 
-    @property
-    def platform(self) -> Literal["tpu", "gpu"]:
-        return CHIPS[self.name].platform
-
-    @property
-    def devices_per_chip(self) -> int:
-        """JAX devices a chip."""
-        return CHIPS[self.name].devices_per_chip
-
 
 GENERATIONS = {
-    generation.name: generation
-    for generation in (
-        Generation(
-            name="v4",
-            device_kind="TPU v4",
-            machine_types={"tpu-v4-podslice": "ct4p-hightpu-{}t"},
-            accelerator_type="v4",
-            cores_per_chip=2,
-            runtime_version="tpu-ubuntu2204-base",
-        ),
-        Generation(
-            name="v5e",
-            device_kind="TPU v5 lite",
-            machine_types={"tpu-v5-lite-podslice": "ct5lp-hightpu-{}t"},
-            accelerator_type="v5litepod",
-            runtime_version="v2-alpha-tpuv5-lite",
-        ),
-        Generation(
-            name="v5p",
-            device_kind="TPU v5",
-            machine_types={"tpu-v5p-slice": "ct5p-hightpu-{}t"},
-            max_chips=6144,
-            accelerator_type="v5p",
-            cores_per_chip=2,
-            runtime_version="v2-alpha-tpuv5",
-        ),
-        Generation(
-            name="v6e",
-            device_kind="TPU v6 lite",
-            machine_types={"tpu-v6e-slice": "ct6e-standard-{}t"},
-            accelerator_type="v6e",
-            runtime_version="v2-alpha-tpuv6e",
-        ),
-        Generation(
-            name="tpu7x",
-            device_kind="TPU7x",
-            machine_types={"tpu7x": "tpu7x-standard-{}t"},
-        ),
-        Generation(
-            name="h100",
-            device_kind="NVIDIA H100",
-            machine_types={"nvidia-h100-mega-80gb": "a3-megagpu-8g", "nvidia-h100-80gb": "a3-highgpu-8g"},
-        ),
-        Generation(name="h200", device_kind="NVIDIA H200", machine_types={"nvidia-h200-141gb": "a3-ultragpu-8g"}),
-        Generation(name="b200", device_kind="NVIDIA B200", machine_types={"nvidia-b200": "a4-highgpu-8g"}),
-    )
+    "v4": Generation(
+        machine_types={"tpu-v4-podslice": "ct4p-hightpu-{}t"},
+        accelerator_type="v4",
+        cores_per_chip=2,
+        runtime_version="tpu-ubuntu2204-base",
+    ),
+    "v5e": Generation(
+        machine_types={"tpu-v5-lite-podslice": "ct5lp-hightpu-{}t"},
+        accelerator_type="v5litepod",
+        runtime_version="v2-alpha-tpuv5-lite",
+    ),
+    "v5p": Generation(
+        machine_types={"tpu-v5p-slice": "ct5p-hightpu-{}t"},
+        max_chips=6144,
+        accelerator_type="v5p",
+        cores_per_chip=2,
+        runtime_version="v2-alpha-tpuv5",
+    ),
+    "v6e": Generation(
+        machine_types={"tpu-v6e-slice": "ct6e-standard-{}t"},
+        accelerator_type="v6e",
+        runtime_version="v2-alpha-tpuv6e",
+    ),
+    "tpu7x": Generation(
+        machine_types={"tpu7x": "tpu7x-standard-{}t"},
+    ),
+    "h100": Generation(
+        machine_types={"nvidia-h100-mega-80gb": "a3-megagpu-8g", "nvidia-h100-80gb": "a3-highgpu-8g"},
+    ),
+    "h200": Generation(machine_types={"nvidia-h200-141gb": "a3-ultragpu-8g"}),
+    "b200": Generation(machine_types={"nvidia-b200": "a4-highgpu-8g"}),
 }
 
 
@@ -103,6 +74,7 @@ GENERATIONS = {
 class Machines:
     """The hosts of a run."""
 
+    chip: Chip
     generation: Generation
     topology: str
     """Chips of a slice along each axis, or hosts x GPUs."""
@@ -118,7 +90,7 @@ class Machines:
     @property
     def devices(self) -> int:
         """JAX devices of all slices."""
-        return self.hosts * self.chips_per_host * self.generation.devices_per_chip
+        return self.hosts * self.chips_per_host * self.chip.devices_per_chip
 
     @property
     def accelerator_type(self) -> str | None:
@@ -134,17 +106,17 @@ class Machines:
         if machine_type is None:
             machine_type = next(iter(types))
         if machine_type not in types:
-            raise ValueError(f"machine_type={machine_type!r} is no host of {self.generation.name}; use {' or '.join(types)}")
+            raise ValueError(f"machine_type={machine_type!r} is no host of {self.chip.generation}; use {' or '.join(types)}")
         return types[machine_type], machine_type
 
     def describe(self) -> str:
         """In words, such as `2 slices of v5e 16x16: 128 hosts of 4 chips, 512 devices`."""
-        unit = "GPUs" if self.generation.platform == "gpu" else "chips" if self.chips_per_host > 1 else "chip"
+        unit = "GPUs" if self.chip.platform == "gpu" else "chips" if self.chips_per_host > 1 else "chip"
         hosts = f"{self.hosts} host{'s' if self.hosts > 1 else ''} of {self.chips_per_host} {unit}"
-        if self.generation.platform == "gpu":
-            return f"{self.generation.name}: {hosts}, {self.devices} devices"
+        if self.chip.platform == "gpu":
+            return f"{self.chip.generation}: {hosts}, {self.devices} devices"
         slices = f"{self.slices} slices of " if self.slices > 1 else ""
-        return f"{slices}{self.generation.name} {self.topology}: {hosts}, {self.devices} devices"
+        return f"{slices}{self.chip.generation} {self.topology}: {hosts}, {self.devices} devices"
 
 
 def machines(target: str, slices: int = 1) -> Machines:
@@ -160,17 +132,19 @@ def machines(target: str, slices: int = 1) -> Machines:
     found = parse_target(target, slices)
     if found.generation not in GENERATIONS:
         raise ValueError(f"target={target!r} is this machine; give the one that the file is for, of {', '.join(GENERATIONS)}")
-    generation, shape = GENERATIONS[found.generation], found.shape
+    chip, generation, shape = CHIPS[found.generation], GENERATIONS[found.generation], found.shape
     topology = "x".join(map(str, shape))
-    if generation.platform == "gpu":
+    if chip.platform == "gpu":
         hosts, chips = _gpu_hosts(target, shape)
     else:
-        hosts, chips = _tpu_hosts(target, generation, topology, shape)
+        hosts, chips = _tpu_hosts(target, chip.generation, topology, shape)
         if slices > 1 and hosts == 1:
             raise ValueError(
                 f"slices={slices} of target={target!r}: several slices must have more than one host each; use one larger slice"
             )
-    return Machines(generation=generation, topology=topology, slices=slices, hosts_per_slice=hosts, chips_per_host=chips)
+    return Machines(
+        chip=chip, generation=generation, topology=topology, slices=slices, hosts_per_slice=hosts, chips_per_host=chips
+    )
 
 
 def _gpu_hosts(target: str, shape: tuple[int, ...]) -> tuple[int, int]:
@@ -179,7 +153,7 @@ def _gpu_hosts(target: str, shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[0], shape[1]
 
 
-def _tpu_hosts(target: str, generation: Generation, topology: str, shape: tuple[int, ...]) -> tuple[int, int]:
+def _tpu_hosts(target: str, generation: str, topology: str, shape: tuple[int, ...]) -> tuple[int, int]:
     """Hosts of a slice and chips of each. Of the boxes that the compilers know, not all can be had."""
     chips = math.prod(shape)
     if len(shape) == 2:
@@ -189,11 +163,12 @@ def _tpu_hosts(target: str, generation: Generation, topology: str, shape: tuple[
     if topology not in _BELOW_A_CUBE and not whole:
         ordered = "x".join(map(str, sorted(-(-size // 4) * 4 for size in shape)))
         raise ValueError(
-            f"target={target!r} is no shape of {generation.name}: use {', '.join(_BELOW_A_CUBE)}, or multiples of 4 in rising order, "
-            f"as in {generation.name}:{ordered}"
+            f"target={target!r} is no shape of {generation}: use {', '.join(_BELOW_A_CUBE)}, or multiples of 4 in rising order, "
+            f"as in {generation}:{ordered}"
         )
-    if generation.max_chips is not None and chips > generation.max_chips:
+    largest = GENERATIONS[generation].max_chips
+    if largest is not None and chips > largest:
         raise ValueError(
-            f"target={target!r} has {chips} chips, and a slice of {generation.name} at most {generation.max_chips}; use several slices"
+            f"target={target!r} has {chips} chips, and a slice of {generation} at most {largest}; use several slices"
         )
     return chips // CHIPS_PER_TPU_HOST, CHIPS_PER_TPU_HOST

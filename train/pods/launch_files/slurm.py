@@ -12,8 +12,8 @@ from __future__ import annotations
 import shlex
 
 from plait.train.pods.launch_files.job import BAD_INPUT, DONE, SAVED, Job
-from plait.train.pods.launch_files.machines import GPUS_PER_HOST
 from plait.train.pods.launch_files.options import SlurmOptions, environment
+from plait.train.pods.plan.topology import GPUS_PER_HOST
 
 SUFFIX = "slurm.sh"
 _LEAVE_SECONDS = 120  # the hosts of a run end together; one that has not by then is ended
@@ -21,7 +21,7 @@ _LEAVE_SECONDS = 120  # the hosts of a run end together; one that has not by the
 
 def render(options: SlurmOptions, job: Job) -> str:
     """The script. Raises ValueError for TPUs."""
-    if job.machines.generation.platform != "gpu":
+    if job.machines.chip.platform != "gpu":
         raise ValueError(
             f"target={options.target!r} is a TPU, and SLURM files are for hosts of {GPUS_PER_HOST} GPUs, as in h100:8x8; "
             "use 'write-launch gke' or 'write-launch tpu-vm'"

@@ -21,10 +21,10 @@ _PYTHON = "$HOME/plait-env/bin/python"
 
 def render(options: TpuVmOptions, job: Job) -> str:
     """The script. Raises ValueError for machines that are no Cloud TPU VMs."""
-    if job.machines.generation.platform != "tpu":
+    if job.machines.chip.platform != "tpu":
         raise ValueError(f"target={options.target!r} is no TPU; use 'write-launch slurm' or 'write-launch gke'")
     if job.machines.accelerator_type is None:
-        raise ValueError(f"target={options.target!r}: {job.machines.generation.name} comes with GKE only; use 'write-launch gke'")
+        raise ValueError(f"target={options.target!r}: {job.machines.chip.generation} comes with GKE only; use 'write-launch gke'")
     values = {
         "CREATE": shlex.join(_create(options, job)),
         "INSTALL": "\n".join(_install(options)),

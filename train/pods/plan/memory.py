@@ -12,12 +12,12 @@ import jax.numpy as jnp
 
 from plait.configs.experiment import ExperimentConfig
 from plait.data.batch import Batch
+from plait.kernels.chips import CHIPS, GIB
 from plait.kernels.target import target as kernels_for
 from plait.models import axes
 from plait.models.pattern import find_period
 from plait.train.loss import loss_terms
 from plait.train.mesh import batch_sharding, ways
-from plait.train.pods.plan.chips import CHIPS, GIB
 from plait.train.state import Blueprint, TrainState
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from plait.train.pods.plan.chips import Chip
+from plait.kernels.chips import Chip
 from plait.train.pods.plan.hlo import Collective
 from plait.train.pods.plan.topology import Target
 

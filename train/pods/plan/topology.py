@@ -12,16 +12,19 @@ from typing import Any
 
 import jax
 
-from plait.train.pods.plan.chips import CHIPS, GPU_DESCRIPTIONS, Chip
+from plait.kernels.chips import CHIPS, Chip
+from plait.train.pods.plan.gpu_descriptions import GPU_DESCRIPTIONS
 
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")  # the slices that v5e and v6e are rented in
 _LARGEST = {"v4": 4096, "v5p": 8960, "tpu7x": 9216}  # chips of a pod
 _RING = {"v5e": 16, "v6e": 16, "v4": 4, "v5p": 4, "tpu7x": 4}
 """A dimension of the torus wraps around where its size is a multiple of this."""
-_HOST = 8  # GPUs
+GPUS_PER_HOST = 8
+"""Of every GPU machine that is planned for."""
 _MOST_CPUS = 256
+_PODS = "{}, {} and {}".format(*_LARGEST.values())
 KNOWN = f"""v5e and v6e: {", ".join(_FLAT)} chips, as in v5e:16x16
-v4, v5p and tpu7x: AxBxC chips, each 1, 2 or a multiple of 4, as in v5p:4x8x8 or v5p:16x16x16; up to 4096, 8960 and 9216 chips
+v4, v5p and tpu7x: AxBxC chips, each 1, 2 or a multiple of 4, as in v5p:4x8x8 or v5p:16x16x16; up to {_PODS} chips
 h100, h200 and b200: HOSTSxGPUS or xGPUS, as in h100:8x8 or h100x64
 cpu: devices of this machine, as in cpu:8
 Several slices of a TPU pod: --slices 4"""
@@ -89,9 +92,11 @@ def _gpus(text: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Hosts and GPUs of each."""
     if len(shape) == 1:
         (count,) = shape
-        if count > _HOST and count % _HOST:
-            raise TargetError(f"target={text!r} must be at most {_HOST} GPUs or a multiple of {_HOST}, for hosts of {_HOST}")
-        shape = (max(1, count // _HOST), min(count, _HOST))
+        if count > GPUS_PER_HOST and count % GPUS_PER_HOST:
+            raise TargetError(
+                f"target={text!r} must be at most {GPUS_PER_HOST} GPUs or a multiple of {GPUS_PER_HOST}, for hosts of {GPUS_PER_HOST}"
+            )
+        shape = (max(1, count // GPUS_PER_HOST), min(count, GPUS_PER_HOST))
     if len(shape) != 2:
         raise TargetError(f"target={text!r} must be HOSTSxGPUS\nknown targets:\n{KNOWN}")
     return shape
