@@ -16,7 +16,6 @@ import io
 import json
 import logging
 import math
-import os
 import uuid
 import zipfile
 import zlib
@@ -31,22 +30,13 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from plait.configs.files import write_atomically
+
 log = logging.getLogger(__name__)
 
 METRICS, EVENTS, PROBES = "metrics.jsonl", "events.jsonl", "probes"
 LAYERS, ATTENTION = f"{PROBES}/layers.json", f"{PROBES}/attention.npz"
 CLOCK = ("step", "tokens", "seconds")  # what every metrics line starts with
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes `data` beside `path` and renames it there, so that a reader sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def strict(value: Any) -> Any:
@@ -233,7 +223,7 @@ def _start_wandb(run: Path, project: str, config: Mapping[str, Any] | None) -> A
         raise ValueError("wandb=True needs the package wandb, which is not installed; pip install 'plait[wandb]'") from error
     name = run / "wandb_id"  # the same id after a resume goes on in the same curves
     if not name.exists():
-        write_atomically(name, uuid.uuid4().hex[:12].encode())
+        write_atomically(name, uuid.uuid4().hex[:12])
     start = {"project": project, "name": run.name, "dir": str(run), "id": name.read_text(), "resume": "allow"}
     return wandb.init(**start, config=strict(config or {}))
 
@@ -253,7 +243,7 @@ class ProbeSeries:
 def write_layers(run: Path, layers: Sequence[Mapping[str, Any]], first_k: int) -> None:
     """Writes `probes/layers.json`: for each layer its index, mixer, kind (linear, full or sparse) and num_heads."""
     tree = {"layers": [dict(layer) for layer in layers], "first_k": first_k}
-    write_atomically(Path(run) / LAYERS, json.dumps(strict(tree), indent=1, allow_nan=False).encode())
+    write_atomically(Path(run) / LAYERS, json.dumps(strict(tree), indent=1, allow_nan=False))
 
 
 def write_probes(run: Path, step: int, probes: Mapping[str, np.ndarray]) -> Path:

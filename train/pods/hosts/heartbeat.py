@@ -14,6 +14,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from plait.configs.files import write_atomically
+
 VARIABLE = "PLAIT_HEARTBEAT"
 """Environment variable with the path of the file; without it nothing is written."""
 
@@ -49,10 +51,8 @@ class Heartbeat:
 
     def _write(self) -> None:
         state = {"phase": self._phase, "step": self._step, "slowest": self._slowest, "age": time.monotonic() - self._since}
-        temporary = self._path.with_suffix(".tmp")
         with self._writing, contextlib.suppress(OSError):
-            temporary.write_text(json.dumps(state))
-            temporary.replace(self._path)
+            write_atomically(self._path, json.dumps(state), durable=False)  # a slow disk must not look like silence
 
 
 _current: Heartbeat | None = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import tyro
 
 from plait.configs.experiment import ExperimentConfig
+from plait.configs.files import write_atomically
 from plait.train.pods.launch_files import gke, slurm, tpu_vm
 from plait.train.pods.launch_files.job import Job, checked_experiment
 from plait.train.pods.launch_files.machines import machines
@@ -106,13 +106,7 @@ def _write(options: LaunchOptions, text: str, name: str) -> Path:
     path = options.out / name
     if path.exists() and not options.overwrite:
         raise ValueError(f"{path} is there already; use --overwrite to replace it, or another --out or --name")
-    options.out.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{name}.{os.getpid()}")
-    try:
-        beside.write_text(text, "utf-8")
-        if path.suffix == ".sh":
-            beside.chmod(0o755)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    write_atomically(path, text)
+    if path.suffix == ".sh":
+        path.chmod(0o755)
     return path

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from plait.configs import codec
-from plait.train.metrics import write_atomically
+from plait.configs.files import write_atomically
 from plait.train.pods.plan.memory import size_text
 from plait.train.pods.plan.roofline import ASSUMPTIONS
 from plait.train.pods.plan.search import Candidate
@@ -232,8 +232,8 @@ def show(console: Console, parts: Sequence[Section]) -> None:
 def write(folder: Path, parts: Sequence[Section], title: str, data: dict[str, Any]) -> None:
     """Writes `plan.md` and `plan.json`."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "plan.md", _markdown(title, parts).encode())
-    write_atomically(folder / "plan.json", (json.dumps(data, indent=2) + "\n").encode())
+    write_atomically(folder / "plan.md", _markdown(title, parts))
+    write_atomically(folder / "plan.json", json.dumps(data, indent=2) + "\n")
 
 
 def to_json(plan: Plan) -> dict[str, Any]:
