@@ -32,12 +32,12 @@ USAGE = """usage: launch.py COMMAND ...
 def train(args: Sequence[str]) -> int:
     """`train PRESET [overrides]`: here, or as one of several hosts in a process of its own that is watched."""
     from plait.train.pods.hosts import heartbeat
-    from plait.train.pods.hosts.host import HostsOptions, find_host, split_options
+    from plait.train.pods.hosts.host import HostsOptions, find_host, host_options
     from plait.train.pods.hosts.supervise import supervise
 
     if not args or args[0].startswith("-"):
         raise ValueError("train needs a preset first, as in 'launch.py train lm_quick'; 'launch.py list presets' shows them")
-    options, rest = split_options(args)
+    options, rest = host_options(args)
     supervised = heartbeat.VARIABLE in os.environ
     if not supervised and options.local:
         return supervise(["train", *args], None, options)
@@ -89,8 +89,6 @@ class PlanArgs:
     The step is compiled ahead of time, kernels included. Every option of `train PRESET` may follow.
     """
 
-    preset: Annotated[str, tyro.conf.Positional]
-    """As for `train`."""
     target: str
     """TPU slice or GPUs, as v5e:16x16, v5p:4x8x8, h100:8x8 or h100x64; cpu:8 for devices of this machine."""
     slices: int = 1
@@ -105,17 +103,19 @@ class PlanArgs:
 
 def plan(args: Sequence[str]) -> None:
     """`plan PRESET --target TARGET [overrides]`."""
+    from plait.configs.options import split_options
     from plait.train.pods.plan.topology import KNOWN
 
     if not args or (args[0].startswith("-") and args[0] not in ("-h", "--help")):
         raise ValueError("plan needs a preset first, as in 'launch.py plan hybrid_1b --target v5e:16x16'")
-    if not {"-h", "--help"} & set(args) and not any(arg.split("=")[0] == "--target" for arg in args):
+    mine, rest = split_options(PlanArgs, args)
+    if not {"-h", "--help"} & set(mine) and not any(word.split("=")[0] == "--target" for word in mine):
         raise ValueError(f"plan needs a --target\nknown targets:\n{KNOWN}")
-    options, overrides = tyro.cli(PlanArgs, args=list(args), prog="launch.py plan", return_unknown_args=True)
+    options = tyro.cli(PlanArgs, args=mine, prog="launch.py plan PRESET [train overrides]")  # --help ends here
     from plait.configs.cli import parse_experiment
     from plait.train.pods.plan.command import run_plan
 
-    config = parse_experiment(options.preset, overrides, prog="launch.py plan")
+    config = parse_experiment(rest[0], rest[1:], prog="launch.py plan")
     search = options.compile if options.search else None
     run_plan(config, options.target, slices=options.slices, search=search, out=options.out, console=console)
 

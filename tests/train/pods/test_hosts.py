@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from plait.launch import main
-from plait.train.pods.hosts.host import Host, HostsError, HostsOptions, find_host, split_options
+from plait.train.pods.hosts.host import Host, HostsError, HostsOptions, find_host, host_options
 
 SLURM = {"SLURM_JOB_ID": "70000", "SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "8", "SLURM_NTASKS": "8"}
 GKE = {"TPU_WORKER_ID": "1", "TPU_WORKER_HOSTNAMES": "w-0.svc,w-1.svc"}
@@ -90,7 +90,7 @@ def test_hosts_here_choose_the_rest_themselves():
 
 def test_options_are_taken_out_of_the_command_line():
     args = ["lm_tiny", "--steps", "3", "--hosts.count", "2", "--hosts.connect-seconds=9", "--out", "a"]
-    assert split_options(args) == (HostsOptions(count=2, connect_seconds=9.0), ["lm_tiny", "--steps", "3", "--out", "a"])
+    assert host_options(args) == (HostsOptions(count=2, connect_seconds=9.0), ["lm_tiny", "--steps", "3", "--out", "a"])
 
 
 def test_a_bad_option_ends_the_command_with_status_2(capsys):

@@ -13,6 +13,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from plait.configs.options import split_options
+
 PORT = 8476
 """The coordinator's, unless one is given."""
 _METADATA_SECONDS = 5.0
@@ -76,18 +78,9 @@ class Host:
             raise HostsError(f"hosts.coordinator={self.coordinator!r} must be HOST:PORT, as in 10.0.0.1:{PORT}")
 
 
-def split_options(args: Sequence[str]) -> tuple[HostsOptions, list[str]]:
+def host_options(args: Sequence[str]) -> tuple[HostsOptions, list[str]]:
     """The `--hosts.*` options among command-line arguments, and the rest. Raises HostsError for values out of range."""
-    mine: list[str] = []
-    rest: list[str] = []
-    words = iter(args)
-    for word in words:
-        if not word.startswith("--hosts."):
-            rest.append(word)
-            continue
-        mine.append(word)
-        if "=" not in word and (value := next(words, None)) is not None:
-            mine.append(value)
+    mine, rest = split_options(HostsOptions, args, "hosts.")
 
     @dataclasses.dataclass(frozen=True)
     class Launch:

@@ -12,6 +12,7 @@ import tyro
 
 from plait.configs.experiment import ExperimentConfig
 from plait.configs.files import write_atomically
+from plait.configs.options import split_options
 from plait.train.pods.launch_files import gke, slurm, tpu_vm
 from plait.train.pods.launch_files.job import Job, checked_experiment
 from plait.train.pods.launch_files.machines import machines
@@ -53,6 +54,7 @@ def prepare(args: Sequence[str]) -> tuple[LaunchOptions, Job, str]:
     kind = KINDS[args[0]]
     preset, rest = (args[1], args[2:]) if len(args) > 1 and not args[1].startswith("-") else (None, args[1:])
     mine, overrides = split_options(kind.options, rest)
+    _check_names(kind.options, overrides)
     prog = f"launch.py write-launch {args[0]} {preset or 'PRESET'} [train overrides]"
     options = tyro.cli(kind.options, args=mine, prog=prog)  # --help ends here
     if preset is None:
@@ -69,34 +71,17 @@ def prepare(args: Sequence[str]) -> tuple[LaunchOptions, Job, str]:
     return options, job, kind.render(options, job)
 
 
-def split_options(options: type[LaunchOptions], args: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The arguments that are `options`, and the rest: overrides of the experiment.
-
-    Raises:
-        ValueError: a name that is neither and is near to an option.
-    """
-    fields = {"--" + field.name.replace("_", "-"): field for field in dataclasses.fields(options)}
-    switches = {flag for flag, field in fields.items() if field.type == "bool"}
-    switches |= {"--no-" + flag[2:] for flag in switches} | {"-h", "--help"}
-    experiment = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(ExperimentConfig)}
-    mine: list[str] = []
-    rest: list[str] = []
-    words = iter(args)
-    for word in words:
+def _check_names(options: type[LaunchOptions], overrides: Sequence[str]) -> None:
+    """Raises ValueError for a flag that is neither an option of the file nor one of the experiment."""
+    own, experiment = (
+        ["--" + field.name.replace("_", "-") for field in dataclasses.fields(c)] for c in (options, ExperimentConfig)
+    )
+    for word in overrides:
         flag = word.partition("=")[0].replace("_", "-")
-        if flag in switches:
-            mine.append(word)
-        elif flag in fields:
-            mine.append(word)
-            if "=" not in word:
-                mine += [value for value in [next(words, None)] if value is not None]
-        elif flag.startswith("--") and "." not in flag and flag not in experiment and not flag.startswith("--no-"):
-            near = difflib.get_close_matches(flag, [*fields, *experiment], n=1)
-            hint = f"did you mean {near[0]}?" if near else f"its options are {', '.join(fields)}, and those of train"
+        if flag.startswith("--") and "." not in flag and flag not in experiment and not flag.startswith("--no-"):
+            near = difflib.get_close_matches(flag, [*own, *experiment], n=1)
+            hint = f"did you mean {near[0]}?" if near else f"its options are {', '.join(own)}, and those of train"
             raise ValueError(f"{flag} is no option of this launch file; {hint}")
-        else:
-            rest.append(word)
-    return mine, rest
 
 
 def _write(options: LaunchOptions, text: str, name: str) -> Path:

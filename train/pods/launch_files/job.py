@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from plait.configs.cli import parse_experiment
 from plait.configs.experiment import ExperimentConfig
 from plait.train.mesh import make_mesh
-from plait.train.pods.hosts.host import split_options
+from plait.train.pods.hosts.host import host_options
 from plait.train.pods.launch_files.machines import Machines
 from plait.train.program import Program
 
@@ -98,7 +98,7 @@ def checked_experiment(preset: str, overrides: Sequence[str], machines: Machines
         ValueError: bad values, or devices, mesh, model and batch that do not fit each other.
     """
     check_overrides(overrides)
-    config = parse_experiment(preset, split_options(overrides)[1], prog="launch.py write-launch KIND")
+    config = parse_experiment(preset, host_options(overrides)[1], prog="launch.py write-launch KIND")
     try:
         mesh = make_mesh(config.mesh, _devices(machines))
         if mesh.size != machines.devices:

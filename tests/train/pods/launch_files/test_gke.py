@@ -79,5 +79,5 @@ def test_jobset_tells_each_host_who_it_is(name, written):
                 assert (host.coordinator, host.count) == (first, count)
                 seen.append(host.index)
     assert count == 1 or sorted(seen) == list(range(count))
-    given, rest = hosts.split_options(pod["containers"][0]["command"])
+    given, rest = hosts.host_options(pod["containers"][0]["command"])
     assert given.connect_seconds == (300 if count == 1 else 3600) and "--resume" in rest

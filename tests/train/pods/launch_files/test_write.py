@@ -6,10 +6,10 @@ import pytest
 
 from plait.launch import USAGE, main
 from plait.tests.train.pods.launch_files.cases import CASES, GOLDEN, IMAGE
-from plait.train.pods.launch_files import KINDS, split_options
+from plait.train.pods.launch_files import KINDS
 from plait.train.pods.launch_files.job import Job, checked_experiment
 from plait.train.pods.launch_files.machines import machines
-from plait.train.pods.launch_files.options import GkeOptions, SlurmOptions, check_image, check_label, environment
+from plait.train.pods.launch_files.options import check_image, check_label, environment
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -99,14 +99,6 @@ def test_overrides_of_the_supervisor_pass_through(tmp_path):
     checked_experiment("lm_tiny", ["--data.batch-size", "16", "--hosts.step-seconds", "120"], found)
     job = Job(name="a", machines=found, preset="lm_tiny", overrides=("--hosts.step-seconds", "120"), written_by=())
     assert "--hosts.step-seconds" in job.command("plait", "/runs/a")
-
-
-def test_options_of_the_file_stand_among_those_of_train():
-    words = "--steps 9 --target=v5e:4x4 --spot --mesh.fsdp 4 --host-network False --no-overwrite --seed=3 --env A=1 --service_account s"
-    mine, rest = split_options(GkeOptions, words.split())
-    assert mine == "--target=v5e:4x4 --spot --host-network False --no-overwrite --env A=1 --service_account s".split()  # noqa: SIM905
-    assert rest == "--steps 9 --mesh.fsdp 4 --seed=3".split()  # noqa: SIM905
-    assert split_options(SlurmOptions, ["--target"]) == (["--target"], [])
 
 
 def test_one_host_is_supervised_too():
