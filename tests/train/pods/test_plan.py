@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+from plait.configs.vocabulary import with_vocabulary
 from plait.kernels.chips import CHIPS, GIB
 from plait.launch import main
 from plait.tests.train.common import hybrid, random_batch, tiny
@@ -25,7 +26,7 @@ from plait.train.pods.plan.planning import make_plan
 from plait.train.pods.plan.report import headline, sections
 from plait.train.pods.plan.roofline import Route, route, times
 from plait.train.pods.plan.search import estimated_collectives
-from plait.train.pods.plan.step_plan import check_batch, settle
+from plait.train.pods.plan.step_plan import check_batch
 from plait.train.pods.plan.topology import Target, TargetError, describe_devices, parse_target
 from plait.train.program import Program
 from plait.train.state import abstract_state, create_state
@@ -136,7 +137,7 @@ def test_the_bound_is_the_slowest_part():
 
 @pytest.mark.parametrize("remat", [None, "dots", "full"])
 def test_flops_add_up(remat: str | None):
-    config = settle(hybrid({"model.remat": remat}))
+    config = with_vocabulary(hybrid({"model.remat": remat}))
     rows = {row.name: row for row in layer_flops(config)}
     assert sum(row.forward for row in rows.values()) == pytest.approx(config.model.flops(16))
     assert rows["channel mixers"].recomputed == (rows["channel mixers"].forward if remat == "full" else 0)
@@ -147,14 +148,14 @@ def test_flops_add_up(remat: str | None):
 
 
 def test_a_batch_that_does_not_divide_names_one_that_does():
-    config = settle(tiny({"mesh.data": None, "data.batch_size": 96, "data.seq_len": 64}))
+    config = with_vocabulary(tiny({"mesh.data": None, "data.batch_size": 96, "data.seq_len": 64}))
     with pytest.raises(ValueError, match=r"--data.batch_size 256, .*--mesh.context 8"):
         check_batch(config, parse_target("v5e:16x16"))
     check_batch(dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, context=8)), parse_target("v5e:16x16"))
 
 
 def test_abstract_state_is_that_of_a_run():
-    config = settle(hybrid({"optimizer.ema": 0.9}))
+    config = with_vocabulary(hybrid({"optimizer.ema": 0.9}))
     step = Program.of(config, make_mesh(config.mesh, jax.devices()[:1]))
     made = jax.eval_shape(lambda: create_state(step.blueprint, step.tx))
     same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), abstract_state(step.blueprint, step.tx), made)
@@ -164,7 +165,7 @@ def test_abstract_state_is_that_of_a_run():
 def test_memory_is_that_of_a_real_run():
     config = tiny(WIDE | {"optimizer.ema": 0.9})
     plan = make_plan(config, parse_target("cpu:8"))
-    config = settle(config)
+    config = with_vocabulary(config)
     mesh = make_mesh(config.mesh)
     step = Program.of(config, mesh)
     state = jax.tree.map(lambda a, s: jax.device_put(np.zeros(a.shape, a.dtype), s), step.like, step.shardings)
@@ -185,7 +186,7 @@ def test_memory_is_that_of_a_real_run():
 
 
 def test_estimates_grow_with_what_is_kept():
-    config = settle(hybrid(WIDE | {"model.num_layers": 4}))
+    config = with_vocabulary(hybrid(WIDE | {"model.num_layers": 4}))
     totals = []
     for remat in ("full", "dots", None):
         new = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat))
@@ -200,7 +201,7 @@ def test_estimates_grow_with_what_is_kept():
     ("target", "reduction"), [("v5e:2x4", "all-reduce"), ("v5e:4x4", "reduce-scatter"), ("h100x8", "reduce-scatter")]
 )
 def test_estimated_exchange_of_fsdp(target: str, reduction: str):
-    config = settle(tiny({"mesh.data": 1, "mesh.fsdp": 8, "data.batch_size": 8}))
+    config = with_vocabulary(tiny({"mesh.data": 1, "mesh.fsdp": 8, "data.batch_size": 8}))
     step = Program.of(config, make_mesh(config.mesh))
     gather, reduce = estimated_collectives(config, step.mesh, step, parse_target(target))
     params: Any = step.like.params
@@ -215,7 +216,7 @@ def _oddities(config: Any, *found: Instruction, said: tuple[str, ...] = ()) -> l
 
 
 def test_oddities():
-    config = settle(hybrid(WIDE | {"model.d_model": 256, "model.num_layers": 4, "model.compute_dtype": "bfloat16"}))
+    config = with_vocabulary(hybrid(WIDE | {"model.d_model": 256, "model.num_layers": 4, "model.compute_dtype": "bfloat16"}))
     embedding = (config.model.vocab_size, config.model.d_model)
     one = lambda kind, axes, shape, dtype="bf16": Instruction(kind, axes, ((dtype, shape),), 99, True, "jit(step)/dot")  # noqa: E731
     assert _oddities(config, one("all-gather", ("fsdp",), (256, 12)), one("all-reduce", ("fsdp",), (8, 32, 256))) == []

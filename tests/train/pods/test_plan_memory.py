@@ -15,14 +15,14 @@ from plait.configs.cli import parse_experiment
 from plait.tests.train.common import random_batch
 from plait.train.program import Program
 from plait.train.mesh import batch_sharding, make_mesh
+from plait.configs.vocabulary import with_vocabulary
 from plait.train.pods.plan.planning import make_plan
-from plait.train.pods.plan.step_plan import settle
 from plait.train.pods.plan.topology import parse_target
 
 options = "--mesh.fsdp 8 --data.batch-size 64 --model.pattern softmax".split()
 config = parse_experiment("lm_quick", options)
 planned = make_plan(config, parse_target("cpu:8")).memory.temporaries
-config = settle(config)
+config = with_vocabulary(config)
 mesh = make_mesh(config.mesh)
 step = Program.of(config, mesh)
 state = jax.tree.map(lambda a, s: jax.device_put(np.zeros(a.shape, a.dtype), s), step.like, step.shardings)

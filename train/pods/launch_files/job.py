@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from plait.configs.cli import parse_experiment
 from plait.configs.experiment import ExperimentConfig
+from plait.configs.vocabulary import with_vocabulary
 from plait.train.mesh import make_mesh
 from plait.train.pods.hosts.host import host_options
 from plait.train.pods.launch_files.machines import Machines
@@ -106,14 +107,7 @@ def checked_experiment(preset: str, overrides: Sequence[str], machines: Machines
                 f"mesh.data={config.mesh.data} leaves {machines.devices - mesh.size} of {machines.devices} devices unused; "
                 "leave mesh.data=None to fill them"
             )
-        Program.of(dataclasses.replace(config, model=config.model.with_vocab(_vocabulary(config))), mesh)
+        Program.of(with_vocabulary(config, elsewhere=_TOKENIZER_ELSEWHERE), mesh)
     except ValueError as error:
         raise ValueError(f"{preset} does not fit {machines.describe()}: {error}") from error
     return config
-
-
-def _vocabulary(config: ExperimentConfig) -> int:
-    """Size of the tokenizer, or what stands for one that is on the hosts."""
-    if config.data.tokenizer == "bpe":
-        return config.data.bpe_vocab_size
-    return 257 if config.data.tokenizer == "byte" else config.model.vocab_size or _TOKENIZER_ELSEWHERE

@@ -6,9 +6,10 @@ import dataclasses
 import time
 
 from plait.configs.experiment import ExperimentConfig
+from plait.configs.vocabulary import with_vocabulary
 from plait.train.pods.plan.compiling import standard_error
 from plait.train.pods.plan.search import find_fixes
-from plait.train.pods.plan.step_plan import Plan, check_batch, compile_plan, prepare, settle
+from plait.train.pods.plan.step_plan import Plan, check_batch, compile_plan, prepare
 from plait.train.pods.plan.topology import Target, describe_devices
 
 
@@ -19,7 +20,7 @@ def make_plan(config: ExperimentConfig, target: Target) -> Plan:
         ValueError: the target, mesh, model and batch do not go together; nothing was compiled.
     """
     start = time.monotonic()
-    config = settle(config)
+    config = with_vocabulary(config)
     check_batch(config, target)
     with standard_error():  # libtpu's notes that this is no TPU
         devices = describe_devices(target)

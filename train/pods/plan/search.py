@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 
 from plait.configs.experiment import ExperimentConfig
+from plait.configs.vocabulary import with_vocabulary
 from plait.models import axes
 from plait.train.mesh import make_mesh, mesh_axes, names_of, ways
 from plait.train.pods.plan.flops import step_flops
 from plait.train.pods.plan.hlo import Collective, Kind
 from plait.train.pods.plan.memory import Memory, StateBytes, estimated_memory, saved_activations, state_bytes
 from plait.train.pods.plan.roofline import Times, exchange_seconds, times
-from plait.train.pods.plan.step_plan import Fix, Plan, check_batch, compile_plan, prepare, settle
+from plait.train.pods.plan.step_plan import Fix, Plan, check_batch, compile_plan, prepare
 from plait.train.pods.plan.topology import Target, TargetError, describe_devices
 from plait.train.program import Program
 from plait.train.state import Blueprint
@@ -61,7 +62,7 @@ def search(config: ExperimentConfig, target: Target, compile_best: int = 2) -> t
     """
     if target.chip is None:
         raise TargetError(f"target={target.name!r} has no peak to rank by; --search is for TPUs and GPUs")
-    config = settle(config)
+    config = with_vocabulary(config)
     devices = describe_devices(target)
     blueprint = Blueprint(config)
     every = list(_candidates(config, target, devices, blueprint))

@@ -7,7 +7,6 @@ import math
 import time
 
 from plait.configs.experiment import ExperimentConfig, MeshConfig
-from plait.data.tokenizer import ByteTokenizer
 from plait.kernels import chosen
 from plait.models import axes
 from plait.train.mesh import make_mesh, mesh_axes
@@ -79,26 +78,6 @@ class Plan:
     def tokens_per_second(self) -> float | None:
         """Of all devices, at the bound."""
         return self.config.data.batch_size * self.config.data.seq_len / self.times.bound if self.times else None
-
-
-def settle(config: ExperimentConfig) -> ExperimentConfig:
-    """`config` with its vocabulary settled without the data.
-
-    Raises:
-        ValueError: the size is in a tokenizer file only.
-    """
-    data, model = config.data, config.model
-    if data.tokenizer == "byte":
-        size = ByteTokenizer.vocab_size
-    elif data.tokenizer == "bpe":
-        size = data.bpe_vocab_size
-    elif model.vocab_size is not None:
-        size = model.vocab_size
-    else:
-        raise ValueError(
-            f"model.vocab_size=None is not known from data.tokenizer={data.tokenizer!r} here; give --model.vocab_size"
-        )
-    return dataclasses.replace(config, model=model.with_vocab(size))
 
 
 def check_batch(config: ExperimentConfig, target: Target) -> None:
