@@ -63,7 +63,7 @@ class Program:
     @functools.cached_property
     def like(self) -> TrainState:
         """Shapes, dtypes and shardings of the state."""
-        place = lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where)  # noqa: E731
+        place = lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where)
         return jax.tree.map(place, abstract_state(self.blueprint, self.tx), self.shardings)
 
     def lower(self, probe: ProbeConfig | None = None, generation: str | None = None) -> jax.stages.Lowered:

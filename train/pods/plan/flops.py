@@ -30,13 +30,13 @@ class LayerFlops:
 def layer_flops(config: ExperimentConfig) -> list[LayerFlops]:
     """The layers of a model with a settled vocabulary, as `LMConfig.flops` counts them; what is recomputed follows `model.remat`."""
     model, seq_len = config.model, config.data.seq_len
-    rows = [_layer(config, name, count) for name, count in collections.Counter(model.layers).items()]
+    layers = [_layer(config, name, count) for name, count in collections.Counter(model.layers).items()]
     channel = 6.0 * model.d_model * model.channel_mixer.width(model.d_model) * model.num_layers
-    rows.append(LayerFlops("channel mixers", model.num_layers, channel, 0.0, channel if model.remat == "full" else 0.0))
+    layers.append(LayerFlops("channel mixers", model.num_layers, channel, 0.0, channel if model.remat == "full" else 0.0))
     head = 2.0 * model.d_model * (model.vocab_size or 0)
-    rows.append(LayerFlops("head and loss", 1, head, 0.0, head))  # the loss keeps no logits
-    assert abs(sum(row.forward for row in rows) - model.flops(seq_len)) <= 1e-6 * model.flops(seq_len)
-    return rows
+    layers.append(LayerFlops("head and loss", 1, head, 0.0, head))  # the loss keeps no logits
+    assert abs(sum(layer.forward for layer in layers) - model.flops(seq_len)) <= 1e-6 * model.flops(seq_len)
+    return layers
 
 
 def _layer(config: ExperimentConfig, name: str, count: int) -> LayerFlops:
@@ -60,8 +60,8 @@ class StepFlops:
 
 def step_flops(config: ExperimentConfig, num_devices: int) -> StepFlops:
     """A step's operations, divided evenly over the devices."""
-    rows = layer_flops(config)
+    layers = layer_flops(config)
     tokens = config.data.batch_size * config.data.seq_len / num_devices
-    model = 3 * tokens * sum(row.forward for row in rows)
+    model = 3 * tokens * sum(layer.forward for layer in layers)
     idle = bubble_fraction(config.mesh.pipeline, config.optimizer.accumulate)
-    return StepFlops(model, (model + tokens * sum(row.recomputed for row in rows)) / (1 - idle))
+    return StepFlops(model, (model + tokens * sum(layer.recomputed for layer in layers)) / (1 - idle))

@@ -94,8 +94,8 @@ def state_bytes(state: TrainState, config: ExperimentConfig, mesh: jax.sharding.
     parameters = local(state.params) + local(state.buffers)
     optimizer = local(state.optimizer) + local(state.ema)
     shape = (config.data.batch_size, config.data.seq_len)
-    rows = batch_sharding(mesh, *shape, config.optimizer.accumulate).shard_shape(shape)
-    return StateBytes(parameters, optimizer, len(Batch._fields) * 4.0 * math.prod(rows), host)
+    mine = batch_sharding(mesh, *shape, config.optimizer.accumulate).shard_shape(shape)
+    return StateBytes(parameters, optimizer, len(Batch._fields) * 4.0 * math.prod(mine), host)
 
 
 def compiled_memory(compiled: jax.stages.Compiled, state: StateBytes, limit: float | None) -> Memory:

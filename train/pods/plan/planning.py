@@ -7,7 +7,7 @@ import time
 
 from plait.configs.experiment import ExperimentConfig
 from plait.configs.vocabulary import with_vocabulary
-from plait.train.pods.plan.compiling import standard_error
+from plait.train.pods.plan.compiled.compiling import standard_error
 from plait.train.pods.plan.search import find_fixes
 from plait.train.pods.plan.step_plan import Plan, check_batch, compile_plan, prepare
 from plait.train.pods.plan.topology import Target, describe_devices

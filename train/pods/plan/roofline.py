@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from plait.kernels.chips import Chip
-from plait.train.pods.plan.hlo import Collective
+from plait.train.pods.plan.compiled.hlo import Collective
 from plait.train.pods.plan.topology import Target
 
 ASSUMPTIONS = (

@@ -16,8 +16,8 @@ from plait.configs.experiment import ExperimentConfig
 from plait.configs.vocabulary import with_vocabulary
 from plait.models import axes
 from plait.train.mesh import make_mesh, mesh_axes, names_of, ways
+from plait.train.pods.plan.compiled.hlo import Collective, Kind
 from plait.train.pods.plan.flops import step_flops
-from plait.train.pods.plan.hlo import Collective, Kind
 from plait.train.pods.plan.memory import Memory, StateBytes, estimated_memory, saved_activations, state_bytes
 from plait.train.pods.plan.roofline import Times, exchange_seconds, times
 from plait.train.pods.plan.step_plan import Fix, Plan, check_batch, compile_plan, prepare
@@ -212,7 +212,7 @@ def estimated_collectives(config: ExperimentConfig, mesh: jax.sharding.Mesh, ste
         size = itemsize * array.size / math.prod(mesh.shape[a] for a in split - batch)
         over |= split & batch
         gathered, kept = (gathered + size, kept) if split & batch else (gathered, kept + size)
-    order = lambda names: tuple(a for a in mesh.shape if a in names and mesh.shape[a] > 1)  # noqa: E731
+    order = lambda names: tuple(a for a in mesh.shape if a in names and mesh.shape[a] > 1)
     found = []
     if over:
         found.append(Collective("all-gather", order(over), 2 * parts, 2 * parts * gathered))

@@ -10,15 +10,15 @@ from plait.configs.experiment import ExperimentConfig, MeshConfig
 from plait.kernels import chosen
 from plait.models import axes
 from plait.train.mesh import make_mesh, mesh_axes
-from plait.train.pods.plan.compiling import Outcome, compile_step, largest_allocations, required_temporaries
-from plait.train.pods.plan.findings import find_oddities
+from plait.train.pods.plan.compiled.compiling import Outcome, compile_step, largest_allocations, required_temporaries
+from plait.train.pods.plan.compiled.findings import find_oddities
+from plait.train.pods.plan.compiled.hlo import Collective, Computations, by_kind, by_layer_kind
+from plait.train.pods.plan.compiled.overlap import waits
+from plait.train.pods.plan.compiled.traffic import Traffic
 from plait.train.pods.plan.flops import LayerFlops, StepFlops, layer_flops, step_flops
-from plait.train.pods.plan.hlo import Collective, Computations, by_kind, by_layer_kind
 from plait.train.pods.plan.memory import Memory, StateBytes, compiled_memory, estimated_memory, state_bytes
 from plait.train.pods.plan.roofline import Times, exchange_seconds, route, times
-from plait.train.pods.plan.schedule import waits
 from plait.train.pods.plan.topology import Target
-from plait.train.pods.plan.traffic import Traffic
 from plait.train.program import Program
 
 
@@ -100,8 +100,8 @@ def check_batch(config: ExperimentConfig, target: Target) -> None:
 
 def other_axes(mesh: MeshConfig) -> dict[str, int]:
     """The mesh axes that do not split the rows of a batch, with their sizes."""
-    rows = mesh_axes(axes.BATCH)
-    sizes = {field.name: getattr(mesh, field.name) for field in dataclasses.fields(mesh) if field.name not in rows}
+    batch = mesh_axes(axes.BATCH)
+    sizes = {field.name: getattr(mesh, field.name) for field in dataclasses.fields(mesh) if field.name not in batch}
     return {name: size for name, size in sizes.items() if isinstance(size, int) and not isinstance(size, bool)}
 
 

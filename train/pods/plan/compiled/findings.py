@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from plait.models import axes
 from plait.train.mesh import mesh_axes, names_of
-from plait.train.pods.plan.hlo import Instruction
+from plait.train.pods.plan.compiled.hlo import Instruction
 from plait.train.pods.plan.memory import size_text
 from plait.train.program import Program
 

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import re
 
-from plait.train.pods.plan.hlo import ITEM_BYTES, Computations
+from plait.train.pods.plan.compiled.hlo import ITEM_BYTES, Computations
 
 _LINE = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")

@@ -248,8 +248,8 @@ class _Groups:
         elif found := _IOTA.search(text):
             groups = _permuted(_numbers(found[2]), found[3]).reshape(_numbers(found[1]))
         elif (found := _LISTED.search(text)) and found[1]:
-            rows = [_numbers(row) for row in re.findall(r"\{([\d,]*)\}", found[1])]
-            groups = np.array([row for row in rows if len(row) == max(map(len, rows))])
+            listed = [_numbers(group) for group in re.findall(r"\{([\d,]*)\}", found[1])]
+            groups = np.array([group for group in listed if len(group) == max(map(len, listed))])
         else:
             groups = np.arange(total)[None]
         return self._differing(groups), groups.shape[1]

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 
-from plait.train.pods.plan.hlo import Computations
-from plait.train.pods.plan.schedule import waits
+from plait.train.pods.plan.compiled.hlo import Computations
+from plait.train.pods.plan.compiled.overlap import waits
+from plait.train.pods.plan.compiled.traffic import Traffic
 from plait.train.pods.plan.topology import parse_target
-from plait.train.pods.plan.traffic import Traffic
 
 TARGET = parse_target("h100:1x8")
 ARRAY = "bf16[65536,1024]"

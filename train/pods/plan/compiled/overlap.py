@@ -12,17 +12,15 @@ from typing import get_args
 
 import jax
 
-from plait.train.pods.plan.hlo import Instruction, Kind, channel_of
+from plait.train.pods.plan.compiled.hlo import Instruction, Kind, channel_of
+from plait.train.pods.plan.compiled.traffic import Operation, Traffic, is_free
 from plait.train.pods.plan.roofline import route
 from plait.train.pods.plan.topology import Target
-from plait.train.pods.plan.traffic import Operation, Traffic, is_free
 
 Key = tuple[str, tuple[str, ...]]
 _DIMS = re.compile(r"\[([\d,]*)\]")
 _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 _LABELS = re.compile(r"dim_labels=\w+_(\w+)->\w+")
-
-
 _EXCHANGES = {*get_args(Kind), *(f"{kind}-start" for kind in get_args(Kind)), "send"}
 
 
@@ -33,7 +31,7 @@ def waits(traffic: Traffic, mesh: jax.sharding.Mesh, target: Target) -> dict[Key
     after the other, those over the network too, both at once. An operation takes as long as its products or its memory traffic; kernels
     their memory traffic only, so that less is hidden behind them than there could be.
     """
-    return _Schedule(traffic, mesh, target).run(traffic.program.entry).waits
+    return _Machine(traffic, mesh, target).run(traffic.program.entry).waits
 
 
 @dataclasses.dataclass
@@ -69,7 +67,9 @@ class _Way:
         run.seconds = max(run.seconds, until)
 
 
-class _Schedule:
+class _Machine:
+    """Devices of a target that run a program in the order it is written in."""
+
     def __init__(self, traffic: Traffic, mesh: jax.sharding.Mesh, target: Target):
         assert target.chip is not None
         self.traffic, self.program, self.chip = traffic, traffic.program, target.chip

@@ -17,10 +17,16 @@ from plait.kernels.chips import CHIPS, GIB
 from plait.launch import main
 from plait.tests.train.common import hybrid, random_batch, tiny
 from plait.train.mesh import batch_sharding, make_mesh
-from plait.train.pods.plan.compiling import Outcome, compile_step, largest_allocations, required_temporaries, standard_error
-from plait.train.pods.plan.findings import find_oddities
+from plait.train.pods.plan.compiled.compiling import (
+    Outcome,
+    compile_step,
+    largest_allocations,
+    required_temporaries,
+    standard_error,
+)
+from plait.train.pods.plan.compiled.findings import find_oddities
+from plait.train.pods.plan.compiled.hlo import Instruction
 from plait.train.pods.plan.flops import layer_flops, step_flops
-from plait.train.pods.plan.hlo import Instruction
 from plait.train.pods.plan.memory import estimated_memory, state_bytes
 from plait.train.pods.plan.planning import make_plan
 from plait.train.pods.plan.report import headline, sections
@@ -218,7 +224,7 @@ def _oddities(config: Any, *found: Instruction, said: tuple[str, ...] = ()) -> l
 def test_oddities():
     config = with_vocabulary(hybrid(WIDE | {"model.d_model": 256, "model.num_layers": 4, "model.compute_dtype": "bfloat16"}))
     embedding = (config.model.vocab_size, config.model.d_model)
-    one = lambda kind, axes, shape, dtype="bf16": Instruction(kind, axes, ((dtype, shape),), 99, True, "jit(step)/dot")  # noqa: E731
+    one = lambda kind, axes, shape, dtype="bf16": Instruction(kind, axes, ((dtype, shape),), 99, True, "jit(step)/dot")
     assert _oddities(config, one("all-gather", ("fsdp",), (256, 12)), one("all-reduce", ("fsdp",), (8, 32, 256))) == []
     (message,) = _oddities(config, one("all-reduce", ("fsdp",), (256, embedding[0] // 2)))
     assert "all-reduced over fsdp" in message

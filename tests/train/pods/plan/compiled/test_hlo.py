@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from plait.train.pods.plan.hlo import Collective, Instruction, by_layer_kind, collectives, instructions
+from plait.train.pods.plan.compiled.hlo import Collective, Instruction, by_layer_kind, collectives, instructions
 
 
 def _mesh(**sizes: int) -> Mesh:
