@@ -31,13 +31,13 @@ USAGE = """usage: launch.py COMMAND ...
 
 def train(args: Sequence[str]) -> int:
     """`train PRESET [overrides]`: here, or as one of several hosts in a process of its own that is watched."""
-    from plait.train.hosts import heartbeat
-    from plait.train.hosts.host import HostsOptions, find_host, split_options
-    from plait.train.hosts.supervise import supervise
+    from plait.train.pods.hosts import heartbeat
+    from plait.train.pods.hosts.host import HostsOptions, find_host, host_options
+    from plait.train.pods.hosts.supervise import supervise
 
     if not args or args[0].startswith("-"):
         raise ValueError("train needs a preset first, as in 'launch.py train lm_quick'; 'launch.py list presets' shows them")
-    options, rest = split_options(args)
+    options, rest = host_options(args)
     supervised = heartbeat.VARIABLE in os.environ
     if not supervised and options.local:
         return supervise(["train", *args], None, options)
@@ -47,7 +47,7 @@ def train(args: Sequence[str]) -> int:
     heartbeat.start()
     if host is None:
         return _train(rest, supervised)
-    from plait.train.hosts import together
+    from plait.train.pods.hosts import together
 
     with together.joined(host, options.connect_seconds) as leave:
         return leave(_status(lambda: _train(rest, supervised)))
@@ -55,9 +55,9 @@ def train(args: Sequence[str]) -> int:
 
 def _train(args: Sequence[str], supervised: bool) -> int:
     from plait.configs.cli import parse_experiment
-    from plait.train.hosts import together
-    from plait.train.hosts.supervise import DONE, STOPPED
     from plait.train.loop import train as run_training
+    from plait.train.pods.hosts import together
+    from plait.train.pods.hosts.supervise import DONE, STOPPED
     from plait.train.report import write_report
 
     if not together.first():
@@ -89,8 +89,6 @@ class PlanArgs:
     The step is compiled ahead of time, kernels included. Every option of `train PRESET` may follow.
     """
 
-    preset: Annotated[str, tyro.conf.Positional]
-    """As for `train`."""
     target: str
     """TPU slice or GPUs, as v5e:16x16, v5p:4x8x8, h100:8x8 or h100x64; cpu:8 for devices of this machine."""
     slices: int = 1
@@ -105,17 +103,19 @@ class PlanArgs:
 
 def plan(args: Sequence[str]) -> None:
     """`plan PRESET --target TARGET [overrides]`."""
-    from plait.train.plan.topology import KNOWN
+    from plait.configs.options import split_options
+    from plait.train.pods.plan.topology import KNOWN
 
     if not args or (args[0].startswith("-") and args[0] not in ("-h", "--help")):
         raise ValueError("plan needs a preset first, as in 'launch.py plan hybrid_1b --target v5e:16x16'")
-    if not {"-h", "--help"} & set(args) and not any(arg.split("=")[0] == "--target" for arg in args):
+    mine, rest = split_options(PlanArgs, args)
+    if not {"-h", "--help"} & set(mine) and not any(word.split("=")[0] == "--target" for word in mine):
         raise ValueError(f"plan needs a --target\nknown targets:\n{KNOWN}")
-    options, overrides = tyro.cli(PlanArgs, args=list(args), prog="launch.py plan", return_unknown_args=True)
+    options = tyro.cli(PlanArgs, args=mine, prog="launch.py plan PRESET [train overrides]")  # --help ends here
     from plait.configs.cli import parse_experiment
-    from plait.train.plan.command import run_plan
+    from plait.train.pods.plan.command import run_plan
 
-    config = parse_experiment(options.preset, overrides, prog="launch.py plan")
+    config = parse_experiment(rest[0], rest[1:], prog="launch.py plan")
     search = options.compile if options.search else None
     run_plan(config, options.target, slices=options.slices, search=search, out=options.out, console=console)
 
@@ -229,7 +229,7 @@ def report(args: Sequence[str]) -> None:
 def write_launch(args: Sequence[str]) -> None:
     """`write-launch gke|slurm|tpu-vm PRESET [train overrides]`."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # looks at no accelerator that is here
-    from plait.train import launch_files
+    from plait.train.pods import launch_files
 
     path, job = launch_files.write_launch(args)
     console.print(f"{path}: {job.machines.describe()}; its first lines say how to submit, watch, resume and delete", markup=False)
@@ -277,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _status(command: Callable[[], int | None]) -> int:
     """The exit status of a command, after its error is printed."""
-    from plait.train.hosts.failure import TrainingFailed
+    from plait.train.pods.hosts.failure import TrainingFailed
 
     try:
         return command() or 0

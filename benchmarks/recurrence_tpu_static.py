@@ -18,19 +18,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-CLOCK = {"v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9}
-PEAK = {"v5e": 197e12 / 1.5e9, "v5p": 459e12 / 1.75e9 / 2, "v6e": 918e12 / 1.75e9}
-"""bfloat16 FLOPs a cycle of one core."""
-
-BANDWIDTH = {"v5e": 819e9 / 1.5e9, "v5p": 2765e9 / 1.75e9 / 2, "v6e": 1640e9 / 1.75e9}
-"""Bytes a cycle of one core."""
-
 TOPOLOGY = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 OPS = ("scalar_decay", "vector_decay", "deltanet", "gated_deltanet", "kda")
 
 
 def roofline(op: str, kernel: str, width: int, generation: str) -> tuple[float, float]:
     """Least cycles a token by FLOPs and by bytes, in chunks of 128: triangles as halves, no recomputation, nothing stored twice."""
+    from rooflines import PEAKS
+
     delta, by_channel = op not in ("scalar_decay", "vector_decay"), op in ("vector_decay", "kda")
     products = 2 * width * width + 64 * width * 2  # read and write the state; scores and their product with v
     if delta:
@@ -39,7 +34,9 @@ def roofline(op: str, kernel: str, width: int, generation: str) -> tuple[float, 
     if op == "deltanet":
         bytes_ -= 4
     backward = kernel == "backward"
-    return (3 if backward else 1) * 2 * products / PEAK[generation], (2 if backward else 1) * bytes_ / BANDWIDTH[generation]
+    peak = PEAKS[generation]
+    cycles = peak.clock * peak.cores  # a second, of all cores
+    return (3 if backward else 1) * 2 * products / peak.flops * cycles, (2 if backward else 1) * bytes_ / peak.bandwidth * cycles
 
 
 def compile_one(args: argparse.Namespace) -> None:
@@ -161,7 +158,7 @@ def estimate(argv: list[str], **chosen: str) -> tuple[int, int] | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--generation", choices=PEAK, default="v5e")
+    parser.add_argument("--generation", choices=TOPOLOGY, default="v5e")
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from plait.kernels.chips import CHIPS
+
 
 class Peak(NamedTuple):
     """One chip, by its data sheet: dense bfloat16 FLOP/s and bytes/s of main memory; for a TPU also its clock and cores."""
@@ -22,17 +24,13 @@ class Peak(NamedTuple):
         return max(flops / self.flops, num_bytes / self.bandwidth)
 
 
+_CLOCKS = {"v4": (1.05e9, 2), "v5e": (1.5e9, 1), "v5p": (1.75e9, 2), "v6e": (1.75e9, 1), "tpu7x": (2.2e9, 2)}
+"""Clock, inferred from the peak, and cores of a chip."""
+
 PEAKS = {
-    "v4": Peak(275e12, 1228e9, 1.05e9, 2),
-    "v5e": Peak(197e12, 819e9, 1.5e9),
-    "v5p": Peak(459e12, 2765e9, 1.75e9, 2),
-    "v6e": Peak(918e12, 1640e9, 1.75e9),
-    "tpu7x": Peak(2307e12, 7380e9, 2.2e9, 2),
-    "h100": Peak(989e12, 3350e9),
-    "h200": Peak(989e12, 4800e9),
-    "b200": Peak(2250e12, 8000e9),
+    name: Peak(chip.flops * chip.devices_per_chip, chip.memory_bandwidth * chip.devices_per_chip, *_CLOCKS.get(name, ()))
+    for name, chip in CHIPS.items()
 }
-"""The clocks are inferred from the peaks."""
 
 
 def measured_peak(dtype: str) -> Peak:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from plait.configs.files import write_atomically
 from plait.models.mixers.base import MixerConfig, mixer_config
 
 T = TypeVar("T")
@@ -67,9 +68,7 @@ def decode(schema: type[T], value: Any, path: str = "config") -> T:
 
 def save(config: Any, path: Path) -> None:
     """Writes `config` as JSON, all of it or nothing."""
-    unfinished = path.with_name(f".{path.name}.tmp")
-    unfinished.write_text(json.dumps(encode(config), indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    write_atomically(path, json.dumps(encode(config), indent=2) + "\n")
 
 
 def load(schema: type[T], path: Path) -> T:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from rich.table import Table
 
 from plait.configs.presets import presets
+from plait.configs.vocabulary import with_vocabulary
 from plait.kernels import registered
 from plait.models.mixers.base import mixer_configs
 
@@ -15,8 +16,7 @@ def preset_table() -> Table:
     """Presets with their size and purpose."""
     table = Table("preset", "parameters", "layers", "purpose", title="Presets: launch.py train NAME")
     for name, function in presets().items():
-        config = function()
-        model = config.model.with_vocab(config.data.vocab_size or 4096)
+        model = with_vocabulary(function()).model
         purpose = (function.__doc__ or "").strip().splitlines()[0]
         table.add_row(name, f"{model.num_params() / 1e6:,.1f}M", f"{model.num_layers} x {model.pattern}", purpose)
     return table

@@ -25,7 +25,7 @@ from plait.models.channel_mixers import GatedMLPConfig
 from plait.models.config import LMConfig
 from plait.models.mixers.base import MixerConfig, mixer_configs
 from plait.models.mixers.stats import ProbeConfig, Stats
-from plait.train.hosts.host import HostsOptions
+from plait.train.pods.hosts.host import HostsOptions
 from plait.train.probes.events import EventThresholds
 
 FOLDER = Path(__file__).resolve().parent

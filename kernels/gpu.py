@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from plait.kernels.chips import CHIPS
 from plait.kernels.target import current, not_on
 
 Array = jax.Array
@@ -22,7 +23,7 @@ Array = jax.Array
 MIN_JAX = (0, 11, 2)
 """The first release with the kernel interface used here."""
 
-GENERATIONS = ("h100", "h200")
+GENERATIONS = tuple(name for name, chip in CHIPS.items() if chip.wgmma)
 """Targets with `wgmma`."""
 
 MAX_SMEM = 227 << 10

@@ -22,10 +22,11 @@ import tyro
 
 from plait import launch
 from plait.configs.cli import parse_experiment
+from plait.configs.options import split_options
 from plait.configs.presets import presets
 from plait.train.evaluate import check_tasks
-from plait.train.hosts.host import split_options
-from plait.train.plan.topology import parse_target
+from plait.train.pods.hosts.host import host_options
+from plait.train.pods.plan.topology import parse_target
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -80,14 +81,15 @@ def test_command_is_known_and_parses(command):
     name, rest = args[0], args[1:]
     if name == "train":
         if "--help" not in rest:
-            parse_experiment(rest[0], split_options(rest[1:])[1])
+            parse_experiment(rest[0], host_options(rest[1:])[1])
     elif name == "write-launch":
-        from plait.train import launch_files
+        from plait.train.pods import launch_files
 
         launch_files.prepare(rest)
     elif name == "plan":
-        options, overrides = tyro.cli(launch.PlanArgs, args=rest, return_unknown_args=True)
-        parse_experiment(options.preset, overrides)
+        mine, (preset, *overrides) = split_options(launch.PlanArgs, rest)
+        options = tyro.cli(launch.PlanArgs, args=mine)
+        parse_experiment(preset, overrides)
         parse_target(options.target, options.slices)
     elif name == "list":
         from plait.configs import listing
@@ -205,6 +207,7 @@ USE_EXAMPLE = """
 import fading, jax, jax.numpy as jnp
 from flax import nnx
 from plait.configs.cli import parse_experiment
+from plait.configs.options import split_options
 from plait.models.mixers.stats import ProbeConfig
 
 for pattern in ("fading*3,softmax", "moh+fading"):

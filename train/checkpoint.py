@@ -17,8 +17,8 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from plait.train.hosts.together import any_of, decide, first, together
-from plait.train.metrics import write_atomically
+from plait.configs.files import write_atomically
+from plait.train.pods.hosts.together import any_of, decide, first, together
 from plait.train.state import TrainState
 
 log = logging.getLogger("plait")
@@ -153,7 +153,7 @@ class Checkpoints:
         for folder in self.folder.glob(f"[0-9]*{ocp.utils.TMP_DIR_SUFFIX}*"):
             files = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / _STAMPED)
             manifest = {str(p.relative_to(folder)): _digest(p) for p in files}
-            write_atomically(folder / _MANIFEST, json.dumps(manifest, indent=1).encode())
+            write_atomically(folder / _MANIFEST, json.dumps(manifest, indent=1))
 
     def _damage(self, step: int) -> str | None:
         """What is wrong with a checkpoint's files, None when they are as written."""

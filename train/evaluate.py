@@ -15,9 +15,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from plait.data.batch import Batch
 from plait.data.tokenizer import Tokenizer
-from plait.train.hosts.layout import batch_layout
 from plait.train.loss import token_losses
 from plait.train.mesh import on_mesh
+from plait.train.pods.hosts.layout import batch_layout
 from plait.train.state import Arrays, Blueprint
 
 

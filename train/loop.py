@@ -15,19 +15,23 @@ import numpy as np
 from plait.configs import codec
 from plait.configs.experiment import ExperimentConfig
 from plait.kernels import chosen
+from plait.kernels.chips import peak_flops
 from plait.train import run as runs
 from plait.train.checkpoint import Checkpoints
 from plait.train.clock import Clock
 from plait.train.evaluate import Evaluator
-from plait.train.hosts import heartbeat, together
-from plait.train.hosts.failure import TrainingFailed
-from plait.train.hosts.hardware import environment, peak_flops
-from plait.train.hosts.spread import Spread
-from plait.train.hosts.termination import Termination
-from plait.train.metrics import ATTENTION, MetricsWriter, ProgressLine, trim_metrics, write_layers, write_probes
+from plait.train.pods.hosts import heartbeat, together
+from plait.train.pods.hosts.failure import TrainingFailed
+from plait.train.pods.hosts.hardware import environment
+from plait.train.pods.hosts.spread import Spread
+from plait.train.pods.hosts.termination import Termination
 from plait.train.probes.collect import describe_layers, probe_arrays, probe_metrics
 from plait.train.probes.events import Event, EventDetector
 from plait.train.probes.pictures import write_pictures
+from plait.train.progress import ProgressLine
+from plait.train.run_folder.probe_files import ATTENTION, write_layers, write_probes
+from plait.train.run_folder.trim import trim_metrics
+from plait.train.run_folder.writer import MetricsWriter
 from plait.train.spikes import Rewind, SpikeWatch
 from plait.train.state import TrainState
 

@@ -16,8 +16,8 @@ from plait.configs.experiment import ExperimentConfig
 from plait.data.batch import Batch
 from plait.kernels.target import target
 from plait.models.mixers.stats import ProbeConfig
-from plait.train.hosts.layout import BatchLayout, batch_layout
 from plait.train.optimizer import make_optimizer
+from plait.train.pods.hosts.layout import BatchLayout, batch_layout
 from plait.train.state import Blueprint, TrainState, abstract_state, create_state, state_shardings
 from plait.train.step import make_step
 
@@ -63,7 +63,7 @@ class Program:
     @functools.cached_property
     def like(self) -> TrainState:
         """Shapes, dtypes and shardings of the state."""
-        place = lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where)  # noqa: E731
+        place = lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where)
         return jax.tree.map(place, abstract_state(self.blueprint, self.tx), self.shardings)
 
     def lower(self, probe: ProbeConfig | None = None, generation: str | None = None) -> jax.stages.Lowered:
@@ -71,7 +71,7 @@ class Program:
 
         Args:
             probe: lowers the step that also returns statistics.
-            generation: what the kernels are traced for, a name of `plait.kernels.target.TARGETS`; None for what is at hand.
+            generation: what the kernels are traced for, a name of `plait.kernels.chips.CHIPS`; None for what is at hand.
 
         Raises:
             ValueError: the generation is unknown.

@@ -19,14 +19,14 @@ import jax
 
 from plait.configs import codec
 from plait.configs.experiment import ExperimentConfig, MeshConfig
+from plait.configs.files import write_atomically
 from plait.data.loader import Data, build_data
 from plait.data.tokenizer import META_FILE, TOKENIZER_FILE
 from plait.train.checkpoint import CheckpointError, Checkpoints
-from plait.train.hosts import hardware
-from plait.train.hosts.layout import batch_layout
-from plait.train.hosts.together import agree, broadcast, count, decide, first, together
 from plait.train.mesh import batch_sharding, make_mesh
-from plait.train.metrics import write_atomically
+from plait.train.pods.hosts import hardware
+from plait.train.pods.hosts.layout import batch_layout
+from plait.train.pods.hosts.together import agree, broadcast, count, decide, first, together
 from plait.train.program import Program
 from plait.train.state import Arrays
 
@@ -103,7 +103,7 @@ def _share(folder: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` as indented JSON, atomically."""
-    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+    write_atomically(path, json.dumps(value, indent=2) + "\n")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from plait.tests.models.common import quick_jit
 from plait.tests.tolerances import assert_close
 from plait.tests.train.common import changed, hybrid, program_of, random_batch
 from plait.train.mesh import batch_sharding
-from plait.train.plan.hlo import Instruction, instructions
+from plait.train.pods.plan.compiled.hlo import Instruction, instructions
 from plait.train.program import Program
 from plait.train.step import make_step
 

@@ -17,10 +17,11 @@ from plait.configs.experiment import SpikeConfig
 from plait.launch import main
 from plait.tests.train.common import changed, routed
 from plait.train import run as runs
-from plait.train.hosts.layout import BatchLayout
 from plait.train.loop import TrainingFailed, train
 from plait.train.loss import loss_terms
-from plait.train.metrics import probe_files, read_metrics, series
+from plait.train.pods.hosts.layout import BatchLayout
+from plait.train.run_folder.lines import read_metrics, series
+from plait.train.run_folder.probe_files import probe_files
 from plait.train.spikes import SpikeWatch
 
 

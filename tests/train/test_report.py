@@ -10,11 +10,12 @@ import matplotlib
 import numpy as np
 import pytest
 
-from plait.train.metrics import MetricsWriter, write_attention, write_layers, write_probes
 from plait.train.probes.events import EventDetector
 from plait.train.report import write_report
 from plait.train.report.attention import choose_heads, head_scores, normalise, shown
 from plait.train.report.curves import smooth
+from plait.train.run_folder.probe_files import write_attention, write_layers, write_probes
+from plait.train.run_folder.writer import MetricsWriter
 
 KIND = {"softmax": "full", "sliding_window": "sparse", "gated_deltanet": "linear", "gla": "linear"}
 TEXT = "The old lighthouse keeper wrote in his log every night: wind, tide, ships. When the storm came, he wrote the same words: "

@@ -11,9 +11,9 @@ from plait.data.loader import DataIterator
 from plait.tests.train.common import changed, different_arrays, tiny
 from plait.tests.train.test_resume import last_state, lines_of, terminating
 from plait.train.checkpoint import Checkpoints
-from plait.train.hosts.failure import TrainingFailed
-from plait.train.hosts.layout import BatchLayout
 from plait.train.loop import train
+from plait.train.pods.hosts.failure import TrainingFailed
+from plait.train.pods.hosts.layout import BatchLayout
 from plait.train.spikes import SpikeWatch
 
 

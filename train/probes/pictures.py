@@ -13,9 +13,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from plait.data.batch import Batch
 from plait.data.tokenizer import Tokenizer
 from plait.models.mixers.stats import PictureProbe
-from plait.train.hosts.together import first
-from plait.train.metrics import write_attention
+from plait.train.pods.hosts.together import first
 from plait.train.probes.collect import padded_layers
+from plait.train.run_folder.probe_files import write_attention
 from plait.train.state import Arrays, Blueprint
 
 _LENGTH = 64

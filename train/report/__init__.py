@@ -5,7 +5,7 @@ from pathlib import Path
 
 import matplotlib
 
-from plait.train.metrics import write_atomically
+from plait.configs.files import write_atomically
 from plait.train.report import attention, curves, maps, page
 from plait.train.report.run import Run, load_runs
 from plait.train.report.style import RC, Picture
@@ -36,7 +36,7 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
     names = ", ".join(run.name for run in loaded)
     foot = "Written by plait from the run folders alone; the figures are also PNG files beside this page."
     text = page.page(f"plait report: {names}", page.header(loaded), html, foot)
-    write_atomically(out / "index.html", text.encode())
+    write_atomically(out / "index.html", text)
     return out / "index.html"
 
 

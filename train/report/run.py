@@ -10,19 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from plait.train.metrics import (
-    ATTENTION,
-    EVENTS,
-    METRICS,
-    ProbeSeries,
-    format_seconds,
-    read_events,
-    read_lines,
-    read_metrics,
-    read_probes,
-    series,
-)
 from plait.train.probes.events import EventDetector
+from plait.train.progress import format_seconds
+from plait.train.run_folder.lines import EVENTS, METRICS, read_events, read_lines, read_metrics, series
+from plait.train.run_folder.probe_files import ATTENTION, ProbeSeries, read_probes
 
 KINDS = ("full", "sparse", "linear")
 

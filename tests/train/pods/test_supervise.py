@@ -1,0 +1,100 @@
+"""The supervisor: it tells dead from hung from done, in a process that does nothing but what the case says."""
+
+import os
+import signal
+import sys
+import textwrap
+import threading
+import time
+
+import pytest
+
+from plait.train.pods.hosts import supervise as supervising
+from plait.train.pods.hosts.host import Host, HostsOptions
+from plait.train.pods.hosts.supervise import supervise
+
+HERE = Host("127.0.0.1:1", 2, 1)
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, capfd):
+    """Supervises a Python program that has a heartbeat; gives status, seconds and what was said."""
+
+    def run(program, host=HERE, **options):
+        text = (
+            "import os, signal, sys, time\nfrom plait.train.pods.hosts import heartbeat\nheartbeat.start()\n"
+            + textwrap.dedent(program)
+        )
+        (tmp_path / "program.py").write_text(text)
+        monkeypatch.setattr(supervising, "LAUNCH", (sys.executable, str(tmp_path / "program.py")))
+        monkeypatch.setattr(supervising, "SILENCE_SECONDS", 3.0)
+        monkeypatch.setattr(supervising, "_SETTLE_SECONDS", 0.1)
+        start = time.monotonic()
+        status = supervise([], host, HostsOptions(**options))
+        return status, time.monotonic() - start, capfd.readouterr().err
+
+    return run
+
+
+@pytest.mark.parametrize("status", [0, 2, 75])
+def test_an_orderly_end_is_passed_on(status, run):
+    found, _, said = run(f"sys.exit({status})")
+    assert (found, said) == (status, "")
+
+
+def test_what_was_killed_is_said(run):
+    status, _, said = run("heartbeat.step(7); time.sleep(1.2); os.kill(os.getpid(), signal.SIGKILL)")
+    assert status == 1 and "host 1 of 2: the training process (pid" in said and "was killed by SIGKILL in step 8" in said
+    assert "with --resume goes on" in said
+
+
+def test_an_abort_by_the_coordinator_is_explained(run):
+    assert "another host was lost" in run("heartbeat.step(7); time.sleep(1.2); os.abort()")[2]
+    said = run("with heartbeat.phase('connect'):\n    time.sleep(1.2)\n    os.abort()", connect_seconds=5)[2]
+    assert "did not meet the other hosts at hosts.coordinator=127.0.0.1:1 within hosts.connect_seconds=5" in said
+
+
+def test_a_stopped_process_is_noticed_in_any_phase(run):
+    status, seconds, said = run("with heartbeat.phase('compile'):\n    os.kill(os.getpid(), signal.SIGSTOP)")
+    assert status == 1 and seconds < 8 and "silent for" in said and "in phase 'compile': it is stopped or stuck" in said
+
+
+def test_a_process_that_lives_and_takes_no_step_is_noticed(run):
+    program = "heartbeat.step(1); time.sleep(.1); heartbeat.step(2); time.sleep(60)"
+    status, seconds, said = run(program, step_seconds=2.0)
+    assert status == 1 and seconds < 8 and "in step 3 for" in said and "it hangs, or waits for a host that does" in said
+
+
+def test_slow_steps_and_compiling_are_no_hang(run):
+    program = """
+    with heartbeat.phase("compile"):
+        time.sleep(2.5)
+    heartbeat.step(1)
+    time.sleep(0.8)
+    heartbeat.step(2)
+    time.sleep(2.5)
+    heartbeat.step(3)
+    """
+    assert run(program, step_seconds=1.0)[0] == 0
+
+
+def test_sigterm_is_passed_on_and_waited_for(run):
+    threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    program = "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.5), os._exit(75)))\ntime.sleep(60)"
+    status, seconds, _ = run(program)
+    assert status == 75 and 1.9 < seconds < 6
+
+
+def test_one_of_several_here_that_dies_ends_the_others(run):
+    program = "if os.environ['PLAIT_HOST_INDEX'] == '1':\n    os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)"
+    status, seconds, said = run(program, host=None, local=3)
+    assert status == 1 and seconds < 5 and "host 1 of 3" in said
+
+
+def test_restarts_go_on_until_they_are_used_up(run, tmp_path):
+    program = f"open({str(tmp_path / 'starts')!r}, 'a').write(str(sys.argv[1:]) + ';')\nsys.exit(1)"
+    status, _, said = run(program, restarts=2)
+    assert status == 1 and "1 restarts left" in said
+    assert (tmp_path / "starts").read_text() == "[];['--resume'];['--resume'];"
+    (tmp_path / "starts").unlink()
+    assert run("sys.exit(2)", restarts=2)[0] == 2, "bad input stays bad"

@@ -1,0 +1,84 @@
+"""What a training process tells its supervisor: that it lives, what it is doing, and when it last got on with it. Needs no JAX.
+
+A thread writes the file once a second, and each new phase is written at once. So the file's age says whether the process runs at all, and
+what is in it says since when the same phase or step has been going on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from plait.configs.files import write_atomically
+
+VARIABLE = "PLAIT_HEARTBEAT"
+"""Environment variable with the path of the file; without it nothing is written."""
+
+
+class Heartbeat:
+    """The state of this process, written to `path` once a second until it ends."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._phase, self._step, self._slowest = "start", 0, 0.0
+        self._since = time.monotonic()
+        self._writing = threading.Lock()
+        self._write()
+        threading.Thread(target=self._run, daemon=True, name="heartbeat").start()
+
+    def enter(self, phase: str) -> str:
+        """Another phase; gives the one before."""
+        before, self._phase, self._since = self._phase, phase, time.monotonic()
+        self._write()
+        return before
+
+    def step(self, step: int) -> None:
+        """`step` is done."""
+        now = time.monotonic()
+        if self._phase == "step":
+            self._slowest = max(self._slowest, now - self._since)
+        self._phase, self._step, self._since = "step", step, now
+
+    def _run(self) -> None:
+        while True:
+            time.sleep(1.0)
+            self._write()
+
+    def _write(self) -> None:
+        state = {"phase": self._phase, "step": self._step, "slowest": self._slowest, "age": time.monotonic() - self._since}
+        with self._writing, contextlib.suppress(OSError):
+            write_atomically(self._path, json.dumps(state), durable=False)  # a slow disk must not look like silence
+
+
+_current: Heartbeat | None = None
+
+
+def start() -> None:
+    """Begins to write, where a supervisor asks for it."""
+    global _current  # noqa: PLW0603 (one a process)
+    if path := os.environ.get(VARIABLE):
+        _current = Heartbeat(Path(path))
+
+
+@contextlib.contextmanager
+def phase(name: str) -> Iterator[None]:
+    """What is done inside has a limit of its own."""
+    if _current is None:
+        yield
+        return
+    before = _current.enter(name)
+    try:
+        yield
+    finally:
+        _current.enter(before)
+
+
+def step(number: int) -> None:
+    """Training step `number` is done."""
+    if _current is not None:
+        _current.step(number)

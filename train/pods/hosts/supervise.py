@@ -1,0 +1,202 @@
+"""A process outside the runtime that starts the training process, watches it, and ends when it is dead, hung or done. Needs no JAX.
+
+A host that dies leaves the others waiting or aborted in ways that Python cannot catch, so what watches must be another process. It sees
+its own child die or hang at once; of a child elsewhere it learns by the coordinator, which aborts every process soon after one fell silent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from plait.train.pods.hosts import heartbeat
+from plait.train.pods.hosts.host import Host, HostsOptions
+
+DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
+"""Exit statuses. STOPPED: saved on a signal before the end, start again to go on (EX_TEMPFAIL)."""
+ORDERLY = (DONE, BAD_INPUT, STOPPED)
+"""With these all hosts end, each by itself."""
+
+LAUNCH = (sys.executable, "-m", "plait.launch")
+SILENCE_SECONDS = 30.0
+"""A process that has not touched its heartbeat for so long is stopped, or stuck where no thread of it can run."""
+PHASE_SECONDS: Mapping[str, float] = {"data": 6 * 3600, "compile": 3600, "step": 600}
+"""Longest time in a phase; `step` is the first one, which also loads the program. Others: half an hour."""
+_OTHER_SECONDS = 1800.0
+_LEAVE_SECONDS = 30.0
+_POLL_SECONDS = 0.2
+_SETTLE_SECONDS = 20.0
+
+
+class Child:
+    """One training process, started by `command`."""
+
+    def __init__(self, command: Sequence[str], host: Host, folder: Path, options: HostsOptions):
+        self.host, self._options = host, options
+        self._file = folder / f"heartbeat-{host.index}.json"
+        self._file.unlink(missing_ok=True)
+        self._started = time.time()
+        where = {"COORDINATOR": host.coordinator, "HOST_COUNT": host.count, "HOST_INDEX": host.index}
+        environment = {f"PLAIT_{name}": str(value) for name, value in where.items()}
+        self.process = subprocess.Popen(
+            command,
+            env={**os.environ, **environment, heartbeat.VARIABLE: str(self._file)},
+            start_new_session=True,  # a Ctrl-C reaches it through the supervisor only
+        )
+
+    @property
+    def name(self) -> str:
+        return f"host {self.host.index} of {self.host.count}: the training process (pid {self.process.pid})"
+
+    def status(self) -> int | None:
+        """Its exit status, negative for a signal; None while it runs."""
+        return self.process.poll()
+
+    def hung(self) -> str | None:
+        """Why it counts as hung, None while it gets on."""
+        state, silent = self._state()
+        if silent > SILENCE_SECONDS:
+            return f"has been silent for {silent:.0f} s in {_where(state)}: it is stopped or stuck"
+        age, limit = state["age"] + silent, self._limit(state)
+        if age > limit:
+            return f"has been in {_where(state)} for {age:.0f} s of at most {limit:.0f}: it hangs, or waits for a host that does"
+        return None
+
+    def death(self) -> str:
+        """What is known of its end by a status that is not orderly."""
+        status, (state, _) = self.process.returncode, self._state()
+        if status == -signal.SIGABRT and state["phase"] in ("start", "connect"):
+            return (
+                f"did not meet the other hosts at hosts.coordinator={self.host.coordinator} within hosts.connect_seconds="
+                f"{self._options.connect_seconds:.0f}; see that host 0 runs, that its port can be reached from here and that all "
+                f"{self.host.count} hosts were started"
+            )
+        if status == -signal.SIGABRT:
+            return f"was aborted in {_where(state)}: another host was lost, or did not answer; the log of that host says why"
+        if status < 0:
+            return f"was killed by {signal.Signals(-status).name} in {_where(state)}"
+        return f"failed with status {status} in {_where(state)}"
+
+    def send(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(number)
+
+    def kill(self) -> None:
+        self.send(signal.SIGKILL)
+        self.process.wait()
+
+    def _state(self) -> tuple[dict[str, Any], float]:
+        """What it wrote last, and how many seconds ago."""
+        try:
+            return json.loads(self._file.read_text()), time.time() - self._file.stat().st_mtime
+        except (OSError, ValueError):
+            return {"phase": "start", "step": 0, "slowest": 0.0, "age": time.time() - self._started}, 0.0
+
+    def _limit(self, state: Mapping[str, Any]) -> float:
+        if state["phase"] == "connect":
+            return self._options.connect_seconds + SILENCE_SECONDS
+        if state["phase"] == "step" and state["slowest"]:
+            return max(self._options.step_seconds, 10 * state["slowest"])
+        return PHASE_SECONDS.get(state["phase"], _OTHER_SECONDS)
+
+
+def supervise(arguments: Sequence[str], host: Host | None, options: HostsOptions) -> int:
+    """Runs `launch.py ARGUMENTS` as the training process of `host`, or `options.local` of them here; gives the exit status."""
+    command = [*LAUNCH, *arguments]
+    with _Signals() as signals, tempfile.TemporaryDirectory(prefix="plait-") as folder:
+        for left in range(options.restarts, -1, -1):
+            hosts = [host] if host is not None else _local_hosts(options.local or 1)
+            children = [Child(command, each, Path(folder), options) for each in hosts]
+            signals.children = children
+            status = _watch(children, signals)
+            if status != FAILED or signals.asked or not left:
+                break
+            if host is not None:
+                time.sleep(_SETTLE_SECONDS)  # until the coordinator of this attempt has ended everywhere
+            if "--resume" not in command:
+                command.append("--resume")
+            _say(f"starting again, {left - 1} restarts left")
+    if status == FAILED:
+        _say("the job has failed; what was saved before stays, and the same command with --resume goes on from it")
+    return status
+
+
+def _watch(children: Sequence[Child], signals: _Signals) -> int:
+    """Until all have ended; the first that is dead or hung ends the others. Gives the exit status of the whole."""
+    deadline = float("inf")
+    try:
+        while any(child.status() is None for child in children):
+            time.sleep(_POLL_SECONDS)
+            for child in children:
+                status = child.status()
+                if status is None and (problem := child.hung()) is not None:
+                    _say(f"{child.name} {problem}; ending the job")
+                    return FAILED
+            if any(child.status() not in (None, *ORDERLY) for child in children):
+                break
+            if any(child.status() is not None for child in children):
+                deadline = min(deadline, time.monotonic() + _LEAVE_SECONDS)
+            if time.monotonic() > deadline:
+                late = ", ".join(child.name for child in children if child.status() is None)
+                _say(f"{late} did not end with the others; ending the job")
+                return FAILED
+            if signals.killed:
+                return FAILED
+        dead = [child for child in children if child.status() not in (None, *ORDERLY)]
+        if dead:
+            # One that was killed comes before those that its death ended.
+            cause = min(dead, key=lambda child: (child.process.returncode > 0, child.process.returncode == -signal.SIGABRT))
+            _say(f"{cause.name} {cause.death()}; ending the job")
+            return FAILED
+        return next(status for status in (BAD_INPUT, STOPPED, DONE) if any(child.status() == status for child in children))
+    finally:
+        for child in children:
+            child.kill()
+
+
+def _local_hosts(count: int) -> list[Host]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return [Host(f"127.0.0.1:{port}", count, index) for index in range(count)]
+
+
+def _where(state: Mapping[str, Any]) -> str:
+    return f"step {state['step'] + 1}" if state["phase"] == "step" else f"phase {state['phase']!r}"
+
+
+def _say(message: str) -> None:
+    print(f"supervisor: {message}", file=sys.stderr, flush=True)
+
+
+class _Signals:
+    """Passes SIGTERM and Ctrl-C on as SIGTERM, on which every host saves; a second Ctrl-C ends at once."""
+
+    def __init__(self) -> None:
+        self.asked = self.killed = False
+        self.children: Sequence[Child] = ()
+
+    def __enter__(self) -> _Signals:
+        self._old = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.killed = self.asked and number == signal.SIGINT
+        self.asked = True
+        for child in self.children:
+            child.send(signal.SIGTERM)

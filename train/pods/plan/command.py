@@ -1,0 +1,68 @@
+"""`launch.py plan`: plans, shows and saves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+from rich.console import Console
+
+from plait.configs.experiment import ExperimentConfig
+from plait.train.pods.plan.planning import make_plan
+from plait.train.pods.plan.report import headline, search_json, search_section, sections, show, to_json, write
+from plait.train.pods.plan.search import search as find_layouts
+from plait.train.pods.plan.step_plan import Plan, check_batch
+from plait.train.pods.plan.topology import TargetError, parse_target
+
+PLAN = "plan.json"
+
+
+def run_plan(
+    config: ExperimentConfig, target: str, *, slices: int, search: int | None, out: Path | None, console: Console
+) -> Plan | None:
+    """Plans `config` for the machine named `target`; returns the plan, in a search the best compiled one.
+
+    Args:
+        slices: of a TPU pod.
+        search: layouts to compile in a search for others; None for no search.
+        out: folder to write; None takes the first free one of plans/PRESET-TARGET, plans/PRESET-TARGET-2 and so on.
+
+    Raises:
+        ValueError: the target is unknown, what is asked for does not fit together, or `out` holds a plan; nothing was compiled.
+    """
+    machine = parse_target(target, slices)
+    if search is not None and search < 0:
+        raise ValueError(f"compile={search} must be 0 or more")
+    if search is not None and machine.chip is None:
+        raise TargetError(f"target={target!r} has no peak to rank by; --search is for TPUs and GPUs")
+    folder = _folder(out, f"{config.name}-{machine.label()}")
+    if machine.chip is not None:
+        jax.config.update("jax_platforms", "cpu")  # what is described is not at hand, and what is at hand is not asked
+    plan: Plan | None
+    if search is None:
+        check_batch(config, machine)
+        plan = make_plan(config, machine)
+        parts, data, title = sections(plan), to_json(plan), headline(plan)
+    else:
+        found, tried = find_layouts(config, machine, search)
+        best = next((c.plan for c in found if c.plan is not None and c.plan.fits), None)
+        plan = best
+        parts = [search_section(found, tried), *(sections(best) if best else ())]
+        title = headline(best) if best else f"{config.name} on {machine.name}: {len(found)} layouts fit by estimate"
+        data = {"layouts": search_json(found), **(to_json(best) if best else {})}
+    write(folder, parts, title, data)
+    show(console, parts)
+    console.print(title, markup=False, highlight=False, style="bold")
+    console.print(f"plan: {folder / 'plan.md'}", markup=False, highlight=False)
+    return plan
+
+
+def _folder(out: Path | None, name: str) -> Path:
+    if out is not None:
+        if (out / PLAN).exists():
+            raise ValueError(f"out={str(out)!r} already holds a plan; use another --out")
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"out={str(out)!r} is a file; give a folder")
+        return out
+    tries = (Path("plans") / (name + (f"-{n}" if n > 1 else "")) for n in range(1, 10_000))
+    return next(folder for folder in tries if not (folder / PLAN).exists())

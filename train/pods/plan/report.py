@@ -1,0 +1,300 @@
+"""A plan as tables on the screen, as a page and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from plait.configs import codec
+from plait.configs.files import write_atomically
+from plait.train.pods.plan.memory import size_text
+from plait.train.pods.plan.roofline import ASSUMPTIONS
+from plait.train.pods.plan.search import Candidate
+from plait.train.pods.plan.step_plan import Plan
+
+Row = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A table, or notes without one."""
+
+    title: str
+    columns: Row = ()
+    rows: Sequence[Row] = ()
+    notes: Sequence[str] = ()
+
+
+def sections(plan: Plan) -> list[Section]:
+    """Everything a plan says, in order."""
+    return [
+        _summary(plan),
+        _memory(plan),
+        _flops(plan),
+        _collectives(plan),
+        _layer_exchange(plan),
+        _roofline(plan),
+        _warnings(plan),
+        _fixes(plan),
+    ]
+
+
+def headline(plan: Plan) -> str:
+    """What the plan comes to, in a line."""
+    mesh = " x ".join(f"{name} {size}" for name, size in plan.mesh.items() if size > 1) or "one device"
+    memory = plan.memory
+    limit = "" if memory.limit is None else f" of {size_text(memory.limit)}"
+    fits = f"{'fits' if plan.fits else 'DOES NOT FIT'}: {size_text(memory.total)}{limit} a device"
+    speed = "" if plan.times is None else f"; at best {plan.times.bound:.3g} s a step, MFU {plan.times.mfu:.0%}"
+    return f"{plan.config.name} on {plan.target.name}{f' x {plan.target.slices}' if plan.target.slices > 1 else ''} ({mesh}) {fits}{speed}"
+
+
+def _summary(plan: Plan) -> Section:
+    config = plan.config
+    rows = [
+        ("devices", f"{plan.target.num_devices:,} of {plan.target.generation}"),
+        ("mesh", ", ".join(f"{name} {size}" for name, size in plan.mesh.items())),
+        (
+            "batch",
+            f"{config.data.batch_size:,} rows of {config.data.seq_len:,} tokens, {config.optimizer.accumulate} micro-batches",
+        ),
+        ("recomputation", f"model.remat={config.model.remat}"),
+        ("kernels", "; ".join(f"{op}: {names}" for op, names in plan.kernels.items())),
+        (
+            "planned in",
+            f"{plan.total_seconds:.0f} s: lowering {plan.lower_seconds:.0f} s, compiling {plan.compile_seconds:.0f} s",
+        ),
+    ]
+    return Section("Step", ("", ""), rows)
+
+
+def _memory(plan: Plan) -> Section:
+    memory = plan.memory
+    parts = ["parameters", "optimizer", "batch", "temporaries", "program"]
+    names = {"optimizer": "optimizer state", "temporaries": "activations, gradients, temporaries", "program": "program, padding"}
+    rows = [(names.get(part, part), size_text(getattr(memory, part))) for part in parts]
+    rows.append(("total", size_text(memory.total)))
+    if memory.limit is not None:
+        rows += [("limit", size_text(memory.limit)), ("headroom", size_text(memory.headroom or 0.0))]
+    if memory.host:
+        rows.append(("in the host's memory", size_text(memory.host)))
+    notes = [] if memory.compiled else ["The compiler gave no account: an estimate."]
+    if not plan.fits:
+        notes.append(f"Does not fit. The largest part: {names.get(memory.largest, memory.largest)}.")
+        if plan.refusal is not None:
+            notes.append(f"The compiler: {plan.refusal.splitlines()[0]}")
+        notes += [f"One of the largest arrays: {line}" for line in plan.largest]
+        notes += [
+            f"By estimate {size_text(size)} of {name}." for name, size in memory.estimate.items() if size > 0.02 * memory.total
+        ]
+    return Section("Memory of a device", ("part", ""), rows, notes)
+
+
+def _flops(plan: Plan) -> Section:
+    total = sum(row.forward for row in plan.layers)
+    rows = [
+        (row.name, str(row.count), _mega(row.products), _mega(row.mixing), f"{row.forward / total:.1%}", _mega(row.recomputed))
+        for row in plan.layers
+    ]
+    rows.append(("total", "", _mega(sum(r.products for r in plan.layers)), _mega(sum(r.mixing for r in plan.layers)), "100%",
+                 _mega(sum(r.recomputed for r in plan.layers))))  # fmt: skip
+    extra = plan.flops.hardware / plan.flops.model - 1
+    notes = [
+        f"A step: {plan.flops.model / 1e12:.3g} TFLOP of the model a device (three times the forward pass), {plan.flops.hardware / 1e12:.3g} "
+        f"with what is computed again{' and the idle ticks of the pipeline' if plan.config.mesh.pipeline > 1 else ''} (+{extra:.0%})."
+    ]
+    if plan.intensity is not None and plan.traffic is not None and plan.target.chip is not None:
+        ridge = plan.target.chip.flops / plan.target.chip.memory_bandwidth
+        notes.append(
+            f"Arithmetic intensity: {plan.intensity:.0f} FLOP a byte of {size_text(plan.traffic)} of memory traffic; the chip's own "
+            f"ratio is {ridge:.0f}."
+        )
+    columns = ("layers", "count", "products", "mixing", "share", "computed again")
+    return Section("Forward operations a token, MFLOP", columns, rows, notes)
+
+
+def _collectives(plan: Plan) -> Section:
+    rows = []
+    for i, one in enumerate(plan.collectives):
+        seconds = (f"{plan.seconds[i] * 1e3:.2f}", f"{plan.waits[i] * 1e3:.2f}") if plan.seconds else ("-", "-")
+        rows.append((one.kind, " x ".join(one.axes), f"{one.count:,}", size_text(one.bytes), *seconds))
+    notes = [f"Over {name}: {text}." for name, text in plan.routes.items() if text]
+    if plan.refusal is None and not rows:
+        notes.append("None.")
+    return Section("Collectives of a device in a step", ("kind", "axes", "count", "full arrays", "ms", "not hidden"), rows, notes)
+
+
+def _layer_exchange(plan: Plan) -> Section:
+    rows = [
+        (layer, " x ".join(axes), f"{count:,}", size_text(size)) for (layer, axes), (count, size) in plan.layer_exchange.items()
+    ]
+    notes = ["A collective that the compiler made of several counts for one of them."] if rows else ["None."]
+    return Section("The same by kind of layer", ("layers", "axes", "count", "full arrays"), rows, notes)
+
+
+def _roofline(plan: Plan) -> Section:
+    if plan.times is None or plan.target.chip is None:
+        return Section("Time", notes=["No time without a compiled program and the chip's data."])
+    clock, chip = plan.times, plan.target.chip
+    rows = [
+        ("operations", f"{clock.compute * 1e3:.1f}", f"{chip.flops / 1e12:.0f} TFLOP/s"),
+        ("memory traffic", f"{clock.memory * 1e3:.1f}", f"{chip.memory_bandwidth / 1e9:.0f} GB/s"),
+        (
+            "exchange",
+            f"{clock.exchange * 1e3:.1f}",
+            f"links of {chip.link / 1e9:.0f} GB/s, network {chip.network / 1e9:.3g} GB/s",
+        ),
+        ("bound, all overlapped", f"{clock.bound * 1e3:.1f}", f"limited by {clock.limited_by}; MFU at most {clock.mfu:.1%}"),
+        *(
+            [
+                (
+                    "as scheduled",
+                    f"{clock.scheduled * 1e3:.1f}",
+                    f"{clock.waiting * 1e3:.1f} ms of exchange not hidden; MFU {clock.mfu_in(clock.scheduled):.1%}",
+                )
+            ]
+            if clock.scheduled is not None and clock.waiting is not None
+            else []
+        ),
+        ("nothing overlapped", f"{clock.serial * 1e3:.1f}", f"MFU {clock.mfu_in(clock.serial):.1%}"),
+    ]
+    notes = [
+        f"At the bound {plan.tokens_per_second:,.0f} tokens a second in all.",
+        "A bound, not a measurement. Assumptions:",
+        *ASSUMPTIONS,
+        f"chip: {chip.source}",
+    ]
+    return Section("Least time of a step, ms", ("", "ms", ""), rows, notes)
+
+
+def _warnings(plan: Plan) -> Section:
+    return Section(
+        "Worth a look",
+        notes=plan.warnings or ["Nothing unusual was compiled." if plan.refusal is None else "Nothing was compiled."],
+    )
+
+
+def _fixes(plan: Plan) -> Section:
+    if plan.fits:
+        return Section("Changes", notes=["It fits as it is; --search ranks other layouts."])
+    if not plan.fixes:
+        return Section(
+            "Changes", notes=["No mesh, recomputation or micro-batch of this model and batch fits: take more or larger devices."]
+        )
+    rows = [(fix.overrides, size_text(fix.memory.total), size_text(fix.memory.headroom or 0.0)) for fix in plan.fixes]
+    return Section(
+        "What would fit, by estimate",
+        ("change", "memory", "headroom"),
+        rows,
+        ["Plan again with one of them to have it compiled."],
+    )
+
+
+def search_section(found: Sequence[Candidate], tried: int, most: int = 10) -> Section:
+    """The best layouts of a search."""
+    rows = []
+    for rank, one in enumerate(found[:most], 1):
+        clock = one.times
+        rows.append((
+            str(rank), one.overrides, "compiled" if one.plan else ("failed" if one.failure else "estimate"),
+            size_text(one.memory.total) + ("" if one.memory.fits else " does not fit"),
+            f"{clock.bound * 1e3:.0f}" if clock else "-", f"{clock.serial * 1e3:.0f}" if clock else "-", f"{clock.mfu:.0%}" if clock else "-",
+        ))  # fmt: skip
+    compiled = sum(c.plan is not None for c in found)
+    notes = [f"{tried:,} layouts estimated, {len(found):,} fit, {compiled} compiled. Ranked by the mean of the two times."]
+    notes += [f"Could not be compiled: {c.overrides}: {c.failure}" for c in found if c.failure]
+    return Section("Layouts", ("", "overrides", "numbers", "memory", "bound ms", "serial ms", "MFU"), rows, notes)
+
+
+def show(console: Console, parts: Sequence[Section]) -> None:
+    """Prints sections."""
+    for part in parts:
+        if part.rows:
+            table = Table(title=part.title, title_justify="left")
+            for column in part.columns:
+                table.add_column(column, overflow="fold")
+            for row in part.rows:
+                table.add_row(*row)
+            console.print(table)
+        else:
+            console.print(part.title, style="italic")
+        for note in part.notes:
+            console.print(f"  {note}", markup=False, highlight=False)
+
+
+def write(folder: Path, parts: Sequence[Section], title: str, data: dict[str, Any]) -> None:
+    """Writes `plan.md` and `plan.json`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "plan.md", _markdown(title, parts))
+    write_atomically(folder / "plan.json", json.dumps(data, indent=2) + "\n")
+
+
+def to_json(plan: Plan) -> dict[str, Any]:
+    """Every number of a plan."""
+    clock, memory = plan.times, plan.memory
+    return {
+        "preset": plan.config.name,
+        "target": {"name": plan.target.name, "generation": plan.target.generation, "slices": plan.target.slices,
+                   "devices": plan.target.num_devices, "chip": dataclasses.asdict(plan.target.chip) if plan.target.chip else None},
+        "mesh": plan.mesh,
+        "fits": plan.fits,
+        "memory": {**dataclasses.asdict(memory), "total": memory.total, "headroom": memory.headroom},
+        "flops": {**dataclasses.asdict(plan.flops), "layers": [dataclasses.asdict(row) for row in plan.layers]},
+        "traffic": plan.traffic,
+        "intensity": plan.intensity,
+        "collectives": [
+            {**dataclasses.asdict(c), "seconds": seconds, "not_hidden": waits}
+            for c, seconds, waits in itertools.zip_longest(plan.collectives, plan.seconds, plan.waits)
+        ],
+        "layer_exchange": [
+            {"layers": layers, "axes": axes, "count": count, "bytes": size}
+            for (layers, axes), (count, size) in plan.layer_exchange.items()
+        ],
+        "times": None if clock is None else {**dataclasses.asdict(clock), "bound": clock.bound,
+                                             "scheduled": clock.scheduled, "serial": clock.serial,
+                                             "mfu": clock.mfu, "limited_by": clock.limited_by},
+        "assumptions": list(ASSUMPTIONS),
+        "warnings": plan.warnings,
+        "refusal": plan.refusal,
+        "fixes": [{"overrides": fix.overrides, "memory": dataclasses.asdict(fix.memory)} for fix in plan.fixes],
+        "kernels": plan.kernels,
+        "seconds": {"lower": plan.lower_seconds, "compile": plan.compile_seconds, "total": plan.total_seconds},
+        "config": codec.encode(plan.config),
+    }  # fmt: skip
+
+
+def search_json(found: Sequence[Candidate]) -> list[dict[str, Any]]:
+    """The candidates of a search."""
+    return [
+        {
+            "overrides": c.overrides,
+            "compiled": c.plan is not None,
+            "failure": c.failure,
+            "memory": dataclasses.asdict(c.memory),
+            "bound": c.times.bound if c.times else None,
+            "serial": c.times.serial if c.times else None,
+        }
+        for c in found
+    ]
+
+
+def _markdown(title: str, parts: Sequence[Section]) -> str:
+    lines = [f"# {title}", ""]
+    for part in parts:
+        lines += [f"## {part.title}", ""]
+        if part.rows:
+            lines += ["| " + " | ".join(part.columns) + " |", "|" + "---|" * len(part.columns)]
+            lines += ["| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in part.rows] + [""]
+        lines += [f"- {note}" for note in part.notes] + ([""] if part.notes else [])
+    return "\n".join(lines)
+
+
+def _mega(value: float) -> str:
+    return f"{value / 1e6:,.3g}" if 0 < value < 1e8 else f"{value / 1e6:,.0f}" if value else "-"
