@@ -29,7 +29,7 @@ class Stack(nnx.Module):
         """Args: `context(layer_index)` gives the build context of a layer."""
         self.remat = config.remat
         self.period, self.count = find_period(config.layers)
-        block = lambda i: Block(config, context(i))  # noqa: E731
+        block = lambda i: Block(config, context(i))
         scanned = self.period * self.count if self.count > 1 else 0
         self.periods = _stack([nnx.List([block(i) for i in range(s, s + self.period)]) for s in range(0, scanned, self.period)])
         self.rest = nnx.List([block(i) for i in range(scanned, config.num_layers)])

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from plait.kernels import Mask, attention, routed_attention
+from plait.kernels import Mask, Tokens, attention, routed_attention
 from plait.kernels.attention import attention_rows
 from plait.models.axes import BATCH, EMBED, HEADS, KV_HEADS, LENGTH, constrain
 from plait.models.build import BuildContext
@@ -140,7 +140,7 @@ class Softmax(HeadMixer):
         return {"mask": self.mask, "sinks": sinks, "normalizer": self.config.normalizer, "sigmoid_bias": self.sigmoid_bias}
 
     def attend(self, inputs, *, segment_ids, positions, state):
-        o = attention(*inputs, segment_ids=segment_ids, positions=positions, **self._options)
+        o = attention(*inputs, at=Tokens(None, segment_ids, positions), **self._options)
         if state is not None:
             state = self._remember(state, inputs, positions, keep=(segment_ids > 0) & (segment_ids == segment_ids[:, -1:]))
         return o, state
@@ -151,7 +151,7 @@ class Softmax(HeadMixer):
             return super().attend_active(inputs, active, segment_ids=segment_ids, positions=positions)
         del options["sigmoid_bias"]
         q, k, v = inputs
-        return routed_attention(q, k, v, active, segment_ids=segment_ids, positions=positions, **options)
+        return routed_attention(q, k, v, active, at=Tokens(None, segment_ids, positions), **options)
 
     def attend_step(self, inputs, *, positions, state):
         state = self._remember(state, inputs, positions, keep=jnp.ones_like(positions, bool))
@@ -160,10 +160,8 @@ class Softmax(HeadMixer):
             inputs.q,
             state.k,
             state.v,
-            segment_ids=jnp.ones_like(positions),
-            positions=positions,
-            kv_segment_ids=filled,
-            kv_positions=state.positions,
+            at=Tokens(None, jnp.ones_like(positions), positions),
+            kv_at=Tokens(None, filled, state.positions),
             **self._options,
         )
         return o, state
@@ -177,7 +175,7 @@ class Softmax(HeadMixer):
             keep = keep & ((positions < sinks) | (positions > positions[:, -1:] - window))
         slots = jnp.where(keep, slots, cache.positions.shape[1])  # out of range: dropped
         rows = jnp.arange(positions.shape[0])[:, None]
-        write = lambda old, new: old.at[rows, slots].set(new.astype(old.dtype), mode="drop")  # noqa: E731
+        write = lambda old, new: old.at[rows, slots].set(new.astype(old.dtype), mode="drop")
         return KVCache(write(cache.k, inputs.k), write(cache.v, inputs.v), write(cache.positions, positions))
 
     def init_state(self, batch_size, max_len):
@@ -197,10 +195,10 @@ class Softmax(HeadMixer):
         return self.o(join_heads(o))
 
     def implied(self, inputs, rows, *, segment_ids, positions):
-        return attention_rows(inputs.q, inputs.k, rows=rows, segment_ids=segment_ids, positions=positions, **self._options)
+        return attention_rows(inputs.q, inputs.k, rows=rows, at=Tokens(None, segment_ids, positions), **self._options)
 
     def observe(self, inputs, x, *, segment_ids, positions):
-        _, stats = attention(*inputs, segment_ids=segment_ids, positions=positions, return_stats=True, **self._options)
+        _, stats = attention(*inputs, at=Tokens(None, segment_ids, positions), return_stats=True, **self._options)
         first = stats.first_mass
         if self.sinks is not None:  # the share of the keys alone
             sinks = self.sinks[...].astype(jnp.float32)[None, None, :]

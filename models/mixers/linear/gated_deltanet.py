@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from plait.kernels import delta_rule
+from plait.kernels import Tokens, delta_rule
 from plait.kernels.delta_rule import delta_rule_rows
 from plait.models.axes import BATCH, EMBED, HEADS, LENGTH, constrain
 from plait.models.build import BuildContext
@@ -123,8 +123,8 @@ class GatedDeltaNet(HeadMixer):
         q, q_conv = self.q_conv(self.q(x), segment_ids=segment_ids, state=old[0])
         k, k_conv = self.k_conv(self.k(x), segment_ids=segment_ids, state=old[1])
         v, v_conv = self.v_conv(self.v(x), segment_ids=segment_ids, state=old[2])
-        heads = lambda y, n: constrain(split_heads(y, n), (BATCH, LENGTH, HEADS, None))  # noqa: E731
-        f32 = lambda p: p[...].astype(jnp.float32)[None, None]  # noqa: E731
+        heads = lambda y, n: constrain(split_heads(y, n), (BATCH, LENGTH, HEADS, None))
+        f32 = lambda p: p[...].astype(jnp.float32)[None, None]
         g = -jnp.exp(f32(self.A_log)) * jax.nn.softplus(self.a(x).astype(jnp.float32) + f32(self.dt_bias))
         beta = jax.nn.sigmoid(self.b(x).astype(jnp.float32)) * (2.0 if self.config.negative_eigenvalues else 1.0)
         q, k = l2_normalize(heads(q, self.num_qk_heads)), l2_normalize(heads(k, self.num_qk_heads))
@@ -133,7 +133,7 @@ class GatedDeltaNet(HeadMixer):
         return DeltaInputs(q, k, heads(v, self.num_heads), g, beta), state
 
     def attend(self, inputs, *, segment_ids, positions, state):
-        o, memory = delta_rule(*inputs, initial_state=None if state is None else state.memory, segment_ids=segment_ids)
+        o, memory = delta_rule(*inputs, initial_state=None if state is None else state.memory, at=Tokens(None, segment_ids))
         return o, None if state is None else state._replace(memory=memory)
 
     def init_state(self, batch_size, max_len):
@@ -148,10 +148,10 @@ class GatedDeltaNet(HeadMixer):
         return self.o(join_heads(o))
 
     def implied(self, inputs, rows, *, segment_ids, positions):
-        return delta_rule_rows(inputs.q, inputs.k, inputs.g, inputs.beta, rows=rows, segment_ids=segment_ids)
+        return delta_rule_rows(inputs.q, inputs.k, inputs.g, inputs.beta, rows=rows, at=Tokens(None, segment_ids))
 
     def observe(self, inputs, x, *, segment_ids, positions):
-        _, memory, stats = delta_rule(*inputs, segment_ids=segment_ids, return_stats=True)
+        _, memory, stats = delta_rule(*inputs, at=Tokens(None, segment_ids), return_stats=True)
         return recurrent_statistics(stats, state=memory, segment_ids=segment_ids)
 
 

@@ -8,8 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from plait.kernels import vector_decay
-from plait.kernels.vector_decay import vector_decay_rows
+from plait.kernels import Tokens, decay, decay_rows
 from plait.models.axes import BATCH, EMBED, HEADS, LENGTH, constrain
 from plait.models.build import BuildContext
 from plait.models.linear import Dense
@@ -86,13 +85,13 @@ class GLA(HeadMixer):
         self.o = Dense(ctx, value_width, d_model, (HEADS, EMBED), init=ctx.residual_init)
 
     def project(self, x, *, segment_ids, positions, state):
-        heads = lambda y: constrain(split_heads(y, self.num_heads), (BATCH, LENGTH, HEADS, None))  # noqa: E731
-        decay = heads(self.decay_up(self.decay_down(x))).astype(jnp.float32)
-        g = jax.nn.log_sigmoid(decay) / self.config.gate_normalizer
+        heads = lambda y: constrain(split_heads(y, self.num_heads), (BATCH, LENGTH, HEADS, None))
+        logits = heads(self.decay_up(self.decay_down(x))).astype(jnp.float32)
+        g = jax.nn.log_sigmoid(logits) / self.config.gate_normalizer
         return GLAInputs(heads(self.q(x)), heads(self.k(x)), heads(self.v(x)), g), state
 
     def attend(self, inputs, *, segment_ids, positions, state):
-        o, memory = vector_decay(*inputs, initial_state=None if state is None else state.memory, segment_ids=segment_ids)
+        o, memory = decay(*inputs, initial_state=None if state is None else state.memory, at=Tokens(None, segment_ids))
         return o, None if state is None else GLAState(memory)
 
     def init_state(self, batch_size, max_len):
@@ -106,8 +105,8 @@ class GLA(HeadMixer):
         return self.o(join_heads(o))
 
     def implied(self, inputs, rows, *, segment_ids, positions):
-        return vector_decay_rows(inputs.q, inputs.k, inputs.g, rows=rows, segment_ids=segment_ids)
+        return decay_rows(inputs.q, inputs.k, inputs.g, rows=rows, at=Tokens(None, segment_ids))
 
     def observe(self, inputs, x, *, segment_ids, positions):
-        _, memory, stats = vector_decay(*inputs, segment_ids=segment_ids, return_stats=True)
+        _, memory, stats = decay(*inputs, at=Tokens(None, segment_ids), return_stats=True)
         return recurrent_statistics(stats, state=memory, segment_ids=segment_ids)

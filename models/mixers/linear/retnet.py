@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from plait.kernels import scalar_decay
-from plait.kernels.scalar_decay import scalar_decay_rows
+from plait.kernels import Tokens, decay, decay_rows
 from plait.models.axes import BATCH, EMBED, HEADS, LENGTH, constrain
 from plait.models.build import BuildContext
 from plait.models.linear import Dense
@@ -82,14 +81,14 @@ class RetNet(HeadMixer):
         self.o = Dense(ctx, value_width, d_model, (HEADS, EMBED), init=ctx.residual_init)
 
     def project(self, x, *, segment_ids, positions, state):
-        heads = lambda y: constrain(split_heads(y, self.num_heads), (BATCH, LENGTH, HEADS, None))  # noqa: E731
+        heads = lambda y: constrain(split_heads(y, self.num_heads), (BATCH, LENGTH, HEADS, None))
         q, k = (rotate(heads(dense(x)), positions, self.config.rope_theta) for dense in (self.q, self.k))
         g = np.log1p(-(2.0 ** (-5.0 - np.arange(self.num_heads))))
         g = jnp.broadcast_to(jnp.asarray(g, jnp.float32)[None, None], (*x.shape[:2], self.num_heads))
         return RetNetInputs(q, k, heads(self.v(x)), g), state
 
     def attend(self, inputs, *, segment_ids, positions, state):
-        o, memory = scalar_decay(*inputs, initial_state=None if state is None else state.memory, segment_ids=segment_ids)
+        o, memory = decay(*inputs, initial_state=None if state is None else state.memory, at=Tokens(None, segment_ids))
         return o, None if state is None else RetNetState(memory)
 
     def init_state(self, batch_size, max_len):
@@ -103,8 +102,8 @@ class RetNet(HeadMixer):
         return self.o(join_heads(o))
 
     def implied(self, inputs, rows, *, segment_ids, positions):
-        return scalar_decay_rows(inputs.q, inputs.k, inputs.g, rows=rows, segment_ids=segment_ids)
+        return decay_rows(inputs.q, inputs.k, inputs.g, rows=rows, at=Tokens(None, segment_ids))
 
     def observe(self, inputs, x, *, segment_ids, positions):
-        _, memory, stats = scalar_decay(*inputs, segment_ids=segment_ids, return_stats=True)
+        _, memory, stats = decay(*inputs, at=Tokens(None, segment_ids), return_stats=True)
         return recurrent_statistics(stats, state=memory, segment_ids=segment_ids)
