@@ -14,10 +14,16 @@ import numpy as np
 from rooflines import TAPS, Shape
 
 from plait import kernels
-from plait.kernels import Mask
+from plait.kernels import Mask, Tokens
 
 OPS = ("attention", "scalar_decay", "vector_decay", "deltanet", "gated_deltanet", "kda", "short_conv", "cross_entropy")
-FUNCTIONS = {"deltanet": "delta_rule", "gated_deltanet": "delta_rule", "kda": "delta_rule"}
+FUNCTIONS = {
+    "scalar_decay": "decay",
+    "vector_decay": "decay",
+    "deltanet": "delta_rule",
+    "gated_deltanet": "delta_rule",
+    "kda": "delta_rule",
+}
 """The public function where it has another name."""
 
 JLA_KINDS = {
@@ -45,7 +51,7 @@ def shapes(
         named["g"] = ((b, t, h), "float32")
     elif op in ("vector_decay", "kda"):
         named["g"] = ((b, t, h, d), "float32")
-    if op in FUNCTIONS:
+    if FUNCTIONS.get(op) == "delta_rule":
         named["beta"] = ((b, t, h), dtype)
     return named, {}
 
@@ -78,9 +84,11 @@ def ours(op: str, implementation: str) -> Callable[[Arrays, Arrays], jax.Array]:
     def call(x: Arrays, fixed: Arrays) -> jax.Array:
         if op == "attention":
             return function(x["q"], x["k"], x["v"], mask=Mask(), implementation=implementation)
-        if op in ("short_conv", "cross_entropy"):
+        if op == "short_conv":
+            return function(**x, at=Tokens(**fixed), implementation=implementation)[0]
+        if op == "cross_entropy":
             return function(**x, **fixed, implementation=implementation)[0]
-        gates = (x.get("g"), x["beta"]) if op in FUNCTIONS else (x["g"],)
+        gates = (x.get("g"), x["beta"]) if FUNCTIONS[op] == "delta_rule" else (x["g"],)
         return function(x["q"], x["k"], x["v"], *gates, implementation=implementation)[0]
 
     return call

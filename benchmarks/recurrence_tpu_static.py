@@ -51,7 +51,7 @@ def compile_one(args: argparse.Namespace) -> None:
 
     device = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY[args.generation]).devices[0]
     where = SingleDeviceSharding(device)
-    shape = lambda *s, dtype="float32": jax.ShapeDtypeStruct(s, dtype, sharding=where)  # noqa: E731
+    shape = lambda *s, dtype="float32": jax.ShapeDtypeStruct(s, dtype, sharding=where)
     function, operands = (_kernel if args.implementation == "pallas_tpu" else _chunked)(args, shape)
     from plait.kernels.target import target
 
@@ -130,11 +130,11 @@ def _chunked(args: argparse.Namespace, shape):
     from plait import kernels
 
     x, gates = _inputs(args, shape, args.heads)
-    op = getattr(kernels, args.op if len(gates) == 1 else "delta_rule")
+    op = kernels.decay if len(gates) == 1 else kernels.delta_rule
     ids = shape(1, args.seq_len, dtype="int32") if args.segments else None
 
     def run(q, k, v, gates, ids):
-        return op(q, k, v, *gates, segment_ids=ids, implementation="chunked")
+        return op(q, k, v, *gates, at=kernels.Tokens(None, ids), implementation="chunked")
 
     def both(q, k, v, gates, ids, d_o):
         _, pullback = jax.vjp(lambda *x: run(*x, ids)[0].astype(jnp.float32), q, k, v, gates)

@@ -16,9 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from plait.kernels import BlockTable, Mask, PowerMask
+from plait.kernels import BlockTable, Mask, PowerMask, Tokens
 from plait.kernels.attention.pallas_tpu import choose_tiles
-from plait.kernels.attention.reference import Tokens
 from plait.kernels.attention.schedule import FULL, MASKED, Layout, schedules
 
 MASKED_COST = 1.36
@@ -26,7 +25,7 @@ MASKED_COST = 1.36
 
 def work(mask: Mask, queries: Tokens, length: int, block: int, *, own: bool = True, table: BlockTable | None = None) -> float:
     """Tiles' worth of work, in units of query-key pairs, of each query head that `queries` [1, H, T] or the table have."""
-    keys = Tokens(jnp.ones((1, 1, length), jnp.int32), jnp.arange(length, dtype=jnp.int32)[None, None])
+    keys = Tokens(None, jnp.ones((1, 1, length), jnp.int32), jnp.arange(length, dtype=jnp.int32)[None, None])
     layout = Layout(mask, length, length, own_keys=own, packed=not own)
     by_query, _ = schedules(layout, queries, keys, block, block, keep_first=False, table=table)
     kinds = np.asarray(by_query.entries) & 3
@@ -40,7 +39,7 @@ def main() -> None:
     args = parser.parse_args()
     length, tile = args.seq_len, choose_tiles(args.generation, 128, 128, jnp.bfloat16).block_q
     rng = np.random.default_rng(0)
-    everyone = Tokens(jnp.ones((1, 1, length), jnp.int32), jnp.arange(length, dtype=jnp.int32)[None, None])
+    everyone = Tokens(None, jnp.ones((1, 1, length), jnp.int32), jnp.arange(length, dtype=jnp.int32)[None, None])
     causal = length * (length + 1) / 2
     full = work(Mask(), everyone, length, tile)
     print(f"T={length}, tiles of {tile}; full causal attention: {full / causal:.2f} of its visible pairs")
@@ -72,8 +71,8 @@ def main() -> None:
     for share in (0.75, 0.5):
         active = rng.random((1, 4, length)) < share
         order = jnp.argsort(~jnp.asarray(active), axis=-1, stable=True)
-        gather = lambda x, order=order: jnp.take_along_axis(jnp.broadcast_to(x, order.shape), order, axis=-1)  # noqa: E731
-        routed = Tokens(gather(jnp.asarray(active).astype(jnp.int32)), gather(everyone.positions))
+        gather = lambda x, order=order: jnp.take_along_axis(jnp.broadcast_to(x, order.shape), order, axis=-1)
+        routed = Tokens(None, gather(jnp.asarray(active).astype(jnp.int32)), gather(everyone.positions))
         show(f"routed heads, {share:.0%} of queries", active.mean(), work(Mask(), routed, length, tile, own=False))
 
 

@@ -105,7 +105,7 @@ def work(job: dict[str, Any]) -> None:
     from plait.kernels.target import target
 
     where = SingleDeviceSharding(topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY[job["target"]]).devices[0])
-    array = lambda *s, dtype=job["dtype"]: jax.ShapeDtypeStruct(s, dtype, sharding=where)  # noqa: E731
+    array = lambda *s, dtype=job["dtype"]: jax.ShapeDtypeStruct(s, dtype, sharding=where)
     build = _splash if job["name"] == "splash" else _attention_kernel if "kernel" in job else _public
     with target(job["target"]):
         function, operands = build(job, array)
@@ -173,9 +173,8 @@ def _attention_kernel(job: dict[str, Any], array: Callable[..., Any]) -> tuple[C
     import jax.numpy as jnp
     import numpy as np
 
-    from plait.kernels import Mask
+    from plait.kernels import Mask, Tokens
     from plait.kernels.attention import pallas_tpu, tpu_kernels, tpu_tiling
-    from plait.kernels.attention.reference import Tokens
     from plait.kernels.attention.schedule import FULL, MASKED, Layout
 
     _, length, _, width, _ = job["shape"]
@@ -200,7 +199,7 @@ def _attention_kernel(job: dict[str, Any], array: Callable[..., Any]) -> tuple[C
     problem = tpu_tiling.Problem(layout, tiles, width**-0.5, False, stats)
     x, token = array(1, 1, length, width), array(1, 1, length, dtype=jnp.int32)
     rows = [array(1, 1, length, dtype=jnp.float32)] * (5 if stats else 2)
-    side = Tokens(token, token)
+    side = Tokens(None, token, token)
     operands = tpu_tiling.Operands(x, x, x, array(1, dtype=jnp.float32), side, side)
 
     def function(table: Any, *operands: Any) -> Any:

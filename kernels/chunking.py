@@ -118,7 +118,7 @@ def decay_between(g: Array) -> Array:
     The sums are one matmul with 0/1 weights, so here too none is a difference.
     """
     up_to = jnp.tril(jnp.ones((g.shape[-2],) * 2, g.dtype))
-    lift = lambda x: x.reshape(*[1] * (g.ndim - 2), *x.shape)  # noqa: E731
+    lift = lambda x: x.reshape(*[1] * (g.ndim - 2), *x.shape)
     return jnp.exp(dot("is,...sj->...ij", up_to, g * lift(jnp.tril(up_to, -1)))) * lift(up_to)
 
 

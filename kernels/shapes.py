@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from plait.kernels.tokens import Tokens
+
 Array = jax.Array
 
 
@@ -41,21 +43,27 @@ def check_divides(op: str, small_name: str, small: int, large_name: str, large: 
         raise ValueError(f"{op}: {small_name}={small} must divide {large_name}={large}; use one of {allowed}")
 
 
-def check_segment_ids(op: str, name: str, segment_ids: Array | None, batch: int, length: int) -> None:
-    """Raises ValueError unless int [B, T], at least 0 and, where the values are known, no segment returns after another began."""
-    if segment_ids is None:
+def check_tokens(op: str, name: str, tokens: Tokens | None, batch: int, length: int, *, in_order: bool = True) -> None:
+    """Raises ValueError unless the known fields are int [B, T], segment ids at least 0 and, `in_order` and of known values, no
+    segment returns after another began."""
+    if tokens is None:
         return
-    check_shape(op, name, segment_ids, (batch, length), "[B, T]")
-    if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
-        raise ValueError(f"{op}: {name}.dtype={segment_ids.dtype} must be an integer type; cast it to int32")
-    if isinstance(segment_ids, jax.core.Tracer) or not getattr(segment_ids, "is_fully_addressable", True):
+    for field in ("segment_ids", "positions"):
+        array, path = getattr(tokens, field), f"{name}.{field}"
+        if array is None:
+            continue
+        check_shape(op, path, array, (batch, length), "[B, T]")
+        if not jnp.issubdtype(array.dtype, jnp.integer):
+            raise ValueError(f"{op}: {path}.dtype={array.dtype} must be an integer type; cast it to int32")
+    ids = tokens.segment_ids
+    if ids is None or not in_order or isinstance(ids, jax.core.Tracer) or not getattr(ids, "is_fully_addressable", True):
         return
-    for row, ids in enumerate(np.asarray(segment_ids)):
-        real = ids[ids != 0]
+    for row, known in enumerate(np.asarray(ids)):
+        real = known[known != 0]
         starts = real[np.flatnonzero(np.diff(real, prepend=-1))]
         if (real < 0).any() or len(set(starts.tolist())) < len(starts):
             raise ValueError(
-                f"{op}: {name}[{row}] holds runs {starts.tolist()}; ids must be at least 0 and each segment contiguous; "
+                f"{op}: {name}.segment_ids[{row}] holds runs {starts.tolist()}; ids must be at least 0 and each segment contiguous; "
                 "number the segments in order"
             )
 
@@ -90,7 +98,7 @@ def check_recurrence(
     gates: Mapping[str, tuple[Any, tuple[str, ...]]],
     *,
     initial_state: Array | None,
-    segment_ids: Array | None,
+    at: Tokens | None,
     chunk_size: int,
 ) -> None:
     """Checks the arguments that all linear recurrences share; `gates` maps a name to its array and its allowed axes."""
@@ -112,5 +120,5 @@ def check_recurrence(
     check_log_decay(op, gates["g"][0] if "g" in gates else None)
     if initial_state is not None:
         check_shape(op, "initial_state", initial_state, (batch, num_heads, key_dim, value_dim), "[B, Hv, K, V]")
-    check_segment_ids(op, "segment_ids", segment_ids, batch, length)
+    check_tokens(op, "at", at, batch, length)
     check_chunk_size(op, chunk_size)

@@ -6,12 +6,13 @@ import jax
 
 from plait.kernels.attention import chunked, reference
 from plait.kernels.attention.implied import attention_rows
-from plait.kernels.attention.reference import AttentionStats
+from plait.kernels.attention.reference import AttentionStats, unpacked
 from plait.kernels.context.attention import CONTEXT
 from plait.kernels.dispatch import Implementation, Op, kernel
 from plait.kernels.masks import BlockTable, Mask
-from plait.kernels.shapes import check_divides, check_floating, check_rank, check_segment_ids, check_shape
+from plait.kernels.shapes import check_divides, check_floating, check_rank, check_shape, check_tokens
 from plait.kernels.sharding import Axes
+from plait.kernels.tokens import Tokens
 
 __all__ = ["AttentionStats", "attention", "attention_rows"]
 
@@ -50,10 +51,8 @@ def attention(
     v: Array,
     *,
     mask: Mask,
-    segment_ids: Array | None = None,
-    positions: Array | None = None,
-    kv_segment_ids: Array | None = None,
-    kv_positions: Array | None = None,
+    at: Tokens | None = None,
+    kv_at: Tokens | None = None,
     block_table: BlockTable | None = None,
     scale: float | None = None,
     sinks: Array | None = None,
@@ -73,11 +72,9 @@ def attention(
       k: [B, S, Hkv, K]; Hkv divides H, and head h uses k and v of head h // (H / Hkv).
       v: [B, S, Hkv, V].
       mask: which positions a query sees in its segment.
-      segment_ids: int32 [B, T]; tokens of equal ids see each other, id 0 is padding. None is one segment.
-      positions: int32 [B, T], from 0 in each segment and rising by one a token. None derives them from the segments.
-      kv_segment_ids: int32 [B, S] where keys are not the queries' own tokens, such as a cache; id 0 is an empty entry. The order
-        of the entries does not matter then, only their positions.
-      kv_positions: int32 [B, S], likewise.
+      at: what is known of the tokens; those of one segment see each other. None is one segment from position 0.
+      kv_at: of the keys, where they are not the queries' own tokens, such as a cache; segment id 0 is an empty entry. The order of
+        the entries does not matter then, only their positions.
       block_table: blocks of keys that each block of queries may see, intersected with the mask (block top-k selection).
       scale: multiplies the logits; None is K^-1/2.
       sinks: [H] logits that join the denominator only; softmax only.
@@ -96,7 +93,7 @@ def attention(
     Source: scaled dot-product attention; grouped heads of arXiv 2305.13245; sink logits as in gpt-oss (2508.10925); sigmoid of
     2409.04431. Entropy is log(l) - u / l with l = sum_j exp(z_j - m) and u = sum_j exp(z_j - m) (z_j - m).
     """
-    _check_tokens(q, k, v, segment_ids=segment_ids, positions=positions, kv_segment_ids=kv_segment_ids, kv_positions=kv_positions)
+    _check_arrays(q, k, v, at=at, kv_at=kv_at)
     _check_table(q, k, block_table)
     _check_normalizer(q, sinks=sinks, normalizer=normalizer, sigmoid_bias=sigmoid_bias)
     o, stats = _op(
@@ -105,10 +102,7 @@ def attention(
         k,
         v,
         mask=mask,
-        segment_ids=segment_ids,
-        positions=positions,
-        kv_segment_ids=kv_segment_ids,
-        kv_positions=kv_positions,
+        **unpacked(at, kv_at),
         block_table=block_table,
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
         sinks=sinks,
@@ -119,16 +113,7 @@ def attention(
     return (o, stats) if return_stats else o
 
 
-def _check_tokens(
-    q: Array,
-    k: Array,
-    v: Array,
-    *,
-    segment_ids: Array | None,
-    positions: Array | None,
-    kv_segment_ids: Array | None,
-    kv_positions: Array | None,
-) -> None:
+def _check_arrays(q: Array, k: Array, v: Array, *, at: Tokens | None, kv_at: Tokens | None) -> None:
     op = "attention"
     check_rank(op, "q", q, "[B, T, H, K]")
     check_rank(op, "k", k, "[B, S, Hkv, K]")
@@ -139,16 +124,11 @@ def _check_tokens(
     check_shape(op, "k", k, (batch, num_keys, num_kv_heads, key_dim), "[B, S, Hkv, K] with B and K of q")
     check_shape(op, "v", v, (batch, num_keys, num_kv_heads, v.shape[3]), "[B, S, Hkv, V] with B, S and Hkv of k")
     check_divides(op, "the number of k and v heads", num_kv_heads, "the number of q heads", num_heads)
-    check_segment_ids(op, "segment_ids", segment_ids, batch, length)
-    if positions is not None:
-        check_shape(op, "positions", positions, (batch, length), "[B, T]")
-    for name, array in (("kv_segment_ids", kv_segment_ids), ("kv_positions", kv_positions)):
-        if array is not None:
-            check_shape(op, name, array, (batch, num_keys), "[B, S]")
-    if kv_segment_ids is None and kv_positions is None and num_keys != length:
+    check_tokens(op, "at", at, batch, length)
+    check_tokens(op, "kv_at", kv_at, batch, num_keys, in_order=False)
+    if kv_at is None and num_keys != length:
         raise ValueError(
-            f"{op}: k has S={num_keys} tokens and q has T={length}; they must be equal unless kv_positions and kv_segment_ids "
-            "say what the keys are; pass them"
+            f"{op}: k has S={num_keys} tokens and q has T={length}; they must be equal unless kv_at says what the keys are; pass it"
         )
 
 

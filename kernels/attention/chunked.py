@@ -10,16 +10,15 @@ import numpy as np
 
 from plait.kernels.attention.reference import (
     AttentionStats,
-    Tokens,
     apply,
     grouped_heads,
     scaled_logits,
-    segment_starts,
     sides,
     unnormalised,
 )
 from plait.kernels.masks import BlockTable, Mask
 from plait.kernels.shapes import accumulation_dtype, matmul_precision
+from plait.kernels.tokens import Tokens
 
 Array = jax.Array
 
@@ -69,24 +68,24 @@ def attention(
     dtype = accumulation_dtype(q, k, v)
     k, v = k.astype(dtype), v.astype(dtype)  # the gradients of k and v are summed over blocks in this dtype
     anchors = mask.num_sink_tokens if own_keys else 0
-    starts: Any = segment_starts(queries.segment_ids) if anchors else None
+    starts: Any = queries.starts() if anchors else None
 
     def run_block(block: tuple[Array, Tokens, Array, Array, Array | None], k: Array, v: Array, *, width: int):
         q, queries, at, low, start = block
-        cut = lambda x: jax.lax.dynamic_slice_in_dim(x, low, width, axis=1)  # noqa: E731
-        near_k, near_v, near = cut(k), cut(v), Tokens(*map(cut, keys))
+        cut = lambda x: jax.lax.dynamic_slice_in_dim(x, low, width, axis=1)
+        near_k, near_v, near = cut(k), cut(v), jax.tree.map(cut, keys)
         indices = low + jnp.arange(width)[None, :]
         if start is not None:
             index = start[:, None] + jnp.arange(anchors, dtype=start.dtype)[None, :]  # [B, anchors]
             far_k, far_v, far = _anchors(k, v, keys, index, low)
-            join = lambda far, near: jnp.concatenate([far, near], axis=1)  # noqa: E731
-            near_k, near_v, near = join(far_k, near_k), join(far_v, near_v), Tokens(*map(join, far, near))
+            join = lambda far, near: jnp.concatenate([far, near], axis=1)
+            near_k, near_v, near = join(far_k, near_k), join(far_v, near_v), jax.tree.map(join, far, near)
             indices = join(index, jnp.broadcast_to(indices, (index.shape[0], width)))
         shown = None if block_table is None else block_table.at(at, jnp.minimum(indices, num_keys - 1))
         return rows(q, queries, near_k, near_v, near, shown)
 
-    blocks = lambda x: jnp.moveaxis(_pad(x, -length % block).reshape(x.shape[0], -1, block, *x.shape[2:]), 1, 0)  # noqa: E731
-    q_blocks, query_blocks = blocks(q), Tokens(*map(blocks, queries))
+    blocks = lambda x: jnp.moveaxis(_pad(x, -length % block).reshape(x.shape[0], -1, block, *x.shape[2:]), 1, 0)
+    q_blocks, query_blocks = blocks(q), jax.tree.map(blocks, queries)
     indices = jnp.minimum(jnp.arange(q_blocks.shape[0] * block), length - 1).reshape(-1, block)
     outputs = []
     for first, last in _groups(ranges):
@@ -94,7 +93,7 @@ def attention(
         lows = np.minimum([low for low, _ in ranges[first:last]], num_keys - width).astype(np.int32)
         of_block = starts[:, first * block : last * block : block].T if anchors and lows.max() > 0 else None
         body = jax.checkpoint(partial(run_block, width=width))
-        tokens = Tokens(*(x[first:last] for x in query_blocks))
+        tokens = jax.tree.map(lambda x, some=slice(first, last): x[some], query_blocks)
         per_block = (q_blocks[first:last], tokens, indices[first:last], jnp.asarray(lows), of_block)
         outputs.append(jax.lax.map(lambda x, body=body: body(x, k, v), per_block))
     whole = jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)
@@ -132,8 +131,9 @@ def _anchors(k: Array, v: Array, keys: Tokens, index: Array, low: Array) -> tupl
     """
     before = index < low
     index = jnp.minimum(index, k.shape[1] - 1)
-    take = lambda x: jnp.take_along_axis(x, index.reshape(*index.shape, *[1] * (x.ndim - 2)), axis=1)  # noqa: E731
-    return take(k), take(v), Tokens(jnp.where(before, take(keys.segment_ids), 0), take(keys.positions))
+    take = lambda x: jnp.take_along_axis(x, index.reshape(*index.shape, *[1] * (x.ndim - 2)), axis=1)
+    shown = jnp.where(before, take(keys.segment_ids), 0)
+    return take(k), take(v), Tokens(segment_ids=shown, positions=take(keys.positions))
 
 
 def _groups(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -150,7 +150,7 @@ def _query_rows(plan: Plan, refs: Any, b: Array, h: Array, i: Array, wg: Array, 
         start, kind = plan.entry(refs, b, h, i, n)
         q_tile, d_o_tile = (tile.at[unhoisted(wg, start)] for tile in (refs.q_tile, refs.d_o_tile))
         tile = Tile(plan, refs, b, h, (first, start), (ROWS, size), 0)
-        row = lambda r: gpu.rows_to(rows[r], size)  # noqa: E731
+        row = lambda r: gpu.rows_to(rows[r], size)
         [key_tile] = refs.keys.read(n)
         [z] = gpu.products((q_tile, key_tile.transpose((1, 0))))
         at_tile = _weights(tile, kind, z, row)

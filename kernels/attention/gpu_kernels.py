@@ -107,7 +107,7 @@ class Plan:
         if problem.sigmoid:
             self.inputs["bias"] = x.bias * LOG2E
         if problem.layout.packed:
-            self.inputs |= {"query_tokens": jnp.stack(x.queries, axis=2), "key_tokens": jnp.stack(x.keys, axis=2)}
+            self.inputs |= {"query_tokens": x.queries.stacked(), "key_tokens": x.keys.stacked()}
         if table is not None:
             self.inputs["bits"] = table.bits(block_kv, self.length)
 
@@ -328,7 +328,7 @@ def _forward_rows(plan: Plan, refs: Any, b: Array, h: Array, i: Array, wg: Array
         [z] = gpu.products((q_tile, key_tile.transpose((1, 0))), issued=swap_turns)
         refs.keys.release(n)
         z = where_masked(kind, tile.hide, z)
-        spread_out = lambda row: gpu.rows_to(row, size)  # noqa: E731
+        spread_out = lambda row: gpu.rows_to(row, size)
         peak = jnp.maximum(old, jnp.max(z, axis=1) * unit) if problem.stats or not problem.sigmoid else old
         if problem.sigmoid:
             exponents = log2_sigmoid(z * unit + refs.bias[h])

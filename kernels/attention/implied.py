@@ -5,8 +5,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from plait.kernels.attention.reference import Tokens, attention_weights, grouped_heads, sides
+from plait.kernels.attention.reference import attention_weights, grouped_heads, sides, unpacked
 from plait.kernels.masks import BlockTable, Mask
+from plait.kernels.tokens import Tokens
 
 Array = jax.Array
 
@@ -17,10 +18,8 @@ def attention_rows(
     rows: Array,
     *,
     mask: Mask,
-    segment_ids: Array | None = None,
-    positions: Array | None = None,
-    kv_segment_ids: Array | None = None,
-    kv_positions: Array | None = None,
+    at: Tokens | None = None,
+    kv_at: Tokens | None = None,
     block_table: BlockTable | None = None,
     scale: float | None = None,
     sinks: Array | None = None,
@@ -33,18 +32,16 @@ def attention_rows(
       q: [B, T, H, K].
       k: [B, S, Hkv, K].
       rows: int32 [R] query indices, may be traced.
-      mask, segment_ids, positions, kv_segment_ids, kv_positions, block_table, scale, sinks, normalizer, sigmoid_bias: as in `attention`.
+      mask, at, kv_at, block_table, scale, sinks, normalizer, sigmoid_bias: as in `attention`.
 
     Returns:
       [B, H, R, S] float32, zero at keys a query does not see.
     """
-    queries, keys = sides(
-        q, k, segment_ids=segment_ids, positions=positions, kv_segment_ids=kv_segment_ids, kv_positions=kv_positions
-    )
+    queries, keys = sides(q, k, **unpacked(at, kv_at))
     weights, _ = attention_weights(
         q[:, rows],
         k,
-        Tokens(*(x[:, rows] for x in queries)),
+        jax.tree.map(lambda x: x[:, rows], queries),
         keys,
         mask=mask,
         shown=None if block_table is None else grouped_heads(block_table.at(rows, jnp.arange(k.shape[1])[None, :]), k.shape[2]),

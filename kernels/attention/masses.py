@@ -7,11 +7,12 @@ import jax.numpy as jnp
 
 from plait.kernels.attention import rows
 from plait.kernels.attention.reference import MASKED as HIDDEN
-from plait.kernels.attention.reference import Tokens, grouped_heads, scaled_logits, sides
+from plait.kernels.attention.reference import grouped_heads, scaled_logits, sides, unpacked
 from plait.kernels.dispatch import Implementation, Op, kernel
 from plait.kernels.masks import BlockTable, Mask
 from plait.kernels.shapes import accumulation_dtype, check_floating, check_rank, check_shape, matmul_precision
 from plait.kernels.sharding import Axes
+from plait.kernels.tokens import Tokens
 
 Array = jax.Array
 
@@ -26,10 +27,8 @@ def first_masses(
     *,
     mask: Mask,
     first_k: int = 4,
-    segment_ids: Array | None = None,
-    positions: Array | None = None,
-    kv_segment_ids: Array | None = None,
-    kv_positions: Array | None = None,
+    at: Tokens | None = None,
+    kv_at: Tokens | None = None,
     block_table: BlockTable | None = None,
     scale: float | None = None,
     normalizer: Literal["softmax", "sigmoid"] = "softmax",
@@ -42,7 +41,7 @@ def first_masses(
       k: [B, S, Hkv, K].
       lse: [B, T, H], as `attention` returns it with `return_stats` for the same arguments.
       first_k: how many leading positions, at least 1.
-      mask, segment_ids, positions, kv_segment_ids, kv_positions, block_table, scale, normalizer, sigmoid_bias: as in `attention`.
+      mask, at, kv_at, block_table, scale, normalizer, sigmoid_bias: as in `attention`.
 
     Returns:
       [B, T, H, first_k] float32, 0 where a query does not see the token; for the sigmoid, shares of the row sum. Differentiable.
@@ -53,10 +52,8 @@ def first_masses(
     _check("first_masses", q, k, lse)
     if first_k < 1:
         raise ValueError(f"first_masses: first_k={first_k} must be at least 1; use 1 for the first token alone")
-    own_keys = kv_segment_ids is None and kv_positions is None
-    queries, keys = sides(
-        q, k, segment_ids=segment_ids, positions=positions, kv_segment_ids=kv_segment_ids, kv_positions=kv_positions
-    )
+    own_keys = kv_at is None
+    queries, keys = sides(q, k, **unpacked(at, kv_at))
     bias = None if normalizer == "softmax" else jnp.broadcast_to(jnp.asarray(sigmoid_bias, jnp.float32), (q.shape[2],))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     where: dict[str, Any] = {"own_keys": own_keys, "mask": mask, "block_table": block_table, "scale": scale, "sigmoid_bias": bias}
@@ -69,8 +66,7 @@ def column_mass(
     lse: Array,
     *,
     mask: Mask,
-    segment_ids: Array | None = None,
-    positions: Array | None = None,
+    at: Tokens | None = None,
     scale: float | None = None,
     implementation: str = "auto",
 ) -> Array:
@@ -80,7 +76,7 @@ def column_mass(
       q: [B, T, H, K], float32 or bfloat16.
       k: [B, T, Hkv, K].
       lse: [B, T, H], as `attention` returns it with `return_stats` for the same arguments; sink logits are in it where there are any.
-      mask, segment_ids, positions, scale: as in `attention`.
+      mask, at, scale: as in `attention`.
       implementation: "auto", "pallas_tpu", "chunked" or "reference".
 
     Returns:
@@ -93,7 +89,8 @@ def column_mass(
     _check("column_mass", q, k, lse)
     q, k, lse = jax.lax.stop_gradient((q, k, lse))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _op(implementation, q, k, lse, mask=mask, segment_ids=segment_ids, positions=positions, scale=scale)
+    at = Tokens() if at is None else at
+    return _op(implementation, q, k, lse, mask=mask, segment_ids=at.segment_ids, positions=at.positions, scale=scale)
 
 
 def _reference(
@@ -131,7 +128,7 @@ def _chunked(
         return total + jnp.where(visible, jnp.exp(jnp.where(visible, logits - lse, 0)), 0).sum(3), None
 
     shape = (q.shape[0], k.shape[2], q.shape[2] // k.shape[2], length)
-    total, _ = jax.lax.scan(add, jnp.zeros(shape, accumulation_dtype(q, k)), (cut(q), cut(lse), Tokens(*map(cut, tokens))))
+    total, _ = jax.lax.scan(add, jnp.zeros(shape, accumulation_dtype(q, k)), (cut(q), cut(lse), jax.tree.map(cut, tokens)))
     return jnp.swapaxes(total.reshape(shape[0], -1, length), 1, 2)
 
 

@@ -15,10 +15,11 @@ import jax.numpy as jnp
 from plait.kernels import gpu
 from plait.kernels.attention import gpu_gradients, gpu_kernels
 from plait.kernels.attention.gpu_kernels import BLOCK, Operands, Problem, Tiles
-from plait.kernels.attention.reference import AttentionStats, Tokens, sides
+from plait.kernels.attention.reference import AttentionStats, sides
 from plait.kernels.attention.rows import gradient_rows, with_sinks
 from plait.kernels.attention.schedule import Layout, renumbered
 from plait.kernels.masks import BlockTable, Mask
+from plait.kernels.tokens import Tokens
 
 Array = jax.Array
 
@@ -122,8 +123,8 @@ def attention(
     if own_keys:
         queries = keys = renumbered(queries)
     if not packed:
-        queries = keys = Tokens(*(x[:1] for x in queries))
-    queries, keys = (Tokens(*(_pad(x)[:, None] for x in side)) for side in (queries, keys))
+        queries = keys = jax.tree.map(lambda x: x[:1], queries)
+    queries, keys = jax.tree.map(lambda x: _pad(x)[:, None], (queries, keys))
     bias = jnp.broadcast_to(jnp.asarray(0 if sigmoid_bias is None else sigmoid_bias, jnp.float32), (q.shape[2],))
     q, k, v = (_pad(x) for x in (q, k, v))
     problem = Problem(
@@ -166,10 +167,11 @@ def routed_attention(
         own = tokens = renumbered(tokens)
     order = jnp.argsort(~active, axis=1, stable=True)  # [B, T, H]
     back = jnp.argsort(order, axis=1)
-    gather = lambda x: jnp.take_along_axis(jnp.broadcast_to(x, active.shape), order, axis=1)  # noqa: E731
-    of_heads = (gather(jnp.where(active, own.segment_ids[..., None], 0)), gather(own.positions[..., None]))
-    queries = Tokens(*(jnp.swapaxes(_pad(x), 1, 2) for x in of_heads))
-    keys = Tokens(*(_pad(x)[:, None] for x in tokens))
+    gather = lambda x: jnp.take_along_axis(jnp.broadcast_to(x, active.shape), order, axis=1)
+    segment_ids = gather(jnp.where(active, own.segment_ids[..., None], 0))
+    queries = Tokens(segment_ids=segment_ids, positions=gather(own.positions[..., None]))
+    queries = jax.tree.map(lambda x: jnp.swapaxes(_pad(x), 1, 2), queries)
+    keys = jax.tree.map(lambda x: _pad(x)[:, None], tokens)
     gathered, k, v = (_pad(x) for x in (_permuted(q, order, back), k, v))
     problem = Problem(
         layout=Layout(mask=mask, num_queries=gathered.shape[1], num_keys=k.shape[1], own_keys=False, packed=True),

@@ -18,12 +18,13 @@ import jax.numpy as jnp
 
 from plait.kernels.attention import tpu_kernels
 from plait.kernels.attention.reference import MASKED as HIDDEN
-from plait.kernels.attention.reference import AttentionStats, Tokens, sides
+from plait.kernels.attention.reference import AttentionStats, sides
 from plait.kernels.attention.rows import first_mass, gradient_rows, with_sinks
 from plait.kernels.attention.schedule import Layout, renumbered
 from plait.kernels.attention.tpu_tiling import LANES, Operands, Problem, Tiles
 from plait.kernels.masks import BlockTable, Mask
 from plait.kernels.target import current, not_on
+from plait.kernels.tokens import Tokens
 
 Array = jax.Array
 
@@ -123,7 +124,7 @@ def attention(
     if own_keys:
         queries = keys = renumbered(queries)
     if not packed:
-        queries = keys = Tokens(*(x[:1] for x in queries))
+        queries = keys = jax.tree.map(lambda x: x[:1], queries)
     problem = Problem(
         layout=Layout(mask=mask, num_queries=q.shape[1], num_keys=k.shape[1], own_keys=own_keys, packed=packed),
         tiles=_tiles(q, k, v, mask, block_table),
@@ -134,7 +135,7 @@ def attention(
     )
     bias = jnp.broadcast_to(jnp.asarray(0 if sigmoid_bias is None else sigmoid_bias, jnp.float32), (q.shape[2],))
     table = None if block_table is None else block_table.visible
-    q_side, k_side = (Tokens(*(x[:, None] for x in side)) for side in (queries, keys))
+    q_side, k_side = jax.tree.map(lambda x: x[:, None], (queries, keys))
     q_heads, k_heads, v_heads = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
     o, rows = _flash(problem, Operands(q_heads, k_heads, v_heads, bias, q_side, k_side, table))
     o, stats = jnp.moveaxis(o, 3, 1), [jnp.moveaxis(x, 2, 1) for x in rows]  # [B, H, V, T] and [B, H, T] to token-major
@@ -170,8 +171,9 @@ def routed_attention(
     active = jnp.swapaxes(active, 1, 2)  # [B, H, T]
     order = jnp.argsort(~active, axis=-1, stable=True)
     back = jnp.argsort(order, axis=-1)
-    gather = lambda x: jnp.take_along_axis(jnp.broadcast_to(x, active.shape), order, axis=-1)  # noqa: E731
-    queries = Tokens(gather(jnp.where(active, own.segment_ids[:, None], 0)), gather(own.positions[:, None]))
+    gather = lambda x: jnp.take_along_axis(jnp.broadcast_to(x, active.shape), order, axis=-1)
+    segment_ids = gather(jnp.where(active, own.segment_ids[:, None], 0))
+    queries = Tokens(segment_ids=segment_ids, positions=gather(own.positions[:, None]))
     problem = Problem(
         layout=Layout(mask=mask, num_queries=q.shape[1], num_keys=k.shape[1], own_keys=False, packed=True),
         tiles=_tiles(q, k, v, mask),
@@ -181,7 +183,7 @@ def routed_attention(
     )
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
     bias = jnp.zeros(q.shape[1], jnp.float32)
-    keys = Tokens(*(x[:, None] for x in tokens))
+    keys = jax.tree.map(lambda x: x[:, None], tokens)
     o, (lse,) = _flash(problem, Operands(_permuted(q, order, back), k, v, bias, queries, keys))
     if sinks is not None:
         o = (o * jax.nn.sigmoid(lse - sinks.astype(jnp.float32).reshape(1, -1, 1))[:, :, None]).astype(o.dtype)
@@ -199,7 +201,7 @@ def column_mass(
     """See `plait.kernels.column_mass`."""
     packed = segment_ids is not None or positions is not None
     tokens = renumbered(sides(q, k, segment_ids=segment_ids, positions=positions, kv_segment_ids=None, kv_positions=None)[0])
-    side = Tokens(*(x[: None if packed else 1, None] for x in tokens))
+    side = jax.tree.map(lambda x: x[: None if packed else 1, None], tokens)
     layout = Layout(mask=mask, num_queries=q.shape[1], num_keys=k.shape[1], own_keys=True, packed=packed)
     problem = Problem(layout=layout, tiles=_tiles(q, k, k, mask), scale=float(scale), sigmoid=False, stats=False)
     bias = jnp.zeros(q.shape[2], jnp.float32)

@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from plait.kernels import chunking
 from plait.kernels.masks import BlockTable, Mask
 from plait.kernels.shapes import accumulation_dtype
+from plait.kernels.tokens import Tokens
 
 Array = jax.Array
 
@@ -26,31 +26,6 @@ class AttentionStats(NamedTuple):
     """Entropy in nats of the row's weights on keys, normalised to sum to one (sink logit left out)."""
     first_mass: Array
     """Weight on the first token of the query's segment; for the sigmoid, share of the row sum."""
-
-
-class Tokens(NamedTuple):
-    """Where the tokens of one side stand, int32 [B, T]."""
-
-    segment_ids: Array
-    positions: Array
-
-
-def tokens(segment_ids: Array | None, positions: Array | None, batch: int, length: int) -> Tokens:
-    """Fills in what is missing: one segment, and positions counted from each segment's start."""
-    if segment_ids is None:
-        segment_ids = jnp.ones((batch, length), jnp.int32)
-        if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None, :], (batch, length))
-    if positions is None:
-        positions = jnp.arange(length, dtype=jnp.int32)[None, :] - segment_starts(segment_ids)
-    return Tokens(segment_ids, positions)
-
-
-def segment_starts(segment_ids: Array) -> Array:
-    """The index [B, T] at which each token's segment begins; padding counts to the segment before it."""
-    index, _ = chunking.segment_index(segment_ids)
-    here = jnp.arange(index.shape[1], dtype=jnp.int32)[None, :]
-    return jax.lax.cummax(jnp.where(jnp.diff(index, axis=1, prepend=0) != 0, here, 0), axis=1)
 
 
 def scaled_logits(q: Array, k: Array, scale: float, precision: jax.lax.PrecisionLike) -> Array:
@@ -91,7 +66,7 @@ def unnormalised(
 
     `first` [B, S] marks keys at position 0. Gradients are finite in rows that see nothing.
     """
-    per_head = lambda x: jnp.asarray(x, logits.dtype).reshape(1, *logits.shape[1:3], 1, 1)  # noqa: E731
+    per_head = lambda x: jnp.asarray(x, logits.dtype).reshape(1, *logits.shape[1:3], 1, 1)
     logits = jnp.where(visible, logits, MASKED)
     peak = jnp.max(logits, axis=-1, keepdims=True, initial=MASKED)
     if normalizer == "sigmoid":
@@ -150,6 +125,13 @@ def attention(
     return apply(weights, v.astype(weights.dtype), "highest").astype(q.dtype), stats
 
 
+def unpacked(at: Tokens | None, kv_at: Tokens | None = None) -> dict[str, Any]:
+    """The tokens as the implementations take them."""
+    at, kv_at = (Tokens() if x is None else x for x in (at, kv_at))
+    queries = {"segment_ids": at.segment_ids, "positions": at.positions}
+    return queries | {"kv_segment_ids": kv_at.segment_ids, "kv_positions": kv_at.positions}
+
+
 def sides(
     q: Array,
     k: Array,
@@ -160,10 +142,10 @@ def sides(
     kv_positions: Array | None,
 ) -> tuple[Tokens, Tokens]:
     """Query and key tokens; without key arguments the keys are the queries' own tokens."""
-    queries = tokens(segment_ids, positions, *q.shape[:2])
+    queries = Tokens(None, segment_ids, positions).placed(*q.shape[:2])
     if kv_segment_ids is None and kv_positions is None:
         return queries, queries
-    return queries, tokens(kv_segment_ids, kv_positions, *k.shape[:2])
+    return queries, Tokens(None, kv_segment_ids, kv_positions).placed(*k.shape[:2])
 
 
 def attention_weights(

@@ -9,8 +9,9 @@ from plait.kernels.attention import chunked, reference
 from plait.kernels.context.attention import CONTEXT
 from plait.kernels.dispatch import Implementation, Op, kernel
 from plait.kernels.masks import Mask
-from plait.kernels.shapes import check_divides, check_floating, check_rank, check_segment_ids, check_shape
+from plait.kernels.shapes import check_divides, check_floating, check_rank, check_shape, check_tokens
 from plait.kernels.sharding import Axes
+from plait.kernels.tokens import Tokens
 
 Array = jax.Array
 
@@ -47,8 +48,7 @@ def routed_attention(
     active: Array,
     *,
     mask: Mask,
-    segment_ids: Array | None = None,
-    positions: Array | None = None,
+    at: Tokens | None = None,
     scale: float | None = None,
     sinks: Array | None = None,
     implementation: str = "auto",
@@ -63,7 +63,7 @@ def routed_attention(
       k: [B, T, Hkv, K]; Hkv divides H.
       v: [B, T, Hkv, V].
       active: bool [B, T, H].
-      mask, segment_ids, positions, scale, sinks, implementation: as in `attention`.
+      mask, at, scale, sinks, implementation: as in `attention`.
 
     Returns:
       o [B, T, H, V] in q's dtype.
@@ -86,11 +86,8 @@ def routed_attention(
     check_shape(op, "active", active, (batch, length, num_heads), "[B, T, H]")
     if active.dtype != bool:
         raise ValueError(f"{op}: active.dtype={active.dtype} must be bool; compare it with 0")
-    check_segment_ids(op, "segment_ids", segment_ids, batch, length)
-    if positions is not None:
-        check_shape(op, "positions", positions, (batch, length), "[B, T]")
+    check_tokens(op, "at", at, batch, length)
     if sinks is not None:
         check_shape(op, "sinks", sinks, (num_heads,), "[H]")
     scale = key_dim**-0.5 if scale is None else scale
-    where = {"segment_ids": segment_ids, "positions": positions, "kv_segment_ids": None, "kv_positions": None}
-    return _op(implementation, q, k, v, active, mask=mask, scale=scale, sinks=sinks, **where)
+    return _op(implementation, q, k, v, active, mask=mask, scale=scale, sinks=sinks, **reference.unpacked(at))

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from plait.kernels.attention.reference import MASKED as HIDDEN
-from plait.kernels.attention.reference import Tokens, segment_starts
 from plait.kernels.masks import BlockTable, Mask
 from plait.kernels.shapes import matmul_precision
+from plait.kernels.tokens import Tokens
 
 Array = jax.Array
 
@@ -72,7 +72,7 @@ def first_mass(
     grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
     z = jnp.einsum("btgrk,btgk->btgr", grouped, first, precision=matmul_precision(q.dtype), preferred_element_type=jnp.float32)
     z = scale * z.reshape(lse.shape)
-    ids, positions = (jnp.take_along_axis(x, index, axis=1) for x in keys)
+    ids, positions = (jnp.take_along_axis(x, index, axis=1) for x in (keys.segment_ids, keys.positions))
     visible = (ids == queries.segment_ids) & (ids != 0) & (positions == position) & mask.reaches(queries.positions, positions)
     visible = visible[:, :, None] & (lse > HIDDEN / 2)
     if block_table is not None:
@@ -89,7 +89,7 @@ def first_mass(
 def _keys_at(position: int, queries: Tokens, keys: Tokens, own_keys: bool) -> Array:
     """int32 [B or 1, T]: where the token at `position` of each query's segment is, or any index where there is none."""
     if own_keys:
-        return jnp.minimum(segment_starts(queries.segment_ids) + position, keys.positions.shape[1] - 1)
+        return jnp.minimum(queries.starts() + position, keys.positions.shape[1] - 1)
     found = jnp.where(keys.positions == position, keys.segment_ids, jnp.iinfo(jnp.int32).max)
     order = jnp.argsort(found, axis=1)
     ranked = jnp.take_along_axis(found, order, axis=1)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from plait.kernels import chunking
-from plait.kernels.attention.reference import Tokens
 from plait.kernels.masks import BlockTable, Mask, Span
+from plait.kernels.tokens import Tokens
 
 Array = jax.Array
 
@@ -86,7 +86,7 @@ class Layout(NamedTuple):
 def renumbered(tokens: Tokens) -> Tokens:
     """The same tokens [B, T] with segments numbered in order, so that the segments of a block are an interval; padding stays 0."""
     index, real = chunking.segment_index(tokens.segment_ids)
-    return Tokens(jnp.where(real, index + 1, 0), tokens.positions)
+    return Tokens(segment_ids=jnp.where(real, index + 1, 0), positions=tokens.positions)
 
 
 def schedules(
@@ -108,7 +108,7 @@ def schedules(
     q, k = (_summary(x, block) for x, block in ((queries, block_q), (keys, block_kv)))
     q, k = _Summary(*(x[..., :, None] for x in q)), _Summary(*(x[..., None, :] for x in k))
     near, anchored = layout.near(block_q, block_kv), layout.anchored(block_q, block_kv)
-    lift = lambda x: jnp.asarray(x)[None, None]  # noqa: E731
+    lift = lambda x: jnp.asarray(x)[None, None]
     some, every = mask.tile(Span(q.low_position, q.high_position), Span(k.low_position, k.high_position))
     visible = (lift(near) | (lift(anchored) & (k.low_position < mask.num_sink_tokens))) & some
     visible &= (q.low_segment <= k.high_segment) & (k.low_segment <= q.high_segment)
@@ -134,7 +134,7 @@ class _Summary(NamedTuple):
 
 
 def _summary(tokens: Tokens, block: int) -> _Summary:
-    ids, positions = (x.reshape(*x.shape[:2], -1, block) for x in tokens)
+    ids, positions = (x.reshape(*x.shape[:2], -1, block) for x in (tokens.segment_ids, tokens.positions))
     low, high = (lambda x: jnp.where(ids != 0, x, _FAR).min(-1)), (lambda x: jnp.where(ids != 0, x, -_FAR).max(-1))
     alone = jnp.where(ids.min(-1) == ids.max(-1), ids.max(-1), -1)
     return _Summary(low(ids), high(ids), low(positions), high(positions), alone)
@@ -153,7 +153,7 @@ def _tiles_of_table(table: BlockTable, blocks: tuple[int, int], count: tuple[int
         first = np.arange(n) * block // own
         last = np.minimum(((np.arange(n) + 1) * block - 1) // own, some.shape[axis] - 1)
         at = np.minimum(first[:, None] + np.arange((last - first).max() + 1), last[:, None])  # [n, entries]
-        take = lambda x, at=at, axis=axis: jnp.take(x, at, axis=axis)  # noqa: E731
+        take = lambda x, at=at, axis=axis: jnp.take(x, at, axis=axis)
         some, every = take(some).any(axis + 1), take(every).all(axis + 1)
     return some, every
 

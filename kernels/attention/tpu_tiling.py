@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from plait.kernels.attention.reference import Tokens
 from plait.kernels.attention.schedule import Layout, Schedule, schedules
 from plait.kernels.masks import BlockTable
 
@@ -90,7 +89,9 @@ class Tiling:
     def __init__(self, problem: Problem, x: Operands, block_q: int, block_kv: int):
         self.problem, self.x, self.blocks = problem, x, {"q": block_q, "kv": block_kv}
         self.batch, self.num_heads, self.num_kv_heads = *x.q.shape[:2], x.k.shape[1]
-        self.tokens = {side: Tokens(*(self._pad(t, side, 2) for t in both)) for side, both in (("q", x.queries), ("kv", x.keys))}
+        self.tokens = {
+            side: jax.tree.map(partial(self._pad, side=side, axis=2), both) for side, both in (("q", x.queries), ("kv", x.keys))
+        }
         self.count = {side: both.positions.shape[2] // self.blocks[side] for side, both in self.tokens.items()}
         table = None
         if problem.table_blocks is not None:
@@ -134,7 +135,7 @@ class Tiling:
         self, kernel: Any, name: str, schedule: Schedule, where: Any, extra: _Inputs, *, out_shape, out_specs, grid, scratch
     ) -> list[Array]:
         x = self.x
-        tokens: Any = tuple((jnp.stack(both, axis=2), side, 3) for side, both in self.tokens.items())  # [B, H or 1, 2, T]
+        tokens: Any = tuple((both.stacked(), side, 3) for side, both in self.tokens.items())  # [B, H or 1, 2, T]
         values = () if x.v is None else ((x.v, "kv", 2),)
         inputs = ((x.q, "q", 2), (x.k, "kv", 2), *values, *extra)
         inputs = tuple((self._pad(array, side, axis), side, axis) for array, side, axis in inputs) + tokens

@@ -65,7 +65,7 @@ class Parts:
         """x [B, ...] of the last part for which `holds`, bool [B]; the same on every device."""
         every = self.stack(holds)
         last = jnp.max(jnp.where(every, jnp.arange(self.count)[:, None], -1), axis=0)
-        wide = lambda mask: mask.reshape(-1, *[1] * (x.ndim - 1))  # noqa: E731
+        wide = lambda mask: mask.reshape(-1, *[1] * (x.ndim - 1))
         found = jax.lax.psum(jnp.where(wide(last == self.index), x, 0), self.axes)
         return jnp.where(wide(last >= 0), found, otherwise)
 

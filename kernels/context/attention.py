@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from plait.kernels.attention.reference import Tokens, tokens
 from plait.kernels.context import ContextRule, Parts
 from plait.kernels.masks import BlockTable, Mask
+from plait.kernels.tokens import Tokens
 
 Array = jax.Array
 
@@ -50,16 +50,16 @@ def _run(
     batch, length = q.shape[:2]
     ids = jnp.ones((batch, length), jnp.int32) if segment_ids is None else segment_ids
     if positions is None:
-        positions = parts.own(tokens(parts.gather(ids), None, batch, length * parts.count).positions)
-    own = Tokens(ids, positions)
+        positions = parts.own(Tokens(segment_ids=parts.gather(ids)).placed(batch, length * parts.count).positions)
+    own = Tokens(segment_ids=ids, positions=positions)
     reach = near_reach(mask, length, parts.count)
     if reach is not None:
-        near = lambda x: jnp.concatenate([parts.before(x, reach), x], axis=1)  # noqa: E731
-        keys = Tokens(*map(near, own))
+        near = lambda x: jnp.concatenate([parts.before(x, reach), x], axis=1)
+        keys = jax.tree.map(near, own)
         return op(q, near(k), near(v), *active, **_tokens(own, keys))
-    keys = Tokens(*map(parts.gather, own))
+    keys = jax.tree.map(parts.gather, own)
     turn: Any = parts.balanced if mask.causal else lambda x: x
-    o = op(turn(q), parts.gather(k), parts.gather(v), *map(turn, active), **_tokens(Tokens(*map(turn, own)), keys))
+    o = op(turn(q), parts.gather(k), parts.gather(v), *map(turn, active), **_tokens(jax.tree.map(turn, own), keys))
     return jax.tree.map(turn, o)
 
 

@@ -36,7 +36,7 @@ def _decays(
     segment_ids: Array | None,
     **options: Any,
 ) -> Results:
-    """Scalar and vector decay: B is one product over the part's last segment, and the op then runs from the state that enters."""
+    """B is one product over the part's last segment, and the op then runs from the state that enters."""
     dtype = accumulation_dtype(q, k, v)
     gates = g.astype(dtype) if g.ndim == 4 else g.astype(dtype)[..., None]  # [B, T, Hv, K or 1]
     ids = jnp.ones(v.shape[:2], jnp.int32) if segment_ids is None else segment_ids

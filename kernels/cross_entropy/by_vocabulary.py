@@ -70,7 +70,7 @@ def cross_entropy_of(
     vocabulary = weight.shape[1]
     most = MAX_BYTES // hidden.dtype.itemsize if chunk_size is None else batch * chunk_size * vocabulary
     columns = slice_size(vocabulary, most // (batch * length))
-    flat = lambda x: x.reshape(batch * length)  # noqa: E731
+    flat = lambda x: x.reshape(batch * length)
     targets = jnp.where(loss_mask, targets, 0).astype(jnp.int32)
     rows = _rows(kernels, logit_soft_cap, columns, hidden.reshape(-1, width), weight, flat(targets), flat(loss_mask))
     lse, target = (x.reshape(batch, length) for x in rows)

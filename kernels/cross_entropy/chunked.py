@@ -32,7 +32,7 @@ def cross_entropy(
 
     targets = jnp.where(loss_mask, targets, 0)
     nll, lse = _chunked(chunks(hidden), weight, chunks(targets), chunks(loss_mask), logit_soft_cap)
-    whole = lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :length]  # noqa: E731
+    whole = lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :length]
     return whole(nll), whole(lse)
 
 

@@ -248,7 +248,7 @@ def _slopes_body(tiles: Tiles, soft_cap: float | None, *refs: Any) -> None:
     def _compute() -> None:
         plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
         own = pl.ds(block * TOKENS + wg * ROWS, ROWS)
-        row = lambda ref: gpu.load(ref.at[own], 0)  # noqa: E731
+        row = lambda ref: gpu.load(ref.at[own], 0)
         z = _cap(_product(tiles, ring, parts, 0, wg), soft_cap)
         z = jax.lax.optimization_barrier(z)
         slope = jnp.exp2(z * LOG2E - gpu.rows_to(row(lse), size)) * gpu.rows_to(row(a), size)

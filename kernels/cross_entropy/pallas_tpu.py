@@ -97,7 +97,7 @@ def forward(hidden: Array, weight: Array, targets: Array, soft_cap: float | None
     padding = steps * tiles.width - width
     if padding:  # what is summed over must not be garbage
         hidden, weight = jnp.pad(hidden, ((0, 0), (0, padding))), jnp.pad(weight, ((0, padding), (0, 0)))
-    row = lambda count: pl.BlockSpec((count, tiles.tokens), lambda i, j, k: (0, i))  # noqa: E731
+    row = lambda count: pl.BlockSpec((count, tiles.tokens), lambda i, j, k: (0, i))
     state = pltpu.VMEM((tiles.tokens, LANES), jnp.float32)
     rows = pl.pallas_call(
         partial(_kernel, vocabulary, steps, soft_cap),

@@ -8,6 +8,7 @@ from plait.kernels.delta_rule.implied import delta_rule_rows
 from plait.kernels.dispatch import Implementation, Op, kernel
 from plait.kernels.recurrence import AXES, Results
 from plait.kernels.shapes import check_recurrence
+from plait.kernels.tokens import Tokens
 
 __all__ = ["delta_rule", "delta_rule_rows"]
 
@@ -33,7 +34,7 @@ def delta_rule(
     *,
     scale: float | None = None,
     initial_state: Array | None = None,
-    segment_ids: Array | None = None,
+    at: Tokens | None = None,
     chunk_size: int = 64,
     return_stats: bool = False,
     implementation: str = "auto",
@@ -51,8 +52,8 @@ def delta_rule(
       beta: [B, T, Hv], write strength in [0, 2], after its sigmoid.
       scale: multiplies q; None is K^-1/2.
       initial_state: [B, Hv, K, V] float32, of the first token's segment; None is zero.
-      segment_ids: int32 [B, T], each segment contiguous; the state is zero at the start of each but the first. Id 0 is padding:
-        it gives zeros and is skipped. None is one segment.
+      at: what is known of the tokens; the state is zero at the start of each segment but the first, and padding gives zeros and is
+        skipped. None is one segment.
       chunk_size: tokens per chunk of the chunked form, a power of two; kernels have their own.
       return_stats: adds a third result.
       implementation: "auto", "pallas_tpu", "pallas_gpu", "chunked" or "reference".
@@ -69,7 +70,7 @@ def delta_rule(
     equation 1.
     """
     gates = {"g": (g, ("[B, T, Hv]", "[B, T, Hv, K]")), "beta": (beta, ("[B, T, Hv]",))}
-    check_recurrence("delta_rule", q, k, v, gates, initial_state=initial_state, segment_ids=segment_ids, chunk_size=chunk_size)
+    check_recurrence("delta_rule", q, k, v, gates, initial_state=initial_state, at=at, chunk_size=chunk_size)
     return _op(
         implementation,
         q,
@@ -79,7 +80,7 @@ def delta_rule(
         beta,
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
         initial_state=initial_state,
-        segment_ids=segment_ids,
+        segment_ids=None if at is None else at.segment_ids,
         chunk_size=chunk_size,
         return_stats=return_stats,
     )

@@ -16,8 +16,7 @@ def cut(
     q: Array, k: Array, v: Array | None, g: Array | None, beta: Array, **options: Any
 ) -> tuple[recurrence.Chunks, Array, Array]:
     """The chunks, the scores of q [..., C, C], and M = (I + L)^-1 Diag(beta), L_ij being beta_i times the score of k_i, k_j."""
-    g = jnp.zeros_like(beta) if g is None else g
-    g = g[..., None] if g.ndim == 3 else g
+    g = recurrence.by_channel(jnp.zeros_like(beta) if g is None else g)
     c = recurrence.cut(q, k, v, g, beta[..., None], num_heads=beta.shape[2], **options)
     (beta,) = c.gates  # [B, H, N, C, 1]
     scores, lower = recurrence.scores(c.q, c), recurrence.scores(beta * c.k, c)

@@ -9,6 +9,7 @@ from plait.kernels.delta_rule import chunked
 from plait.kernels.dispatch import in_parts
 from plait.kernels.recurrence import ROWS, implied_rows
 from plait.kernels.shapes import check_recurrence
+from plait.kernels.tokens import Tokens
 
 Array = jax.Array
 
@@ -21,7 +22,7 @@ def delta_rule_rows(
     rows: Array,
     *,
     scale: float | None = None,
-    segment_ids: Array | None = None,
+    at: Tokens | None = None,
     chunk_size: int = 64,
 ) -> Array:
     """Rows of the implied attention: A with `o[:, rows] = A @ v` for `plait.kernels.delta_rule` from a zero initial state.
@@ -35,7 +36,7 @@ def delta_rule_rows(
       beta: [B, T, Hv], in [0, 2].
       rows: int32 [R] token indices, may be traced.
       scale: multiplies q; None is K^-1/2.
-      segment_ids: int32 [B, T] or None.
+      at: what is known of the tokens; None is one segment.
       chunk_size: tokens per chunk, a power of two.
 
     Returns:
@@ -46,8 +47,9 @@ def delta_rule_rows(
     """
     v = jax.ShapeDtypeStruct((*beta.shape[:3], 1), k.dtype)
     gates = {"g": (g, ("[B, T, Hv]", "[B, T, Hv, K]")), "beta": (beta, ("[B, T, Hv]",))}
-    check_recurrence("delta_rule_rows", q, k, v, gates, initial_state=None, segment_ids=segment_ids, chunk_size=chunk_size)
+    check_recurrence("delta_rule_rows", q, k, v, gates, initial_state=None, at=at, chunk_size=chunk_size)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    segment_ids = None if at is None else at.segment_ids
     return in_parts(ROWS, CONTEXT, _rows)(rows, q, k, g, beta, scale=scale, segment_ids=segment_ids, chunk_size=chunk_size)[0]
 
 

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from plait.kernels.recurrence import Results, scan_tokens
+from plait.kernels.recurrence import Results, by_channel, scan_tokens
 
 Array = jax.Array
 
@@ -22,7 +22,7 @@ def delta_rule(
     return_stats: bool,
 ) -> Results:
     """See `plait.kernels.delta_rule`; `chunk_size` means nothing here."""
-    read = lambda state, x: jnp.einsum("bhkv,bhk->bhv", state, x, precision="highest")  # noqa: E731
+    read = lambda state, x: jnp.einsum("bhkv,bhk->bhv", state, x, precision="highest")
 
     def step(state: Array, q: Array, k: Array, v: Array, *gates: Array) -> tuple[Array, Array, Array]:
         g, beta = gates
@@ -31,6 +31,5 @@ def delta_rule(
         state = state + k[..., :, None] * written[..., None, :]
         return state, scale * read(state, q), written
 
-    g = jnp.zeros_like(beta) if g is None else g
-    g = g[..., None] if g.ndim == 3 else g
+    g = by_channel(jnp.zeros_like(beta) if g is None else g)
     return scan_tokens(step, q, k, v, g, beta, initial_state=initial_state, segment_ids=segment_ids, return_stats=return_stats)

@@ -99,7 +99,7 @@ def summarize(
     """The statistics of numbers by chunk, [B, N, Hv] each: the leaving state's norm, and sums of |k| |u| and of -g."""
     real = jnp.ones((norms.shape[0], length)) if segment_ids is None else segment_ids != 0
     count = per_span(real.astype(jnp.float32)[..., None], 1, length, last=False)
-    mean = lambda x: per_span(x, chunk_size, length, last=False) / jnp.maximum(count, 1)  # noqa: E731
+    mean = lambda x: per_span(x, chunk_size, length, last=False) / jnp.maximum(count, 1)
     horizon = 1 / jnp.maximum(mean(rates), SLOWEST)
     stats = RecurrenceStats(
         per_span(norms, chunk_size, length, last=True), mean(writes), horizon, jnp.broadcast_to(count, horizon.shape)
@@ -167,6 +167,11 @@ def scan_tokens(
         norms, writes = sums
         stats = summarize(norms, writes, log_decay_rate(inputs[3]), 1, segment_ids, v.shape[1])
     return results(o.astype(q.dtype), final_state, stats)
+
+
+def by_channel(g: Array) -> Array:
+    """Log decays [B, T, H] or [B, T, H, K] as [B, T, H, 1 or K]."""
+    return g[..., None] if g.ndim == 3 else g
 
 
 def log_decay_rate(g: Array) -> Array:

@@ -128,7 +128,7 @@ def _prepare(
         q, k, g = (_zero_where_padding(real, x) for x in (q, k, g))
         beta = None if beta is None else _zero_where_padding(real, beta)
         g = jnp.where(starts.reshape(*starts.shape, *[1] * (g.ndim - 2)), FORGET, g)
-    to_heads = lambda x: jnp.repeat(x, v.shape[2] // x.shape[2], axis=2).astype(jnp.float32)  # noqa: E731
+    to_heads = lambda x: jnp.repeat(x, v.shape[2] // x.shape[2], axis=2).astype(jnp.float32)
     channels = g if g.ndim == 4 else g[..., None]
     by_chunk = channels.reshape(g.shape[0], -1, CHUNK, *channels.shape[2:])  # [B, N, C, H, K or 1]
     since_start = jnp.exp(jnp.cumsum(by_chunk, axis=2))

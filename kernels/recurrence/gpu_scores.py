@@ -77,7 +77,7 @@ def _scores_backward(keys: bool, scale: float, saved: tuple[Array, ...], d_score
         d_g = jnp.moveaxis(d_g.reshape(*d_g.shape[:2], -1), 1, 2)
     else:
         d_q, d_k, d_g = _by_channel_gradients(scale, q, k, g, *d_scores)
-    of_group = lambda x: jnp.sum(x.reshape(*q.shape[:3], -1, q.shape[3]), axis=3, dtype=F32).astype(q.dtype)  # noqa: E731
+    of_group = lambda x: jnp.sum(x.reshape(*q.shape[:3], -1, q.shape[3]), axis=3, dtype=F32).astype(q.dtype)
     return of_group(d_q), of_group(d_k), d_g
 
 
@@ -219,7 +219,7 @@ def _by_channel(keys: bool, scale: float, q: Array, k: Array, g: Array) -> list[
 
             return jax.lax.fori_loop(0, HALVINGS, halve, sums)
 
-        spec = lambda x, head: plgpu.BlockSpec(  # noqa: E731
+        spec = lambda x, head: plgpu.BlockSpec(
             (None, CHUNK, None, WIDTH), lambda j: (b, n, head, j), transforms=tile(CHUNK, WIDTH, dtype=x.dtype).transforms
         )
         pipeline = plgpu.emit_pipeline(

@@ -59,7 +59,7 @@ def product(kind: Kind, parts: Parts, a: Array, b: Array) -> Array:
 
 def _product_backward(kind: Kind, parts: Parts, saved: tuple[Array, Array], ct: Array) -> tuple[Array, Array]:
     a, b = saved
-    pull = lambda kind, x, i, y, j: _product(kind, None if parts is None else (i, j), x, y)  # noqa: E731
+    pull = lambda kind, x, i, y, j: _product(kind, None if parts is None else (i, j), x, y)
     i, j = parts or (0, 0)
     most = max(i, j)
     if kind == "nn":
@@ -126,7 +126,7 @@ class Bounds(NamedTuple):
     @classmethod
     def of(cls, number: Array, entering: Array) -> "Bounds":
         """From the segment number of every token and that of the token before the chunk, repeated, both float32 rows [1, C]."""
-        same = lambda a, b: jnp.where(a == b, 1.0, 0.0)  # noqa: E731
+        same = lambda a, b: jnp.where(a == b, 1.0, 0.0)
         numbers, first, last = column(number), entering[:, :1], number[:, -1:]
         return cls(same(numbers, number), same(numbers, first), same(numbers, last), same(first, last))
 

@@ -83,7 +83,7 @@ def recurrence(
     by_channel = any(g is not None and g.ndim == 4 for g in gates)
     tiles = choose_tiles("v5e" if here is None else here.generation, key_dim, value_dim, full, by_channel).fit(length)
     padding = -length % (tiles.chunk_size * tiles.forward_chunks)
-    pad = lambda x, **how: jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2), **how) if padding else x  # noqa: E731
+    pad = lambda x, **how: jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2), **how) if padding else x
     tokens = None
     if segment_ids is not None:
         number, real = chunking.segment_index(segment_ids)

@@ -90,13 +90,13 @@ class _Grid:
 
     def spec(self, shape: tuple[int | None, ...], index: Any) -> pl.BlockSpec:
         """`index(batch, key head, value head, block)` gives the block's place."""
-        place = lambda i: self.blocks - 1 - i if self.reverse else i  # noqa: E731
+        place = lambda i: self.blocks - 1 - i if self.reverse else i
         return pl.BlockSpec(shape, lambda b, h, i, m: index(b, h, h * self.group + m, place(i)))
 
     def heads(self, width: int, of_values: bool) -> pl.BlockSpec:
         """Blocks [tokens, width] of an array that `_lay` laid out."""
         tokens = self.size * self.chunks
-        pick = lambda h, hv: hv if of_values else h  # noqa: E731
+        pick = lambda h, hv: hv if of_values else h
         if width % LANES == 0:
             return self.spec((None, tokens, width), lambda b, h, hv, i: (b, i, pick(h, hv)))
         return self.spec((None, None, tokens, width), lambda b, h, hv, i: (b, pick(h, hv), i, 0))
@@ -197,8 +197,8 @@ def _advance(problem: Problem, chunks: list[Inputs], rows: list[_Rows], state: A
 
 def _sums(x: Inputs, written: Written) -> tuple[Array, Array, Array]:
     """[1, 1] each: the leaving state's squares, and the sums of |k| |u| and of -g."""
-    total = lambda y: jnp.sum(jnp.sum(y, axis=0, keepdims=True), axis=1, keepdims=True)  # noqa: E731
-    squares = lambda y: jnp.sum(y * y, axis=1, keepdims=True)  # noqa: E731
+    total = lambda y: jnp.sum(jnp.sum(y, axis=0, keepdims=True), axis=1, keepdims=True)
+    squares = lambda y: jnp.sum(y * y, axis=1, keepdims=True)
     g = x.gates[0]
     rate = jnp.zeros((1, 1), jnp.float32) if g is None else total(g) * (-1.0 / (1 if g.shape[0] == 1 else g.shape[1]))
     return total(written.state * written.state), total(jnp.sqrt(squares(x.k) * squares(written.values))), rate

@@ -6,9 +6,10 @@ import jax
 
 from plait.kernels.context.short_conv import CONTEXT
 from plait.kernels.dispatch import Implementation, Op, kernel
-from plait.kernels.shapes import check_rank, check_segment_ids, check_shape
+from plait.kernels.shapes import check_rank, check_shape, check_tokens
 from plait.kernels.sharding import Axes
 from plait.kernels.short_conv import chunked, reference
+from plait.kernels.tokens import Tokens
 
 __all__ = ["short_conv"]
 
@@ -33,7 +34,7 @@ def short_conv(
     bias: Array | None = None,
     activation: Literal["silu"] | None = "silu",
     initial_state: Array | None = None,
-    segment_ids: Array | None = None,
+    at: Tokens | None = None,
     implementation: str = "auto",
 ) -> tuple[Array, Array]:
     """Each channel convolved with the W last tokens of its segment, and the inputs that the next token will need.
@@ -46,8 +47,8 @@ def short_conv(
       bias: [D] or None.
       activation: "silu" or None.
       initial_state: [B, W-1, D], the inputs before the first token, in its segment; None is zero.
-      segment_ids: int32 [B, T], each segment contiguous; no tap crosses into another. Id 0 is padding and gives zeros; it may
-        stand between and after segments. None is one segment.
+      at: what is known of the tokens; no tap crosses into another segment. Padding gives zeros; it may stand between and after
+        segments. None is one segment.
       implementation: "auto", "pallas_tpu", "chunked" or "reference".
 
     Returns:
@@ -71,5 +72,6 @@ def short_conv(
         check_shape("short_conv", "initial_state", initial_state, (batch, width - 1, d_model), "[B, W-1, D]")
     if activation not in ("silu", None):
         raise ValueError(f"short_conv: activation={activation!r} is unknown; use 'silu' or None")
-    check_segment_ids("short_conv", "segment_ids", segment_ids, batch, length)
+    check_tokens("short_conv", "at", at, batch, length)
+    segment_ids = None if at is None else at.segment_ids
     return _op(implementation, x, weight, bias=bias, activation=activation, initial_state=initial_state, segment_ids=segment_ids)

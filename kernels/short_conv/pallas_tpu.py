@@ -193,7 +193,7 @@ class _Call:
         """Runs a kernel on x, the tokens before each tile, those before the first one, weight and bias, bits, and `more`."""
         tiles, block = self.tiles, pl.BlockSpec(self.tile[1], self.tile[2])
         rows = 2 * HALO  # of a 16-bit tile
-        halo = lambda b, d, t: (b, jnp.maximum(self.order(t) * (tiles.tokens // rows) - 1, 0), d)  # noqa: E731
+        halo = lambda b, d, t: (b, jnp.maximum(self.order(t) * (tiles.tokens // rows) - 1, 0), d)
         inputs = [self.x, self.x, self.before, self.constants]
         specs = [
             block,

@@ -4,8 +4,9 @@ import jax
 
 from plait.kernels.dispatch import Implementation, Op
 from plait.kernels.masks import BlockTable
-from plait.kernels.shapes import check_divides, check_rank, check_segment_ids, check_shape
+from plait.kernels.shapes import check_divides, check_rank, check_shape, check_tokens
 from plait.kernels.sharding import Axes
+from plait.kernels.tokens import Tokens
 from plait.kernels.topk_blocks import chunked, reference
 
 __all__ = ["topk_blocks"]
@@ -30,7 +31,7 @@ def topk_blocks(
     num_local: int = 1,
     num_first: int = 0,
     by_group: bool = False,
-    segment_ids: Array | None = None,
+    at: Tokens | None = None,
     implementation: str = "auto",
 ) -> BlockTable:
     """The `top_k` key blocks that each query, or each block of queries, gives the largest scores; a table for `attention`.
@@ -49,7 +50,7 @@ def topk_blocks(
       num_local: blocks up to and with the query's own, at least 1; causality inside them is the mask's part.
       num_first: leading blocks of the segment.
       by_group: the heads of one group of k choose together, by their summed scores (NSA).
-      segment_ids: int32 [B, T]; id 0 is padding, which chooses its own block only. None is one segment.
+      at: what is known of the tokens; padding chooses its own block only. None is one segment.
       implementation: "auto", "chunked" or "reference".
 
     Returns:
@@ -66,7 +67,7 @@ def topk_blocks(
     check_shape(op, "k", k, (*q.shape[:2], k.shape[2], q.shape[3]), "[B, T, Hkv, K] with B, T and K of q")
     check_divides(op, "the number of k heads", k.shape[2], "the number of q heads", q.shape[2])
     check_divides(op, "block_q", block_q, "block_kv", block_kv)
-    check_segment_ids(op, "segment_ids", segment_ids, *q.shape[:2])
+    check_tokens(op, "at", at, *q.shape[:2])
     if num_local < 1 or num_first < 0 or top_k < num_local + num_first:
         raise ValueError(
             f"{op}: top_k={top_k} must hold num_local={num_local} (at least 1) and num_first={num_first} (at least 0); "
@@ -74,5 +75,5 @@ def topk_blocks(
         )
     options = {"top_k": top_k, "block_kv": block_kv, "block_q": block_q, "num_local": num_local, "num_first": num_first}
     q, k = jax.lax.stop_gradient((q, k))
-    visible = _op(implementation, q, k, by_group=by_group, segment_ids=segment_ids, **options)
+    visible = _op(implementation, q, k, by_group=by_group, segment_ids=None if at is None else at.segment_ids, **options)
     return BlockTable(visible=visible, block_q=block_q, block_kv=block_kv)

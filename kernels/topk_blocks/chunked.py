@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from plait.kernels.attention.reference import tokens
+from plait.kernels.tokens import Tokens
 from plait.kernels.topk_blocks.reference import key_blocks, query_blocks, select
 
 Array = jax.Array
@@ -19,7 +19,7 @@ def topk_blocks(
     q: Array, k: Array, *, block_q: int, block_kv: int, by_group: bool, segment_ids: Array | None, **counts: Any
 ) -> Array:
     """See `plait.kernels.topk_blocks`; the table's array."""
-    side = tokens(segment_ids, None, *q.shape[:2])
+    side = Tokens(segment_ids=segment_ids).placed(*q.shape[:2])
     blocks = key_blocks(k, side, block_kv)
     choose: Any = partial(select, blocks=blocks, block_kv=block_kv, by_group=by_group, **counts)
     q, first, ids, positions = query_blocks(q, side, block_q)

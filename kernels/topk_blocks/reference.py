@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from plait.kernels.attention.reference import Tokens, tokens
 from plait.kernels.shapes import accumulation_dtype
+from plait.kernels.tokens import Tokens
 
 Array = jax.Array
 
@@ -28,11 +28,12 @@ def key_blocks(k: Array, side: Tokens, block_kv: int) -> Blocks:
     """The blocks of keys [B, T, Hkv, K]; T is filled up with padding."""
     batch, length = side.segment_ids.shape
     padding = -length % block_kv
-    ids, positions = (jnp.pad(x, ((0, 0), (0, padding))).reshape(batch, -1, block_kv) for x in side)
+    ids, positions = (jnp.pad(x, ((0, 0), (0, padding))).reshape(batch, -1, block_kv) for x in (side.segment_ids, side.positions))
     keys = jnp.pad(k.astype(accumulation_dtype(k)), ((0, 0), (0, padding), (0, 0), (0, 0)))
     keys = keys.reshape(batch, -1, block_kv, *k.shape[2:])
     index = jnp.max(jnp.where(ids != 0, jnp.arange(block_kv), 0), axis=-1, keepdims=True)
-    last = Tokens(*(jnp.take_along_axis(x, index, axis=-1)[..., 0] for x in (ids, positions)))
+    take = lambda x: jnp.take_along_axis(x, index, axis=-1)[..., 0]
+    last = Tokens(segment_ids=take(ids), positions=take(positions))
     own = ((ids == last.segment_ids[..., None]) & (ids != 0)).astype(keys.dtype)
     mean = jnp.einsum("bnc,bnchk->bnhk", own, keys, precision="highest") / jnp.maximum(own.sum(-1), 1)[..., None, None]
     return Blocks(mean, last, jnp.arange(0, length + padding, block_kv))
@@ -76,15 +77,14 @@ def select(
 
 def query_blocks(q: Array, side: Tokens, block_q: int) -> tuple[Array, Array, Array, Array]:
     """Of each block's first query: [B, M, H, K], its index [M], and its segment and position [B, M]."""
-    ids, positions = (x[:, ::block_q] for x in side)
-    return q[:, ::block_q], jnp.arange(0, q.shape[1], block_q), ids, positions
+    return q[:, ::block_q], jnp.arange(0, q.shape[1], block_q), side.segment_ids[:, ::block_q], side.positions[:, ::block_q]
 
 
 def topk_blocks(
     q: Array, k: Array, *, block_q: int, block_kv: int, by_group: bool, segment_ids: Array | None, **counts: Any
 ) -> Array:
     """See `plait.kernels.topk_blocks`; the table's array."""
-    side = tokens(segment_ids, None, *q.shape[:2])
+    side = Tokens(segment_ids=segment_ids).placed(*q.shape[:2])
     blocks = key_blocks(k, side, block_kv)
     at, first, ids, positions = query_blocks(q, side, block_q)
     return select(at, first, ids, positions, blocks, block_kv=block_kv, by_group=by_group, **counts)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from plait import kernels
+from plait.kernels import Tokens
 
 BATCH, NUM_QK_HEADS, NUM_HEADS, KEY_DIM, VALUE_DIM = 2, 1, 2, 8, 4
 
@@ -30,7 +31,7 @@ class Recurrence:
     def inputs(self, length: int, *, decay: str = "mixed", dtype: Any = jnp.float32, seed: int = 0) -> dict[str, jax.Array]:
         """Random arguments by name; `decay` is none, weak, strong or mixed (a g of -20 beside one of nearly 0)."""
         rng = np.random.default_rng(seed)
-        normal = lambda *shape: rng.standard_normal(shape)  # noqa: E731
+        normal = lambda *shape: rng.standard_normal(shape)
         q, k = normal(2, BATCH, length, NUM_QK_HEADS, KEY_DIM)
         k /= np.linalg.norm(k, axis=-1, keepdims=True)
         named = {"q": q, "k": k, "v": normal(BATCH, length, NUM_HEADS, VALUE_DIM)}
@@ -57,8 +58,8 @@ class Recurrence:
 
 
 RECURRENCES = {
-    "scalar_decay": Recurrence(kernels.scalar_decay, kernels.scalar_decay_rows, "scalar"),
-    "vector_decay": Recurrence(kernels.vector_decay, kernels.vector_decay_rows, "vector"),
+    "scalar_decay": Recurrence(kernels.decay, kernels.decay_rows, "scalar"),
+    "vector_decay": Recurrence(kernels.decay, kernels.decay_rows, "vector"),
     "deltanet": Recurrence(kernels.delta_rule, kernels.delta_rule_rows, None, beta=True),
     "gated_deltanet": Recurrence(kernels.delta_rule, kernels.delta_rule_rows, "scalar", beta=True),
     "kda": Recurrence(kernels.delta_rule, kernels.delta_rule_rows, "vector", beta=True),
@@ -90,7 +91,7 @@ def jitted(name: str, implementation: str, chunk_size: int = 64) -> Callable[...
     """A jitted function of (inputs, initial_state, segment_ids) to (o, final_state)."""
     options = {"implementation": implementation, "chunk_size": chunk_size}
     return quick_jit(
-        lambda inputs, state, ids=None: RECURRENCES[name].call(inputs, initial_state=state, segment_ids=ids, **options)
+        lambda inputs, state, ids=None: RECURRENCES[name].call(inputs, initial_state=state, at=Tokens(None, ids), **options)
     )
 
 
@@ -103,7 +104,11 @@ def values_and_gradients(name: str, implementation: str, chunk_size: int = 64) -
     def run(inputs: dict[str, jax.Array], initial_state: jax.Array, segment_ids: jax.Array | None) -> Any:
         def outputs(inputs: dict[str, jax.Array], initial_state: jax.Array) -> dict[str, jax.Array]:
             o, final_state = recurrence.call(
-                inputs, initial_state=initial_state, segment_ids=segment_ids, implementation=implementation, chunk_size=chunk_size
+                inputs,
+                initial_state=initial_state,
+                at=Tokens(None, segment_ids),
+                implementation=implementation,
+                chunk_size=chunk_size,
             )
             return {"o": o, "final_state": final_state}
 
@@ -115,5 +120,5 @@ def values_and_gradients(name: str, implementation: str, chunk_size: int = 64) -
 def with_gradients(outputs: Callable[..., Any], *args: Any) -> Any:
     """The outputs and, for cotangents that are a fixed wave over each output, the gradients of all arguments."""
     values, pullback = jax.vjp(outputs, *args)
-    wave = lambda x: jnp.cos(jnp.arange(x.size) % 97 * 1.7).reshape(x.shape).astype(x.dtype)  # noqa: E731
+    wave = lambda x: jnp.cos(jnp.arange(x.size) % 97 * 1.7).reshape(x.shape).astype(x.dtype)
     return {"value": values, "gradient": pullback(jax.tree.map(wave, values))}

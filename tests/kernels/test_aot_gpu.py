@@ -62,7 +62,7 @@ def test_attention_compiles(
 ):
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
     where = _on(generation)
-    heads = lambda n, dim: jax.ShapeDtypeStruct((1, length, n, dim), jnp.bfloat16, sharding=where)  # noqa: E731
+    heads = lambda n, dim: jax.ShapeDtypeStruct((1, length, n, dim), jnp.bfloat16, sharding=where)
 
     def loss(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
         o, rows = pallas_gpu.attention(

@@ -12,7 +12,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from plait import kernels
-from plait.kernels import gpu
+from plait.kernels import Tokens, gpu
 from plait.kernels.target import target
 from plait.tests.kernels.gpu_targets import TARGETS
 
@@ -38,7 +38,7 @@ KERNELS = {
 def _loss(name: str, *args: jax.Array) -> jax.Array:
     op = getattr(kernels, name if name.endswith("_decay") else "delta_rule")
     *args_of_op, segment_ids = args
-    o, state = op(*args_of_op, segment_ids=segment_ids, implementation="pallas_gpu")
+    o, state = op(*args_of_op, at=Tokens(None, segment_ids), implementation="pallas_gpu")
     return jnp.sum(o.astype(jnp.float32)) + jnp.sum(state)
 
 
@@ -63,9 +63,7 @@ def test_recurrences_compile(
         platform="cuda", topology_name=generation, topology="1x1x1", target_config=TARGETS[generation]
     )
     mesh = Mesh(np.array(topology.devices), ("d",), axis_types=(AxisType.Auto,))
-    array = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(  # noqa: E731
-        shape, dtype, sharding=NamedSharding(mesh, PartitionSpec())
-    )
+    array = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
     heads = (3, 3) if dims[0] == 256 else (2, 4)
     for name in names:
         qk, v = array(1, length, heads[0], dims[0]), array(1, length, heads[1], dims[1])

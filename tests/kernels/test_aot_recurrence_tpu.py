@@ -10,6 +10,7 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
+from plait.kernels import Tokens
 from plait.kernels.target import target
 from plait.tests.kernels import cases
 
@@ -48,7 +49,7 @@ def vmem_of_kernels(generation: str, name: str, width: int, length: int, dtype: 
     """Compiles values and gradients, with segments and value groups; the scoped VMEM in bytes of each kernel."""
     recurrence = cases.RECURRENCES[name]
     device = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[generation]).devices[0]
-    shape = lambda *s, dtype=dtype: jax.ShapeDtypeStruct(s, dtype, sharding=SingleDeviceSharding(device))  # noqa: E731
+    shape = lambda *s, dtype=dtype: jax.ShapeDtypeStruct(s, dtype, sharding=SingleDeviceSharding(device))
     inputs = {"q": shape(1, length, 2, width), "k": shape(1, length, 2, width), "v": shape(1, length, 2 * group, width)}
     if recurrence.g is not None:
         inputs["g"] = shape(1, length, 2 * group, *((width,) if recurrence.g == "vector" else ()), dtype=jnp.float32)
@@ -56,7 +57,7 @@ def vmem_of_kernels(generation: str, name: str, width: int, length: int, dtype: 
         inputs["beta"] = shape(1, length, 2 * group)
 
     def loss(inputs: dict[str, jax.Array], segment_ids: jax.Array) -> Any:
-        o, state = recurrence.call(inputs, segment_ids=segment_ids, implementation="pallas_tpu")
+        o, state = recurrence.call(inputs, at=Tokens(None, segment_ids), implementation="pallas_tpu")
         return jnp.sum(o.astype(jnp.float32)) + jnp.sum(state)
 
     with target(generation):

@@ -10,7 +10,7 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from plait.kernels import BlockTable, Mask, PowerMask, attention, column_mass, routed_attention
+from plait.kernels import BlockTable, Mask, PowerMask, Tokens, attention, column_mass, routed_attention
 from plait.kernels.target import target
 
 pytest.importorskip("libtpu", reason="compiling for TPU needs libtpu: pip install 'plait[aot]'")
@@ -46,7 +46,7 @@ def compiled_kernels(generation: str, loss: Any, *shapes: tuple[tuple[int, ...],
 
 
 def _inputs(length: int, head_dim: int, num_heads: int = 4, num_kv_heads: int = 2) -> list[tuple[tuple[int, ...], Any]]:
-    heads = lambda n: ((1, length, n, head_dim), jnp.bfloat16)  # noqa: E731
+    heads = lambda n: ((1, length, n, head_dim), jnp.bfloat16)
     return [heads(num_heads), heads(num_kv_heads), heads(num_kv_heads), ((1, length), jnp.int32)]
 
 
@@ -67,7 +67,7 @@ def test_attention_compiles(generation: str, length: int, head_dim: int):
     stats = head_dim == 128
 
     def loss(q, k, v, segment_ids):
-        out = attention(q, k, v, mask=Mask(), segment_ids=segment_ids, return_stats=stats, implementation="pallas_tpu")
+        out = attention(q, k, v, mask=Mask(), at=Tokens(None, segment_ids), return_stats=stats, implementation="pallas_tpu")
         o, rows = out if stats else (out, None)
         return jnp.sum(o.astype(jnp.float32)) + (0 if rows is None else jnp.sum(rows.entropy) + jnp.sum(rows.first_mass))
 
@@ -86,7 +86,7 @@ def test_attention_compiles(generation: str, length: int, head_dim: int):
 )
 def test_masks_compile(mask: Mask, head_dim: int, options: dict[str, Any]):
     def loss(q, k, v, segment_ids):
-        o: Any = attention(q, k, v, mask=mask, segment_ids=segment_ids, implementation="pallas_tpu", **options)
+        o: Any = attention(q, k, v, mask=mask, at=Tokens(None, segment_ids), implementation="pallas_tpu", **options)
         return sum(jnp.sum(x.astype(jnp.float32)) for x in jax.tree.leaves(o))
 
     _check(compiled_kernels("v5e", loss, *_inputs(4096, head_dim)))
@@ -95,7 +95,7 @@ def test_masks_compile(mask: Mask, head_dim: int, options: dict[str, Any]):
 def test_block_table_compiles():
     def loss(q, k, v, segment_ids, visible):
         table = BlockTable(visible=visible, block_q=1, block_kv=64)
-        o = attention(q, k, v, mask=Mask(), segment_ids=segment_ids, block_table=table, implementation="pallas_tpu")
+        o = attention(q, k, v, mask=Mask(), at=Tokens(None, segment_ids), block_table=table, implementation="pallas_tpu")
         return jnp.sum(o.astype(jnp.float32))
 
     _check(compiled_kernels("v5e", loss, *_inputs(4096, 128), ((1, 4, 4096, 64), jnp.bool_)))
@@ -103,7 +103,7 @@ def test_block_table_compiles():
 
 def test_routed_attention_compiles():
     def loss(q, k, v, segment_ids, active):
-        o = routed_attention(q, k, v, active, mask=Mask(), segment_ids=segment_ids, implementation="pallas_tpu")
+        o = routed_attention(q, k, v, active, mask=Mask(), at=Tokens(None, segment_ids), implementation="pallas_tpu")
         return jnp.sum(o.astype(jnp.float32))
 
     _check(compiled_kernels("v5e", loss, *_inputs(4096, 128), ((1, 4096, 4), jnp.bool_)))
@@ -111,7 +111,7 @@ def test_routed_attention_compiles():
 
 def test_column_mass_compiles():
     def masses(q, k, lse, segment_ids):
-        return column_mass(q, k, lse, mask=Mask(), segment_ids=segment_ids, implementation="pallas_tpu")
+        return column_mass(q, k, lse, mask=Mask(), at=Tokens(None, segment_ids), implementation="pallas_tpu")
 
     q, k, _, ids = _inputs(4096, 128)
     found = compiled_kernels("v5e", masses, q, k, ((1, 4096, 4), jnp.float32), ids)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from plait import kernels
-from plait.kernels import Mask, dispatch, gpu
+from plait.kernels import Mask, Tokens, dispatch, gpu
 from plait.kernels.attention import cudnn, pallas_gpu, reference
 from plait.kernels.masks import BlockTable, PowerMask
 from plait.kernels.target import target
@@ -142,7 +142,7 @@ def test_routed_matches_reference():
     def run(implementation: str, inputs: dict[str, jax.Array]) -> Any:
         def outputs(inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
             q, k, v = (inputs[name] for name in "qkv")
-            options = {"mask": case.mask, "segment_ids": _segments(case), "sinks": inputs["sinks"]}
+            options = {"mask": case.mask, "at": Tokens(None, _segments(case)), "sinks": inputs["sinks"]}
             return {"o": kernels.routed_attention(q, k, v, active, implementation=implementation, **options)}
 
         return cases.with_gradients(outputs, inputs)
@@ -196,7 +196,7 @@ def as_if_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_cudnn_lowers(as_if_cudnn: None, mask: Mask):
     with target("h100"):
         assert cudnn.unsupported(*_shapes(), **_call(mask=mask)) is None
-        loss = lambda q, k, v: jnp.sum(cudnn.attention(q, k, v, **_call(mask=mask))[0].astype(jnp.float32))  # noqa: E731
+        loss = lambda q, k, v: jnp.sum(cudnn.attention(q, k, v, **_call(mask=mask))[0].astype(jnp.float32))
         text = jax.jit(jax.grad(loss, (0, 1, 2))).trace(*_shapes()).lower(lowering_platforms=("cuda",)).as_text()
     assert "__cudnn$fmhaSoftmax(" in text and "__cudnn$fmhaSoftmaxBackward(" in text
     assert re.search(r"sliding_window_length\W+22: (\d+)", text)[1] == str(mask.window_size or 0)
@@ -234,7 +234,7 @@ def test_cudnn_is_asked_for_itself():
 
 def test_auto_chooses_for_the_gpu(as_if_cudnn: None):
     with target("h100"):
-        run = lambda **options: jax.eval_shape(lambda q, k, v: kernels.attention(q, k, v, mask=Mask(), **options), *_shapes())  # noqa: E731
+        run = lambda **options: jax.eval_shape(lambda q, k, v: kernels.attention(q, k, v, mask=Mask(), **options), *_shapes())
         run()
         if jax.__version_info__ >= gpu.MIN_JAX:
             run(return_stats=True)

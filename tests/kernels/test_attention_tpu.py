@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from plait.kernels import BlockTable, Mask, PowerMask, attention, column_mass, routed_attention
+from plait.kernels import BlockTable, Mask, PowerMask, Tokens, attention, column_mass, routed_attention
 from plait.kernels.attention import pallas_tpu, reference, tpu_tiling
-from plait.kernels.attention.reference import Tokens, sides
+from plait.kernels.attention.reference import sides
 from plait.kernels.attention.schedule import FULL, SKIP, Layout, renumbered, schedules
 from plait.kernels.target import target
 from plait.tests.kernels import cases
@@ -156,7 +156,7 @@ def test_routed_matches_reference(share: float):
     def run(implementation: str, inputs: dict[str, jax.Array]) -> Any:
         def outputs(inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
             q, k, v = (inputs[name] for name in "qkv")
-            options = {"mask": case.mask, "segment_ids": _segments(case), "sinks": inputs["sinks"]}
+            options = {"mask": case.mask, "at": Tokens(None, _segments(case)), "sinks": inputs["sinks"]}
             return {"o": routed_attention(q, k, v, active, implementation=implementation, **options)}
 
         return cases.with_gradients(outputs, inputs)
@@ -170,7 +170,7 @@ def test_routed_matches_reference(share: float):
 @pytest.mark.parametrize("segments", [None, "several"])
 def test_column_mass_matches_reference(segments: str | None):
     case = Case(mask=Mask(window_size=90), heads=(4, 2), segments=segments, length=200)
-    inputs, options = _inputs(case), {"mask": case.mask, "segment_ids": _segments(case)}
+    inputs, options = _inputs(case), {"mask": case.mask, "at": Tokens(None, _segments(case))}
     q, k, v = (inputs[name] for name in "qkv")
     _, stats = cases.quick_jit(partial(attention, return_stats=True, implementation="reference", **options))(q, k, v)
     plain = cases.quick_jit(partial(column_mass, implementation="reference", **options))
@@ -202,7 +202,7 @@ def test_schedule_visits_what_is_visible(mask: Mask, layout: str | None):
     x = jnp.zeros((cases.BATCH, length, 1, 1))
     own = {"segment_ids": ids, "positions": None, "kv_segment_ids": None, "kv_positions": None}
     tokens = renumbered(sides(x, x, **own)[0])
-    tokens = Tokens(*(x[:, None] for x in tokens))
+    tokens = jax.tree.map(lambda x: x[:, None], tokens)
     known = Layout(mask, length, length, own_keys=True, packed=layout is not None)
     visible = np.asarray(mask.dense(tokens.positions, tokens.positions, tokens.segment_ids, tokens.segment_ids))[:, 0]
     tiles = visible.reshape(cases.BATCH, length // block_q, block_q, length // block_kv, block_kv).swapaxes(2, 3)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from plait.kernels import Mask, attention, routed_attention, short_conv
+from plait.kernels import Mask, Tokens, attention, routed_attention, short_conv
 from plait.kernels.masks import PowerMask
 from plait.kernels.sharding import splitting
 from plait.tests.kernels import cases
@@ -75,7 +75,7 @@ def test_recurrence(name: str, segments: str, count: int):
 
     def outputs(inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
         named = {key: x for key, x in inputs.items() if key != "state"}
-        o, final = cases.RECURRENCES[name].call(named, initial_state=inputs["state"], segment_ids=ids, chunk_size=8)
+        o, final = cases.RECURRENCES[name].call(named, initial_state=inputs["state"], at=Tokens(None, ids), chunk_size=8)
         return {"o": o, "state": final}
 
     inputs = cases.RECURRENCES[name].inputs(LENGTH, decay="weak" if segments == "packed" else "mixed") | {"state": cases.state()}
@@ -85,7 +85,7 @@ def test_recurrence(name: str, segments: str, count: int):
 @pytest.mark.parametrize("name", cases.RECURRENCES)
 def test_recurrence_in_bfloat16(name: str):
     def outputs(inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        o, final = cases.RECURRENCES[name].call(inputs, segment_ids=segment_ids(SEGMENTS["packed"]), chunk_size=8)
+        o, final = cases.RECURRENCES[name].call(inputs, at=Tokens(None, segment_ids(SEGMENTS["packed"])), chunk_size=8)
         return {"o": o, "state": final}
 
     assert_same(
@@ -100,7 +100,7 @@ def test_recurrence_statistics(name: str):
     ids = jnp.repeat(segment_ids(SEGMENTS["packed"]), 8, axis=1)
 
     def outputs(inputs: dict[str, jax.Array]) -> Any:
-        return cases.RECURRENCES[name].call(inputs, segment_ids=ids, return_stats=True)[1:]
+        return cases.RECURRENCES[name].call(inputs, at=Tokens(None, ids), return_stats=True)[1:]
 
     alone = cases.quick_jit(outputs)(inputs)
     with splitting(mesh_of(context=4), batch=("data",), heads=("tensor",), context=("context",)):
@@ -111,7 +111,7 @@ def test_recurrence_statistics(name: str):
 @pytest.mark.parametrize(("segments", "count"), EVERY)
 def test_short_conv(segments: str, count: int):
     def outputs(inputs: dict[str, jax.Array]) -> Any:
-        return short_conv(**inputs, segment_ids=segment_ids(SEGMENTS[segments]))
+        return short_conv(**inputs, at=Tokens(None, segment_ids(SEGMENTS[segments])))
 
     assert_same(outputs, arrays(x=(2, LENGTH, 6), weight=(4, 6), initial_state=(2, 3, 6)), mesh_of(context=count))
 
@@ -135,7 +135,7 @@ def test_attention(mask: str, segments: str, count: int):
 
     def outputs(inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
         ids = segment_ids(SEGMENTS[segments])
-        o, stats = attention(**inputs, mask=MASKS[mask], segment_ids=ids, return_stats=True)
+        o, stats = attention(**inputs, mask=MASKS[mask], at=Tokens(None, ids), return_stats=True)
         return {"o": o, "lse": stats.lse, "entropy": stats.entropy, "first": stats.first_mass}
 
     inputs = arrays(q=(2, LENGTH, 4, 8), k=(2, LENGTH, 2, 8), v=(2, LENGTH, 2, 6), sinks=(4,))
@@ -144,7 +144,7 @@ def test_attention(mask: str, segments: str, count: int):
 
 def test_sigmoid_attention():
     def outputs(inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        return {"o": attention(**inputs, mask=Mask(), normalizer="sigmoid", segment_ids=segment_ids(SEGMENTS["packed"]))}
+        return {"o": attention(**inputs, mask=Mask(), normalizer="sigmoid", at=Tokens(None, segment_ids(SEGMENTS["packed"])))}
 
     inputs = arrays(q=(2, LENGTH, 4, 8), k=(2, LENGTH, 2, 8), v=(2, LENGTH, 2, 6), sigmoid_bias=(4,))
     assert_same(outputs, inputs, mesh_of(context=4))
@@ -156,7 +156,7 @@ def test_routed_attention(mask: str):
 
     def outputs(inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
         ids = segment_ids(SEGMENTS["packed"])
-        return {"o": routed_attention(**inputs, active=active, mask=MASKS[mask], segment_ids=ids)}
+        return {"o": routed_attention(**inputs, active=active, mask=MASKS[mask], at=Tokens(None, ids))}
 
     assert_same(outputs, arrays(q=(2, LENGTH, 4, 8), k=(2, LENGTH, 2, 8), v=(2, LENGTH, 2, 6), sinks=(4,)), mesh_of(context=4))
 
@@ -167,10 +167,10 @@ def test_beside_split_rows_and_heads(name: str):
 
     def outputs(inputs: dict[str, jax.Array]) -> Any:
         if name == "attention":
-            return attention(**inputs, mask=Mask(), segment_ids=ids)
+            return attention(**inputs, mask=Mask(), at=Tokens(None, ids))
         if name == "short_conv":
-            return short_conv(**inputs, segment_ids=ids)[0]
-        return cases.RECURRENCES[name].call(inputs, segment_ids=ids, chunk_size=8)[0]
+            return short_conv(**inputs, at=Tokens(None, ids))[0]
+        return cases.RECURRENCES[name].call(inputs, at=Tokens(None, ids), chunk_size=8)[0]
 
     shapes = {
         "attention": arrays(q=(2, LENGTH, 4, 8), k=(2, LENGTH, 2, 8), v=(2, LENGTH, 2, 6)),
@@ -182,7 +182,7 @@ def test_beside_split_rows_and_heads(name: str):
 
 def compiled_text(function: Any, inputs: dict[str, jax.Array], count: int) -> str:
     mesh = mesh_of(context=count)
-    where = lambda x: NamedSharding(mesh, PartitionSpec(None, "context"))  # noqa: E731
+    where = lambda x: NamedSharding(mesh, PartitionSpec(None, "context"))
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where(x)) for name, x in inputs.items()}
     with splitting(mesh, batch=("data",), heads=("tensor",), context=("context",)):
         return jax.jit(partial(function)).lower(shapes).compile().as_text()
@@ -195,7 +195,7 @@ def test_implied_attention(name: str, segments: str, count: int):
 
     def outputs(inputs: dict[str, jax.Array]) -> jax.Array:
         rows = jnp.asarray([0, 5, 31, 32, 40, 63])
-        return cases.RECURRENCES[name].implied(inputs, rows, segment_ids=segment_ids(SEGMENTS[segments]), chunk_size=8)
+        return cases.RECURRENCES[name].implied(inputs, rows, at=Tokens(None, segment_ids(SEGMENTS[segments])), chunk_size=8)
 
     alone = cases.quick_jit(outputs)(inputs)
     with splitting(mesh_of(context=count), batch=("data",), heads=("tensor",), context=("context",)):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from plait.kernels import Mask, attention, dispatch, short_conv
+from plait.kernels import Mask, Tokens, attention, dispatch, short_conv
 from plait.kernels.sharding import splitting
 from plait.kernels.target import target
 from plait.tests.kernels import cases
@@ -24,13 +24,13 @@ def case(name: str) -> tuple[Any, dict[str, jax.Array]]:
     if name in ("causal", "window"):
         mask = Mask() if name == "causal" else Mask(window_size=40)
         inputs = arrays(q=(1, LENGTH, 2, 8), k=(1, LENGTH, 1, 8), v=(1, LENGTH, 1, 8))
-        return lambda x, how: {"o": attention(**x, mask=mask, segment_ids=IDS, implementation=how)}, inputs
+        return lambda x, how: {"o": attention(**x, mask=mask, at=Tokens(None, IDS), implementation=how)}, inputs
     if name == "short_conv":
-        call = partial(short_conv, segment_ids=IDS)
+        call = partial(short_conv, at=Tokens(None, IDS))
         return lambda x, how: {"y": call(**x, implementation=how)[0]}, arrays(x=(1, LENGTH, 8), weight=(4, 8))
     op = cases.RECURRENCES[name]
     inputs = {key: x if key == "weight" else x[:1] for key, x in op.inputs(LENGTH, decay="weak").items()}
-    return lambda x, how: dict(zip(("o", "state"), op.call(x, segment_ids=IDS, implementation=how))), inputs
+    return lambda x, how: dict(zip(("o", "state"), op.call(x, at=Tokens(None, IDS), implementation=how))), inputs
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from plait import kernels
-from plait.kernels import Mask
+from plait.kernels import Mask, Tokens
 from plait.tests.kernels import cases
 from plait.tests.tolerances import assert_close, assert_tree_close, in_float64
 
@@ -26,7 +26,7 @@ CASES = [  # length, segments, decay
     (500, "several", "mixed"),
     (500, "long", "weak"),
 ]
-_ids = lambda value: "-".join(map(str, value)) if isinstance(value, tuple) else str(value)  # noqa: E731
+_ids = lambda value: "-".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 @pytest.mark.parametrize("case", [("float32", *case) for case in CASES] + [("bfloat16", 64, "several", "mixed")], ids=_ids)
@@ -103,7 +103,7 @@ def test_recurrence_rows_reproduce_output(name: str, layout: str | None):
     inputs = recurrence.inputs(length)
     ids = None if layout is None else cases.segments(length, layout)
     rows = jnp.asarray([0, 1, 31, 32, 50, 63, 64, 99], jnp.int32)
-    weights = cases.quick_jit(partial(recurrence.implied, segment_ids=ids, chunk_size=32))(inputs, rows)
+    weights = cases.quick_jit(partial(recurrence.implied, at=Tokens(None, ids), chunk_size=32))(inputs, rows)
     o, _ = cases.jitted(name, "reference")(inputs, None, ids)
     assert weights.dtype == jnp.float32
     assert_close(jnp.einsum("bhrs,bshv->brhv", weights, inputs["v"]), o[:, rows])
@@ -132,7 +132,7 @@ def _attention(name: str, implementation: str) -> Any:
         def outputs(inputs: dict[str, jax.Array]) -> Any:
             named = dict(options, sinks=inputs["sinks"]) if options.get("sinks") else options
             o, stats = kernels.attention(
-                inputs["q"], inputs["k"], inputs["v"], mask=mask, segment_ids=segment_ids, return_stats=True,
+                inputs["q"], inputs["k"], inputs["v"], mask=mask, at=Tokens(None, segment_ids), return_stats=True,
                 implementation=implementation, **named,
             )  # fmt: skip
             return {"o": o, **{f: jnp.where(x > -1e29, x, 0) for f, x in stats._asdict().items()}}
@@ -213,8 +213,8 @@ def test_attention_decodes_from_shuffled_cache(implementation: str):
     def decode(q: jax.Array, t: jax.Array) -> jax.Array:
         filled = (positions <= t) & (jnp.arange(48)[None, :] < 40)
         return kernels.attention(
-            q, cache_k, cache_v, mask=mask, positions=jnp.full((2, 1), t), kv_positions=positions,
-            kv_segment_ids=filled.astype(jnp.int32), implementation=implementation,
+            q, cache_k, cache_v, mask=mask, at=Tokens(None, None, jnp.full((2, 1), t)),
+            kv_at=Tokens(None, filled.astype(jnp.int32), positions), implementation=implementation,
         )  # fmt: skip
 
     for t in (0, 5, 39):
@@ -227,7 +227,7 @@ def test_attention_decodes_from_shuffled_cache(implementation: str):
 )
 def test_attention_rows_reproduce_output(options: dict[str, Any]):
     inputs, ids, rows = _attention_inputs(50), cases.segments(50, "several"), jnp.asarray([0, 7, 31, 49])
-    options = options | {"mask": Mask(window_size=20, num_sink_tokens=2), "segment_ids": ids}
+    options = options | {"mask": Mask(window_size=20, num_sink_tokens=2), "at": Tokens(None, ids)}
 
     @cases.quick_jit
     def both(q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -243,7 +243,9 @@ def _short_conv(implementation: str, activation: str | None) -> Any:
     @cases.quick_jit
     def run(inputs: dict[str, jax.Array], segment_ids: jax.Array | None) -> Any:
         def outputs(inputs: dict[str, jax.Array]) -> Any:
-            return kernels.short_conv(**inputs, activation=activation, segment_ids=segment_ids, implementation=implementation)
+            return kernels.short_conv(
+                **inputs, activation=activation, at=Tokens(None, segment_ids), implementation=implementation
+            )
 
         return cases.with_gradients(outputs, inputs)
 
@@ -271,7 +273,7 @@ def test_short_conv_matches_reference(implementation: str, length: int, width: i
 def test_short_conv_packed_equals_separate():
     inputs = _conv_inputs(20, 4)
     ids = jnp.asarray(np.repeat([1, 2, 3], [9, 1, 10])[None].repeat(2, 0))
-    y, state = kernels.short_conv(**inputs, segment_ids=ids)
+    y, state = kernels.short_conv(**inputs, at=Tokens(None, ids))
     first, _ = kernels.short_conv(
         inputs["x"][:, :9], inputs["weight"], bias=inputs["bias"], initial_state=inputs["initial_state"]
     )

@@ -92,7 +92,7 @@ def test_kernel_compiles_without_spills(
         platform="cuda", topology_name=generation, topology="1x1x1", target_config=TARGETS[generation]
     )
     where = NamedSharding(Mesh(np.array(topology.devices), ("d",), axis_types=(AxisType.Auto,)), PartitionSpec())
-    shape = lambda *s, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(s, dtype, sharding=where)  # noqa: E731
+    shape = lambda *s, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(s, dtype, sharding=where)
     rows, targets = shape(tokens, dtype=jnp.float32), shape(tokens, dtype=jnp.int32)
     with target(generation):
         forward = jax.jit(lambda *x: pallas_gpu.forward(*x, soft_cap))

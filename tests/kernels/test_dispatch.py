@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from plait import kernels
-from plait.kernels import Mask, dispatch
+from plait.kernels import Mask, Tokens, dispatch
 from plait.kernels.sharding import Axes
 
 
@@ -53,14 +53,17 @@ QK, V, G, STATE = jnp.zeros((2, 6, 2, 8)), jnp.zeros((2, 6, 4, 3)), jnp.zeros((2
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: kernels.scalar_decay(QK[0], QK, V, G), "scalar_decay: q.shape=(6, 2, 8) must be [B, T, Hqk, K]"),
-        (lambda: kernels.scalar_decay(QK, QK[:, :5], V, G), "k.shape=(2, 5, 2, 8) must be [B, T, Hqk, K] as q = (2, 6, 2, 8)"),
-        (lambda: kernels.scalar_decay(QK, QK, V[:, :, :3], G), "heads=2 must divide the number of v heads=3; use one of [1, 3]"),
-        (lambda: kernels.vector_decay(QK, QK, V, G), "g.shape=(2, 6, 4) must be [B, T, Hv, K] = (2, 6, 4, 8)"),
+        (lambda: kernels.decay(QK[0], QK, V, G), "decay: q.shape=(6, 2, 8) must be [B, T, Hqk, K]"),
+        (lambda: kernels.decay(QK, QK[:, :5], V, G), "k.shape=(2, 5, 2, 8) must be [B, T, Hqk, K] as q = (2, 6, 2, 8)"),
+        (lambda: kernels.decay(QK, QK, V[:, :, :3], G), "heads=2 must divide the number of v heads=3; use one of [1, 3]"),
+        (
+            lambda: kernels.decay(QK, QK, V, G[:, :, :2]),
+            "g.shape=(2, 6, 2) must be [B, T, Hv] = (2, 6, 4) or [B, T, Hv, K] = (2, 6, 4, 8)",
+        ),
         (lambda: kernels.delta_rule(QK, QK, V, G, G[:, :, :2]), "beta.shape=(2, 6, 2) must be [B, T, Hv] = (2, 6, 4)"),
         (lambda: kernels.delta_rule(QK, QK, V, None, G, initial_state=STATE[:, :2]), "initial_state.shape=(2, 2, 8, 3) must be"),
-        (lambda: kernels.scalar_decay(QK, QK, V, G + 0.5), "scalar_decay: g holds 0.5; a log decay must be at most 0"),
-        (lambda: kernels.scalar_decay(QK.astype(int), QK, V, G), "q.dtype=int32 must be a floating-point type"),
+        (lambda: kernels.decay(QK, QK, V, G + 0.5), "decay: g holds 0.5; a log decay must be at most 0"),
+        (lambda: kernels.decay(QK.astype(int), QK, V, G), "q.dtype=int32 must be a floating-point type"),
         (lambda: kernels.attention(QK, QK, QK.astype(bool), mask=Mask()), "v.dtype=bool must be a floating-point type"),
         (
             lambda: kernels.attention(QK, QK, QK, mask=Mask(), block_table=TABLE),
@@ -72,15 +75,15 @@ QK, V, G, STATE = jnp.zeros((2, 6, 2, 8)), jnp.zeros((2, 6, 4, 3)), jnp.zeros((2
         ),
         (lambda: kernels.delta_rule(QK, QK, V, None, G, chunk_size=48), "chunk_size=48 must be a power of two"),
         (
-            lambda: kernels.scalar_decay(QK, QK, V, G, segment_ids=jnp.ones((2, 5), int)),
+            lambda: kernels.decay(QK, QK, V, G, at=Tokens(None, jnp.ones((2, 5), int))),
             "segment_ids.shape=(2, 5) must be [B, T]",
         ),
         (
-            lambda: kernels.scalar_decay(QK, QK, V, G, segment_ids=jnp.ones((2, 6))),
+            lambda: kernels.decay(QK, QK, V, G, at=Tokens(None, jnp.ones((2, 6)))),
             "segment_ids.dtype=float32 must be an integer",
         ),
         (
-            lambda: kernels.scalar_decay(QK, QK, V, G, segment_ids=jnp.asarray([[1, 1, 2, 0, 1, 1]] * 2)),
+            lambda: kernels.decay(QK, QK, V, G, at=Tokens(None, jnp.asarray([[1, 1, 2, 0, 1, 1]] * 2))),
             "segment_ids[0] holds runs [1, 2, 1]",
         ),
         (lambda: kernels.attention(QK, QK[:, :4], QK[:, :4], mask=Mask()), "k has S=4 tokens and q has T=6"),
@@ -110,4 +113,4 @@ def test_public_functions_reject(call, message: str):
 
 
 def test_traced_segment_ids_are_not_read():
-    jax.eval_shape(lambda ids: kernels.scalar_decay(QK, QK, V, G, segment_ids=ids), jnp.asarray([[1, 2, 1, 1, 1, 1]] * 2))
+    jax.eval_shape(lambda ids: kernels.decay(QK, QK, V, G, at=Tokens(None, ids)), jnp.asarray([[1, 2, 1, 1, 1, 1]] * 2))

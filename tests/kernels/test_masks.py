@@ -8,9 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plait.kernels import BlockTable, Mask, PowerMask, attention
+from plait.kernels import BlockTable, Mask, PowerMask, Tokens, attention
 from plait.kernels.attention import chunked
-from plait.kernels.attention.reference import Tokens
 from plait.kernels.attention.schedule import FULL, SKIP, Layout, schedules
 from plait.tests.kernels.cases import quick_jit
 from plait.tests.tolerances import assert_close
@@ -74,7 +73,9 @@ def test_schedule_follows_the_rule(mask: Mask, row, block_q: int, block_kv: int,
         shown = np.array([[rng.random() < 0.5 for _ in range(-(-length // own[1]))] for _ in range(-(-length // own[0]))])
         table = BlockTable(visible=jnp.asarray(shown[None, None]), block_q=own[0], block_kv=own[1])
         dense &= np.asarray(table.dense(length, length))[0, 0]
-    sides = [Tokens(*(jnp.asarray(np.pad(x, (0, -length % block)))[None, None] for x in row)) for block in (block_q, block_kv)]
+    sides = [
+        Tokens(None, *(jnp.asarray(np.pad(x, (0, -length % block)))[None, None] for x in row)) for block in (block_q, block_kv)
+    ]
     layout = Layout(mask, length, length, own_keys=True, packed=True)
     by_query, by_key = schedules(layout, *sides, block_q, block_kv, keep_first=True, table=table)
     for schedule, seen, blocks in ((by_query, dense, (block_q, block_kv)), (by_key, dense.T, (block_kv, block_q))):
@@ -114,10 +115,10 @@ def test_blocks_match_dense(mask: Mask, row: tuple[np.ndarray, np.ndarray]):
     tile, block = chunked.DENSE_TILE, chunked.BLOCK_SIZE
     chunked.DENSE_TILE, chunked.BLOCK_SIZE = 0, 8
     try:
-        blocks = quick_jit(partial(attention, mask=mask, segment_ids=ids))(q, k, v)
+        blocks = quick_jit(partial(attention, mask=mask, at=Tokens(None, ids)))(q, k, v)
     finally:
         chunked.DENSE_TILE, chunked.BLOCK_SIZE = tile, block
-    whole = quick_jit(partial(attention, mask=mask, segment_ids=ids, implementation="reference"))(q, k, v)
+    whole = quick_jit(partial(attention, mask=mask, at=Tokens(None, ids), implementation="reference"))(q, k, v)
     assert_close(blocks, whole)
 
 

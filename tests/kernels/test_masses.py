@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from plait.kernels import Mask, PowerMask, attention, attention_rows, column_mass, first_masses
+from plait.kernels import Mask, PowerMask, Tokens, attention, attention_rows, column_mass, first_masses
 from plait.kernels.attention import masses
 from plait.tests.kernels import cases
 from plait.tests.tolerances import assert_close
@@ -25,7 +25,7 @@ def test_masses_follow_the_attention_matrix(mask: Mask, layout: str | None, monk
     monkeypatch.setattr(masses, "MAX_TILE", 20 * LENGTH)
     (q, k, v), sinks = _inputs(), jnp.asarray([0.5, -1.0, 2.0, 0.0])
     ids = None if layout is None else cases.segments(LENGTH, layout)
-    options = {"mask": mask, "segment_ids": ids}
+    options = {"mask": mask, "at": Tokens(None, ids)}
 
     @cases.quick_jit
     def run(q, k, v):
@@ -48,13 +48,10 @@ def test_masses_follow_the_attention_matrix(mask: Mask, layout: str | None, monk
 
 def test_first_masses_with_shuffled_keys():
     (q, k, v), order = _inputs(), np.random.default_rng(1).permutation(LENGTH)
-    keys = {
-        "kv_positions": jnp.asarray(order[None].repeat(cases.BATCH, 0)),
-        "kv_segment_ids": jnp.ones((cases.BATCH, LENGTH), int),
-    }
+    keys = Tokens(None, jnp.ones((cases.BATCH, LENGTH), int), jnp.asarray(order[None].repeat(cases.BATCH, 0)))
     _, stats = attention(q, k, v, mask=Mask(), return_stats=True)
     whole = first_masses(q, k, stats.lse, mask=Mask())
-    assert_close(first_masses(q, k[:, order], stats.lse, mask=Mask(), **keys), whole)
+    assert_close(first_masses(q, k[:, order], stats.lse, mask=Mask(), kv_at=keys), whole)
 
 
 def test_bad_arguments_are_refused():

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from plait.kernels import dispatch, gpu
+from plait.kernels import Tokens, dispatch, gpu
 from plait.kernels.recurrence import MAX_VALUE_DIM, gpu_driver
 from plait.kernels.target import target
 from plait.tests.kernels import cases
@@ -67,7 +67,7 @@ def _run(implementation: str, case: Case, inputs: dict[str, jax.Array], state: j
     def outputs(inputs: dict[str, jax.Array], state: jax.Array) -> Any:
         whole = case.dims[1] <= MAX_VALUE_DIM  # Wider values are cut, and have no statistics.
         o, final_state, *stats = cases.RECURRENCES[case.name].call(
-            inputs, initial_state=state, segment_ids=ids, implementation=implementation, return_stats=whole
+            inputs, initial_state=state, at=Tokens(None, ids), implementation=implementation, return_stats=whole
         )
         return {"o": o, "final_state": final_state, **(stats[0]._asdict() if stats else {})}
 
@@ -90,7 +90,7 @@ def _assert_matches(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
         assert not np.asarray(got["value"]["o"])[np.asarray(args[2]) == 0].any()
 
 
-_ids = lambda c: f"{c.name}-{c.length}-{c.segments}-{c.decay}-{c.dims[0]}x{c.dims[1]}"  # noqa: E731
+_ids = lambda c: f"{c.name}-{c.length}-{c.segments}-{c.decay}-{c.dims[0]}x{c.dims[1]}"
 
 
 @needs_interpreter
@@ -124,4 +124,4 @@ def test_kernel_is_chosen_where_it_fits():
     with target("b200"):
         q = jnp.zeros((1, 64, 1, 64), jnp.bfloat16)
         assert "wgmma" in str(gpu_driver.unsupported(q, q, q, scale=1.0))
-    assert all("pallas_gpu" in dispatch.registered()[op] for op in ("scalar_decay", "vector_decay", "delta_rule"))
+    assert all("pallas_gpu" in dispatch.registered()[op] for op in ("decay", "delta_rule"))

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from plait.kernels import Tokens
 from plait.kernels.recurrence import SPAN, RecurrenceStats
 from plait.tests.kernels import cases
 from plait.tests.tolerances import assert_close, assert_tree_close, in_float64
@@ -18,7 +19,7 @@ def _with_stats(name: str, implementation: str, chunk_size: int):
         return cases.RECURRENCES[name].call(
             inputs,
             initial_state=state,
-            segment_ids=ids,
+            at=Tokens(None, ids),
             implementation=implementation,
             chunk_size=chunk_size,
             return_stats=True,
@@ -46,7 +47,7 @@ def test_statistics_are_what_they_say(name: str):
     real = np.asarray(ids[:, :SPAN] != 0)[..., None]
     count = real.sum(1)
     np.testing.assert_array_equal(stats.num_tokens[:, 0], np.broadcast_to(count, stats.num_tokens[:, 0].shape))
-    norm = lambda x: np.linalg.norm(np.asarray(x)[:, :SPAN], axis=-1)  # noqa: E731
+    norm = lambda x: np.linalg.norm(np.asarray(x)[:, :SPAN], axis=-1)
     assert_close(stats.write_strength[:, 0], (norm(inputs["k"]) * norm(inputs["v"]) * real).sum(1) / count)
     g = np.asarray(inputs["g"])[:, :SPAN]
     rate = -(g if g.ndim == 3 else g.mean(-1))
@@ -73,8 +74,8 @@ def test_normalized_outputs_are_weighted_means(name: str, implementation: str):
 
     @cases.quick_jit
     def run(inputs):
-        o, state = recurrence.call(inputs, segment_ids=ids, normalize=True, implementation=implementation, chunk_size=32)
-        return o, state, recurrence.implied(inputs, rows, segment_ids=ids, chunk_size=32)
+        o, state = recurrence.call(inputs, at=Tokens(None, ids), normalize=True, implementation=implementation, chunk_size=32)
+        return o, state, recurrence.implied(inputs, rows, at=Tokens(None, ids), chunk_size=32)
 
     o, state, weights = run(inputs)
     assert state.shape == (cases.BATCH, cases.NUM_HEADS, cases.KEY_DIM, cases.VALUE_DIM + 1)
@@ -102,7 +103,7 @@ def test_normalized_gradients_are_finite(name: str):
     inputs |= {x: jnp.exp(inputs[x]) for x in "qk"}
 
     def total(inputs):
-        o, state = recurrence.call(inputs, normalize=True, segment_ids=ids)
+        o, state = recurrence.call(inputs, normalize=True, at=Tokens(None, ids))
         assert o.dtype == jnp.bfloat16
         return jnp.sum(o.astype(jnp.float32)) + jnp.sum(state)
 

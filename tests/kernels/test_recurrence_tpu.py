@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from plait.kernels import recurrence
+from plait.kernels import Tokens, recurrence
 from plait.kernels.recurrence import tpu_driver
 from plait.kernels.recurrence.tpu_driver import choose_tiles
 from plait.kernels.recurrence.tpu_kernels import Tiles
@@ -90,7 +90,7 @@ def _run(implementation: str, case: Case, inputs: dict[str, jax.Array], state: j
 
     def outputs(inputs: dict[str, jax.Array], state: jax.Array) -> Any:
         o, final_state, *stats = cases.RECURRENCES[case.name].call(
-            inputs, initial_state=state, segment_ids=ids, implementation=implementation, return_stats=case.stats
+            inputs, initial_state=state, at=Tokens(None, ids), implementation=implementation, return_stats=case.stats
         )
         return {"o": o, "final_state": final_state, **(stats[0]._asdict() if stats else {})}
 
@@ -108,7 +108,7 @@ def _assert_matches(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
         assert not np.asarray(got["value"]["o"])[np.asarray(args[2]) == 0].any()
 
 
-_name = lambda c: f"{c.name}-{c.length}-{c.segments}-{c.decay}-{c.dtype}"  # noqa: E731
+_name = lambda c: f"{c.name}-{c.length}-{c.segments}-{c.decay}-{c.dtype}"
 
 
 @pytest.mark.parametrize("case", CASES, ids=_name)

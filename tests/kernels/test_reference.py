@@ -9,7 +9,7 @@ import pytest
 from jax.test_util import check_grads
 
 from plait import kernels
-from plait.kernels import Mask
+from plait.kernels import Mask, Tokens
 from plait.kernels.chunking import decayed_scores, unit_lower_inverse
 from plait.tests.kernels import cases
 from plait.tests.tolerances import assert_close
@@ -30,7 +30,7 @@ Q, K, V = _heads([1, 1], [1, 1], [1, 1]), _heads([1, 0], [1, 1], [0, 1]), _heads
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_scalar_decay_by_hand(implementation: str):
     # S1 = (2, 0); S2 = (1, 0) + (3, 3) = (4, 3); S3 = (2, 1.5) + (0, 5) = (2, 6.5)
-    o, state = kernels.scalar_decay(Q, K, V, _heads(HALF, HALF, HALF), scale=1.0, implementation=implementation)
+    o, state = kernels.decay(Q, K, V, _heads(HALF, HALF, HALF), scale=1.0, implementation=implementation)
     np.testing.assert_allclose(o[0, :, 0, 0], [2, 7, 8.5], rtol=1e-6)
     np.testing.assert_allclose(state[0, 0, :, 0], [2, 6.5], rtol=1e-6)
 
@@ -38,7 +38,7 @@ def test_scalar_decay_by_hand(implementation: str):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_vector_decay_by_hand(implementation: str):
     # the first channel halves, the second keeps: S2 = (1, 0) + (3, 3) = (4, 3); S3 = (2, 3) + (0, 5) = (2, 8)
-    o, state = kernels.vector_decay(Q, K, V, _heads(*[[HALF, 0.0]] * 3), scale=1.0, implementation=implementation)
+    o, state = kernels.decay(Q, K, V, _heads(*[[HALF, 0.0]] * 3), scale=1.0, implementation=implementation)
     np.testing.assert_allclose(o[0, :, 0, 0], [2, 7, 10], rtol=1e-6)
     np.testing.assert_allclose(state[0, 0, :, 0], [2, 8], rtol=1e-6)
 
@@ -80,7 +80,9 @@ def test_short_conv_by_hand(implementation: str):
     y, state = kernels.short_conv(x, weight, activation=None, implementation=implementation)
     assert y.ravel().tolist() == [1, 12, 24]
     assert state.ravel().tolist() == [4]
-    y, state = kernels.short_conv(x, weight, activation=None, segment_ids=jnp.asarray([[1, 2, 0]]), implementation=implementation)
+    y, state = kernels.short_conv(
+        x, weight, activation=None, at=Tokens(None, jnp.asarray([[1, 2, 0]])), implementation=implementation
+    )
     assert y.ravel().tolist() == [1, 2, 0]
     assert state.ravel().tolist() == [2]
 
@@ -202,7 +204,7 @@ def test_attention_gradients_by_finite_differences(options: dict):
         @jax.jit
         def run(q, k, v, sinks):
             o, stats = kernels.attention(
-                q, k, v, mask=Mask(window_size=2, num_sink_tokens=1), segment_ids=ids, return_stats=True,
+                q, k, v, mask=Mask(window_size=2, num_sink_tokens=1), at=Tokens(None, ids), return_stats=True,
                 **(options | ({"sinks": sinks} if options.get("sinks") else {})),
             )  # fmt: skip
             return o, stats.lse, stats.entropy, stats.first_mass

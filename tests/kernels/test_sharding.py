@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from plait.kernels import Mask, attention, dispatch, scalar_decay
+from plait.kernels import Mask, Tokens, attention, decay, dispatch
 from plait.kernels.sharding import splitting
 from plait.tests.kernels import cases
 from plait.tests.tolerances import assert_close
@@ -27,7 +27,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Has the chunked forms run as kernels do; collects the shapes of q that they are given."""
     shapes: list[tuple[int, ...]] = []
 
-    for name in ("attention", "scalar_decay"):
+    for name in ("attention", "decay"):
         op = dispatch._ops[name]
         plain = op.implementations["chunked"].run
 
@@ -49,7 +49,7 @@ def _attention_inputs(batch: int, num_kv_heads: int) -> dict[str, jax.Array]:
 def _attend(inputs: dict[str, jax.Array]) -> Any:
     def outputs(inputs: dict[str, jax.Array]) -> Any:
         ids = jnp.asarray(np.arange(LENGTH)[None].repeat(inputs["q"].shape[0], 0) // 15 + 1)
-        o, stats = attention(**inputs, mask=Mask(), segment_ids=ids, return_stats=True, implementation="chunked")
+        o, stats = attention(**inputs, mask=Mask(), at=Tokens(None, ids), return_stats=True, implementation="chunked")
         return {"o": o, "entropy": stats.entropy}
 
     return cases.with_gradients(outputs, inputs)
@@ -57,7 +57,7 @@ def _attend(inputs: dict[str, jax.Array]) -> Any:
 
 def _recur(inputs: dict[str, jax.Array]) -> Any:
     def outputs(inputs: dict[str, jax.Array]) -> Any:
-        return dict(zip(("o", "state", "stats"), scalar_decay(**inputs, return_stats=True, implementation="chunked")))
+        return dict(zip(("o", "state", "stats"), decay(**inputs, return_stats=True, implementation="chunked")))
 
     return cases.with_gradients(outputs, inputs)
 

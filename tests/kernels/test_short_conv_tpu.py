@@ -125,7 +125,7 @@ def test_kernel_compiles(generation: str, channels: int, dtype: str, monkeypatch
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     device = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[generation]).devices[0]
-    shape = lambda *s, dtype=dtype: jax.ShapeDtypeStruct(s, dtype, sharding=SingleDeviceSharding(device))  # noqa: E731
+    shape = lambda *s, dtype=dtype: jax.ShapeDtypeStruct(s, dtype, sharding=SingleDeviceSharding(device))
 
     def loss(x: jax.Array, weight: jax.Array, segment_ids: jax.Array) -> jax.Array:
         y, _ = pallas_tpu.short_conv(x, weight, bias=None, activation="silu", initial_state=None, segment_ids=segment_ids)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from plait.kernels import Mask, attention, topk_blocks
+from plait.kernels import Mask, Tokens, attention, topk_blocks
 from plait.kernels.topk_blocks import chunked
 from plait.tests.tolerances import assert_close
 
@@ -55,14 +55,14 @@ def test_selection_follows_the_rule(implementation, block_q, num_local, num_firs
     monkeypatch.setattr(chunked, "MAX_SCORES", 2000)
     options = {"top_k": 4, "block_q": block_q, "num_local": num_local, "num_first": num_first, "by_group": by_group}
     (q, k), ids = _inputs(), _segments() if packed else np.ones((BATCH, LENGTH), np.int32)
-    table = topk_blocks(q, k, block_kv=BLOCK, segment_ids=jnp.asarray(ids), implementation=implementation, **options)
+    table = topk_blocks(q, k, block_kv=BLOCK, at=Tokens(None, jnp.asarray(ids)), implementation=implementation, **options)
     assert (np.asarray(table.visible) == _expected(q, k, ids, **options)).all()
 
 
 @pytest.mark.parametrize("block_q", [1, 4])
 def test_no_query_sees_its_future(block_q):
     (q, k), (q2, k2), t = _inputs(), _inputs(1), 50
-    later = lambda a, b: jnp.concatenate([a[:, :t], b[:, t:]], axis=1)  # noqa: E731
+    later = lambda a, b: jnp.concatenate([a[:, :t], b[:, t:]], axis=1)
 
     def run(q, k):
         table = topk_blocks(q, k, top_k=3, block_kv=BLOCK, block_q=block_q)
@@ -73,8 +73,8 @@ def test_no_query_sees_its_future(block_q):
 
 def test_all_blocks_are_dense_attention():
     q, k = _inputs()
-    table = topk_blocks(q, k, top_k=12, block_kv=BLOCK, segment_ids=jnp.asarray(_segments()))
-    options = {"mask": Mask(), "segment_ids": jnp.asarray(_segments())}
+    table = topk_blocks(q, k, top_k=12, block_kv=BLOCK, at=Tokens(None, jnp.asarray(_segments())))
+    options = {"mask": Mask(), "at": Tokens(None, jnp.asarray(_segments()))}
     assert_close(attention(q, k, k, block_table=table, **options), attention(q, k, k, **options))
 
 

@@ -30,8 +30,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from plait.kernels import scalar_decay
-from plait.kernels.scalar_decay import scalar_decay_rows
+from plait.kernels import Tokens, decay, decay_rows
 from plait.models.axes import EMBED, HEADS
 from plait.models.linear import Dense
 from plait.models.mixers.base import HeadMixer, MixerConfig, register
@@ -74,7 +73,7 @@ class EluAttention(HeadMixer):
         return Inputs(phi(q), phi(k), v, jnp.zeros((*x.shape[:2], self.num_heads), jnp.float32)), state
 
     def attend(self, inputs, *, segment_ids, positions, state):
-        o, memory = scalar_decay(*inputs, initial_state=state, segment_ids=segment_ids)
+        o, memory = decay(*inputs, initial_state=state, at=Tokens(None, segment_ids))
         return o, None if state is None else memory
 
     def init_state(self, batch_size, max_len):
@@ -87,7 +86,7 @@ class EluAttention(HeadMixer):
         return self.o(join_heads(o))
 
     def implied(self, inputs, rows, *, segment_ids, positions):
-        return scalar_decay_rows(inputs.q, inputs.k, inputs.g, rows=rows, segment_ids=segment_ids)
+        return decay_rows(inputs.q, inputs.k, inputs.g, rows=rows, at=Tokens(None, segment_ids))
 '''
 WIDTH, VOCAB, LENGTH = 32, 16, 24
 WHERE = layout((LENGTH,), (15, 7), length=LENGTH)

@@ -88,7 +88,7 @@ def short(compile_cache):
 
 def test_a_linear_layer_gathers_its_states_once(short):
     """Forward one all-gather of states, backward one reduce-scatter of their gradients."""
-    for op in ("delta_rule", "vector_decay"):
+    for op in ("delta_rule", "decay"):
         kinds = sorted(one.kind for one in short[op])
         assert kinds == ["all-gather", "reduce-scatter"], op
     d, k, v = 2, 4, 8  # heads, key and value dims of the delta rule layer
@@ -104,7 +104,7 @@ def test_a_window_and_a_convolution_fetch_neighbours_only(short):
 
 def test_what_linear_layers_and_windows_send_does_not_depend_on_the_length(short):
     long = sent(2048)
-    for op in ("delta_rule", "vector_decay", "attention", "short_conv", "others"):
+    for op in ("delta_rule", "decay", "attention", "short_conv", "others"):
         assert sorted((one.kind, one.bytes) for one in short[op]) == sorted((one.kind, one.bytes) for one in long[op]), op
     total = lambda found: sum(one.bytes for one in found["routed_attention"])  # noqa: E731
     assert total(long) == 4 * total(short)  # keys and values of all tokens
@@ -113,7 +113,7 @@ def test_what_linear_layers_and_windows_send_does_not_depend_on_the_length(short
 def test_statistics_send_little(short):
     """A probing step sends no token's activations for linear layers."""
     probed = sent(512, ProbeConfig())
-    largest = max(one.bytes for op in ("implied", "delta_rule", "vector_decay", "others") for one in probed[op])
+    largest = max(one.bytes for op in ("implied", "delta_rule", "decay", "others") for one in probed[op])
     assert largest < 4 * 512 * 16 * 4 / 4, "a quarter of one residual stream"
 
 

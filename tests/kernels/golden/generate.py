@@ -83,7 +83,7 @@ ORACLES: dict[str, Callable[..., Any]] = {
 def inputs(name: str, seed: int = 0, length: int = LENGTH) -> dict[str, np.ndarray]:
     """The oracle's arguments by name."""
     rng = np.random.default_rng(seed)
-    normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+    normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
     if name == "short_conv":
         return {"x": normal(BATCH, length, 6), "weight": normal(4, 6)}
     if name == "cross_entropy":

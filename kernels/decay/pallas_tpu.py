@@ -1,4 +1,4 @@
-"""The chunk form on TPU (Mosaic): scores by halving, every level one masked product; see `tpu_chunk.decay_and_add`."""
+"""The chunk form on TPU (Mosaic): see `tpu_chunk.decay_and_add`."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ def unsupported(q: Array, k: Array, v: Array, *gates: Any, scale: Any, return_st
     return tpu_driver.unsupported(q, k, v, scale=scale, return_stats=return_stats)
 
 
-def vector_decay(
+def decay(
     q: Array,
     k: Array,
     v: Array,
@@ -27,7 +27,7 @@ def vector_decay(
     chunk_size: int,
     return_stats: bool,
 ) -> Results:
-    """See `plait.kernels.vector_decay`; `chunk_size` means nothing here, `tpu_driver.Tiles` has the kernel's own."""
+    """See `plait.kernels.decay`; `chunk_size` means nothing here, `tpu_driver.Tiles` has the kernel's own."""
     return tpu_driver.recurrence(
         decay_and_add,
         q,

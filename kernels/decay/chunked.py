@@ -5,12 +5,12 @@ from typing import Any
 import jax
 
 from plait.kernels import chunking, recurrence
-from plait.kernels.vector_decay import reference
+from plait.kernels.decay import reference
 
 Array = jax.Array
 
 
-def vector_decay(
+def decay(
     q: Array,
     k: Array,
     v: Array,
@@ -22,13 +22,13 @@ def vector_decay(
     chunk_size: int,
     return_stats: bool,
 ) -> recurrence.Results:
-    """See `plait.kernels.vector_decay`."""
+    """See `plait.kernels.decay`."""
     if return_stats:
         chunk_size = min(chunk_size, recurrence.SPAN)
     options: dict[str, Any] = {"scale": scale, "segment_ids": segment_ids, "chunk_size": chunk_size}
     if q.shape[1] == 1:
-        return reference.vector_decay(q, k, v, g, initial_state=initial_state, return_stats=return_stats, **options)
-    chunks = recurrence.cut(q, k, v, g, num_heads=v.shape[2], **options)
+        return reference.decay(q, k, v, g, initial_state=initial_state, return_stats=return_stats, **options)
+    chunks = recurrence.cut(q, k, v, recurrence.by_channel(g), num_heads=v.shape[2], **options)
     o, final_state, entering = recurrence.decayed_attention(chunks, initial_state=initial_state)
     stats = None
     if return_stats:

@@ -1,30 +1,31 @@
-"""Linear attention with one decay per head (RetNet, Lightning, Mamba-2)."""
+"""Linear attention with a decay a head (RetNet, Lightning, Mamba-2) or a key channel (GLA, HGRN2)."""
 
 import jax
 
 from plait.kernels.context.recurrence import DECAYS
+from plait.kernels.decay import chunked, reference
+from plait.kernels.decay.implied import decay_rows
 from plait.kernels.dispatch import Implementation, Op, kernel
 from plait.kernels.recurrence import AXES, Results, over_weights, with_ones
-from plait.kernels.scalar_decay import chunked, reference
-from plait.kernels.scalar_decay.implied import scalar_decay_rows
 from plait.kernels.shapes import accumulation_dtype, check_recurrence
+from plait.kernels.tokens import Tokens
 
-__all__ = ["scalar_decay", "scalar_decay_rows"]
+__all__ = ["decay", "decay_rows"]
 
 Array = jax.Array
 
 _op = Op(
-    "scalar_decay",
+    "decay",
     AXES,
     DECAYS,
-    pallas_tpu=kernel("tpu", "plait.kernels.scalar_decay.pallas_tpu", "scalar_decay"),
-    pallas_gpu=kernel("gpu", "plait.kernels.scalar_decay.pallas_gpu", "scalar_decay"),
-    chunked=Implementation(chunked.scalar_decay),
-    reference=Implementation(reference.scalar_decay),
+    pallas_tpu=kernel("tpu", "plait.kernels.decay.pallas_tpu", "decay"),
+    pallas_gpu=kernel("gpu", "plait.kernels.decay.pallas_gpu", "decay"),
+    chunked=Implementation(chunked.decay),
+    reference=Implementation(reference.decay),
 )
 
 
-def scalar_decay(
+def decay(
     q: Array,
     k: Array,
     v: Array,
@@ -32,25 +33,25 @@ def scalar_decay(
     *,
     scale: float | None = None,
     initial_state: Array | None = None,
-    segment_ids: Array | None = None,
+    at: Tokens | None = None,
     normalize: bool = False,
     chunk_size: int = 64,
     return_stats: bool = False,
     implementation: str = "auto",
 ) -> Results:
-    """The outputs and the final state of linear attention whose state decays by head.
+    """The outputs and the final state of linear attention whose state decays, by head or by key channel.
 
-    S_t = exp(g_t) S_{t-1} + k_t v_t^T,    o_t = scale S_t^T q_t.
+    S_t = Diag(exp g_t) S_{t-1} + k_t v_t^T,    o_t = scale S_t^T q_t.
 
     Args:
       q: [B, T, Hqk, K], float32 or bfloat16.
       k: [B, T, Hqk, K].
       v: [B, T, Hv, V]; Hqk divides Hv, and value head h uses q and k of head h // (Hv / Hqk).
-      g: [B, T, Hv] float32, log decay, at most 0.
+      g: float32 log decay, at most 0: [B, T, Hv] for one a head, [B, T, Hv, K] for one a channel.
       scale: multiplies q; None is K^-1/2.
       initial_state: [B, Hv, K, V] float32, of the first token's segment; None is zero.
-      segment_ids: int32 [B, T], each segment contiguous; the state is zero at the start of each but the first. Id 0 is padding:
-        it gives zeros and is skipped. None is one segment.
+      at: what is known of the tokens; the state is zero at the start of each segment but the first, and padding gives zeros and is
+        skipped. None is one segment.
       normalize: divides by the summed weights as Based and Hedgehog do: o_t = S_t^T q_t / (z_t^T q_t + 1e-12), z_t being the sum
         of the keys, decayed as the state; `scale` then means nothing. For q and k from a positive feature map. The states get a
         last column for z_t: [B, Hv, K, V + 1].
@@ -66,14 +67,13 @@ def scalar_decay(
       ValueError: a shape, ratio or known segment id does not fit, or the implementation is unknown.
       NotImplementedError: the named implementation does not support the call.
 
-    Source: Transformers are SSMs (Mamba-2), arXiv 2405.21060, section 6; a fixed g gives RetNet (2307.08621) and Lightning
-    attention (2401.04658).
+    Source: by head, Transformers are SSMs (Mamba-2), arXiv 2405.21060, section 6; a fixed g gives RetNet (2307.08621) and Lightning
+    attention (2401.04658). By channel, Gated Linear Attention, 2312.06635, equation 3; its secondary chunking of section 4.3 is taken
+    down to single tokens.
     """
-    gates = {"g": (g, ("[B, T, Hv]",))}
+    gates = {"g": (g, ("[B, T, Hv]", "[B, T, Hv, K]"))}
     wide = with_ones(v) if normalize else v
-    check_recurrence(
-        "scalar_decay", q, k, wide, gates, initial_state=initial_state, segment_ids=segment_ids, chunk_size=chunk_size
-    )
+    check_recurrence("decay", q, k, wide, gates, initial_state=initial_state, at=at, chunk_size=chunk_size)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     o, *others = _op(
         implementation,
@@ -83,7 +83,7 @@ def scalar_decay(
         g,
         scale=1.0 if normalize else scale,
         initial_state=initial_state,
-        segment_ids=segment_ids,
+        segment_ids=None if at is None else at.segment_ids,
         chunk_size=chunk_size,
         return_stats=return_stats,
     )

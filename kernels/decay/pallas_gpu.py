@@ -15,7 +15,7 @@ def unsupported(q: Array, k: Array, v: Array, g: Array, *, scale: Any, return_st
     return gpu_driver.unsupported(q, k, v, scale=scale, return_stats=return_stats)
 
 
-def scalar_decay(
+def decay(
     q: Array,
     k: Array,
     v: Array,
@@ -27,7 +27,7 @@ def scalar_decay(
     chunk_size: int,
     return_stats: bool,
 ) -> recurrence.Results:
-    """See `plait.kernels.scalar_decay`; a chunk is 64 tokens whatever `chunk_size` is."""
+    """See `plait.kernels.decay`; a chunk is 64 tokens whatever `chunk_size` is."""
     return gpu_driver.run(
         q, k, v, g, scale=scale, initial_state=initial_state, segment_ids=segment_ids, return_stats=return_stats
     )
