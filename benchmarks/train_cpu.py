@@ -24,7 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from plait.configs.experiment import ExperimentConfig, MeshConfig
+from plait.configs.experiment import ExperimentConfig
+from plait.configs.mesh import MeshConfig
 from plait.configs.presets import preset
 from plait.data.batch import Batch
 from plait.models.mixers.full.softmax import SoftmaxConfig

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import tyro
 
-from plait.configs.experiment import ExperimentConfig, MeshConfig
+from plait.configs.experiment import ExperimentConfig
+from plait.configs.mesh import MeshConfig
 from plait.configs.presets import preset
 from plait.models.config import LMConfig, MixerTable, default_mixer
 from plait.models.pattern import pattern_names

@@ -12,14 +12,11 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from plait.configs.files import write_atomically
-from plait.models.mixers.base import MixerConfig, mixer_config
+from plait.configs.components import ConfigError
+from plait.models.mixers.base import MIXERS, MixerConfig
 
 T = TypeVar("T")
 _TAG = "mixer_name"  # the registry name of a mixer config, whose field is annotated with the base class
-
-
-class ConfigError(ValueError):
-    """A config that does not fit its schema; names the dotted path."""
 
 
 def encode(config: Any) -> Any:
@@ -52,7 +49,7 @@ def decode(schema: type[T], value: Any, path: str = "config") -> T:
         if not isinstance(name, str):
             raise ConfigError(f"{path} has no {_TAG!r}; it must name the mixer it configures")
         try:
-            return _dataclass(mixer_config(name), fields, path)  # type: ignore[return-value]
+            return _dataclass(MIXERS[name], fields, path)  # type: ignore[return-value]
         except ConfigError:
             raise
         except ValueError as error:

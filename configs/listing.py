@@ -9,7 +9,8 @@ from rich.table import Table
 from plait.configs.presets import presets
 from plait.configs.vocabulary import with_vocabulary
 from plait.kernels import registered
-from plait.models.mixers.base import mixer_configs
+from plait.models.lm import num_params
+from plait.models.mixers.base import MIXERS
 
 
 def preset_table() -> Table:
@@ -18,7 +19,7 @@ def preset_table() -> Table:
     for name, function in presets().items():
         model = with_vocabulary(function()).model
         purpose = (function.__doc__ or "").strip().splitlines()[0]
-        table.add_row(name, f"{model.num_params() / 1e6:,.1f}M", f"{model.num_layers} x {model.pattern}", purpose)
+        table.add_row(name, f"{num_params(model) / 1e6:,.1f}M", f"{model.num_layers} x {model.pattern}", purpose)
     return table
 
 
@@ -33,7 +34,7 @@ def mixer_table() -> Table:
         "source",
         title="Mixers, at width 1,024",
     )
-    for name, config_class in mixer_configs().items():
+    for name, config_class in MIXERS.all().items():
         config = config_class()
         flops, state = config.flops(1024, 4096), config.state_bytes(1024, 4096, "bfloat16")
         table.add_row(

@@ -17,14 +17,18 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from plait.configs.experiment import ExperimentConfig, MeshConfig, OptimizerConfig, SpikeConfig
+from plait.configs.experiment import ExperimentConfig
+from plait.configs.mesh import MeshConfig
+from plait.configs.optimizer import OptimizerConfig
+from plait.configs.spike import SpikeConfig
 from plait.configs.presets import presets
 from plait.data.config import DataConfig
 from plait.kernels import registered
-from plait.models.channel_mixers import GatedMLPConfig
+from plait.models.channel_mixers.gated_mlp import GatedMLPConfig
 from plait.models.config import LMConfig
-from plait.models.mixers.base import MixerConfig, mixer_configs
-from plait.models.mixers.stats import ProbeConfig, Stats
+from plait.models.mixers.base import MIXERS, MixerConfig
+from plait.configs.probe import ProbeConfig
+from plait.TODO import Stats
 from plait.train.pods.hosts.host import HostsOptions
 from plait.train.probes.events import EventThresholds
 
@@ -76,7 +80,7 @@ def options(schema: type, prefix: str) -> str:
 def mixers() -> str:
     """Registered mixers at one width and length."""
     rows = []
-    for name, schema in mixer_configs().items():
+    for name, schema in MIXERS.all().items():
         config = schema()
         module = schema.__module__.removeprefix("plait.").replace(".", "/")
         rows.append(
@@ -95,7 +99,7 @@ def mixers() -> str:
 def mixer_options() -> str:
     """The options of every registered mixer."""
     parts = []
-    for name, schema in mixer_configs().items():
+    for name, schema in MIXERS.all().items():
         document = inspect.getdoc(schema) or ""
         wraps = any(field.name == "mixer" for field in dataclasses.fields(schema))
         prefix = f"model.mixers.{name}{'+NAME' if wraps else ''}.".replace("_", "-")

@@ -30,6 +30,16 @@ class Extras:
     """Of probe steps."""
 
 
+def over_microbatches(stacked: Any) -> Any:
+    """A tree of `Extras` of one step from those of its micro-batches, stacked: the mean of losses, of statistics the last."""
+
+    def one(extras: Extras) -> Extras:
+        mean, last = lambda a: a.mean(0), lambda a: a[-1]
+        return Extras(jax.tree.map(mean, extras.losses), jax.tree.map(last, extras.statistics))
+
+    return jax.tree.map(one, stacked, is_leaf=lambda x: isinstance(x, Extras))
+
+
 class Block(nnx.Module):
     """A layer of the model."""
 
@@ -49,10 +59,8 @@ class Block(nnx.Module):
         self.scope = layer_scope(name)
         self.mixer = mixer.build(d_model, ctx)
         self.channel_mixer = channel_mixer.build(d_model, ctx)
-        self.mixer_norm = self.channel_norm = None
-        if norm != "none":
-            self.mixer_norm = RMSNorm(ctx, d_model, eps=norm_eps)
-            self.channel_norm = RMSNorm(ctx, d_model, eps=norm_eps)
+        self.mixer_norm = RMSNorm(ctx, d_model, eps=norm_eps) if norm != "none" else None
+        self.channel_norm = RMSNorm(ctx, d_model, eps=norm_eps) if norm != "none" else None
 
     def __call__(self, stream: Stream, *, at: Tokens, observer: Observer | None = None) -> tuple[Stream, Extras]:
         """The stream after the block."""

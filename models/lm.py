@@ -54,9 +54,8 @@ class LM(nnx.Module):
         self.embedding = ctx.param(embed_init, (config.vocab_size, config.d_model), (VOCAB, EMBED), role="embedding")
         self.stack = Stack(config, rngs, context)
         self.norm = RMSNorm(ctx, config.d_model, eps=config.norm_eps) if config.norm == "pre" else None
-        self.head = None
-        if not config.tie_embeddings:
-            self.head = Dense(ctx, config.d_model, config.vocab_size, (EMBED, VOCAB), init=embed_init, role="head")
+        head = lambda size: Dense(ctx, config.d_model, size, (EMBED, VOCAB), init=embed_init, role="head")
+        self.head = None if config.tie_embeddings else head(config.vocab_size)
 
     def __call__(self, at: Tokens, *, observer: Observer | None = None) -> tuple[jax.Array, list[Extras]]:
         """Logits `[B, T, vocab]` float32 and what each layer gives beside them."""

@@ -39,13 +39,11 @@ class Stack(nnx.Module):
             return Block(name, config.mixers[name], config.channel_mixer, config.d_model, context(index, keys), **rest)
 
         scanned = self.period * self.count if self.count > 1 else 0
-        self.periods = None
-        if scanned:
-            self.periods = _stacked(
-                lambda start, keys: nnx.List([block(i, start + i, keys) for i in range(self.period)]),
-                rngs,
-                starts=range(0, scanned, self.period),
-            )
+
+        def period(start: Any, keys: Keys) -> nnx.List:
+            return nnx.List([block(i, start + i, keys) for i in range(self.period)])
+
+        self.periods = _stacked(period, rngs, range(0, scanned, self.period)) if scanned else None
         self.rest = nnx.List([block(i, i, rngs) for i in range(scanned, config.num_layers)])
 
     def __call__(self, stream: Stream, *, at: Tokens, observer: Observer | None = None) -> tuple[Stream, list[Extras]]:

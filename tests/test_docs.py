@@ -208,7 +208,7 @@ import fading, jax, jax.numpy as jnp
 from flax import nnx
 from plait.configs.cli import parse_experiment
 from plait.configs.options import split_options
-from plait.models.mixers.stats import ProbeConfig
+from plait.configs.probe import ProbeConfig
 
 for pattern in ("fading*3,softmax", "moh+fading"):
     args = ["--model.pattern", pattern, "--model.num-layers", "4"]

@@ -123,7 +123,7 @@ def test_imports_run_one_way(package):
     ("code", "unwanted"),
     [
         (
-            "import plait.kernels, plait.models.lm; from plait.models.mixers.base import mixer_configs; mixer_configs()",
+            "import plait.kernels, plait.models.lm; from plait.models.mixers.base import mixer_configs; MIXERS.all()",
             ("grain", "tensorboardX", "matplotlib", "wandb", "tokenizers", "tyro", "torch", "pytest"),
         ),
         ("import plait.launch", ("jax", "grain", "matplotlib", "torch")),

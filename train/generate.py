@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from plait.data.tokenizer import Tokenizer
+from plait.kernels import Tokens
 from plait.models.lm import LM
 from plait.train.mesh import on_mesh
 
@@ -84,49 +85,29 @@ def generate_tokens(
         row[width - len(prompt) :] = prompt
     start = (width - lengths)[:, None]
     column = np.arange(width, dtype=np.int32)[None, :]
-    segment_ids, positions = (column >= start).astype(np.int32), np.maximum(column - start, 0).astype(np.int32)
-
+    at = Tokens(tokens, (column >= start).astype(np.int32), np.maximum(column - start, 0).astype(np.int32))
     keys = jax.random.split(jax.random.key(seed), num_tokens)
-    out = _continue(model, tokens, segment_ids, positions, lengths, keys, vocab_size=vocab_size, sampling=sampling, mesh=mesh)
-    return np.asarray(out)
+    return np.asarray(_continue(model, at, lengths, keys, vocab_size=vocab_size, sampling=sampling, mesh=mesh))
 
 
 @functools.partial(jax.jit, static_argnames=("vocab_size", "sampling", "mesh"))
 def _continue(
-    model: LM,
-    tokens: jax.Array,
-    segment_ids: jax.Array,
-    positions: jax.Array,
-    lengths: jax.Array,
-    keys: jax.Array,
-    *,
-    vocab_size: int,
-    sampling: Sampling,
-    mesh: Mesh | None,
+    model: LM, at: Tokens, lengths: jax.Array, keys: jax.Array, *, vocab_size: int, sampling: Sampling, mesh: Mesh | None
 ) -> jax.Array:
     """One token `[B]` for each of the keys: `[B, N]`."""
     with contextlib.nullcontext() if mesh is None else on_mesh(mesh):
-        return _decode(model, tokens, segment_ids, positions, lengths, keys, vocab_size, sampling)
+        return _decode(model, at, lengths, keys, vocab_size, sampling)
 
 
-def _decode(
-    model: LM,
-    tokens: jax.Array,
-    segment_ids: jax.Array,
-    positions: jax.Array,
-    lengths: jax.Array,
-    keys: jax.Array,
-    vocab_size: int,
-    sampling: Sampling,
-) -> jax.Array:
-    state = model.init_state(tokens.shape[0], tokens.shape[1] + len(keys))
-    logits, state = model.prefill(tokens, state, segment_ids=segment_ids, positions=positions)
+def _decode(model: LM, at: Tokens, lengths: jax.Array, keys: jax.Array, vocab_size: int, sampling: Sampling) -> jax.Array:
+    batch_size, width = at.ids.shape
+    logits, state = model.prefill(at, model.init_state(batch_size, width + len(keys)))
 
     def body(carry, key):
         logits, state, position = carry
         legal = jnp.arange(logits.shape[-1])[None, :] < vocab_size
         token = sampling.draw(jnp.where(legal, logits, -jnp.inf), key)
-        logits, state = model.step(token, state, positions=position)
+        logits, state = model.step(Tokens(token[:, None], None, position[:, None]), state)
         return (logits, state, position + 1), token
 
     _, out = jax.lax.scan(body, (logits, state, lengths), keys)

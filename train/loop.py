@@ -25,6 +25,7 @@ from plait.train.pods.hosts.failure import TrainingFailed
 from plait.train.pods.hosts.hardware import environment
 from plait.train.pods.hosts.spread import Spread
 from plait.train.pods.hosts.termination import Termination
+from plait.train.probes.base import Probes
 from plait.train.probes.collect import describe_layers, probe_arrays, probe_metrics
 from plait.train.probes.events import Event, EventDetector
 from plait.train.probes.pictures import write_pictures
@@ -179,7 +180,7 @@ class _Loop:
         """Both steps, ahead of time: compiling is then no part of any step's time, and its errors come before training."""
         log.info("compiling a step of %s parameters", f"{self.setup.blueprint.num_params:,}")
         self.plain_step = self.setup.lower().compile()
-        self.probe_step = self.plain_step if self.config.probe_every is None else self.setup.lower(self.config.probe).compile()
+        self.probe_step = self.plain_step if self.config.probe_every is None else self.setup.lower(Probes(self.config.probe)).compile()
 
     def _write_facts(self) -> None:
         """What a reader of the run folder wants to know about it."""
@@ -235,7 +236,7 @@ class _Loop:
         if pending is None:
             return
         step, metrics = pending
-        stats = metrics.pop("stats", None)
+        stats = metrics.pop("statistics", None)
         with self.clock.waiting("devices"):
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         heartbeat.step(step)

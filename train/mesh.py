@@ -12,12 +12,12 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from plait.configs.experiment import MESH_AXES as AXES
-from plait.configs.experiment import MeshConfig
+from plait.configs.mesh import MESH_AXES as AXES
+from plait.configs.mesh import MeshConfig
 from plait.kernels.sharding import inside, splitting
 from plait.models import axes
 from plait.models.axes import Axes
-from plait.models.schedule import ALL_ROWS, scheduling
+from plait.models.flow import WHOLE_BATCH, flowing
 from plait.train.pipeline import Pipeline
 
 RULES: Mapping[str, str | tuple[str, ...] | None] = {
@@ -167,8 +167,8 @@ def on_mesh(mesh: Mesh, microbatches: int = 1) -> Iterator[None]:
     pipeline, the rows of a batch flow through it in `microbatches` parts."""
     rules = {"batch": axes.BATCH, "heads": axes.HEADS, "context": axes.LENGTH}
     over = {key: mesh_axes(name) for key, name in rules.items()}
-    schedule = Pipeline(mesh, microbatches) if mesh.shape["pipeline"] > 1 else ALL_ROWS
-    with axes.constraining(constrainer(mesh)), splitting(mesh, **over, alone=("pipeline",)), scheduling(schedule):
+    flow = Pipeline(mesh, microbatches) if mesh.shape["pipeline"] > 1 else WHOLE_BATCH
+    with axes.constraining(constrainer(mesh)), splitting(mesh, **over, alone=("pipeline",)), flowing(flow):
         yield
 
 

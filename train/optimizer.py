@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import optax
 
-from plait.configs.experiment import OptimizerConfig
+from plait.configs.optimizer import OptimizerConfig
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:

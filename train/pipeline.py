@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
+from plait.kernels import Tokens
 from plait.models import axes
-from plait.models.mixers.stats import over_microbatches
-from plait.models.schedule import Layers, Rows
+from plait.models.block import over_microbatches
+from plait.models.flow import Layers
+from plait.models.stream import Stream
 
 AXIS = "pipeline"
 
@@ -23,7 +25,7 @@ def bubble_fraction(stages: int, microbatches: int) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """A `plait.models.schedule.Schedule` over the mesh axis `pipeline`: GPipe (arXiv 1811.06965).
+    """A `plait.models.flow.Flow` over the mesh axis `pipeline`: GPipe (arXiv 1811.06965).
 
     In tick t stage s works on micro-batch t - s and then sends it on; the backward pass is the same loop in reverse, so the devices
     of a stage hold only its layers' parameters, gradients and moments. Ticks before a stage's first micro-batch and after its last
@@ -34,41 +36,45 @@ class Pipeline:
     mesh: Mesh
     microbatches: int
 
-    def repeat(self, layers: Layers, x: jax.Array, rows: Rows, params: Any) -> tuple[jax.Array, Any]:
+    def repeat(self, layers: Layers, stream: Stream, at: Tokens, params: Any) -> tuple[Stream, Any]:
         stages, parts = self.mesh.shape[AXIS], self.microbatches
 
-        def stage(params: Any, inputs: jax.Array, rows: Rows) -> tuple[jax.Array, Any]:
-            at, inputs = jax.lax.axis_index(AXIS), inputs[0]
+        def stage(params: Any, inputs: Stream, at: Tokens) -> tuple[Stream, Any]:
+            here, inputs = jax.lax.axis_index(AXIS), jax.tree.map(lambda a: a[0], inputs)
 
-            def tick(arrived: jax.Array, t: jax.Array) -> tuple[jax.Array, Any]:
-                x = jnp.where(at == 0, inputs[jnp.minimum(t, parts - 1)], arrived)
-                own = jax.tree.map(lambda a: a[jnp.clip(t - at, 0, parts - 1)], rows)
-                x, outs = jax.lax.scan(lambda x, one: layers(x, own, one), x, params)
-                return jax.lax.ppermute(x, AXIS, [(s, s + 1) for s in range(stages - 1)]), (x, outs)
+            def tick(arrived: Stream, t: jax.Array) -> tuple[Stream, Any]:
+                new = jax.tree.map(lambda a: a[jnp.minimum(t, parts - 1)], inputs)
+                stream = jax.tree.map(lambda new, old: jnp.where(here == 0, new, old), new, arrived)
+                own = jax.tree.map(lambda a: a[jnp.clip(t - here, 0, parts - 1)], at)
+                stream, outs = jax.lax.scan(lambda stream, one: layers(stream, own, one), stream, params)
+                hops = [(s, s + 1) for s in range(stages - 1)]
+                return jax.tree.map(lambda a: jax.lax.ppermute(a, AXIS, hops), stream), (stream, outs)
 
-            _, (x, outs) = jax.lax.scan(tick, inputs[0], jnp.arange(parts + stages - 1))
-            outs = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, at, parts), outs)
-            return jnp.where(at == stages - 1, x[stages - 1 :], 0)[None], over_microbatches(outs)
+            first = jax.tree.map(lambda a: a[0], inputs)
+            _, (streams, outs) = jax.lax.scan(tick, first, jnp.arange(parts + stages - 1))
+            outs = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, here, parts), outs)
+            last = jax.tree.map(lambda a: jnp.where(here == stages - 1, a[stages - 1 :], 0)[None], streams)
+            return last, over_microbatches(outs)
 
         # The first stage's input and the last one's output are there on every stage: the embedding, the head and the loss are no
         # part of the pipeline. As an axis of stages, because a sum of bfloat16 inside a partly manual `shard_map` does not compile
         # on CPUs.
-        inputs = self._cut(x)
-        inputs = jnp.broadcast_to(inputs[None], (stages, *inputs.shape))
+        inputs = jax.tree.map(lambda a: jnp.broadcast_to(a[None], (stages, *a.shape)), jax.tree.map(self._cut, stream))
         by_stage = PartitionSpec(AXIS)
-        x, outs = jax.shard_map(
+        streams, outs = jax.shard_map(
             stage,
             mesh=self.mesh,
             in_specs=(by_stage, by_stage, PartitionSpec()),
             out_specs=by_stage,
             axis_names={AXIS},
             check_vma=False,
-        )(params, inputs, jax.tree.map(self._cut, rows))
-        return self._join(x.sum(0)), outs
+        )(params, inputs, jax.tree.map(self._cut, at))
+        return jax.tree.map(lambda a: self._join(a.sum(0)), streams), outs
 
-    def once(self, layers: Layers, x: jax.Array, rows: Rows, params: Any) -> tuple[jax.Array, Any]:
-        x, outs = jax.lax.map(lambda part: layers(part[0], part[1], params), (self._cut(x), jax.tree.map(self._cut, rows)))
-        return self._join(x), over_microbatches(outs)
+    def once(self, layers: Layers, stream: Stream, at: Tokens, params: Any) -> tuple[Stream, Any]:
+        parts = jax.tree.map(self._cut, (stream, at))
+        stream, outs = jax.lax.map(lambda part: layers(part[0], part[1], params), parts)
+        return jax.tree.map(self._join, stream), over_microbatches(outs)
 
     def _cut(self, a: jax.Array) -> jax.Array:
         """`[B, T, ...]` as micro-batches `[M, B / M, T, ...]`."""

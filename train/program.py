@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from plait.configs.experiment import ExperimentConfig
 from plait.data.batch import Batch
 from plait.kernels.target import target
-from plait.models.mixers.stats import ProbeConfig
+from plait.models.look import Observer
 from plait.train.optimizer import make_optimizer
 from plait.train.pods.hosts.layout import BatchLayout, batch_layout
 from plait.train.state import Blueprint, TrainState, abstract_state, create_state, state_shardings
@@ -66,11 +66,11 @@ class Program:
         place = lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where)
         return jax.tree.map(place, abstract_state(self.blueprint, self.tx), self.shardings)
 
-    def lower(self, probe: ProbeConfig | None = None, generation: str | None = None) -> jax.stages.Lowered:
+    def lower(self, observer: Observer | None = None, generation: str | None = None) -> jax.stages.Lowered:
         """The step, traced with its state donated; `.compile()` runs the real compiler. Metrics come back whole on every host.
 
         Args:
-            probe: lowers the step that also returns statistics.
+            observer: lowers the step that also returns its statistics.
             generation: what the kernels are traced for, a name of `plait.kernels.chips.CHIPS`; None for what is at hand.
 
         Raises:
@@ -80,6 +80,6 @@ class Program:
         batch = Batch(*(jax.ShapeDtypeStruct(self.layout.shape, kind, sharding=self.layout.sharding) for kind in kinds))
         bounds = [] if self.config.spike.sigma is None else [jax.ShapeDtypeStruct((2,), jnp.float32)]
         everywhere = NamedSharding(self.mesh, PartitionSpec())
-        step = make_step(self.blueprint, self.tx, self.mesh, probe)
+        step = make_step(self.blueprint, self.tx, self.mesh, observer)
         with contextlib.nullcontext() if generation is None else target(generation):
             return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, everywhere)).lower(self.like, batch, *bounds)

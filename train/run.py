@@ -18,7 +18,8 @@ from typing import Any
 import jax
 
 from plait.configs import codec
-from plait.configs.experiment import ExperimentConfig, MeshConfig
+from plait.configs.experiment import ExperimentConfig
+from plait.configs.mesh import MeshConfig
 from plait.configs.files import write_atomically
 from plait.data.loader import Data, build_data
 from plait.data.tokenizer import META_FILE, TOKENIZER_FILE

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from plait.configs.experiment import SpikeConfig
+from plait.configs.spike import SpikeConfig
 
 _MAD_TO_SIGMA = 1.4826  # median absolute deviation of a normal distribution -> its standard deviation
 _LEAST_RISE = 0.1  # share of the median that a spike rises at least: a flat history makes no spike of a ripple

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from plait.configs.experiment import ExperimentConfig
 from plait.models.axes import Axes
+from plait.models.build import PRODUCTS
 from plait.models.lm import LM
 from plait.train import mesh as meshes
 
@@ -52,10 +53,10 @@ class Blueprint:
         self._variables: dict[str, nnx.Variable] = {_dotted(path): v for path, v in nnx.to_flat_state(state)}
         self._paths = {_dotted(path): path for path, _ in nnx.to_flat_state(state)}
         self.params = {name for name, v in self._variables.items() if isinstance(v, nnx.Param)}
-        self.decay = {name: bool(self._variables[name].get_metadata().get("decay")) for name in self.params}
+        self.decay = {name: self._variables[name].get_metadata()["role"] in PRODUCTS for name in self.params}
 
     def _create(self) -> LM:
-        return self.config.model.build(rngs=nnx.Rngs(self.config.seed), seq_len=self.config.data.seq_len)
+        return LM(self.config.model, rngs=nnx.Rngs(self.config.seed), seq_len=self.config.data.seq_len)
 
     @property
     def num_params(self) -> int:

@@ -12,7 +12,8 @@ import optax
 
 from plait.data.batch import Batch
 from plait.models.linear import power_iterate
-from plait.models.mixers.stats import ProbeConfig, over_microbatches
+from plait.models.block import over_microbatches
+from plait.models.look import Observer
 from plait.train.loss import loss_terms
 from plait.train.mesh import on_mesh
 from plait.train.optimizer import make_schedule
@@ -22,10 +23,10 @@ Metrics = dict[str, Any]
 Step = Callable[..., tuple[TrainState, Metrics]]
 
 
-def make_step(blueprint: Blueprint, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh, probe: ProbeConfig | None) -> Step:
+def make_step(blueprint: Blueprint, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh, observer: Observer | None) -> Step:
     """The step `(state, batch[, bounds]) -> (state, metrics)`, traceable; jit it with the state donated.
 
-    Metrics are scalars by name, and with `probe` also `"stats"`, the list of the layers' statistics. A step whose loss or gradient
+    Metrics are scalars by name, and with `observer` also `"statistics"`, those of each layer. A step whose loss or gradient
     is not finite changes nothing but the counts of such steps; so does one whose loss or gradient norm is above `bounds`, float32 [2].
     """
     config = blueprint.config
@@ -41,7 +42,7 @@ def make_step(blueprint: Blueprint, tx: optax.GradientTransformation, mesh: jax.
             total = jnp.maximum(batch.loss_mask.astype(jnp.float32).sum(), 1.0)
 
             def loss(params, batch):
-                return loss_terms(blueprint.build(params, buffers), batch, total=total, share=1 / parts, probe=probe)
+                return loss_terms(blueprint.build(params, buffers), batch, total=total, share=1 / parts, observer=observer)
 
             grads, (value, terms) = _accumulate(jax.value_and_grad(loss, has_aux=True), state.params, batch, parts)
         if config.mesh.offload is not None:
@@ -57,7 +58,7 @@ def make_step(blueprint: Blueprint, tx: optax.GradientTransformation, mesh: jax.
             ema = jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, ema, params)
         good = jnp.isfinite(value) & jnp.isfinite(norm)
         if bounds is not None:
-            good &= (terms["nll"] <= bounds[0]) & (norm <= bounds[1])
+            good &= (terms["losses"]["train"] <= bounds[0]) & (norm <= bounds[1])
         one = jnp.ones((), jnp.int32)
         new = TrainState(state.step + one, params, buffers, optimizer, ema, jnp.zeros_like(state.bad_steps), state.skipped)
         old = dataclasses.replace(state, step=state.step + one, bad_steps=state.bad_steps + one, skipped=state.skipped + one)
@@ -65,19 +66,15 @@ def make_step(blueprint: Blueprint, tx: optax.GradientTransformation, mesh: jax.
         if config.mesh.offload is not None:
             new = dataclasses.replace(new, optimizer=jax.device_put(new.optimizer, home))
         metrics = {
-            "loss/train": terms["nll"],
+            **{f"loss/{name}": value for name, value in terms["losses"].items()},
             "grad/norm": norm,
             "optimizer/learning_rate": schedule(state.step - state.skipped),
             "optimizer/skipped_steps": new.skipped,
             "bad_steps": new.bad_steps,
             "tokens": batch.loss_mask.sum(),
         }
-        if config.model.z_loss is not None:
-            metrics["loss/z"] = terms["z"]
-        if any(hasattr(m, "balance") for m in config.model.layer_mixers):
-            metrics["loss/balance"] = terms["auxiliary"]
-        if probe is not None:
-            metrics["stats"] = terms["stats"]
+        if observer is not None:
+            metrics["statistics"] = [dict(one.statistics) for one in terms["extras"]]
         return new, metrics
 
     return step
@@ -92,7 +89,7 @@ def _move_singular_vectors(blueprint: Blueprint, state: TrainState) -> dict[str,
 
 
 def _accumulate(grad: Callable, params: dict[str, jax.Array], batch: Batch, parts: int) -> tuple[dict[str, jax.Array], tuple]:
-    """Gradients and loss terms summed over `parts` micro-batches; statistics as `over_microbatches` says."""
+    """Gradients and loss terms summed over `parts` micro-batches; extras as `over_microbatches` says."""
     if parts == 1:
         (value, terms), grads = grad(params, batch)
         return grads, (value, terms)
@@ -101,11 +98,11 @@ def _accumulate(grad: Callable, params: dict[str, jax.Array], batch: Batch, part
 
     def body(carry, batch):
         (value, terms), grads = grad(params, batch)
-        stats = terms.pop("stats")
+        extras = terms.pop("extras")
         sums = (grads, (value, terms))
-        return sums if carry is None else jax.tree.map(jnp.add, carry, sums), stats
+        return sums if carry is None else jax.tree.map(jnp.add, carry, sums), extras
 
     shapes, _ = jax.eval_shape(lambda b: body(None, jax.tree.map(lambda a: a[0], b)), micro)
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
-    (grads, (value, terms)), stats = jax.lax.scan(body, zeros, micro)
-    return grads, (value, {**terms, "stats": over_microbatches(stats)})
+    (grads, (value, terms)), extras = jax.lax.scan(body, zeros, micro)
+    return grads, (value, {**terms, "extras": over_microbatches(extras)})

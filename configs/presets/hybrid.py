@@ -3,9 +3,10 @@
 24 layers, rows of 4,096 tokens, Llama-style blocks. Give your corpus with `--data.source` (a folder of .txt, .jsonl or .parquet files).
 """
 
-from plait.configs.experiment import ExperimentConfig, OptimizerConfig
+from plait.configs.experiment import ExperimentConfig
+from plait.configs.optimizer import OptimizerConfig
 from plait.data.config import DataConfig
-from plait.models.channel_mixers import GatedMLPConfig
+from plait.models.channel_mixers.gated_mlp import GatedMLPConfig
 from plait.models.config import LMConfig
 from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.models.mixers.linear.gated_deltanet import GatedDeltaNetConfig

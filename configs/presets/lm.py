@@ -1,8 +1,9 @@
 """Small language models: the quick start and the one the tests train."""
 
-from plait.configs.experiment import ExperimentConfig, OptimizerConfig
+from plait.configs.experiment import ExperimentConfig
+from plait.configs.optimizer import OptimizerConfig
 from plait.data.config import DataConfig
-from plait.models.channel_mixers import GatedMLPConfig
+from plait.models.channel_mixers.gated_mlp import GatedMLPConfig
 from plait.models.config import LMConfig
 from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.models.mixers.linear.gated_deltanet import GatedDeltaNetConfig

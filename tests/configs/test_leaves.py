@@ -21,9 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from plait.configs.experiment import ExperimentConfig, MeshConfig
+from plait.configs.experiment import ExperimentConfig
+from plait.configs.mesh import MeshConfig
 from plait.data.loader import build_data
-from plait.models.mixers.base import MixerConfig, mixer_config, mixer_configs
+from plait.models.mixers.base import MIXERS, MixerConfig
 from plait.models.mixers.moh import MoHConfig
 from plait.tests.train.common import changed, get_leaf, program_of, random_batch, tiny, write_corpus
 from plait.train.loss import loss_terms
@@ -242,13 +243,13 @@ def test_loop_leaves_exist():
 
 
 def mixer_base(name: str) -> MixerConfig:
-    return mixer_config(name).example()
+    return MIXERS[name].example()
 
 
 def mixer_leaves() -> list[tuple[str, str, Any]]:
     """`(mixer, field, type)` of every leaf of every registered mixer."""
     found = []
-    for name, config in mixer_configs().items():
+    for name, config in MIXERS.all().items():
         hints = typing.get_type_hints(config)
         found += [(name, f.name, hints[f.name]) for f in dataclasses.fields(config) if f.name != "mixer"]
     return found

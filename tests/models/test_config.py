@@ -8,9 +8,9 @@ import pytest
 from flax import nnx
 
 from plait.configs.codec import ConfigError, decode, encode
-from plait.models.channel_mixers import GatedMLPConfig
+from plait.models.channel_mixers.gated_mlp import GatedMLPConfig
 from plait.models.config import LMConfig, MixerTable, default_mixer
-from plait.models.mixers.base import MixerConfig, mixer_config, mixer_configs, register
+from plait.models.mixers.base import MIXERS, MixerConfig, register
 from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.models.mixers.linear.gated_deltanet import GatedDeltaNetConfig
 from plait.models.mixers.linear.gla import GLAConfig
@@ -187,7 +187,7 @@ def test_bad_value_is_refused_with_path_value_rule_and_fix(make, message):
 
 def test_unknown_mixer_names_the_nearest():
     with pytest.raises(ValueError, match=r"mixer 'gatd_deltanet' is not registered; did you mean 'gated_deltanet'.*list mixers"):
-        mixer_config("gatd_deltanet")
+        MIXERS["gatd_deltanet"]
 
 
 def test_a_name_is_registered_once():
@@ -195,9 +195,9 @@ def test_a_name_is_registered_once():
         register("gla", kind="linear", source="none")(SoftmaxConfig)
 
 
-@pytest.mark.parametrize("name", mixer_configs())
+@pytest.mark.parametrize("name", MIXERS.all())
 def test_every_mixer_says_what_it_is(name):
-    config = mixer_configs()[name]
+    config = MIXERS.all()[name]
     assert config.name == name
     assert config.example().kind in ("full", "linear", "sparse", "parallel")
     assert config.source.endswith(")")

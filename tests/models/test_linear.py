@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from plait.models.build import BuildContext
-from plait.models.channel_mixers import GatedMLPConfig
+from plait.models.channel_mixers.gated_mlp import GatedMLPConfig
 from plait.models.config import LMConfig
 from plait.models.linear import Dense, SpectralVector, dense_layers, power_iterate, power_step
 from plait.models.lm import LM, fold

@@ -17,7 +17,7 @@ from plait.models import mixers
 from plait.models.config import LMConfig
 from plait.models.mixers import base
 from plait.models.mixers.moh import MoHConfig
-from plait.models.mixers.stats import ProbeConfig
+from plait.configs.probe import ProbeConfig
 from plait.tests.models.common import build, layout, quick_jit
 from plait.tests.tolerances import assert_close
 
@@ -110,10 +110,10 @@ def lm(pattern: str) -> LMConfig:
 
 
 def test_it_is_found_by_name():
-    assert "elu_attention" in base.mixer_configs()
-    assert base.mixer_config("elu_attention").kind == "linear"
+    assert "elu_attention" in base.MIXERS.all()
+    assert base.MIXERS["elu_attention"].kind == "linear"
     with pytest.raises(ValueError, match="did you mean 'elu_attention'"):
-        base.mixer_config("elu_atention")
+        base.MIXERS["elu_atention"]
 
 
 def test_it_works_in_patterns_json_and_the_command_line():

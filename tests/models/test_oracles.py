@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from plait.models.build import BuildContext
-from plait.models.channel_mixers import GatedMLPConfig
+from plait.models.channel_mixers.gated_mlp import GatedMLPConfig
 from plait.models.config import LMConfig
 from plait.models.mixers.base import MixerConfig
 from plait.models.mixers.full.softmax import SoftmaxConfig

@@ -14,10 +14,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from plait.configs.experiment import ExperimentConfig, MeshConfig, OptimizerConfig
+from plait.configs.experiment import ExperimentConfig
+from plait.configs.mesh import MeshConfig
+from plait.configs.optimizer import OptimizerConfig
 from plait.data.batch import Batch
 from plait.data.config import DataConfig
-from plait.models.channel_mixers import GatedMLPConfig
+from plait.models.channel_mixers.gated_mlp import GatedMLPConfig
 from plait.models.config import LMConfig
 from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.models.mixers.linear.gated_deltanet import GatedDeltaNetConfig

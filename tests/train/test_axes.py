@@ -6,9 +6,10 @@ import itertools
 
 import pytest
 
-from plait.configs.experiment import MESH_AXES, ExperimentConfig, MeshConfig
+from plait.configs.experiment import ExperimentConfig
+from plait.configs.mesh import MESH_AXES, MeshConfig
 from plait.configs.presets import presets
-from plait.models.mixers.base import MixerConfig, mixer_configs
+from plait.models.mixers.base import MIXERS, MixerConfig
 from plait.models.pattern import find_period
 from plait.tests.train.common import changed, hybrid, tiny
 from plait.tests.train.test_mesh import SIZES, assert_same_training, two_steps
@@ -84,7 +85,7 @@ def test_hybrid_on_three_axes_trains_as_one_device(axes, compile_cache):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("axes", MESHES, ids=" x ".join)
-@pytest.mark.parametrize("mixer", mixer_configs().values(), ids=mixer_configs())
+@pytest.mark.parametrize("mixer", MIXERS.all().values(), ids=MIXERS.all())
 def test_mixer_on_one_and_two_axes_trains_as_one_device(mixer, axes, compile_cache):
     assert_same_on(layers_of(mixer.example()), on(axes))
 

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from plait.models.mixers.stats import Stats
+from plait.TODO import Stats
 from plait.tests.train.common import hybrid
 from plait.train.probes.collect import describe_layers, padded_layers, probe_arrays, probe_metrics
 

@@ -7,10 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from plait.configs.experiment import MeshConfig
+from plait.configs.mesh import MeshConfig
 from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.models.mixers.linear.gla import GLAConfig
-from plait.models.mixers.stats import ProbeConfig
+from plait.configs.probe import ProbeConfig
 from plait.tests.kernels import cases
 from plait.tests.kernels.test_context import compiled_text, mesh_of
 from plait.tests.models.common import quick_jit

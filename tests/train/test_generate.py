@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from plait.configs.experiment import MeshConfig
+from plait.configs.mesh import MeshConfig
 from plait.data.tokenizer import ByteTokenizer
 from plait.launch import main
 from plait.tests.models.common import quick_jit

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from plait.configs.cli import parse_experiment
-from plait.configs.experiment import SpikeConfig
+from plait.configs.spike import SpikeConfig
 from plait.launch import main
 from plait.tests.train.common import changed, routed
 from plait.train import run as runs

@@ -10,7 +10,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from plait.configs.experiment import MeshConfig
+from plait.configs.mesh import MeshConfig
 from plait.models import axes
 from plait.tests.models.common import quick_jit
 from plait.tests.tolerances import assert_close

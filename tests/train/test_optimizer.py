@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from plait.configs.experiment import OptimizerConfig
+from plait.configs.optimizer import OptimizerConfig
 from plait.train.optimizer import make_schedule
 
 HALF_COSINE = 0.5 * (1 + math.cos(math.pi * 0.5))  # half way down

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from plait.configs.experiment import SpikeConfig
+from plait.configs.spike import SpikeConfig
 from plait.data.loader import DataIterator
 from plait.tests.train.common import changed, different_arrays, tiny
 from plait.tests.train.test_resume import last_state, lines_of, terminating

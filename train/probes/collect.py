@@ -2,56 +2,50 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from plait.models.config import LMConfig
-from plait.models.mixers.stats import Stats
-
-_SKIPPED = ("auxiliary_loss", "attention")
+from plait.train.probes.base import PROBES
 
 
-def probe_arrays(stats: Sequence[Stats]) -> dict[str, np.ndarray]:
+def probe_arrays(statistics: Sequence[Mapping[str, jax.Array]]) -> dict[str, np.ndarray]:
     """Each statistic as one float32 array `[L, ...]`; heads that narrower layers lack are NaN, as are layers without it."""
-    host = jax.device_get(list(stats))
+    host = jax.device_get(list(statistics))
     arrays = {}
-    for field in dataclasses.fields(Stats):
-        values = [getattr(s, field.name) for s in host]
-        present = [v for v in values if v is not None]
-        if present and field.name not in _SKIPPED:
-            arrays[field.name] = padded_layers(values, tuple(np.max([v.shape for v in present], axis=0)))
+    for name in dict.fromkeys(name for layer in host for name in layer):
+        values = [layer.get(name) for layer in host]
+        shape = tuple(np.max([v.shape for v in values if v is not None], axis=0).astype(int))
+        arrays[name] = padded_layers(values, shape)
     return arrays
 
 
-def probe_metrics(arrays: dict[str, np.ndarray]) -> dict[str, float]:
+def probe_metrics(arrays: Mapping[str, np.ndarray]) -> dict[str, float]:
     """The model's attention in a few scalars."""
-    named: dict[str, tuple[str, Callable[[np.ndarray], Any]]] = {
-        "attn/entropy_mean": ("entropy", np.nanmean),
-        "attn/entropy_ratio": ("entropy_ratio", np.nanmean),
-        "attn/sink_rate": ("sink_rate", np.nanmean),
-        "attn/max_logit": ("max_logit", np.nanmax),
-        "attn/decay_horizon": ("decay_horizon", np.nanmedian),
-        "moh/max_load": ("head_load", _max_routed),
-        "residual/max": ("residual_top", np.nanmax),
-    }
-    return {metric: float(reduce(arrays[name])) for metric, (name, reduce) in named.items() if name in arrays}
+    found = {}
+    for probe in PROBES.all().values():
+        for statistic in probe.statistics:
+            if statistic.metric is not None and statistic.name in arrays:
+                name, reduce = statistic.metric
+                found[name] = float(reduce(arrays[statistic.name]))
+    return found
 
 
 def describe_layers(config: LMConfig) -> list[dict[str, Any]]:
     """What each layer is, for `probes/layers.json`."""
     return [
-        {"index": i, "mixer": name, "kind": mixer.kind, "num_heads": mixer.head_count(config.d_model)}
+        {
+            "index": i,
+            "mixer": name,
+            "kind": mixer.kind,
+            "num_heads": len(mixer.head_kinds(config.d_model)),
+            "head_kinds": list(mixer.head_kinds(config.d_model)),
+        }
         for i, (name, mixer) in enumerate(zip(config.layers, config.layer_mixers, strict=True))
     ]
-
-
-def _max_routed(load: np.ndarray) -> float:
-    routed = np.where(load < 1.0, load, np.nan)
-    return float(np.nanmax(routed)) if np.isfinite(routed).any() else 1.0
 
 
 def padded_layers(values: Sequence[np.ndarray | None], shape: tuple[int, ...]) -> np.ndarray:

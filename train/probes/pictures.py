@@ -12,13 +12,34 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from plait.data.batch import Batch
 from plait.data.tokenizer import Tokenizer
-from plait.models.mixers.stats import PictureProbe
+from plait.kernels import Tokens
+from plait.models.look import Look
 from plait.train.pods.hosts.together import first
 from plait.train.probes.collect import padded_layers
 from plait.train.run_folder.probe_files import write_attention
 from plait.train.state import Arrays, Blueprint
 
 _LENGTH = 64
+
+
+class Pictures:
+    """An observer of every row of one sequence that keeps the attention itself."""
+
+    def pick_sequences(self, batch_size: int) -> slice:
+        return slice(0, 1)
+
+    def pick_rows(self, length: int) -> jax.Array:
+        return jnp.arange(length, dtype=jnp.int32)
+
+    def measure(self, looks: tuple[Look, ...]) -> dict[str, jax.Array]:
+        """`attention` `[H, T, T]`, NaN for heads without."""
+        maps = [look.implied for look in looks]
+        length = looks[0].x.shape[1]
+        heads = [0 if look.mixer is None else look.mixer.num_heads for look in looks]
+        if all(one is None for one in maps):
+            return {}
+        blank = [jnp.full((n, length, length), jnp.nan) for n in heads]
+        return {"attention": jnp.concatenate([b if one is None else one[0] for one, b in zip(maps, blank, strict=True)])}
 
 
 def write_pictures(
@@ -34,9 +55,8 @@ def write_pictures(
 
     @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
     def attend(params: Arrays, buffers: Arrays, tokens: jax.Array) -> list:
-        where = {"segment_ids": jnp.ones_like(tokens), "positions": jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]}
-        _, stats = blueprint.build(params, buffers).hidden(tokens, **where, probe=PictureProbe(sequences=1))
-        return [None if s is None or s.attention is None else s.attention[0] for s in stats]  # [H, T, T] a layer
+        _, extras = blueprint.build(params, buffers).hidden(Tokens(tokens), observer=Pictures())
+        return [one.statistics.get("attention") for one in extras]
 
     maps = [None if a is None else np.asarray(a, np.float32) for a in attend(params, buffers, tokens[None])]
     if all(heads is None for heads in maps) or not first():

@@ -86,10 +86,8 @@ class MLA(HeadMixer):
         self.config, self.num_heads, self.dtype = config, config.num_heads, ctx.compute_dtype
         self.scale = (config.nope_head_dim + config.rope_head_dim) ** -0.5
         heads = (1, self.num_heads)
-        self.q_down = self.q_norm = None
-        if config.q_rank is not None:
-            self.q_down = Dense(ctx, d_model, config.q_rank, (EMBED, None))
-            self.q_norm = RMSNorm(ctx, config.q_rank, eps=config.norm_eps)
+        self.q_down = Dense(ctx, d_model, config.q_rank, (EMBED, None)) if config.q_rank is not None else None
+        self.q_norm = RMSNorm(ctx, config.q_rank, eps=config.norm_eps) if config.q_rank is not None else None
         q_width = self.num_heads * (config.nope_head_dim + config.rope_head_dim)
         self.q = Dense(ctx, config.q_rank or d_model, q_width, (EMBED if config.q_rank is None else None, HEADS), heads=heads)
         self.kv_down = Dense(ctx, d_model, config.kv_rank, (EMBED, None))

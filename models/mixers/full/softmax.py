@@ -133,22 +133,19 @@ class Softmax(HeadMixer):
         self.slots = config.slots()
         width, kv_width = self.num_heads * config.head_dim, self.num_kv_heads * config.head_dim
         self.q = Dense(ctx, d_model, width, (EMBED, HEADS), heads=(1, self.num_heads))
-        self.k = self.v = None
-        if config.shared_kv != "read":
-            self.k, self.v = (Dense(ctx, d_model, kv_width, (EMBED, KV_HEADS), heads=(1, self.num_kv_heads)) for _ in range(2))
+        own_kv = config.shared_kv != "read"
+        self.k = Dense(ctx, d_model, kv_width, (EMBED, KV_HEADS), heads=(1, self.num_kv_heads)) if own_kv else None
+        self.v = Dense(ctx, d_model, kv_width, (EMBED, KV_HEADS), heads=(1, self.num_kv_heads)) if own_kv else None
         self.o = Dense(ctx, width, d_model, (HEADS, EMBED), init=ctx.residual_init, heads=(0, self.num_heads))
-        self.q_norm = self.k_norm = None
-        if config.qk_norm:
-            self.q_norm = RMSNorm(ctx, config.head_dim, eps=1e-6)
-            self.k_norm = RMSNorm(ctx, config.head_dim, eps=1e-6) if self.k is not None else None
+        self.q_norm = RMSNorm(ctx, config.head_dim, eps=1e-6) if config.qk_norm else None
+        self.k_norm = RMSNorm(ctx, config.head_dim, eps=1e-6) if config.qk_norm and own_kv else None
         gate_width = {"elementwise": width, "headwise": self.num_heads}.get(config.gate or "")
         self.gate = Dense(ctx, d_model, gate_width, (EMBED, HEADS), role="gate") if gate_width else None
         self.sinks = ctx.param(jax.nn.initializers.zeros, (self.num_heads,), (HEADS,)) if config.sink_logits else None
         self.sigmoid_bias = -math.log(ctx.seq_len) if config.normalizer == "sigmoid" else None
-        self.value_mix = self.is_first = None
-        if config.value_residual:
-            self.value_mix = ctx.param(jax.nn.initializers.constant(0.5), (2,), (None,))
-            self.is_first = Buffer(jnp.asarray(ctx.layer_index == ctx.first_layers.get(VALUES, ctx.layer_index)), axes=())
+        first = jnp.asarray(ctx.layer_index == ctx.first_layers.get(VALUES, ctx.layer_index))
+        self.value_mix = ctx.param(jax.nn.initializers.constant(0.5), (2,), (None,)) if config.value_residual else None
+        self.is_first = Buffer(first, axes=()) if config.value_residual else None
 
     def project(self, x, *, at, state):
         def heads(dense: Dense | None, norm: RMSNorm | None, axis: str, rotary: bool) -> Any:
@@ -228,5 +225,5 @@ class Softmax(HeadMixer):
             "sinks": None if self.sinks is None else self.sinks[...],
             "normalizer": self.config.normalizer,
             "sigmoid_bias": self.sigmoid_bias,
-            "logit_soft_cap": self.config.logit_soft_cap,
+            **({} if self.config.logit_soft_cap is None else {"logit_soft_cap": self.config.logit_soft_cap}),
         }

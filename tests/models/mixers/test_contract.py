@@ -13,14 +13,14 @@ from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
 from plait.configs.codec import decode, encode
-from plait.configs.experiment import MeshConfig
+from plait.configs.mesh import MeshConfig
 from plait.kernels import dispatch
 from plait.models.build import BuildContext
-from plait.models.mixers.base import HeadMixer, Mixer, MixerConfig, mixer_configs
+from plait.models.mixers.base import MIXERS, HeadMixer, Mixer, MixerConfig
 from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.models.mixers.linear.gated_deltanet import GatedDeltaNetConfig
 from plait.models.mixers.moh import MoHConfig
-from plait.models.mixers.stats import ProbeConfig
+from plait.configs.probe import ProbeConfig
 from plait.tests.models import common
 from plait.tests.models.common import layout, left_padded, quick_jit
 from plait.tests.tolerances import assert_close
@@ -74,7 +74,7 @@ def fits_moh(config: MixerConfig) -> bool:
 def _cases() -> dict[str, Case]:
     softmax = functools.partial(SoftmaxConfig, num_heads=4, head_dim=16)
     gated_deltanet = functools.partial(GatedDeltaNetConfig, num_heads=2, head_dim=8)
-    examples = {name: config.example() for name, config in mixer_configs().items()}
+    examples = {name: config.example() for name, config in MIXERS.all().items()}
     plain = {name: config for name, config in examples.items() if not hasattr(config, "mixer")}
     configs = {
         **examples,

@@ -11,17 +11,17 @@ import pytest
 from flax import nnx
 
 from plait.models.build import BuildContext
-from plait.models.mixers.base import MixerConfig, mixer_configs
+from plait.models.mixers.base import MIXERS, MixerConfig
 from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.models.mixers.moh import MoH, MoHConfig
-from plait.models.mixers.stats import ProbeConfig
+from plait.configs.probe import ProbeConfig
 from plait.tests.models.common import layout, quick_jit
 from plait.tests.tolerances import assert_close
 
 WIDTH, LENGTH = 64, 24
 WHERE = layout((LENGTH,), (10, 8), length=LENGTH)
 SOFTMAX = SoftmaxConfig(num_heads=8, head_dim=8)
-INNER = {"softmax": SOFTMAX} | {n: mixer_configs()[n].example() for n in ("gla", "gated_deltanet")}
+INNER = {"softmax": SOFTMAX} | {n: MIXERS.all()[n].example() for n in ("gla", "gated_deltanet")}
 
 
 def build(config: MoHConfig, seed: int = 0) -> MoH:

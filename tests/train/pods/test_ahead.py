@@ -9,7 +9,9 @@ import jax
 import pytest
 from jax.experimental import topologies
 
-from plait.configs.experiment import ExperimentConfig, MeshConfig, OptimizerConfig
+from plait.configs.experiment import ExperimentConfig
+from plait.configs.mesh import MeshConfig
+from plait.configs.optimizer import OptimizerConfig
 from plait.configs.presets import presets
 from plait.data.config import DataConfig
 from plait.models.config import LMConfig

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from plait.configs import codec
-from plait.configs.experiment import ExperimentConfig, MeshConfig
+from plait.configs.experiment import ExperimentConfig
+from plait.configs.mesh import MeshConfig
 from plait.tests.tolerances import assert_close
 from plait.tests.train.common import different_arrays, tree_arrays, write_corpus
 from plait.tests.train.pods.pod import SMALL, Pod, checkpoints_of, statuses

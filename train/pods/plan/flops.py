@@ -31,7 +31,7 @@ def layer_flops(config: ExperimentConfig) -> list[LayerFlops]:
     """The layers of a model with a settled vocabulary, as `LMConfig.flops` counts them; what is recomputed follows `model.remat`."""
     model, seq_len = config.model, config.data.seq_len
     layers = [_layer(config, name, count) for name, count in collections.Counter(model.layers).items()]
-    channel = 6.0 * model.d_model * model.channel_mixer.width(model.d_model) * model.num_layers
+    channel = model.num_layers * model.channel_mixer.flops(model.d_model)
     layers.append(LayerFlops("channel mixers", model.num_layers, channel, 0.0, channel if model.remat == "full" else 0.0))
     head = 2.0 * model.d_model * (model.vocab_size or 0)
     layers.append(LayerFlops("head and loss", 1, head, 0.0, head))  # the loss keeps no logits

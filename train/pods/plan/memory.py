@@ -134,7 +134,7 @@ _ROWS = 251  # of the traced batch: a prime, by which the arrays with a row axis
 
 @functools.lru_cache(maxsize=32)
 def _saved(model: Any, seq_len: int, generation: str | None, seed: int) -> Activations:
-    from plait.configs.experiment import OptimizerConfig
+    from plait.configs.optimizer import OptimizerConfig
     from plait.data.config import DataConfig
 
     config = ExperimentConfig(

@@ -6,7 +6,8 @@ import dataclasses
 import math
 import time
 
-from plait.configs.experiment import ExperimentConfig, MeshConfig
+from plait.configs.experiment import ExperimentConfig
+from plait.configs.mesh import MeshConfig
 from plait.kernels import chosen
 from plait.models import axes
 from plait.train.mesh import make_mesh, mesh_axes

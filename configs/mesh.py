@@ -1,0 +1,42 @@
+"""How devices are laid out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+from plait.configs.components import Config
+
+MESH_AXES = ("pipeline", "data", "fsdp", "context", "tensor")
+"""Mesh axes, the outermost first."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig(Config):
+    """How many devices each mesh axis has, from the outermost (across TPU slices) in; their product is the number of devices used."""
+
+    path = "mesh"
+
+    pipeline: int = 1
+    """Stages in which the repetitions of the layer pattern lie, one behind the other; `optimizer.accumulate` micro-batches fill them."""
+    data: int | None = None
+    """Data parallel; None takes the devices that the other axes leave."""
+    fsdp: int = 1
+    """Data parallel with parameters and optimizer state sharded."""
+    context: int = 1
+    """Tokens of a sequence sharded: each device holds a contiguous part of every row."""
+    tensor: int = 1
+    """Heads, channel-mixer widths and the vocabulary sharded."""
+    zero: bool = False
+    """ZeRO: moments and average sharded also over data, context and pipeline, gradients reduced to those parts."""
+    offload: Literal["optimizer"] | None = None
+    """What waits in the host's memory between updates: the optimizer's moments; None for nothing."""
+
+    reserved: ClassVar[Mapping[str, str]] = {"expert": "is kept for layers of experts, which no model has yet; leave it out"}
+
+    def check(self) -> None:
+        for name in MESH_AXES:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")

@@ -1,0 +1,28 @@
+"""What of a batch the probes look at."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from plait.configs.components import Config
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProbeConfig(Config):
+    """Which part of a batch the probes look at: enough for stable statistics, little enough to cost nothing."""
+
+    path = "probe"
+
+    rows: int = 32
+    """Query positions per sequence whose attention is looked at, evenly spaced (all of them when the sequence is shorter)."""
+    sequences: int = 4
+    """Sequences of the batch looked at."""
+    first_k: int = 4
+    """Number of leading document positions whose received attention alpha_1..alpha_K is reported."""
+
+    def check(self) -> None:
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) < 1:
+                raise ValueError(
+                    f"{field.name}={getattr(self, field.name)} must be at least 1; turn probes off with probe_every=None"
+                )

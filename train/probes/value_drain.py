@@ -1,0 +1,32 @@
+"""Whether the values of first tokens are drained."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from plait.train.probes.base import Probe, Statistic, register
+from plait.train.probes.means import start_ratio
+
+
+@register("value_drain", source="Active-Dormant Attention Heads (2410.13835)")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ValueDrain(Probe):
+    """Norms of values at document starts against those elsewhere."""
+
+    statistics = (
+        Statistic(
+            name="value_drain",
+            per="head",
+            unit="‖v₀‖ / mean ‖vⱼ‖",
+            meaning="mean |v| at document starts over mean |v| elsewhere; far below 1 for sink heads",
+        ),
+    )
+
+    def measure(self, look, config):
+        if look.mixer is None:
+            return {}
+        norms = jnp.linalg.norm(look.inputs.v.astype(jnp.float32), axis=-1)
+        drain = start_ratio(norms, look.at.segment_ids, look.at.positions)  # [Hkv]
+        return {"value_drain": jnp.repeat(drain, look.mixer.num_heads // drain.shape[0])}
