@@ -15,7 +15,7 @@ from plait.configs.vocabulary import with_vocabulary
         ("byte", None, 512, None, 512),
         ("bpe", None, None, None, 4096),
         ("bpe", 1000, None, 99, 1024),
-        ("runs/a", None, 1000, 99, 1000),
+        ("runs/a", None, 1000, 9999, 1000),
         ("runs/a", None, None, 99, 128),
     ],
 )

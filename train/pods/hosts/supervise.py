@@ -24,7 +24,8 @@ from plait.train.pods.hosts import heartbeat
 from plait.train.pods.hosts.host import Host, HostsOptions
 
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
-"""Exit statuses. STOPPED: saved on a signal before the end, start again to go on (EX_TEMPFAIL)."""
+"""Exit statuses of `launch.py train`: done; failed, start again; bad input, do not; saved on a signal before the end (EX_TEMPFAIL),
+start again to go on."""
 ORDERLY = (DONE, BAD_INPUT, STOPPED)
 """With these all hosts end, each by itself."""
 

@@ -14,7 +14,9 @@ from typing import Any
 
 import yaml
 
-from plait.train.pods.launch_files.job import BAD_INPUT, COORDINATOR_PORT, SAVED, Job
+from plait.train.pods.hosts.host import PORT
+from plait.train.pods.hosts.supervise import BAD_INPUT, STOPPED
+from plait.train.pods.launch_files.job import Job
 from plait.train.pods.launch_files.options import GkeOptions, environment
 
 SUFFIX = "gke.yaml"
@@ -52,7 +54,7 @@ def jobset(options: GkeOptions, job: Job) -> dict[str, Any]:
         "podFailurePolicy": {
             "rules": [
                 {"action": "FailJob", "onExitCodes": _exit(BAD_INPUT)},
-                {"action": "Ignore", "onExitCodes": _exit(SAVED)},
+                {"action": "Ignore", "onExitCodes": _exit(STOPPED)},
             ]
         },
         "template": {"metadata": _pod_metadata(options, labels), "spec": _pod(options, job)},
@@ -133,7 +135,7 @@ def _pod(options: GkeOptions, job: Job) -> dict[str, Any]:
     if options.secret:
         container["envFrom"] = [{"secretRef": {"name": secret}} for secret in options.secret]
     container |= {
-        "ports": [{"containerPort": COORDINATOR_PORT}],
+        "ports": [{"containerPort": PORT}],
         "resources": {"requests": dict(amount), "limits": dict(amount)},
         "volumeMounts": mounts,
     }
@@ -156,7 +158,7 @@ def _environment(options: GkeOptions, job: Job) -> list[dict[str, Any]]:
     machines = job.machines
     own = {
         "PLAIT_HOSTS": "kubernetes",
-        "PLAIT_COORDINATOR": f"{job.name}-{_group(job)}-0-0.{job.name}:{COORDINATOR_PORT}",
+        "PLAIT_COORDINATOR": f"{job.name}-{_group(job)}-0-0.{job.name}:{PORT}",
         "PLAIT_HOST_COUNT": str(machines.hosts),
         "PLAIT_HOSTS_PER_SLICE": str(machines.hosts_per_slice),
     }

@@ -15,11 +15,7 @@ from plait.train.pods.hosts.host import host_options
 from plait.train.pods.launch_files.machines import Machines
 from plait.train.program import Program
 
-COORDINATOR_PORT = 8476
-DONE, FAILED, BAD_INPUT, SAVED = 0, 1, 2, 75
-"""Exit statuses of `launch.py train`: done; failed, start again; bad input, do not; stopped by SIGTERM and saved, start again."""
-
-_SET_BY_THE_FILE = {
+_OWN_FLAGS = {
     "--out": "it is the run folder, which the file sets; see --run-folder, --mount and --name",
     "--resume": "the file always resumes",
     "--no-resume": "the file always resumes",
@@ -86,8 +82,8 @@ def check_overrides(overrides: Sequence[str]) -> None:
     """Raises ValueError for options of `train` that a launch file sets itself."""
     for word in overrides:
         flag = word.partition("=")[0]
-        if flag in _SET_BY_THE_FILE:
-            raise ValueError(f"{flag} cannot be given to a launch file: {_SET_BY_THE_FILE[flag]}")
+        if flag in _OWN_FLAGS:
+            raise ValueError(f"{flag} cannot be given to a launch file: {_OWN_FLAGS[flag]}")
         if flag.startswith("--hosts.") and flag.partition(".")[2] in ("coordinator", "count", "index", "detect", "local"):
             raise ValueError(f"{flag} cannot be given to a launch file: the hosts are those of --target")
 

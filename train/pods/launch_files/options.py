@@ -15,7 +15,7 @@ _LABEL = r"[a-z]([-a-z0-9]*[a-z0-9])?"
 _IMAGE = re.compile(
     r"[a-z0-9]+([.-][a-z0-9]+)*(:\d+)?(/[a-z0-9]+([._-]+[a-z0-9]+)*)*(:[\w][\w.-]{0,127})?(@sha256:[0-9a-f]{64})?"
 )
-_SET_BY_THE_FILE = ("PLAIT_", "JOB_COMPLETION_INDEX", "JOB_INDEX", "MEGASCALE_", "TPU_WORKER_")
+_OWN_VARIABLES = ("PLAIT_", "JOB_COMPLETION_INDEX", "JOB_INDEX", "MEGASCALE_", "TPU_WORKER_")
 Repeated = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
 
 
@@ -71,7 +71,7 @@ def environment(pairs: Iterable[str]) -> dict[str, str]:
         name, equals, value = pair.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z_]\w*", name) or "\n" in value:
             raise ValueError(f"env={pair!r} must be NAME=VALUE on one line")
-        if name.startswith(_SET_BY_THE_FILE):
+        if name.startswith(_OWN_VARIABLES):
             raise ValueError(f"env={pair!r}: {name} is set by the launch file or the cluster; leave it out")
         if name in found:
             raise ValueError(f"env={pair!r} is given twice; keep one")

@@ -12,7 +12,8 @@ from __future__ import annotations
 import re
 import shlex
 
-from plait.train.pods.launch_files.job import BAD_INPUT, Job
+from plait.train.pods.hosts.supervise import BAD_INPUT
+from plait.train.pods.launch_files.job import Job
 from plait.train.pods.launch_files.options import TpuVmOptions, environment
 
 SUFFIX = "tpu-vm.sh"
