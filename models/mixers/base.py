@@ -118,7 +118,7 @@ register = MIXERS.register
 @functools.lru_cache(maxsize=256)
 def _abstract(config: MixerConfig, d_model: int, dtype: str = "float32") -> Any:
     def create() -> Mixer:
-        ctx = BuildContext(layer_index=0, num_layers=1, rngs=nnx.Rngs(0), seq_len=1, compute_dtype=jnp.dtype(dtype))
+        ctx = BuildContext(rngs=nnx.Rngs(0), seq_len=1, compute_dtype=jnp.dtype(dtype))
         return config.build(d_model, ctx)
 
     return nnx.eval_shape(create)
