@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from plait.configs.files import write_atomically
 from plait.configs.components import ConfigError
+from plait.configs.files import write_atomically
 from plait.models.mixers.base import MIXERS, MixerConfig
 
 T = TypeVar("T")

@@ -10,7 +10,9 @@ from plait import kernels
 
 TEXT = (Path(__file__).parents[1] / "docs" / "library.md").read_text("utf-8")
 EXAMPLES = dict(zip(re.findall(r"^## (.+)$", TEXT, re.M), re.findall(r"^```python\n(.*?)^```$", TEXT, re.M | re.S)))
-NAMES = {module: names.split() for module, names in re.findall(r"^\| `(plait[\w.]+)` \| (.+) \|$", TEXT.replace("` `", " "), re.M)}
+NAMES = {
+    module: names.split() for module, names in re.findall(r"^\| `(plait[\w.]+)` \| (.+) \|$", TEXT.replace("` `", " "), re.M)
+}
 
 
 @pytest.mark.parametrize("title", EXAMPLES)
