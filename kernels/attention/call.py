@@ -9,6 +9,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 
+from plait.kernels.attention.bias import LowRankBias
 from plait.kernels.call import OPTION, Call, letters
 from plait.kernels.masks import BlockTable, Mask
 from plait.kernels.shapes import accumulation_dtype, check_divides, check_floating, check_rank, check_shape, check_tokens
@@ -39,6 +40,7 @@ class AttentionCall(Call):
     mask: Mask = field(metadata=OPTION)
     scale: float = field(metadata=OPTION)
     normalizer: str = field(metadata=OPTION, default="softmax")
+    logit_soft_cap: float | None = field(metadata=OPTION, default=None)
     return_stats: bool = field(metadata=OPTION, default=False)
 
     @classmethod
@@ -52,9 +54,10 @@ class AttentionCall(Call):
         kv_at: Tokens | None = None,
         scale: float | None = None,
         sigmoid_bias: Array | float | None = None,
+        bias: LowRankBias | None = None,
         **fields: Any,
     ) -> Self:
-        """The call of the op's public function, checked, with the default scale filled in.
+        """The call of the op's public function, checked, with the default scale filled in and the bias folded in.
 
         Raises:
           ValueError: a shape, ratio, dtype, option or known segment id does not fit.
@@ -63,6 +66,8 @@ class AttentionCall(Call):
         if sigmoid_bias is not None:
             sigmoid_bias = jnp.broadcast_to(jnp.asarray(sigmoid_bias, accumulation_dtype(q, k)), (q.shape[2],))
         scale = q.shape[-1] ** -0.5 if scale is None else scale
+        if bias is not None:
+            q, k = bias.folded(op, q, k, scale)
         call = cls(q=q, k=k, at=_known(at), kv_at=_known(kv_at), scale=scale, sigmoid_bias=sigmoid_bias, **fields)
         call._check(op)
         return call
@@ -121,6 +126,8 @@ class AttentionCall(Call):
                 f"{op}: sigmoid_bias={self.sigmoid_bias} with normalizer={self.normalizer!r}; the sigmoid needs one and softmax takes "
                 "none; use -log(longest training sequence) or None"
             )
+        if self.logit_soft_cap is not None and self.logit_soft_cap <= 0:
+            raise ValueError(f"{op}: logit_soft_cap={self.logit_soft_cap} must be above 0; use None for no cap")
         if self.sigmoid and self.sinks is not None:
             raise ValueError(f"{op}: sinks with normalizer='sigmoid' have no denominator to join; use sinks=None")
 

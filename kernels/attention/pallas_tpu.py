@@ -110,6 +110,7 @@ def _problem(call: AttentionCall, layout: Layout) -> Problem:
         scale=float(call.scale),
         sigmoid=call.sigmoid,
         stats=call.return_stats,
+        soft_cap=call.logit_soft_cap,
         table_blocks=None if table is None else (table.block_q, table.block_kv),
     )
 

@@ -66,6 +66,7 @@ class Problem(NamedTuple):
     scale: float
     sigmoid: bool
     stats: bool
+    soft_cap: float | None = None
     table_blocks: tuple[int, int] | None = None
     """Queries and keys a block of the block table, if there is one."""
 
@@ -236,6 +237,14 @@ def unhoisted(index: Array, start: Array) -> Array:
     return index + (start >> 31)
 
 
+def capped(problem: Problem, z: Array) -> Array:
+    """Unscaled logits under the soft cap, unscaled again, or as they are."""
+    if problem.soft_cap is None:
+        return z
+    unit = problem.soft_cap / problem.scale
+    return unit * jnp.tanh(z * (1 / unit))
+
+
 def where_masked(kind: Array, change: Callable[[Array], Array], x: Array) -> Array:
     """change(x) in tiles that need the mask, else x."""
     return jax.lax.cond(kind == MASKED, change, lambda x: x, x)
@@ -327,7 +336,7 @@ def _forward_rows(plan: Plan, refs: Any, b: Array, h: Array, i: Array, wg: Array
         [key_tile] = refs.keys.read(n)
         [z] = gpu.products((q_tile, key_tile.transpose((1, 0))), issued=swap_turns)
         refs.keys.release(n)
-        z = where_masked(kind, tile.hide, z)
+        z = where_masked(kind, tile.hide, capped(problem, z))
         spread_out = lambda row: gpu.rows_to(row, size)
         peak = jnp.maximum(old, jnp.max(z, axis=1) * unit) if problem.stats or not problem.sigmoid else old
         if problem.sigmoid:

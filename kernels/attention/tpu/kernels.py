@@ -26,6 +26,15 @@ def _dot(a: Array, b: Array, dims: Any) -> Array:
     return jax.lax.dot_general(a, b, dims, precision=matmul_precision(a.dtype), preferred_element_type=jnp.float32)
 
 
+def _products(problem: Problem, k: Array, q: Array) -> Array:
+    """k . q [N, M], unscaled; with a soft cap, what scaled is the capped logit."""
+    z = _dot(k, q, _NT)
+    if problem.soft_cap is None:
+        return z
+    unit = problem.soft_cap / problem.scale
+    return unit * jnp.tanh(z * (1 / unit))
+
+
 def _log_sigmoid(x: Array) -> Array:
     return jnp.minimum(x, 0) - jnp.log1p(jnp.exp(-abs(x)))
 
@@ -89,7 +98,7 @@ def _weights_and_gradient(
     tokens = refs[5:]
     q, k, v, d_o = refs[0][0, 0, queries], refs[1][0, 0, keys.at], refs[2][0, 0, keys.at], refs[3][0, 0, queries]
     rows = refs[4][0, 0, :, queries]
-    z = _dot(k, q, _NT)
+    z = _products(problem, k, q)
     logits = problem.scale * z + bias if problem.sigmoid else z
     e = _log_sigmoid(logits) if problem.sigmoid and problem.stats else z
     weights = jax.nn.sigmoid(logits) if problem.sigmoid else jnp.exp2((problem.scale * _LOG2_E) * z - rows[0:1])
@@ -106,6 +115,8 @@ def _weights_and_gradient(
     if problem.stats:
         highest = z >= rows[4:5]
         d_logits += jnp.where(highest & visible if masked else highest, rows[3:4], 0)
+    if problem.soft_cap is not None:
+        d_logits *= 1 - jnp.square(z * (problem.scale / problem.soft_cap))
     return weights, d_logits, shared
 
 
@@ -134,7 +145,7 @@ def _forward_kernel(problem: Problem, schedule: Visits, table: Any, bias: Any, *
             x[...] = jnp.zeros_like(x)
 
     def part(masked: bool, keys: _Keys, values: Array, queries: slice) -> None:
-        z = _dot(k[0, 0, keys.at], q[0, 0, queries], _NT)  # [N, M]
+        z = _products(problem, k[0, 0, keys.at], q[0, 0, queries])  # [N, M]
         if masked:
             visible = _visible(problem, tokens, keys, queries)
         shown = jnp.where(visible, z, HIDDEN) if masked else z
@@ -292,7 +303,7 @@ def _column_mass_kernel(problem: Problem, schedule: Visits, table: Any, bias: An
     def tile(masked: bool) -> None:
         for keys in _key_parts(tokens, masked, _GRADIENT_PART[0]):
             for queries in _cuts(q.shape[2], _GRADIENT_PART[1]):
-                z = _dot(k[0, 0, keys.at], q[0, 0, queries], _NT)
+                z = _products(problem, k[0, 0, keys.at], q[0, 0, queries])
                 weights = jnp.exp2((problem.scale * _LOG2_E) * z - lse[0, 0, 0:1, queries])
                 if masked:
                     weights = jnp.where(_visible(problem, tokens, keys, queries), weights, 0)

@@ -53,6 +53,7 @@ class Problem(NamedTuple):
     scale: float
     sigmoid: bool
     stats: bool
+    soft_cap: float | None = None
     table_blocks: tuple[int, int] | None = None
     """Queries and keys a block of the block table, if there is one."""
 
