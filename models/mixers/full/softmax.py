@@ -228,5 +228,5 @@ class Softmax(HeadMixer):
             "sinks": None if self.sinks is None else self.sinks[...],
             "normalizer": self.config.normalizer,
             "sigmoid_bias": self.sigmoid_bias,
-            **({} if self.config.logit_soft_cap is None else {"logit_soft_cap": self.config.logit_soft_cap}),
+            "logit_soft_cap": self.config.logit_soft_cap,
         }
