@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ Array = jax.Array
 class AttentionCall(Call):
     """One call of `plait.kernels.attention`, which says what the fields mean."""
 
-    results = ("bthv", "bth")
+    results: ClassVar[tuple[str, ...]] = ("bthv", "bth")
 
     q: Array = field(metadata=letters("bthk"))
     k: Array = field(metadata=letters("bthk"))
@@ -137,7 +137,7 @@ class AttentionCall(Call):
 class RoutedCall(AttentionCall):
     """One call of `plait.kernels.routed_attention`."""
 
-    results = ("bthv",)
+    results: ClassVar[tuple[str, ...]] = ("bthv",)
 
     active: Array = field(metadata=letters("bth"))
 
@@ -157,7 +157,7 @@ class RoutedCall(AttentionCall):
 class MassCall(AttentionCall):
     """One call of `plait.kernels.column_mass` or `first_masses`."""
 
-    results = ("bth",)
+    results: ClassVar[tuple[str, ...]] = ("bth",)
 
     lse: Array = field(metadata=letters("bth"))
 
