@@ -17,6 +17,7 @@ from plait.kernels.shapes import (
     check_rank,
     check_shape,
     check_tokens,
+    resolved_scale,
 )
 from plait.kernels.tokens import Tokens
 
@@ -57,7 +58,7 @@ class RecurrenceCall(Call):
         """
         check_rank(op, "q", fields["q"], "[B, T, Hqk, K]")
         check_tokens(op, "at", at, *fields["q"].shape[:2])
-        scale = fields["q"].shape[-1] ** -0.5 if scale is None else scale
+        scale = resolved_scale(op, scale, fields["q"].shape[3])
         call = cls(segment_ids=None if at is None else at.segment_ids, scale=scale, **fields)
         call._check(op)
         return call.replace(chunk_size=min(call.chunk_size, SPAN)) if call.return_stats else call
