@@ -74,8 +74,8 @@ class Block(nnx.Module):
         if observer is not None:
             looks = looks or (look(observer, at=at, x=stream.x),)
             residual = jax.lax.stop_gradient(stream.x[observer.pick_sequences(stream.x.shape[0])])
-            channels = channels._replace(observed=jax.lax.stop_gradient(channels.observed))
-            looks = tuple(dataclasses.replace(one, residual=residual, channels=channels.observed) for one in looks)
+            observed = jax.lax.stop_gradient(channels.observed)
+            looks = tuple(dataclasses.replace(one, residual=residual, channels=observed) for one in looks)
             statistics = observer.measure(looks)
         return stream, Extras({**losses, **channels.losses}, statistics)
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import optax
 
 from plait.data.batch import Batch
-from plait.models.linear import power_iterate
 from plait.models.block import over_microbatches
+from plait.models.linear import power_iterate
 from plait.models.look import Observer
 from plait.train.loss import loss_terms
 from plait.train.mesh import on_mesh

@@ -1,7 +1,7 @@
 """Flash attention for Hopper (Mosaic GPU): what its three kernels share, and the forward one. The math is in `pallas_gpu`.
 
-A block of threads has two warpgroups that compute, each for 64 rows of a tile, and one that copies the tiles which the schedule
-names into rings in shared memory. Logits are kept in units of log 2.
+A block of threads has two warpgroups that compute, each for 64 rows of a tile, and one that copies the tiles which the visits
+name into rings in shared memory. Logits are kept in units of log 2.
 """
 
 import math
@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from plait.kernels import gpu
 from plait.kernels.attention.reference import MASKED as HIDDEN
-from plait.kernels.attention.schedule import MASKED, Layout, Schedule, schedules
+from plait.kernels.attention.visits import MASKED, Layout, Visits, visits
 from plait.kernels.masks import BlockTable
 
 Array = jax.Array
@@ -66,6 +66,7 @@ class Problem(NamedTuple):
     scale: float
     sigmoid: bool
     stats: bool
+    soft_cap: float | None = None
     table_blocks: tuple[int, int] | None = None
     """Queries and keys a block of the block table, if there is one."""
 
@@ -100,8 +101,8 @@ class Plan:
         table = None
         if problem.table_blocks is not None:
             table = BlockTable(visible=x.table, block_q=problem.table_blocks[0], block_kv=problem.table_blocks[1])
-        pair = schedules(problem.layout, x.queries, x.keys, block_q, block_kv, keep_first=problem.stats, table=table)
-        self.schedule: Schedule = pair[0] if over == "q" else pair[1]
+        pair = visits(problem.layout, x.queries, x.keys, block_q, block_kv, keep_first=problem.stats, table=table)
+        self.schedule: Visits = pair[0] if over == "q" else pair[1]
         self.inputs: dict[str, Array] = {"q": x.q, "k": x.k, "v": x.v, "entries": self.schedule.flat()}
         self.inputs["counts"] = self.schedule.counts().reshape(-1)
         if problem.sigmoid:
@@ -236,6 +237,14 @@ def unhoisted(index: Array, start: Array) -> Array:
     return index + (start >> 31)
 
 
+def capped(problem: Problem, z: Array) -> Array:
+    """Unscaled logits under the soft cap, unscaled again, or as they are."""
+    if problem.soft_cap is None:
+        return z
+    unit = problem.soft_cap / problem.scale
+    return unit * jnp.tanh(z * (1 / unit))
+
+
 def where_masked(kind: Array, change: Callable[[Array], Array], x: Array) -> Array:
     """change(x) in tiles that need the mask, else x."""
     return jax.lax.cond(kind == MASKED, change, lambda x: x, x)
@@ -327,7 +336,7 @@ def _forward_rows(plan: Plan, refs: Any, b: Array, h: Array, i: Array, wg: Array
         [key_tile] = refs.keys.read(n)
         [z] = gpu.products((q_tile, key_tile.transpose((1, 0))), issued=swap_turns)
         refs.keys.release(n)
-        z = where_masked(kind, tile.hide, z)
+        z = where_masked(kind, tile.hide, capped(problem, z))
         spread_out = lambda row: gpu.rows_to(row, size)
         peak = jnp.maximum(old, jnp.max(z, axis=1) * unit) if problem.stats or not problem.sigmoid else old
         if problem.sigmoid:
