@@ -19,6 +19,8 @@ from plait.models.lm import num_params
 KINDS = {
     "mixer": "plait.models.mixers.base",
     "channel mixer": "plait.models.channel_mixers.base",
+    "optimizer": "plait.configs.optimizer",
+    "task": "plait.data.tasks.base",
     "probe": "plait.train.probes.base",
 }
 """The kinds of components, and the module that makes the registry of each."""
@@ -75,12 +77,6 @@ def preset_table() -> Table:
     return _table("Presets: launch.py train NAME", ["preset", "parameters", "layers", "purpose"], rows)
 
 
-def task_table() -> Table:
-    """Evaluation tasks."""
-    what = "loss, perplexity, bits per byte and loss by position on the run's held-out text"
-    return _table("Tasks: launch.py eval RUN --tasks NAME", ["task", "what it gives"], [["ppl", what]])
-
-
 def kernel_table() -> Table:
     """Ops and their implementations in the order `auto` tries them."""
     return _table("Kernels", ["op", "implementations"], [[op, ", ".join(names)] for op, names in registered().items()])
@@ -96,7 +92,6 @@ def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Ta
 TABLES: dict[str, Callable[[], Table]] = {
     "presets": preset_table,
     **{f"{kind.replace(' ', '-')}s": functools.partial(component_table, kind) for kind in KINDS},
-    "tasks": task_table,
     "kernels": kernel_table,
 }
 """What can be listed."""

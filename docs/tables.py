@@ -37,8 +37,10 @@ from plait.train.probes.events import EventThresholds
 FOLDER = Path(__file__).resolve().parent
 PAGES = (FOLDER.parent / "README.md", *sorted(FOLDER.glob("*.md")))
 COMMAND = "python docs/tables.py"
-FLAGS = {"mixer": "model.mixers.NAME.", "channel mixer": "model.channel-mixer."}
+FLAGS = {"mixer": "model.mixers.NAME.", "channel mixer": "model.channel-mixer.", "optimizer": "optimizer.", "task": "data.task."}
 """What the flags of a component's options begin with, by kind; NAME is its own."""
+SHARED: dict[str, type] = {"optimizer": OptimizerConfig}
+"""Bases whose options stand in a table of their own."""
 PROOFS = {
     "interpreter": "agrees with the reference in an interpreter",
     "compiled": "compiled ahead of time, forward and backward",
@@ -66,12 +68,19 @@ def field_texts(schema: type) -> dict[str, str]:
     return texts
 
 
-def options(schema: type, prefix: str) -> str:
-    """The fields of a config class as command-line flags, nested configs left out; a component is named."""
+def options(schema: type, prefix: str, base: type = object) -> str:
+    """The fields of a config class as command-line flags, nested configs left out; a component is named.
+
+    Args:
+        base: whose fields are left out where their defaults are the same.
+    """
     texts, hints = field_texts(schema), typing.get_type_hints(schema)
+    known = {field.name: default_of(field) for field in dataclasses.fields(base)} if dataclasses.is_dataclass(base) else {}
     rows = []
     for field in dataclasses.fields(schema):
         default = default_of(field)
+        if field.name in known and known[field.name] == default:
+            continue
         flag, shown = f"--{prefix}{field.name.replace('_', '-')}", f"`{default}`"
         if isinstance(default, Component):
             shown = f"`{default.name}`"
@@ -82,7 +91,7 @@ def options(schema: type, prefix: str) -> str:
         elif default is dataclasses.MISSING or dataclasses.is_dataclass(default):
             continue
         rows.append([f"`{flag}`", shown, texts[field.name]])
-    return markdown(("flag", "default", "meaning"), rows)
+    return markdown(("flag", "default", "meaning"), rows) if rows else ""
 
 
 def components(kind: str) -> str:
@@ -91,12 +100,13 @@ def components(kind: str) -> str:
     return markdown((kind, *head), ([f"[`{config.name}`](../{_file(config)})", *cells] for config, cells in rows))
 
 
-def component_options(kind: str) -> str:
-    """The options of every component of a kind."""
+def component_options(kind: str, heading: str) -> str:
+    """The options of every component of a kind, each below a heading of that level."""
     parts = []
     for name, schema in registry(kind).all().items():
         prefix = FLAGS[kind].replace("NAME", f"{name}+NAME" if issubclass(schema, WrapperConfig) else name).replace("_", "-")
-        parts.append(f"### `{name}`\n\n{inspect.getdoc(schema)}\n\n{options(schema, prefix)}")
+        table = options(schema, prefix, SHARED.get(kind, object))
+        parts.append(f"{heading} `{name}`\n\n{inspect.getdoc(schema)}\n\n{table}")
     return "\n" + "\n".join(parts) + "\n"
 
 
@@ -154,7 +164,10 @@ def thresholds() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     **{f"{kind.replace(' ', '_')}s": functools.partial(components, kind) for kind in KINDS},
-    **{f"{kind.replace(' ', '_')}_options": functools.partial(component_options, kind) for kind in FLAGS},
+    "mixer_options": lambda: component_options("mixer", "###"),
+    "channel_mixer_options": lambda: component_options("channel mixer", "####"),
+    "optimizer_options": lambda: component_options("optimizer", "####"),
+    "task_options": lambda: component_options("task", "####"),
     "kernels": kernels,
     "proofs": proofs,
     "presets": preset_table,

@@ -24,7 +24,10 @@ from plait import launch
 from plait.configs.cli import parse_experiment
 from plait.configs.options import split_options
 from plait.configs.presets import presets
-from plait.train.evaluate import check_tasks
+from plait.train.commands.evaluate import parse as parse_eval
+from plait.train.commands.generate import GenerateArgs
+from plait.train.commands.plan import PlanArgs
+from plait.train.commands.report import ReportArgs
 from plait.train.pods.hosts.host import host_options
 from plait.train.pods.plan.topology import parse_target
 
@@ -87,19 +90,18 @@ def test_command_is_known_and_parses(command):
 
         launch_files.prepare(rest)
     elif name == "plan":
-        mine, (preset, *overrides) = split_options(launch.PlanArgs, rest)
-        options = tyro.cli(launch.PlanArgs, args=mine)
+        mine, (preset, *overrides) = split_options(PlanArgs, rest)
+        options = tyro.cli(PlanArgs, args=mine)
         parse_experiment(preset, overrides)
         parse_target(options.target, options.slices)
     elif name == "list":
         from plait.configs import listing
 
         assert len(rest) == 1 and rest[0] in listing.TABLES
+    elif name == "eval":
+        parse_eval(rest)
     else:
-        schema = {"eval": launch.EvalArgs, "generate": launch.GenerateArgs, "report": launch.ReportArgs}[name]
-        options = tyro.cli(schema, args=rest)
-        if name == "eval":
-            check_tasks(options.tasks)
+        tyro.cli({"generate": GenerateArgs, "report": ReportArgs}[name], args=rest)
 
 
 @pytest.fixture(scope="module")
