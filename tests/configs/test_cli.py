@@ -212,7 +212,6 @@ REFUSED = {
         "train lm_tiny --model.pattern softmax/local --model.d-model 40",
         "error: model.mixers.softmax/local.head_dim=64 must divide d_model=40",
     ),
-    "axis of a later time": ("train lm_tiny --mesh.expert 2", "mesh.expert is kept for layers of experts"),
     "warm-up longer than the run": ("train lm_tiny --steps 5", "warmup_steps=10 must be below steps=5"),
     "accumulation that does not divide": ("train lm_tiny --optimizer.accumulate 3", "must divide data.batch_size=8"),
     "mesh axis 0": ("train lm_tiny --mesh.fsdp 0", "error: mesh.fsdp=0 must be at least 1"),
