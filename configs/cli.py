@@ -10,7 +10,6 @@ import tyro
 from plait.configs.components import at, unchecked, validate
 from plait.configs.exchange import exchanged, offers, renamed, take
 from plait.configs.experiment import ExperimentConfig
-from plait.configs.mesh import MeshConfig
 from plait.configs.presets import preset
 
 
@@ -21,9 +20,6 @@ def parse_experiment(name: str, args: Sequence[str], prog: str = "launch.py trai
     ValueError for bad values; unknown options print the nearest ones and exit with status 2.
     """
     words = list(args)
-    for axis, why in MeshConfig.reserved.items():
-        if take(f"mesh.{axis}", words) is not None:
-            raise ValueError(f"mesh.{axis} {why}")
     config = preset(name)
     with unchecked():
         if (pattern := take("model.pattern", words)) is not None:

@@ -142,12 +142,10 @@ class LMConfig(Config):
         return dataclasses.replace(self, pattern=pattern, mixers=mixers, num_layers=num_layers or self.num_layers)
 
     def with_vocab(self, tokenizer_size: int) -> LMConfig:
-        """This model with its vocabulary settled. Raises ValueError when it is smaller than the tokenizer's."""
+        """This model with its vocabulary settled. Raises ValueError when it is smaller than the data's."""
         size = self.vocab_size or -(-tokenizer_size // 128) * 128
         if size < tokenizer_size:
-            raise ValueError(
-                f"model.vocab_size={size} is smaller than the tokenizer's {tokenizer_size}; leave it None or raise it"
-            )
+            raise ValueError(f"model.vocab_size={size} is smaller than the data's {tokenizer_size}; leave it None or raise it")
         return dataclasses.replace(self, vocab_size=size)
 
     def flops(self, seq_len: int) -> float:

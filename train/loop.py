@@ -79,7 +79,7 @@ class _Loop:
         self.detector = EventDetector(self.layers)
         self.spikes = SpikeWatch(config.spike)
         self.checkpoints = Checkpoints(folder / runs.CHECKPOINTS, keep_last=config.keep_last, keep_best=config.keep_best)
-        self.evaluator = Evaluator(setup.blueprint, setup.mesh)
+        self.evaluator = Evaluator(setup.blueprint, setup.mesh, setup.data)
         self.iterator = setup.data.train()
         self.spread = Spread()
         peak = peak_flops(jax.devices()[0])
@@ -155,7 +155,7 @@ class _Loop:
         params = state.params if state.ema is None else state.ema
         data = self.setup.data
         write_pictures(
-            self.folder, last, self.setup.blueprint, self.setup.mesh, params, state.buffers, data.whole(), data.tokenizer
+            self.folder, last, self.setup.blueprint, self.setup.mesh, params, state.buffers, data.whole(), data.strings
         )
 
     def _start(self, at: int | None = None) -> tuple[TrainState, int, float]:
@@ -296,9 +296,9 @@ class _Loop:
             return None
         params = state.params if state.ema is None else state.ema
         with heartbeat.phase("evaluate"):
-            found = self.evaluator(params, state.buffers, data.val, data.tokenizer, self.config.eval_batches)
+            found = self.evaluator(params, state.buffers, data.val, self.config.eval_batches)
         self._write(step, found.metrics())
-        self.progress.message(f"step {step:,}: validation loss {found.loss:.4f}, {found.bits_per_byte:.4f} bits per byte")
+        self.progress.message(f"step {step:,}: validation {found.describe()}")
         return found.loss
 
     def _save(self, state: TrainState, step: int, loss: float | None) -> None:
