@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import tyro
 
 from plait.configs.experiment import ExperimentConfig
-from plait.configs.mesh import MeshConfig
 from plait.configs.presets import preset
 from plait.models.config import LMConfig, MixerTable, default_mixer
 from plait.models.pattern import pattern_names
@@ -23,9 +22,6 @@ def parse_experiment(name: str, args: Sequence[str], prog: str = "launch.py trai
     print the nearest ones and exit with status 2.
     """
     config = preset(name)
-    for axis, why in MeshConfig.reserved.items():
-        if _value_of(f"--mesh.{axis}", args) is not None:
-            raise ValueError(f"mesh.{axis} {why}")
     if (pattern := _value_of(_PATTERN, args)) is not None:
         config = dataclasses.replace(config, model=_with_pattern(config.model, pattern))
     return tyro.cli(
