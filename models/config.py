@@ -43,6 +43,16 @@ def default_mixer(name: str) -> MixerConfig:
     return outer(mixer=inner())
 
 
+def pattern_name(config: MixerConfig) -> str:
+    """The name, without a label, that a pattern calls a config by: `default_mixer` read backwards."""
+    return f"{config.name}+{config.mixer.name}" if isinstance(config, WrapperConfig) else config.name
+
+
+def _described(config: MixerConfig) -> str:
+    inner = f" of a {type(config.mixer).__name__}" if isinstance(config, WrapperConfig) else ""
+    return type(config).__name__ + inner
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LMConfig(Config):
     """A decoder-only language model: embedding, a stack of blocks over a pattern of mixers, head."""
@@ -83,7 +93,10 @@ class LMConfig(Config):
     def complete(self) -> None:
         names = pattern_names(self.pattern)
         extra = {name: config for name, config in self.mixers.items() if name not in names}
-        table = {name: self.mixers.get(name) or default_mixer(name) for name in names}
+        try:
+            table = {name: self.mixers.get(name) or default_mixer(name) for name in names}
+        except ValueError as error:
+            raise ValueError(f"pattern={self.pattern!r}: {error}") from None
         object.__setattr__(self, "mixers", MixerTable({**table, **extra}))
 
     def check(self) -> None:
@@ -97,16 +110,11 @@ class LMConfig(Config):
         for name, config in self.mixers.items():
             if name not in layers:
                 raise ValueError(f"mixers.{name} is in no layer of pattern={self.pattern!r}; remove it or name it in the pattern")
-            at(f"mixers.{name}", self._check_mixer, name, config)
+            if pattern_name(config) != name.partition("/")[0]:
+                raise ValueError(f"mixers.{name} is a {_described(config)}; it must be a {_described(default_mixer(name))}")
+            at(f"mixers.{name}", config.fit, self.d_model)
         at("channel_mixer", self.channel_mixer.fit, self.d_model)
         check_carries([(name, self.mixers[name].carries(self.d_model)) for name in layers])
-
-    def _check_mixer(self, name: str, config: MixerConfig) -> None:
-        wrapper, mixer = split_name(name)
-        inner = config.mixer if wrapper and isinstance(config, WrapperConfig) else config
-        if config.name != (wrapper or mixer) or inner.name != mixer:
-            raise ValueError(f"is a {type(config).__name__}; it must be a {type(default_mixer(name)).__name__}")
-        config.fit(self.d_model)
 
     @property
     def layers(self) -> tuple[str, ...]:

@@ -41,8 +41,15 @@ class Stack(nnx.Module):
 
         def block(static: int, index: Any, keys: Keys) -> Block:
             name = config.layers[static]
-            rest = {"norm": config.norm, "norm_eps": config.norm_eps}
-            return Block(name, config.mixers[name], config.channel_mixer, config.d_model, context(index, keys), **rest)
+            return Block(
+                name,
+                config.mixers[name],
+                config.channel_mixer,
+                config.d_model,
+                context(index, keys),
+                norm=config.norm,
+                norm_eps=config.norm_eps,
+            )
 
         scanned = self.period * self.count if self.count > 1 else 0
 

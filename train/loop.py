@@ -180,7 +180,9 @@ class _Loop:
         """Both steps, ahead of time: compiling is then no part of any step's time, and its errors come before training."""
         log.info("compiling a step of %s parameters", f"{self.setup.blueprint.num_params:,}")
         self.plain_step = self.setup.lower().compile()
-        self.probe_step = self.plain_step if self.config.probe_every is None else self.setup.lower(Probes(self.config.probe)).compile()
+        self.probe_step = (
+            self.plain_step if self.config.probe_every is None else self.setup.lower(Probes(self.config.probe)).compile()
+        )
 
     def _write_facts(self) -> None:
         """What a reader of the run folder wants to know about it."""

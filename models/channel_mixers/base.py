@@ -50,7 +50,7 @@ register = CHANNEL_MIXERS.register
 
 @functools.lru_cache(maxsize=64)
 def _abstract(config: ChannelMixerConfig, d_model: int) -> Any:
-    return nnx.eval_shape(lambda: config.build(d_model, BuildContext(layer_index=0, num_layers=1, rngs=nnx.Rngs(0), seq_len=1)))
+    return nnx.eval_shape(lambda: config.build(d_model, BuildContext(rngs=nnx.Rngs(0), seq_len=1)))
 
 
 Counts = Mapping[str, jax.Array]

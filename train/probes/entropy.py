@@ -17,9 +17,7 @@ class Entropy(Probe):
     """Entropy of query rows: exact and of every row where the mixer tells it, of the looked-at rows of implied attention elsewhere."""
 
     statistics = (
-        Statistic(
-            name="entropy", per="head", unit="nats", meaning="mean over queries", metric=("attn/entropy_mean", np.nanmean)
-        ),
+        Statistic(name="entropy", per="head", unit="nats", meaning="mean over queries", metric=("attn/entropy_mean", np.nanmean)),
         Statistic(
             name="entropy_ratio",
             per="head",

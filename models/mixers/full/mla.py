@@ -113,7 +113,8 @@ class MLA(HeadMixer):
     def project(self, x, *, at, state):
         q_nope, q_rope, latent, k_rope = self._latents(x, at)
         k_nope, v = (
-            constrain(split_heads(dense(latent), self.num_heads), (BATCH, LENGTH, HEADS, None)) for dense in (self.k_up, self.v_up)
+            constrain(split_heads(dense(latent), self.num_heads), (BATCH, LENGTH, HEADS, None))
+            for dense in (self.k_up, self.v_up)
         )
         shared = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], k_rope.shape[-1]))
         q, k = jnp.concatenate([q_nope, q_rope], -1), jnp.concatenate([k_nope, shared], -1)

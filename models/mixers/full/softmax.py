@@ -72,7 +72,9 @@ class SoftmaxConfig(MixerConfig):
                 f"num_sink_tokens={self.num_sink_tokens} needs a window, without which all are visible; set window_size"
             )
         if self.rope_theta is not None and (self.rope_theta <= 0 or self.head_dim % 2):
-            raise ValueError(f"rope_theta={self.rope_theta} must be positive and head_dim={self.head_dim} even; use None for NoPE")
+            raise ValueError(
+                f"rope_theta={self.rope_theta} must be positive and head_dim={self.head_dim} even; use None for NoPE"
+            )
         if self.sink_logits and self.normalizer != "softmax":
             raise ValueError(
                 f"sink_logits=True needs normalizer='softmax', not {self.normalizer!r}: only softmax has a denominator"
@@ -189,7 +191,8 @@ class Softmax(HeadMixer):
     def attend_active(self, inputs, active, *, at):
         if self.config.normalizer != "softmax" or self.config.logit_soft_cap is not None:
             return super().attend_active(inputs, active, at=at)
-        return routed_attention(*inputs[:3], active, mask=self.mask, sinks=self._options["sinks"], at=at)
+        q, k, v, _ = inputs
+        return routed_attention(q, k, v, active, mask=self.mask, sinks=self._options["sinks"], at=at)
 
     def attend_step(self, inputs, *, at, state):
         return attention(*inputs[:3], at=at, kv_at=inputs.kv_at, **self._options), state

@@ -1,7 +1,7 @@
 """Flash attention for Hopper (Mosaic GPU): what its three kernels share, and the forward one. The math is in `pallas_gpu`.
 
-A block of threads has two warpgroups that compute, each for 64 rows of a tile, and one that copies the tiles which the schedule
-names into rings in shared memory. Logits are kept in units of log 2.
+A block of threads has two warpgroups that compute, each for 64 rows of a tile, and one that copies the tiles which the visits
+name into rings in shared memory. Logits are kept in units of log 2.
 """
 
 import math
@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from plait.kernels import gpu
 from plait.kernels.attention.reference import MASKED as HIDDEN
-from plait.kernels.attention.schedule import MASKED, Layout, Schedule, schedules
+from plait.kernels.attention.visits import MASKED, Layout, Visits, visits
 from plait.kernels.masks import BlockTable
 
 Array = jax.Array
@@ -100,8 +100,8 @@ class Plan:
         table = None
         if problem.table_blocks is not None:
             table = BlockTable(visible=x.table, block_q=problem.table_blocks[0], block_kv=problem.table_blocks[1])
-        pair = schedules(problem.layout, x.queries, x.keys, block_q, block_kv, keep_first=problem.stats, table=table)
-        self.schedule: Schedule = pair[0] if over == "q" else pair[1]
+        pair = visits(problem.layout, x.queries, x.keys, block_q, block_kv, keep_first=problem.stats, table=table)
+        self.schedule: Visits = pair[0] if over == "q" else pair[1]
         self.inputs: dict[str, Array] = {"q": x.q, "k": x.k, "v": x.v, "entries": self.schedule.flat()}
         self.inputs["counts"] = self.schedule.counts().reshape(-1)
         if problem.sigmoid:

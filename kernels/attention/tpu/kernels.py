@@ -9,8 +9,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from plait.kernels.attention.reference import MASKED as HIDDEN
-from plait.kernels.attention.schedule import FULL, MASKED, Schedule
-from plait.kernels.attention.tpu_tiling import Operands, Problem, Tiling
+from plait.kernels.attention.tpu.tiling import Operands, Problem, Tiling
+from plait.kernels.attention.visits import FULL, MASKED, Visits
 from plait.kernels.shapes import matmul_precision
 
 Array = jax.Array
@@ -110,7 +110,7 @@ def _weights_and_gradient(
 
 
 def _gradient_rows(problem: Problem, rows: Sequence[Array]) -> Array:
-    """The rows of `plait.kernels.attention.rows.gradient_rows`, stacked [B, H, R, T] and in the units of unscaled logits."""
+    """The rows of `plait.kernels.attention.per_query.gradient_rows`, stacked [B, H, R, T] and in the units of unscaled logits."""
     lse, c1, *stats = rows
     stacked = [lse if problem.sigmoid else lse * _LOG2_E, c1]
     if stats:
@@ -119,7 +119,7 @@ def _gradient_rows(problem: Problem, rows: Sequence[Array]) -> Array:
     return jnp.stack(stacked, axis=2).astype(jnp.float32)
 
 
-def _forward_kernel(problem: Problem, schedule: Schedule, table: Any, bias: Any, *refs: Any) -> None:
+def _forward_kernel(problem: Problem, schedule: Visits, table: Any, bias: Any, *refs: Any) -> None:
     q, k, v, *rest = refs
     num_tokens = 2 if problem.table_blocks is None else 3
     tokens, (o, rows, acc, *state) = rest[:num_tokens], rest[num_tokens:]
@@ -198,7 +198,7 @@ def forward(problem: Problem, x: Operands) -> tuple[Array, tuple[Array, ...]]:
     return o[..., :length], tuple(rows[:, :, i, :length] for i in range(num_rows))
 
 
-def _query_gradients_kernel(problem: Problem, schedule: Schedule, table: Any, bias: Any, *refs: Any) -> None:
+def _query_gradients_kernel(problem: Problem, schedule: Visits, table: Any, bias: Any, *refs: Any) -> None:
     *inputs, d_q, d_bias, acc, shared_acc = refs
     k = inputs[1]
     b, h, i, step = (pl.program_id(axis) for axis in range(4))
@@ -228,7 +228,7 @@ def _query_gradients_kernel(problem: Problem, schedule: Schedule, table: Any, bi
 def query_gradients(problem: Problem, x: Operands, d_o: Array, rows: Sequence[Array]) -> tuple[Array, Array]:
     """dq [B, H, T, K] and the gradient [H] of the sigmoid's bias, for d_o [B, H, T, V].
 
-    The float32 rows [B, H, T] are those of `plait.kernels.attention.rows.gradient_rows`.
+    The float32 rows [B, H, T] are those of `plait.kernels.attention.per_query.gradient_rows`.
     """
     tiles, length, key_dim = problem.tiles, x.q.shape[2], x.q.shape[3]
     d_q, d_bias = Tiling(problem, x, tiles.block_q_dq, tiles.block_kv_dq).over_queries(
@@ -241,7 +241,7 @@ def query_gradients(problem: Problem, x: Operands, d_o: Array, rows: Sequence[Ar
     return jnp.swapaxes(d_q[..., :length], 2, 3), jnp.sum(d_bias, axis=(0, 2, 3))
 
 
-def _key_gradients_kernel(problem: Problem, schedule: Schedule, table: Any, bias: Any, *refs: Any) -> None:
+def _key_gradients_kernel(problem: Problem, schedule: Visits, table: Any, bias: Any, *refs: Any) -> None:
     *inputs, d_k, d_v, k_acc, v_acc = refs
     q, d_o = inputs[0], inputs[3]
     b, h, j, member, step = (pl.program_id(axis) for axis in range(5))
@@ -281,7 +281,7 @@ def key_gradients(problem: Problem, x: Operands, d_o: Array, rows: Sequence[Arra
     return d_k[:, :, :num_keys], d_v[:, :, :num_keys]
 
 
-def _column_mass_kernel(problem: Problem, schedule: Schedule, table: Any, bias: Any, *refs: Any) -> None:
+def _column_mass_kernel(problem: Problem, schedule: Visits, table: Any, bias: Any, *refs: Any) -> None:
     q, k, lse, *tokens, mass, total = refs
     b, h, j, _, step = (pl.program_id(axis) for axis in range(5))
 

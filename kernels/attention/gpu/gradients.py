@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from plait.kernels import gpu
-from plait.kernels.attention.gpu_kernels import (
+from plait.kernels.attention.gpu.kernels import (
     BLOCK,
     COMPUTE,
     COMPUTE_REGISTERS,
@@ -25,7 +25,7 @@ from plait.kernels.attention.gpu_kernels import (
     log2_sigmoid,
     unhoisted,
 )  # fmt: skip
-from plait.kernels.attention.schedule import MASKED
+from plait.kernels.attention.visits import MASKED
 
 Array = jax.Array
 
@@ -34,7 +34,7 @@ LSE, C1, C, D_FIRST, D_PEAK, EDGE = range(6)
 
 
 def in_units(rows: Sequence[Array], read: Sequence[Array], *, sigmoid: bool) -> Array:
-    """Rows [B, H, T] of `rows.gradient_rows`, `read`, as the kernels want them: float32 [B, H, R, T], logits in units of log 2.
+    """Rows [B, H, T] of `per_query.gradient_rows`, `read`, as the kernels want them: float32 [B, H, R, T], logits in units of log 2.
 
     `rows` are those of the forward pass. The softmax's dmax is divided by the weight of the maximum, so that it can join the
     other terms before they are multiplied by the weights.
@@ -92,7 +92,7 @@ def query_gradients(problem: Problem, x: Operands, d_o: Array, rows: Array) -> t
     """dq [B, T, H, K] and the gradient [H] of the sigmoid's bias.
 
     Args:
-      problem: as in `gpu_kernels.forward`.
+      problem: as in `kernels.forward`.
       x: likewise.
       d_o: [B, T, H, V].
       rows: float32 [B, H, R, T] of `in_units`.
