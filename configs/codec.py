@@ -189,8 +189,6 @@ def _dataclass(schema: type[T], fields: Mapping[str, Any], path: str) -> T:
     hints = typing.get_type_hints(schema)
     known = {f.name: f for f in dataclasses.fields(schema)}  # type: ignore[arg-type]
     for key in fields:
-        if key in getattr(schema, "reserved", {}):
-            raise ConfigError(f"{path}.{key} {schema.reserved[key]}")  # type: ignore[attr-defined]
         if key not in known:
             raise ConfigError(
                 f"{path}.{key} is not a field of {schema.__name__}{_near(key, known) or '; it has ' + ', '.join(known)}"

@@ -101,7 +101,7 @@ class MoE(ChannelMixer):
         real = at.segment_ids > 0
         logits = jnp.matmul(x.astype(jnp.float32), self.router.weight().astype(jnp.float32), precision="highest")
         scores = jax.nn.softmax(logits, axis=-1) if self.config.scores == "softmax" else jax.nn.sigmoid(logits)
-        choice = jax.lax.stop_gradient(scores if self.bias is None else scores + self.bias[...])
+        choice = jax.lax.stop_gradient(scores if self.bias is None else scores + self.bias[...][None, None, :])
         experts = (m.weight().astype(self.compute_dtype) for m in (self.gate, self.up, self.down))
         arrays = (x.astype(self.compute_dtype), scores, choice, real, *experts)
         y, chosen = divided(self._route, arrays, (*[_TOKENS] * 3, _TOKENS[:2], _IN, _IN, _OUT), (_TOKENS, _TOKENS))
