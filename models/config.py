@@ -43,6 +43,12 @@ def default_mixer(name: str) -> MixerConfig:
     return outer(mixer=inner())
 
 
+def _classes(config: MixerConfig) -> str:
+    """A mixer's class, and that of the one it is around."""
+    name = type(config).__name__
+    return f"{name} around a {_classes(config.mixer)}" if isinstance(config, WrapperConfig) else name
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LMConfig(Config):
     """A decoder-only language model: embedding, a stack of blocks over a pattern of mixers, head."""
@@ -97,16 +103,11 @@ class LMConfig(Config):
         for name, config in self.mixers.items():
             if name not in layers:
                 raise ValueError(f"mixers.{name} is in no layer of pattern={self.pattern!r}; remove it or name it in the pattern")
-            at(f"mixers.{name}", self._check_mixer, name, config)
+            if (kinds := _classes(config)) != (wanted := _classes(default_mixer(name))):
+                raise ValueError(f"mixers.{name} is a {kinds}; it must be a {wanted}")
+            at(f"mixers.{name}", config.fit, self.d_model)
         at("channel_mixer", self.channel_mixer.fit, self.d_model)
         check_carries([(name, self.mixers[name].carries(self.d_model)) for name in layers])
-
-    def _check_mixer(self, name: str, config: MixerConfig) -> None:
-        wrapper, mixer = split_name(name)
-        inner = config.mixer if wrapper and isinstance(config, WrapperConfig) else config
-        if config.name != (wrapper or mixer) or inner.name != mixer:
-            raise ValueError(f"is a {type(config).__name__}; it must be a {type(default_mixer(name)).__name__}")
-        config.fit(self.d_model)
 
     @property
     def layers(self) -> tuple[str, ...]:
