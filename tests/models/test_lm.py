@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from plait.configs.probe import ProbeConfig
 from plait.models.channel_mixers.gated_mlp import GatedMLPConfig
 from plait.models.config import LMConfig
 from plait.models.lm import LM
@@ -17,11 +18,9 @@ from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.models.mixers.linear.gated_deltanet import GatedDeltaNetConfig
 from plait.models.mixers.linear.gla import GLAConfig
 from plait.models.mixers.moh import MoHConfig
-from plait.configs.probe import ProbeConfig
-from plait.TODO import PictureProbe
-from plait.TODO import Stats
 from plait.tests.models.common import build, layout, left_padded, quick_jit
 from plait.tests.tolerances import assert_close
+from plait.TODO import PictureProbe, Stats
 
 WIDTH, VOCAB, LENGTH = 32, 97, 24
 PACKED = layout((9, 11), (LENGTH,), length=LENGTH)
@@ -188,7 +187,7 @@ def test_block_is_pre_or_post_norm_as_configured():
         model = build(lm("softmax", 1, norm=norm), seq_len=LENGTH)
         assert (model.norm is None) == (norm == "post")
         block = model.stack.rest[0]
-        mix = lambda h, block=block: block.mixer(h, **PACKED)[0]  # noqa: E731
+        mix = lambda h, block=block: block.mixer(h, **PACKED)[0]
         if norm == "pre":
             h = x + mix(block.mixer_norm(x))
             expected = h + block.channel_mixer(block.channel_norm(h))

@@ -13,11 +13,11 @@ from flax import nnx
 
 from plait.configs.cli import parse_experiment
 from plait.configs.codec import decode, encode
+from plait.configs.probe import ProbeConfig
 from plait.models import mixers
 from plait.models.config import LMConfig
 from plait.models.mixers import base
 from plait.models.mixers.moh import MoHConfig
-from plait.configs.probe import ProbeConfig
 from plait.tests.models.common import build, layout, quick_jit
 from plait.tests.tolerances import assert_close
 
