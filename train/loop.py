@@ -286,7 +286,7 @@ class _Loop:
             return
         setup, data = self.setup, self.setup.data
         params, buffers = _averaged(state), state.buffers
-        write_pictures(self.folder, last, setup.blueprint, setup.mesh, params, buffers, data.whole(), data.tokenizer)
+        write_pictures(self.folder, last, setup.blueprint, setup.mesh, params, buffers, data.whole(), data.strings)
 
 
 def _averaged(state: TrainState) -> Arrays:
