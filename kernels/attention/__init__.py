@@ -51,7 +51,7 @@ def attention(
 
     A_ij = exp(z_ij) / (exp(sink_h) + sum_j exp(z_ij)),    z_ij = cap(scale q_i . k_j + bias_ij),    o_i = sum_j A_ij v_j,
     cap(z) = c tanh(z / c) if there is one, over the keys j that the mask shows to i, the sink term only with `sinks`; with the sigmoid,
-    A_ij = sigmoid(z_ij + bias_h). A query that sees nothing gives zeros.
+    A_ij = sigmoid(z_ij + sigmoid_bias_h). A query that sees nothing gives zeros.
 
     Args:
       q: [B, T, H, K], float32 or bfloat16.

@@ -88,7 +88,7 @@ def _problem(call: AttentionCall, layout: Layout) -> Problem:
         layout=layout._replace(num_queries=length, num_keys=num_keys),
         num_keys=layout.num_keys,
         tiles=_tiles(call),
-        scale=float(call.scale),
+        scale=call.scale,
         sigmoid=call.sigmoid,
         stats=call.return_stats,
         soft_cap=call.logit_soft_cap,
