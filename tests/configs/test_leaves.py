@@ -73,6 +73,12 @@ NEEDS: dict[str, dict[str, Any]] = {
 }
 """What must hold for a leaf to work; of a component's leaf by `name.field`, within the component."""
 
+BEFORE: dict[str, dict[str, Any]] = {
+    "softmax.shared_kv": {"shared_kv": "write"},
+    "power.shared_kv": {"shared_kv": "write"},
+}
+"""Options of a layer of the same mixer that must come before, by `mixer.field`."""
+
 SEQ_LEN, VOCAB = 32, 128
 
 
@@ -246,15 +252,17 @@ def test_loop_leaves_exist():
     assert set(PATHS) >= LOOP, "LOOP names a field that is gone"
 
 
-def one_layer(mixer: MixerConfig) -> ExperimentConfig:
-    """A model of one such layer, of width 64."""
-    pattern = pattern_name(mixer)
-    model = dataclasses.replace(BASE.model, d_model=64, num_layers=1, pattern=pattern, mixers={pattern: mixer})
+def with_mixer(mixer: MixerConfig, before: MixerConfig | None = None) -> ExperimentConfig:
+    """A model of one such layer, of width 64, or of another `before` it."""
+    mixers = (
+        {pattern_name(mixer): mixer} if before is None else {f"{pattern_name(before)}/before": before, pattern_name(mixer): mixer}
+    )
+    model = dataclasses.replace(BASE.model, d_model=64, num_layers=len(mixers), pattern=",".join(mixers), mixers=mixers)
     return dataclasses.replace(BASE, model=model)
 
 
 PLACES: dict[str, Callable[[Any], ExperimentConfig]] = {
-    "mixer": one_layer,
+    "mixer": with_mixer,
     "channel mixer": lambda config: changed(BASE, {"model.d_model": 64, "model.channel_mixer": config}),
     "optimizer": lambda config: changed(BASE, {"optimizer": dataclasses.replace(config, warmup_steps=10)}),
     "task": lambda config: changed(BASE, {"data.task": config}),
@@ -285,11 +293,14 @@ def example(schema: Any) -> Any:
 @pytest.mark.parametrize(("kind", "name", "field", "hint"), component_leaves())
 def test_leaf_of_a_component_is_noticed(kind, name, field, hint, tmp_path):
     config = dataclasses.replace(example(registry(kind)[name]), **NEEDS.get(f"{name}.{field}", {}))
+    place = PLACES[kind]
+    if before := BEFORE.get(f"{name}.{field}"):
+        place = functools.partial(with_mixer, before=dataclasses.replace(config, **before))
     signs = {"optimizer": step_signs, "task": functools.partial(data_signs, folder=tmp_path)}.get(kind, model_signs)
     tried = 0
     for other in valid_changes(config, field, hint, candidates(hint, getattr(config, field))):
         try:
-            found = notices(signs, PLACES[kind](config), PLACES[kind](other))
+            found = notices(signs, place(config), place(other))
         except ValueError:  # does not fit the width or the rows
             continue
         tried += 1
