@@ -72,9 +72,9 @@ def column_mass(
       ValueError: a shape does not fit, or the implementation is unknown.
       NotImplementedError: the named implementation does not support the call.
     """
-    q, k, lse = jax.lax.stop_gradient((q, k, lse))
-    options = {"mask": mask, "at": at, "scale": scale, "logit_soft_cap": logit_soft_cap, "bias": jax.lax.stop_gradient(bias)}
-    return _op(implementation, MassCall.of("column_mass", q=q, k=k, lse=lse, **options))
+    q, k, lse, bias = jax.lax.stop_gradient((q, k, lse, bias))
+    call = MassCall.of("column_mass", q=q, k=k, lse=lse, mask=mask, at=at, scale=scale, logit_soft_cap=logit_soft_cap, bias=bias)
+    return _op(implementation, call)
 
 
 def _reference(call: MassCall) -> Array:

@@ -14,7 +14,7 @@ from plait.kernels import BlockTable, LowRankBias, Mask, PowerMask, Tokens, atte
 from plait.kernels.attention import pallas_tpu, reference
 from plait.kernels.attention.call import AttentionCall
 from plait.kernels.attention.tpu import tiling
-from plait.kernels.attention.visits import FULL, SKIP, Layout, renumbered, visits
+from plait.kernels.attention.visits import FULL, SKIP, Layout, plan_visits, renumbered
 from plait.kernels.target import target
 from plait.tests.kernels import cases
 from plait.tests.tolerances import assert_close, assert_tree_close, in_float64
@@ -218,7 +218,7 @@ def test_visits_are_what_is_visible(mask: Mask, layout: str | None):
     visible = np.asarray(mask.dense(tokens.positions, tokens.positions, tokens.segment_ids, tokens.segment_ids))[:, 0]
     tiles = visible.reshape(cases.BATCH, length // block_q, block_q, length // block_kv, block_kv).swapaxes(2, 3)
     some, every = tiles.any((-1, -2)), tiles.all((-1, -2))
-    by_query, by_key = visits(known, tokens, tokens, block_q, block_kv, keep_first=False)
+    by_query, by_key = plan_visits(known, tokens, tokens, block_q, block_kv, keep_first=False)
     for side, transpose in ((by_query, False), (by_key, True)):
         entries = np.broadcast_to(side.entries[:, 0], (cases.BATCH, *side.entries.shape[2:]))
         kinds = np.full((cases.BATCH, *(some.shape[:0:-1] if transpose else some.shape[1:])), SKIP)

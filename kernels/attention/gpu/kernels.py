@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from plait.kernels import gpu
 from plait.kernels.attention.reference import MASKED as HIDDEN
-from plait.kernels.attention.visits import MASKED, Layout, Visits, visits
+from plait.kernels.attention.visits import MASKED, Layout, Visits, plan_visits
 from plait.kernels.masks import BlockTable
 
 Array = jax.Array
@@ -101,10 +101,10 @@ class Plan:
         table = None
         if problem.table_blocks is not None:
             table = BlockTable(visible=x.table, block_q=problem.table_blocks[0], block_kv=problem.table_blocks[1])
-        pair = visits(problem.layout, x.queries, x.keys, block_q, block_kv, keep_first=problem.stats, table=table)
-        self.schedule: Visits = pair[0] if over == "q" else pair[1]
-        self.inputs: dict[str, Array] = {"q": x.q, "k": x.k, "v": x.v, "entries": self.schedule.flat()}
-        self.inputs["counts"] = self.schedule.counts().reshape(-1)
+        pair = plan_visits(problem.layout, x.queries, x.keys, block_q, block_kv, keep_first=problem.stats, table=table)
+        self.visits: Visits = pair[0] if over == "q" else pair[1]
+        self.inputs: dict[str, Array] = {"q": x.q, "k": x.k, "v": x.v, "entries": self.visits.flat()}
+        self.inputs["counts"] = self.visits.counts().reshape(-1)
         if problem.sigmoid:
             self.inputs["bias"] = x.bias * LOG2E
         if problem.layout.packed:
@@ -148,12 +148,12 @@ class Plan:
 
     def count(self, refs: Any, b: Array, head: Array, i: Array) -> Array:
         """Tiles that block i visits for a query head."""
-        batch, heads, blocks, _ = self.schedule.entries.shape
+        batch, heads, blocks, _ = self.visits.entries.shape
         return refs.counts[((b if batch > 1 else 0) * heads + (head if heads > 1 else 0)) * blocks + i]
 
     def entry(self, refs: Any, b: Array, head: Array, i: Array, step: Array) -> tuple[Array, Array]:
         """The first token of the tile visited at a step, and the tile's kind."""
-        block, kind = self.schedule.lookup(refs.entries, b, head, i, step)
+        block, kind = self.visits.lookup(refs.entries, b, head, i, step)
         return block * self.blocks["kv" if self.over == "q" else "q"], kind
 
     def kv_head(self, head: Array) -> Array:

@@ -130,7 +130,7 @@ def _gradient_rows(problem: Problem, rows: Sequence[Array]) -> Array:
     return jnp.stack(stacked, axis=2).astype(jnp.float32)
 
 
-def _forward_kernel(problem: Problem, schedule: Visits, table: Any, bias: Any, *refs: Any) -> None:
+def _forward_kernel(problem: Problem, visits: Visits, table: Any, bias: Any, *refs: Any) -> None:
     q, k, v, *rest = refs
     num_tokens = 2 if problem.table_blocks is None else 3
     tokens, (o, rows, acc, *state) = rest[:num_tokens], rest[num_tokens:]
@@ -180,7 +180,7 @@ def _forward_kernel(problem: Problem, schedule: Visits, table: Any, bias: Any, *
             for queries in _cuts(q.shape[2], _FORWARD_PART[1]):
                 part(masked, keys, values, queries)
 
-    _by_kind(schedule.lookup(table, b, h, i, step)[1], tile)
+    _by_kind(visits.lookup(table, b, h, i, step)[1], tile)
 
     @pl.when(step == pl.num_programs(3) - 1)
     def _finish():
@@ -209,7 +209,7 @@ def forward(problem: Problem, x: Operands) -> tuple[Array, tuple[Array, ...]]:
     return o[..., :length], tuple(rows[:, :, i, :length] for i in range(num_rows))
 
 
-def _query_gradients_kernel(problem: Problem, schedule: Visits, table: Any, bias: Any, *refs: Any) -> None:
+def _query_gradients_kernel(problem: Problem, visits: Visits, table: Any, bias: Any, *refs: Any) -> None:
     *inputs, d_q, d_bias, acc, shared_acc = refs
     k = inputs[1]
     b, h, i, step = (pl.program_id(axis) for axis in range(4))
@@ -228,7 +228,7 @@ def _query_gradients_kernel(problem: Problem, schedule: Visits, table: Any, bias
                 if problem.sigmoid:
                     shared_acc[:, queries] += jnp.sum(shared, axis=0, keepdims=True)
 
-    _by_kind(schedule.lookup(table, b, h, i, step)[1], tile)
+    _by_kind(visits.lookup(table, b, h, i, step)[1], tile)
 
     @pl.when(step == pl.num_programs(3) - 1)
     def _finish():
@@ -252,7 +252,7 @@ def query_gradients(problem: Problem, x: Operands, d_o: Array, rows: Sequence[Ar
     return jnp.swapaxes(d_q[..., :length], 2, 3), jnp.sum(d_bias, axis=(0, 2, 3))
 
 
-def _key_gradients_kernel(problem: Problem, schedule: Visits, table: Any, bias: Any, *refs: Any) -> None:
+def _key_gradients_kernel(problem: Problem, visits: Visits, table: Any, bias: Any, *refs: Any) -> None:
     *inputs, d_k, d_v, k_acc, v_acc = refs
     q, d_o = inputs[0], inputs[3]
     b, h, j, member, step = (pl.program_id(axis) for axis in range(5))
@@ -271,7 +271,7 @@ def _key_gradients_kernel(problem: Problem, schedule: Visits, table: Any, bias: 
                 v_acc[keys.at] += _dot(weights.astype(d_o.dtype), d_o[0, 0, queries], _NN)  # [N, V]
                 k_acc[keys.at] += _dot(d_logits.astype(q.dtype), q[0, 0, queries], _NN)  # [N, K]
 
-    _by_kind(schedule.lookup(table, b, head, j, step)[1], tile)
+    _by_kind(visits.lookup(table, b, head, j, step)[1], tile)
 
     @pl.when((member == num_members - 1) & (step == pl.num_programs(4) - 1))
     def _finish():
@@ -292,7 +292,7 @@ def key_gradients(problem: Problem, x: Operands, d_o: Array, rows: Sequence[Arra
     return d_k[:, :, :num_keys], d_v[:, :, :num_keys]
 
 
-def _column_mass_kernel(problem: Problem, schedule: Visits, table: Any, bias: Any, *refs: Any) -> None:
+def _column_mass_kernel(problem: Problem, visits: Visits, table: Any, bias: Any, *refs: Any) -> None:
     q, k, lse, *tokens, mass, total = refs
     b, h, j, _, step = (pl.program_id(axis) for axis in range(5))
 
@@ -309,7 +309,7 @@ def _column_mass_kernel(problem: Problem, schedule: Visits, table: Any, bias: An
                     weights = jnp.where(_visible(problem, tokens, keys, queries), weights, 0)
                 total[keys.at] += jnp.sum(weights, axis=1, keepdims=True)
 
-    _by_kind(schedule.lookup(table, b, h, j, step)[1], tile)
+    _by_kind(visits.lookup(table, b, h, j, step)[1], tile)
 
     @pl.when(step == pl.num_programs(4) - 1)
     def _finish():
