@@ -28,9 +28,8 @@ from plait.models.channel_mixers.gated_mlp import GatedMLPConfig
 from plait.models.config import LMConfig
 from plait.models.mixers.base import MIXERS, MixerConfig
 from plait.configs.probe import ProbeConfig
-from plait.TODO import Stats
 from plait.train.pods.hosts.host import HostsOptions
-from plait.train.probes.events import EventThresholds
+from plait.train.probes import docs as probes
 
 FOLDER = Path(__file__).resolve().parent
 PAGES = (FOLDER.parent / "README.md", *sorted(FOLDER.glob("*.md")))
@@ -140,15 +139,13 @@ def preset_table() -> str:
 
 
 def stats() -> str:
-    """The fields of `Stats`."""
-    return markdown(("field", "meaning"), ([f"`{name}`", text] for name, text in field_texts(Stats).items()))
+    """Statistics of all probes."""
+    return markdown(probes.STATISTIC_HEAD, probes.statistic_rows())
 
 
 def thresholds() -> str:
-    """The fields of `EventThresholds`."""
-    texts = field_texts(EventThresholds)
-    rows = [[f"`{field.name}`", f"`{field.default}`", texts[field.name]] for field in dataclasses.fields(EventThresholds)]
-    return markdown(("threshold", "value", "meaning"), rows)
+    """Kinds of events and their limits."""
+    return markdown(probes.EVENT_HEAD, probes.event_rows())
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -159,6 +156,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "presets": preset_table,
     "stats": stats,
     "thresholds": thresholds,
+    "probes": lambda: markdown(probes.PROBE_HEAD, probes.probe_rows()),
+    "probe_metrics": lambda: markdown(probes.METRIC_HEAD, probes.metric_rows()),
     "experiment": lambda: options(ExperimentConfig, ""),
     "model": lambda: options(LMConfig, "model."),
     "channel_mixer": lambda: options(GatedMLPConfig, "model.channel-mixer."),
