@@ -50,6 +50,10 @@ COLUMNS: dict[str, dict[str, Callable[[type[Any]], str]]] = {
         "parameters": lambda config: f"{config().num_params(WIDTH) / 1e6:.2f}M",
         "forward FLOPs per token": lambda config: f"{config().flops(WIDTH) / 1e6:.1f}M",
     },
+    "probe": {
+        "what it is": summary,
+        "statistics": lambda probe: ", ".join(one.name for one in probe.statistics),
+    },
 }
 """What sets the components of a kind apart, where that is more than words."""
 
@@ -63,7 +67,7 @@ def component_rows(kind: str) -> tuple[list[str], list[tuple[type[Component], li
 def component_table(kind: str) -> Table:
     """The components of a kind."""
     head, rows = component_rows(kind)
-    at = f", at width {WIDTH:,} and {LENGTH:,} tokens" if kind in COLUMNS else ""
+    at = f", at width {WIDTH:,} and {LENGTH:,} tokens" if kind in ("mixer", "channel mixer") else ""
     return _table(f"{kind.capitalize()}s{at}", [kind, *head], [[config.name, *cells] for config, cells in rows])
 
 

@@ -31,8 +31,7 @@ from plait.kernels import registered
 from plait.models.config import LMConfig
 from plait.models.mixers.base import WrapperConfig
 from plait.train.pods.hosts.host import HostsOptions
-from plait.train.probes.base import PROBES
-from plait.train.probes.events import EventThresholds
+from plait.train.probes import docs as probes
 
 FOLDER = Path(__file__).resolve().parent
 PAGES = (FOLDER.parent / "README.md", *sorted(FOLDER.glob("*.md")))
@@ -147,19 +146,13 @@ def preset_table() -> str:
 
 
 def stats() -> str:
-    """The statistics that the probes declare."""
-    declared = [(name, one) for name, probe in PROBES.all().items() for one in probe.statistics]
-    return markdown(
-        ("statistic", "probe", "per", "unit", "meaning"),
-        ([f"`{one.name}`", f"`{probe}`", one.per, one.unit, one.meaning] for probe, one in declared),
-    )
+    """Statistics of all probes."""
+    return markdown(probes.STATISTIC_HEAD, probes.statistic_rows())
 
 
 def thresholds() -> str:
-    """The fields of `EventThresholds`."""
-    texts = field_texts(EventThresholds)
-    rows = [[f"`{field.name}`", f"`{field.default}`", texts[field.name]] for field in dataclasses.fields(EventThresholds)]
-    return markdown(("threshold", "value", "meaning"), rows)
+    """Kinds of events and their limits."""
+    return markdown(probes.EVENT_HEAD, probes.event_rows())
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -173,6 +166,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "presets": preset_table,
     "stats": stats,
     "thresholds": thresholds,
+    "probe_metrics": lambda: markdown(probes.METRIC_HEAD, probes.metric_rows()),
     "experiment": lambda: options(ExperimentConfig, ""),
     "model": lambda: options(LMConfig, "model."),
     "data": lambda: options(DataConfig, "data."),

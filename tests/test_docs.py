@@ -231,7 +231,8 @@ from plait.models.lm import LM
 from plait.train.probes.base import Probes
 
 jax.config.update("jax_disable_most_optimizations", True)
-for kind, name in [("mixer", "fading"), ("channel mixer", "squared_relu"), ("optimizer", "lion"), ("task", "copying")]:
+names = {"mixer": "fading", "channel mixer": "squared_relu", "optimizer": "lion", "task": "copying", "probe": "output_norm"}
+for kind, name in names.items():
     assert name in registry(kind), name
     assert main(["list", registry(kind).plural]) == 0
 
@@ -252,7 +253,10 @@ for pattern in ("fading*3,softmax", "moh+fading"):
 words = "--model.pattern fading,moh+fading --model.mixers.fading.head-dim 16 --model.mixers.moh+fading.mixer.head-dim 16"
 words += " --model.channel-mixer squared_relu --model.channel-mixer.expand 2 --optimizer lion --optimizer.b1 0.8 --data.task copying"
 words += " --steps 2 --optimizer.warmup-steps 1 --mesh.data 1 --data.task.val-rows 8 --out run"
+words += " --probe-every 1 --probe.only output_norm,memory"
 assert main(["train", "lm_tiny", *words.split()]) == 0
+assert '"attn/output_norm"' in pathlib.Path("run/metrics.jsonl").read_text()
+assert "Head output norm" in pathlib.Path("run/report/index.html").read_text()
 preset = parse_experiment("recall_tiny", ["--optimizer", "lion"])
 assert preset.optimizer.name == "lion" and preset.model.with_vocab(preset.data.task.vocabulary(preset.data)).vocab_size == 128
 """

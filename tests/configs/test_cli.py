@@ -100,6 +100,26 @@ COMPONENTS = {
         "parallel",
         {"model.mixers.parallel.parts.1.mixer.gate_rank": 4},
     ),
+    "an optimizer, which keeps what all have": (
+        "--optimizer muon --optimizer.ns-steps 3 --optimizer.learning-rate 2e-2",
+        "gated_deltanet,softmax",
+        {
+            "optimizer.optimizer_name": "muon",
+            "optimizer.learning_rate": 2e-2,
+            "optimizer.warmup_steps": 10,
+            "optimizer.ns_steps": 3,
+        },
+    ),
+    "an optimizer with a rate of its own": (
+        "--optimizer=sgd",
+        "gated_deltanet,softmax",
+        {"optimizer.optimizer_name": "sgd", "optimizer.learning_rate": 3e-2, "optimizer.warmup_steps": 10},
+    ),
+    "a task": (
+        "--data.task mqar --data.task.vocab-size 128",
+        "gated_deltanet,softmax",
+        {"data.task.task_name": "mqar", "data.task.vocab_size": 128, "data.seq_len": 64},
+    ),
     "a channel mixer": (
         "--model.channel-mixer gated_mlp --model.channel-mixer.activation gelu",
         "gated_deltanet,softmax",
@@ -174,6 +194,19 @@ REFUSED = {
         "error: model.channel_mixer='gated_mpl': channel mixer 'gated_mpl' is not registered; did you mean 'gated_mlp'?",
     ),
     "channel mixer without a name": ("train lm_tiny --model.channel-mixer --steps 3", "model.channel_mixer has no value"),
+    "optimizer": (
+        "train lm_tiny --optimizer muno",
+        "error: optimizer='muno': optimizer 'muno' is not registered; did you mean 'muon'?",
+    ),
+    "value of an exchanged optimizer": (
+        "train lm_tiny --optimizer muon --optimizer.ns-steps 0",
+        "error: optimizer.ns_steps=0 must be",
+    ),
+    "option of the optimizer before": ("train lm_tiny --optimizer sgd --optimizer.b1 0.9", "--optimizer.b1"),
+    "task that the rows cannot hold": (
+        "train lm_tiny --data.task mqar --data.task.num-kv-pairs 40",
+        "error: data.task.num_kv_pairs=40 must be at most a quarter of data.seq_len=64",
+    ),
     "component of another kind": ("train lm_tiny --model.channel-mixer gla", "channel mixer 'gla' is not registered"),
     "mixer named by its place": (
         "train lm_tiny --model.mixers.softmax sofmax",

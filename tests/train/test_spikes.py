@@ -58,7 +58,7 @@ def test_what_a_watch_does_about_a_spike():
         assert event.message == "the loss of step 10 was 9, above 3.3: its update was left out"
     watch = SpikeWatch(SpikeConfig(sigma=5.0, window=8, action="rewind"), 9)
     assert [event for item in usual for event in watch.update(*item)] == []
-    with pytest.raises(Rewind, match="the loss of step 10 was 9, above 3.3"):
+    with pytest.raises(Rewind, match=r"the loss of step 10 was 9, above 3\.3"):
         watch.update(*spike)
 
 

@@ -38,14 +38,16 @@ class Probe(Component, abc.ABC):
     def summary(self, run: Run) -> str | None:
         """A sentence of the report on a run: here how the first statistic went in each kind of heads."""
         statistic = self.statistics[0]
-        if statistic.panel is None:
+        panel = statistic.panel
+        if panel is None:
             return None
+        of_heads, word = (np.nanmax, "largest") if panel.most else (np.nanmedian, "median")
         went = [
-            f"{np.nanmedian(part[0]):.3g} to {np.nanmedian(part[-1]):.3g}{group.words and f' in {group.words}'}"
+            f"{of_heads(part[0]):.3g} to {of_heads(part[-1]):.3g}{group.words and f' in {group.words}'}"
             for group, part in run.by_group(statistic.name).items()
             if np.isfinite(part[0]).any() and np.isfinite(part[-1]).any()
         ]
-        return f"{statistic.panel.title} went from {', '.join(went)} (median, {statistic.unit})." if went else None
+        return f"{panel.title} went from {', '.join(went)} ({word}, {statistic.unit})." if went else None
 
 
 PROBES: Registry[Probe] = Registry("probe", "plait.train.probes")

@@ -8,7 +8,6 @@ from plait.train.probes.statistic import ThresholdWatcher
 from plait.train.spikes import LossSpikes, SpikeWatch
 from plait.train.watchers import Watcher
 
-PROBE_HEAD = ("probe", "statistics", "source")
 STATISTIC_HEAD = ("statistic", "of each", "unit", "meaning")
 METRIC_HEAD = ("metric", "definition")
 EVENT_HEAD = ("kind", "limits", "when")
@@ -17,11 +16,6 @@ EVENT_HEAD = ("kind", "limits", "when")
 def every_watcher() -> list[Watcher]:
     """Those of all probes, and the loop's own."""
     return [*(watcher for probe in chosen() for watcher in probe.watchers(())), LossSpikes(), SpikeWatch(SpikeConfig())]
-
-
-def probe_rows() -> list[list[str]]:
-    """Probes and what they measure."""
-    return [[f"`{p.name}`", ", ".join(f"`{one.name}`" for one in p.statistics), p.source] for p in chosen()]
 
 
 def statistic_rows() -> list[list[str]]:

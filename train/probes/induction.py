@@ -35,6 +35,7 @@ class Induction(Probe):
                 section=_SECTION,
                 trends=(Trend(title="Strongest induction head", unit="largest score", reduce=np.max, limit=THRESHOLD),),
                 map=True,
+                most=True,
                 limits=(0, 1),
             ),
             event=Threshold(
@@ -50,7 +51,7 @@ class Induction(Probe):
             per="head",
             unit="share",
             meaning="mean weight on the token before the query in the document, by queries that have one",
-            panel=Panel(title="Previous-token score", section=_SECTION, map=True, limits=(0, 1)),
+            panel=Panel(title="Previous token", section=_SECTION, map=True, limits=(0, 1)),
         ),
     )
 

@@ -50,7 +50,7 @@ class Sinks(Probe):
                     Trend(title="Strongest sink", unit="largest α₁ of a head", reduce=np.max, limit=THRESHOLD),
                 ),
                 map=True,
-                by_entry="αₖ by position k in the document",
+                by_entry="αₖ by position k",
                 limits=(0, 1),
                 column=("sink heads", lambda alpha: f"{is_sink(alpha).sum()}/{np.isfinite(alpha).sum()}"),
             ),
