@@ -1,4 +1,4 @@
-"""Momentum orthogonalised by Newton-Schulz for matrices, AdamW for all else."""
+"""Muon, and which parameters it moves."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ _STACKED = (axes.LAYERS,)
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MuonConfig(OptimizerConfig):
-    """Muon: `m = momentum m + g`, `w -= rate (scale NS(m) + weight_decay w)` for parameters of role `matrix`, AdamW for all others.
+    """Momentum orthogonalised by Newton-Schulz for parameters of role `matrix`, AdamW for all others.
 
-    `NS` takes a matrix near the orthogonal one closest to it by `ns_steps` of `X <- a X + (b A + c A A) X`, `A = X X^T`, from
-    `X = m / |m|`, with (a, b, c) = (3.4445, -4.7750, 2.0315). With Nesterov's momentum it takes `g + momentum m`.
+    `m = momentum m + g`, `w -= rate (scale NS(m) + weight_decay w)`; with Nesterov's momentum `g + momentum m` in place of `m`. `NS`
+    takes a matrix near the orthogonal one closest to it, by `ns_steps` of `X <- a X + (b A + c A A) X` with `A = X X^T`, from
+    `X = m / |m|`; (a, b, c) = (3.4445, -4.7750, 2.0315).
     """
 
     adam_learning_rate: float | None = None
