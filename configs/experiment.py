@@ -64,8 +64,7 @@ class ExperimentConfig(Config):
             raise ValueError(
                 f"optimizer.accumulate={self.optimizer.accumulate} must divide data.batch_size={self.data.batch_size}"
             )
-        # A pattern from the command line comes before the depth that it must fit, so it is read only where there are stages.
-        periods = find_period(self.model.layers)[1] if self.mesh.pipeline > 1 else 1
+        periods = find_period(self.model.layers)[1]
         if self.mesh.pipeline > 1 and (periods == 1 or periods % self.mesh.pipeline):
             fits = ", ".join(str(n) for n in range(1, periods + 1) if periods % n == 0)
             raise ValueError(

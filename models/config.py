@@ -43,6 +43,17 @@ def default_mixer(name: str) -> MixerConfig:
     return outer(mixer=inner())
 
 
+def pattern_name(config: MixerConfig) -> str:
+    """The name, without a label, that a pattern calls a config by: `default_mixer` read backwards."""
+    return f"{config.name}+{config.mixer.name}" if isinstance(config, WrapperConfig) else config.name
+
+
+def _classes(config: MixerConfig) -> str:
+    """A mixer's class, and that of the one it is around."""
+    name = type(config).__name__
+    return f"{name} around a {_classes(config.mixer)}" if isinstance(config, WrapperConfig) else name
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LMConfig(Config):
     """A decoder-only language model: embedding, a stack of blocks over a pattern of mixers, head."""
@@ -83,7 +94,10 @@ class LMConfig(Config):
     def complete(self) -> None:
         names = pattern_names(self.pattern)
         extra = {name: config for name, config in self.mixers.items() if name not in names}
-        table = {name: self.mixers.get(name) or default_mixer(name) for name in names}
+        try:
+            table = {name: self.mixers.get(name) or default_mixer(name) for name in names}
+        except ValueError as error:
+            raise ValueError(f"pattern={self.pattern!r}: {error}") from None
         object.__setattr__(self, "mixers", MixerTable({**table, **extra}))
 
     def check(self) -> None:
@@ -97,16 +111,11 @@ class LMConfig(Config):
         for name, config in self.mixers.items():
             if name not in layers:
                 raise ValueError(f"mixers.{name} is in no layer of pattern={self.pattern!r}; remove it or name it in the pattern")
-            at(f"mixers.{name}", self._check_mixer, name, config)
+            if pattern_name(config) != name.partition("/")[0]:
+                raise ValueError(f"mixers.{name} is a {_classes(config)}; it must be a {_classes(default_mixer(name))}")
+            at(f"mixers.{name}", config.fit, self.d_model)
         at("channel_mixer", self.channel_mixer.fit, self.d_model)
         check_carries([(name, self.mixers[name].carries(self.d_model)) for name in layers])
-
-    def _check_mixer(self, name: str, config: MixerConfig) -> None:
-        wrapper, mixer = split_name(name)
-        inner = config.mixer if wrapper and isinstance(config, WrapperConfig) else config
-        if config.name != (wrapper or mixer) or inner.name != mixer:
-            raise ValueError(f"is a {type(config).__name__}; it must be a {type(default_mixer(name)).__name__}")
-        config.fit(self.d_model)
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -134,12 +143,10 @@ class LMConfig(Config):
         return dataclasses.replace(self, pattern=pattern, mixers=mixers, num_layers=num_layers or self.num_layers)
 
     def with_vocab(self, tokenizer_size: int) -> LMConfig:
-        """This model with its vocabulary settled. Raises ValueError when it is smaller than the tokenizer's."""
+        """This model with its vocabulary settled. Raises ValueError when it is smaller than the data's."""
         size = self.vocab_size or -(-tokenizer_size // 128) * 128
         if size < tokenizer_size:
-            raise ValueError(
-                f"model.vocab_size={size} is smaller than the tokenizer's {tokenizer_size}; leave it None or raise it"
-            )
+            raise ValueError(f"model.vocab_size={size} is smaller than the data's {tokenizer_size}; leave it None or raise it")
         return dataclasses.replace(self, vocab_size=size)
 
     def flops(self, seq_len: int) -> float:

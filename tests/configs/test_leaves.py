@@ -73,7 +73,7 @@ SEQ_LEN, VOCAB = 32, 128
 
 
 def leaves(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """`(dotted path, annotated type)` of every leaf below a config dataclass; mixers are walked on their own."""
+    """`(dotted path, annotated type)` of every leaf below a config dataclass; mixers and their like are walked on their own."""
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), f"{path}.{field.name}" if path else field.name

@@ -12,10 +12,10 @@ from jax.experimental import topologies
 from plait.configs.experiment import ExperimentConfig
 from plait.configs.mesh import MeshConfig
 from plait.configs.optimizer import optimizer
+from plait.configs.probe import ProbeConfig
 from plait.data.config import DataConfig
 from plait.models.config import LMConfig
 from plait.models.mixers.full.softmax import SoftmaxConfig
-from plait.configs.probe import ProbeConfig
 from plait.tests.models.common import quick_jit
 from plait.tests.tolerances import assert_close
 from plait.tests.train.common import hybrid, mixture, program_of, random_batch, routed, tiny, tree_arrays

@@ -195,6 +195,13 @@ def estimated_memory(
     )
 
 
+def used_params(blueprint: Blueprint, mesh: jax.sharding.Mesh) -> float:
+    """Parameters that the products of a device read: all but the shares of others in widths and experts."""
+    params, _ = blueprint.shapes()
+    ways_of = {name: ways(mesh, axes.EXPERTS) if axes.EXPERTS in blueprint.axes(name) else 1 for name in params}
+    return sum(math.prod(like.shape) / ways_of[name] for name, like in params.items()) / ways(mesh, axes.MLP)
+
+
 def _temporaries(
     config: ExperimentConfig, mesh: jax.sharding.Mesh, state: StateBytes, blueprint: Blueprint, generation: str | None
 ) -> dict[str, float]:
@@ -212,7 +219,7 @@ def _temporaries(
         stretch = period if tpu else 1  # a TPU's schedule overlaps the layers of a period
         again = rows * (every.whole + every.divided / width) * stretch / model.num_layers
     itemsize = jnp.dtype(model.compute_dtype).itemsize
-    gathered = itemsize * blueprint.num_params / width * 2 / max(count, 1)  # two periods' weights
+    gathered = itemsize * used_params(blueprint, mesh) * 2 / max(count, 1)  # two periods' weights
     head = model.d_model * (model.vocab_size or 0) / width * (itemsize + 4)  # the head and its gradient
     gradients = state.parameters * (2 if config.optimizer.accumulate > 1 else 1)
     return {

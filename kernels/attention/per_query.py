@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from plait.kernels.attention.call import AttentionCall
 from plait.kernels.attention.reference import MASKED as HIDDEN
-from plait.kernels.masks import BlockTable, Mask
+from plait.kernels.attention.reference import capped
 from plait.kernels.shapes import matmul_precision
 from plait.kernels.tokens import Tokens
 
@@ -44,36 +45,26 @@ def gradient_rows(rows: Sequence[Array], d_rows: Sequence[Array], delta: Array, 
     return [lse, c1, c, *d_firsts, d_peak, jnp.where(seen, peak - _TIES * abs(peak), -HIDDEN)]
 
 
-def first_mass(
-    q: Array,
-    k: Array,
-    lse: Array,
-    queries: Tokens,
-    keys: Tokens,
-    *,
-    own_keys: bool,
-    mask: Mask,
-    block_table: BlockTable | None,
-    scale: float,
-    sigmoid_bias: Array | None,
-    position: int = 0,
-) -> Array:
+def first_mass(call: AttentionCall, lse: Array, queries: Tokens, keys: Tokens, *, position: int = 0) -> Array:
     """The weight [B, T, H] of each row on its segment's token at `position`, from the row's lse and one score: no kernel looks for it.
 
     Args:
-      q, k: [B, T, H, K] and [B, S, Hkv, K].
+      call: whose weights are wanted.
       lse: [B, T, H] float32; with sink logits in it the weights are those beside a sink.
-      queries, keys: int32 [B or 1, T] and [B or 1, S]; one row of them is one segment where `own_keys`.
-      sigmoid_bias: [H], or None for the softmax.
+      queries: where the queries are, int32 [B or 1, T]; one row is one segment where the keys are their own tokens.
+      keys: likewise, [B or 1, S].
     """
-    index = _keys_at(position, queries, keys, own_keys)  # [B or 1, T]
+    q, k, block_table = call.q, call.k, call.block_table
+    index = _keys_at(position, queries, keys, call.own_keys)  # [B or 1, T]
     at = jnp.broadcast_to(index, (k.shape[0], index.shape[1]))[:, :, None, None]
     first = jnp.take_along_axis(k, at, axis=1)  # [B, T, Hkv, K]
     grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
     z = jnp.einsum("btgrk,btgk->btgr", grouped, first, precision=matmul_precision(q.dtype), preferred_element_type=jnp.float32)
-    z = scale * z.reshape(lse.shape)
+    z = capped(call.scale * z.reshape(lse.shape), call.logit_soft_cap)
     ids, positions = (jnp.take_along_axis(x, index, axis=1) for x in (keys.segment_ids, keys.positions))
-    visible = (ids == queries.segment_ids) & (ids != 0) & (positions == position) & mask.reaches(queries.positions, positions)
+    visible = (
+        (ids == queries.segment_ids) & (ids != 0) & (positions == position) & call.mask.reaches(queries.positions, positions)
+    )
     visible = visible[:, :, None] & (lse > HIDDEN / 2)
     if block_table is not None:
         blocks = jnp.arange(q.shape[1]) // block_table.block_q
@@ -81,9 +72,9 @@ def first_mass(
         entry = jnp.broadcast_to(index[:, None, :, None] // block_table.block_kv, (*rows.shape[:3], 1))
         visible &= jnp.swapaxes(jnp.take_along_axis(rows, entry, axis=3)[..., 0], 1, 2)
     lse = jnp.where(visible, lse, 0)
-    if sigmoid_bias is None:
+    if not call.sigmoid:
         return jnp.where(visible, jnp.exp(jnp.where(visible, z - lse, 0)), 0)
-    return jnp.where(visible, jax.nn.sigmoid(z + sigmoid_bias.reshape(1, 1, -1)) * jnp.exp(-lse), 0)
+    return jnp.where(visible, jax.nn.sigmoid(z + call.sigmoid_bias.reshape(1, 1, -1)) * jnp.exp(-lse), 0)
 
 
 def _keys_at(position: int, queries: Tokens, keys: Tokens, own_keys: bool) -> Array:

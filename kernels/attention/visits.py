@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from plait.kernels import chunking
+from plait.kernels.attention.call import AttentionCall
 from plait.kernels.masks import BlockTable, Mask, Span
 from plait.kernels.tokens import Tokens
 
@@ -18,7 +19,7 @@ SKIP, MASKED, FULL = 0, 1, 2
 _FAR = 1 << 29
 
 
-class Schedule(NamedTuple):
+class Visits(NamedTuple):
     """The tiles that each block of one side visits on the other side, in order."""
 
     entries: Array
@@ -83,13 +84,24 @@ class Layout(NamedTuple):
         return int(rows), int(columns)
 
 
+def laid_out(call: AttentionCall) -> tuple[Layout, Tokens, Tokens]:
+    """The layout of a call and the tokens of its queries and keys, [B, T] and [B, S]; one row of them where nothing is packed."""
+    queries, keys = call.sides
+    if call.own_keys:
+        queries = keys = renumbered(queries)
+    if not call.packed:
+        queries = keys = jax.tree.map(lambda x: x[:1], queries)
+    lengths = call.q.shape[1], call.k.shape[1]
+    return Layout(call.mask, *lengths, own_keys=call.own_keys, packed=call.packed), queries, keys
+
+
 def renumbered(tokens: Tokens) -> Tokens:
     """The same tokens [B, T] with segments numbered in order, so that the segments of a block are an interval; padding stays 0."""
     index, real = chunking.segment_index(tokens.segment_ids)
     return Tokens(segment_ids=jnp.where(real, index + 1, 0), positions=tokens.positions)
 
 
-def schedules(
+def plan_visits(
     layout: Layout,
     queries: Tokens,
     keys: Tokens,
@@ -98,7 +110,7 @@ def schedules(
     *,
     keep_first: bool,
     table: BlockTable | None = None,
-) -> tuple[Schedule, Schedule]:
+) -> tuple[Visits, Visits]:
     """What query blocks visit, and what key blocks visit.
 
     Tokens are padded to whole blocks, int32 [B or 1, H or 1, T or S], and renumbered where the keys are the queries' own. With
@@ -158,11 +170,11 @@ def _tiles_of_table(table: BlockTable, blocks: tuple[int, int], count: tuple[int
     return some, every
 
 
-def _ordered(kinds: Array, width: int) -> Schedule:
+def _ordered(kinds: Array, width: int) -> Visits:
     """Gathers each row's visited tiles [B, H, N, M] at its front."""
     order = jnp.argsort(kinds == SKIP, axis=-1, stable=True)[..., :width]
     count = jnp.sum(kinds != SKIP, axis=-1, keepdims=True)
     step = jnp.arange(width).reshape(1, 1, 1, -1)
     blocks = jnp.take_along_axis(order, jnp.minimum(step, jnp.maximum(count - 1, 0)), axis=-1)
     kind = jnp.where(step < count, jnp.take_along_axis(kinds, blocks, axis=-1), SKIP)
-    return Schedule((4 * blocks + kind).astype(jnp.int32))
+    return Visits((4 * blocks + kind).astype(jnp.int32))

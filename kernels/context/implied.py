@@ -1,42 +1,28 @@
 """Implied attention of linear recurrences on parts of sequences: readers walk back from part to part (see `recurrence.implied_rows`)."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from plait.kernels.context import ContextRule, Parts, ends
+from plait.kernels.recurrence import RowsCall
 
 Array = jax.Array
 
 
-def _run(
-    op: Callable[..., tuple[Array, Array]],
-    parts: Parts,
-    rows: Array,
-    q: Array,
-    k: Array,
-    g: Array | None,
-    *beta: Array,
-    segment_ids: Array | None,
-    **options: Any,
-) -> tuple[Array, Array]:
+def _run(op: Callable[[RowsCall], tuple[Array, Array]], parts: Parts, call: RowsCall) -> tuple[Array, Array]:
     """Each row is read at home first; with what then goes on to the left, and what each part makes of any reader, all parts learn
     who reads them."""
-    batch, length, _, key_dim = k.shape
-    heads = beta[0].shape[2] if g is None else g.shape[2]
+    rows, heads, (batch, length, _, key_dim) = call.rows, call.num_heads, call.k.shape
     own = rows - parts.index * length
     own = jnp.where((own >= 0) & (own < length), own, -1)
     beyond = jnp.full(key_dim, -1, own.dtype)
-    inputs = (q, k, g, *beta)
-    options = {**options, "segment_ids": segment_ids}
     nothing = jnp.zeros((batch, heads, rows.shape[0], key_dim), jnp.float32)
     each = jnp.broadcast_to(jnp.eye(key_dim), (batch, heads, key_dim, key_dim))
-    _, left = op(jnp.concatenate([own, beyond]), *inputs, reader=jnp.concatenate([nothing, each], axis=2), **options)
-    ids = jnp.ones((batch, length), jnp.int32) if segment_ids is None else segment_ids
-    readers = _compose(parts, left, rows.shape[0], ends(ids))
-    return op(own, *inputs, reader=readers, **options)
+    _, left = op(call.replace(rows=jnp.concatenate([own, beyond]), reader=jnp.concatenate([nothing, each], axis=2)))
+    readers = _compose(parts, left, rows.shape[0], ends(call.ids_of_all))
+    return op(call.replace(rows=own, reader=readers))
 
 
 def _compose(parts: Parts, left: Array, count: int, border: Array) -> Array:
@@ -65,4 +51,4 @@ def _compose(parts: Parts, left: Array, count: int, border: Array) -> Array:
     return entering
 
 
-CONTEXT = ContextRule(_run, lambda count, *args, **options: None)
+CONTEXT = ContextRule(_run)

@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from plait.kernels import gpu
-from plait.kernels.attention.gpu_kernels import (
+from plait.kernels.attention.gpu.kernels import (
     BLOCK,
     COMPUTE,
     COMPUTE_REGISTERS,
@@ -21,11 +21,12 @@ from plait.kernels.attention.gpu_kernels import (
     Plan,
     Problem,
     Tile,
+    capped,
     copy_keys,
     log2_sigmoid,
     unhoisted,
 )  # fmt: skip
-from plait.kernels.attention.schedule import MASKED
+from plait.kernels.attention.visits import MASKED
 
 Array = jax.Array
 
@@ -34,7 +35,7 @@ LSE, C1, C, D_FIRST, D_PEAK, EDGE = range(6)
 
 
 def in_units(rows: Sequence[Array], read: Sequence[Array], *, sigmoid: bool) -> Array:
-    """Rows [B, H, T] of `rows.gradient_rows`, `read`, as the kernels want them: float32 [B, H, R, T], logits in units of log 2.
+    """Rows [B, H, T] of `per_query.gradient_rows`, `read`, as the kernels want them: float32 [B, H, R, T], logits in units of log 2.
 
     `rows` are those of the forward pass. The softmax's dmax is divided by the weight of the maximum, so that it can join the
     other terms before they are multiplied by the weights.
@@ -55,11 +56,15 @@ class _Weights(NamedTuple):
 
     def d_logits(self, problem: Problem, d_weights: Array, row: Callable[[int], Array]) -> tuple[Array, Array]:
         """dz, and the part of it that the sigmoid's bias shares, from the sum of `terms` and do . v."""
-        shared = d_weights * self.weights
-        if not problem.sigmoid:
-            return shared, shared
-        shared *= 1 - self.weights
-        return (shared + _where_highest(self.z, row), shared) if problem.stats else (shared, shared)
+        d_logits = shared = d_weights * self.weights
+        if problem.sigmoid:
+            d_logits = shared = shared * (1 - self.weights)
+            if problem.stats:
+                d_logits += _where_highest(self.z, row)
+        if problem.soft_cap is not None:
+            highest = problem.soft_cap * LOG2E
+            d_logits *= 1 - jnp.square(jnp.maximum(self.z, -highest) * (1 / highest))  # a hidden logit lies far below
+        return d_logits, shared
 
 
 def _where_highest(z: Array, row: Callable[[int], Array]) -> Array:
@@ -76,7 +81,7 @@ def _weights(tile: Tile, kind: Array, z: Array, row: Callable[[int], Array]) -> 
             terms += jnp.where(tile.is_first(), row(D_FIRST), jnp.zeros_like(z))
         return z, terms
 
-    z, terms = jax.lax.cond(kind == MASKED, masked, lambda z: (z, row(C1)), z)
+    z, terms = jax.lax.cond(kind == MASKED, masked, lambda z: (z, row(C1)), capped(problem, z))
     z *= problem.scale * LOG2E
     e = log2_sigmoid(z + tile.refs.bias[tile.head]) if problem.sigmoid else z
     if problem.stats:
@@ -92,7 +97,7 @@ def query_gradients(problem: Problem, x: Operands, d_o: Array, rows: Array) -> t
     """dq [B, T, H, K] and the gradient [H] of the sigmoid's bias.
 
     Args:
-      problem: as in `gpu_kernels.forward`.
+      problem: as in `kernels.forward`.
       x: likewise.
       d_o: [B, T, H, V].
       rows: float32 [B, H, R, T] of `in_units`.
