@@ -13,7 +13,7 @@ from plait.configs.optimizer import OPTIMIZERS, OptimizerConfig, Parameter, Para
 from plait.models import axes
 from plait.train.optimizers.matrices import map_matrices
 
-_STACKED = (axes.LAYERS,)
+_STACKED = (axes.LAYERS, axes.EXPERTS)
 """Axes along which matrices are stacked."""
 
 
@@ -112,7 +112,7 @@ def _check_matrix(parameter: Parameter) -> None:
     if len(parameter.shape) < 2 or any(axis in _STACKED for axis in parameter.axes[-2:]):
         own = tuple(size for size, axis in zip(parameter.shape, parameter.axes, strict=True) if axis not in _STACKED)
         raise ValueError(
-            f"parameter {parameter.name} has role='matrix' and shape {own}; optimizer muon needs two axes or more beside stacked layers; "
+            f"parameter {parameter.name} has role='matrix' and shape {own}; optimizer muon needs two axes or more beside stacked layers and experts; "
             "make it with role='vector', or another role that AdamW moves"
         )
     if parameter.split is not None:
