@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import jax
 import optax
@@ -88,7 +89,7 @@ class MuonConfig(OptimizerConfig):
         groups = {name: "matrices" if parameter.role == "matrix" else "others" for name, parameter in parameters.items()}
         return optax.partition({"matrices": matrices, "others": others}, groups)
 
-    def _orthogonalised(self, updates: optax.Updates, parameters: Parameters) -> optax.Updates:
+    def _orthogonalised(self, updates: Mapping[str, Any], parameters: Parameters) -> dict[str, Any]:
         matrices = {name: update for name, update in updates.items() if not isinstance(update, optax.MaskedNode)}
         return {**updates, **map_matrices(self._orthogonal, matrices, parameters, blocks=self.per_head)}
 
@@ -112,8 +113,8 @@ def _check_matrix(parameter: Parameter) -> None:
     if len(parameter.shape) < 2 or any(axis in _STACKED for axis in parameter.axes[-2:]):
         own = tuple(size for size, axis in zip(parameter.shape, parameter.axes, strict=True) if axis not in _STACKED)
         raise ValueError(
-            f"parameter {parameter.name} has role='matrix' and shape {own}; optimizer muon needs two axes or more beside stacked layers and experts; "
-            "make it with role='vector', or another role that AdamW moves"
+            f"parameter {parameter.name} has role='matrix' and shape {own}; optimizer muon needs two axes or more beside stacked layers "
+            "and experts; make it with role='vector', or another role that AdamW moves"
         )
     if parameter.split is not None:
         axis, sizes = parameter.split
