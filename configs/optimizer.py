@@ -86,14 +86,13 @@ class OptimizerConfig(Component, abc.ABC):
         """
 
     def check(self) -> None:
-        finite = lambda value: 0 <= value < math.inf
         self.require(
             [
                 (0 < self.learning_rate < math.inf, "learning_rate", "must be positive and finite"),
                 (self.warmup_steps >= 0, "warmup_steps", "must be 0 or more"),
                 (0 < self.decay_fraction <= 1, "decay_fraction", "must be above 0 and at most 1"),
                 (0 <= self.final_ratio <= 1, "final_ratio", "must be between 0 and 1"),
-                (finite(self.weight_decay), "weight_decay", "must be 0 or more, and finite"),
+                (0 <= self.weight_decay < math.inf, "weight_decay", "must be 0 or more, and finite"),
                 (self.clip_norm is None or self.clip_norm > 0, "clip_norm", "must be positive; use None for no clipping"),
                 (self.accumulate >= 1, "accumulate", "must be at least 1"),
                 (self.ema is None or 0 < self.ema < 1, "ema", "must be above 0 and below 1; use None for no average"),

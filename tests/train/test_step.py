@@ -121,7 +121,7 @@ def test_weight_decay_touches_matrices_only(plain, batch):
     decayed, _ = Trainee(tiny({"optimizer.weight_decay": 0.5})).run(batch)
     free, metrics = Trainee(tiny({"optimizer.weight_decay": 0.0})).run(batch)
     rate = float(metrics["optimizer/learning_rate"])
-    decays = plain.setup.blueprint.decay
+    decays = {name: parameter.decays for name, parameter in plain.setup.blueprint.parameters().items()}
     kinds = {name: plain.fresh.params[name].ndim - name.startswith("stack.periods") for name in decays}
     assert {name: ndim >= 2 for name, ndim in kinds.items()} == decays
     for name, start in plain.fresh.params.items():

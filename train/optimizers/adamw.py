@@ -12,8 +12,11 @@ from plait.configs.optimizer import OPTIMIZERS, OptimizerConfig, Parameters, Rat
 @OPTIMIZERS.register("adamw", source="Decoupled weight decay (arXiv 1711.05101)", path="optimizer")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdamWConfig(OptimizerConfig):
-    """AdamW: `m = b1 m + (1 - b1) g`, `n = b2 n + (1 - b2) g^2`, `w -= rate (m' / (sqrt(n') + eps) + weight_decay w)`, where `m'` and
-    `n'` are the moments over `1 - b1^t` and `1 - b2^t`."""
+    """Adam with decoupled weight decay.
+
+    `m = b1 m + (1 - b1) g`, `n = b2 n + (1 - b2) g^2`, `w -= rate (m' / (sqrt(n') + eps) + weight_decay w)`, where `m'` and `n'` are
+    the moments over `1 - b1^t` and `1 - b2^t` at step t.
+    """
 
     b1: float = 0.9
     """Decay of the first moment."""

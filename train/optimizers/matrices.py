@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
 
 from plait.configs.optimizer import Parameter, Parameters
+from plait.train.mesh import names_of
 
 Split = tuple[int, tuple[int, ...]]
 OnMatrices = Callable[[jax.Array], jax.Array]
@@ -51,8 +52,8 @@ def map_matrices(
             mine = {name: array for name, array in arrays.items() if kinds[name] == kind}
             stacks = [array.reshape(-1, *array.shape[-2:]) for array in mine.values()]
             ends = list(itertools.accumulate(stack.shape[0] for stack in stacks))
-            both = _shared(lambda x, kind=kind: _by_block(function, x, kind.split), jnp.concatenate(stacks), kind)
-            for (name, array), part in zip(mine.items(), jnp.split(both, ends[:-1]), strict=True):
+            found = _shared(functools.partial(_by_block, function, kind.split), jnp.concatenate(stacks), kind)
+            for (name, array), part in zip(mine.items(), jnp.split(found, ends[:-1]), strict=True):
                 done[name] = part.reshape(array.shape)
         return done
 
@@ -66,11 +67,10 @@ def map_matrices(
 
 def _kind(parameter: Parameter, blocks: bool) -> _Kind:
     split = parameter.split if blocks else None
-    layout: NamedSharding | None = parameter.layout
+    layout = parameter.layout
     if layout is None:
         return _Kind(parameter.shape[-2:], split, (), ())
-    parts = [(part,) if isinstance(part, str) else part or () for part in layout.spec]
-    parts += [()] * (len(parameter.shape) - len(parts))
+    parts = [names_of(part) for part in layout.spec]
     wide = [name for name, size in layout.mesh.shape.items() if size > 1]
     cut = tuple((name, axis) for axis, part in zip((1, 2), parts[-2:]) for name in reversed(part) if name in wide)
     copies = tuple(name for name in wide if not any(name in part for part in parts))
@@ -106,7 +106,7 @@ def _padded(x: jax.Array, multiple: int) -> jax.Array:
     return jnp.pad(x, ((0, -x.shape[0] % multiple), (0, 0), (0, 0)))
 
 
-def _by_block(function: OnMatrices, x: jax.Array, split: Split | None) -> jax.Array:
+def _by_block(function: OnMatrices, split: Split | None, x: jax.Array) -> jax.Array:
     """`function` of each block of the whole matrices `x` `[N, n, m]`; neighbours of one size are done together."""
     if split is None:
         return function(x)

@@ -1,10 +1,11 @@
-"""Momentum orthogonalised by Newton-Schulz for matrices, AdamW for all else."""
+"""Muon, and which parameters it moves."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import jax
 import optax
@@ -13,7 +14,7 @@ from plait.configs.optimizer import OPTIMIZERS, OptimizerConfig, Parameter, Para
 from plait.models import axes
 from plait.train.optimizers.matrices import map_matrices
 
-_STACKED = (axes.LAYERS,)
+_STACKED = (axes.LAYERS, axes.EXPERTS)
 """Axes along which matrices are stacked."""
 
 
@@ -24,10 +25,11 @@ _STACKED = (axes.LAYERS,)
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MuonConfig(OptimizerConfig):
-    """Muon: `m = momentum m + g`, `w -= rate (scale NS(m) + weight_decay w)` for parameters of role `matrix`, AdamW for all others.
+    """Momentum orthogonalised by Newton-Schulz for parameters of role `matrix`, AdamW for all others.
 
-    `NS` takes a matrix near the orthogonal one closest to it by `ns_steps` of `X <- a X + (b A + c A A) X`, `A = X X^T`, from
-    `X = m / |m|`, with (a, b, c) = (3.4445, -4.7750, 2.0315). With Nesterov's momentum it takes `g + momentum m`.
+    `m = momentum m + g`, `w -= rate (scale NS(m) + weight_decay w)`; with Nesterov's momentum `g + momentum m` in place of `m`. `NS`
+    takes a matrix near the orthogonal one closest to it, by `ns_steps` of `X <- a X + (b A + c A A) X` with `A = X X^T`, from
+    `X = m / |m|`; (a, b, c) = (3.4445, -4.7750, 2.0315).
     """
 
     adam_learning_rate: float | None = None
@@ -87,7 +89,7 @@ class MuonConfig(OptimizerConfig):
         groups = {name: "matrices" if parameter.role == "matrix" else "others" for name, parameter in parameters.items()}
         return optax.partition({"matrices": matrices, "others": others}, groups)
 
-    def _orthogonalised(self, updates: optax.Updates, parameters: Parameters) -> optax.Updates:
+    def _orthogonalised(self, updates: Mapping[str, Any], parameters: Parameters) -> dict[str, Any]:
         matrices = {name: update for name, update in updates.items() if not isinstance(update, optax.MaskedNode)}
         return {**updates, **map_matrices(self._orthogonal, matrices, parameters, blocks=self.per_head)}
 
@@ -111,8 +113,8 @@ def _check_matrix(parameter: Parameter) -> None:
     if len(parameter.shape) < 2 or any(axis in _STACKED for axis in parameter.axes[-2:]):
         own = tuple(size for size, axis in zip(parameter.shape, parameter.axes, strict=True) if axis not in _STACKED)
         raise ValueError(
-            f"parameter {parameter.name} has role='matrix' and shape {own}; optimizer muon needs two axes or more beside stacked layers; "
-            "make it with role='vector', or another role that AdamW moves"
+            f"parameter {parameter.name} has role='matrix' and shape {own}; optimizer muon needs two axes or more beside stacked layers "
+            "and experts; make it with role='vector', or another role that AdamW moves"
         )
     if parameter.split is not None:
         axis, sizes = parameter.split

@@ -1,4 +1,4 @@
-"""Stochastic gradient descent with momentum."""
+"""Gradient descent: what studies compare with."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from plait.configs.optimizer import OPTIMIZERS, OptimizerConfig, Parameters, Rat
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SGDConfig(OptimizerConfig):
-    """SGD: `m = momentum m + g`, `w -= rate (m + weight_decay w)`; with Nesterov's momentum `g + momentum m` steps in place of `m`."""
+    """Stochastic gradient descent with momentum.
+
+    `m = momentum m + g`, `w -= rate (m + weight_decay w)`; with Nesterov's momentum `g + momentum m` in place of `m`.
+    """
 
     learning_rate: float = 3e-2
     """Peak learning rate."""

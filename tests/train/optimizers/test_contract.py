@@ -168,7 +168,7 @@ def test_accumulation_and_moments_in_host_memory_change_nothing(name, compile_ca
 
 @OPTIMIZER
 def test_config_survives_json(name):
-    config = tiny({"optimizer": optimizer(name, learning_rate=0.25)})
+    config = tiny({"optimizer": optimizer(name, learning_rate=0.25, warmup_steps=1)})
     assert decode(ExperimentConfig, encode(config)) == config
 
 

@@ -37,8 +37,8 @@ PARAMETERS = {
         Parameter("heads", (2, 16, 24), (axes.LAYERS, axes.EMBED, axes.HEADS), "matrix", (-1, (6,) * 4)),
         Parameter("output", (24, 16), (axes.HEADS, axes.EMBED), "matrix", (-2, (6,) * 4)),
         Parameter("fused", (2, 16, 24), (axes.LAYERS, axes.EMBED, axes.HEADS), "matrix", (-1, (10, 4, 4, 6))),
-        Parameter("experts", (4, 16, 24), (None, axes.EMBED, axes.MLP), "matrix"),
-        Parameter("layers of experts", (2, 4, 8, 16), (axes.LAYERS, None, axes.MLP, axes.EMBED), "matrix"),
+        Parameter("experts", (4, 16, 24), (axes.EXPERTS, axes.EMBED, axes.MLP), "matrix"),
+        Parameter("layers of experts", (2, 4, 8, 16), (axes.LAYERS, axes.EXPERTS, axes.MLP, axes.EMBED), "matrix"),
         *(Parameter(role, (16, 8), (axes.EMBED, None), role) for role in ("embedding", "head", "gate", "router")),
         *(Parameter(role, (2, 16), (None, axes.EMBED), role) for role in ("conv", "decay", "vector")),
     )
@@ -50,6 +50,7 @@ MESHES = {
     "fsdp 4 x tensor 2": MeshConfig(data=1, fsdp=4, tensor=2),
     "data 2 x fsdp 2 x tensor 2, ZeRO": MeshConfig(data=2, fsdp=2, tensor=2, zero=True),
     "data 2 x context 2 x tensor 2": MeshConfig(data=2, context=2, tensor=2),
+    "expert 2 x fsdp 2 x tensor 2": MeshConfig(data=1, expert=2, fsdp=2, tensor=2),
 }
 VARIANTS = {
     "defaults": {},
@@ -221,6 +222,10 @@ BAD = {
     "vector": (
         Parameter("a.scale", (16,), (None,), "matrix"),
         "parameter a.scale has role='matrix' and shape (16,); optimizer muon needs",
+    ),
+    "experts' vector": (
+        Parameter("a.scale", (2, 4, 16), (axes.LAYERS, axes.EXPERTS, None), "matrix"),
+        "role='matrix' and shape (16,); optimizer muon",
     ),
     "stacked vector": (
         Parameter("a.scale", (4, 16), (axes.LAYERS, None), "matrix"),

@@ -147,7 +147,7 @@ def _saved(model: Any, seq_len: int, generation: str | None, seed: int) -> Activ
 
     def backward(params: Any, buffers: Any, batch: Batch) -> Any:
         def loss(params: Any) -> Any:
-            return loss_terms(blueprint.build(params, buffers), batch, total=jnp.ones(()), share=1.0, probe=None)
+            return loss_terms(blueprint.build(params, buffers), batch, total=jnp.ones(()), share=1.0, observer=None)
 
         return jax.vjp(loss, params, has_aux=True)[1]
 
