@@ -69,8 +69,8 @@ def _blocks_backward(residuals: tuple[jax.Array, ...], dy: jax.Array) -> tuple[j
     def add(i: jax.Array, dw: jax.Array) -> jax.Array:
         group, start, length = find(i)
         own = (jnp.arange(block) < length)[:, None]
-        rows, drows = (jax.lax.dynamic_slice_in_dim(a, start, block) for a in (x_padded, dy_padded))
-        return dw.at[group].add(jnp.matmul(rows.T, jnp.where(own, drows, 0), preferred_element_type=jnp.float32))
+        rows, drows = (jnp.where(own, jax.lax.dynamic_slice_in_dim(a, start, block), 0) for a in (x_padded, dy_padded))
+        return dw.at[group].add(jnp.matmul(rows.T, drows, preferred_element_type=jnp.float32))
 
     dw = jax.lax.fori_loop(0, count, add, jnp.zeros(w.shape, jnp.float32))
     return _blocks(dy, w.swapaxes(1, 2), sizes), dw.astype(w.dtype), None

@@ -58,6 +58,10 @@ class MoEConfig(ChannelMixerConfig):
                 raise ValueError(f"{name}={value} must be at least {least}")
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k={self.top_k} must be at most num_experts={self.num_experts}; use fewer or add experts")
+        if self.top_k == 1 and self.normalize:
+            raise ValueError(
+                "normalize=True with top_k=1 leaves a gate of 1 and the router without a gradient; use normalize=False"
+            )
         if not 0 < self.routed_scale < float("inf"):
             raise ValueError(f"routed_scale={self.routed_scale} must be positive and finite")
         for name in ("balance_loss", "balance_bias", "z_loss"):

@@ -22,6 +22,7 @@ from plait.tests.train.common import hybrid, mixture, program_of, random_batch, 
 from plait.tests.train.test_mesh import SIZES, assert_same_training, two_steps
 from plait.train.mesh import batch_sharding, make_mesh
 from plait.train.pipeline import bubble_fraction
+from plait.train.probes.base import Probes
 from plait.train.program import Program
 from plait.train.state import Blueprint
 from plait.train.step import make_step
@@ -62,8 +63,8 @@ def test_stages_of_two_kinds_of_layers_train_as_one_device(compile_cache):
 def probed(config):
     setup = program_of(config, devices=8)
     rows = batch_sharding(setup.mesh, 8, 16, config.optimizer.accumulate)
-    step = quick_jit(make_step(setup.blueprint, setup.tx, setup.mesh, ProbeConfig(sequences=2)))
-    return step(setup.fresh(), jax.device_put(random_batch(8), rows))[1]["stats"]
+    step = quick_jit(make_step(setup.blueprint, setup.tx, setup.mesh, Probes(ProbeConfig(sequences=2))))
+    return step(setup.fresh(), jax.device_put(random_batch(8), rows))[1]["statistics"]
 
 
 def test_layers_show_the_same_statistics(compile_cache):

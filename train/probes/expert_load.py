@@ -17,13 +17,20 @@ class ExpertLoad(Probe):
 
     statistics = (
         Statistic(
-            name="expert_load",
+            name="expert_load_most",
             per="layer",
             unit="times the even share",
-            meaning="load of each routed expert over the mean of the layer's experts, padding left out; 1 is balanced",
+            meaning="load of the routed expert with most tokens over the mean of the layer's; 1 is balanced",
             metric=Metric(name="moe/max_load", reduce=np.nanmax, meaning="the busiest expert"),
+        ),
+        Statistic(
+            name="expert_load_least",
+            per="layer",
+            unit="times the even share",
+            meaning="load of the routed expert with fewest tokens over the mean of the layer's; 0 is an expert that nobody chose",
         ),
     )
 
     def measure(self, look, config):
-        return {"expert_load": look.channels.get("expert_load")}
+        load = look.channels.get("expert_load")
+        return {} if load is None else {"expert_load_most": load.max(), "expert_load_least": load.min()}

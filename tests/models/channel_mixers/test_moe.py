@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from plait.kernels import Tokens
-from plait.models.build import BuildContext
+from plait.models.build import Buffer, BuildContext
 from plait.models.channel_mixers.gated_mlp import ACTIVATIONS
 from plait.models.channel_mixers.moe import MoEConfig
 from plait.models.config import LMConfig
@@ -28,7 +28,7 @@ CONFIGS = {
     "sigmoid": dataclasses.replace(SMALL, scores="sigmoid", routed_scale=2.5, balance_bias=0.1),
     "scores as gates": dataclasses.replace(SMALL, normalize=False),
     "all experts": dataclasses.replace(SMALL, top_k=5),
-    "one expert a token": dataclasses.replace(SMALL, top_k=1),
+    "one expert a token": dataclasses.replace(SMALL, top_k=1, normalize=False),
 }
 
 
@@ -91,14 +91,15 @@ def test_output_and_every_gradient_equal_a_loop_over_all_experts(config):
 @pytest.mark.parametrize("favourite", [0, 4])
 def test_no_token_is_dropped_however_uneven_the_load(favourite):
     """Every token goes to one expert; each token's output is that expert's."""
-    mixer = moe(dataclasses.replace(SMALL, top_k=1))
+    mixer = moe(dataclasses.replace(SMALL, top_k=1, normalize=False))
     mixer.router.kernel[...] = jnp.zeros_like(mixer.router.kernel[...]).at[:, favourite].set(100.0)
     x = jnp.abs(inputs()) + 0.1
     mixed = mixer(x, at=AT)
     expected = (jax.nn.silu(x @ mixer.gate.weight()[favourite]) * (x @ mixer.up.weight()[favourite])) @ mixer.down.weight()[
         favourite
     ]
-    assert_close(mixed.y[SEGMENTS > 0], expected[SEGMENTS > 0])
+    gates = jax.nn.softmax(x @ mixer.router.weight())[..., favourite : favourite + 1]
+    assert_close(mixed.y[SEGMENTS > 0], (gates * expected)[SEGMENTS > 0])
     np.testing.assert_array_equal(mixed.observed["expert_load"], 5.0 * np.eye(5)[favourite])
 
 
@@ -110,7 +111,7 @@ def test_padding_is_not_routed():
 
 def test_losses_equal_values_worked_by_hand():
     """Three real tokens with logits (a, 0), top-1: two choose expert 0, one expert 1."""
-    config = MoEConfig(num_experts=2, top_k=1, hidden_dim=8, balance_loss=0.5, z_loss=0.25)
+    config = MoEConfig(num_experts=2, top_k=1, normalize=False, hidden_dim=8, balance_loss=0.5, z_loss=0.25)
     mixer = moe(config)
     mixer.router.kernel[...] = jnp.zeros((WIDTH, 2)).at[0, 0].set(1.0)
     x = jnp.zeros((1, 4, WIDTH)).at[0, :, 0].set(jnp.array([1.0, 2.0, -1.0, 9.0]))
@@ -134,7 +135,7 @@ def test_biases_move_by_the_sign_of_the_load_error(stacked):
     counts = jnp.array([9.0, 1.0, 5.0, 5.0])  # of mean 5
     moved = jnp.array([-0.001, 0.001, 0.0, 0.0])
     if stacked:  # layers in front
-        mixer.bias[...] = jnp.zeros((2, 4))
+        mixer.bias = Buffer(jnp.zeros((2, 4)))
         counts, moved = jnp.stack([counts, counts[::-1]]), jnp.stack([moved, moved[::-1]])
     for n in (1, 2):
         mixer.settle({"expert": counts})
@@ -165,6 +166,7 @@ def test_default_width_gives_a_token_what_the_gated_mlp_has():
     ("options", "message"),
     [
         ({"top_k": 9}, "top_k=9 must be at most num_experts=8; use fewer or add experts"),
+        ({"top_k": 1}, "normalize=True with top_k=1 leaves a gate of 1 and the router without a gradient; use normalize=False"),
         ({"top_k": 0}, "top_k=0 must be at least 1"),
         ({"num_experts": 0}, "num_experts=0 must be at least 1"),
         ({"hidden_dim": 0}, "hidden_dim=0 must be at least 1"),
