@@ -157,13 +157,13 @@ class Program:
         residual = mixed.y[PROBES.pick_sequences(len(x))]  # stands for the block's
         looks, heads = tuple(dataclasses.replace(look, residual=residual) for look in mixed.looks), None
         if isinstance(mixer, HeadMixer):
-            inputs, _ = mixer.share(mixer.project(x, at=at, state=None)[0], {})
-            heads = mixer.implied_attention(x, at=at), inputs.v, mixer.attend(inputs, at=at, state=None)[0]
+            (look,) = looks
+            heads = mixer.implied(look.inputs, jnp.arange(LENGTH), at=look.at), look.inputs.v, look.o
         return mixed.y, PROBES.measure(looks), heads
 
-    def _sharded(self, variables, x, at):
+    def _sharded(self, *args):
         with meshes.on_mesh(meshes.make_mesh(MESH)):
-            return self.mixer(variables)(x, at=at, carry={}).y
+            return self._train(*args)
 
 
 program = functools.lru_cache(maxsize=4)(Program)
@@ -193,6 +193,7 @@ class Rows:
             "changed": [(np.where(REAL[:, None], second, 50.0), PACKED, REAL)],
             "padding": [(second, (), np.ones(LENGTH))],
             "short": [(second, (PROMPTS[1] + STEPS,), np.ones(LENGTH))],
+            "again": [(first, WHOLE, np.ones(LENGTH))],
         }
         self.names = [name for name, found in rows.items() for _ in found]
         xs, documents, cotangents = zip(*[row for found in rows.values() for row in found])

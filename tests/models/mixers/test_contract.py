@@ -152,12 +152,16 @@ def test_eight_devices_equal_one(subject):
     for path, variable in nnx.to_flat_state(subject.variables):
         sharding = meshes.sharding(mesh, variable.get_metadata()["axes"], variable.shape, str(path))
         placed.append((path, variable.replace(jax.device_put(variable[...], sharding))))
-    rows = meshes.batch_sharding(mesh, 2, LENGTH, 1)
-    x, at = jnp.stack([ROWS.first, ROWS.second]), layout((LENGTH,), PACKED)
-    y = subject.program.sharded(nnx.from_flat_state(placed), *jax.tree.map(lambda a: jax.device_put(a, rows), (x, at)))
+    rows = meshes.batch_sharding(mesh, len(ROWS.x), LENGTH, 1)
+    batch = jax.tree.map(lambda a: jax.device_put(a, rows), (ROWS.x, ROWS.at, ROWS.cotangent))
+    y, params, x = subject.program.sharded(nnx.from_flat_state(placed), *batch)
+    expected, wanted, wanted_x = subject.trained
     assert len(y.sharding.device_set) == 8
-    assert_close(y[0], subject.y("whole")[0])
-    assert_close(y[1][REAL], subject.y("packed")[0][REAL])
+    real = ROWS.at.segment_ids > 0
+    assert_close(y[real], expected[real])
+    assert_close(x[real], wanted_x[real])
+    for (path, got), (_, want) in zip(nnx.to_flat_state(params), nnx.to_flat_state(wanted), strict=True):
+        assert_close(got[...], want[...], err_msg=str(path))
 
 
 def test_config_survives_json_and_is_hashable(plain_subject):
