@@ -9,7 +9,7 @@ is the larger of FLOPs / peak and bytes / bandwidth of what the op must do (see 
 CPU by this machine's own best matrix product and sum.
 
 With --target nothing runs: the program is compiled for that TPU and the cycles are the compiler's own static estimates. **These are
-no measurements.** Their limits: values loaded from memory count as 0, so attention is estimated with a fixed schedule of tiles, all
+no measurements.** Their limits: values loaded from memory count as 0, so attention is estimated with a fixed table of tiles, all
 visible or all masked (causal is about half the square); memory traffic does not contend, so the roofline's time is given beside and
 the larger counts; ops outside our kernels (XLA) count with the compiler's coarser estimate of each fusion, a loop's body times its
 trips. Each program is compiled in a process of its own, since the estimator aborts on what it does not model: "no estimate". A

@@ -2,7 +2,7 @@
 
     python benchmarks/sparsity.py [--seq-len 32768] [--generation v5e]
 
-Counts tiles in the schedules that the kernel is given, on the CPU; no kernel runs. Work is tiles visited, a tile under the mask
+Counts tiles in the tables of visits that the kernel is given, on the CPU; no kernel runs. Work is tiles visited, a tile under the mask
 counted 1.36 times one wholly visible: the ratio of their statically estimated cycles (docs/benchmarks.md). The promised work is the
 density of visible pairs times the causal square in whole tiles. Selected blocks and routed heads are drawn at random, the worst case
 for both.
@@ -18,7 +18,7 @@ import numpy as np
 
 from plait.kernels import BlockTable, Mask, PowerMask, Tokens
 from plait.kernels.attention.pallas_tpu import choose_tiles
-from plait.kernels.attention.schedule import FULL, MASKED, Layout, schedules
+from plait.kernels.attention.visits import FULL, MASKED, Layout, plan_visits
 
 MASKED_COST = 1.36
 
@@ -27,7 +27,7 @@ def work(mask: Mask, queries: Tokens, length: int, block: int, *, own: bool = Tr
     """Tiles' worth of work, in units of query-key pairs, of each query head that `queries` [1, H, T] or the table have."""
     keys = Tokens(None, jnp.ones((1, 1, length), jnp.int32), jnp.arange(length, dtype=jnp.int32)[None, None])
     layout = Layout(mask, length, length, own_keys=own, packed=not own)
-    by_query, _ = schedules(layout, queries, keys, block, block, keep_first=False, table=table)
+    by_query, _ = plan_visits(layout, queries, keys, block, block, keep_first=False, table=table)
     kinds = np.asarray(by_query.entries) & 3
     return float(((kinds == FULL).sum() + MASKED_COST * (kinds == MASKED).sum()) * block**2 / kinds.shape[1])
 

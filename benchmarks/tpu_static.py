@@ -169,24 +169,25 @@ def _public(job: dict[str, Any], array: Callable[..., Any]) -> tuple[Callable[..
 
 
 def _attention_kernel(job: dict[str, Any], array: Callable[..., Any]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """One attention kernel with a schedule known at compile time: every tile of the square in order, all of one kind."""
+    """One attention kernel with a table of visits known at compile time: every tile of the square in order, all of one kind."""
     import jax.numpy as jnp
     import numpy as np
 
     from plait.kernels import Mask, Tokens
-    from plait.kernels.attention import pallas_tpu, tpu_kernels, tpu_tiling
-    from plait.kernels.attention.schedule import FULL, MASKED, Layout
+    from plait.kernels.attention import pallas_tpu
+    from plait.kernels.attention.tpu import kernels, tiling
+    from plait.kernels.attention.visits import FULL, MASKED, Layout
 
     _, length, _, width, _ = job["shape"]
     tiles = pallas_tpu.choose_tiles(job["target"], width, width, jnp.dtype(job["dtype"]))
     if job["block"]:
-        tiles = tpu_tiling.Tiles(**dict.fromkeys(vars(tiles), job["block"]))
+        tiles = tiling.Tiles(**dict.fromkeys(vars(tiles), job["block"]))
     tiles = tiles.fit(length, length)
     layout = Layout(mask=Mask(), num_queries=length, num_keys=length, own_keys=True, packed=True)
     kind, stats = MASKED if job["name"].startswith("masked") else FULL, job["name"].endswith("stats")
 
     class Every:
-        """Stands for a `Schedule`."""
+        """Stands for `Visits`."""
 
         def __init__(self, width: int):
             self.entries = np.zeros((1, 1, 1, width))
@@ -195,16 +196,16 @@ def _attention_kernel(job: dict[str, Any], array: Callable[..., Any]) -> tuple[C
             return at[-1], kind
 
     blocks = (length // tiles.block_kv, length // tiles.block_q_dkv)
-    tpu_tiling.schedules = lambda *_, **__: tuple(map(Every, blocks))
-    problem = tpu_tiling.Problem(layout, tiles, width**-0.5, False, stats)
+    tiling.plan_visits = lambda *_, **__: tuple(map(Every, blocks))
+    problem = tiling.Problem(layout, tiles, width**-0.5, False, stats)
     x, token = array(1, 1, length, width), array(1, 1, length, dtype=jnp.int32)
     rows = [array(1, 1, length, dtype=jnp.float32)] * (5 if stats else 2)
     side = Tokens(None, token, token)
-    operands = tpu_tiling.Operands(x, x, x, array(1, dtype=jnp.float32), side, side)
+    operands = tiling.Operands(x, x, x, array(1, dtype=jnp.float32), side, side)
 
     def function(table: Any, *operands: Any) -> Any:
         Every.flat = lambda self: table
-        return getattr(tpu_kernels, job["kernel"])(problem, *operands)
+        return getattr(kernels, job["kernel"])(problem, *operands)
 
     return function, (array(1, dtype=jnp.int32), operands, *(() if job["kernel"] == "forward" else (x, rows)))
 

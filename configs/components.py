@@ -33,12 +33,15 @@ class Config:
     """Where it stands when nobody holds it: the beginning of its messages."""
 
     def __post_init__(self) -> None:
-        self.complete()
-        if not _deferred.get():
+        if _deferred.get():
+            with contextlib.suppress(ValueError):  # `validate` comes to it again, and knows where it stands
+                self.complete()
+        else:
+            at(self.path, self.complete)
             at(self.path, self.check)
 
     def complete(self) -> None:
-        """Fills in what follows from other fields."""
+        """Fills in what follows from other fields. Raises ValueError as `check` does."""
 
     def check(self) -> None:
         """Raises ValueError for the first value that cannot be used, as `FIELD=VALUE RULE; FIX`."""
@@ -68,6 +71,11 @@ def children(config: Any) -> Iterator[tuple[str, Any]]:
         elif isinstance(value, tuple):
             inner = ((f".{index}", item) for index, item in enumerate(value))
         yield from ((field.name + name, item) for name, item in inner if isinstance(item, Config))
+
+
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """A field's default, made anew where it has a factory; `dataclasses.MISSING` where it has none."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 @contextlib.contextmanager
@@ -102,6 +110,11 @@ registries: dict[str, Registry[Any]] = {}
 """By kind of component."""
 
 
+def registry_of(base: type) -> Registry[Any] | None:
+    """The registry of the components that are of a class: the base of a kind, or a registered one."""
+    return next((found for found in registries.values() if any(issubclass(one, base) for one in found.all().values())), None)
+
+
 class Registry(Generic[R]):
     """The components of one kind by name: the config classes that the modules of one package register."""
 
@@ -115,6 +128,11 @@ class Registry(Generic[R]):
     def tag(self) -> str:
         """The key under which JSON holds a component's name."""
         return f"{self.kind.replace(' ', '_')}_name"
+
+    @property
+    def plural(self) -> str:
+        """What `launch.py list` calls them."""
+        return f"{self.kind.replace(' ', '-')}s"
 
     def register(self, name: str, *, source: str, **facts: Any) -> Callable[[type[C]], type[C]]:
         """Class decorator: makes a config class known by `name`; `facts` become class attributes.
@@ -156,10 +174,12 @@ class Registry(Generic[R]):
         if name not in known:
             near = difflib.get_close_matches(name, known, n=2)
             hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {', '.join(known)}"
-            raise ValueError(
-                f"{self.kind} {name!r} is not registered; {hint} (`launch.py list {self.kind.replace(' ', '-')}s` shows all)"
-            )
+            raise ValueError(f"{self.kind} {name!r} is not registered; {hint} (`launch.py list {self.plural}` shows all)")
         return known[name]
+
+    def holds(self, config: type) -> bool:
+        """Whether a class is itself registered here: one that inherits from such a class is not."""
+        return self._known.get(vars(config).get("name", "")) is config
 
     def __contains__(self, name: str) -> bool:
         return name in self.all()

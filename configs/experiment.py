@@ -6,7 +6,7 @@ import dataclasses
 
 from plait.configs.components import Config
 from plait.configs.mesh import MeshConfig
-from plait.configs.optimizer import OptimizerConfig
+from plait.configs.optimizer import OptimizerConfig, optimizer
 from plait.configs.probe import ProbeConfig
 from plait.configs.spike import SpikeConfig
 from plait.data.config import DataConfig
@@ -24,7 +24,7 @@ class ExperimentConfig(Config):
     """Optimizer steps."""
     model: LMConfig
     data: DataConfig
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: optimizer("adamw"))
     mesh: MeshConfig = MeshConfig()
     probe: ProbeConfig = ProbeConfig()
     spike: SpikeConfig = SpikeConfig()
@@ -64,8 +64,7 @@ class ExperimentConfig(Config):
             raise ValueError(
                 f"optimizer.accumulate={self.optimizer.accumulate} must divide data.batch_size={self.data.batch_size}"
             )
-        # A pattern from the command line comes before the depth that it must fit, so it is read only where there are stages.
-        periods = find_period(self.model.layers)[1] if self.mesh.pipeline > 1 else 1
+        periods = find_period(self.model.layers)[1]
         if self.mesh.pipeline > 1 and (periods == 1 or periods % self.mesh.pipeline):
             fits = ", ".join(str(n) for n in range(1, periods + 1) if periods % n == 0)
             raise ValueError(

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Literal
 
 from plait.configs.components import Config
 
-MESH_AXES = ("pipeline", "data", "fsdp", "context", "tensor")
+MESH_AXES = ("pipeline", "data", "fsdp", "expert", "context", "tensor")
 """Mesh axes, the outermost first."""
 
 
@@ -24,16 +23,16 @@ class MeshConfig(Config):
     """Data parallel; None takes the devices that the other axes leave."""
     fsdp: int = 1
     """Data parallel with parameters and optimizer state sharded."""
+    expert: int = 1
+    """Experts of a mixture sharded; to all else, data parallel."""
     context: int = 1
     """Tokens of a sequence sharded: each device holds a contiguous part of every row."""
     tensor: int = 1
     """Heads, channel-mixer widths and the vocabulary sharded."""
     zero: bool = False
-    """ZeRO: moments and average sharded also over data, context and pipeline, gradients reduced to those parts."""
+    """ZeRO: moments and average sharded also over data, expert, context and pipeline, gradients reduced to those parts."""
     offload: Literal["optimizer"] | None = None
     """What waits in the host's memory between updates: the optimizer's moments; None for nothing."""
-
-    reserved: ClassVar[Mapping[str, str]] = {"expert": "is kept for layers of experts, which no model has yet; leave it out"}
 
     def check(self) -> None:
         for name in MESH_AXES:

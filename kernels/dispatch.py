@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 import jax
 
+from plait.kernels.call import Call
 from plait.kernels.context import ContextRule, Parts
-from plait.kernels.sharding import Axes, Shards, parts_of_sequence
+from plait.kernels.sharding import Shards, parts_of_sequence
 from plait.kernels.target import not_on
 
 _log = logging.getLogger("plait")
@@ -19,19 +20,15 @@ _chosen: dict[str, list[str]] = {}
 _logged: set[tuple[str, str, str]] = set()
 
 
-def _supports_all(*args: Any, **kwargs: Any) -> None:
-    return None
-
-
 @dataclass(frozen=True)
 class Implementation:
     """One way to compute an op."""
 
-    run: Callable[..., Any]
-    """Takes the resolved arguments of the op's public function."""
+    run: Callable[[Any], Any]
+    """Takes the call."""
 
-    unsupported: Callable[..., str | None] = _supports_all
-    """Takes the same arguments, of which it may use shapes and dtypes only; the reason why `run` cannot serve them, or None."""
+    unsupported: Callable[[Any], str | None] = lambda call: None
+    """Why `run` cannot serve a call, of which it may use options, shapes and dtypes only; or None."""
 
     per_device: bool = False
     """`run` knows one device only: under a mesh it gets the part of each."""
@@ -40,43 +37,42 @@ class Implementation:
 def kernel(platform: Literal["tpu", "gpu"], module: str, run: str, unsupported: str = "unsupported") -> Implementation:
     """The kernel `run` of a module, which is imported where `platform` is the target and nowhere else."""
 
-    def reason(*args: Any, **kwargs: Any) -> str | None:
-        return not_on(platform) or getattr(importlib.import_module(module), unsupported)(*args, **kwargs)
+    def reason(call: Call) -> str | None:
+        return not_on(platform) or getattr(importlib.import_module(module), unsupported)(call)
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return getattr(importlib.import_module(module), run)(*args, **kwargs)
+    def call_kernel(call: Call) -> Any:
+        return getattr(importlib.import_module(module), run)(call)
 
-    return Implementation(call, reason, per_device=True)
+    return Implementation(call_kernel, reason, per_device=True)
 
 
 class Op:
     """A named op and its implementations, in the order in which `auto` tries them."""
 
-    def __init__(self, name: str, axes: Axes, rule: ContextRule | None = None, /, **implementations: Implementation):
+    def __init__(self, name: str, rule: ContextRule | None = None, /, **implementations: Implementation):
         """Args: `rule` serves calls whose sequence the mesh cuts; without one every device that needs it sees all of it."""
-        self.name, self.axes, self.rule, self.implementations = name, axes, rule, implementations
+        self.name, self.rule, self.implementations = name, rule, implementations
         _ops[name] = self
 
-    def __call__(self, implementation: str, *args: Any, **kwargs: Any) -> Any:
-        """Runs the op; `implementation` is a name, or `auto` for the first that supports the arguments."""
-        if self.rule is not None and (parts := _parts(self.name, self.axes, self.rule, args, kwargs)) is not None:
-            return _run_in_parts(self.name, self.axes, self.rule, partial(self, implementation), parts, args, kwargs)
-        shards = Shards(self.axes, args, kwargs)
+    def __call__(self, implementation: str, call: Call) -> Any:
+        """Runs the op; `implementation` is a name, or `auto` for the first that supports the call."""
+        if self.rule is not None and (parts := _parts(self.name, self.rule, call)) is not None:
+            return _run_in_parts(self.name, self.rule, partial(self, implementation), parts, call)
+        shards = Shards(call)
         name = self._auto(shards) if implementation == "auto" else self._named(implementation, shards)
         names = _chosen.setdefault(self.name, [])
         if name not in names:
             names.append(name)
         chosen = self.implementations[name]
-        return shards.run(chosen.run) if chosen.per_device or shards.nested else chosen.run(*args, **kwargs)
+        return shards.run(chosen.run) if chosen.per_device or shards.nested else chosen.run(call)
 
-    def unsupported(self, name: str, *args: Any, **kwargs: Any) -> str | None:
-        """Why the implementation `name` cannot serve a call with these resolved arguments, or None."""
-        return self._reason(self.implementations[name], Shards(self.axes, args, kwargs))
+    def unsupported(self, name: str, call: Call) -> str | None:
+        """Why the implementation `name` cannot serve a call, or None."""
+        return self._reason(self.implementations[name], Shards(call))
 
     @staticmethod
     def _reason(candidate: Implementation, shards: Shards) -> str | None:
-        args, kwargs = shards.local() if candidate.per_device else (shards.args, shards.options)
-        return candidate.unsupported(*args, **kwargs)
+        return candidate.unsupported(shards.local() if candidate.per_device else shards.call)
 
     def _named(self, name: str, shards: Shards) -> str:
         if name not in self.implementations:
@@ -98,33 +94,31 @@ class Op:
         raise NotImplementedError(f"{self.name}: no implementation supports this call: {'; '.join(declined)}")
 
 
-def in_parts(axes: Axes, rule: ContextRule, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, plain JAX, but run by `rule` where the mesh in use cuts its sequence."""
+def in_parts(rule: ContextRule, function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """`function` of a call, plain JAX, but run by `rule` where the mesh in use cuts its sequence."""
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        parts = _parts(function.__name__, axes, rule, args, kwargs)
+    def run(call: Call) -> Any:
+        parts = _parts(function.__name__, rule, call)
         if parts is None:
-            return function(*args, **kwargs)
-        return _run_in_parts(function.__module__.rpartition(".")[2], axes, rule, function, parts, args, kwargs)
+            return function(call)
+        return _run_in_parts(function.__module__.rpartition(".")[2], rule, function, parts, call)
 
-    return call
+    return run
 
 
-def _parts(name: str, axes: Axes, rule: ContextRule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Parts | None:
+def _parts(name: str, rule: ContextRule, call: Call) -> Parts | None:
     """The devices over which a call's sequence is cut; None where the mesh does not cut it, or the rule cannot."""
-    parts = parts_of_sequence(axes, args, kwargs)
-    reason = None if parts is None else rule.unsupported(parts.count, *args, **kwargs)
+    parts = parts_of_sequence(call)
+    reason = None if parts is None else rule.unsupported(parts.count, call)
     if reason is None:
         return parts
     _log_once(name, "chose whole sequences", f"not parts of them because {reason}")
     return None
 
 
-def _run_in_parts(
-    name: str, axes: Axes, rule: ContextRule, op: Callable[..., Any], parts: Parts, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def _run_in_parts(name: str, rule: ContextRule, op: Callable[[Any], Any], parts: Parts, call: Call) -> Any:
     with jax.named_scope(f"context_{name}"):
-        return Shards(axes, args, kwargs, in_parts=True).run(partial(rule.run, op, parts))
+        return Shards(call, in_parts=True).run(partial(rule.run, op, parts))
 
 
 def _log_once(op: str, what: str, declined: str) -> None:

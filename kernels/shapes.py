@@ -1,6 +1,6 @@
 """Argument checks and numeric choices shared by the ops. Every message names the argument, what came, the rule and the fix."""
 
-from collections.abc import Mapping
+import numbers
 from typing import Any
 
 import jax
@@ -20,6 +20,15 @@ def accumulation_dtype(*arrays: Array) -> Any:
 def matmul_precision(dtype: Any) -> jax.lax.Precision:
     """Precision of the large products: full for float32 inputs, the hardware's default for 16-bit ones, which are exact in it."""
     return jax.lax.Precision.DEFAULT if jnp.dtype(dtype).itemsize < 4 else jax.lax.Precision.HIGHEST
+
+
+def resolved_scale(op: str, scale: float | None, key_dim: int) -> float:
+    """The factor of the logits: K^-1/2 for None. Raises ValueError unless it is a number, which a program is specialised to."""
+    if scale is None:
+        return key_dim**-0.5
+    if not isinstance(scale, numbers.Real):
+        raise ValueError(f"{op}: scale={scale} must be a number; multiply q by an array instead")
+    return float(scale)
 
 
 def check_shape(op: str, name: str, array: Array, expected: tuple[int, ...], legend: str) -> None:
@@ -56,7 +65,7 @@ def check_tokens(op: str, name: str, tokens: Tokens | None, batch: int, length: 
         if not jnp.issubdtype(array.dtype, jnp.integer):
             raise ValueError(f"{op}: {path}.dtype={array.dtype} must be an integer type; cast it to int32")
     ids = tokens.segment_ids
-    if ids is None or not in_order or isinstance(ids, jax.core.Tracer) or not getattr(ids, "is_fully_addressable", True):
+    if not in_order or not _is_known(ids):
         return
     for row, known in enumerate(np.asarray(ids)):
         real = known[known != 0]
@@ -77,48 +86,21 @@ def check_floating(op: str, **arrays: Array) -> None:
 
 def check_log_decay(op: str, g: Array | None) -> None:
     """Raises ValueError where a log decay whose values are known is above 0: the state would grow without bound."""
-    if g is None or isinstance(g, jax.core.Tracer) or not getattr(g, "is_fully_addressable", True):
+    if not _is_known(g):
         return
     largest = float(np.max(np.asarray(g, np.float32), initial=-np.inf))
     if largest > 0:
         raise ValueError(f"{op}: g holds {largest:.3g}; a log decay must be at most 0; pass log(decay) of decays in (0, 1]")
 
 
+def _is_known(x: Any) -> bool:
+    """Whether the values of an array can be looked at here."""
+    return (
+        isinstance(x, (np.ndarray, jax.Array)) and not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
+    )
+
+
 def check_chunk_size(op: str, chunk_size: int) -> None:
     """Raises ValueError unless `chunk_size` is a power of two (chunks are halved recursively)."""
     if chunk_size < 1 or chunk_size & (chunk_size - 1):
         raise ValueError(f"{op}: chunk_size={chunk_size} must be a power of two; use 16, 32, 64 or 128")
-
-
-def check_recurrence(
-    op: str,
-    q: Array,
-    k: Array,
-    v: Any,
-    gates: Mapping[str, tuple[Any, tuple[str, ...]]],
-    *,
-    initial_state: Array | None,
-    at: Tokens | None,
-    chunk_size: int,
-) -> None:
-    """Checks the arguments that all linear recurrences share; `gates` maps a name to its array and its allowed axes."""
-    check_rank(op, "q", q, "[B, T, Hqk, K]")
-    check_rank(op, "v", v, "[B, T, Hv, V]")
-    check_floating(op, q=q, k=k, v=v)
-    check_shape(op, "k", k, q.shape, "[B, T, Hqk, K] as q")
-    batch, length, num_qk_heads, key_dim = q.shape
-    num_heads, value_dim = v.shape[2:]
-    if length < 1:
-        raise ValueError(f"{op}: q.shape={q.shape} holds no token; T must be at least 1")
-    check_shape(op, "v", v, (batch, length, num_heads, value_dim), "[B, T, Hv, V] with B and T of q")
-    check_divides(op, "the number of q and k heads", num_qk_heads, "the number of v heads", num_heads)
-    sizes = {"[B, T, Hv]": (batch, length, num_heads), "[B, T, Hv, K]": (batch, length, num_heads, key_dim)}
-    for name, (gate, legends) in gates.items():
-        if gate is not None and gate.shape not in [sizes[legend] for legend in legends]:
-            allowed = " or ".join(f"{legend} = {sizes[legend]}" for legend in legends)
-            raise ValueError(f"{op}: {name}.shape={gate.shape} must be {allowed}; gates live on the value heads")
-    check_log_decay(op, gates["g"][0] if "g" in gates else None)
-    if initial_state is not None:
-        check_shape(op, "initial_state", initial_state, (batch, num_heads, key_dim, value_dim), "[B, Hv, K, V]")
-    check_tokens(op, "at", at, batch, length)
-    check_chunk_size(op, chunk_size)

@@ -18,9 +18,10 @@ EMBED = "embed"  # d_model of a parameter
 HEADS = "heads"  # num_heads * head_dim of a parameter, or the heads of an activation
 KV_HEADS = "kv_heads"
 MLP = "mlp"
+EXPERTS = "experts"
 BATCH = "batch"
 LENGTH = "length"
-NAMES = (LAYERS, VOCAB, EMBED, HEADS, KV_HEADS, MLP, BATCH, LENGTH)
+NAMES = (LAYERS, VOCAB, EMBED, HEADS, KV_HEADS, MLP, EXPERTS, BATCH, LENGTH)
 
 Axes = tuple[str | None, ...]
 Constrain = Callable[[jax.Array, Axes], jax.Array]

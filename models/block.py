@@ -12,7 +12,7 @@ from flax import nnx
 from plait.kernels import Tokens
 from plait.models.axes import BATCH, LENGTH, constrain
 from plait.models.build import BuildContext
-from plait.models.channel_mixers.base import ChannelMixerConfig, MixedChannels
+from plait.models.channel_mixers.base import ChannelMixerConfig, Counts, MixedChannels
 from plait.models.look import Look, Observer, Statistics, look
 from plait.models.mixers.base import Losses, MixerConfig, State
 from plait.models.norms import RMSNorm
@@ -28,14 +28,19 @@ class Extras:
     """Auxiliary losses by name, coefficients applied."""
     statistics: Statistics = dataclasses.field(default_factory=dict)
     """Of probe steps."""
+    counts: Counts = dataclasses.field(default_factory=dict)
+    """What a step adds up over its tokens for the layer to move its buffers by: see `ChannelMixer.settle`."""
 
 
 def over_microbatches(stacked: Any) -> Any:
-    """A tree of `Extras` of one step from those of its micro-batches, stacked: the mean of losses, of statistics the last."""
+    """A tree of `Extras` of one step from those of its micro-batches, stacked: the mean of losses, of statistics the last, counts
+    summed."""
 
     def one(extras: Extras) -> Extras:
-        mean, last = lambda a: a.mean(0), lambda a: a[-1]
-        return Extras(jax.tree.map(mean, extras.losses), jax.tree.map(last, extras.statistics))
+        mean, last, total = lambda a: a.mean(0), lambda a: a[-1], lambda a: a.sum(0)
+        return Extras(
+            jax.tree.map(mean, extras.losses), jax.tree.map(last, extras.statistics), jax.tree.map(total, extras.counts)
+        )
 
     return jax.tree.map(one, stacked, is_leaf=lambda x: isinstance(x, Extras))
 
@@ -74,10 +79,10 @@ class Block(nnx.Module):
         if observer is not None:
             looks = looks or (look(observer, at=at, x=stream.x),)
             residual = jax.lax.stop_gradient(stream.x[observer.pick_sequences(stream.x.shape[0])])
-            channels = channels._replace(observed=jax.lax.stop_gradient(channels.observed))
-            looks = tuple(dataclasses.replace(one, residual=residual, channels=channels.observed) for one in looks)
+            observed = jax.lax.stop_gradient(channels.observed)
+            looks = tuple(dataclasses.replace(one, residual=residual, channels=observed) for one in looks)
             statistics = observer.measure(looks)
-        return stream, Extras({**losses, **channels.losses}, statistics)
+        return stream, Extras({**losses, **channels.losses}, statistics, channels.counts)
 
     def prefill(self, stream: Stream, state: State, *, at: Tokens) -> tuple[Stream, State]:
         """As the call on left-padded prompts, from an empty state; also the state after the last token."""

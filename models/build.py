@@ -58,12 +58,12 @@ class NumberedKeys:
 class BuildContext:
     """The surroundings of one layer: where it stands, its random stream, and the numerics every layer of the model shares."""
 
-    layer_index: Any
-    """Traced where layers are stacked: what depends on it is an array, kept in a `Buffer`."""
-    num_layers: int
     rngs: Keys
     seq_len: int
     """Training sequence length in tokens (layers accept any length; some options scale with this one)."""
+    layer_index: Any = 0
+    """Traced where layers are stacked: what depends on it is an array, kept in a `Buffer`."""
+    num_layers: int = 1
     param_dtype: Any = jnp.float32
     compute_dtype: Any = jnp.float32
     sigma_reparam: SigmaReparam | None = None

@@ -35,7 +35,13 @@ class Slots:
     window_size: int | None = None
     num_sink_tokens: int = 0
 
-    def empty(self, batch_size: int, max_len: int, entries: Mapping[str, tuple[tuple[int, ...], str | None]], dtype: jax.typing.DTypeLike) -> Cache:
+    def empty(
+        self,
+        batch_size: int,
+        max_len: int,
+        entries: Mapping[str, tuple[tuple[int, ...], str | None]],
+        dtype: jax.typing.DTypeLike,
+    ) -> Cache:
         """A cache for sequences of at most `max_len` tokens.
 
         Args:

@@ -43,6 +43,11 @@ def default_mixer(name: str) -> MixerConfig:
     return outer(mixer=inner())
 
 
+def pattern_name(config: MixerConfig) -> str:
+    """The name, without a label, that a pattern calls a config by: `default_mixer` read backwards."""
+    return f"{config.name}+{config.mixer.name}" if isinstance(config, WrapperConfig) else config.name
+
+
 def _classes(config: MixerConfig) -> str:
     """A mixer's class, and that of the one it is around."""
     name = type(config).__name__
@@ -89,7 +94,10 @@ class LMConfig(Config):
     def complete(self) -> None:
         names = pattern_names(self.pattern)
         extra = {name: config for name, config in self.mixers.items() if name not in names}
-        table = {name: self.mixers.get(name) or default_mixer(name) for name in names}
+        try:
+            table = {name: self.mixers.get(name) or default_mixer(name) for name in names}
+        except ValueError as error:
+            raise ValueError(f"pattern={self.pattern!r}: {error}") from None
         object.__setattr__(self, "mixers", MixerTable({**table, **extra}))
 
     def check(self) -> None:
@@ -103,8 +111,8 @@ class LMConfig(Config):
         for name, config in self.mixers.items():
             if name not in layers:
                 raise ValueError(f"mixers.{name} is in no layer of pattern={self.pattern!r}; remove it or name it in the pattern")
-            if (kinds := _classes(config)) != (wanted := _classes(default_mixer(name))):
-                raise ValueError(f"mixers.{name} is a {kinds}; it must be a {wanted}")
+            if pattern_name(config) != name.partition("/")[0]:
+                raise ValueError(f"mixers.{name} is a {_classes(config)}; it must be a {_classes(default_mixer(name))}")
             at(f"mixers.{name}", config.fit, self.d_model)
         at("channel_mixer", self.channel_mixer.fit, self.d_model)
         check_carries([(name, self.mixers[name].carries(self.d_model)) for name in layers])
@@ -135,12 +143,10 @@ class LMConfig(Config):
         return dataclasses.replace(self, pattern=pattern, mixers=mixers, num_layers=num_layers or self.num_layers)
 
     def with_vocab(self, tokenizer_size: int) -> LMConfig:
-        """This model with its vocabulary settled. Raises ValueError when it is smaller than the tokenizer's."""
+        """This model with its vocabulary settled. Raises ValueError when it is smaller than the data's."""
         size = self.vocab_size or -(-tokenizer_size // 128) * 128
         if size < tokenizer_size:
-            raise ValueError(
-                f"model.vocab_size={size} is smaller than the tokenizer's {tokenizer_size}; leave it None or raise it"
-            )
+            raise ValueError(f"model.vocab_size={size} is smaller than the data's {tokenizer_size}; leave it None or raise it")
         return dataclasses.replace(self, vocab_size=size)
 
     def flops(self, seq_len: int) -> float:

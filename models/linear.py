@@ -58,26 +58,28 @@ class Dense(nnx.Module):
         use_bias: bool = False,
         role: Role = "matrix",
         heads: tuple[int, int] | None = None,
+        lead: tuple[int, ...] = (),
     ):
         """Args:
-        axes: logical names of the kernel's two axes.
+        axes: logical names of the kernel's axes.
         init: a fan-in truncated normal by default.
         role: what the kernel is to the optimizer.
-        heads: `(axis, number)` where one of the axes holds that many heads.
+        heads: `(axis, number)` where one of the last two axes holds that many heads.
+        lead: sizes of leading axes, along which lie independent matrices (experts), each with its own singular vectors and gain.
         """
         self.compute_dtype = ctx.compute_dtype
         split = None if heads is None else (heads[0] - 2, ((in_dim, out_dim)[heads[0]] // heads[1],) * heads[1])
-        self.kernel = ctx.param(init or fan_in_normal(), (in_dim, out_dim), axes, role=role, split=split)
-        self.bias = ctx.param(jax.nn.initializers.zeros, (out_dim,), axes[1:]) if use_bias else None
+        self.kernel = ctx.param(init or fan_in_normal(), (*lead, in_dim, out_dim), axes, role=role, split=split)
+        self.bias = ctx.param(jax.nn.initializers.zeros, (*lead, out_dim), (*axes[:-2], axes[-1])) if use_bias else None
         self.gain = self.v = self.u = nnx.data(None)
         if ctx.sigma_reparam is not None:
             kernel = self.kernel[...]
-            u = _unit(jax.random.normal(ctx.rngs.params(), (out_dim,), jnp.float32))
+            u = _unit(jax.random.normal(ctx.rngs.params(), (*lead, out_dim), jnp.float32))
             v, u = _leading_vectors(kernel, u)
-            gain = _sigma(kernel, v, u) if ctx.sigma_reparam == "spectral" else jnp.ones((), jnp.float32)
-            self.gain = nnx.Param(gain.astype(ctx.param_dtype), axes=(), role="vector", split=None)
-            self.v = SpectralVector(v, axes=axes[:1])
-            self.u = SpectralVector(u, axes=axes[1:])
+            gain = _sigma(kernel, v, u) if ctx.sigma_reparam == "spectral" else jnp.ones(lead, jnp.float32)
+            self.gain = nnx.Param(gain.astype(ctx.param_dtype), axes=axes[:-2], role="vector", split=None)
+            self.v = SpectralVector(v, axes=axes[:-1])
+            self.u = SpectralVector(u, axes=(*axes[:-2], axes[-1]))
 
     def weight(self) -> jax.Array:
         """The matrix that multiplies, `[..., in_dim, out_dim]` in the parameter dtype, leading axes for stacked layers."""

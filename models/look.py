@@ -64,7 +64,9 @@ class Observer(Protocol):
         """The statistics of a layer, whose heads are those of the looks one after another."""
 
 
-def look(observer: Observer, *, at: Tokens, x: jax.Array, mixer: HeadMixer | None = None, inputs: Any = None, o: Any = None) -> Look:
+def look(
+    observer: Observer, *, at: Tokens, x: jax.Array, mixer: HeadMixer | None = None, inputs: Any = None, o: Any = None
+) -> Look:
     """What an observer gets to see of a layer's whole batch."""
     keep = observer.pick_sequences(x.shape[0])
     at, x, inputs, o = jax.lax.stop_gradient(jax.tree.map(lambda a: a[keep], (at, x, inputs, o)))

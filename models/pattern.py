@@ -27,9 +27,7 @@ def expand_pattern(pattern: str, num_layers: int) -> tuple[str, ...]:
         return _indices(pattern, text, num_layers)
     period = _ratio(pattern, text) if "=" in text else _repeats(pattern, text)
     if len(period) > num_layers:
-        raise _wrong(
-            pattern, f"has {len(period)} layers", f"must fit in num_layers={num_layers}; shorten it or raise model.num_layers"
-        )
+        raise _wrong(pattern, f"has {len(period)} layers", f"must fit in num_layers={num_layers}; shorten it or raise num_layers")
     return tuple(period[i % len(period)] for i in range(num_layers))
 
 
@@ -116,4 +114,4 @@ def _name(pattern: str, name: str) -> str:
 
 
 def _wrong(pattern: str, what: str, rule: str) -> PatternError:
-    return PatternError(f"model.pattern={pattern!r} {what}; it {rule}")
+    return PatternError(f"pattern={pattern!r} {what}; it {rule}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,14 +13,20 @@ from plait.kernels import Tokens
 from plait.models.axes import LAYERS
 from plait.models.block import Block, Extras
 from plait.models.build import BuildContext, Keys, NumberedKeys
+from plait.models.channel_mixers.base import Counts
 from plait.models.config import LMConfig
 from plait.models.flow import WHOLE_BATCH, Flow, flow
+from plait.models.grouped import GROUPED
 from plait.models.look import Observer
 from plait.models.mixers.base import State
 from plait.models.pattern import find_period
 from plait.models.stream import Stream
 
-_POLICIES = {"full": jax.checkpoint_policies.nothing_saveable, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+_SAVE = jax.checkpoint_policies
+_POLICIES = {
+    "full": _SAVE.nothing_saveable,
+    "dots": _SAVE.save_from_both_policies(_SAVE.dots_with_no_batch_dims_saveable, _SAVE.save_only_these_names(GROUPED)),
+}
 Apply = Callable[[Block, Stream, Tokens, Any], tuple[Stream, Any]]
 
 
@@ -35,8 +41,15 @@ class Stack(nnx.Module):
 
         def block(static: int, index: Any, keys: Keys) -> Block:
             name = config.layers[static]
-            rest = {"norm": config.norm, "norm_eps": config.norm_eps}
-            return Block(name, config.mixers[name], config.channel_mixer, config.d_model, context(index, keys), **rest)
+            return Block(
+                name,
+                config.mixers[name],
+                config.channel_mixer,
+                config.d_model,
+                context(index, keys),
+                norm=config.norm,
+                norm_eps=config.norm_eps,
+            )
 
         scanned = self.period * self.count if self.count > 1 else 0
 
@@ -52,6 +65,14 @@ class Stack(nnx.Module):
         stream, (stacked, rest) = self._run(apply, stream, at, (None, None), flow())
         layers = [jax.tree.map(lambda a, i=i: a[i], s) for i in range(self.count if stacked else 0) for s in stacked]
         return stream, layers + rest
+
+    def settle(self, counts: Sequence[Counts]) -> None:
+        """Lets the channel mixers move their buffers by the counts of a step, one mapping a layer."""
+        scanned = self.period * self.count if self.periods is not None else 0
+        for i, block in enumerate(self.periods or ()):
+            block.channel_mixer.settle(jax.tree.map(lambda *each: jnp.stack(each), *counts[i : scanned : self.period]))
+        for block, own in zip(self.rest, counts[scanned:], strict=True):
+            block.channel_mixer.settle(own)
 
     def init_state(self, batch_size: int, max_len: int) -> State:
         """Empty decode states of every layer."""

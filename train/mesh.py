@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from plait.configs.mesh import MeshConfig
 from plait.kernels.sharding import inside, splitting
 from plait.models import axes
 from plait.models.axes import Axes
+from plait.models.divided import Divide, dividing
 from plait.models.flow import WHOLE_BATCH, flowing
 from plait.train.pipeline import Pipeline
 
@@ -27,13 +29,14 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
     axes.HEADS: "tensor",
     axes.KV_HEADS: "tensor",
     axes.MLP: "tensor",
-    axes.BATCH: ("data", "fsdp"),
+    axes.EXPERTS: "expert",
+    axes.BATCH: ("data", "fsdp", "expert"),
     axes.LENGTH: "context",
 }
 
 SLICED = ("pipeline", "data")
 """Axes that may span TPU slices: what crosses them is one activation or gradient a micro-batch, over the data-centre network."""
-ZERO = ("pipeline", "data", "context")
+ZERO = ("pipeline", "data", "expert", "context")
 """Axes over which `mesh.zero` divides moments further."""
 
 
@@ -161,6 +164,27 @@ def constrainer(mesh: Mesh) -> axes.Constrain:
     return constrain
 
 
+def divider(mesh: Mesh) -> Divide:
+    """What runs work by device for `plait.models.divided`: a logical axis is divided where the mesh divides it in every array."""
+
+    def divide(function: Callable[..., Any], arrays: tuple[jax.Array, ...], names: tuple[Axes, ...], results: Any) -> Any:
+        if mesh.size == 1:
+            return function(lambda name: (), *arrays)
+        sizes = [(name, size) for one, a in zip(names, arrays, strict=True) for name, size in zip(one, a.shape, strict=True)]
+        whole = {name for name, size in sizes if name is not None and size % ways(mesh, name)}
+        parts = lambda one: spec(tuple(None if name in whole else name for name in one))
+        over = lambda name: () if name in whole else tuple(a for a in mesh_axes(name) if mesh.shape[a] > 1)
+        return jax.shard_map(
+            functools.partial(function, over),
+            mesh=inside(mesh),
+            in_specs=tuple(map(parts, names)),
+            out_specs=tuple(map(parts, results)),
+            check_vma=False,
+        )(*arrays)
+
+    return divide
+
+
 @contextlib.contextmanager
 def on_mesh(mesh: Mesh, microbatches: int = 1) -> Iterator[None]:
     """Traces models for the mesh: activations are pinned to it, each device runs the kernels on its part, and where the mesh has a
@@ -168,7 +192,12 @@ def on_mesh(mesh: Mesh, microbatches: int = 1) -> Iterator[None]:
     rules = {"batch": axes.BATCH, "heads": axes.HEADS, "context": axes.LENGTH}
     over = {key: mesh_axes(name) for key, name in rules.items()}
     flow = Pipeline(mesh, microbatches) if mesh.shape["pipeline"] > 1 else WHOLE_BATCH
-    with axes.constraining(constrainer(mesh)), splitting(mesh, **over, alone=("pipeline",)), flowing(flow):
+    with (
+        axes.constraining(constrainer(mesh)),
+        splitting(mesh, **over, alone=("pipeline",)),
+        flowing(flow),
+        dividing(divider(mesh)),
+    ):
         yield
 
 

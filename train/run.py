@@ -19,8 +19,8 @@ import jax
 
 from plait.configs import codec
 from plait.configs.experiment import ExperimentConfig
-from plait.configs.mesh import MeshConfig
 from plait.configs.files import write_atomically
+from plait.configs.mesh import MeshConfig
 from plait.data.loader import Data, build_data
 from plait.data.tokenizer import META_FILE, TOKENIZER_FILE
 from plait.train.checkpoint import CheckpointError, Checkpoints

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import optax
 
 from plait.data.batch import Batch
+from plait.models.block import Extras, over_microbatches
 from plait.models.linear import power_iterate
-from plait.models.block import over_microbatches
 from plait.models.look import Observer
 from plait.train.loss import loss_terms
 from plait.train.mesh import on_mesh
-from plait.train.optimizer import make_schedule
+from plait.train.optimizers.schedule import make_schedule
 from plait.train.state import Blueprint, TrainState, state_shardings
 
 Metrics = dict[str, Any]
@@ -30,7 +30,7 @@ def make_step(blueprint: Blueprint, tx: optax.GradientTransformation, mesh: jax.
     is not finite changes nothing but the counts of such steps; so does one whose loss or gradient norm is above `bounds`, float32 [2].
     """
     config = blueprint.config
-    schedule = make_schedule(config.optimizer, config.steps)
+    schedule = make_schedule(config.optimizer, config.steps, config.optimizer.learning_rate)
     piped = mesh.shape["pipeline"] > 1  # the micro-batches then are the pipeline's
     parts = 1 if piped else config.optimizer.accumulate
     layout = blueprint.update_shardings(mesh)
@@ -45,6 +45,7 @@ def make_step(blueprint: Blueprint, tx: optax.GradientTransformation, mesh: jax.
                 return loss_terms(blueprint.build(params, buffers), batch, total=total, share=1 / parts, observer=observer)
 
             grads, (value, terms) = _accumulate(jax.value_and_grad(loss, has_aux=True), state.params, batch, parts)
+            buffers = _settle(blueprint, state.params, buffers, terms["extras"])
         if config.mesh.offload is not None:
             near = jax.tree.map(lambda s: s.with_memory_kind("device"), home)
             state = dataclasses.replace(state, optimizer=jax.device_put(state.optimizer, near))
@@ -85,6 +86,17 @@ def _move_singular_vectors(blueprint: Blueprint, state: TrainState) -> dict[str,
         return state.buffers
     model = blueprint.build(state.params, state.buffers)
     power_iterate(model)
+    return blueprint.split(model)[1]
+
+
+def _settle(
+    blueprint: Blueprint, params: dict[str, jax.Array], buffers: dict[str, jax.Array], extras: Sequence[Extras]
+) -> dict[str, jax.Array]:
+    """The buffers after layers that count tokens have moved theirs."""
+    if not any(one.counts for one in extras):
+        return buffers
+    model = blueprint.build(params, buffers)
+    model.stack.settle([one.counts for one in extras])
     return blueprint.split(model)[1]
 
 

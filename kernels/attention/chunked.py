@@ -8,15 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from plait.kernels.attention.reference import (
-    AttentionStats,
-    apply,
-    grouped_heads,
-    scaled_logits,
-    sides,
-    unnormalised,
-)
-from plait.kernels.masks import BlockTable, Mask
+from plait.kernels.attention.call import AttentionCall
+from plait.kernels.attention.reference import AttentionStats, apply, unnormalised
 from plait.kernels.shapes import accumulation_dtype, matmul_precision
 from plait.kernels.tokens import Tokens
 
@@ -35,39 +28,19 @@ MAX_GROUPS = 4
 """Groups of blocks that are compiled apart, so that early causal queries skip late keys; with 4, 5/8 of the square remain."""
 
 
-def attention(
-    q: Array,
-    k: Array,
-    v: Array,
-    *,
-    mask: Mask,
-    segment_ids: Array | None,
-    positions: Array | None,
-    kv_segment_ids: Array | None,
-    kv_positions: Array | None,
-    block_table: BlockTable | None,
-    scale: float,
-    return_stats: bool,
-    **normalization: Any,
-) -> tuple[Array, AttentionStats | None]:
+def attention(call: AttentionCall) -> tuple[Array, AttentionStats | None]:
     """See `plait.kernels.attention`; always a pair here."""
-    length, num_keys = q.shape[1], k.shape[1]
-    queries, keys = sides(
-        q, k, segment_ids=segment_ids, positions=positions, kv_segment_ids=kv_segment_ids, kv_positions=kv_positions
-    )
-    rows: Any = partial(
-        _rows, mask=mask, scale=scale, precision=matmul_precision(q.dtype), return_stats=return_stats, **normalization
-    )
+    q, mask, block_table = call.q, call.mask, call.block_table
+    length, num_keys = q.shape[1], call.k.shape[1]
+    queries, keys = call.sides
     if length == 1 or length * num_keys <= DENSE_TILE:
-        shown = None if block_table is None else block_table.dense(length, num_keys)
-        return rows(q, queries, k, v, keys, shown)
+        return _rows(call, queries, keys, None if block_table is None else block_table.dense(length, num_keys))
 
-    own_keys = kv_segment_ids is None and kv_positions is None
     block = min(BLOCK_SIZE, max(8, MAX_TILE // num_keys))
-    ranges = [mask.key_range(i, i + block, num_keys) if own_keys else (0, num_keys) for i in range(0, length, block)]
-    dtype = accumulation_dtype(q, k, v)
-    k, v = k.astype(dtype), v.astype(dtype)  # the gradients of k and v are summed over blocks in this dtype
-    anchors = mask.num_sink_tokens if own_keys else 0
+    ranges = [mask.key_range(i, i + block, num_keys) if call.own_keys else (0, num_keys) for i in range(0, length, block)]
+    dtype = accumulation_dtype(q, call.k, call.v)
+    k, v = call.k.astype(dtype), call.v.astype(dtype)  # the gradients of k and v are summed over blocks in this dtype
+    anchors = mask.num_sink_tokens if call.own_keys else 0
     starts: Any = queries.starts() if anchors else None
 
     def run_block(block: tuple[Array, Tokens, Array, Array, Array | None], k: Array, v: Array, *, width: int):
@@ -82,7 +55,7 @@ def attention(
             near_k, near_v, near = join(far_k, near_k), join(far_v, near_v), jax.tree.map(join, far, near)
             indices = join(index, jnp.broadcast_to(indices, (index.shape[0], width)))
         shown = None if block_table is None else block_table.at(at, jnp.minimum(indices, num_keys - 1))
-        return rows(q, queries, near_k, near_v, near, shown)
+        return _rows(call.replace(q=q, k=near_k, v=near_v), queries, near, shown)
 
     blocks = lambda x: jnp.moveaxis(_pad(x, -length % block).reshape(x.shape[0], -1, block, *x.shape[2:]), 1, 0)
     q_blocks, query_blocks = blocks(q), jax.tree.map(blocks, queries)
@@ -100,27 +73,12 @@ def attention(
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :length], whole)
 
 
-def _rows(
-    q: Array,
-    queries: Tokens,
-    k: Array,
-    v: Array,
-    keys: Tokens,
-    shown: Array | None,
-    *,
-    mask: Mask,
-    scale: float,
-    precision: jax.lax.Precision,
-    return_stats: bool,
-    **normalization: Any,
-) -> tuple[Array, AttentionStats | None]:
-    """Whole rows of attention for some queries over some keys."""
-    logits = scaled_logits(q, k, scale, precision)
-    visible = mask.dense(queries.positions, keys.positions, queries.segment_ids, keys.segment_ids)[:, None, None]
-    visible = visible if shown is None else visible & grouped_heads(shown, k.shape[2])
-    p, divisor, stats = unnormalised(logits, visible, keys.positions == 0, return_stats=return_stats, **normalization)
+def _rows(call: AttentionCall, queries: Tokens, keys: Tokens, shown: Array | None) -> tuple[Array, AttentionStats | None]:
+    """Whole rows of attention for the call's queries over its keys."""
+    q, precision = call.q, matmul_precision(call.q.dtype)
+    p, divisor, stats = unnormalised(call, queries, keys, shown, precision)
     divisor = jnp.moveaxis(divisor, 3, 1).reshape(*q.shape[:3], 1)
-    return (apply(p, v, precision) / divisor).astype(q.dtype), stats
+    return (apply(p, call.v, precision) / divisor).astype(q.dtype), stats
 
 
 def _anchors(k: Array, v: Array, keys: Tokens, index: Array, low: Array) -> tuple[Array, Array, Tokens]:

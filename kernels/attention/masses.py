@@ -1,17 +1,18 @@
 """Where attention goes, from a row's log-normaliser: weights on a segment's first tokens, and what each key receives."""
 
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from plait.kernels.attention import rows
+from plait.kernels.attention.bias import LowRankBias
+from plait.kernels.attention.call import MassCall
+from plait.kernels.attention.per_query import first_mass
 from plait.kernels.attention.reference import MASKED as HIDDEN
-from plait.kernels.attention.reference import grouped_heads, scaled_logits, sides, unpacked
+from plait.kernels.attention.reference import grouped_heads, logits, visible_pairs
 from plait.kernels.dispatch import Implementation, Op, kernel
-from plait.kernels.masks import BlockTable, Mask
-from plait.kernels.shapes import accumulation_dtype, check_floating, check_rank, check_shape, matmul_precision
-from plait.kernels.sharding import Axes
+from plait.kernels.masks import Mask
+from plait.kernels.shapes import accumulation_dtype, matmul_precision
 from plait.kernels.tokens import Tokens
 
 Array = jax.Array
@@ -20,20 +21,7 @@ MAX_TILE = 1 << 22
 """Weights a head that exist at a time in the chunked form."""
 
 
-def first_masses(
-    q: Array,
-    k: Array,
-    lse: Array,
-    *,
-    mask: Mask,
-    first_k: int = 4,
-    at: Tokens | None = None,
-    kv_at: Tokens | None = None,
-    block_table: BlockTable | None = None,
-    scale: float | None = None,
-    normalizer: Literal["softmax", "sigmoid"] = "softmax",
-    sigmoid_bias: Array | float | None = None,
-) -> Array:
+def first_masses(q: Array, k: Array, lse: Array, *, first_k: int = 4, **options: Any) -> Array:
     """The weights of every query on the first tokens of its segment; `first_k` scores a query, and no pass over the keys.
 
     Args:
@@ -41,7 +29,7 @@ def first_masses(
       k: [B, S, Hkv, K].
       lse: [B, T, H], as `attention` returns it with `return_stats` for the same arguments.
       first_k: how many leading positions, at least 1.
-      mask, at, kv_at, block_table, scale, normalizer, sigmoid_bias: as in `attention`.
+      options: those of `attention` but `sinks`, which is in lse, `return_stats` and `implementation`; `mask` is needed.
 
     Returns:
       [B, T, H, first_k] float32, 0 where a query does not see the token; for the sigmoid, shares of the row sum. Differentiable.
@@ -49,15 +37,11 @@ def first_masses(
     Raises:
       ValueError: a shape does not fit, or first_k is below 1.
     """
-    _check("first_masses", q, k, lse)
     if first_k < 1:
         raise ValueError(f"first_masses: first_k={first_k} must be at least 1; use 1 for the first token alone")
-    own_keys = kv_at is None
-    queries, keys = sides(q, k, **unpacked(at, kv_at))
-    bias = None if normalizer == "softmax" else jnp.broadcast_to(jnp.asarray(sigmoid_bias, jnp.float32), (q.shape[2],))
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    where: dict[str, Any] = {"own_keys": own_keys, "mask": mask, "block_table": block_table, "scale": scale, "sigmoid_bias": bias}
-    return jnp.stack([rows.first_mass(q, k, lse, queries, keys, position=p, **where) for p in range(first_k)], axis=-1)
+    call = MassCall.of("first_masses", q=q, k=k, lse=lse, **options)
+    sides = call.sides
+    return jnp.stack([first_mass(call, lse, *sides, position=p) for p in range(first_k)], axis=-1)
 
 
 def column_mass(
@@ -68,6 +52,8 @@ def column_mass(
     mask: Mask,
     at: Tokens | None = None,
     scale: float | None = None,
+    logit_soft_cap: float | None = None,
+    bias: LowRankBias | None = None,
     implementation: str = "auto",
 ) -> Array:
     """What each key receives: the sum of its softmax weights over all queries. Half the products of a forward pass, no gradient.
@@ -76,7 +62,7 @@ def column_mass(
       q: [B, T, H, K], float32 or bfloat16.
       k: [B, T, Hkv, K].
       lse: [B, T, H], as `attention` returns it with `return_stats` for the same arguments; sink logits are in it where there are any.
-      mask, at, scale: as in `attention`.
+      mask, at, scale, logit_soft_cap, bias: as in `attention`.
       implementation: "auto", "pallas_tpu", "chunked" or "reference".
 
     Returns:
@@ -86,31 +72,29 @@ def column_mass(
       ValueError: a shape does not fit, or the implementation is unknown.
       NotImplementedError: the named implementation does not support the call.
     """
-    _check("column_mass", q, k, lse)
-    q, k, lse = jax.lax.stop_gradient((q, k, lse))
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    at = Tokens() if at is None else at
-    return _op(implementation, q, k, lse, mask=mask, segment_ids=at.segment_ids, positions=at.positions, scale=scale)
+    q, k, lse, bias = jax.lax.stop_gradient((q, k, lse, bias))
+    call = MassCall.of("column_mass", q=q, k=k, lse=lse, mask=mask, at=at, scale=scale, logit_soft_cap=logit_soft_cap, bias=bias)
+    return _op(implementation, call)
 
 
-def _reference(
-    q: Array, k: Array, lse: Array, *, mask: Mask, segment_ids: Array | None, positions: Array | None, scale: float
-) -> Array:
+def _reference(call: MassCall) -> Array:
     """All weights at once."""
-    tokens, _ = sides(q, k, segment_ids=segment_ids, positions=positions, kv_segment_ids=None, kv_positions=None)
-    dtype = accumulation_dtype(q, k)
-    logits = scaled_logits(q.astype(dtype), k.astype(dtype), scale, "highest")  # [B, Hkv, R, T, T]
-    visible = mask.dense(tokens.positions, tokens.positions, tokens.segment_ids, tokens.segment_ids)[:, None, None]
-    lse = grouped_heads(jnp.swapaxes(lse, 1, 2), k.shape[2])[..., None]
-    mass = jnp.where(visible, jnp.exp(jnp.where(visible, logits - lse, 0)), 0).sum(3)
-    return jnp.swapaxes(mass.reshape(q.shape[0], -1, q.shape[1]), 1, 2)
+    dtype = accumulation_dtype(call.q, call.k)
+    mass = _received(call.replace(q=call.q.astype(dtype), k=call.k.astype(dtype)), *call.sides, "highest")
+    return jnp.swapaxes(mass.reshape(call.q.shape[0], -1, call.q.shape[1]), 1, 2)
 
 
-def _chunked(
-    q: Array, k: Array, lse: Array, *, mask: Mask, segment_ids: Array | None, positions: Array | None, scale: float
-) -> Array:
+def _received(call: MassCall, queries: Tokens, keys: Tokens, precision: Any) -> Array:
+    """What the keys receive from the call's queries, [B, Hkv, R, S]."""
+    lse = grouped_heads(jnp.swapaxes(call.lse, 1, 2), call.k.shape[2])[..., None]
+    visible = visible_pairs(call, queries, keys) & (lse > HIDDEN / 2)
+    z = logits(call, precision)
+    return jnp.where(visible, jnp.exp(jnp.where(visible, z - lse, 0)), 0).sum(3)
+
+
+def _chunked(call: MassCall) -> Array:
     """Some queries at a time."""
-    tokens, _ = sides(q, k, segment_ids=segment_ids, positions=positions, kv_segment_ids=None, kv_positions=None)
+    q, k, (queries, keys) = call.q, call.k, call.sides
     length = q.shape[1]
     block = max(1, min(length, MAX_TILE // length))
     padding = -length % block
@@ -121,27 +105,15 @@ def _chunked(
 
     def add(total: Array, part: tuple[Array, Array, Tokens]) -> tuple[Array, None]:
         q, lse, queries = part
-        logits = scaled_logits(q, k, scale, matmul_precision(q.dtype))  # [B, Hkv, R, block, S]
-        visible = mask.dense(queries.positions, tokens.positions, queries.segment_ids, tokens.segment_ids)[:, None, None]
-        lse = grouped_heads(jnp.swapaxes(lse, 1, 2), k.shape[2])[..., None]
-        visible &= lse > HIDDEN / 2
-        return total + jnp.where(visible, jnp.exp(jnp.where(visible, logits - lse, 0)), 0).sum(3), None
+        return total + _received(call.replace(q=q, lse=lse), queries, keys, matmul_precision(q.dtype)), None
 
     shape = (q.shape[0], k.shape[2], q.shape[2] // k.shape[2], length)
-    total, _ = jax.lax.scan(add, jnp.zeros(shape, accumulation_dtype(q, k)), (cut(q), cut(lse), jax.tree.map(cut, tokens)))
+    total, _ = jax.lax.scan(add, jnp.zeros(shape, accumulation_dtype(q, k)), (cut(q), cut(call.lse), jax.tree.map(cut, queries)))
     return jnp.swapaxes(total.reshape(shape[0], -1, length), 1, 2)
-
-
-def _check(op: str, q: Array, k: Array, lse: Array) -> None:
-    check_rank(op, "q", q, "[B, T, H, K]")
-    check_rank(op, "k", k, "[B, S, Hkv, K]")
-    check_shape(op, "lse", lse, q.shape[:3], "[B, T, H] of q")
-    check_floating(op, q=q, k=k, lse=lse)
 
 
 _op = Op(
     "column_mass",
-    Axes(arguments=("bthk", "bthk", "bth"), options={"segment_ids": "bt", "positions": "bt"}, results=("bth",)),
     pallas_tpu=kernel("tpu", "plait.kernels.attention.pallas_tpu", "column_mass", "column_mass_unsupported"),
     chunked=Implementation(_chunked),
     reference=Implementation(_reference),

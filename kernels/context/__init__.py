@@ -74,10 +74,11 @@ class Parts:
 class ContextRule:
     """How an op runs on parts of sequences."""
 
-    run: Callable[..., Any]
-    """`run(op, parts, *args, **options)` with each device's arguments; `op` computes the op on them as if they were all."""
-    unsupported: Callable[..., str | None]
-    """Takes the op's whole arguments after the number of parts; the reason why they cannot be cut, or None."""
+    run: Callable[[Callable[[Any], Any], Parts, Any], Any]
+    """`run(op, parts, call)` with each device's call; `op` computes one as if it were all."""
+
+    unsupported: Callable[[int, Any], str | None] = lambda count, call: None
+    """Takes the whole call after the number of parts; the reason why it cannot be cut, or None."""
 
 
 def ends(ids: Array) -> Array:

@@ -6,40 +6,25 @@ is a matrix). A part that begins with a new segment takes nothing from the one b
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from plait.kernels import chunking
 from plait.kernels.context import ContextRule, Parts, ends
-from plait.kernels.recurrence import Results
+from plait.kernels.recurrence import RecurrenceCall, Results
 from plait.kernels.shapes import accumulation_dtype, matmul_precision
 
 Array = jax.Array
-Op = Callable[..., Results]
+Op = Callable[[RecurrenceCall], Results]
 
 
-def _unsupported(count: int, *args: Array | None, **options: Any) -> None:
-    """Any can be cut."""
-
-
-def _decays(
-    op: Op,
-    parts: Parts,
-    q: Array,
-    k: Array,
-    v: Array,
-    g: Array,
-    *,
-    initial_state: Array | None,
-    segment_ids: Array | None,
-    **options: Any,
-) -> Results:
+def _decay(op: Op, parts: Parts, call: RecurrenceCall) -> Results:
     """B is one product over the part's last segment, and the op then runs from the state that enters."""
+    q, k, v = call.q, call.k, call.v
     dtype = accumulation_dtype(q, k, v)
-    gates = g.astype(dtype) if g.ndim == 4 else g.astype(dtype)[..., None]  # [B, T, Hv, K or 1]
-    ids = jnp.ones(v.shape[:2], jnp.int32) if segment_ids is None else segment_ids
+    gates = call.gates[0].astype(dtype)  # [B, T, Hv, K or 1]
+    ids = call.ids_of_all
     index, real = chunking.segment_index(ids)
     gates = jnp.where(real[..., None, None], gates, 0)
     later = jnp.flip(jnp.cumsum(jnp.flip(gates, 1), axis=1), 1) - gates
@@ -47,42 +32,29 @@ def _decays(
     k_out = jnp.repeat(k.astype(dtype), v.shape[2] // k.shape[2], axis=2) * weight
     write = jnp.einsum("bthk,bthv->bhkv", k_out, v.astype(dtype), precision=matmul_precision(q.dtype))
     decay = jnp.exp(gates.sum(1)) * (index[:, -1] == 0)[:, None, None]  # [B, Hv, K or 1]
-    entering, final = _compose(parts, decay, write, ids, initial_state)
-    o, _, *stats = op(q, k, v, g, initial_state=entering, segment_ids=segment_ids, **options)
-    return (o, final, *stats)
+    entering, final = _compose(parts, decay, write, ids, call.initial_state)
+    o, _, stats = op(call.replace(initial_state=entering))
+    return o, final, stats
 
 
-def _delta_rule(
-    op: Op,
-    parts: Parts,
-    q: Array,
-    k: Array,
-    v: Array,
-    g: Array | None,
-    beta: Array,
-    *,
-    initial_state: Array | None,
-    segment_ids: Array | None,
-    return_stats: bool,
-    **options: Any,
-) -> Results:
+def _delta_rule(op: Op, parts: Parts, call: RecurrenceCall) -> Results:
     """K columns beside the values, written with nothing and begun at the identity, show A at the end, and at each token the query
     that reads the entering state: o = o' + (P^T q)^T S, P being the product of the steps so far."""
-    dtype = accumulation_dtype(q, k, v)
-    (batch, _, heads, value_dim), key_dim = v.shape, k.shape[3]
-    ids = jnp.ones(v.shape[:2], jnp.int32) if segment_ids is None else segment_ids
+    q, v, key_dim = call.q, call.v, call.k.shape[3]
+    dtype = accumulation_dtype(q, call.k, v)
+    batch, _, heads, value_dim = v.shape
     wide = jnp.concatenate([v, jnp.zeros((*v.shape[:3], key_dim), v.dtype)], axis=-1)
     start = jnp.concatenate([jnp.zeros((key_dim, value_dim), dtype), jnp.eye(key_dim, dtype=dtype)], axis=-1)
     start = jnp.broadcast_to(start, (batch, heads, *start.shape))
-    inputs: dict[str, Any] = {"segment_ids": segment_ids, **options}
-    o, state = op(q, k, wide, g, beta, initial_state=start, return_stats=False, **inputs)
-    entering, final = _compose(parts, state[..., value_dim:], state[..., :value_dim], ids, initial_state)
-    if return_stats:  # what a token writes depends on the state it finds
-        o, _, stats = op(q, k, v, g, beta, initial_state=entering, return_stats=True, **inputs)
+    o, state, _ = op(call.replace(v=wide, initial_state=start, return_stats=False))
+    through, write = state[..., value_dim:], state[..., :value_dim]
+    entering, final = _compose(parts, through, write, call.ids_of_all, call.initial_state)
+    if call.return_stats:  # what a token writes depends on the state it finds
+        o, _, stats = op(call.replace(initial_state=entering))
         return o, final, stats
     precision = matmul_precision(q.dtype)
     read = jnp.einsum("bthk,bhkv->bthv", o[..., value_dim:].astype(dtype), entering.astype(dtype), precision=precision)
-    return (o[..., :value_dim].astype(dtype) + read).astype(q.dtype), final
+    return (o[..., :value_dim].astype(dtype) + read).astype(q.dtype), final, None
 
 
 def _compose(parts: Parts, through: Array, write: Array, ids: Array, initial_state: Array | None) -> tuple[Array, Array]:
@@ -125,5 +97,5 @@ def _compose(parts: Parts, through: Array, write: Array, ids: Array, initial_sta
     return entering, final
 
 
-DECAYS = ContextRule(_decays, _unsupported)
-DELTA_RULE = ContextRule(_delta_rule, _unsupported)
+DECAY = ContextRule(_decay)
+DELTA_RULE = ContextRule(_delta_rule)

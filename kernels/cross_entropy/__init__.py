@@ -4,19 +4,16 @@ import jax
 import jax.numpy as jnp
 
 from plait.kernels.cross_entropy import chunked, reference
+from plait.kernels.cross_entropy.call import CrossEntropyCall
 from plait.kernels.dispatch import Implementation, Op, kernel
 from plait.kernels.shapes import check_rank, check_shape
-from plait.kernels.sharding import Axes
 
 __all__ = ["cross_entropy"]
 
 Array = jax.Array
 
-_AXES = Axes(arguments=("bsd", "dv", "bs"), options={"loss_mask": "bs"}, results=("bs", "bs"))
-
 _op = Op(
     "cross_entropy",
-    _AXES,
     pallas_tpu=kernel("tpu", f"{__name__}.pallas_tpu", "cross_entropy"),
     pallas_gpu=kernel("gpu", f"{__name__}.pallas_gpu", "cross_entropy"),
     chunked=Implementation(chunked.cross_entropy),
@@ -68,12 +65,12 @@ def cross_entropy(
         raise ValueError(f"{op}: logit_soft_cap={logit_soft_cap} must be above 0; use None for no cap")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"{op}: chunk_size={chunk_size} must be at least 1; use None for the default")
-    return _op(
-        implementation,
-        hidden,
-        weight,
-        targets,
+    call = CrossEntropyCall(
+        hidden=hidden,
+        weight=weight,
+        targets=targets,
         loss_mask=loss_mask != 0,
         logit_soft_cap=logit_soft_cap,
         chunk_size=chunk_size,
     )
+    return _op(implementation, call)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from plait.kernels.cross_entropy.call import CrossEntropyCall
 from plait.kernels.shapes import accumulation_dtype, matmul_precision
 
 Array = jax.Array
@@ -52,27 +53,19 @@ class Kernels(NamedTuple):
     """(hidden, a slice of weight [D, V], its `Slope`, soft cap) to dz [N, V] in hidden's dtype; None leaves it to the compiler."""
 
 
-def cross_entropy_of(
-    kernels: Kernels,
-    hidden: Array,
-    weight: Array,
-    targets: Array,
-    *,
-    loss_mask: Array,
-    logit_soft_cap: float | None,
-    chunk_size: int | None,
-) -> tuple[Array, Array]:
+def cross_entropy_of(kernels: Kernels, call: CrossEntropyCall) -> tuple[Array, Array]:
     """`plait.kernels.cross_entropy` by the kernels of an accelerator.
 
     With `chunk_size`, a slice holds as many logit gradients as that many tokens of each sequence have.
     """
+    hidden, weight, loss_mask, chunk_size = call.hidden, call.weight, call.loss_mask, call.chunk_size
     batch, length, width = hidden.shape
     vocabulary = weight.shape[1]
     most = MAX_BYTES // hidden.dtype.itemsize if chunk_size is None else batch * chunk_size * vocabulary
     columns = slice_size(vocabulary, most // (batch * length))
     flat = lambda x: x.reshape(batch * length)
-    targets = jnp.where(loss_mask, targets, 0).astype(jnp.int32)
-    rows = _rows(kernels, logit_soft_cap, columns, hidden.reshape(-1, width), weight, flat(targets), flat(loss_mask))
+    targets = jnp.where(loss_mask, call.targets, 0).astype(jnp.int32)
+    rows = _rows(kernels, call.logit_soft_cap, columns, hidden.reshape(-1, width), weight, flat(targets), flat(loss_mask))
     lse, target = (x.reshape(batch, length) for x in rows)
     return jnp.where(loss_mask, lse - target, 0), jnp.where(loss_mask, lse, 0)
 

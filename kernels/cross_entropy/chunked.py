@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from plait.kernels.cross_entropy.call import CrossEntropyCall
 from plait.kernels.shapes import accumulation_dtype, matmul_precision
 
 Array = jax.Array
@@ -13,16 +14,22 @@ MAX_LOGITS = 1 << 25
 """Logits that the default chunk holds at most (128 MiB of float32)."""
 
 
-def cross_entropy(
-    hidden: Array, weight: Array, targets: Array, *, loss_mask: Array, logit_soft_cap: float | None, chunk_size: int | None
-) -> tuple[Array, Array]:
+def cross_entropy(call: CrossEntropyCall) -> tuple[Array, Array]:
     """See `plait.kernels.cross_entropy`."""
+    hidden, weight, loss_mask, soft_cap, chunk_size = (
+        call.hidden,
+        call.weight,
+        call.loss_mask,
+        call.logit_soft_cap,
+        call.chunk_size,
+    )
+    targets = jnp.where(loss_mask, call.targets, 0)
     batch, length, _ = hidden.shape
     if chunk_size is None:
         chunk_size = max(64, MAX_LOGITS // (batch * weight.shape[1]))
     num_chunks = -(-length // chunk_size)
     if num_chunks == 1:  # what fits at once is kept for the backward pass
-        return _one_chunk(hidden, weight, jnp.where(loss_mask, targets, 0), loss_mask, logit_soft_cap)
+        return _one_chunk(hidden, weight, targets, loss_mask, soft_cap)
     chunk_size = -(-length // num_chunks)
     padding = num_chunks * chunk_size - length
 
@@ -30,8 +37,7 @@ def cross_entropy(
         x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(batch, num_chunks, chunk_size, *x.shape[2:]), 1, 0)
 
-    targets = jnp.where(loss_mask, targets, 0)
-    nll, lse = _chunked(chunks(hidden), weight, chunks(targets), chunks(loss_mask), logit_soft_cap)
+    nll, lse = _chunked(chunks(hidden), weight, chunks(targets), chunks(loss_mask), soft_cap)
     whole = lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :length]
     return whole(nll), whole(lse)
 

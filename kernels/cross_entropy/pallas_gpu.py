@@ -16,6 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from plait.kernels import gpu
 from plait.kernels.cross_entropy.by_vocabulary import Kernels, Rows, Slope, cross_entropy_of
+from plait.kernels.cross_entropy.call import CrossEntropyCall
 
 Array = jax.Array
 
@@ -52,29 +53,19 @@ CAPPED_SLOPE_TILES = Tiles(vocabulary=128)
 """With a soft cap the logits are needed to the end, beside dz."""
 
 
-def unsupported(hidden: Array, weight: Array, targets: Array, **_: object) -> str | None:
+def unsupported(call: CrossEntropyCall) -> str | None:
     """Why this kernel cannot serve a call, or None."""
     if reason := gpu.unavailable():
         return reason
-    dtypes = {x.dtype.name for x in (hidden, weight)}
+    dtypes = {x.dtype.name for x in (call.hidden, call.weight)}
     if dtypes != {"bfloat16"}:
         return f"hidden and weight are {', '.join(sorted(dtypes))}, not bfloat16"
     return None
 
 
-def cross_entropy(
-    hidden: Array, weight: Array, targets: Array, *, loss_mask: Array, logit_soft_cap: float | None, chunk_size: int | None
-) -> tuple[Array, Array]:
+def cross_entropy(call: CrossEntropyCall) -> tuple[Array, Array]:
     """See `plait.kernels.cross_entropy`."""
-    return cross_entropy_of(
-        Kernels(forward, slopes),
-        hidden,
-        weight,
-        targets,
-        loss_mask=loss_mask,
-        logit_soft_cap=logit_soft_cap,
-        chunk_size=chunk_size,
-    )
+    return cross_entropy_of(Kernels(forward, slopes), call)
 
 
 def forward(hidden: Array, weight: Array, targets: Array, soft_cap: float | None) -> Rows:

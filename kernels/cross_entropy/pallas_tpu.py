@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from plait.kernels.cross_entropy.by_vocabulary import Kernels, Rows, cross_entropy_of
+from plait.kernels.cross_entropy.call import CrossEntropyCall
 from plait.kernels.shapes import matmul_precision
 from plait.kernels.target import current, not_on
 
@@ -62,25 +63,21 @@ def choose_tiles(generation: str, width: int, dtype: Any) -> Tiles:
     return Tiles(tokens=2 * tokens // itemsize, vocabulary=512, width=2048 // itemsize)
 
 
-def unsupported(hidden: Array, weight: Array, targets: Array, **_: object) -> str | None:
+def unsupported(call: CrossEntropyCall) -> str | None:
     """Why this kernel cannot serve a call, or None."""
     if reason := not_on("tpu"):
         return reason
-    dtypes = {x.dtype.name for x in (hidden, weight)}
+    dtypes = {x.dtype.name for x in (call.hidden, call.weight)}
     if len(dtypes) > 1 or not dtypes <= {"float32", "bfloat16"}:
         return f"hidden and weight are {', '.join(sorted(dtypes))}, not both float32 or both bfloat16"
-    if hidden.shape[-1] > MAX_WIDTH:
-        return f"D of {hidden.shape[-1]} exceeds {MAX_WIDTH}, of which a tile of tokens fits into VMEM"
+    if (width := call.hidden.shape[-1]) > MAX_WIDTH:
+        return f"D of {width} exceeds {MAX_WIDTH}, of which a tile of tokens fits into VMEM"
     return None
 
 
-def cross_entropy(
-    hidden: Array, weight: Array, targets: Array, *, loss_mask: Array, logit_soft_cap: float | None, chunk_size: int | None
-) -> tuple[Array, Array]:
+def cross_entropy(call: CrossEntropyCall) -> tuple[Array, Array]:
     """See `plait.kernels.cross_entropy`."""
-    return cross_entropy_of(
-        Kernels(_rows), hidden, weight, targets, loss_mask=loss_mask, logit_soft_cap=logit_soft_cap, chunk_size=chunk_size
-    )
+    return cross_entropy_of(Kernels(_rows), call)
 
 
 def _rows(hidden: Array, weight: Array, targets: Array, soft_cap: float | None) -> Rows:

@@ -1,13 +1,15 @@
 """Linear attention with a decay a head (RetNet, Lightning, Mamba-2) or a key channel (GLA, HGRN2)."""
 
+from typing import Any
+
 import jax
 
-from plait.kernels.context.recurrence import DECAYS
+from plait.kernels.context.recurrence import DECAY
 from plait.kernels.decay import chunked, reference
 from plait.kernels.decay.implied import decay_rows
 from plait.kernels.dispatch import Implementation, Op, kernel
-from plait.kernels.recurrence import AXES, Results, over_weights, with_ones
-from plait.kernels.shapes import accumulation_dtype, check_recurrence
+from plait.kernels.recurrence import RecurrenceCall, asked_for, over_weights, with_ones
+from plait.kernels.shapes import accumulation_dtype
 from plait.kernels.tokens import Tokens
 
 __all__ = ["decay", "decay_rows"]
@@ -16,8 +18,7 @@ Array = jax.Array
 
 _op = Op(
     "decay",
-    AXES,
-    DECAYS,
+    DECAY,
     pallas_tpu=kernel("tpu", "plait.kernels.decay.pallas_tpu", "decay"),
     pallas_gpu=kernel("gpu", "plait.kernels.decay.pallas_gpu", "decay"),
     chunked=Implementation(chunked.decay),
@@ -38,7 +39,7 @@ def decay(
     chunk_size: int = 64,
     return_stats: bool = False,
     implementation: str = "auto",
-) -> Results:
+) -> tuple[Any, ...]:
     """The outputs and the final state of linear attention whose state decays, by head or by key channel.
 
     S_t = Diag(exp g_t) S_{t-1} + k_t v_t^T,    o_t = scale S_t^T q_t.
@@ -71,20 +72,17 @@ def decay(
     attention (2401.04658). By channel, Gated Linear Attention, 2312.06635, equation 3; its secondary chunking of section 4.3 is taken
     down to single tokens.
     """
-    gates = {"g": (g, ("[B, T, Hv]", "[B, T, Hv, K]"))}
-    wide = with_ones(v) if normalize else v
-    check_recurrence("decay", q, k, wide, gates, initial_state=initial_state, at=at, chunk_size=chunk_size)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    o, *others = _op(
-        implementation,
-        q.astype(accumulation_dtype(q)) if normalize else q,
-        k,
-        wide,
-        g,
+    call = RecurrenceCall.of(
+        "decay",
+        q=q.astype(accumulation_dtype(q)) if normalize else q,
+        k=k,
+        v=with_ones(v) if normalize else v,
+        g=g,
         scale=1.0 if normalize else scale,
         initial_state=initial_state,
-        segment_ids=None if at is None else at.segment_ids,
+        at=at,
         chunk_size=chunk_size,
         return_stats=return_stats,
     )
+    o, *others = asked_for(*_op(implementation, call))
     return (over_weights(o).astype(q.dtype) if normalize else o, *others)

@@ -1,13 +1,10 @@
 """The implied attention of a recurrence that decays and adds."""
 
-from typing import Any
-
 import jax
 
-from plait.kernels.context.rows import CONTEXT
+from plait.kernels.context.implied import CONTEXT
 from plait.kernels.dispatch import in_parts
-from plait.kernels.recurrence import ROWS, by_channel, cut, implied_rows
-from plait.kernels.shapes import check_recurrence
+from plait.kernels.recurrence import RowsCall, cut, implied_rows
 from plait.kernels.tokens import Tokens
 
 Array = jax.Array
@@ -42,22 +39,9 @@ def decay_rows(
     Raises:
       ValueError: a shape does not fit.
     """
-    v = jax.ShapeDtypeStruct((*g.shape[:3], 1), k.dtype)
-    check_recurrence(
-        "decay_rows",
-        q,
-        k,
-        v,
-        {"g": (g, ("[B, T, Hv]", "[B, T, Hv, K]"))},
-        initial_state=None,
-        at=at,
-        chunk_size=chunk_size,
-    )
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    segment_ids = None if at is None else at.segment_ids
-    return in_parts(ROWS, CONTEXT, _rows)(rows, q, k, g, scale=scale, segment_ids=segment_ids, chunk_size=chunk_size)[0]
+    call = RowsCall.of("decay_rows", q=q, k=k, g=g, rows=rows, scale=scale, at=at, chunk_size=chunk_size)
+    return in_parts(CONTEXT, _rows)(call)[0]
 
 
-def _rows(rows: Array, q: Array, k: Array, g: Array, *, reader: Array | None = None, **options: Any) -> tuple[Array, Array]:
-    chunks = cut(q, k, None, by_channel(g), num_heads=g.shape[2], **options)
-    return implied_rows(chunks, rows, q.shape[1], reader=reader)
+def _rows(call: RowsCall) -> tuple[Array, Array]:
+    return implied_rows(cut(call), call)

@@ -1,13 +1,14 @@
 """The delta rule: erase what a key holds, then write (DeltaNet, Gated DeltaNet, KDA)."""
 
+from typing import Any
+
 import jax
 
 from plait.kernels.context.recurrence import DELTA_RULE
 from plait.kernels.delta_rule import chunked, reference
 from plait.kernels.delta_rule.implied import delta_rule_rows
 from plait.kernels.dispatch import Implementation, Op, kernel
-from plait.kernels.recurrence import AXES, Results
-from plait.kernels.shapes import check_recurrence
+from plait.kernels.recurrence import RecurrenceCall, asked_for
 from plait.kernels.tokens import Tokens
 
 __all__ = ["delta_rule", "delta_rule_rows"]
@@ -16,7 +17,6 @@ Array = jax.Array
 
 _op = Op(
     "delta_rule",
-    AXES,
     DELTA_RULE,
     pallas_tpu=kernel("tpu", "plait.kernels.delta_rule.pallas_tpu", "delta_rule"),
     pallas_gpu=kernel("gpu", "plait.kernels.delta_rule.pallas_gpu", "delta_rule"),
@@ -38,7 +38,7 @@ def delta_rule(
     chunk_size: int = 64,
     return_stats: bool = False,
     implementation: str = "auto",
-) -> Results:
+) -> tuple[Any, ...]:
     """The outputs and the final state of a state that is decayed, corrected towards v_t at k_t, and read.
 
     R_t = Diag(exp g_t) S_{t-1},    S_t = R_t + beta_t k_t (v_t - R_t^T k_t)^T,    o_t = scale S_t^T q_t.
@@ -69,18 +69,17 @@ def delta_rule(
     Source: DeltaNet, arXiv 2406.06484, section 3; Gated DeltaNet, 2412.06464, equation 10; Kimi Linear (KDA), 2510.26692,
     equation 1.
     """
-    gates = {"g": (g, ("[B, T, Hv]", "[B, T, Hv, K]")), "beta": (beta, ("[B, T, Hv]",))}
-    check_recurrence("delta_rule", q, k, v, gates, initial_state=initial_state, at=at, chunk_size=chunk_size)
-    return _op(
-        implementation,
-        q,
-        k,
-        v,
-        g,
-        beta,
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+    call = RecurrenceCall.of(
+        "delta_rule",
+        q=q,
+        k=k,
+        v=v,
+        g=g,
+        beta=beta,
+        scale=scale,
         initial_state=initial_state,
-        segment_ids=None if at is None else at.segment_ids,
+        at=at,
         chunk_size=chunk_size,
         return_stats=return_stats,
     )
+    return asked_for(*_op(implementation, call))

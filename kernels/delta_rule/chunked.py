@@ -1,49 +1,31 @@
 """The chunk form by the WY transform: what a chunk writes is one triangular inverse away from its keys and values."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from plait.kernels import chunking, recurrence
 from plait.kernels.chunking import dot
 from plait.kernels.delta_rule import reference
+from plait.kernels.recurrence import Chunks, RecurrenceCall, Results
 
 Array = jax.Array
 
 
-def cut(
-    q: Array, k: Array, v: Array | None, g: Array | None, beta: Array, **options: Any
-) -> tuple[recurrence.Chunks, Array, Array]:
+def cut(call: RecurrenceCall) -> tuple[Chunks, Array, Array]:
     """The chunks, the scores of q [..., C, C], and M = (I + L)^-1 Diag(beta), L_ij being beta_i times the score of k_i, k_j."""
-    g = recurrence.by_channel(jnp.zeros_like(beta) if g is None else g)
-    c = recurrence.cut(q, k, v, g, beta[..., None], num_heads=beta.shape[2], **options)
+    c = recurrence.cut(call)
     (beta,) = c.gates  # [B, H, N, C, 1]
     scores, lower = recurrence.scores(c.q, c), recurrence.scores(beta * c.k, c)
     inverse = chunking.unit_lower_inverse(jnp.tril(lower, -1))
     return c, scores, inverse * jnp.swapaxes(beta, -1, -2)
 
 
-def delta_rule(
-    q: Array,
-    k: Array,
-    v: Array,
-    g: Array | None,
-    beta: Array,
-    *,
-    scale: float,
-    initial_state: Array | None,
-    segment_ids: Array | None,
-    chunk_size: int,
-    return_stats: bool,
-) -> recurrence.Results:
+def delta_rule(call: RecurrenceCall) -> Results:
     """See `plait.kernels.delta_rule`."""
-    if return_stats:
-        chunk_size = min(chunk_size, recurrence.SPAN)
-    options: dict[str, Any] = {"scale": scale, "segment_ids": segment_ids, "chunk_size": chunk_size}
-    if q.shape[1] == 1:
-        return reference.delta_rule(q, k, v, g, beta, initial_state=initial_state, return_stats=return_stats, **options)
-    c, scores, inverse = cut(q, k, v, g, beta, **options)
+    length = call.q.shape[1]
+    if length == 1:
+        return reference.delta_rule(call)
+    c, scores, inverse = cut(call)
     written = dot("...ij,...jv->...iv", inverse, c.v)  # U
     erased = dot("...ij,...jk->...ik", inverse, c.k_in)  # W
 
@@ -53,7 +35,9 @@ def delta_rule(
         return decay[..., None] * state + dot("bhck,bhcv->bhkv", k_out, pseudo), (state, pseudo)
 
     shape = (*c.k.shape[:2], c.k.shape[-1], c.v.shape[-1])
-    (entering, pseudo), final_state = recurrence.scan_chunks(advance, (c.decay, c.k_out, written, erased), initial_state, shape)
+    (entering, pseudo), final_state = recurrence.scan_chunks(
+        advance, (c.decay, c.k_out, written, erased), call.initial_state, shape
+    )
     o = dot("...ck,...kv->...cv", c.q_in, entering) + dot("...ij,...jv->...iv", scores, pseudo)
-    stats = recurrence.chunk_stats(c, pseudo, entering, final_state, segment_ids, q.shape[1]) if return_stats else None
-    return recurrence.results(chunking.heads_from_chunks(o, q.shape[1]).astype(q.dtype), final_state, stats)
+    stats = recurrence.chunk_stats(c, pseudo, entering, final_state, call) if call.return_stats else None
+    return chunking.heads_from_chunks(o, length).astype(call.q.dtype), final_state, stats

@@ -1,14 +1,11 @@
 """The implied attention of the delta rule."""
 
-from typing import Any
-
 import jax
 
-from plait.kernels.context.rows import CONTEXT
+from plait.kernels.context.implied import CONTEXT
 from plait.kernels.delta_rule import chunked
 from plait.kernels.dispatch import in_parts
-from plait.kernels.recurrence import ROWS, implied_rows
-from plait.kernels.shapes import check_recurrence
+from plait.kernels.recurrence import RowsCall, implied_rows
 from plait.kernels.tokens import Tokens
 
 Array = jax.Array
@@ -45,16 +42,10 @@ def delta_rule_rows(
     Raises:
       ValueError: a shape does not fit.
     """
-    v = jax.ShapeDtypeStruct((*beta.shape[:3], 1), k.dtype)
-    gates = {"g": (g, ("[B, T, Hv]", "[B, T, Hv, K]")), "beta": (beta, ("[B, T, Hv]",))}
-    check_recurrence("delta_rule_rows", q, k, v, gates, initial_state=None, at=at, chunk_size=chunk_size)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    segment_ids = None if at is None else at.segment_ids
-    return in_parts(ROWS, CONTEXT, _rows)(rows, q, k, g, beta, scale=scale, segment_ids=segment_ids, chunk_size=chunk_size)[0]
+    call = RowsCall.of("delta_rule_rows", q=q, k=k, g=g, beta=beta, rows=rows, scale=scale, at=at, chunk_size=chunk_size)
+    return in_parts(CONTEXT, _rows)(call)[0]
 
 
-def _rows(
-    rows: Array, q: Array, k: Array, g: Array | None, beta: Array, *, reader: Array | None = None, **options: Any
-) -> tuple[Array, Array]:
-    chunks, _, inverse = chunked.cut(q, k, None, g, beta, **options)
-    return implied_rows(chunks, rows, q.shape[1], inverse=inverse, reader=reader)
+def _rows(call: RowsCall) -> tuple[Array, Array]:
+    chunks, _, inverse = chunked.cut(call)
+    return implied_rows(chunks, call, inverse=inverse)

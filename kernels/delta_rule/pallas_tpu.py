@@ -1,42 +1,11 @@
 """The chunk form on TPU (Mosaic): the WY form, the triangular inverse by halving; see `tpu_chunk.erase_and_write`."""
 
-from typing import Any
-
-import jax
-
-from plait.kernels.recurrence import Results, tpu_driver
+from plait.kernels.recurrence import RecurrenceCall, Results, tpu_driver
 from plait.kernels.recurrence.tpu_chunk import erase_and_write
 
-Array = jax.Array
+unsupported = tpu_driver.unsupported
 
 
-def unsupported(q: Array, k: Array, v: Array, *gates: Any, scale: Any, return_stats: bool = False, **_: object) -> str | None:
-    """Why the kernel cannot serve a call, or None."""
-    return tpu_driver.unsupported(q, k, v, scale=scale, return_stats=return_stats)
-
-
-def delta_rule(
-    q: Array,
-    k: Array,
-    v: Array,
-    g: Array | None,
-    beta: Array,
-    *,
-    scale: float,
-    initial_state: Array | None,
-    segment_ids: Array | None,
-    chunk_size: int,
-    return_stats: bool,
-) -> Results:
+def delta_rule(call: RecurrenceCall) -> Results:
     """See `plait.kernels.delta_rule`; `chunk_size` means nothing here, `tpu_driver.Tiles` has the kernel's own."""
-    return tpu_driver.recurrence(
-        erase_and_write,
-        q,
-        k,
-        v,
-        (g, beta),
-        scale=scale,
-        initial_state=initial_state,
-        segment_ids=segment_ids,
-        return_stats=return_stats,
-    )
+    return tpu_driver.recurrence(erase_and_write, call)

@@ -11,21 +11,10 @@ import jax.numpy as jnp
 
 from plait.kernels import chunking
 from plait.kernels.chunking import dot
+from plait.kernels.recurrence.call import SPAN, RecurrenceCall, RowsCall
 from plait.kernels.shapes import accumulation_dtype
-from plait.kernels.sharding import Axes
 
 Array = jax.Array
-
-AXES = Axes(
-    arguments=("bthk",), options={"initial_state": "bhkv", "segment_ids": "bt"}, results=("bthv", "bhkv"), statistics="bnh"
-)
-"""The axes of the linear recurrences' arrays: q, k, v and gates are [B, T, H, ...]."""
-
-ROWS = Axes(arguments=("r", "bthk"), options={"reader": "bhrk", "segment_ids": "bt"}, results=("bhrt", "bhrk"))
-"""Those of implied attention: the rows come first."""
-
-SPAN = 128
-"""Tokens that one number of `RecurrenceStats` is about."""
 
 MAX_VALUE_DIM = 256
 """Channels of a value head that the kernels work on at once; see `in_value_parts`."""
@@ -48,12 +37,12 @@ class RecurrenceStats(NamedTuple):
     """[B, S, Hv]: real tokens. Means over several spans weigh write_strength and 1 / decay_horizon with it."""
 
 
-Results = tuple[Any, ...]
-"""Outputs [B, T, Hv, V], final state [B, Hv, K, V] and, when asked, statistics."""
+Results = tuple[Array, Array, Any]
+"""Outputs [B, T, Hv, V], final state [B, Hv, K, V] and the statistics, None where they are not wanted."""
 
 
-def results(o: Array, final_state: Array, stats: RecurrenceStats | None) -> Results:
-    """As every implementation returns them."""
+def asked_for(o: Array, final_state: Array, stats: RecurrenceStats | None) -> tuple[Any, ...]:
+    """As the public functions return them: without statistics that are not wanted."""
     return (o, final_state) if stats is None else (o, final_state, stats)
 
 
@@ -62,26 +51,22 @@ def value_parts(value_dim: int) -> int:
     return -(-value_dim // MAX_VALUE_DIM)
 
 
-def in_value_parts(run: Callable[..., Results], v: Array, gates: tuple[Any, ...], initial_state: Array | None) -> Results:
-    """The outputs and the final state of `run(v, gates, initial_state=...)`, called with wide value heads cut into several.
+def in_value_parts(run: Callable[[RecurrenceCall], Results], call: RecurrenceCall) -> Results:
+    """The outputs and the final state of `run(call)` with wide value heads cut into several, V being a multiple of their number.
 
     The columns of v do not meet in a recurrence. Statistics, norms over all columns, do not add up and are not given.
-
-    Args:
-      run: serves value heads [B, T, Hv, V] of any number.
-      v: [B, T, Hv, V], V a multiple of `value_parts(V)`.
-      gates: [B, T, Hv, ...] each, or None.
-      initial_state: [B, Hv, K, V] or None.
     """
-    (batch, length, heads, value_dim), parts = v.shape, value_parts(v.shape[3])
-    gates = tuple(None if x is None else jnp.repeat(x, parts, axis=2) for x in gates)
+    (batch, length, heads, value_dim), parts = call.v.shape, value_parts(call.v.shape[3])
+    g, beta = (None if x is None else jnp.repeat(x, parts, axis=2) for x in (call.g, call.beta))
+    initial_state = call.initial_state
     if initial_state is not None:
         key_dim = initial_state.shape[2]
         initial_state = jnp.moveaxis(initial_state.reshape(batch, heads, key_dim, parts, -1), 3, 2)
         initial_state = initial_state.reshape(batch, heads * parts, key_dim, -1)
-    o, final, *_ = run(v.reshape(batch, length, heads * parts, -1), gates, initial_state=initial_state)
+    v = call.v.reshape(batch, length, heads * parts, -1)
+    o, final, _ = run(call.replace(v=v, g=g, beta=beta, initial_state=initial_state, return_stats=False))
     final = jnp.moveaxis(final.reshape(batch, heads, parts, *final.shape[2:]), 2, 3)
-    return results(o.reshape(v.shape), final.reshape(*final.shape[:3], value_dim), None)
+    return o.reshape(call.v.shape), final.reshape(*final.shape[:3], value_dim), None
 
 
 def per_span(x: Array, chunk_size: int, length: int, *, last: bool) -> Array:
@@ -93,11 +78,10 @@ def per_span(x: Array, chunk_size: int, length: int, *, last: bool) -> Array:
     return x[:, :, -1] if last else x.sum(2)
 
 
-def summarize(
-    norms: Array, writes: Array, rates: Array, chunk_size: int, segment_ids: Array | None, length: int
-) -> RecurrenceStats:
+def summarize(norms: Array, writes: Array, rates: Array, chunk_size: int, call: RecurrenceCall) -> RecurrenceStats:
     """The statistics of numbers by chunk, [B, N, Hv] each: the leaving state's norm, and sums of |k| |u| and of -g."""
-    real = jnp.ones((norms.shape[0], length)) if segment_ids is None else segment_ids != 0
+    length = call.q.shape[1]
+    real = jnp.ones((norms.shape[0], length)) if call.segment_ids is None else call.segment_ids != 0
     count = per_span(real.astype(jnp.float32)[..., None], 1, length, last=False)
     mean = lambda x: per_span(x, chunk_size, length, last=False) / jnp.maximum(count, 1)
     horizon = 1 / jnp.maximum(mean(rates), SLOWEST)
@@ -122,40 +106,32 @@ def token_norm(x: Array) -> Array:
     return jnp.sqrt(jnp.sum(jnp.square(x), axis=-1))
 
 
-def _zero_where_padding(real: Array, x: Array) -> Array:
+def zero_where_padding(real: Array, x: Array) -> Array:
     """x [B, T, ...] with zeros at padding."""
     return jnp.where(real.reshape(*real.shape, *[1] * (x.ndim - 2)), x, 0)
 
 
-def scan_tokens(
-    step: Callable[..., tuple[Array, Array, Array]],
-    q: Array,
-    k: Array,
-    v: Array,
-    *gates: Array,
-    initial_state: Array | None,
-    segment_ids: Array | None,
-    return_stats: bool,
-) -> Results:
-    """The outputs [B, T, Hv, V], the final state and, when asked, the statistics of one token after another.
+def scan_tokens(step: Callable[..., tuple[Array, Array, Array]], call: RecurrenceCall) -> Results:
+    """The outputs, the final state and, when asked, the statistics of one token after another.
 
-    `step(state, q, k, v, *gates) -> (state, o, u)`, u [B, Hv, V] being written under k; the first gate is the log decay. Padding is
-    skipped: it gives zeros and leaves the state alone. Gates must be neutral at 0.
+    `step(state, q, k, v, *gates) -> (state, o, u)`, u [B, Hv, V] being written under k; gates are the call's. Padding is skipped: it
+    gives zeros and leaves the state alone. Gates must be neutral at 0.
     """
+    q, k, v, initial_state = call.q, call.k, call.v, call.initial_state
     dtype = accumulation_dtype(q, k, v)
     batch, _, num_heads, value_dim = v.shape
-    inputs = [jnp.repeat(x, num_heads // x.shape[2], axis=2).astype(dtype) for x in (q, k, v, *gates)]
+    inputs = [jnp.repeat(x, num_heads // x.shape[2], axis=2).astype(dtype) for x in (q, k, v, *call.gates)]
     state = jnp.zeros((batch, num_heads, k.shape[3], value_dim), dtype) if initial_state is None else initial_state.astype(dtype)
     starts = jnp.zeros(v.shape[:2], bool)
-    if segment_ids is not None:
-        index, real = chunking.segment_index(segment_ids)
-        inputs = [_zero_where_padding(real, x) for x in inputs]
+    if call.segment_ids is not None:
+        index, real = chunking.segment_index(call.segment_ids)
+        inputs = [zero_where_padding(real, x) for x in inputs]
         starts = jnp.diff(index, axis=1, prepend=0) != 0
 
     def body(state: Array, token: tuple[Array, list[Array]]) -> tuple[Array, tuple[Array, ...]]:
         start, inputs = token
         state, o, written = step(jnp.where(start[:, None, None, None], 0, state), *inputs)
-        if not return_stats:
+        if not call.return_stats:
             return state, (o,)
         norms = token_norm(state.reshape(*state.shape[:2], -1))
         return state, (o, norms, token_norm(inputs[1]) * token_norm(written))
@@ -163,15 +139,10 @@ def scan_tokens(
     final_state, outputs = jax.lax.scan(body, state, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (starts, inputs)))
     o, *sums = (jnp.moveaxis(x, 0, 1) for x in outputs)
     stats = None
-    if return_stats:
+    if call.return_stats:
         norms, writes = sums
-        stats = summarize(norms, writes, log_decay_rate(inputs[3]), 1, segment_ids, v.shape[1])
-    return results(o.astype(q.dtype), final_state, stats)
-
-
-def by_channel(g: Array) -> Array:
-    """Log decays [B, T, H] or [B, T, H, K] as [B, T, H, 1 or K]."""
-    return g[..., None] if g.ndim == 3 else g
+        stats = summarize(norms, writes, log_decay_rate(inputs[3]), 1, call)
+    return o.astype(q.dtype), final_state, stats
 
 
 def log_decay_rate(g: Array) -> Array:
@@ -203,32 +174,24 @@ class Chunks(NamedTuple):
     """[..., K or 1]: what the chunk leaves of the entering state."""
 
 
-def cut(
-    q: Array,
-    k: Array,
-    v: Array | None,
-    g: Array,
-    *gates: Array,
-    num_heads: int,
-    scale: float,
-    segment_ids: Array | None,
-    chunk_size: int,
-) -> Chunks:
-    """Cuts token-major arguments, of any T, into chunks; g is [B, T, Hv, K] or [B, T, Hv, 1], other gates [B, T, Hv, 1]."""
-    dtype = accumulation_dtype(q, k)
-    chunk_size = chunking.fit_chunk_size(chunk_size, q.shape[1])
+def cut(call: RecurrenceCall) -> Chunks:
+    """Cuts a call, of any T, into chunks."""
+    g, *gates = call.gates
+    dtype = accumulation_dtype(call.q, call.k)
+    chunk_size = chunking.fit_chunk_size(call.chunk_size, call.q.shape[1])
     inputs: list[Any] = [
-        q.astype(dtype) * scale,
-        k.astype(dtype),
-        None if v is None else v.astype(dtype),
-        *(x.astype(dtype) for x in (g, *gates)),
+        call.q.astype(dtype) * call.scale,
+        call.k.astype(dtype),
+        None if call.v is None else call.v.astype(dtype),
+        g.astype(dtype),
+        *(x[..., None].astype(dtype) for x in gates),
     ]
     bounds = None
-    if segment_ids is not None:
-        index, real = chunking.segment_index(segment_ids)
-        inputs = [None if x is None else _zero_where_padding(real, x) for x in inputs]
+    if call.segment_ids is not None:
+        index, real = chunking.segment_index(call.segment_ids)
+        inputs = [None if x is None else zero_where_padding(real, x) for x in inputs]
         bounds = chunking.boundaries(index, chunk_size, dtype)
-    cut_inputs: list[Any] = [None if x is None else chunking.heads_to_chunks(x, chunk_size, num_heads) for x in inputs]
+    cut_inputs: list[Any] = [None if x is None else chunking.heads_to_chunks(x, chunk_size, call.num_heads) for x in inputs]
     q, k, v, g, *chunk_gates = cut_inputs
     since_start, to_end = (jnp.exp(x) for x in chunking.decay_sums(g))
     decay = since_start[..., -1, :]
@@ -260,16 +223,14 @@ def scan_chunks(
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), outputs), final_state
 
 
-def chunk_stats(
-    c: Chunks, written: Array, entering: Array, final_state: Array, segment_ids: Array | None, length: int
-) -> RecurrenceStats:
+def chunk_stats(c: Chunks, written: Array, entering: Array, final_state: Array, call: RecurrenceCall) -> RecurrenceStats:
     """The statistics of chunks that wrote `written` [B, H, N, C, V], from the states [B, H, N, K, V] that entered them."""
     leaving = jnp.concatenate([entering[:, :, 1:], final_state[:, :, None]], axis=2)
     norms = token_norm(leaving.reshape(*leaving.shape[:3], -1))
     writes = jnp.sum(token_norm(c.k) * token_norm(written), axis=-1)
     rates = jnp.sum(log_decay_rate(c.g), axis=-1)
     norms, writes, rates = (jnp.moveaxis(x, 1, 2) for x in (norms, writes, rates))
-    return summarize(norms, writes, rates, c.k.shape[3], segment_ids, length)
+    return summarize(norms, writes, rates, c.k.shape[3], call)
 
 
 def decayed_attention(c: Chunks, *, initial_state: Array | None) -> tuple[Array, Array, Array]:
@@ -285,16 +246,14 @@ def decayed_attention(c: Chunks, *, initial_state: Array | None) -> tuple[Array,
     return o, final_state, entering
 
 
-def implied_rows(
-    c: Chunks, rows: Array, length: int, *, inverse: Array | None = None, reader: Array | None = None
-) -> tuple[Array, Array]:
+def implied_rows(c: Chunks, call: RowsCall, *, inverse: Array | None = None) -> tuple[Array, Array]:
     """Implied attention A [B, Hv, R, T], o[rows] = A @ v from a zero initial state, and what then reads the initial state [B, Hv, R, K].
 
     A reader r [K] per row walks the chunks backwards. It starts as the row's query, decayed to the start of its chunk; each
     earlier chunk is read as (k_out r) and decays r. With the delta rule, `inverse` = (I + L)^-1 Diag(beta) turns what is read
     into weights on v, and what the chunk erased is taken from r. All exponents are at most 0; the cost is O(R T K).
-    Rows of -1 lie beyond the last token and start there as `reader` [B, Hv, R, K].
     """
+    rows, length = call.rows, call.q.shape[1]
     batch, num_heads, num_chunks, chunk_size, key_dim = c.k.shape
     home, offset = rows // chunk_size, rows % chunk_size
     dtype = c.k.dtype
@@ -318,7 +277,7 @@ def implied_rows(
 
     chunks = (c.k_out, c.decay) if inverse is None else (c.k_out, c.decay, inverse, erase)
     chunks = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), chunks)
-    start = jnp.zeros((batch, num_heads, rows.shape[0], key_dim), dtype) if reader is None else reader.astype(dtype)
+    start = jnp.zeros((batch, num_heads, rows.shape[0], key_dim), dtype) if call.reader is None else call.reader.astype(dtype)
     left, weights = jax.lax.scan(visit, start, (jnp.arange(num_chunks), *chunks), reverse=True)
     return jnp.moveaxis(weights, 0, 3).reshape(batch, num_heads, rows.shape[0], -1)[..., :length], left
 

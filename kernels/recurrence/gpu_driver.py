@@ -13,16 +13,17 @@ import jax.numpy as jnp
 from plait.kernels import gpu
 from plait.kernels.chunking import segment_index
 from plait.kernels.recurrence import (
+    RecurrenceCall,
     Results,
     gpu_carry,
     gpu_inverse,
     gpu_scores,
     in_value_parts,
     log_decay_rate,
-    results,
     summarize,
     token_norm,
     value_parts,
+    zero_where_padding,
 )
 from plait.kernels.recurrence.gpu_chunk import CHUNK
 
@@ -52,8 +53,9 @@ class Prepared(NamedTuple):
     """-W of the delta rule: rows of width K, bfloat16."""
 
 
-def unsupported(q: Array, k: Array, v: Array, *, scale: Any, return_stats: bool = False) -> str | None:
+def unsupported(call: RecurrenceCall) -> str | None:
     """Why the kernels cannot serve a call, or None."""
+    q, k, v = call.q, call.k, call.v
     if reason := gpu.unavailable():
         return reason
     dtypes = {x.dtype.name for x in (q, k, v)}
@@ -62,53 +64,32 @@ def unsupported(q: Array, k: Array, v: Array, *, scale: Any, return_stats: bool 
     parts = value_parts(v.shape[-1])
     if q.shape[-1] not in KEY_DIMS or v.shape[-1] not in [parts * dim for dim in VALUE_DIMS]:
         return f"the head dims {q.shape[-1]} and {v.shape[-1]} are not of {KEY_DIMS} and {VALUE_DIMS} or a multiple of its last"
-    if parts > 1 and return_stats:
+    if parts > 1 and call.return_stats:
         return f"values of {v.shape[-1]} channels are worked off in {parts} parts, whose statistics do not add up"
     if q.shape[1] == 1:
         return "one token is one step of the recurrence and fills no chunk"
-    if not isinstance(scale, (int, float)):
-        return "the scale is an array, not a number"
     return None
 
 
-def run(
-    q: Array,
-    k: Array,
-    v: Array,
-    g: Array | None,
-    beta: Array | None = None,
-    *,
-    scale: float,
-    initial_state: Array | None,
-    segment_ids: Array | None,
-    return_stats: bool,
-) -> Results:
-    """The outputs, the final state and, when asked, the statistics of a recurrence."""
+def run(call: RecurrenceCall) -> Results:
+    """See `plait.kernels.decay` and `plait.kernels.delta_rule`."""
+    q, v, g, initial_state, segment_ids = call.q, call.v, call.g, call.initial_state, call.segment_ids
     if value_parts(v.shape[3]) > 1:
-
-        def narrow(v: Array, gates: tuple[Any, ...], initial_state: Array | None) -> Results:
-            return run(q, k, v, *gates, scale=scale, initial_state=initial_state, segment_ids=segment_ids, return_stats=False)
-
-        return in_value_parts(narrow, v, (g, beta), initial_state)
+        return in_value_parts(run, call)
     batch, length, heads, value_dim = v.shape
     if initial_state is None:
         initial_state = jnp.zeros((batch, heads, q.shape[-1], value_dim), jnp.float32)
-    arguments = tuple(None if x is None else _fill(x) for x in (q, k, v, g, beta))
+    arguments = tuple(None if x is None else _fill(x) for x in (q, call.k, v, g, call.beta))
     ids = None if segment_ids is None else _fill(segment_ids)
-    o, final_state, norms, writes = _recur(scale, return_stats, arguments, initial_state.astype(jnp.float32), ids)
+    o, final_state, norms, writes = _recur(call.scale, call.return_stats, arguments, initial_state.astype(jnp.float32), ids)
     stats = None
-    if return_stats:
+    if call.return_stats:
         rates = jnp.zeros((batch, length, heads)) if g is None else log_decay_rate(g)
         if segment_ids is not None:
             rates = jnp.where((segment_ids != 0)[..., None], rates, 0)
         by_chunk = _fill(rates).reshape(batch, -1, CHUNK, heads).sum(2)
-        stats = summarize(norms, writes, by_chunk, CHUNK, segment_ids, length)
-    return results(o[:, :length], final_state, stats)
-
-
-def _zero_where_padding(real: Array, x: Array) -> Array:
-    """x [B, T, ...] with zeros at padding."""
-    return jnp.where(real.reshape(*real.shape, *[1] * (x.ndim - 2)), x, 0)
+        stats = summarize(norms, writes, by_chunk, CHUNK, call)
+    return o[:, :length], final_state, stats
 
 
 def _fill(x: Array) -> Array:
@@ -125,8 +106,8 @@ def _prepare(
     if segment_ids is not None:
         index, real = segment_index(segment_ids)
         starts = jnp.diff(index, axis=1, prepend=0) != 0
-        q, k, g = (_zero_where_padding(real, x) for x in (q, k, g))
-        beta = None if beta is None else _zero_where_padding(real, beta)
+        q, k, g = (zero_where_padding(real, x) for x in (q, k, g))
+        beta = None if beta is None else zero_where_padding(real, beta)
         g = jnp.where(starts.reshape(*starts.shape, *[1] * (g.ndim - 2)), FORGET, g)
     to_heads = lambda x: jnp.repeat(x, v.shape[2] // x.shape[2], axis=2).astype(jnp.float32)
     channels = g if g.ndim == 4 else g[..., None]

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from plait.kernels import chunking
-from plait.kernels.recurrence import Results, in_value_parts, results, summarize, tpu_kernels, value_parts
+from plait.kernels.recurrence import RecurrenceCall, Results, in_value_parts, summarize, tpu_kernels, value_parts
 from plait.kernels.recurrence.tpu_chunk import BlockFunction
 from plait.kernels.recurrence.tpu_kernels import LANES, MIN_TOKENS, Operands, Problem, Tiles
 from plait.kernels.target import current, not_on
@@ -40,8 +40,9 @@ def choose_tiles(generation: str, key_dim: int, value_dim: int, full: bool, by_c
     return Tiles(forward_chunks=4, backward_chunks=2) if by_channel else Tiles()
 
 
-def unsupported(q: Array, k: Array, v: Array, *, scale: Any, return_stats: bool = False) -> str | None:
+def unsupported(call: RecurrenceCall) -> str | None:
     """Why the kernels cannot serve a call, or None."""
+    q, k, v = call.q, call.k, call.v
     if reason := not_on("tpu"):
         return reason
     dtypes = {x.dtype.name for x in (k, v)}
@@ -50,33 +51,21 @@ def unsupported(q: Array, k: Array, v: Array, *, scale: Any, return_stats: bool 
     parts = value_parts(v.shape[-1])
     if k.shape[-1] > MAX_DIM or v.shape[-1] % parts:
         return f"head dims {k.shape[-1]} and {v.shape[-1]} are not up to {MAX_DIM} and a multiple of {parts}"
-    if parts > 1 and return_stats:
+    if parts > 1 and call.return_stats:
         return f"values of {v.shape[-1]} channels are worked off in {parts} parts, whose statistics do not add up"
     if (numbers := v.shape[2] // k.shape[2] * k.shape[-1] * v.shape[-1]) > MAX_STATES:
         return f"the states of a key head's value heads hold {numbers} numbers, more than {MAX_STATES}"
     if q.shape[1] < MIN_TOKENS:
         return f"{q.shape[1]} tokens are fewer than {MIN_TOKENS}"
-    if not isinstance(scale, (int, float)):
-        return "the scale is an array, not a number"
     return None
 
 
-def recurrence(
-    block: BlockFunction,
-    q: Array,
-    k: Array,
-    v: Array,
-    gates: tuple[Any, ...],
-    *,
-    scale: float,
-    initial_state: Array | None,
-    segment_ids: Array | None,
-    return_stats: bool,
-) -> Results:
-    """Outputs [B, T, Hv, V] in q's dtype, final state [B, Hv, K, V] float32 and, when asked, statistics."""
+def recurrence(block: BlockFunction, call: RecurrenceCall) -> Results:
+    """See `plait.kernels.decay` and `plait.kernels.delta_rule`, whose chunks `block` computes."""
+    q, k, v, segment_ids = call.q, call.k, call.v, call.segment_ids
+    gates = (call.g,) if call.beta is None else (call.g, call.beta)
     if value_parts(v.shape[3]) > 1:
-        narrow = partial(recurrence, block, q, k, scale=scale, segment_ids=segment_ids, return_stats=False)
-        return in_value_parts(narrow, v, gates, initial_state)
+        return in_value_parts(partial(recurrence, block), call)
     (batch, length, _, key_dim), (num_heads, value_dim) = k.shape, v.shape[2:]
     here = current()
     full = k.dtype == jnp.float32
@@ -92,16 +81,16 @@ def recurrence(
         entering = jnp.repeat(jnp.pad(last[:, :-1], ((0, 0), (1, 0))), tiles.chunk_size, axis=1)
         tokens = jnp.stack([number, entering, pad(real.astype(jnp.float32))], axis=1)
     state = jnp.zeros((batch, num_heads, value_dim, key_dim), jnp.float32)
-    if initial_state is not None:
-        state = jnp.swapaxes(initial_state.astype(jnp.float32), 2, 3)
+    if call.initial_state is not None:
+        state = jnp.swapaxes(call.initial_state.astype(jnp.float32), 2, 3)
     wide = tuple(None if g is None else pad(g.astype(jnp.float32)) for g in gates)
-    problem = Problem(block, tiles, float(scale), full, return_stats)
+    problem = Problem(block, tiles, call.scale, full, call.return_stats)
     o, final, sums = _run(problem, Operands(pad(q), pad(k), pad(v), wide, state, tokens))
     stats = None
     if sums is not None:
         squares, writes, rates = jnp.moveaxis(jax.lax.stop_gradient(sums), (3, 1), (0, 3))  # [B, N, Hv] each
-        stats = summarize(jnp.sqrt(squares), writes, rates, tiles.chunk_size, segment_ids, length)
-    return results(o[:, :length], jnp.swapaxes(final, 2, 3), stats)
+        stats = summarize(jnp.sqrt(squares), writes, rates, tiles.chunk_size, call)
+    return o[:, :length], jnp.swapaxes(final, 2, 3), stats
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -7,19 +7,16 @@ import jax
 from plait.kernels.context.short_conv import CONTEXT
 from plait.kernels.dispatch import Implementation, Op, kernel
 from plait.kernels.shapes import check_rank, check_shape, check_tokens
-from plait.kernels.sharding import Axes
 from plait.kernels.short_conv import chunked, reference
+from plait.kernels.short_conv.call import ShortConvCall
 from plait.kernels.tokens import Tokens
 
 __all__ = ["short_conv"]
 
 Array = jax.Array
 
-_AXES = Axes(arguments=("bth", "wh"), options={"bias": "h", "initial_state": "bwh", "segment_ids": "bt"}, results=("bth", "bwh"))
-
 _op = Op(
     "short_conv",
-    _AXES,
     CONTEXT,
     pallas_tpu=kernel("tpu", f"{__name__}.pallas_tpu", "short_conv"),
     chunked=Implementation(chunked.short_conv),
@@ -73,5 +70,12 @@ def short_conv(
     if activation not in ("silu", None):
         raise ValueError(f"short_conv: activation={activation!r} is unknown; use 'silu' or None")
     check_tokens("short_conv", "at", at, batch, length)
-    segment_ids = None if at is None else at.segment_ids
-    return _op(implementation, x, weight, bias=bias, activation=activation, initial_state=initial_state, segment_ids=segment_ids)
+    call = ShortConvCall(
+        x=x,
+        weight=weight,
+        bias=bias,
+        initial_state=initial_state,
+        segment_ids=None if at is None else at.segment_ids,
+        activation=activation,
+    )
+    return _op(implementation, call)

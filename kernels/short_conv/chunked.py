@@ -4,26 +4,17 @@ import jax
 import jax.numpy as jnp
 
 from plait.kernels.shapes import accumulation_dtype
+from plait.kernels.short_conv.call import ShortConvCall
 from plait.kernels.short_conv.reference import first_id, last_inputs
 
 Array = jax.Array
 
 
-def short_conv(
-    x: Array,
-    weight: Array,
-    *,
-    bias: Array | None,
-    activation: str | None,
-    initial_state: Array | None,
-    segment_ids: Array | None,
-) -> tuple[Array, Array]:
+def short_conv(call: ShortConvCall) -> tuple[Array, Array]:
     """See `plait.kernels.short_conv`."""
-    dtype = accumulation_dtype(x, weight)
-    batch, length, d_model = x.shape
-    reach = weight.shape[0] - 1
-    before = jnp.zeros((batch, reach, d_model), x.dtype) if initial_state is None else initial_state.astype(x.dtype)
-    inputs = jnp.concatenate([before, x], axis=1)
+    x, weight, bias, segment_ids, reach = call.x, call.weight, call.bias, call.segment_ids, call.reach
+    dtype, length = accumulation_dtype(x, weight), x.shape[1]
+    inputs = jnp.concatenate([call.before, x], axis=1)
     weight = weight.astype(dtype)
     y = x.astype(dtype) * weight[reach][None, None, :]
     if segment_ids is not None:
@@ -34,7 +25,7 @@ def short_conv(
             shifted = jnp.where((ids[:, tap : tap + length] == segment_ids)[..., None], shifted, 0)
         y += shifted
     y = y if bias is None else y + bias.astype(dtype)[None, None, :]
-    y = jax.nn.silu(y) if activation == "silu" else y
+    y = jax.nn.silu(y) if call.activation == "silu" else y
     if segment_ids is None:
         return y.astype(x.dtype), inputs[:, length:]
     return jnp.where((segment_ids != 0)[..., None], y, 0).astype(x.dtype), last_inputs(inputs, ids, reach)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from plait.kernels.short_conv.call import ShortConvCall
 from plait.kernels.short_conv.reference import first_id, last_inputs
 from plait.kernels.target import not_on
 
@@ -56,35 +57,26 @@ TILES = Tiles()
 """On every generation: the kernel is as fast as memory from there on."""
 
 
-def unsupported(x: Array, weight: Array, **_: object) -> str | None:
+def unsupported(call: ShortConvCall) -> str | None:
     """Why this kernel cannot serve a call, or None."""
     if reason := not_on("tpu"):
         return reason
-    if x.dtype.name not in ("float32", "bfloat16"):
-        return f"x is {x.dtype.name}, neither float32 nor bfloat16"
-    if weight.shape[0] > MAX_WIDTH:
-        return f"{weight.shape[0]} taps exceed {MAX_WIDTH}"
-    if x.shape[1] < MIN_TOKENS:
-        return f"{x.shape[1]} tokens fill no tile of at least {MIN_TOKENS}"
+    if (dtype := call.x.dtype.name) not in ("float32", "bfloat16"):
+        return f"x is {dtype}, neither float32 nor bfloat16"
+    if (taps := call.weight.shape[0]) > MAX_WIDTH:
+        return f"{taps} taps exceed {MAX_WIDTH}"
+    if (length := call.x.shape[1]) < MIN_TOKENS:
+        return f"{length} tokens fill no tile of at least {MIN_TOKENS}"
     return None
 
 
-def short_conv(
-    x: Array,
-    weight: Array,
-    *,
-    bias: Array | None,
-    activation: str | None,
-    initial_state: Array | None,
-    segment_ids: Array | None,
-) -> tuple[Array, Array]:
+def short_conv(call: ShortConvCall) -> tuple[Array, Array]:
     """See `plait.kernels.short_conv`."""
-    batch, length, channels = x.shape
-    reach = weight.shape[0] - 1
-    before = jnp.zeros((batch, reach, channels), x.dtype) if initial_state is None else initial_state.astype(x.dtype)
+    x, weight, bias, before, segment_ids = call.x, call.weight, call.bias, call.before, call.segment_ids
+    reach, (_, length, channels) = call.reach, x.shape
     bits = None if segment_ids is None else _bits(segment_ids, reach)
     bias = jnp.zeros((channels,), jnp.float32) if bias is None else bias.astype(jnp.float32)
-    y = _convolve(activation == "silu", TILES.fit(length, channels), x, weight.astype(jnp.float32), bias, before, bits)
+    y = _convolve(call.activation == "silu", TILES.fit(length, channels), x, weight.astype(jnp.float32), bias, before, bits)
     if segment_ids is None:
         return y, x[:, length - reach :]
     ids = jnp.concatenate([jnp.repeat(first_id(segment_ids), reach, axis=1), segment_ids], axis=1)

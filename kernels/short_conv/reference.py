@@ -4,33 +4,24 @@ import jax
 import jax.numpy as jnp
 
 from plait.kernels.shapes import accumulation_dtype
+from plait.kernels.short_conv.call import ShortConvCall
 
 Array = jax.Array
 
 
-def short_conv(
-    x: Array,
-    weight: Array,
-    *,
-    bias: Array | None,
-    activation: str | None,
-    initial_state: Array | None,
-    segment_ids: Array | None,
-) -> tuple[Array, Array]:
+def short_conv(call: ShortConvCall) -> tuple[Array, Array]:
     """See `plait.kernels.short_conv`."""
-    dtype = accumulation_dtype(x, weight)
-    batch, length, d_model = x.shape
-    reach = weight.shape[0] - 1
-    before = jnp.zeros((batch, reach, d_model), x.dtype) if initial_state is None else initial_state.astype(x.dtype)
+    x, weight, bias, segment_ids, reach = call.x, call.weight, call.bias, call.segment_ids, call.reach
+    dtype, (batch, length, _) = accumulation_dtype(x, weight), x.shape
     ids = jnp.ones((batch, length), jnp.int32) if segment_ids is None else segment_ids
-    inputs = jnp.concatenate([before, x], axis=1)
+    inputs = jnp.concatenate([call.before, x], axis=1)
     ids = jnp.concatenate([jnp.repeat(first_id(ids), reach, axis=1), ids], axis=1)
     taps = jnp.arange(length)[:, None] + jnp.arange(reach + 1)[None, :]  # [T, W]: taps[t, -1] is token t
     same = (ids[:, taps] == ids[:, taps[:, -1:]]) & (ids[:, taps] != 0)  # [B, T, W]
     gathered = jnp.where(same[..., None], inputs[:, taps], 0).astype(dtype)
     y = jnp.einsum("btwd,wd->btd", gathered, weight.astype(dtype), precision="highest")
     y = y if bias is None else y + bias.astype(dtype)[None, None, :]
-    y = jax.nn.silu(y) if activation == "silu" else y
+    y = jax.nn.silu(y) if call.activation == "silu" else y
     y = jnp.where((ids[:, reach:] != 0)[..., None], y, 0)
     return y.astype(x.dtype), last_inputs(inputs, ids, reach)
 

@@ -5,9 +5,9 @@ import jax
 from plait.kernels.dispatch import Implementation, Op
 from plait.kernels.masks import BlockTable
 from plait.kernels.shapes import check_divides, check_rank, check_shape, check_tokens
-from plait.kernels.sharding import Axes
 from plait.kernels.tokens import Tokens
 from plait.kernels.topk_blocks import chunked, reference
+from plait.kernels.topk_blocks.call import TopkCall
 
 __all__ = ["topk_blocks"]
 
@@ -15,7 +15,6 @@ Array = jax.Array
 
 _op = Op(
     "topk_blocks",
-    Axes(arguments=("bthk",), options={"segment_ids": "bt"}, results=("bhqk",)),
     chunked=Implementation(chunked.topk_blocks),
     reference=Implementation(reference.topk_blocks),
 )
@@ -73,7 +72,15 @@ def topk_blocks(
             f"{op}: top_k={top_k} must hold num_local={num_local} (at least 1) and num_first={num_first} (at least 0); "
             f"use at least {max(num_local, 1) + max(num_first, 0)}"
         )
-    options = {"top_k": top_k, "block_kv": block_kv, "block_q": block_q, "num_local": num_local, "num_first": num_first}
-    q, k = jax.lax.stop_gradient((q, k))
-    visible = _op(implementation, q, k, by_group=by_group, segment_ids=None if at is None else at.segment_ids, **options)
-    return BlockTable(visible=visible, block_q=block_q, block_kv=block_kv)
+    call = TopkCall(
+        q=jax.lax.stop_gradient(q),
+        k=jax.lax.stop_gradient(k),
+        segment_ids=None if at is None else at.segment_ids,
+        top_k=top_k,
+        block_kv=block_kv,
+        block_q=block_q,
+        num_local=num_local,
+        num_first=num_first,
+        by_group=by_group,
+    )
+    return BlockTable(visible=_op(implementation, call), block_q=block_q, block_kv=block_kv)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from plait.kernels.tokens import Tokens
+from plait.kernels.topk_blocks.call import TopkCall
 from plait.kernels.topk_blocks.reference import key_blocks, query_blocks, select
 
 Array = jax.Array
@@ -15,14 +16,12 @@ MAX_SCORES = 1 << 24
 """Scores that exist at a time."""
 
 
-def topk_blocks(
-    q: Array, k: Array, *, block_q: int, block_kv: int, by_group: bool, segment_ids: Array | None, **counts: Any
-) -> Array:
+def topk_blocks(call: TopkCall) -> Array:
     """See `plait.kernels.topk_blocks`; the table's array."""
-    side = Tokens(segment_ids=segment_ids).placed(*q.shape[:2])
-    blocks = key_blocks(k, side, block_kv)
-    choose: Any = partial(select, blocks=blocks, block_kv=block_kv, by_group=by_group, **counts)
-    q, first, ids, positions = query_blocks(q, side, block_q)
+    side = Tokens(segment_ids=call.segment_ids).placed(*call.q.shape[:2])
+    blocks = key_blocks(call, side)
+    choose: Any = partial(select, call=call, blocks=blocks)
+    q, first, ids, positions = query_blocks(call, side)
     rows = first.shape[0]
     at_a_time = max(1, MAX_SCORES // (q.shape[0] * q.shape[2] * blocks.start.shape[0]))
     if at_a_time >= rows:

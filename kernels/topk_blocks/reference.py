@@ -1,12 +1,13 @@
 """Block selection as written: all scores of all query blocks with all key blocks."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from plait.kernels.shapes import accumulation_dtype
 from plait.kernels.tokens import Tokens
+from plait.kernels.topk_blocks.call import TopkCall
 
 Array = jax.Array
 
@@ -24,9 +25,9 @@ class Blocks(NamedTuple):
     """int32 [N], index of the block's first token."""
 
 
-def key_blocks(k: Array, side: Tokens, block_kv: int) -> Blocks:
+def key_blocks(call: TopkCall, side: Tokens) -> Blocks:
     """The blocks of keys [B, T, Hkv, K]; T is filled up with padding."""
-    batch, length = side.segment_ids.shape
+    k, block_kv, (batch, length) = call.k, call.block_kv, side.segment_ids.shape
     padding = -length % block_kv
     ids, positions = (jnp.pad(x, ((0, 0), (0, padding))).reshape(batch, -1, block_kv) for x in (side.segment_ids, side.positions))
     keys = jnp.pad(k.astype(accumulation_dtype(k)), ((0, 0), (0, padding), (0, 0), (0, 0)))
@@ -39,52 +40,38 @@ def key_blocks(k: Array, side: Tokens, block_kv: int) -> Blocks:
     return Blocks(mean, last, jnp.arange(0, length + padding, block_kv))
 
 
-def select(
-    q: Array,
-    first: Array,
-    ids: Array,
-    positions: Array,
-    blocks: Blocks,
-    *,
-    top_k: int,
-    block_kv: int,
-    num_local: int,
-    num_first: int,
-    by_group: bool,
-) -> Array:
+def select(q: Array, first: Array, ids: Array, positions: Array, *, call: TopkCall, blocks: Blocks) -> Array:
     """bool [B, H, M, N] for queries [B, M, H, K] whose blocks begin at index `first` [M], of segment `ids` and `positions` [B, M]."""
     num_kv_heads, count = blocks.mean.shape[2], blocks.start.shape[0]
     grouped = q.astype(blocks.mean.dtype).reshape(*q.shape[:2], num_kv_heads, -1, q.shape[-1])
     scores = jnp.einsum("bmgrk,bngk->bgrmn", grouped, blocks.mean, precision="highest")
-    if by_group:
+    if call.by_group:
         scores = jnp.broadcast_to(scores.sum(2, keepdims=True), scores.shape)
     scores = scores.reshape(scores.shape[0], -1, *scores.shape[3:])  # [B, H, M, N]
-    own = (first // block_kv)[:, None]
+    own = (first // call.block_kv)[:, None]
     n = jnp.arange(count)[None, :]
-    past = (blocks.start[None, :] + block_kv <= first[:, None])[None]
+    past = (blocks.start[None, :] + call.block_kv <= first[:, None])[None]
     same = (blocks.last.segment_ids[:, None, :] == ids[:, :, None]) & (ids != 0)[:, :, None]
-    start = ((first[None, :] - positions) // block_kv)[..., None]  # the block in which the segment begins
-    leading = (n[None] >= start) & (n[None] < start + num_first) & (n < own)[None]
-    local = ((n < own) & (n > own - num_local))[None]
+    start = ((first[None, :] - positions) // call.block_kv)[..., None]  # the block in which the segment begins
+    leading = (n[None] >= start) & (n[None] < start + call.num_first) & (n < own)[None]
+    local = ((n < own) & (n > own - call.num_local))[None]
     forced = (n == own)[None] | (same & (local | leading))
     scores = jnp.where((past & same)[:, None], scores, _NEVER)
     scores = jnp.where(forced[:, None], _FORCED, scores)
     # Of equal scores the later block counts more.
-    best, at = jax.lax.top_k(scores[..., ::-1], min(top_k, count))
+    best, at = jax.lax.top_k(scores[..., ::-1], min(call.top_k, count))
     chosen = jnp.zeros(scores.shape, bool)
     return jnp.put_along_axis(chosen, count - 1 - at, best > _NEVER / 2, axis=-1, inplace=False)
 
 
-def query_blocks(q: Array, side: Tokens, block_q: int) -> tuple[Array, Array, Array, Array]:
+def query_blocks(call: TopkCall, side: Tokens) -> tuple[Array, Array, Array, Array]:
     """Of each block's first query: [B, M, H, K], its index [M], and its segment and position [B, M]."""
-    return q[:, ::block_q], jnp.arange(0, q.shape[1], block_q), side.segment_ids[:, ::block_q], side.positions[:, ::block_q]
+    every = slice(None, None, call.block_q)
+    first = jnp.arange(0, call.q.shape[1], call.block_q)
+    return call.q[:, every], first, side.segment_ids[:, every], side.positions[:, every]
 
 
-def topk_blocks(
-    q: Array, k: Array, *, block_q: int, block_kv: int, by_group: bool, segment_ids: Array | None, **counts: Any
-) -> Array:
+def topk_blocks(call: TopkCall) -> Array:
     """See `plait.kernels.topk_blocks`; the table's array."""
-    side = Tokens(segment_ids=segment_ids).placed(*q.shape[:2])
-    blocks = key_blocks(k, side, block_kv)
-    at, first, ids, positions = query_blocks(q, side, block_q)
-    return select(at, first, ids, positions, blocks, block_kv=block_kv, by_group=by_group, **counts)
+    side = Tokens(segment_ids=call.segment_ids).placed(*call.q.shape[:2])
+    return select(*query_blocks(call, side), call=call, blocks=key_blocks(call, side))

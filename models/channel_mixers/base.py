@@ -6,7 +6,8 @@ import abc
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple, Self
+from collections.abc import Mapping
+from typing import Any, Self
 
 import jax
 from flax import nnx
@@ -49,20 +50,26 @@ register = CHANNEL_MIXERS.register
 
 @functools.lru_cache(maxsize=64)
 def _abstract(config: ChannelMixerConfig, d_model: int) -> Any:
-    return nnx.eval_shape(
-        lambda: config.build(d_model, BuildContext(layer_index=0, num_layers=1, rngs=nnx.Rngs(0), seq_len=1))
-    )
+    return nnx.eval_shape(lambda: config.build(d_model, BuildContext(rngs=nnx.Rngs(0), seq_len=1)))
 
 
-class MixedChannels(NamedTuple):
+Counts = Mapping[str, jax.Array]
+"""Sums over tokens by name, float32."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MixedChannels:
     """What a channel mixer gives."""
 
     y: jax.Array
     """`[B, T, D]`."""
-    losses: Losses = {}
+    losses: Losses = dataclasses.field(default_factory=dict)
     """Auxiliary losses by name, coefficients applied."""
-    observed: Statistics = {}
+    observed: Statistics = dataclasses.field(default_factory=dict)
     """What it alone can tell of the batch, for probes to read by name."""
+    counts: Counts = dataclasses.field(default_factory=dict)
+    """What `settle` needs of the tokens."""
 
 
 class ChannelMixer(nnx.Module, abc.ABC):
@@ -71,3 +78,6 @@ class ChannelMixer(nnx.Module, abc.ABC):
     @abc.abstractmethod
     def __call__(self, x: jax.Array, *, at: Tokens) -> MixedChannels:
         """Training, scoring and decoding alike."""
+
+    def settle(self, counts: Counts) -> None:
+        """Moves buffers once a step, after its gradient, by the counts of all its tokens; leading axes are stacked layers."""

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -118,7 +118,7 @@ register = MIXERS.register
 @functools.lru_cache(maxsize=256)
 def _abstract(config: MixerConfig, d_model: int, dtype: str = "float32") -> Any:
     def create() -> Mixer:
-        ctx = BuildContext(layer_index=0, num_layers=1, rngs=nnx.Rngs(0), seq_len=1, compute_dtype=jnp.dtype(dtype))
+        ctx = BuildContext(rngs=nnx.Rngs(0), seq_len=1, compute_dtype=jnp.dtype(dtype))
         return config.build(d_model, ctx)
 
     return nnx.eval_shape(create)
@@ -130,13 +130,14 @@ def products(module: nnx.Module) -> float:
     return 2.0 * sum(math.prod(p.shape) for p in params if p.get_metadata()["role"] in PRODUCTS)
 
 
-class Mixed(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Mixed:
     """What a mixer gives in a training pass."""
 
     y: jax.Array
     """`[B, T, D]`."""
     carry: Carry
-    losses: Losses = {}
+    losses: Losses = dataclasses.field(default_factory=dict)
     looks: tuple[Look, ...] = ()
     """What it shows to an observer: one look, or one a parallel part."""
 
@@ -177,9 +178,10 @@ class Inputs(Protocol):
 
 
 class HeadMixer(Mixer):
-    """A mixer whose head h outputs `o_h = A_h v_h`. Subclasses write `project`, `attend`, `implied`, `init_state`, `output`;
-    `share` where layers share something, `recall` where decoding has a cache, `finish` (per-head norm, gates), `project_step` and `attend_step` where decoding differs,
-    `observe` and `auxiliary_losses` where they have them.
+    """A mixer whose head h outputs `o_h = A_h v_h`.
+
+    Subclasses write `project`, `attend`, `implied`, `init_state`, `output`; `finish` (per-head norm, gates), `share` where layers share
+    something, `project_step`, `recall` and `attend_step` where decoding differs, `observe` and `auxiliary_losses` where they have them.
     """
 
     @abc.abstractmethod

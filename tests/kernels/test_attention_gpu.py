@@ -1,6 +1,5 @@
 """The GPU attention kernel in Pallas' GPU interpreter, with race detection, against the reference."""
 
-import re
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,12 +9,13 @@ import numpy as np
 import pytest
 
 from plait import kernels
-from plait.kernels import Mask, Tokens, dispatch, gpu
-from plait.kernels.attention import cudnn, pallas_gpu, reference
+from plait.kernels import LowRankBias, Mask, Tokens, dispatch, gpu
+from plait.kernels.attention import pallas_gpu, reference
+from plait.kernels.attention.call import AttentionCall
 from plait.kernels.masks import BlockTable, PowerMask
 from plait.kernels.target import target
 from plait.tests.kernels import cases
-from plait.tests.tolerances import assert_close, assert_tree_close, in_float64
+from plait.tests.tolerances import assert_tree_close, in_float64
 
 
 class Case(NamedTuple):
@@ -30,6 +30,8 @@ class Case(NamedTuple):
     sinks: bool = False
     sigmoid: bool = False
     stats: bool = True
+    soft_cap: float | None = None
+    bias: bool = False
     table: tuple[int, int] | None = None
 
 
@@ -45,16 +47,19 @@ CASES = {
     "hidden": Case(segments="none", length=65, sinks=True),
     "power": Case(mask=PowerMask(block_size=16, window_size=5, num_sink_tokens=3), segments="long", length=160, stats=False),
     "table": Case(heads=(2, 1), table=(64, 32), length=192),
+    "soft-cap": Case(segments="several", soft_cap=1.5, sinks=True, length=140),
+    "soft-cap-sigmoid": Case(soft_cap=2.0, sigmoid=True, length=65),
+    "soft-cap-bias": Case(soft_cap=5.0, bias=True, length=65, stats=False),
 }
 
-SLOW = ("sigmoid-without-statistics", "window-float16", "power")
+SLOW = ("sigmoid-without-statistics", "window-float16", "power", "soft-cap-sigmoid")
 
 needs_interpreter = pytest.mark.skipif(
     jax.__version_info__ < gpu.MIN_JAX, reason=f"the GPU interpreter needs JAX >= {'.'.join(map(str, gpu.MIN_JAX))}"
 )
 
 
-def _inputs(case: Case) -> dict[str, jax.Array]:
+def _inputs(case: Case) -> dict[str, Any]:
     rng = np.random.default_rng(case.length)
     (num_heads, num_kv_heads), (key_dim, value_dim) = case.heads, case.dims
     batch = 1 if case.segments is None else cases.BATCH
@@ -62,6 +67,9 @@ def _inputs(case: Case) -> dict[str, jax.Array]:
     inputs = {name: jnp.asarray(rng.standard_normal((batch, case.length, *s)), case.dtype) for name, s in shapes.items()}
     if case.sinks:
         inputs["sinks"] = jnp.asarray(rng.standard_normal(num_heads), jnp.float32)
+    if case.bias:
+        sides = (jnp.asarray(rng.standard_normal((1, case.length, n, 3)), case.dtype) for n in case.heads)
+        inputs["bias"] = LowRankBias(*sides)
     if case.sigmoid:
         inputs["sigmoid_bias"] = jnp.asarray(rng.standard_normal(num_heads) - 3, jnp.float32)
     return inputs
@@ -81,22 +89,22 @@ def _table(case: Case) -> BlockTable | None:
     return BlockTable(visible=jnp.asarray(rng.random(shape) < 0.5), block_q=block_q, block_kv=block_kv)
 
 
-def _run(implementation: Any, case: Case, inputs: dict[str, jax.Array], tokens: dict[str, jax.Array | None]) -> Any:
-    """Outputs and all gradients; the tokens are all four of the op's arguments."""
+def _run(implementation: Any, case: Case, inputs: dict[str, jax.Array], tokens: dict[str, Any]) -> Any:
+    """Outputs and all gradients; `tokens` are further options."""
 
     def outputs(inputs: dict[str, jax.Array]) -> Any:
-        options = {"sinks": None, "sigmoid_bias": None, "scale": case.dims[0] ** -0.5, "return_stats": case.stats} | inputs
         normalizer = "sigmoid" if case.sigmoid else "softmax"
-        q, k, v = (options.pop(name) for name in "qkv")
-        o, stats = implementation.attention(
-            q, k, v, mask=case.mask, normalizer=normalizer, block_table=_table(case), **options, **tokens
+        options = inputs | tokens | {"logit_soft_cap": case.soft_cap}
+        call = AttentionCall.of(
+            "attention", mask=case.mask, normalizer=normalizer, return_stats=case.stats, block_table=_table(case), **options
         )
+        o, stats = implementation.attention(call)
         return {"o": o, **{f: jnp.where(x > -1e29, x, 0) for f, x in (stats._asdict() if stats else {}).items()}}
 
     return cases.with_gradients(outputs, inputs)
 
 
-def _assert_matches(case: Case, inputs: dict[str, jax.Array], tokens: dict[str, jax.Array | None]) -> Any:
+def _assert_matches(case: Case, inputs: dict[str, jax.Array], tokens: dict[str, Any]) -> Any:
     plain = cases.quick_jit(partial(_run, reference, case))
     with gpu.interpreting(), target("h100"):
         got = jax.block_until_ready(cases.quick_jit(partial(_run, pallas_gpu, case))(inputs, tokens))
@@ -106,8 +114,8 @@ def _assert_matches(case: Case, inputs: dict[str, jax.Array], tokens: dict[str, 
     return got
 
 
-def _own(segment_ids: jax.Array | None) -> dict[str, jax.Array | None]:
-    return {"segment_ids": segment_ids, "positions": None, "kv_segment_ids": None, "kv_positions": None}
+def _own(segment_ids: jax.Array | None) -> dict[str, Any]:
+    return {"at": Tokens(None, segment_ids)}
 
 
 @needs_interpreter
@@ -125,10 +133,9 @@ def test_kernel_matches_reference_with_shuffled_keys():
     inputs, rng = _inputs(case), np.random.default_rng(0)
     longer = {name: jnp.asarray(rng.standard_normal((1, 200, *x.shape[2:])), case.dtype) for name, x in inputs.items()}
     positions = jnp.asarray(rng.permutation(200)[None], jnp.int32)
-    tokens = _own(None) | {
-        "positions": 130 + jnp.arange(64)[None, :],
-        "kv_positions": positions,
-        "kv_segment_ids": (positions < 190).astype(jnp.int32),
+    tokens = {
+        "at": Tokens(None, None, 130 + jnp.arange(64)[None, :]),
+        "kv_at": Tokens(None, (positions < 190).astype(jnp.int32), positions),
     }
     _assert_matches(case, inputs | {"k": longer["k"], "v": longer["v"]}, tokens)
 
@@ -154,12 +161,9 @@ def test_routed_matches_reference():
     assert not np.asarray(got["value"]["o"])[~np.asarray(active)].any()
 
 
-def _call(**options: Any) -> dict[str, Any]:
-    return (
-        _own(None)
-        | {"mask": Mask(), "scale": 1.0, "sinks": None, "sigmoid_bias": None, "return_stats": False, "normalizer": "softmax"}
-        | options
-    )
+def _reason(shapes: list[Any], **options: Any) -> str | None:
+    q, k, v = shapes
+    return pallas_gpu.unsupported(AttentionCall.of("attention", q=q, k=k, v=v, mask=Mask(), **options))
 
 
 def _shapes(length: int = 128, heads: tuple[int, int] = (4, 2), dim: int = 64, dtype: str = "bfloat16") -> list[Any]:
@@ -168,75 +172,24 @@ def _shapes(length: int = 128, heads: tuple[int, int] = (4, 2), dim: int = 64, d
 
 @needs_interpreter
 def test_unsupported_says_why():
-    assert "the backend is cpu" in pallas_gpu.unsupported(*_shapes(), **_call())
+    assert "the backend is cpu" in _reason(_shapes())
     with target("b200"):
-        assert "wgmma" in pallas_gpu.unsupported(*_shapes(), **_call())
+        assert "wgmma" in _reason(_shapes())
     with target("h200"):
-        assert pallas_gpu.unsupported(*_shapes(), **_call()) is None
-        assert "float32" in pallas_gpu.unsupported(*_shapes(dtype="float32"), **_call())
-        assert "head dim 24" in pallas_gpu.unsupported(*_shapes(dim=24), **_call())
+        assert _reason(_shapes()) is None
+        assert "float32" in _reason(_shapes(dtype="float32"))
+        assert "head dim 24" in _reason(_shapes(dim=24))
         q, k, _ = _shapes(dim=256)
-        assert "shared memory" in pallas_gpu.unsupported(q, k, _shapes(dim=240)[2], **_call())
-        assert "head dim 512" in pallas_gpu.unsupported(*_shapes(dim=512), **_call())
-        assert "1 queries" in pallas_gpu.unsupported(*_shapes(length=1), **_call())
-        assert "scale" in pallas_gpu.unsupported(*_shapes(), **_call(scale=-1.0))
-        table = BlockTable(visible=jnp.ones((1, 1, 1, 3), bool), block_q=1, block_kv=48)
-        assert "block_kv=48" in pallas_gpu.unsupported(*_shapes(), **_call(block_table=table))
+        assert "shared memory" in _reason([q, k, _shapes(dim=240)[2]])
+        assert "head dim 512" in _reason(_shapes(dim=512))
+        assert "1 queries" in _reason(_shapes(length=1))
+        assert "scale" in _reason(_shapes(), scale=-1.0)
+        table = BlockTable(visible=jnp.ones((1, 1, 128, 3), bool), block_q=1, block_kv=48)
+        assert "block_kv=48" in _reason(_shapes(), block_table=table)
 
 
-@pytest.fixture
-def as_if_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets JAX trace its cuDNN attention without the library."""
-    from jax._src.cudnn import fused_attention_stablehlo
-
-    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
-
-
-@pytest.mark.parametrize("mask", [Mask(), Mask(causal=False), Mask(window_size=20)], ids=str)
-def test_cudnn_lowers(as_if_cudnn: None, mask: Mask):
+@needs_interpreter
+def test_auto_chooses_for_the_gpu():
     with target("h100"):
-        assert cudnn.unsupported(*_shapes(), **_call(mask=mask)) is None
-        loss = lambda q, k, v: jnp.sum(cudnn.attention(q, k, v, **_call(mask=mask))[0].astype(jnp.float32))
-        text = jax.jit(jax.grad(loss, (0, 1, 2))).trace(*_shapes()).lower(lowering_platforms=("cuda",)).as_text()
-    assert "__cudnn$fmhaSoftmax(" in text and "__cudnn$fmhaSoftmaxBackward(" in text
-    assert re.search(r"sliding_window_length\W+22: (\d+)", text)[1] == str(mask.window_size or 0)
-
-
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("window_size", [None, 1, 7])
-def test_cudnn_window_counts_the_query_itself(window_size: int | None, causal: bool):
-    mask, rng = Mask(causal=causal, window_size=window_size), np.random.default_rng(0)
-    q, k, v = (jnp.asarray(rng.standard_normal((1, 40, n, 16)), jnp.float32) for n in (2, 1, 1))
-    got = jax.nn.dot_product_attention(q, k, v, scale=1.0, is_causal=causal, local_window_size=cudnn.local_window(mask))
-    want, _ = reference.attention(q, k, v, **_call(mask=mask, block_table=None))
-    assert_close(got, want)
-
-
-def test_cudnn_says_why_not(as_if_cudnn: None):
-    assert "the backend is cpu" in cudnn.unsupported(*_shapes(), **_call())
-    with target("h100"):
-        refused = {
-            "sinks": _call(sinks=jnp.zeros(4)),
-            "segment_ids, return_stats": _call(segment_ids=jnp.ones((1, 128), jnp.int32), return_stats=True),
-            "look back only": _call(mask=Mask(causal=False, window_size=3)),
-            "not Mask": _call(mask=SINKS),
-        }
-        for reason, call in refused.items():
-            assert reason in cudnn.unsupported(*_shapes(), **call)
-        assert "fp16/bf16" in cudnn.unsupported(*_shapes(dtype="float32"), **_call())
-        assert "head dim" in cudnn.unsupported(*_shapes(dim=512), **_call())
-
-
-def test_cudnn_is_asked_for_itself():
-    with target("h100"):
-        assert cudnn.unsupported(*_shapes(), **_call()) is not None
-
-
-def test_auto_chooses_for_the_gpu(as_if_cudnn: None):
-    with target("h100"):
-        run = lambda **options: jax.eval_shape(lambda q, k, v: kernels.attention(q, k, v, mask=Mask(), **options), *_shapes())
-        run()
-        if jax.__version_info__ >= gpu.MIN_JAX:
-            run(return_stats=True)
-    names = dispatch.chosen()["attention"]
-    assert "cudnn" in names and ("pallas_gpu" in names) == (jax.__version_info__ >= gpu.MIN_JAX)
+        jax.eval_shape(lambda q, k, v: kernels.attention(q, k, v, mask=Mask()), *_shapes())
+    assert "pallas_gpu" in dispatch.chosen()["attention"]

@@ -1,4 +1,4 @@
-"""The TPU attention kernel in Pallas' TPU interpreter, with race detection, against the reference; and its schedule of tiles."""
+"""The TPU attention kernel in Pallas' TPU interpreter, with race detection, against the reference; and the tiles it visits."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from plait.kernels import BlockTable, Mask, PowerMask, Tokens, attention, column_mass, routed_attention
-from plait.kernels.attention import pallas_tpu, reference, tpu_tiling
-from plait.kernels.attention.reference import sides
-from plait.kernels.attention.schedule import FULL, SKIP, Layout, renumbered, schedules
+from plait.kernels import BlockTable, LowRankBias, Mask, PowerMask, Tokens, attention, column_mass, routed_attention
+from plait.kernels.attention import pallas_tpu, reference
+from plait.kernels.attention.call import AttentionCall
+from plait.kernels.attention.tpu import tiling
+from plait.kernels.attention.visits import FULL, SKIP, Layout, plan_visits, renumbered
 from plait.kernels.target import target
 from plait.tests.kernels import cases
 from plait.tests.tolerances import assert_close, assert_tree_close, in_float64
@@ -31,6 +32,8 @@ class Case(NamedTuple):
     sinks: bool = False
     sigmoid: bool = False
     stats: bool = True
+    soft_cap: float | None = None
+    bias: bool = False
 
 
 SINKS = Mask(window_size=9, num_sink_tokens=3)
@@ -47,6 +50,9 @@ CASES = {
     "power": Case(mask=PowerMask(block_size=32, window_size=9, num_sink_tokens=2), segments="several", heads=(1, 1), length=300),
     "dilated": Case(mask=Mask(window_size=6, dilation=20, num_sink_tokens=1), segments="long", stats=False, dtype="bfloat16"),
     "hidden": Case(segments="none", length=65, sinks=True, heads=(1, 1)),
+    "soft-cap": Case(segments="several", soft_cap=1.5, sinks=True),
+    "soft-cap-sigmoid": Case(soft_cap=2.0, sigmoid=True, length=130, heads=(1, 1)),
+    "soft-cap-bias-bfloat16": Case(soft_cap=5.0, bias=True, segments="several", dtype="bfloat16", stats=False),
 }
 
 
@@ -64,15 +70,15 @@ def run_checked(function: Callable[..., Any], *args: Any) -> Any:
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Several tiles even in sequences of 200."""
-    monkeypatch.setattr(pallas_tpu, "choose_tiles", lambda *_: tpu_tiling.Tiles(**dict.fromkeys(TILES, 128)))
+    monkeypatch.setattr(pallas_tpu, "choose_tiles", lambda *_: tiling.Tiles(**dict.fromkeys(TILES, 128)))
     yield
 
 
 CHOSEN = pallas_tpu.choose_tiles
-TILES = tuple(tpu_tiling.Tiles.__dataclass_fields__)
+TILES = tuple(tiling.Tiles.__dataclass_fields__)
 
 
-def _inputs(case: Case) -> dict[str, jax.Array]:
+def _inputs(case: Case) -> dict[str, Any]:
     rng = np.random.default_rng(case.length)
     (num_heads, num_kv_heads), (key_dim, value_dim) = case.heads, case.dims
     batch = 1 if case.segments is None else cases.BATCH
@@ -80,6 +86,9 @@ def _inputs(case: Case) -> dict[str, jax.Array]:
     inputs = {name: jnp.asarray(rng.standard_normal((batch, case.length, *s)), case.dtype) for name, s in shapes.items()}
     if case.sinks:
         inputs["sinks"] = jnp.asarray(rng.standard_normal(num_heads), jnp.float32)
+    if case.bias:
+        sides = (jnp.asarray(rng.standard_normal((1, case.length, n, 3)), case.dtype) for n in case.heads)
+        inputs["bias"] = LowRankBias(*sides)
     if case.sigmoid:
         inputs["sigmoid_bias"] = jnp.asarray(rng.standard_normal(num_heads) - 3, jnp.float32)
     return inputs
@@ -91,20 +100,20 @@ def _segments(case: Case) -> jax.Array | None:
     return cases.segments(case.length, case.segments)
 
 
-def _run(implementation: Any, case: Case, inputs: dict[str, jax.Array], tokens: dict[str, jax.Array | None]) -> Any:
-    """Outputs and all gradients; the tokens are all four of the op's arguments."""
+def _run(implementation: Any, case: Case, inputs: dict[str, jax.Array], tokens: dict[str, Any]) -> Any:
+    """Outputs and all gradients; `tokens` are further options."""
 
     def outputs(inputs: dict[str, jax.Array]) -> Any:
-        options = {"sinks": None, "sigmoid_bias": None, "scale": case.dims[0] ** -0.5, "return_stats": case.stats} | inputs
         normalizer = "sigmoid" if case.sigmoid else "softmax"
-        q, k, v = (options.pop(name) for name in "qkv")
-        o, stats = implementation.attention(q, k, v, mask=case.mask, normalizer=normalizer, **options, **tokens)
+        options = inputs | tokens | {"logit_soft_cap": case.soft_cap}
+        call = AttentionCall.of("attention", mask=case.mask, normalizer=normalizer, return_stats=case.stats, **options)
+        o, stats = implementation.attention(call)
         return {"o": o, **{f: jnp.where(x > -1e29, x, 0) for f, x in (stats._asdict() if stats else {}).items()}}
 
     return cases.with_gradients(outputs, inputs)
 
 
-def _assert_matches(case: Case, inputs: dict[str, jax.Array], tokens: dict[str, jax.Array | None]) -> Any:
+def _assert_matches(case: Case, inputs: dict[str, jax.Array], tokens: dict[str, Any]) -> Any:
     plain = cases.quick_jit(partial(_run, reference, case))
     got = run_checked(partial(_run, pallas_tpu, case), inputs, tokens)
     assert got["value"]["o"].dtype == case.dtype
@@ -113,8 +122,8 @@ def _assert_matches(case: Case, inputs: dict[str, jax.Array], tokens: dict[str, 
     return got
 
 
-def _own(segment_ids: jax.Array | None) -> dict[str, jax.Array | None]:
-    return {"segment_ids": segment_ids, "positions": None, "kv_segment_ids": None, "kv_positions": None, "block_table": None}
+def _own(segment_ids: jax.Array | None) -> dict[str, Any]:
+    return {"at": Tokens(None, segment_ids)}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -130,10 +139,9 @@ def test_kernel_matches_reference_with_shuffled_keys():
     inputs, rng = _inputs(case), np.random.default_rng(0)
     longer = {name: jnp.asarray(rng.standard_normal((1, 200, *x.shape[2:])), case.dtype) for name, x in inputs.items()}
     positions = jnp.asarray(rng.permutation(200)[None], jnp.int32)
-    tokens = _own(None) | {
-        "positions": 130 + jnp.arange(64)[None, :],
-        "kv_positions": positions,
-        "kv_segment_ids": (positions < 190).astype(jnp.int32),
+    tokens = {
+        "at": Tokens(None, None, 130 + jnp.arange(64)[None, :]),
+        "kv_at": Tokens(None, (positions < 190).astype(jnp.int32), positions),
     }
     _assert_matches(case, inputs | {"k": longer["k"], "v": longer["v"]}, tokens)
 
@@ -156,7 +164,12 @@ def test_routed_matches_reference(share: float):
     def run(implementation: str, inputs: dict[str, jax.Array]) -> Any:
         def outputs(inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
             q, k, v = (inputs[name] for name in "qkv")
-            options = {"mask": case.mask, "at": Tokens(None, _segments(case)), "sinks": inputs["sinks"]}
+            options = {
+                "mask": case.mask,
+                "at": Tokens(None, _segments(case)),
+                "sinks": inputs["sinks"],
+                "logit_soft_cap": 2.0 if share == 1 else None,
+            }
             return {"o": routed_attention(q, k, v, active, implementation=implementation, **options)}
 
         return cases.with_gradients(outputs, inputs)
@@ -167,10 +180,10 @@ def test_routed_matches_reference(share: float):
     assert not np.asarray(got["value"]["o"])[~np.asarray(active)].any()
 
 
-@pytest.mark.parametrize("segments", [None, "several"])
-def test_column_mass_matches_reference(segments: str | None):
+@pytest.mark.parametrize(("segments", "soft_cap"), [(None, None), ("several", None), ("several", 1.5)])
+def test_column_mass_matches_reference(segments: str | None, soft_cap: float | None):
     case = Case(mask=Mask(window_size=90), heads=(4, 2), segments=segments, length=200)
-    inputs, options = _inputs(case), {"mask": case.mask, "at": Tokens(None, _segments(case))}
+    inputs, options = _inputs(case), {"mask": case.mask, "at": Tokens(None, _segments(case)), "logit_soft_cap": soft_cap}
     q, k, v = (inputs[name] for name in "qkv")
     _, stats = cases.quick_jit(partial(attention, return_stats=True, implementation="reference", **options))(q, k, v)
     plain = cases.quick_jit(partial(column_mass, implementation="reference", **options))
@@ -194,22 +207,20 @@ MASKS = (
 
 @pytest.mark.parametrize("layout", [None, "several", "long"])
 @pytest.mark.parametrize("mask", MASKS, ids=str)
-def test_schedule_visits_what_is_visible(mask: Mask, layout: str | None):
+def test_visits_are_what_is_visible(mask: Mask, layout: str | None):
     block_q, block_kv, length = 8, 16, 160
     ids = None if layout is None else cases.segments(length, layout)
     if layout == "several":
         ids = jnp.where(ids == 4, 1000, ids)  # numbered out of order
-    x = jnp.zeros((cases.BATCH, length, 1, 1))
-    own = {"segment_ids": ids, "positions": None, "kv_segment_ids": None, "kv_positions": None}
-    tokens = renumbered(sides(x, x, **own)[0])
+    tokens = renumbered(Tokens(None, ids).placed(cases.BATCH, length))
     tokens = jax.tree.map(lambda x: x[:, None], tokens)
     known = Layout(mask, length, length, own_keys=True, packed=layout is not None)
     visible = np.asarray(mask.dense(tokens.positions, tokens.positions, tokens.segment_ids, tokens.segment_ids))[:, 0]
     tiles = visible.reshape(cases.BATCH, length // block_q, block_q, length // block_kv, block_kv).swapaxes(2, 3)
     some, every = tiles.any((-1, -2)), tiles.all((-1, -2))
-    by_query, by_key = schedules(known, tokens, tokens, block_q, block_kv, keep_first=False)
-    for schedule, transpose in ((by_query, False), (by_key, True)):
-        entries = np.broadcast_to(schedule.entries[:, 0], (cases.BATCH, *schedule.entries.shape[2:]))
+    by_query, by_key = plan_visits(known, tokens, tokens, block_q, block_kv, keep_first=False)
+    for side, transpose in ((by_query, False), (by_key, True)):
+        entries = np.broadcast_to(side.entries[:, 0], (cases.BATCH, *side.entries.shape[2:]))
         kinds = np.full((cases.BATCH, *(some.shape[:0:-1] if transpose else some.shape[1:])), SKIP)
         for b, i, step in np.ndindex(entries.shape):
             if entries[b, i, step] & 3 != SKIP:
@@ -221,29 +232,29 @@ def test_schedule_visits_what_is_visible(mask: Mask, layout: str | None):
         assert layout is not None or ((kinds != SKIP) == some).all()
 
 
-def test_schedule_of_window_is_short():
+def test_visits_of_window_are_few():
     layout = Layout(Mask(window_size=100), 10_000, 10_000, own_keys=True, packed=True)
     assert layout.widths(100, 100) == (2, 2)
     assert layout._replace(mask=Mask(window_size=100, num_sink_tokens=4)).widths(100, 100)[0] == 4
 
 
 def test_unsupported_says_why():
-    call = {"mask": Mask(), "segment_ids": None, "positions": None, "scale": 1.0}
-    x = jax.ShapeDtypeStruct((1, 64, 1, 64), jnp.float32)
-    assert "the backend is cpu" in pallas_tpu.unsupported(x, x, x, **call)
+    def reason(q: Any, k: Any) -> str:
+        return pallas_tpu.unsupported(AttentionCall.of("attention", q=q, k=k, v=k, mask=Mask(), kv_at=Tokens(None, ids)))
+
+    shape = lambda length=64, dim=64, dtype=jnp.float32: jax.ShapeDtypeStruct((1, length, 1, dim), dtype)
+    ids = jax.ShapeDtypeStruct((1, 64), jnp.int32)
+    assert "the backend is cpu" in reason(shape(), shape())
     with target("v5e"):
-        assert pallas_tpu.unsupported(x, x, x, **call) is None
-        half = jax.ShapeDtypeStruct(x.shape, jnp.float16)
-        assert "float16" in pallas_tpu.unsupported(half, half, half, **call)
-        one = jax.ShapeDtypeStruct((1, 1, 1, 64), jnp.float32)
-        assert "1 queries" in pallas_tpu.unsupported(one, x, x, **call)
-        wide = jax.ShapeDtypeStruct((1, 64, 1, 512), jnp.float32)
-        assert "512" in pallas_tpu.unsupported(wide, wide, x, **call)
+        assert reason(shape(), shape()) is None
+        assert "float16" in reason(shape(dtype=jnp.float16), shape(dtype=jnp.float16))
+        assert "1 queries" in reason(shape(1), shape())
+        assert "512" in reason(shape(dim=512), shape(dim=512))
 
 
 def test_tiles_are_checked():
     with pytest.raises(ValueError, match=r"tiles\.block_q=100 must be a positive multiple of 128"):
-        tpu_tiling.Tiles(block_q=100)
+        tiling.Tiles(block_q=100)
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from plait.kernels import gpu
 from plait.kernels.cross_entropy import pallas_gpu, reference
 from plait.kernels.cross_entropy.by_vocabulary import Slope
+from plait.kernels.cross_entropy.call import CrossEntropyCall
 from plait.kernels.target import target
 from plait.tests.kernels import cases
 from plait.tests.kernels.gpu_targets import TARGETS
@@ -62,7 +63,8 @@ def _inputs(case: Case) -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:
 def run(implementation: Any, case: Case, inputs: dict[str, jax.Array], targets: jax.Array, mask: jax.Array) -> Any:
     """nll and lse, and the gradients of hidden and weight."""
     options = {"loss_mask": mask, "logit_soft_cap": case.soft_cap, "chunk_size": case.chunk_size}
-    return cases.with_gradients(lambda inputs: implementation.cross_entropy(**inputs, targets=targets, **options), inputs)
+    run_call = lambda inputs: implementation.cross_entropy(CrossEntropyCall(**inputs, targets=targets, **options))
+    return cases.with_gradients(run_call, inputs)
 
 
 @needs_interpreter
@@ -108,8 +110,13 @@ def test_kernel_compiles_without_spills(
 
 def test_unsupported_says_why():
     x, targets = jax.ShapeDtypeStruct((1, 64, 64), jnp.bfloat16), jax.ShapeDtypeStruct((1, 64), jnp.int32)
-    assert "the backend is cpu" in pallas_gpu.unsupported(x, x, targets)
+
+    def reason(hidden: Any, weight: Any) -> str | None:
+        options = {"loss_mask": targets, "logit_soft_cap": None, "chunk_size": None}
+        return pallas_gpu.unsupported(CrossEntropyCall(hidden=hidden, weight=weight, targets=targets, **options))
+
+    assert "the backend is cpu" in reason(x, x)
     with target("h100"):
         single = jax.ShapeDtypeStruct((64, 100), jnp.float32)
-        reason = pallas_gpu.unsupported(x, single, targets)
-        assert ("bfloat16, float32" if jax.__version_info__ >= gpu.MIN_JAX else "needs JAX") in reason
+        expected = "bfloat16, float32" if jax.__version_info__ >= gpu.MIN_JAX else "needs JAX"
+        assert expected in reason(x, single)

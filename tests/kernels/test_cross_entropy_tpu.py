@@ -10,6 +10,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from plait.kernels.cross_entropy import by_vocabulary, pallas_tpu, reference
+from plait.kernels.cross_entropy.call import CrossEntropyCall
 from plait.kernels.target import target
 from plait.tests.kernels import cases
 from plait.tests.tolerances import assert_tree_close, in_float64
@@ -67,7 +68,8 @@ def _inputs(case: Case) -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:
 def run(implementation: Any, case: Case, inputs: dict[str, jax.Array], targets: jax.Array, mask: jax.Array) -> Any:
     """nll and lse, and the gradients of hidden and weight."""
     options = {"loss_mask": mask, "logit_soft_cap": case.soft_cap, "chunk_size": case.chunk_size}
-    return cases.with_gradients(lambda inputs: implementation.cross_entropy(**inputs, targets=targets, **options), inputs)
+    run_call = lambda inputs: implementation.cross_entropy(CrossEntropyCall(**inputs, targets=targets, **options))
+    return cases.with_gradients(run_call, inputs)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -105,13 +107,18 @@ def test_slices_cover_the_vocabulary(most: int):
 def test_unsupported_says_why():
     x, targets = jax.ShapeDtypeStruct((1, 64, 64), jnp.float32), jax.ShapeDtypeStruct((1, 64), jnp.int32)
     weight = jax.ShapeDtypeStruct((64, 100), jnp.float32)
-    assert "the backend is cpu" in pallas_tpu.unsupported(x, weight, targets)
+
+    def reason(hidden: Any, weight: Any) -> str | None:
+        options = {"loss_mask": targets, "logit_soft_cap": None, "chunk_size": None}
+        return pallas_tpu.unsupported(CrossEntropyCall(hidden=hidden, weight=weight, targets=targets, **options))
+
+    assert "the backend is cpu" in reason(x, weight)
     with target("v5e"):
-        assert pallas_tpu.unsupported(x, weight, targets) is None
+        assert reason(x, weight) is None
         half = jax.ShapeDtypeStruct(weight.shape, jnp.bfloat16)
-        assert "bfloat16, float32" in pallas_tpu.unsupported(x, half, targets)
+        assert "bfloat16, float32" in reason(x, half)
         wide = jax.ShapeDtypeStruct((1, 64, 20_000), jnp.float32)
-        assert "20000" in pallas_tpu.unsupported(wide, weight, targets)
+        assert "20000" in reason(wide, weight)
 
 
 def test_tiles_are_checked():

@@ -1,5 +1,6 @@
 """Choosing an implementation, and the errors of the ops' public functions."""
 
+import dataclasses
 import logging
 import re
 
@@ -9,7 +10,14 @@ import pytest
 
 from plait import kernels
 from plait.kernels import Mask, Tokens, dispatch
-from plait.kernels.sharding import Axes
+from plait.kernels.call import OPTION, Call
+
+
+@dataclasses.dataclass(frozen=True)
+class DemoCall(Call):
+    """One number."""
+
+    x: int = dataclasses.field(metadata=OPTION)
 
 
 @pytest.fixture
@@ -17,33 +25,33 @@ def op(monkeypatch: pytest.MonkeyPatch) -> dispatch.Op:
     monkeypatch.setattr(dispatch, "_ops", {})
     monkeypatch.setattr(dispatch, "_chosen", {})
     monkeypatch.setattr(dispatch, "_logged", set())
-    fast = dispatch.Implementation(lambda x: x + 1, lambda x: "x is negative" if x < 0 else None)
-    return dispatch.Op("demo", Axes(arguments=("",)), fast=fast, plain=dispatch.Implementation(lambda x: x + 2))
+    fast = dispatch.Implementation(lambda call: call.x + 1, lambda call: "x is negative" if call.x < 0 else None)
+    return dispatch.Op("demo", fast=fast, plain=dispatch.Implementation(lambda call: call.x + 2))
 
 
 def test_auto_takes_the_first_that_supports_and_logs_once(op: dispatch.Op, caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.INFO, logger="plait"):
-        assert [op("auto", 1), op("auto", 1), op("auto", -1)] == [2, 2, 1]
+        assert [op("auto", DemoCall(x)) for x in (1, 1, -1)] == [2, 2, 1]
     assert caplog.messages == ["demo: chose fast", "demo: chose plain; not fast because x is negative"]
     assert dispatch.chosen() == {"demo": "fast, plain"}
     assert dispatch.registered() == {"demo": ("fast", "plain")}
 
 
 def test_named_is_taken_or_refused(op: dispatch.Op):
-    assert op("plain", 1) == 3
+    assert op("plain", DemoCall(1)) == 3
     with pytest.raises(NotImplementedError, match="demo: implementation='fast' does not support this call: x is negative"):
-        op("fast", -1)
+        op("fast", DemoCall(-1))
     with pytest.raises(ValueError, match="implementation='slow' is unknown; use one of auto, fast, plain"):
-        op("slow", 1)
+        op("slow", DemoCall(1))
 
 
 def test_exceptions_propagate():
     broken = dispatch.Op(
-        "broken", Axes(arguments=("",)), first=dispatch.Implementation(lambda: 1 / 0), second=dispatch.Implementation(lambda: 1)
+        "broken", first=dispatch.Implementation(lambda call: 1 / 0), second=dispatch.Implementation(lambda call: 1)
     )
     dispatch._ops.pop("broken")
     with pytest.raises(ZeroDivisionError):
-        broken("auto")
+        broken("auto", DemoCall(1))
 
 
 TABLE = kernels.BlockTable(visible=jnp.ones((2, 2, 2, 2), bool), block_q=3, block_kv=2)
@@ -91,9 +99,24 @@ QK, V, G, STATE = jnp.zeros((2, 6, 2, 8)), jnp.zeros((2, 6, 4, 3)), jnp.zeros((2
         (lambda: kernels.attention(QK, QK, QK, mask=Mask(), sinks=jnp.zeros(3)), "sinks.shape=(3,) must be [H] = (2,)"),
         (lambda: kernels.attention(QK, QK, QK, mask=Mask(), normalizer="sigmoid"), "sigmoid_bias=None with normalizer='sigmoid'"),
         (lambda: kernels.attention(QK, QK, QK, mask=Mask(), normalizer="relu"), "normalizer='relu' is unknown"),
+        (lambda: kernels.attention(QK, QK, QK, mask=Mask(), scale=QK[0, 0]), "must be a number; multiply q by an array instead"),
+        (lambda: kernels.decay(QK, QK, V, G, scale=QK[0, 0]), "must be a number; multiply q by an array instead"),
+        (
+            lambda: kernels.attention(QK, QK, QK, mask=Mask(), normalizer="sigmoid", sigmoid_bias=jnp.zeros(3)),
+            "sigmoid_bias.shape=(3,) must be a number or [H] = (2,)",
+        ),
+        (lambda: kernels.attention(QK, QK, QK, mask=Mask(), logit_soft_cap=-1.0), "logit_soft_cap=-1.0 must be above 0"),
+        (
+            lambda: kernels.attention(QK, QK, QK, mask=Mask(), bias=kernels.LowRankBias(QK[:, :, :1], QK[:, :5])),
+            "bias.k.shape=(2, 5, 2, 8) must be [B or 1, S, Hkv or 1, R] = (2 or 1, 6, 2 or 1, 8)",
+        ),
+        (
+            lambda: kernels.attention_rows(QK, QK, QK[0, 0, 0], mask=Mask(), scale=0.0, bias=kernels.LowRankBias(QK, QK)),
+            "scale=0",
+        ),
         (
             lambda: kernels.attention(QK, QK, QK, mask=Mask(), implementation="cuda"),
-            "use one of auto, pallas_tpu, cudnn, pallas_gpu, chunked, reference",
+            "use one of auto, pallas_tpu, pallas_gpu, chunked, reference",
         ),
         (lambda: kernels.short_conv(G, jnp.zeros((4, 5))), "weight.shape=(4, 5) must be [W, D] with D of x = (4, 4)"),
         (lambda: kernels.short_conv(G, jnp.zeros((4, 4)), activation="relu"), "activation='relu' is unknown"),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from plait.kernels import BlockTable, Mask, PowerMask, Tokens, attention
 from plait.kernels.attention import chunked
-from plait.kernels.attention.schedule import FULL, SKIP, Layout, schedules
+from plait.kernels.attention.visits import FULL, SKIP, Layout, plan_visits
 from plait.tests.kernels.cases import quick_jit
 from plait.tests.tolerances import assert_close
 
@@ -62,7 +62,7 @@ def test_dense_follows_the_rule(mask: Mask, row: tuple[np.ndarray, np.ndarray]):
 
 @settings(max_examples=1000, deadline=None)
 @given(masks(), packed(), st.sampled_from([3, 8]), st.sampled_from([3, 8]), st.booleans(), st.randoms(use_true_random=False))
-def test_schedule_follows_the_rule(mask: Mask, row, block_q: int, block_kv: int, with_table: bool, rng):
+def test_visits_follow_the_rule(mask: Mask, row, block_q: int, block_kv: int, with_table: bool, rng):
     """Every visible tile is visited, no tile is taken for wholly visible that is not, by queries and by keys."""
     ids, positions = row
     length = len(ids)
@@ -77,9 +77,9 @@ def test_schedule_follows_the_rule(mask: Mask, row, block_q: int, block_kv: int,
         Tokens(None, *(jnp.asarray(np.pad(x, (0, -length % block)))[None, None] for x in row)) for block in (block_q, block_kv)
     ]
     layout = Layout(mask, length, length, own_keys=True, packed=True)
-    by_query, by_key = schedules(layout, *sides, block_q, block_kv, keep_first=True, table=table)
-    for schedule, seen, blocks in ((by_query, dense, (block_q, block_kv)), (by_key, dense.T, (block_kv, block_q))):
-        entries = np.asarray(schedule.entries)[0, 0]
+    by_query, by_key = plan_visits(layout, *sides, block_q, block_kv, keep_first=True, table=table)
+    for side, seen, blocks in ((by_query, dense, (block_q, block_kv)), (by_key, dense.T, (block_kv, block_q))):
+        entries = np.asarray(side.entries)[0, 0]
         padded = np.pad(seen, [(0, -length % block) for block in blocks])
         tiles = padded.reshape(padded.shape[0] // blocks[0], blocks[0], -1, blocks[1]).swapaxes(1, 2)
         for visited, tile_row in zip(entries, tiles):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from plait.kernels import Tokens, dispatch, gpu
-from plait.kernels.recurrence import MAX_VALUE_DIM, gpu_driver
+from plait.kernels.recurrence import MAX_VALUE_DIM, RecurrenceCall, gpu_driver
 from plait.kernels.target import target
 from plait.tests.kernels import cases
 from plait.tests.tolerances import assert_tree_close, in_float64
@@ -109,11 +109,17 @@ def test_kernel_matches_reference_in_more_cases(case: Case, monkeypatch: pytest.
 @needs_interpreter
 def test_kernel_is_chosen_where_it_fits():
     def reason(
-        length: int = 64, dims: tuple[int, int] = (64, 64), dtype: Any = jnp.bfloat16, return_stats: bool = False
+        length: int = 64,
+        dims: tuple[int, int] = (64, 64),
+        dtype: Any = jnp.bfloat16,
+        return_stats: bool = False,
+        generation: str = "h100",
     ) -> str | None:
         q, v = (jnp.zeros((1, length, 1, dim), dtype) for dim in dims)
-        with target("h100"):
-            return gpu_driver.unsupported(q, q, v, scale=1.0, return_stats=return_stats)
+        with target(generation):
+            return gpu_driver.unsupported(
+                RecurrenceCall.of("decay", q=q, k=q, v=v, g=v[..., 0], at=None, scale=None, return_stats=return_stats)
+            )
 
     assert reason() is None
     assert "tf32" in str(reason(dtype=jnp.float32))
@@ -121,7 +127,5 @@ def test_kernel_is_chosen_where_it_fits():
     assert "not of (64, 128, 256) and" in str(reason(dims=(64, 65)))
     assert reason(dims=(256, 512)) is None
     assert "do not add up" in str(reason(dims=(256, 512), return_stats=True))
-    with target("b200"):
-        q = jnp.zeros((1, 64, 1, 64), jnp.bfloat16)
-        assert "wgmma" in str(gpu_driver.unsupported(q, q, q, scale=1.0))
+    assert "wgmma" in str(reason(generation="b200"))
     assert all("pallas_gpu" in dispatch.registered()[op] for op in ("decay", "delta_rule"))

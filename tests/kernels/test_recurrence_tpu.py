@@ -11,7 +11,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from plait.kernels import Tokens, recurrence
-from plait.kernels.recurrence import tpu_driver
+from plait.kernels.recurrence import RecurrenceCall, tpu_driver
 from plait.kernels.recurrence.tpu_driver import choose_tiles
 from plait.kernels.recurrence.tpu_kernels import Tiles
 from plait.kernels.target import target
@@ -128,18 +128,20 @@ def test_wide_values_are_cut_into_heads(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_unsupported_says_why():
-    x = jax.ShapeDtypeStruct((1, 64, 2, 64), jnp.float32)
-    assert "the backend is cpu" in tpu_driver.unsupported(x, x, x, scale=1.0)
+    def reason(q: Any, v: Any) -> str | None:
+        return tpu_driver.unsupported(RecurrenceCall.of("decay", q=q, k=q, v=v, g=g, at=None, scale=None))
+
+    shape = lambda length=64, heads=2, dim=64, dtype=jnp.float32: jax.ShapeDtypeStruct((1, length, heads, dim), dtype)
+    g = jax.ShapeDtypeStruct((1, 64, 2), jnp.float32)
+    assert "the backend is cpu" in reason(shape(), shape())
     with target("v5e"):
-        assert tpu_driver.unsupported(x, x, x, scale=1.0) is None
-        half = jax.ShapeDtypeStruct(x.shape, jnp.float16)
-        assert "float16" in tpu_driver.unsupported(half, half, half, scale=1.0)
-        one = jax.ShapeDtypeStruct((1, 1, 2, 64), jnp.float32)
-        assert "1 tokens" in tpu_driver.unsupported(one, one, one, scale=1.0)
-        wide = jax.ShapeDtypeStruct((1, 64, 2, 512), jnp.float32)
-        assert "512" in tpu_driver.unsupported(wide, wide, x, scale=1.0)
-        many = jax.ShapeDtypeStruct((1, 64, 256, 64), jnp.float32)
-        assert "more than" in tpu_driver.unsupported(x, x, many, scale=1.0)
+        assert reason(shape(), shape()) is None
+        assert "float16" in reason(shape(dtype=jnp.float16), shape(dtype=jnp.float16))
+        assert "512" in reason(shape(dim=512), shape())
+        g = jax.ShapeDtypeStruct((1, 1, 2), jnp.float32)
+        assert "1 tokens" in reason(shape(1), shape(1))
+        g = jax.ShapeDtypeStruct((1, 64, 256), jnp.float32)
+        assert "more than" in reason(shape(), shape(heads=256))
 
 
 def test_tiles_are_checked():

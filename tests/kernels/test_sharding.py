@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from plait.kernels import Mask, Tokens, attention, decay, dispatch
+from plait.kernels.attention.call import AttentionCall
 from plait.kernels.sharding import splitting
 from plait.tests.kernels import cases
 from plait.tests.tolerances import assert_close
@@ -31,9 +32,9 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         op = dispatch._ops[name]
         plain = op.implementations["chunked"].run
 
-        def run(q: jax.Array, *args: Any, plain: Any = plain, **options: Any) -> Any:
-            shapes.append(q.shape)
-            return plain(q, *args, **options)
+        def run(call: Any, plain: Any = plain) -> Any:
+            shapes.append(call.q.shape)
+            return plain(call)
 
         monkeypatch.setitem(op.implementations, "chunked", dispatch.Implementation(run, per_device=True))
     return shapes
@@ -95,16 +96,16 @@ def test_recurrence_is_split_by_rows_and_heads(mesh, seen):
 
 def test_unsupported_sees_the_part_of_a_device(mesh):
     sizes = []
-    axes = dispatch._ops["attention"].axes
 
-    def reason(q: Any, *_: Any, **__: Any) -> str | None:
-        sizes.append(q.shape)
+    def reason(call: Any) -> str | None:
+        sizes.append(call.q.shape)
         return "never"
 
-    op = dispatch.Op("demo", axes, kernel=dispatch.Implementation(lambda *_, **__: None, reason, per_device=True))
+    op = dispatch.Op("demo", kernel=dispatch.Implementation(lambda call: None, reason, per_device=True))
     dispatch._ops.pop("demo")
     q = jnp.zeros((8, LENGTH, 4, 8))
+    call = AttentionCall.of("attention", q=q, k=q, v=q, mask=Mask())
     with splitting(mesh, batch=("data", "fsdp"), heads=("tensor",)):
-        assert op.unsupported("kernel", q, q, q, segment_ids=None) == "never"
-    assert partial(op.unsupported, "kernel")(q, q, q) == "never"
+        assert op.unsupported("kernel", call) == "never"
+    assert op.unsupported("kernel", call) == "never"
     assert sizes == [(2, LENGTH, 2, 8), q.shape]

@@ -12,7 +12,9 @@ from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import SingleDeviceSharding
 
+from plait.kernels import Tokens, short_conv
 from plait.kernels.short_conv import pallas_tpu, reference
+from plait.kernels.short_conv.call import ShortConvCall
 from plait.kernels.target import target
 from plait.tests.kernels import cases
 from plait.tests.tolerances import assert_tree_close, in_float64
@@ -68,7 +70,7 @@ def _inputs(case: Case) -> tuple[dict[str, jax.Array], jax.Array | None]:
 def run(implementation: Any, case: Case, inputs: dict[str, jax.Array], segment_ids: jax.Array | None) -> Any:
     """y and the last inputs, and the gradients of all inputs."""
     options = {"bias": None, "initial_state": None, "activation": case.activation, "segment_ids": segment_ids}
-    return cases.with_gradients(lambda inputs: implementation.short_conv(**(options | inputs)), inputs)
+    return cases.with_gradients(lambda inputs: implementation.short_conv(ShortConvCall(**(options | inputs))), inputs)
 
 
 def _assert_matches(case: Case) -> None:
@@ -103,13 +105,17 @@ def test_harmful_padding_goes_nowhere(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_unsupported_says_why():
-    x, weight = jax.ShapeDtypeStruct((1, 64, 64), jnp.float32), jax.ShapeDtypeStruct((4, 64), jnp.float32)
-    assert "the backend is cpu" in pallas_tpu.unsupported(x, weight)
+    def reason(length: int = 64, taps: int = 4, dtype: Any = jnp.float32) -> str | None:
+        x, weight = jax.ShapeDtypeStruct((1, length, 64), dtype), jax.ShapeDtypeStruct((taps, 64), jnp.float32)
+        options = {"bias": None, "initial_state": None, "activation": None, "segment_ids": None}
+        return pallas_tpu.unsupported(ShortConvCall(x=x, weight=weight, **options))
+
+    assert "the backend is cpu" in reason()
     with target("v5e"):
-        assert pallas_tpu.unsupported(x, weight) is None
-        assert "1 tokens" in pallas_tpu.unsupported(jax.ShapeDtypeStruct((1, 1, 64), jnp.float32), weight)
-        assert "9 taps" in pallas_tpu.unsupported(x, jax.ShapeDtypeStruct((9, 64), jnp.float32))
-        assert "float16" in pallas_tpu.unsupported(jax.ShapeDtypeStruct(x.shape, jnp.float16), weight)
+        assert reason() is None
+        assert "1 tokens" in reason(length=1)
+        assert "9 taps" in reason(taps=9)
+        assert "float16" in reason(dtype=jnp.float16)
 
 
 def test_tiles_are_checked():
@@ -128,7 +134,7 @@ def test_kernel_compiles(generation: str, channels: int, dtype: str, monkeypatch
     shape = lambda *s, dtype=dtype: jax.ShapeDtypeStruct(s, dtype, sharding=SingleDeviceSharding(device))
 
     def loss(x: jax.Array, weight: jax.Array, segment_ids: jax.Array) -> jax.Array:
-        y, _ = pallas_tpu.short_conv(x, weight, bias=None, activation="silu", initial_state=None, segment_ids=segment_ids)
+        y, _ = short_conv(x, weight, at=Tokens(None, segment_ids), implementation="pallas_tpu")
         return jnp.sum(jnp.square(y.astype(jnp.float32)))
 
     with target(generation):

@@ -89,7 +89,7 @@ def test_with_pattern_keeps_configs_of_names_that_stay():
 def test_with_vocab_settles_the_vocabulary():
     assert lm(vocab_size=None).with_vocab(300).vocab_size == 384
     assert lm(vocab_size=500).with_vocab(300).vocab_size == 500
-    with pytest.raises(ValueError, match=r"model\.vocab_size=200 is smaller than the tokenizer's 300; leave it None or raise it"):
+    with pytest.raises(ValueError, match=r"model\.vocab_size=200 is smaller than the data's 300; leave it None or raise it"):
         lm(vocab_size=200).with_vocab(300)
     with pytest.raises(ValueError, match=r"model\.vocab_size=None must be settled .* LMConfig\.with_vocab"):
         LM(lm(vocab_size=None), rngs=nnx.Rngs(0), seq_len=8)

@@ -50,7 +50,7 @@ def test_pattern_expands(pattern, num_layers, layers):
 def test_wrong_pattern_names_itself_the_rule_and_the_fix(pattern, num_layers, message):
     with pytest.raises(PatternError, match=message) as error:
         expand_pattern(pattern, num_layers)
-    assert str(error.value).startswith(f"model.pattern={pattern!r} ")
+    assert str(error.value).startswith(f"pattern={pattern!r} ")
 
 
 @pytest.mark.parametrize(

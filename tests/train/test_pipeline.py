@@ -11,17 +11,18 @@ from jax.experimental import topologies
 
 from plait.configs.experiment import ExperimentConfig
 from plait.configs.mesh import MeshConfig
-from plait.configs.optimizer import OptimizerConfig
+from plait.configs.optimizer import optimizer
+from plait.configs.probe import ProbeConfig
 from plait.data.config import DataConfig
 from plait.models.config import LMConfig
 from plait.models.mixers.full.softmax import SoftmaxConfig
-from plait.configs.probe import ProbeConfig
 from plait.tests.models.common import quick_jit
 from plait.tests.tolerances import assert_close
 from plait.tests.train.common import hybrid, mixture, program_of, random_batch, routed, tiny, tree_arrays
 from plait.tests.train.test_mesh import SIZES, assert_same_training, two_steps
 from plait.train.mesh import batch_sharding, make_mesh
 from plait.train.pipeline import bubble_fraction
+from plait.train.probes.base import Probes
 from plait.train.program import Program
 from plait.train.state import Blueprint
 from plait.train.step import make_step
@@ -62,8 +63,8 @@ def test_stages_of_two_kinds_of_layers_train_as_one_device(compile_cache):
 def probed(config):
     setup = program_of(config, devices=8)
     rows = batch_sharding(setup.mesh, 8, 16, config.optimizer.accumulate)
-    step = quick_jit(make_step(setup.blueprint, setup.tx, setup.mesh, ProbeConfig(sequences=2)))
-    return step(setup.fresh(), jax.device_put(random_batch(8), rows))[1]["stats"]
+    step = quick_jit(make_step(setup.blueprint, setup.tx, setup.mesh, Probes(ProbeConfig(sequences=2))))
+    return step(setup.fresh(), jax.device_put(random_batch(8), rows))[1]["statistics"]
 
 
 def test_layers_show_the_same_statistics(compile_cache):
@@ -131,7 +132,7 @@ def test_stages_compile_for_tpu_with_kernels_and_moments_in_host_memory(monkeypa
         steps=1000,
         model=model,
         data=DataConfig(seq_len=256, batch_size=8),
-        optimizer=OptimizerConfig(accumulate=4),
+        optimizer=optimizer("adamw", accumulate=4),
         mesh=MeshConfig(data=1, pipeline=2, tensor=2, offload="optimizer"),
     )
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from plait.kernels import Mask, Tokens, attention, attention_rows
+from plait.kernels import Mask, Tokens, attention, attention_rows, column_mass, first_masses
 from plait.models.axes import BATCH, EMBED, HEADS, LENGTH, constrain
 from plait.models.build import BuildContext
 from plait.models.cache import Slots
@@ -113,7 +114,8 @@ class MLA(HeadMixer):
     def project(self, x, *, at, state):
         q_nope, q_rope, latent, k_rope = self._latents(x, at)
         k_nope, v = (
-            constrain(split_heads(dense(latent), self.num_heads), (BATCH, LENGTH, HEADS, None)) for dense in (self.k_up, self.v_up)
+            constrain(split_heads(dense(latent), self.num_heads), (BATCH, LENGTH, HEADS, None))
+            for dense in (self.k_up, self.v_up)
         )
         shared = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], k_rope.shape[-1]))
         q, k = jnp.concatenate([q_nope, q_rope], -1), jnp.concatenate([k_nope, shared], -1)
@@ -152,5 +154,9 @@ class MLA(HeadMixer):
         return attention_rows(inputs.q, inputs.k, rows=rows, mask=Mask(causal=True), scale=self.scale, at=at)
 
     def observe(self, inputs, x, *, at):
-        options = {"mask": Mask(causal=True), "scale": self.scale, "return_stats": True}
-        return {"attention": attention(inputs.q, inputs.k, inputs.v, at=at, **options)[1]}
+        options = {"mask": Mask(causal=True), "scale": self.scale, "at": at}
+        stats = attention(inputs.q, inputs.k, inputs.v, return_stats=True, **options)[1]
+        masses = {
+            op.__name__: functools.partial(op, inputs.q, inputs.k, stats.lse, **options) for op in (first_masses, column_mass)
+        }
+        return {"attention": stats, **masses}

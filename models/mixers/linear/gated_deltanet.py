@@ -44,9 +44,7 @@ class GatedDeltaNetConfig(MixerConfig):
     """Epsilon of the per-head output norm."""
 
     def check(self) -> None:
-        require_positive(
-            num_heads=self.num_heads, num_v_heads=self.num_v_heads, head_dim=self.head_dim, conv_size=self.conv_size
-        )
+        require_positive(num_heads=self.num_heads, num_v_heads=self.num_v_heads, head_dim=self.head_dim, conv_size=self.conv_size)
         if int(self.head_dim * self.expand_v) < 1:
             raise ValueError(f"expand_v={self.expand_v} must leave at least one of head_dim={self.head_dim} channels")
 

@@ -1,4 +1,7 @@
-"""What the linear family shares: heads that read a state, which tokens decay and write. A mixer is then its config, its projections and gates."""
+"""What the linear family shares: heads that read a state, which tokens decay and write.
+
+A mixer is then its config, its projections and gates.
+"""
 
 from __future__ import annotations
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from plait.configs.components import at as under
 from plait.models.build import BuildContext
+from plait.models.look import Look
 from plait.models.mixers.base import HeadKind, Mixed, Mixer, MixerConfig, register
 from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.models.mixers.heads import require_positive
@@ -65,10 +68,13 @@ class Parallel(Mixer):
         self.num_heads = sum(part.num_heads for part in self.parts)
 
     def _join(self, outputs: list[jax.Array]) -> jax.Array:
-        return sum(norm(y) for norm, y in zip(self.norms, outputs, strict=True)) / len(outputs)
+        normed = [norm(y) for norm, y in zip(self.norms, outputs, strict=True)]
+        return functools.reduce(jnp.add, normed) / len(outputs)
 
     def __call__(self, x, *, at, carry, observer=None):
-        outputs, losses, looks = [], {}, ()
+        outputs: list[jax.Array] = []
+        losses: dict[str, jax.Array] = {}
+        looks: tuple[Look, ...] = ()
         for part in self.parts:
             mixed = part(x, at=at, carry=carry, observer=observer)
             outputs.append(mixed.y)

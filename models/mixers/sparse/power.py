@@ -57,6 +57,6 @@ def _mean_keys(config: PowerConfig, seq_len: int) -> float:
             spans.append((query + 1 - config.window_size, query + 1))
         end = 0
         for start, stop in sorted(spans):
-            start, stop = max(start, end), min(stop, query + 1)
-            total, end = total + max(stop - start, 0), max(end, stop)
+            total += max(min(stop, query + 1) - max(start, end), 0)
+            end = max(end, min(stop, query + 1))
     return total / seq_len

@@ -134,12 +134,12 @@ _ROWS = 251  # of the traced batch: a prime, by which the arrays with a row axis
 
 @functools.lru_cache(maxsize=32)
 def _saved(model: Any, seq_len: int, generation: str | None, seed: int) -> Activations:
-    from plait.configs.optimizer import OptimizerConfig
+    from plait.configs.optimizer import optimizer
     from plait.data.config import DataConfig
 
     config = ExperimentConfig(
         name="activations", steps=2, model=model, data=DataConfig(seq_len=seq_len, batch_size=_ROWS),
-        optimizer=OptimizerConfig(warmup_steps=0), seed=seed,
+        optimizer=optimizer("adamw", warmup_steps=0), seed=seed,
     )  # fmt: skip
     blueprint = Blueprint(config)
     params, buffers = blueprint.shapes()
@@ -147,7 +147,7 @@ def _saved(model: Any, seq_len: int, generation: str | None, seed: int) -> Activ
 
     def backward(params: Any, buffers: Any, batch: Batch) -> Any:
         def loss(params: Any) -> Any:
-            return loss_terms(blueprint.build(params, buffers), batch, total=jnp.ones(()), share=1.0, probe=None)
+            return loss_terms(blueprint.build(params, buffers), batch, total=jnp.ones(()), share=1.0, observer=None)
 
         return jax.vjp(loss, params, has_aux=True)[1]
 
@@ -195,6 +195,13 @@ def estimated_memory(
     )
 
 
+def used_params(blueprint: Blueprint, mesh: jax.sharding.Mesh) -> float:
+    """Parameters that the products of a device read: all but the shares of others in widths and experts."""
+    params, _ = blueprint.shapes()
+    ways_of = {name: ways(mesh, axes.EXPERTS) if axes.EXPERTS in blueprint.axes(name) else 1 for name in params}
+    return sum(math.prod(like.shape) / ways_of[name] for name, like in params.items()) / ways(mesh, axes.MLP)
+
+
 def _temporaries(
     config: ExperimentConfig, mesh: jax.sharding.Mesh, state: StateBytes, blueprint: Blueprint, generation: str | None
 ) -> dict[str, float]:
@@ -212,7 +219,7 @@ def _temporaries(
         stretch = period if tpu else 1  # a TPU's schedule overlaps the layers of a period
         again = rows * (every.whole + every.divided / width) * stretch / model.num_layers
     itemsize = jnp.dtype(model.compute_dtype).itemsize
-    gathered = itemsize * blueprint.num_params / width * 2 / max(count, 1)  # two periods' weights
+    gathered = itemsize * used_params(blueprint, mesh) * 2 / max(count, 1)  # two periods' weights
     head = model.d_model * (model.vocab_size or 0) / width * (itemsize + 4)  # the head and its gradient
     gradients = state.parameters * (2 if config.optimizer.accumulate > 1 else 1)
     return {

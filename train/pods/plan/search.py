@@ -18,7 +18,7 @@ from plait.models import axes
 from plait.train.mesh import make_mesh, mesh_axes, names_of, ways
 from plait.train.pods.plan.compiled.hlo import Collective, Kind
 from plait.train.pods.plan.flops import step_flops
-from plait.train.pods.plan.memory import Memory, StateBytes, estimated_memory, saved_activations, state_bytes
+from plait.train.pods.plan.memory import Memory, StateBytes, estimated_memory, saved_activations, state_bytes, used_params
 from plait.train.pods.plan.roofline import Times, exchange_seconds, times
 from plait.train.pods.plan.step_plan import Fix, Plan, check_batch, compile_plan, prepare
 from plait.train.pods.plan.topology import Target, TargetError, describe_devices
@@ -26,7 +26,7 @@ from plait.train.program import Program
 from plait.train.state import Blueprint
 
 _REMAT: tuple[Literal["full", "dots"] | None, ...] = (None, "dots", "full")  # from the most memory to the least
-_WIDTHS = (1, 2, 4, 8)  # of the tensor and context axes
+_WIDTHS = (1, 2, 4, 8)  # of the tensor, context and expert axes
 _LONG = 16_384  # tokens of a row from which on splitting it is tried, though the rows are enough for all devices
 _MOST_PARTS = 16  # micro-batches
 _PASSES = 3.0  # how often a step reads or writes each value that its forward pass makes
@@ -112,7 +112,7 @@ def _candidates(
 ) -> Iterator[Candidate]:
     """Every combination that the model, batch and devices allow."""
     assert target.chip is not None
-    for sizes in _meshes(config, target):
+    for sizes in _meshes(config, target, has_experts=any(axes.EXPERTS in blueprint.axes(name) for name in blueprint.params)):
         mesh_config = dataclasses.replace(config.mesh, **sizes)  # type: ignore[arg-type]
         step: Program | None = None
         for remat, parts in itertools.product(_REMAT, _parts(config)):
@@ -133,12 +133,13 @@ def _candidates(
             yield Candidate(new, _overrides(config, new), memory, _times(new, mesh, blueprint, target, step, state))
 
 
-def _meshes(config: ExperimentConfig, target: Target) -> Iterator[dict[str, int | None]]:
+def _meshes(config: ExperimentConfig, target: Target, *, has_experts: bool) -> Iterator[dict[str, int | None]]:
     """Sizes of the axes to try; those of no interest here stay as configured."""
     few_rows = config.data.batch_size < target.num_devices or config.data.seq_len >= _LONG
     tried = {
         "tensor": _WIDTHS,
         "context": sorted({*_WIDTHS, config.mesh.context}) if few_rows or config.mesh.context > 1 else (1,),
+        "expert": sorted({*_WIDTHS, config.mesh.expert}) if has_experts else (config.mesh.expert,),
     }
     fixed = math.prod(size for name, size in _integers(config.mesh).items() if name not in ("data", "fsdp", *tried))
     for widths in itertools.product(*tried.values()):
@@ -183,7 +184,7 @@ def _times(
     )
     again = {None: 0.0, "dots": 0.5, "full": 1.0}[config.model.remat]
     itemsize = jnp.dtype(config.model.compute_dtype).itemsize
-    weights = itemsize * blueprint.num_params / width * (3 + again) * config.optimizer.accumulate
+    weights = itemsize * used_params(blueprint, mesh) * (3 + again) * config.optimizer.accumulate
     update = 2 * (state.parameters + state.optimizer) + state.parameters  # read and written, and the gradients read
     traffic = rows * (every.whole + every.divided / width) * (_PASSES + again) + weights + update
     found = estimated_collectives(config, mesh, step, target)
@@ -201,34 +202,41 @@ def estimated_collectives(config: ExperimentConfig, mesh: jax.sharding.Mesh, ste
 
     Where parameters lie over all chips of a TPU slice, gradients are all-reduced, as TPUs do.
     """
+    experts = set(mesh_axes(axes.EXPERTS))
     batch = set(mesh_axes(axes.BATCH))
     itemsize = jnp.dtype(config.model.compute_dtype).itemsize
     parts, model = config.optimizer.accumulate, config.model
     state: Any = step.like.params
-    gathered = kept = 0.0  # bytes of parameters that are gathered over batch axes, and that are whole on them
+    gathered, kept = [0.0, 0.0], [0.0, 0.0]  # bytes that are gathered over batch axes, and that are not; of experts second
     over: set[str] = set()
     for array in state.values():
         split = {a for part in array.sharding.spec for a in names_of(part) if mesh.shape[a] > 1}
-        size = itemsize * array.size / math.prod(mesh.shape[a] for a in split - batch)
-        over |= split & batch
-        gathered, kept = (gathered + size, kept) if split & batch else (gathered, kept + size)
+        shared = split & batch - experts
+        size = itemsize * array.size / math.prod(mesh.shape[a] for a in split - shared)
+        over |= shared
+        (gathered if shared else kept)[bool(split & experts)] += size
     order = lambda names: tuple(a for a in mesh.shape if a in names and mesh.shape[a] > 1)
     found = []
     if over:
-        found.append(Collective("all-gather", order(over), 2 * parts, 2 * parts * gathered))
+        found.append(Collective("all-gather", order(over), 2 * parts, 2 * parts * sum(gathered)))
         all_chips = math.prod(mesh.shape[a] for a in over) == target.num_devices // target.slices
         on_tpu = target.chip is not None and target.chip.platform == "tpu"
         reduction: Kind = "all-reduce" if on_tpu and all_chips else "reduce-scatter"
-        found.append(Collective(reduction, order(over), parts, parts * gathered))
-    rest = order(batch - over | set(mesh_axes(axes.LENGTH)))
-    if rest:
-        shares = math.prod(mesh.shape[a] for a in over)
-        found.append(Collective("all-reduce", rest, parts, parts * (gathered / shares + kept)))
+        found.append(Collective(reduction, order(over), parts, parts * sum(gathered)))
+    shares = math.prod(mesh.shape[a] for a in over)
+    for sizes, alike in zip(zip(gathered, kept), (batch, batch - experts)):
+        rest = order(alike - over | set(mesh_axes(axes.LENGTH)))
+        if rest and any(sizes):
+            found.append(Collective("all-reduce", rest, parts, parts * (sizes[0] / shares + sizes[1])))
     rows = config.data.batch_size / ways(mesh, axes.BATCH)
     if width := order(mesh_axes(axes.MLP)):
         count = model.num_layers * (6 if model.remat == "full" else 4)
         size = rows * config.data.seq_len / ways(mesh, axes.LENGTH) * model.d_model * itemsize
         found.append(Collective("all-reduce", width, count * parts, count * size))
+    if (sent := order(experts)) and gathered[1] + kept[1]:
+        count = model.num_layers * (3 if model.remat == "full" else 2) * parts
+        size = rows * ways(mesh, axes.EXPERTS) * config.data.seq_len / ways(mesh, axes.LENGTH) * model.d_model * itemsize / parts
+        found += [Collective(kind, sent, count, count * size) for kind in ("all-gather", "reduce-scatter")]
     if length := order(mesh_axes(axes.LENGTH)):
         size = 0.0
         for mixer in model.layer_mixers:

@@ -48,7 +48,7 @@ def find_oddities(step: Program, found: Sequence[Instruction], rematerialized: S
 
 
 def _weights(step: Program) -> _Weights:
-    batch = set(mesh_axes(axes.BATCH))
+    batch = set(mesh_axes(axes.BATCH)) - set(mesh_axes(axes.EXPERTS))  # experts are never gathered
     state: Any = step.like.params
     gathered: set[str] = set()
     single: dict[Shape, str] = {}

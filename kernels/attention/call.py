@@ -1,0 +1,200 @@
+"""The call of attention, and those of the ops beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+
+from plait.kernels.attention.bias import LowRankBias
+from plait.kernels.call import OPTION, Call, letters
+from plait.kernels.masks import BlockTable, Mask
+from plait.kernels.shapes import (
+    accumulation_dtype,
+    check_divides,
+    check_floating,
+    check_rank,
+    check_shape,
+    check_tokens,
+    resolved_scale,
+)
+from plait.kernels.tokens import Tokens
+
+Array = jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class AttentionCall(Call):
+    """One call of `plait.kernels.attention`, which says what the fields mean."""
+
+    results: ClassVar[tuple[str, ...]] = ("bthv", "bth")
+
+    q: Array = field(metadata=letters("bthk"))
+    k: Array = field(metadata=letters("bthk"))
+    v: Any = field(metadata=letters("bthv"), default=None)
+    """None where only the weights are wanted."""
+    at: Any = field(metadata=letters("bt"), default=None)
+    """`Tokens`, or None for one segment from position 0."""
+    kv_at: Any = field(metadata=letters("bt"), default=None)
+    """`Tokens`, or None where the keys are the queries' own tokens."""
+    block_table: Any = field(metadata=letters("bhqk"), default=None)
+    sinks: Any = field(metadata=letters("h"), default=None)
+    sigmoid_bias: Any = field(metadata=letters("h"), default=None)
+    """[H] of the sigmoid."""
+    mask: Mask = field(metadata=OPTION)
+    scale: float = field(metadata=OPTION)
+    normalizer: str = field(metadata=OPTION, default="softmax")
+    logit_soft_cap: float | None = field(metadata=OPTION, default=None)
+    return_stats: bool = field(metadata=OPTION, default=False)
+
+    @classmethod
+    def of(
+        cls,
+        op: str,
+        *,
+        q: Array,
+        k: Array,
+        at: Tokens | None = None,
+        kv_at: Tokens | None = None,
+        scale: float | None = None,
+        sigmoid_bias: Array | float | None = None,
+        bias: LowRankBias | None = None,
+        **fields: Any,
+    ) -> Self:
+        """The call of the op's public function, checked, with the default scale filled in and the bias folded in.
+
+        Raises:
+          ValueError: a shape, ratio, dtype, option or known segment id does not fit.
+        """
+        check_rank(op, "q", q, "[B, T, H, K]")
+        check_rank(op, "k", k, "[B, S, Hkv, K]")
+        if sigmoid_bias is not None:
+            sigmoid_bias = jnp.asarray(sigmoid_bias, accumulation_dtype(q, k))
+            if sigmoid_bias.ndim:
+                check_shape(op, "sigmoid_bias", sigmoid_bias, (q.shape[2],), "a number or [H]")
+            sigmoid_bias = jnp.broadcast_to(sigmoid_bias, (q.shape[2],))
+        scale = resolved_scale(op, scale, q.shape[3])
+        if bias is not None:
+            q, k = bias.folded(op, q, k, scale)
+        call = cls(q=q, k=k, at=_known(at), kv_at=_known(kv_at), scale=scale, sigmoid_bias=sigmoid_bias, **fields)
+        call._check(op)
+        return call
+
+    @property
+    def own_keys(self) -> bool:
+        """The keys are the queries' own tokens, in order."""
+        return self.kv_at is None
+
+    @property
+    def packed(self) -> bool:
+        """There may be several segments."""
+        return self.at is not None or self.kv_at is not None
+
+    @property
+    def sigmoid(self) -> bool:
+        """The weights are not normalised."""
+        return self.normalizer == "sigmoid"
+
+    @property
+    def sides(self) -> tuple[Tokens, Tokens]:
+        """The tokens of queries and keys, filled in."""
+        queries = (self.at or Tokens()).placed(*self.q.shape[:2])
+        return queries, queries if self.kv_at is None else self.kv_at.placed(*self.k.shape[:2])
+
+    def on_queries(self, function: Callable[[Array], Array]) -> Self:
+        """The call with `function(x)` in place of each x [B, T, ...] that belongs to the queries."""
+        return self.replace(q=function(self.q), at=jax.tree.map(function, self.at))
+
+    def _check(self, op: str) -> None:
+        q, k, v = self.q, self.k, self.v
+        check_floating(op, q=q, k=k)
+        batch, length, num_heads, key_dim = q.shape
+        num_keys, num_kv_heads = k.shape[1:3]
+        check_shape(op, "k", k, (batch, num_keys, num_kv_heads, key_dim), "[B, S, Hkv, K] with B and K of q")
+        if v is not None:
+            check_rank(op, "v", v, "[B, S, Hkv, V]")
+            check_floating(op, v=v)
+            check_shape(op, "v", v, (batch, num_keys, num_kv_heads, v.shape[3]), "[B, S, Hkv, V] with B, S and Hkv of k")
+        check_divides(op, "the number of k and v heads", num_kv_heads, "the number of q heads", num_heads)
+        check_tokens(op, "at", self.at, batch, length)
+        check_tokens(op, "kv_at", self.kv_at, batch, num_keys, in_order=False)
+        if self.own_keys and num_keys != length:
+            raise ValueError(
+                f"{op}: k has S={num_keys} tokens and q has T={length}; they must be equal unless kv_at says what the keys are; "
+                "pass it"
+            )
+        _check_table(op, q, k, self.block_table)
+        if self.sinks is not None:
+            check_shape(op, "sinks", self.sinks, (num_heads,), "[H]")
+        if self.normalizer not in ("softmax", "sigmoid"):
+            raise ValueError(f"{op}: normalizer={self.normalizer!r} is unknown; use 'softmax' or 'sigmoid'")
+        if self.sigmoid != (self.sigmoid_bias is not None):
+            raise ValueError(
+                f"{op}: sigmoid_bias={self.sigmoid_bias} with normalizer={self.normalizer!r}; the sigmoid needs one and softmax takes "
+                "none; use -log(longest training sequence) or None"
+            )
+        if self.logit_soft_cap is not None and self.logit_soft_cap <= 0:
+            raise ValueError(f"{op}: logit_soft_cap={self.logit_soft_cap} must be above 0; use None for no cap")
+        if self.sigmoid and self.sinks is not None:
+            raise ValueError(f"{op}: sinks with normalizer='sigmoid' have no denominator to join; use sinks=None")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class RoutedCall(AttentionCall):
+    """One call of `plait.kernels.routed_attention`."""
+
+    results: ClassVar[tuple[str, ...]] = ("bthv",)
+
+    active: Array = field(metadata=letters("bth"))
+
+    def on_queries(self, function: Callable[[Array], Array]) -> Self:
+        """See `AttentionCall.on_queries`."""
+        return super().on_queries(function).replace(active=function(self.active))
+
+    def _check(self, op: str) -> None:
+        super()._check(op)
+        check_shape(op, "active", self.active, self.q.shape[:3], "[B, T, H]")
+        if self.active.dtype != bool:
+            raise ValueError(f"{op}: active.dtype={self.active.dtype} must be bool; compare it with 0")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class MassCall(AttentionCall):
+    """One call of `plait.kernels.column_mass` or `first_masses`."""
+
+    results: ClassVar[tuple[str, ...]] = ("bth",)
+
+    lse: Array = field(metadata=letters("bth"))
+
+    def _check(self, op: str) -> None:
+        super()._check(op)
+        check_shape(op, "lse", self.lse, self.q.shape[:3], "[B, T, H] of q")
+        check_floating(op, lse=self.lse)
+
+
+def _known(tokens: Tokens | None) -> Tokens | None:
+    """What the op needs of the tokens; None where that is nothing."""
+    if tokens is None or (tokens.segment_ids is None and tokens.positions is None):
+        return None
+    return Tokens(segment_ids=tokens.segment_ids, positions=tokens.positions)
+
+
+def _check_table(op: str, q: Array, k: Array, table: BlockTable | None) -> None:
+    if table is None:
+        return
+    for name, size in (("block_q", table.block_q), ("block_kv", table.block_kv)):
+        if size < 1:
+            raise ValueError(f"{op}: block_table.{name}={size} must be at least 1; use 64 or 128")
+    visible, heads = table.visible, q.shape[2]
+    check_rank(op, "block_table.visible", visible, "[B, H, NQ, NK]")
+    if visible.dtype != bool:
+        raise ValueError(f"{op}: block_table.visible.dtype={visible.dtype} must be bool; compare it with 0")
+    count = (-(-q.shape[1] // table.block_q), -(-k.shape[1] // table.block_kv))
+    expected = (q.shape[0], 1 if visible.shape[1] == 1 else heads, *count)
+    check_shape(op, "block_table.visible", visible, expected, "[B, H or 1, ceil(T / block_q), ceil(S / block_kv)]")

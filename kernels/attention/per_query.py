@@ -1,0 +1,96 @@
+"""What flash attention does for each query row outside its kernels, on every platform: sink logits, and cotangents of the rows.
+
+The backward kernels recompute the weights A from lse and need one form for all statistics:
+  dz_j = A_j (do . v_j + [j is first] dfirst + c1 - c e_j) + [z_j = max] dmax       (times 1 - A_j for the sigmoid)
+with e_j = log A_j up to a constant of the row. The rows c1, c, dfirst and dmax are made here.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from plait.kernels.attention.call import AttentionCall
+from plait.kernels.attention.reference import MASKED as HIDDEN
+from plait.kernels.attention.reference import capped
+from plait.kernels.shapes import matmul_precision
+from plait.kernels.tokens import Tokens
+
+Array = jax.Array
+
+_TIES = 1e-6
+"""Logits this close to the row's maximum, relatively, get its gradient."""
+
+
+def gradient_rows(rows: Sequence[Array], d_rows: Sequence[Array], delta: Array, *, sigmoid: bool) -> list[Array]:
+    """The rows that the backward kernels read: lse, c1 and, with statistics, c, dfirst, dmax and the logit from which dmax applies.
+
+    Args:
+      rows: what the forward kernel gave, all of one shape: lse and, with statistics, maximum, entropy and perhaps first mass,
+        without which dfirst is left out.
+      d_rows: their cotangents.
+      delta: sum of do o over the values of each row.
+      sigmoid: the weights are not normalised.
+    """
+    lse, d_lse = rows[0], d_rows[0]
+    seen = lse > HIDDEN / 2
+    inverse = jnp.where(seen, jnp.exp(-jnp.where(seen, lse, 0)), 0) if sigmoid else seen.astype(jnp.float32)
+    c1 = d_lse * inverse if sigmoid else d_lse - delta  # only a normalised row subtracts delta_i = sum_j A_ij do_i . v_j
+    if len(rows) == 1:
+        return [lse, c1]
+    peak, entropy, *firsts = rows[1:]
+    d_peak, d_entropy, *d_firsts = d_rows[1:]
+    c, d_firsts = d_entropy * inverse, [d * inverse for d in d_firsts]
+    c1 += jnp.where(seen, c * (lse - entropy) - sum(d * first for d, first in zip(d_firsts, firsts)), 0)
+    return [lse, c1, c, *d_firsts, d_peak, jnp.where(seen, peak - _TIES * abs(peak), -HIDDEN)]
+
+
+def first_mass(call: AttentionCall, lse: Array, queries: Tokens, keys: Tokens, *, position: int = 0) -> Array:
+    """The weight [B, T, H] of each row on its segment's token at `position`, from the row's lse and one score: no kernel looks for it.
+
+    Args:
+      call: whose weights are wanted.
+      lse: [B, T, H] float32; with sink logits in it the weights are those beside a sink.
+      queries: where the queries are, int32 [B or 1, T]; one row is one segment where the keys are their own tokens.
+      keys: likewise, [B or 1, S].
+    """
+    q, k, block_table = call.q, call.k, call.block_table
+    index = _keys_at(position, queries, keys, call.own_keys)  # [B or 1, T]
+    at = jnp.broadcast_to(index, (k.shape[0], index.shape[1]))[:, :, None, None]
+    first = jnp.take_along_axis(k, at, axis=1)  # [B, T, Hkv, K]
+    grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
+    z = jnp.einsum("btgrk,btgk->btgr", grouped, first, precision=matmul_precision(q.dtype), preferred_element_type=jnp.float32)
+    z = capped(call.scale * z.reshape(lse.shape), call.logit_soft_cap)
+    ids, positions = (jnp.take_along_axis(x, index, axis=1) for x in (keys.segment_ids, keys.positions))
+    visible = (
+        (ids == queries.segment_ids) & (ids != 0) & (positions == position) & call.mask.reaches(queries.positions, positions)
+    )
+    visible = visible[:, :, None] & (lse > HIDDEN / 2)
+    if block_table is not None:
+        blocks = jnp.arange(q.shape[1]) // block_table.block_q
+        rows = jnp.take(block_table.visible, blocks, axis=2)  # [B, H or 1, T, NK]
+        entry = jnp.broadcast_to(index[:, None, :, None] // block_table.block_kv, (*rows.shape[:3], 1))
+        visible &= jnp.swapaxes(jnp.take_along_axis(rows, entry, axis=3)[..., 0], 1, 2)
+    lse = jnp.where(visible, lse, 0)
+    if not call.sigmoid:
+        return jnp.where(visible, jnp.exp(jnp.where(visible, z - lse, 0)), 0)
+    return jnp.where(visible, jax.nn.sigmoid(z + call.sigmoid_bias.reshape(1, 1, -1)) * jnp.exp(-lse), 0)
+
+
+def _keys_at(position: int, queries: Tokens, keys: Tokens, own_keys: bool) -> Array:
+    """int32 [B or 1, T]: where the token at `position` of each query's segment is, or any index where there is none."""
+    if own_keys:
+        return jnp.minimum(queries.starts() + position, keys.positions.shape[1] - 1)
+    found = jnp.where(keys.positions == position, keys.segment_ids, jnp.iinfo(jnp.int32).max)
+    order = jnp.argsort(found, axis=1)
+    ranked = jnp.take_along_axis(found, order, axis=1)
+    rank = jax.vmap(jnp.searchsorted)(ranked, queries.segment_ids)
+    return jnp.take_along_axis(order, jnp.minimum(rank, found.shape[1] - 1), axis=1)
+
+
+def with_sinks(o: Array, rows: Sequence[Array], sinks: Array) -> tuple[Array, list[Array]]:
+    """o [B, T, H, V] and its rows [B, T, H] after sink logits [H] join the denominators: all shrink by the share of the keys."""
+    sinks = sinks.astype(jnp.float32).reshape(1, 1, -1)
+    share = jax.nn.sigmoid(rows[0] - sinks)
+    rest = [*rows[1:3], *(first * share for first in rows[3:])]
+    return (o * share[..., None]).astype(o.dtype), [jnp.logaddexp(rows[0], sinks), *rest]

@@ -1,0 +1,330 @@
+"""The kernels of flash attention for TPU: forward, query gradients, key gradients, column mass. The math is in `pallas_tpu`."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from plait.kernels.attention.reference import MASKED as HIDDEN
+from plait.kernels.attention.tpu.tiling import Operands, Problem, Tiling
+from plait.kernels.attention.visits import FULL, MASKED, Visits
+from plait.kernels.shapes import matmul_precision
+
+Array = jax.Array
+
+_LOG2_E = 1.4426950408889634
+
+
+_NT, _NN = ((((a,), (b,)), ((), ())) for a, b in ((1, 1), (1, 0)))
+
+
+def _dot(a: Array, b: Array, dims: Any) -> Array:
+    """A product of two tiles in float32; 16-bit operands are exact in it, float32 ones get full precision."""
+    return jax.lax.dot_general(a, b, dims, precision=matmul_precision(a.dtype), preferred_element_type=jnp.float32)
+
+
+def _products(problem: Problem, k: Array, q: Array) -> Array:
+    """k . q [N, M], unscaled; with a soft cap, what scaled is the capped logit."""
+    z = _dot(k, q, _NT)
+    if problem.soft_cap is None:
+        return z
+    unit = problem.soft_cap / problem.scale
+    return unit * jnp.tanh(z * (1 / unit))
+
+
+def _log_sigmoid(x: Array) -> Array:
+    return jnp.minimum(x, 0) - jnp.log1p(jnp.exp(-abs(x)))
+
+
+class _Keys(NamedTuple):
+    """Some keys of a tile: where they are and, under the mask, their tokens as columns int32 [N, 1]."""
+
+    at: slice
+    ids: Any = None
+    positions: Any = None
+
+
+_FORWARD_PART, _GRADIENT_PART = (128, 128), (1024, 256)
+"""Keys and queries of the parts in which a tile is worked off: with these the compiler runs products, exponentials and sums side by
+side, and the statistics cost next to nothing."""
+
+
+def _cuts(length: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _key_parts(tokens: Sequence[Any], masked: bool, size: int) -> Iterator[_Keys]:
+    for at in _cuts(tokens[1].shape[3], size):
+        if masked:
+            columns = tokens[1][0, 0, :, at].T
+            yield _Keys(at, columns[:, 0:1], columns[:, 1:2])
+        else:
+            yield _Keys(at)
+
+
+def _visible(problem: Problem, tokens: Sequence[Any], keys: _Keys, queries: slice) -> Array:
+    """bool [N, M]: which keys a query sees.
+
+    `tokens` are (segments, positions) of queries and keys, [2, tile] each; where a block table is used, a third array int32
+    [1, tile] holds, for each query, a bit for every block that the tile's keys span.
+    """
+    q_ids, q_positions = tokens[0][0, 0, 0:1, queries], tokens[0][0, 0, 1:2, queries]
+    visible = (q_ids == keys.ids) & (keys.ids != 0) & problem.layout.mask.reaches(q_positions, keys.positions)
+    if problem.table_blocks is not None:
+        block, tile = problem.table_blocks[1], tokens[1].shape[3]
+        key = keys.at.start + jax.lax.broadcasted_iota(jnp.int32, visible.shape, 0)
+        entry = jax.lax.div(key, jnp.full_like(key, block)) if block < tile else jnp.zeros_like(key)
+        bits = jnp.broadcast_to(tokens[2][0, 0, 0, :, queries], visible.shape)
+        visible &= (jax.lax.shift_right_logical(bits, entry) & 1) == 1
+    return visible
+
+
+def _by_kind(kind: Array, tile: Callable[[bool], None]) -> None:
+    """Runs tile(masked) as the kind of the tile asks."""
+    pl.when(kind == MASKED)(lambda: tile(True))
+    pl.when(kind == FULL)(lambda: tile(False))
+
+
+def _weights_and_gradient(
+    problem: Problem, masked: bool, bias: Array, refs: Sequence[Any], keys: _Keys, queries: slice
+) -> tuple[Array, Array, Array]:
+    """A, dz and the part of dz that the sigmoid's bias shares, all [N, M], of a part of a tile of the backward pass.
+
+    z is q . k without the scale, and the rows [R, M] fit it: see `_gradient_rows`.
+    """
+    tokens = refs[5:]
+    q, k, v, d_o = refs[0][0, 0, queries], refs[1][0, 0, keys.at], refs[2][0, 0, keys.at], refs[3][0, 0, queries]
+    rows = refs[4][0, 0, :, queries]
+    z = _products(problem, k, q)
+    logits = problem.scale * z + bias if problem.sigmoid else z
+    e = _log_sigmoid(logits) if problem.sigmoid and problem.stats else z
+    weights = jax.nn.sigmoid(logits) if problem.sigmoid else jnp.exp2((problem.scale * _LOG2_E) * z - rows[0:1])
+    if masked:
+        visible = _visible(problem, tokens, keys, queries)
+        weights = jnp.where(visible, weights, 0)
+    d_weights = _dot(v, d_o, _NT) + rows[1:2]
+    if problem.stats:
+        d_weights -= rows[2:3] * e
+    d_logits = d_weights * weights
+    if problem.sigmoid:
+        d_logits *= 1 - weights
+    shared = d_logits
+    if problem.stats:
+        highest = z >= rows[4:5]
+        d_logits += jnp.where(highest & visible if masked else highest, rows[3:4], 0)
+    if problem.soft_cap is not None:
+        d_logits *= 1 - jnp.square(z * (problem.scale / problem.soft_cap))
+    return weights, d_logits, shared
+
+
+def _gradient_rows(problem: Problem, rows: Sequence[Array]) -> Array:
+    """The rows of `plait.kernels.attention.per_query.gradient_rows`, stacked [B, H, R, T] and in the units of unscaled logits."""
+    lse, c1, *stats = rows
+    stacked = [lse if problem.sigmoid else lse * _LOG2_E, c1]
+    if stats:
+        c, d_peak, threshold = stats
+        stacked += [c if problem.sigmoid else c * problem.scale, d_peak, threshold / problem.scale]
+    return jnp.stack(stacked, axis=2).astype(jnp.float32)
+
+
+def _forward_kernel(problem: Problem, visits: Visits, table: Any, bias: Any, *refs: Any) -> None:
+    q, k, v, *rest = refs
+    num_tokens = 2 if problem.table_blocks is None else 3
+    tokens, (o, rows, acc, *state) = rest[:num_tokens], rest[num_tokens:]
+    b, h, i, step = (pl.program_id(axis) for axis in range(4))
+    peak, total, *extra = state  # each [1, M]: the largest q . k, l and, with statistics, u in bits
+    to_bits = problem.scale * _LOG2_E
+
+    @pl.when(step == 0)
+    def _start():
+        peak[...] = jnp.full_like(peak, HIDDEN)
+        for x in (total, acc, *extra):
+            x[...] = jnp.zeros_like(x)
+
+    def part(masked: bool, keys: _Keys, values: Array, queries: slice) -> None:
+        z = _products(problem, k[0, 0, keys.at], q[0, 0, queries])  # [N, M]
+        if masked:
+            visible = _visible(problem, tokens, keys, queries)
+        shown = jnp.where(visible, z, HIDDEN) if masked else z
+        old = peak[:, queries]
+        highest: Any = None
+        if problem.stats or not problem.sigmoid:
+            highest = jnp.maximum(old, jnp.max(shown, axis=0, keepdims=True))
+            peak[:, queries] = highest
+        if problem.sigmoid:
+            logits = problem.scale * z + bias[h]
+            p = jax.nn.sigmoid(logits)
+            exponents: Any = _log_sigmoid(logits) * _LOG2_E if problem.stats else None
+            rise: Any = 0.0
+            keep: Any = 1.0
+        else:
+            exponents = (shown - highest) * to_bits
+            p = jnp.exp2(exponents)
+            rise = (highest - old) * to_bits
+            keep = jnp.exp2(-rise)
+        if masked:
+            p = jnp.where(visible, p, 0)
+        mass = total[:, queries]
+        if problem.stats:
+            spread = extra[0][:, queries]
+            extra[0][:, queries] = keep * (spread - rise * mass) + jnp.sum(p * exponents, axis=0, keepdims=True)
+        total[:, queries] = keep * mass + jnp.sum(p, axis=0, keepdims=True)
+        acc[:, queries] = keep * acc[:, queries] + _dot(values, p.astype(v.dtype), _NN)  # [V, M]
+
+    def tile(masked: bool) -> None:
+        for keys in _key_parts(tokens, masked, _FORWARD_PART[0]):
+            values = v[0, 0, keys.at].T
+            for queries in _cuts(q.shape[2], _FORWARD_PART[1]):
+                part(masked, keys, values, queries)
+
+    _by_kind(visits.lookup(table, b, h, i, step)[1], tile)
+
+    @pl.when(step == pl.num_programs(3) - 1)
+    def _finish():
+        some = total[...] > 0
+        mass = jnp.where(some, total[...], 1)
+        o[0, 0] = (acc[...] if problem.sigmoid else acc[...] / mass).astype(o.dtype)
+        log_mass, highest = jnp.log(mass), problem.scale * peak[...]
+        rows[0, 0, 0:1] = jnp.where(some, log_mass if problem.sigmoid else log_mass + highest, HIDDEN)
+        if problem.stats:
+            rows[0, 0, 1:2] = jnp.where(peak[...] > HIDDEN / 2, highest, HIDDEN)
+            rows[0, 0, 2:3] = jnp.where(some, log_mass - extra[0][...] / (_LOG2_E * mass), 0)
+
+
+def forward(problem: Problem, x: Operands) -> tuple[Array, tuple[Array, ...]]:
+    """o [B, H, V, T] in q's dtype, and rows [B, H, T]: lse and, with statistics, maximum and entropy."""
+    tiles, length, value_dim = problem.tiles, x.q.shape[2], x.v.shape[3]
+    tiling = Tiling(problem, x, tiles.block_q, tiles.block_kv)
+    num_rows = 3 if problem.stats else 1
+    state = [pltpu.VMEM((1, tiles.block_q), jnp.float32)] * (3 if problem.stats else 2)
+    o, rows = tiling.over_queries(
+        _forward_kernel,
+        "attention_forward",
+        outputs=((value_dim, x.q.dtype), (num_rows, jnp.float32)),
+        scratch=[pltpu.VMEM((value_dim, tiles.block_q), jnp.float32), *state],
+    )
+    return o[..., :length], tuple(rows[:, :, i, :length] for i in range(num_rows))
+
+
+def _query_gradients_kernel(problem: Problem, visits: Visits, table: Any, bias: Any, *refs: Any) -> None:
+    *inputs, d_q, d_bias, acc, shared_acc = refs
+    k = inputs[1]
+    b, h, i, step = (pl.program_id(axis) for axis in range(4))
+
+    @pl.when(step == 0)
+    def _start():
+        acc[...] = jnp.zeros_like(acc)
+        shared_acc[...] = jnp.zeros_like(shared_acc)
+
+    def tile(masked: bool) -> None:
+        for keys in _key_parts(inputs[5:], masked, _GRADIENT_PART[0]):
+            turned = k[0, 0, keys.at].T
+            for queries in _cuts(acc.shape[1], _GRADIENT_PART[1]):
+                _, d_logits, shared = _weights_and_gradient(problem, masked, bias[h], inputs, keys, queries)
+                acc[:, queries] += _dot(turned, d_logits.astype(k.dtype), _NN)  # [K, M]
+                if problem.sigmoid:
+                    shared_acc[:, queries] += jnp.sum(shared, axis=0, keepdims=True)
+
+    _by_kind(visits.lookup(table, b, h, i, step)[1], tile)
+
+    @pl.when(step == pl.num_programs(3) - 1)
+    def _finish():
+        d_q[0, 0] = (problem.scale * acc[...]).astype(d_q.dtype)
+        d_bias[0, 0] = shared_acc[...]
+
+
+def query_gradients(problem: Problem, x: Operands, d_o: Array, rows: Sequence[Array]) -> tuple[Array, Array]:
+    """dq [B, H, T, K] and the gradient [H] of the sigmoid's bias, for d_o [B, H, T, V].
+
+    The float32 rows [B, H, T] are those of `plait.kernels.attention.per_query.gradient_rows`.
+    """
+    tiles, length, key_dim = problem.tiles, x.q.shape[2], x.q.shape[3]
+    d_q, d_bias = Tiling(problem, x, tiles.block_q_dq, tiles.block_kv_dq).over_queries(
+        _query_gradients_kernel,
+        "attention_query_gradients",
+        extra=((d_o, "q", 2), (_gradient_rows(problem, rows), "q", 3)),
+        outputs=((key_dim, x.q.dtype), (1, jnp.float32)),
+        scratch=[pltpu.VMEM((n, tiles.block_q_dq), jnp.float32) for n in (key_dim, 1)],
+    )
+    return jnp.swapaxes(d_q[..., :length], 2, 3), jnp.sum(d_bias, axis=(0, 2, 3))
+
+
+def _key_gradients_kernel(problem: Problem, visits: Visits, table: Any, bias: Any, *refs: Any) -> None:
+    *inputs, d_k, d_v, k_acc, v_acc = refs
+    q, d_o = inputs[0], inputs[3]
+    b, h, j, member, step = (pl.program_id(axis) for axis in range(5))
+    num_members = pl.num_programs(3)
+    head = h * num_members + member
+
+    @pl.when((member == 0) & (step == 0))
+    def _start():
+        k_acc[...] = jnp.zeros_like(k_acc)
+        v_acc[...] = jnp.zeros_like(v_acc)
+
+    def tile(masked: bool) -> None:
+        for keys in _key_parts(inputs[5:], masked, _GRADIENT_PART[0]):
+            for queries in _cuts(q.shape[2], _GRADIENT_PART[1]):
+                weights, d_logits, _ = _weights_and_gradient(problem, masked, bias[head], inputs, keys, queries)
+                v_acc[keys.at] += _dot(weights.astype(d_o.dtype), d_o[0, 0, queries], _NN)  # [N, V]
+                k_acc[keys.at] += _dot(d_logits.astype(q.dtype), q[0, 0, queries], _NN)  # [N, K]
+
+    _by_kind(visits.lookup(table, b, head, j, step)[1], tile)
+
+    @pl.when((member == num_members - 1) & (step == pl.num_programs(4) - 1))
+    def _finish():
+        d_k[0, 0] = (problem.scale * k_acc[...]).astype(d_k.dtype)
+        d_v[0, 0] = v_acc[...].astype(d_v.dtype)
+
+
+def key_gradients(problem: Problem, x: Operands, d_o: Array, rows: Sequence[Array]) -> tuple[Array, Array]:
+    """dk [B, Hkv, S, K] and dv [B, Hkv, S, V], summed over the heads of each group; arguments as in `query_gradients`."""
+    tiles, num_keys, dims = problem.tiles, x.k.shape[2], (x.k.shape[3], x.v.shape[3])
+    d_k, d_v = Tiling(problem, x, tiles.block_q_dkv, tiles.block_kv_dkv).over_keys(
+        _key_gradients_kernel,
+        "attention_key_gradients",
+        extra=((d_o, "q", 2), (_gradient_rows(problem, rows), "q", 3)),
+        outputs=((dims[0], x.k.dtype), (dims[1], x.v.dtype)),
+        scratch=[pltpu.VMEM((tiles.block_kv_dkv, n), jnp.float32) for n in dims],
+    )
+    return d_k[:, :, :num_keys], d_v[:, :, :num_keys]
+
+
+def _column_mass_kernel(problem: Problem, visits: Visits, table: Any, bias: Any, *refs: Any) -> None:
+    q, k, lse, *tokens, mass, total = refs
+    b, h, j, _, step = (pl.program_id(axis) for axis in range(5))
+
+    @pl.when(step == 0)
+    def _start():
+        total[...] = jnp.zeros_like(total)
+
+    def tile(masked: bool) -> None:
+        for keys in _key_parts(tokens, masked, _GRADIENT_PART[0]):
+            for queries in _cuts(q.shape[2], _GRADIENT_PART[1]):
+                z = _products(problem, k[0, 0, keys.at], q[0, 0, queries])
+                weights = jnp.exp2((problem.scale * _LOG2_E) * z - lse[0, 0, 0:1, queries])
+                if masked:
+                    weights = jnp.where(_visible(problem, tokens, keys, queries), weights, 0)
+                total[keys.at] += jnp.sum(weights, axis=1, keepdims=True)
+
+    _by_kind(visits.lookup(table, b, h, j, step)[1], tile)
+
+    @pl.when(step == pl.num_programs(4) - 1)
+    def _finish():
+        mass[0, 0] = total[...]
+
+
+def column_mass(problem: Problem, x: Operands, lse: Array) -> Array:
+    """sum_i A_ij, float32 [B, H, S], for lse [B, H, T] that is large where a row sees nothing."""
+    tiling = Tiling(problem, x, problem.tiles.block_q_dkv, problem.tiles.block_kv_dkv)
+    tiling.num_kv_heads = tiling.num_heads  # each head has sums of its own, on the keys it shares
+    (mass,) = tiling.over_keys(
+        _column_mass_kernel,
+        "attention_column_mass",
+        extra=(((lse * _LOG2_E)[:, :, None], "q", 3),),
+        outputs=((1, jnp.float32),),
+        scratch=[pltpu.VMEM((problem.tiles.block_kv_dkv, 1), jnp.float32)],
+    )
+    return mass[:, :, : x.k.shape[2], 0]

@@ -1,0 +1,180 @@
+"""Which tiles of the attention matrix a kernel visits: a table for the grid, so that hidden tiles are never loaded."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from plait.kernels import chunking
+from plait.kernels.attention.call import AttentionCall
+from plait.kernels.masks import BlockTable, Mask, Span
+from plait.kernels.tokens import Tokens
+
+Array = jax.Array
+
+SKIP, MASKED, FULL = 0, 1, 2
+"""Kinds of tile: not computed, computed under the mask, computed without looking at the mask."""
+
+_FAR = 1 << 29
+
+
+class Visits(NamedTuple):
+    """The tiles that each block of one side visits on the other side, in order."""
+
+    entries: Array
+    """int32 [B or 1, H or 1, N, W]: 4 * block + kind. After a row's last tile, its block again with kind SKIP, which moves no data."""
+
+    def flat(self) -> Array:
+        """One axis, as scalar memory wants it; `lookup` reads it."""
+        return self.entries.reshape(-1)
+
+    def counts(self) -> Array:
+        """int32 [B or 1, H or 1, N]: tiles visited."""
+        return jnp.sum((self.entries & 3) != SKIP, axis=-1, dtype=jnp.int32)
+
+    def lookup(self, flat: Array, b: Array, h: Array, i: Array, step: Array) -> tuple[Array, Array]:
+        """(block, kind) of a step of block i in batch row b and query head h; `flat` may be a reference in scalar memory."""
+        batch, heads, blocks, width = self.entries.shape
+        row = (b if batch > 1 else 0) * heads + (h if heads > 1 else 0)
+        entry = flat[(row * blocks + i) * width + step]
+        return entry >> 2, entry & 3
+
+
+class Layout(NamedTuple):
+    """What is known of the two sides before the tokens are."""
+
+    mask: Mask
+    num_queries: int
+    num_keys: int
+    own_keys: bool
+    """The keys are the queries' own tokens, in order."""
+    packed: bool
+    """Tokens are given: there may be several segments."""
+
+    def near(self, block_q: int, block_kv: int) -> np.ndarray:
+        """bool [NQ, NK]: tiles that the mask can show by order alone, sink tokens aside."""
+        q, k = (_indices(n, block) for n, block in ((self.num_queries, block_q), (self.num_keys, block_kv)))
+        if not self.own_keys:
+            return np.ones((len(q.low), len(k.low)), bool)
+        mask = self.mask.without_sinks()
+        slack = mask.alignment - 1 if self.packed else 0  # a segment may start anywhere in a block of positions
+        low, high = k.low[None, :] - slack, k.high[None, :] + slack
+        some, _ = mask.tile(Span(q.low[:, None], q.high[:, None]), Span(low, high))
+        return np.broadcast_to(some, (len(q.low), len(k.low)))
+
+    def anchored(self, block_q: int, block_kv: int) -> np.ndarray:
+        """bool [NQ, NK]: tiles that may also be visible for the sake of sink tokens."""
+        near = self.near(block_q, block_kv)
+        if not (self.own_keys and self.mask.num_sink_tokens):
+            return np.zeros_like(near)
+        starts = np.arange(near.shape[1])[None, :] * block_kv
+        return (starts < np.arange(1, near.shape[0] + 1)[:, None] * block_q) & (
+            self.packed | (starts < self.mask.num_sink_tokens)
+        )
+
+    def widths(self, block_q: int, block_kv: int) -> tuple[int, int]:
+        """The most key blocks a query block visits, and the most query blocks a key block is visited by."""
+        near = self.near(block_q, block_kv)
+        either = near | self.anchored(block_q, block_kv)
+        rows, columns = either.sum(1).max(), either.sum(0).max()
+        if self.packed and self.own_keys and self.mask.num_sink_tokens and self.mask.reach_back() is not None:
+            # Only the segment of a block's first query can begin before the block's key range.
+            rows = min(rows, near.sum(1).max() + (self.mask.num_sink_tokens - 1) // block_kv + 2)
+        return int(rows), int(columns)
+
+
+def laid_out(call: AttentionCall) -> tuple[Layout, Tokens, Tokens]:
+    """The layout of a call and the tokens of its queries and keys, [B, T] and [B, S]; one row of them where nothing is packed."""
+    queries, keys = call.sides
+    if call.own_keys:
+        queries = keys = renumbered(queries)
+    if not call.packed:
+        queries = keys = jax.tree.map(lambda x: x[:1], queries)
+    lengths = call.q.shape[1], call.k.shape[1]
+    return Layout(call.mask, *lengths, own_keys=call.own_keys, packed=call.packed), queries, keys
+
+
+def renumbered(tokens: Tokens) -> Tokens:
+    """The same tokens [B, T] with segments numbered in order, so that the segments of a block are an interval; padding stays 0."""
+    index, real = chunking.segment_index(tokens.segment_ids)
+    return Tokens(segment_ids=jnp.where(real, index + 1, 0), positions=tokens.positions)
+
+
+def plan_visits(
+    layout: Layout,
+    queries: Tokens,
+    keys: Tokens,
+    block_q: int,
+    block_kv: int,
+    *,
+    keep_first: bool,
+    table: BlockTable | None = None,
+) -> tuple[Visits, Visits]:
+    """What query blocks visit, and what key blocks visit.
+
+    Tokens are padded to whole blocks, int32 [B or 1, H or 1, T or S], and renumbered where the keys are the queries' own. With
+    `keep_first` no tile that holds a segment's first key is FULL. A tile is left out only if nothing in it is visible.
+    """
+    mask = layout.mask
+    q, k = (_summary(x, block) for x, block in ((queries, block_q), (keys, block_kv)))
+    q, k = _Summary(*(x[..., :, None] for x in q)), _Summary(*(x[..., None, :] for x in k))
+    near, anchored = layout.near(block_q, block_kv), layout.anchored(block_q, block_kv)
+    lift = lambda x: jnp.asarray(x)[None, None]
+    some, every = mask.tile(Span(q.low_position, q.high_position), Span(k.low_position, k.high_position))
+    visible = (lift(near) | (lift(anchored) & (k.low_position < mask.num_sink_tokens))) & some
+    visible &= (q.low_segment <= k.high_segment) & (k.low_segment <= q.high_segment)
+    whole = (q.segment == k.segment) & (q.segment > 0) & every
+    if keep_first:
+        whole &= k.low_position > 0
+    if table is not None:
+        shown, all_shown = _tiles_of_table(table, (block_q, block_kv), near.shape)
+        visible, whole = visible & shown, whole & all_shown
+    kinds = jnp.where(visible, jnp.where(whole, FULL, MASKED), SKIP)
+    rows, columns = layout.widths(block_q, block_kv)
+    return _ordered(kinds, rows), _ordered(jnp.swapaxes(kinds, 2, 3), columns)
+
+
+class _Summary(NamedTuple):
+    """Of each block's real tokens, [B, H, N]: ranges of segments and positions; and the segment of all its tokens, else -1."""
+
+    low_segment: Array
+    high_segment: Array
+    low_position: Array
+    high_position: Array
+    segment: Array
+
+
+def _summary(tokens: Tokens, block: int) -> _Summary:
+    ids, positions = (x.reshape(*x.shape[:2], -1, block) for x in (tokens.segment_ids, tokens.positions))
+    low, high = (lambda x: jnp.where(ids != 0, x, _FAR).min(-1)), (lambda x: jnp.where(ids != 0, x, -_FAR).max(-1))
+    alone = jnp.where(ids.min(-1) == ids.max(-1), ids.max(-1), -1)
+    return _Summary(low(ids), high(ids), low(positions), high(positions), alone)
+
+
+def _indices(length: int, block: int) -> Span:
+    """The indices [N] at which each block of a sequence begins and ends."""
+    low = np.arange(0, length, block)
+    return Span(low, np.minimum(low + block, length) - 1)
+
+
+def _tiles_of_table(table: BlockTable, blocks: tuple[int, int], count: tuple[int, int]) -> tuple[Array, Array]:
+    """Whether some, and whether every, entry of the table that a tile touches is visible, [B, H or 1, NQ, NK]."""
+    some = every = table.visible
+    for axis, own, block, n in zip((2, 3), (table.block_q, table.block_kv), blocks, count):
+        first = np.arange(n) * block // own
+        last = np.minimum(((np.arange(n) + 1) * block - 1) // own, some.shape[axis] - 1)
+        at = np.minimum(first[:, None] + np.arange((last - first).max() + 1), last[:, None])  # [n, entries]
+        take = lambda x, at=at, axis=axis: jnp.take(x, at, axis=axis)
+        some, every = take(some).any(axis + 1), take(every).all(axis + 1)
+    return some, every
+
+
+def _ordered(kinds: Array, width: int) -> Visits:
+    """Gathers each row's visited tiles [B, H, N, M] at its front."""
+    order = jnp.argsort(kinds == SKIP, axis=-1, stable=True)[..., :width]
+    count = jnp.sum(kinds != SKIP, axis=-1, keepdims=True)
+    step = jnp.arange(width).reshape(1, 1, 1, -1)
+    blocks = jnp.take_along_axis(order, jnp.minimum(step, jnp.maximum(count - 1, 0)), axis=-1)
+    kind = jnp.where(step < count, jnp.take_along_axis(kinds, blocks, axis=-1), SKIP)
+    return Visits((4 * blocks + kind).astype(jnp.int32))
