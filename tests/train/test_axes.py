@@ -1,7 +1,7 @@
 """Mixers and presets, made small, on the axes of the mesh: the losses, gradients and updates of one device.
 
-The default suite has a mixer of each family base on the axes that cut depth, time and heads; that every mixer has one device's outputs and gradients on eight is in its contract. The slow suite has every mixer and preset on every
-axis and pair of axes.
+The default suite has a mixer of each family base on the axes that cut depth, time and heads; that every mixer has one device's outputs
+and gradients on eight is in its contract. The slow suite has every mixer and preset on every axis and pair of axes.
 """
 
 import dataclasses
