@@ -85,7 +85,14 @@ def test_metrics_of_every_step_are_there_once_and_in_order(finished):
     expected = {"loss/train", "loss/balance/moh", "grad/norm", "optimizer/learning_rate", "optimizer/skipped_steps", "time/step"}
     assert all(expected <= record.keys() for record in records if "loss/train" in record)
     probed = next(r for r in records if r["step"] == 3 and "loss/train" in r)
-    assert {"attn/entropy_mean", "attn/sink_rate", "attn/max_logit", "moh/max_load", "residual/max", "residual/massive"} <= probed.keys()
+    assert {
+        "attn/entropy_mean",
+        "attn/sink_rate",
+        "attn/max_logit",
+        "moh/max_load",
+        "residual/max",
+        "residual/massive",
+    } <= probed.keys()
     assert json.loads((out / "metrics.jsonl").read_text().splitlines()[0])["step"] == 1
 
 
