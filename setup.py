@@ -1,6 +1,8 @@
-"""Maps the root folders to `plait.*`, subpackages found by discovery (pyproject.toml cannot express a renamed root)."""
+"""Maps the root folders to `plait.*`, with every folder of Python files in them (pyproject.toml cannot express a renamed root)."""
 
-from setuptools import find_packages, setup
+from pathlib import Path
+
+from setuptools import find_namespace_packages, setup
 from setuptools.command.build_py import build_py
 
 ROOTS = ("configs", "data", "kernels", "models", "train")
@@ -13,8 +15,9 @@ class BuildWithoutSetup(build_py):
         return [found for found in super().find_package_modules(package, package_dir) if found[1] != "setup"]
 
 
+folders = find_namespace_packages(include=[pattern for root in ROOTS for pattern in (root, f"{root}.*")])
 setup(
-    packages=["plait", *(f"plait.{name}" for name in find_packages(include=[p for r in ROOTS for p in (r, f"{r}.*")]))],
+    packages=["plait", *(f"plait.{name}" for name in folders if any(Path(*name.split(".")).glob("*.py")))],
     package_dir={"plait": "."},
     cmdclass={"build_py": BuildWithoutSetup},
 )

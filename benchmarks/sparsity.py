@@ -18,7 +18,7 @@ import numpy as np
 
 from plait.kernels import BlockTable, Mask, PowerMask, Tokens
 from plait.kernels.attention.pallas_tpu import choose_tiles
-from plait.kernels.attention.visits import FULL, MASKED, Layout, visits
+from plait.kernels.attention.visits import FULL, MASKED, Layout, plan_visits
 
 MASKED_COST = 1.36
 
@@ -27,7 +27,7 @@ def work(mask: Mask, queries: Tokens, length: int, block: int, *, own: bool = Tr
     """Tiles' worth of work, in units of query-key pairs, of each query head that `queries` [1, H, T] or the table have."""
     keys = Tokens(None, jnp.ones((1, 1, length), jnp.int32), jnp.arange(length, dtype=jnp.int32)[None, None])
     layout = Layout(mask, length, length, own_keys=own, packed=not own)
-    by_query, _ = visits(layout, queries, keys, block, block, keep_first=False, table=table)
+    by_query, _ = plan_visits(layout, queries, keys, block, block, keep_first=False, table=table)
     kinds = np.asarray(by_query.entries) & 3
     return float(((kinds == FULL).sum() + MASKED_COST * (kinds == MASKED).sum()) * block**2 / kinds.shape[1])
 

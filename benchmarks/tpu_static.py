@@ -196,7 +196,7 @@ def _attention_kernel(job: dict[str, Any], array: Callable[..., Any]) -> tuple[C
             return at[-1], kind
 
     blocks = (length // tiles.block_kv, length // tiles.block_q_dkv)
-    tiling.visits = lambda *_, **__: tuple(map(Every, blocks))
+    tiling.plan_visits = lambda *_, **__: tuple(map(Every, blocks))
     problem = tiling.Problem(layout, tiles, width**-0.5, False, stats)
     x, token = array(1, 1, length, width), array(1, 1, length, dtype=jnp.int32)
     rows = [array(1, 1, length, dtype=jnp.float32)] * (5 if stats else 2)

@@ -30,7 +30,7 @@ from plait.configs.presets import preset
 from plait.data.batch import Batch
 from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.train.mesh import make_mesh
-from plait.train.optimizer import make_optimizer
+from plait.train.optimizers import make_optimizer
 from plait.train.state import Blueprint, create_state
 from plait.train.step import make_step
 
@@ -51,7 +51,7 @@ def plait(config: ExperimentConfig, probe: bool = False) -> tuple[Stepper, int]:
     """Our step and the model's parameter count."""
     config = dataclasses.replace(config, model=config.model.with_vocab(VOCAB))
     blueprint = Blueprint(config)
-    tx = make_optimizer(config.optimizer, config.steps, blueprint.decay)
+    tx = make_optimizer(config.optimizer, config.steps, blueprint.parameters())
     mesh = make_mesh(MeshConfig())
     state = jax.jit(lambda: create_state(blueprint, tx))()
     step = jax.jit(make_step(blueprint, tx, mesh, config.probe if probe else None), donate_argnums=0)

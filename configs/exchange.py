@@ -83,9 +83,10 @@ def _exchanged(value: Any, hint: Any, path: str, words: list[str]) -> Any:
         value = _made(kind, name, value, hint, path)
     parts: dict[Any, tuple[Any, Any]] = {}  # with their annotations
     if isinstance(value, Mapping):
-        parts = {key: (item, (typing.get_args(hint) or (str, Any))[1]) for key, item in value.items()}
+        inner = _inside(hint, Mapping)[-1]
+        parts = {key: (item, inner) for key, item in value.items()}
     elif isinstance(value, tuple):
-        hints = [arg for arg in typing.get_args(hint) if arg is not Ellipsis] or [Any]
+        hints = [arg for arg in _inside(hint, tuple) if arg is not Ellipsis]
         parts = {index: (item, hints[min(index, len(hints) - 1)]) for index, item in enumerate(value)}
     elif isinstance(value, Config):
         fields = typing.get_type_hints(type(value))
@@ -106,7 +107,7 @@ def _made(kind: Registry[Any], name: str, old: Component | None, hint: Any, path
         made = default_mixer(name) if kind is MIXERS else kind[name]()
     except ValueError as error:
         raise ValueError(f"{path}={name!r}: {error}") from None
-    classes = tuple(one for one in _options(hint) if isinstance(one, type))
+    classes = _classes(hint)
     if classes and not isinstance(made, classes):
         raise ValueError(f"{path}={name!r} must be a {' or a '.join(one.__name__ for one in classes)}; name one of those")
     base = next(one for one in type(old).__mro__ if isinstance(made, one))
@@ -121,6 +122,17 @@ def _options(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
 
 
+def _classes(hint: Any) -> tuple[type[Component], ...]:
+    return tuple(one for one in _options(hint) if isinstance(one, type) and issubclass(one, Component))
+
+
+def _inside(hint: Any, container: type) -> tuple[Any, ...]:
+    """What a container in a field of this annotation holds."""
+    origins = {one: typing.get_origin(one) for one in _options(hint)}
+    found = [one for one, origin in origins.items() if isinstance(origin, type) and issubclass(origin, container)]
+    return typing.get_args(found[0]) if found else (Any,)
+
+
 def _kind(hint: Any) -> Registry[Any] | None:
-    bases = [one for one in _options(hint) if isinstance(one, type) and issubclass(one, Component)]
-    return registry_of(bases[0]) if bases else None
+    classes = _classes(hint)
+    return registry_of(classes[0]) if classes else None

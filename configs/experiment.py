@@ -6,7 +6,7 @@ import dataclasses
 
 from plait.configs.components import Config
 from plait.configs.mesh import MeshConfig
-from plait.configs.optimizer import OptimizerConfig
+from plait.configs.optimizer import OptimizerConfig, optimizer
 from plait.configs.probe import ProbeConfig
 from plait.configs.spike import SpikeConfig
 from plait.data.config import DataConfig
@@ -24,7 +24,7 @@ class ExperimentConfig(Config):
     """Optimizer steps."""
     model: LMConfig
     data: DataConfig
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: optimizer("adamw"))
     mesh: MeshConfig = MeshConfig()
     probe: ProbeConfig = ProbeConfig()
     spike: SpikeConfig = SpikeConfig()

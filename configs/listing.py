@@ -1,72 +1,101 @@
-"""The tables of `launch.py list`."""
+"""What there is: the tables of `launch.py list`, and of the docs that show the same."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from rich.table import Table
 
+from plait.configs.components import Component, Registry, registries
 from plait.configs.presets import presets
 from plait.configs.vocabulary import with_vocabulary
 from plait.kernels import registered
 from plait.models.lm import num_params
-from plait.models.mixers.base import MIXERS
+
+KINDS = {
+    "mixer": "plait.models.mixers.base",
+    "channel mixer": "plait.models.channel_mixers.base",
+    "optimizer": "plait.configs.optimizer",
+    "task": "plait.data.tasks.base",
+    "probe": "plait.train.probes.base",
+}
+"""The kinds of components, and the module that makes the registry of each."""
+WIDTH, LENGTH = 1024, 4096
+"""Width and tokens at which models' components are compared."""
+
+
+def registry(kind: str) -> Registry[Any]:
+    """The registry of a kind of component."""
+    importlib.import_module(KINDS[kind])
+    return registries[kind]
+
+
+def summary(config: type[Component]) -> str:
+    """The first sentence of a component's documentation."""
+    return " ".join((inspect.getdoc(config) or "").split("\n\n")[0].split())
+
+
+COLUMNS: dict[str, dict[str, Callable[[type[Any]], str]]] = {
+    "mixer": {
+        "kind": lambda config: config().kind,
+        "parameters": lambda config: f"{config().num_params(WIDTH) / 1e6:.2f}M",
+        "forward FLOPs per token": lambda config: f"{config().flops(WIDTH, LENGTH) / 1e6:.1f}M",
+        "decode state per sequence": lambda config: f"{config().state_bytes(WIDTH, LENGTH, 'bfloat16') / 2**20:.2f} MiB",
+    },
+    "channel mixer": {
+        "parameters": lambda config: f"{config().num_params(WIDTH) / 1e6:.2f}M",
+        "forward FLOPs per token": lambda config: f"{config().flops(WIDTH) / 1e6:.1f}M",
+    },
+    "probe": {
+        "what it is": summary,
+        "statistics": lambda probe: ", ".join(one.name for one in probe.statistics),
+    },
+}
+"""What sets the components of a kind apart, where that is more than words."""
+
+
+def component_rows(kind: str) -> tuple[list[str], list[tuple[type[Component], list[str]]]]:
+    """The columns of the table of a kind, and each component with what stands in them."""
+    columns = {**COLUMNS.get(kind, {"what it is": summary}), "source": lambda config: config.source}
+    return list(columns), [(one, [cell(one) for cell in columns.values()]) for one in registry(kind).all().values()]
+
+
+def component_table(kind: str) -> Table:
+    """The components of a kind."""
+    head, rows = component_rows(kind)
+    at = f", at width {WIDTH:,} and {LENGTH:,} tokens" if kind in ("mixer", "channel mixer") else ""
+    return _table(f"{kind.capitalize()}s{at}", [kind, *head], [[config.name, *cells] for config, cells in rows])
 
 
 def preset_table() -> Table:
     """Presets with their size and purpose."""
-    table = Table("preset", "parameters", "layers", "purpose", title="Presets: launch.py train NAME")
+    rows = []
     for name, function in presets().items():
         model = with_vocabulary(function()).model
         purpose = (function.__doc__ or "").strip().splitlines()[0]
-        table.add_row(name, f"{num_params(model) / 1e6:,.1f}M", f"{model.num_layers} x {model.pattern}", purpose)
-    return table
-
-
-def mixer_table() -> Table:
-    """Registered mixers at width 1,024."""
-    table = Table(
-        "mixer",
-        "kind",
-        "parameters",
-        "forward FLOPs/token at 4,096",
-        "decode state at 4,096",
-        "source",
-        title="Mixers, at width 1,024",
-    )
-    for name, config_class in MIXERS.all().items():
-        config = config_class()
-        flops, state = config.flops(1024, 4096), config.state_bytes(1024, 4096, "bfloat16")
-        table.add_row(
-            name,
-            str(config.kind),
-            f"{config.num_params(1024) / 1e6:.2f}M",
-            f"{flops / 1e6:.1f}M",
-            f"{state / 2**20:.2f} MiB",
-            config.source,
-        )
-    return table
-
-
-def task_table() -> Table:
-    """Evaluation tasks."""
-    table = Table("task", "what it gives", title="Tasks: launch.py eval RUN --tasks NAME")
-    table.add_row("ppl", "loss, perplexity, bits per byte and loss by position on the run's held-out text")
-    return table
+        rows.append([name, f"{num_params(model) / 1e6:,.1f}M", f"{model.num_layers} x {model.pattern}", purpose])
+    return _table("Presets: launch.py train NAME", ["preset", "parameters", "layers", "purpose"], rows)
 
 
 def kernel_table() -> Table:
     """Ops and their implementations in the order `auto` tries them."""
-    table = Table("op", "implementations", title="Kernels")
-    for op, names in registered().items():
-        table.add_row(op, ", ".join(names))
+    return _table("Kernels", ["op", "implementations"], [[op, ", ".join(names)] for op, names in registered().items()])
+
+
+def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(*head, title=title)
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
 TABLES: dict[str, Callable[[], Table]] = {
     "presets": preset_table,
-    "mixers": mixer_table,
-    "tasks": task_table,
+    **{f"{kind.replace(' ', '-')}s": functools.partial(component_table, kind) for kind in KINDS},
     "kernels": kernel_table,
 }
 """What can be listed."""

@@ -1,18 +1,55 @@
-"""What every optimizer is told: its rate over the steps, and how a step is made."""
+"""The optimizer contract: what every optimizer is told of the run and of each parameter, and the registry of them all.
+
+An optimizer is a frozen config in one file of `train/optimizers/`, found by its registered name: nothing else is edited to add one.
+"""
 
 from __future__ import annotations
 
+import abc
 import dataclasses
-from typing import Literal
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
 
-from plait.configs.components import Config
+import optax
+from jax.sharding import NamedSharding
+
+from plait.configs.components import Component, Registry
+from plait.models.axes import Axes
+from plait.models.build import PRODUCTS, Role
+
+Rate = Callable[[float], optax.Schedule]
+"""The learning rate by step of a peak rate, over a run's steps."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """What an optimizer knows of a parameter."""
+
+    name: str
+    """Dotted path in the model."""
+    shape: tuple[int, ...]
+    axes: Axes
+    """Logical name of each axis."""
+    role: Role
+    split: tuple[int, tuple[int, ...]] | None = None
+    """Axis, counted from the end, and sizes of the independent matrices that a fused projection holds."""
+    layout: NamedSharding | None = None
+    """How its gradient and moments lie; None where no mesh is known."""
+
+    @property
+    def decays(self) -> bool:
+        """Whether weight decay is for it."""
+        return self.role in PRODUCTS
+
+
+Parameters = Mapping[str, Parameter]
+"""The trained parameters by name."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig(Config):
-    """AdamW with decoupled weight decay on matrices, and its schedule."""
-
-    path = "optimizer"
+class OptimizerConfig(Component, abc.ABC):
+    """What all optimizers share: the rate over the steps, and how a step is made."""
 
     learning_rate: float = 1e-3
     """Peak learning rate."""
@@ -26,12 +63,6 @@ class OptimizerConfig(Config):
     """Last learning rate over the peak (cosine and WSD)."""
     weight_decay: float = 0.1
     """Decay of projections and embeddings per unit of learning rate; gains, biases and decays have none."""
-    b1: float = 0.9
-    """Decay of the first moment."""
-    b2: float = 0.95
-    """Decay of the second moment."""
-    eps: float = 1e-8
-    """Added to the root of the second moment."""
     clip_norm: float | None = 1.0
     """Largest global norm of the gradient; None for no clipping."""
     accumulate: int = 1
@@ -41,21 +72,44 @@ class OptimizerConfig(Config):
     max_bad_steps: int = 20
     """Consecutive non-finite steps (skipped, counted) after which the run stops."""
 
+    @abc.abstractmethod
+    def build(self, rate: Rate, parameters: Parameters) -> optax.GradientTransformation:
+        """The transformation of gradients, already clipped, to updates.
+
+        Its state holds moments in the layout of the parameters, in trees that `optax.tree_utils.tree_map_params` finds.
+
+        Args:
+            rate: gives the schedule of a peak rate, as `rate(self.learning_rate)`.
+
+        Raises:
+            ValueError: a parameter is not what its role asks for.
+        """
+
     def check(self) -> None:
-        checks = [
-            (self.learning_rate > 0, "learning_rate", "must be positive"),
-            (self.warmup_steps >= 0, "warmup_steps", "must be 0 or more"),
-            (0 < self.decay_fraction <= 1, "decay_fraction", "must be above 0 and at most 1"),
-            (0 <= self.final_ratio <= 1, "final_ratio", "must be between 0 and 1"),
-            (self.weight_decay >= 0, "weight_decay", "must be 0 or more"),
-            (0 <= self.b1 < 1, "b1", "must be at least 0 and below 1"),
-            (0 <= self.b2 < 1, "b2", "must be at least 0 and below 1"),
-            (self.eps > 0, "eps", "must be positive"),
-            (self.clip_norm is None or self.clip_norm > 0, "clip_norm", "must be positive; use None for no clipping"),
-            (self.accumulate >= 1, "accumulate", "must be at least 1"),
-            (self.ema is None or 0 < self.ema < 1, "ema", "must be above 0 and below 1; use None for no average"),
-            (self.max_bad_steps >= 1, "max_bad_steps", "must be at least 1"),
-        ]
-        for good, name, rule in checks:
-            if not good:
+        self.require(
+            [
+                (0 < self.learning_rate < math.inf, "learning_rate", "must be positive and finite"),
+                (self.warmup_steps >= 0, "warmup_steps", "must be 0 or more"),
+                (0 < self.decay_fraction <= 1, "decay_fraction", "must be above 0 and at most 1"),
+                (0 <= self.final_ratio <= 1, "final_ratio", "must be between 0 and 1"),
+                (0 <= self.weight_decay < math.inf, "weight_decay", "must be 0 or more, and finite"),
+                (self.clip_norm is None or self.clip_norm > 0, "clip_norm", "must be positive; use None for no clipping"),
+                (self.accumulate >= 1, "accumulate", "must be at least 1"),
+                (self.ema is None or 0 < self.ema < 1, "ema", "must be above 0 and below 1; use None for no average"),
+                (self.max_bad_steps >= 1, "max_bad_steps", "must be at least 1"),
+            ]
+        )
+
+    def require(self, rules: Iterable[tuple[bool, str, str]]) -> None:
+        """Raises ValueError for the first of `(holds, field, rule in words)` that does not hold."""
+        for holds, name, rule in rules:
+            if not holds:
                 raise ValueError(f"{name}={getattr(self, name)} {rule}")
+
+
+OPTIMIZERS: Registry[OptimizerConfig] = Registry("optimizer", "plait.train.optimizers")
+
+
+def optimizer(name: str, **options: Any) -> OptimizerConfig:
+    """The config of an optimizer by name. Raises ValueError for an unknown one, naming the nearest, and for a bad value."""
+    return OPTIMIZERS[name](**options)

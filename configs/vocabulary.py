@@ -5,21 +5,19 @@ from __future__ import annotations
 import dataclasses
 
 from plait.configs.experiment import ExperimentConfig
-from plait.data.tokenizer import ByteTokenizer
 
 
 def with_vocabulary(config: ExperimentConfig, elsewhere: int | None = None) -> ExperimentConfig:
-    """`config` with its vocabulary settled as its tokenizer will settle it.
+    """`config` with its vocabulary settled as its data will settle it.
 
     Args:
         elsewhere: stands for the size of a tokenizer that is in a file, where the model has no size of its own; None for nothing.
 
     Raises:
-        ValueError: the size is in such a file only, or the model's is smaller than the tokenizer's.
+        ValueError: the size is in such a file only, or the model's is smaller than the data's.
     """
     data = config.data
-    sizes = {"byte": ByteTokenizer.vocab_size, "bpe": data.bpe_vocab_size}
-    size = sizes.get(data.tokenizer, config.model.vocab_size or elsewhere)
+    size = data.task.vocabulary(data) or config.model.vocab_size or elsewhere
     if size is None:
         raise ValueError(
             f"model.vocab_size=None is not known from data.tokenizer={data.tokenizer!r} here; give --model.vocab_size"

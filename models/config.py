@@ -48,9 +48,10 @@ def pattern_name(config: MixerConfig) -> str:
     return f"{config.name}+{config.mixer.name}" if isinstance(config, WrapperConfig) else config.name
 
 
-def _described(config: MixerConfig) -> str:
-    inner = f" of a {type(config.mixer).__name__}" if isinstance(config, WrapperConfig) else ""
-    return type(config).__name__ + inner
+def _classes(config: MixerConfig) -> str:
+    """A mixer's class, and that of the one it is around."""
+    name = type(config).__name__
+    return f"{name} around a {_classes(config.mixer)}" if isinstance(config, WrapperConfig) else name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,7 +112,7 @@ class LMConfig(Config):
             if name not in layers:
                 raise ValueError(f"mixers.{name} is in no layer of pattern={self.pattern!r}; remove it or name it in the pattern")
             if pattern_name(config) != name.partition("/")[0]:
-                raise ValueError(f"mixers.{name} is a {_described(config)}; it must be a {_described(default_mixer(name))}")
+                raise ValueError(f"mixers.{name} is a {_classes(config)}; it must be a {_classes(default_mixer(name))}")
             at(f"mixers.{name}", config.fit, self.d_model)
         at("channel_mixer", self.channel_mixer.fit, self.d_model)
         check_carries([(name, self.mixers[name].carries(self.d_model)) for name in layers])
@@ -142,12 +143,10 @@ class LMConfig(Config):
         return dataclasses.replace(self, pattern=pattern, mixers=mixers, num_layers=num_layers or self.num_layers)
 
     def with_vocab(self, tokenizer_size: int) -> LMConfig:
-        """This model with its vocabulary settled. Raises ValueError when it is smaller than the tokenizer's."""
+        """This model with its vocabulary settled. Raises ValueError when it is smaller than the data's."""
         size = self.vocab_size or -(-tokenizer_size // 128) * 128
         if size < tokenizer_size:
-            raise ValueError(
-                f"model.vocab_size={size} is smaller than the tokenizer's {tokenizer_size}; leave it None or raise it"
-            )
+            raise ValueError(f"model.vocab_size={size} is smaller than the data's {tokenizer_size}; leave it None or raise it")
         return dataclasses.replace(self, vocab_size=size)
 
     def flops(self, seq_len: int) -> float:

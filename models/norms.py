@@ -10,16 +10,18 @@ from plait.models.build import BuildContext
 
 
 class RMSNorm(nnx.Module):
-    """`x / rms(x) * scale` over the last axis (arXiv 1910.07467)."""
+    """`x / rms(x) * scale` over the last axis (arXiv 1910.07467), or over each of its equal groups."""
 
-    def __init__(self, ctx: BuildContext, dim: int, *, eps: float, axis: str | None = None):
-        """Args: `dim` is the width normalised over, `axis` its logical name (None: replicated)."""
-        self.eps = eps
+    def __init__(self, ctx: BuildContext, dim: int, *, eps: float, axis: str | None = None, groups: int = 1):
+        """Args: `dim` is the last axis' width, `axis` its logical name (None: replicated)."""
+        self.eps, self.groups = eps, groups
         self.scale = ctx.param(jax.nn.initializers.ones, (dim,), (axis,))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x32 = x.astype(jnp.float32)
-        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        grouped = x32.reshape(*x.shape[:-1], self.groups, -1) if self.groups > 1 else x32
+        grouped = grouped * jax.lax.rsqrt(jnp.mean(jnp.square(grouped), axis=-1, keepdims=True) + self.eps)
+        x32 = grouped.reshape(x.shape)
         scale = self.scale[...].astype(jnp.float32)
         return (x32 * scale.reshape((1,) * (x.ndim - 1) + scale.shape)).astype(x.dtype)
 

@@ -27,9 +27,7 @@ def expand_pattern(pattern: str, num_layers: int) -> tuple[str, ...]:
         return _indices(pattern, text, num_layers)
     period = _ratio(pattern, text) if "=" in text else _repeats(pattern, text)
     if len(period) > num_layers:
-        raise _wrong(
-            pattern, f"has {len(period)} layers", f"must fit in num_layers={num_layers}; shorten it or raise num_layers"
-        )
+        raise _wrong(pattern, f"has {len(period)} layers", f"must fit in num_layers={num_layers}; shorten it or raise num_layers")
     return tuple(period[i % len(period)] for i in range(num_layers))
 
 

@@ -24,7 +24,10 @@ from plait import launch
 from plait.configs.cli import parse_experiment
 from plait.configs.options import split_options
 from plait.configs.presets import presets
-from plait.train.evaluate import check_tasks
+from plait.train.commands.evaluate import parse as parse_eval
+from plait.train.commands.generate import GenerateArgs
+from plait.train.commands.plan import PlanArgs
+from plait.train.commands.report import ReportArgs
 from plait.train.pods.hosts.host import host_options
 from plait.train.pods.plan.topology import parse_target
 
@@ -87,19 +90,18 @@ def test_command_is_known_and_parses(command):
 
         launch_files.prepare(rest)
     elif name == "plan":
-        mine, (preset, *overrides) = split_options(launch.PlanArgs, rest)
-        options = tyro.cli(launch.PlanArgs, args=mine)
+        mine, (preset, *overrides) = split_options(PlanArgs, rest)
+        options = tyro.cli(PlanArgs, args=mine)
         parse_experiment(preset, overrides)
         parse_target(options.target, options.slices)
     elif name == "list":
         from plait.configs import listing
 
         assert len(rest) == 1 and rest[0] in listing.TABLES
+    elif name == "eval":
+        parse_eval(rest)
     else:
-        schema = {"eval": launch.EvalArgs, "generate": launch.GenerateArgs, "report": launch.ReportArgs}[name]
-        options = tyro.cli(schema, args=rest)
-        if name == "eval":
-            check_tasks(options.tasks)
+        tyro.cli({"generate": GenerateArgs, "report": ReportArgs}[name], args=rest)
 
 
 @pytest.fixture(scope="module")
@@ -193,37 +195,70 @@ def test_generated_tables_are_up_to_date():
     assert not old, f"{', '.join(old)}: tables are out of date; run `{tables.COMMAND}` and commit what it changes"
 
 
-def test_example_mixer_is_one_file_that_works(tmp_path):
-    """The file of docs/adding-a-mixer.md, in a process of its own so that the registry here stays as it is."""
-    page = (ROOT / "docs" / "adding-a-mixer.md").read_text("utf-8")
-    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
-    (tmp_path / "fading.py").write_text(code, "utf-8")
-    (tmp_path / "use.py").write_text(USE_EXAMPLE, "utf-8")
-    done = subprocess.run([sys.executable, tmp_path / "use.py"], capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, f"the mixer of docs/adding-a-mixer.md no longer works:\n{done.stderr[-3000:]}"
+def test_example_components_are_one_file_each_and_work(tmp_path):
+    """The files of docs/adding-a-component.md, in a process of its own so that the registries here stay as they are."""
+    page = (ROOT / "docs" / "adding-a-component.md").read_text("utf-8")
+    files = re.findall(r"^`([\w/]+\.py)`:\n\n```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    assert len(files) == page.count("```python"), "each example stands below the path of its file"
+    for path, code in files:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(code, "utf-8")
+    use = tmp_path / "use.py"
+    use.write_text(USE_EXAMPLES, "utf-8")
+    command = [sys.executable, use, *(path for path, _ in files)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, (
+        f"an example of docs/adding-a-component.md no longer works:\n{done.stdout[-2000:]}{done.stderr[-3000:]}"
+    )
 
 
-USE_EXAMPLE = """
-import fading, jax, jax.numpy as jnp
+USE_EXAMPLES = """
+import importlib, pathlib, sys
+
+for file in map(pathlib.Path, sys.argv[1:]):
+    for folder in list(file.parents)[:-1]:
+        package = importlib.import_module(".".join(("plait", *folder.parts)))
+        if str(folder.absolute()) not in package.__path__:
+            package.__path__.append(str(folder.absolute()))
+
+import jax, jax.numpy as jnp
 from flax import nnx
 from plait.configs.cli import parse_experiment
-from plait.configs.options import split_options
-from plait.configs.probe import ProbeConfig
+from plait.configs.listing import registry
+from plait.kernels import Tokens
+from plait.launch import main
+from plait.models.lm import LM
+from plait.train.probes.base import Probes
+
+jax.config.update("jax_disable_most_optimizations", True)
+names = {"mixer": "fading", "channel mixer": "squared_relu", "optimizer": "lion", "task": "copying", "probe": "output_norm"}
+for kind, name in names.items():
+    assert name in registry(kind), name
+    assert main(["list", registry(kind).plural]) == 0
 
 for pattern in ("fading*3,softmax", "moh+fading"):
-    args = ["--model.pattern", pattern, "--model.num-layers", "4"]
-    args += ["--model.mixers." + pattern.split("*")[0] + (".mixer" if "+" in pattern else "") + ".head-dim", "16"]
-    model = parse_experiment("lm_tiny", args).model.with_vocab(257)
+    place = "--model.mixers." + pattern.split("*")[0] + (".mixer" if "+" in pattern else "")
+    config = parse_experiment("lm_tiny", ["--model.pattern", pattern, "--model.num-layers", "4", place + ".head-dim", "16"])
+    model = config.model.with_vocab(257)
 
-    def use(tokens):
-        lm = model.build(rngs=nnx.Rngs(0), seq_len=8)
-        where = {"segment_ids": jnp.ones_like(tokens), "positions": jnp.broadcast_to(jnp.arange(8)[None], tokens.shape)}
-        logits, stats = lm(tokens, **where, probe=ProbeConfig())
-        last, state = lm.prefill(tokens, lm.init_state(2, 16), **where)
-        return logits, stats[0].decay_horizon, lm.step(tokens[:, 0], state, positions=jnp.full(2, 8))[0]
+    def use(ids):
+        lm = LM(model, rngs=nnx.Rngs(0), seq_len=8)
+        logits, extras = lm(Tokens(ids), observer=Probes(config.probe))
+        _, state = lm.prefill(Tokens(ids), lm.init_state(2, 16))
+        return logits, extras[0].statistics["decay_horizon"], lm.step(Tokens(ids[:, :1], positions=jnp.full((2, 1), 8)), state)[0]
 
     logits, horizon, step = jax.eval_shape(use, jax.ShapeDtypeStruct((2, 8), jnp.int32))
     assert logits.shape == (2, 8, 384) and step.shape == (2, 384) and horizon.shape == (2,)
+
+words = "--model.pattern fading,moh+fading --model.mixers.fading.head-dim 16 --model.mixers.moh+fading.mixer.head-dim 16"
+words += " --model.channel-mixer squared_relu --model.channel-mixer.expand 2 --optimizer lion --optimizer.b1 0.8 --data.task copying"
+words += " --steps 2 --optimizer.warmup-steps 1 --mesh.data 1 --data.task.val-rows 8 --out run"
+words += " --probe-every 1 --probe.only output_norm,memory"
+assert main(["train", "lm_tiny", *words.split()]) == 0
+assert '"attn/output_norm"' in pathlib.Path("run/metrics.jsonl").read_text()
+assert "Head output norm" in pathlib.Path("run/report/index.html").read_text()
+preset = parse_experiment("recall_tiny", ["--optimizer", "lion"])
+assert preset.optimizer.name == "lion" and preset.model.with_vocab(preset.data.task.vocabulary(preset.data)).vocab_size == 128
 """
 
 

@@ -76,5 +76,5 @@ def assert_tree_close(actual: Any, exact: Any, plain: Any, *, dtype: Any) -> Non
 def in_float64(function: Callable[..., Any], *args: Any) -> Any:
     """`function(*args)` with every floating argument widened to float64, as NumPy arrays; the `exact` of the rule."""
     with jax.enable_x64(True):
-        widen = lambda x: jnp.asarray(np.asarray(x, np.float64)) if jnp.issubdtype(x.dtype, jnp.floating) else jnp.asarray(x)  # noqa: E731
+        widen = lambda x: jnp.asarray(np.asarray(x, np.float64)) if jnp.issubdtype(x.dtype, jnp.floating) else jnp.asarray(x)
         return jax.tree.map(np.asarray, function(*jax.tree.map(widen, args)))

@@ -1,11 +1,11 @@
-"""Loss on held-out text."""
+"""Loss and scores on held-out rows."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -14,27 +14,35 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from plait.data.batch import Batch
-from plait.data.tokenizer import Tokenizer
-from plait.train.loss import token_losses
+from plait.data.loader import Data
+from plait.models.lm import LM
+from plait.train.loss import token_losses, tokens_of
 from plait.train.mesh import on_mesh
 from plait.train.pods.hosts.layout import batch_layout
 from plait.train.state import Arrays, Blueprint
+
+LOGITS_AT_ONCE = 1 << 25
+"""Logits that judging answers holds at most (128 MiB of float32)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """Sums over held-out tokens and what follows from them."""
 
+    task: str
+    """Name of the task whose rows they are."""
     nats: float
     """Negative log-likelihood of all tokens."""
     num_tokens: int
     """Tokens predicted."""
-    num_bytes: int
-    """Bytes of text they stand for."""
+    num_bytes: int | None
+    """Bytes of text they stand for; None where they stand for nothing."""
     nats_by_position: np.ndarray
     """`[T]` sums by position in the document's piece."""
     tokens_by_position: np.ndarray
     """`[T]`."""
+    scores: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """What the task gives by name."""
 
     @property
     def loss(self) -> float:
@@ -47,19 +55,35 @@ class Evaluation:
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
     @property
-    def bits_per_byte(self) -> float:
-        """Bits per byte of text: comparable between tokenizers and with compressors."""
-        return self.nats / math.log(2) / self.num_bytes
+    def bits_per_byte(self) -> float | None:
+        """Bits per byte of text: comparable between tokenizers and with compressors. None where the tokens are no text."""
+        return None if self.num_bytes is None else self.nats / math.log(2) / self.num_bytes
+
+    @property
+    def named(self) -> dict[str, float]:
+        """The results by name: those of text, or loss and the task's scores."""
+        if self.bits_per_byte is None:
+            return {"loss": self.loss, **self.scores}
+        return {"loss": self.loss, "perplexity": self.perplexity, "bits_per_byte": self.bits_per_byte, **self.scores}
+
+    def describe(self) -> str:
+        """The loss and what says more than it does, for a line of progress."""
+        if self.bits_per_byte is not None:
+            return f"loss {self.loss:.4f}, {self.bits_per_byte:.4f} bits per byte"
+        return ", ".join(f"{name} {value:.4f}" for name, value in self.named.items())
 
     def metrics(self) -> dict[str, float]:
         """The metrics of a validation."""
-        return {"loss/val": self.loss, "loss/bits_per_byte": self.bits_per_byte}
+        found = {"loss/val": self.loss}
+        if self.bits_per_byte is not None:
+            found["loss/bits_per_byte"] = self.bits_per_byte
+        return found | {f"task/{self.task}/{name}": value for name, value in self.scores.items()}
 
     def to_json(self) -> dict[str, Any]:
         """All of it, for a file."""
         rows = [{"first": first, "last": last, "loss": loss} for first, last, loss in self.by_position()]
-        numbers = {"loss": self.loss, "perplexity": self.perplexity, "bits_per_byte": self.bits_per_byte}
-        return {**numbers, "num_tokens": self.num_tokens, "num_bytes": self.num_bytes, "loss_by_position": rows}
+        sizes = {"num_tokens": self.num_tokens} | ({} if self.num_bytes is None else {"num_bytes": self.num_bytes})
+        return {**self.named, **sizes, "loss_by_position": rows}
 
     def by_position(self) -> list[tuple[int, int, float]]:
         """`(first, last, loss)` of the positions in doubling ranges."""
@@ -73,52 +97,66 @@ class Evaluation:
 
 
 class Evaluator:
-    """Scores batches with a model; compiled once."""
+    """Scores batches of some data with a model; compiled once."""
 
-    def __init__(self, blueprint: Blueprint, mesh: Mesh):
-        self._layout = batch_layout(blueprint.config, mesh)
+    def __init__(self, blueprint: Blueprint, mesh: Mesh, data: Data):
+        self._layout, self._data = batch_layout(blueprint.config, mesh), data
+        has_answers = data.config.task.has_answers
 
-        def score(params: Arrays, buffers: Arrays, batch: Batch, sizes: jax.Array) -> tuple[jax.Array, ...]:
+        def score(params: Arrays, buffers: Arrays, batch: Batch, sizes: jax.Array | None) -> tuple[Any, ...]:
             with on_mesh(mesh, blueprint.config.optimizer.accumulate):
-                nll, _, _ = token_losses(blueprint.build(params, buffers), batch)
+                model = blueprint.build(params, buffers)
+                nll, right = judged_losses(model, batch) if has_answers else (token_losses(model, batch)[0], None)
             mask = batch.loss_mask.astype(jnp.float32)
             position = jax.nn.one_hot(batch.positions, batch.tokens.shape[1], dtype=jnp.float32) * mask[..., None]
-            num_bytes = jnp.where(batch.loss_mask > 0, sizes[batch.targets], 0).sum()
-            return jnp.einsum("bt,btp->p", nll, position, precision="highest"), position.sum((0, 1)), num_bytes
+            num_bytes = None if sizes is None else jnp.where(batch.loss_mask > 0, sizes[batch.targets], 0).sum()
+            by_position = jnp.einsum("bt,btp->p", nll, position, precision="highest")
+            return by_position, position.sum((0, 1)), num_bytes, (batch, nll, right) if has_answers else None
 
         self._score = jax.jit(score, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
-    def __call__(
-        self, params: Arrays, buffers: Arrays, batches: Iterable[Batch], tokenizer: Tokenizer, limit: int | None = None
-    ) -> Evaluation:
+    def __call__(self, params: Arrays, buffers: Arrays, batches: Iterable[Batch], limit: int | None = None) -> Evaluation:
         """Scores the first `limit` batches (all by default), of which each host gives its rows. Raises ValueError when there are none."""
-        sizes = tokenizer.bytes_per_token.astype(np.int32)
+        task, tokenizer = self._data.config.task, self._data.tokenizer
+        sizes = None if tokenizer is None else tokenizer.bytes_per_token.astype(np.int32)
         nats: Any = 0.0
         counts: Any = 0.0
         num_bytes = 0
+        scores: dict[str, np.ndarray] = {}
         for batch in itertools.islice(iter(batches), limit):
-            by_position, count, size = self._score(params, buffers, self._layout.place(batch), sizes)
+            by_position, count, size, judged = self._score(params, buffers, self._layout.place(batch), sizes)
             nats, counts = nats + np.asarray(by_position, np.float64), counts + np.asarray(count, np.float64)
-            num_bytes += int(size)
+            num_bytes += 0 if size is None else int(size)
+            if judged is not None:
+                for name, sums in task.scores(*jax.tree.map(np.asarray, judged)).items():
+                    scores[name] = scores.get(name, np.zeros(2)) + np.asarray(sums, np.float64)
         if not np.sum(counts):
-            raise ValueError("no held-out text to evaluate; raise data.val_fraction or data.source")
+            fix = "data.val_fraction or data.source" if task.reads_text else "data.task.val_rows"
+            raise ValueError(f"no held-out {'text' if task.reads_text else 'rows'} to evaluate; raise {fix}")
         return Evaluation(
+            task=task.name,
             nats=float(nats.sum()),
             num_tokens=int(counts.sum()),
-            num_bytes=num_bytes,
+            num_bytes=None if sizes is None else num_bytes,
             nats_by_position=nats,
             tokens_by_position=counts,
+            scores={name: float(total / weight) if weight else math.nan for name, (total, weight) in scores.items()},
         )
 
 
-TASKS = ("ppl",)
-"""What a run can be evaluated on."""
+def judged_losses(model: LM, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Negative log-likelihood in nats of each target and whether it is the likeliest token, `[B, T]`; 0 and False off the loss mask."""
+    hidden, _ = model.hidden(tokens_of(batch))
 
+    def judge(one: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        hidden, targets = one  # [B, D], [B]
+        logits = model.logits(hidden)
+        target = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+        return jax.nn.logsumexp(logits, axis=-1) - target, jnp.argmax(logits, axis=-1) == targets
 
-def check_tasks(text: str) -> tuple[str, ...]:
-    """The names of a comma-separated list of tasks. Raises ValueError for one that does not exist."""
-    names = tuple(name.strip() for name in text.split(",") if name.strip())
-    unknown = [name for name in names if name not in TASKS]
-    if unknown or not names:
-        raise ValueError(f"--tasks {text!r} must name tasks among {', '.join(TASKS)}")
-    return names
+    vocab_size = model.config.vocab_size or 1
+    at_once = max(1, LOGITS_AT_ONCE // (hidden.shape[0] * vocab_size))
+    columns = (jnp.moveaxis(hidden, 1, 0), jnp.moveaxis(batch.targets, 1, 0))
+    nll, right = (jnp.moveaxis(x, 0, 1) for x in jax.lax.map(judge, columns, batch_size=min(at_once, hidden.shape[1])))
+    asked = batch.loss_mask > 0
+    return jnp.where(asked, nll, 0), right & asked

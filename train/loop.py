@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from plait.train import run as runs
 from plait.train.checkpoint import Checkpoints
 from plait.train.clock import Clock
 from plait.train.evaluate import Evaluator
+from plait.train.journal import Journal
 from plait.train.pods.hosts import heartbeat, together
 from plait.train.pods.hosts.failure import TrainingFailed
 from plait.train.pods.hosts.hardware import environment
@@ -27,14 +28,12 @@ from plait.train.pods.hosts.spread import Spread
 from plait.train.pods.hosts.termination import Termination
 from plait.train.probes.base import Probes
 from plait.train.probes.collect import describe_layers, probe_arrays, probe_metrics
-from plait.train.probes.events import Event, EventDetector
 from plait.train.probes.pictures import write_pictures
-from plait.train.progress import ProgressLine
-from plait.train.run_folder.probe_files import ATTENTION, write_layers, write_probes
+from plait.train.run_folder.probe_files import ATTENTION, write_layers
 from plait.train.run_folder.trim import trim_metrics
-from plait.train.run_folder.writer import MetricsWriter
-from plait.train.spikes import Rewind, SpikeWatch
-from plait.train.state import TrainState
+from plait.train.spikes import LossSpikes, Rewind, SpikeWatch
+from plait.train.state import Arrays, TrainState
+from plait.train.watchers import Event, Watcher, load_states, states
 
 log = logging.getLogger("plait")
 
@@ -66,26 +65,35 @@ def train(config: ExperimentConfig) -> Result:
             folder.mkdir(parents=True, exist_ok=True)
             codec.save(config, folder / runs.CONFIG)
     with Termination() as termination:
-        return _Loop(setup, folder, termination).run()
+        return _Loop(setup, termination).run()
 
 
 class _Loop:
     """A run in progress. Metrics of step n are read after step n + 1 is dispatched, so that reading never stalls the device."""
 
-    def __init__(self, setup: runs.Setup, folder: Path, termination: Termination):
-        self.setup, self.folder, self.termination = setup, folder, termination
+    def __init__(self, setup: runs.Setup, termination: Termination):
+        """Raises ValueError where a probe that shall run does not exist."""
+        self.setup, self.termination = setup, termination
         config = self.config = setup.config
-        self.layers = describe_layers(config.model)
-        self.detector = EventDetector(self.layers)
-        self.spikes = SpikeWatch(config.spike)
-        self.checkpoints = Checkpoints(folder / runs.CHECKPOINTS, keep_last=config.keep_last, keep_best=config.keep_best)
-        self.evaluator = Evaluator(setup.blueprint, setup.mesh)
+        self.folder = Path(config.folder)
+        self.journal, self.clock, self.spread = Journal(config), Clock(), Spread()
+        self.checkpoints = Checkpoints(self.folder / runs.CHECKPOINTS, keep_last=config.keep_last, keep_best=config.keep_best)
+        self.evaluator = Evaluator(setup.blueprint, setup.mesh, setup.data)
         self.iterator = setup.data.train()
-        self.spread = Spread()
+        self.observer = None if config.probe_every is None else Probes(config.probe)
+        self.probes = () if self.observer is None else self.observer.probes
+        self.layers = describe_layers(config.model)
+        self.spikes = SpikeWatch(config.spike, config.checkpoint_every)
+        of_probes = [watcher for probe in self.probes for watcher in probe.watchers(self.layers)]
+        self.watchers: list[Watcher] = [LossSpikes(), *of_probes, self.spikes]
         peak = peak_flops(jax.devices()[0])
         self.step_flops = None if peak is None else 3 * config.model.flops(config.data.seq_len) / (peak * setup.mesh.size)
+        self.programs: dict[bool, Any] = {}
+        """The compiled step, without and with probes."""
         self.tokens = 0
-        self.latest: dict[str, float] = {}
+        """Predicted so far."""
+        self.dispatched = 0
+        """The last step that was sent to the devices."""
 
     def run(self) -> Result:
         state, first, seconds = self._start()
@@ -104,59 +112,7 @@ class _Loop:
         finally:
             self.checkpoints.close()
             self.iterator.close()
-        return Result(self.folder, last, last == self.config.steps, self.latest)
-
-    def _until_the_end(self, state: TrainState, step: int) -> tuple[TrainState, int]:
-        """Steps from `step` on, with what has to be done again after spikes."""
-        events: list[Event] = []
-        while True:
-            with self._sinks(step):
-                self._report(events)
-                try:
-                    return self._steps(state, step)
-                except Rewind as spike:
-                    cause, position = spike, spike.step + self.iterator.step - self.dispatched
-            rewinds = self.spikes.rewinds + 1
-            if rewinds > self.config.spike.max_rewinds:
-                raise TrainingFailed(
-                    f"{cause}, after spike.max_rewinds={rewinds - 1} rewinds; lower optimizer.learning_rate in a new run"
-                )
-            with heartbeat.phase("rewind"):
-                self.checkpoints.wait()
-                back = self.checkpoints.rewind(cause.step, self.config.checkpoint_every)
-                if back is None:
-                    raise TrainingFailed(f"{cause}, and there is no checkpoint to go back to")
-                state, step, _ = self._start(back)
-            skipped = position - self.iterator.step
-            self.iterator.set_state({**self.iterator.get_state(), "step": position})
-            self.spikes.rewinds = rewinds
-            text = f"{cause}: back to step {step:,}, leaving out the {skipped:,} batches since (rewind {rewinds})"
-            events = [Event(step + 1, "rewind", None, None, float(cause.step), float(rewinds), text)]
-
-    @contextlib.contextmanager
-    def _sinks(self, first: int) -> Iterator[None]:
-        """Where metrics go and progress is shown: on host 0 only."""
-        self.writer: MetricsWriter | Nowhere = Nowhere()
-        self.progress: ProgressLine | Nowhere = Nowhere()
-        if not together.first():
-            yield
-            return
-        config = self.config
-        sinks = {"wandb": config.wandb is not None, "project": config.wandb or "plait", "config": codec.encode(config)}
-        with (
-            MetricsWriter(self.folder, resumed_at=first or None, **sinks) as self.writer,
-            ProgressLine(config.steps, start_step=first) as self.progress,
-        ):
-            yield
-
-    def _picture(self, state: TrainState, last: int) -> None:
-        if together.decide("end", (self.folder / ATTENTION).exists):
-            return
-        params = state.params if state.ema is None else state.ema
-        data = self.setup.data
-        write_pictures(
-            self.folder, last, self.setup.blueprint, self.setup.mesh, params, state.buffers, data.whole(), data.tokenizer
-        )
+        return Result(self.folder, last, last == self.config.steps, self.journal.latest)
 
     def _start(self, at: int | None = None) -> tuple[TrainState, int, float]:
         """The state to go on from (the newest, or that of step `at`), its step, and the seconds spent before."""
@@ -169,9 +125,7 @@ class _Loop:
             return self.setup.fresh(), 0, 0.0
         _, state, extra = restored
         self.iterator.set_state(extra["data"])
-        self.detector.load_state_dict(extra["events"])
-        if "spikes" in extra:  # a checkpoint from before there was a spike rule has none
-            self.spikes.load_state_dict(extra["spikes"])
+        load_states(self.watchers, extra)
         self.tokens = extra["tokens"]
         log.info("%s goes on from step %d", self.folder, step)
         return state, step, extra["seconds"]
@@ -179,10 +133,9 @@ class _Loop:
     def _compile(self) -> None:
         """Both steps, ahead of time: compiling is then no part of any step's time, and its errors come before training."""
         log.info("compiling a step of %s parameters", f"{self.setup.blueprint.num_params:,}")
-        self.plain_step = self.setup.lower().compile()
-        self.probe_step = (
-            self.plain_step if self.config.probe_every is None else self.setup.lower(Probes(self.config.probe)).compile()
-        )
+        self.programs[False] = self.setup.lower().compile()
+        if self.observer is not None:
+            self.programs[True] = self.setup.lower(self.observer).compile()
 
     def _write_facts(self) -> None:
         """What a reader of the run folder wants to know about it."""
@@ -199,6 +152,38 @@ class _Loop:
         runs.write_json(self.folder / runs.ENVIRONMENT, facts)
         write_layers(self.folder, self.layers, self.config.probe.first_k)
 
+    def _until_the_end(self, state: TrainState, step: int) -> tuple[TrainState, int]:
+        """Steps from `step` on, with what has to be done again after spikes."""
+        events: list[Event] = []
+        while True:
+            with self.journal.open(step):
+                self.journal.events(events)
+                try:
+                    return self._steps(state, step)
+                except Rewind as spike:
+                    cause, position = spike, spike.step + self.iterator.step - self.dispatched
+            state, step, event = self._rewind(cause, position)
+            events = [event]
+
+    def _rewind(self, cause: Rewind, position: int) -> tuple[TrainState, int, Event]:
+        """The state of the last checkpoint and its step, the batches going on at `position`; and what to say of it."""
+        rewinds = self.spikes.rewinds + 1
+        if rewinds > self.config.spike.max_rewinds:
+            raise TrainingFailed(
+                f"{cause}, after spike.max_rewinds={rewinds - 1} rewinds; lower optimizer.learning_rate in a new run"
+            )
+        with heartbeat.phase("rewind"):
+            self.checkpoints.wait()
+            back = self.checkpoints.rewind(cause.step, self.config.checkpoint_every)
+            if back is None:
+                raise TrainingFailed(f"{cause}, and there is no checkpoint to go back to")
+            state, step, _ = self._start(back)
+        skipped = position - self.iterator.step
+        self.iterator.set_state({**self.iterator.get_state(), "step": position})
+        self.spikes.rewinds = rewinds
+        text = f"{cause}: back to step {step:,}, leaving out the {skipped:,} batches since (rewind {rewinds})"
+        return state, step, Event(step + 1, "rewind", None, None, float(cause.step), float(rewinds), text)
+
     def _steps(self, state: TrainState, step: int) -> tuple[TrainState, int]:
         config, pending = self.config, None
         self.dispatched = step
@@ -207,9 +192,7 @@ class _Loop:
             probing = config.probe_every is not None and (step == 0 or _due(step + 1, config.probe_every))
             with self.clock.waiting("data"):
                 batch = next(self.iterator)
-            state, metrics = (self.probe_step if probing else self.plain_step)(
-                state, self.setup.layout.place(batch), *self._bounds(step + 1)
-            )
+            state, metrics = self.programs[probing](state, self.setup.layout.place(batch), *self._bounds(step + 1))
             step += 1
             self.dispatched = step
             self._read(pending)
@@ -238,11 +221,24 @@ class _Loop:
         if pending is None:
             return
         step, metrics = pending
-        stats = metrics.pop("statistics", None)
+        statistics = metrics.pop("statistics", None)
         with self.clock.waiting("devices"):
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         heartbeat.step(step)
-        tokens, bad = int(values.pop("tokens")), int(values.pop("bad_steps"))
+        self._count(step, tokens=int(values.pop("tokens")), bad=int(values.pop("bad_steps")))
+        arrays = {} if statistics is None else probe_arrays(statistics)
+        self.journal.events([event for watcher in self.watchers for event in watcher.update(step, {**values, **arrays})])
+        if statistics is not None:
+            self.journal.probes(step, arrays)
+            values |= probe_metrics(arrays, self.probes)
+        if logging_now := _due(step, self.config.log_every) or step == self.config.steps:
+            values |= self._speed(step)
+        if logging_now or statistics is not None:
+            self.journal.metrics(step, values, tokens=self.tokens, seconds=self.clock.seconds)
+            self.journal.stand(step)
+
+    def _count(self, step: int, *, tokens: int, bad: int) -> None:
+        """Raises TrainingFailed after too many steps in a row whose update was left out."""
         self.tokens += tokens
         self.clock.count(tokens)
         if bad >= self.config.optimizer.max_bad_steps:
@@ -250,55 +246,27 @@ class _Loop:
                 f"the last {bad} steps up to {step} had a loss or gradient that is not finite or a spike, optimizer.max_bad_steps="
                 f"{self.config.optimizer.max_bad_steps}; parameters are those before them. Lower optimizer.learning_rate in a new run"
             )
-        arrays = None if stats is None else probe_arrays(stats)
-        spike = self.spikes.note(step, values["loss/train"], values["grad/norm"])
-        every = self.config.checkpoint_every
-        if spike is not None and self.config.spike.action == "rewind" and every is not None and step > every:
-            raise Rewind(step, spike)
-        events = self.detector.update(step, arrays, values["loss/train"])
-        if spike is not None:
-            text = f"{spike}: its update was left out"
-            events.append(
-                Event(step, "spike_skipped", None, None, values["loss/train"], float(self.spikes.bounds(step)[0]), text)
-            )
-        self._report(events)
-        if arrays is not None:
-            if together.first():
-                write_probes(self.folder, step, arrays)
-            values |= probe_metrics(arrays)
-        logging_now = _due(step, self.config.log_every) or step == self.config.steps
-        if logging_now:
-            lap = self.clock.lap()
-            values |= {"time/step": lap.step, "throughput/tokens_per_second": lap.tokens_per_second, "time/data": lap.data}
-            values |= self.spread.report(step, lap)
-            if self.step_flops is not None:
-                values["throughput/mfu"] = values["throughput/tokens_per_second"] * self.step_flops
-            if self.config.spike.sigma is not None:
-                values["optimizer/rewinds"] = float(self.spikes.rewinds)
-        if logging_now or arrays is not None:
-            self._write(step, values)
-            speed, mfu = self.latest.get("throughput/tokens_per_second"), self.latest.get("throughput/mfu")
-            self.progress.update(step, loss=values["loss/train"], tokens_per_second=speed, mfu=mfu)
 
-    def _report(self, events: Sequence[Event]) -> None:
-        self.writer.write_events(events)
-        for event in events:
-            self.progress.message(f"step {event.step:,}: {event.message}")
-
-    def _write(self, step: int, values: dict[str, float]) -> None:
-        self.latest |= values
-        self.writer.write(step, values, tokens=self.tokens, seconds=self.clock.seconds)
+    def _speed(self, step: int) -> dict[str, float]:
+        """Metrics of the steps since they were last asked for."""
+        lap = self.clock.lap()
+        values = {"time/step": lap.step, "throughput/tokens_per_second": lap.tokens_per_second, "time/data": lap.data}
+        values |= self.spread.report(step, lap)
+        if self.step_flops is not None:
+            values["throughput/mfu"] = lap.tokens_per_second * self.step_flops
+        if self.config.spike.sigma is not None:
+            values["optimizer/rewinds"] = float(self.spikes.rewinds)
+        return values
 
     def _evaluate(self, state: TrainState, step: int) -> float | None:
         """Validation loss after `step`, None where nothing is held out."""
         data = self.setup.data
         if not len(data.val):
             return None
-        params = state.params if state.ema is None else state.ema
         with heartbeat.phase("evaluate"):
-            found = self.evaluator(params, state.buffers, data.val, data.tokenizer, self.config.eval_batches)
-        self._write(step, found.metrics())
-        self.progress.message(f"step {step:,}: validation loss {found.loss:.4f}, {found.bits_per_byte:.4f} bits per byte")
+            found = self.evaluator(_averaged(state), state.buffers, data.val, self.config.eval_batches)
+        self.journal.metrics(step, found.metrics(), tokens=self.tokens, seconds=self.clock.seconds)
+        self.journal.say(f"step {step:,}: validation {found.describe()}")
         return found.loss
 
     def _save(self, state: TrainState, step: int, loss: float | None) -> None:
@@ -306,33 +274,28 @@ class _Loop:
             return
         extra = {
             "data": self.iterator.get_state(),
-            "events": self.detector.state_dict(),
-            "spikes": self.spikes.state_dict(),
+            "watchers": states(self.watchers),
             "tokens": self.tokens,
             "seconds": self.clock.seconds,
         }
         with heartbeat.phase("save"):
             self.checkpoints.save(step, state, extra, loss=loss)
 
+    def _picture(self, state: TrainState, last: int) -> None:
+        if together.decide("end", (self.folder / ATTENTION).exists):
+            return
+        setup, data = self.setup, self.setup.data
+        params, buffers = _averaged(state), state.buffers
+        write_pictures(self.folder, last, setup.blueprint, setup.mesh, params, buffers, data.whole(), data.strings)
+
+
+def _averaged(state: TrainState) -> Arrays:
+    """The parameters to read: averaged ones where the run keeps an average."""
+    return state.params if state.ema is None else state.ema
+
 
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
-
-
-class Nowhere:
-    """Takes what host 0 writes and shows, on the other hosts."""
-
-    def write(self, step: int, values: Mapping[str, float], *, tokens: int, seconds: float) -> None:
-        """Nothing."""
-
-    def write_events(self, events: Iterable[Any]) -> None:
-        """Nothing."""
-
-    def message(self, text: str) -> None:
-        """Nothing."""
-
-    def update(self, step: int, **values: float | None) -> None:
-        """Nothing."""
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from plait.configs.experiment import ExperimentConfig
 from plait.data.batch import Batch
 from plait.kernels.target import target
 from plait.models.look import Observer
-from plait.train.optimizer import make_optimizer
+from plait.train.optimizers import make_optimizer
 from plait.train.pods.hosts.layout import BatchLayout, batch_layout
 from plait.train.state import Blueprint, TrainState, abstract_state, create_state, state_shardings
 from plait.train.step import make_step
@@ -48,7 +48,7 @@ class Program:
         """
         batch_layout(config, mesh)
         blueprint = Blueprint(config) if blueprint is None else blueprint
-        tx = make_optimizer(config.optimizer, config.steps, blueprint.decay)
+        tx = make_optimizer(config.optimizer, config.steps, blueprint.parameters(mesh))
         return cls(config=config, mesh=mesh, blueprint=blueprint, tx=tx, shardings=state_shardings(blueprint, tx, mesh), **more)
 
     @functools.cached_property

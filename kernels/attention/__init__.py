@@ -5,6 +5,7 @@ from typing import Literal
 import jax
 
 from plait.kernels.attention import chunked, reference
+from plait.kernels.attention.bias import LowRankBias
 from plait.kernels.attention.call import AttentionCall
 from plait.kernels.attention.implied import attention_rows
 from plait.kernels.attention.reference import AttentionStats
@@ -13,7 +14,7 @@ from plait.kernels.dispatch import Implementation, Op, kernel
 from plait.kernels.masks import BlockTable, Mask
 from plait.kernels.tokens import Tokens
 
-__all__ = ["AttentionStats", "attention", "attention_rows"]
+__all__ = ["AttentionStats", "LowRankBias", "attention", "attention_rows"]
 
 Array = jax.Array
 
@@ -41,14 +42,16 @@ def attention(
     sinks: Array | None = None,
     normalizer: Literal["softmax", "sigmoid"] = "softmax",
     sigmoid_bias: Array | float | None = None,
+    logit_soft_cap: float | None = None,
+    bias: LowRankBias | None = None,
     return_stats: bool = False,
     implementation: str = "auto",
 ) -> Array | tuple[Array, AttentionStats]:
     """Each query's weighted mean of the values it may see, and on request what its row of weights looked like.
 
-    A_ij = exp(z_ij) / (exp(sink_h) + sum_j exp(z_ij)),    z_ij = scale q_i . k_j,    o_i = sum_j A_ij v_j,
-    over the keys j that the mask shows to i, the sink term only with `sinks`; with the sigmoid, A_ij = sigmoid(z_ij + bias_h).
-    A query that sees nothing gives zeros.
+    A_ij = exp(z_ij) / (exp(sink_h) + sum_j exp(z_ij)),    z_ij = cap(scale q_i . k_j + bias_ij),    o_i = sum_j A_ij v_j,
+    cap(z) = c tanh(z / c) if there is one, over the keys j that the mask shows to i, the sink term only with `sinks`; with the sigmoid,
+    A_ij = sigmoid(z_ij + sigmoid_bias_h). A query that sees nothing gives zeros.
 
     Args:
       q: [B, T, H, K], float32 or bfloat16.
@@ -63,6 +66,8 @@ def attention(
       sinks: [H] logits that join the denominator only; softmax only.
       normalizer: "softmax" or "sigmoid".
       sigmoid_bias: scalar or [H], added to the sigmoid's logits; usually -log of the longest training sequence.
+      logit_soft_cap: c, above 0, or None; sink logits and the sigmoid's bias are not capped.
+      bias: added to the scaled logits; see `LowRankBias` for what it costs.
       return_stats: also return `AttentionStats`, differentiable except for `max_logit` ties.
       implementation: "auto", "pallas_tpu", "pallas_gpu", "chunked" or "reference".
 
@@ -74,7 +79,7 @@ def attention(
       NotImplementedError: the named implementation does not support the call.
 
     Source: scaled dot-product attention; grouped heads of arXiv 2305.13245; sink logits as in gpt-oss (2508.10925); sigmoid of
-    2409.04431. Entropy is log(l) - u / l with l = sum_j exp(z_j - m) and u = sum_j exp(z_j - m) (z_j - m).
+    2409.04431; soft cap of Gemma 2 (2408.00118). Entropy is log(l) - u / l with l = sum_j exp(z_j - m) and u = sum_j exp(z_j - m) (z_j - m).
     """
     call = AttentionCall.of(
         "attention",
@@ -89,6 +94,8 @@ def attention(
         sinks=sinks,
         normalizer=normalizer,
         sigmoid_bias=sigmoid_bias,
+        logit_soft_cap=logit_soft_cap,
+        bias=bias,
         return_stats=return_stats,
     )
     o, stats = _op(implementation, call)

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 
+from plait.kernels.attention.bias import LowRankBias
 from plait.kernels.call import OPTION, Call, letters
 from plait.kernels.masks import BlockTable, Mask
-from plait.kernels.shapes import accumulation_dtype, check_divides, check_floating, check_rank, check_shape, check_tokens
+from plait.kernels.shapes import (
+    accumulation_dtype,
+    check_divides,
+    check_floating,
+    check_rank,
+    check_shape,
+    check_tokens,
+    resolved_scale,
+)
 from plait.kernels.tokens import Tokens
 
 Array = jax.Array
@@ -22,7 +31,7 @@ Array = jax.Array
 class AttentionCall(Call):
     """One call of `plait.kernels.attention`, which says what the fields mean."""
 
-    results = ("bthv", "bth")
+    results: ClassVar[tuple[str, ...]] = ("bthv", "bth")
 
     q: Array = field(metadata=letters("bthk"))
     k: Array = field(metadata=letters("bthk"))
@@ -39,6 +48,7 @@ class AttentionCall(Call):
     mask: Mask = field(metadata=OPTION)
     scale: float = field(metadata=OPTION)
     normalizer: str = field(metadata=OPTION, default="softmax")
+    logit_soft_cap: float | None = field(metadata=OPTION, default=None)
     return_stats: bool = field(metadata=OPTION, default=False)
 
     @classmethod
@@ -52,17 +62,24 @@ class AttentionCall(Call):
         kv_at: Tokens | None = None,
         scale: float | None = None,
         sigmoid_bias: Array | float | None = None,
+        bias: LowRankBias | None = None,
         **fields: Any,
     ) -> Self:
-        """The call of the op's public function, checked, with the default scale filled in.
+        """The call of the op's public function, checked, with the default scale filled in and the bias folded in.
 
         Raises:
           ValueError: a shape, ratio, dtype, option or known segment id does not fit.
         """
         check_rank(op, "q", q, "[B, T, H, K]")
+        check_rank(op, "k", k, "[B, S, Hkv, K]")
         if sigmoid_bias is not None:
-            sigmoid_bias = jnp.broadcast_to(jnp.asarray(sigmoid_bias, accumulation_dtype(q, k)), (q.shape[2],))
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
+            sigmoid_bias = jnp.asarray(sigmoid_bias, accumulation_dtype(q, k))
+            if sigmoid_bias.ndim:
+                check_shape(op, "sigmoid_bias", sigmoid_bias, (q.shape[2],), "a number or [H]")
+            sigmoid_bias = jnp.broadcast_to(sigmoid_bias, (q.shape[2],))
+        scale = resolved_scale(op, scale, q.shape[3])
+        if bias is not None:
+            q, k = bias.folded(op, q, k, scale)
         call = cls(q=q, k=k, at=_known(at), kv_at=_known(kv_at), scale=scale, sigmoid_bias=sigmoid_bias, **fields)
         call._check(op)
         return call
@@ -94,7 +111,6 @@ class AttentionCall(Call):
 
     def _check(self, op: str) -> None:
         q, k, v = self.q, self.k, self.v
-        check_rank(op, "k", k, "[B, S, Hkv, K]")
         check_floating(op, q=q, k=k)
         batch, length, num_heads, key_dim = q.shape
         num_keys, num_kv_heads = k.shape[1:3]
@@ -121,6 +137,8 @@ class AttentionCall(Call):
                 f"{op}: sigmoid_bias={self.sigmoid_bias} with normalizer={self.normalizer!r}; the sigmoid needs one and softmax takes "
                 "none; use -log(longest training sequence) or None"
             )
+        if self.logit_soft_cap is not None and self.logit_soft_cap <= 0:
+            raise ValueError(f"{op}: logit_soft_cap={self.logit_soft_cap} must be above 0; use None for no cap")
         if self.sigmoid and self.sinks is not None:
             raise ValueError(f"{op}: sinks with normalizer='sigmoid' have no denominator to join; use sinks=None")
 
@@ -130,7 +148,7 @@ class AttentionCall(Call):
 class RoutedCall(AttentionCall):
     """One call of `plait.kernels.routed_attention`."""
 
-    results = ("bthv",)
+    results: ClassVar[tuple[str, ...]] = ("bthv",)
 
     active: Array = field(metadata=letters("bth"))
 
@@ -150,7 +168,7 @@ class RoutedCall(AttentionCall):
 class MassCall(AttentionCall):
     """One call of `plait.kernels.column_mass` or `first_masses`."""
 
-    results = ("bth",)
+    results: ClassVar[tuple[str, ...]] = ("bth",)
 
     lse: Array = field(metadata=letters("bth"))
 

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from plait.kernels.attention.bias import LowRankBias
 from plait.kernels.attention.call import MassCall
 from plait.kernels.attention.per_query import first_mass
 from plait.kernels.attention.reference import MASKED as HIDDEN
@@ -51,6 +52,8 @@ def column_mass(
     mask: Mask,
     at: Tokens | None = None,
     scale: float | None = None,
+    logit_soft_cap: float | None = None,
+    bias: LowRankBias | None = None,
     implementation: str = "auto",
 ) -> Array:
     """What each key receives: the sum of its softmax weights over all queries. Half the products of a forward pass, no gradient.
@@ -59,7 +62,7 @@ def column_mass(
       q: [B, T, H, K], float32 or bfloat16.
       k: [B, T, Hkv, K].
       lse: [B, T, H], as `attention` returns it with `return_stats` for the same arguments; sink logits are in it where there are any.
-      mask, at, scale: as in `attention`.
+      mask, at, scale, logit_soft_cap, bias: as in `attention`.
       implementation: "auto", "pallas_tpu", "chunked" or "reference".
 
     Returns:
@@ -69,8 +72,9 @@ def column_mass(
       ValueError: a shape does not fit, or the implementation is unknown.
       NotImplementedError: the named implementation does not support the call.
     """
-    q, k, lse = jax.lax.stop_gradient((q, k, lse))
-    return _op(implementation, MassCall.of("column_mass", q=q, k=k, lse=lse, mask=mask, at=at, scale=scale))
+    q, k, lse, bias = jax.lax.stop_gradient((q, k, lse, bias))
+    call = MassCall.of("column_mass", q=q, k=k, lse=lse, mask=mask, at=at, scale=scale, logit_soft_cap=logit_soft_cap, bias=bias)
+    return _op(implementation, call)
 
 
 def _reference(call: MassCall) -> Array:

@@ -30,10 +30,9 @@ MAX_HEAD_DIM = 256
 """Columns of one `wgmma` product."""
 
 
-def choose_tiles(key_dim: int, value_dim: int, normalizer: str, return_stats: bool) -> Tiles:
-    """Tiles whose shared memory and registers fit."""
+def choose_tiles(key_dim: int, value_dim: int, crowded: bool = False) -> Tiles:
+    """Tiles whose shared memory and registers fit; `crowded` where the gradients hold the logits beside the weights."""
     wide = max(key_dim, value_dim)
-    crowded = normalizer == "sigmoid" and return_stats  # its gradients hold the logits beside the weights
     if wide <= 64:
         return Tiles(block_kv=128, block_kv_dq=64 if crowded else 128, block_q_dkv=64, stages=3)
     if wide <= 128:
@@ -70,12 +69,13 @@ def unsupported(call: AttentionCall) -> str | None:
 
 
 def _tiles(call: AttentionCall) -> Tiles:
-    return choose_tiles(call.q.shape[-1], call.v.shape[-1], call.normalizer, call.return_stats)
+    crowded = (call.sigmoid and call.return_stats) or call.logit_soft_cap is not None
+    return choose_tiles(call.q.shape[-1], call.v.shape[-1], crowded)
 
 
 def _shared_memory(key_dim: int, value_dim: int) -> int:
     """Bytes that the forward kernel needs, of all kernels the most."""
-    tiles = choose_tiles(key_dim, value_dim, "softmax", True)
+    tiles = choose_tiles(key_dim, value_dim)
     own = key_dim if key_dim == value_dim else key_dim + value_dim
     return 2 * (BLOCK * own + tiles.stages * tiles.block_kv * (key_dim + value_dim)) + (4 << 10)
 
@@ -88,9 +88,10 @@ def _problem(call: AttentionCall, layout: Layout) -> Problem:
         layout=layout._replace(num_queries=length, num_keys=num_keys),
         num_keys=layout.num_keys,
         tiles=_tiles(call),
-        scale=float(call.scale),
+        scale=call.scale,
         sigmoid=call.sigmoid,
         stats=call.return_stats,
+        soft_cap=call.logit_soft_cap,
         table_blocks=None if table is None else (table.block_q, table.block_kv),
     )
 

@@ -107,9 +107,10 @@ def _problem(call: AttentionCall, layout: Layout) -> Problem:
     return Problem(
         layout=layout,
         tiles=_tiles(call),
-        scale=float(call.scale),
+        scale=call.scale,
         sigmoid=call.sigmoid,
         stats=call.return_stats,
+        soft_cap=call.logit_soft_cap,
         table_blocks=None if table is None else (table.block_q, table.block_kv),
     )
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from plait.kernels.attention.call import AttentionCall
 from plait.kernels.attention.reference import MASKED as HIDDEN
+from plait.kernels.attention.reference import capped
 from plait.kernels.shapes import matmul_precision
 from plait.kernels.tokens import Tokens
 
@@ -59,7 +60,7 @@ def first_mass(call: AttentionCall, lse: Array, queries: Tokens, keys: Tokens, *
     first = jnp.take_along_axis(k, at, axis=1)  # [B, T, Hkv, K]
     grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
     z = jnp.einsum("btgrk,btgk->btgr", grouped, first, precision=matmul_precision(q.dtype), preferred_element_type=jnp.float32)
-    z = call.scale * z.reshape(lse.shape)
+    z = capped(call.scale * z.reshape(lse.shape), call.logit_soft_cap)
     ids, positions = (jnp.take_along_axis(x, index, axis=1) for x in (keys.segment_ids, keys.positions))
     visible = (
         (ids == queries.segment_ids) & (ids != 0) & (positions == position) & call.mask.reaches(queries.positions, positions)

@@ -21,7 +21,7 @@ class AttentionStats(NamedTuple):
     lse: Array
     """log of the row's normaliser, sink logit included; for the sigmoid, log of the row sum of weights."""
     max_logit: Array
-    """Largest visible scaled logit, without sink logit and sigmoid bias."""
+    """Largest visible logit, scaled, biased and capped, without sink logit and sigmoid bias."""
     entropy: Array
     """Entropy in nats of the row's weights on keys, normalised to sum to one (sink logit left out)."""
     first_mass: Array
@@ -29,12 +29,16 @@ class AttentionStats(NamedTuple):
 
 
 def logits(call: AttentionCall, precision: jax.lax.PrecisionLike) -> Array:
-    """The logits [B, Hkv, H/Hkv, T, S] in the accumulation dtype."""
+    """The logits [B, Hkv, H/Hkv, T, S], scaled and capped, in the accumulation dtype."""
     q, k = call.q, call.k
     grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
-    return call.scale * jnp.einsum(
-        "btgrk,bsgk->bgrts", grouped, k, precision=precision, preferred_element_type=accumulation_dtype(q, k)
-    )
+    z = jnp.einsum("btgrk,bsgk->bgrts", grouped, k, precision=precision, preferred_element_type=accumulation_dtype(q, k))
+    return capped(call.scale * z, call.logit_soft_cap)
+
+
+def capped(z: Array, soft_cap: float | None) -> Array:
+    """Logits under a soft cap, or as they are."""
+    return z if soft_cap is None else soft_cap * jnp.tanh(z / soft_cap)
 
 
 def visible_pairs(call: AttentionCall, queries: Tokens, keys: Tokens) -> Array:

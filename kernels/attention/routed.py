@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from plait.kernels.attention import chunked, reference
+from plait.kernels.attention.bias import LowRankBias
 from plait.kernels.attention.call import AttentionCall, RoutedCall
 from plait.kernels.context.attention import CONTEXT
 from plait.kernels.dispatch import Implementation, Op, kernel
@@ -41,6 +42,8 @@ def routed_attention(
     at: Tokens | None = None,
     scale: float | None = None,
     sinks: Array | None = None,
+    logit_soft_cap: float | None = None,
+    bias: LowRankBias | None = None,
     implementation: str = "auto",
 ) -> Array:
     """`attention` in which head h answers only the queries that `active` routes to it; the others get zeros.
@@ -53,7 +56,7 @@ def routed_attention(
       k: [B, T, Hkv, K]; Hkv divides H.
       v: [B, T, Hkv, V].
       active: bool [B, T, H].
-      mask, at, scale, sinks, implementation: as in `attention`.
+      mask, at, scale, sinks, logit_soft_cap, bias, implementation: as in `attention`.
 
     Returns:
       o [B, T, H, V] in q's dtype.
@@ -64,5 +67,17 @@ def routed_attention(
 
     Source: MoH, arXiv 2410.11842, which masks head outputs; skipping the queries is ours.
     """
-    call = RoutedCall.of("routed_attention", q=q, k=k, v=v, active=active, mask=mask, at=at, scale=scale, sinks=sinks)
+    call = RoutedCall.of(
+        "routed_attention",
+        q=q,
+        k=k,
+        v=v,
+        active=active,
+        mask=mask,
+        at=at,
+        scale=scale,
+        sinks=sinks,
+        logit_soft_cap=logit_soft_cap,
+        bias=bias,
+    )
     return _op(implementation, call)

@@ -101,7 +101,7 @@ def renumbered(tokens: Tokens) -> Tokens:
     return Tokens(segment_ids=jnp.where(real, index + 1, 0), positions=tokens.positions)
 
 
-def visits(
+def plan_visits(
     layout: Layout,
     queries: Tokens,
     keys: Tokens,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 
@@ -17,7 +17,7 @@ Array = jax.Array
 class CrossEntropyCall(Call):
     """One call of `plait.kernels.cross_entropy`."""
 
-    results = ("bs", "bs")
+    results: ClassVar[tuple[str, ...]] = ("bs", "bs")
 
     hidden: Array = field(metadata=letters("bsd"))
     weight: Array = field(metadata=letters("dv"))

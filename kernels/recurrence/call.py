@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from plait.kernels.shapes import (
     check_rank,
     check_shape,
     check_tokens,
+    resolved_scale,
 )
 from plait.kernels.tokens import Tokens
 
@@ -31,7 +32,7 @@ SPAN = 128
 class RecurrenceCall(Call):
     """One call of a linear recurrence; see the public functions `decay` and `delta_rule`."""
 
-    results = ("bthv", "bhkv", "bnh")
+    results: ClassVar[tuple[str, ...]] = ("bthv", "bhkv", "bnh")
 
     q: Array = field(metadata=letters("bthk"))
     k: Array = field(metadata=letters("bthk"))
@@ -55,8 +56,9 @@ class RecurrenceCall(Call):
         Raises:
           ValueError: a shape, ratio, dtype, option or known value does not fit.
         """
+        check_rank(op, "q", fields["q"], "[B, T, Hqk, K]")
         check_tokens(op, "at", at, *fields["q"].shape[:2])
-        scale = fields["q"].shape[-1] ** -0.5 if scale is None else scale
+        scale = resolved_scale(op, scale, fields["q"].shape[3])
         call = cls(segment_ids=None if at is None else at.segment_ids, scale=scale, **fields)
         call._check(op)
         return call.replace(chunk_size=min(call.chunk_size, SPAN)) if call.return_stats else call
@@ -79,18 +81,17 @@ class RecurrenceCall(Call):
         return (g,) if self.beta is None else (g, self.beta)
 
     def _check(self, op: str) -> None:
-        q, (batch, length, num_qk_heads, key_dim) = self.q, _of_rank(op, "q", self.q, "[B, T, Hqk, K]")
+        q, v, (batch, length, num_qk_heads, key_dim) = self.q, self.v, self.q.shape
         check_floating(op, q=q, k=self.k)
         check_shape(op, "k", self.k, q.shape, "[B, T, Hqk, K] as q")
         if length < 1:
             raise ValueError(f"{op}: q.shape={q.shape} holds no token; T must be at least 1")
-        if self.v is not None:
-            *_, value_dim = _of_rank(op, "v", self.v, "[B, T, Hv, V]")
-            check_floating(op, v=self.v)
-            check_shape(op, "v", self.v, (batch, length, self.num_heads, value_dim), "[B, T, Hv, V] with B and T of q")
-            if self.initial_state is not None:
-                expected = (batch, self.num_heads, key_dim, value_dim)
-                check_shape(op, "initial_state", self.initial_state, expected, "[B, Hv, K, V]")
+        if v is not None:
+            check_rank(op, "v", v, "[B, T, Hv, V]")
+            check_floating(op, v=v)
+            check_shape(op, "v", v, (batch, length, *v.shape[2:]), "[B, T, Hv, V] with B and T of q")
+        if self.initial_state is not None:
+            check_shape(op, "initial_state", self.initial_state, (batch, v.shape[2], key_dim, v.shape[3]), "[B, Hv, K, V]")
         check_divides(op, "the number of q and k heads", num_qk_heads, "the number of v heads", self.num_heads)
         sizes = {"[B, T, Hv]": (batch, length, self.num_heads), "[B, T, Hv, K]": (batch, length, self.num_heads, key_dim)}
         for name, gate, legends in (("g", self.g, tuple(sizes)), ("beta", self.beta, ("[B, T, Hv]",))):
@@ -103,17 +104,12 @@ class RecurrenceCall(Call):
         check_chunk_size(op, self.chunk_size)
 
 
-def _of_rank(op: str, name: str, x: Array, legend: str) -> tuple[int, ...]:
-    check_rank(op, name, x, legend)
-    return x.shape
-
-
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class RowsCall(RecurrenceCall):
     """One call for rows of the implied attention, which has no values and no initial state."""
 
-    results = ("bhrt", "bhrk")
+    results: ClassVar[tuple[str, ...]] = ("bhrt", "bhrk")
 
     rows: Array = field(metadata=letters("r"))
     """int32 [R] token indices; -1 lies beyond the last token."""

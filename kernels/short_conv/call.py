@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ Array = jax.Array
 class ShortConvCall(Call):
     """One call of `plait.kernels.short_conv`."""
 
-    results = ("bth", "bwh")
+    results: ClassVar[tuple[str, ...]] = ("bth", "bwh")
 
     x: Array = field(metadata=letters("bth"))
     weight: Array = field(metadata=letters("wh"))

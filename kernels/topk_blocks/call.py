@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 
@@ -17,7 +17,7 @@ Array = jax.Array
 class TopkCall(Call):
     """One call of `plait.kernels.topk_blocks`."""
 
-    results = ("bhqk",)
+    results: ClassVar[tuple[str, ...]] = ("bhqk",)
 
     q: Array = field(metadata=letters("bthk"))
     k: Array = field(metadata=letters("bthk"))

@@ -3,6 +3,9 @@
 import pytest
 
 from plait.configs.cli import parse_experiment
+from plait.configs.codec import decode, encode, leaves
+from plait.configs.experiment import ExperimentConfig
+from plait.configs.listing import TABLES
 from plait.configs.presets import preset
 from plait.launch import main
 from plait.tests.train.common import get_leaf
@@ -48,6 +51,80 @@ PATTERNS = {
     ),
     "defaults that fit only the new width": ("--model.pattern moh+softmax --model.d-model 256", ("moh+softmax",) * 2, {}),
     "the last of two patterns": ("--model.pattern gla --model.pattern softmax", ("softmax", "softmax"), {}),
+    "with an underscore in a flag": ("--model.num_layers=4 --model.pattern=retnet", ("retnet",) * 4, {}),
+}
+COMPONENTS = {
+    # words: the pattern, leaves
+    "a mixer": (
+        "--model.mixers.softmax gla --model.mixers.softmax.num-heads 2",
+        "gated_deltanet,gla",
+        {"model.mixers.gla.num_heads": 2, "model.mixers.gated_deltanet.head_dim": 8},
+    ),
+    "a mixer, with an equals sign and underscores": (
+        "--model.mixers.gated_deltanet=gla --model.mixers.gated_deltanet.num_heads=2",
+        "gla,softmax",
+        {"model.mixers.gla.num_heads": 2},
+    ),
+    "the same mixer": ("--model.mixers.softmax softmax", "gated_deltanet,softmax", {"model.mixers.softmax.head_dim": 16}),
+    "the last of two": ("--model.mixers.softmax retnet --model.mixers.softmax=gla", "gated_deltanet,gla", {}),
+    "a mixer of a new pattern, its options before it": (
+        "--model.mixers.retnet.num-heads 2 --model.mixers.retnet gla --model.pattern softmax*1,retnet",
+        "softmax*1,gla",
+        {"model.mixers.gla.num_heads": 2},
+    ),
+    "a mixer with a label": (
+        "--model.pattern softmax/local,softmax --model.mixers.softmax/local gla",
+        "gla/local,softmax",
+        {"model.mixers.softmax.head_dim": 16},
+    ),
+    "a mixer in a wrapper": (
+        "--model.pattern gla,moh+softmax --model.mixers.moh+softmax.mixer gla --model.mixers.moh+softmax.mixer.gate-rank 4 "
+        "--model.mixers.moh+softmax.top-k 2",
+        "gla,moh+gla",
+        {"model.mixers.moh+gla.mixer.gate_rank": 4, "model.mixers.gla.gate_rank": 16, "model.mixers.moh+gla.top_k": 2},
+    ),
+    "a wrapper with its mixer": (
+        "--model.mixers.softmax moh+gla --model.mixers.softmax.mixer.gate-rank 4",
+        "gated_deltanet,moh+gla",
+        {"model.mixers.moh+gla.mixer.gate_rank": 4},
+    ),
+    "a part": (
+        "--model.d-model 64 --model.pattern parallel --model.mixers.parallel.parts.1 gla "
+        "--model.mixers.parallel.parts.1.gate-rank 4 --model.mixers.parallel.parts.0.head-dim 16",
+        "parallel",
+        {"model.mixers.parallel.parts.1.gate_rank": 4, "model.mixers.parallel.parts.0.head_dim": 16},
+    ),
+    "a mixer in a wrapper in a part": (
+        "--model.pattern parallel --model.mixers.parallel.parts.1.mixer gla --model.mixers.parallel.parts.1.mixer.gate-rank=4 "
+        "--model.mixers.parallel.parts.1 moh+softmax --model.d-model 64",
+        "parallel",
+        {"model.mixers.parallel.parts.1.mixer.gate_rank": 4},
+    ),
+    "an optimizer, which keeps what all have": (
+        "--optimizer muon --optimizer.ns-steps 3 --optimizer.learning-rate 2e-2",
+        "gated_deltanet,softmax",
+        {
+            "optimizer.optimizer_name": "muon",
+            "optimizer.learning_rate": 2e-2,
+            "optimizer.warmup_steps": 10,
+            "optimizer.ns_steps": 3,
+        },
+    ),
+    "an optimizer with a rate of its own": (
+        "--optimizer=sgd",
+        "gated_deltanet,softmax",
+        {"optimizer.optimizer_name": "sgd", "optimizer.learning_rate": 3e-2, "optimizer.warmup_steps": 10},
+    ),
+    "a task": (
+        "--data.task mqar --data.task.vocab-size 128",
+        "gated_deltanet,softmax",
+        {"data.task.task_name": "mqar", "data.task.vocab_size": 128, "data.seq_len": 64},
+    ),
+    "a channel mixer": (
+        "--model.channel-mixer gated_mlp --model.channel-mixer.activation gelu",
+        "gated_deltanet,softmax",
+        {"model.channel_mixer.hidden_dim": 64, "model.channel_mixer.activation": "gelu"},
+    ),
 }
 
 
@@ -62,6 +139,23 @@ def test_pattern_brings_its_mixers(words, layers, expected):
     config = parse_experiment("lm_tiny", words.split())
     assert config.model.layers == layers and set(config.model.mixers) == set(layers)
     assert {path: get_leaf(config, path) for path in expected} == expected
+
+
+@pytest.mark.parametrize(("words", "pattern", "expected"), COMPONENTS.values(), ids=COMPONENTS)
+def test_components_are_exchanged_by_name(words, pattern, expected):
+    config = parse_experiment("lm_tiny", words.split())
+    assert config.model.pattern == pattern and set(config.model.mixers) == set(config.model.layers)
+    found = leaves(encode(config))
+    assert {path: found[path] for path in expected} == expected
+    assert decode(ExperimentConfig, encode(config)) == config
+
+
+def test_help_says_which_components_there_are(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "500")
+    assert run_main(["train", "lm_tiny", "--model.pattern", "gla,moh+softmax", "--help"]) == 0
+    printed = capsys.readouterr().out
+    mixers = "--model.mixers.gla, --model.mixers.moh+softmax, --model.mixers.moh+softmax.mixer: gated_deltanet, gla, "
+    assert mixers in printed and "--model.channel-mixer: gated_mlp" in printed
 
 
 def test_nothing_given_is_the_preset():
@@ -80,7 +174,7 @@ REFUSED = {
     "option of a mixer that is not in the pattern": ("train lm_tiny --model.mixers.gla.num-heads 2", "--model.mixers"),
     "choice": ("train lm_tiny --optimizer.schedule cosin", "cosine"),
     "text for a number": ("train lm_tiny --steps many", "many"),
-    "value out of range": ("train lm_tiny --optimizer.learning-rate -1", "must be positive"),
+    "value out of range": ("train lm_tiny --optimizer.learning-rate -1", "error: optimizer.learning_rate=-1.0 must be positive"),
     "heads that do not divide the width": (
         "train lm_tiny --model.pattern softmax --model.d-model 40 --model.mixers.softmax.num-heads None",
         "d_model=40",
@@ -89,14 +183,71 @@ REFUSED = {
         "train lm_tiny --model.mixers.softmax.num-heads 4 --model.mixers.softmax.num-kv-heads 3",
         "num_kv_heads=3",
     ),
-    "window 0": ("train lm_tiny --model.mixers.softmax.window-size 0", "window_size=0"),
+    "window 0": ("train lm_tiny --model.mixers.softmax.window-size 0", "error: model.mixers.softmax.window_size=0"),
     "pattern longer than the model": ("train lm_tiny --model.pattern gla*3,softmax", "num_layers=2"),
     "pattern with a hole": ("train lm_tiny --model.pattern softmax@1", "leaves layers 0"),
     "pattern that cannot be read": ("train lm_tiny --model.pattern gla**2", "needs a positive count"),
-    "empty pattern": ("train lm_tiny --model.pattern=", "model.pattern"),
+    "empty pattern": ("train lm_tiny --model.pattern=", "model.pattern=''"),
+    "no pattern": ("train lm_tiny --model.pattern", "model.pattern has no value"),
+    "channel mixer": (
+        "train lm_tiny --model.channel-mixer gated_mpl",
+        "error: model.channel_mixer='gated_mpl': channel mixer 'gated_mpl' is not registered; did you mean 'gated_mlp'?",
+    ),
+    "channel mixer without a name": ("train lm_tiny --model.channel-mixer --steps 3", "model.channel_mixer has no value"),
+    "optimizer": (
+        "train lm_tiny --optimizer muno",
+        "error: optimizer='muno': optimizer 'muno' is not registered; did you mean 'muon'?",
+    ),
+    "value of an exchanged optimizer": (
+        "train lm_tiny --optimizer muon --optimizer.ns-steps 0",
+        "error: optimizer.ns_steps=0 must be",
+    ),
+    "option of the optimizer before": ("train lm_tiny --optimizer sgd --optimizer.b1 0.9", "--optimizer.b1"),
+    "task that the rows cannot hold": (
+        "train lm_tiny --data.task mqar --data.task.num-kv-pairs 40",
+        "error: data.task.num_kv_pairs=40 must be at most a quarter of data.seq_len=64",
+    ),
+    "component of another kind": ("train lm_tiny --model.channel-mixer gla", "channel mixer 'gla' is not registered"),
+    "mixer named by its place": (
+        "train lm_tiny --model.mixers.softmax sofmax",
+        "error: model.mixers.softmax='sofmax': mixer 'sofmax' is not registered; did you mean 'softmax'?",
+    ),
+    "mixer that the pattern has": (
+        "train lm_tiny --model.mixers.softmax gated_deltanet --model.mixers.softmax.head-dim 8",
+        "error: model.mixers.softmax='gated_deltanet' is in pattern='gated_deltanet,softmax' already",
+    ),
+    "wrapper around nothing": ("train lm_tiny --model.mixers.softmax moh", "name a mixer after it, as in 'moh+softmax'"),
+    "wrapper in a wrapper": (
+        "train lm_tiny --model.pattern moh+softmax --model.mixers.moh+softmax.mixer moh+gla",
+        "model.mixers.moh+softmax.mixer=moh is itself around a mixer",
+    ),
+    "value of an exchanged mixer, by the typed path": (
+        "train lm_tiny --model.pattern moh+softmax --model.mixers.moh+softmax.mixer gla --model.mixers.moh+softmax.mixer.num-heads 0",
+        "error: model.mixers.moh+softmax.mixer.num_heads=0 must be at least 1",
+    ),
+    "exchanged mixer that does not fit, by the typed path": (
+        "train lm_tiny --model.mixers.softmax gla --model.mixers.softmax.num-heads 5",
+        "error: model.mixers.softmax.num_heads=5 must divide",
+    ),
+    "value of a part": (
+        "train lm_tiny --model.pattern parallel --model.mixers.parallel.parts.0.num-heads 0",
+        "error: model.mixers.parallel.parts.0.num_heads=0 must be at least 1",
+    ),
+    "part that is not there": (
+        "train lm_tiny --model.pattern parallel --model.mixers.parallel.parts.2 gla",
+        "--model.mixers.parallel.parts",
+    ),
+    "value of a labelled mixer": (
+        "train lm_tiny --model.pattern softmax/local,softmax --model.mixers.softmax/local.num-heads 0",
+        "error: model.mixers.softmax/local.num_heads=0 must be at least 1",
+    ),
+    "label that does not fit the width": (
+        "train lm_tiny --model.pattern softmax/local --model.d-model 40",
+        "error: model.mixers.softmax/local.head_dim=64 must divide d_model=40",
+    ),
     "warm-up longer than the run": ("train lm_tiny --steps 5", "warmup_steps=10 must be below steps=5"),
     "accumulation that does not divide": ("train lm_tiny --optimizer.accumulate 3", "must divide data.batch_size=8"),
-    "mesh axis 0": ("train lm_tiny --mesh.fsdp 0", "mesh.fsdp=0"),
+    "mesh axis 0": ("train lm_tiny --mesh.fsdp 0", "error: mesh.fsdp=0 must be at least 1"),
     "list of nothing": ("list", "list needs one of"),
     "list of something else": ("list preset", "presets"),
     "task": ("eval runs/none --tasks pppl", "ppl"),
@@ -119,9 +270,7 @@ def test_bad_command_line_exits_2_and_says_what_is_near(words, hint, tmp_path, m
     assert list(tmp_path.iterdir()) == [], "nothing is left behind"
 
 
-@pytest.mark.parametrize(
-    "words", ["--help", "train lm_tiny --help", "generate --help", "list presets", "list mixers", "list tasks", "list kernels"]
-)
+@pytest.mark.parametrize("words", ["--help", "train lm_tiny --help", "generate --help", *(f"list {what}" for what in TABLES)])
 def test_help_and_lists_exit_0(words, capsys):
     assert run_main(words.split()) == 0
     assert capsys.readouterr().out.strip()

@@ -21,13 +21,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from plait.configs.components import children
 from plait.configs.experiment import ExperimentConfig
+from plait.configs.listing import registry
 from plait.configs.mesh import MeshConfig
 from plait.data.loader import build_data
-from plait.models.mixers.base import MIXERS, MixerConfig
-from plait.models.mixers.moh import MoHConfig
+from plait.models.config import pattern_name
+from plait.models.mixers.base import MixerConfig
 from plait.tests.train.common import changed, get_leaf, program_of, random_batch, tiny, write_corpus
 from plait.train.loss import loss_terms
+from plait.train.probes.base import Probes
 from plait.train.step import make_step
 
 LOOP = {
@@ -56,6 +59,7 @@ TEXTS = {
     "data.source": ["{other}"],
     "data.text_field": ["body"],
     "data.tokenizer": ["bpe"],
+    "probe.only": ["entropy"],
 }
 """Other values of the leaves that are free text."""
 
@@ -67,13 +71,19 @@ NEEDS: dict[str, dict[str, Any]] = {
     "softmax.num_sink_tokens": {"window_size": 4},
     "softmax.window_size": {"window_size": 8},
 }
-"""What must hold for a leaf to work; of a mixer's leaf by `mixer.field`, within the mixer."""
+"""What must hold for a leaf to work; of a component's leaf by `name.field`, within the component."""
+
+BEFORE: dict[str, dict[str, Any]] = {
+    "softmax.shared_kv": {"shared_kv": "write"},
+    "power.shared_kv": {"shared_kv": "write"},
+}
+"""Options of a layer of the same mixer that must come before, by `mixer.field`."""
 
 SEQ_LEN, VOCAB = 32, 128
 
 
 def leaves(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """`(dotted path, annotated type)` of every leaf below a config dataclass; mixers are walked on their own."""
+    """`(dotted path, annotated type)` of every leaf below a config dataclass; mixers and their like are walked on their own."""
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), f"{path}.{field.name}" if path else field.name
@@ -112,7 +122,7 @@ def model_signs(config: ExperimentConfig) -> Iterator[Callable[[], Any]]:
     like = setup.like
 
     def loss(params, buffers):
-        return loss_terms(setup.blueprint.build(params, buffers), batch, total=jnp.float32(1), share=1.0, probe=None)[0]
+        return loss_terms(setup.blueprint.build(params, buffers), batch, total=jnp.float32(1), share=1.0, observer=None)[0]
 
     yield lambda: str(jax.tree.map(lambda a: (a.shape, str(a.dtype)), like))
     yield lambda: text_of(jax.make_jaxpr(loss)(like.params, like.buffers))
@@ -123,8 +133,8 @@ def step_signs(config: ExperimentConfig) -> Iterator[Callable[[], Any]]:
     """What the optimizer and probe configs decide."""
     setup = program_of(config, VOCAB)
     batch = random_batch(config.data.batch_size, config.data.seq_len, VOCAB)
-    probe = config.probe if config.probe_every is not None else None
-    yield lambda: text_of(jax.make_jaxpr(make_step(setup.blueprint, setup.tx, setup.mesh, probe))(setup.like, batch))
+    observer = Probes(config.probe) if config.probe_every is not None else None
+    yield lambda: text_of(jax.make_jaxpr(make_step(setup.blueprint, setup.tx, setup.mesh, observer))(setup.like, batch))
 
 
 def mesh_signs(config: ExperimentConfig) -> Iterator[Callable[[], Any]]:
@@ -242,39 +252,61 @@ def test_loop_leaves_exist():
     assert set(PATHS) >= LOOP, "LOOP names a field that is gone"
 
 
-def mixer_base(name: str) -> MixerConfig:
-    return MIXERS[name].example()
+def with_mixer(mixer: MixerConfig, before: MixerConfig | None = None) -> ExperimentConfig:
+    """A model of one such layer, of width 64, or of another `before` it."""
+    mixers = (
+        {pattern_name(mixer): mixer} if before is None else {f"{pattern_name(before)}/before": before, pattern_name(mixer): mixer}
+    )
+    model = dataclasses.replace(BASE.model, d_model=64, num_layers=len(mixers), pattern=",".join(mixers), mixers=mixers)
+    return dataclasses.replace(BASE, model=model)
 
 
-def mixer_leaves() -> list[tuple[str, str, Any]]:
-    """`(mixer, field, type)` of every leaf of every registered mixer."""
+PLACES: dict[str, Callable[[Any], ExperimentConfig]] = {
+    "mixer": with_mixer,
+    "channel mixer": lambda config: changed(BASE, {"model.d_model": 64, "model.channel_mixer": config}),
+    "optimizer": lambda config: changed(BASE, {"optimizer": dataclasses.replace(config, warmup_steps=10)}),
+    "task": lambda config: changed(BASE, {"data.task": config}),
+}
+"""An experiment with a component in it, by kind."""
+
+
+def component_leaves() -> list[Any]:
+    """`(kind, component, field, type)` of every leaf of every registered component but those in `PATHS`."""
     found = []
-    for name, config in MIXERS.all().items():
-        hints = typing.get_type_hints(config)
-        found += [(name, f.name, hints[f.name]) for f in dataclasses.fields(config) if f.name != "mixer"]
+    for kind in PLACES:
+        for name, schema in registry(kind).all().items():
+            config, hints = example(schema), typing.get_type_hints(schema)
+            holds = {path.partition(".")[0] for path, _ in children(config)}
+            fields = [field.name for field in dataclasses.fields(schema) if field.name not in holds]
+            if kind == "optimizer":
+                fields = [field for field in fields if f"optimizer.{field}" not in PATHS]
+            elif kind == "channel mixer" and isinstance(BASE.model.channel_mixer, schema):
+                fields = []
+            found += [pytest.param(kind, name, field, hints[field], id=f"{name}.{field}") for field in fields]
     return found
 
 
-@pytest.mark.parametrize(("name", "field", "kind"), mixer_leaves(), ids=lambda x: x if isinstance(x, str) else "")
-def test_mixer_leaf_is_noticed(name, field, kind):
-    mixer = dataclasses.replace(mixer_base(name), **NEEDS.get(f"{name}.{field}", {}))
+def example(schema: Any) -> Any:
+    return schema.example() if hasattr(schema, "example") else schema()
+
+
+@pytest.mark.parametrize(("kind", "name", "field", "hint"), component_leaves())
+def test_leaf_of_a_component_is_noticed(kind, name, field, hint, tmp_path):
+    config = dataclasses.replace(example(registry(kind)[name]), **NEEDS.get(f"{name}.{field}", {}))
+    place = PLACES[kind]
+    if before := BEFORE.get(f"{name}.{field}"):
+        place = functools.partial(with_mixer, before=dataclasses.replace(config, **before))
+    signs = {"optimizer": step_signs, "task": functools.partial(data_signs, folder=tmp_path)}.get(kind, model_signs)
     tried = 0
-    for other in valid_changes(mixer, field, kind, candidates(kind, getattr(mixer, field))):
+    for other in valid_changes(config, field, hint, candidates(hint, getattr(config, field))):
         try:
-            found = notices(model_signs, one_layer(mixer), one_layer(other))
-        except ValueError:  # does not fit the width
+            found = notices(signs, place(config), place(other))
+        except ValueError:  # does not fit the width or the rows
             continue
         tried += 1
         if found:
             return
     pytest.fail(
-        f"mixer {name}: {field} was changed from {getattr(mixer, field)!r} to {tried} other valid values and nothing noticed. "
+        f"{kind} {name}: {field} was changed from {getattr(config, field)!r} to {tried} other valid values and nothing noticed. "
         f"Use it, take it away, or, where it works only beside another value, name that under {name}.{field} in NEEDS"
     )
-
-
-def one_layer(mixer: MixerConfig) -> ExperimentConfig:
-    """A model of one such layer, of width 64."""
-    pattern = f"moh+{mixer.mixer.name}" if isinstance(mixer, MoHConfig) else mixer.name
-    model = dataclasses.replace(BASE.model, d_model=64, num_layers=1, pattern=pattern, mixers={pattern: mixer})
-    return dataclasses.replace(BASE, model=model)

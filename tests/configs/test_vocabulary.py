@@ -29,7 +29,7 @@ def test_size_that_only_a_file_says():
 
 
 def test_size_below_the_tokenizers():
-    with pytest.raises(ValueError, match=r"model.vocab_size=256 is smaller than the tokenizer's 257"):
+    with pytest.raises(ValueError, match=r"model.vocab_size=256 is smaller than the data's 257"):
         with_vocabulary(_config("byte", None, 256))
 
 

@@ -3,6 +3,7 @@
 import pytest
 
 from plait.data.config import DataConfig
+from plait.data.tasks.mqar import MQARTask
 
 
 def test_config_default_is_valid_and_trains_4096_tokens():
@@ -22,6 +23,7 @@ def test_config_default_is_valid_and_trains_4096_tokens():
         ({"text_field": ""}, r"data\.text_field='' must not be empty"),
         ({"tokenizer": ""}, r"data\.tokenizer='' must not be empty"),
         ({"cache_dir": ""}, r"data\.cache_dir='' must name a folder"),
+        ({"task": MQARTask(num_kv_pairs=200)}, r"data\.task\.num_kv_pairs=200 must be at most a quarter of data\.seq_len=512"),
         ({"vocab_size": 256}, r"data\.vocab_size=256 must hold the 256 bytes.*use 257 or more"),
         ({"vocab_size": 4096, "tokenizer": "byte"}, r"data\.vocab_size=4096.*leave vocab_size out"),
     ],

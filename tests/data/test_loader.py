@@ -38,8 +38,8 @@ def assert_equal(one, two):
 
 def epochs(data, count, rows=8):
     """The rows of the first epochs, [count * R, T] for targets and mask."""
-    batches = take(data.train(), -(-count * data.num_train_rows // rows))
-    joined = [np.concatenate(arrays)[: count * data.num_train_rows] for arrays in zip(*batches)]
+    batches = take(data.train(), -(-count * data.facts["num_train_rows"] // rows))
+    joined = [np.concatenate(arrays)[: count * data.facts["num_train_rows"]] for arrays in zip(*batches)]
     return type(batches[0])(*joined)
 
 
@@ -47,7 +47,7 @@ def epochs(data, count, rows=8):
 def test_an_epoch_predicts_every_training_token_once(build, document_start):
     data = build(document_start=document_start)
     both = epochs(data, 2)
-    assert both.loss_mask.sum() == 2 * data.num_train_tokens
+    assert both.loss_mask.sum() == 2 * data.facts["num_train_tokens"]
     per_epoch = np.split(both.targets, 2)
     masks = np.split(both.loss_mask > 0, 2)
     first, second = (np.bincount(t[m], minlength=257) for t, m in zip(per_epoch, masks))
@@ -71,11 +71,11 @@ def test_bits_per_byte_counts_every_byte_of_the_held_out_documents(build):
         data = build(tokenizer=tokenizer, vocab_size=300 if tokenizer == "bpe" else None, run=tokenizer)
         sizes = data.tokenizer.bytes_per_token
         predicted = sum(int(np.sum(sizes[batch.targets] * batch.loss_mask)) for batch in data.val)
-        assert predicted == data.num_val_bytes
-        assert data.num_val_bytes + data.num_train_bytes == sum(len(text.encode()) for text in make_texts(60))
+        assert predicted == data.facts["num_val_bytes"]
+        assert data.facts["num_val_bytes"] + data.facts["num_train_bytes"] == sum(len(text.encode()) for text in make_texts(60))
         train = epochs(data, 1)
-        assert int(np.sum(sizes[train.targets] * train.loss_mask)) == data.num_train_bytes
-        assert sum(batch.loss_mask.sum() for batch in data.val) == data.num_val_tokens
+        assert int(np.sum(sizes[train.targets] * train.loss_mask)) == data.facts["num_train_bytes"]
+        assert sum(batch.loss_mask.sum() for batch in data.val) == data.facts["num_val_tokens"]
 
 
 def test_two_builds_give_the_same_batches(build):
@@ -92,7 +92,7 @@ def test_seed_changes_the_order(build):
 def test_hosts_share_each_batch_in_order(build, hosts):
     whole = build()
     parts = [build(rows=rows) for rows in np.split(np.arange(8), hosts)]
-    count = whole.num_train_rows // 8 + 3  # past the end of the epoch
+    count = whole.facts["num_train_rows"] // 8 + 3  # past the end of the epoch
     shares = zip(*(take(part.train(), count) for part in parts))
     joined = [type(share[0])(*(np.concatenate(arrays) for arrays in zip(*share))) for share in shares]
     assert_equal(take(whole.train(), count), joined)
@@ -149,7 +149,7 @@ def test_validation_is_padded_to_whole_batches_and_can_be_indexed(build):
 
 def test_no_validation(build):
     data = build(val_fraction=0.0)
-    assert len(data.val) == data.num_val_tokens == data.num_val_bytes == 0
+    assert len(data.val) == data.facts["num_val_tokens"] == data.facts["num_val_bytes"] == 0
     assert list(data.val) == []
 
 
@@ -171,8 +171,8 @@ def test_corpus_shorter_than_a_row_says_how_long_it_is(build):
 def test_any_rows_of_a_batch_can_be_read(build):
     """As where the devices of a host hold rows that do not follow one another."""
     whole, some = build(batch_size=24), build(batch_size=24, rows=[1, 2, 9, 23])
-    count = whole.num_train_rows // 24 + 3
-    picked = lambda batch: type(batch)(*(array[[1, 2, 9, 23]] for array in batch))  # noqa: E731
+    count = whole.facts["num_train_rows"] // 24 + 3
+    picked = lambda batch: type(batch)(*(array[[1, 2, 9, 23]] for array in batch))
     assert_equal(take(some.train(), count), [picked(batch) for batch in take(whole.train(), count)])
     assert_equal(some.val, [picked(batch) for batch in whole.val])
 
@@ -181,7 +181,7 @@ def test_tokenizer_is_kept_with_the_run_and_used_again(build, tmp_path, corpus_f
     data = build(tokenizer="bpe", vocab_size=300)
     assert data.vocab_size == 300
     assert load_tokenizer(tmp_path / "run").fingerprint == data.tokenizer.fingerprint
-    monkeypatch.setattr("plait.data.loader.train_tokenizer", lambda *args: pytest.fail("trained again"))
+    monkeypatch.setattr("plait.data.text.train_tokenizer", lambda *args: pytest.fail("trained again"))
     build(tokenizer="bpe", vocab_size=300)
     build(tokenizer="bpe", vocab_size=300, run="second")  # from the shared cache
     path = build(tokenizer=str(tmp_path / "run"), run="third")  # another run's, by its path
@@ -206,10 +206,11 @@ def test_cache_is_in_the_run_folder_by_default(corpus_folder, tmp_path):
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"data", "tokenizer"}
 
 
-def test_summary_is_json_and_epoch_counts_rows(build):
+def test_summary_is_json_and_names_its_ids(build):
     data = build()
-    assert json.loads(json.dumps(data.summary()))["num_documents"] == 60
-    assert data.epoch(data.num_train_rows) == 8.0
+    found = json.loads(json.dumps(data.summary()))
+    assert (found["num_documents"], found["vocab_size"], found["seed"]) == (60, 257, 0)
+    assert data.strings([97, 256]) == data.tokenizer.token_strings([97, 256])
 
 
 def test_closed_iterator_ends(build):
@@ -224,5 +225,5 @@ def test_sotu_trains_out_of_the_box(tmp_path):
     data = build_data(DataConfig(tokenizer="byte", batch_size=2), tmp_path)
     batch = next(data.train())
     assert batch.tokens.shape == (2, 512)
-    assert data.corpus.meta.num_bytes == 12_185_751
-    assert 0.015 < data.num_val_bytes / data.corpus.meta.num_bytes < 0.04
+    assert data.facts["num_bytes"] == 12_185_751
+    assert 0.015 < data.facts["num_val_bytes"] / data.facts["num_bytes"] < 0.04

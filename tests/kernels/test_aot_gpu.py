@@ -60,11 +60,34 @@ def test_attention_compiles(
     generation: str, length: int, dims: tuple[int, int], normalizer: str, stats: bool, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ):
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    options = {"normalizer": normalizer, "sigmoid_bias": -8.0 if normalizer == "sigmoid" else None}
+    _assert_compiles(generation, length, dims, stats, capfd, **options)
+
+
+@pytest.mark.parametrize(
+    ("dims", "normalizer"),
+    [
+        ((128, 128), "softmax"),
+        pytest.param((64, 64), "softmax", marks=pytest.mark.slow),
+        pytest.param((192, 128), "softmax", marks=pytest.mark.slow),
+        pytest.param((256, 256), "softmax", marks=pytest.mark.slow),
+        pytest.param((64, 64), "sigmoid", marks=pytest.mark.slow),
+        pytest.param((128, 128), "sigmoid", marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_capped_attention_compiles(dims: tuple[int, int], normalizer: str, monkeypatch: pytest.MonkeyPatch, capfd: Any):
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    options = {"normalizer": normalizer, "sigmoid_bias": -8.0 if normalizer == "sigmoid" else None}
+    _assert_compiles("h100", 4096, dims, True, capfd, logit_soft_cap=30.0, **options)
+
+
+def _assert_compiles(generation: str, length: int, dims: tuple[int, int], stats: bool, capfd: Any, **options: Any) -> None:
+    """The three kernels compile, and ptxas reports no spill."""
     where = _on(generation)
     heads = lambda n, dim: jax.ShapeDtypeStruct((1, length, n, dim), jnp.bfloat16, sharding=where)
 
     def loss(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
-        options = {"normalizer": normalizer, "sigmoid_bias": -8.0 if normalizer == "sigmoid" else None}
         at = kernels.Tokens(None, segment_ids)
         out = kernels.attention(q, k, v, mask=Mask(), at=at, return_stats=stats, implementation="pallas_gpu", **options)
         o, *rows = out if stats else (out,)

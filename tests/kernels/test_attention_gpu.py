@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from plait import kernels
-from plait.kernels import Mask, Tokens, dispatch, gpu
+from plait.kernels import LowRankBias, Mask, Tokens, dispatch, gpu
 from plait.kernels.attention import pallas_gpu, reference
 from plait.kernels.attention.call import AttentionCall
 from plait.kernels.masks import BlockTable, PowerMask
@@ -30,6 +30,8 @@ class Case(NamedTuple):
     sinks: bool = False
     sigmoid: bool = False
     stats: bool = True
+    soft_cap: float | None = None
+    bias: bool = False
     table: tuple[int, int] | None = None
 
 
@@ -45,16 +47,19 @@ CASES = {
     "hidden": Case(segments="none", length=65, sinks=True),
     "power": Case(mask=PowerMask(block_size=16, window_size=5, num_sink_tokens=3), segments="long", length=160, stats=False),
     "table": Case(heads=(2, 1), table=(64, 32), length=192),
+    "soft-cap": Case(segments="several", soft_cap=1.5, sinks=True, length=140),
+    "soft-cap-sigmoid": Case(soft_cap=2.0, sigmoid=True, length=65),
+    "soft-cap-bias": Case(soft_cap=5.0, bias=True, length=65, stats=False),
 }
 
-SLOW = ("sigmoid-without-statistics", "window-float16", "power")
+SLOW = ("sigmoid-without-statistics", "window-float16", "power", "soft-cap-sigmoid")
 
 needs_interpreter = pytest.mark.skipif(
     jax.__version_info__ < gpu.MIN_JAX, reason=f"the GPU interpreter needs JAX >= {'.'.join(map(str, gpu.MIN_JAX))}"
 )
 
 
-def _inputs(case: Case) -> dict[str, jax.Array]:
+def _inputs(case: Case) -> dict[str, Any]:
     rng = np.random.default_rng(case.length)
     (num_heads, num_kv_heads), (key_dim, value_dim) = case.heads, case.dims
     batch = 1 if case.segments is None else cases.BATCH
@@ -62,6 +67,9 @@ def _inputs(case: Case) -> dict[str, jax.Array]:
     inputs = {name: jnp.asarray(rng.standard_normal((batch, case.length, *s)), case.dtype) for name, s in shapes.items()}
     if case.sinks:
         inputs["sinks"] = jnp.asarray(rng.standard_normal(num_heads), jnp.float32)
+    if case.bias:
+        sides = (jnp.asarray(rng.standard_normal((1, case.length, n, 3)), case.dtype) for n in case.heads)
+        inputs["bias"] = LowRankBias(*sides)
     if case.sigmoid:
         inputs["sigmoid_bias"] = jnp.asarray(rng.standard_normal(num_heads) - 3, jnp.float32)
     return inputs
@@ -86,7 +94,7 @@ def _run(implementation: Any, case: Case, inputs: dict[str, jax.Array], tokens: 
 
     def outputs(inputs: dict[str, jax.Array]) -> Any:
         normalizer = "sigmoid" if case.sigmoid else "softmax"
-        options = inputs | tokens
+        options = inputs | tokens | {"logit_soft_cap": case.soft_cap}
         call = AttentionCall.of(
             "attention", mask=case.mask, normalizer=normalizer, return_stats=case.stats, block_table=_table(case), **options
         )

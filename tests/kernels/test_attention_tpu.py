@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from plait.kernels import BlockTable, Mask, PowerMask, Tokens, attention, column_mass, routed_attention
+from plait.kernels import BlockTable, LowRankBias, Mask, PowerMask, Tokens, attention, column_mass, routed_attention
 from plait.kernels.attention import pallas_tpu, reference
 from plait.kernels.attention.call import AttentionCall
 from plait.kernels.attention.tpu import tiling
-from plait.kernels.attention.visits import FULL, SKIP, Layout, renumbered, visits
+from plait.kernels.attention.visits import FULL, SKIP, Layout, plan_visits, renumbered
 from plait.kernels.target import target
 from plait.tests.kernels import cases
 from plait.tests.tolerances import assert_close, assert_tree_close, in_float64
@@ -32,6 +32,8 @@ class Case(NamedTuple):
     sinks: bool = False
     sigmoid: bool = False
     stats: bool = True
+    soft_cap: float | None = None
+    bias: bool = False
 
 
 SINKS = Mask(window_size=9, num_sink_tokens=3)
@@ -48,6 +50,9 @@ CASES = {
     "power": Case(mask=PowerMask(block_size=32, window_size=9, num_sink_tokens=2), segments="several", heads=(1, 1), length=300),
     "dilated": Case(mask=Mask(window_size=6, dilation=20, num_sink_tokens=1), segments="long", stats=False, dtype="bfloat16"),
     "hidden": Case(segments="none", length=65, sinks=True, heads=(1, 1)),
+    "soft-cap": Case(segments="several", soft_cap=1.5, sinks=True),
+    "soft-cap-sigmoid": Case(soft_cap=2.0, sigmoid=True, length=130, heads=(1, 1)),
+    "soft-cap-bias-bfloat16": Case(soft_cap=5.0, bias=True, segments="several", dtype="bfloat16", stats=False),
 }
 
 
@@ -73,7 +78,7 @@ CHOSEN = pallas_tpu.choose_tiles
 TILES = tuple(tiling.Tiles.__dataclass_fields__)
 
 
-def _inputs(case: Case) -> dict[str, jax.Array]:
+def _inputs(case: Case) -> dict[str, Any]:
     rng = np.random.default_rng(case.length)
     (num_heads, num_kv_heads), (key_dim, value_dim) = case.heads, case.dims
     batch = 1 if case.segments is None else cases.BATCH
@@ -81,6 +86,9 @@ def _inputs(case: Case) -> dict[str, jax.Array]:
     inputs = {name: jnp.asarray(rng.standard_normal((batch, case.length, *s)), case.dtype) for name, s in shapes.items()}
     if case.sinks:
         inputs["sinks"] = jnp.asarray(rng.standard_normal(num_heads), jnp.float32)
+    if case.bias:
+        sides = (jnp.asarray(rng.standard_normal((1, case.length, n, 3)), case.dtype) for n in case.heads)
+        inputs["bias"] = LowRankBias(*sides)
     if case.sigmoid:
         inputs["sigmoid_bias"] = jnp.asarray(rng.standard_normal(num_heads) - 3, jnp.float32)
     return inputs
@@ -97,7 +105,7 @@ def _run(implementation: Any, case: Case, inputs: dict[str, jax.Array], tokens: 
 
     def outputs(inputs: dict[str, jax.Array]) -> Any:
         normalizer = "sigmoid" if case.sigmoid else "softmax"
-        options = inputs | tokens
+        options = inputs | tokens | {"logit_soft_cap": case.soft_cap}
         call = AttentionCall.of("attention", mask=case.mask, normalizer=normalizer, return_stats=case.stats, **options)
         o, stats = implementation.attention(call)
         return {"o": o, **{f: jnp.where(x > -1e29, x, 0) for f, x in (stats._asdict() if stats else {}).items()}}
@@ -156,7 +164,12 @@ def test_routed_matches_reference(share: float):
     def run(implementation: str, inputs: dict[str, jax.Array]) -> Any:
         def outputs(inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
             q, k, v = (inputs[name] for name in "qkv")
-            options = {"mask": case.mask, "at": Tokens(None, _segments(case)), "sinks": inputs["sinks"]}
+            options = {
+                "mask": case.mask,
+                "at": Tokens(None, _segments(case)),
+                "sinks": inputs["sinks"],
+                "logit_soft_cap": 2.0 if share == 1 else None,
+            }
             return {"o": routed_attention(q, k, v, active, implementation=implementation, **options)}
 
         return cases.with_gradients(outputs, inputs)
@@ -167,10 +180,10 @@ def test_routed_matches_reference(share: float):
     assert not np.asarray(got["value"]["o"])[~np.asarray(active)].any()
 
 
-@pytest.mark.parametrize("segments", [None, "several"])
-def test_column_mass_matches_reference(segments: str | None):
+@pytest.mark.parametrize(("segments", "soft_cap"), [(None, None), ("several", None), ("several", 1.5)])
+def test_column_mass_matches_reference(segments: str | None, soft_cap: float | None):
     case = Case(mask=Mask(window_size=90), heads=(4, 2), segments=segments, length=200)
-    inputs, options = _inputs(case), {"mask": case.mask, "at": Tokens(None, _segments(case))}
+    inputs, options = _inputs(case), {"mask": case.mask, "at": Tokens(None, _segments(case)), "logit_soft_cap": soft_cap}
     q, k, v = (inputs[name] for name in "qkv")
     _, stats = cases.quick_jit(partial(attention, return_stats=True, implementation="reference", **options))(q, k, v)
     plain = cases.quick_jit(partial(column_mass, implementation="reference", **options))
@@ -205,7 +218,7 @@ def test_visits_are_what_is_visible(mask: Mask, layout: str | None):
     visible = np.asarray(mask.dense(tokens.positions, tokens.positions, tokens.segment_ids, tokens.segment_ids))[:, 0]
     tiles = visible.reshape(cases.BATCH, length // block_q, block_q, length // block_kv, block_kv).swapaxes(2, 3)
     some, every = tiles.any((-1, -2)), tiles.all((-1, -2))
-    by_query, by_key = visits(known, tokens, tokens, block_q, block_kv, keep_first=False)
+    by_query, by_key = plan_visits(known, tokens, tokens, block_q, block_kv, keep_first=False)
     for side, transpose in ((by_query, False), (by_key, True)):
         entries = np.broadcast_to(side.entries[:, 0], (cases.BATCH, *side.entries.shape[2:]))
         kinds = np.full((cases.BATCH, *(some.shape[:0:-1] if transpose else some.shape[1:])), SKIP)

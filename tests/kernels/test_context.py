@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from plait.kernels import Mask, Tokens, attention, routed_attention, short_conv
+from plait.kernels import LowRankBias, Mask, Tokens, attention, routed_attention, short_conv
 from plait.kernels.masks import PowerMask
 from plait.kernels.sharding import splitting
 from plait.tests.kernels import cases
@@ -148,6 +148,18 @@ def test_sigmoid_attention():
 
     inputs = arrays(q=(2, LENGTH, 4, 8), k=(2, LENGTH, 2, 8), v=(2, LENGTH, 2, 6), sigmoid_bias=(4,))
     assert_same(outputs, inputs, mesh_of(context=4))
+
+
+@pytest.mark.parametrize("mask", ["causal", "window"])
+def test_attention_with_soft_cap_and_bias(mask: str):
+    def outputs(inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        inputs = dict(inputs)
+        bias = LowRankBias(inputs.pop("left"), inputs.pop("right"))
+        at = Tokens(None, segment_ids(SEGMENTS["packed"]))
+        return {"o": attention(**inputs, mask=MASKS[mask], logit_soft_cap=1.5, bias=bias, at=at)}
+
+    shapes = {"q": (2, LENGTH, 4, 8), "k": (2, LENGTH, 2, 8), "v": (2, LENGTH, 2, 6)}
+    assert_same(outputs, arrays(**shapes, left=(2, LENGTH, 4, 2), right=(1, LENGTH, 1, 2)), mesh_of(context=4))
 
 
 @pytest.mark.parametrize("mask", ["causal", "window"])

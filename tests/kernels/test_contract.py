@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from plait import kernels
-from plait.kernels import Mask, Tokens
+from plait.kernels import LowRankBias, Mask, Tokens
 from plait.tests.kernels import cases
 from plait.tests.tolerances import assert_close, assert_tree_close, in_float64
 
@@ -120,6 +120,9 @@ ATTENTION = {
     "two-sided-window": (Mask(causal=False, window_size=9, num_sink_tokens=2), {}),
     "sink-logits": (Mask(window_size=40), {"sinks": True}),
     "sigmoid": (Mask(), {"normalizer": "sigmoid", "sigmoid_bias": -3.0}),
+    "soft-cap": (Mask(window_size=40), {"sinks": True, "logit_soft_cap": 1.5}),
+    "soft-cap-sigmoid": (Mask(), {"normalizer": "sigmoid", "sigmoid_bias": -1.0, "logit_soft_cap": 1.0}),
+    "bias": (Mask(window_size=70, num_sink_tokens=2), {"bias": True, "logit_soft_cap": 3.0}),
 }
 
 
@@ -130,7 +133,8 @@ def _attention(name: str, implementation: str) -> Any:
     @cases.quick_jit
     def run(inputs: dict[str, jax.Array], segment_ids: jax.Array | None) -> Any:
         def outputs(inputs: dict[str, jax.Array]) -> Any:
-            named = dict(options, sinks=inputs["sinks"]) if options.get("sinks") else options
+            given = {"sinks": inputs["sinks"], "bias": LowRankBias(inputs["bias_q"], inputs["bias_k"])}
+            named = options | {key: x for key, x in given.items() if options.get(key)}
             o, stats = kernels.attention(
                 inputs["q"], inputs["k"], inputs["v"], mask=mask, at=Tokens(None, segment_ids), return_stats=True,
                 implementation=implementation, **named,
@@ -145,6 +149,7 @@ def _attention(name: str, implementation: str) -> Any:
 def _attention_inputs(length: int, dtype: str = "float32", num_heads: int = 4, num_kv_heads: int = 2) -> dict[str, jax.Array]:
     rng = np.random.default_rng(length)
     shapes = {"q": (2, length, num_heads, 8), "k": (2, length, num_kv_heads, 8), "v": (2, length, num_kv_heads, 4)}
+    shapes |= {"bias_q": (1, length, num_heads, 3), "bias_k": (2, length, 1, 3)}
     inputs = {key: jnp.asarray(rng.standard_normal(shape), dtype) for key, shape in shapes.items()}
     return inputs | {"sinks": jnp.asarray(rng.standard_normal(num_heads), jnp.float32)}
 
@@ -200,11 +205,14 @@ def test_attention_hidden_row_is_zero_and_gradients_finite():
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(got))
 
 
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased and capped"])
 @pytest.mark.parametrize("implementation", TESTED["attention"])
-def test_attention_decodes_from_shuffled_cache(implementation: str):
+def test_attention_decodes_from_shuffled_cache(implementation: str, biased: bool):
     inputs, mask, rng = _attention_inputs(40), Mask(window_size=12, num_sink_tokens=2), np.random.default_rng(0)
     q, k, v = inputs["q"], inputs["k"], inputs["v"]
-    whole = cases.quick_jit(lambda q, k, v: kernels.attention(q, k, v, mask=mask, implementation="reference"))(q, k, v)
+    options = {"mask": mask, "logit_soft_cap": 1.5 if biased else None}
+    bias = (lambda t, at: LowRankBias(inputs["bias_q"][:, t], inputs["bias_k"][:, at])) if biased else lambda t, at: None
+    whole = kernels.attention(q, k, v, implementation="reference", bias=bias(slice(None), slice(None)), **options)
     order, spare = rng.permutation(40), ((0, 0), (0, 8), (0, 0), (0, 0))
     cache_k, cache_v = (jnp.pad(x[:, order], spare, constant_values=9.0) for x in (k, v))
     positions = jnp.pad(jnp.asarray(order, jnp.int32)[None].repeat(2, 0), ((0, 0), (0, 8)))
@@ -213,21 +221,25 @@ def test_attention_decodes_from_shuffled_cache(implementation: str):
     def decode(q: jax.Array, t: jax.Array) -> jax.Array:
         filled = (positions <= t) & (jnp.arange(48)[None, :] < 40)
         return kernels.attention(
-            q, cache_k, cache_v, mask=mask, at=Tokens(None, None, jnp.full((2, 1), t)),
-            kv_at=Tokens(None, filled.astype(jnp.int32), positions), implementation=implementation,
+            q, cache_k, cache_v, at=Tokens(None, None, jnp.full((2, 1), t)), bias=bias(t[None], jnp.minimum(positions[0], 39)),
+            kv_at=Tokens(None, filled.astype(jnp.int32), positions), implementation=implementation, **options,
         )  # fmt: skip
 
     for t in (0, 5, 39):
-        o = decode(q[:, t : t + 1], t)
+        o = decode(q[:, t : t + 1], jnp.asarray(t))
         assert_close(o, whole[:, t : t + 1], err_msg=f"token {t}")
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"sinks": jnp.arange(4.0) - 2}, {"normalizer": "sigmoid", "sigmoid_bias": -1.0}], ids=str
+    "options",
+    [{}, {"sinks": jnp.arange(4.0) - 2}, {"normalizer": "sigmoid", "sigmoid_bias": -1.0}, {"bias": True, "logit_soft_cap": 1.0}],
+    ids=str,
 )
 def test_attention_rows_reproduce_output(options: dict[str, Any]):
     inputs, ids, rows = _attention_inputs(50), cases.segments(50, "several"), jnp.asarray([0, 7, 31, 49])
     options = options | {"mask": Mask(window_size=20, num_sink_tokens=2), "at": Tokens(None, ids)}
+    bias = LowRankBias(inputs.pop("bias_q"), inputs.pop("bias_k"))
+    options |= {"bias": bias} if options.get("bias") else {}
 
     @cases.quick_jit
     def both(q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -99,6 +99,21 @@ QK, V, G, STATE = jnp.zeros((2, 6, 2, 8)), jnp.zeros((2, 6, 4, 3)), jnp.zeros((2
         (lambda: kernels.attention(QK, QK, QK, mask=Mask(), sinks=jnp.zeros(3)), "sinks.shape=(3,) must be [H] = (2,)"),
         (lambda: kernels.attention(QK, QK, QK, mask=Mask(), normalizer="sigmoid"), "sigmoid_bias=None with normalizer='sigmoid'"),
         (lambda: kernels.attention(QK, QK, QK, mask=Mask(), normalizer="relu"), "normalizer='relu' is unknown"),
+        (lambda: kernels.attention(QK, QK, QK, mask=Mask(), scale=QK[0, 0]), "must be a number; multiply q by an array instead"),
+        (lambda: kernels.decay(QK, QK, V, G, scale=QK[0, 0]), "must be a number; multiply q by an array instead"),
+        (
+            lambda: kernels.attention(QK, QK, QK, mask=Mask(), normalizer="sigmoid", sigmoid_bias=jnp.zeros(3)),
+            "sigmoid_bias.shape=(3,) must be a number or [H] = (2,)",
+        ),
+        (lambda: kernels.attention(QK, QK, QK, mask=Mask(), logit_soft_cap=-1.0), "logit_soft_cap=-1.0 must be above 0"),
+        (
+            lambda: kernels.attention(QK, QK, QK, mask=Mask(), bias=kernels.LowRankBias(QK[:, :, :1], QK[:, :5])),
+            "bias.k.shape=(2, 5, 2, 8) must be [B or 1, S, Hkv or 1, R] = (2 or 1, 6, 2 or 1, 8)",
+        ),
+        (
+            lambda: kernels.attention_rows(QK, QK, QK[0, 0, 0], mask=Mask(), scale=0.0, bias=kernels.LowRankBias(QK, QK)),
+            "scale=0",
+        ),
         (
             lambda: kernels.attention(QK, QK, QK, mask=Mask(), implementation="cuda"),
             "use one of auto, pallas_tpu, pallas_gpu, chunked, reference",

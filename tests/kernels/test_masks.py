@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from plait.kernels import BlockTable, Mask, PowerMask, Tokens, attention
 from plait.kernels.attention import chunked
-from plait.kernels.attention.visits import FULL, SKIP, Layout, visits
+from plait.kernels.attention.visits import FULL, SKIP, Layout, plan_visits
 from plait.tests.kernels.cases import quick_jit
 from plait.tests.tolerances import assert_close
 
@@ -77,7 +77,7 @@ def test_visits_follow_the_rule(mask: Mask, row, block_q: int, block_kv: int, wi
         Tokens(None, *(jnp.asarray(np.pad(x, (0, -length % block)))[None, None] for x in row)) for block in (block_q, block_kv)
     ]
     layout = Layout(mask, length, length, own_keys=True, packed=True)
-    by_query, by_key = visits(layout, *sides, block_q, block_kv, keep_first=True, table=table)
+    by_query, by_key = plan_visits(layout, *sides, block_q, block_kv, keep_first=True, table=table)
     for side, seen, blocks in ((by_query, dense, (block_q, block_kv)), (by_key, dense.T, (block_kv, block_q))):
         entries = np.asarray(side.entries)[0, 0]
         padded = np.pad(seen, [(0, -length % block) for block in blocks])

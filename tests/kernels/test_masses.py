@@ -19,13 +19,18 @@ def _inputs() -> tuple[jax.Array, ...]:
     return tuple(jnp.asarray(rng.standard_normal((cases.BATCH, LENGTH, h, 8)), jnp.float32) for h in (4, 2, 2))
 
 
-@pytest.mark.parametrize("layout", [None, "several"])
-@pytest.mark.parametrize("mask", MASKS, ids=str)
-def test_masses_follow_the_attention_matrix(mask: Mask, layout: str | None, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("mask", "layout", "soft_cap"),
+    [*((mask, layout, None) for mask in MASKS for layout in (None, "several")), (MASKS[1], "several", 1.5)],
+    ids=str,
+)
+def test_masses_follow_the_attention_matrix(
+    mask: Mask, layout: str | None, soft_cap: float | None, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(masses, "MAX_TILE", 20 * LENGTH)
     (q, k, v), sinks = _inputs(), jnp.asarray([0.5, -1.0, 2.0, 0.0])
     ids = None if layout is None else cases.segments(LENGTH, layout)
-    options = {"mask": mask, "at": Tokens(None, ids)}
+    options = {"mask": mask, "at": Tokens(None, ids), "logit_soft_cap": soft_cap}
 
     @cases.quick_jit
     def run(q, k, v):

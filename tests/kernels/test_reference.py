@@ -9,7 +9,7 @@ import pytest
 from jax.test_util import check_grads
 
 from plait import kernels
-from plait.kernels import Mask, Tokens
+from plait.kernels import LowRankBias, Mask, Tokens
 from plait.kernels.chunking import decayed_scores, unit_lower_inverse
 from plait.tests.kernels import cases
 from plait.tests.tolerances import assert_close
@@ -136,6 +136,24 @@ def test_attention_equals_jax():
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_soft_cap_and_bias_equal_the_formula(implementation: str):
+    rng = np.random.default_rng(0)
+    q, k, v, left, right = (rng.standard_normal((2, 20, h, n)) for h, n in ((4, 8), (2, 8), (2, 5), (4, 3), (2, 3)))
+    grouped = lambda x: np.repeat(x, 2, axis=2)
+    z = np.einsum("bthk,bshk->bhts", q, grouped(k)) / 8**0.5 + np.einsum("bthr,bshr->bhts", left, grouped(right))
+    z = np.where(np.tri(20, dtype=bool), 2.5 * np.tanh(z / 2.5), -np.inf)
+    weights = np.exp(z) / np.exp(z).sum(-1, keepdims=True)
+    arrays = (jnp.asarray(x, jnp.float32) for x in (q, k, v))
+    bias = LowRankBias(*(jnp.asarray(x, jnp.float32) for x in (left, right)))
+    options = {"logit_soft_cap": 2.5, "bias": bias, "return_stats": True, "implementation": implementation}
+    o, stats = kernels.attention(*arrays, mask=Mask(), **options)
+    assert_close(o, np.einsum("bhts,bshv->bthv", weights, grouped(v)))
+    assert_close(stats.max_logit, z.max(-1).swapaxes(1, 2))
+    assert_close(stats.lse, np.log(np.exp(z).sum(-1)).swapaxes(1, 2))
+    assert_close(stats.first_mass, weights[..., 0].swapaxes(1, 2))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_identities_between_recurrences(implementation: str):
     inputs = cases.RECURRENCES["gated_deltanet"].inputs(70, decay="mixed")
     run = {name: cases.jitted(name, implementation, 16) for name in cases.RECURRENCES}
@@ -194,7 +212,9 @@ def test_recurrence_gradients_by_finite_differences(name: str):
         check_grads(run, (inputs, jnp.ones((2, 2, 8, 4))), order=1, modes=["rev"], eps=1e-6)
 
 
-@pytest.mark.parametrize("options", [{}, {"sinks": True}, {"normalizer": "sigmoid", "sigmoid_bias": -1.0}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"sinks": True}, {"normalizer": "sigmoid", "sigmoid_bias": -1.0}, {"logit_soft_cap": 0.7}], ids=str
+)
 def test_attention_gradients_by_finite_differences(options: dict):
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)

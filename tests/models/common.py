@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from plait.kernels import Tokens
 from plait.models.config import LMConfig
 from plait.models.lm import LM
 
@@ -14,8 +15,8 @@ quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimizati
 """`jax.jit` that compiles in half the time and runs slower: right for models this small."""
 
 
-def layout(*rows: tuple[int, ...], length: int) -> dict[str, jax.Array]:
-    """Segment ids and positions `[B, length]` of rows made of documents of these lengths and then padding."""
+def layout(*rows: tuple[int, ...], length: int) -> Tokens:
+    """Tokens `[B, length]`, without ids, of rows made of documents of these lengths and then padding."""
     segment_ids, positions = np.zeros((len(rows), length), np.int32), np.zeros((len(rows), length), np.int32)
     for row, documents in enumerate(rows):
         start = 0
@@ -23,22 +24,22 @@ def layout(*rows: tuple[int, ...], length: int) -> dict[str, jax.Array]:
             segment_ids[row, start : start + size] = index + 1
             positions[row, start : start + size] = np.arange(size)
             start += size
-    return {"segment_ids": jnp.asarray(segment_ids), "positions": jnp.asarray(positions)}
+    return Tokens(None, jnp.asarray(segment_ids), jnp.asarray(positions))
 
 
-def left_padded(*lengths: int) -> tuple[dict[str, jax.Array], np.ndarray]:
-    """Segment ids and positions of prompts of these lengths, padded left to the longest; and each slot's token (0 at padding).
+def left_padded(*lengths: int) -> tuple[Tokens, np.ndarray]:
+    """Tokens of prompts of these lengths, padded left to the longest; and the index in its prompt of each (0 at padding).
 
     Positions at padding are the last one: a value that does harm where it is read.
     """
     longest = max(lengths)
     index = np.arange(longest)[None] - (longest - np.asarray(lengths)[:, None])
-    where = {"segment_ids": index >= 0, "positions": np.where(index >= 0, index, longest - 1)}
-    return {name: jnp.asarray(a, jnp.int32) for name, a in where.items()}, np.maximum(index, 0)
+    segment_ids, positions = index >= 0, np.where(index >= 0, index, longest - 1)
+    return Tokens(None, *(jnp.asarray(a, jnp.int32) for a in (segment_ids, positions))), np.maximum(index, 0)
 
 
 def build(config: LMConfig, *, seq_len: int, seed: int = 0) -> LM:
     """The model, its parameters made in one compiled function."""
-    create = lambda: config.build(rngs=nnx.Rngs(seed), seq_len=seq_len)  # noqa: E731
+    create = lambda: LM(config, rngs=nnx.Rngs(seed), seq_len=seq_len)
     graph, _ = nnx.split(nnx.eval_shape(create))
     return nnx.merge(graph, quick_jit(lambda: nnx.split(create())[1])())

@@ -7,9 +7,11 @@ import jax
 import pytest
 from flax import nnx
 
-from plait.configs.codec import ConfigError, decode, encode
+from plait.configs.codec import decode, encode
+from plait.configs.components import ConfigError, unchecked, validate
 from plait.models.channel_mixers.gated_mlp import GatedMLPConfig
 from plait.models.config import LMConfig, MixerTable, default_mixer
+from plait.models.lm import LM, num_params
 from plait.models.mixers.base import MIXERS, MixerConfig, register
 from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.models.mixers.linear.gated_deltanet import GatedDeltaNetConfig
@@ -87,10 +89,10 @@ def test_with_pattern_keeps_configs_of_names_that_stay():
 def test_with_vocab_settles_the_vocabulary():
     assert lm(vocab_size=None).with_vocab(300).vocab_size == 384
     assert lm(vocab_size=500).with_vocab(300).vocab_size == 500
-    with pytest.raises(ValueError, match=r"model\.vocab_size=200 is smaller than the tokenizer's 300; leave it None or raise it"):
+    with pytest.raises(ValueError, match=r"model\.vocab_size=200 is smaller than the data's 300; leave it None or raise it"):
         lm(vocab_size=200).with_vocab(300)
     with pytest.raises(ValueError, match=r"model\.vocab_size=None must be settled .* LMConfig\.with_vocab"):
-        lm(vocab_size=None).build(rngs=nnx.Rngs(0), seq_len=8)
+        LM(lm(vocab_size=None), rngs=nnx.Rngs(0), seq_len=8)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +107,7 @@ def test_with_vocab_settles_the_vocabulary():
         pytest.param(lambda: lm(z_loss=-1e-4), r"model\.z_loss=-0\.0001 must be positive; use None", id="z_loss"),
         pytest.param(
             lambda: lm(mixers={"retnet": RetNetConfig()}),
-            r"model\.mixers\.retnet is in no layer of model\.pattern='gla,softmax'; remove it",
+            r"model\.mixers\.retnet is in no layer of pattern='gla,softmax'; remove it",
             id="unused-mixer",
         ),
         pytest.param(
@@ -115,7 +117,7 @@ def test_with_vocab_settles_the_vocabulary():
         ),
         pytest.param(
             lambda: lm(pattern="moh+gla", mixers={"moh+gla": MoHConfig()}),
-            r"model\.mixers\.moh\+gla is a MoHConfig",
+            r"model\.mixers\.moh\+gla is a MoHConfig around a SoftmaxConfig; it must be a MoHConfig around a GLAConfig",
             id="other-wrapped-mixer",
         ),
         pytest.param(
@@ -134,12 +136,10 @@ def test_with_vocab_settles_the_vocabulary():
         pytest.param(lambda: lm(pattern="moh+softmax"), r"num_shared_heads=1 must leave a head of 1", id="one-head-routed"),
         pytest.param(
             lambda: GatedMLPConfig(hidden_dim=0),
-            r"model\.channel_mixer\.hidden_dim=0 must be positive; leave it None",
+            r"gated_mlp\.hidden_dim=0 must be positive; leave it None",
             id="hidden_dim",
         ),
-        pytest.param(
-            lambda: SoftmaxConfig(num_heads=0), r"model\.mixers\.softmax\.num_heads=0 must be at least 1", id="num_heads"
-        ),
+        pytest.param(lambda: SoftmaxConfig(num_heads=0), r"^softmax\.num_heads=0 must be at least 1", id="num_heads"),
         pytest.param(
             lambda: SoftmaxConfig(num_heads=8, num_kv_heads=3).heads(64),
             r"num_kv_heads=3 must divide num_heads=8; use one of 1, 2, 4, 8",
@@ -158,7 +158,7 @@ def test_with_vocab_settles_the_vocabulary():
             id="sigmoid-sinks",
         ),
         pytest.param(
-            lambda: GLAConfig(num_heads=5).widths(64),
+            lambda: lm(mixers={"gla": GLAConfig(num_heads=5)}),
             r"model\.mixers\.gla\.num_heads=5 must divide expand_k \* d_model=32; use one of",
             id="gla-heads",
         ),
@@ -174,7 +174,7 @@ def test_with_vocab_settles_the_vocabulary():
             id="expand_v",
         ),
         pytest.param(
-            lambda: RetNetConfig(num_heads=3).head_dims(64),
+            lambda: RetNetConfig(num_heads=3).dims(64),
             r"2 \* num_heads=6 must divide d_model=64; use one of 1, 2, 4",
             id="odd-retnet-heads",
         ),
@@ -183,6 +183,60 @@ def test_with_vocab_settles_the_vocabulary():
 def test_bad_value_is_refused_with_path_value_rule_and_fix(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def carry(*patterns: str, **mixers: dict) -> LMConfig:
+    softmax = lambda options: SoftmaxConfig(num_heads=4, head_dim=16, **options)
+    table = {f"softmax/{name}": softmax(options) for name, options in mixers.items()}
+    return lm(pattern=",".join(patterns), mixers=table)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        pytest.param(
+            lambda: carry("softmax/a", "softmax/b", a={"shared_kv": "read"}, b={"shared_kv": "write"}),
+            r"model\.mixers\.softmax/a reads the carry 'kv', which no layer before it writes; put a layer that does before it",
+            id="nobody-writes",
+        ),
+        pytest.param(
+            lambda: carry("softmax/a", "softmax/b", a={"shared_kv": "write"}, b={"shared_kv": "write"}),
+            r"model\.mixers\.softmax/b and mixers\.softmax/a both write the carry 'kv'; let one of them write and the other read",
+            id="two-write",
+        ),
+        pytest.param(
+            lambda: carry("softmax/a", "softmax/b", a={"shared_kv": "write"}, b={"shared_kv": "read", "num_kv_heads": 2}),
+            r"model\.mixers\.softmax/b has the carry 'kv' in shape \(2, 16\), and mixers\.softmax/a writes \(4, 16\); give both",
+            id="another-shape",
+        ),
+        pytest.param(
+            lambda: carry("softmax/a", "softmax/b", a={"value_residual": True}, b={"value_residual": True, "num_kv_heads": 1}),
+            r"model\.mixers\.softmax/b has the carry 'values' in shape \(1, 16\)",
+            id="values-of-another-shape",
+        ),
+        pytest.param(
+            lambda: SoftmaxConfig(shared_kv="read", value_residual=True),
+            "value_residual=True has no values to add to where shared_kv='read'",
+            id="reads-and-mixes",
+        ),
+    ],
+)
+def test_carry_that_does_not_fit_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_message_begins_with_the_path_of_whoever_holds_the_config():
+    with unchecked():
+        config = lm(mixers={"softmax": SoftmaxConfig(num_heads=0)}, channel_mixer=GatedMLPConfig(hidden_dim=24))
+        wide = lm(channel_mixer=GatedMLPConfig(hidden_dim=0))
+        nested = lm(pattern="moh+gla/a", mixers={"moh+gla/a": MoHConfig(mixer=GLAConfig(num_heads=0))})
+    with pytest.raises(ConfigError, match=r"^model\.mixers\.softmax\.num_heads=0 must be at least 1"):
+        validate(config, "model")
+    with pytest.raises(ConfigError, match=r"^model\.channel_mixer\.hidden_dim=0 must be positive"):
+        validate(wide, "model")
+    with pytest.raises(ConfigError, match=r"^model\.mixers\.moh\+gla/a\.mixer\.num_heads=0 must be at least 1"):
+        validate(nested, "model")
 
 
 def test_unknown_mixer_names_the_nearest():
@@ -209,10 +263,10 @@ def test_every_mixer_says_what_it_is(name):
 @pytest.mark.parametrize("tie_embeddings", [False, True])
 def test_num_params_counts_the_built_model(tie_embeddings):
     config = lm(tie_embeddings=tie_embeddings, channel_mixer=GatedMLPConfig(hidden_dim=48))
-    model = nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0), seq_len=8))
-    assert config.num_params() == sum(p.size for p in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    model = nnx.eval_shape(lambda: LM(config, rngs=nnx.Rngs(0), seq_len=8))
+    assert num_params(config) == sum(p.size for p in jax.tree.leaves(nnx.state(model, nnx.Param)))
     body = sum(m.num_params(64) for m in config.layer_mixers) + 4 * (3 * 64 * 48 + 2 * 64)
-    assert config.num_params() == body + 64 + 128 * 64 * (1 if tie_embeddings else 2)
+    assert num_params(config) == body + 64 + 128 * 64 * (1 if tie_embeddings else 2)
 
 
 def test_flops_add_up():

@@ -1,5 +1,7 @@
 """The projection and sigmaReparam, against singular values from LAPACK."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -178,12 +180,12 @@ def test_fold_gives_a_plain_model_with_the_same_logits(model):
     paths = {path for path, _ in nnx.to_flat_state(nnx.state(plain))}
     assert not any(path[-1] in ("gain", "u", "v") for path in paths)
     tokens = jax.random.randint(jax.random.key(1), (2, 16), 0, 64)
-    where = layout((9, 5), (16,), length=16)
-    call = lambda m: quick_jit(lambda state: nnx.merge(nnx.split(m)[0], state)(tokens, **where)[0])(nnx.split(m)[1])  # noqa: E731
+    at = dataclasses.replace(layout((9, 5), (16,), length=16), ids=tokens)
+    call = lambda m: quick_jit(lambda state: nnx.merge(nnx.split(m)[0], state)(at)[0])(nnx.split(m)[1])
     assert_close(call(plain), call(model))
 
 
 def test_fold_of_a_plain_model_is_the_model():
     config = LMConfig(d_model=32, num_layers=1, pattern="gla", vocab_size=64)
-    plain = config.build(rngs=nnx.Rngs(0), seq_len=16)
+    plain = LM(config, rngs=nnx.Rngs(0), seq_len=16)
     assert fold(plain) is plain

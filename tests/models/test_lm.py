@@ -9,23 +9,28 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from plait.configs.probe import ProbeConfig
+from plait.kernels import Tokens
 from plait.models.channel_mixers.gated_mlp import GatedMLPConfig
 from plait.models.config import LMConfig
-from plait.models.lm import LM
-from plait.models.mixers.base import MIXERS
+from plait.models.lm import LM, num_params
+from plait.models.look import Observer
+from plait.models.mixers.base import MIXERS, WrapperConfig
+from plait.models.mixers.full.mla import MLAConfig
 from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.models.mixers.linear.gated_deltanet import GatedDeltaNetConfig
 from plait.models.mixers.linear.gla import GLAConfig
 from plait.models.mixers.moh import MoHConfig
-from plait.configs.probe import ProbeConfig
-from plait.TODO import PictureProbe
-from plait.TODO import Stats
+from plait.models.mixers.parallel.parallel import ParallelConfig
+from plait.models.stream import Stream
 from plait.tests.models.common import build, layout, left_padded, quick_jit
 from plait.tests.tolerances import assert_close
+from plait.train.probes.base import Probes
+from plait.train.probes.pictures import Pictures
 
 WIDTH, VOCAB, LENGTH = 32, 97, 24
 PACKED = layout((9, 11), (LENGTH,), length=LENGTH)
-REAL = np.asarray(PACKED["segment_ids"] > 0)
+REAL = np.asarray(PACKED.segment_ids > 0)
 SOFTMAX, LINEAR = SoftmaxConfig(num_heads=2, head_dim=16), GatedDeltaNetConfig(num_heads=2, head_dim=8)
 
 
@@ -43,14 +48,15 @@ def tokens(*shape: int, seed: int = 0) -> jax.Array:
 TOKENS = tokens()
 
 
-def call(model: LM, tokens: jax.Array = TOKENS, where: dict = PACKED, probe: ProbeConfig | None = None):
+def call(model: LM, ids: jax.Array = TOKENS, at: Tokens = PACKED, observer: Observer | None = None):
     graph, state = nnx.split(model)
-    return quick_jit(lambda state: nnx.merge(graph, state)(tokens, **where, probe=probe))(state)
+    at = dataclasses.replace(at, ids=ids)
+    return quick_jit(lambda state, at: nnx.merge(graph, state)(at, observer=observer))(state, at)
 
 
 def loss(model: LM) -> jax.Array:
     """Mean next-token loss of the packed rows."""
-    logits, _ = model(TOKENS, **PACKED)
+    logits, _ = model(dataclasses.replace(PACKED, ids=TOKENS))
     nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.roll(TOKENS, -1, axis=1)[..., None], axis=-1)[..., 0]
     return (nll * REAL).sum() / REAL.sum()
 
@@ -78,7 +84,7 @@ def test_scanned_stack_equals_the_unrolled_one(hybrid):
     labels = [f"{name}/layer{i}" for i, name in enumerate(hybrid.config.layers)]  # distinct names: nothing repeats
     mixers = {label: hybrid.config.mixers[name] for label, name in zip(labels, hybrid.config.layers, strict=True)}
     config = dataclasses.replace(hybrid.config, pattern=",".join(labels), mixers=mixers)
-    unrolled = nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0), seq_len=LENGTH))
+    unrolled = nnx.eval_shape(lambda: LM(config, rngs=nnx.Rngs(0), seq_len=LENGTH))
     assert (hybrid.stack.period, hybrid.stack.count, unrolled.stack.count) == (2, 2, 1)
     assert unrolled.stack.periods is None
 
@@ -94,15 +100,14 @@ def test_scanned_stack_equals_the_unrolled_one(hybrid):
 
     graph, state = nnx.split(unrolled)
     unrolled = nnx.merge(graph, nnx.from_flat_state([(p, values(p, v)) for p, v in nnx.to_flat_state(state)]))
-    probe = ProbeConfig(rows=8)
-    (expected, expected_stats), (logits, stats) = call(unrolled, probe=probe), call(hybrid, probe=probe)
+    probes = Probes(ProbeConfig(rows=8))
+    (expected, others), (logits, extras) = call(unrolled, observer=probes), call(hybrid, observer=probes)
     assert_close(logits[REAL], expected[REAL])
-    assert len(stats) == len(expected_stats) == 5
-    for layer, (one, other) in enumerate(zip(stats, expected_stats, strict=True)):
+    assert len(extras) == len(others) == 5
+    for layer, (one, other) in enumerate(zip(extras, others, strict=True)):
         assert jax.tree.structure(one) == jax.tree.structure(other)
-        for name, value in vars(other).items():
-            if value is not None:
-                assert_close(getattr(one, name), value, err_msg=f"{layer} {name}")
+        for name, value in other.statistics.items():
+            assert_close(one.statistics[name], value, err_msg=f"{layer} {name}")
 
 
 def test_recomputation_changes_neither_loss_nor_gradients(attention):
@@ -110,45 +115,65 @@ def test_recomputation_changes_neither_loss_nor_gradients(attention):
     state = nnx.split(attention)[1]
     for remat in ("full", "dots"):
         config = dataclasses.replace(attention.config, remat=remat)
-        graph = nnx.split(nnx.eval_shape(lambda config=config: config.build(rngs=nnx.Rngs(0), seq_len=LENGTH)))[0]
+        graph = nnx.split(nnx.eval_shape(lambda config=config: LM(config, rngs=nnx.Rngs(0), seq_len=LENGTH)))[0]
         value, gradients = loss_and_gradients(nnx.merge(graph, state))
         assert_close(value, expected)
         for path, gradient in gradients.items():
             assert_close(gradient, expected_gradients[path], err_msg=f"{remat} {path}")
 
 
-@pytest.fixture(scope="module")
-def zoo() -> LM:
-    """Every registered mixer in one model, and a window; it is scanned over two periods."""
-    mixers = {name: config.example() for name, config in MIXERS.all().items() if not hasattr(config, "mixer")}
-    mixers |= {"moh+softmax": MoHConfig.example(), "softmax/local": SoftmaxConfig(num_heads=4, head_dim=16, window_size=5)}
-    config = LMConfig(
-        d_model=64,
-        num_layers=2 * len(mixers),
-        pattern=",".join(mixers),
-        mixers=mixers,
-        channel_mixer=GatedMLPConfig(hidden_dim=48),
-        vocab_size=VOCAB,
+def _zoo(mixers: dict) -> LM:
+    return build(
+        LMConfig(
+            d_model=64,
+            num_layers=2 * len(mixers),
+            pattern=",".join(mixers),
+            mixers=mixers,
+            channel_mixer=GatedMLPConfig(hidden_dim=48),
+            vocab_size=VOCAB,
+        ),
+        seq_len=LENGTH,
     )
-    return build(config, seq_len=LENGTH)
+
+
+@pytest.fixture(scope="module", params=["families", pytest.param("all", marks=pytest.mark.slow)])
+def zoo(request) -> LM:
+    """A model, scanned over two periods, of every kind of decode memory, or of every registered mixer."""
+    if request.param == "all":
+        examples = {name: config.example() for name, config in MIXERS.all().items()}
+        wrapped = {f"{name}+{c.mixer.name}": c for name, c in examples.items() if isinstance(c, WrapperConfig)}
+        return _zoo({name: c for name, c in examples.items() if not isinstance(c, WrapperConfig)} | wrapped)
+    softmax = SoftmaxConfig.example()
+    part = dataclasses.replace(softmax, window_size=5, num_sink_tokens=2)
+    return _zoo(
+        {
+            "softmax": softmax,
+            "softmax/local": dataclasses.replace(softmax, window_size=5),
+            "gated_deltanet": GatedDeltaNetConfig.example(),
+            "moh+softmax": MoHConfig.example(),
+            "mla": MLAConfig.example(),
+            "parallel": ParallelConfig(parts=(part, GLAConfig.example())),
+        }
+    )
 
 
 def test_greedy_generation_with_states_equals_full_passes(zoo):
     prompts, new = (4, 9), 8
     graph, params = nnx.split(zoo)
-    where, slots = left_padded(*prompts)
+    at, index = left_padded(*prompts)
     texts = np.array(tokens(2, max(prompts) + new, seed=3))
 
-    prefill = quick_jit(lambda p, *a, **kw: nnx.merge(graph, p).prefill(*a, **kw))
-    step = quick_jit(lambda p, *a, **kw: nnx.merge(graph, p).step(*a, **kw))
-    prompt = jnp.take_along_axis(jnp.asarray(texts), jnp.asarray(slots), axis=1)
-    logits, state = prefill(params, prompt, zoo.init_state(2, max(prompts) + new), **where)
+    prefill = quick_jit(lambda p, *args: nnx.merge(graph, p).prefill(*args))
+    step = quick_jit(lambda p, *args: nnx.merge(graph, p).step(*args))
+    prompt = jnp.take_along_axis(jnp.asarray(texts), jnp.asarray(index), axis=1)
+    logits, state = prefill(params, dataclasses.replace(at, ids=prompt), zoo.init_state(2, max(prompts) + new))
     seen = [logits]
     rows = np.arange(2)
     for i in range(new):
-        at = np.asarray(prompts) + i
-        texts[rows, at] = chosen = np.argmax(seen[-1], axis=-1)
-        logits, state = step(params, jnp.asarray(chosen), state, positions=jnp.asarray(at))
+        position = np.asarray(prompts) + i
+        texts[rows, position] = chosen = np.argmax(seen[-1], axis=-1)
+        one = Tokens(jnp.asarray(chosen)[:, None], None, jnp.asarray(position)[:, None])
+        logits, state = step(params, one, state)
         seen.append(logits)
 
     full, _ = call(zoo, jnp.asarray(texts), layout(*[(n + new,) for n in prompts], length=texts.shape[1]))
@@ -160,7 +185,7 @@ def test_greedy_generation_with_states_equals_full_passes(zoo):
 
 
 def test_packed_documents_equal_separate_ones_through_the_whole_model(zoo):
-    packed, _ = call(zoo, where=layout((9, 11), (20,), length=LENGTH))
+    packed, _ = call(zoo, at=layout((9, 11), (20,), length=LENGTH))
     shifted = TOKENS.at[0, :11].set(TOKENS[0, 9:20])
     alone, _ = call(zoo, shifted, layout((11,), (20,), length=LENGTH))
     assert_close(packed[0, 9:20], alone[0, :11])
@@ -172,7 +197,7 @@ def test_tied_model_reads_with_its_embedding():
     hidden = jax.random.normal(jax.random.key(0), (3, WIDTH))
     assert_close(model.logits(hidden), hidden @ model.embedding[...].T)
     untied = build(lm("softmax", 1), seq_len=LENGTH)
-    assert untied.config.num_params() - model.config.num_params() == WIDTH * VOCAB
+    assert num_params(untied.config) - num_params(model.config) == WIDTH * VOCAB
 
 
 def test_soft_cap_bounds_the_logits():
@@ -182,20 +207,24 @@ def test_soft_cap_bounds_the_logits():
     assert_close(capped.logits(hidden), 3 * np.tanh(np.asarray(free.logits(hidden)) / 3))
 
 
-def test_block_is_pre_or_post_norm_as_configured():
+def test_block_norms_before_or_after_or_not_at_all_as_configured():
     x = jax.random.normal(jax.random.key(0), (2, LENGTH, WIDTH))
-    for norm in ("pre", "post"):
+    for norm in ("pre", "post", "none"):
         model = build(lm("softmax", 1, norm=norm), seq_len=LENGTH)
-        assert (model.norm is None) == (norm == "post")
+        assert (model.norm is None) == (norm != "pre")
         block = model.stack.rest[0]
-        mix = lambda h, block=block: block.mixer(h, **PACKED)[0]  # noqa: E731
+        mix = lambda h, block=block: block.mixer(h, at=PACKED, carry={}).y
+        channels = lambda h, block=block: block.channel_mixer(h, at=PACKED).y
         if norm == "pre":
             h = x + mix(block.mixer_norm(x))
-            expected = h + block.channel_mixer(block.channel_norm(h))
-        else:
+            expected = h + channels(block.channel_norm(h))
+        elif norm == "post":
             h = block.mixer_norm(x + mix(x))
-            expected = block.channel_norm(h + block.channel_mixer(h))
-        assert_close(block(x, **PACKED)[0], expected)
+            expected = block.channel_norm(h + channels(h))
+        else:
+            h = x + mix(x)
+            expected = h + channels(h)
+        assert_close(block(Stream(x), at=PACKED)[0].x, expected)
 
 
 @pytest.mark.parametrize(
@@ -210,19 +239,20 @@ def test_loss_at_the_start_is_that_of_guessing(pattern, norm):
 
 def test_attention_at_the_start_is_nearly_uniform():
     model = build(lm("softmax", 1), seq_len=LENGTH)
-    _, (stats,) = call(model, where=layout((LENGTH,), (LENGTH,), length=LENGTH), probe=PictureProbe())
-    a = np.asarray(stats.attention)
+    at = layout((LENGTH,), (LENGTH,), length=LENGTH)
+    (picture,), (shown,) = (call(model, at=at, observer=o)[1] for o in (Pictures(), Probes(ProbeConfig(sequences=1))))
+    a, shown = np.asarray(picture.statistics["attention"]), shown.statistics
     entropy = -(a * np.log(np.maximum(a, 1e-30))).sum(-1)
     uniform = np.log(np.arange(LENGTH) + 1)
     assert (entropy <= uniform + 1e-5).all()
     assert (uniform - entropy).mean() < 0.75  # logits of unit variance cost half a nat, log n - 1/2
-    assert stats.entropy.mean() == pytest.approx(entropy.mean(), abs=1e-3)  # the statistic's own 1e-6 inside the log
-    assert stats.sink_rate.max() == 0
+    assert shown["entropy"].mean() == pytest.approx(entropy.mean(), abs=1e-3)
+    assert shown["sink_rate"].max() == 0
 
 
 def test_bfloat16_model_keeps_float32_parameters_and_follows_the_float32_one(attention):
     config = dataclasses.replace(attention.config, compute_dtype="bfloat16")
-    graph, state = nnx.split(nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0), seq_len=LENGTH)))
+    graph, state = nnx.split(nnx.eval_shape(lambda: LM(config, rngs=nnx.Rngs(0), seq_len=LENGTH)))
     assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype("float32")}
     half = nnx.merge(graph, nnx.split(attention)[1])
     value, gradients = loss_and_gradients(half)
@@ -233,23 +263,27 @@ def test_bfloat16_model_keeps_float32_parameters_and_follows_the_float32_one(att
 
 
 def test_rows_of_padding_give_no_nan(zoo):
-    logits, stats = call(zoo, where=layout((), (7,), length=LENGTH), probe=ProbeConfig(rows=4))
-    for path, leaf in jax.tree.leaves_with_path((logits, stats)):
+    logits, extras = call(zoo, at=layout((), (7,), length=LENGTH), observer=Probes(ProbeConfig(rows=4)))
+    for path, leaf in jax.tree.leaves_with_path((logits, [e.losses for e in extras])):
         assert np.isfinite(leaf).all(), jax.tree_util.keystr(path)
+    for config, one in zip(zoo.config.layer_mixers, extras, strict=True):
+        for name, value in one.statistics.items():
+            part_has_none = isinstance(config, ParallelConfig) and np.isfinite(value).any()
+            assert np.isfinite(value).all() or part_has_none, (config.name, name)
 
 
 def test_only_probed_steps_carry_statistics(hybrid, zoo):
-    assert call(hybrid)[1] == [None] * 5
-    kinds = [config.name for config in zoo.config.layer_mixers]
-    _, shown = jax.eval_shape(lambda: zoo(TOKENS, **PACKED))
-    for kind, stats in zip(kinds, shown, strict=True):
-        assert stats is None if kind != "moh" else [k for k, v in vars(stats).items() if v is not None] == ["auxiliary_loss"]
+    assert [(e.losses, e.statistics) for e in call(hybrid)[1]] == [({}, {})] * 5
+    _, shown = jax.eval_shape(lambda: zoo(dataclasses.replace(PACKED, ids=TOKENS)))
+    for config, extras in zip(zoo.config.layer_mixers, shown, strict=True):
+        assert list(extras.losses) == (["balance/moh"] if config.name == "moh" else [])
+        assert not extras.statistics
 
 
 def test_residual_statistics_do_not_see_padding(hybrid):
-    _, stats = call(hybrid, probe=ProbeConfig())
-    _, changed = call(hybrid, jnp.where(REAL, TOKENS, (TOKENS + 1) % VOCAB), probe=ProbeConfig())
-    for one, other in zip(stats, changed, strict=True):
-        assert isinstance(one, Stats)
+    probes = Probes(ProbeConfig())
+    _, extras = call(hybrid, observer=probes)
+    _, changed = call(hybrid, jnp.where(REAL, TOKENS, (TOKENS + 1) % VOCAB), observer=probes)
+    for one, other in zip(extras, changed, strict=True):
         for name in ("residual_top", "residual_median", "residual_peak"):
-            assert_close(getattr(one, name), getattr(other, name), err_msg=name)
+            assert_close(one.statistics[name], other.statistics[name], err_msg=name)

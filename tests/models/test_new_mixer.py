@@ -1,5 +1,6 @@
 """A stranger's mixer: one file, nothing else edited, and it trains by its name in a pattern."""
 
+import dataclasses
 import importlib
 import sys
 import textwrap
@@ -13,13 +14,15 @@ from flax import nnx
 
 from plait.configs.cli import parse_experiment
 from plait.configs.codec import decode, encode
+from plait.configs.probe import ProbeConfig
+from plait.kernels import Tokens
 from plait.models import mixers
 from plait.models.config import LMConfig
 from plait.models.mixers import base
 from plait.models.mixers.moh import MoHConfig
-from plait.configs.probe import ProbeConfig
 from plait.tests.models.common import build, layout, quick_jit
 from plait.tests.tolerances import assert_close
+from plait.train.probes.base import Probes
 
 FILE = '''
 """Linear attention with the feature map elu + 1."""
@@ -30,7 +33,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from plait.kernels import Tokens, decay, decay_rows
+from plait.kernels import decay, decay_rows
 from plait.models.axes import EMBED, HEADS
 from plait.models.linear import Dense
 from plait.models.mixers.base import HeadMixer, MixerConfig, register
@@ -67,29 +70,29 @@ class EluAttention(HeadMixer):
         self.norm = RMSNorm(ctx, self.head_dim, eps=1e-5)
         self.o = Dense(ctx, d_model, d_model, (HEADS, EMBED), init=ctx.residual_init)
 
-    def project(self, x, *, segment_ids, positions, state):
+    def project(self, x, *, at, state):
         q, k, v = (split_heads(dense(x), self.num_heads) for dense in (self.q, self.k, self.v))
         phi = lambda y: jax.nn.elu(y) + 1
         return Inputs(phi(q), phi(k), v, jnp.zeros((*x.shape[:2], self.num_heads), jnp.float32)), state
 
-    def attend(self, inputs, *, segment_ids, positions, state):
-        o, memory = decay(*inputs, initial_state=state, at=Tokens(None, segment_ids))
+    def attend(self, inputs, *, at, state):
+        o, memory = decay(*inputs, initial_state=state, at=at)
         return o, None if state is None else memory
 
     def init_state(self, batch_size, max_len):
         return jnp.zeros((batch_size, self.num_heads, self.head_dim, self.head_dim), jnp.float32)
 
-    def finish(self, o, x):
+    def finish(self, o, inputs, x):
         return self.norm(o)
 
     def output(self, o):
         return self.o(join_heads(o))
 
-    def implied(self, inputs, rows, *, segment_ids, positions):
-        return decay_rows(inputs.q, inputs.k, inputs.g, rows=rows, at=Tokens(None, segment_ids))
+    def implied(self, inputs, rows, *, at):
+        return decay_rows(inputs.q, inputs.k, inputs.g, rows=rows, at=at)
 '''
 WIDTH, VOCAB, LENGTH = 32, 16, 24
-WHERE = layout((LENGTH,), (15, 7), length=LENGTH)
+AT = layout((LENGTH,), (15, 7), length=LENGTH)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -102,7 +105,7 @@ def strangers_file(tmp_path_factory):
     yield
     mixers.__path__.remove(str(folder))
     sys.modules.pop("plait.models.mixers.elu_attention", None)
-    base._registry.pop("elu_attention", None)
+    base.MIXERS.forget("elu_attention")
 
 
 def lm(pattern: str) -> LMConfig:
@@ -130,12 +133,13 @@ def test_it_trains_decodes_and_shows_itself():
     assert isinstance(config.mixers["moh+elu_attention"], MoHConfig)
     graph, params = nnx.split(build(config, seq_len=LENGTH))
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, VOCAB, (2, LENGTH)), jnp.int32)
+    at = dataclasses.replace(AT, ids=tokens)
     tx = optax.adam(1e-2)
 
     def loss(params):
-        logits, _ = nnx.merge(graph, params)(tokens, **WHERE)
+        logits, _ = nnx.merge(graph, params)(at)
         nll = -jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], axis=-1)[..., 0]
-        weight = WHERE["segment_ids"][:, 1:] > 0
+        weight = at.segment_ids[:, 1:] > 0
         return (nll * weight).sum() / weight.sum()
 
     @quick_jit
@@ -151,12 +155,12 @@ def test_it_trains_decodes_and_shows_itself():
     assert losses[-1] < 0.3 * losses[0]  # it learns the two rows by heart
 
     model = nnx.merge(graph, params)
-    full = quick_jit(lambda params: nnx.merge(graph, params)(tokens, **WHERE, probe=ProbeConfig(rows=4)))
-    logits, stats = full(params)
-    assert len(stats) == 4
-    assert all(np.isfinite(s.entropy).all() for s in stats)
-    step_once = quick_jit(lambda params, *args, **where: nnx.merge(graph, params).step(*args, **where))
+    full = quick_jit(lambda params: nnx.merge(graph, params)(at, observer=Probes(ProbeConfig(rows=4))))
+    logits, extras = full(params)
+    assert len(extras) == 4
+    assert all(np.isfinite(one.statistics["entropy"]).all() for one in extras)
+    step_once = quick_jit(lambda params, *args: nnx.merge(graph, params).step(*args))
     state = model.init_state(2, LENGTH)
     for t in range(6):
-        stepped, state = step_once(params, tokens[:, t], state, positions=jnp.full(2, t))
+        stepped, state = step_once(params, Tokens(tokens[:, t : t + 1], None, jnp.full((2, 1), t)), state)
         assert_close(stepped, logits[:, t])

@@ -8,38 +8,42 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from plait.kernels import Tokens
 from plait.models.build import BuildContext
 from plait.models.channel_mixers.gated_mlp import GatedMLPConfig
 from plait.models.config import LMConfig
+from plait.models.lm import LM
 from plait.models.mixers.base import MixerConfig
+from plait.models.mixers.full.mla import MLAConfig
 from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.models.mixers.linear.gated_deltanet import GatedDeltaNetConfig
+from plait.models.mixers.linear.mamba2 import Mamba2Config
 from plait.tests.models.common import layout, quick_jit
 from plait.tests.models.golden import generate
 from plait.tests.models.golden.generate import BATCH, LENGTH, VOCAB, WIDTH, WINDOW, Arrays
 from plait.tests.tolerances import assert_close
 
 GOLDEN = Path(__file__).parent / "golden"
-WHERE = layout(*[(LENGTH,)] * BATCH, length=LENGTH)
+AT = layout(*[(LENGTH,)] * BATCH, length=LENGTH)
 
 
-def run(module: nnx.Module, weights: Arrays, *args: np.ndarray) -> np.ndarray:
-    """The output of `module` with `weights` by dotted path; each is used and each path has one."""
+def filled(module: nnx.Module, weights: Arrays) -> nnx.Module:
+    """`module` with `weights` by dotted path; each is used and each path has one."""
     graph, state = nnx.split(module)
     weights = dict(weights)
-    filled = []
+    found = []
     for path, variable in nnx.to_flat_state(state):
         value = weights.pop(".".join(map(str, path)))
         assert value.shape == variable.shape, path
-        filled.append((path, variable.replace(jnp.asarray(value))))
+        found.append((path, variable.replace(jnp.asarray(value))))
     assert not weights, weights.keys()
-    return quick_jit(lambda state, *args: nnx.merge(graph, state)(*args, **WHERE)[0])(nnx.from_flat_state(filled), *args)
+    return nnx.merge(graph, nnx.from_flat_state(found))
 
 
 def decoder(arrays: Arrays, mixer: SoftmaxConfig, qk_norm: bool) -> np.ndarray:
     """Logits of the language model with a decoder's weights, its layers stacked."""
-    w = lambda name: arrays[f"weights/{name}.weight"]  # noqa: E731
-    layers = lambda name: np.stack([w(f"model.layers.{i}.{name}") for i in range(2)])  # noqa: E731
+    w = lambda name: arrays[f"weights/{name}.weight"]
+    layers = lambda name: np.stack([w(f"model.layers.{i}.{name}") for i in range(2)])
     block = "stack.periods.0"
     weights = {
         "embedding": w("model.embed_tokens"),
@@ -60,12 +64,15 @@ def decoder(arrays: Arrays, mixer: SoftmaxConfig, qk_norm: bool) -> np.ndarray:
         channel_mixer=GatedMLPConfig(hidden_dim=24),
         vocab_size=VOCAB,
     )
-    return run(config.build(rngs=nnx.Rngs(0), seq_len=LENGTH), weights, arrays["tokens"])
+    graph, state = nnx.split(filled(LM(config, rngs=nnx.Rngs(0), seq_len=LENGTH), weights))
+    at = Tokens(jnp.asarray(arrays["tokens"]), AT.segment_ids, AT.positions)
+    return quick_jit(lambda state: nnx.merge(graph, state)(at)[0])(state)
 
 
 def layer(config: MixerConfig, weights: Arrays, x: np.ndarray) -> np.ndarray:
     ctx = BuildContext(layer_index=0, num_layers=1, rngs=nnx.Rngs(0), seq_len=LENGTH)
-    return run(config.build(WIDTH, ctx), weights, x)
+    graph, state = nnx.split(filled(config.build(WIDTH, ctx), weights))
+    return quick_jit(lambda state, x: nnx.merge(graph, state)(x, at=AT, carry={}).y)(state, x)
 
 
 ATTENTION = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
@@ -91,8 +98,8 @@ def gpt_oss_window(arrays: Arrays) -> np.ndarray:
 def qwen3_next(arrays: Arrays) -> np.ndarray:
     """The layer there fuses its projections by key head: q, k, the values and gates of its value heads; and their b and a."""
     config = GatedDeltaNetConfig(num_heads=2, num_v_heads=4, head_dim=4, expand_v=1.5, norm_eps=1e-6)
-    w = lambda name: arrays[f"weights/{name}"]  # noqa: E731
-    grouped = lambda name, sizes: np.split(w(name).reshape(2, -1, WIDTH), np.cumsum(sizes)[:-1], axis=1)  # noqa: E731
+    w = lambda name: arrays[f"weights/{name}"]
+    grouped = lambda name, sizes: np.split(w(name).reshape(2, -1, WIDTH), np.cumsum(sizes)[:-1], axis=1)
     fused = dict(zip(("q", "k", "v", "gate"), grouped("in_proj_qkvz.weight", (4, 4, 12, 12)), strict=True))
     fused |= dict(zip(("b", "a"), grouped("in_proj_ba.weight", (2, 2)), strict=True))
     convolutions = np.split(w("conv1d.weight")[:, 0].T, (8, 16), axis=1)  # [taps, channels]
@@ -107,7 +114,51 @@ def qwen3_next(arrays: Arrays) -> np.ndarray:
     return layer(config, weights, arrays["x"])
 
 
-OURS = {f.__name__: f for f in (llama, qwen3, gpt_oss, gpt_oss_window, qwen3_next)}
+def mamba2(arrays: Arrays) -> np.ndarray:
+    """The layer there has one projection for z, x, B, C and dt, and one convolution for x, B and C."""
+    w = lambda name: arrays[f"weights/{name}"]
+    names, ends = ("z", "x", "B", "C", "dt"), np.cumsum([32, 32, 12, 12])
+    weights = {f"{n}.kernel": kernel.T for n, kernel in zip(names, np.split(w("in_proj.weight"), ends), strict=True)}
+    for name, axis, values in (("weight", 1, w("conv1d.weight")[:, 0].T), ("bias", 0, w("conv1d.bias"))):
+        for n, part in zip(("x", "B", "C"), np.split(values, [32, 44], axis=axis), strict=True):
+            weights[f"{n}_conv.{name}"] = part
+    weights |= {name: w(name) for name in ("A_log", "dt_bias", "D")}
+    weights |= {"norm.scale": w("norm.weight"), "o.kernel": w("out_proj.weight").T}
+    return layer(Mamba2Config(head_dim=8, state_dim=6, num_groups=2), weights, arrays["x"])
+
+
+def _mla(arrays: Arrays, q_rank: int | None) -> np.ndarray:
+    """The layer there pairs neighbouring channels in its rotary embedding, and fuses latent and shared key, and keys and values."""
+    w = lambda name: arrays[f"weights/{name}.weight"].T
+    heads, nope, rope, kv_rank = 4, 6, 4, 12
+    halves = np.r_[0:rope:2, 1:rope:2]
+    q = w("q_proj" if q_rank is None else "q_b_proj").reshape(-1, heads, nope + rope)
+    q = np.concatenate([q[..., :nope], q[..., nope:][..., halves]], axis=-1)
+    up = w("kv_b_proj").reshape(kv_rank, heads, -1)
+    weights = {
+        "q.kernel": q.reshape(len(q), -1),
+        "kv_down.kernel": w("kv_a_proj_with_mqa")[:, :kv_rank],
+        "k_rope.kernel": w("kv_a_proj_with_mqa")[:, kv_rank:][:, halves],
+        "kv_norm.scale": w("kv_a_layernorm"),
+        "k_up.kernel": up[..., :nope].reshape(kv_rank, -1),
+        "v_up.kernel": up[..., nope:].reshape(kv_rank, -1),
+        "o.kernel": w("o_proj"),
+    }
+    if q_rank is not None:
+        weights |= {"q_down.kernel": w("q_a_proj"), "q_norm.scale": w("q_a_layernorm")}
+    config = MLAConfig(num_heads=heads, kv_rank=kv_rank, q_rank=q_rank, nope_head_dim=nope, rope_head_dim=rope, v_head_dim=5)
+    return layer(config, weights, arrays["x"])
+
+
+def mla(arrays: Arrays) -> np.ndarray:
+    return _mla(arrays, 10)
+
+
+def mla_full_queries(arrays: Arrays) -> np.ndarray:
+    return _mla(arrays, None)
+
+
+OURS = {f.__name__: f for f in (llama, qwen3, gpt_oss, gpt_oss_window, qwen3_next, mamba2, mla, mla_full_queries)}
 
 
 @pytest.mark.parametrize("name", generate.ORACLES)

@@ -16,7 +16,7 @@ import numpy as np
 
 from plait.configs.experiment import ExperimentConfig
 from plait.configs.mesh import MeshConfig
-from plait.configs.optimizer import OptimizerConfig
+from plait.configs.optimizer import optimizer
 from plait.data.batch import Batch
 from plait.data.config import DataConfig
 from plait.models.channel_mixers.gated_mlp import GatedMLPConfig
@@ -67,7 +67,7 @@ def tiny(changes: Mapping[str, Any] | None = None) -> ExperimentConfig:
             channel_mixer=GatedMLPConfig(hidden_dim=24),
         ),
         data=DataConfig(tokenizer="byte", seq_len=16, batch_size=4, val_fraction=0.1),
-        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
+        optimizer=optimizer("adamw", learning_rate=1e-2, warmup_steps=2),
         mesh=MeshConfig(data=1),
         probe_every=None,
         eval_every=None,

@@ -16,7 +16,7 @@ from plait.train.state import TrainState
 
 def state_of(value: float, size: int = 64) -> TrainState:
     """A state whose every array says `value`."""
-    full = lambda *shape: jnp.full(shape, value, jnp.float32)  # noqa: E731
+    full = lambda *shape: jnp.full(shape, value, jnp.float32)
     zero = jnp.zeros((), jnp.int32)
     params = {"a.kernel": full(size, size), "a.scale": full(size)}
     return TrainState(zero + int(value), params, {"a.u": full(size)}, {"mu": params}, None, zero, zero)

@@ -65,7 +65,7 @@ FLAGS = {
     "width that the mesh does not divide": ("--mesh.data 1 --mesh.fsdp 8 --model.d-model 36", "which mesh fsdp=8 must divide"),
     "vocabulary smaller than the tokenizer's": (
         "--model.vocab-size 100",
-        "model.vocab_size=100 is smaller than the tokenizer's 257",
+        "model.vocab_size=100 is smaller than the data's 257",
     ),
     "vocabulary size of a byte tokenizer": ("--data.vocab-size 300", "data.vocab_size=300"),
     "vocabulary too small for bytes": (

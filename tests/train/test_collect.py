@@ -1,45 +1,52 @@
 """Statistics of layers to arrays of one shape, and to the few scalars of a metrics line."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 
-from plait.TODO import Stats
-from plait.tests.train.common import hybrid
+from plait.models.mixers.linear.mamba2 import Mamba2Config
+from plait.models.mixers.parallel.parallel import ParallelConfig
+from plait.tests.train.common import hybrid, tiny
+from plait.train.probes.base import chosen
 from plait.train.probes.collect import describe_layers, padded_layers, probe_arrays, probe_metrics
 
 NAN = np.nan
 
 
-def stats():
+def statistics():
     """A recurrent layer of two heads and a softmax layer of three."""
     return [
-        Stats(entropy=jnp.array([1.0, 3.0]), sink=jnp.ones((2, 4)), sink_rate=jnp.zeros(2), decay_horizon=jnp.array([8.0, 2.0])),
-        Stats(
-            entropy=jnp.array([2.0, 4.0, 5.0]),
-            sink=jnp.zeros((3, 4)),
-            sink_rate=jnp.array([1.0, 0.0, 1.0]),
-            max_logit=jnp.array([7.0, 9.0, 1.0]),
-            head_load=jnp.array([1.0, 0.6, 0.4]),
-            residual_top=jnp.array([30.0, 20.0, 10.0]),
-            residual_median=jnp.array(0.5),
-            attention=jnp.zeros((1, 3, 4, 4)),
-            auxiliary_loss=jnp.array(0.1),
-        ),
+        {
+            "entropy": jnp.array([1.0, 3.0]),
+            "sink": jnp.ones((2, 4)),
+            "sink_rate": jnp.zeros(2),
+            "decay_horizon": jnp.array([8.0, 2.0]),
+        },
+        {
+            "entropy": jnp.array([2.0, 4.0, 5.0]),
+            "sink": jnp.zeros((3, 4)),
+            "sink_rate": jnp.array([1.0, 0.0, 1.0]),
+            "max_logit": jnp.array([7.0, 9.0, 1.0]),
+            "head_load": jnp.array([1.0, 0.6, 0.4]),
+            "residual_top": jnp.array([30.0, 20.0, 10.0]),
+            "residual_median": jnp.array(0.5),
+        },
     ]
 
 
 def test_narrow_layers_and_missing_statistics_are_nan():
-    arrays = probe_arrays(stats())
+    arrays = probe_arrays(statistics())
     np.testing.assert_array_equal(arrays["entropy"], np.float32([[1, 3, NAN], [2, 4, 5]]))
     np.testing.assert_array_equal(arrays["decay_horizon"], np.float32([[8, 2], [NAN, NAN]]))
     np.testing.assert_array_equal(arrays["residual_median"], np.float32([NAN, 0.5]))
     assert arrays["sink"].shape == (2, 3, 4) and np.isnan(arrays["sink"][0, 2]).all()
     assert all(a.dtype == np.float32 for a in arrays.values())
-    assert not {"attention", "auxiliary_loss", "value_drain"} & arrays.keys()
+    assert "value_drain" not in arrays
 
 
 def test_metrics_are_over_the_heads_that_there_are():
-    found = probe_metrics(probe_arrays(stats()))
+    found = probe_metrics(probe_arrays(statistics()), chosen())
     expected = {
         "attn/entropy_mean": 3.0,
         "attn/sink_rate": 0.4,
@@ -53,8 +60,12 @@ def test_metrics_are_over_the_heads_that_there_are():
 
 
 def test_shared_heads_are_no_load():
-    assert probe_metrics({"head_load": np.float32([[1.0, 1.0]])}) == {"moh/max_load": 1.0}
-    assert probe_metrics({}) == {}
+    assert probe_metrics({"head_load": np.float32([[1.0, 1.0]])}, chosen()) == {"moh/max_load": 1.0}
+    assert probe_metrics({}, chosen()) == {}
+
+
+def test_what_no_head_has_is_no_metric():
+    assert probe_metrics({"induction": np.full((2, 2), NAN, np.float32)}, chosen()) == {}
 
 
 def test_padded_layers():
@@ -63,6 +74,15 @@ def test_padded_layers():
 
 def test_layers_are_described():
     assert describe_layers(hybrid().model) == [
-        {"index": 0, "mixer": "gated_deltanet", "kind": "linear", "num_heads": 2},
-        {"index": 1, "mixer": "moh+softmax", "kind": "full", "num_heads": 4},
+        {"index": 0, "mixer": "gated_deltanet", "kind": "linear", "num_heads": 2, "head_kinds": ["state"] * 2},
+        {"index": 1, "mixer": "moh+softmax", "kind": "full", "num_heads": 4, "head_kinds": ["attention"] * 4},
     ]
+
+
+def test_heads_of_a_parallel_layer_are_described_one_by_one():
+    softmax = tiny().model.mixers["softmax"]
+    mixers = {"parallel": ParallelConfig(parts=(softmax, Mamba2Config.example()))}
+    model = dataclasses.replace(tiny().model, pattern="parallel", num_layers=1, mixers=mixers)
+    (layer,) = describe_layers(model)
+    assert layer["kind"] == "parallel" and layer["head_kinds"] == ["attention"] * 2 + ["state"] * (layer["num_heads"] - 2)
+    assert layer["num_heads"] > 2

@@ -11,8 +11,10 @@ from plait.launch import main
 from plait.tests.tolerances import assert_close
 from plait.tests.train.common import changed, tiny
 from plait.train import run as runs
-from plait.train.evaluate import Evaluation, Evaluator, check_tasks
+from plait.train.commands.evaluate import task_names
+from plait.train.evaluate import Evaluation, Evaluator
 from plait.train.loop import train
+from plait.train.loss import tokens_of
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +24,8 @@ def scored(compile_cache, corpus, tmp_path_factory):
     setup = runs.set_up(changed(config, {"out": str(tmp_path_factory.mktemp("eval") / "run")}))
     state = setup.fresh()
     params = {name: p * 5 if name.endswith("head.kernel") else p for name, p in state.params.items()}
-    evaluator = Evaluator(setup.blueprint, setup.mesh)
-    return setup, params, state.buffers, evaluator, evaluator(params, state.buffers, setup.data.val, setup.data.tokenizer)
+    evaluator = Evaluator(setup.blueprint, setup.mesh, setup.data)
+    return setup, params, state.buffers, evaluator, evaluator(params, state.buffers, setup.data.val)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,7 @@ def by_hand(scored):
     model = setup.blueprint.build(params, buffers)
     nats, sizes, positions = [], [], []
     for batch in setup.data.val:
-        logits, _ = jax.jit(lambda b: model(b.tokens, segment_ids=b.segment_ids, positions=b.positions))(batch)
+        logits, _ = jax.jit(lambda b: model(tokens_of(b)))(batch)
         logits = np.asarray(logits, np.float64)
         normalizer = np.log(np.exp(logits).sum(-1))
         loss = normalizer - np.take_along_axis(logits, batch.targets[..., None], -1)[..., 0]
@@ -47,8 +49,8 @@ def by_hand(scored):
 def test_loss_is_the_mean_over_all_held_out_tokens(scored, by_hand):
     setup, _, _, _, found = scored
     nats, sizes, _ = by_hand
-    assert found.num_tokens == len(nats) == setup.data.num_val_tokens
-    assert found.num_bytes == sizes.sum() == setup.data.num_val_bytes
+    assert found.num_tokens == len(nats) == setup.data.facts["num_val_tokens"]
+    assert found.num_bytes == sizes.sum() == setup.data.facts["num_val_bytes"]
     assert_close(np.float32(found.loss), nats.mean())
     assert found.perplexity == pytest.approx(math.exp(found.loss))
 
@@ -72,32 +74,40 @@ def test_positions_sum_to_the_whole_and_cover_doubling_ranges(scored, by_hand):
 
 def test_limit_takes_the_first_batches(scored):
     setup, params, buffers, evaluator, whole = scored
-    one = evaluator(params, buffers, setup.data.val, setup.data.tokenizer, 1)
-    alone = evaluator(params, buffers, [setup.data.val[0]], setup.data.tokenizer)
+    one = evaluator(params, buffers, setup.data.val, 1)
+    alone = evaluator(params, buffers, [setup.data.val[0]])
     assert one.nats == alone.nats and one.num_tokens < whole.num_tokens
-    assert evaluator(params, buffers, setup.data.val, setup.data.tokenizer, 10**6).nats == whole.nats
+    assert evaluator(params, buffers, setup.data.val, 10**6).nats == whole.nats
 
 
 def test_rows_of_padding_count_for_nothing(scored):
     setup, params, buffers, evaluator, _ = scored
     batch = setup.data.val[0]
     padding = type(batch)(*(np.zeros_like(a) for a in batch))
-    one, two = (evaluator(params, buffers, b, setup.data.tokenizer) for b in ([batch], [batch, padding]))
+    one, two = (evaluator(params, buffers, b) for b in ([batch], [batch, padding]))
     assert (one.nats, one.num_tokens, one.num_bytes) == (two.nats, two.num_tokens, two.num_bytes)
     with pytest.raises(ValueError, match="no held-out text"):
-        evaluator(params, buffers, [padding], setup.data.tokenizer)
+        evaluator(params, buffers, [padding])
 
 
 def test_perplexity_of_a_diverged_model_is_infinite():
     nothing = np.zeros(4)
-    found = Evaluation(nats=1e6, num_tokens=10, num_bytes=10, nats_by_position=nothing, tokens_by_position=nothing)
+    found = Evaluation(task="ppl", nats=1e6, num_tokens=10, num_bytes=10, nats_by_position=nothing, tokens_by_position=nothing)
     assert found.perplexity == math.inf and found.by_position() == []
 
 
-@pytest.mark.parametrize("text", ["", "pppl", "ppl,nothing", ","])
-def test_unknown_tasks_are_refused(text):
-    with pytest.raises(ValueError, match="must name tasks among ppl"):
-        check_tasks(text)
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "must name tasks among mqar, ppl"),
+        (",", "must name tasks among mqar, ppl"),
+        ("pppl", "--tasks 'pppl': task 'pppl' is not registered; did you mean 'ppl'"),
+        ("ppl,nothing", "task 'nothing' is not registered; there are mqar, ppl"),
+    ],
+)
+def test_unknown_tasks_are_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        task_names(text)
 
 
 def test_eval_command_writes_what_training_measured(compile_cache, corpus, tmp_path, capsys, monkeypatch):

@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from plait.configs.mesh import MeshConfig
 from plait.data.tokenizer import ByteTokenizer
+from plait.kernels import Tokens
 from plait.launch import main
 from plait.tests.models.common import quick_jit
 from plait.tests.train.common import hybrid, program_of, random_batch, tiny
@@ -46,8 +47,7 @@ def greedy(model):
 def test_greedy_by_steps_is_the_likeliest_by_full_passes(model, greedy):
     @quick_jit
     def last_logits(tokens, length):
-        where = {"segment_ids": jnp.ones_like(tokens), "positions": jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]}
-        return model(tokens, **where)[0][0, length - 1]
+        return model(Tokens(tokens))[0][0, length - 1]
 
     for prompt, continuation in zip(PROMPTS, greedy.tolist(), strict=True):
         text = list(prompt)
@@ -74,18 +74,17 @@ def placed(model, **mesh):
 def test_decode_state_is_divided_over_rows_and_heads(model):
     over, mesh = placed(model, data=2, fsdp=2, tensor=2)
     tokens = jnp.ones((4, 64), jnp.int32)
-    positions = jnp.broadcast_to(jnp.arange(64, dtype=jnp.int32)[None], tokens.shape)
 
     @quick_jit
     def prefilled(model):
         with on_mesh(mesh):
-            return model.prefill(tokens, model.init_state(4, 72), segment_ids=tokens, positions=positions)[1]
+            return model.prefill(Tokens(tokens), model.init_state(4, 72))[1]
 
     _, (delta, cache) = prefilled(over)
     rows, whole = ("data", "fsdp"), None
     for name, array, spec in [
         ("memory", delta.memory, P(rows, "tensor", whole, whole)),
-        ("convolution", delta.v_conv, P(rows, whole, "tensor")),
+        ("convolution", delta.convs["v"], P(rows, whole, "tensor")),
         ("keys", cache.k, P(rows, whole, "tensor", whole)),
         ("values", cache.v, P(rows, whole, "tensor", whole)),
     ]:

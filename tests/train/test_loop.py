@@ -15,11 +15,13 @@ import pytest
 from plait.configs.cli import parse_experiment
 from plait.configs.spike import SpikeConfig
 from plait.launch import main
+from plait.models.lm import num_params
 from plait.tests.train.common import changed, routed
 from plait.train import run as runs
 from plait.train.loop import TrainingFailed, train
 from plait.train.loss import loss_terms
 from plait.train.pods.hosts.layout import BatchLayout
+from plait.train.probes.base import chosen, statistics
 from plait.train.run_folder.lines import read_metrics, series
 from plait.train.run_folder.probe_files import probe_files
 from plait.train.spikes import SpikeWatch
@@ -67,7 +69,7 @@ def test_a_run_folder_holds_everything(finished, base):
     facts = json.loads((out / "environment.json").read_text())
     assert facts["devices"]["platform"] == "cpu" and set(facts["mesh"].values()) == {1}
     assert facts["kernels"]["attention"] and facts["data"]["seq_len"] == 16 and facts["flops_per_token"] > 0
-    assert facts["num_params"] == base.model.with_vocab(257).num_params()
+    assert facts["num_params"] == num_params(base.model.with_vocab(257))
     layers = json.loads((out / "probes" / "layers.json").read_text())["layers"]
     assert [layer["mixer"] for layer in layers] == ["moh+softmax"]
     assert (out / "probes" / "attention.npz").exists() and (out / "data").is_dir()
@@ -80,10 +82,17 @@ def test_metrics_of_every_step_are_there_once_and_in_order(finished):
     assert [r["step"] for r in records] == sorted(r["step"] for r in records)
     tokens, seconds = [r["tokens"] for r in records], [r["seconds"] for r in records]
     assert tokens == sorted(tokens) and tokens[0] == 64 and seconds == sorted(seconds)
-    expected = {"loss/train", "loss/balance", "grad/norm", "optimizer/learning_rate", "optimizer/skipped_steps", "time/step"}
+    expected = {"loss/train", "loss/balance/moh", "grad/norm", "optimizer/learning_rate", "optimizer/skipped_steps", "time/step"}
     assert all(expected <= record.keys() for record in records if "loss/train" in record)
     probed = next(r for r in records if r["step"] == 3 and "loss/train" in r)
-    assert {"attn/entropy_mean", "attn/sink_rate", "attn/max_logit", "moh/max_load", "residual/max"} <= probed.keys()
+    assert {
+        "attn/entropy_mean",
+        "attn/sink_rate",
+        "attn/max_logit",
+        "moh/max_load",
+        "residual/max",
+        "residual/massive",
+    } <= probed.keys()
     assert json.loads((out / "metrics.jsonl").read_text().splitlines()[0])["step"] == 1
 
 
@@ -257,6 +266,14 @@ def test_every_leaf_of_the_loop_has_a_case():
 @pytest.mark.parametrize("case", LOOP.values(), ids=LOOP)
 def test_option_of_the_loop(case, base, tmp_path):
     case(base, tmp_path / "run")
+
+
+def test_only_the_named_probes_run(base, tmp_path):
+    trained(base, tmp_path / "run", probe__only="entropy,residual")
+    with np.load(probe_files(tmp_path / "run")[0]) as arrays:
+        assert set(arrays.files) == set(statistics(chosen("entropy,residual")))
+    with pytest.raises(ValueError, match=r"probe\.only='entropie': probe 'entropie' is not registered; did you mean 'entropy'"):
+        trained(base, tmp_path / "wrong", probe__only="entropie")
 
 
 def plain_steps(config):

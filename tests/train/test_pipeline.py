@@ -11,7 +11,7 @@ from jax.experimental import topologies
 
 from plait.configs.experiment import ExperimentConfig
 from plait.configs.mesh import MeshConfig
-from plait.configs.optimizer import OptimizerConfig
+from plait.configs.optimizer import optimizer
 from plait.configs.probe import ProbeConfig
 from plait.data.config import DataConfig
 from plait.models.config import LMConfig
@@ -132,7 +132,7 @@ def test_stages_compile_for_tpu_with_kernels_and_moments_in_host_memory(monkeypa
         steps=1000,
         model=model,
         data=DataConfig(seq_len=256, batch_size=8),
-        optimizer=OptimizerConfig(accumulate=4),
+        optimizer=optimizer("adamw", accumulate=4),
         mesh=MeshConfig(data=1, pipeline=2, tensor=2, offload="optimizer"),
     )
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices

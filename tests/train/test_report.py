@@ -1,5 +1,6 @@
 """The report: written from run folders alone, whole, escaped, and clear about what is missing."""
 
+import html
 import itertools
 import json
 import re
@@ -10,22 +11,32 @@ import matplotlib
 import numpy as np
 import pytest
 
-from plait.train.probes.events import EventDetector
+from plait.train.probes.base import chosen, statistics
 from plait.train.report import write_report
 from plait.train.report.attention import choose_heads, head_scores, normalise, shown
 from plait.train.report.curves import smooth
+from plait.train.report.run import load_run
 from plait.train.run_folder.probe_files import write_attention, write_layers, write_probes
 from plait.train.run_folder.writer import MetricsWriter
+from plait.train.spikes import LossSpikes
 
-KIND = {"softmax": "full", "sliding_window": "sparse", "gated_deltanet": "linear", "gla": "linear"}
+KIND = {"softmax": "full", "sliding_window": "sparse", "gated_deltanet": "linear", "gla": "linear", "parallel": "parallel"}
 TEXT = "The old lighthouse keeper wrote in his log every night: wind, tide, ships. When the storm came, he wrote the same words: "
 HYBRID = ("gated_deltanet", "gated_deltanet", "sliding_window", "softmax") * 2
+
+
+def entry(index, mixer, heads):
+    """The entry of a layer in `layers.json`."""
+    kinds = ["attention"] * (heads // 2) + ["state"] * (heads - heads // 2)
+    if KIND[mixer] != "parallel":
+        kinds = [("state" if KIND[mixer] == "linear" else "attention")] * heads
+    return {"index": index, "mixer": mixer, "kind": KIND[mixer], "num_heads": heads, "head_kinds": kinds}
 
 
 def make_run(run, *, pattern=HYBRID, heads=8, steps=2000, probes=40, seed=0, tokens=64, level=2.6, moh=True, spike=True):
     """Writes a run folder that looks like a real one: falling loss, sinks emerging in softmax layers, sharpening heads."""
     rng, depth = np.random.default_rng(seed), len(pattern)
-    layers = [{"index": i, "mixer": mixer, "kind": KIND[mixer], "num_heads": heads} for i, mixer in enumerate(pattern)]
+    layers = [entry(i, mixer, heads) for i, mixer in enumerate(pattern)]
     run.mkdir(parents=True)
     runs = [(mixer, len(list(group))) for mixer, group in itertools.groupby(pattern[:4])]
     model = {
@@ -44,7 +55,7 @@ def make_run(run, *, pattern=HYBRID, heads=8, steps=2000, probes=40, seed=0, tok
         json.dumps({**environment, "kernels": {"attention": "pallas_gpu", "delta_rule": "chunked"}})
     )
     write_layers(run, layers, first_k=4)
-    detector = EventDetector(layers)
+    losses, watchers = LossSpikes(), [watcher for probe in chosen() for watcher in probe.watchers(layers)]
     onset = rng.uniform(0.25, 1.3, (depth, heads))
     top = np.where(rng.random((depth, heads)) < 0.5, rng.uniform(0.35, 0.9, (depth, heads)), 0.08)
     with MetricsWriter(run, tensorboard=False) as writer:
@@ -66,11 +77,11 @@ def make_run(run, *, pattern=HYBRID, heads=8, steps=2000, probes=40, seed=0, tok
             if step % (steps // 10) == 0:
                 values |= {"loss/val": loss + 0.06, "loss/bits_per_byte": (loss + 0.06) / 2.9}
             writer.write(step, values, tokens=step * 65536, seconds=step * 0.16 + 8)
-            writer.write_events(detector.update(step, loss=loss))
+            writer.write_events(losses.update(step, {"loss/train": loss}))
         for step in np.linspace(0, steps, probes).astype(int):
             arrays = make_probes(rng, layers, step / steps, onset=onset, top=top, moh=moh)
             write_probes(run, step, arrays)
-            writer.write_events(detector.update(int(step), arrays))
+            writer.write_events(event for watcher in watchers for event in watcher.update(int(step), arrays))
     words = re.findall(r"\w+|[^\w]", TEXT * 8)[:tokens]
     write_attention(run, steps, make_attention(rng, layers, tokens), words)
     return run
@@ -101,6 +112,11 @@ def make_probes(rng, layers, share, *, onset, top, moh):
         "residual_top": residual[:, None] * np.array([1.0, 0.7, 0.4]),
         "residual_median": np.full(len(layers), 0.4 + 0.2 * share),
         "residual_peak": peak,
+        "induction": np.where(linear, 0.02, np.clip(0.7 * share * (spread > 0.7) + np.abs(noise), 0, 1)),
+        "previous_token": np.clip(0.1 + noise, 0, 1),
+        "massive_activations": np.where(residual > 300, 3.0, 0.0),
+        "massive_channels": np.where(residual > 300, 1.0, 0.0),
+        "sink_elsewhere": np.where(linear, np.nan, 0.03 + np.abs(noise)),
     }
     if moh:
         arrays["head_load"] = np.where(full, np.clip(0.5 + 0.45 * share * spread + noise, 0, 1), np.nan)
@@ -163,7 +179,7 @@ def test_report_of_a_full_run_is_self_contained_fast_and_small(full_run):
     parsed = Page(text)
     assert all(address.startswith(("#", "data:image/png;base64,")) for address in parsed.addresses)
     assert "url(" not in text and "@import" not in text
-    assert parsed.tags.count("img") == len(list(path.parent.glob("*.png"))) == 11
+    assert parsed.tags.count("img") == len(list(path.parent.glob("*.png"))) == 13
     for part in ("41.3M", "8 × NVIDIA H100", "sink onset", "loss spike", "bits per byte", "decay horizon".capitalize()):
         assert part in text
 
@@ -182,7 +198,7 @@ def test_report_of_several_runs_overlays_and_compares_them(full_run, tmp_path):
         "same number of tokens",
     ):
         assert part in text
-    assert {p.name for p in path.parent.glob("attention*.png")} == {"attention.png", "attention_1.png"}
+    assert {p.name for p in path.parent.glob("attention*.png") if "-" not in p.name} == {"attention.png", "attention_1.png"}
 
 
 def test_report_of_runs_with_the_same_folder_name_tells_them_apart(tmp_path):
@@ -204,11 +220,9 @@ def test_run_with_a_single_metrics_line_says_what_is_missing(tmp_path):
     for part in (
         "One training loss was logged: 9.500 at step 1.",
         "config.json is missing or cannot be read",
-        "No attention probes were written",
-        "No probe of any head was written",
+        "No probe was recorded",
         "no attention pictures were written",
         "No event was recorded",
-        "no layer of these runs is a mixture of heads",
     ):
         assert part in text, part
 
@@ -247,7 +261,11 @@ def test_every_string_of_a_run_is_escaped(tmp_path):
     config = {"name": bad, "model": {"pattern": bad}, bad: bad}
     (run / "config.json").write_text(json.dumps(config))
     (run / "environment.json").write_text(json.dumps({"devices": {"kind": bad}, "commit": bad, "num_params": bad}))
-    write_layers(run, [{"index": i, "mixer": bad, "kind": bad, "num_heads": 2} for i in range(2)], first_k=4)
+    write_layers(
+        run,
+        [{"index": i, "mixer": bad, "kind": bad, "num_heads": 2, "head_kinds": ["attention"] * 2} for i in range(2)],
+        first_k=4,
+    )
     write_attention(
         run,
         20,
@@ -264,6 +282,60 @@ def test_every_string_of_a_run_is_escaped(tmp_path):
         parsed = Page(text)
         assert "script" not in parsed.tags and "<script" not in text and "&lt;script&gt;" in text
         assert all(address.startswith(("#", "data:image/png;base64,")) for address in parsed.addresses)
+
+
+def test_every_panel_is_drawn_and_every_statistic_and_event_defined(full_run):
+    text = write_report([full_run]).read_text()
+    panels = [one.panel for one in statistics().values() if one.panel is not None]
+    for words in {panel.title for panel in panels} | {panel.section for panel in panels}:
+        assert html.escape(words) in text, words
+    for part in ("induction head", "Massive activations in layers", "heads are chosen by".capitalize(), "became a sink"):
+        assert part in text, part
+
+
+def test_what_no_layer_has_is_named_and_has_no_section(tmp_path):
+    run = make_run(tmp_path / "run", pattern=("softmax",), heads=2, steps=20, probes=2, moh=False)
+    text = write_report([run]).read_text()
+    assert "Not recorded" in text and "head load" in text and "<h2>Mixture of heads" not in text
+
+
+def test_arrays_of_a_probe_that_is_gone_are_drawn(tmp_path):
+    run = make_run(tmp_path / "run", pattern=("softmax", "gla"), heads=2, steps=20, probes=1)
+    for step, shape in ((10, (2,)), (20, (2,))):
+        write_probes(run, step, {"of_layers": np.full(shape, 2.0), "of_heads": np.ones((2, 2)), "of_entries": np.ones((2, 2, 3))})
+    loaded = load_run(run, "run")
+    assert [loaded.by_head(name).shape for name in ("of_layers", "of_heads", "of_entries")] == [(3, 2, 1), (3, 2, 2), (3, 2, 2)]
+    text = write_report([run]).read_text()
+    assert "<h2>Of other probes" in text and "of_entries" in text
+
+
+def test_heads_of_a_parallel_layer_are_lines_of_their_own(tmp_path):
+    """And events derived from the probe files leave its states out too."""
+    run = make_run(tmp_path / "run", pattern=("parallel", "softmax"), heads=4, steps=20, probes=2, moh=False)
+    groups = load_run(run, "run").by_group("entropy_ratio")
+    assert [group.words for group in groups] == [
+        "full layers",
+        "parallel layers' attention heads",
+        "parallel layers' state heads",
+    ]
+    attention, state = list(groups.values())[1:]
+    assert np.isfinite(attention[:, 0, :2]).all() and np.isnan(attention[:, 0, 2:]).all() and np.isnan(attention[:, 1]).all()
+    assert np.isfinite(state[:, 0, 2:]).all() and np.isnan(state[:, 0, :2]).all()
+    for step in (30, 40):
+        write_probes(run, step, {"entropy_ratio": np.array([[0.5, 0.5, 0.5, 0.01], [0.5] * 4])})
+    (run / "events.jsonl").unlink()
+    assert not load_run(run, "run").events_of("entropy_collapse")
+    assert "parallel layers&#x27; state heads" in write_report([run]).read_text()
+
+
+def test_run_folders_of_before_heads_had_kinds_are_read(tmp_path):
+    run = make_run(tmp_path / "run", pattern=("gla", "softmax"), heads=2, steps=20, probes=2)
+    kinds = [layer["head_kinds"] for layer in load_run(run, "run").layers]
+    tree = json.loads((run / "probes/layers.json").read_text())
+    for layer in tree["layers"]:
+        del layer["head_kinds"]
+    (run / "probes/layers.json").write_text(json.dumps(tree))
+    assert [layer["head_kinds"] for layer in load_run(run, "run").layers] == kinds == [["state"] * 2, ["attention"] * 2]
 
 
 def test_report_leaves_no_style_behind(full_run, tmp_path):

@@ -120,7 +120,7 @@ def last_state(folder: Path):
     finally:
         checkpoints.close()
     assert step == config.steps
-    return state, extra["data"], extra["events"], extra["tokens"]
+    return state, extra["data"], extra["watchers"], extra["tokens"]
 
 
 def kill_at_random(words: list[str], out: Path, cache: Path, rng: random.Random) -> int:

@@ -14,7 +14,7 @@ from plait.train.checkpoint import Checkpoints
 from plait.train.loop import train
 from plait.train.pods.hosts.failure import TrainingFailed
 from plait.train.pods.hosts.layout import BatchLayout
-from plait.train.spikes import SpikeWatch
+from plait.train.spikes import LossSpikes, Rewind, SpikeWatch
 
 
 def watched(losses, **options):
@@ -46,6 +46,32 @@ def test_the_bounds_go_on_from_the_state():
     assert (again.bounds(10) == watch.bounds(10)).all()
 
 
+def test_what_a_watch_does_about_a_spike():
+    """Skips it, or goes back where there is a checkpoint before it."""
+    usual = [(step, {"loss/train": 3.0, "grad/norm": 1.0}) for step in range(1, 10)]
+    spike = (10, {"loss/train": 9.0, "grad/norm": 1.0})
+    for action, every in (("skip", 4), ("rewind", 10), ("rewind", None)):
+        watch = SpikeWatch(SpikeConfig(sigma=5.0, window=8, action=action), every)
+        assert [event for item in usual for event in watch.update(*item)] == []
+        (event,) = watch.update(*spike)
+        assert (event.kind, event.value, event.threshold) == ("spike_skipped", 9.0, pytest.approx(3.3)), (action, every)
+        assert event.message == "the loss of step 10 was 9, above 3.3: its update was left out"
+    watch = SpikeWatch(SpikeConfig(sigma=5.0, window=8, action="rewind"), 9)
+    assert [event for item in usual for event in watch.update(*item)] == []
+    with pytest.raises(Rewind, match=r"the loss of step 10 was 9, above 3\.3"):
+        watch.update(*spike)
+
+
+def test_reporting_and_leaving_out_follow_one_rule():
+    """Each with its own constants and window; the watch leaves out the two last steps, which are read late."""
+    losses = [3.0, 2.0, 4.0, 3.0, 2.5, 3.5, 3.0, 3.0]
+    reporting = LossSpikes(sigma=5.0, window=8)
+    for step, loss in enumerate(losses, 1):
+        reporting.update(step, {"loss/train": loss})
+    (event,) = reporting.update(9, {"loss/train": 99.0})
+    assert event.threshold == pytest.approx(watched([*losses, 99.0]).bounds(10)[0])
+
+
 @pytest.mark.parametrize(("changes", "message"), [({"sigma": 0.0}, "spike.sigma=0.0"), ({"window": 3}, "spike.window=3")])
 def test_values_out_of_range_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
@@ -67,7 +93,7 @@ def spiked(corpus, monkeypatch):
         return place(layout, batch._replace(targets=noise) if spike(batch) else batch)
 
     targets: set[bytes] = set()
-    spike = lambda batch: batch.targets.tobytes() in targets  # noqa: E731
+    spike = lambda batch: batch.targets.tobytes() in targets
     monkeypatch.setattr(BatchLayout, "place", placing)
 
     def make(out, *bad, **changes):

@@ -10,11 +10,12 @@ import numpy as np
 import optax
 import pytest
 
-from plait.models.linear import power_step
 from plait.configs.probe import ProbeConfig
+from plait.models.linear import power_step
 from plait.tests.models.common import quick_jit
 from plait.tests.tolerances import assert_close
 from plait.tests.train.common import changed, different_arrays, hybrid, program_of, random_batch, routed, tiny
+from plait.train.probes.base import Probes
 from plait.train.step import make_step
 
 GOLDEN = Path(__file__).with_name("golden_step.json")
@@ -120,7 +121,7 @@ def test_weight_decay_touches_matrices_only(plain, batch):
     decayed, _ = Trainee(tiny({"optimizer.weight_decay": 0.5})).run(batch)
     free, metrics = Trainee(tiny({"optimizer.weight_decay": 0.0})).run(batch)
     rate = float(metrics["optimizer/learning_rate"])
-    decays = plain.setup.blueprint.decay
+    decays = {name: parameter.decays for name, parameter in plain.setup.blueprint.parameters().items()}
     kinds = {name: plain.fresh.params[name].ndim - name.startswith("stack.periods") for name in decays}
     assert {name: ndim >= 2 for name, ndim in kinds.items()} == decays
     for name, start in plain.fresh.params.items():
@@ -163,12 +164,12 @@ def test_step_that_is_not_finite_changes_nothing_but_counts(where, plain, batch)
 def test_probing_does_not_change_training(batch, compile_cache):
     """Bit for bit: the probe's arithmetic hangs beside the step's, stopped from flowing back."""
     config = routed()
-    plain, probed = Trainee(config), Trainee(config, ProbeConfig(rows=8, sequences=2))
+    plain, probed = Trainee(config), Trainee(config, Probes(ProbeConfig(rows=8, sequences=2)))
     batches = [batch, random_batch(seed=1)]
     state, metrics = plain.run(*batches)
     seen, more = probed.run(*batches)
-    assert more.keys() - metrics.keys() == {"stats"}
-    assert [stats.entropy.shape for stats in more["stats"]] == [(4,)]
+    assert more.keys() - metrics.keys() == {"statistics"}
+    assert [layer["entropy"].shape for layer in more["statistics"]] == [(4,)]
     assert different_arrays(seen, state) == []
 
 

@@ -1,34 +1,24 @@
-"""The probe contract: what a probe measures of a layer, and what each of its statistics is."""
+"""The probe contract, and the observer that runs the probes of a run."""
 
 from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from plait.configs.components import Component, Registry
+from plait.configs.components import Component, ConfigError, Registry
 from plait.configs.probe import ProbeConfig
 from plait.models.look import Look
+from plait.train.probes.statistic import Statistic, ThresholdWatcher
+from plait.train.watchers import Watcher
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Statistic:
-    """One number a layer or a head has at a probe step, declared where it is measured."""
-
-    name: str
-    per: Literal["layer", "head"]
-    unit: str
-    meaning: str
-    """Its line in the docs and in the report."""
-    size: Callable[[ProbeConfig], int] | None = None
-    """Length of a trailing axis."""
-    metric: tuple[str, Callable[[np.ndarray], Any]] | None = None
-    """The name under which metrics hold it, and how all layers and heads become one number."""
+if TYPE_CHECKING:
+    from plait.train.report.run import Run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,19 +29,53 @@ class Probe(Component, abc.ABC):
 
     @abc.abstractmethod
     def measure(self, look: Look, config: ProbeConfig) -> Mapping[str, jax.Array | None]:
-        """The statistics of a look, float32: `[H, ...]` for a head each, `[...]` for the layer; None or left out where there is none."""
+        """The statistics of a look: `[H, ...]` for a head each, `[...]` for the layer; None or left out where there is none."""
+
+    def watchers(self, layers: Sequence[Mapping[str, Any]]) -> list[Watcher]:
+        """What finds its events; more than one threshold says is a watcher of its own. `layers` as in `probes/layers.json`."""
+        return [ThresholdWatcher(statistic, layers) for statistic in self.statistics if statistic.event is not None]
+
+    def summary(self, run: Run) -> str | None:
+        """A sentence of the report on a run: here how the first statistic went in each kind of heads."""
+        statistic = self.statistics[0]
+        panel = statistic.panel
+        if panel is None:
+            return None
+        of_heads, word = (np.nanmax, "largest") if panel.most else (np.nanmedian, "median")
+        went = [
+            f"{of_heads(part[0]):.3g} to {of_heads(part[-1]):.3g}{group.words and f' in {group.words}'}"
+            for group, part in run.by_group(statistic.name).items()
+            if np.isfinite(part[0]).any() and np.isfinite(part[-1]).any()
+        ]
+        return f"{panel.title} went from {', '.join(went)} ({word}, {statistic.unit})." if went else None
 
 
 PROBES: Registry[Probe] = Registry("probe", "plait.train.probes")
 register = PROBES.register
 
 
+def chosen(only: str | None = None) -> tuple[Probe, ...]:
+    """The probes of these names, separated by commas (None: all). Raises ValueError, naming the nearest, where one does not exist."""
+    if only is None:
+        return tuple(probe() for probe in PROBES.all().values())
+    try:
+        return tuple(PROBES[name.strip()]() for name in only.split(","))
+    except ValueError as error:
+        raise ConfigError(f"probe.only={only!r}: {error}") from None
+
+
+def statistics(probes: Sequence[Probe] | None = None) -> dict[str, Statistic]:
+    """All that probes (None: every one there is) declare, by name."""
+    return {one.name: one for probe in (chosen() if probes is None else probes) for one in probe.statistics}
+
+
 class Probes:
-    """The observer of a run: all its probes on the part of a batch that `ProbeConfig` names."""
+    """The observer of a run: its probes on the part of a batch that `ProbeConfig` names."""
 
     def __init__(self, config: ProbeConfig):
+        """Raises ValueError where `only` names a probe that does not exist."""
         self.config = config
-        self.probes: Sequence[Probe] = tuple(probe() for probe in PROBES.all().values())
+        self.probes = chosen(config.only)
 
     def pick_sequences(self, batch_size: int) -> slice:
         """An even stride over the batch, so that every data shard contributes."""
@@ -64,17 +88,34 @@ class Probes:
         return jnp.asarray([(i + 1) * length // count - 1 for i in range(count)], jnp.int32)
 
     def measure(self, looks: tuple[Look, ...]) -> dict[str, jax.Array]:
-        """Those of all probes; heads of several looks one after another, NaN where one of them has no such value."""
+        """Those of all probes, float32; heads of several looks one after another, NaN where one of them has no such value.
+
+        Raises:
+            ValueError: a probe measured what it does not declare.
+        """
         found: dict[str, jax.Array] = {}
+        heads = [0 if look.mixer is None else look.mixer.num_heads for look in looks]
         for probe in self.probes:
-            parts = [{k: v for k, v in probe.measure(look, self.config).items() if v is not None} for look in looks]
+            parts = [probe.measure(look, self.config) for look in looks]
+            self._check(probe, parts, heads)
             for statistic in probe.statistics:
                 values = [part.get(statistic.name) for part in parts]
                 present = [value for value in values if value is not None]
-                if statistic.per == "layer" and present:
-                    found[statistic.name] = present[0]
-                elif present:
-                    heads = [0 if look.mixer is None else look.mixer.num_heads for look in looks]
-                    blank = [jnp.full((n, *present[0].shape[1:]), jnp.nan) for n in heads]
-                    found[statistic.name] = jnp.concatenate([b if v is None else v for v, b in zip(values, blank, strict=True)])
+                if not present:
+                    continue
+                if statistic.per == "head":
+                    blank = [jnp.full(statistic.shape(count, self.config), jnp.nan) for count in heads]
+                    present = [jnp.concatenate([b if v is None else v for v, b in zip(values, blank, strict=True)])]
+                found[statistic.name] = present[0].astype(jnp.float32)
         return found
+
+    def _check(self, probe: Probe, parts: Sequence[Mapping[str, jax.Array | None]], heads: Sequence[int]) -> None:
+        declared = {statistic.name: statistic for statistic in probe.statistics}
+        for part, count in zip(parts, heads, strict=True):
+            for name, value in part.items():
+                if name not in declared:
+                    raise ValueError(
+                        f"probe {probe.name!r} measured {name!r}; declare it, it has the statistics {list(declared)}"
+                    )
+                if value is not None and value.shape != (shape := declared[name].shape(count, self.config)):
+                    raise ValueError(f"probe {probe.name!r}: {name}.shape={value.shape} must be {shape}, as it is declared")

@@ -9,12 +9,12 @@ import jax
 import numpy as np
 
 from plait.models.config import LMConfig
-from plait.train.probes.base import PROBES
+from plait.train.probes.base import Probe, statistics
 
 
-def probe_arrays(statistics: Sequence[Mapping[str, jax.Array]]) -> dict[str, np.ndarray]:
+def probe_arrays(layers: Sequence[Mapping[str, jax.Array]]) -> dict[str, np.ndarray]:
     """Each statistic as one float32 array `[L, ...]`; heads that narrower layers lack are NaN, as are layers without it."""
-    host = jax.device_get(list(statistics))
+    host = jax.device_get(list(layers))
     arrays = {}
     for name in dict.fromkeys(name for layer in host for name in layer):
         values = [layer.get(name) for layer in host]
@@ -23,29 +23,20 @@ def probe_arrays(statistics: Sequence[Mapping[str, jax.Array]]) -> dict[str, np.
     return arrays
 
 
-def probe_metrics(arrays: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """The model's attention in a few scalars."""
-    found = {}
-    for probe in PROBES.all().values():
-        for statistic in probe.statistics:
-            if statistic.metric is not None and statistic.name in arrays:
-                name, reduce = statistic.metric
-                found[name] = float(reduce(arrays[statistic.name]))
-    return found
+def probe_metrics(arrays: Mapping[str, np.ndarray], probes: Sequence[Probe]) -> dict[str, float]:
+    """The metrics of the probes' statistics that have a value."""
+    declared = statistics(probes)
+    metrics = {declared[name].metric: values for name, values in arrays.items() if not np.isnan(values).all()}
+    return {metric.name: float(metric.reduce(values)) for metric, values in metrics.items() if metric is not None}
 
 
 def describe_layers(config: LMConfig) -> list[dict[str, Any]]:
     """What each layer is, for `probes/layers.json`."""
-    return [
-        {
-            "index": i,
-            "mixer": name,
-            "kind": mixer.kind,
-            "num_heads": len(mixer.head_kinds(config.d_model)),
-            "head_kinds": list(mixer.head_kinds(config.d_model)),
-        }
-        for i, (name, mixer) in enumerate(zip(config.layers, config.layer_mixers, strict=True))
-    ]
+    described = []
+    for index, (name, mixer) in enumerate(zip(config.layers, config.layer_mixers, strict=True)):
+        kinds = list(mixer.head_kinds(config.d_model))
+        described.append({"index": index, "mixer": name, "kind": mixer.kind, "num_heads": len(kinds), "head_kinds": kinds})
+    return described
 
 
 def padded_layers(values: Sequence[np.ndarray | None], shape: tuple[int, ...]) -> np.ndarray:

@@ -1,14 +1,29 @@
-"""How broad attention is."""
+"""How broad attention is, and whether it collapsed."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from plait.train.probes.base import Probe, Statistic, register
+from plait.train.probes import sinks
+from plait.train.probes.base import Probe, register
 from plait.train.probes.means import masked_mean, weights
+from plait.train.probes.statistic import Metric, Panel, Statistic, Threshold, Trend, heads_of, mean
+from plait.train.probes.words import count
+from plait.train.spikes import LossSpikes
+from plait.train.watchers import Event, Values, Watcher
+
+THRESHOLD = 0.05
+"""Share of log n below which the entropy of a head counts as collapsed."""
+
+
+def _of_a_sink(values: Values, layer: int, head: int | None) -> str:
+    sink = "sink" in values and sinks.is_sink(values["sink"][layer, head, 0])
+    return " (it is a sink: the weight sits on the first token)" if sink else ""
 
 
 @register("entropy", source="sigmaReparam (2303.06296), section 2")
@@ -17,13 +32,41 @@ class Entropy(Probe):
     """Entropy of query rows: exact and of every row where the mixer tells it, of the looked-at rows of implied attention elsewhere."""
 
     statistics = (
-        Statistic(name="entropy", per="head", unit="nats", meaning="mean over queries", metric=("attn/entropy_mean", np.nanmean)),
         Statistic(
             name="entropy_ratio",
             per="head",
             unit="share of log n",
-            meaning="entropy over log(visible positions of the document), mean over queries that see two or more",
-            metric=("attn/entropy_ratio", np.nanmean),
+            meaning="entropy over log n, n the document's tokens up to the query, mean over queries that see two or more: 1 looks "
+            "everywhere alike, 0 at one token",
+            metric=Metric(name="attn/entropy_ratio", reduce=np.nanmean, meaning="mean over heads and layers"),
+            panel=Panel(
+                title="Entropy / log n",
+                section="Attention over training",
+                trends=(Trend(title="Mean entropy", unit="share of log n", reduce=np.mean),),
+                map=True,
+                limits=(0, 1),
+                low_is_dark=True,
+                column=("entropy", lambda ratio: f"{np.nanmean(ratio):.2f}"),
+            ),
+            event=Threshold(
+                kind="entropy_collapse",
+                limits=(THRESHOLD,),
+                below=True,
+                heads="attention",
+                meaning="the entropy ratio of a head that attends falls below the limit. One that reads a state and forgets within a "
+                "token or two has low entropy by design; its decay horizon says so",
+                message="the entropy of {where} fell to {value:.3f} of log n",
+                start_kind="low_entropy_at_start",
+                start_message="the entropy of {where} is since the first probe {value:.3f} of log n",
+                note=_of_a_sink,
+            ),
+        ),
+        Statistic(
+            name="entropy",
+            per="head",
+            unit="nats",
+            meaning="mean over queries",
+            metric=Metric(name="attn/entropy_mean", reduce=np.nanmean, meaning="mean over heads and layers"),
         ),
     )
 
@@ -43,3 +86,66 @@ class Entropy(Probe):
             "entropy": masked_mean(entropy, real, axis=axes),
             "entropy_ratio": masked_mean(ratio, real & (position > 0), axis=axes),
         }
+
+    def watchers(self, layers):
+        return [*super().watchers(layers), ModelCollapse(layers)]
+
+    def summary(self, run):
+        ratio = run.by_head("entropy_ratio")
+        if ratio is None:
+            return None
+        went = [
+            f"{np.nanmean(part[0]):.2f} to {np.nanmean(part[-1]):.2f} in {group.words}"
+            for group, part in run.by_group("entropy_ratio").items()
+            if np.isfinite(part[0]).any() and np.isfinite(part[-1]).any()
+        ]
+        if not went:
+            return None
+        text = "Mean entropy, as a share of log n, went from " + ", ".join(went)
+        layer, head = np.unravel_index(np.nanargmin(ratio[-1]), ratio[-1].shape)
+        text += f"; the sharpest head at the end is layer {layer} head {head} ({ratio[-1, layer, head]:.2f})"
+        events = run.events_of("entropy_collapse")
+        collapsed = sum(event["layer"] is not None for event in events)
+        text += f"; {count(collapsed, 'head')} collapsed" if collapsed else "; no head collapsed"
+        whole = any(event["layer"] is None for event in events)
+        return text + ("; the whole model did, together with a loss spike." if whole else ".")
+
+
+class ModelCollapse(Watcher):
+    """Low entropy of the whole model soon after a loss spike, reported once."""
+
+    name = "entropy_collapse"
+    threshold = 0.1
+    """Mean share of log n over the heads that attend (over all where none does) below which it is low."""
+    steps = 200
+    """Most steps since the spike."""
+
+    def __init__(self, layers: Sequence[Mapping[str, Any]] = ()):
+        self.layers = layers
+        self.losses = LossSpikes()
+        self.fired = False
+        self.kinds = {
+            self.name: f"for the model: the mean ratio of heads that attend is below {self.threshold}, within {self.steps} steps after a "
+            f"`{LossSpikes.name}`"
+        }
+
+    def update(self, step: int, values: Values) -> list[Event]:
+        self.losses.update(step, values)
+        spike = self.losses.last
+        if "entropy_ratio" not in values or spike is None or step - spike > self.steps or self.fired:
+            return []
+        ratio = np.asarray(values["entropy_ratio"], np.float64)
+        attend = heads_of(self.layers, "attention", ratio.shape)
+        value = mean(np.where(attend | ~attend.any(), ratio, np.nan))
+        if not value < self.threshold:
+            return []
+        self.fired = True
+        text = f"entropy collapse: the mean entropy is {value:.3f} of log n, with a loss spike at step {spike}"
+        return [Event(step, self.name, None, None, value, self.threshold, text)]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"losses": self.losses.state_dict(), "fired": self.fired}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.losses.load_state_dict(state["losses"])
+        self.fired = state["fired"]

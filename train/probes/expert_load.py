@@ -6,7 +6,8 @@ import dataclasses
 
 import numpy as np
 
-from plait.train.probes.base import Probe, Statistic, register
+from plait.train.probes.base import Probe, register
+from plait.train.probes.statistic import Metric, Statistic
 
 
 @register("expert_load", source="Switch Transformers (2101.03961)")
@@ -20,7 +21,7 @@ class ExpertLoad(Probe):
             per="layer",
             unit="times the even share",
             meaning="load of the routed expert with most tokens over the mean of the layer's; 1 is balanced",
-            metric=("moe/max_load", np.nanmax),
+            metric=Metric(name="moe/max_load", reduce=np.nanmax, meaning="the busiest expert"),
         ),
         Statistic(
             name="expert_load_least",

@@ -7,7 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from plait.train.probes.base import Probe, Statistic, register
+from plait.train.probes.base import Probe, register
+from plait.train.probes.statistic import Metric, Panel, Statistic
+from plait.train.probes.words import count
+
+_IDLE = 0.02  # share of tokens
 
 
 def _max_routed(load: np.ndarray) -> Any:
@@ -26,9 +30,19 @@ class HeadLoad(Probe):
             per="head",
             unit="share of tokens",
             meaning="share of tokens that use the head (MoH); 1 for shared heads",
-            metric=("moh/max_load", _max_routed),
+            metric=Metric(name="moh/max_load", reduce=_max_routed, meaning="the busiest routed head"),
+            panel=Panel(title="Head load", section="Mixture of heads", map=True, limits=(0, 1)),
         ),
     )
 
     def measure(self, look, config):
         return {"head_load": look.observed.get("load")}
+
+    def summary(self, run):
+        load = run.by_head("head_load")
+        if load is None or not np.isfinite(load[-1]).any():
+            return None
+        last = load[-1]
+        idle = int((last < _IDLE).sum())
+        text = f"Heads are chosen by {np.nanmin(last):.0%} to {np.nanmax(last):.0%} of the tokens"
+        return text + (f"; {count(idle, 'head')} by fewer than {_IDLE:.0%}." if idle else "; none is idle.")

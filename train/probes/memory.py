@@ -7,8 +7,11 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
-from plait.train.probes.base import Probe, Statistic, register
+from plait.train.probes.base import Probe, register
 from plait.train.probes.means import masked_mean
+from plait.train.probes.statistic import Metric, Panel, Statistic
+
+_SECTION = "Memory of the linear layers"
 
 
 @register("memory", source="here; the statistics of the recurrence kernels")
@@ -22,19 +25,22 @@ class Memory(Probe):
             per="head",
             unit="tokens",
             meaning="tokens after which the state has decayed by e, 1 / mean(-g)",
-            metric=("attn/decay_horizon", np.nanmedian),
+            metric=Metric(name="attn/decay_horizon", reduce=np.nanmedian, meaning="median over heads and layers"),
+            panel=Panel(title="Decay horizon", section=_SECTION, lines=True, map=True, log=True),
         ),
         Statistic(
             name="write_strength",
             per="head",
             unit="norm of a write to the state",
             meaning="mean Frobenius norm of one token's write to the state",
+            panel=Panel(title="Write strength", section=_SECTION, lines=True, map=True),
         ),
         Statistic(
             name="state_norm",
             per="head",
             unit="Frobenius norm",
             meaning="Frobenius norm of the state at the end of the sequence",
+            panel=Panel(title="State norm", section=_SECTION, lines=True, compared=False),
         ),
     )
 
@@ -49,3 +55,10 @@ class Memory(Probe):
             "write_strength": (stats.write_strength * weight).sum((0, 1)),
             "state_norm": masked_mean(jnp.linalg.norm(look.observed["memory"], axis=(-2, -1)), real, axis=0),
         }
+
+    def summary(self, run):
+        horizon = run.by_head("decay_horizon")
+        if horizon is None or not np.isfinite(horizon[-1]).any():
+            return None
+        low, middle, high = np.nanpercentile(horizon[-1], (0, 50, 100))
+        return f"Linear heads forget over {low:.3g} to {high:.3g} tokens at the end, {middle:.3g} in the median."

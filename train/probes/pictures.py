@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -11,7 +12,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from plait.data.batch import Batch
-from plait.data.tokenizer import Tokenizer
 from plait.kernels import Tokens
 from plait.models.look import Look
 from plait.train.pods.hosts.together import first
@@ -43,9 +43,17 @@ class Pictures:
 
 
 def write_pictures(
-    run: Path, step: int, blueprint: Blueprint, mesh: Mesh, params: Arrays, buffers: Arrays, batch: Batch, tokenizer: Tokenizer
+    run: Path,
+    step: int,
+    blueprint: Blueprint,
+    mesh: Mesh,
+    params: Arrays,
+    buffers: Arrays,
+    batch: Batch,
+    strings: Callable[[Sequence[int]], list[str]],
 ) -> None:
-    """Writes the implied attention of all layers over the longest document piece of `batch`, at most 64 tokens of it.
+    """Writes the implied attention of all layers over the longest document piece of `batch`, at most 64 tokens of it,
+    which `strings` names.
 
     Every host computes it, on the same whole `batch`; host 0 writes.
     """
@@ -62,7 +70,7 @@ def write_pictures(
     if all(heads is None for heads in maps) or not first():
         return
     widest = max(heads.shape[0] for heads in maps if heads is not None)
-    write_attention(run, step, padded_layers(maps, (widest, length, length)), tokenizer.token_strings(tokens.tolist()))
+    write_attention(run, step, padded_layers(maps, (widest, length, length)), strings(tokens.tolist()))
 
 
 def _longest_piece(segment_ids: np.ndarray) -> tuple[int, int, int]:

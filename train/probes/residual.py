@@ -8,8 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from plait.train.probes.base import Probe, Statistic, register
+from plait.train.probes.base import Probe, register
 from plait.train.probes.means import masked_mean, start_ratio
+from plait.train.probes.statistic import Metric, Panel, Statistic
+
+_SECTION = "Extreme values"
 
 
 @register("residual", source="Massive Activations (2402.17762); residual peaks (2410.13835)")
@@ -24,29 +27,49 @@ class Residual(Probe):
             unit="|x|",
             meaning="three largest |x| of the residual stream after the block, mean over sequences",
             size=lambda config: 3,
-            metric=("residual/max", np.nanmax),
+            metric=Metric(name="residual/max", reduce=np.nanmax, meaning="the largest of all layers"),
+            panel=Panel(title="Largest |x|", section=_SECTION, lines=True, most=True, log=True),
         ),
-        Statistic(name="residual_median", per="layer", unit="|x|", meaning="median |x| of the residual stream"),
+        Statistic(
+            name="residual_median",
+            per="layer",
+            unit="|x|",
+            meaning="median |x| of the residual stream after the block, of an even sample of tokens",
+        ),
         Statistic(
             name="residual_peak",
             per="layer",
             unit="‖x₀‖ / mean ‖xⱼ‖",
-            meaning="|x| at document starts over |x| elsewhere",
+            meaning="root mean square of the residual stream at document starts over that elsewhere",
+            panel=Panel(title="First-token norm", section=_SECTION, lines=True, most=True, log=True),
         ),
     )
 
     def measure(self, look, config):
         segment_ids, x = look.at.segment_ids, jnp.abs(look.residual.astype(jnp.float32))
         real = segment_ids > 0
-        stride = max(1, x.shape[1] // 64)
-        sample = jnp.where(real[:, ::stride, None], x[:, ::stride], jnp.nan)
         norms = jnp.sqrt(jnp.mean(jnp.square(x), axis=-1))
         top = _largest_three(jnp.where(real[:, :, None], x, 0.0))
         return {
             "residual_top": masked_mean(top, real.any(1)[:, None], axis=0),
-            "residual_median": jnp.nan_to_num(jnp.nanmedian(sample)),
+            "residual_median": absolute_median(x, real),
             "residual_peak": start_ratio(norms, segment_ids, look.at.positions),
         }
+
+    def summary(self, run):
+        top, median = run.by_head("residual_top"), run.by_head("residual_median")
+        if top is None or median is None or not np.isfinite(top[-1]).any():
+            return None
+        layer = int(np.nanargmax(top[-1, :, 0]))
+        largest, usual = top[-1, layer, 0], median[-1, layer, 0]
+        times = largest / usual if usual > 0 else np.inf
+        return f"The largest |x| at the end is {largest:,.3g} after layer {layer}, {times:,.0f} times the median."
+
+
+def absolute_median(x: jax.Array, real: jax.Array) -> jax.Array:
+    """The median of |x|, `[B, T, D]`, over an even sample of the tokens that are `real` `[B, T]`; 0 where there is none."""
+    stride = max(1, x.shape[1] // 64)
+    return jnp.nan_to_num(jnp.nanmedian(jnp.where(real[:, ::stride, None], x[:, ::stride], jnp.nan)))
 
 
 def _largest_three(x: jax.Array) -> jax.Array:

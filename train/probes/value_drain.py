@@ -6,8 +6,9 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from plait.train.probes.base import Probe, Statistic, register
+from plait.train.probes.base import Probe, register
 from plait.train.probes.means import start_ratio
+from plait.train.probes.statistic import Panel, Statistic
 
 
 @register("value_drain", source="Active-Dormant Attention Heads (2410.13835)")
@@ -21,6 +22,7 @@ class ValueDrain(Probe):
             per="head",
             unit="‖v₀‖ / mean ‖vⱼ‖",
             meaning="mean |v| at document starts over mean |v| elsewhere; far below 1 for sink heads",
+            panel=Panel(title="Value drain", section="Extreme values", lines=True, low_is_dark=True),
         ),
     )
 

@@ -1,12 +1,13 @@
 """The report: one self-contained page about one run or several, read from run folders only."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import matplotlib
 
 from plait.configs.files import write_atomically
-from plait.train.report import attention, curves, maps, page
+from plait.train.probes.statistic import Statistic
+from plait.train.report import attention, curves, maps, page, trends
 from plait.train.report.run import Run, load_runs
 from plait.train.report.style import RC, Picture
 
@@ -45,42 +46,45 @@ class Markup(str):
 
 
 def _sections(runs: list[Run]) -> list[tuple[str, str, list[Picture | Markup | str]]]:
-    shown = list(enumerate(runs))[:MOST_MAPS]
-    rest = f"Maps and pictures are shown for the first {MOST_MAPS} of {len(runs)} runs." if len(runs) > MOST_MAPS else None
-    note: list[Picture | Markup | str] = [rest] if rest else []
-    if len(runs) == 1:
-        over_time = [maps.over_time("over_time", [(0, runs[0], value) for value in (maps.ENTROPY, maps.SINK)], _NO_PROBES)]
-    else:
-        over_time = [
-            maps.over_time(f"over_time_{value.key}", [(index, run, value) for index, run in shown], _NO_PROBES)
-            for value in (maps.ENTROPY, maps.SINK)
-        ]
-    kinds = curves.kinds(runs)
-    load = maps.over_time("head_load", [(index, run, maps.LOAD) for index, run in shown], _NO_LOAD)
     pictures: list[Picture | Markup | str] = []
-    for index, run in shown:
+    for index, run in enumerate(runs[:MOST_MAPS]):
         heading = [Markup(page.heading(index, run))] if len(runs) > 1 else []
         pictures += [*heading, attention.pictures(index, run), Markup(page.text_sample(run))]
-    memory: list[Picture | Markup | str] = [curves.layer_lines("linear", runs, curves.LINEAR, _NO_LINEAR)]
-    if len(runs) == 1 and isinstance(memory[0], Picture):
-        memory.append(maps.over_time("memory", [(0, runs[0], value) for value in (maps.HORIZON, maps.WRITE)], _NO_PROBES))
     return [
         ("Summary", "What happened", [Markup(page.story(runs))]),
         ("Loss", "Loss", [curves.loss(runs)]),
         ("Speed", "Speed and optimisation", [curves.scalars(runs)]),
-        ("Attention", "Attention over training", [kinds, *(over_time if isinstance(kinds, Picture) else []), *note]),
-        ("Heads", "Every head at the end", [maps.final(shown)]),
-        ("Memory", "Memory of the linear layers", memory),
-        ("Head load", "Mixture of heads", [load]),
-        ("Extremes", "Extreme values", [curves.layer_lines("extremes", runs, curves.EXTREMES, _NO_EXTREMES)]),
+        *_statistics(runs),
         ("Pictures", "Attention pictures", pictures),
         ("Events", "Events", [curves.timeline(runs), Markup(page.events_table(runs))]),
-        ("Definitions", "Definitions", [Markup(page.definitions())]),
+        ("Definitions", "Definitions", [Markup(page.definitions(runs))]),
         ("Settings", "Settings", [Markup(page.sources(runs))]),
     ]
 
 
-_NO_PROBES = "No probes were written, so there is nothing to map; they come with --probe-every."
-_NO_LOAD = "No head load was recorded: no layer of these runs is a mixture of heads."
-_NO_LINEAR = "No decay horizon, write strength or state norm was recorded: these runs have no linear layer, or no probes."
-_NO_EXTREMES = "No residual norms or logits were recorded."
+def _statistics(runs: list[Run]) -> Iterator[tuple[str, str, list[Picture | Markup | str]]]:
+    """A section for each that panels name and some run has values for, and every head at the end."""
+    known = {name: one for run in runs for name, one in run.statistics.items() if one.panel is not None}
+    there = {name: one for name, one in known.items() if any(run.by_head(name) is not None for run in runs)}
+    if not there:
+        yield "Probes", "Probes", ["No probe was recorded, so nothing is known of attention; they come with --probe-every."]
+        return
+    shown = runs[:MOST_MAPS]
+    sections: dict[str, list[Statistic]] = {}
+    for one in there.values():
+        sections.setdefault(one.panel.section, []).append(one)
+    for title, members in sections.items():
+        name = page.anchor(title)
+        figures = [trends.of_kinds(f"{name}-kinds", runs, members), trends.of_layers(f"{name}-layers", runs, members)]
+        mapped = [one for one in members if one.panel.map and (one.panel.compared or len(runs) == 1)]
+        parts = [(f"{name}-maps", mapped)] if len(runs) == 1 else [(f"{name}-{one.name}", [one]) for one in mapped]
+        figures += [maps.over_time(part, [(run, one) for one in ones for run in shown]) for part, ones in parts]
+        items = [figure for figure in figures if figure is not None]
+        if items:
+            yield title, title, items
+    lost = sorted({one.panel.title.lower() for name, one in known.items() if name not in there})
+    notes = [f"Not recorded, as no layer of these runs has it or no probe measured it: {', '.join(lost)}."] if lost else []
+    if len(runs) > MOST_MAPS:
+        notes.append(f"Maps and pictures are shown for the first {MOST_MAPS} of {len(runs)} runs.")
+    heads = maps.final(shown, list(there.values()))
+    yield "Heads", "Every head at the end", [*([] if heads is None else [heads]), *notes]

@@ -1,8 +1,7 @@
-"""Curves over training steps: loss, speed, each layer kind, each layer, and the events on the same axis."""
+"""Curves over training steps: loss, speed, what else was logged, and the events on the same axis."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,11 +11,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from plait.train.report.run import Run
 from plait.train.report.style import (
     INK,
-    KIND_DASHES,
-    MUTED,
     Picture,
-    colour_bar,
-    depth_colours,
     kind_colour,
     panels,
     picture,
@@ -26,18 +21,6 @@ from plait.train.report.style import (
     step_axis,
     value_axis,
 )
-
-EVENT_TITLES = {
-    "sink_onset": "sink onset",
-    "sink_at_start": "sink at start",
-    "entropy_collapse": "entropy collapse",
-    "low_entropy_at_start": "low entropy at start",
-    "logit_growth": "logit growth",
-    "massive_activation": "massive activation",
-    "loss_spike": "loss spike",
-    "spike_skipped": "spike left out",
-    "rewind": "rewind",
-}
 
 
 def smooth(values: np.ndarray, share: float = 0.02) -> np.ndarray:
@@ -80,7 +63,7 @@ def loss(runs: Sequence[Run]) -> Picture | str:
         value_axis(ax)
     validation = [Line2D([], [], color=INK, marker="o", markerfacecolor="white", linewidth=0.8)]
     validated = any(run.series("loss/val")[0].size for run in runs)
-    _legend(axes[0], runs, validation if validated else [], ["validation"] if validated else [])
+    legend(axes[0], runs, validation if validated else [], ["validation"] if validated else [])
     caption = "Faint: every logged training loss. Solid: its exponential mean over 2% of the points. Circles: validation loss."
     if any(event["kind"] == "loss_spike" for run in runs for event in run.events):
         caption += " Triangles on the upper edge mark loss spikes."
@@ -108,7 +91,7 @@ def _loss_of(ax: Axes, run: Run, index: int, start: float, *, alone: bool) -> li
     return [level for level in levels if math.isfinite(level)]
 
 
-def _legend(ax: Axes, runs: Sequence[Run], handles: list[Line2D], labels: list[str], *, place: str = "upper right") -> None:
+def legend(ax: Axes, runs: Sequence[Run], handles: list[Line2D], labels: list[str], *, place: str = "upper right") -> None:
     """One entry for each run, then the others; in a panel of its own colour order, so the same in every figure."""
     lines = [Line2D([], [], color=run_colour(i), linestyle=run_dash(i), linewidth=2) for i in range(len(runs))]
     names = ["training"] if len(runs) == 1 else [run.name for run in runs]
@@ -160,127 +143,16 @@ def scalars(runs: Sequence[Run]) -> Picture | str:
     return picture("scalars", figure, "Faint: as logged. Solid: exponential mean over 2% of the points." + more)
 
 
-def kinds(runs: Sequence[Run]) -> Picture | str:
-    """Mean entropy, sink share and strongest sink of each layer kind over training, one line for each kind and run."""
-    panels_of = (
-        ("entropy_ratio", "Mean entropy", "share of log n", np.nanmean),
-        ("sink", "Heads with a sink", "share of heads, α₁ > 0.3", lambda a: np.mean(a[np.isfinite(a)] > 0.3)),
-        ("sink", "Strongest sink", "largest α₁ of a head", np.nanmax),
-    )
-    if not any(run.probe(name) is not None for run in runs for name, *_ in panels_of):
-        return "No attention probes were written, so entropy and sinks are not known."
-    figure, axes = panels(3, columns=3, height=2.5, gap=(0.72, 0))
-    for ax, (name, title, unit, reduce) in zip(axes, panels_of):
-        for index, run in enumerate(runs):
-            for kind in run.kinds:
-                array = run.probe(name)
-                array = None if array is None else array[:, run.layers_of(kind)]
-                if array is None or not np.isfinite(array).any():
-                    continue
-                line = [reduce(row) if np.isfinite(row).any() else np.nan for row in array]
-                colour = kind_colour(kind) if len(runs) == 1 else run_colour(index)
-                style = {"color": colour, "linestyle": KIND_DASHES.get(kind, "-"), "marker": "o" if len(line) == 1 else None}
-                ax.plot(run.probes.steps, line, **style)
-        ax.set(title=title, ylabel=unit, ylim=(-0.02, 1.02))
-        value_axis(ax)
-        step_axis(ax)
-    axes[2].axhline(0.3, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
-    present = list(dict.fromkeys(kind for run in runs for kind in run.kinds))
-    ink = kind_colour if len(runs) == 1 else (lambda kind: MUTED)
-    handles = [Line2D([], [], color=ink(kind), linestyle=KIND_DASHES.get(kind, "-"), linewidth=1.8) for kind in present]
-    labels = [f"{kind} layers" for kind in present]
-    if len(runs) > 1:
-        _legend(axes[0], runs, handles, labels, place="best")
-    else:
-        axes[0].legend(handles, labels, loc="lower left", handlelength=2.2)
-    caption = (
-        "Every layer kind on one scale. α₁ is the mean weight that later tokens give the first token; dotted, the sink threshold."
-    )
-    return picture("kinds", figure, caption)
-
-
-@dataclass(frozen=True)
-class LayerValue:
-    """A probe drawn as one line for each layer: its key, title, unit, scale, and how runs are compared (median or max)."""
-
-    key: str
-    title: str
-    unit: str
-    log: bool = False
-    compare: str = "median"
-
-
-LINEAR = (
-    LayerValue("decay_horizon", "Decay horizon", "tokens", log=True),
-    LayerValue("write_strength", "Write strength", "norm of a write to the state"),
-    LayerValue("state_norm", "State norm", "Frobenius norm"),
-)
-EXTREMES = (
-    LayerValue("residual_top", "Largest |x|", "in the residual stream", log=True, compare="max"),
-    LayerValue("residual_peak", "First-token norm", "‖x₀‖ / mean ‖xⱼ‖", log=True, compare="max"),
-    LayerValue("max_logit", "Largest logit", "before the softmax", compare="max"),
-    LayerValue("value_drain", "Value drain", "‖v₀‖ / mean ‖vⱼ‖"),
-)
-
-
-def layer_lines(name: str, runs: Sequence[Run], values: Sequence[LayerValue], missing: str) -> Picture | str:
-    """One panel for each value: a line for every layer (median over heads), or one line for each run."""
-    values = [value for value in values if any(run.probe(value.key) is not None for run in runs)]
-    if not values:
-        return missing
-    figure, axes = panels(len(values), columns=min(4, max(2, len(values))), height=2.3, gap=(0.66, 0), margin=(0.45, 0.5))
-    for ax, value in zip(axes, values):
-        for index, run in enumerate(runs):
-            array = run.probe(value.key)
-            if array is None:
-                continue
-            array = array[..., :1] if value.key == "residual_top" else array.reshape(*array.shape[:2], -1)
-            if len(runs) == 1:
-                _one_run(ax, run, array, value)
-            else:
-                flat = array.reshape(len(array), -1)
-                level = [_reduce(row, value.compare) for row in flat]
-                ax.plot(run.probes.steps, level, color=run_colour(index), linestyle=run_dash(index), marker=_marker(level))
-        ax.set_title(value.title, fontsize=8.5)
-        ax.set_ylabel(value.unit + (f", {value.compare}" if len(runs) > 1 else ""), fontsize=7.5)
-        value_axis(ax, log=value.log and all(np.nanmin(line.get_ydata()) > 0 for line in ax.lines))
-        step_axis(ax)
-    if len(runs) > 1:
-        _legend(axes[0], runs, [], [], place="best")
-        return picture(
-            name, figure, "One line for each run: over all layers and heads, the median or the maximum as the axis says."
-        )
-    caption = "One line for each layer, dark for deep: the median over its heads, for logits the maximum."
-    return picture(name, figure, caption)
-
-
-def _one_run(ax: Axes, run: Run, array: np.ndarray, value: LayerValue) -> None:
-    colours, scale = depth_colours(array.shape[1])
-    for layer, colour in enumerate(colours):
-        heads = array[:, layer]
-        heads = heads[:, np.isfinite(heads).any(0)]
-        if heads.size:
-            line = [_reduce(row, "max" if value.key == "max_logit" else "median") for row in heads]
-            ax.plot(run.probes.steps, line, color=colour, linewidth=1.3, marker=_marker(line))
-    bar = colour_bar(ax, scale, ticks=[0, array.shape[1] - 1] if array.shape[1] > 1 else [0], width=0.2)
-    bar.text(-0.12, 0.5, "layer", transform=bar.transAxes, ha="right", va="center", fontsize=7, color=MUTED)
-
-
-def _reduce(row: np.ndarray, how: str) -> float:
-    row = row[np.isfinite(row)]
-    return float({"median": np.median, "max": np.max}[how](row)) if row.size else math.nan
-
-
-def _marker(line: Sequence[float]) -> str | None:
-    return "o" if len(line) == 1 else None
+def event_title(kind: str) -> str:
+    """A kind of event in words."""
+    return kind.replace("_", " ")
 
 
 def timeline(runs: Sequence[Run]) -> Picture | str:
     """Every event at its step, one lane for each kind, coloured by layer kind or, for several runs, by run."""
-    kinds_found = list(dict.fromkeys(event["kind"] for run in runs for event in run.events))
-    if not kinds_found:
-        return "No event was recorded: no sink emerged, no entropy collapsed, no logit, activation or loss left its bounds."
-    lanes = [kind for kind in EVENT_TITLES if kind in kinds_found] + [kind for kind in kinds_found if kind not in EVENT_TITLES]
+    lanes = sorted({event["kind"] for run in runs for event in run.events})
+    if not lanes:
+        return "No event was recorded: nothing that is watched left its bounds."
     figure, (ax,) = panels(1, columns=1, height=0.4 * len(lanes) + 0.05, left=1.55, margin=(0.3, 0.5))
     for index, run in enumerate(runs):
         for event in run.events:
@@ -293,7 +165,7 @@ def timeline(runs: Sequence[Run]) -> Picture | str:
             ax.plot(event["step"], lanes.index(event["kind"]) + depth, color=colour, markeredgewidth=0.7, linestyle="", **style)
     end = max((run.records[-1]["step"] for run in runs if run.records), default=1)
     ax.set(ylim=(len(lanes) - 0.5, -0.5), xlim=(-0.01 * end, 1.01 * end))
-    ax.set_yticks(range(len(lanes)), [EVENT_TITLES.get(lane, lane) for lane in lanes])
+    ax.set_yticks(range(len(lanes)), [event_title(lane) for lane in lanes])
     ax.spines["left"].set_visible(False)
     ax.grid(axis="y")
     step_axis(ax)

@@ -5,11 +5,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from plait.train.report.curves import EVENT_TITLES
-from plait.train.report.maps import HEAD_VALUES
+from plait.train.probes.docs import every_watcher
+from plait.train.report.curves import event_title
 from plait.train.report.run import Run, facts
 from plait.train.report.style import Picture, kind_colour, run_colour
-from plait.train.report.summary import comparison, differences, mean_entropy, sink_count, summary
+from plait.train.report.summary import columns, comparison, differences, summary
 
 CSS = """
 :root { --ink: #1c2733; --muted: #66727f; --line: #e4e8ec; --paper: #ffffff; --page: #f6f7f9; --accent: #004488;
@@ -79,8 +79,8 @@ footer { color: var(--muted); font-size: 12.5px; max-width: 1160px; margin: 0 au
 
 def page(title: str, head: str, sections: Sequence[tuple[str, str, str]], foot: str) -> str:
     """The whole page; `sections` are (short name for the navigation, title, HTML)."""
-    links = "".join(f'<a href="#{_anchor(short)}">{escape(short)}</a>' for short, *_ in sections)
-    body = "".join(f'<section id="{_anchor(short)}"><h2>{escape(name)}</h2>{html}</section>' for short, name, html in sections)
+    links = "".join(f'<a href="#{anchor(short)}">{escape(short)}</a>' for short, *_ in sections)
+    body = "".join(f'<section id="{anchor(short)}"><h2>{escape(name)}</h2>{html}</section>' for short, name, html in sections)
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -89,7 +89,8 @@ def page(title: str, head: str, sections: Sequence[tuple[str, str, str]], foot: 
     )
 
 
-def _anchor(name: str) -> str:
+def anchor(name: str) -> str:
+    """A name that addresses and file names can hold."""
     return "".join(letter if letter.isalnum() else "-" for letter in name.lower())
 
 
@@ -193,11 +194,12 @@ COMPARED = {  # heading of the comparison: name of the fact
 
 def comparison_table(runs: Sequence[Run]) -> str:
     """One line for each run: what it is, its losses, its heads at the end, its speed."""
-    head = ["run", *COMPARED, "sink heads", "entropy"]
+    measured = columns(runs)
+    head = ["run", *COMPARED, *measured]
     rows = []
-    for run in runs:
+    for index, run in enumerate(runs):
         told = facts(run)
-        rows.append([run.name, *(told[name] for name in COMPARED.values()), sink_count(run), mean_entropy(run)])
+        rows.append([run.name, *(told[name] for name in COMPARED.values()), *(values[index] for values in measured.values())])
     return table(head, rows, numbers=range(2, len(head)), dots=[run_colour(index) for index in range(len(runs))], style="dense")
 
 
@@ -221,7 +223,7 @@ def table(
 def events_table(runs: Sequence[Run], limit: int = 400) -> str:
     """Every event in the order of steps, at most `limit` of them."""
     rows = [
-        [f"{event['step']:,}", run.name, EVENT_TITLES.get(event["kind"], event["kind"]), str(event.get("message", ""))]
+        [f"{event['step']:,}", run.name, event_title(event["kind"]), str(event.get("message", ""))]
         for run in runs
         for event in sorted(run.events, key=lambda event: event["step"])
     ]
@@ -243,14 +245,12 @@ def text_sample(run: Run) -> str:
     return f'<details><summary>The text, token by token</summary><p class="text">{tokens}</p></details>'
 
 
-def definitions() -> str:
-    """How each value is defined, and what it means for layers that are not softmax."""
-    rows = [[value.title, value.meaning] for value in HEAD_VALUES]
-    rows += [
-        ["Massive activation", "|x| in the residual stream above 100 and above 1000 times the median |x| of the layer."],
-        ["Loss spike", "A loss more than 6 robust deviations and more than 10% above the median of the losses before it."],
-        ["Train loss", "The mean of the last 2% of the logged training losses, in nats per token."],
-    ]
+def definitions(runs: Sequence[Run]) -> str:
+    """How each value of the runs is defined, and what it means for layers that are not softmax."""
+    declared = {name: one for run in runs for name, one in run.statistics.items()}
+    rows = [[one.panel.title, f"{one.meaning} ({one.unit})"] for one in declared.values() if one.panel is not None]
+    rows += [[event_title(kind), text] for watcher in every_watcher() for kind, text in watcher.kinds.items()]
+    rows.append(["train loss", "the mean of the last 2% of the logged training losses, in nats per token"])
     note = (
         "Linear and sparse layers are compared with softmax through their implied attention: the weights A with which the head "
         "output before norm and projection is A times v. Where these are signed or do not sum to one, entropy and sinks are "

@@ -1,5 +1,8 @@
 """A run folder as the report sees it: what was configured, what was measured, and what is missing."""
 
+from __future__ import annotations
+
+import functools
 import io
 import json
 import math
@@ -10,12 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from plait.train.probes.events import EventDetector
+from plait.train.probes.base import chosen, statistics
+from plait.train.probes.statistic import Panel, Statistic
 from plait.train.progress import format_seconds
 from plait.train.run_folder.lines import EVENTS, METRICS, read_events, read_lines, read_metrics, series
 from plait.train.run_folder.probe_files import ATTENTION, ProbeSeries, read_probes
 
-KINDS = ("full", "sparse", "linear")
+KINDS = ("full", "sparse", "linear", "parallel")
+"""Kinds of layers in the order in which they are told of."""
 
 
 @dataclass(frozen=True)
@@ -52,27 +57,70 @@ class Run:
         values = values[np.isfinite(values)]
         return float(values[-1]) if values.size else math.nan
 
-    def probe(self, name: str) -> np.ndarray | None:
-        """Probe values [N, L, H] over the N probe steps (`sink` gives alpha_1); None where no layer has a value."""
+    def by_head(self, name: str) -> np.ndarray | None:
+        """Values `[N, L, H]` of a statistic over the N probe steps (its first entries, one head where it is of layers); None where no
+        layer has a value."""
         array = self.probes.arrays.get(name)
-        if array is not None and name == "sink":
-            array = array[..., 0]
-        return array if array is not None and np.isfinite(array).any() else None
+        if array is None or not np.isfinite(array).any():
+            return None
+        return self.statistics[name].by_head(array)
+
+    @functools.cached_property
+    def statistics(self) -> dict[str, Statistic]:
+        """By name what the probes declare, then what the run holds of probes that are gone."""
+        return {
+            **statistics(),
+            **{name: undeclared(name, a) for name, a in self.probes.arrays.items() if name not in statistics()},
+        }
+
+    def events_of(self, kind: str) -> list[dict[str, Any]]:
+        """The events of a kind in the order of their steps."""
+        return sorted((event for event in self.events if event["kind"] == kind), key=lambda event: event["step"])
 
     @property
     def layers(self) -> list[dict[str, Any]]:
         """The entries of `probes/layers.json`."""
         return self.probes.layers
 
-    def layers_of(self, kind: str) -> list[int]:
-        """The layers of one kind: linear, sparse or full."""
-        return [i for i, layer in enumerate(self.layers) if layer["kind"] == kind]
+    @functools.cached_property
+    def groups(self) -> list[Group]:
+        """The heads by the kind of their layer, and in layers that have both by their own, in the order of `KINDS`."""
+        most = max((layer["num_heads"] for layer in self.layers), default=0)
+        heads = np.array([[*layer["head_kinds"], *[None] * most][:most] for layer in self.layers])
+        of_layer = np.array([layer["kind"] for layer in self.layers])
+        found = []
+        for kind in sorted(dict.fromkeys(of_layer.tolist()), key=lambda kind: KINDS.index(kind) if kind in KINDS else len(KINDS)):
+            parts = {of: (of_layer == kind)[:, None] & (heads == of) for of in ("attention", "state")}
+            there = [of for of, part in parts.items() if part.any()]
+            words = f"{kind} layers" if len(there) == 1 else kind + " layers' {} heads"
+            found += [Group(kind, of == "state", words.format(of), parts[of]) for of in there]
+        return found
 
-    @property
-    def kinds(self) -> list[str]:
-        """The kinds of layer the run has, in the order full, sparse, linear, others."""
-        present = dict.fromkeys(layer["kind"] for layer in self.layers)
-        return [kind for kind in KINDS if kind in present] + [kind for kind in present if kind not in KINDS]
+    def by_group(self, name: str) -> dict[Group, np.ndarray]:
+        """`by_head` of each group that has a value, NaN at all other heads; what is of layers is in one group without words."""
+        values = self.by_head(name)
+        if values is None:
+            return {}
+        if self.statistics[name].per == "layer":
+            return {Group("", False, "", np.ones(values.shape[1:], bool)): values}
+        return {group: part for group in self.groups if np.isfinite(part := group.of(values)).any()}
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Heads of one kind in layers of one kind."""
+
+    kind: str
+    """Of the layers."""
+    state: bool
+    """Whether the heads read a state."""
+    words: str
+    heads: np.ndarray
+    """bool `[L, H]`: which they are."""
+
+    def of(self, values: np.ndarray) -> np.ndarray:
+        """Values `[N, L, H]`, NaN at other heads."""
+        return np.where(self.heads[:, : values.shape[2]], values[:, :, : self.heads.shape[1]], np.nan)
 
 
 def load_runs(paths: Sequence[Path]) -> list[Run]:
@@ -131,16 +179,26 @@ def _read_attention(path: Path, notes: list[str]) -> Attention | None:
 def _with_layers(probes: ProbeSeries) -> ProbeSeries:
     """The probes with an entry for every layer, "unknown" where `layers.json` has none."""
     shape = next((array.shape for array in probes.arrays.values() if array.ndim >= 3), (0, 0, 0))
-    known = len(probes.layers)
-    rest = [{"index": i, "mixer": "unknown", "kind": "unknown", "num_heads": shape[2]} for i in range(known, shape[1])]
+    unknown = {"mixer": "unknown", "kind": "unknown", "num_heads": shape[2], "head_kinds": ["attention"] * shape[2]}
+    rest = [{"index": i, **unknown} for i in range(len(probes.layers), shape[1])]
     return ProbeSeries(probes.steps, probes.arrays, [*probes.layers, *rest], probes.first_k, probes.notes)
 
 
+def undeclared(name: str, values: np.ndarray) -> Statistic:
+    """What arrays `[N, L, ...]` tell of a statistic whose probe is gone."""
+    entries = {"size": lambda config: values.shape[3]} if values.ndim > 3 else {}
+    panel = Panel(title=name, section="Of other probes", lines=True)
+    per = "layer" if values.ndim == 2 else "head"
+    return Statistic(name=name, per=per, unit="", meaning="as a probe measured that is not here", panel=panel, **entries)
+
+
 def _derive_events(probes: ProbeSeries) -> list[dict[str, Any]]:
-    detector, events = EventDetector(probes.layers), []
+    watchers = [watcher for probe in chosen() for watcher in probe.watchers(probes.layers)]
+    events = []
     for index, step in enumerate(probes.steps):
-        events += detector.update(int(step), {name: array[index] for name, array in probes.arrays.items()})
-    return [event.to_dict() for event in events]
+        values = {name: array[index] for name, array in probes.arrays.items()}
+        events += [event.to_dict() for watcher in watchers for event in watcher.update(int(step), values)]
+    return events
 
 
 def lookup(tree: Mapping[str, Any], *names: str) -> Any:

@@ -1,12 +1,14 @@
 """How every figure looks: one palette, one type size, panels placed in inches; matplotlib through its objects only."""
 
+from __future__ import annotations
+
 import base64
 import io
 import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
@@ -19,10 +21,14 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
+if TYPE_CHECKING:
+    from plait.train.report.run import Group
+
 INK, MUTED, FAINT, PAPER = "#1c2733", "#66727f", "#e4e8ec", "#ffffff"
 RUN_COLOURS = ("#0077bb", "#ee7733", "#009988", "#cc3311", "#aa3377", "#33a6d8", "#777777")  # Tol, vibrant: colour-blind safe
-KIND_COLOURS = {"full": "#004488", "sparse": "#bb5566", "linear": "#c2902a"}  # Tol, high contrast
-KIND_DASHES = {"full": "-", "sparse": (0, (6, 2)), "linear": (0, (2, 1.5))}
+KIND_COLOURS = {"full": "#004488", "sparse": "#bb5566", "linear": "#c2902a", "parallel": "#3a8f6d"}  # Tol, high contrast
+KIND_DASHES = {"full": "-", "sparse": (0, (6, 2)), "parallel": (0, (6, 1.5, 1, 1.5))}
+STATE_DASH = (0, (2, 1.5))
 ROUND = (1, 2, 2.5, 5, 10)  # the steps between axis numbers
 WIDTH, DPI = 11.2, 150  # inches; shown 1075 CSS pixels wide
 
@@ -37,7 +43,6 @@ def _even(name: str, low: float = 0.0, high: float = 1.0) -> Colormap:
     return LinearSegmentedColormap.from_list(name, colours[even.astype(int)])
 
 
-ENTROPY_MAP = matplotlib.colormaps["viridis"]
 AMOUNT_MAP = _even("BuPu")  # pale: little, dark: much
 DEPTH_MAP = _even("viridis_r", 0.15, 1.0)  # pale: first layer, dark: last
 SIGNED_MAP = matplotlib.colormaps["RdBu"]  # red: negative, white: 0, blue: positive
@@ -211,6 +216,11 @@ def run_dash(index: int) -> Any:
 def kind_colour(kind: str) -> str:
     """The colour of a layer kind, the same in every figure."""
     return KIND_COLOURS.get(kind, MUTED)
+
+
+def group_dash(group: Group) -> Any:
+    """The line style of heads of one kind: dotted where they read a state."""
+    return STATE_DASH if group.state else KIND_DASHES.get(group.kind, "-")
 
 
 def depth_colours(count: int) -> tuple[list[Any], ScalarMappable]:

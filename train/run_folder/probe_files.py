@@ -34,7 +34,8 @@ class ProbeSeries:
 
 
 def write_layers(run: Path, layers: Sequence[Mapping[str, Any]], first_k: int) -> None:
-    """Writes `probes/layers.json`: for each layer its index, mixer, kind (linear, full or sparse) and num_heads."""
+    """Writes `probes/layers.json`: for each layer its index, mixer, kind (linear, full, ...), num_heads and
+    head_kinds (attention or state)."""
     tree = {"layers": [dict(layer) for layer in layers], "first_k": first_k}
     write_atomically(Path(run) / LAYERS, json.dumps(strict(tree), indent=1, allow_nan=False))
 
@@ -66,9 +67,15 @@ def read_probes(run: Path) -> ProbeSeries:
     for note in notes:
         log.warning("%s: %s", run, note)
     tree = json.loads((run / LAYERS).read_text()) if (run / LAYERS).exists() else {}
+    layers = [_with_head_kinds(layer) for layer in tree.get("layers", [])]
     names = dict.fromkeys(name for arrays in files.values() for name in arrays)
     stacked = {name: _stack([arrays.get(name) for arrays in files.values()]) for name in names}
-    return ProbeSeries(np.asarray(list(files), np.int64), stacked, tree.get("layers", []), tree.get("first_k", 0), notes)
+    return ProbeSeries(np.asarray(list(files), np.int64), stacked, layers, tree.get("first_k", 0), notes)
+
+
+def _with_head_kinds(layer: dict[str, Any]) -> dict[str, Any]:
+    """An entry of `layers.json`, those of version 0.1 too, in which all heads of a layer were of one kind."""
+    return {"head_kinds": ["state" if layer["kind"] == "linear" else "attention"] * layer["num_heads"], **layer}
 
 
 def probe_files(run: Path) -> list[Path]:

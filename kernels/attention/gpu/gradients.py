@@ -21,6 +21,7 @@ from plait.kernels.attention.gpu.kernels import (
     Plan,
     Problem,
     Tile,
+    capped,
     copy_keys,
     log2_sigmoid,
     unhoisted,
@@ -55,11 +56,15 @@ class _Weights(NamedTuple):
 
     def d_logits(self, problem: Problem, d_weights: Array, row: Callable[[int], Array]) -> tuple[Array, Array]:
         """dz, and the part of it that the sigmoid's bias shares, from the sum of `terms` and do . v."""
-        shared = d_weights * self.weights
-        if not problem.sigmoid:
-            return shared, shared
-        shared *= 1 - self.weights
-        return (shared + _where_highest(self.z, row), shared) if problem.stats else (shared, shared)
+        d_logits = shared = d_weights * self.weights
+        if problem.sigmoid:
+            d_logits = shared = shared * (1 - self.weights)
+            if problem.stats:
+                d_logits += _where_highest(self.z, row)
+        if problem.soft_cap is not None:
+            highest = problem.soft_cap * LOG2E
+            d_logits *= 1 - jnp.square(jnp.maximum(self.z, -highest) * (1 / highest))  # a hidden logit lies far below
+        return d_logits, shared
 
 
 def _where_highest(z: Array, row: Callable[[int], Array]) -> Array:
@@ -76,7 +81,7 @@ def _weights(tile: Tile, kind: Array, z: Array, row: Callable[[int], Array]) -> 
             terms += jnp.where(tile.is_first(), row(D_FIRST), jnp.zeros_like(z))
         return z, terms
 
-    z, terms = jax.lax.cond(kind == MASKED, masked, lambda z: (z, row(C1)), z)
+    z, terms = jax.lax.cond(kind == MASKED, masked, lambda z: (z, row(C1)), capped(problem, z))
     z *= problem.scale * LOG2E
     e = log2_sigmoid(z + tile.refs.bias[tile.head]) if problem.sigmoid else z
     if problem.stats:

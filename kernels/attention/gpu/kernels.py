@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from plait.kernels import gpu
 from plait.kernels.attention.reference import MASKED as HIDDEN
-from plait.kernels.attention.visits import MASKED, Layout, Visits, visits
+from plait.kernels.attention.visits import MASKED, Layout, Visits, plan_visits
 from plait.kernels.masks import BlockTable
 
 Array = jax.Array
@@ -66,6 +66,7 @@ class Problem(NamedTuple):
     scale: float
     sigmoid: bool
     stats: bool
+    soft_cap: float | None = None
     table_blocks: tuple[int, int] | None = None
     """Queries and keys a block of the block table, if there is one."""
 
@@ -100,10 +101,10 @@ class Plan:
         table = None
         if problem.table_blocks is not None:
             table = BlockTable(visible=x.table, block_q=problem.table_blocks[0], block_kv=problem.table_blocks[1])
-        pair = visits(problem.layout, x.queries, x.keys, block_q, block_kv, keep_first=problem.stats, table=table)
-        self.schedule: Visits = pair[0] if over == "q" else pair[1]
-        self.inputs: dict[str, Array] = {"q": x.q, "k": x.k, "v": x.v, "entries": self.schedule.flat()}
-        self.inputs["counts"] = self.schedule.counts().reshape(-1)
+        pair = plan_visits(problem.layout, x.queries, x.keys, block_q, block_kv, keep_first=problem.stats, table=table)
+        self.visits: Visits = pair[0] if over == "q" else pair[1]
+        self.inputs: dict[str, Array] = {"q": x.q, "k": x.k, "v": x.v, "entries": self.visits.flat()}
+        self.inputs["counts"] = self.visits.counts().reshape(-1)
         if problem.sigmoid:
             self.inputs["bias"] = x.bias * LOG2E
         if problem.layout.packed:
@@ -147,12 +148,12 @@ class Plan:
 
     def count(self, refs: Any, b: Array, head: Array, i: Array) -> Array:
         """Tiles that block i visits for a query head."""
-        batch, heads, blocks, _ = self.schedule.entries.shape
+        batch, heads, blocks, _ = self.visits.entries.shape
         return refs.counts[((b if batch > 1 else 0) * heads + (head if heads > 1 else 0)) * blocks + i]
 
     def entry(self, refs: Any, b: Array, head: Array, i: Array, step: Array) -> tuple[Array, Array]:
         """The first token of the tile visited at a step, and the tile's kind."""
-        block, kind = self.schedule.lookup(refs.entries, b, head, i, step)
+        block, kind = self.visits.lookup(refs.entries, b, head, i, step)
         return block * self.blocks["kv" if self.over == "q" else "q"], kind
 
     def kv_head(self, head: Array) -> Array:
@@ -234,6 +235,14 @@ def unhoisted(index: Array, start: Array) -> Array:
     A tile so indexed gets its `wgmma` descriptors anew in each step; else the loop keeps all of them in registers, and spills.
     """
     return index + (start >> 31)
+
+
+def capped(problem: Problem, z: Array) -> Array:
+    """Unscaled logits under the soft cap, unscaled again, or as they are."""
+    if problem.soft_cap is None:
+        return z
+    unit = problem.soft_cap / problem.scale
+    return unit * jnp.tanh(z * (1 / unit))
 
 
 def where_masked(kind: Array, change: Callable[[Array], Array], x: Array) -> Array:
@@ -327,7 +336,7 @@ def _forward_rows(plan: Plan, refs: Any, b: Array, h: Array, i: Array, wg: Array
         [key_tile] = refs.keys.read(n)
         [z] = gpu.products((q_tile, key_tile.transpose((1, 0))), issued=swap_turns)
         refs.keys.release(n)
-        z = where_masked(kind, tile.hide, z)
+        z = where_masked(kind, tile.hide, capped(problem, z))
         spread_out = lambda row: gpu.rows_to(row, size)
         peak = jnp.maximum(old, jnp.max(z, axis=1) * unit) if problem.stats or not problem.sigmoid else old
         if problem.sigmoid:

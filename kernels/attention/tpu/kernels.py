@@ -26,6 +26,15 @@ def _dot(a: Array, b: Array, dims: Any) -> Array:
     return jax.lax.dot_general(a, b, dims, precision=matmul_precision(a.dtype), preferred_element_type=jnp.float32)
 
 
+def _products(problem: Problem, k: Array, q: Array) -> Array:
+    """k . q [N, M], unscaled; with a soft cap, what scaled is the capped logit."""
+    z = _dot(k, q, _NT)
+    if problem.soft_cap is None:
+        return z
+    unit = problem.soft_cap / problem.scale
+    return unit * jnp.tanh(z * (1 / unit))
+
+
 def _log_sigmoid(x: Array) -> Array:
     return jnp.minimum(x, 0) - jnp.log1p(jnp.exp(-abs(x)))
 
@@ -89,7 +98,7 @@ def _weights_and_gradient(
     tokens = refs[5:]
     q, k, v, d_o = refs[0][0, 0, queries], refs[1][0, 0, keys.at], refs[2][0, 0, keys.at], refs[3][0, 0, queries]
     rows = refs[4][0, 0, :, queries]
-    z = _dot(k, q, _NT)
+    z = _products(problem, k, q)
     logits = problem.scale * z + bias if problem.sigmoid else z
     e = _log_sigmoid(logits) if problem.sigmoid and problem.stats else z
     weights = jax.nn.sigmoid(logits) if problem.sigmoid else jnp.exp2((problem.scale * _LOG2_E) * z - rows[0:1])
@@ -106,6 +115,8 @@ def _weights_and_gradient(
     if problem.stats:
         highest = z >= rows[4:5]
         d_logits += jnp.where(highest & visible if masked else highest, rows[3:4], 0)
+    if problem.soft_cap is not None:
+        d_logits *= 1 - jnp.square(z * (problem.scale / problem.soft_cap))
     return weights, d_logits, shared
 
 
@@ -119,7 +130,7 @@ def _gradient_rows(problem: Problem, rows: Sequence[Array]) -> Array:
     return jnp.stack(stacked, axis=2).astype(jnp.float32)
 
 
-def _forward_kernel(problem: Problem, schedule: Visits, table: Any, bias: Any, *refs: Any) -> None:
+def _forward_kernel(problem: Problem, visits: Visits, table: Any, bias: Any, *refs: Any) -> None:
     q, k, v, *rest = refs
     num_tokens = 2 if problem.table_blocks is None else 3
     tokens, (o, rows, acc, *state) = rest[:num_tokens], rest[num_tokens:]
@@ -134,7 +145,7 @@ def _forward_kernel(problem: Problem, schedule: Visits, table: Any, bias: Any, *
             x[...] = jnp.zeros_like(x)
 
     def part(masked: bool, keys: _Keys, values: Array, queries: slice) -> None:
-        z = _dot(k[0, 0, keys.at], q[0, 0, queries], _NT)  # [N, M]
+        z = _products(problem, k[0, 0, keys.at], q[0, 0, queries])  # [N, M]
         if masked:
             visible = _visible(problem, tokens, keys, queries)
         shown = jnp.where(visible, z, HIDDEN) if masked else z
@@ -169,7 +180,7 @@ def _forward_kernel(problem: Problem, schedule: Visits, table: Any, bias: Any, *
             for queries in _cuts(q.shape[2], _FORWARD_PART[1]):
                 part(masked, keys, values, queries)
 
-    _by_kind(schedule.lookup(table, b, h, i, step)[1], tile)
+    _by_kind(visits.lookup(table, b, h, i, step)[1], tile)
 
     @pl.when(step == pl.num_programs(3) - 1)
     def _finish():
@@ -198,7 +209,7 @@ def forward(problem: Problem, x: Operands) -> tuple[Array, tuple[Array, ...]]:
     return o[..., :length], tuple(rows[:, :, i, :length] for i in range(num_rows))
 
 
-def _query_gradients_kernel(problem: Problem, schedule: Visits, table: Any, bias: Any, *refs: Any) -> None:
+def _query_gradients_kernel(problem: Problem, visits: Visits, table: Any, bias: Any, *refs: Any) -> None:
     *inputs, d_q, d_bias, acc, shared_acc = refs
     k = inputs[1]
     b, h, i, step = (pl.program_id(axis) for axis in range(4))
@@ -217,7 +228,7 @@ def _query_gradients_kernel(problem: Problem, schedule: Visits, table: Any, bias
                 if problem.sigmoid:
                     shared_acc[:, queries] += jnp.sum(shared, axis=0, keepdims=True)
 
-    _by_kind(schedule.lookup(table, b, h, i, step)[1], tile)
+    _by_kind(visits.lookup(table, b, h, i, step)[1], tile)
 
     @pl.when(step == pl.num_programs(3) - 1)
     def _finish():
@@ -241,7 +252,7 @@ def query_gradients(problem: Problem, x: Operands, d_o: Array, rows: Sequence[Ar
     return jnp.swapaxes(d_q[..., :length], 2, 3), jnp.sum(d_bias, axis=(0, 2, 3))
 
 
-def _key_gradients_kernel(problem: Problem, schedule: Visits, table: Any, bias: Any, *refs: Any) -> None:
+def _key_gradients_kernel(problem: Problem, visits: Visits, table: Any, bias: Any, *refs: Any) -> None:
     *inputs, d_k, d_v, k_acc, v_acc = refs
     q, d_o = inputs[0], inputs[3]
     b, h, j, member, step = (pl.program_id(axis) for axis in range(5))
@@ -260,7 +271,7 @@ def _key_gradients_kernel(problem: Problem, schedule: Visits, table: Any, bias: 
                 v_acc[keys.at] += _dot(weights.astype(d_o.dtype), d_o[0, 0, queries], _NN)  # [N, V]
                 k_acc[keys.at] += _dot(d_logits.astype(q.dtype), q[0, 0, queries], _NN)  # [N, K]
 
-    _by_kind(schedule.lookup(table, b, head, j, step)[1], tile)
+    _by_kind(visits.lookup(table, b, head, j, step)[1], tile)
 
     @pl.when((member == num_members - 1) & (step == pl.num_programs(4) - 1))
     def _finish():
@@ -281,7 +292,7 @@ def key_gradients(problem: Problem, x: Operands, d_o: Array, rows: Sequence[Arra
     return d_k[:, :, :num_keys], d_v[:, :, :num_keys]
 
 
-def _column_mass_kernel(problem: Problem, schedule: Visits, table: Any, bias: Any, *refs: Any) -> None:
+def _column_mass_kernel(problem: Problem, visits: Visits, table: Any, bias: Any, *refs: Any) -> None:
     q, k, lse, *tokens, mass, total = refs
     b, h, j, _, step = (pl.program_id(axis) for axis in range(5))
 
@@ -292,13 +303,13 @@ def _column_mass_kernel(problem: Problem, schedule: Visits, table: Any, bias: An
     def tile(masked: bool) -> None:
         for keys in _key_parts(tokens, masked, _GRADIENT_PART[0]):
             for queries in _cuts(q.shape[2], _GRADIENT_PART[1]):
-                z = _dot(k[0, 0, keys.at], q[0, 0, queries], _NT)
+                z = _products(problem, k[0, 0, keys.at], q[0, 0, queries])
                 weights = jnp.exp2((problem.scale * _LOG2_E) * z - lse[0, 0, 0:1, queries])
                 if masked:
                     weights = jnp.where(_visible(problem, tokens, keys, queries), weights, 0)
                 total[keys.at] += jnp.sum(weights, axis=1, keepdims=True)
 
-    _by_kind(schedule.lookup(table, b, h, j, step)[1], tile)
+    _by_kind(visits.lookup(table, b, h, j, step)[1], tile)
 
     @pl.when(step == pl.num_programs(4) - 1)
     def _finish():

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from plait.kernels.attention.visits import Layout, Visits, visits
+from plait.kernels.attention.visits import Layout, Visits, plan_visits
 from plait.kernels.masks import BlockTable
 
 Array = jax.Array
@@ -53,6 +53,7 @@ class Problem(NamedTuple):
     scale: float
     sigmoid: bool
     stats: bool
+    soft_cap: float | None = None
     table_blocks: tuple[int, int] | None = None
     """Queries and keys a block of the block table, if there is one."""
 
@@ -97,7 +98,7 @@ class Tiling:
         if problem.table_blocks is not None:
             table = BlockTable(visible=x.table, block_q=problem.table_blocks[0], block_kv=problem.table_blocks[1])
         self.bits = None if table is None else table.bits(block_kv, self.count["q"] * block_q)
-        self.by_query, self.by_key = visits(
+        self.by_query, self.by_key = plan_visits(
             problem.layout, self.tokens["q"], self.tokens["kv"], block_q, block_kv, keep_first=False, table=table
         )
 
@@ -132,7 +133,7 @@ class Tiling:
         return self._call(kernel, name, self.by_key, where, extra, out_shape=shapes, out_specs=specs, grid=grid, scratch=scratch)
 
     def _call(
-        self, kernel: Any, name: str, schedule: Visits, where: Any, extra: _Inputs, *, out_shape, out_specs, grid, scratch
+        self, kernel: Any, name: str, visits: Visits, where: Any, extra: _Inputs, *, out_shape, out_specs, grid, scratch
     ) -> list[Array]:
         x = self.x
         tokens: Any = tuple((both.stacked(), side, 3) for side, both in self.tokens.items())  # [B, H or 1, 2, T]
@@ -143,7 +144,7 @@ class Tiling:
             inputs += ((self.bits, "q", 4),)
         semantics: Any = ("parallel",) * 3 + ("arbitrary",) * (len(grid) - 3)
         return pl.pallas_call(
-            partial(kernel, self.problem, schedule),
+            partial(kernel, self.problem, visits),
             name=name,
             out_shape=out_shape,
             grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -154,7 +155,7 @@ class Tiling:
                 scratch_shapes=scratch,
             ),
             compiler_params=pltpu.CompilerParams(dimension_semantics=semantics),
-        )(schedule.flat(), x.bias, *(array for array, _, _ in inputs))
+        )(visits.flat(), x.bias, *(array for array, _, _ in inputs))
 
     def _pad(self, x: Array, side: str, axis: int) -> Array:
         padding = [(0, 0)] * x.ndim

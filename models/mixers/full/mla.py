@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from plait.kernels import Mask, Tokens, attention, attention_rows
+from plait.kernels import Mask, Tokens, attention, attention_rows, column_mass, first_masses
 from plait.models.axes import BATCH, EMBED, HEADS, LENGTH, constrain
 from plait.models.build import BuildContext
 from plait.models.cache import Slots
@@ -153,5 +154,9 @@ class MLA(HeadMixer):
         return attention_rows(inputs.q, inputs.k, rows=rows, mask=Mask(causal=True), scale=self.scale, at=at)
 
     def observe(self, inputs, x, *, at):
-        options = {"mask": Mask(causal=True), "scale": self.scale, "return_stats": True}
-        return {"attention": attention(inputs.q, inputs.k, inputs.v, at=at, **options)[1]}
+        options = {"mask": Mask(causal=True), "scale": self.scale, "at": at}
+        stats = attention(inputs.q, inputs.k, inputs.v, return_stats=True, **options)[1]
+        masses = {
+            op.__name__: functools.partial(op, inputs.q, inputs.k, stats.lse, **options) for op in (first_masses, column_mass)
+        }
+        return {"attention": stats, **masses}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from plait.kernels import Mask, Tokens, attention, attention_rows, routed_attention
+from plait.kernels import Mask, Tokens, attention, attention_rows, column_mass, first_masses, routed_attention
 from plait.models.axes import BATCH, EMBED, HEADS, KV_HEADS, LENGTH, constrain
 from plait.models.build import Buffer, BuildContext
 from plait.models.cache import Cache, Slots
@@ -216,10 +217,19 @@ class Softmax(HeadMixer):
 
     def observe(self, inputs, x, *, at):
         _, stats = attention(*inputs[:3], at=at, return_stats=True, **self._options)
+        lse = stats.lse
         if self.sinks is not None:  # the share of the keys alone
             sinks = self.sinks[...].astype(jnp.float32)[None, None, :]
-            stats = stats._replace(first_mass=stats.first_mass / -jnp.expm1(jnp.minimum(sinks - stats.lse, -1e-6)))
-        return {"attention": stats}
+            keys = -jnp.expm1(jnp.minimum(sinks - lse, -1e-6))
+            stats, lse = stats._replace(first_mass=stats.first_mass / keys), lse + jnp.log(keys)
+        found: dict[str, Any] = {"attention": stats}
+        if self.config.logit_soft_cap is None:  # the ops know of none
+            operands, options = (inputs.q, inputs.k, lse), {"mask": self.mask, "at": at}
+            how = {"normalizer": self.config.normalizer, "sigmoid_bias": self.sigmoid_bias}
+            found["first_masses"] = functools.partial(first_masses, *operands, **options, **how)
+            if self.config.normalizer == "softmax":
+                found["column_mass"] = functools.partial(column_mass, *operands, **options)
+        return found
 
     @property
     def _options(self) -> dict[str, Any]:
@@ -228,5 +238,5 @@ class Softmax(HeadMixer):
             "sinks": None if self.sinks is None else self.sinks[...],
             "normalizer": self.config.normalizer,
             "sigmoid_bias": self.sigmoid_bias,
-            **({} if self.config.logit_soft_cap is None else {"logit_soft_cap": self.config.logit_soft_cap}),
+            "logit_soft_cap": self.config.logit_soft_cap,
         }

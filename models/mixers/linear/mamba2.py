@@ -22,7 +22,7 @@ from plait.models.short_conv import ShortConv
 @register("mamba2", kind="linear", source="Transformers are SSMs: Generalized Models and Efficient Algorithms (2405.21060)")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mamba2Config(MixerConfig):
-    """`S_t = a_t S_{t-1} + B_t (dt_t x_t)^T`, `y_t = S_t^T C_t + D x_t`, `out = W_o norm(y * silu(z))`.
+    """`S_t = a_t S_{t-1} + B_t (dt_t x_t)^T`, `y_t = S_t^T C_t + D x_t`, `out = W_o norm(y * silu(z))`, the norm over each group.
 
     `dt = softplus(W_dt u + dt_bias)`, `log a = -exp(A_log) dt`; x, B and C are convolved with a bias. As linear attention C is the query,
     B the key and dt x the value. The published `in_proj` and `conv1d` hold z, x, B, C and dt side by side; here each has its own.
@@ -35,11 +35,11 @@ class Mamba2Config(MixerConfig):
     state_dim: int = 128
     """Channels of B and C: the state of a head is state_dim x head_dim."""
     num_groups: int = 1
-    """Groups of heads that share B and C, a divisor of the number of heads."""
+    """Groups of heads that share B and C and are normalised together, a divisor of the number of heads."""
     conv_size: int = 4
     """Taps of the short convolutions on x, B and C."""
     norm_eps: float = 1e-5
-    """Epsilon of the output norm, which is over the whole inner width."""
+    """Epsilon of the output norm."""
 
     def check(self) -> None:
         require_positive(
@@ -95,7 +95,7 @@ class Mamba2(Recurrent):
         self.A_log = ctx.param(log_uniform_rate(1.0, 16.0), (self.num_heads,), (HEADS,), role="decay")
         self.dt_bias = ctx.param(inverse_softplus_step(floor=1e-4), (self.num_heads,), (HEADS,), role="decay")
         self.D = ctx.param(jax.nn.initializers.ones, (self.num_heads,), (HEADS,))
-        self.norm = RMSNorm(ctx, width, eps=config.norm_eps, axis=HEADS)
+        self.norm = RMSNorm(ctx, width, eps=config.norm_eps, axis=HEADS, groups=config.num_groups)
         self.o = Dense(ctx, width, d_model, (HEADS, EMBED), init=ctx.residual_init)
 
     def project(self, x, *, at, state):

@@ -125,7 +125,73 @@ def qwen3_next(seed: int = 0) -> Arrays:
     return {**weights, "x": x, "output": y.numpy()}
 
 
-ORACLES: dict[str, Callable[..., Arrays]] = {f.__name__: f for f in (llama, qwen3, gpt_oss, gpt_oss_window, qwen3_next)}
+def mamba2(seed: int = 0) -> Arrays:
+    """The Mamba-2 layer, with two groups of two heads."""
+    import torch
+    from transformers.models.mamba2 import modeling_mamba2
+
+    config = modeling_mamba2.Mamba2Config(
+        hidden_size=WIDTH,
+        num_hidden_layers=1,
+        num_heads=4,
+        head_dim=8,
+        state_size=6,
+        n_groups=2,
+        conv_kernel=4,
+        expand=2,
+        chunk_size=8,
+        use_bias=False,
+        use_conv_bias=True,
+        layer_norm_epsilon=1e-5,
+    )
+    layer = modeling_mamba2.Mamba2Mixer(config, 0).eval()
+    weights, x = _random(layer, seed), _hidden(seed)
+    with torch.no_grad():
+        y = layer(torch.tensor(x))
+    return {**weights, "x": x, "output": y.numpy()}
+
+
+def _deepseek(q_rank: int | None, seed: int) -> Arrays:
+    import torch
+    from transformers.models.deepseek_v3 import modeling_deepseek_v3 as deepseek
+
+    config = deepseek.DeepseekV3Config(
+        hidden_size=WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        q_lora_rank=q_rank,
+        kv_lora_rank=12,
+        qk_nope_head_dim=6,
+        qk_rope_head_dim=4,
+        v_head_dim=5,
+        rope_interleave=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        attn_implementation="eager",
+    )
+    layer = deepseek.DeepseekV3Attention(config, 0).eval()
+    weights, x = _random(layer, seed), _hidden(seed)
+    positions = torch.arange(LENGTH)
+    mask = torch.where(positions[:, None] >= positions[None], 0.0, -torch.inf)[None, None]
+    with torch.no_grad():
+        angles = deepseek.DeepseekV3RotaryEmbedding(config)(torch.tensor(x), positions[None])
+        y, _ = layer(torch.tensor(x), angles, mask)
+    return {**weights, "x": x, "output": y.numpy()}
+
+
+def mla(seed: int = 0) -> Arrays:
+    """The attention of DeepSeek-V3, whose queries come from a latent."""
+    return _deepseek(10, seed)
+
+
+def mla_full_queries(seed: int = 0) -> Arrays:
+    """The same with queries from the residual stream, as in DeepSeek-V2-Lite."""
+    return _deepseek(None, seed)
+
+
+ORACLES: dict[str, Callable[..., Arrays]] = {
+    f.__name__: f for f in (llama, qwen3, gpt_oss, gpt_oss_window, qwen3_next, mamba2, mla, mla_full_queries)
+}
 
 
 if __name__ == "__main__":

@@ -10,16 +10,18 @@ import optax
 import pytest
 from flax import nnx
 
+from plait.configs.probe import ProbeConfig
 from plait.models.build import BuildContext
 from plait.models.mixers.base import MIXERS, MixerConfig
 from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.models.mixers.moh import MoH, MoHConfig
-from plait.configs.probe import ProbeConfig
 from plait.tests.models.common import layout, quick_jit
 from plait.tests.tolerances import assert_close
+from plait.train.probes.base import Probes
+from plait.train.probes.head_load import HeadLoad
 
 WIDTH, LENGTH = 64, 24
-WHERE = layout((LENGTH,), (10, 8), length=LENGTH)
+AT = layout((LENGTH,), (10, 8), length=LENGTH)
 SOFTMAX = SoftmaxConfig(num_heads=8, head_dim=8)
 INNER = {"softmax": SOFTMAX} | {n: MIXERS.all()[n].example() for n in ("gla", "gated_deltanet")}
 
@@ -64,7 +66,7 @@ def test_gates_of_active_heads_average_about_one_at_initialisation():
 
 def test_gates_of_two_tokens_worked_by_hand():
     moh = build(MoHConfig(mixer=dataclasses.replace(SOFTMAX, num_heads=5), num_shared_heads=2, top_k=2))
-    zeros = lambda n: jnp.zeros((WIDTH, n))  # noqa: E731
+    zeros = lambda n: jnp.zeros((WIDTH, n))
     ln = math.log
     # Odds of routed heads, of shared ones, and of shared to routed: 1:2:5, 1:3, 1:4 for token e_0; 6:3:1, 1:1, 2:1 for e_1.
     moh.routed_router.kernel[...] = zeros(3).at[0].set(jnp.array([0, ln(2), ln(5)])).at[1].set(jnp.array([ln(6), ln(3), 0]))
@@ -78,32 +80,33 @@ def test_gates_of_two_tokens_worked_by_hand():
     # p = (1/8, 2/8, 5/8) and (6/10, 3/10, 1/10); both keep head 1, one head 2, one head 0.
     p, load = np.array([29 / 80, 22 / 80, 29 / 80]), np.array([1 / 2, 1, 1 / 2])
     expected = moh.config.balance * 3 * (p * load).sum()
-    assert_close(moh.auxiliary_loss(tokens, segment_ids=jnp.ones((1, 2), jnp.int32)), np.float32(expected))
+    assert_close(moh.auxiliary_losses(tokens, at=layout((2,), length=2))["balance/moh"], np.float32(expected))
 
 
 def test_output_is_the_gated_sum_of_the_heads():
     config = MoHConfig(mixer=SOFTMAX, num_shared_heads=2, top_k=3)
     moh, x = build(config), inputs()
-    a = moh.implied_attention(x, **WHERE)
-    v = moh.project(x, **WHERE, state=None)[0].v
+    a = moh.implied_attention(x, at=AT)
+    v = moh.project(x, at=AT, state=None)[0].v
     o = jnp.einsum("bhts,bshv,bth->bthv", a, v, moh.gates(x))
-    real = np.asarray(WHERE["segment_ids"] > 0)
-    assert_close(moh(x, **WHERE)[0][real], moh.output(o)[real])
+    real = np.asarray(AT.segment_ids > 0)
+    assert_close(moh(x, at=AT, carry={}).y[real], moh.output(o)[real])
 
 
 @pytest.mark.parametrize("top_k", [1, 3])
 def test_balance_loss_is_k_times_the_coefficient_under_uniform_routing(top_k):
     moh = build(MoHConfig(mixer=SOFTMAX, num_shared_heads=2, top_k=top_k, balance=0.25))
     make_uniform(moh)
-    _, stats = moh(inputs(), **WHERE)
-    assert_close(stats.auxiliary_loss, np.float32(0.25 * top_k))
+    losses = moh(inputs(), at=AT, carry={}).losses
+    assert losses.keys() == {"balance/moh"}
+    assert_close(losses["balance/moh"], np.float32(0.25 * top_k))
 
 
 def test_balance_loss_is_larger_for_skewed_routing():
     moh = build(MoHConfig(mixer=SOFTMAX, num_shared_heads=0, top_k=2, balance=1.0))
     x = inputs().at[..., 0].set(1.0)
     moh.routed_router.kernel[...] = jnp.zeros((WIDTH, 8)).at[0, :2].set(20.0)  # every token takes the same two heads
-    assert_close(moh.auxiliary_loss(x, segment_ids=WHERE["segment_ids"]), np.float32(8 * 2 * 0.5))  # E sum_e p_e m_e
+    assert_close(moh.auxiliary_losses(x, at=AT)["balance/moh"], np.float32(8 * 2 * 0.5))  # E sum_e p_e m_e
 
 
 def test_balance_loss_spreads_a_skewed_load():
@@ -116,11 +119,11 @@ def test_balance_loss_spreads_a_skewed_load():
 
     @quick_jit
     def step(params, opt, x):
-        grads = jax.grad(lambda p: nnx.merge(graph, p).auxiliary_loss(x, segment_ids=WHERE["segment_ids"]))(params)
+        grads = jax.grad(lambda p: nnx.merge(graph, p).auxiliary_losses(x, at=AT)["balance/moh"])(params)
         updates, opt = tx.update(grads, opt, params)
         return optax.apply_updates(params, updates), opt
 
-    load = lambda params: np.asarray(nnx.merge(graph, params).loads(x, segment_ids=WHERE["segment_ids"])[1])  # noqa: E731
+    load = lambda params: np.asarray(nnx.merge(graph, params).loads(x, at=AT)[1])
     before, opt = load(params), tx.init(params)
     for _ in range(50):
         params, opt = step(params, opt, x)
@@ -137,7 +140,7 @@ def test_gradient_reaches_every_router(inner):
     moh = build(MoHConfig(mixer=INNER[inner], num_shared_heads=2, top_k=2, balance=0.0))
     graph, params = nnx.split(moh)
     target = inputs(7)
-    loss = lambda p: jnp.mean(jnp.square(nnx.merge(graph, p)(inputs(), **WHERE)[0] - target))  # noqa: E731
+    loss = lambda p: jnp.mean(jnp.square(nnx.merge(graph, p)(inputs(), at=AT, carry={}).y - target))
     grads = nnx.to_pure_dict(quick_jit(jax.grad(loss))(params))
     for router in ("routed_router", "shared_router", "balance_router"):
         assert np.abs(grads[router]["kernel"]).max() > 0, router
@@ -145,16 +148,17 @@ def test_gradient_reaches_every_router(inner):
 
 def test_head_load_of_the_probe_is_the_share_of_tokens():
     moh, x = build(MoHConfig(mixer=SOFTMAX, num_shared_heads=2, top_k=3)), inputs()
-    _, stats = moh(x, **WHERE, probe=ProbeConfig())
-    active = np.asarray(moh.gates(x) > 0)[np.asarray(WHERE["segment_ids"] > 0)]
-    assert_close(stats.head_load, active.mean(0))
+    probes = Probes(ProbeConfig())
+    shown = HeadLoad().measure(moh(x, at=AT, carry={}, observer=probes).looks[0], probes.config)
+    active = np.asarray(moh.gates(x) > 0)[np.asarray(AT.segment_ids > 0)]
+    assert_close(shown["head_load"], active.mean(0))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Headless(MixerConfig):
     """A mixer without heads."""
 
-    name = "headless"
+    name, kind = "headless", "full"
 
     def build(self, d_model, ctx):
         return nnx.Module()

@@ -7,11 +7,12 @@ from flax import nnx
 
 from plait.models.build import BuildContext
 from plait.models.mixers.full.softmax import Softmax, SoftmaxConfig
+from plait.models.mixers.sparse.power import PowerConfig
 from plait.tests.models.common import layout
 from plait.tests.tolerances import assert_close
 
 WIDTH, LENGTH, HEADS, HEAD_DIM = 32, 14, 4, 8
-WHERE = layout((LENGTH,), (8, 5), length=LENGTH)
+AT = layout((LENGTH,), (8, 5), length=LENGTH)
 OPTIONS = {
     "plain": {},
     "gqa": {"num_kv_heads": 2},
@@ -25,6 +26,8 @@ OPTIONS = {
     "elementwise-gate": {"gate": "elementwise"},
     "headwise-gate": {"gate": "headwise"},
     "sigmoid": {"normalizer": "sigmoid"},
+    "power": {"block_size": 2},
+    "power-window-sinks": {"block_size": 2, "window_size": 3, "num_sink_tokens": 1},
 }
 
 
@@ -40,16 +43,16 @@ def build(config: SoftmaxConfig) -> Softmax:
 def formula(layer: Softmax, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Weights `[B, H, T, S]` and output `[B, T, D]`, in float64, one document at a time."""
     config = layer.config
-    w = lambda dense: np.asarray(dense.kernel[...], np.float64)  # noqa: E731
-    heads = lambda y: y.reshape(len(y), -1, HEAD_DIM)  # noqa: E731
-    ids = np.asarray(WHERE["segment_ids"])
+    w = lambda dense: np.asarray(dense.kernel[...], np.float64)
+    heads = lambda y: y.reshape(len(y), -1, HEAD_DIM)
+    ids = np.asarray(AT.segment_ids)
     a, y = np.zeros((len(x), HEADS, LENGTH, LENGTH)), np.zeros_like(x)
     for row, document in [(r, d) for r in range(len(x)) for d in set(ids[r]) - {0}]:
         at = np.flatnonzero(ids[row] == document)
         h, n = x[row, at], len(at)
         q, k, v = (heads(h @ w(dense)) for dense in (layer.q, layer.k, layer.v))
         if config.qk_norm:
-            norm = lambda z, m: z / np.sqrt((z**2).mean(-1, keepdims=True) + 1e-6) * np.asarray(m.scale[...])  # noqa: E731
+            norm = lambda z, m: z / np.sqrt((z**2).mean(-1, keepdims=True) + 1e-6) * np.asarray(m.scale[...])
             q, k = norm(q, layer.q_norm), norm(k, layer.k_norm)
         if config.rope_theta is not None:
             angle = np.arange(n)[:, None] * config.rope_theta ** (-np.arange(0, HEAD_DIM, 2) / HEAD_DIM)
@@ -60,7 +63,11 @@ def formula(layer: Softmax, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         logits = np.einsum("ihd,jhd->hij", q, k) / np.sqrt(HEAD_DIM)
         i, j = np.arange(n)[:, None], np.arange(n)[None]
         seen = j <= i
-        if config.window_size is not None:
+        if isinstance(config, PowerConfig):
+            back = i // config.block_size - j // config.block_size
+            near = np.isin(back, [0, 1, 2, 4, 8]) | (j < config.num_sink_tokens)
+            seen &= near if config.window_size is None else near | (i - j < config.window_size)
+        elif config.window_size is not None:
             seen &= (i - j < config.window_size) | (j < config.num_sink_tokens)
         if config.normalizer == "sigmoid":
             weights = seen / (1 + np.exp(-(logits - np.log(LENGTH))))
@@ -78,10 +85,11 @@ def formula(layer: Softmax, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_layer_equals_the_formula(options):
-    layer = build(SoftmaxConfig(num_heads=HEADS, head_dim=HEAD_DIM, **options))
+    config = PowerConfig if "block_size" in options else SoftmaxConfig
+    layer = build(config(num_heads=HEADS, head_dim=HEAD_DIM, **options))
     x = jax.random.normal(jax.random.key(9), (2, LENGTH, WIDTH))
     a, expected = formula(layer, np.asarray(x, np.float64))
-    real = np.asarray(WHERE["segment_ids"] > 0)
-    assert_close(layer(x, **WHERE)[0][real], expected[real])
-    assert_close(layer.implied_attention(x, **WHERE), a)
-    np.testing.assert_array_equal(np.asarray(layer.implied_attention(x, **WHERE)) > 0, a > 0)
+    real = np.asarray(AT.segment_ids > 0)
+    assert_close(layer(x, at=AT, carry={}).y[real], expected[real])
+    assert_close(layer.implied_attention(x, at=AT), a)
+    np.testing.assert_array_equal(np.asarray(layer.implied_attention(x, at=AT)) > 0, a > 0)

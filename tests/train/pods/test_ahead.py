@@ -11,7 +11,7 @@ from jax.experimental import topologies
 
 from plait.configs.experiment import ExperimentConfig
 from plait.configs.mesh import MeshConfig
-from plait.configs.optimizer import OptimizerConfig
+from plait.configs.optimizer import optimizer
 from plait.configs.presets import presets
 from plait.data.config import DataConfig
 from plait.models.config import LMConfig
@@ -55,7 +55,7 @@ def test_small_hybrid_step_compiles_for_tpu():
         steps=1000,
         model=model,
         data=DataConfig(seq_len=512, batch_size=4),
-        optimizer=OptimizerConfig(),
+        optimizer=optimizer("adamw"),
         mesh=MeshConfig(data=1, fsdp=2, tensor=2),
     )
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices

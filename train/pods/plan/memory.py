@@ -134,12 +134,12 @@ _ROWS = 251  # of the traced batch: a prime, by which the arrays with a row axis
 
 @functools.lru_cache(maxsize=32)
 def _saved(model: Any, seq_len: int, generation: str | None, seed: int) -> Activations:
-    from plait.configs.optimizer import OptimizerConfig
+    from plait.configs.optimizer import optimizer
     from plait.data.config import DataConfig
 
     config = ExperimentConfig(
         name="activations", steps=2, model=model, data=DataConfig(seq_len=seq_len, batch_size=_ROWS),
-        optimizer=OptimizerConfig(warmup_steps=0), seed=seed,
+        optimizer=optimizer("adamw", warmup_steps=0), seed=seed,
     )  # fmt: skip
     blueprint = Blueprint(config)
     params, buffers = blueprint.shapes()
@@ -147,7 +147,7 @@ def _saved(model: Any, seq_len: int, generation: str | None, seed: int) -> Activ
 
     def backward(params: Any, buffers: Any, batch: Batch) -> Any:
         def loss(params: Any) -> Any:
-            return loss_terms(blueprint.build(params, buffers), batch, total=jnp.ones(()), share=1.0, probe=None)
+            return loss_terms(blueprint.build(params, buffers), batch, total=jnp.ones(()), share=1.0, observer=None)
 
         return jax.vjp(loss, params, has_aux=True)[1]
 

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from plait.configs.optimizer import OptimizerConfig
-from plait.train.optimizer import make_schedule
+from plait.configs.optimizer import optimizer
+from plait.train.optimizers.schedule import make_schedule
 
 HALF_COSINE = 0.5 * (1 + math.cos(math.pi * 0.5))  # half way down
 CASES = {
@@ -23,21 +23,21 @@ CASES = {
 
 @pytest.mark.parametrize(("schedule", "warmup", "expected"), CASES.values(), ids=CASES)
 def test_schedule_at_steps_worked_by_hand(schedule, warmup, expected):
-    config = OptimizerConfig(learning_rate=2.0, schedule=schedule, warmup_steps=warmup, final_ratio=0.1, decay_fraction=0.2)
-    rate = make_schedule(config, steps=100)
+    config = optimizer("adamw", schedule=schedule, warmup_steps=warmup, final_ratio=0.1, decay_fraction=0.2)
+    rate = make_schedule(config, steps=100, peak=2.0)
     found = {step: float(rate(step)) / 2.0 for step in expected}
     assert found == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])
 def test_rates_never_jump(schedule):
-    config = OptimizerConfig(learning_rate=1.0, schedule=schedule, warmup_steps=10, decay_fraction=0.5)
-    rates = np.array([float(make_schedule(config, 50)(step)) for step in range(50)])
+    config = optimizer("adamw", schedule=schedule, warmup_steps=10, decay_fraction=0.5)
+    rates = np.array([float(make_schedule(config, 50, 1.0)(step)) for step in range(50)])
     assert rates.min() > 0 and rates.max() == pytest.approx(1.0)
     assert np.abs(np.diff(rates)).max() <= 0.1 + 1e-6
 
 
 def test_decay_longer_than_what_follows_the_warm_up_takes_all_of_it():
-    config = OptimizerConfig(learning_rate=1.0, schedule="wsd", warmup_steps=60, decay_fraction=0.9, final_ratio=0.0)
-    rate = make_schedule(config, 100)
+    config = optimizer("adamw", schedule="wsd", warmup_steps=60, decay_fraction=0.9, final_ratio=0.0)
+    rate = make_schedule(config, 100, 1.0)
     assert float(rate(60)) == pytest.approx(1.0) and float(rate(80)) == pytest.approx(0.5) and float(rate(100)) == 0.0

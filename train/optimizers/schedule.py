@@ -1,4 +1,4 @@
-"""The optimizer and its schedule."""
+"""The learning rate over the steps of a run."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import optax
 from plait.configs.optimizer import OptimizerConfig
 
 
-def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate by step: linear warm-up, then as `config.schedule` says (WSD: arXiv 2404.06395)."""
-    peak, warmup = config.learning_rate, config.warmup_steps
+def make_schedule(config: OptimizerConfig, steps: int, peak: float) -> optax.Schedule:
+    """Rate by step: linear warm-up to `peak`, then as `config.schedule` says (WSD: arXiv 2404.06395)."""
+    warmup = config.warmup_steps
     last = peak * config.final_ratio
     warm = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
     rest = max(steps - warmup, 1)
@@ -21,11 +21,3 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
         decay = min(max(round(config.decay_fraction * steps), 1), rest)
         after = optax.join_schedules([optax.constant_schedule(peak), optax.linear_schedule(peak, last, decay)], [rest - decay])
     return optax.join_schedules([warm, after], [warmup]) if warmup else after
-
-
-def make_optimizer(config: OptimizerConfig, steps: int, decay: dict[str, bool]) -> optax.GradientTransformation:
-    """Clipping and AdamW (arXiv 1711.05101); weight decay where `decay` says so."""
-    adamw = optax.adamw(
-        make_schedule(config, steps), b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=decay
-    )
-    return adamw if config.clip_norm is None else optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)

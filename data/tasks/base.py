@@ -1,0 +1,52 @@
+"""What a task is: rows to train on and to be scored by, and the scores."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+from plait.configs.components import Component, Registry
+
+if TYPE_CHECKING:
+    from plait.data.batch import Batch
+    from plait.data.config import DataConfig
+    from plait.data.loader import Data
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task(Component, abc.ABC):
+    """What a run trains on (`data.task`), or is evaluated on (`launch.py eval RUN --tasks NAME`)."""
+
+    reads_text: ClassVar[bool] = False
+    """Whether its rows are text, so that its runs have a tokenizer."""
+    has_answers: ClassVar[bool] = True
+    """Whether a target is an answer that is right or wrong, for `scores` to count."""
+
+    @abc.abstractmethod
+    def vocabulary(self, data: DataConfig) -> int | None:
+        """The number of ids that its rows are made of; None where only a file says."""
+
+    @abc.abstractmethod
+    def open(self, data: DataConfig, folder: Path, rows: np.ndarray | None) -> Data:
+        """See `plait.data.loader.build_data`."""
+
+    def fit(self, data: DataConfig) -> None:
+        """Raises ValueError, in a message that begins with the field of this task, where the rows of `data` cannot hold it."""
+
+    def scores(self, batch: Batch, nll: np.ndarray, right: np.ndarray) -> Mapping[str, tuple[float, float]]:
+        """Named sums over a batch, each with what to divide its total by: here the share of the answers that are right.
+
+        Args:
+            batch: whole, of the held-out rows; rows without any loss mask are padding.
+            nll: negative log-likelihood of each target in nats, float32 [B, T]; 0 off the loss mask.
+            right: whether the target is the likeliest token, bool [B, T]; False off the loss mask.
+        """
+        return {"accuracy": (float(right.sum()), float(batch.loss_mask.sum()))}
+
+
+TASKS: Registry[Task] = Registry("task", "plait.data.tasks")

@@ -1,0 +1,32 @@
+"""Language modelling of the text in `data.source`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from plait.data.tasks.base import TASKS, Task
+
+if TYPE_CHECKING:
+    from plait.data.config import DataConfig
+    from plait.data.loader import Data
+
+
+@TASKS.register("ppl", source="the text of data.source")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PerplexityTask(Task):
+    """Text, packed into rows: loss, perplexity, bits per byte and loss by position on what is held out."""
+
+    reads_text = True
+    has_answers = False
+
+    def vocabulary(self, data: DataConfig) -> int | None:
+        return data.tokenizer_size
+
+    def open(self, data: DataConfig, folder: Path, rows: np.ndarray | None) -> Data:
+        from plait.data.text import open_text  # with the readers of files, which a config does not need
+
+        return open_text(data, folder, rows)

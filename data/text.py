@@ -1,0 +1,162 @@
+"""Text as rows: the corpus tokenised, its documents held out or read in another order each epoch."""
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from plait.data.batch import Batch
+from plait.data.config import DataConfig, DataError
+from plait.data.corpus import Corpus, load_corpus, split, train_tokenizer
+from plait.data.loader import Data
+from plait.data.packing import Documents, Packing, shuffled_order
+from plait.data.sources import Source, open_source
+from plait.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, read_meta
+
+log = logging.getLogger("plait.data")
+
+
+class Rows:
+    """The rows of some documents, in an order that differs from epoch to epoch.
+
+    In each epoch documents are put in another order before they are cut into rows, and the rows in another order again.
+
+    Args:
+        documents: what to read.
+        config: `seq_len`, `document_start`, `seed`.
+        tokenizer: start and end tokens.
+        name: salt of the order.
+    """
+
+    def __init__(self, documents: Documents, config: DataConfig, tokenizer: Tokenizer, name: str) -> None:
+        self._documents = documents
+        self._salt = (name, config.seed)
+        self._start_id = tokenizer.bos_id if config.document_start else None
+        self._end_id = tokenizer.eos_id
+        self._seq_len = config.seq_len
+        self._epoch = lru_cache(maxsize=2)(self._make_epoch)
+        pairs = documents.num_tokens + (len(documents) if config.document_start else 0)
+        self.num_targets = pairs
+        self.num_rows = -(-pairs // config.seq_len)
+
+    def read(self, index: np.ndarray) -> Batch:
+        """The rows with these ascending numbers, counted from the first row of the first epoch on, [R, T]."""
+        parts = []
+        for epoch in np.unique(index // self.num_rows):
+            packing, order = self._epoch(int(epoch))
+            parts.append(packing.rows(order[index[index // self.num_rows == epoch] % self.num_rows]))
+        return Batch(*(np.concatenate(arrays) for arrays in zip(*parts)))
+
+    def _make_epoch(self, epoch: int) -> tuple[Packing, np.ndarray]:
+        documents = self._documents.take(shuffled_order(self._documents.hashes, *self._salt, "documents", epoch))
+        packing = Packing(documents, seq_len=self._seq_len, start_id=self._start_id, end_id=self._end_id)
+        return packing, shuffled_order(np.arange(packing.num_rows), *self._salt, "rows", epoch)
+
+
+def open_text(config: DataConfig, folder: Path, rows: np.ndarray | None) -> Data:
+    """Tokenises the corpus where that has not been done, and gives its batches.
+
+    On hosts that share a file system, let one call this first, and the others find the cache.
+
+    Args:
+        config: what to read.
+        folder: the run folder; it keeps the tokenizer, in tokenizer/, and the tokens unless `config.cache_dir` says where.
+        rows: as in `plait.data.loader.build_data`.
+
+    Raises:
+        DataError: the corpus, tokenizer or cache is not usable, or too small for `seq_len`.
+    """
+    kept = folder / "tokenizer"
+    cache = Path(config.cache_dir).expanduser() if config.cache_dir else folder / "data"
+    source = open_source(config.source, config.text_field)
+    tokenizer = prepare_tokenizer(config, source, kept, cache)
+    corpus = load_corpus(source, tokenizer, cache)
+    _check_trained_on(kept, config, corpus)
+    train_documents, val_documents = split(corpus.documents, config.val_fraction, config.seed)
+    train, val = (
+        Rows(documents, config, tokenizer, name) for documents, name in ((train_documents, "train"), (val_documents, "val"))
+    )
+    meta = corpus.meta
+    if train.num_targets < config.seq_len:
+        raise DataError(
+            f"data.seq_len={config.seq_len} is more than the {train.num_targets} tokens there are to train on "
+            f"({meta.num_documents} documents, {meta.num_tokens} tokens, {val_documents.num_tokens} held out); "
+            f"use more text, or data.seq_len={max(train.num_targets, 1)} or less"
+        )
+    if train.num_rows < config.batch_size:
+        log.warning(
+            "data.batch_size=%d is more than the %d rows of an epoch: a batch repeats rows", config.batch_size, train.num_rows
+        )
+    num_val_bytes = val_documents.num_bytes(tokenizer.bytes_per_token)
+    return Data(
+        config=config,
+        vocab_size=tokenizer.vocab_size,
+        tokenizer=tokenizer,
+        read_train=train.read,
+        read_val=val.read,
+        num_val_rows=val.num_rows,
+        rows=rows,
+        identity={
+            "corpus": meta.fingerprint,
+            "tokenizer": tokenizer.fingerprint,
+            "seq_len": config.seq_len,
+            "batch_size": config.batch_size,
+            "val_fraction": config.val_fraction,
+            "document_start": config.document_start,
+            "seed": config.seed,
+        },
+        facts={
+            "source": meta.source,
+            "num_documents": meta.num_documents,
+            "num_tokens": meta.num_tokens,
+            "num_bytes": meta.num_bytes,
+            "bytes_per_token": round(meta.num_bytes / meta.num_tokens, 4),
+            "num_train_rows": train.num_rows,
+            "num_train_tokens": train.num_targets,
+            "num_val_tokens": val.num_targets,
+            "num_train_bytes": meta.num_token_bytes - num_val_bytes,
+            "num_val_bytes": num_val_bytes,
+        },
+    )
+
+
+def prepare_tokenizer(config: DataConfig, source: Source, folder: Path, cache: Path) -> Tokenizer:
+    """The run's tokenizer: the one kept in `folder`, or a new one, which is then kept there.
+
+    Raises:
+        DataError: the one kept there is not the one the config asks for.
+    """
+    wanted = {"tokenizer": config.tokenizer, "vocab_size": config.bpe_vocab_size if config.tokenizer == "bpe" else None}
+    meta = read_meta(folder)
+    if meta:
+        if (kept := {key: meta.get(key) for key in wanted}) != wanted:
+            raise DataError(f"{folder} keeps the tokenizer of another run ({kept}, and now {wanted}); use another run folder")
+        return load_tokenizer(folder)
+    fingerprint = None
+    if config.tokenizer == "byte":
+        tokenizer: Tokenizer = ByteTokenizer()
+    elif config.tokenizer != "bpe":
+        tokenizer = load_tokenizer(config.tokenizer)
+    else:
+        shared = cache / f"bpe-{config.bpe_vocab_size}-{source.signature()[:16]}"
+        if read_meta(shared):
+            tokenizer, fingerprint = load_tokenizer(shared), read_meta(shared)["corpus"]
+        else:
+            tokenizer, fingerprint = train_tokenizer(source, config.bpe_vocab_size)
+            tokenizer.save(shared, corpus=fingerprint)
+        if tokenizer.vocab_size < config.bpe_vocab_size:
+            log.warning("the corpus gives %d tokens of data.vocab_size=%d", tokenizer.vocab_size, config.bpe_vocab_size)
+    tokenizer.save(folder, corpus=fingerprint, **wanted)
+    return tokenizer
+
+
+def _check_trained_on(folder: Path, config: DataConfig, corpus: Corpus) -> None:
+    kept = read_meta(folder).get("corpus")
+    if kept is not None and kept != corpus.meta.fingerprint:
+        raise DataError(
+            f"{folder} keeps a tokenizer trained on other text than data.source={config.source!r} holds now; use another run "
+            f"folder, or keep that tokenizer with data.tokenizer={folder}"
+        )

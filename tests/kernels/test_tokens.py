@@ -1,0 +1,43 @@
+"""What is known of each position: filling in, and travelling through transformations."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from plait.kernels import Tokens, attention, decay, short_conv
+from plait.kernels.masks import Mask
+from plait.tests.tolerances import assert_close
+
+IDS = jnp.asarray([[0, 1, 1, 0, 1, 2, 2, 0]], jnp.int32)
+
+
+def test_missing_fields_are_filled_in():
+    one = Tokens().placed(2, 3)
+    np.testing.assert_array_equal(one.segment_ids, np.ones((2, 3)))
+    np.testing.assert_array_equal(one.positions, [[0, 1, 2]] * 2)
+    packed = Tokens(segment_ids=IDS).placed(1, 8)
+    real = np.asarray(IDS[0]) != 0
+    np.testing.assert_array_equal(packed.positions[0][real], [1, 2, 4, 0, 1])  # padding counts to the segment before it
+    np.testing.assert_array_equal(packed.starts()[0], [0, 0, 0, 0, 0, 5, 5, 5])
+    given = Tokens(positions=IDS).placed(1, 8)
+    np.testing.assert_array_equal(given.positions, IDS)
+    np.testing.assert_array_equal(given.segment_ids, np.ones((1, 8)))
+    np.testing.assert_array_equal(packed.stacked(), np.stack([packed.segment_ids, packed.positions], 1))
+
+
+def test_tokens_are_a_pytree_that_ops_take_whole():
+    """Vocabulary entries make no difference, and neither does passing through jit."""
+    q, x = jnp.cos(jnp.arange(64.0)).reshape(1, 8, 2, 4), jnp.sin(jnp.arange(24.0)).reshape(1, 8, 3)
+    at = Tokens(jnp.arange(8)[None], IDS)
+
+    def run(at: Tokens | None) -> tuple[jax.Array, ...]:
+        return (
+            attention(q, q, q, mask=Mask(), at=at),
+            decay(q, q, q, -(q[..., 0] ** 2), at=at)[0],
+            short_conv(x, x[0, :3], at=at)[0],
+        )
+
+    for got, want in zip(jax.jit(run)(at), run(Tokens(None, IDS)), strict=True):
+        assert_close(got, want)
+    for got, want in zip(run(Tokens(at.ids)), run(None), strict=True):
+        assert_close(got, want)

@@ -1,0 +1,270 @@
+"""Mixers under test: each with its compiled functions, which every test of the contract reads."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from plait.configs.mesh import MeshConfig
+from plait.configs.probe import ProbeConfig
+from plait.kernels import Tokens
+from plait.models.build import BuildContext
+from plait.models.mixers.base import MIXERS, HeadMixer, Mixed, Mixer, MixerConfig, WrapperConfig
+from plait.models.mixers.full.mla import MLAConfig
+from plait.models.mixers.full.softmax import SoftmaxConfig
+from plait.models.mixers.linear.gated_deltanet import GatedDeltaNetConfig
+from plait.models.mixers.linear.gla import GLAConfig
+from plait.models.mixers.linear.mamba2 import Mamba2Config
+from plait.models.mixers.moh import MoHConfig
+from plait.models.mixers.parallel.parallel import ParallelConfig
+from plait.models.mixers.sparse.power import PowerConfig
+from plait.tests.models.common import layout, left_padded, quick_jit
+from plait.train import mesh as meshes
+from plait.train.probes.base import Probes
+
+WIDTH, LENGTH = 64, 72  # two chunks of the linear layers, the second one partly filled
+PROMPTS, STEPS = (48, 13), 24  # prompt lengths, padded left to the longest, and tokens decoded after them
+SEGMENTS = (20, 33, 12)  # documents of the packed row; the rest of it is padding
+MESH = MeshConfig(data=1, fsdp=2, context=2, tensor=2)
+PROBES = Probes(ProbeConfig(rows=16, sequences=4, first_k=3))
+FAMILIES = ("softmax", "gla", "gated_deltanet")
+"""A mixer of each family base: wrapped and reparametrised in the default suite, as the others are in the slow one."""
+
+layout = functools.partial(layout, length=LENGTH)
+WHOLE, PACKED = (LENGTH,), SEGMENTS
+REAL = np.arange(LENGTH) < sum(SEGMENTS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One mixer under test."""
+
+    config: MixerConfig
+    sigma_reparam: str | None = None
+
+    def build(self, compute_dtype: str = "float32") -> Mixer:
+        """The module, new."""
+        ctx = BuildContext(
+            layer_index=1,
+            num_layers=4,
+            rngs=nnx.Rngs(0),
+            seq_len=LENGTH,
+            compute_dtype=jnp.dtype(compute_dtype),
+            sigma_reparam=self.sigma_reparam,
+        )
+        return self.config.build(WIDTH, ctx)
+
+    @functools.cache  # noqa: B019
+    def graph(self, compute_dtype: str) -> nnx.GraphDef:
+        """The module without its variables."""
+        return nnx.split(nnx.eval_shape(lambda: self.build(compute_dtype)))[0]
+
+    def variables(self) -> nnx.State:
+        """Its variables, moved off their initial values so that zeros, ones and symmetries hide nothing."""
+        variables = quick_jit(lambda: nnx.split(self.build())[1])()
+        params, rest = nnx.split_state(jax.tree.map(np.asarray, variables), nnx.Param, ...)
+        rng = np.random.default_rng(1)
+        move = lambda a: jnp.asarray(a + (0.1 * np.std(a) + 0.02) * rng.normal(size=a.shape), jnp.float32)
+        return nnx.merge_state(jax.tree.map(move, params), rest)
+
+
+def _cases() -> dict[str, tuple[str, Case, bool]]:
+    """`(mixer whose compiled functions it may share, case, whether it is slow)` by name."""
+    softmax = functools.partial(SoftmaxConfig, num_heads=4, head_dim=16)
+    gated_deltanet = functools.partial(GatedDeltaNetConfig, num_heads=2, head_dim=8)
+    power = functools.partial(PowerConfig, num_heads=4, head_dim=16, block_size=4)
+    mla = functools.partial(MLAConfig, num_heads=4, kv_rank=24, nope_head_dim=16, rope_head_dim=8, v_head_dim=12)
+    gla = GLAConfig.example()
+    options = {
+        "softmax-gqa": softmax(num_kv_heads=2),
+        "softmax-nope": softmax(rope_theta=None),
+        "softmax-qk_norm": softmax(qk_norm=True),
+        "softmax-window": softmax(window_size=8),
+        "softmax-window-sinks": softmax(window_size=8, num_sink_tokens=2),
+        "softmax-sink_logits": softmax(num_kv_heads=1, sink_logits=True),
+        "softmax-gate": softmax(gate="elementwise"),
+        "softmax-headwise_gate": softmax(gate="headwise"),
+        "softmax-sigmoid": softmax(normalizer="sigmoid"),
+        "softmax-value_residual": softmax(value_residual=True),
+        "mla-full_queries": mla(),
+        "mla-nope": mla(q_rank=32, rope_theta=None),
+        "power-window-sinks": power(window_size=6, num_sink_tokens=2),
+        "gated_deltanet-grouped": gated_deltanet(num_v_heads=4),
+        "gated_deltanet-negative": gated_deltanet(negative_eigenvalues=True),
+        "mamba2-one_group": Mamba2Config(head_dim=16, state_dim=8),
+        "parallel-three": ParallelConfig(parts=(softmax(num_kv_heads=2, window_size=8), gla, MoHConfig(mixer=gla))),
+        "moh+softmax-gqa-routed": MoHConfig(mixer=softmax(num_kv_heads=2), num_shared_heads=0, top_k=3),
+    }
+    examples = {name: config.example() for name, config in MIXERS.all().items()}
+    cases = {name: (name, Case(config), False) for name, config in examples.items()}
+    cases |= {name: (name, Case(config), False) for name, config in options.items()}
+    for name, config in examples.items():
+        rare = name not in FAMILIES
+        cases |= {f"{name}-{kind}": (f"{name}-sigma", Case(config, kind), rare) for kind in ("spectral", "one")}
+        if not isinstance(config, WrapperConfig):
+            cases[f"moh+{name}"] = f"moh+{name}", Case(MoHConfig(mixer=config)), rare
+    return cases
+
+
+CASES = _cases()
+PARAMS = [
+    pytest.param(case, id=name, marks=[pytest.mark.xdist_group(group), *([pytest.mark.slow] if slow else [])])
+    for name, (group, case, slow) in CASES.items()
+]
+
+
+class Program:
+    """The compiled functions of a module's graph; cases that differ in values only share them."""
+
+    def __init__(self, graph: nnx.GraphDef):
+        self.graph = graph
+        self.train, self.decode, self.look = quick_jit(self._train), quick_jit(self._decode), quick_jit(self._look)
+        self.sharded = quick_jit(self._sharded)
+
+    def mixer(self, variables: nnx.State) -> Mixer:
+        return nnx.merge(self.graph, variables)
+
+    def _train(self, variables, x, at, cotangent):
+        """`y`, and the gradients of `y . cotangent` in the parameters and in `x`."""
+        params, rest = nnx.split_state(variables, nnx.Param, ...)
+        y, pull = jax.vjp(lambda params, x: self.mixer(nnx.merge_state(params, rest))(x, at=at, carry={}).y, params, x)
+        return y, *pull(cotangent)
+
+    def _decode(self, variables, prompts, at, x, positions):
+        """`y` of prompts, and of steps after them and, in the rows that follow, after nothing; the states in between and at the end."""
+        mixer = self.mixer(variables)
+        y, _, prefilled = mixer.prefill(prompts, mixer.init_state(len(prompts), LENGTH), at=at, carry={})
+        empty = mixer.init_state(len(x) - len(prompts), LENGTH)
+        start = jax.tree.map(lambda *a: jnp.concatenate(a), prefilled, empty)
+
+        def body(state, token):
+            y, _, state = mixer.step(token[0][:, None], state, at=Tokens(positions=token[1][:, None]), carry={})
+            return state, y[:, 0]
+
+        last, stepped = jax.lax.scan(body, start, (x.swapaxes(0, 1), positions.swapaxes(0, 1)))
+        return y, stepped.swapaxes(0, 1), start, last
+
+    def _look(self, variables, x, at):
+        """`y` and statistics of a probe step; implied attention, values and head outputs where heads weigh values."""
+        mixer = self.mixer(variables)
+        mixed = mixer(x, at=at, carry={}, observer=PROBES)
+        residual = mixed.y[PROBES.pick_sequences(len(x))]  # stands for the block's
+        looks, heads = tuple(dataclasses.replace(look, residual=residual) for look in mixed.looks), None
+        if isinstance(mixer, HeadMixer):
+            (look,) = looks
+            heads = mixer.implied(look.inputs, jnp.arange(LENGTH), at=look.at), look.inputs.v, look.o
+        return mixed.y, PROBES.measure(looks), heads
+
+    def _sharded(self, *args):
+        with meshes.on_mesh(meshes.make_mesh(MESH)):
+            return self._train(*args)
+
+
+program = functools.lru_cache(maxsize=4)(Program)
+
+BEFORE = (0, 20, 63, 64, LENGTH - 1)
+"""Tokens whose outputs are differentiated in a row of one document."""
+BORDERS = (0, 19, 20, 52, 53, 64)
+"""First and last tokens of the packed row's documents."""
+
+
+class Rows:
+    """One batch whose rows are the cases of the training contract: one compiled function runs it once.
+
+    A row is an input, its documents, and the cotangent of its output.
+    """
+
+    def __init__(self) -> None:
+        first, second = jax.random.normal(jax.random.key(2), (2, LENGTH, WIDTH))
+        at_token = lambda t: np.eye(LENGTH)[t]
+        starts = np.cumsum((0, *SEGMENTS[:-1]))
+        alone = [np.roll(second, -start, axis=0) * (np.arange(LENGTH) < n)[:, None] for start, n in zip(starts, SEGMENTS)]
+        self.first, self.second = first, second
+        rows: dict[str, list[tuple]] = {
+            "whole": [(first, WHOLE, at_token(t)) for t in BEFORE],
+            "packed": [(second, PACKED, at_token(t)) for t in BORDERS],
+            "alone": [(x, (n,), np.zeros(LENGTH)) for x, n in zip(alone, SEGMENTS)],
+            "changed": [(np.where(REAL[:, None], second, 50.0), PACKED, REAL)],
+            "padding": [(second, (), np.ones(LENGTH))],
+            "short": [(second, (PROMPTS[1] + STEPS,), np.ones(LENGTH))],
+            "again": [(first, WHOLE, np.ones(LENGTH))],
+        }
+        self.names = [name for name, found in rows.items() for _ in found]
+        xs, documents, cotangents = zip(*[row for found in rows.values() for row in found])
+        self.x, self.at = jnp.stack(xs).astype(jnp.float32), layout(*documents)
+        self.cotangent = jnp.broadcast_to(jnp.stack(cotangents)[..., None], self.x.shape).astype(jnp.float32)
+
+    def of(self, name: str, array: jax.Array) -> np.ndarray:
+        """The rows of `array` that belong to a name."""
+        return np.asarray(array)[[i for i, one in enumerate(self.names) if one == name]]
+
+
+ROWS = Rows()
+
+
+class Subject:
+    """A case, its variables, and what its compiled functions gave."""
+
+    def __init__(self, case: Case):
+        self.case, self.config = case, case.config
+        self.program = program(case.graph("float32"))
+
+    @functools.cached_property
+    def variables(self) -> nnx.State:
+        return self.case.variables()
+
+    @functools.cached_property
+    def mixer(self) -> Mixer:
+        return self.program.mixer(self.variables)
+
+    @functools.cached_property
+    def trained(self) -> tuple[jax.Array, nnx.State, jax.Array]:
+        """`y`, and the gradients in the parameters and in `x`, of `ROWS`."""
+        return self.program.train(self.variables, ROWS.x, ROWS.at, ROWS.cotangent)
+
+    def y(self, name: str) -> np.ndarray:
+        """Outputs of the rows of a name."""
+        return ROWS.of(name, self.trained[0])
+
+    def reached(self, name: str) -> np.ndarray:
+        """Which tokens `[rows, T]` of the rows of a name the differentiated outputs depend on."""
+        return (ROWS.of(name, self.trained[2]) != 0).any(-1)
+
+    @functools.cached_property
+    def decoded(self) -> tuple:
+        """See `Program._decode`: two left-padded prompts and what follows them, and the first row from its first token on."""
+        at, index = left_padded(*PROMPTS)
+        rows = jnp.stack([ROWS.first, ROWS.second])
+        prompts = jnp.take_along_axis(rows, index[..., None], axis=1)
+        positions = np.asarray([*PROMPTS, 0])[:, None] + np.arange(LENGTH)[None]
+        x = jnp.take_along_axis(jnp.stack([*rows, ROWS.first]), np.minimum(positions, LENGTH - 1)[..., None], axis=1)
+        return self.program.decode(self.variables, prompts, at, x, jnp.asarray(positions, jnp.int32))
+
+    @functools.cached_property
+    def looked(self) -> tuple:
+        """See `Program._look`: the packed row, and one of padding."""
+        return self.look(ROWS.second, SEGMENTS, ())
+
+    def look(self, x: jax.Array, *documents: tuple[int, ...]) -> tuple:
+        """A probe step of rows of equal input."""
+        return self.program.look(self.variables, jnp.broadcast_to(x, (len(documents), *x.shape)), layout(*documents))
+
+    def abstract(self, dtype: str) -> tuple[Mixed, tuple]:
+        """Shapes in a compute dtype: the output for `[3, 5, D]`, and the decode state when empty, after a prompt and after a step."""
+
+        def shapes(variables, x):
+            mixer = nnx.merge(self.case.graph(dtype), variables)
+            at = Tokens(None, *(a[:3, :5] for a in (ROWS.at.segment_ids, ROWS.at.positions)))
+            empty = mixer.init_state(3, LENGTH)
+            _, _, filled = mixer.prefill(x, empty, at=at, carry={})
+            one = Tokens(positions=jnp.full((3, 1), 5))
+            y, _, stepped = mixer.step(x[:, :1], filled, at=one, carry={})
+            return mixer(x, at=at, carry={}).y, y, (empty, filled, stepped)
+
+        return jax.eval_shape(shapes, self.variables, jax.ShapeDtypeStruct((3, 5, WIDTH), dtype))

@@ -1,0 +1,78 @@
+"""Operations of a mixer's training pass, counted in its traced program."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.extend.core import Literal, jaxprs_in_params
+
+from plait.kernels import dispatch
+from plait.kernels.dispatch import Implementation
+
+ATTENTION = ("attention", "routed_attention")
+"""Ops whose operations are the pairs that a query sees, whatever an implementation computes besides."""
+
+
+def count_flops(monkeypatch: pytest.MonkeyPatch, run: Callable, *args: jax.Array) -> float:
+    """2 per multiply-add of `run(*args)`: products and recurrences as the references are traced, and attention's visible pairs."""
+    pairs: list[jax.Array] = []
+    for name, op in dispatch._ops.items():
+        chosen = {"reference": op.implementations["reference"]}
+        if name in ATTENTION:
+            chosen = {"reference": Implementation(functools.partial(_attention, pairs, name == "attention"))}
+        monkeypatch.setattr(op, "implementations", chosen)
+
+    def traced(*args):
+        pairs.clear()
+        return run(*args), sum(pairs, jnp.zeros((), jnp.int32))
+
+    jaxpr = jax.make_jaxpr(traced)(*args).jaxpr
+    return _products(jaxpr, [True] * len(jaxpr.invars)) + float(jax.jit(lambda *args: traced(*args)[1])(*args))
+
+
+def _attention(pairs: list, with_stats: bool, q, k, v, *_, mask, segment_ids, positions, block_table=None, **options):
+    """Zeros of the right shape; the operations go into `pairs`."""
+    assert options["kv_segment_ids"] is None
+    visible = mask.dense(positions, positions, segment_ids, segment_ids)[:, None]
+    if block_table is not None:
+        visible = visible & block_table.dense(q.shape[1], k.shape[1])
+    heads = q.shape[2] // visible.shape[1]
+    pairs.append(2 * (q.shape[3] + v.shape[3]) * heads * visible.sum())
+    o = jnp.zeros((*q.shape[:3], v.shape[3]), q.dtype)
+    return (o, None) if with_stats else o
+
+
+def _products(jaxpr, data: list[bool]) -> float:
+    """2 per multiply-add of matrix products, convolutions and outer products; loop lengths multiplied in.
+
+    `data` says which arguments depend on the activations: products of positions with frequencies are a table. A product that is
+    written twice, of the same arguments, is one.
+    """
+    total, seen = 0.0, set()
+    depends = dict(zip(jaxpr.invars, data, strict=True))
+    for eqn in jaxpr.eqns:
+        flags = [not isinstance(v, Literal) and depends.get(v, False) for v in eqn.invars]
+        depends |= dict.fromkeys(eqn.outvars, any(flags))
+        out, operands = eqn.outvars[0].aval, [v.aval for v in eqn.invars]
+        same = (eqn.primitive, *map(id, eqn.invars))
+        if eqn.primitive.name == "dot_general":
+            if any(flags) and same not in seen:
+                (contracted, _), _ = eqn.params["dimension_numbers"]
+                total += 2.0 * out.size * math.prod(operands[0].shape[i] for i in contracted)
+            seen.add(same)
+        elif eqn.primitive.name == "conv_general_dilated":
+            total += 2.0 * out.size * math.prod(operands[1].shape[:-1])
+        elif eqn.primitive.name == "mul" and all(flags) and all(out.size > operand.size for operand in operands):
+            total += 2.0 * out.size
+        else:
+            for inner in jaxprs_in_params(eqn.params):
+                body = getattr(inner, "jaxpr", inner)
+                exact = len(body.invars) == len(flags) and eqn.primitive.name != "scan"
+                count = _products(body, flags if exact else [any(flags)] * len(body.invars))
+                total += count * (eqn.params["length"] if eqn.primitive.name == "scan" else 1)
+    return total

@@ -1,0 +1,32 @@
+"""`launch.py report RUN...`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from plait.train.commands.console import console
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportArgs:
+    """Writes the page that shows one or several runs."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Run folders."""
+    out: Path | None = None
+    """Folder of the page; `report/` in the run, or beside the first of several, by default."""
+
+
+def run(args: Sequence[str]) -> None:
+    """Writes the report."""
+    options = tyro.cli(ReportArgs, args=list(args), prog="launch.py report")
+    from plait.train.report import write_report
+
+    if not options.runs:
+        raise ValueError("report needs at least one run folder")
+    console.print(f"report: {write_report(list(options.runs), options.out)}", markup=False)

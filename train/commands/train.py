@@ -1,0 +1,68 @@
+"""`launch.py train PRESET [overrides]`. Needs no JAX where it only supervises other processes."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+
+from plait.train.commands.console import console
+from plait.train.commands.status import exit_status
+from plait.train.pods.hosts import heartbeat
+from plait.train.pods.hosts.host import HostsOptions, find_host, host_options
+from plait.train.pods.hosts.supervise import DONE, STOPPED, supervise
+
+
+def run(args: Sequence[str]) -> int:
+    """Trains here, or as one of several hosts in a process of its own that is watched."""
+    if not args or args[0].startswith("-"):
+        raise ValueError("train needs a preset first, as in 'launch.py train lm_quick'; 'launch.py list presets' shows them")
+    options, rest = host_options(args)
+    supervised = heartbeat.VARIABLE in os.environ
+    if not supervised and options.local:
+        return supervise(["train", *args], None, options)
+    host = find_host(HostsOptions() if options.local else options)
+    if host is not None and not supervised:
+        return supervise(["train", *args], host, options)
+    heartbeat.start()
+    if host is None:
+        return _train(rest, supervised)
+    from plait.train.pods.hosts import together
+
+    with together.joined(host, options.connect_seconds) as leave:
+        return leave(exit_status(lambda: _train(rest, supervised)))
+
+
+def _train(args: Sequence[str], supervised: bool) -> int:
+    from plait.configs.cli import parse_experiment
+    from plait.train.commands.generate import GenerateArgs, generate
+    from plait.train.loop import train
+    from plait.train.pods.hosts import together
+    from plait.train.report import write_report
+
+    if not together.first():
+        logging.getLogger("plait").setLevel(logging.WARNING)
+    with together.together("options"):
+        config = parse_experiment(args[0], args[1:])
+    result = train(config)
+    if not result.finished:
+        console.print(f"stopped and saved at step {result.step}; --resume goes on", markup=False)
+        return STOPPED if supervised else DONE
+    with together.together("report"):
+        if together.first():
+            if found := _validation(result.metrics):
+                console.print(f"validation: {found}", markup=False)
+            if (
+                config.data.task.reads_text and together.count() == 1
+            ):  # a process cannot lead a model that lies on others' devices
+                prompt = "Fellow citizens," if config.data.source == "sotu" else ""
+                generate(GenerateArgs(run=result.folder, prompt=prompt, num_tokens=60))
+            console.print(f"report: {write_report([result.folder])}", markup=False)
+    return DONE
+
+
+def _validation(metrics: dict[str, float]) -> str:
+    """The last validation in words; empty where there was none."""
+    if "loss/bits_per_byte" in metrics:
+        return f"{metrics['loss/bits_per_byte']:.4f} bits per byte"
+    return ", ".join(f"{name.removeprefix('task/')} {value:.4f}" for name, value in metrics.items() if name.startswith("task/"))

@@ -1,0 +1,46 @@
+"""Gradient descent: what studies compare with."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import optax
+
+from plait.configs.optimizer import OPTIMIZERS, OptimizerConfig, Parameters, Rate
+
+
+@OPTIMIZERS.register(
+    "sgd",
+    source="On the importance of initialization and momentum in deep learning (ICML 2013); decoupled decay: SGDW (arXiv 1711.05101)",
+    path="optimizer",
+)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SGDConfig(OptimizerConfig):
+    """Stochastic gradient descent with momentum.
+
+    `m = momentum m + g`, `w -= rate (m + weight_decay w)`; with Nesterov's momentum `g + momentum m` in place of `m`.
+    """
+
+    learning_rate: float = 3e-2
+    """Peak learning rate."""
+    momentum: float | None = 0.9
+    """Share of the last step's momentum that stays; None keeps none, and no state."""
+    nesterov: bool = False
+    """Steps from where the momentum leads."""
+
+    def check(self) -> None:
+        super().check()
+        self.require(
+            [
+                (self.momentum is None or 0 < self.momentum < 1, "momentum", "must be above 0 and below 1; use None for none"),
+                (not self.nesterov or self.momentum is not None, "nesterov", "needs momentum; set one, as 0.9"),
+            ]
+        )
+
+    def build(self, rate: Rate, parameters: Parameters) -> optax.GradientTransformation:
+        decays = {name: parameter.decays for name, parameter in parameters.items()}
+        return optax.chain(
+            optax.identity() if self.momentum is None else optax.trace(self.momentum, self.nesterov),
+            optax.add_decayed_weights(self.weight_decay, decays),
+            optax.scale_by_learning_rate(rate(self.learning_rate)),
+        )
