@@ -84,7 +84,7 @@ def test_decode_state_is_divided_over_rows_and_heads(model):
     rows, whole = ("data", "fsdp"), None
     for name, array, spec in [
         ("memory", delta.memory, P(rows, "tensor", whole, whole)),
-        ("convolution", delta.convs["v"], P(rows, whole, "tensor")),
+        ("convolution", delta.convs["v_conv"], P(rows, whole, "tensor")),
         ("keys", cache.k, P(rows, whole, "tensor", whole)),
         ("values", cache.v, P(rows, whole, "tensor", whole)),
     ]:
