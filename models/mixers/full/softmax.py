@@ -224,11 +224,11 @@ class Softmax(HeadMixer):
             stats, lse = stats._replace(first_mass=stats.first_mass / keys), lse + jnp.log(keys)
         found: dict[str, Any] = {"attention": stats}
         if self.config.logit_soft_cap is None:  # the ops know of none
-            operands, options = (inputs.q, inputs.k, lse), {"mask": self.mask, "at": at}
-            how = {"normalizer": self.config.normalizer, "sigmoid_bias": self.sigmoid_bias}
-            found["first_masses"] = functools.partial(first_masses, *operands, **options, **how)
+            options: dict[str, Any] = {"mask": self.mask, "at": at}
+            how = {**options, "normalizer": self.config.normalizer, "sigmoid_bias": self.sigmoid_bias}
+            found["first_masses"] = functools.partial(first_masses, inputs.q, inputs.k, lse, **how)
             if self.config.normalizer == "softmax":
-                found["column_mass"] = functools.partial(column_mass, *operands, **options)
+                found["column_mass"] = functools.partial(column_mass, inputs.q, inputs.k, lse, **options)
         return found
 
     @property
