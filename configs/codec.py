@@ -49,7 +49,9 @@ def decode(schema: type[T], value: Any, path: str = "config") -> T:
     """`value` read as `schema`, and checked. Raises ConfigError with the dotted path, the value and the rule."""
     with unchecked():
         found: Any = _read(schema, value, path)
-    return validate(found, path) if isinstance(found, Config) else found
+    if isinstance(found, Config):
+        validate(found, path)
+    return found
 
 
 def save(config: Any, path: Path) -> None:
