@@ -222,10 +222,11 @@ class Softmax(HeadMixer):
             sinks = self.sinks[...].astype(jnp.float32)[None, None, :]
             keys = -jnp.expm1(jnp.minimum(sinks - lse, -1e-6))
             stats, lse = stats._replace(first_mass=stats.first_mass / keys), lse + jnp.log(keys)
-        operands, options = (inputs.q, inputs.k, lse), self._logit_options | {"at": at}
-        found = {"attention": stats, "first_masses": functools.partial(first_masses, *operands, **options, **self._normalizer)}
+        options = {**self._logit_options, "at": at}
+        masses = functools.partial(first_masses, inputs.q, inputs.k, lse, **options, **self._normalizer)
+        found = {"attention": stats, "first_masses": masses}
         if self.config.normalizer == "softmax":
-            found["column_mass"] = functools.partial(column_mass, *operands, **options)
+            found["column_mass"] = functools.partial(column_mass, inputs.q, inputs.k, lse, **options)
         return found
 
     @property
