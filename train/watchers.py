@@ -66,7 +66,7 @@ def load_states(watchers: Iterable[Watcher], extra: Mapping[str, Any]) -> None:
 
 
 def _of_one_detector(extra: Mapping[str, Any]) -> dict[str, Any]:
-    """States by watcher from a checkpoint of version 0.1, in which one detector kept those of all events."""
+    """States by watcher from a checkpoint from before each had its own: one detector kept those of all events."""
     old = extra["events"]
     losses = {"recent": old["losses"], "spiking": old["spiking"], "last": old["last_spike"]}
     names = {"sink": "sink", "entropy": "entropy_ratio", "logit": "max_logit", "activation": "massive_activation"}

@@ -74,7 +74,7 @@ def read_probes(run: Path) -> ProbeSeries:
 
 
 def _with_head_kinds(layer: dict[str, Any]) -> dict[str, Any]:
-    """An entry of `layers.json`, those of version 0.1 too, in which all heads of a layer were of one kind."""
+    """An entry of `layers.json`, also from before heads had kinds: those of a layer were alike."""
     return {"head_kinds": ["state" if layer["kind"] == "linear" else "attention"] * layer["num_heads"], **layer}
 
 

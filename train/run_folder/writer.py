@@ -63,7 +63,7 @@ class MetricsWriter:
             self._wandb.log({**scalars, "tokens": tokens}, step=step)
 
     def write_events(self, events: Iterable[Any]) -> None:
-        """Appends one line for each event; an `Event` of `train.probes.events` is written through its `to_dict`."""
+        """Appends one line for each event; an `Event` of `train.watchers` is written through its `to_dict`."""
         for event in events:
             self._append(self._events, event if isinstance(event, Mapping) else event.to_dict())
 
