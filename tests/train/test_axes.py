@@ -1,4 +1,8 @@
-"""Every mixer and every preset, made small, on every mesh axis and pair of axes: the losses, gradients and updates of one device."""
+"""Mixers and presets, made small, on the axes of the mesh: the losses, gradients and updates of one device.
+
+The default suite has a mixer of each family base on the axes that cut depth, time and heads; that every mixer has one device's outputs
+and gradients on eight is in its contract. The slow suite has every mixer and preset on every axis and pair of axes.
+"""
 
 import dataclasses
 import functools
@@ -9,7 +13,7 @@ import pytest
 from plait.configs.experiment import ExperimentConfig
 from plait.configs.mesh import MESH_AXES, MeshConfig
 from plait.configs.presets import presets
-from plait.models.mixers.base import MIXERS, MixerConfig
+from plait.models.mixers.base import MIXERS, MixerConfig, WrapperConfig
 from plait.models.pattern import find_period
 from plait.tests.train.common import changed, hybrid, tiny
 from plait.tests.train.test_mesh import SIZES, assert_same_training, two_steps
@@ -31,7 +35,7 @@ def small(config: ExperimentConfig) -> ExperimentConfig:
     sizes = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 4, "window_size": 8, "chunk_size": 4}
 
     def narrow(mixer):
-        if hasattr(mixer, "mixer"):
+        if isinstance(mixer, WrapperConfig):
             return dataclasses.replace(mixer, mixer=narrow(mixer.mixer))
         fields = {field.name for field in dataclasses.fields(mixer) if getattr(mixer, field.name) is not None}
         return dataclasses.replace(mixer, **{name: size for name, size in sizes.items() if name in fields})
@@ -51,7 +55,7 @@ def small(config: ExperimentConfig) -> ExperimentConfig:
 
 def layers_of(mixer: MixerConfig) -> ExperimentConfig:
     """A small model of two layers of one mixer."""
-    name = f"{mixer.name}+{mixer.mixer.name}" if hasattr(mixer, "mixer") else mixer.name
+    name = f"{mixer.name}+{mixer.mixer.name}" if isinstance(mixer, WrapperConfig) else mixer.name
     model = dataclasses.replace(tiny().model, d_model=32, pattern=name, mixers={name: mixer})
     return changed(dataclasses.replace(tiny(), model=model), STEP)
 
@@ -69,6 +73,9 @@ def assert_same_on(config: ExperimentConfig, mesh: MeshConfig) -> None:
     assert_same_training(two_steps(dataclasses.replace(config, mesh=mesh)), alone(config))
 
 
+FAMILIES = ("softmax", "gla", "gated_deltanet")
+"""A mixer of each family base."""
+
 SMALL = {small(preset()): name for name, preset in reversed(presets().items())}
 """Presets that differ once they are small, by the first one's name."""
 
@@ -82,6 +89,11 @@ def test_three_axes_train_as_one_device(axes, compile_cache):
 @pytest.mark.parametrize("axes", COVER, ids=" x ".join)
 def test_hybrid_on_three_axes_trains_as_one_device(axes, compile_cache):
     assert_same_on(hybrid({**STEP, "model.num_layers": 4}), on(axes, zero=True))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_mixer_on_three_axes_trains_as_one_device(name, compile_cache):
+    assert_same_on(layers_of(MIXERS[name].example()), on(("pipeline", "context", "tensor"), zero=True))
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import pytest
 from jax.extend.core import Literal, jaxprs_in_params
 
 from plait.kernels import dispatch
+from plait.kernels.attention.call import AttentionCall
 from plait.kernels.dispatch import Implementation
 
 ATTENTION = ("attention", "routed_attention")
@@ -35,15 +37,15 @@ def count_flops(monkeypatch: pytest.MonkeyPatch, run: Callable, *args: jax.Array
     return _products(jaxpr, [True] * len(jaxpr.invars)) + float(jax.jit(lambda *args: traced(*args)[1])(*args))
 
 
-def _attention(pairs: list, with_stats: bool, q, k, v, *_, mask, segment_ids, positions, block_table=None, **options):
+def _attention(pairs: list[jax.Array], with_stats: bool, call: AttentionCall) -> Any:
     """Zeros of the right shape; the operations go into `pairs`."""
-    assert options["kv_segment_ids"] is None
-    visible = mask.dense(positions, positions, segment_ids, segment_ids)[:, None]
-    if block_table is not None:
-        visible = visible & block_table.dense(q.shape[1], k.shape[1])
-    heads = q.shape[2] // visible.shape[1]
-    pairs.append(2 * (q.shape[3] + v.shape[3]) * heads * visible.sum())
-    o = jnp.zeros((*q.shape[:3], v.shape[3]), q.dtype)
+    queries, keys = call.sides
+    visible = call.mask.dense(queries.positions, keys.positions, queries.segment_ids, keys.segment_ids)[:, None]
+    if call.block_table is not None:
+        visible = visible & call.block_table.dense(call.q.shape[1], call.k.shape[1])
+    heads = call.q.shape[2] // visible.shape[1]
+    pairs.append(2 * (call.q.shape[3] + call.v.shape[3]) * heads * visible.sum())
+    o = jnp.zeros((*call.q.shape[:3], call.v.shape[3]), call.q.dtype)
     return (o, None) if with_stats else o
 
 
