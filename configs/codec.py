@@ -48,8 +48,10 @@ def encode(config: Any, path: str = "config") -> Any:
 def decode(schema: type[T], value: Any, path: str = "config") -> T:
     """`value` read as `schema`, and checked. Raises ConfigError with the dotted path, the value and the rule."""
     with unchecked():
-        found = _read(schema, value, path)
-    return validate(found, path) if isinstance(found, Config) else found
+        found: Any = _read(schema, value, path)
+    if isinstance(found, Config):
+        validate(found, path)
+    return found
 
 
 def save(config: Any, path: Path) -> None:
@@ -117,7 +119,7 @@ def _read(schema: Any, value: Any, path: str, default: Any = None) -> Any:
         return {key: _read(inner, item, f"{path}.{key}") for key, item in _mapping(value, path).items()}
     if isinstance(schema, type) and issubclass(schema, Component):
         return _component(schema, value, path, default)
-    if dataclasses.is_dataclass(schema):
+    if isinstance(schema, type) and dataclasses.is_dataclass(schema):
         return _dataclass(schema, _mapping(value, path), path)
     if schema is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

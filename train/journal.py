@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from plait.configs import codec
 from plait.configs.experiment import ExperimentConfig
+from plait.kernels import chosen
+from plait.train import run as runs
 from plait.train.pods.hosts import together
+from plait.train.pods.hosts.hardware import environment
 from plait.train.progress import ProgressLine
-from plait.train.run_folder.probe_files import write_probes
+from plait.train.run_folder.probe_files import write_layers, write_probes
 from plait.train.run_folder.writer import MetricsWriter
 from plait.train.watchers import Event
 
@@ -21,6 +25,7 @@ class Journal:
     """Metrics, events and probes of a run in progress."""
 
     def __init__(self, config: ExperimentConfig):
+        """Args: `config` with the model as it is trained."""
         self.config, self.folder = config, Path(config.folder)
         self.latest: dict[str, float] = {}
         """The last of each metric."""
@@ -40,6 +45,21 @@ class Journal:
             ProgressLine(config.steps, start_step=first) as self._progress,
         ):
             yield
+
+    def facts(self, setup: runs.Setup, layers: Sequence[Mapping[str, Any]]) -> None:
+        """What a reader of the run folder wants to know about the run, once its programs are compiled."""
+        if not together.first():
+            return
+        facts = {
+            **environment(),
+            "kernels": chosen(),
+            "num_params": setup.blueprint.num_params,
+            "flops_per_token": self.config.model.flops(self.config.data.seq_len),
+            "mesh": dict(setup.mesh.shape),
+            "data": setup.data.summary(),
+        }
+        runs.write_json(self.folder / runs.ENVIRONMENT, facts)
+        write_layers(self.folder, layers, self.config.probe.first_k)
 
     def metrics(self, step: int, values: Mapping[str, float], *, tokens: int, seconds: float) -> None:
         """A line of metrics; `tokens` and `seconds` since the start of the run."""

@@ -14,7 +14,6 @@ import numpy as np
 
 from plait.configs import codec
 from plait.configs.experiment import ExperimentConfig
-from plait.kernels import chosen
 from plait.kernels.chips import peak_flops
 from plait.train import run as runs
 from plait.train.checkpoint import Checkpoints
@@ -23,13 +22,12 @@ from plait.train.evaluate import Evaluator
 from plait.train.journal import Journal
 from plait.train.pods.hosts import heartbeat, together
 from plait.train.pods.hosts.failure import TrainingFailed
-from plait.train.pods.hosts.hardware import environment
 from plait.train.pods.hosts.spread import Spread
 from plait.train.pods.hosts.termination import Termination
 from plait.train.probes.base import Probes
 from plait.train.probes.collect import describe_layers, probe_arrays, probe_metrics
 from plait.train.probes.pictures import write_pictures
-from plait.train.run_folder.probe_files import ATTENTION, write_layers
+from plait.train.run_folder.probe_files import ATTENTION
 from plait.train.run_folder.trim import trim_metrics
 from plait.train.spikes import LossSpikes, Rewind, SpikeWatch
 from plait.train.state import Arrays, TrainState
@@ -103,7 +101,7 @@ class _Loop:
                 if first < self.config.steps:
                     with heartbeat.phase("compile"):
                         self._compile()
-                    self._write_facts()
+                    self.journal.facts(self.setup, self.layers)
                 state, last = self._until_the_end(state, first)
                 with heartbeat.phase("end"):
                     if last == self.config.steps:
@@ -136,21 +134,6 @@ class _Loop:
         self.programs[False] = self.setup.lower().compile()
         if self.observer is not None:
             self.programs[True] = self.setup.lower(self.observer).compile()
-
-    def _write_facts(self) -> None:
-        """What a reader of the run folder wants to know about it."""
-        if not together.first():
-            return
-        facts = {
-            **environment(),
-            "kernels": chosen(),
-            "num_params": self.setup.blueprint.num_params,
-            "flops_per_token": self.config.model.flops(self.config.data.seq_len),
-            "mesh": dict(self.setup.mesh.shape),
-            "data": self.setup.data.summary(),
-        }
-        runs.write_json(self.folder / runs.ENVIRONMENT, facts)
-        write_layers(self.folder, self.layers, self.config.probe.first_k)
 
     def _until_the_end(self, state: TrainState, step: int) -> tuple[TrainState, int]:
         """Steps from `step` on, with what has to be done again after spikes."""

@@ -48,7 +48,7 @@ def loss_terms(model: LM, batch: Batch, *, total: jax.Array, share: float, obser
     if model.config.z_loss is not None:
         losses["z"] = model.config.z_loss * (jnp.square(lse) * mask).sum() / total
     losses |= {name: share * loss for name, loss in auxiliary_losses(extras).items()}
-    return sum(losses.values()), {"losses": losses, "extras": extras}  # type: ignore[return-value]
+    return sum(losses.values()), {"losses": losses, "extras": extras}
 
 
 def auxiliary_losses(extras: Sequence[Extras]) -> dict[str, jax.Array]:

@@ -118,7 +118,7 @@ class MoE(ChannelMixer):
 
     def settle(self, counts):
         """Raises the biases of experts with less than the mean load, lowers those with more. Source: 2408.15664, algorithm 1."""
-        if self.bias is not None:
+        if self.bias is not None and self.config.balance_bias is not None:
             load = counts["expert"]
             self.bias[...] += self.config.balance_bias * jnp.sign(load.mean(-1, keepdims=True) - load)
 

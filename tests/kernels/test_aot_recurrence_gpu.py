@@ -36,7 +36,7 @@ KERNELS = {
 
 
 def _loss(name: str, *args: jax.Array) -> jax.Array:
-    op = getattr(kernels, name if name.endswith("_decay") else "delta_rule")
+    op = kernels.decay if name.endswith("_decay") else kernels.delta_rule
     *args_of_op, segment_ids = args
     o, state = op(*args_of_op, at=Tokens(None, segment_ids), implementation="pallas_gpu")
     return jnp.sum(o.astype(jnp.float32)) + jnp.sum(state)

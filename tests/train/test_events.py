@@ -1,5 +1,6 @@
 """Watchers of probes: each thing once, the right kind, at the right step, and the same across a resume."""
 
+import dataclasses
 import json
 import math
 
@@ -9,7 +10,8 @@ import pytest
 from plait.train.probes.base import chosen
 from plait.train.probes.docs import every_watcher
 from plait.train.probes.sinks import THRESHOLD
-from plait.train.probes.statistic import Statistic, Threshold, ThresholdWatcher
+from plait.train.probes.statistic import Statistic, Threshold
+from plait.train.probes.thresholds import ThresholdWatcher
 from plait.train.spikes import LossSpikes
 from plait.train.watchers import load_states, states
 
@@ -148,16 +150,36 @@ def test_an_induction_head_emerges():
     assert feed(Watching(), [(0, probe()), (50, head), (100, head)]) == [(50, "induction_onset", 1, 1)]
 
 
+def watcher_of(statistic, **options):
+    event = Threshold(kind="big", limits=(1.0,), meaning="", message="{where}: {value:g}, {limit:g}", **options)
+    return ThresholdWatcher(dataclasses.replace(statistic, event=event))
+
+
+OF_LAYER = Statistic(name="size", per="layer", unit="", meaning="", size=lambda config: 2)
+OF_HEAD = Statistic(name="size", per="head", unit="", meaning="")
+
+
 @pytest.mark.parametrize(
-    ("per", "expected"), [("layer", [(1, (0, None))]), ("head", [(1, (0, 0))]), ("model", [(1, (None, None))])]
+    ("statistic", "options", "now", "expected"),
+    [
+        (OF_LAYER, {}, [[2.0, 0.0]], [(0, None, 2.0, "layer 0: 2, 1")]),
+        (OF_LAYER, {}, [[0.0, 2.0]], []),
+        (OF_LAYER, {"per": "model"}, [[2.0, 0.0], [4.0, 0.0]], [(None, None, 3.0, "the model: 3, 1")]),
+        (OF_HEAD, {}, [[0.0, 2.0, np.nan]], [(0, 1, 2.0, "layer 0 head 1: 2, 1")]),
+        (OF_HEAD, {"per": "layer"}, [[2.0, 3.0, np.nan]], [(0, 1, 3.0, "layer 0 head 1: 3, 1")]),
+        (OF_HEAD, {"per": "layer", "below": True}, [[2.0, 0.5, 0.7]], [(0, 1, 0.5, "layer 0 head 1: 0.5, 1")]),
+        (OF_HEAD, {"per": "layer"}, [[np.nan, np.nan]], []),
+        (OF_HEAD, {"per": "model"}, [[np.nan, 4.0]], [(None, None, 4.0, "the model: 4, 1")]),
+    ],
 )
-def test_a_threshold_of_layers_and_of_entries(per, expected):
-    """Of a trailing axis the first entry counts; what is of layers names no head unless asked for one."""
-    event = Threshold(kind="big", limits=(1.0,), per=per, meaning="", message="{where}: {value:g} > {limit:g}")
-    statistic = Statistic(name="size", per="layer", unit="", meaning="", size=lambda config: 2, event=event)
-    watcher = ThresholdWatcher(statistic)
-    found = [(step, (e.layer, e.head)) for step in (0, 1) for e in watcher.update(step, {"size": np.array([[2.0 * step, 9.0]])})]
-    assert found == expected
+def test_where_a_threshold_looks(statistic, options, now, expected):
+    """Of a trailing axis at the first entry, of what layers have at no head."""
+    now = np.array(now)
+    watcher = watcher_of(statistic, **options)
+    assert watcher.update(0, {"size": np.full_like(now, 9.0 if options.get("below") else 0.0)}) == []
+    found = watcher.update(1, {"size": now})
+    assert [(event.layer, event.head, event.value, event.message) for event in found] == expected
+    assert watcher.update(2, {"size": now}) == []
 
 
 def test_loss_spike_is_one_event_until_the_loss_is_back():

@@ -12,11 +12,11 @@ from flax import nnx
 from plait.configs.probe import ProbeConfig
 from plait.kernels import AttentionStats, Tokens
 from plait.kernels.recurrence import RecurrenceStats
+from plait.models.lm import LM
 from plait.models.look import Look
 from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.models.mixers.linear.mamba2 import Mamba2Config
 from plait.models.mixers.parallel.parallel import ParallelConfig
-from plait.models.lm import LM
 from plait.tests.models.common import layout, quick_jit
 from plait.tests.tolerances import assert_close
 from plait.tests.train.common import hybrid
@@ -316,7 +316,7 @@ def test_masses_of_softmax_heads_are_those_of_the_dense_weights():
         """An observer of everything that keeps what the mixer tells."""
 
         pick_sequences = staticmethod(lambda batch: slice(0, batch))
-        pick_rows = staticmethod(lambda length: jnp.arange(length))
+        pick_rows = staticmethod(jnp.arange)
 
         def measure(self, looks):
             (look,) = looks

@@ -182,14 +182,14 @@ def test_judging_a_few_positions_at_a_time_is_judging_all(monkeypatch, compile_c
 
 @pytest.mark.slow
 def test_a_tiny_model_learns_to_recall(tmp_path):
-    """Guessing a value of the row is right once in eight; two layers of the delta rule recall nearly all."""
+    """Guessing a value of the row is right once in four, guessing any value once in 32; two layers of the delta rule recall nearly all."""
     mixers = {"gated_deltanet": GatedDeltaNetConfig(num_heads=2, head_dim=16)}
-    task = MQARTask(vocab_size=40, num_kv_pairs=8, val_rows=256, filler="zero")
+    task = MQARTask(vocab_size=64, num_kv_pairs=4, val_rows=256)
     changes = {"model.pattern": "gated_deltanet", "model.mixers": mixers, "model.d_model": 64, "data.task": task}
     changes |= {
         "data.seq_len": 32,
         "data.batch_size": 64,
-        "steps": 500,
+        "steps": 800,
         "optimizer.warmup_steps": 50,
         "out": str(tmp_path / "run"),
     }

@@ -14,7 +14,8 @@ import numpy as np
 from plait.configs.components import Component, ConfigError, Registry
 from plait.configs.probe import ProbeConfig
 from plait.models.look import Look
-from plait.train.probes.statistic import Statistic, ThresholdWatcher
+from plait.train.probes.statistic import Statistic
+from plait.train.probes.thresholds import ThresholdWatcher
 from plait.train.watchers import Watcher
 
 if TYPE_CHECKING:

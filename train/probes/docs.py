@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from plait.configs.spike import SpikeConfig
 from plait.train.probes.base import chosen, statistics
-from plait.train.probes.statistic import ThresholdWatcher
+from plait.train.probes.thresholds import ThresholdWatcher
 from plait.train.spikes import LossSpikes, SpikeWatch
 from plait.train.watchers import Watcher
 

@@ -12,7 +12,8 @@ import numpy as np
 from plait.train.probes import sinks
 from plait.train.probes.base import Probe, register
 from plait.train.probes.means import masked_mean, weights
-from plait.train.probes.statistic import Metric, Panel, Statistic, Threshold, Trend, heads_of, mean
+from plait.train.probes.statistic import Metric, Panel, Statistic, Threshold, Trend
+from plait.train.probes.thresholds import heads_of, mean
 from plait.train.probes.words import count
 from plait.train.spikes import LossSpikes
 from plait.train.watchers import Event, Values, Watcher

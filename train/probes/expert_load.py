@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from plait.train.probes.base import Probe, register
-from plait.train.probes.statistic import Metric, Statistic
+from plait.train.probes.statistic import Metric, Panel, Statistic
 
 
 @register("expert_load", source="Switch Transformers (2101.03961)")
@@ -22,12 +22,14 @@ class ExpertLoad(Probe):
             unit="times the even share",
             meaning="load of the routed expert with most tokens over the mean of the layer's; 1 is balanced",
             metric=Metric(name="moe/max_load", reduce=np.nanmax, meaning="the busiest expert"),
+            panel=Panel(title="Load of the busiest expert", section="Mixture of experts", lines=True, most=True),
         ),
         Statistic(
             name="expert_load_least",
             per="layer",
             unit="times the even share",
             meaning="load of the routed expert with fewest tokens over the mean of the layer's; 0 is an expert that nobody chose",
+            panel=Panel(title="Load of the idlest expert", section="Mixture of experts", lines=True),
         ),
     )
 

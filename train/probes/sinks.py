@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ MODEL_THRESHOLD = 0.1
 _FEWEST_QUERIES = 32  # that see a token beyond the first for it to be a sink: the mean of a few is large at every document's end
 
 
-def is_sink(values: np.ndarray) -> np.ndarray:
+def is_sink(values: Any) -> Any:
     """bool: which are above the threshold."""
     return values > THRESHOLD
 

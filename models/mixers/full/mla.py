@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -154,8 +154,8 @@ class MLA(HeadMixer):
         return attention_rows(inputs.q, inputs.k, rows=rows, mask=Mask(causal=True), scale=self.scale, at=at)
 
     def observe(self, inputs, x, *, at):
-        options = {"mask": Mask(causal=True), "scale": self.scale, "at": at}
-        stats = attention(inputs.q, inputs.k, inputs.v, return_stats=True, **options)[1]
+        options: dict[str, Any] = {"mask": Mask(causal=True), "scale": self.scale, "at": at}
+        _, stats = attention(inputs.q, inputs.k, inputs.v, return_stats=True, **options)
         masses = {
             op.__name__: functools.partial(op, inputs.q, inputs.k, stats.lse, **options) for op in (first_masses, column_mass)
         }

@@ -190,10 +190,10 @@ class Softmax(HeadMixer):
         return o, state
 
     def attend_active(self, inputs, active, *, at):
-        if self.config.normalizer != "softmax" or self.config.logit_soft_cap is not None:
+        if self.config.normalizer != "softmax":
             return super().attend_active(inputs, active, at=at)
-        q, k, v, _ = inputs
-        return routed_attention(q, k, v, active, mask=self.mask, sinks=self._options["sinks"], at=at)
+        sinks = None if self.sinks is None else self.sinks[...]
+        return routed_attention(inputs.q, inputs.k, inputs.v, active, at=at, sinks=sinks, **self._logit_options)
 
     def attend_step(self, inputs, *, at, state):
         return attention(*inputs[:3], at=at, kv_at=inputs.kv_at, **self._options), state
@@ -222,21 +222,21 @@ class Softmax(HeadMixer):
             sinks = self.sinks[...].astype(jnp.float32)[None, None, :]
             keys = -jnp.expm1(jnp.minimum(sinks - lse, -1e-6))
             stats, lse = stats._replace(first_mass=stats.first_mass / keys), lse + jnp.log(keys)
-        found: dict[str, Any] = {"attention": stats}
-        if self.config.logit_soft_cap is None:  # the ops know of none
-            operands, options = (inputs.q, inputs.k, lse), {"mask": self.mask, "at": at}
-            how = {"normalizer": self.config.normalizer, "sigmoid_bias": self.sigmoid_bias}
-            found["first_masses"] = functools.partial(first_masses, *operands, **options, **how)
-            if self.config.normalizer == "softmax":
-                found["column_mass"] = functools.partial(column_mass, *operands, **options)
+        options = {**self._logit_options, "at": at}
+        masses = functools.partial(first_masses, inputs.q, inputs.k, lse, **options, **self._normalizer)
+        found = {"attention": stats, "first_masses": masses}
+        if self.config.normalizer == "softmax":
+            found["column_mass"] = functools.partial(column_mass, inputs.q, inputs.k, lse, **options)
         return found
 
     @property
+    def _logit_options(self) -> dict[str, Any]:
+        return {"mask": self.mask, "logit_soft_cap": self.config.logit_soft_cap}
+
+    @property
+    def _normalizer(self) -> dict[str, Any]:
+        return {"normalizer": self.config.normalizer, "sigmoid_bias": self.sigmoid_bias}
+
+    @property
     def _options(self) -> dict[str, Any]:
-        return {
-            "mask": self.mask,
-            "sinks": None if self.sinks is None else self.sinks[...],
-            "normalizer": self.config.normalizer,
-            "sigmoid_bias": self.sigmoid_bias,
-            "logit_soft_cap": self.config.logit_soft_cap,
-        }
+        return {**self._logit_options, **self._normalizer, "sinks": None if self.sinks is None else self.sinks[...]}
