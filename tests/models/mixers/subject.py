@@ -157,8 +157,8 @@ class Program:
         residual = mixed.y[PROBES.pick_sequences(len(x))]  # stands for the block's
         looks, heads = tuple(dataclasses.replace(look, residual=residual) for look in mixed.looks), None
         if isinstance(mixer, HeadMixer):
-            (look,) = looks
-            heads = mixer.implied(look.inputs, jnp.arange(LENGTH), at=look.at), look.inputs.v, look.o
+            inputs, rows = looks[0].inputs, jnp.arange(LENGTH)
+            heads = mixer.implied(inputs, rows, at=at), inputs.v, mixer.attend(inputs, at=at, state=None)[0]
         return mixed.y, PROBES.measure(looks), heads
 
     def _sharded(self, *args):

@@ -32,7 +32,7 @@ from plait.tests.models.mixers.subject import (
     program,
 )
 from plait.tests.models.mixers.traced_flops import count_flops
-from plait.tests.tolerances import assert_close
+from plait.tests.tolerances import assert_close, bound
 from plait.train import mesh as meshes
 
 
@@ -160,8 +160,13 @@ def test_eight_devices_equal_one(subject):
     real = ROWS.at.segment_ids > 0
     assert_close(y[real], expected[real])
     assert_close(x[real], wanted_x[real])
+    size = lambda a: float(jnp.sqrt(jnp.mean(jnp.square(a))))
+    rounding = bound("float32") * max(size(leaf) for leaf in jax.tree.leaves(wanted))
     for (path, got), (_, want) in zip(nnx.to_flat_state(params), nnx.to_flat_state(wanted), strict=True):
-        assert_close(got[...], want[...], err_msg=str(path))
+        if size(want[...]) < rounding:  # zero but for rounding, as of a router whose one choice is normalised to 1
+            assert size(got[...]) < rounding, path
+        else:
+            assert_close(got[...], want[...], err_msg=str(path))
 
 
 def test_config_survives_json_and_is_hashable(plain_subject):
