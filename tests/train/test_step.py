@@ -100,7 +100,7 @@ def test_accumulation_weighs_tokens_not_rows(batch):
 def test_auxiliary_losses_are_in_the_metrics_and_survive_accumulation(batch):
     config = routed({"model.z_loss": 1e-3})
     _, metrics = Trainee(config).run(batch)
-    assert float(metrics["loss/z"]) > 0 and float(metrics["loss/balance"]) > 0
+    assert float(metrics["loss/z"]) > 0 and float(metrics["loss/balance/moh"]) > 0
     assert "loss/z" not in Trainee(tiny()).run(batch)[1]
     _, parts = Trainee(changed(config, {"optimizer.accumulate": 2})).run(batch)
     assert_close(parts["loss/z"], metrics["loss/z"])
