@@ -15,7 +15,7 @@ train: $(VENV)/base.done
 	$(RUN) launch.py train lm_quick --resume
 
 test: $(VENV)/test.done
-	$(RUN) -m pytest -n auto --dist loadgroup
+	$(RUN) -m pytest -n auto
 
 slow: $(VENV)/test.done
 	$(RUN) -m pytest -m slow

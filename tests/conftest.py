@@ -1,6 +1,8 @@
 """Test-wide settings: CPU, eight host devices, rank promotion an error, highest matmul precision, and what shares a worker."""
 
 import os
+import re
+from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Tests spend their time compiling: LLVM's optimisations cost more of it than they save.
@@ -14,9 +16,23 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Cases that share compiled programs stay on one worker: those of an `xdist_group`, else those of a file."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Tests that share compiled programs stay on one worker: those of a file, or of one case where the file names cases in `BY_CASE`."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class BySharedPrograms(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return shared_by(nodeid)
+
+    return BySharedPrograms(config, log)
+
+
+BY_CASE = ("tests/models/mixers/test_contract.py",)
+
+
+def shared_by(nodeid: str) -> str:
+    """What names the tests that go to one worker: `file`, or `file[case]` with the dtype and the kind of sigmaReparam left out."""
+    file, _, test = nodeid.partition("::")
+    case = re.sub(r"(-(float32|bfloat16|spectral|one))+$", "", test.partition("[")[2].rstrip("]"))
+    return f"{file}[{case}]" if file in BY_CASE else file

@@ -74,8 +74,8 @@ class Case:
         return nnx.merge_state(jax.tree.map(move, params), rest)
 
 
-def _cases() -> dict[str, tuple[str, Case, bool]]:
-    """`(mixer whose compiled functions it may share, case, whether it is slow)` by name."""
+def _cases() -> dict[str, tuple[Case, bool]]:
+    """Cases, and whether they are slow, by name."""
     softmax = functools.partial(SoftmaxConfig, num_heads=4, head_dim=16)
     gated_deltanet = functools.partial(GatedDeltaNetConfig, num_heads=2, head_dim=8)
     power = functools.partial(PowerConfig, num_heads=4, head_dim=16, block_size=4)
@@ -102,21 +102,18 @@ def _cases() -> dict[str, tuple[str, Case, bool]]:
         "moh+softmax-gqa-routed": MoHConfig(mixer=softmax(num_kv_heads=2), num_shared_heads=0, top_k=3),
     }
     examples = {name: config.example() for name, config in MIXERS.all().items()}
-    cases = {name: (name, Case(config), False) for name, config in examples.items()}
-    cases |= {name: (name, Case(config), False) for name, config in options.items()}
+    cases = {name: (Case(config), False) for name, config in examples.items()}
+    cases |= {name: (Case(config), False) for name, config in options.items()}
     for name, config in examples.items():
         rare = name not in FAMILIES
-        cases |= {f"{name}-{kind}": (f"{name}-sigma", Case(config, kind), rare) for kind in ("spectral", "one")}
+        cases |= {f"{name}-{kind}": (Case(config, kind), rare) for kind in ("spectral", "one")}
         if not isinstance(config, WrapperConfig):
-            cases[f"moh+{name}"] = f"moh+{name}", Case(MoHConfig(mixer=config)), rare
+            cases[f"moh+{name}"] = Case(MoHConfig(mixer=config)), rare
     return cases
 
 
 CASES = _cases()
-PARAMS = [
-    pytest.param(case, id=name, marks=[pytest.mark.xdist_group(group), *([pytest.mark.slow] if slow else [])])
-    for name, (group, case, slow) in CASES.items()
-]
+PARAMS = [pytest.param(case, id=name, marks=[pytest.mark.slow] if slow else []) for name, (case, slow) in CASES.items()]
 
 
 class Program:
