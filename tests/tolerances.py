@@ -60,6 +60,13 @@ def assert_close(actual: Any, reference: Any, *, plain: Any = None, dtype: Any =
     assert error <= limit, f"{err_msg or 'error'} {error:.2e} exceeds {limit:.2e} ({dtype.name}); largest difference {worst:.2e}"
 
 
+def assert_statistics_close(actual: Any, reference: Any, err_msg: str = "") -> None:
+    """Raises AssertionError unless statistics are NaN in the same places and keep the rule elsewhere."""
+    missing = np.isnan(np.asarray(reference))
+    np.testing.assert_array_equal(np.isnan(np.asarray(actual)), missing, err_msg=err_msg)
+    assert_close(np.where(missing, 0, actual), np.where(missing, 0, reference), err_msg=err_msg)
+
+
 def assert_tree_close(actual: Any, exact: Any, plain: Any, *, dtype: Any) -> None:
     """`assert_close` on each leaf of three trees of one structure; the message names the leaf and all that fail are listed."""
     failures = []

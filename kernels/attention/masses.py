@@ -21,6 +21,7 @@ MAX_TILE = 1 << 22
 """Weights a head that exist at a time in the chunked form."""
 
 
+@jax.named_scope("attention_masses")
 def first_masses(q: Array, k: Array, lse: Array, *, first_k: int = 4, **options: Any) -> Array:
     """The weights of every query on the first tokens of its segment; `first_k` scores a query, and no pass over the keys.
 
@@ -44,6 +45,7 @@ def first_masses(q: Array, k: Array, lse: Array, *, first_k: int = 4, **options:
     return jnp.stack([first_mass(call, lse, *sides, position=p) for p in range(first_k)], axis=-1)
 
 
+@jax.named_scope("attention_masses")
 def column_mass(
     q: Array,
     k: Array,

@@ -24,7 +24,7 @@ from plait.models.mixers.moh import MoHConfig
 from plait.models.mixers.parallel.parallel import ParallelConfig
 from plait.models.stream import Stream
 from plait.tests.models.common import build, layout, left_padded, quick_jit
-from plait.tests.tolerances import assert_close
+from plait.tests.tolerances import assert_close, assert_statistics_close
 from plait.train.probes.base import Probes
 from plait.train.probes.pictures import Pictures
 
@@ -107,7 +107,7 @@ def test_scanned_stack_equals_the_unrolled_one(hybrid):
     for layer, (one, other) in enumerate(zip(extras, others, strict=True)):
         assert jax.tree.structure(one) == jax.tree.structure(other)
         for name, value in other.statistics.items():
-            assert_close(one.statistics[name], value, err_msg=f"{layer} {name}")
+            assert_statistics_close(one.statistics[name], value, err_msg=f"{layer} {name}")
 
 
 def test_recomputation_changes_neither_loss_nor_gradients(attention):
@@ -262,6 +262,10 @@ def test_bfloat16_model_keeps_float32_parameters_and_follows_the_float32_one(att
     assert_close(value, expected, dtype=jnp.bfloat16)
 
 
+OF_LONGER_ROWS = ("induction", "previous_token", "sink_elsewhere")
+"""Statistics of what a document of seven tokens has not got: a token that comes again, queries enough after one."""
+
+
 def test_rows_of_padding_give_no_nan(zoo):
     logits, extras = call(zoo, at=layout((), (7,), length=LENGTH), observer=Probes(ProbeConfig(rows=4)))
     for path, leaf in jax.tree.leaves_with_path((logits, [e.losses for e in extras])):
@@ -269,7 +273,7 @@ def test_rows_of_padding_give_no_nan(zoo):
     for config, one in zip(zoo.config.layer_mixers, extras, strict=True):
         for name, value in one.statistics.items():
             part_has_none = isinstance(config, ParallelConfig) and np.isfinite(value).any()
-            assert np.isfinite(value).all() or part_has_none, (config.name, name)
+            assert np.isfinite(value).all() or part_has_none or name in OF_LONGER_ROWS, (config.name, name)
 
 
 def test_only_probed_steps_carry_statistics(hybrid, zoo):

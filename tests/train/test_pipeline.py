@@ -17,7 +17,7 @@ from plait.data.config import DataConfig
 from plait.models.config import LMConfig
 from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.tests.models.common import quick_jit
-from plait.tests.tolerances import assert_close
+from plait.tests.tolerances import assert_statistics_close
 from plait.tests.train.common import hybrid, mixture, program_of, random_batch, routed, tiny, tree_arrays
 from plait.tests.train.test_mesh import SIZES, assert_same_training, two_steps
 from plait.train.mesh import batch_sharding, make_mesh
@@ -74,7 +74,7 @@ def test_layers_show_the_same_statistics(compile_cache):
     got, want = tree_arrays(found), tree_arrays(expected)
     assert got.keys() == want.keys()
     for path in got:
-        assert_close(got[path], want[path], err_msg=path)
+        assert_statistics_close(got[path], want[path], err_msg=path)
 
 
 def test_a_stage_holds_its_layers_only_and_sends_what_leaves_it():

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from plait.configs.probe import ProbeConfig
-from plait.kernels import AttentionStats, Tokens
+from plait.kernels import AttentionStats
 from plait.kernels.recurrence import RecurrenceStats
 from plait.models.lm import LM
 from plait.models.look import Look
@@ -45,7 +45,7 @@ def made(config):
 def measured():
     """`measure(ids)`: the statistics of each layer, of rows of which the second ends in padding."""
     graph, state = made(MODEL)
-    at = Tokens(None, **layout((LENGTH - 5, 5), (LENGTH - 8,), length=LENGTH))
+    at = layout((LENGTH - 5, 5), (LENGTH - 8,), length=LENGTH)
 
     @quick_jit
     def measure(ids):
@@ -160,7 +160,7 @@ def look_at(weights, documents, /, *, ids=None, v=None, residual=None, **observe
     """All rows of sequences of these documents, the rest padding."""
     weights = np.asarray(weights, np.float64)
     batch, _, length, _ = weights.shape
-    at = Tokens(None if ids is None else jnp.asarray(ids), **layout(*map(tuple, documents), length=length))
+    at = dataclasses.replace(layout(*map(tuple, documents), length=length), ids=None if ids is None else jnp.asarray(ids))
     blank = jnp.zeros((batch, length, 1))
     v = jnp.zeros((batch, length, 1, 1)) if v is None else jnp.asarray(v, jnp.float32)
     residual = blank if residual is None else jnp.asarray(residual, jnp.float32)
@@ -325,14 +325,14 @@ def test_masses_of_softmax_heads_are_those_of_the_dense_weights():
 
     @quick_jit
     def tell():
-        _, (extras,) = nnx.merge(graph, state).hidden(Tokens(jnp.asarray(IDS), **where), observer=Whole())
+        _, (extras,) = nnx.merge(graph, state).hidden(dataclasses.replace(where, ids=jnp.asarray(IDS)), observer=Whole())
         return extras.statistics
 
     found = jax.tree.map(np.asarray, tell())
     shares = found["weights"] / np.maximum(found["weights"].sum(-1, keepdims=True), 1e-30)
-    real = np.asarray(where["segment_ids"]) > 0
+    real = np.asarray(where.segment_ids) > 0
     assert_close(found["columns"], np.where(real[:, None, :, None], shares, 0).sum(2).swapaxes(1, 2))
-    segments, positions = np.asarray(where["segment_ids"]), np.asarray(where["positions"])
+    segments, positions = np.asarray(where.segment_ids), np.asarray(where.positions)
     document = (segments[:, :, None] == segments[:, None, :]) & real[:, None]
     for k in range(3):
         at_k = document & (positions == k)[:, None, :]

@@ -119,6 +119,7 @@ def make_probes(rng, layers, share, *, onset, top, moh):
         "sink_elsewhere": np.where(linear, np.nan, 0.03 + np.abs(noise)),
     }
     if moh:
+        arrays |= {"expert_load_most": 1 + 0.5 * share + 0 * residual, "expert_load_least": 0.8 - 0.5 * share + 0 * residual}
         arrays["head_load"] = np.where(full, np.clip(0.5 + 0.45 * share * spread + noise, 0, 1), np.nan)
     return arrays
 
@@ -179,7 +180,7 @@ def test_report_of_a_full_run_is_self_contained_fast_and_small(full_run):
     parsed = Page(text)
     assert all(address.startswith(("#", "data:image/png;base64,")) for address in parsed.addresses)
     assert "url(" not in text and "@import" not in text
-    assert parsed.tags.count("img") == len(list(path.parent.glob("*.png"))) == 13
+    assert parsed.tags.count("img") == len(list(path.parent.glob("*.png"))) == 14
     for part in ("41.3M", "8 × NVIDIA H100", "sink onset", "loss spike", "bits per byte", "decay horizon".capitalize()):
         assert part in text
 

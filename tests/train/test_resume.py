@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from plait.configs import codec
+from plait.configs.components import registries
 from plait.configs.experiment import ExperimentConfig
 from plait.data.loader import DataIterator
 from plait.launch import main
@@ -69,12 +70,15 @@ def light_undisturbed(light, compile_cache) -> Path:
     return Path(light.folder)
 
 
+TAGS = {registry.tag for registry in registries.values()}
+
+
 def flags(config: ExperimentConfig, out: Path) -> list[str]:
     """The command line that gives `config` from the preset lm_tiny, in another folder."""
     leaves = dict(_leaves(codec.encode(changed(config, {"out": str(out)}))))
     words = ["train", "lm_tiny"]
     for path, value in leaves.items():
-        if path in ("name", "resume") or path.endswith("mixer_name"):
+        if path in ("name", "resume") or path.rpartition(".")[2] in TAGS:
             continue
         flag = "--" + path.replace("_", "-").replace("gated-deltanet", "gated_deltanet")
         if isinstance(value, bool):
