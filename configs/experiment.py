@@ -71,6 +71,12 @@ class ExperimentConfig(Config):
                 f"mesh.pipeline={self.mesh.pipeline} must divide the {periods} repetitions of the pattern in "
                 f"model.num_layers={self.model.num_layers}; use mesh.pipeline={fits} or another depth"
             )
+        experts = self.model.channel_mixer.experts
+        if experts is not None and experts % self.mesh.expert:
+            fits = ", ".join(str(n) for n in range(1, experts + 1) if experts % n == 0)
+            raise ValueError(
+                f"mesh.expert={self.mesh.expert} must divide the {experts} experts of model.channel_mixer; use one of {fits}"
+            )
         if self.optimizer.schedule != "constant" and self.optimizer.warmup_steps >= self.steps:
             raise ValueError(
                 f"optimizer.warmup_steps={self.optimizer.warmup_steps} must be below steps={self.steps}; shorten the warm-up"

@@ -58,7 +58,11 @@ class Program:
 
     def fresh(self) -> TrainState:
         """The state at step 0."""
-        return jax.jit(lambda: create_state(self.blueprint, self.tx), out_shardings=self.shardings)()
+        return self.lower_fresh().compile()()
+
+    def lower_fresh(self) -> jax.stages.Lowered:
+        """What `fresh` runs, traced."""
+        return jax.jit(lambda: create_state(self.blueprint, self.tx), out_shardings=self.shardings).lower()
 
     @functools.cached_property
     def like(self) -> TrainState:

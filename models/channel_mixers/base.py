@@ -35,6 +35,11 @@ class ChannelMixerConfig(Component, abc.ABC):
     def fit(self, d_model: int) -> None:
         """Raises ValueError, in a message that begins with the field, where this config does not fit the width."""
 
+    @property
+    def experts(self) -> int | None:
+        """How many experts the mesh axis `expert` must divide; None without any."""
+        return None
+
     def num_params(self, d_model: int) -> int:
         """Trained parameters."""
         return sum(math.prod(p.shape) for p in jax.tree.leaves(nnx.state(_abstract(self, d_model), nnx.Param)))

@@ -72,6 +72,10 @@ class MoEConfig(ChannelMixerConfig):
     def example(cls) -> MoEConfig:
         return cls(num_experts=4, hidden_dim=32, num_shared_experts=1)
 
+    @property
+    def experts(self) -> int:
+        return self.num_experts
+
     def width(self, d_model: int) -> int:
         """Inner width of an expert for `d_model`."""
         dense = GatedMLPConfig().width(d_model)

@@ -91,6 +91,6 @@ def test_biases_move_once_a_step_and_not_in_a_skipped_one(compile_cache):
 
 
 def test_experts_that_the_axis_does_not_divide_are_refused():
-    config = tiny({**STEP, "model.channel_mixer": dataclasses.replace(MOE, num_experts=6), "mesh": on((), expert=4)})
-    with pytest.raises(ValueError, match=r"parameter \S+channel_mixer\S+ has experts=6, which mesh expert=4 must divide"):
-        program_of(config, devices=4)
+    for mixer, has in ((dataclasses.replace(MOE, num_experts=6), "moe has 6 experts"), (None, "gated_mlp has no experts")):
+        with pytest.raises(ValueError, match=rf"mesh.expert=4 must divide the experts, and model.channel_mixer={has}"):
+            tiny({**STEP, **({} if mixer is None else {"model.channel_mixer": mixer}), "mesh": on((), expert=4)})
