@@ -68,7 +68,7 @@ class LMConfig(Config):
     """Mixer of each layer: "gated_deltanet*3,softmax", "gla:softmax=6:1" or "softmax@0,5; gla"."""
     mixers: Mapping[str, MixerConfig] = dataclasses.field(default_factory=MixerTable)
     """Config of each name in the pattern; names left out get their defaults."""
-    channel_mixer: ChannelMixerConfig = GatedMLPConfig()  # noqa: RUF009 (frozen)
+    channel_mixer: ChannelMixerConfig = GatedMLPConfig()
     """The other half of every block."""
     vocab_size: int | None = None
     """Rows of the embedding; None gives the tokenizer's size rounded up to a multiple of 128."""

@@ -25,7 +25,7 @@ class MoHConfig(WrapperConfig):
     g_shared = a_1 h_s s, g_routed = a_2 k r / (sum of kept r) for the kept heads, 0 for the others.
     """
 
-    mixer: MixerConfig = SoftmaxConfig()  # noqa: RUF009 (frozen)
+    mixer: MixerConfig = SoftmaxConfig()
     """The wrapped mixer."""
     num_shared_heads: int = 1
     """Leading heads that every token uses (0: all heads are routed)."""

@@ -91,5 +91,7 @@ def test_biases_move_once_a_step_and_not_in_a_skipped_one(compile_cache):
 
 
 def test_experts_that_the_axis_does_not_divide_are_refused():
-    with pytest.raises(ValueError, match=r"mesh.expert=4 must divide the 6 experts of model.channel_mixer; use one of 1, 2, 3, 6"):
+    with pytest.raises(
+        ValueError, match=r"mesh.expert=4 must divide the 6 experts of model.channel_mixer; use one of 1, 2, 3, 6"
+    ):
         tiny({**STEP, "model.channel_mixer": dataclasses.replace(MOE, num_experts=6), "mesh": on((), expert=4)})
