@@ -118,9 +118,13 @@ def registry_of(base: type) -> Registry[Any] | None:
 class Registry(Generic[R]):
     """The components of one kind by name: the config classes that the modules of one package register."""
 
-    def __init__(self, kind: str, package: str):
-        """Args: `kind` in words, as `channel mixer`; `package` is searched with all folders in it, whatever they are."""
-        self.kind, self.package = kind, package
+    def __init__(self, kind: str, package: str, base: type):
+        """Args:
+        kind: in words, as `channel mixer`.
+        package: is searched with all folders in it, whatever they are.
+        base: of the kind's configs.
+        """
+        self.kind, self.package, self.base = kind, package, base
         self._known: dict[str, type[R]] = {}
         registries[kind] = self
 
@@ -138,10 +142,14 @@ class Registry(Generic[R]):
         """Class decorator: makes a config class known by `name`; `facts` become class attributes.
 
         Raises:
-            ValueError: the name is taken.
+            ValueError: the name is taken, or the class is none of the kind's.
         """
 
         def add(config: Any) -> Any:
+            if not issubclass(config, self.base):
+                raise ValueError(
+                    f"{config.__module__} registers {config.__qualname__} as the {self.kind} {name!r}; it must be a {self.base.__name__}"
+                )
             known = self._known.get(name)
             if known is not None and (known.__module__, known.__qualname__) != (config.__module__, config.__qualname__):
                 raise ValueError(

@@ -103,6 +103,8 @@ def _made(kind: Registry[Any], name: str, old: Component | None, hint: Any, path
     """The component `name`, with the values that `old` has for options that both have from one base."""
     if name == "None" and type(None) in _options(hint):
         return None
+    if kind is MIXERS and "/" in name:
+        raise ValueError(f"{path}={name!r} has a label, and the place has its own; use {name.partition('/')[0]!r}")
     try:
         made = default_mixer(name) if kind is MIXERS else kind[name]()
     except ValueError as error:

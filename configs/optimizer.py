@@ -107,7 +107,7 @@ class OptimizerConfig(Component, abc.ABC):
                 raise ValueError(f"{name}={getattr(self, name)} {rule}")
 
 
-OPTIMIZERS: Registry[OptimizerConfig] = Registry("optimizer", "plait.train.optimizers")
+OPTIMIZERS: Registry[OptimizerConfig] = Registry("optimizer", "plait.train.optimizers", OptimizerConfig)
 
 
 def optimizer(name: str, **options: Any) -> OptimizerConfig:

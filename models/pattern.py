@@ -14,6 +14,9 @@ import re
 _NAME = re.compile(r"(?:[a-z0-9_]+\+)?[a-z0-9_]+(?:/[a-z0-9_]+)?")
 
 
+_MOST = 100_000  # layers that a count may ask for
+
+
 class PatternError(ValueError):
     """A pattern that cannot be read or cannot fill the layers."""
 
@@ -61,7 +64,7 @@ def _repeats(pattern: str, text: str) -> list[str]:
     out: list[str] = []
     for part in text.split(","):
         name, star, times = part.partition("*")
-        if star and (not times.isdigit() or int(times) < 1):
+        if star and (not times.isdecimal() or not 0 < int(times) <= _MOST):
             raise _wrong(pattern, f"repeats {name!r} {times!r} times", "needs a positive count, as in 'gla*3'")
         out += [_name(pattern, name)] * (int(times) if star else 1)
     return out
@@ -70,7 +73,7 @@ def _repeats(pattern: str, text: str) -> list[str]:
 def _ratio(pattern: str, text: str) -> list[str]:
     left, _, right = text.partition("=")
     names, counts = left.split(":"), right.split(":")
-    if len(names) != len(counts) or not all(c.isdigit() and int(c) > 0 for c in counts):
+    if len(names) != len(counts) or not all(c.isdecimal() and 0 < int(c) <= _MOST for c in counts):
         raise _wrong(pattern, "is not a ratio", "needs as many positive counts as names, as in 'gla:softmax=6:1'")
     return [_name(pattern, name) for name, count in zip(names, counts, strict=True) for _ in range(int(count))]
 
@@ -91,7 +94,7 @@ def _indices(pattern: str, text: str, num_layers: int) -> tuple[str, ...]:
             rest = name
             continue
         for index in where.split(","):
-            if not index.isdigit() or int(index) >= num_layers:
+            if not index.isdecimal() or int(index) >= num_layers:
                 raise _wrong(pattern, f"puts {name!r} at layer {index!r}", f"needs layer numbers from 0 to {num_layers - 1}")
             if layers[int(index)] is not None:
                 raise _wrong(pattern, f"gives layer {index} twice", "must name each layer once")

@@ -41,6 +41,9 @@ def check_carries(layers: list[tuple[str, tuple[CarryUse, ...]]]) -> None:
     """
     writers: dict[str, tuple[str, CarryUse]] = {}
     for layer, uses in layers:
+        written_here = [one.name for one in uses if one.use != "read"]
+        if twice := [name for name in written_here if written_here.count(name) > 1]:
+            raise ValueError(f"mixers.{layer} writes the carry {twice[0]!r} in two of its parts; let one of them write it")
         for one in uses:
             writer, written = writers.get(one.name, (None, None))
             if written is None and one.use == "read":

@@ -55,6 +55,7 @@ def train(config: ExperimentConfig) -> Result:
         ValueError: the config, data or run folder cannot be used (before anything is compiled).
         TrainingFailed: too many non-finite steps in a row.
     """
+    observer = None if config.probe_every is None else Probes(config.probe)
     going_on = runs.meet(config)
     setup = runs.set_up(config)
     folder = Path(config.folder)
@@ -63,22 +64,20 @@ def train(config: ExperimentConfig) -> Result:
             folder.mkdir(parents=True, exist_ok=True)
             codec.save(config, folder / runs.CONFIG)
     with Termination() as termination:
-        return _Loop(setup, termination).run()
+        return _Loop(setup, observer, termination).run()
 
 
 class _Loop:
     """A run in progress. Metrics of step n are read after step n + 1 is dispatched, so that reading never stalls the device."""
 
-    def __init__(self, setup: runs.Setup, termination: Termination):
-        """Raises ValueError where a probe that shall run does not exist."""
-        self.setup, self.termination = setup, termination
+    def __init__(self, setup: runs.Setup, observer: Probes | None, termination: Termination):
+        self.setup, self.observer, self.termination = setup, observer, termination
         config = self.config = setup.config
         self.folder = Path(config.folder)
         self.journal, self.clock, self.spread = Journal(config), Clock(), Spread()
         self.checkpoints = Checkpoints(self.folder / runs.CHECKPOINTS, keep_last=config.keep_last, keep_best=config.keep_best)
         self.evaluator = Evaluator(setup.blueprint, setup.mesh, setup.data)
         self.iterator = setup.data.train()
-        self.observer = None if config.probe_every is None else Probes(config.probe)
         self.probes = () if self.observer is None else self.observer.probes
         self.layers = describe_layers(config.model)
         self.spikes = SpikeWatch(config.spike, config.checkpoint_every)

@@ -49,4 +49,4 @@ class Task(Component, abc.ABC):
         return {"accuracy": (float(right.sum()), float(batch.loss_mask.sum()))}
 
 
-TASKS: Registry[Task] = Registry("task", "plait.data.tasks")
+TASKS: Registry[Task] = Registry("task", "plait.data.tasks", Task)

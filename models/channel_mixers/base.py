@@ -49,7 +49,7 @@ class ChannelMixerConfig(Component, abc.ABC):
         return products(_abstract(self, d_model))
 
 
-CHANNEL_MIXERS: Registry[ChannelMixerConfig] = Registry("channel mixer", "plait.models.channel_mixers")
+CHANNEL_MIXERS: Registry[ChannelMixerConfig] = Registry("channel mixer", "plait.models.channel_mixers", ChannelMixerConfig)
 register = CHANNEL_MIXERS.register
 
 

@@ -61,7 +61,7 @@ class MixerConfig(Component, abc.ABC):
 
     def head_count(self, d_model: int) -> int:
         """Number of output heads at width `d_model`."""
-        return _abstract(self, d_model).num_heads
+        return abstract(self, d_model).num_heads
 
     def head_kinds(self, d_model: int) -> tuple[HeadKind, ...]:
         """What each head is: one that attends to tokens, or one that reads a state."""
@@ -69,11 +69,11 @@ class MixerConfig(Component, abc.ABC):
 
     def num_params(self, d_model: int) -> int:
         """Trained parameters."""
-        return sum(math.prod(p.shape) for p in jax.tree.leaves(nnx.state(_abstract(self, d_model), nnx.Param)))
+        return sum(math.prod(p.shape) for p in jax.tree.leaves(nnx.state(abstract(self, d_model), nnx.Param)))
 
     def product_flops(self, d_model: int) -> float:
         """Forward operations per token in products with weights."""
-        return products(_abstract(self, d_model))
+        return products(abstract(self, d_model))
 
     def flops(self, d_model: int, seq_len: int) -> float:
         """Forward operations per token: products with weights (2 per weight) and mixing."""
@@ -81,7 +81,7 @@ class MixerConfig(Component, abc.ABC):
 
     def state_bytes(self, d_model: int, max_len: int, dtype: Any) -> int:
         """Bytes of decode state of one sequence, caches kept in `dtype`."""
-        state = jax.eval_shape(lambda: _abstract(self, d_model, jnp.dtype(dtype).name).init_state(1, max_len))
+        state = jax.eval_shape(lambda: abstract(self, d_model, jnp.dtype(dtype).name).init_state(1, max_len))
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
@@ -111,12 +111,14 @@ class WrapperConfig(MixerConfig):
         return self.mixer.mixing_flops(d_model, seq_len)
 
 
-MIXERS: Registry[MixerConfig] = Registry("mixer", "plait.models.mixers")
+MIXERS: Registry[MixerConfig] = Registry("mixer", "plait.models.mixers", MixerConfig)
 register = MIXERS.register
 
 
 @functools.lru_cache(maxsize=256)
-def _abstract(config: MixerConfig, d_model: int, dtype: str = "float32") -> Any:
+def abstract(config: MixerConfig, d_model: int, dtype: str = "float32") -> Any:
+    """The module of a config without arrays."""
+
     def create() -> Mixer:
         ctx = BuildContext(rngs=nnx.Rngs(0), seq_len=1, compute_dtype=jnp.dtype(dtype))
         return config.build(d_model, ctx)

@@ -12,7 +12,7 @@ from plait.kernels import Tokens
 from plait.models.axes import EMBED
 from plait.models.build import BuildContext
 from plait.models.linear import Dense
-from plait.models.mixers.base import HeadMixer, MixerConfig, WrapperConfig, register
+from plait.models.mixers.base import HeadMixer, MixerConfig, WrapperConfig, abstract, register
 from plait.models.mixers.full.softmax import SoftmaxConfig
 
 
@@ -59,7 +59,7 @@ class MoHConfig(WrapperConfig):
 
     def fit(self, d_model: int) -> None:
         super().fit(d_model)
-        self.split(self.mixer.head_count(d_model))
+        abstract(self, d_model)  # raises where heads and options do not fit
 
     def build(self, d_model: int, ctx: BuildContext) -> MoH:
         return MoH(self, d_model, ctx)

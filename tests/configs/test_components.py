@@ -8,7 +8,17 @@ import sys
 
 import pytest
 
-from plait.configs.components import Config, ConfigError, Registry, children, registries, registry_of, unchecked, validate
+from plait.configs.components import (
+    Component,
+    Config,
+    ConfigError,
+    Registry,
+    children,
+    registries,
+    registry_of,
+    unchecked,
+    validate,
+)
 from plait.models.channel_mixers.base import CHANNEL_MIXERS
 from plait.models.mixers.base import MIXERS, MixerConfig
 from plait.tests.configs.gadgets.base import GADGETS, GadgetConfig
@@ -33,7 +43,7 @@ def tools(tmp_path, monkeypatch):
     folder.mkdir()
     (folder / "__init__.py").write_text("")
     monkeypatch.syspath_prepend(str(tmp_path))
-    registry = Registry("tool", "plait_tools")
+    registry = Registry("tool", "plait_tools", Component)
 
     def write(file, name=None, text=None):
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
@@ -159,3 +169,9 @@ def test_unchecked_ends_with_an_error_in_the_block():
         raise KeyError
     with pytest.raises(ConfigError):
         LeverConfig(size=0)
+
+
+def test_a_class_of_another_kind_is_refused(tools):
+    with pytest.raises(ValueError, match="registers MLPConfig as the tool 'mlp'; it must be a Saw"):
+        tools.base = type("Saw", (Component,), {})
+        tools.register("mlp", source="here")(type("MLPConfig", (Component,), {}))

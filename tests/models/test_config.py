@@ -18,6 +18,7 @@ from plait.models.mixers.linear.gated_deltanet import GatedDeltaNetConfig
 from plait.models.mixers.linear.gla import GLAConfig
 from plait.models.mixers.linear.retnet import RetNetConfig
 from plait.models.mixers.moh import MoHConfig
+from plait.models.mixers.parallel.parallel import ParallelConfig
 
 SMALL = {"d_model": 64, "num_layers": 4, "vocab_size": 128}
 
@@ -203,6 +204,19 @@ def carry(*patterns: str, **mixers: dict) -> LMConfig:
             lambda: carry("softmax/a", "softmax/b", a={"shared_kv": "write"}, b={"shared_kv": "write"}),
             r"model\.mixers\.softmax/b and mixers\.softmax/a both write the carry 'kv'; let one of them write and the other read",
             id="two-write",
+        ),
+        pytest.param(
+            lambda: lm(
+                pattern="parallel",
+                mixers={"parallel": ParallelConfig(parts=(SoftmaxConfig(num_heads=4, head_dim=16, shared_kv="write"),) * 2)},
+            ),
+            r"model\.mixers\.parallel writes the carry 'kv' in two of its parts; let one of them write it",
+            id="two-parts-write",
+        ),
+        pytest.param(
+            lambda: lm(pattern="moh+parallel", mixers={"moh+parallel": MoHConfig(mixer=ParallelConfig.example())}),
+            r"model\.mixers\.moh\+parallel\.mixer=parallel has no head outputs to route; wrap a multi-head mixer",
+            id="no-heads",
         ),
         pytest.param(
             lambda: carry("softmax/a", "softmax/b", a={"shared_kv": "write"}, b={"shared_kv": "read", "num_kv_heads": 2}),

@@ -80,3 +80,9 @@ def test_name_splits(name, parts):
 )
 def test_period_is_the_shortest_that_repeats(layers, period):
     assert find_period(tuple(layers)) == period
+
+
+@pytest.mark.parametrize("pattern", ["gla*²", "gla*99999999999", "gla:softmax=²:1"])
+def test_counts_that_are_no_counts_of_layers_are_refused(pattern):
+    with pytest.raises(PatternError, match="count"):
+        expand_pattern(pattern, 4)

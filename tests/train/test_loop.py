@@ -274,6 +274,7 @@ def test_only_the_named_probes_run(base, tmp_path):
         assert set(arrays.files) == set(statistics(chosen("entropy,residual")))
     with pytest.raises(ValueError, match=r"probe\.only='entropie': probe 'entropie' is not registered; did you mean 'entropy'"):
         trained(base, tmp_path / "wrong", probe__only="entropie")
+    assert not (tmp_path / "wrong").exists(), "a folder that a wrong name has made would bind the next try"
 
 
 def plain_steps(config):

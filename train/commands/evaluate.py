@@ -42,6 +42,8 @@ def parse(args: Sequence[str]) -> tuple[EvalArgs, dict[str, list[str]]]:
     for name, task in TASKS.all().items():
         words[name], rest = split_options(task, rest, prefix=f"{name.replace('_', '-')}.")
     options = tyro.cli(EvalArgs, args=rest, prog="launch.py eval")
+    if options.batches is not None and options.batches < 1:
+        raise ValueError(f"batches={options.batches} must be at least 1; leave it out for all")
     names = () if options.tasks is None else task_names(options.tasks)
     for name, given in words.items():
         if given and name not in names:

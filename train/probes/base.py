@@ -51,7 +51,7 @@ class Probe(Component, abc.ABC):
         return f"{panel.title} went from {', '.join(went)} ({word}, {statistic.unit})." if went else None
 
 
-PROBES: Registry[Probe] = Registry("probe", "plait.train.probes")
+PROBES: Registry[Probe] = Registry("probe", "plait.train.probes", Probe)
 register = PROBES.register
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,9 @@ VALUES, KV = "values", "kv"
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SoftmaxConfig(MixerConfig):
     """`o_i = sum_j softmax_j(q_i . k_j / sqrt(K)) v_j` over the visible keys."""
+
+    sees_all: ClassVar[bool] = True
+    """Without a window, a query sees every earlier token."""
 
     num_heads: int | None = None
     """Query heads; None gives d_model / head_dim."""
@@ -68,7 +71,7 @@ class SoftmaxConfig(MixerConfig):
         )
         if self.num_sink_tokens < 0:
             raise ValueError(f"num_sink_tokens={self.num_sink_tokens} must be 0 or more")
-        if self.num_sink_tokens and self.window_size is None and self.mask().sees_all:
+        if self.num_sink_tokens and self.window_size is None and self.sees_all:
             raise ValueError(
                 f"num_sink_tokens={self.num_sink_tokens} needs a window, without which all are visible; set window_size"
             )

@@ -20,6 +20,8 @@ class PowerConfig(SoftmaxConfig):
     A query sees O(log T) blocks, and d layers reach every token less than 2^d blocks back.
     """
 
+    sees_all = False
+
     block_size: int = 128
     """Tokens a block, counted from the start of the document."""
     num_sink_tokens: int = 0

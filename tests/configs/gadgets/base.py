@@ -19,4 +19,4 @@ class GadgetConfig(Component):
             raise ValueError(f"size={self.size} must be at least 1; use a positive number")
 
 
-GADGETS: Registry[GadgetConfig] = Registry("gadget", "plait.tests.configs.gadgets")
+GADGETS: Registry[GadgetConfig] = Registry("gadget", "plait.tests.configs.gadgets", GadgetConfig)
