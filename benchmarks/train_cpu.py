@@ -31,6 +31,7 @@ from plait.data.batch import Batch
 from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.train.mesh import make_mesh
 from plait.train.optimizers import make_optimizer
+from plait.train.probes.base import Probes
 from plait.train.state import Blueprint, create_state
 from plait.train.step import make_step
 
@@ -54,7 +55,7 @@ def plait(config: ExperimentConfig, probe: bool = False) -> tuple[Stepper, int]:
     tx = make_optimizer(config.optimizer, config.steps, blueprint.parameters())
     mesh = make_mesh(MeshConfig())
     state = jax.jit(lambda: create_state(blueprint, tx))()
-    step = jax.jit(make_step(blueprint, tx, mesh, config.probe if probe else None), donate_argnums=0)
+    step = jax.jit(make_step(blueprint, tx, mesh, Probes(config.probe) if probe else None), donate_argnums=0)
     rows = batch(config)
 
     def run() -> Any:
