@@ -26,7 +26,7 @@ from plait.configs.components import (
     unchecked,
     validate,
 )
-from plait.configs.files import write_atomically
+from plait.configs.files import parse_json, read_json, write_atomically
 
 T = TypeVar("T")
 
@@ -57,7 +57,7 @@ def decode(schema: type[T], value: Any, path: str = "config") -> T:
 def save(config: Any, path: Path) -> None:
     """Writes `config` as JSON, all of it or nothing. Raises ConfigError when it would not be read back as it is."""
     text = json.dumps(encode(config), indent=2)
-    read = decode(type(config), json.loads(text))
+    read = decode(type(config), parse_json(text))
     if read != config:
         lost = [f.name for f in dataclasses.fields(config) if getattr(read, f.name) != getattr(config, f.name)]
         raise ConfigError(f"config.{', config.'.join(lost)} would be read back otherwise; annotate the fields as what they hold")
@@ -65,15 +65,19 @@ def save(config: Any, path: Path) -> None:
 
 
 def load(schema: type[T], path: Path) -> T:
-    """Reads `path` as `schema`. Raises ConfigError for a missing file, text that is not JSON, or a tree that does not fit."""
+    """A JSON file read as `schema`: a config, any other dataclass, or a type such as `dict[str, tuple[int, int]]`.
+
+    Raises:
+        ConfigError: it is not there, is not JSON, or does not fit; the message begins with the path.
+    """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path)
     except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist; give a run folder with its config.json") from None
+        raise ConfigError(f"{path} does not exist; give the folder that has it") from None
     except ValueError as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from None
+        raise ConfigError(str(error)) from None
     try:
-        return decode(schema, value)
+        return decode(schema, value, path.stem)
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
 
@@ -122,7 +126,10 @@ def _read(schema: Any, value: Any, path: str, default: Any = None) -> Any:
     if isinstance(schema, type) and dataclasses.is_dataclass(schema):
         return _dataclass(schema, _mapping(value, path), path)
     if schema is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ConfigError(f"{path} is a whole number of {len(str(value))} digits; it must be a number below 1e308") from None
     if type(value) is not schema:
         raise ConfigError(f"{path}={value!r} must be of type {schema.__name__}, not {type(value).__name__}")
     return value

@@ -1,9 +1,15 @@
-"""Files that are whole or not there. Needs nothing but the standard library."""
+"""Files that are whole or not there, and JSON that is what it should be. Needs nothing but the standard library."""
 
 from __future__ import annotations
 
+import json
+import math
 import os
 from pathlib import Path
+from typing import Any, NoReturn
+
+DEEPEST = 64
+"""Objects and lists inside each other that are read."""
 
 
 def write_atomically(path: Path, data: bytes | str, *, durable: bool = True) -> None:
@@ -26,3 +32,75 @@ def write_atomically(path: Path, data: bytes | str, *, durable: bool = True) -> 
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def parse_json(text: bytes | str) -> Any:
+    """A JSON text, strictly: UTF-8, finite numbers, no name twice in an object, nothing nested more than `DEEPEST` deep.
+
+    Raises:
+        ValueError: it is none; the message says why, and not where it is from.
+    """
+    try:
+        value = json.loads(
+            text.decode("utf-8") if isinstance(text, bytes) else text,
+            parse_constant=_no_number,
+            parse_float=_finite,
+            parse_int=_whole,
+            object_pairs_hook=_each_once,
+        )
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    level = [value]
+    for _ in range(DEEPEST + 1):
+        level = [
+            item for one in level if isinstance(one, dict | list) for item in (one.values() if isinstance(one, dict) else one)
+        ]
+        if not level:
+            return value
+    raise ValueError(_TOO_DEEP)
+
+
+def read_json(path: Path) -> Any:
+    """The JSON of a file, as strict as `parse_json`.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it cannot be read or is not JSON; the message begins with the path.
+    """
+    try:
+        return parse_json(path.read_bytes())
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}; give a file that can") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON that can be used: {error}; restore the file") from None
+
+
+_TOO_DEEP = f"it is nested more than {DEEPEST} deep"
+
+
+def _no_number(word: str) -> NoReturn:
+    raise ValueError(f"{word} is not a number of JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is too large for a number")
+    return number
+
+
+def _whole(text: str) -> int:
+    if len(text) > 400:
+        raise ValueError(f"a number of {len(text)} digits is too large")
+    return int(text)
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the name {twice!r} stands twice in one object")
+    return found
