@@ -34,6 +34,7 @@ class AdamWConfig(OptimizerConfig):
                 (self.eps > 0, "eps", "must be positive"),
             ]
         )
+        self.require_kept("b1")
 
     def build(self, rate: Rate, parameters: Parameters) -> optax.GradientTransformation:
         return optax.adamw(

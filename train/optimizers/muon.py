@@ -68,6 +68,8 @@ class MuonConfig(OptimizerConfig):
                 (0 < self.adam_eps < math.inf, "adam_eps", "must be positive and finite"),
             ]
         )
+        self.require_kept("momentum")
+        self.require_kept("adam_b1")
 
     def build(self, rate: Rate, parameters: Parameters) -> optax.GradientTransformation:
         for parameter in parameters.values():

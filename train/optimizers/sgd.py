@@ -36,6 +36,7 @@ class SGDConfig(OptimizerConfig):
                 (not self.nesterov or self.momentum is not None, "nesterov", "needs momentum; set one, as 0.9"),
             ]
         )
+        self.require_kept("momentum")
 
     def build(self, rate: Rate, parameters: Parameters) -> optax.GradientTransformation:
         decays = {name: parameter.decays for name, parameter in parameters.items()}

@@ -168,8 +168,8 @@ class Softmax(HeadMixer):
     def share(self, inputs, carry):
         if self.value_mix is not None and self.is_first is not None:
             first = jnp.where(self.is_first[...], inputs.v, carry.get(VALUES, inputs.v))
-            own, old = self.value_mix[...].astype(inputs.v.dtype)
-            mixed = own * inputs.v + old * first
+            own, old = self.value_mix[...].astype(jnp.float32)
+            mixed = (own * inputs.v + old * first).astype(inputs.v.dtype)
             inputs, carry = inputs._replace(v=jnp.where(self.is_first[...], inputs.v, mixed)), {**carry, VALUES: first}
         if self.config.shared_kv == "read":
             inputs = inputs._replace(k=carry[KV][0], v=carry[KV][1])
