@@ -29,11 +29,13 @@ def masks(draw: st.DrawFn) -> Mask:
 
 @st.composite
 def packed(draw: st.DrawFn, length: int = 24) -> tuple[np.ndarray, np.ndarray]:
-    """Segment ids and positions of one packed row with a padded tail."""
+    """Segment ids and positions of one packed row, padded before and after."""
     cuts = sorted(draw(st.sets(st.integers(1, length - 1), max_size=4)))
-    ids = np.searchsorted(cuts, np.arange(length), side="right") + 1
-    positions = np.arange(length) - np.concatenate([[0], cuts]).astype(int)[ids - 1]
-    return np.where(np.arange(length) < length - draw(st.integers(0, 3)), ids, 0).astype(np.int32), positions.astype(np.int32)
+    lead, tail = draw(st.integers(0, 9)), draw(st.integers(0, 3))
+    index = np.arange(length)
+    ids = np.searchsorted(cuts, index, side="right") + 1
+    positions = np.maximum(index - np.maximum([0, *cuts], lead)[ids - 1], 0)
+    return np.where((index >= lead) & (index < length - tail), ids, 0).astype(np.int32), positions.astype(np.int32)
 
 
 @settings(max_examples=60, deadline=None)
