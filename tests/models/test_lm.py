@@ -123,6 +123,22 @@ def test_recomputation_changes_neither_loss_nor_gradients(attention):
             assert_close(gradient, expected_gradients[path], err_msg=f"{remat} {path}")
 
 
+def test_long_left_padded_prompts_keep_their_sink_tokens():
+    """More places than one dense tile of attention has."""
+    n, padding = 530, 46
+    model = build(
+        lm("softmax", 1, mixers={"softmax": dataclasses.replace(SOFTMAX, window_size=16, num_sink_tokens=3)}), seq_len=n
+    )
+    ids = tokens(1, n)
+    whole, _ = call(model, ids, layout((n,), length=n))
+    graph, state = nnx.split(model)
+    at = layout((n,), length=n)
+    left = Tokens(*(jnp.pad(x, ((0, 0), (padding, 0))) for x in (ids, at.segment_ids, at.positions)))
+    prefill = quick_jit(lambda state, at: (m := nnx.merge(graph, state)).prefill(at, m.init_state(1, n + padding))[0])
+    for positions in (left.positions, None):
+        assert_close(prefill(state, dataclasses.replace(left, positions=positions)), whole[:, -1])
+
+
 def _zoo(mixers: dict) -> LM:
     return build(
         LMConfig(
