@@ -219,13 +219,9 @@ class Softmax(HeadMixer):
         return attention_rows(inputs.q, inputs.k, rows=rows, at=at, **self._options)
 
     def observe(self, inputs, x, *, at):
-        _, stats = attention(*inputs[:3], at=at, return_stats=True, **self._options)
+        options = {**self._logit_options, "at": at}  # no sink logits: shares of what the keys get, however little that is
+        _, stats = attention(*inputs[:3], return_stats=True, **options, **self._normalizer)
         lse = stats.lse
-        if self.sinks is not None:  # the share of the keys alone
-            sinks = self.sinks[...].astype(jnp.float32)[None, None, :]
-            keys = -jnp.expm1(jnp.minimum(sinks - lse, -1e-6))
-            stats, lse = stats._replace(first_mass=stats.first_mass / keys), lse + jnp.log(keys)
-        options = {**self._logit_options, "at": at}
         masses = functools.partial(first_masses, inputs.q, inputs.k, lse, **options, **self._normalizer)
         found = {"attention": stats, "first_masses": masses}
         if self.config.normalizer == "softmax":
