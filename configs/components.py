@@ -10,10 +10,13 @@ import contextlib
 import contextvars
 import dataclasses
 import difflib
+import functools
 import importlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
+
+from plait.configs.domains import check_leaves
 
 _deferred: contextvars.ContextVar[bool] = contextvars.ContextVar("plait_deferred", default=False)
 
@@ -25,8 +28,9 @@ class ConfigError(ValueError):
 class Config:
     """Base of every config dataclass.
 
-    What is wrong with its values is said by `check`, in messages that begin with the field; whoever holds the config puts its own path
-    before them. A config is checked where it is made, or, under `unchecked`, later and as a whole by `validate`.
+    Each leaf is in the domain that its annotation declares (`plait.configs.domains`), and values go together as `check` says. Messages
+    begin with the field; whoever holds the config puts its own path before them. A config is checked where it is made, or, under
+    `unchecked`, later and as a whole by `validate`.
     """
 
     path: ClassVar[str] = ""
@@ -37,8 +41,8 @@ class Config:
             with contextlib.suppress(ValueError):  # `validate` comes to it again, and knows where it stands
                 self.complete()
         else:
-            at(self.path, self.complete)
-            at(self.path, self.check)
+            for step in (functools.partial(check_leaves, self), self.complete, self.check):
+                at(self.path, step)
 
     def complete(self) -> None:
         """Fills in what follows from other fields. Raises ValueError as `check` does."""
@@ -90,6 +94,7 @@ def unchecked() -> Iterator[None]:
 
 def validate(config: C, path: str = "") -> C:
     """`config`, checked with all that it holds. Raises ConfigError with the dotted path from `path` on."""
+    at(path, check_leaves, config)
     at(path, config.complete)
     for name, child in children(config):
         validate(child, f"{path}.{name}" if path else name)

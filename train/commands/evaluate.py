@@ -11,6 +11,7 @@ import tyro
 from rich.table import Table
 
 from plait.configs.components import at
+from plait.configs.domains import Counted, Line, Steps
 from plait.configs.options import split_options
 from plait.data.loader import Data, build_data
 from plait.data.tasks.base import TASKS, Task
@@ -28,11 +29,11 @@ class EvalArgs:
 
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder."""
-    tasks: str | None = None
+    tasks: Line | None = None
     """Comma-separated; `list tasks` shows them. By default what the run was trained on: its text, as ppl, or its task."""
-    step: int | None = None
+    step: Counted | None = None
     """Checkpoint; the newest by default."""
-    batches: int | None = None
+    batches: Steps | None = None
     """Batches of held-out rows; all by default."""
 
 

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from plait.configs.domains import Counted, Devices, Line, Seconds, Whole, check_leaves
 from plait.configs.options import split_options
 
 PORT = 8476
@@ -28,35 +29,28 @@ class HostsError(ValueError):
 class HostsOptions:
     """Where the hosts of a run meet and how they are watched. No part of the experiment: another number of hosts goes on with a run."""
 
-    coordinator: str | None = None
+    coordinator: Line | None = None
     """HOST:PORT of host 0; by default PLAIT_COORDINATOR, else what is detected."""
-    count: int | None = None
+    count: Devices | None = None
     """Hosts, one training process each; by default PLAIT_HOST_COUNT, else what is detected."""
-    index: int | None = None
+    index: Annotated[int, Whole(0, 2**20)] | None = None
     """This host's number, from 0; by default PLAIT_HOST_INDEX, else what is detected."""
-    local: int | None = None
+    local: Annotated[int, Whole(1, 4096)] | None = None
     """Starts this many processes on this machine instead, to try a many-host run on its CPU."""
     detect: Literal["auto", "none", "slurm", "kubernetes", "tpu"] = "auto"
     """What to ask for what is not given."""
-    connect_seconds: float = 300.0
+    connect_seconds: Seconds = 300.0
     """Longest wait for the other hosts at the start."""
-    step_seconds: float = 60.0
+    step_seconds: Seconds = 60.0
     """Longest time without a step before a process counts as hung; at least ten times the slowest step so far."""
-    restarts: int = 0
+    restarts: Counted = 0
     """Restarts, with --resume, of a training process that failed."""
 
     def __post_init__(self) -> None:
-        checks = [
-            (self.count is None or self.count >= 1, "count", "must be at least 1"),
-            (self.local is None or self.local >= 1, "local", "must be at least 1"),
-            (self.index is None or self.index >= 0, "index", "must be 0 or more"),
-            (self.connect_seconds > 0, "connect_seconds", "must be positive"),
-            (self.step_seconds > 0, "step_seconds", "must be positive"),
-            (self.restarts >= 0, "restarts", "must be 0 or more"),
-        ]
-        for good, name, rule in checks:
-            if not good:
-                raise HostsError(f"hosts.{name}={getattr(self, name)} {rule}")
+        try:
+            check_leaves(self)
+        except ValueError as error:
+            raise HostsError(f"hosts.{error}") from None
         given = [name for name in ("coordinator", "count", "index") if getattr(self, name) is not None]
         if self.local is not None and given:
             raise HostsError(f"hosts.local={self.local} chooses hosts.{', hosts.'.join(given)} itself; give one or the other")
