@@ -110,6 +110,11 @@ def at(path: str, check: Callable[..., Any], *args: Any) -> Any:
         raise ConfigError(f"{path}.{error}" if path else str(error)) from None
 
 
+def a(noun: str) -> str:
+    """A noun with its article."""
+    return f"{'an' if noun[0] in 'aeiouAEIOU' else 'a'} {noun}"
+
+
 R = TypeVar("R", bound=Component)
 registries: dict[str, Registry[Any]] = {}
 """By kind of component."""
@@ -153,7 +158,8 @@ class Registry(Generic[R]):
         def add(config: Any) -> Any:
             if not issubclass(config, self.base):
                 raise ValueError(
-                    f"{config.__module__} registers {config.__qualname__} as the {self.kind} {name!r}; it must be a {self.base.__name__}"
+                    f"{config.__module__} registers {config.__qualname__} as the {self.kind} {name!r}; "
+                    f"it must be {a(self.base.__name__)}; derive it from that"
                 )
             known = self._known.get(name)
             if known is not None and (known.__module__, known.__qualname__) != (config.__module__, config.__qualname__):
@@ -172,13 +178,23 @@ class Registry(Generic[R]):
         self._known.pop(name, None)
 
     def all(self) -> dict[str, type[R]]:
-        """Every component by name, sorted; imports each module of the package once. Raises what an import raises."""
+        """Every component by name, sorted; imports each module of the package once.
+
+        Raises:
+            ConfigError: a module cannot be imported; the message begins with its file.
+        """
         package = importlib.import_module(self.package)
         for folder in map(Path, package.__path__):
             for file in sorted(folder.rglob("*.py")):
                 parts = file.relative_to(folder).with_suffix("").parts
                 if parts[-1] != "__init__" and all(part.isidentifier() for part in parts):
-                    importlib.import_module(".".join((self.package, *parts)))
+                    try:
+                        importlib.import_module(".".join((self.package, *parts)))
+                    except Exception as error:
+                        what = f"{type(error).__name__}: {error}"
+                        raise ConfigError(
+                            f"{file} cannot be imported ({what}); correct it, or take it out of the folder"
+                        ) from error
         return dict(sorted(self._known.items()))
 
     def __getitem__(self, name: str) -> type[R]:

@@ -11,18 +11,20 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import difflib
 import functools
 import math
 import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 INT32 = 2**31 - 1
 """The largest index of a program."""
 _HUGE, _TINY = 1e30, 1e-30  # a product of a few such numbers is still one in float32, and is not 0
 _SHOWN = 60  # characters of a value in a message
 _CHOICES = 24
+_EXAMPLES: dict[Any, Any] = {int: 1, float: 0.5, bool: False, str: "text"}
 _NOT_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
@@ -187,7 +189,7 @@ def check_leaves(config: Any) -> None:
             continue
         for where, value in _leaves(name, getattr(config, name)):
             if value not in domain and not (value is None and type(None) in typing.get_args(hint)):
-                raise ValueError(f"{where}={shown(value)} must be {domain.rule}; {_fix(domain, defaults[name], value)}")
+                raise ValueError(f"{where}={shown(value)} must be {domain.rule}; {fix(hint, defaults[name], value)}")
 
 
 def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -198,10 +200,18 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield from (leaf for key, item in items for leaf in _leaves(f"{name}.{key}", item))
 
 
-def _fix(domain: Domain, default: Any, value: Any) -> str:
+def fix(hint: Any, default: Any, value: Any) -> str:
+    """What to use in place of a value that a leaf cannot have: the nearest choice, the default, or a number near it."""
+    kinds = [kind for kind in (hint, *typing.get_args(hint)) if typing.get_origin(kind) is Literal]
+    named = [str(choice) for kind in kinds for choice in typing.get_args(kind)]
+    if near := difflib.get_close_matches(str(value), named, n=1):
+        return f"did you mean {near[0]!r}?"
     if default is None:
         return "use None to leave it out"
-    return f"use {shown(default if default in domain else domain.near(value))}"
+    if default is dataclasses.MISSING or (isinstance(default, str) and not default):
+        domain = domain_of(hint)
+        default = domain.near(value) if domain is not None else named[0] if named else _EXAMPLES.get(hint, "another")
+    return f"use {shown(default)}"
 
 
 def shown(value: Any) -> str:

@@ -60,8 +60,6 @@ class ExperimentConfig(Config):
                 f"optimizer.accumulate={self.optimizer.accumulate} must divide data.batch_size={self.data.batch_size}; "
                 f"use one of {choices(divisors(self.data.batch_size))}"
             )
-        if self.model.vocab_size is not None and (known := self.data.task.vocabulary(self.data)) is not None:
-            self.model.with_vocab(known)
         periods = find_period(self.model.layers)[1]
         if self.mesh.pipeline > 1 and (periods == 1 or periods % self.mesh.pipeline):
             raise ValueError(

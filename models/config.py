@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from plait.configs.components import Config, at
+from plait.configs.components import Config, a, at
 from plait.configs.domains import Coefficient, Depth, Epsilon, Line, Positive, Vocabulary, Width
 from plait.models.build import SigmaReparam
 from plait.models.channel_mixers.base import ChannelMixerConfig
@@ -52,7 +52,7 @@ def pattern_name(config: MixerConfig) -> str:
 def _classes(config: MixerConfig) -> str:
     """A mixer's class, and that of the one it is around."""
     name = type(config).__name__
-    return f"{name} around a {_classes(config.mixer)}" if isinstance(config, WrapperConfig) else name
+    return f"{name} around {a(_classes(config.mixer))}" if isinstance(config, WrapperConfig) else name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,7 +107,10 @@ class LMConfig(Config):
             if name not in layers:
                 raise ValueError(f"mixers.{name} is in no layer of pattern={self.pattern!r}; remove it or name it in the pattern")
             if pattern_name(config) != name.partition("/")[0]:
-                raise ValueError(f"mixers.{name} is a {_classes(config)}; it must be a {_classes(default_mixer(name))}")
+                raise ValueError(
+                    f"mixers.{name} is {a(_classes(config))}; it must be {a(_classes(default_mixer(name)))}; "
+                    "change the pattern, or the config"
+                )
             at(f"mixers.{name}", config.fit, self.d_model)
         at("channel_mixer", self.channel_mixer.fit, self.d_model)
         check_carries([(name, self.mixers[name].carries(self.d_model)) for name in layers])

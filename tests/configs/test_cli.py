@@ -259,7 +259,7 @@ REFUSED = {
     "temperature below 0": ("generate {tmp}/none --temperature -1", "temperature=-1.0"),
     "top-k 0": ("generate {tmp}/none --top-k 0", "top_k=0"),
     "top-p above 1": ("generate {tmp}/none --top-p 1.5", "top_p=1.5"),
-    "report of nothing": ("report", "at least one run folder"),
+    "report of nothing": ("report", "error: runs is missing"),
 }
 
 

@@ -10,6 +10,7 @@ from typing import Annotated
 import tyro
 
 from plait.configs.domains import Counted, Length, Number, Seed, Vocabulary
+from plait.configs.words import parse
 from plait.train.commands.console import console
 
 
@@ -37,7 +38,7 @@ class GenerateArgs:
 
 def run(args: Sequence[str]) -> None:
     """Continues a prompt and prints the text."""
-    generate(tyro.cli(GenerateArgs, args=list(args), prog="launch.py generate"))
+    generate(parse(GenerateArgs, args, prog="launch.py generate"))
 
 
 def generate(options: GenerateArgs) -> None:

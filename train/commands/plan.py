@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-import tyro
-
 from plait.configs.domains import Name, Whole
 from plait.configs.options import split_options
+from plait.configs.words import parse
 from plait.train.commands.console import console
 
 
@@ -42,7 +41,7 @@ def run(args: Sequence[str]) -> None:
     mine, rest = split_options(PlanArgs, args)
     if not {"-h", "--help"} & set(mine) and not any(word.split("=")[0] == "--target" for word in mine):
         raise ValueError(f"plan needs a --target\nknown targets:\n{KNOWN}")
-    options = tyro.cli(PlanArgs, args=mine, prog="launch.py plan PRESET [train overrides]")  # --help ends here
+    options = parse(PlanArgs, mine, prog="launch.py plan PRESET [train overrides]")  # --help ends here
     from plait.configs.cli import parse_experiment
     from plait.train.pods.plan.command import run_plan
 

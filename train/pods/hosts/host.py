@@ -11,10 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
-
 from plait.configs.domains import Counted, Devices, Line, Seconds, Whole, check_leaves
 from plait.configs.options import split_options
+from plait.configs.words import parse
 
 PORT = 8476
 """The coordinator's, unless one is given."""
@@ -75,12 +74,7 @@ class Host:
 def host_options(args: Sequence[str]) -> tuple[HostsOptions, list[str]]:
     """The `--hosts.*` options among command-line arguments, and the rest. Raises HostsError for values out of range."""
     mine, rest = split_options(HostsOptions, args, "hosts.")
-
-    @dataclasses.dataclass(frozen=True)
-    class Launch:
-        hosts: Annotated[HostsOptions, tyro.conf.arg(name="hosts")] = HostsOptions()
-
-    return tyro.cli(Launch, args=mine, prog="launch.py train PRESET", description="Hosts of a run.").hosts, rest
+    return parse(HostsOptions, mine, default=HostsOptions(), prefix="hosts.", prog="launch.py train PRESET"), rest
 
 
 def find_host(options: HostsOptions, environ: Mapping[str, str] | None = None) -> Host | None:

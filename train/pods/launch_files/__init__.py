@@ -8,11 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from plait.configs.experiment import ExperimentConfig
 from plait.configs.files import write_atomically
 from plait.configs.options import split_options
+from plait.configs.words import parse
 from plait.train.pods.launch_files import gke, slurm, tpu_vm
 from plait.train.pods.launch_files.job import Job, checked_experiment
 from plait.train.pods.launch_files.machines import machines
@@ -56,7 +55,7 @@ def prepare(args: Sequence[str]) -> tuple[LaunchOptions, Job, str]:
     mine, overrides = split_options(kind.options, rest)
     _check_names(kind.options, overrides)
     prog = f"launch.py write-launch {args[0]} {preset or 'PRESET'} [train overrides]"
-    options = tyro.cli(kind.options, args=mine, prog=prog)  # --help ends here
+    options = parse(kind.options, mine, prog=prog)  # --help ends here
     if preset is None:
         raise ValueError(f"write-launch {args[0]} needs a preset next, as in 'write-launch {args[0]} hybrid_1b'")
     job = Job(
