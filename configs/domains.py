@@ -25,7 +25,7 @@ _HUGE, _TINY = 1e30, 1e-30  # a product of a few such numbers is still one in fl
 _SHOWN = 60  # characters of a value in a message
 _CHOICES = 24
 _EXAMPLES: dict[Any, Any] = {int: 1, float: 0.5, bool: False, str: "text"}
-_NOT_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_NOT_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")
 
 
 class Domain(abc.ABC):
@@ -88,7 +88,7 @@ class Number(Domain):
 
 @dataclasses.dataclass(frozen=True)
 class Text(Domain):
-    """Text that is not blank and has no control characters or line ends, in `longest` characters or less."""
+    """Text that is not blank and has no control characters, line ends or other marks that are no text, in `longest` characters or less."""
 
     longest: int = 4096
 
@@ -175,9 +175,8 @@ def annotations(schema: type) -> dict[str, Any]:
 
 def domain_of(hint: Any) -> Domain | None:
     """The domain that an annotation declares, of an optional leaf too."""
-    if typing.get_origin(hint) is Annotated:
-        return next((one for one in hint.__metadata__ if isinstance(one, Domain)), None)
-    return next((found for one in typing.get_args(hint) if (found := domain_of(one)) is not None), None)
+    own = next((one for one in getattr(hint, "__metadata__", ()) if isinstance(one, Domain)), None)
+    return own or next((found for one in typing.get_args(hint) if (found := domain_of(one)) is not None), None)
 
 
 def check_leaves(config: Any) -> None:
@@ -204,11 +203,11 @@ def fix(hint: Any, default: Any, value: Any) -> str:
     """What to use in place of a value that a leaf cannot have: the nearest choice, the default, or a number near it."""
     kinds = [kind for kind in (hint, *typing.get_args(hint)) if typing.get_origin(kind) is Literal]
     named = [str(choice) for kind in kinds for choice in typing.get_args(kind)]
-    if near := difflib.get_close_matches(str(value), named, n=1):
+    if isinstance(value, str) and (near := difflib.get_close_matches(value, named, n=1)):
         return f"did you mean {near[0]!r}?"
     if default is None:
         return "use None to leave it out"
-    if default is dataclasses.MISSING or (isinstance(default, str) and not default):
+    if default in (dataclasses.MISSING, "", ()):
         domain = domain_of(hint)
         default = domain.near(value) if domain is not None else named[0] if named else _EXAMPLES.get(hint, "another")
     return f"use {shown(default)}"
@@ -220,6 +219,11 @@ def shown(value: Any) -> str:
         return f"a whole number of {value.bit_length()} bits"
     text = repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def is_line(text: str) -> bool:
+    """Whether a text has no control characters and line ends, so that it can stand in a line of any file."""
+    return not _NOT_TEXT.search(text)
 
 
 def divisors(number: int) -> list[int]:

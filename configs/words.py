@@ -187,7 +187,7 @@ def _as(kind: Any, text: str) -> Iterator[Any]:
             yield float(text)
         except ValueError:
             return
-    elif kind in (str, Path):
+    elif kind is str or (kind is Path and text.strip()):
         yield kind(text)
 
 

@@ -22,8 +22,8 @@ import pytest
 from plait import launch
 from plait.configs.cli import parse_experiment
 from plait.configs.options import split_options
-from plait.configs.words import parse
 from plait.configs.presets import presets
+from plait.configs.words import parse
 from plait.train.commands.evaluate import parse as parse_eval
 from plait.train.commands.generate import GenerateArgs
 from plait.train.commands.plan import PlanArgs

@@ -8,6 +8,7 @@ import json
 import math
 import re
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 
 from plait.configs import codec
 from plait.configs.cli import parse_experiment
-from plait.configs.components import Config, ConfigError
+from plait.configs.components import Config, ConfigError, children
 from plait.configs.domains import Domain, Number, Text, Whole, annotations, check_leaves, choices, divisors, domain_of, shown
 from plait.configs.experiment import ExperimentConfig
 from plait.configs.listing import KINDS, registry
@@ -51,7 +52,7 @@ def plain_kinds(hint: Any) -> set[Any]:
         return set() if domain_of(hint) is not None else plain_kinds(typing.get_args(hint)[0])
     if typing.get_origin(hint) is typing.Literal:
         return set()
-    args = typing.get_args(hint)
+    args = typing.get_args(hint)[1:] if typing.get_origin(hint) is Mapping else typing.get_args(hint)
     return {hint} & {int, float, str} if not args else set().union(*map(plain_kinds, args))
 
 
@@ -93,7 +94,7 @@ REFUSED = {
     "a line end": ({"lid": "a\u2028b"}, "pot.lid='a\\u2028b' must be text that is not blank, without control characters"),
     "long": ({"lid": "a" * 500}, f"pot.lid='{'a' * 59}... must be text"),
     "none where there is no off": ({"heat": None}, "pot.heat=None must be a finite number"),
-    "in a tuple": ({"eyes": (0, 4)}, "pot.eyes.1=4 must be a whole number from 0 to 3; use ()"),
+    "in a tuple": ({"eyes": (0, 4)}, "pot.eyes.1=4 must be a whole number from 0 to 3; use 3"),
 }
 
 
@@ -137,15 +138,9 @@ def leaf_domains(config: Any, path: str = "") -> dict[str, Domain]:
     for name, hint in annotations(type(config)).items():
         if (domain := domain_of(hint)) is not None:
             found[path + name] = domain
-    for name, child in codec_children(config):
+    for name, child in children(config):
         found |= leaf_domains(child, f"{path}{name}.")
     return found
-
-
-def codec_children(config: Any) -> list[tuple[str, Any]]:
-    from plait.configs.components import children
-
-    return list(children(config))
 
 
 def inside(domain: Domain) -> st.SearchStrategy[Any]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from plait.configs.domains import is_line, shown
 from plait.configs.experiment import ExperimentConfig
 from plait.configs.files import write_atomically
 from plait.configs.options import split_options
@@ -48,8 +49,10 @@ def prepare(args: Sequence[str]) -> tuple[LaunchOptions, Job, str]:
     """What `write_launch` does before it writes: the options, what is started, and the text of the file. Raises ValueError."""
     if not args or args[0] not in KINDS:
         raise ValueError(f"write-launch needs one of {', '.join(KINDS)} first, not {args[0] if args else 'nothing'}")
-    if broken := [word for word in args if "\n" in word or "\r" in word]:
-        raise ValueError(f"{broken[0]!r} must be on one line: it becomes part of one in the file")
+    if broken := [word for word in args if not is_line(word)]:
+        raise ValueError(
+            f"{shown(broken[0])} must be on one line and without control characters, as it becomes part of a line of the file; take them out"
+        )
     kind = KINDS[args[0]]
     preset, rest = (args[1], args[2:]) if len(args) > 1 and not args[1].startswith("-") else (None, args[1:])
     mine, overrides = split_options(kind.options, rest)
