@@ -130,11 +130,11 @@ SomeSpan = Annotated[int, Whole(0, 2**30)]
 """Tokens, or none."""
 Length = Annotated[int, Whole(1, 2**24)]
 """Tokens of a row."""
-Rows = Annotated[int, Whole(1, 2**24)]
+Rows = Annotated[int, Whole(1, 2**20)]
 """Rows of a batch."""
 SomeRows = Annotated[int, Whole(0, 2**24)]
 """Rows of data, or none."""
-Vocabulary = Annotated[int, Whole(1, 2**24)]
+Vocabulary = Annotated[int, Whole(1, 2**21)]
 """Ids of tokens."""
 Devices = Annotated[int, Whole(1, 2**20)]
 """Devices along an axis of the mesh, or hosts."""

@@ -21,5 +21,5 @@ class ProbeConfig(Config):
     """Query positions per sequence whose attention is looked at, evenly spaced (all of them when the sequence is shorter)."""
     sequences: Rows = 4
     """Sequences of the batch looked at."""
-    first_k: Annotated[int, Whole(1, 1024)] = 4
+    first_k: Annotated[int, Whole(1, 64)] = 4
     """Number of leading document positions whose received attention alpha_1..alpha_K is reported."""

@@ -15,7 +15,7 @@ def test_config_default_is_valid_and_trains_4096_tokens():
     ("fields", "message"),
     [
         ({"seq_len": 0}, r"data\.seq_len=0 must be a whole number from 1 to 16777216; use 512"),
-        ({"batch_size": -1}, r"data\.batch_size=-1 must be a whole number from 1 to 16777216; use 16"),
+        ({"batch_size": -1}, r"data\.batch_size=-1 must be a whole number from 1 to 1048576; use 16"),
         ({"val_fraction": 0.9}, r"data\.val_fraction=0\.9 must be a finite number of at least 0 and at most 0\.5; use"),
         ({"val_fraction": float("nan")}, r"data\.val_fraction=nan must"),
         ({"seed": -1}, r"data\.seed=-1 must be a whole number from 0 to 4294967295; use 0"),

@@ -103,7 +103,7 @@ def test_with_vocab_settles_the_vocabulary():
         pytest.param(lambda: lm(num_layers=0), r"model\.num_layers=0 must be a whole number from 1", id="num_layers"),
         pytest.param(
             lambda: lm(vocab_size=-1),
-            r"model\.vocab_size=-1 must be a whole number from 1 to 16777216; use None",
+            r"model\.vocab_size=-1 must be a whole number from 1 to 2097152; use None",
             id="vocab_size",
         ),
         pytest.param(
