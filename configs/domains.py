@@ -167,10 +167,10 @@ Line = Annotated[str, Text()]
 
 
 @functools.cache
-def annotations(schema: type) -> dict[str, Any]:
+def hints_of(schema: type) -> dict[str, Any]:
     """The annotations of a dataclass's fields, domains included."""
     hints = typing.get_type_hints(schema, include_extras=True)
-    return {field.name: hints[field.name] for field in dataclasses.fields(schema)}  # type: ignore[arg-type]
+    return {field.name: hints[field.name] for field in dataclasses.fields(schema)}
 
 
 def domain_of(hint: Any) -> Domain | None:
@@ -181,8 +181,9 @@ def domain_of(hint: Any) -> Domain | None:
 
 def check_leaves(config: Any) -> None:
     """Raises ValueError for the first leaf of a dataclass that is not in its domain, as `FIELD=VALUE must be RULE; use FIX`."""
-    defaults = {field.name: field.default for field in dataclasses.fields(config)}
-    for name, hint in annotations(type(config)).items():
+    schema: Any = type(config)
+    defaults = {field.name: field.default for field in dataclasses.fields(schema)}
+    for name, hint in hints_of(schema).items():
         domain = domain_of(hint)
         if domain is None:
             continue
@@ -209,8 +210,8 @@ def fix(hint: Any, default: Any, value: Any) -> str:
         return "use None to leave it out"
     if default in (dataclasses.MISSING, "", ()):
         domain = domain_of(hint)
-        default = domain.near(value) if domain is not None else named[0] if named else _EXAMPLES.get(hint, "another")
-    return f"use {shown(default)}"
+        default = domain.near(value) if domain is not None else named[0] if named else _EXAMPLES.get(hint)
+    return "use another" if default is None else f"use {shown(default)}"
 
 
 def shown(value: Any) -> str:

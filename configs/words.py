@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 
 from plait.configs.components import Component, Config, at, default_of
-from plait.configs.domains import annotations, check_leaves, domain_of, fix, shown
+from plait.configs.domains import check_leaves, domain_of, fix, hints_of, shown
 
 T = TypeVar("T")
 _WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text", Path: "a path"}
@@ -67,7 +67,7 @@ def parse(
         ValueError: a word that is no option, has no value or a wrong one; a required option that is not there.
     """
     if not prefix and {"-h", "--help"} & set(words):
-        tyro.cli(schema, default=default, args=["--help"], prog=prog, description=description)  # type: ignore[arg-type]
+        tyro.cli(schema, default=default, args=["--help"], prog=prog, description=description)
     found = _read(list(_options(schema, default)), words, prog, prefix, tuple(others))
     if default is not None:
         made = _replaced(default, found)
@@ -76,7 +76,8 @@ def parse(
             if option.default is dataclasses.MISSING and option.path not in found:
                 how = f"after {prog!r}" if option.is_positional else f"after {flag(prefix + option.path)}"
                 raise ValueError(f"{prefix}{option.path} is missing; write it {how}")
-        made = schema(**found)
+        own = {path: value for path, value in found.items() if "." not in path}
+        made = _replaced(schema(**own), {path: value for path, value in found.items() if path not in own})
     if not isinstance(made, Config):
         at(prefix.rstrip("."), check_leaves, made)
     return made
@@ -90,7 +91,7 @@ def flag(path: str) -> str:
 def _options(schema: type, default: Any) -> Iterator[Option]:
     for field in dataclasses.fields(schema):
         value = default_of(field) if default is None else getattr(default, field.name)
-        yield from _inside(field.name, annotations(schema)[field.name], value)
+        yield from _inside(field.name, hints_of(schema)[field.name], value)
 
 
 def _inside(path: str, hint: Any, value: Any) -> Iterator[Option]:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from plait.configs import codec
 from plait.configs.cli import parse_experiment
 from plait.configs.components import Config, ConfigError, children
-from plait.configs.domains import Domain, Number, Text, Whole, annotations, check_leaves, choices, divisors, domain_of, shown
+from plait.configs.domains import Domain, Number, Text, Whole, check_leaves, choices, divisors, domain_of, hints_of, shown
 from plait.configs.experiment import ExperimentConfig
 from plait.configs.listing import KINDS, registry
 from plait.configs.mesh import MeshConfig
@@ -58,14 +58,14 @@ def plain_kinds(hint: Any) -> set[Any]:
 
 @pytest.mark.parametrize("schema", SCHEMAS, ids=lambda one: one.__name__)
 def test_every_number_and_text_has_a_domain(schema):
-    bare = [name for name, hint in annotations(schema).items() if plain_kinds(hint) and f"{schema.__name__}.{name}" not in FREE]
+    bare = [name for name, hint in hints_of(schema).items() if plain_kinds(hint) and f"{schema.__name__}.{name}" not in FREE]
     assert not bare, f"{schema.__name__}: give {bare} a domain of configs/domains.py in the annotation"
 
 
 @pytest.mark.parametrize("schema", SCHEMAS, ids=lambda one: one.__name__)
 def test_defaults_lie_in_their_domains(schema):
     for field in dataclasses.fields(schema):
-        domain = domain_of(annotations(schema)[field.name])
+        domain = domain_of(hints_of(schema)[field.name])
         if domain is not None and field.default not in (None, dataclasses.MISSING, ()):
             assert field.default in domain, field.name
 
@@ -135,7 +135,7 @@ def base(name: str) -> ExperimentConfig:
 def leaf_domains(config: Any, path: str = "") -> dict[str, Domain]:
     """The domain of each leaf of a config, by its dotted path."""
     found = {}
-    for name, hint in annotations(type(config)).items():
+    for name, hint in hints_of(type(config)).items():
         if (domain := domain_of(hint)) is not None:
             found[path + name] = domain
     for name, child in children(config):
