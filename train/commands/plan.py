@@ -22,7 +22,7 @@ class PlanArgs:
 
     target: Name
     """TPU slice or GPUs, as v5e:16x16, v5p:4x8x8, h100:8x8 or h100x64; cpu:8 for devices of this machine."""
-    slices: Annotated[int, Whole(1, 4096)] = 1
+    slices: Annotated[int, Whole(1, 256)] = 1
     """TPU slices of that shape, joined by the network."""
     search: bool = False
     """Also tries other meshes, recomputation and micro-batches, and ranks those that fit."""

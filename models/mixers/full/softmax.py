@@ -74,7 +74,7 @@ class SoftmaxConfig(MixerConfig):
             )
         if self.sink_logits and self.normalizer != "softmax":
             raise ValueError(
-                f"sink_logits=True needs normalizer='softmax', not {self.normalizer!r}: only softmax has a denominator"
+                f"sink_logits=True needs normalizer='softmax', not {self.normalizer!r}, which has no denominator; leave one of them out"
             )
         if self.shared_kv == "read" and self.value_residual:
             raise ValueError(

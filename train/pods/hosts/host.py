@@ -66,9 +66,11 @@ class Host:
 
     def __post_init__(self) -> None:
         if not 0 <= self.index < self.count:
-            raise HostsError(f"hosts.index={self.index} must be from 0 to {self.count - 1}, for hosts.count={self.count}")
+            raise HostsError(
+                f"hosts.index={self.index} must be from 0 to {self.count - 1}, for hosts.count={self.count}; give each host its own"
+            )
         if not re.fullmatch(r"(\[.+\]|[^:\s]+):\d+", self.coordinator):
-            raise HostsError(f"hosts.coordinator={self.coordinator!r} must be HOST:PORT, as in 10.0.0.1:{PORT}")
+            raise HostsError(f"hosts.coordinator={self.coordinator!r} must be HOST:PORT; use for example 10.0.0.1:{PORT}")
 
 
 def host_options(args: Sequence[str]) -> tuple[HostsOptions, list[str]]:
@@ -94,7 +96,7 @@ def find_host(options: HostsOptions, environ: Mapping[str, str] | None = None) -
     if None in found.values():
         detect = env.get("PLAIT_HOSTS", "auto") if options.detect == "auto" else options.detect
         if detect not in ("auto", "none", *_DETECTORS):
-            raise HostsError(f"PLAIT_HOSTS={detect!r} must be auto, none, {', '.join(_DETECTORS)}")
+            raise HostsError(f"PLAIT_HOSTS={detect!r} must be one of auto, none, {', '.join(_DETECTORS)}; use auto")
         for name, detector in _DETECTORS.items():
             if detect in ("auto", name) and (detected := detector(env, detect == name)) is not None:
                 found = {key: detected.get(key) if value is None else value for key, value in found.items()}
@@ -144,7 +146,7 @@ def _kubernetes(env: Mapping[str, str], asked: bool) -> _Found | None:
     if slice_index := _number(env, "JOB_INDEX"):
         per_slice = _number(env, "PLAIT_HOSTS_PER_SLICE")
         if per_slice is None:
-            raise HostsError(f"JOB_INDEX={slice_index} needs PLAIT_HOSTS_PER_SLICE, the pods of one replicated job")
+            raise HostsError(f"JOB_INDEX={slice_index} needs PLAIT_HOSTS_PER_SLICE, the pods of one replicated job; set it")
         index += slice_index * per_slice
     coordinator = None
     if {"JOBSET_NAME", "REPLICATED_JOB_NAME"} <= env.keys():
@@ -197,4 +199,4 @@ def _number(env: Mapping[str, str], name: str) -> int | None:
     try:
         return int(env[name])
     except ValueError:
-        raise HostsError(f"{name}={env[name]!r} must be a whole number") from None
+        raise HostsError(f"{name}={env[name]!r} must be a whole number; set it to one, or not at all") from None

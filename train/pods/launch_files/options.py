@@ -85,7 +85,7 @@ class LaunchOptions:
 
     target: Name
     """Machines, as in v5e:16x16 and v5p:8x8x8 (chips along each axis of a TPU slice), or h100:8x8 (hosts x 8 GPUs)."""
-    slices: Annotated[int, Whole(1, 4096)] = 1
+    slices: Annotated[int, Whole(1, 256)] = 1
     """TPU slices of that shape, joined by the data-centre network."""
     name: Name | None = None
     """Of the job; the preset's name by default."""
