@@ -63,7 +63,7 @@ WRONG = {
         r"hosts\.coordinator and hosts\.count",
     ),
     "slices without their size": ({}, {**SET, "JOB_INDEX": "1"}, "JOB_INDEX=1 needs PLAIT_HOSTS_PER_SLICE"),
-    "no such detection": ({}, {"PLAIT_HOSTS": "pbs"}, "PLAIT_HOSTS='pbs' must be auto, none, slurm, kubernetes, tpu"),
+    "no such detection": ({}, {"PLAIT_HOSTS": "pbs"}, "PLAIT_HOSTS='pbs' must be one of auto, none, slurm, kubernetes, tpu"),
 }
 
 
