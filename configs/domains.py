@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal
 
 INT32 = 2**31 - 1
 """The largest index of a program."""
-_HUGE, _TINY = 1e30, 1e-30  # a product of a few such numbers is still one in float32, and is not 0
+_HUGE, _TINY = 1e30, 1e-30  # both are numbers in float32, and the reciprocals of each other
 _SHOWN = 60  # characters of a value in a message
 _CHOICES = 24
 _EXAMPLES: dict[Any, Any] = {int: 1, float: 0.5, bool: False, str: "text"}
@@ -31,8 +31,10 @@ _NOT_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufff
 class Domain(abc.ABC):
     """Which values a leaf may have."""
 
-    rule: str
-    """What they are, as in `must be RULE`."""
+    @property
+    @abc.abstractmethod
+    def rule(self) -> str:
+        """What they are, as in `must be RULE`."""
 
     @abc.abstractmethod
     def __contains__(self, value: object) -> bool: ...
@@ -50,7 +52,7 @@ class Whole(Domain):
     most: int
 
     @property
-    def rule(self) -> str:  # type: ignore[override]
+    def rule(self) -> str:
         return f"a whole number from {self.least} to {self.most}"
 
     def __contains__(self, value: object) -> bool:
@@ -70,10 +72,9 @@ class Number(Domain):
     below: float = math.inf
 
     @property
-    def rule(self) -> str:  # type: ignore[override]
-        low = f"of at least {self.least:g}" if self.above < self.least else f"above {self.above:g}"
-        if self.above == 0 and self.least > 0:
-            low = f"above 0 ({self.least:g} or more)"
+    def rule(self) -> str:
+        low = f"above {self.above:g}" if self.above > -math.inf else f"of at least {self.least:g}"
+        low += f" ({self.least:g} or more)" if self.least > self.above > -math.inf else ""
         high = f"below {self.below:g}" if self.below <= self.most else f"at most {self.most:g}"
         return f"a finite number {low} and {high}"
 
@@ -93,7 +94,7 @@ class Text(Domain):
     longest: int = 4096
 
     @property
-    def rule(self) -> str:  # type: ignore[override]
+    def rule(self) -> str:
         return f"text that is not blank, without control characters and of at most {self.longest} characters"
 
     def __contains__(self, value: object) -> bool:
