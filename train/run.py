@@ -21,6 +21,7 @@ from plait.configs import codec
 from plait.configs.experiment import ExperimentConfig
 from plait.configs.files import write_atomically
 from plait.configs.mesh import MeshConfig
+from plait.configs.vocabulary import check_vocabulary
 from plait.data.loader import Data, build_data
 from plait.data.tokenizer import META_FILE, TOKENIZER_FILE
 from plait.train.checkpoint import CheckpointError, Checkpoints
@@ -117,6 +118,7 @@ class Setup(Program):
 def set_up(config: ExperimentConfig) -> Setup:
     """Data, mesh and model of an experiment, checked against each other and between the hosts. Raises ValueError before any compile."""
     with together("mesh"):
+        check_vocabulary(config)
         mesh = make_mesh(config.mesh)
         layout = batch_layout(config, mesh)
     for reading in (first(), not first()):  # where the hosts share a cache, host 0 fills it and the others find it

@@ -202,4 +202,4 @@ def test_generate_command(compile_cache, corpus, tmp_path, capsys):
     assert first.splitlines()[-1].startswith("the [law]") and first == said("--prompt", "the [law]")
     assert said("--temperature", "0") == said("--temperature", "0", "--seed", "5")
     assert main(["generate", str(out), "--num-tokens", "0"]) == 2
-    assert "num_tokens=0 must be at least 1" in capsys.readouterr().err
+    assert "num_tokens=0 must be a whole number from 1" in capsys.readouterr().err

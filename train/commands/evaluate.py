@@ -11,7 +11,9 @@ import tyro
 from rich.table import Table
 
 from plait.configs.components import at
+from plait.configs.domains import Counted, Line, Steps
 from plait.configs.options import split_options
+from plait.configs.words import parse as words_of
 from plait.data.loader import Data, build_data
 from plait.data.tasks.base import TASKS, Task
 from plait.train.commands.console import console
@@ -28,11 +30,11 @@ class EvalArgs:
 
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder."""
-    tasks: str | None = None
+    tasks: Line | None = None
     """Comma-separated; `list tasks` shows them. By default what the run was trained on: its text, as ppl, or its task."""
-    step: int | None = None
+    step: Counted | None = None
     """Checkpoint; the newest by default."""
-    batches: int | None = None
+    batches: Steps | None = None
     """Batches of held-out rows; all by default."""
 
 
@@ -41,9 +43,7 @@ def parse(args: Sequence[str]) -> tuple[EvalArgs, dict[str, list[str]]]:
     rest, words = list(args), dict[str, list[str]]()
     for name, task in TASKS.all().items():
         words[name], rest = split_options(task, rest, prefix=f"{name.replace('_', '-')}.")
-    options = tyro.cli(EvalArgs, args=rest, prog="launch.py eval")
-    if options.batches is not None and options.batches < 1:
-        raise ValueError(f"batches={options.batches} must be at least 1; leave it out for all")
+    options = words_of(EvalArgs, rest, prog="launch.py eval")
     names = () if options.tasks is None else task_names(options.tasks)
     for name, given in words.items():
         if given and name not in names:
@@ -85,10 +85,7 @@ def _task(trained: Trained, name: str, words: Mapping[str, list[str]]) -> Task:
     default = own if own.name == name else TASKS[name]()
     if not words[name]:
         return default
-    schema = dataclasses.make_dataclass(
-        "Options", [(name, type(default), default)], frozen=True
-    )  # for flags that begin with the name
-    return getattr(tyro.cli(schema, args=words[name], prog="launch.py eval RUN"), name)
+    return words_of(type(default), words[name], default=default, prefix=f"{name}.", prog="launch.py eval RUN")
 
 
 def _data(trained: Trained, task: Task) -> Data:
