@@ -22,6 +22,7 @@ from plait.tests.train.common import changed, different_arrays, hybrid, launch, 
 from plait.train import run as runs
 from plait.train.checkpoint import CheckpointError, Checkpoints
 from plait.train.loop import train
+from plait.train.run_folder import contents
 
 STEPS, EVERY = 40, 8
 CLOCKS = ("seconds", "time/", "throughput/")
@@ -214,13 +215,15 @@ def test_stopped_with_singular_vectors(light, compile_cache, tmp_path, monkeypat
 
 
 def test_stopped_before_the_first_step_begins_anew(light, light_undisturbed, tmp_path):
-    """A run killed before its first checkpoint holds only its config; --resume starts it."""
+    """A run killed before its first checkpoint holds only its config and what it logged; --resume starts it."""
     out = tmp_path / "run"
-    out.mkdir()
+    contents.mark(out)
     codec.save(changed(light, {"out": str(out)}), out / "config.json")
-    (out / "metrics.jsonl").write_text('{"step": 2, "tokens": 1, "seconds": 1.0}\n{"step": 4, "tok')
+    logged = '{"step": 2, "tokens": 1, "seconds": 1.0}\n{"step": 4, "tok'
+    (out / "metrics.jsonl").write_text(logged)
     train(changed(light, {"out": str(out), "resume": True}))
     assert_same_run(out, light_undisturbed)
+    assert (out / "unsaved-1" / "metrics.jsonl").read_text() == logged, "nothing is deleted without a checkpoint"
 
 
 def truncate(file: Path) -> None:
