@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from plait.train.pods.hosts.together import any_of, decide, first, together
-from plait.train.run_folder.seal import damage, seal
+from plait.train.run_folder.seal import damage, seal, unreadable
 from plait.train.state import TrainState
 
 log = logging.getLogger("plait")
@@ -69,6 +69,9 @@ class Checkpoints:
         if not read_only:
             self.folder.mkdir(parents=True, exist_ok=True)
         there = self.folder.exists()
+        with together("checkpoint"):
+            if there and first():
+                self._look_over()
         self._path = self._plain() if there else self.folder
         self._manager: Any = ocp.CheckpointManager(self._path, options=options, item_handlers=handlers) if there else None
 
@@ -176,6 +179,17 @@ class Checkpoints:
         for folder in self._path.iterdir():
             if folder.name[:1].isdecimal() and ocp.utils.TMP_DIR_SUFFIX in folder.name:
                 seal(folder, self._arrays)
+
+    def _look_over(self) -> None:
+        """Moves aside what the storage library could not open the folder with, and no checkpoint needs."""
+        for folder in self.folder.iterdir():
+            for path in unreadable(folder) if folder.name.isdecimal() else ():
+                if self.read_only:
+                    raise CheckpointError(
+                        f"{path} is not JSON that can be used; remove it, or go on with --resume, which passes over it"
+                    )
+                log.warning("%s is not JSON that can be used; it is renamed", path)
+                path.rename(path.with_name(f"damaged-{path.name}"))
 
     def _plain(self) -> Path:
         """The folder by a path without a sign that means something to the storage library: its own, or a link's."""

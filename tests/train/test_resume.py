@@ -197,6 +197,23 @@ def test_sigterm_saves_exits_0_and_goes_on(light, light_undisturbed, compile_cac
     assert_same_run(out, light_undisturbed)
 
 
+def test_a_terminal_that_is_gone_ends_nothing_unsaved(light, light_undisturbed, compile_cache, tmp_path):
+    """First nobody reads what is printed any more, as under `| head`, then SIGHUP comes."""
+    out = tmp_path / "run"
+    process = launch(*flags(light, out), cache=compile_cache)
+    process.stdout.close()
+    while not any((out / "checkpoints").glob("[0-9]*/manifest.json")):
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(300) == 0
+    step = max(int(p.name) for p in (out / "checkpoints").glob("[0-9]*"))
+    assert step >= lines_of(out / "metrics.jsonl")[-1]["step"] and step >= EVERY
+    if step < STEPS:  # it may have been done already
+        train(changed(light, {"name": "lm_tiny", "out": str(out), "resume": True}))
+    assert_same_run(out, light_undisturbed)
+
+
 def test_stopped_twice_and_resumed_twice(light, light_undisturbed, tmp_path, monkeypatch):
     again = stopped_at(light, tmp_path / "run", 3, monkeypatch)
     with monkeypatch.context() as patch:

@@ -166,6 +166,8 @@ def _holder(path: Path) -> Record | None:
             content = path.read_bytes()
         except FileNotFoundError:
             return None
+        except OSError:
+            content = b""
         record = _read(path)
         if record is not None:
             if record.left or record.dead:

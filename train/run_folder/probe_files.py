@@ -82,7 +82,10 @@ def read_probes(run: Path) -> ProbeSeries:
     run, notes, files = Path(run), [], {}
     for path in probe_files(run):
         try:
-            files[step_of(path)] = {name: array.astype(np.float32) for name, array in read_npz(path).items()}
+            arrays = read_npz(path)
+            if any(array.dtype.kind not in "fiu" for array in arrays.values()):
+                raise ValueError(f"{path.name} holds what are no numbers")
+            files[step_of(path)] = {name: array.astype(np.float32) for name, array in arrays.items()}
         except ValueError as error:
             notes.append(f"{error} and was ignored")
     ranks = {

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 import tensorstore
 
 from plait.configs import codec
-from plait.configs.files import write_atomically
+from plait.configs.files import read_json, write_atomically
 
 MANIFEST = "manifest.json"
 _STAMPED = "_CHECKPOINT_METADATA"  # gets the time at which the checkpoint is renamed, and is not needed to restore
@@ -49,6 +49,18 @@ def damage(folder: Path) -> str | None:
         if (found := _digest(folder / name)) != written:
             return f"is damaged: {name} has {found[0]} bytes of CRC {found[1]:08x}, written were {written[0]} of {written[1] & 0xFFFFFFFF:08x}"
     return None
+
+
+def unreadable(folder: Path) -> list[Path]:
+    """The files of a checkpoint that the storage library reads before any is checked, and that are not what it takes for granted."""
+    return [path for path in (folder / _STAMPED, folder / "metrics" / "metrics") if path.exists() and not _is_object(path)]
+
+
+def _is_object(path: Path) -> bool:
+    try:
+        return isinstance(read_json(path), dict)
+    except (OSError, ValueError):
+        return False
 
 
 def _hollow(folder: Path, arrays: int) -> str | None:
