@@ -69,11 +69,18 @@ class Checkpoints:
         if not read_only:
             self.folder.mkdir(parents=True, exist_ok=True)
         there = self.folder.exists()
-        with together("checkpoint"):
-            if there and first():
-                self._look_over()
+        if not read_only:
+            with together("checkpoint"):
+                if first():
+                    self._move_unreadable()
         self._path = self._plain() if there else self.folder
-        self._manager: Any = ocp.CheckpointManager(self._path, options=options, item_handlers=handlers) if there else None
+        try:
+            self._manager: Any = ocp.CheckpointManager(self._path, options=options, item_handlers=handlers) if there else None
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+            paths = ", ".join(str(path) for path in self._unreadable()) or self.folder
+            raise CheckpointError(
+                f"{paths} cannot be used ({type(error).__name__}); remove it, no checkpoint needs it"
+            ) from error
 
     def save(self, step: int, state: TrainState, extra: dict[str, Any], *, loss: float | None) -> None:
         """Starts saving the state after `step` with the JSON `extra`; `loss` ranks it among the best.
@@ -180,16 +187,14 @@ class Checkpoints:
             if folder.name[:1].isdecimal() and ocp.utils.TMP_DIR_SUFFIX in folder.name:
                 seal(folder, self._arrays)
 
-    def _look_over(self) -> None:
-        """Moves aside what the storage library could not open the folder with, and no checkpoint needs."""
-        for folder in self.folder.iterdir():
-            for path in unreadable(folder) if folder.name.isdecimal() else ():
-                if self.read_only:
-                    raise CheckpointError(
-                        f"{path} is not JSON that can be used; remove it, or go on with --resume, which passes over it"
-                    )
-                log.warning("%s is not JSON that can be used; it is renamed", path)
-                path.rename(path.with_name(f"damaged-{path.name}"))
+    def _unreadable(self) -> list[Path]:
+        """Files with which the storage library might not open the folder."""
+        return [path for folder in self.folder.iterdir() if folder.name.isdecimal() for path in unreadable(folder)]
+
+    def _move_unreadable(self) -> None:
+        for path in self._unreadable():
+            log.warning("%s is not JSON that can be used; it is renamed", path)
+            path.rename(path.with_name(f"damaged-{path.name}"))
 
     def _plain(self) -> Path:
         """The folder by a path without a sign that means something to the storage library: its own, or a link's."""
