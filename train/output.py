@@ -13,7 +13,7 @@ from typing import Any
 def outliving_readers() -> Iterator[None]:
     """Inside, standard output and error that cannot be written to any more are thrown away in silence, and end nothing."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (_Outliving(stream) for stream in before)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = (_Outliving(stream) for stream in before)
     try:
         yield
     finally:
