@@ -9,7 +9,7 @@ from pathlib import Path
 import tyro
 
 from plait.configs.options import split_options
-from plait.train.commands.console import console
+from plait.train.console import console
 
 
 @dataclasses.dataclass(frozen=True)

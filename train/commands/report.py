@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from plait.train.commands.console import console
+from plait.train.console import console
 
 
 @dataclasses.dataclass(frozen=True)
