@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
+from plait.configs.errors import is_bad_input
+
 _deferred: contextvars.ContextVar[bool] = contextvars.ContextVar("plait_deferred", default=False)
 
 
@@ -102,6 +104,8 @@ def at(path: str, check: Callable[..., Any], *args: Any) -> Any:
     try:
         return check(*args)
     except ValueError as error:
+        if not is_bad_input(error):
+            raise
         raise ConfigError(f"{path}.{error}" if path else str(error)) from None
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from plait.data.batch import Batch
 from plait.data.config import DataConfig
-from plait.data.loader import Data
+from plait.data.loader import Data, Reading
 from plait.data.tasks.base import Task
 from plait.data.tasks.draws import Draws
 
@@ -37,7 +37,7 @@ class GeneratedTask(Task):
         if self.val_rows < 0:
             raise ValueError(f"val_rows={self.val_rows} must be 0 or more; use 0 for no validation")
 
-    def open(self, data: DataConfig, folder: Path, rows: np.ndarray | None) -> Data:
+    def open(self, data: DataConfig, folder: Path, rows: np.ndarray | None, reading: Reading | None) -> Data:
         fields = {f"task.{name}": value for name, value in dataclasses.asdict(self).items()}
         return Data(
             config=data,

@@ -142,8 +142,8 @@ def test_all_bad_files_are_named_together(tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda p: None, r"has no \.txt, \.jsonl, \.parquet files; it has no files"),
-        (lambda p: (p / "a.pdf").write_text("x"), r"it has 1 files \(\.pdf\); give another folder"),
+        (lambda p: None, r"has no files that are read; it has no files; use \.txt, \.jsonl, \.json, \.parquet"),
+        (lambda p: (p / "a.pdf").write_text("x"), r"it has \.pdf \(1\); use"),
         (lambda p: (p / "a.txt").write_text(""), r"holds no text in 1 file"),
         (lambda p: (p / "a.jsonl").write_text('\n{"text": ""}\n'), r"holds no text in 1 file"),
     ],
@@ -161,7 +161,7 @@ def test_unknown_name_missing_path_and_other_ending(tmp_path):
     with pytest.raises(DataError, match=r"nor an existing path; check the path"):
         open_source(str(tmp_path / "gone"), "text")
     (tmp_path / "a.csv").write_text("x")
-    with pytest.raises(DataError, match=r"has the ending '\.csv'; use one of \.txt, \.jsonl, \.parquet"):
+    with pytest.raises(DataError, match=r"has the ending '\.csv'; use \.txt, \.jsonl, \.json, \.parquet"):
         open_source(str(tmp_path / "a.csv"), "text")
 
 
