@@ -50,6 +50,7 @@ class JsonTokenizer(Tokenizer):
         self.text = text
         self._library("is not a tokenizer.json", lambda: parse_json(text))
         self._tok = self._library("is not a tokenizer.json", lambda: tokenizers.Tokenizer.from_str(text))
+        _check_ids(self._tok.get_vocab(with_added_tokens=True), where)  # before the library counts up to the largest
         content = json.loads(self._tok.to_str())  # with the fields that older files lack
         self._eos = _usual_end(content, where) if eos is None else eos
         self._bos = bos or self._eos
@@ -64,7 +65,7 @@ class JsonTokenizer(Tokenizer):
         self._byte_level = "ByteLevel" in [
             part["type"] for name in ("pre_tokenizer", "normalizer") for part in _parts(content[name])
         ]
-        _check_vocabulary(vocab, self._ends, where)
+        _check_ends(vocab, self._ends, where)
         _check_bytes(content, vocab, self._byte_level, where)
         self.eos_id, self.bos_id = vocab[self._eos], vocab[self._bos]
         self.vocab_size = max(vocab.values()) + 1
@@ -164,22 +165,23 @@ def _usual_end(content: Mapping[str, Any], where: str) -> str:
     return found
 
 
-def _check_vocabulary(vocab: Mapping[str, int], ends: tuple[str, str], where: str) -> None:
-    """Raises DataError unless it has these tokens, and one token for each id, none of them huge."""
+def _check_ids(vocab: Mapping[str, int], where: str) -> None:
+    """Raises DataError unless each id is that of one token, and none is huge."""
+    names: dict[int, str] = {}
+    for name, i in vocab.items():
+        if i >= MOST_IDS:
+            raise DataError(f"{where} gives {name!r} the id {i}; ids must be below {MOST_IDS}: number its tokens from 0 on")
+        if (other := names.setdefault(i, name)) != name:
+            raise DataError(f"{where} gives both {other!r} and {name!r} the id {i}; give each token its own")
+
+
+def _check_ends(vocab: Mapping[str, int], ends: tuple[str, str], where: str) -> None:
+    """Raises DataError for an end or start token that is not there."""
     for name in ends:
         if name not in vocab:
             raise DataError(
                 f"{where} has no token {name!r}; name its end-of-text token as eos_token in tokenizer_config.json beside it"
             )
-    largest = max(vocab, key=lambda name: vocab[name])
-    if vocab[largest] >= MOST_IDS:
-        raise DataError(
-            f"{where} gives {largest!r} the id {vocab[largest]}; ids must be below {MOST_IDS}: number its tokens from 0 on"
-        )
-    names: dict[int, str] = {}
-    for name, i in vocab.items():
-        if (other := names.setdefault(i, name)) != name:
-            raise DataError(f"{where} gives both {other!r} and {name!r} the id {i}; give each token its own")
 
 
 def _check_bytes(content: Mapping[str, Any], vocab: Mapping[str, int], byte_level: bool, where: str) -> None:
