@@ -29,12 +29,13 @@ build_data(DataConfig(source=sys.argv[1], tokenizer="byte", seq_len=16, batch_si
 """
 
 
-def tokenising(corpus, cache, run, seconds):
-    """A process that is in the middle of tokenising."""
-    words = [sys.executable, "-c", TOKENISE, str(corpus), str(cache), str(run), str(seconds)]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "tokenising\n"
-    return process
+def tokenising(corpus, cache, runs, seconds):
+    """Processes that are in the middle of tokenising, one a run."""
+    words = [sys.executable, "-c", TOKENISE, str(corpus), str(cache)]
+    processes = [subprocess.Popen([*words, str(run), str(seconds)], stdout=subprocess.PIPE, text=True) for run in runs]
+    for process in processes:
+        assert process.stdout.readline() == "tokenising\n"
+    return processes
 
 
 def build(corpus, cache, run):
@@ -43,7 +44,7 @@ def build(corpus, cache, run):
 
 def test_killed_writer_is_swept_and_a_living_one_is_not(corpus_folder, tmp_path):
     cache = tmp_path / "cache"
-    dead, living = (tokenising(corpus_folder, cache, tmp_path / name, 3) for name in ("dead", "living"))
+    dead, living = tokenising(corpus_folder, cache, [tmp_path / "dead", tmp_path / "living"], 3)
     dead.send_signal(signal.SIGKILL)
     dead.wait()
     assert len([path for path in cache.iterdir() if path.is_dir()]) == 2
@@ -58,8 +59,8 @@ def test_killed_writer_is_swept_and_a_living_one_is_not(corpus_folder, tmp_path)
 def test_kills_while_two_race_for_one_cache(corpus_folder, tmp_path):
     cache = tmp_path / "cache"
     for attempt in range(20):
-        pair = [tokenising(corpus_folder, cache, tmp_path / f"{attempt}-{i}", 0.3) for i in range(2)]
-        time.sleep(0.02 * attempt)
+        pair = tokenising(corpus_folder, cache, [tmp_path / f"{attempt}-{i}" for i in range(2)], 2)
+        time.sleep(0.11 * attempt)
         pair[attempt % 2].send_signal(signal.SIGKILL)
         assert pair[(attempt + 1) % 2].wait() == 0
         pair[attempt % 2].wait()
