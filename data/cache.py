@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
+import hashlib
+import json
 import platform
 import shutil
 import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from plait.data.config import DataError
 
@@ -63,6 +67,12 @@ def sweep(cache: Path) -> None:
                     owner.unlink()
         except OSError:  # a live writer's, another user's, or gone by now
             continue
+
+
+def checksum(description: Any) -> str:
+    """sha256 of the fields of a dataclass but `check`, which keeps it."""
+    fields = {name: value for name, value in dataclasses.asdict(description).items() if name != "check"}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def _machine() -> str:

@@ -14,7 +14,7 @@ import numpy as np
 
 from plait.configs import codec
 from plait.data.bpe import train_bpe
-from plait.data.cache import making
+from plait.data.cache import checksum, making
 from plait.data.config import DataError
 from plait.data.packing import Documents, shuffled_order
 from plait.data.readers import short
@@ -47,6 +47,7 @@ class CorpusMeta:
     num_token_bytes: int  # the same, counted token by token
     tokens_sha256: str
     index_sha256: str
+    check: str | None = None  # of the fields above; None in caches that are older than it
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ def _tokenise(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
         tokens_sha256=content.hexdigest(),
         index_sha256=_sha256(folder / INDEX),
     )
-    (folder / META).write_text(json.dumps(asdict(meta), indent=1), "utf-8")
+    (folder / META).write_text(json.dumps(asdict(replace(meta, check=checksum(meta))), indent=1), "utf-8")
 
 
 def _groups(texts: Iterable[str]) -> Iterator[list[str]]:
@@ -212,6 +213,8 @@ def _open(folder: Path, tokenizer: Tokenizer) -> Corpus:
         meta = codec.load(CorpusMeta, folder / META)
         if meta.format != FORMAT or meta.tokenizer != tokenizer.fingerprint or meta.dtype not in TOKEN_DTYPES:
             raise DataError(f"{META} is of another format or tokenizer")
+        if meta.check not in (None, checksum(meta)):
+            raise DataError(f"{META} has changed")
         size, expected = (folder / TOKENS).stat().st_size, meta.num_tokens * np.dtype(meta.dtype).itemsize
         if size != expected:
             raise DataError(f"{TOKENS} has {size} bytes instead of {expected}")

@@ -6,7 +6,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -15,6 +15,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from plait.configs.files import write_atomically
+from plait.data.cache import checksum
 from plait.data.config import BYTE_VOCAB
 
 END_OF_TEXT = "<|endoftext|>"
@@ -33,6 +34,7 @@ class TokenizerMeta:
     corpus: str | None = None  # fingerprint of the text it was learned from
     tokenizer: str | None = None  # data.tokenizer and data.vocab_size that asked for it
     vocab_size: int | None = None
+    check: str | None = None  # of the fields above; None in folders that are older than it
 
 
 class Tokenizer(ABC):
@@ -96,7 +98,7 @@ class Tokenizer(ABC):
             vocab_size=vocab_size,
         )
         write_atomically(Path(folder) / TOKENIZER_FILE, self.to_json())
-        write_atomically(Path(folder) / META_FILE, json.dumps(asdict(meta), indent=1))
+        write_atomically(Path(folder) / META_FILE, json.dumps(asdict(replace(meta, check=checksum(meta))), indent=1))
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of one text, int32 [n]."""

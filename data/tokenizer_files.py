@@ -8,6 +8,7 @@ from typing import Any
 from plait.configs import codec
 from plait.configs.components import ConfigError
 from plait.configs.files import read_json
+from plait.data.cache import checksum
 from plait.data.config import DataError
 from plait.data.tokenizer import META_FILE, TOKENIZER_FILE, ByteTokenizer, Tokenizer, TokenizerMeta
 from plait.data.tokenizer_json import JsonTokenizer
@@ -48,10 +49,15 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 def read_meta(folder: Path) -> TokenizerMeta | None:
     """What `Tokenizer.save` wrote about the tokenizer in this folder; None for one that is not ours. Raises DataError where it is damaged."""
     file = folder / META_FILE
+    if not file.exists():
+        return None
     try:
-        return codec.load(TokenizerMeta, file) if file.exists() else None
+        meta = codec.load(TokenizerMeta, file)
     except ConfigError as error:
         raise DataError(f"{error}; restore it, or delete it") from None
+    if meta.check not in (None, checksum(meta)):
+        raise DataError(f"{file} is not what was written there; restore it, or delete it")
+    return meta
 
 
 def _published_ends(folder: Path) -> tuple[str | None, str | None]:
