@@ -11,7 +11,7 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from plait.configs.files import write_atomically
 from plait.configs.mesh import MeshConfig
 from plait.configs.vocabulary import check_vocabulary
 from plait.data.loader import Data, build_data
-from plait.data.tokenizer import META_FILE, TOKENIZER_FILE
+from plait.data.tokenizer import META_FILE, TOKENIZER_FILE, Tokenizer
+from plait.data.tokenizer_files import load_tokenizer
 from plait.train.checkpoint import CheckpointError, Checkpoints
 from plait.train.mesh import batch_sharding, make_mesh
 from plait.train.pods.hosts import hardware
@@ -32,7 +33,7 @@ from plait.train.pods.hosts.together import agree, broadcast, count, decide, fir
 from plait.train.program import Program
 from plait.train.run_folder.contents import CHECKPOINTS, CONFIG, RunError, begun
 from plait.train.run_folder.owner import owned
-from plait.train.state import Arrays
+from plait.train.state import Arrays, TrainState
 
 _FREE_ON_RESUME = ("out", "resume", "mesh", "log_every", "keep_last", "keep_best", "checkpoint_every", "wandb")
 
@@ -153,13 +154,17 @@ def set_up(config: ExperimentConfig) -> Setup:
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A run opened for reading."""
+    """A run opened for reading: what it needs is in its folder, its corpus is not looked at."""
 
-    setup: Setup
+    program: Program
+    tokenizer: Tokenizer | None
+    """None where ids stand for nothing."""
     step: int
     params: Arrays
     """Averaged ones where the run keeps an average."""
     buffers: Arrays
+    data: Mapping[str, Any]
+    """The identity of what it was trained on."""
 
 
 def _mesh_for_reading(config: ExperimentConfig) -> MeshConfig:
@@ -171,20 +176,47 @@ def _mesh_for_reading(config: ExperimentConfig) -> MeshConfig:
         return MeshConfig(data=math.gcd(config.data.batch_size // config.optimizer.accumulate, jax.device_count()))
 
 
-@contextlib.contextmanager
-def opened(folder: str | Path, step: int | None = None) -> Iterator[Trained]:
-    """The run in `folder` at its newest whole checkpoint (or that of `step`). Raises RunError or CheckpointError."""
+def opened(folder: str | Path, step: int | None = None) -> Trained:
+    """The run in `folder` at its newest whole checkpoint (or that of `step`); nothing is written there, and it may be in training.
+
+    Raises:
+        RunError: no run, or one without its tokenizer.
+        CheckpointError: no such checkpoint that is whole.
+    """
     folder = Path(folder)
     if not (folder / CONFIG).exists():
         raise RunError(f"{str(folder)!r} is not a run folder: it has no {CONFIG}; give the --out of a training run")
     config = dataclasses.replace(codec.load(ExperimentConfig, folder / CONFIG), out=str(folder))
-    setup = set_up(dataclasses.replace(config, mesh=_mesh_for_reading(config)))
-    checkpoints = Checkpoints(folder / CHECKPOINTS, read_only=True)
-    try:
-        restored = checkpoints.restore(setup.like, step)
-    finally:
-        checkpoints.close()
-    if restored is None:
-        raise CheckpointError(f"{str(folder)!r} has no checkpoint yet; wait for the first one or train longer")
-    at, state, _ = restored
-    yield Trained(setup, at, state.params if state.ema is None else state.ema, state.buffers)
+    config = dataclasses.replace(config, mesh=_mesh_for_reading(config))
+    tokenizer = None
+    if config.data.task.reads_text:
+        if not (folder / "tokenizer" / TOKENIZER_FILE).exists():
+            raise RunError(f"{str(folder)!r} has no tokenizer/{TOKENIZER_FILE}; put back the one it was trained with")
+        tokenizer = load_tokenizer(folder / "tokenizer")
+    vocab_size = config.data.task.vocabulary(config.data) if tokenizer is None else tokenizer.vocab_size
+    config = dataclasses.replace(config, model=config.model.with_vocab(vocab_size))
+    program = Program.of(config, make_mesh(config.mesh))
+    at, state, extra = _restored(folder, program.like, step)
+    data = extra.get("data", {})
+    if tokenizer is not None and data.get("tokenizer") not in (None, tokenizer.fingerprint):
+        raise RunError(f"{str(folder)!r} has another tokenizer/ than it was trained with; put that one back")
+    return Trained(program, tokenizer, at, state.params if state.ema is None else state.ema, state.buffers, data)
+
+
+def _restored(folder: Path, like: TrainState, step: int | None) -> tuple[int, TrainState, dict[str, Any]]:
+    """The checkpoint, which training may replace by a newer one while it is read: then that one."""
+    seen: list[int] | None = None
+    while True:
+        checkpoints = Checkpoints(folder / CHECKPOINTS, read_only=True)
+        try:
+            steps = checkpoints.steps()
+            restored = checkpoints.restore(like, step)
+            if restored is not None:
+                return restored
+            raise CheckpointError(f"{str(folder)!r} has no checkpoint yet; wait for the first one or train longer")
+        except CheckpointError:
+            if step is not None or steps in ([], seen):
+                raise
+            seen = steps
+        finally:
+            checkpoints.close()

@@ -93,18 +93,18 @@ def setup_folder(config):
 
 def test_opened_run_has_the_averaged_parameters(trained):
     config, state = trained
-    with runs.opened(config.folder) as run:
-        assert run.step == 4 and run.setup.config.data == config.data
-        for name, value in state.ema.items():
-            np.testing.assert_array_equal(run.params[name], value)
+    run = runs.opened(config.folder)
+    assert run.step == 4 and run.program.config.data == config.data
+    for name, value in state.ema.items():
+        np.testing.assert_array_equal(run.params[name], value)
 
 
 def test_moved_run_opens_where_it_is(trained, tmp_path):
     config, _ = trained
     moved = tmp_path / "moved"
     setup_folder(config).rename(moved)
-    with runs.opened(moved) as run:
-        assert run.step == 4 and run.setup.config.folder == str(moved)
+    run = runs.opened(moved)
+    assert run.step == 4 and run.program.config.folder == str(moved)
     assert not setup_folder(config).exists(), "reading a moved run makes nothing at its old place"
 
 
@@ -120,19 +120,19 @@ READ_ON = {
 def test_run_of_another_mesh_can_be_read(changes, shape, trained):
     config, _ = trained
     codec.save(changed(config, changes), setup_folder(config) / contents.CONFIG)
-    with runs.opened(config.folder) as run:
-        assert {axis: size for axis, size in run.setup.mesh.shape.items() if axis in shape or size > 1} == shape
+    run = runs.opened(config.folder)
+    assert {axis: size for axis, size in run.program.mesh.shape.items() if axis in shape or size > 1} == shape
 
 
 def test_folder_that_is_no_run(tmp_path):
-    with pytest.raises(runs.RunError, match=r"is not a run folder: it has no config.json"), runs.opened(tmp_path):
-        pass
+    with pytest.raises(runs.RunError, match=r"is not a run folder: it has no config.json"):
+        runs.opened(tmp_path)
 
 
 def test_step_that_is_not_there(trained):
     config, _ = trained
-    with pytest.raises(CheckpointError, match="no checkpoint of step 9; it has 4"), runs.opened(config.folder, 9):
-        pass
+    with pytest.raises(CheckpointError, match="no checkpoint of step 9; it has 4"):
+        runs.opened(config.folder, 9)
 
 
 def test_files_are_whole_or_absent(tmp_path):

@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 
+from plait.configs.errors import is_bad_input
 from plait.configs.files import parse_json
 from plait.train.pods.hosts import heartbeat
 from plait.train.pods.hosts.host import Host, HostsError
@@ -116,6 +117,8 @@ def together(stage: str) -> Iterator[None]:
         try:
             yield
         except (ValueError, OSError) as raised:
+            if isinstance(raised, ValueError) and not is_bad_input(raised):
+                raise
             error = raised
         except SystemExit as raised:
             if not raised.code:
