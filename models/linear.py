@@ -112,15 +112,15 @@ class Dense(nnx.Module):
             self.v = SpectralVector(jnp.zeros((*lead, in_dim), jnp.float32), axes=axes[:-1])
             self.u = SpectralVector(jnp.zeros((*lead, out_dim), jnp.float32), axes=(*axes[:-2], axes[-1]))
             if not ctx.defer_vectors:
-                self.start_from(*leading_vectors(self.kernel[...]), ctx.sigma_reparam)
+                self.start_from(leading_vectors(self.kernel[...]), ctx.sigma_reparam)
 
-    def start_from(self, v: jax.Array, u: jax.Array, sigma_reparam: SigmaReparam) -> None:
+    def start_from(self, vectors: tuple[jax.Array, jax.Array], sigma_reparam: SigmaReparam) -> None:
         """Takes the leading singular vectors of a new kernel, and the gain that goes with them."""
         if self.gain is None or self.v is None or self.u is None:
             return
-        self.v[...], self.u[...] = v, u
+        self.v[...], self.u[...] = vectors
         if sigma_reparam == "spectral":
-            self.gain[...] = _sigma(self.kernel[...], v, u).astype(self.gain.dtype)
+            self.gain[...] = _sigma(self.kernel[...], *vectors).astype(self.gain.dtype)
 
     def weight(self) -> jax.Array:
         """The matrix that multiplies, `[..., in_dim, out_dim]` in the parameter dtype, leading axes for stacked layers."""
@@ -158,12 +158,14 @@ def start_singular_vectors(model: nnx.Module, sigma_reparam: SigmaReparam) -> No
             by_shape.setdefault(layer.kernel.shape[-2:], []).append(layer)
     for layers in by_shape.values():
         kernels = [layer.kernel[...] for layer in layers]
-        vectors = leading_vectors(jnp.concatenate([kernel.reshape(-1, *kernel.shape[-2:]) for kernel in kernels]))
+        v, u = leading_vectors(jnp.concatenate([kernel.reshape(-1, *kernel.shape[-2:]) for kernel in kernels]))
         done = 0
         for layer, kernel in zip(layers, kernels, strict=True):
             lead = kernel.shape[:-2]
             count = math.prod(lead)
-            layer.start_from(*(a[done : done + count].reshape(*lead, -1) for a in vectors), sigma_reparam)
+            layer.start_from(
+                (v[done : done + count].reshape(*lead, -1), u[done : done + count].reshape(*lead, -1)), sigma_reparam
+            )
             done += count
 
 

@@ -168,7 +168,7 @@ def _forward_kernel(problem: Problem, visits: Visits, table: Any, bias: Any, *re
             exponents, rise = bits_above(shown, highest), bits_above(highest, old)
             p, keep = jnp.exp2(exponents), jnp.exp2(-rise)
         else:
-            p, keep = jax.nn.sigmoid(problem.scale * z + bias[h]), 1.0
+            p, keep = jax.nn.sigmoid(problem.scale * z + bias[h]), jnp.float32(1)
         if masked:
             p = jnp.where(visible, p, 0)
         mass = total[:, queries]

@@ -214,8 +214,11 @@ class Softmax(HeadMixer):
         return attention_rows(inputs.q, inputs.k, rows=rows, at=at, **self._options)
 
     def observe(self, inputs, x, *, at):
-        options = {**self._logit_options, "at": at}  # no sink logits: shares of what the keys get, however little that is
-        _, stats = attention(*inputs[:3], return_stats=True, **options, **self._normalizer)
+        options: dict[str, Any] = {
+            **self._logit_options,
+            "at": at,
+        }  # no sink logits: shares of what the keys get, however little that is
+        _, stats = attention(inputs.q, inputs.k, inputs.v, return_stats=True, **options, **self._normalizer)
         lse = stats.lse
         masses = functools.partial(first_masses, inputs.q, inputs.k, lse, **options, **self._normalizer)
         found = {"attention": stats, "first_masses": masses}
