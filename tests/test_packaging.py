@@ -16,6 +16,8 @@ import setuptools
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("configs", "data", "kernels", "models", "train")
 BESIDE = ("benchmarks", "docs", "tests")  # folders with Python files that are not installed
+BASES = ("plait.configs.components.", "plait.configs.domains.")
+"""What models and data may import of the configs: it needs nothing but the standard library."""
 MAY_IMPORT = {  # imports run one way, and data stands alone; the base of all configs is for all but kernels
     "kernels": {"kernels"},
     "data": {"data"},
@@ -137,14 +139,15 @@ def test_imports_run_one_way(package):
         for line, module, _ in imports(path):
             root, _, rest = module.partition(".")
             target = rest.split(".")[0]
-            base_of_configs = f"{module}.".startswith("plait.configs.components.") and package != "kernels"
+            base_of_configs = f"{module}.".startswith(BASES) and package != "kernels"
             if root == "plait" and target and not base_of_configs:
                 assert target in MAY_IMPORT[package], f"{path.relative_to(ROOT)}:{line}: plait.{package} may not import {module}"
 
 
 def test_what_all_may_import_imports_nothing():
-    found = [module for _, module, _ in imports(ROOT / "configs" / "components.py")]
-    assert all(module.split(".")[0] in sys.stdlib_module_names for module in found), found
+    for name in ("components", "domains"):
+        found = [module for _, module, _ in imports(ROOT / "configs" / f"{name}.py")]
+        assert all(module.split(".")[0] in sys.stdlib_module_names or f"{module}.".startswith(BASES) for module in found), found
 
 
 @pytest.mark.parametrize(
