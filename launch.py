@@ -5,24 +5,25 @@ from __future__ import annotations
 import difflib
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
-from rich.logging import RichHandler
-
-from plait.train.commands.console import console
 from plait.train.commands.status import exit_status
+from plait.train.console import Lines, prepare_streams
 
-USAGE = """usage: launch.py COMMAND ...
+USAGE = """usage: launch.py [--verbose] COMMAND ...
 
   train PRESET [--steps 2000] [--model.pattern "gla*3,softmax"] [--out runs/a] [--resume]   (train PRESET --help lists every option)
         [--hosts.local 2 | --hosts.coordinator HOST:PORT --hosts.count N --hosts.index I]                  on many hosts: docs/reliability.md
   plan PRESET --target v5p:4x8x8 [--slices N] [--search [--compile 2]] [--out plans/a] [any option of train]
-  eval RUN [--tasks ppl,mqar] [--step N] [--mqar.num-kv-pairs 16]
+  eval RUN [--tasks ppl,mqar] [--step N] [--mqar.num-kv-pairs 16] [--data.source other.txt] [--out FILE]
   generate RUN [--prompt "..."] [--num-tokens 200] [--temperature 0.8] [--top-k 40] [--top-p 0.9]
   report RUN [RUN ...] [--out FOLDER]
   write-launch gke|slurm|tpu-vm PRESET [train options] --target v5e:16x16 [--slices 2] [--out FOLDER]   (write-launch gke --help lists the rest)
   list presets|mixers|channel-mixers|optimizers|tasks|probes|kernels
+
+Results are written to standard output, all else to standard error. --verbose before COMMAND says more, such as why no other kernel ran.
 """
 
 
@@ -36,15 +37,18 @@ COMMANDS = {
     "list": "list_names",
 }
 """The module of `plait.train.commands` whose `run` each is; imported when it is asked for."""
+_VERBOSE = "PLAIT_VERBOSE"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(
-        level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console, show_time=False, show_path=False)]
-    )
-    logging.getLogger("plait").setLevel(logging.INFO)
+    prepare_streams()
+    if argv[:1] == ["--verbose"]:
+        del argv[0]
+        os.environ[_VERBOSE] = "1"  # for the processes that a command starts too
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[Lines()])
+    logging.getLogger("plait").setLevel(logging.DEBUG if os.environ.get(_VERBOSE) else logging.INFO)
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax's running commentary
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from plait.configs.domains import check_leaves
+from plait.configs.errors import is_bad_input
 
 _deferred: contextvars.ContextVar[bool] = contextvars.ContextVar("plait_deferred", default=False)
 
@@ -107,6 +108,8 @@ def at(path: str, check: Callable[..., Any], *args: Any) -> Any:
     try:
         return check(*args)
     except ValueError as error:
+        if not is_bad_input(error):
+            raise
         raise ConfigError(f"{path}.{error}" if path else str(error)) from None
 
 

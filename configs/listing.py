@@ -87,7 +87,12 @@ def kernel_table() -> Table:
 
 
 def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(*head, title=title)
+    table = Table(title=title)
+    table.add_column(
+        head[0], no_wrap=True, min_width=max(map(len, [head[0], *(row[0] for row in rows)]))
+    )  # names are for copying
+    for column in head[1:]:
+        table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*row)
     return table

@@ -21,6 +21,9 @@ from plait.models.build import PRODUCTS, Role
 Rate = Callable[[float], optax.Schedule]
 """The learning rate by step of a peak rate, over a run's steps."""
 
+_LARGEST_DECAY = {"float32": 1.0, "bfloat16": 0.95}
+"""Of moments kept in a dtype: a step adds a share `1 - decay`, which must be well above one rounding of the moment."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
@@ -65,6 +68,8 @@ class OptimizerConfig(Component, abc.ABC):
     """Decay of projections and embeddings per unit of learning rate; gains, biases and decays have none."""
     clip_norm: Positive | None = 1.0
     """Largest global norm of the gradient; None for no clipping."""
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What first moments (momentum) are kept in between steps. Second moments, sums and updates are float32 whatever the parameters are."""
     accumulate: Rows = 1
     """Micro-batches whose gradients make one step; must divide the batch. With `mesh.pipeline` they flow through its stages."""
     ema: Annotated[float, Number(above=0, below=1)] | None = None
@@ -84,6 +89,15 @@ class OptimizerConfig(Component, abc.ABC):
         Raises:
             ValueError: a parameter is not what its role asks for.
         """
+
+    def require_kept(self, name: str) -> None:
+        """Raises ValueError where moments of decay `name` are kept in a dtype that rounds away what a step adds to them."""
+        decay = getattr(self, name)
+        if decay is not None and decay > _LARGEST_DECAY[self.moment_dtype]:
+            raise ValueError(
+                f"moment_dtype={self.moment_dtype} rounds away what {name}={decay} lets a step add; use float32, or {name} of "
+                f"{_LARGEST_DECAY[self.moment_dtype]} or less"
+            )
 
 
 OPTIMIZERS: Registry[OptimizerConfig] = Registry("optimizer", "plait.train.optimizers", OptimizerConfig)

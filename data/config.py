@@ -28,11 +28,12 @@ class DataConfig(Config):
     """What to train on: `ppl` is the text of `source`; the others are generated."""
 
     source: Line = "sotu"
-    """The corpus: a name (`sotu`), or the path of a .txt, .jsonl or .parquet file, or of a folder searched for them recursively.
-    A .txt file is one document; .jsonl has one a line and .parquet one a row."""
+    """The corpus: a name (`sotu`), or the path of a .txt, .jsonl, .json or .parquet file, or of a folder searched for them recursively.
+    A .txt file is one document; .jsonl and .json have one a record and .parquet one a row. All but the last may be packed (.gz, .bz2,
+    .xz, .zst)."""
 
     text_field: Line = "text"
-    """The field (.jsonl) or column (.parquet) that holds a document's text."""
+    """The field (.jsonl, .json) or column (.parquet) that holds a document's text."""
 
     tokenizer: Line = "bpe"
     """`byte` (the 256 bytes), `bpe` (trained on the corpus), or the path of a tokenizer.json, its folder, or a run folder."""

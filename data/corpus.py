@@ -6,22 +6,26 @@ import hashlib
 import json
 import logging
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from plait.configs import codec
+from plait.data.bpe import train_bpe
+from plait.data.cache import checksum, making
 from plait.data.config import DataError
 from plait.data.packing import Documents, shuffled_order
+from plait.data.readers import short
 from plait.data.sources import Source
-from plait.data.tokenizer import Tokenizer, train_bpe
+from plait.data.tokenizer import Tokenizer
 
 log = logging.getLogger("plait.data")
 
 FORMAT = 1
 META, TOKENS, INDEX = "meta.json", "tokens.bin", "documents.npy"
+TOKEN_DTYPES = ("<u2", "<u4")
 INDEX_DTYPE = np.dtype([("end", "<i8"), ("hash", "<u8")])  # one past the document's last token; hash of its text
 ENCODE_CHARS = 4 << 20  # text encoded at a time
 TRAIN_BYTES = 64 << 20  # text a vocabulary is learned from; of a larger corpus, a sample of documents
@@ -43,6 +47,7 @@ class CorpusMeta:
     num_token_bytes: int  # the same, counted token by token
     tokens_sha256: str
     index_sha256: str
+    check: str | None = None  # of the fields above; None in caches that are older than it
 
 
 @dataclass(frozen=True)
@@ -79,31 +84,27 @@ def load_corpus(source: Source, tokenizer: Tokenizer, cache: Path) -> Corpus:
     Raises:
         DataError: the source cannot be read or the cache cannot be written.
     """
-    key = hashlib.sha256(
-        f"{FORMAT}\0{source.root.resolve()}\0{source.signature()}\0{tokenizer.fingerprint}".encode()
-    ).hexdigest()[:16]
-    folder = cache / f"tokens-{key}"
+    folder = _folder(source, tokenizer, cache)
     if folder.exists():
-        problem = _problem(folder, tokenizer)
-        if problem is None:
-            return _open(folder)
-        log.warning("%s is not whole (%s); tokenising again", folder, problem)
-        shutil.rmtree(folder, ignore_errors=True)
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=cache))
-    except OSError as error:
-        raise DataError(f"{cache} cannot hold the tokenised corpus: {error}; set data.cache_dir to a folder that can") from None
-    try:
-        _tokenise(source, tokenizer, partial)
         try:
-            partial.rename(folder)
-        except OSError:  # another process was first
-            if problem := _problem(folder, tokenizer):
-                raise DataError(f"{folder} cannot be replaced and is not whole ({problem}); delete it") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return _open(folder)
+            return _open(folder, tokenizer)
+        except DataError as problem:
+            log.warning("%s is not whole (%s); tokenising again", folder, problem)
+            shutil.rmtree(folder, ignore_errors=True)
+    with making(folder) as partial:
+        _tokenise(source, tokenizer, partial)
+    try:
+        return _open(folder, tokenizer)
+    except DataError as problem:  # what was there first could not be replaced
+        raise DataError(f"{folder} cannot be replaced and is not whole ({problem}); delete it") from None
+
+
+def find_corpus(source: Source, tokenizer: Tokenizer, cache: Path) -> Corpus | None:
+    """The tokenised corpus if the cache has it whole; writes nothing."""
+    try:
+        return _open(_folder(source, tokenizer, cache), tokenizer)
+    except DataError:
+        return None
 
 
 def split(documents: Documents, val_fraction: float, seed: int) -> tuple[Documents, Documents]:
@@ -129,7 +130,7 @@ def split(documents: Documents, val_fraction: float, seed: int) -> tuple[Documen
 
 
 def _tokenise(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
-    dtype = np.dtype("<u2") if tokenizer.vocab_size <= 1 << 16 else np.dtype("<u4")
+    dtype = np.dtype(TOKEN_DTYPES[tokenizer.vocab_size > 1 << 16])
     content, fingerprint = hashlib.sha256(), hashlib.sha256()
     ends, hashes = [], []
     num_tokens = num_bytes = num_token_bytes = 0
@@ -139,6 +140,11 @@ def _tokenise(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
             for text, digest, ids in zip(texts, digests, tokenizer.encode_batch(texts)):
                 if len(ids) == 0:  # a tokenizer that normalises can leave nothing of a text
                     continue
+                if tokenizer.eos_id in ids:
+                    raise DataError(
+                        f"data.source={source.name!r}: a text holds the end token {tokenizer.token_name(tokenizer.eos_id)!r} as a word "
+                        f"({short(text)!r}); name another token as eos_token in tokenizer_config.json"
+                    )
                 raw = ids.astype(dtype).tobytes()
                 file.write(raw)
                 content.update(raw)
@@ -148,11 +154,22 @@ def _tokenise(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
                 ends.append(num_tokens)
                 hashes.append(int.from_bytes(digest, "little"))
             fingerprint.update(b"".join(digests))
-    if tokenizer.exact_bytes and num_bytes != num_token_bytes:
-        raise AssertionError(f"{num_token_bytes} bytes of tokens stand for {num_bytes} bytes of text")
-    if num_bytes != num_token_bytes:
+    if not ends:
+        raise DataError(
+            f"data.source={source.name!r}: the tokenizer ({tokenizer.changes}) leaves nothing of its text; use another"
+        )
+    if tokenizer.changes:
         share = num_token_bytes / num_bytes
-        log.warning("the tokens stand for %.4f of the bytes of the text: bits per byte counts the tokens' bytes", share)
+        log.warning(
+            "the tokenizer changes the text (%s): its tokens stand for %.4f of the bytes, and bits per byte counts those of the tokens",
+            tokenizer.changes,
+            share,
+        )
+    elif num_bytes != num_token_bytes:
+        raise DataError(
+            f"data.source={source.name!r}: {num_token_bytes} bytes of tokens stand for {num_bytes} bytes of text, so that the tokenizer "
+            "adds to the text or drops some; use another"
+        )
     index = np.empty(len(ends), INDEX_DTYPE)
     index["end"], index["hash"] = ends, np.array(hashes, np.uint64)
     np.save(folder / INDEX, index)
@@ -169,7 +186,7 @@ def _tokenise(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
         tokens_sha256=content.hexdigest(),
         index_sha256=_sha256(folder / INDEX),
     )
-    (folder / META).write_text(json.dumps(asdict(meta), indent=1), "utf-8")
+    (folder / META).write_text(json.dumps(asdict(replace(meta, check=checksum(meta))), indent=1), "utf-8")
 
 
 def _groups(texts: Iterable[str]) -> Iterator[list[str]]:
@@ -185,30 +202,38 @@ def _groups(texts: Iterable[str]) -> Iterator[list[str]]:
         yield group
 
 
-def _problem(folder: Path, tokenizer: Tokenizer) -> str | None:
-    """Why the files in this folder cannot be used, or None."""
+def _folder(source: Source, tokenizer: Tokenizer, cache: Path) -> Path:
+    key = f"{FORMAT}\0{source.root.resolve()}\0{source.signature()}\0{tokenizer.fingerprint}"
+    return cache / f"tokens-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+
+
+def _open(folder: Path, tokenizer: Tokenizer) -> Corpus:
+    """The corpus in a folder. Raises DataError, saying why, where its files are not those that were written for this tokenizer."""
     try:
-        meta = CorpusMeta(**json.loads((folder / META).read_text("utf-8")))
-        if meta.format != FORMAT or meta.tokenizer != tokenizer.fingerprint:
-            return f"{META} is of another format or tokenizer"
+        meta = codec.load(CorpusMeta, folder / META)
+        if meta.format != FORMAT or meta.tokenizer != tokenizer.fingerprint or meta.dtype not in TOKEN_DTYPES:
+            raise DataError(f"{META} is of another format or tokenizer")
+        if meta.check not in (None, checksum(meta)):
+            raise DataError(f"{META} has changed")
         size, expected = (folder / TOKENS).stat().st_size, meta.num_tokens * np.dtype(meta.dtype).itemsize
         if size != expected:
-            return f"{TOKENS} has {size} bytes instead of {expected}"
+            raise DataError(f"{TOKENS} has {size} bytes instead of {expected}")
         if _sha256(folder / INDEX) != meta.index_sha256:
-            return f"{INDEX} has changed"
+            raise DataError(f"{INDEX} has changed")
         if size <= VERIFY_BYTES and _sha256(folder / TOKENS) != meta.tokens_sha256:
-            return f"{TOKENS} has changed"
-    except (OSError, ValueError, TypeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return None
-
-
-def _open(folder: Path) -> Corpus:
-    meta = CorpusMeta(**json.loads((folder / META).read_text("utf-8")))
-    tokens = np.asarray(np.memmap(folder / TOKENS, np.dtype(meta.dtype), "r"))
-    index = np.load(folder / INDEX, allow_pickle=False)
+            raise DataError(f"{TOKENS} has changed")
+        tokens = np.asarray(np.memmap(folder / TOKENS, np.dtype(meta.dtype), "r"))
+        index = np.load(folder / INDEX, allow_pickle=False)
+    except DataError:
+        raise
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(str(error)) from None
+    if index.dtype != INDEX_DTYPE or len(index) != meta.num_documents or min(meta.num_documents, meta.num_bytes) < 1:
+        raise DataError(f"{META} does not describe {INDEX}")
     ends = index["end"].astype(np.int64)
     lengths = np.diff(ends, prepend=0)
+    if lengths.min() < 1 or ends[-1] != meta.num_tokens:
+        raise DataError(f"{META} does not describe {INDEX}")
     return Corpus(meta, Documents(tokens, ends - lengths, lengths, index["hash"].astype(np.uint64)))
 
 

@@ -21,6 +21,23 @@ ReadRows = Callable[[np.ndarray], Batch]
 """The rows with these ascending numbers, [R, T], whatever other rows are read."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What those know who only look at a run, whose folder they must leave as it is."""
+
+    tokenizer: Tokenizer | None
+    """The run's."""
+    corpus: str | None
+    """Fingerprint of the text it was trained on, if known; any other text is held out whole."""
+    scratch: Path
+    """Folder for what the run folder lacks."""
+
+
+def differences(identity: Mapping[str, object], saved: Mapping[str, object]) -> str:
+    """What of the data is not as it was saved, in words; empty where all is."""
+    return "; ".join(f"{key} was {saved.get(key)!r} and is {mine!r}" for key, mine in identity.items() if saved.get(key) != mine)
+
+
 class ValBatches(Sequence[Batch]):
     """The held-out rows in one fixed order, every row once; the last batch is filled up with rows of padding.
 
@@ -73,12 +90,9 @@ class DataIterator(Iterator[Batch]):
         Raises:
             DataError: it was taken with other data, or another order of it.
         """
-        changed = [
-            f"{key} was {state.get(key)!r} and is {mine!r}" for key, mine in self._identity.items() if state.get(key) != mine
-        ]
-        if changed:
+        if changed := differences(self._identity, state):
             raise DataError(
-                f"the data position in this checkpoint belongs to other data: {'; '.join(changed)}; "
+                f"the data position in this checkpoint belongs to other data: {changed}; "
                 "resume with the data it was trained on, or start a new run from its weights"
             )
         step = state.get("step")
@@ -147,15 +161,16 @@ class Data:
         return np.arange(self.config.batch_size) if self.rows is None else np.asarray(self.rows, np.int64)
 
 
-def build_data(config: DataConfig, folder: str | Path, *, rows: np.ndarray | None = None) -> Data:
+def build_data(config: DataConfig, folder: str | Path, *, rows: np.ndarray | None = None, reading: Reading | None = None) -> Data:
     """The batches of `config.task`. Batch n is the same for any `rows`, which says which rows of it are read here.
 
     Args:
         config: what to read.
         folder: the run folder, for what the task keeps.
         rows: ascending numbers in `range(batch_size)`; None for all.
+        reading: for the held-out rows alone, of a finished run; None to train.
 
     Raises:
         DataError: what is to be read is not usable.
     """
-    return config.task.open(config, Path(folder), rows)
+    return config.task.open(config, Path(folder), rows, reading)

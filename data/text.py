@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from plait.data.batch import Batch
+from plait.data.cache import making, sweep
 from plait.data.config import DataConfig, DataError
-from plait.data.corpus import Corpus, load_corpus, split, train_tokenizer
-from plait.data.loader import Data
+from plait.data.corpus import Corpus, find_corpus, load_corpus, split, train_tokenizer
+from plait.data.loader import Data, Reading
 from plait.data.packing import Documents, Packing, shuffled_order
 from plait.data.sources import Source, open_source
-from plait.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, read_meta
+from plait.data.tokenizer import META_FILE, ByteTokenizer, Tokenizer
+from plait.data.tokenizer_files import load_tokenizer, read_meta
 
 log = logging.getLogger("plait.data")
 
@@ -56,7 +59,7 @@ class Rows:
         return packing, shuffled_order(np.arange(packing.num_rows), *self._salt, "rows", epoch)
 
 
-def open_text(config: DataConfig, folder: Path, rows: np.ndarray | None) -> Data:
+def open_text(config: DataConfig, folder: Path, rows: np.ndarray | None, reading: Reading | None) -> Data:
     """Tokenises the corpus where that has not been done, and gives its batches.
 
     On hosts that share a file system, let one call this first, and the others find the cache.
@@ -64,7 +67,7 @@ def open_text(config: DataConfig, folder: Path, rows: np.ndarray | None) -> Data
     Args:
         config: what to read.
         folder: the run folder; it keeps the tokenizer, in tokenizer/, and the tokens unless `config.cache_dir` says where.
-        rows: as in `plait.data.loader.build_data`.
+        rows, reading: as in `plait.data.loader.build_data`.
 
     Raises:
         DataError: the corpus, tokenizer or cache is not usable, or too small for `seq_len`.
@@ -72,21 +75,29 @@ def open_text(config: DataConfig, folder: Path, rows: np.ndarray | None) -> Data
     kept = folder / "tokenizer"
     cache = Path(config.cache_dir).expanduser() if config.cache_dir else folder / "data"
     source = open_source(config.source, config.text_field)
-    tokenizer = prepare_tokenizer(config, source, kept, cache)
-    corpus = load_corpus(source, tokenizer, cache)
-    _check_trained_on(kept, config, corpus)
-    train_documents, val_documents = split(corpus.documents, config.val_fraction, config.seed)
+    if reading is None:
+        sweep(cache)
+        tokenizer = prepare_tokenizer(config, source, kept, cache)
+        corpus = load_corpus(source, tokenizer, cache)
+        _check_trained_on(kept, config, corpus)
+    else:
+        tokenizer = reading.tokenizer or load_tokenizer(kept)
+        corpus = find_corpus(source, tokenizer, cache) or load_corpus(source, tokenizer, reading.scratch)
+    if reading is not None and reading.corpus not in (None, corpus.meta.fingerprint):
+        train_documents, val_documents = corpus.documents.take(np.arange(0)), corpus.documents
+    else:
+        train_documents, val_documents = split(corpus.documents, config.val_fraction, config.seed)
     train, val = (
         Rows(documents, config, tokenizer, name) for documents, name in ((train_documents, "train"), (val_documents, "val"))
     )
     meta = corpus.meta
-    if train.num_targets < config.seq_len:
+    if reading is None and train.num_targets < config.seq_len:
         raise DataError(
             f"data.seq_len={config.seq_len} is more than the {train.num_targets} tokens there are to train on "
             f"({meta.num_documents} documents, {meta.num_tokens} tokens, {val_documents.num_tokens} held out); "
             f"use more text, or data.seq_len={max(train.num_targets, 1)} or less"
         )
-    if train.num_rows < config.batch_size:
+    if reading is None and train.num_rows < config.batch_size:
         log.warning(
             "data.batch_size=%d is more than the %d rows of an epoch: a batch repeats rows", config.batch_size, train.num_rows
         )
@@ -127,13 +138,16 @@ def prepare_tokenizer(config: DataConfig, source: Source, folder: Path, cache: P
     """The run's tokenizer: the one kept in `folder`, or a new one, which is then kept there.
 
     Raises:
-        DataError: the one kept there is not the one the config asks for.
+        DataError: the one kept there is not the one the config asks for, or none can be made.
     """
-    wanted = {"tokenizer": config.tokenizer, "vocab_size": config.bpe_vocab_size if config.tokenizer == "bpe" else None}
+    size = config.bpe_vocab_size if config.tokenizer == "bpe" else None
     meta = read_meta(folder)
-    if meta:
-        if (kept := {key: meta.get(key) for key in wanted}) != wanted:
-            raise DataError(f"{folder} keeps the tokenizer of another run ({kept}, and now {wanted}); use another run folder")
+    if meta is not None:
+        if (meta.tokenizer, meta.vocab_size) != (config.tokenizer, size):
+            raise DataError(
+                f"{folder} keeps the tokenizer of another run (data.tokenizer={meta.tokenizer!r}, data.vocab_size={meta.vocab_size}, "
+                f"and now {config.tokenizer!r}, {size}); use another run folder"
+            )
         return load_tokenizer(folder)
     fingerprint = None
     if config.tokenizer == "byte":
@@ -142,20 +156,39 @@ def prepare_tokenizer(config: DataConfig, source: Source, folder: Path, cache: P
         tokenizer = load_tokenizer(config.tokenizer)
     else:
         shared = cache / f"bpe-{config.bpe_vocab_size}-{source.signature()[:16]}"
-        if read_meta(shared):
-            tokenizer, fingerprint = load_tokenizer(shared), read_meta(shared)["corpus"]
-        else:
-            tokenizer, fingerprint = train_tokenizer(source, config.bpe_vocab_size)
-            tokenizer.save(shared, corpus=fingerprint)
+        tokenizer, fingerprint = _learned(shared) or _learn(config, source, shared)
         if tokenizer.vocab_size < config.bpe_vocab_size:
             log.warning("the corpus gives %d tokens of data.vocab_size=%d", tokenizer.vocab_size, config.bpe_vocab_size)
-    tokenizer.save(folder, corpus=fingerprint, **wanted)
+    tokenizer.save(folder, corpus=fingerprint, tokenizer=config.tokenizer, vocab_size=size)
     return tokenizer
 
 
+def _learned(folder: Path) -> tuple[Tokenizer, str] | None:
+    """The tokenizer in a folder of the cache and the fingerprint of its text, where it is whole; else the folder is emptied."""
+    if not folder.exists():
+        return None
+    try:
+        meta, tokenizer = read_meta(folder), load_tokenizer(folder)
+        if meta is not None and meta.corpus is not None:
+            return tokenizer, meta.corpus
+        problem: object = f"it has no whole {META_FILE}"
+    except DataError as error:
+        problem = error
+    log.warning("%s is not whole (%s); learning the vocabulary again", folder, problem)
+    shutil.rmtree(folder, ignore_errors=True)
+    return None
+
+
+def _learn(config: DataConfig, source: Source, folder: Path) -> tuple[Tokenizer, str]:
+    with making(folder) as partial:
+        tokenizer, fingerprint = train_tokenizer(source, config.bpe_vocab_size)
+        tokenizer.save(partial, corpus=fingerprint)
+    return tokenizer, fingerprint
+
+
 def _check_trained_on(folder: Path, config: DataConfig, corpus: Corpus) -> None:
-    kept = read_meta(folder).get("corpus")
-    if kept is not None and kept != corpus.meta.fingerprint:
+    meta = read_meta(folder)
+    if meta is not None and meta.corpus not in (None, corpus.meta.fingerprint):
         raise DataError(
             f"{folder} keeps a tokenizer trained on other text than data.source={config.source!r} holds now; use another run "
             f"folder, or keep that tokenizer with data.tokenizer={folder}"

@@ -12,7 +12,7 @@ import jax
 from plait.kernels.call import Call
 from plait.kernels.context import ContextRule, Parts
 from plait.kernels.sharding import Shards, parts_of_sequence
-from plait.kernels.target import not_on
+from plait.kernels.target import current, not_on
 
 _log = logging.getLogger("plait")
 _ops: dict[str, "Op"] = {}
@@ -33,6 +33,14 @@ class Implementation:
     per_device: bool = False
     """`run` knows one device only: under a mesh it gets the part of each."""
 
+    platform: Literal["tpu", "gpu"] | None = None
+    """The accelerator it is for; None for all backends."""
+
+    @property
+    def absent(self) -> bool:
+        """Whether no call can be served here, whatever it is."""
+        return self.platform is not None and not_on(self.platform) is not None
+
 
 def kernel(platform: Literal["tpu", "gpu"], module: str, run: str, unsupported: str = "unsupported") -> Implementation:
     """The kernel `run` of a module, which is imported where `platform` is the target and nowhere else."""
@@ -43,7 +51,7 @@ def kernel(platform: Literal["tpu", "gpu"], module: str, run: str, unsupported: 
     def call_kernel(call: Call) -> Any:
         return getattr(importlib.import_module(module), run)(call)
 
-    return Implementation(call_kernel, reason, per_device=True)
+    return Implementation(call_kernel, reason, per_device=True, platform=platform)
 
 
 class Op:
@@ -84,14 +92,23 @@ class Op:
         return name
 
     def _auto(self, shards: Shards) -> str:
-        declined: list[str] = []
+        declined: dict[str, str] = {}
         for name, candidate in self.implementations.items():
             reason = self._reason(candidate, shards)
             if reason is None:
-                _log_once(self.name, f"chose {name}", "; ".join(declined))
+                self._log_choice(name, declined)
                 return name
-            declined.append(f"not {name} because {reason}")
-        raise NotImplementedError(f"{self.name}: no implementation supports this call: {'; '.join(declined)}")
+            declined[name] = f"not {name} because {reason}"
+        raise NotImplementedError(f"{self.name}: no implementation supports this call: {'; '.join(declined.values())}")
+
+    def _log_choice(self, name: str, declined: dict[str, str]) -> None:
+        """Says once what was chosen and why no other of this backend; those of other backends are details."""
+        here = [reason for other, reason in declined.items() if not self.implementations[other].absent]
+        if here or current() is not None:
+            _log_once(self.name, f"chose {name}", "; ".join(here))
+        else:
+            _log_once("kernels", "plain JAX", f"there are none for the backend {jax.default_backend()} (--verbose says more)")
+            _log_once(self.name, f"chose {name}", "; ".join(declined.values()), logging.DEBUG)
 
 
 def in_parts(rule: ContextRule, function: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -121,10 +138,10 @@ def _run_in_parts(name: str, rule: ContextRule, op: Callable[[Any], Any], parts:
         return Shards(call, in_parts=True).run(partial(rule.run, op, parts))
 
 
-def _log_once(op: str, what: str, declined: str) -> None:
+def _log_once(op: str, what: str, declined: str, level: int = logging.INFO) -> None:
     if (op, what, declined) not in _logged:
         _logged.add((op, what, declined))
-        _log.info("%s: %s%s", op, what, f"; {declined}" if declined else "")
+        _log.log(level, "%s: %s%s", op, what, f"; {declined}" if declined else "")
 
 
 def chosen() -> dict[str, str]:

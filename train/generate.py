@@ -125,7 +125,14 @@ def generate_text(
     seed: int = 0,
     mesh: Mesh | None = None,
 ) -> list[str]:
-    """Continuations of `prompts`, each cut at its end-of-text. `document_start` puts the start token the model was trained with first."""
+    """Continuations of `prompts`, each cut at its end-of-text. `document_start` puts the start token the model was trained with first.
+
+    Raises:
+        ValueError: a prompt is no text, or as `generate_tokens`.
+    """
+    for prompt in prompts:
+        if any("\ud800" <= char <= "\udfff" for char in prompt):
+            raise ValueError(f"prompt={prompt!r} is not UTF-8; give text")
     start = [tokenizer.bos_id] if document_start else []
     encoded = [[*start, *tokenizer.encode(prompt).tolist()] for prompt in prompts]
     texts = []

@@ -8,6 +8,8 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from plait.train.console import notes
+
 
 def format_seconds(seconds: float) -> str:
     """A duration in its two largest units: 45s, 3m 20s, 1h 02m, 2d 05h; a dash when it is not known."""
@@ -25,7 +27,7 @@ class ProgressLine:
 
     def __init__(self, steps: int, *, start_step: int = 0, interval_seconds: float = 10.0, console: Console | None = None):
         self.steps, self.interval_seconds = steps, interval_seconds
-        self.console = console or Console(soft_wrap=True)
+        self.console = console or notes
         self._recent: deque[tuple[float, int]] = deque([(monotonic(), start_step)], maxlen=32)
         self._printed = -math.inf
         self._live: Progress | None = None

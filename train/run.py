@@ -11,7 +11,7 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,18 @@ from plait.configs.files import write_atomically
 from plait.configs.mesh import MeshConfig
 from plait.configs.vocabulary import check_vocabulary
 from plait.data.loader import Data, build_data
-from plait.data.tokenizer import META_FILE, TOKENIZER_FILE
+from plait.data.tokenizer import META_FILE, TOKENIZER_FILE, Tokenizer
+from plait.data.tokenizer_files import load_tokenizer
 from plait.train.checkpoint import CheckpointError, Checkpoints
 from plait.train.mesh import batch_sharding, make_mesh
 from plait.train.pods.hosts import hardware
 from plait.train.pods.hosts.layout import batch_layout
 from plait.train.pods.hosts.together import agree, broadcast, count, decide, first, together
 from plait.train.program import Program
-from plait.train.state import Arrays
+from plait.train.run_folder.contents import CHECKPOINTS, CONFIG, RunError, begun
+from plait.train.run_folder.owner import owned
+from plait.train.state import Arrays, TrainState
 
-CONFIG, ENVIRONMENT, CHECKPOINTS = "config.json", "environment.json", "checkpoints"
 _FREE_ON_RESUME = ("out", "resume", "mesh", "log_every", "keep_last", "keep_best", "checkpoint_every", "wandb")
 
 _OWN_TO_A_HOST = ("data.cache_dir",)
@@ -46,23 +48,18 @@ _CHANGES_PROGRAMS = (
 _SEEN_SECONDS = 15.0  # file systems over a network show a new file late
 
 
-class RunError(ValueError):
-    """A run folder that cannot be used as asked."""
-
-
 def claim(config: ExperimentConfig) -> bool:
-    """Whether the run folder holds a run to go on with. Raises RunError when it is used and `resume` is off, or holds another run."""
+    """Whether the run folder holds a run to go on with. Raises RunError when it is used and `resume` is off, holds another run, or has lost
+    a part without which nobody can go on."""
     folder = Path(config.folder)
     if folder.exists() and not folder.is_dir():
         raise RunError(f"out={str(folder)!r} is a file; give a folder")
     if config.wandb is not None and "wandb" not in sys.modules and importlib.util.find_spec("wandb") is None:
         raise RunError(f"wandb={config.wandb!r} needs the package wandb, which is not installed; pip install 'plait[wandb]'")
-    if not (folder / CONFIG).exists():
-        for name in (META_FILE, TOKENIZER_FILE):  # of a try that failed before it began: it must not bind this one
-            (folder / "tokenizer" / name).unlink(missing_ok=True)
-        return False
-    if not config.resume:
+    if (folder / CONFIG).exists() and not config.resume:
         raise RunError(f"out={str(folder)!r} already holds a run; use --resume to go on with it, or another --out")
+    if not begun(folder):
+        return False
     saved = codec.encode(codec.load(ExperimentConfig, folder / CONFIG))
     different = codec.differences(saved, codec.encode(config))
     changed = [line for line in different if line.split(":")[0].split(".")[0] not in _FREE_ON_RESUME]
@@ -73,15 +70,39 @@ def claim(config: ExperimentConfig) -> bool:
     return True
 
 
-def meet(config: ExperimentConfig) -> bool:
-    """`claim`, on all hosts of a run, which must have the same config, code and run folder. Raises ValueError on every host."""
+@contextlib.contextmanager
+def claimed(config: ExperimentConfig) -> Iterator[tuple[bool, Callable[[], None]]]:
+    """The run folder belongs inside to this run, all hosts of which have the same config, code and folder.
+
+    Gives whether it holds a run to go on with (`claim`), and what raises FolderLost where the folder has been lost, for before each write.
+
+    Raises:
+        ValueError: on every host, where hosts differ, or where the folder cannot be used or is in use.
+    """
     code = {**hardware.versions(), "plait commit": hardware.commit()}
     leaves = {name: value for name, value in codec.leaves(codec.encode(config)).items() if name not in _OWN_TO_A_HOST}
     agree("config", {**leaves, **code, **{name: os.environ.get(name) for name in _CHANGES_PROGRAMS}})
-    going_on = decide("run folder", lambda: claim(config))
-    if count() > 1:
-        _share(Path(config.folder))
-    return going_on
+    folder, check = Path(config.folder), _nothing
+    with contextlib.ExitStack() as stack:
+
+        def take() -> bool:
+            nonlocal check
+            claim(config)  # a folder that cannot be used is left as it is
+            check = stack.enter_context(owned(folder))
+            if claim(config):
+                return True
+            for name in (META_FILE, TOKENIZER_FILE):  # of a try that failed before it began: it must not bind this one
+                (folder / "tokenizer" / name).unlink(missing_ok=True)
+            return False
+
+        going_on = decide("run folder", take)
+        if count() > 1:
+            _share(folder)
+        yield going_on, check
+
+
+def _nothing() -> None:
+    """Hosts other than the first write nothing that the run has once."""
 
 
 def _share(folder: Path) -> None:
@@ -133,13 +154,17 @@ def set_up(config: ExperimentConfig) -> Setup:
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A run opened for reading."""
+    """A run opened for reading: what it needs is in its folder, its corpus is not looked at."""
 
-    setup: Setup
+    program: Program
+    tokenizer: Tokenizer | None
+    """None where ids stand for nothing."""
     step: int
     params: Arrays
     """Averaged ones where the run keeps an average."""
     buffers: Arrays
+    data: Mapping[str, Any]
+    """The identity of what it was trained on."""
 
 
 def _mesh_for_reading(config: ExperimentConfig) -> MeshConfig:
@@ -151,20 +176,48 @@ def _mesh_for_reading(config: ExperimentConfig) -> MeshConfig:
         return MeshConfig(data=math.gcd(config.data.batch_size // config.optimizer.accumulate, jax.device_count()))
 
 
-@contextlib.contextmanager
-def opened(folder: str | Path, step: int | None = None) -> Iterator[Trained]:
-    """The run in `folder` at its newest whole checkpoint (or that of `step`). Raises RunError or CheckpointError."""
+def opened(folder: str | Path, step: int | None = None) -> Trained:
+    """The run in `folder` at its newest whole checkpoint (or that of `step`); nothing is written there, and it may be in training.
+
+    Raises:
+        RunError: no run, or one without its tokenizer.
+        CheckpointError: no such checkpoint that is whole.
+    """
     folder = Path(folder)
     if not (folder / CONFIG).exists():
         raise RunError(f"{str(folder)!r} is not a run folder: it has no {CONFIG}; give the --out of a training run")
     config = dataclasses.replace(codec.load(ExperimentConfig, folder / CONFIG), out=str(folder))
-    setup = set_up(dataclasses.replace(config, mesh=_mesh_for_reading(config)))
-    checkpoints = Checkpoints(folder / CHECKPOINTS, read_only=True)
-    try:
-        restored = checkpoints.restore(setup.like, step)
-    finally:
-        checkpoints.close()
-    if restored is None:
-        raise CheckpointError(f"{str(folder)!r} has no checkpoint yet; wait for the first one or train longer")
-    at, state, _ = restored
-    yield Trained(setup, at, state.params if state.ema is None else state.ema, state.buffers)
+    config = dataclasses.replace(config, mesh=_mesh_for_reading(config))
+    tokenizer = None
+    if config.data.task.reads_text:
+        if not (folder / "tokenizer" / TOKENIZER_FILE).exists():
+            raise RunError(f"{str(folder)!r} has no tokenizer/{TOKENIZER_FILE}; put back the one it was trained with")
+        tokenizer = load_tokenizer(folder / "tokenizer")
+    vocab_size = config.data.task.vocabulary(config.data) if tokenizer is None else tokenizer.vocab_size
+    if vocab_size is not None:
+        config = dataclasses.replace(config, model=config.model.with_vocab(vocab_size))
+    program = Program.of(config, make_mesh(config.mesh))
+    at, state, extra = _restored(folder, program.like, step)
+    data = extra.get("data", {})
+    if tokenizer is not None and data.get("tokenizer") not in (None, tokenizer.fingerprint):
+        raise RunError(f"{str(folder)!r} has another tokenizer/ than it was trained with; put that one back")
+    return Trained(program, tokenizer, at, state.params if state.ema is None else state.ema, state.buffers, data)
+
+
+def _restored(folder: Path, like: TrainState, step: int | None) -> tuple[int, TrainState, dict[str, Any]]:
+    """The checkpoint, which training may replace by a newer one while it is read: then that one."""
+    seen: list[int] | None = None
+    while True:
+        checkpoints = Checkpoints(folder / CHECKPOINTS, read_only=True)
+        try:
+            steps = checkpoints.steps()
+            restored = checkpoints.restore(like, step)
+            if restored is not None:
+                return restored
+            raise CheckpointError(f"{str(folder)!r} has no checkpoint yet; wait for the first one or train longer")
+        except CheckpointError:
+            if step is not None or steps in ([], seen):
+                raise
+            seen = steps
+        finally:
+            checkpoints.close()

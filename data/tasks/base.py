@@ -15,7 +15,7 @@ from plait.configs.components import Component, Registry
 if TYPE_CHECKING:
     from plait.data.batch import Batch
     from plait.data.config import DataConfig
-    from plait.data.loader import Data
+    from plait.data.loader import Data, Reading
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class Task(Component, abc.ABC):
         """The number of ids that its rows are made of; None where only a file says."""
 
     @abc.abstractmethod
-    def open(self, data: DataConfig, folder: Path, rows: np.ndarray | None) -> Data:
+    def open(self, data: DataConfig, folder: Path, rows: np.ndarray | None, reading: Reading | None) -> Data:
         """See `plait.data.loader.build_data`."""
 
     def fit(self, data: DataConfig) -> None:

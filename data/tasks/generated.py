@@ -12,7 +12,7 @@ import numpy as np
 from plait.configs.domains import SomeRows
 from plait.data.batch import Batch
 from plait.data.config import DataConfig
-from plait.data.loader import Data
+from plait.data.loader import Data, Reading
 from plait.data.tasks.base import Task
 from plait.data.tasks.draws import Draws
 
@@ -34,7 +34,7 @@ class GeneratedTask(Task):
     def generate(self, draws: Draws, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and targets of `draws.num_rows` rows, integers [R, T]; the target is `NOT_ASKED` where nothing is to be predicted."""
 
-    def open(self, data: DataConfig, folder: Path, rows: np.ndarray | None) -> Data:
+    def open(self, data: DataConfig, folder: Path, rows: np.ndarray | None, reading: Reading | None) -> Data:
         fields = {f"task.{name}": value for name, value in dataclasses.asdict(self).items()}
         return Data(
             config=data,

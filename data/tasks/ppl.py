@@ -12,7 +12,7 @@ from plait.data.tasks.base import TASKS, Task
 
 if TYPE_CHECKING:
     from plait.data.config import DataConfig
-    from plait.data.loader import Data
+    from plait.data.loader import Data, Reading
 
 
 @TASKS.register("ppl", source="the text of data.source")
@@ -26,7 +26,7 @@ class PerplexityTask(Task):
     def vocabulary(self, data: DataConfig) -> int | None:
         return data.tokenizer_size
 
-    def open(self, data: DataConfig, folder: Path, rows: np.ndarray | None) -> Data:
+    def open(self, data: DataConfig, folder: Path, rows: np.ndarray | None, reading: Reading | None) -> Data:
         from plait.data.text import open_text  # with the readers of files, which a config does not need
 
-        return open_text(data, folder, rows)
+        return open_text(data, folder, rows, reading)

@@ -1,7 +1,10 @@
 """What is read from files, and what each kind of bad file is told."""
 
+import bz2
+import gzip
 import json
 import logging
+import lzma
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -142,8 +145,8 @@ def test_all_bad_files_are_named_together(tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda p: None, r"has no \.txt, \.jsonl, \.parquet files; it has no files"),
-        (lambda p: (p / "a.pdf").write_text("x"), r"it has 1 files \(\.pdf\); give another folder"),
+        (lambda p: None, r"has no files that are read; it has no files; use \.txt, \.jsonl, \.json, \.parquet"),
+        (lambda p: (p / "a.pdf").write_text("x"), r"it has \.pdf \(1\); use"),
         (lambda p: (p / "a.txt").write_text(""), r"holds no text in 1 file"),
         (lambda p: (p / "a.jsonl").write_text('\n{"text": ""}\n'), r"holds no text in 1 file"),
     ],
@@ -161,7 +164,7 @@ def test_unknown_name_missing_path_and_other_ending(tmp_path):
     with pytest.raises(DataError, match=r"nor an existing path; check the path"):
         open_source(str(tmp_path / "gone"), "text")
     (tmp_path / "a.csv").write_text("x")
-    with pytest.raises(DataError, match=r"has the ending '\.csv'; use one of \.txt, \.jsonl, \.parquet"):
+    with pytest.raises(DataError, match=r"has the ending '\.csv'; use \.txt, \.jsonl, \.json, \.parquet"):
         open_source(str(tmp_path / "a.csv"), "text")
 
 
@@ -175,3 +178,105 @@ def test_long_json_record_round_trips(tmp_path):
     text = "wörd " * 200_000
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}) + "\n")
     assert read(tmp_path) == [text]
+
+
+PACKERS = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda raw: pa.Codec("zstd").compress(raw, asbytes=True),
+}
+
+
+@pytest.mark.parametrize("packed", PACKERS)
+def test_packed_files_are_read(tmp_path, packed):
+    for name, content in {"a.txt": "naïve", "b.jsonl": '{"text": "x"}\n{"text": "y"}\n', "c.json": '[{"text": "z"}]'}.items():
+        (tmp_path / (name + packed)).write_bytes(PACKERS[packed](content.encode()))
+    assert read(tmp_path) == ["naïve", "x", "y", "z"]
+    (tmp_path / f"d.txt{packed}").write_bytes(PACKERS[packed](b"text" * 1000)[:-6])
+    with pytest.raises(DataError, match=rf"d\.txt{packed} is not a whole {packed} file"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "texts"),
+    [
+        ('[{"text": "x"},\n {"text": "y"}]', ["x", "y"]),
+        ('{\n  "text": "x"\n}\n', ["x"]),
+        ('{"text": "x"}', ["x"]),
+        ('\ufeff{"text": "x"}\n{"text": "y"}\n', ["x", "y"]),
+    ],
+    ids=["array", "object", "object on a line", "object a line"],
+)
+def test_json_is_an_array_an_object_or_objects_by_line(tmp_path, content, texts):
+    (tmp_path / "a.json").write_text(content, "utf-8")
+    assert read(tmp_path) == texts
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('[{"text": "x"}, 3]', r"a\.json, record 1 is int, not an object"),
+        ('[{"text": "x"}', r"a\.json is not JSON: .*; give an array of objects, one object, or one object a line"),
+        ('"text"', r"a\.json, record 0 is str, not an object"),
+        ('{"text": "x"}\n[', r"a\.json, line 2 is not JSON"),
+    ],
+)
+def test_json_that_is_none_of_these_is_refused(tmp_path, content, message):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(DataError, match=message):
+        read(tmp_path)
+
+
+def test_linked_folders_are_read_once(tmp_path):
+    corpus, other = tmp_path / "corpus", tmp_path / "other"
+    (corpus / "sub").mkdir(parents=True)
+    other.mkdir()
+    (corpus / "a.txt").write_text("a")
+    (corpus / "sub" / "b.txt").write_text("b")
+    (other / "c.txt").write_text("c")
+    for name, target in {"shards": other, "again": other, "self": corpus, "sub/up": corpus, "0": corpus / "sub"}.items():
+        (corpus / name).symlink_to(target)
+    (corpus / "d.txt").symlink_to(other / "c.txt")
+    assert sorted(read(corpus)) == ["a", "b", "c", "c"]
+    assert [text for text in read(corpus) if text == "b"] == ["b"]
+
+
+def test_what_is_left_out_is_said_with_counts(tmp_path, caplog):
+    for name in ("a.txt", "b.md", "c.md", "d.csv.gz", "Makefile", ".hidden.txt"):
+        (tmp_path / name).write_text("text")
+    with caplog.at_level(logging.WARNING, "plait.data"):
+        assert read(tmp_path) == ["text"]
+    assert [message.partition(": ")[2] for message in caplog.messages] == ["left out .md (2), .gz (1), Makefile (1), hidden (1)"]
+
+
+def test_links_to_nothing_are_all_named(tmp_path):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).symlink_to(tmp_path / "gone")
+    with pytest.raises(
+        DataError, match=r"(?s)2 files that cannot be read.*a\.txt is a link to a file.*b\.txt is a link to a file"
+    ):
+        read(tmp_path)
+
+
+def test_unreadable_files_are_all_named(tmp_path, monkeypatch):
+    """Under a user who may read everything, as the system would refuse another."""
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("text")
+
+    def refuse(file, text_field):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("plait.data.sources.texts", refuse)
+    with pytest.raises(DataError, match=r"(?s)a\.txt cannot be read: Permission denied; make it readable.*b\.txt cannot be read"):
+        read(tmp_path)
+
+
+def test_parquet_that_is_not_utf8_is_named_with_the_row(tmp_path):
+    column = pa.array([b"fine"] * 300 + [b"caf\xe9"]).view(pa.string())
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    (tmp_path / "b.jsonl").write_text("not json\n")
+    with pytest.raises(
+        DataError, match=r"(?s)a\.parquet, row 300 is not UTF-8: byte 0xe9 at offset 3.*b\.jsonl, line 1 is not JSON"
+    ):
+        read(tmp_path)

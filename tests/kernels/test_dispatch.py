@@ -11,6 +11,7 @@ import pytest
 from plait import kernels
 from plait.kernels import Mask, Tokens, dispatch
 from plait.kernels.call import OPTION, Call
+from plait.kernels.target import target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +31,26 @@ def op(monkeypatch: pytest.MonkeyPatch) -> dispatch.Op:
 
 
 def test_auto_takes_the_first_that_supports_and_logs_once(op: dispatch.Op, caplog: pytest.LogCaptureFixture):
-    with caplog.at_level(logging.INFO, logger="plait"):
+    with caplog.at_level(logging.DEBUG, logger="plait"):
         assert [op("auto", DemoCall(x)) for x in (1, 1, -1)] == [2, 2, 1]
-    assert caplog.messages == ["demo: chose fast", "demo: chose plain; not fast because x is negative"]
+    laptop = "kernels: plain JAX; there are none for the backend cpu (--verbose says more)"
+    assert caplog.messages == [laptop, "demo: chose fast", "demo: chose plain; not fast because x is negative"]
     assert dispatch.chosen() == {"demo": "fast, plain"}
     assert dispatch.registered() == {"demo": ("fast", "plain")}
+
+
+def test_kernels_of_other_backends_are_details(op: dispatch.Op, caplog: pytest.LogCaptureFixture):
+    """One line for all that a CPU lacks; on an accelerator a line an op, with what could have run there."""
+    tpu = dispatch.Implementation(None, lambda call: dispatch.not_on("tpu") or "x is large", platform="tpu")
+    gpu = dispatch.Implementation(None, lambda call: dispatch.not_on("gpu"), platform="gpu")
+    ops = [dispatch.Op(name, tpu=tpu, gpu=gpu, plain=op.implementations["plain"]) for name in ("one", "two")]
+    with caplog.at_level(logging.INFO, logger="plait"):
+        for each in ops:
+            each("auto", DemoCall(1))
+        assert [message.partition(":")[0] for message in caplog.messages] == ["kernels"]
+        with target("v5e"):
+            ops[0]("auto", DemoCall(1))
+    assert caplog.messages[1:] == ["one: chose plain; not tpu because x is large"]
 
 
 def test_named_is_taken_or_refused(op: dispatch.Op):

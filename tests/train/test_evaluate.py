@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import jax
 import numpy as np
@@ -9,8 +10,9 @@ import pytest
 
 from plait.launch import main
 from plait.tests.tolerances import assert_close
-from plait.tests.train.common import changed, tiny
+from plait.tests.train.common import changed, tiny, write_corpus
 from plait.train import run as runs
+from plait.train.checkpoint import CheckpointError, Checkpoints
 from plait.train.commands.evaluate import task_names
 from plait.train.evaluate import Evaluation, Evaluator
 from plait.train.loop import train
@@ -130,3 +132,99 @@ def test_eval_command_writes_what_training_measured(compile_cache, corpus, tmp_p
     before = sorted(p.name for p in (out / "checkpoints").iterdir())
     assert main(["eval", str(out), "--batches", "1"]) == 0
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == before
+
+
+@pytest.fixture(scope="module")
+def run_of_text(compile_cache, tmp_path_factory):
+    """A run, and the folder of its corpus."""
+    folder = tmp_path_factory.mktemp("readers")
+    text = write_corpus(folder / "text")
+    train(tiny({"data.source": str(text), "data.tokenizer": "bpe", "data.vocab_size": 270, "out": str(folder / "run")}))
+    return folder / "run", text
+
+
+@pytest.fixture
+def copied(run_of_text, tmp_path):
+    """The same, to be spoiled: the run, and the corpus at the place that its config names."""
+    run, text = run_of_text
+    shutil.copytree(run, tmp_path / "run")
+    shutil.copytree(text, tmp_path / "kept")
+    yield tmp_path / "run", text
+    shutil.rmtree(text)
+    shutil.copytree(tmp_path / "kept", text, copy_function=shutil.copy2)
+
+
+def files_of(folder):
+    return {path.relative_to(folder).as_posix(): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_changed_corpus_is_refused_and_scored_on_purpose_under_its_name(copied, capsys):
+    run, text = copied
+    before = files_of(run)
+    for file in text.iterdir():
+        file.write_text("quite another text came later " * 30)
+    assert main(["eval", str(run)]) == 2
+    message = capsys.readouterr().err
+    assert "was trained on other text than data.source=" in message and "corpus was '" in message
+    assert f"--data.source {text}" in message
+    assert main(["generate", str(run), "--num-tokens", "3"]) == 0, "needs no corpus"
+    assert files_of(run) == before, "readers write nothing"
+    capsys.readouterr()
+    assert main(["eval", str(run), "--data.source", str(text)]) == 0
+    assert f" on {text}: " in capsys.readouterr().out
+    (new,) = files_of(run).keys() - before.keys()
+    assert new == "eval_6_text.json"
+    written = json.loads((run / new).read_text())
+    assert written["source"] == str(text) and written["ppl"]["num_bytes"] == sum(file.stat().st_size for file in text.iterdir())
+
+
+def test_same_text_elsewhere_is_the_run_s_own(copied, tmp_path, capsys):
+    run, text = copied
+    moved = tmp_path / "moved"
+    shutil.copytree(text, moved)
+    shutil.rmtree(text)
+    assert main(["eval", str(run)]) == 2
+    assert "nor an existing path" in capsys.readouterr().err
+    assert main(["generate", str(run), "--num-tokens", "3"]) == 0
+    before = files_of(run)
+    assert main(["eval", str(run), "--data.source", str(moved), "--out", str(tmp_path / "found.json")]) == 0
+    assert files_of(run) == before
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert set(found) == {"step", "ppl"} and found["ppl"]["num_bytes"] < sum(file.stat().st_size for file in moved.iterdir()) / 4
+    text.mkdir()
+
+
+def test_another_tokenizer_is_refused(copied, capsys):
+    run, _ = copied
+    before = (run / "tokenizer" / "tokenizer.json").read_text()
+    for name in ("tokenizer.json", "tokenizer_meta.json"):
+        (run / "tokenizer" / name).unlink()
+    assert main(["generate", str(run)]) == 2 and "has no tokenizer/tokenizer.json" in capsys.readouterr().err
+    (run / "tokenizer" / "tokenizer.json").write_text(before.replace('"add_prefix_space":false', '"add_prefix_space":true'))
+    for command in ("eval", "generate"):
+        assert main([command, str(run)]) == 2
+        assert "has another tokenizer/ than it was trained with; put that one back" in capsys.readouterr().err
+
+
+def test_run_that_cannot_be_written_is_evaluated_with_a_warning(copied, tmp_path, capsys, caplog):
+    run, _ = copied
+    (run / "eval_6.json").mkdir()  # whoever runs this, it is no file that can be written
+    assert main(["eval", str(run)]) == 0
+    assert "held-out tokens" in capsys.readouterr().out
+    (warning,) = [record.message for record in caplog.records if "eval_6.json cannot be written" in record.message]
+    assert "--out FILE keeps them" in warning
+    assert main(["eval", str(run), "--out", str(tmp_path)]) == 2
+    assert "is a folder; give a file" in capsys.readouterr().err
+
+
+def test_checkpoint_that_training_replaces_while_it_is_read(copied, monkeypatch):
+    run, _ = copied
+    restore = Checkpoints.restore
+
+    def replaced(self, like, step=None):
+        monkeypatch.setattr(Checkpoints, "restore", restore)
+        (run / "checkpoints" / "6").rename(run / "checkpoints" / "7")
+        raise CheckpointError("cannot be read")
+
+    monkeypatch.setattr(Checkpoints, "restore", replaced)
+    assert runs.opened(run).step == 7

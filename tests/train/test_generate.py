@@ -189,17 +189,23 @@ def test_text_ends_at_end_of_text(monkeypatch):
     assert seen["prompts"] == [[97], [195, 169]]
 
 
-def test_generate_command(compile_cache, corpus, tmp_path, capsys):
+def test_generate_command(compile_cache, corpus, tmp_path, capfdbinary):
+    """The prompt comes back byte for byte, with nothing before it; what is not the text goes to standard error."""
     out = tmp_path / "run"
     train(tiny({"data.source": str(corpus), "out": str(out), "steps": 3, "optimizer.warmup_steps": 1, "data.val_fraction": 0.0}))
-    capsys.readouterr()
+    capfdbinary.readouterr()
 
     def said(*words):
         assert main(["generate", str(out), "--num-tokens", "12", *words]) == 0
-        return capsys.readouterr().out
+        return capfdbinary.readouterr().out
 
-    first = said("--prompt", "the [law]")
-    assert first.splitlines()[-1].startswith("the [law]") and first == said("--prompt", "the [law]")
+    prompt = "[law]\tis :x: :100:\r\x1b[2J [bold]é[/bold]\n"
+    first = said("--prompt", prompt)
+    assert first.startswith(prompt.encode()) and first == said("--prompt", prompt)
     assert said("--temperature", "0") == said("--temperature", "0", "--seed", "5")
-    assert main(["generate", str(out), "--num-tokens", "0"]) == 2
-    assert "num_tokens=0 must be a whole number from 1" in capsys.readouterr().err
+    for words, message in (
+        (["--num-tokens", "0"], b"num_tokens=0 must be a whole number from 1"),
+        (["--prompt", "\udcff"], b"is not UTF-8; give text"),
+    ):
+        assert main(["generate", str(out), *words]) == 2
+        assert message in capfdbinary.readouterr().err

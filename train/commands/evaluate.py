@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -10,18 +13,31 @@ from typing import Annotated
 import tyro
 from rich.table import Table
 
-from plait.configs.components import at
+from plait.configs.components import Config, at
 from plait.configs.domains import Counted, Line, Steps
 from plait.configs.options import split_options
 from plait.configs.words import parse as words_of
-from plait.data.loader import Data, build_data
+from plait.data.config import DataConfig
+from plait.data.loader import Data, Reading, build_data, differences
 from plait.data.tasks.base import TASKS, Task
-from plait.train.commands.console import console
+from plait.train.console import console
 from plait.train.evaluate import Evaluation, Evaluator
-from plait.train.run import Trained, opened, write_json
+from plait.train.run import RunError, Trained, opened, write_json
+
+log = logging.getLogger("plait")
 
 COLUMNS = {"loss": ("loss (nats/token)", ".4f"), "perplexity": ("perplexity", ".2f"), "bits_per_byte": ("bits per byte", ".4f")}
 """How a result is shown, where not by its name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OtherText(Config):
+    """Text to score in place of what the run held out."""
+
+    source: Line | None = None
+    """A file or folder as for training; where it is not the text of the run, all of it is scored."""
+    text_field: Line | None = None
+    """The field or column that holds a document's text; that of the run by default."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +52,10 @@ class EvalArgs:
     """Checkpoint; the newest by default."""
     batches: Steps | None = None
     """Batches of held-out rows; all by default."""
+    data: OtherText = OtherText()
+    """Other text than the run's."""
+    out: Path | None = None
+    """File of the results; eval_STEP.json in the run folder by default, eval_STEP_NAME.json for other text."""
 
 
 def parse(args: Sequence[str]) -> tuple[EvalArgs, dict[str, list[str]]]:
@@ -44,6 +64,8 @@ def parse(args: Sequence[str]) -> tuple[EvalArgs, dict[str, list[str]]]:
     for name, task in TASKS.all().items():
         words[name], rest = split_options(task, rest, prefix=f"{name.replace('_', '-')}.")
     options = words_of(EvalArgs, rest, prog="launch.py eval")
+    if options.out is not None and options.out.is_dir():
+        raise ValueError(f"out={str(options.out)!r} is a folder; give a file")
     names = () if options.tasks is None else task_names(options.tasks)
     for name, given in words.items():
         if given and name not in names:
@@ -65,49 +87,80 @@ def task_names(text: str) -> tuple[str, ...]:
 
 
 def run(args: Sequence[str]) -> None:
-    """Scores a run on tasks, shows the results and writes them to eval_STEP.json in the run folder."""
+    """Scores a run on tasks, shows the results and writes them to a file. The run folder gets nothing else."""
     options, words = parse(args)
-    with opened(options.run, options.step) as trained:
-        names = (trained.setup.data.config.task.name,) if options.tasks is None else task_names(options.tasks)
-        data = {name: _data(trained, _task(trained, name, words)) for name in names}
-        results = {}
-        for name, one in data.items():
-            evaluator = Evaluator(trained.setup.blueprint, trained.setup.mesh, one)
-            found = evaluator(trained.params, trained.buffers, one.val, options.batches)
-            _show(found, f"{options.run} at step {trained.step}")
-            results[name] = found.to_json()
-        write_json(options.run / f"eval_{trained.step}.json", {"step": trained.step, **results})
+    trained = opened(options.run, options.step)
+    own = trained.program.config.data
+    names = (own.task.name,) if options.tasks is None else task_names(options.tasks)
+    tasks = [_task(own, name, words) for name in names]
+    if options.data != OtherText() and not any(task.reads_text for task in tasks):
+        raise ValueError(f"--data.source is text, and {', '.join(names)} reads none; add ppl to --tasks")
+    with tempfile.TemporaryDirectory(prefix="plait-") as scratch:
+        results: dict[str, object] = {"step": trained.step}
+        file = f"eval_{trained.step}.json"
+        every = [_data(trained, task, options.data, Path(scratch)) for task in tasks]
+        for data in every:
+            evaluator = Evaluator(trained.program.blueprint, trained.program.mesh, data)
+            found = evaluator(trained.params, trained.buffers, data.val, options.batches)
+            other = "" if _is_own(trained, data) else f" on {data.config.source}"
+            _show(found, f"{options.run} at step {trained.step}{other}")
+            results[found.task] = found.to_json()
+            if other:
+                results |= {"source": data.config.source, "corpus": data.identity["corpus"]}
+                file = f"eval_{trained.step}_{re.sub(r'[^A-Za-z0-9.-]+', '_', Path(data.config.source).name)}.json"
+    _write(options, file, results)
 
 
-def _task(trained: Trained, name: str, words: Mapping[str, list[str]]) -> Task:
+def _write(options: EvalArgs, file: str, results: Mapping[str, object]) -> None:
+    try:
+        write_json(options.out or options.run / file, results)
+    except OSError as error:
+        if options.out is not None:
+            raise
+        log.warning("%s cannot be written (%s): the results are shown only; --out FILE keeps them", options.run / file, error)
+
+
+def _task(own: DataConfig, name: str, words: Mapping[str, list[str]]) -> Task:
     """The task with its options: those of the command line, else of the run where it was trained on it."""
-    own = trained.setup.data.config.task
-    default = own if own.name == name else TASKS[name]()
+    default = own.task if own.task.name == name else TASKS[name]()
     if not words[name]:
         return default
     return words_of(type(default), words[name], default=default, prefix=f"{name}.", prog="launch.py eval RUN")
 
 
-def _data(trained: Trained, task: Task) -> Data:
-    """The rows of a task, as long and as many in a batch as the run's. Raises ValueError where the run's model cannot read them."""
-    setup = trained.setup
-    own = setup.data
-    if task == own.config.task:
-        return own
-    if task.reads_text and own.tokenizer is None:
-        trained_on = own.config.task.name
-        raise ValueError(
-            f"--tasks {task.name} needs a run with a tokenizer, and this one was trained on data.task={trained_on}; use --tasks {trained_on}"
-        )
-    at(task.name, task.fit, own.config)
-    data = build_data(dataclasses.replace(own.config, task=task), setup.config.folder, rows=setup.layout.rows)
-    size = setup.config.model.vocab_size
+def _data(trained: Trained, task: Task, text: OtherText, scratch: Path) -> Data:
+    """The rows of a task, as long and as many in a batch as the run's. Raises ValueError where the run's model cannot read them, or
+    where what the run was trained on is no longer there and no other text was asked for."""
+    program, own = trained.program, trained.program.config.data
+    config = dataclasses.replace(own, task=task)
+    if task.reads_text:
+        if trained.tokenizer is None:
+            raise ValueError(
+                f"--tasks {task.name} needs a run with a tokenizer, and this one was trained on data.task={own.task.name}; "
+                f"use --tasks {own.task.name}"
+            )
+        config = dataclasses.replace(config, source=text.source or own.source, text_field=text.text_field or own.text_field)
+    at(task.name, task.fit, own)
+    reading = Reading(tokenizer=trained.tokenizer, corpus=trained.data.get("corpus"), scratch=scratch)
+    data = build_data(config, program.config.folder, rows=program.layout.rows, reading=reading)
+    size = program.config.model.vocab_size
     if size is not None and data.vocab_size > size:
         raise ValueError(
             f"--tasks {task.name} has {data.vocab_size} ids and the model {size}; use options of the task with which it has no more, "
             "or another run"
         )
+    if text == OtherText() and not _is_own(trained, data):
+        raise RunError(
+            f"{program.config.folder!r} was trained on other text than data.source={own.source!r} holds now: "
+            f"{differences(data.identity, trained.data)}; bring that text back, or score all that is there now with "
+            f"--data.source {own.source}"
+        )
     return data
+
+
+def _is_own(trained: Trained, data: Data) -> bool:
+    """Whether rows are of what the run was trained on, or made on the fly."""
+    return data.identity.get("corpus") in (None, trained.data.get("corpus", data.identity.get("corpus")))
 
 
 def _show(found: Evaluation, of: str) -> None:

@@ -11,7 +11,7 @@ import tyro
 
 from plait.configs.domains import Counted, Length, Number, Seed, Vocabulary
 from plait.configs.words import parse
-from plait.train.commands.console import console
+from plait.train.console import write_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,31 +37,31 @@ class GenerateArgs:
 
 
 def run(args: Sequence[str]) -> None:
-    """Continues a prompt and prints the text."""
-    generate(parse(GenerateArgs, args, prog="launch.py generate"))
+    """Continues a prompt and writes the text, and nothing else, to standard output."""
+    write_text(continued(parse(GenerateArgs, args, prog="launch.py generate")))
 
 
-def generate(options: GenerateArgs) -> None:
-    """Prints the prompt and its continuation. Raises ValueError for a run that was not trained on text."""
+def continued(options: GenerateArgs) -> str:
+    """The prompt and its continuation. Raises ValueError for a run that was not trained on text, or a prompt that is none."""
     from plait.train.generate import Sampling, generate_text
     from plait.train.run import opened
 
     sampling = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
-    with opened(options.run, options.step) as trained:
-        data = trained.setup.data
-        if data.tokenizer is None:
-            raise ValueError(
-                f"{str(options.run)!r} was trained on data.task={data.config.task.name}, whose tokens are no text; "
-                "give a run that was trained on text, or see what it can with launch.py eval"
-            )
-        (text,) = generate_text(
-            trained.setup.blueprint.build(trained.params, trained.buffers),
-            data.tokenizer,
-            [options.prompt],
-            num_tokens=options.num_tokens,
-            sampling=sampling,
-            document_start=data.config.document_start,
-            seed=options.seed,
-            mesh=trained.setup.mesh,
+    trained = opened(options.run, options.step)
+    data = trained.program.config.data
+    if trained.tokenizer is None:
+        raise ValueError(
+            f"{str(options.run)!r} was trained on data.task={data.task.name}, whose tokens are no text; "
+            "give a run that was trained on text, or see what it can with launch.py eval"
         )
-    console.print(options.prompt + text, markup=False, highlight=False)
+    (text,) = generate_text(
+        trained.program.blueprint.build(trained.params, trained.buffers),
+        trained.tokenizer,
+        [options.prompt],
+        num_tokens=options.num_tokens,
+        sampling=sampling,
+        document_start=data.document_start,
+        seed=options.seed,
+        mesh=trained.program.mesh,
+    )
+    return options.prompt + text

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from plait.configs import listing
-from plait.train.commands.console import console
+from plait.train.console import console
 
 
 def run(args: Sequence[str]) -> None:

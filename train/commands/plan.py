@@ -10,7 +10,7 @@ from typing import Annotated
 from plait.configs.domains import Name, Whole
 from plait.configs.options import split_options
 from plait.configs.words import parse
-from plait.train.commands.console import console
+from plait.train.console import console
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,14 +5,24 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
+from plait.configs.errors import is_bad_input
 from plait.train.pods.hosts.failure import TrainingFailed
+
+_UNEXPECTED = "This is no bad input but a fault of plait or of a library; what was saved before stays. Please report it with the lines above."
 
 
 def exit_status(command: Callable[[], int | None]) -> int:
-    """The exit status of a command, after its error is printed: 0 done, 2 bad input, 1 a failed run, or what it returns."""
+    """The exit status of a command, after its error is printed: 0 done, 2 bad input, 1 a failed run, or what it returns.
+
+    Raises:
+        ValueError: one that is no bad input, with a note that says so.
+    """
     try:
         return command() or 0
     except ValueError as error:
+        if not is_bad_input(error):
+            error.add_note(_UNEXPECTED)
+            raise
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (TrainingFailed, OSError) as error:

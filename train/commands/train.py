@@ -6,8 +6,9 @@ import logging
 import os
 from collections.abc import Sequence
 
-from plait.train.commands.console import console
 from plait.train.commands.status import exit_status
+from plait.train.console import console, show_text
+from plait.train.output import outliving_readers
 from plait.train.pods.hosts import heartbeat
 from plait.train.pods.hosts.host import HostsOptions, find_host, host_options
 from plait.train.pods.hosts.supervise import DONE, STOPPED, supervise
@@ -17,6 +18,11 @@ def run(args: Sequence[str]) -> int:
     """Trains here, or as one of several hosts in a process of its own that is watched."""
     if not args or args[0].startswith("-"):
         raise ValueError("train needs a preset first, as in 'launch.py train lm_quick'; 'launch.py list presets' shows them")
+    with outliving_readers():
+        return _run(args)
+
+
+def _run(args: Sequence[str]) -> int:
     options, rest = host_options(args)
     supervised = heartbeat.VARIABLE in os.environ
     if not supervised and options.local:
@@ -35,7 +41,7 @@ def run(args: Sequence[str]) -> int:
 
 def _train(args: Sequence[str], supervised: bool) -> int:
     from plait.configs.cli import parse_experiment
-    from plait.train.commands.generate import GenerateArgs, generate
+    from plait.train.commands.generate import GenerateArgs, continued
     from plait.train.loop import train
     from plait.train.pods.hosts import together
     from plait.train.report import write_report
@@ -56,7 +62,7 @@ def _train(args: Sequence[str], supervised: bool) -> int:
                 config.data.task.reads_text and together.count() == 1
             ):  # a process cannot lead a model that lies on others' devices
                 prompt = "Fellow citizens," if config.data.source == "sotu" else ""
-                generate(GenerateArgs(run=result.folder, prompt=prompt, num_tokens=60))
+                show_text(continued(GenerateArgs(run=result.folder, prompt=prompt, num_tokens=60)))
             console.print(f"report: {write_report([result.folder])}", markup=False)
     return DONE
 

@@ -26,6 +26,9 @@ class AdamWConfig(OptimizerConfig):
     eps: Positive = 1e-8
     """Added to the root of the second moment."""
 
+    def check(self) -> None:
+        self.require_kept("b1")
+
     def build(self, rate: Rate, parameters: Parameters) -> optax.GradientTransformation:
         return optax.adamw(
             rate(self.learning_rate),

@@ -51,6 +51,10 @@ class MuonConfig(OptimizerConfig):
     adam_eps: Positive = 1e-8
     """Added to the root of AdamW's second moment."""
 
+    def check(self) -> None:
+        self.require_kept("momentum")
+        self.require_kept("adam_b1")
+
     def build(self, rate: Rate, parameters: Parameters) -> optax.GradientTransformation:
         for parameter in parameters.values():
             _check_matrix(parameter)

@@ -33,6 +33,7 @@ class SGDConfig(OptimizerConfig):
     def check(self) -> None:
         if self.nesterov and self.momentum is None:
             raise ValueError("nesterov=True needs momentum; set one, as 0.9")
+        self.require_kept("momentum")
 
     def build(self, rate: Rate, parameters: Parameters) -> optax.GradientTransformation:
         decays = {name: parameter.decays for name, parameter in parameters.items()}

@@ -163,8 +163,8 @@ class Softmax(HeadMixer):
     def share(self, inputs, carry):
         if self.value_mix is not None and self.is_first is not None:
             first = jnp.where(self.is_first[...], inputs.v, carry.get(VALUES, inputs.v))
-            own, old = self.value_mix[...].astype(inputs.v.dtype)
-            mixed = own * inputs.v + old * first
+            own, old = self.value_mix[...].astype(jnp.float32)
+            mixed = (own * inputs.v + old * first).astype(inputs.v.dtype)
             inputs, carry = inputs._replace(v=jnp.where(self.is_first[...], inputs.v, mixed)), {**carry, VALUES: first}
         if self.config.shared_kv == "read":
             inputs = inputs._replace(k=carry[KV][0], v=carry[KV][1])
@@ -214,13 +214,12 @@ class Softmax(HeadMixer):
         return attention_rows(inputs.q, inputs.k, rows=rows, at=at, **self._options)
 
     def observe(self, inputs, x, *, at):
-        _, stats = attention(*inputs[:3], at=at, return_stats=True, **self._options)
+        options: dict[str, Any] = {
+            **self._logit_options,
+            "at": at,
+        }  # no sink logits: shares of what the keys get, however little that is
+        _, stats = attention(inputs.q, inputs.k, inputs.v, return_stats=True, **options, **self._normalizer)
         lse = stats.lse
-        if self.sinks is not None:  # the share of the keys alone
-            sinks = self.sinks[...].astype(jnp.float32)[None, None, :]
-            keys = -jnp.expm1(jnp.minimum(sinks - lse, -1e-6))
-            stats, lse = stats._replace(first_mass=stats.first_mass / keys), lse + jnp.log(keys)
-        options = {**self._logit_options, "at": at}
         masses = functools.partial(first_masses, inputs.q, inputs.k, lse, **options, **self._normalizer)
         found = {"attention": stats, "first_masses": masses}
         if self.config.normalizer == "softmax":

@@ -104,5 +104,6 @@ class Mamba2(Recurrent):
         return inputs[:4]
 
     def finish(self, o, inputs, x):
-        y = join_heads(o + self.D[...].astype(o.dtype)[None, None, :, None] * inputs.x)
+        skip = self.D[...].astype(jnp.float32)[None, None, :, None] * inputs.x
+        y = join_heads((o + skip).astype(o.dtype))
         return split_heads(self.norm(y * jax.nn.silu(self.z(x))), self.num_heads)

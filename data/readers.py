@@ -1,0 +1,206 @@
+"""The texts of one file, with an error that names the place for whatever cannot be read."""
+
+from __future__ import annotations
+
+import bz2
+import difflib
+import gzip
+import io
+import itertools
+import json
+import lzma
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from plait.data.config import DataError
+
+_BOM = b"\xef\xbb\xbf"
+
+
+def ending(file: Path) -> str | None:
+    """What a file is read as: `.txt`, `.jsonl.gz` and so on, a key of `READERS`; None for one that is not read."""
+    name = file.name.lower()
+    return next((known for known in READERS if name.endswith(known)), None)
+
+
+def texts(file: Path, text_field: str) -> Iterator[str]:
+    """The texts of a file one by one, empty ones included.
+
+    Raises:
+        DataError: it does not hold what its ending says.
+        OSError: it cannot be read.
+    """
+    return READERS[ending(file) or ""](file, text_field)
+
+
+def _plain(read: Callable[[IO[bytes], Path, str], Iterator[str]], unpack: Callable[[Path], Any] | None, suffix: str) -> Reader:
+    """The reader of a format of text, packed by `unpack` or not."""
+
+    def packed(file: Path, text_field: str) -> Iterator[str]:
+        if unpack is None:
+            with file.open("rb") as stream:
+                yield from read(stream, file, text_field)
+            return
+        try:
+            with unpack(file) as stream:
+                yield from read(stream, file, text_field)
+        except DataError:
+            raise
+        except (EOFError, OSError, ValueError, zlib.error, lzma.LZMAError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            raise DataError(
+                f"{file} is not a whole {suffix} file: {short(str(error))}; write it again, or take it away"
+            ) from None
+
+    return packed
+
+
+def _zstandard(file: Path) -> IO[bytes]:
+    import pyarrow as pa
+
+    return io.BufferedReader(pa.input_stream(str(file), compression="zstd"))
+
+
+def _txt(stream: IO[bytes], file: Path, text_field: str) -> Iterator[str]:
+    raw = stream.read().removeprefix(_BOM)
+    if (at := raw.find(b"\0")) >= 0:
+        raise DataError(f"{file} is not text: NUL byte at offset {at}; convert it to UTF-8 text, or take the file away")
+    yield _decode(raw, str(file))
+
+
+def _jsonl(lines: Iterable[bytes], file: Path, text_field: str) -> Iterator[str]:
+    offset = 0
+    for number, line in enumerate(lines, 1):
+        where = f"{file}, line {number}"
+        raw = line.removeprefix(_BOM) if number == 1 else line
+        if raw.strip():
+            value = _parse(_decode(raw, where, offset + len(line) - len(raw)), where, "put one JSON object a line")
+            yield _field(value, text_field, where)
+        offset += len(line)
+
+
+def _json(stream: IO[bytes], file: Path, text_field: str) -> Iterator[str]:
+    """An array of objects, one object, or, as many data sets call it, one object a line."""
+    first = stream.readline()
+    try:
+        by_line = isinstance(json.loads(first.removeprefix(_BOM)), dict)
+    except (ValueError, RecursionError):
+        by_line = False
+    if by_line:
+        yield from _jsonl(itertools.chain([first], stream), file, text_field)
+        return
+    raw = (first + stream.read()).removeprefix(_BOM)
+    if not raw.strip():
+        return
+    value = _parse(_decode(raw, str(file)), str(file), "give an array of objects, one object, or one object a line")
+    for number, record in enumerate(value) if isinstance(value, list) else [(0, value)]:
+        yield _field(record, text_field, f"{file}, record {number}")
+
+
+def _parse(text: str, where: str, fix: str) -> Any:
+    try:
+        return json.loads(text)  # of any program: what it holds beside the text is not looked at
+    except (ValueError, RecursionError) as error:
+        what = f"{error.msg} at line {error.lineno}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+        raise DataError(f"{where} is not JSON: {what}: {short(text)}; {fix}") from None
+
+
+def _parquet(file: Path, text_field: str) -> Iterator[str]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not file.stat().st_size:
+        raise DataError(f"{file} is empty, which no parquet file is; write it again, or take it away")
+    try:
+        with pq.ParquetFile(file) as table:
+            names = table.schema_arrow.names
+            if text_field not in names:
+                raise _missing(text_field, names, str(file), "column")
+            row = 0
+            for batch in table.iter_batches(batch_size=256, columns=[text_field]):
+                for value in batch.column(0):
+                    where = f"{file}, row {row}"
+                    yield _text(_value(value, where), text_field, where)
+                    row += 1
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{file} is not a whole parquet file: {short(str(error))}; write it again, or take it away") from None
+
+
+def _value(value: Any, where: str) -> object:
+    try:
+        return value.as_py()
+    except UnicodeDecodeError as error:
+        raise _not_utf8(error, where) from None
+
+
+def _decode(raw: bytes, where: str, offset: int = 0) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _not_utf8(error, where, offset) from None
+
+
+def _not_utf8(error: UnicodeDecodeError, where: str, offset: int = 0) -> DataError:
+    return DataError(
+        f"{where} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {offset + error.start}; "
+        "convert it with `iconv -f <its encoding> -t utf-8`, or take it away"
+    )
+
+
+def _field(record: object, text_field: str, where: str) -> str:
+    if not isinstance(record, dict):
+        raise DataError(
+            f"{where} is {type(record).__name__}, not an object: {short(repr(record))}; give objects with the text in a field"
+        )
+    if text_field not in record:
+        raise _missing(text_field, list(record), where, "field")
+    return _text(record[text_field], text_field, where)
+
+
+def _missing(text_field: str, names: list[str], where: str, kind: str) -> DataError:
+    near = difflib.get_close_matches(text_field, names, n=3, cutoff=0.5) or names[:8]
+    return DataError(
+        f"{where} has no {kind} {text_field!r}; set data.text_field to the one with the text ({', '.join(near) or 'none there'})"
+    )
+
+
+def _text(value: object, text_field: str, where: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(
+            f"{where}: {text_field!r} is {short(repr(value))}, not a string; take it away, or set data.text_field to the text"
+        )
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: {text_field!r} has half a surrogate pair (\\u{ord(value[error.start]):04x}) at character {error.start}, "
+            "which is not Unicode text; repair or take away this record"
+        ) from None
+    return value
+
+
+def short(text: str, limit: int = 80) -> str:
+    """The beginning of a text, on one line."""
+    text = text.strip().replace("\n", " ")
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
+Reader = Callable[[Path, str], Iterator[str]]
+_PLAIN: dict[str, Callable[..., Iterator[str]]] = {".txt": _txt, ".jsonl": _jsonl, ".json": _json}
+_PACKED: dict[str, Callable[[Path], Any] | None] = {
+    "": None,
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": _zstandard,
+}
+READERS: dict[str, Reader] = {
+    **{kind + packed: _plain(read, unpack, packed) for kind, read in _PLAIN.items() for packed, unpack in _PACKED.items()},
+    ".parquet": _parquet,
+}
+"""By ending of a file's name."""
+FORMATS = f"{', '.join((*_PLAIN, '.parquet'))}, all but the last also with {', '.join(filter(None, _PACKED))}"
+"""The endings in words."""
