@@ -30,7 +30,7 @@ def latin(folder):
 
 def no_files(folder):
     (folder / "a.pdf").write_bytes(b"x")
-    return ["has no .txt, .jsonl, .parquet files", ".pdf"]
+    return ["has no files that are read; it has .pdf (1); use .txt"]
 
 
 def cut_parquet(folder):
