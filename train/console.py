@@ -19,7 +19,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class _Results(Console):
-    @property
+    @property  # type: ignore[misc]
     def size(self) -> ConsoleDimensions:
         return super().size if self.is_terminal else ConsoleDimensions(_NATURAL, 25)
 

@@ -173,6 +173,7 @@ def opened(folder: str | Path, step: int | None = None) -> Trained:
             raise RunError(f"{str(folder)!r} has no tokenizer/{TOKENIZER_FILE}; put back the one it was trained with")
         tokenizer = load_tokenizer(folder / "tokenizer")
     vocab_size = config.data.task.vocabulary(config.data) if tokenizer is None else tokenizer.vocab_size
+    assert vocab_size is not None  # only a tokenizer's file may have to say it
     config = dataclasses.replace(config, model=config.model.with_vocab(vocab_size))
     program = Program.of(config, make_mesh(config.mesh))
     at, state, extra = _restored(folder, program.like, step)
