@@ -1,23 +1,22 @@
-"""From a command line to a config: a preset, another pattern and other components where it names them, then tyro overrides of any leaf."""
+"""From a command line to a config: a preset, another pattern and other components where it names them, then any leaf."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
 
-import tyro
-
 from plait.configs.components import at, unchecked, validate
-from plait.configs.exchange import exchanged, offers, renamed, take
+from plait.configs.exchange import component_flags, exchanged, offers, renamed, take
 from plait.configs.experiment import ExperimentConfig
 from plait.configs.presets import preset
+from plait.configs.words import parse
 
 
 def parse_experiment(name: str, args: Sequence[str], prog: str = "launch.py train") -> ExperimentConfig:
     """The preset `name` with the overrides `args` (as in `--steps 200 --optimizer muon --model.mixers.gla.num-heads 8`).
 
     A new `--model.pattern` is applied first and then the components that are named, so that the options of all of them exist. Raises
-    ValueError for bad values; unknown options print the nearest ones and exit with status 2.
+    ValueError for bad values and for words that are no options, naming the nearest.
     """
     words = list(args)
     config = preset(name)
@@ -27,12 +26,14 @@ def parse_experiment(name: str, args: Sequence[str], prog: str = "launch.py trai
             at("model", config.model.complete)
         before = config.model
         config = exchanged(config, words)
-        config = tyro.cli(
+        flags = component_flags(config)
+        config = parse(
             ExperimentConfig,
+            words,
             default=config,
-            args=words,
             prog=f"{prog} {name}",
-            description=f"Options of preset {name}. Before they are read, components are exchanged by name:\n\n{offers(config)}",
+            description=f"Options of preset {name}. Before they are read, components are exchanged by name:\n\n{offers(flags)}",
+            others=[flag for paths in flags.values() for flag in paths],
         )
         config = dataclasses.replace(config, model=renamed(config.model, before))
     return validate(config)

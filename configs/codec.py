@@ -20,12 +20,14 @@ from plait.configs.components import (
     Config,
     ConfigError,
     Registry,
+    a,
     default_of,
     registries,
     registry_of,
     unchecked,
     validate,
 )
+from plait.configs.domains import choices, fix, shown
 from plait.configs.files import parse_json, read_json, write_atomically
 
 T = TypeVar("T")
@@ -42,7 +44,7 @@ def encode(config: Any, path: str = "config") -> Any:
         return [encode(value, f"{path}.{index}") for index, value in enumerate(config)]
     if config is None or isinstance(config, bool | int | float | str):
         return config
-    raise ConfigError(f"{path}={config!r} has no JSON form; use numbers, text, tuples, mappings and configs")
+    raise ConfigError(f"{path}={shown(config)} has no JSON form; use numbers, text, tuples, mappings and configs")
 
 
 def decode(schema: type[T], value: Any, path: str = "config") -> T:
@@ -102,17 +104,17 @@ def _items(tree: Mapping[str, Any] | list[Any]) -> Iterator[tuple[str, Any]]:
     return iter(tree.items()) if isinstance(tree, Mapping) else ((str(index), item) for index, item in enumerate(tree))
 
 
-def _read(schema: Any, value: Any, path: str, default: Any = None) -> Any:
+def _read(schema: Any, value: Any, path: str, default: Any = dataclasses.MISSING) -> Any:
     """`value` as `schema`, unchecked; `default` is that of the field that holds it."""
     origin, args = typing.get_origin(schema), typing.get_args(schema)
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in args:
             return None
-        options = [a for a in args if a is not type(None)]
+        options = [one for one in args if one is not type(None)]
         return _read(options[0], value, path, default) if len(options) == 1 else _first(options, value, path, default)
     if origin is Literal:
         if value not in args:
-            raise ConfigError(f"{path}={value!r} must be one of {', '.join(map(repr, args))}{_near(str(value), map(str, args))}")
+            raise ConfigError(f"{path}={shown(value)} must be one of {', '.join(map(repr, args))}; {fix(schema, default, value)}")
         return value
     if schema in (Any, object):
         return _anything(value, path, default)
@@ -129,9 +131,11 @@ def _read(schema: Any, value: Any, path: str, default: Any = None) -> Any:
         try:
             return float(value)
         except OverflowError:
-            raise ConfigError(f"{path} is a whole number of {len(str(value))} digits; it must be a number below 1e308") from None
+            raise ConfigError(f"{path}={shown(value)} must be a number below 1e308; {fix(schema, default, value)}") from None
     if type(value) is not schema:
-        raise ConfigError(f"{path}={value!r} must be of type {schema.__name__}, not {type(value).__name__}")
+        raise ConfigError(
+            f"{path}={shown(value)} must be of type {schema.__name__}, not {type(value).__name__}; {fix(schema, default, value)}"
+        )
     return value
 
 
@@ -147,11 +151,11 @@ def _anything(value: Any, path: str, default: Any) -> Any:
 
 def _tuple(args: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
     if not isinstance(value, list):
-        raise ConfigError(f"{path}={value!r} must be a list")
+        raise ConfigError(f"{path}={shown(value)} must be a list; use [...]")
     if args[-1] is Ellipsis:
         args = args[:1] * len(value)
     if len(value) != len(args):
-        raise ConfigError(f"{path} has {len(value)} entries; it must have {len(args)}")
+        raise ConfigError(f"{path} has {len(value)} entries; it must have {len(args)}; give as many")
     return tuple(_read(arg, item, f"{path}.{index}") for index, (arg, item) in enumerate(zip(args, value, strict=True)))
 
 
@@ -170,16 +174,16 @@ def _component(schema: type[Component], value: Any, path: str, default: Any) -> 
     registry = tags[0]
     name = fields.pop(registry.tag)
     if not isinstance(name, str):
-        raise ConfigError(f"{path}.{registry.tag}={name!r} must be the name of a {registry.kind}")
+        raise ConfigError(
+            f"{path}.{registry.tag}={name!r} must be the name of {a(registry.kind)}; use one of {choices(list(registry.all()))}"
+        )
     try:
         found = registry[name]
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
     if not issubclass(found, schema):
-        wanted = (
-            f"the {kind.kind} {schema.name!r}" if kind and kind.holds(schema) else f"a {kind.kind if kind else schema.__name__}"
-        )
-        raise ConfigError(f"{path} is the {registry.kind} {name!r}; it must be {wanted}")
+        wanted = f"the {kind.kind} {schema.name!r}" if kind and kind.holds(schema) else a(kind.kind if kind else schema.__name__)
+        raise ConfigError(f"{path} is the {registry.kind} {name!r}; it must be {wanted}; name one of those")
     return _dataclass(found, fields, path)
 
 
@@ -190,7 +194,7 @@ def _tags(fields: Mapping[str, Any]) -> list[Registry[Any]]:
 def _tag(config: Component, path: str) -> dict[str, str]:
     registry = registries.get(getattr(config, "kind_of_component", ""))
     if registry is None or not registry.holds(type(config)):
-        raise ConfigError(f"{path} is a {type(config).__name__}, which could not be read back; register the class under a name")
+        raise ConfigError(f"{path} is {a(type(config).__name__)}, which could not be read back; register the class under a name")
     return {registry.tag: config.name}
 
 
@@ -204,13 +208,13 @@ def _dataclass(schema: type[T], fields: Mapping[str, Any], path: str) -> T:
             )
     for name, field in known.items():
         if default_of(field) is dataclasses.MISSING and name not in fields:
-            raise ConfigError(f"{path}.{name} is missing")
+            raise ConfigError(f"{path}.{name} is missing; give it a value")
     return schema(**{key: _read(hints[key], value, f"{path}.{key}", default_of(known[key])) for key, value in fields.items()})
 
 
 def _mapping(value: Any, path: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        raise ConfigError(f"{path}={value!r} must be an object of named fields")
+        raise ConfigError(f"{path}={shown(value)} must be an object of named fields; use {{...}}")
     return value
 
 
@@ -220,7 +224,8 @@ def _first(options: list[Any], value: Any, path: str, default: Any) -> Any:
             return _read(option, value, path, default)
         except ConfigError:
             continue
-    raise ConfigError(f"{path}={value!r} must be one of the types {', '.join(getattr(o, '__name__', str(o)) for o in options)}")
+    names = ", ".join(getattr(option, "__name__", str(option)) for option in options)
+    raise ConfigError(f"{path}={shown(value)} must be one of the types {names}; {fix(options[0], default, value)}")
 
 
 def _near(name: str, known: typing.Iterable[str]) -> str:

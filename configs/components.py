@@ -10,11 +10,13 @@ import contextlib
 import contextvars
 import dataclasses
 import difflib
+import functools
 import importlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
+from plait.configs.domains import check_leaves
 from plait.configs.errors import is_bad_input
 
 _deferred: contextvars.ContextVar[bool] = contextvars.ContextVar("plait_deferred", default=False)
@@ -27,8 +29,9 @@ class ConfigError(ValueError):
 class Config:
     """Base of every config dataclass.
 
-    What is wrong with its values is said by `check`, in messages that begin with the field; whoever holds the config puts its own path
-    before them. A config is checked where it is made, or, under `unchecked`, later and as a whole by `validate`.
+    Each leaf is in the domain that its annotation declares (`plait.configs.domains`), and values go together as `check` says. Messages
+    begin with the field; whoever holds the config puts its own path before them. A config is checked where it is made, or, under
+    `unchecked`, later and as a whole by `validate`.
     """
 
     path: ClassVar[str] = ""
@@ -39,8 +42,8 @@ class Config:
             with contextlib.suppress(ValueError):  # `validate` comes to it again, and knows where it stands
                 self.complete()
         else:
-            at(self.path, self.complete)
-            at(self.path, self.check)
+            for step in (functools.partial(check_leaves, self), self.complete, self.check):
+                at(self.path, step)
 
     def complete(self) -> None:
         """Fills in what follows from other fields. Raises ValueError as `check` does."""
@@ -92,6 +95,7 @@ def unchecked() -> Iterator[None]:
 
 def validate(config: C, path: str = "") -> C:
     """`config`, checked with all that it holds. Raises ConfigError with the dotted path from `path` on."""
+    at(path, check_leaves, config)
     at(path, config.complete)
     for name, child in children(config):
         validate(child, f"{path}.{name}" if path else name)
@@ -107,6 +111,11 @@ def at(path: str, check: Callable[..., Any], *args: Any) -> Any:
         if not is_bad_input(error):
             raise
         raise ConfigError(f"{path}.{error}" if path else str(error)) from None
+
+
+def a(noun: str) -> str:
+    """A noun with its article."""
+    return f"{'an' if noun[0] in 'aeiouAEIOU' else 'a'} {noun}"
 
 
 R = TypeVar("R", bound=Component)
@@ -152,7 +161,8 @@ class Registry(Generic[R]):
         def add(config: Any) -> Any:
             if not issubclass(config, self.base):
                 raise ValueError(
-                    f"{config.__module__} registers {config.__qualname__} as the {self.kind} {name!r}; it must be a {self.base.__name__}"
+                    f"{config.__module__} registers {config.__qualname__} as the {self.kind} {name!r}; "
+                    f"it must be {a(self.base.__name__)}; derive it from that"
                 )
             known = self._known.get(name)
             if known is not None and (known.__module__, known.__qualname__) != (config.__module__, config.__qualname__):
@@ -171,13 +181,23 @@ class Registry(Generic[R]):
         self._known.pop(name, None)
 
     def all(self) -> dict[str, type[R]]:
-        """Every component by name, sorted; imports each module of the package once. Raises what an import raises."""
+        """Every component by name, sorted; imports each module of the package once.
+
+        Raises:
+            ConfigError: a module cannot be imported; the message begins with its file.
+        """
         package = importlib.import_module(self.package)
         for folder in map(Path, package.__path__):
             for file in sorted(folder.rglob("*.py")):
                 parts = file.relative_to(folder).with_suffix("").parts
                 if parts[-1] != "__init__" and all(part.isidentifier() for part in parts):
-                    importlib.import_module(".".join((self.package, *parts)))
+                    try:
+                        importlib.import_module(".".join((self.package, *parts)))
+                    except Exception as error:
+                        what = f"{type(error).__name__}: {error}"
+                        raise ConfigError(
+                            f"{file} cannot be imported ({what}); correct it, or take it out of the folder"
+                        ) from error
         return dict(sorted(self._known.items()))
 
     def __getitem__(self, name: str) -> type[R]:

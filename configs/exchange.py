@@ -9,7 +9,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from plait.configs.components import Component, Config, Registry, at, children, default_of, registries, registry_of, validate
+from plait.configs.components import Component, Config, Registry, a, at, children, default_of, registries, registry_of, validate
+from plait.configs.words import flag
 from plait.models.config import LMConfig, default_mixer, pattern_name
 from plait.models.mixers.base import MIXERS
 
@@ -43,17 +44,22 @@ def renamed(model: LMConfig, before: LMConfig) -> LMConfig:
     return dataclasses.replace(model, pattern=pattern, mixers={names[key]: mixer for key, mixer in model.mixers.items()})
 
 
-def offers(config: Config) -> str:
-    """The flags that exchange the components of a config, with the names that they take."""
+def component_flags(config: Config) -> dict[str, list[str]]:
+    """The flags that exchange the components of a config, by kind."""
     flags: dict[str, list[str]] = {}
 
     def note(config: Config, path: str) -> None:
         for key, child in children(config):
             if isinstance(child, Component):
-                flags.setdefault(child.kind_of_component, []).append(_flag(path + key))
+                flags.setdefault(child.kind_of_component, []).append(flag(path + key))
             note(child, f"{path}{key}.")
 
     note(config, "")
+    return flags
+
+
+def offers(flags: Mapping[str, list[str]]) -> str:
+    """Flags that exchange components, with the names that they take."""
     return "\n\n".join(f"{', '.join(paths)}: {', '.join(registries[kind].all())}" for kind, paths in flags.items())
 
 
@@ -62,18 +68,14 @@ def take(path: str, words: list[str]) -> str | None:
     found = None
     for index in reversed(range(len(words))):
         name, equals, value = words[index].partition("=")
-        if not name.startswith("--") or _flag(name[2:]) != _flag(path):
+        if not name.startswith("--") or flag(name[2:]) != flag(path):
             continue
         if not equals and (index + 1 == len(words) or words[index + 1].startswith("--")):
-            raise ValueError(f"{path} has no value; write one after {_flag(path)}")
+            raise ValueError(f"{path} has no value; write one after {flag(path)}")
         given = value if equals else words[index + 1]
         found = given if found is None else found
         del words[index : index + (1 if equals else 2)]
     return found
-
-
-def _flag(path: str) -> str:
-    return f"--{path.replace('_', '-')}"
 
 
 def _exchanged(value: Any, hint: Any, path: str, words: list[str]) -> Any:
@@ -111,7 +113,7 @@ def _made(kind: Registry[Any], name: str, old: Component | None, hint: Any, path
         raise ValueError(f"{path}={name!r}: {error}") from None
     classes = _classes(hint)
     if classes and not isinstance(made, classes):
-        raise ValueError(f"{path}={name!r} must be a {' or a '.join(one.__name__ for one in classes)}; name one of those")
+        raise ValueError(f"{path}={name!r} must be {' or '.join(a(one.__name__) for one in classes)}; name one of those")
     base = next(one for one in type(old).__mro__ if isinstance(made, one))
     if not dataclasses.is_dataclass(base):
         return made

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Literal
 
 from plait.configs.components import Config
+from plait.configs.domains import Devices
 
 MESH_AXES = ("pipeline", "data", "fsdp", "expert", "context", "tensor")
 """Mesh axes, the outermost first."""
@@ -17,25 +18,19 @@ class MeshConfig(Config):
 
     path = "mesh"
 
-    pipeline: int = 1
+    pipeline: Devices = 1
     """Stages in which the repetitions of the layer pattern lie, one behind the other; `optimizer.accumulate` micro-batches fill them."""
-    data: int | None = None
+    data: Devices | None = None
     """Data parallel; None takes the devices that the other axes leave."""
-    fsdp: int = 1
+    fsdp: Devices = 1
     """Data parallel with parameters and optimizer state sharded."""
-    expert: int = 1
+    expert: Devices = 1
     """Experts of a mixture sharded; to all else, data parallel."""
-    context: int = 1
+    context: Devices = 1
     """Tokens of a sequence sharded: each device holds a contiguous part of every row."""
-    tensor: int = 1
+    tensor: Devices = 1
     """Heads, channel-mixer widths and the vocabulary sharded."""
     zero: bool = False
     """ZeRO: moments and average sharded also over data, expert, context and pipeline, gradients reduced to those parts."""
     offload: Literal["optimizer"] | None = None
     """What waits in the host's memory between updates: the optimizer's moments; None for nothing."""
-
-    def check(self) -> None:
-        for name in MESH_AXES:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")

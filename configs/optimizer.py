@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal
 
 import optax
 from jax.sharding import NamedSharding
 
 from plait.configs.components import Component, Registry
+from plait.configs.domains import Counted, LearningRate, Number, Positive, Rows, Share, SomeCoefficient, Steps
 from plait.models.axes import Axes
 from plait.models.build import PRODUCTS, Role
 
 Rate = Callable[[float], optax.Schedule]
 """The learning rate by step of a peak rate, over a run's steps."""
+
+_LARGEST_DECAY = {"float32": 1.0, "bfloat16": 0.95}
+"""Of moments kept in a dtype: a step adds a share `1 - decay`, which must be well above one rounding of the moment."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,25 +54,27 @@ Parameters = Mapping[str, Parameter]
 class OptimizerConfig(Component, abc.ABC):
     """What all optimizers share: the rate over the steps, and how a step is made."""
 
-    learning_rate: float = 1e-3
+    learning_rate: LearningRate = 1e-3
     """Peak learning rate."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """After warm-up: a cosine to the final rate, a plateau with a linear decay at the end (WSD), or the peak throughout."""
-    warmup_steps: int = 100
+    warmup_steps: Counted = 100
     """Steps of linear warm-up."""
-    decay_fraction: float = 0.2
+    decay_fraction: Annotated[float, Number(above=0, most=1)] = 0.2
     """Share of the steps that WSD spends decaying."""
-    final_ratio: float = 0.1
+    final_ratio: Share = 0.1
     """Last learning rate over the peak (cosine and WSD)."""
-    weight_decay: float = 0.1
+    weight_decay: SomeCoefficient = 0.1
     """Decay of projections and embeddings per unit of learning rate; gains, biases and decays have none."""
-    clip_norm: float | None = 1.0
+    clip_norm: Positive | None = 1.0
     """Largest global norm of the gradient; None for no clipping."""
-    accumulate: int = 1
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What first moments (momentum) are kept in between steps. Second moments, sums and updates are float32 whatever the parameters are."""
+    accumulate: Rows = 1
     """Micro-batches whose gradients make one step; must divide the batch. With `mesh.pipeline` they flow through its stages."""
-    ema: float | None = None
+    ema: Annotated[float, Number(above=0, below=1)] | None = None
     """Decay of a running average of the parameters, used by evaluation and generation; None keeps none."""
-    max_bad_steps: int = 20
+    max_bad_steps: Steps = 20
     """Consecutive non-finite steps (skipped, counted) after which the run stops."""
 
     @abc.abstractmethod
@@ -85,26 +90,14 @@ class OptimizerConfig(Component, abc.ABC):
             ValueError: a parameter is not what its role asks for.
         """
 
-    def check(self) -> None:
-        self.require(
-            [
-                (0 < self.learning_rate < math.inf, "learning_rate", "must be positive and finite"),
-                (self.warmup_steps >= 0, "warmup_steps", "must be 0 or more"),
-                (0 < self.decay_fraction <= 1, "decay_fraction", "must be above 0 and at most 1"),
-                (0 <= self.final_ratio <= 1, "final_ratio", "must be between 0 and 1"),
-                (0 <= self.weight_decay < math.inf, "weight_decay", "must be 0 or more, and finite"),
-                (self.clip_norm is None or self.clip_norm > 0, "clip_norm", "must be positive; use None for no clipping"),
-                (self.accumulate >= 1, "accumulate", "must be at least 1"),
-                (self.ema is None or 0 < self.ema < 1, "ema", "must be above 0 and below 1; use None for no average"),
-                (self.max_bad_steps >= 1, "max_bad_steps", "must be at least 1"),
-            ]
-        )
-
-    def require(self, rules: Iterable[tuple[bool, str, str]]) -> None:
-        """Raises ValueError for the first of `(holds, field, rule in words)` that does not hold."""
-        for holds, name, rule in rules:
-            if not holds:
-                raise ValueError(f"{name}={getattr(self, name)} {rule}")
+    def require_kept(self, name: str) -> None:
+        """Raises ValueError where moments of decay `name` are kept in a dtype that rounds away what a step adds to them."""
+        decay = getattr(self, name)
+        if decay is not None and decay > _LARGEST_DECAY[self.moment_dtype]:
+            raise ValueError(
+                f"moment_dtype={self.moment_dtype} rounds away what {name}={decay} lets a step add; use float32, or {name} of "
+                f"{_LARGEST_DECAY[self.moment_dtype]} or less"
+            )
 
 
 OPTIMIZERS: Registry[OptimizerConfig] = Registry("optimizer", "plait.train.optimizers", OptimizerConfig)

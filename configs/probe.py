@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
 from plait.configs.components import Config
+from plait.configs.domains import Line, Rows, Span, Whole
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -13,16 +15,11 @@ class ProbeConfig(Config):
 
     path = "probe"
 
-    only: str | None = None
+    only: Line | None = None
     """Names of the probes that run, separated by commas; None for all that there are."""
-    rows: int = 32
+    rows: Span = 32
     """Query positions per sequence whose attention is looked at, evenly spaced (all of them when the sequence is shorter)."""
-    sequences: int = 4
+    sequences: Rows = 4
     """Sequences of the batch looked at."""
-    first_k: int = 4
+    first_k: Annotated[int, Whole(1, 64)] = 4
     """Number of leading document positions whose received attention alpha_1..alpha_K is reported."""
-
-    def check(self) -> None:
-        for name in ("rows", "sequences", "first_k"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1; turn probes off with probe_every=None")

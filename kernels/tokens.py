@@ -18,15 +18,19 @@ Array = jax.Array
 class Tokens:
     """What is known of each position, int32 [B, T] or None each: a pytree, made once from a batch and handed down as `at`.
 
+    Segment id 0 is padding, which is no token wherever it stands: it belongs to no segment, sees nothing and is not seen, gives zeros,
+    and a state passes over it. A segment begins at its first token, whatever stands before that. Padding between two tokens of one
+    segment takes up its place: distances and positions count it.
+
     Keys that are not the queries' own tokens, such as those of a cache, have their own, `kv_at`.
     """
 
     ids: Any = None
     """Entries of the vocabulary; no op reads them."""
     segment_ids: Any = None
-    """Tokens of equal ids see each other; id 0 is padding. Each segment is contiguous, but for keys. None is one segment."""
+    """At least 0, in any order; tokens of equal ids see each other. Each segment is contiguous, but for keys. None is one segment."""
     positions: Any = None
-    """From 0 in each segment and rising by one a token. None derives them from the segments."""
+    """How far from its segment's first token each stands, that one at 0; of padding any. None derives them from the segments."""
 
     def placed(self, batch: int, length: int) -> Tokens:
         """The same with `segment_ids` and `positions` filled in, for [batch, length] tokens."""
@@ -44,7 +48,12 @@ class Tokens:
         return jnp.stack([self.segment_ids, self.positions], axis=-2)
 
     def starts(self) -> Array:
-        """The index [B, T] at which each token's segment begins; padding counts to the segment before it."""
-        index, _ = chunking.segment_index(self.segment_ids)
-        here = jnp.arange(index.shape[1], dtype=jnp.int32)[None, :]
-        return jax.lax.cummax(jnp.where(jnp.diff(index, axis=1, prepend=0) != 0, here, 0), axis=1)
+        """The index [B, T] of the first token of each token's segment; of padding that of the segment before it, or 0."""
+        begun = jax.lax.cummax(self.numbered(), axis=1)  # the segments begun so far
+        here = jnp.arange(begun.shape[1], dtype=jnp.int32)[None, :]
+        return jax.lax.cummax(jnp.where(jnp.diff(begun, axis=1, prepend=0) != 0, here, 0), axis=1)
+
+    def numbered(self) -> Array:
+        """The segment ids [B, T] renumbered from 1 in order, so that the segments of a run of tokens are an interval; padding stays 0."""
+        index, real = chunking.segment_index(self.segment_ids)
+        return jnp.where(real, index + 1, 0)

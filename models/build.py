@@ -26,7 +26,7 @@ def fan_in_normal(gain: float = 1.0) -> Initializer:
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         std = gain / shape[-2] ** 0.5 / 0.87962566  # the standard deviation of a unit normal cut at two sigmas
-        return std * jax.random.truncated_normal(key, -2.0, 2.0, shape, dtype)
+        return (std * jax.random.truncated_normal(key, -2.0, 2.0, shape, jnp.float32)).astype(dtype)
 
     return init
 
@@ -67,6 +67,8 @@ class BuildContext:
     param_dtype: Any = jnp.float32
     compute_dtype: Any = jnp.float32
     sigma_reparam: SigmaReparam | None = None
+    defer_vectors: bool = False
+    """Whether `start_singular_vectors` of the whole model will find those of sigmaReparam, in place of each layer its own."""
     first_layers: Mapping[str, int] = dataclasses.field(default_factory=dict)
     """The first layer that uses each name of the carry."""
 
@@ -79,13 +81,13 @@ class BuildContext:
         role: Role = "vector",
         split: tuple[int, tuple[int, ...]] | None = None,
     ) -> nnx.Param:
-        """A trained parameter of logical `axes`.
+        """A trained parameter of logical `axes`, drawn in float32 and rounded once.
 
         Args:
             role: what it is to the optimizer.
             split: axis, counted from the end, and sizes of the independent matrices that a fused projection holds, as one a head.
         """
-        return nnx.Param(init(self.rngs.params(), shape, self.param_dtype), axes=axes, role=role, split=split)
+        return nnx.Param(init(self.rngs.params(), shape, jnp.float32).astype(self.param_dtype), axes=axes, role=role, split=split)
 
     @property
     def residual_init(self) -> Initializer:

@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from plait.configs.components import Config, at
+from plait.configs.components import Config, a, at
+from plait.configs.domains import Coefficient, Depth, Epsilon, Line, Positive, Vocabulary, Width
 from plait.models.build import SigmaReparam
 from plait.models.channel_mixers.base import ChannelMixerConfig
 from plait.models.channel_mixers.gated_mlp import GatedMLPConfig
@@ -51,7 +52,7 @@ def pattern_name(config: MixerConfig) -> str:
 def _classes(config: MixerConfig) -> str:
     """A mixer's class, and that of the one it is around."""
     name = type(config).__name__
-    return f"{name} around a {_classes(config.mixer)}" if isinstance(config, WrapperConfig) else name
+    return f"{name} around {a(_classes(config.mixer))}" if isinstance(config, WrapperConfig) else name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,27 +61,27 @@ class LMConfig(Config):
 
     path = "model"
 
-    d_model: int
+    d_model: Width
     """Width of the residual stream."""
-    num_layers: int
+    num_layers: Depth
     """Number of blocks."""
-    pattern: str
+    pattern: Line
     """Mixer of each layer: "gated_deltanet*3,softmax", "gla:softmax=6:1" or "softmax@0,5; gla"."""
     mixers: Mapping[str, MixerConfig] = dataclasses.field(default_factory=MixerTable)
     """Config of each name in the pattern; names left out get their defaults."""
     channel_mixer: ChannelMixerConfig = GatedMLPConfig()
     """The other half of every block."""
-    vocab_size: int | None = None
+    vocab_size: Vocabulary | None = None
     """Rows of the embedding; None gives the tokenizer's size rounded up to a multiple of 128."""
     tie_embeddings: bool = False
     """Use the embedding as the head."""
     norm: Literal["pre", "post", "none"] = "pre"
     """`x + f(norm(x))`, `norm(x + f(x))` or `x + f(x)`."""
-    norm_eps: float = 1e-6
+    norm_eps: Epsilon = 1e-6
     """Epsilon of the RMS norms of the residual stream."""
-    logit_soft_cap: float | None = None
+    logit_soft_cap: Positive | None = None
     """Logits become `cap * tanh(logits / cap)`."""
-    z_loss: float | None = None
+    z_loss: Coefficient | None = None
     """Coefficient of the mean squared log-normaliser of the output softmax."""
     sigma_reparam: SigmaReparam | None = None
     """Every projection is gain / sigma(W) W (arXiv 2303.06296); gain starts at sigma(W) ("spectral") or at 1 ("one")."""
@@ -101,18 +102,15 @@ class LMConfig(Config):
         object.__setattr__(self, "mixers", MixerTable({**table, **extra}))
 
     def check(self) -> None:
-        for name in ("d_model", "num_layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("vocab_size", "logit_soft_cap", "z_loss"):
-            if (value := getattr(self, name)) is not None and value <= 0:
-                raise ValueError(f"{name}={value} must be positive; use None to leave it out")
         layers = self.layers
         for name, config in self.mixers.items():
             if name not in layers:
                 raise ValueError(f"mixers.{name} is in no layer of pattern={self.pattern!r}; remove it or name it in the pattern")
             if pattern_name(config) != name.partition("/")[0]:
-                raise ValueError(f"mixers.{name} is a {_classes(config)}; it must be a {_classes(default_mixer(name))}")
+                raise ValueError(
+                    f"mixers.{name} is {a(_classes(config))}; it must be {a(_classes(default_mixer(name)))}; "
+                    "change the pattern, or the config"
+                )
             at(f"mixers.{name}", config.fit, self.d_model)
         at("channel_mixer", self.channel_mixer.fit, self.d_model)
         check_carries([(name, self.mixers[name].carries(self.d_model)) for name in layers])

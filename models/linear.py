@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from plait.models.axes import Axes
-from plait.models.build import Buffer, BuildContext, Initializer, Role, fan_in_normal
+from plait.models.build import Buffer, BuildContext, Initializer, Role, SigmaReparam, fan_in_normal
 
-_INITIAL_POWER_STEPS = 64
+_EXACT: dict = {"precision": "highest"}
+_KRYLOV_STEPS = 96
+_SQUARINGS = 16
 
 
 class SpectralVector(Buffer):
@@ -22,14 +26,45 @@ def power_step(kernel: jax.Array, u: jax.Array) -> tuple[jax.Array, jax.Array]:
     Source: sigmaReparam (arXiv 2303.06296), section 3. Leading axes are independent matrices (stacked layers).
     """
     kernel = kernel.astype(jnp.float32)
-    v = _unit(jnp.einsum("...io,...o->...i", kernel, u, precision="highest"))
-    return v, _unit(jnp.einsum("...io,...i->...o", kernel, v, precision="highest"))
+    v = _unit(jnp.einsum("...io,...o->...i", kernel, u, **_EXACT))
+    return v, _unit(jnp.einsum("...io,...i->...o", kernel, v, **_EXACT))
 
 
 @jax.jit
-def _leading_vectors(kernel: jax.Array, u: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The vectors after the power steps of a new layer."""
-    return jax.lax.fori_loop(0, _INITIAL_POWER_STEPS, lambda _, vu: power_step(kernel, vu[1]), power_step(kernel, u))
+def leading_vectors(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The leading singular vectors of `kernel` `[..., I, O]`: unit `v` `[..., I]` and `u` `[..., O]`, float32.
+
+    Exact up to rounding where the smaller side is at most 96, and in practice beyond: those of `kernel` within the Krylov space that 96
+    steps of Golub-Kahan-Lanczos (SIAM J. Numer. Anal. 2(2), 1965), orthogonalised anew at each, span.
+    Plain power steps would need as many as the gap between the two largest singular values is small.
+    """
+    largest = jnp.abs(kernel).max((-2, -1), keepdims=True)
+    kernel = kernel.astype(jnp.float32) / jnp.where(largest > 0, largest, 1).astype(jnp.float32)
+    size = min(*kernel.shape[-2:], _KRYLOV_STEPS)
+
+    def grow(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        basis, u = carry
+        u = jnp.einsum("...io,...i->...o", kernel, jnp.einsum("...io,...o->...i", kernel, u, **_EXACT), **_EXACT)
+        for _ in range(2):  # once more for what rounding left
+            u = u - jnp.einsum("...mo,...m->...o", basis, jnp.einsum("...mo,...o->...m", basis, u, **_EXACT), **_EXACT)
+        u = _unit(u)
+        return jax.lax.dynamic_update_index_in_dim(basis, u, i, u.ndim - 1), u
+
+    lead, width = kernel.shape[:-2], kernel.shape[-1]
+    start = jnp.broadcast_to(jnp.cos(jnp.arange(width, dtype=jnp.float32) ** 2), (*lead, width))  # like no kernel
+    basis, _ = jax.lax.fori_loop(0, size, grow, (jnp.zeros((*lead, size, width), jnp.float32), start))
+    seen = jnp.einsum("...io,...mo->...im", kernel, basis, **_EXACT)
+    gram = jnp.einsum("...im,...in->...mn", seen, seen, **_EXACT)
+
+    def square(_: int, power: jax.Array) -> jax.Array:
+        power = power / jnp.maximum(jnp.abs(power).max((-2, -1), keepdims=True), 1e-30)
+        return jnp.einsum("...mn,...nk->...mk", power, power, **_EXACT)
+
+    power = jax.lax.fori_loop(0, _SQUARINGS, square, gram)  # the leading eigenvector times itself
+    best = jnp.argmax(jnp.diagonal(power, axis1=-2, axis2=-1), axis=-1)
+    y = _unit(jnp.take_along_axis(power, best[..., None, None], axis=-2)[..., 0, :])
+    u = _unit(jnp.einsum("...mo,...m->...o", basis, y, **_EXACT))
+    return power_step(kernel, u)
 
 
 def _unit(x: jax.Array) -> jax.Array:
@@ -37,7 +72,7 @@ def _unit(x: jax.Array) -> jax.Array:
 
 
 def _sigma(kernel: jax.Array, v: jax.Array, u: jax.Array) -> jax.Array:
-    return jnp.einsum("...i,...io,...o->...", v, kernel.astype(jnp.float32), u, precision="highest")
+    return jnp.einsum("...i,...io,...o->...", v, kernel.astype(jnp.float32), u, **_EXACT)
 
 
 class Dense(nnx.Module):
@@ -73,21 +108,27 @@ class Dense(nnx.Module):
         self.bias = ctx.param(jax.nn.initializers.zeros, (*lead, out_dim), (*axes[:-2], axes[-1])) if use_bias else None
         self.gain = self.v = self.u = nnx.data(None)
         if ctx.sigma_reparam is not None:
-            kernel = self.kernel[...]
-            u = _unit(jax.random.normal(ctx.rngs.params(), (*lead, out_dim), jnp.float32))
-            v, u = _leading_vectors(kernel, u)
-            gain = _sigma(kernel, v, u) if ctx.sigma_reparam == "spectral" else jnp.ones(lead, jnp.float32)
-            self.gain = nnx.Param(gain.astype(ctx.param_dtype), axes=axes[:-2], role="vector", split=None)
-            self.v = SpectralVector(v, axes=axes[:-1])
-            self.u = SpectralVector(u, axes=(*axes[:-2], axes[-1]))
+            self.gain = nnx.Param(jnp.ones(lead, ctx.param_dtype), axes=axes[:-2], role="vector", split=None)
+            self.v = SpectralVector(jnp.zeros((*lead, in_dim), jnp.float32), axes=axes[:-1])
+            self.u = SpectralVector(jnp.zeros((*lead, out_dim), jnp.float32), axes=(*axes[:-2], axes[-1]))
+            if not ctx.defer_vectors:
+                self.start_from(leading_vectors(self.kernel[...]), ctx.sigma_reparam)
+
+    def start_from(self, vectors: tuple[jax.Array, jax.Array], sigma_reparam: SigmaReparam) -> None:
+        """Takes the leading singular vectors of a new kernel, and the gain that goes with them."""
+        if self.gain is None or self.v is None or self.u is None:
+            return
+        self.v[...], self.u[...] = vectors
+        if sigma_reparam == "spectral":
+            self.gain[...] = _sigma(self.kernel[...], *vectors).astype(self.gain.dtype)
 
     def weight(self) -> jax.Array:
         """The matrix that multiplies, `[..., in_dim, out_dim]` in the parameter dtype, leading axes for stacked layers."""
         kernel = self.kernel[...]
         if self.gain is None or self.v is None or self.u is None:
             return kernel
-        scale = self.gain[...] / _sigma(kernel, self.v[...], self.u[...])
-        return kernel * scale[..., None, None].astype(kernel.dtype)
+        scale = self.gain[...].astype(jnp.float32) / _sigma(kernel, self.v[...], self.u[...])
+        return (kernel * scale[..., None, None]).astype(kernel.dtype)
 
     def power_iterate(self) -> None:
         """Move the singular vectors one power step towards the kernel's leading ones. Nothing to do without sigmaReparam."""
@@ -107,6 +148,25 @@ class Dense(nnx.Module):
 def dense_layers(model: nnx.Module) -> list[tuple[tuple, Dense]]:
     """Every `Dense` of `model` with its path, in a stable order."""
     return [(path, module) for path, module in nnx.iter_modules(model) if isinstance(module, Dense)]
+
+
+def start_singular_vectors(model: nnx.Module, sigma_reparam: SigmaReparam) -> None:
+    """Starts every projection of a new model from its kernel's leading singular vectors; those of one shape are found together."""
+    by_shape: dict[tuple[int, ...], list[Dense]] = {}
+    for _, layer in dense_layers(model):
+        if layer.u is not None:
+            by_shape.setdefault(layer.kernel.shape[-2:], []).append(layer)
+    for layers in by_shape.values():
+        kernels = [layer.kernel[...] for layer in layers]
+        v, u = leading_vectors(jnp.concatenate([kernel.reshape(-1, *kernel.shape[-2:]) for kernel in kernels]))
+        done = 0
+        for layer, kernel in zip(layers, kernels, strict=True):
+            lead = kernel.shape[:-2]
+            count = math.prod(lead)
+            layer.start_from(
+                (v[done : done + count].reshape(*lead, -1), u[done : done + count].reshape(*lead, -1)), sigma_reparam
+            )
+            done += count
 
 
 def power_iterate(model: nnx.Module) -> None:

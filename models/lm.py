@@ -16,7 +16,7 @@ from plait.models.axes import BATCH, EMBED, LENGTH, VOCAB, constrain
 from plait.models.block import Extras
 from plait.models.build import BuildContext, Keys
 from plait.models.config import LMConfig
-from plait.models.linear import Dense, dense_layers
+from plait.models.linear import Dense, dense_layers, start_singular_vectors
 from plait.models.look import Observer
 from plait.models.mixers.base import State
 from plait.models.norms import RMSNorm
@@ -46,6 +46,7 @@ class LM(nnx.Module):
                 param_dtype=jnp.dtype(config.param_dtype),
                 compute_dtype=jnp.dtype(config.compute_dtype),
                 sigma_reparam=config.sigma_reparam,
+                defer_vectors=True,
                 first_layers=config.first_layers,
             )
 
@@ -56,6 +57,8 @@ class LM(nnx.Module):
         self.norm = RMSNorm(ctx, config.d_model, eps=config.norm_eps) if config.norm == "pre" else None
         head = lambda size: Dense(ctx, config.d_model, size, (EMBED, VOCAB), init=embed_init, role="head")
         self.head = None if config.tie_embeddings else head(config.vocab_size)
+        if config.sigma_reparam is not None:
+            start_singular_vectors(self, config.sigma_reparam)
 
     def __call__(self, at: Tokens, *, observer: Observer | None = None) -> tuple[jax.Array, list[Extras]]:
         """Logits `[B, T, vocab]` float32 and what each layer gives beside them."""

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import re
 
+from plait.configs.domains import DEPTH, choices, shown
+
 _NAME = re.compile(r"(?:[a-z0-9_]+\+)?[a-z0-9_]+(?:/[a-z0-9_]+)?")
-
-
-_MOST = 100_000  # layers that a count may ask for
 
 
 class PatternError(ValueError):
@@ -55,7 +54,7 @@ def find_period(layers: tuple[str, ...]) -> tuple[int, int]:
     n = len(layers)
     for length in range(1, n // 2 + 1):
         count = n // length
-        if all(layers[i] == layers[i % length] for i in range(length * count)):
+        if layers[length : length * count] == layers[: length * (count - 1)]:
             return length, count
     return n, 1
 
@@ -64,18 +63,38 @@ def _repeats(pattern: str, text: str) -> list[str]:
     out: list[str] = []
     for part in text.split(","):
         name, star, times = part.partition("*")
-        if star and (not times.isdecimal() or not 0 < int(times) <= _MOST):
-            raise _wrong(pattern, f"repeats {name!r} {times!r} times", "needs a positive count, as in 'gla*3'")
-        out += [_name(pattern, name)] * (int(times) if star else 1)
+        if star and _count(times) is None:
+            raise _wrong(
+                pattern,
+                f"repeats {shown(name)} {shown(times)} times",
+                f"needs a positive count of at most {DEPTH.most}, as in 'gla*3'",
+            )
+        out += [_name(pattern, name)] * (_count(times) or 0 if star else 1)
+        _check_depth(pattern, len(out))
     return out
 
 
 def _ratio(pattern: str, text: str) -> list[str]:
     left, _, right = text.partition("=")
-    names, counts = left.split(":"), right.split(":")
-    if len(names) != len(counts) or not all(c.isdecimal() and 0 < int(c) <= _MOST for c in counts):
-        raise _wrong(pattern, "is not a ratio", "needs as many positive counts as names, as in 'gla:softmax=6:1'")
-    return [_name(pattern, name) for name, count in zip(names, counts, strict=True) for _ in range(int(count))]
+    names, counts = left.split(":"), [count for text in right.split(":") if (count := _count(text)) is not None]
+    if not len(names) == len(counts) == right.count(":") + 1:
+        raise _wrong(
+            pattern,
+            "is not a ratio",
+            f"needs as many positive counts as names, each at most {DEPTH.most}, as in 'gla:softmax=6:1'",
+        )
+    _check_depth(pattern, sum(counts))
+    return [_name(pattern, name) for name, count in zip(names, counts, strict=True) for _ in range(count)]
+
+
+def _count(text: str) -> int | None:
+    """A number of layers; None where the text is none."""
+    return int(text) if re.fullmatch("[0-9]{1,9}", text) and int(text) in DEPTH else None
+
+
+def _check_depth(pattern: str, layers: int) -> None:
+    if layers not in DEPTH:
+        raise _wrong(pattern, f"has more than {DEPTH.most} layers", "must have that many at most; lower its counts")
 
 
 def _indices(pattern: str, text: str, num_layers: int) -> tuple[str, ...]:
@@ -94,14 +113,14 @@ def _indices(pattern: str, text: str, num_layers: int) -> tuple[str, ...]:
             rest = name
             continue
         for index in where.split(","):
-            if not index.isdecimal() or int(index) >= num_layers:
-                raise _wrong(pattern, f"puts {name!r} at layer {index!r}", f"needs layer numbers from 0 to {num_layers - 1}")
+            if not re.fullmatch("[0-9]{1,9}", index) or int(index) >= num_layers:
+                raise _wrong(pattern, f"puts {name!r} at layer {shown(index)}", f"needs layer numbers from 0 to {num_layers - 1}")
             if layers[int(index)] is not None:
                 raise _wrong(pattern, f"gives layer {index} twice", "must name each layer once")
             layers[int(index)] = name
     filled = tuple(layer or rest for layer in layers)
     if None in filled:
-        missing = ", ".join(str(i) for i, layer in enumerate(filled) if layer is None)
+        missing = choices([i for i, layer in enumerate(filled) if layer is None])
         raise _wrong(
             pattern,
             f"leaves layers {missing} of {num_layers} empty",
@@ -112,9 +131,9 @@ def _indices(pattern: str, text: str, num_layers: int) -> tuple[str, ...]:
 
 def _name(pattern: str, name: str) -> str:
     if not _NAME.fullmatch(name):
-        raise _wrong(pattern, f"has {name!r}", "needs names like 'gla', 'moh+softmax' or 'softmax/local'")
+        raise _wrong(pattern, f"has {shown(name)}", "needs names like 'gla', 'moh+softmax' or 'softmax/local'")
     return name
 
 
 def _wrong(pattern: str, what: str, rule: str) -> PatternError:
-    return PatternError(f"pattern={pattern!r} {what}; it {rule}")
+    return PatternError(f"pattern={shown(pattern)} {what}; it {rule}")

@@ -18,12 +18,12 @@ from pathlib import Path
 
 import jax
 import pytest
-import tyro
 
 from plait import launch
 from plait.configs.cli import parse_experiment
 from plait.configs.options import split_options
 from plait.configs.presets import presets
+from plait.configs.words import parse
 from plait.train.commands.evaluate import parse as parse_eval
 from plait.train.commands.generate import GenerateArgs
 from plait.train.commands.plan import PlanArgs
@@ -91,7 +91,7 @@ def test_command_is_known_and_parses(command):
         launch_files.prepare(rest)
     elif name == "plan":
         mine, (preset, *overrides) = split_options(PlanArgs, rest)
-        options = tyro.cli(PlanArgs, args=mine)
+        options = parse(PlanArgs, mine, prog="launch.py plan")
         parse_experiment(preset, overrides)
         parse_target(options.target, options.slices)
     elif name == "list":
@@ -101,7 +101,7 @@ def test_command_is_known_and_parses(command):
     elif name == "eval":
         parse_eval(rest)
     else:
-        tyro.cli({"generate": GenerateArgs, "report": ReportArgs}[name], args=rest)
+        parse({"generate": GenerateArgs, "report": ReportArgs}[name], rest, prog=f"launch.py {name}")
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import logging
 import math
-import zlib
-from collections.abc import Iterator
+import re
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,14 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from plait.configs.files import write_atomically
 from plait.train.pods.hosts.together import any_of, decide, first, together
+from plait.train.run_folder.seal import damage, seal, unreadable
 from plait.train.state import TrainState
 
 log = logging.getLogger("plait")
-_MANIFEST = "manifest.json"
-_STAMPED = "_CHECKPOINT_METADATA"  # gets the time at which the checkpoint is renamed, and is not needed to restore
 _METRIC = "loss/val"
+_PLAIN = re.compile(r"[\w /.,+=@~-]*")
+"""Paths that the storage library takes as they are; it has patterns and schemes in which brackets, backslashes and colons say something."""
 
 
 class CheckpointError(ValueError):
@@ -39,10 +39,22 @@ class Checkpoints:
     a damaged one aside under `damaged-STEP`. Several hosts write one checkpoint, each its parts; host 0 checks and chooses for all.
     """
 
-    def __init__(self, folder: Path, *, keep_last: int = 1, keep_best: int = 0, read_only: bool = False):
-        """Args: `read_only` neither makes nor moves anything."""
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep_last: int = 1,
+        keep_best: int = 0,
+        read_only: bool = False,
+        check: Callable[[], None] = lambda: None,
+    ):
+        """Args: `read_only` neither makes nor moves anything; `check` raises before a change where the folder is no longer ours."""
         self.folder = Path(folder).resolve()
         self.read_only = read_only
+        self._check = check
+        self._arrays = 0
+        """In the checkpoint that is being written."""
+        self._link: tempfile.TemporaryDirectory[str] | None = None
         best = policies.BestN(
             get_metric_fn=lambda metrics: -metrics[_METRIC], n=keep_best, keep_checkpoints_without_metrics=False
         )
@@ -54,8 +66,21 @@ class Checkpoints:
         )
         # Named here, because a checkpoint's metadata is read before anything is restored.
         handlers = {"state": ocp.StandardCheckpointHandler(), "extra": ocp.JsonCheckpointHandler()}
-        there = self.folder.exists() or not read_only
-        self._manager: Any = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers) if there else None
+        if not read_only:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        there = self.folder.exists()
+        if not read_only:
+            with together("checkpoint"):
+                if first():
+                    self._move_unreadable()
+        self._path = self._plain() if there else self.folder
+        try:
+            self._manager: Any = ocp.CheckpointManager(self._path, options=options, item_handlers=handlers) if there else None
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+            paths = ", ".join(str(path) for path in self._unreadable()) or self.folder
+            raise CheckpointError(
+                f"{paths} cannot be used ({type(error).__name__}); remove it, no checkpoint needs it"
+            ) from error
 
     def save(self, step: int, state: TrainState, extra: dict[str, Any], *, loss: float | None) -> None:
         """Starts saving the state after `step` with the JSON `extra`; `loss` ranks it among the best.
@@ -65,7 +90,10 @@ class Checkpoints:
         """
         items = ocp.args.Composite(state=ocp.args.StandardSave(_tree(state)), extra=ocp.args.JsonSave(extra))
         ranked = loss is not None and math.isfinite(loss)
+        self._check()
         with self._writing():
+            self._manager.wait_until_finished()
+            self._arrays = len(jax.tree.leaves(_tree(state)))
             self._manager.save(step, args=items, metrics={_METRIC: loss} if ranked else None)
 
     def steps(self) -> list[int]:
@@ -89,19 +117,20 @@ class Checkpoints:
             )
         problems = []
         for candidate in [step] if step is not None else reversed(steps):
-            problem = decide("checkpoint", functools.partial(self._damage, candidate))
+            problem = decide("checkpoint", functools.partial(damage, self.folder / str(candidate)))
             if problem is None:
                 with together("checkpoint"):
                     self._check_model(candidate, like)
-                restored = None
+                found = None
                 try:
                     items = ocp.args.Composite(state=ocp.args.StandardRestore(_tree(like)), extra=ocp.args.JsonRestore())
                     restored = self._manager.restore(candidate, args=items)
+                    found = TrainState(**{"ema": None, **restored["state"]}), dict(restored["extra"])
                 except Exception as error:  # whatever a storage layer raises on bytes that are not what they were
                     problem = f"cannot be read ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
                 problem = any_of(problem)
-                if problem is None and restored is not None:
-                    return candidate, TrainState(**{"ema": None, **restored["state"]}), dict(restored["extra"])
+                if problem is None and found is not None:
+                    return candidate, *found
             problems.append(f"checkpoint {candidate} {problem}")
             log.warning("%s: %s; %s", self.folder, problems[-1], "going back to the one before" if step is None else "not used")
             if not self.read_only and step is None:
@@ -134,6 +163,8 @@ class Checkpoints:
         if self._manager is not None:
             with self._writing():
                 self._manager.close()
+        if self._link is not None:
+            self._link.cleanup()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -141,36 +172,38 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
+            self._check()
             what = f"{type(error).__name__}: {error}".splitlines()[0]
             raise OSError(
                 f"a checkpoint cannot be written to {self.folder}: {what[:400]}; make room or mend the disk, then go on with --resume"
             ) from error
 
     def _seal(self) -> None:
-        """Writes the manifest of the checkpoint that is about to be renamed to its final name, so that none is ever without."""
+        """Seals the checkpoint that is about to be renamed to its final name, so that none is ever without a manifest, or not whole."""
         if jax.process_index() != 0:
             return
-        for folder in self.folder.glob(f"[0-9]*{ocp.utils.TMP_DIR_SUFFIX}*"):
-            files = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / _STAMPED)
-            manifest = {str(p.relative_to(folder)): _digest(p) for p in files}
-            write_atomically(folder / _MANIFEST, json.dumps(manifest, indent=1))
+        self._check()
+        for folder in self._path.iterdir():
+            if folder.name[:1].isdecimal() and ocp.utils.TMP_DIR_SUFFIX in folder.name:
+                seal(folder, self._arrays)
 
-    def _damage(self, step: int) -> str | None:
-        """What is wrong with a checkpoint's files, None when they are as written."""
-        folder = self.folder / str(step)
-        try:
-            manifest = json.loads((folder / _MANIFEST).read_text())
-        except FileNotFoundError:
-            return f"has lost {_MANIFEST}"
-        except ValueError:
-            return f"has a broken {_MANIFEST}"
-        for name, written in manifest.items():
-            path = folder / name
-            if not path.is_file():
-                return f"has lost {name}"
-            if (found := _digest(path)) != written:
-                return f"is damaged: {name} has {found[0]} bytes of CRC {found[1]:08x}, written were {written[0]} of {written[1]:08x}"
-        return None
+    def _unreadable(self) -> list[Path]:
+        """Files with which the storage library might not open the folder."""
+        return [path for folder in self.folder.iterdir() if folder.name.isdecimal() for path in unreadable(folder)]
+
+    def _move_unreadable(self) -> None:
+        for path in self._unreadable():
+            log.warning("%s is not JSON that can be used; it is renamed", path)
+            path.rename(path.with_name(f"damaged-{path.name}"))
+
+    def _plain(self) -> Path:
+        """The folder by a path without a sign that means something to the storage library: its own, or a link's."""
+        if _PLAIN.fullmatch(str(self.folder)):
+            return self.folder
+        self._link = tempfile.TemporaryDirectory(prefix="plait-")
+        path = Path(self._link.name) / "checkpoints"
+        path.symlink_to(self.folder, target_is_directory=True)
+        return path
 
     def _check_model(self, step: int, like: TrainState) -> None:
         try:
@@ -189,19 +222,12 @@ class Checkpoints:
     def _set_aside(self, step: int, why: str = "damaged") -> None:
         with together("checkpoint"):
             if first():
+                self._check()
                 target = self.folder / f"{why}-{step}"
                 while target.exists():
                     target = target.with_name(target.name + "-")
                 (self.folder / str(step)).rename(target)
         self._manager.reload()
-
-
-def _digest(path: Path) -> list[int]:
-    crc, size = 0, 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            crc, size = zlib.crc32(block, crc), size + len(block)
-    return [size, crc]
 
 
 def _tree(state: TrainState) -> dict[str, Any]:

@@ -19,8 +19,8 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class _Results(Console):
-    @property  # type: ignore[misc]
-    def size(self) -> ConsoleDimensions:
+    @property
+    def size(self) -> ConsoleDimensions:  # type: ignore[misc]
         return super().size if self.is_terminal else ConsoleDimensions(_NATURAL, 25)
 
 

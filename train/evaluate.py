@@ -108,10 +108,9 @@ class Evaluator:
                 model = blueprint.build(params, buffers)
                 nll, right = judged_losses(model, batch) if has_answers else (token_losses(model, batch)[0], None)
             mask = batch.loss_mask.astype(jnp.float32)
-            position = jax.nn.one_hot(batch.positions, batch.tokens.shape[1], dtype=jnp.float32) * mask[..., None]
             num_bytes = None if sizes is None else jnp.where(batch.loss_mask > 0, sizes[batch.targets], 0).sum()
-            by_position = jnp.einsum("bt,btp->p", nll, position, precision="highest")
-            return by_position, position.sum((0, 1)), num_bytes, (batch, nll, right) if has_answers else None
+            by_position = lambda values: jnp.zeros(batch.tokens.shape[1], jnp.float32).at[batch.positions].add(values * mask)
+            return by_position(nll), by_position(jnp.ones_like(nll)), num_bytes, (batch, nll, right) if has_answers else None
 
         self._score = jax.jit(score, out_shardings=NamedSharding(mesh, PartitionSpec()))
 

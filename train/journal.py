@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from plait.train import run as runs
 from plait.train.pods.hosts import together
 from plait.train.pods.hosts.hardware import environment
 from plait.train.progress import ProgressLine
+from plait.train.run_folder.contents import ENVIRONMENT
 from plait.train.run_folder.probe_files import write_layers, write_probes
 from plait.train.run_folder.writer import MetricsWriter
 from plait.train.watchers import Event
@@ -24,9 +25,9 @@ from plait.train.watchers import Event
 class Journal:
     """Metrics, events and probes of a run in progress."""
 
-    def __init__(self, config: ExperimentConfig):
-        """Args: `config` with the model as it is trained."""
-        self.config, self.folder = config, Path(config.folder)
+    def __init__(self, config: ExperimentConfig, check: Callable[[], None]):
+        """Args: `config` with the model as it is trained; `check` raises before a write where the folder is no longer ours."""
+        self.config, self.folder, self._check = config, Path(config.folder), check
         self.latest: dict[str, float] = {}
         """The last of each metric."""
         self._writer: MetricsWriter | None = None
@@ -38,6 +39,7 @@ class Journal:
         if not together.first():
             yield
             return
+        self._check()
         config = self.config
         wandb = {"wandb": config.wandb is not None, "project": config.wandb or "plait", "config": codec.encode(config)}
         with (
@@ -50,6 +52,7 @@ class Journal:
         """What a reader of the run folder wants to know about the run, once its programs are compiled."""
         if not together.first():
             return
+        self._check()
         facts = {
             **environment(),
             "kernels": chosen(),
@@ -58,18 +61,20 @@ class Journal:
             "mesh": dict(setup.mesh.shape),
             "data": setup.data.summary(),
         }
-        runs.write_json(self.folder / runs.ENVIRONMENT, facts)
+        runs.write_json(self.folder / ENVIRONMENT, facts)
         write_layers(self.folder, layers, self.config.probe.first_k)
 
     def metrics(self, step: int, values: Mapping[str, float], *, tokens: int, seconds: float) -> None:
         """A line of metrics; `tokens` and `seconds` since the start of the run."""
         self.latest |= values
         if self._writer is not None:
+            self._check()
             self._writer.write(step, values, tokens=tokens, seconds=seconds)
 
     def events(self, events: Iterable[Event]) -> None:
         """Writes and shows what happened."""
         if self._writer is not None:
+            self._check()
             self._writer.write_events(events)
         for event in events:
             self.say(f"step {event.step:,}: {event.message}")
@@ -77,6 +82,7 @@ class Journal:
     def probes(self, step: int, arrays: Mapping[str, np.ndarray]) -> None:
         """The file of a probe step."""
         if together.first():
+            self._check()
             write_probes(self.folder, step, arrays)
 
     def say(self, text: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from plait.configs import codec
 from plait.configs.experiment import ExperimentConfig
 from plait.kernels.chips import peak_flops
 from plait.train import run as runs
-from plait.train.checkpoint import Checkpoints
+from plait.train.checkpoint import CheckpointError, Checkpoints
 from plait.train.clock import Clock
 from plait.train.evaluate import Evaluator
 from plait.train.journal import Journal
@@ -27,8 +27,10 @@ from plait.train.pods.hosts.termination import Termination
 from plait.train.probes.base import Probes
 from plait.train.probes.collect import describe_layers, probe_arrays, probe_metrics
 from plait.train.probes.pictures import write_pictures
+from plait.train.run_folder import contents
+from plait.train.run_folder.gaps import gaps
 from plait.train.run_folder.probe_files import ATTENTION
-from plait.train.run_folder.trim import trim_metrics
+from plait.train.run_folder.trim import set_aside, trim_metrics
 from plait.train.spikes import LossSpikes, Rewind, SpikeWatch
 from plait.train.state import Arrays, TrainState
 from plait.train.watchers import Event, Watcher, load_states, states
@@ -52,30 +54,33 @@ def train(config: ExperimentConfig) -> Result:
     """Trains in `config.folder` and returns when the last step is saved, or after saving on SIGTERM.
 
     Raises:
-        ValueError: the config, data or run folder cannot be used (before anything is compiled).
-        TrainingFailed: too many non-finite steps in a row.
+        ValueError: the config, data or run folder cannot be used, or it is in use (before anything is compiled).
+        TrainingFailed: too many non-finite steps in a row, or another process has taken the run folder over.
     """
     observer = None if config.probe_every is None else Probes(config.probe)
-    going_on = runs.meet(config)
-    setup = runs.set_up(config)
-    folder = Path(config.folder)
-    with together.together("run folder"):
-        if together.first() and not going_on:
-            folder.mkdir(parents=True, exist_ok=True)
-            codec.save(config, folder / runs.CONFIG)
-    with Termination() as termination:
-        return _Loop(setup, observer, termination).run()
+    with runs.claimed(config) as (going_on, check):
+        setup = runs.set_up(config)
+        folder = Path(config.folder)
+        with together.together("run folder"):
+            if together.first():
+                contents.mark(folder)
+                if not going_on:
+                    codec.save(config, folder / contents.CONFIG)
+        with Termination() as termination:
+            return _Loop(setup, observer, termination, check).run()
 
 
 class _Loop:
     """A run in progress. Metrics of step n are read after step n + 1 is dispatched, so that reading never stalls the device."""
 
-    def __init__(self, setup: runs.Setup, observer: Probes | None, termination: Termination):
-        self.setup, self.observer, self.termination = setup, observer, termination
+    def __init__(self, setup: runs.Setup, observer: Probes | None, termination: Termination, check: Callable[[], None]):
+        self.setup, self.observer, self.termination, self.check = setup, observer, termination, check
         config = self.config = setup.config
         self.folder = Path(config.folder)
-        self.journal, self.clock, self.spread = Journal(config), Clock(), Spread()
-        self.checkpoints = Checkpoints(self.folder / runs.CHECKPOINTS, keep_last=config.keep_last, keep_best=config.keep_best)
+        self.journal, self.clock, self.spread = Journal(config, check), Clock(), Spread()
+        self.checkpoints = Checkpoints(
+            self.folder / contents.CHECKPOINTS, keep_last=config.keep_last, keep_best=config.keep_best, check=check
+        )
         self.evaluator = Evaluator(setup.blueprint, setup.mesh, setup.data)
         self.iterator = setup.data.train()
         self.probes = () if self.observer is None else self.observer.probes
@@ -107,8 +112,8 @@ class _Loop:
                         self._picture(state, last)
                     self.checkpoints.wait()
         finally:
-            self.checkpoints.close()
             self.iterator.close()
+            self.checkpoints.close()
         return Result(self.folder, last, last == self.config.steps, self.journal.latest)
 
     def _start(self, at: int | None = None) -> tuple[TrainState, int, float]:
@@ -117,15 +122,34 @@ class _Loop:
         step = 0 if restored is None else restored[0]
         with together.together("run folder"):
             if together.first():
-                trim_metrics(self.folder, step)
+                self.check()
+                self._cut_back(None if restored is None else step, resuming=at is None)
         if restored is None:
             return self.setup.fresh(), 0, 0.0
         _, state, extra = restored
-        self.iterator.set_state(extra["data"])
-        load_states(self.watchers, extra)
-        self.tokens = extra["tokens"]
+        try:
+            self.iterator.set_state(extra["data"])
+            load_states(self.watchers, extra)
+            self.tokens, seconds = int(extra["tokens"]), float(extra["seconds"])
+        except (AttributeError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{self.checkpoints.folder}/{step} does not hold what a run goes on from ({type(error).__name__}: {error}); "
+                "move it away to go on from the one before"
+            ) from error
         log.info("%s goes on from step %d", self.folder, step)
-        return state, step, extra["seconds"]
+        return state, step, seconds
+
+    def _cut_back(self, step: int | None, *, resuming: bool) -> None:
+        """Leaves of the run's numbers those up to a checkpoint's step, and says what `resuming` finds missing of them."""
+        if step is None:
+            set_aside(self.folder)
+            return
+        trim_metrics(self.folder, step)
+        if resuming:
+            before = codec.load(ExperimentConfig, self.folder / contents.CONFIG).log_every
+            log_every = max(before, self.config.log_every)
+            if lost := gaps(self.folder, step, log_every=log_every, probe_every=self.config.probe_every):
+                log.warning("%s: %s", self.folder, "; ".join(lost))
 
     def _compile(self) -> None:
         """Both steps, ahead of time: compiling is then no part of any step's time, and its errors come before training."""
@@ -266,6 +290,7 @@ class _Loop:
     def _picture(self, state: TrainState, last: int) -> None:
         if together.decide("end", (self.folder / ATTENTION).exists):
             return
+        self.check()
         setup, data = self.setup, self.setup.data
         params, buffers = _averaged(state), state.buffers
         write_pictures(self.folder, last, setup.blueprint, setup.mesh, params, buffers, data.whole(), data.strings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -10,7 +11,7 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from plait.configs import codec
 from plait.configs.experiment import ExperimentConfig
 from plait.configs.files import write_atomically
 from plait.configs.mesh import MeshConfig
+from plait.configs.vocabulary import check_vocabulary
 from plait.data.loader import Data, build_data
 from plait.data.tokenizer import META_FILE, TOKENIZER_FILE, Tokenizer
 from plait.data.tokenizer_files import load_tokenizer
@@ -29,9 +31,10 @@ from plait.train.pods.hosts import hardware
 from plait.train.pods.hosts.layout import batch_layout
 from plait.train.pods.hosts.together import agree, broadcast, count, decide, first, together
 from plait.train.program import Program
+from plait.train.run_folder.contents import CHECKPOINTS, CONFIG, RunError, begun
+from plait.train.run_folder.owner import owned
 from plait.train.state import Arrays, TrainState
 
-CONFIG, ENVIRONMENT, CHECKPOINTS = "config.json", "environment.json", "checkpoints"
 _FREE_ON_RESUME = ("out", "resume", "mesh", "log_every", "keep_last", "keep_best", "checkpoint_every", "wandb")
 
 _OWN_TO_A_HOST = ("data.cache_dir",)
@@ -45,23 +48,18 @@ _CHANGES_PROGRAMS = (
 _SEEN_SECONDS = 15.0  # file systems over a network show a new file late
 
 
-class RunError(ValueError):
-    """A run folder that cannot be used as asked."""
-
-
 def claim(config: ExperimentConfig) -> bool:
-    """Whether the run folder holds a run to go on with. Raises RunError when it is used and `resume` is off, or holds another run."""
+    """Whether the run folder holds a run to go on with. Raises RunError when it is used and `resume` is off, holds another run, or has lost
+    a part without which nobody can go on."""
     folder = Path(config.folder)
     if folder.exists() and not folder.is_dir():
         raise RunError(f"out={str(folder)!r} is a file; give a folder")
     if config.wandb is not None and "wandb" not in sys.modules and importlib.util.find_spec("wandb") is None:
         raise RunError(f"wandb={config.wandb!r} needs the package wandb, which is not installed; pip install 'plait[wandb]'")
-    if not (folder / CONFIG).exists():
-        for name in (META_FILE, TOKENIZER_FILE):  # of a try that failed before it began: it must not bind this one
-            (folder / "tokenizer" / name).unlink(missing_ok=True)
-        return False
-    if not config.resume:
+    if (folder / CONFIG).exists() and not config.resume:
         raise RunError(f"out={str(folder)!r} already holds a run; use --resume to go on with it, or another --out")
+    if not begun(folder):
+        return False
     saved = codec.encode(codec.load(ExperimentConfig, folder / CONFIG))
     different = codec.differences(saved, codec.encode(config))
     changed = [line for line in different if line.split(":")[0].split(".")[0] not in _FREE_ON_RESUME]
@@ -72,15 +70,39 @@ def claim(config: ExperimentConfig) -> bool:
     return True
 
 
-def meet(config: ExperimentConfig) -> bool:
-    """`claim`, on all hosts of a run, which must have the same config, code and run folder. Raises ValueError on every host."""
+@contextlib.contextmanager
+def claimed(config: ExperimentConfig) -> Iterator[tuple[bool, Callable[[], None]]]:
+    """The run folder belongs inside to this run, all hosts of which have the same config, code and folder.
+
+    Gives whether it holds a run to go on with (`claim`), and what raises FolderLost where the folder has been lost, for before each write.
+
+    Raises:
+        ValueError: on every host, where hosts differ, or where the folder cannot be used or is in use.
+    """
     code = {**hardware.versions(), "plait commit": hardware.commit()}
     leaves = {name: value for name, value in codec.leaves(codec.encode(config)).items() if name not in _OWN_TO_A_HOST}
     agree("config", {**leaves, **code, **{name: os.environ.get(name) for name in _CHANGES_PROGRAMS}})
-    going_on = decide("run folder", lambda: claim(config))
-    if count() > 1:
-        _share(Path(config.folder))
-    return going_on
+    folder, check = Path(config.folder), _nothing
+    with contextlib.ExitStack() as stack:
+
+        def take() -> bool:
+            nonlocal check
+            claim(config)  # a folder that cannot be used is left as it is
+            check = stack.enter_context(owned(folder))
+            if claim(config):
+                return True
+            for name in (META_FILE, TOKENIZER_FILE):  # of a try that failed before it began: it must not bind this one
+                (folder / "tokenizer" / name).unlink(missing_ok=True)
+            return False
+
+        going_on = decide("run folder", take)
+        if count() > 1:
+            _share(folder)
+        yield going_on, check
+
+
+def _nothing() -> None:
+    """Hosts other than the first write nothing that the run has once."""
 
 
 def _share(folder: Path) -> None:
@@ -117,6 +139,7 @@ class Setup(Program):
 def set_up(config: ExperimentConfig) -> Setup:
     """Data, mesh and model of an experiment, checked against each other and between the hosts. Raises ValueError before any compile."""
     with together("mesh"):
+        check_vocabulary(config)
         mesh = make_mesh(config.mesh)
         layout = batch_layout(config, mesh)
     for reading in (first(), not first()):  # where the hosts share a cache, host 0 fills it and the others find it
@@ -165,16 +188,14 @@ def opened(folder: str | Path, step: int | None = None) -> Trained:
         raise RunError(f"{str(folder)!r} is not a run folder: it has no {CONFIG}; give the --out of a training run")
     config = dataclasses.replace(codec.load(ExperimentConfig, folder / CONFIG), out=str(folder))
     config = dataclasses.replace(config, mesh=_mesh_for_reading(config))
-    if not (folder / CHECKPOINTS).exists():
-        raise _none_yet(folder)
     tokenizer = None
     if config.data.task.reads_text:
         if not (folder / "tokenizer" / TOKENIZER_FILE).exists():
             raise RunError(f"{str(folder)!r} has no tokenizer/{TOKENIZER_FILE}; put back the one it was trained with")
         tokenizer = load_tokenizer(folder / "tokenizer")
     vocab_size = config.data.task.vocabulary(config.data) if tokenizer is None else tokenizer.vocab_size
-    assert vocab_size is not None  # only a tokenizer's file may have to say it
-    config = dataclasses.replace(config, model=config.model.with_vocab(vocab_size))
+    if vocab_size is not None:
+        config = dataclasses.replace(config, model=config.model.with_vocab(vocab_size))
     program = Program.of(config, make_mesh(config.mesh))
     at, state, extra = _restored(folder, program.like, step)
     data = extra.get("data", {})
@@ -193,14 +214,10 @@ def _restored(folder: Path, like: TrainState, step: int | None) -> tuple[int, Tr
             restored = checkpoints.restore(like, step)
             if restored is not None:
                 return restored
-            raise _none_yet(folder)
+            raise CheckpointError(f"{str(folder)!r} has no checkpoint yet; wait for the first one or train longer")
         except CheckpointError:
             if step is not None or steps in ([], seen):
                 raise
             seen = steps
         finally:
             checkpoints.close()
-
-
-def _none_yet(folder: Path) -> CheckpointError:
-    return CheckpointError(f"{str(folder)!r} has no checkpoint yet; wait for the first one or train longer")

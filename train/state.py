@@ -17,6 +17,7 @@ from plait.configs.optimizer import Parameter
 from plait.models.axes import Axes
 from plait.models.lm import LM
 from plait.train import mesh as meshes
+from plait.train.optimizers.precision import float32
 
 Arrays = dict[str, jax.Array]
 """Arrays by dotted path in the model."""
@@ -35,7 +36,7 @@ class TrainState:
     """Non-trained model state: sigmaReparam's singular vectors and layers' constants."""
     optimizer: optax.OptState
     ema: Arrays | None
-    """Running average of the parameters, where configured."""
+    """Running average of the parameters in float32, where configured."""
     bad_steps: jax.Array
     """Non-finite steps in a row, int32."""
     skipped: jax.Array
@@ -117,7 +118,7 @@ def create_state(blueprint: Blueprint, tx: optax.GradientTransformation) -> Trai
     """The state at step 0 (traceable)."""
     params, buffers = blueprint.init()
     zero = jnp.zeros((), jnp.int32)
-    ema = None if blueprint.config.optimizer.ema is None else dict(params)
+    ema = None if blueprint.config.optimizer.ema is None else float32(params)
     return TrainState(zero, params, buffers, tx.init(params), ema, zero, zero)
 
 
@@ -148,7 +149,7 @@ def abstract_state(blueprint: Blueprint, tx: optax.GradientTransformation) -> Tr
     params: Any
     buffers: Any
     params, buffers = blueprint.shapes()
-    ema = None if blueprint.config.optimizer.ema is None else dict(params)
+    ema = None if blueprint.config.optimizer.ema is None else jax.eval_shape(float32, params)
     zero: Any = jax.ShapeDtypeStruct((), jnp.int32)
     return TrainState(zero, params, buffers, jax.eval_shape(tx.init, params), ema, zero, zero)
 

@@ -16,6 +16,7 @@ from plait.models.linear import power_iterate
 from plait.models.look import Observer
 from plait.train.loss import loss_terms
 from plait.train.mesh import on_mesh
+from plait.train.optimizers.precision import float32
 from plait.train.optimizers.schedule import make_schedule
 from plait.train.state import Blueprint, TrainState, state_shardings
 
@@ -44,19 +45,22 @@ def make_step(blueprint: Blueprint, tx: optax.GradientTransformation, mesh: jax.
             def loss(params, batch):
                 return loss_terms(blueprint.build(params, buffers), batch, total=total, share=1 / parts, observer=observer)
 
-            grads, (value, terms) = _accumulate(jax.value_and_grad(loss, has_aux=True), state.params, batch, parts)
+            # A pipeline adds up its micro-batches' gradients in what it is given.
+            params = float32(state.params) if piped else state.params
+            grads, (value, terms) = _accumulate(jax.value_and_grad(loss, has_aux=True), params, batch, parts)
             buffers = _settle(blueprint, state.params, buffers, terms["extras"])
         if config.mesh.offload is not None:
             near = jax.tree.map(lambda s: s.with_memory_kind("device"), home)
             state = dataclasses.replace(state, optimizer=jax.device_put(state.optimizer, near))
         grads, params = jax.lax.with_sharding_constraint((grads, state.params), (layout, layout))
+        grads = float32(grads)
         norm = optax.global_norm(grads)
         updates, optimizer = tx.update(grads, state.optimizer, params)
         params = optax.apply_updates(params, updates)
         ema = state.ema
         keep = config.optimizer.ema
         if ema is not None and keep is not None:
-            ema = jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, ema, params)
+            ema = jax.tree.map(lambda old, new: keep * old + (1 - keep) * new.astype(jnp.float32), ema, params)
         good = jnp.isfinite(value) & jnp.isfinite(norm)
         if bounds is not None:
             good &= (terms["losses"]["train"] <= bounds[0]) & (norm <= bounds[1])
@@ -101,7 +105,7 @@ def _settle(
 
 
 def _accumulate(grad: Callable, params: dict[str, jax.Array], batch: Batch, parts: int) -> tuple[dict[str, jax.Array], tuple]:
-    """Gradients and loss terms summed over `parts` micro-batches; extras as `over_microbatches` says."""
+    """Gradients and loss terms summed over `parts` micro-batches, in float32; extras as `over_microbatches` says."""
     if parts == 1:
         (value, terms), grads = grad(params, batch)
         return grads, (value, terms)
@@ -111,7 +115,7 @@ def _accumulate(grad: Callable, params: dict[str, jax.Array], batch: Batch, part
     def body(carry, batch):
         (value, terms), grads = grad(params, batch)
         extras = terms.pop("extras")
-        sums = (grads, (value, terms))
+        sums = (float32(grads), (value, terms))
         return sums if carry is None else jax.tree.map(jnp.add, carry, sums), extras
 
     shapes, _ = jax.eval_shape(lambda b: body(None, jax.tree.map(lambda a: a[0], b)), micro)

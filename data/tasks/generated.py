@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from plait.configs.domains import SomeRows
 from plait.data.batch import Batch
 from plait.data.config import DataConfig
 from plait.data.loader import Data, Reading
@@ -23,7 +24,7 @@ NOT_ASKED = -1
 class GeneratedTask(Task):
     """Rows of ids, each made from its number and `data.seed`: no row comes twice, and any can be made without those before it."""
 
-    val_rows: int = 1024
+    val_rows: SomeRows = 1024
     """Rows held out for validation, from a stream of their own; 0 holds out none."""
 
     @abc.abstractmethod
@@ -32,10 +33,6 @@ class GeneratedTask(Task):
     @abc.abstractmethod
     def generate(self, draws: Draws, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and targets of `draws.num_rows` rows, integers [R, T]; the target is `NOT_ASKED` where nothing is to be predicted."""
-
-    def check(self) -> None:
-        if self.val_rows < 0:
-            raise ValueError(f"val_rows={self.val_rows} must be 0 or more; use 0 for no validation")
 
     def open(self, data: DataConfig, folder: Path, rows: np.ndarray | None, reading: Reading | None) -> Data:
         fields = {f"task.{name}": value for name, value in dataclasses.asdict(self).items()}

@@ -10,10 +10,11 @@ without replacement with probability in proportion to a s^(a - 1), so most queri
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 
+from plait.configs.domains import Length, Number, Vocabulary
 from plait.data.config import DataConfig
 from plait.data.tasks.base import TASKS
 from plait.data.tasks.draws import Draws
@@ -25,25 +26,17 @@ from plait.data.tasks.generated import NOT_ASKED, GeneratedTask
 class MQARTask(GeneratedTask):
     """Multi-query associative recall: the share of keys whose value is recalled."""
 
-    vocab_size: int = 8192
+    vocab_size: Vocabulary = 8192
     """Ids V: half of them keys, half values."""
-    num_kv_pairs: int = 4
+    num_kv_pairs: Length = 4
     """Pairs n in a row, and queries; 4 n tokens must fit."""
-    power_a: float = 0.01
+    power_a: Annotated[float, Number(above=0, least=1e-6, most=16)] = 0.01
     """Exponent a of the law of the queries' places: near 0 they come right after the pairs, at 1 anywhere."""
     filler: Literal["random", "zero"] = "random"
     """Tokens between the queries: any ids, keys among them, as in the authors' code since Based, or 0, as in the paper's figure 2."""
 
     def vocabulary(self, data: DataConfig) -> int:
         return self.vocab_size
-
-    def check(self) -> None:
-        super().check()
-        for name in ("vocab_size", "num_kv_pairs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1; use a positive number")
-        if not 0 < self.power_a < float("inf"):
-            raise ValueError(f"power_a={self.power_a} must be above 0 and finite; use 0.01, or 1 for queries anywhere")
 
     def fit(self, data: DataConfig) -> None:
         length = data.seq_len

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from plait.kernels.attention.call import AttentionCall
-from plait.kernels.attention.reference import AttentionStats, apply, unnormalised
+from plait.kernels.attention.reference import AttentionStats, apply, relative_weights
 from plait.kernels.shapes import accumulation_dtype, matmul_precision
 from plait.kernels.tokens import Tokens
 
@@ -76,9 +76,9 @@ def attention(call: AttentionCall) -> tuple[Array, AttentionStats | None]:
 def _rows(call: AttentionCall, queries: Tokens, keys: Tokens, shown: Array | None) -> tuple[Array, AttentionStats | None]:
     """Whole rows of attention for the call's queries over its keys."""
     q, precision = call.q, matmul_precision(call.q.dtype)
-    p, divisor, stats = unnormalised(call, queries, keys, shown, precision)
-    divisor = jnp.moveaxis(divisor, 3, 1).reshape(*q.shape[:3], 1)
-    return (apply(p, call.v, precision) / divisor).astype(q.dtype), stats
+    p, factor, stats = relative_weights(call, queries, keys, shown, precision)
+    factor = jnp.moveaxis(factor, 3, 1).reshape(*q.shape[:3], 1)
+    return (apply(p, call.v, precision) * factor).astype(q.dtype), stats
 
 
 def _anchors(k: Array, v: Array, keys: Tokens, index: Array, low: Array) -> tuple[Array, Array, Tokens]:

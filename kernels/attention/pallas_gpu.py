@@ -6,6 +6,7 @@ and o likewise; then lse = m + log l and the entropy is log l - u / l. The backw
 queries (dq) and one over blocks of keys (dk and dv, summed over the heads of a group), without atomics. `per_query` has its algebra.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ from plait.kernels.attention.gpu import gradients, kernels
 from plait.kernels.attention.gpu.kernels import BLOCK, Operands, Problem, Tiles
 from plait.kernels.attention.per_query import gradient_rows, with_sinks
 from plait.kernels.attention.reference import AttentionStats
-from plait.kernels.attention.visits import Layout, laid_out, renumbered
+from plait.kernels.attention.visits import Layout, laid_out
 from plait.kernels.tokens import Tokens
 
 Array = jax.Array
@@ -116,7 +117,7 @@ def routed_attention(call: RoutedCall) -> Array:
     active, (length, num_heads) = call.active, call.q.shape[1:3]
     own, tokens = call.sides
     if call.own_keys:
-        own = tokens = renumbered(tokens)
+        own = tokens = replace(tokens, segment_ids=tokens.numbered())
     order = jnp.argsort(~active, axis=1, stable=True)  # [B, T, H]
     back = jnp.argsort(order, axis=1)
     gather = lambda x: jnp.take_along_axis(jnp.broadcast_to(x, active.shape), order, axis=1)
@@ -166,6 +167,8 @@ def _flash_backward(problem: Problem, saved: Any, cotangents: tuple[Array, tuple
     delta = jnp.einsum("bthv,bthv->bht", d_o.astype(jnp.float32), o.astype(jnp.float32))
     read = gradient_rows(rows, d_rows, delta, sigmoid=problem.sigmoid)
     rows = gradients.in_units(rows, read, sigmoid=problem.sigmoid)
+    if problem.sigmoid and problem.stats:
+        d_o = (d_o * jnp.swapaxes(read[-1], 1, 2)[..., None]).astype(d_o.dtype)
     d_q, d_bias = gradients.query_gradients(problem, x, d_o, rows)
     d_k, d_v = gradients.key_gradients(problem, x, d_o, rows)
     return (Operands(d_q, d_k, d_v, d_bias, None, None),)

@@ -10,6 +10,7 @@ The backward pass recomputes A; what it needs of each row is in `per_query`.
 Sink logits need no kernel: they scale a row's output by the share of its keys, which is done, and differentiated, outside.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,7 +23,7 @@ from plait.kernels.attention.reference import MASKED as HIDDEN
 from plait.kernels.attention.reference import AttentionStats
 from plait.kernels.attention.tpu import kernels
 from plait.kernels.attention.tpu.tiling import LANES, Operands, Problem, Tiles
-from plait.kernels.attention.visits import Layout, laid_out, renumbered
+from plait.kernels.attention.visits import Layout, laid_out
 from plait.kernels.target import current, not_on
 from plait.kernels.tokens import Tokens
 
@@ -136,7 +137,7 @@ def routed_attention(call: RoutedCall) -> Array:
     """See `plait.kernels.routed_attention`: each head's queries are gathered at its front, and tiles without one are not visited."""
     own, tokens = call.sides
     if call.own_keys:
-        own = tokens = renumbered(tokens)
+        own = tokens = replace(tokens, segment_ids=tokens.numbered())
     active = jnp.swapaxes(call.active, 1, 2)  # [B, H, T]
     order = jnp.argsort(~active, axis=-1, stable=True)
     back = jnp.argsort(order, axis=-1)
@@ -190,6 +191,8 @@ def _flash_backward(problem: Problem, saved: Any, cotangents: tuple[Array, tuple
     d_o, d_rows = cotangents
     delta = jnp.sum(d_o.astype(jnp.float32) * o, axis=2)
     rows = gradient_rows(rows, d_rows, delta, sigmoid=problem.sigmoid)
+    if problem.sigmoid and problem.stats:
+        d_o = (d_o * rows[-1][:, :, None]).astype(d_o.dtype)
     d_o = jnp.swapaxes(d_o, 2, 3)
     d_q, d_bias = kernels.query_gradients(problem, x, d_o, rows)
     d_k, d_v = kernels.key_gradients(problem, x, d_o, rows)

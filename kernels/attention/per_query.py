@@ -1,8 +1,12 @@
 """What flash attention does for each query row outside its kernels, on every platform: sink logits, and cotangents of the rows.
 
 The backward kernels recompute the weights A from lse and need one form for all statistics:
-  dz_j = A_j (do . v_j + [j is first] dfirst + c1 - c e_j) + [z_j = max] dmax       (times 1 - A_j for the sigmoid)
-with e_j = log A_j up to a constant of the row. The rows c1, c, dfirst and dmax are made here.
+  dz_j = A_j (do . v_j + [j is first] dfirst + c1 - c log A_j) + [z_j = max] dmax
+The rows c1, c, dfirst and dmax are made here.
+
+The sigmoid's weights may be too small for float32 where their shares are not. With statistics its kernels therefore keep
+W_j = A_j / a, with a the row sum where that is below 1, else 1; they read a do in place of do, and
+  dz_j = (1 - a W_j) W_j (a do . v_j + [j is first] dfirst + c1 - c log W_j) + [z_j = max] dmax
 """
 
 from collections.abc import Sequence
@@ -23,7 +27,8 @@ _TIES = 1e-6
 
 
 def gradient_rows(rows: Sequence[Array], d_rows: Sequence[Array], delta: Array, *, sigmoid: bool) -> list[Array]:
-    """The rows that the backward kernels read: lse, c1 and, with statistics, c, dfirst, dmax and the logit from which dmax applies.
+    """The rows that the backward kernels read: lse (of the sigmoid with statistics log a), c1 and, with statistics, c, dfirst, dmax, the
+    logit from which dmax applies and, for the sigmoid, a.
 
     Args:
       rows: what the forward kernel gave, all of one shape: lse and, with statistics, maximum, entropy and perhaps first mass,
@@ -33,16 +38,18 @@ def gradient_rows(rows: Sequence[Array], d_rows: Sequence[Array], delta: Array, 
       sigmoid: the weights are not normalised.
     """
     lse, d_lse = rows[0], d_rows[0]
-    seen = lse > HIDDEN / 2
-    inverse = jnp.where(seen, jnp.exp(-jnp.where(seen, lse, 0)), 0) if sigmoid else seen.astype(jnp.float32)
-    c1 = d_lse * inverse if sigmoid else d_lse - delta  # only a normalised row subtracts delta_i = sum_j A_ij do_i . v_j
     if len(rows) == 1:
-        return [lse, c1]
+        return [lse, jnp.zeros_like(lse) if sigmoid else d_lse - delta]
+    seen = lse > HIDDEN / 2
+    base = jnp.minimum(lse, 0) if sigmoid else lse
+    inverse = jnp.where(seen, jnp.exp(base - lse), 0)
+    c1 = d_lse * inverse if sigmoid else d_lse - delta  # only a normalised row subtracts delta_i = sum_j A_ij do_i . v_j
     peak, entropy, *firsts = rows[1:]
     d_peak, d_entropy, *d_firsts = d_rows[1:]
     c, d_firsts = d_entropy * inverse, [d * inverse for d in d_firsts]
-    c1 += jnp.where(seen, c * (lse - entropy) - sum(d * first for d, first in zip(d_firsts, firsts)), 0)
-    return [lse, c1, c, *d_firsts, d_peak, jnp.where(seen, peak - _TIES * abs(peak), -HIDDEN)]
+    c1 += jnp.where(seen, c * (lse - base - entropy) - sum(d * first for d, first in zip(d_firsts, firsts)), 0)
+    edge = jnp.where(seen, peak - _TIES * abs(peak), -HIDDEN)
+    return [base, c1, c, *d_firsts, d_peak, edge, *([jnp.exp(base)] if sigmoid else [])]
 
 
 def first_mass(call: AttentionCall, lse: Array, queries: Tokens, keys: Tokens, *, position: int = 0) -> Array:
@@ -71,10 +78,9 @@ def first_mass(call: AttentionCall, lse: Array, queries: Tokens, keys: Tokens, *
         rows = jnp.take(block_table.visible, blocks, axis=2)  # [B, H or 1, T, NK]
         entry = jnp.broadcast_to(index[:, None, :, None] // block_table.block_kv, (*rows.shape[:3], 1))
         visible &= jnp.swapaxes(jnp.take_along_axis(rows, entry, axis=3)[..., 0], 1, 2)
-    lse = jnp.where(visible, lse, 0)
-    if not call.sigmoid:
-        return jnp.where(visible, jnp.exp(jnp.where(visible, z - lse, 0)), 0)
-    return jnp.where(visible, jax.nn.sigmoid(z + call.sigmoid_bias.reshape(1, 1, -1)) * jnp.exp(-lse), 0)
+    if call.sigmoid:
+        z = jax.nn.log_sigmoid(z + call.sigmoid_bias.reshape(1, 1, -1))
+    return jnp.where(visible, jnp.exp(jnp.where(visible, z - lse, 0)), 0)
 
 
 def _keys_at(position: int, queries: Tokens, keys: Tokens, own_keys: bool) -> Array:

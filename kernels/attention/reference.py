@@ -1,6 +1,6 @@
 """Attention as written: all scores, a dense mask, one normalisation."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,13 @@ MASKED = -1e30
 
 
 class AttentionStats(NamedTuple):
-    """What each query row did, float32 [B, T, H]; a row that sees no key has lse and max_logit -1e30 and the rest 0."""
+    """What each query row did, float32 [B, T, H]; a row that sees no key has lse and max_logit -1e30 and the rest 0.
+
+    All are right and differentiable however small the row's weights are, beside a sink logit or under a low bias of the sigmoid.
+    """
 
     lse: Array
-    """log of the row's normaliser, sink logit included; for the sigmoid, log of the row sum of weights."""
+    """log of the row's normaliser, sink logit included and alone where no key is seen; for the sigmoid, log of the row sum of weights."""
     max_logit: Array
     """Largest visible logit, scaled, biased and capped, without sink logit and sigmoid bias."""
     entropy: Array
@@ -62,15 +65,15 @@ def apply(weights: Array, v: Array, precision: jax.lax.PrecisionLike) -> Array:
     return o.reshape(*o.shape[:2], -1, o.shape[-1])
 
 
-def unnormalised(
+def relative_weights(
     call: AttentionCall, queries: Tokens, keys: Tokens, shown: Array | None, precision: jax.lax.PrecisionLike
 ) -> tuple[Array, Array, AttentionStats | None]:
-    """Numerators [B, Hkv, R, T, S], denominators [B, Hkv, R, T, 1] and the statistics of the call's q and k, which are at `queries` and
-    `keys`.
+    """The weights [B, Hkv, R, T, S] relative to the largest of their row, what multiplies each row [B, Hkv, R, T, 1], and the statistics,
+    of the call's q and k, which are at `queries` and `keys`.
 
     `shown` is one more mask, [B, H or 1, T, S]. Gradients are finite in rows that see nothing.
     """
-    z, sinks = logits(call, precision), call.sinks
+    z = logits(call, precision)
     per_head = lambda x: jnp.asarray(x, z.dtype).reshape(1, *z.shape[1:3], 1, 1)
     visible = visible_pairs(call, queries, keys)
     if shown is not None:
@@ -78,25 +81,25 @@ def unnormalised(
     z = jnp.where(visible, z, MASKED)
     peak = jnp.max(z, axis=-1, keepdims=True, initial=MASKED)
     if call.sigmoid:
-        exponents = jax.nn.log_sigmoid(z + per_head(call.sigmoid_bias))
-        shift = jnp.zeros_like(peak)
+        log_weights = lambda z: jax.nn.log_sigmoid(z + per_head(call.sigmoid_bias))
+        exponents, highest = log_weights(z), jax.lax.stop_gradient(log_weights(peak))
     else:
-        shift = jax.lax.stop_gradient(peak if sinks is None else jnp.maximum(peak, per_head(sinks)))
-        exponents = z - shift
+        exponents, highest = z, jax.lax.stop_gradient(peak)
+    exponents -= highest
     p = jnp.where(visible, jnp.exp(exponents), 0)
-    mass = jnp.sum(p, axis=-1, keepdims=True)
-    total = mass if sinks is None else mass + jnp.exp(per_head(sinks) - shift)
-    divisor = jnp.where(total > 0, total, 1)
-    if not call.return_stats:
-        return p, jnp.ones_like(mass) if call.sigmoid else divisor, None
+    mass = jnp.sum(p, axis=-1, keepdims=True)  # at least 1 where a key is seen
     some = mass > 0
-    safe_mass = jnp.where(some, mass, 1)
+    mass = jnp.where(some, mass, 1)
+    lse = jnp.where(some, jnp.log(mass) + highest, MASKED)
+    share: Any = 1 if call.sinks is None else jax.nn.sigmoid(lse - per_head(call.sinks))  # of the keys beside the sink logit
+    factor = jnp.exp(highest) if call.sigmoid else share / mass
+    if not call.return_stats:
+        return p, factor, None
     spread = jnp.sum(jnp.where(visible, p * exponents, 0), axis=-1, keepdims=True)
-    entropy = jnp.where(some, jnp.log(safe_mass) - spread / safe_mass, 0)
-    lse = jnp.where(total > 0, jnp.log(divisor) + shift, MASKED)
-    first_mass = jnp.sum(jnp.where((keys.positions == 0)[:, None, None, None, :], p, 0), axis=-1, keepdims=True) / divisor
-    stats = AttentionStats(*(by_head(x[..., 0]) for x in (lse, peak, entropy, first_mass)))
-    return p, jnp.ones_like(mass) if call.sigmoid else divisor, stats
+    entropy = jnp.where(some, jnp.log(mass) - spread / mass, 0)
+    first_mass = share * jnp.sum(jnp.where((keys.positions == 0)[:, None, None, None, :], p, 0), axis=-1, keepdims=True) / mass
+    lse = lse if call.sinks is None else jnp.logaddexp(lse, per_head(call.sinks))
+    return p, factor, AttentionStats(*(by_head(x[..., 0]) for x in (lse, peak, entropy, first_mass)))
 
 
 def attention(call: AttentionCall) -> tuple[Array, AttentionStats | None]:
@@ -110,8 +113,8 @@ def attention(call: AttentionCall) -> tuple[Array, AttentionStats | None]:
 def attention_weights(
     call: AttentionCall, queries: Tokens, keys: Tokens, shown: Array | None
 ) -> tuple[Array, AttentionStats | None]:
-    """The weights [B, Hkv, R, T, S] and the statistics; arguments as in `unnormalised`."""
+    """The weights [B, Hkv, R, T, S] and the statistics; arguments as in `relative_weights`."""
     dtype = accumulation_dtype(call.q, call.k)
     call = call.replace(q=call.q.astype(dtype), k=call.k.astype(dtype))
-    p, divisor, stats = unnormalised(call, queries, keys, shown, "highest")
-    return p / divisor, stats
+    p, factor, stats = relative_weights(call, queries, keys, shown, "highest")
+    return p * factor, stats

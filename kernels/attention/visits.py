@@ -1,12 +1,12 @@
 """Which tiles of the attention matrix a kernel visits: a table for the grid, so that hidden tiles are never loaded."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from plait.kernels import chunking
 from plait.kernels.attention.call import AttentionCall
 from plait.kernels.masks import BlockTable, Mask, Span
 from plait.kernels.tokens import Tokens
@@ -88,17 +88,11 @@ def laid_out(call: AttentionCall) -> tuple[Layout, Tokens, Tokens]:
     """The layout of a call and the tokens of its queries and keys, [B, T] and [B, S]; one row of them where nothing is packed."""
     queries, keys = call.sides
     if call.own_keys:
-        queries = keys = renumbered(queries)
+        queries = keys = replace(queries, segment_ids=queries.numbered())
     if not call.packed:
         queries = keys = jax.tree.map(lambda x: x[:1], queries)
     lengths = call.q.shape[1], call.k.shape[1]
     return Layout(call.mask, *lengths, own_keys=call.own_keys, packed=call.packed), queries, keys
-
-
-def renumbered(tokens: Tokens) -> Tokens:
-    """The same tokens [B, T] with segments numbered in order, so that the segments of a block are an interval; padding stays 0."""
-    index, real = chunking.segment_index(tokens.segment_ids)
-    return Tokens(segment_ids=jnp.where(real, index + 1, 0), positions=tokens.positions)
 
 
 def plan_visits(

@@ -67,17 +67,19 @@ def _compose(parts: Parts, through: Array, write: Array, ids: Array, initial_sta
       initial_state: enters the first part.
     """
     batch, heads = write.shape[:2]
-    border = ends(ids)[:, None].astype(write.dtype)  # [B, 1, 2], exact up to 2^24
-    arrays = (write, through, jnp.broadcast_to(border, (batch, heads, 2)))
+    border = ends(ids)
+    halves = jnp.concatenate([border >> 16, border & 0xFFFF], axis=1)[:, None]  # [B, 1, 4], each exact as a float
+    arrays = (write, through, jnp.broadcast_to(halves, (batch, heads, 4)).astype(write.dtype))
     flat = jnp.concatenate([x.reshape(batch, heads, -1) for x in arrays], axis=-1)
     sizes = [write[0, 0].size, write[0, 0].size + through[0, 0].size]
 
     def step(carry: tuple[Array, Array, Array], part: tuple[Array, Array]) -> tuple[tuple[Array, Array, Array], None]:
         state, open_id, entering = carry
         number, flat = part
-        write_, through_, border = jnp.split(flat, sizes, axis=-1)
+        write_, through_, halves = jnp.split(flat, sizes, axis=-1)
         write_, through_ = write_.reshape(write.shape), through_.reshape(through.shape)
-        first, last = border[:, 0, 0], border[:, 0, 1]
+        upper, lower = jnp.split(halves[:, 0].astype(ids.dtype), 2, axis=-1)
+        first, last = jnp.moveaxis(upper << 16 | lower, 1, 0)
         goes_on = (first == open_id) | (open_id < 0)
         state = jnp.where((goes_on | (first == 0))[:, None, None, None], state, 0)
         entering = jnp.where(number == parts.index, state, entering)
@@ -90,7 +92,7 @@ def _compose(parts: Parts, through: Array, write: Array, ids: Array, initial_sta
         return (state, jnp.where(last > 0, last, open_id), entering), None
 
     start = jnp.zeros_like(write) if initial_state is None else initial_state.astype(write.dtype)
-    unknown = jnp.full((batch,), -1, write.dtype)
+    unknown = jnp.full((batch,), -1, ids.dtype)
     (final, _, entering), _ = jax.lax.scan(
         jax.checkpoint(step), (start, unknown, jnp.zeros_like(start)), (jnp.arange(parts.count), parts.stack(flat))
     )

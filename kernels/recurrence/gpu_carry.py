@@ -13,6 +13,9 @@ and backwards, with Z_n the gradient of the state that leaves chunk n:
 
 Only `carry` runs chunk after chunk. Products are wgmma on bfloat16 tiles in shared memory with float32 accumulators; the running
 state stays float32 in registers. Rows are [B, T, H, X], as the model has them.
+
+With the delta rule X holds many writes that nearly cancel each other in their sums over tokens, and a state may fade by nothing: what is
+summed over tokens and what goes from state to state has two terms (`gpu_chunk.Terms`). The states that are read once more have one.
 """
 
 from typing import Any, NamedTuple
@@ -22,35 +25,55 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from plait.kernels.gpu import call
-from plait.kernels.recurrence.gpu_chunk import BF16, CHUNK, F32, Ref, at, by_row, fetch, flip, line, load, matmul, send, tile
+from plait.kernels.gpu import MAX_SMEM, call
+from plait.kernels.recurrence.gpu_chunk import (
+    BF16,
+    CHUNK,
+    COLUMNS,
+    F32,
+    SQUARE,
+    Ref,
+    Terms,
+    at,
+    by_row,
+    fetch,
+    flip,
+    flips,
+    line,
+    load,
+    matmul,
+    send,
+    store,
+    terms,
+    tile,
+)
 
 Array = jax.Array
-
-WIDTH = 64
-"""Rows of the state in one program of `gradients`."""
 
 _STATE = 128 * 64
 """Numbers of the state in one program of `carry`: registers hold them beside an accumulator of the same size."""
 
 _IN_FLIGHT = 80 << 10
-"""Bytes of shared memory that `carry` fills ahead, so that two programs fit a multiprocessor; two chunks are filled in any case."""
+"""Bytes of shared memory that `carry` fills ahead, so that two programs fit a multiprocessor; two chunks are filled if they fit."""
+
+_SPARE = 4 << 10
+"""Bytes of shared memory that barriers and alignment may take."""
 
 
 class Delta(NamedTuple):
     """The part of a pass that reads the state and writes back: X = base + read S, then S += write^T X."""
 
-    read: Array
-    """[B, T, H, K] bfloat16"""
-    write: Array
-    """[B, T, H, K] bfloat16"""
-    base: Array
-    """[B, T, H, V] bfloat16"""
+    read: Terms
+    """[B, T, H, K], two terms."""
+    write: Terms
+    """[B, T, H, K], two terms."""
+    base: Terms
+    """[B, T, H, V], two terms."""
 
 
 def carry(
     decay: Array, initial: Array, *, add: tuple[Array, Array] | None = None, delta: Delta | None = None, reverse: bool = False
-) -> tuple[Array, Array, Any]:
+) -> tuple[Array, Array, Terms]:
     """Carries a state through the chunks: S <- Diag(decay) S + add[0]^T add[1] + write^T X with X = base + read S.
 
     Args:
@@ -61,20 +84,26 @@ def carry(
       reverse: from the last chunk to the first.
 
     Returns:
-      The states before each chunk [B, H, N, K, V] bfloat16, the last state [B, H, K, V] float32, and X [B, T, H, V] bfloat16 or None.
+      The states before each chunk [B, H, N, K, V] bfloat16, the last state [B, H, K, V] float32, and the two terms of X [B, T, H, V],
+      none without `delta`.
     """
     (batch, heads, chunks, key_dim), value_dim = decay.shape, initial.shape[-1]
     loads: list[tuple[Array, bool]] = []  # with whether a program reads all columns, or its share of V
     if add:
         loads += [(add[0], True), (add[1], False)]
     if delta:
-        loads += [(delta.read, True), (delta.write, True), (delta.base, False)]
-    width = min(64, _STATE // key_dim)
-    chunk_bytes = 4 * key_dim + sum(2 * CHUNK * (x.shape[-1] if whole else width) for x, whole in loads)
+        loads += [(x, True) for x in (*delta.read, *delta.write)] + [(x, False) for x in delta.base]
+    num_terms = 2 if delta else 1
+    for width in (64, 32):
+        chunk_bytes = 4 * key_dim + sum(2 * CHUNK * (x.shape[-1] if whole else width) for x, whole in loads)
+        fitting = (MAX_SMEM - _SPARE - num_terms * 2 * key_dim * width) // chunk_bytes
+        if width * key_dim <= _STATE and fitting > 1:
+            break
 
     def kernel(*refs: Ref) -> None:
         decay_ref, initial_ref, *ins = refs[: 2 + len(loads)]
-        states_ref, final_ref, *x_ref, state_smem = refs[2 + len(loads) :]
+        states_ref, final_ref, *refs_left = refs[2 + len(loads) :]
+        x_refs, state_smem = refs_left[:-num_terms], refs_left[-num_terms:]
         b, h, j = (jax.lax.axis_index(name) for name in "bhj")
         columns = pl.ds(j * width, width)
         chunk = (lambda n: chunks - 1 - n) if reverse else (lambda n: n)
@@ -86,19 +115,20 @@ def carry(
 
         def step(place: tuple[Any], decay_smem: Ref, *args: Any) -> Array:
             *tiles, state = args
-            state_smem[...] = state.astype(BF16)
+            store(state, *state_smem)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(state_smem, at(states_ref, b, h, chunk(place[0]), columns))
+            plgpu.copy_smem_to_gmem(state_smem[0], at(states_ref, b, h, chunk(place[0]), columns))
             updates = []
             if add:
                 a, rows, *tiles = tiles
                 updates.append((flip(a), rows))
             if delta:
-                read, write, x = tiles
-                x[...] = (load(x) + matmul((CHUNK, width), (read, state_smem))).astype(BF16)
+                read, write, x = tiles[:2], tiles[2:4], tiles[4:]
+                store(sum(map(load, x), start=matmul((CHUNK, width), *terms(read, state_smem))), *x)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(x, at(x_ref[0], b, h, chunk(place[0]), columns))
-                updates.append((flip(write), x))
+                for term, ref in zip(x, x_refs, strict=True):
+                    plgpu.copy_smem_to_gmem(term, at(ref, b, h, chunk(place[0]), columns))
+                updates += terms(flips(write), x)
             state = by_row(decay_smem, width) * state + matmul((key_dim, width), *updates)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.commit_smem()  # Nothing still reads the tiles when the pipeline fills them again.
@@ -108,7 +138,7 @@ def carry(
             step,
             grid=(chunks,),
             in_specs=[plgpu.BlockSpec((None, None, None, key_dim), lambda n: (b, h, chunk(n), 0)), *(spec(*x) for x in loads)],
-            max_concurrent_steps=max(2, min(4, _IN_FLIGHT // chunk_bytes)),
+            max_concurrent_steps=max(1, min(4, fitting, max(2, _IN_FLIGHT // chunk_bytes))),
             init_carry=load(initial_ref.at[b, h, :, columns]),
         )
         final_ref[b, h, :, columns] = pipeline(decay_ref, *ins)
@@ -119,118 +149,126 @@ def carry(
         jax.ShapeDtypeStruct(initial.shape, F32),
     ]
     if delta:
-        outputs.append(jax.ShapeDtypeStruct((batch, chunks * CHUNK, heads, value_dim), BF16))
+        outputs += [jax.ShapeDtypeStruct((batch, chunks * CHUNK, heads, value_dim), BF16)] * num_terms
     states, final, *x = call(
         kernel,
         name=f"carry{'_delta' if delta else ''}{'_back' if reverse else ''}",
         out_type=outputs,
         grid=(batch, heads, value_dim // width),
         grid_names=tuple("bhj"),
-        scratch_types=[tile(key_dim, width)],
+        scratch_types=[tile(key_dim, width)] * num_terms,
     )(decay, initial, *(x for x, _ in loads))
-    return states, final, x[0] if x else None
+    return states, final, tuple(x)
 
 
-def combine(scores: Array, values: Array, *read: Array, transposed: bool = False) -> Array:
+def combine(scores: Array, values: Terms, *read: Array, transposed: bool = False, num_terms: int = 1) -> Terms:
     """scores values, or scores^T values, and rows S_n for every chunk: outputs, and the gradients of values.
 
     Args:
-      scores: [B, H, N, C, C] bfloat16.
-      values: rows of width V, bfloat16.
+      scores: [B, H, N, C, C], float32 to be split into two terms, or bfloat16.
+      values: rows of width V.
       read: none; or rows of width K, bfloat16, and the states [B, H, N, K, V] that they read, bfloat16.
       transposed: takes the transpose of the scores.
+      num_terms: of the result.
     """
-    (batch, heads, chunks, *_), value_dim = scores.shape, values.shape[-1]
-    count = 2 + len(read)
+    (batch, heads, chunks, *_), value_dim = scores.shape, values[0].shape[-1]
+    width, columns, in_halves = min(value_dim, COLUMNS), max(len(values), num_terms), scores.dtype == F32
+    inputs = (scores, *values, *read)
 
     def kernel(*refs: Ref) -> None:
-        ins, out_ref, tiles, barrier = refs[:count], refs[count], refs[count + 1 : -1], refs[-1]
-        place = tuple(jax.lax.axis_index(name) for name in "bhn")
-        fetch(barrier, *((at(x, *place), t) for x, t in zip(ins, tiles, strict=True)))
-        scores, values, *own_read = tiles
-        pairs = [(flip(scores) if transposed else scores, values), *([tuple(own_read)] if read else [])]
-        out = matmul((CHUNK, value_dim), *pairs)
-        plgpu.commit_smem()  # Every warp has read the tile that is written next.
-        values[...] = out.astype(BF16)
-        send((values, at(out_ref, *place)))
+        ins, outs, (scores_tile, *tiles) = refs[: len(inputs)], refs[len(inputs) :][:num_terms], refs[len(inputs) + num_terms :]
+        value_tiles, read_tiles, (*weights, barrier) = tiles[:columns], tiles[columns:][: len(read)], tiles[columns + len(read) :]
+        b, h, n, j = (jax.lax.axis_index(name) for name in "bhnj")
+        own = pl.ds(j * width, width)
+        places = [at(ins[0], b, h, n), *(at(x, b, h, n, own) for x in ins[1:])]
+        if read:
+            places[-2] = at(ins[-2], b, h, n)
+        fetch(barrier, *zip(places, (scores_tile, *value_tiles[: len(values)], *read_tiles), strict=True))
+        if in_halves:
+            store(load(scores_tile), *weights)
+            plgpu.commit_smem()
+        factor = weights if in_halves else [scores_tile]
+        pairs = terms(flips(factor) if transposed else factor, value_tiles[: len(values)])
+        out = matmul((CHUNK, width), *pairs, *([tuple(read_tiles)] if read else []))
+        plgpu.commit_smem()  # Every warp has read the tiles that are written next.
+        store(out, *value_tiles[:num_terms])
+        send(*((t, at(ref, b, h, n, own)) for t, ref in zip(value_tiles, outs, strict=False)))
 
-    tiles = [tile(CHUNK, CHUNK), tile(CHUNK, value_dim)]
+    tiles = [tile(*SQUARE, dtype=scores.dtype), *[tile(CHUNK, width)] * columns]
     if read:
         key_dim = read[0].shape[-1]
-        tiles += [tile(CHUNK, key_dim), tile(key_dim, value_dim)]
-    return call(
+        tiles += [tile(CHUNK, key_dim), tile(key_dim, width)]
+    out = call(
         kernel,
         name=f"combine{'_back' if transposed else ''}{'' if read else '_local'}",
-        out_type=jax.ShapeDtypeStruct(values.shape, BF16),
-        grid=(batch, heads, chunks),
-        grid_names=tuple("bhn"),
-        scratch_types=[*tiles, plgpu.Barrier(num_arrivals=len(tiles))],
-    )(scores, values, *read)
+        out_type=[jax.ShapeDtypeStruct(values[0].shape, BF16)] * num_terms,
+        grid=(batch, heads, chunks, value_dim // width),
+        grid_names=tuple("bhnj"),
+        scratch_types=[*tiles, *[tile(*SQUARE)] * (2 * in_halves), plgpu.Barrier(num_arrivals=len(inputs))],
+    )(*inputs)
+    return tuple(out)
 
 
 class Gradients(NamedTuple):
-    """What `gradients` gives: bfloat16, except the decay's float32."""
+    """What `gradients` gives; bfloat16, with the delta rule float32."""
 
-    q_in: Array
-    """[B, T, H, K]"""
-    k_out: Array
-    """[B, T, H, K]"""
-    scores: Array
-    """[B, H, N, C, C]"""
     decay: Array
-    """[B, H, N, K]"""
-    erase: Array | None
-    """[B, T, H, K]"""
+    """[B, H, N, K] float32"""
+    rows: tuple[Array, ...]
+    """[B, T, H, K]: dO S^T of Q_in, X Z^T of K_out and, with the delta rule, Y S^T."""
+    scores: tuple[Array, ...]
+    """[B, H, N, C, C]: dO X^T and, with the delta rule, Y X^T."""
 
 
-def gradients(d_o: Array, x: Array, d_x: Array | None, states: Array, d_states: Array) -> Gradients:
+def gradients(d_o: Array, x: Terms, y: Terms, states: Array, d_states: Array) -> Gradients:
     """The gradients of what `carry` and `combine` read, for every chunk.
 
     Args:
       d_o: rows of width V, bfloat16: the gradient of the outputs.
-      x: rows of width V, bfloat16: what each token wrote.
-      d_x: its gradient; None without the delta rule.
+      x: rows of width V: what each token wrote.
+      y: what `carry` gave backwards; none without the delta rule.
       states: [B, H, N, K, V] bfloat16, entering.
       d_states: [B, H, N, K, V] bfloat16, the gradients of the leaving ones.
     """
     batch, heads, chunks, key_dim, value_dim = states.shape
-    rows = [d_o, x] if d_x is None else [d_o, x, d_x]
+    rows, num_terms, dtype = [d_o, *x, *y], len(x), F32 if y else BF16
+    width = 32 if y and value_dim > COLUMNS else 64  # Rows of the state in one program.
 
     def kernel(*refs: Ref) -> None:
-        sources, refs = refs[: len(rows) + 2], refs[len(rows) + 2 :]
-        outs, tiles, out_tiles, barrier = refs[: len(like)], refs[len(like) : -len(like)], refs[-len(like) : -1], refs[-1]
+        num_sources = len(rows) + 2
+        sources, outs, scratch = refs[:num_sources], refs[num_sources:][: len(like)], refs[num_sources + len(like) :]
+        *tiles, out_decay, out_rows, square, barrier = scratch
         b, h, n, i = (jax.lax.axis_index(name) for name in "bhni")
-        block = pl.ds(i * WIDTH, WIDTH)
+        block = pl.ds(i * width, width)
         blocks = [at(x, b, h, n) for x in sources[:-2]] + [x.at[b, h, n, block, :] for x in sources[-2:]]
         fetch(barrier, *zip(blocks, tiles, strict=True))
-        d_o, x, *d_x, state, d_state = tiles
-        out_decay, *out_rows = out_tiles
+        d_o, x, y, (state, d_state) = tiles[:1], tiles[1 : 1 + num_terms], tiles[1 + num_terms : -2], tiles[-2:]
         out_decay[...] = jnp.sum(load(state) * load(d_state), axis=1)
-        factors = [(d_o, state), (x, d_state), *((d, state) for d in d_x)]
-        for (a, matrix), out in zip(factors, out_rows, strict=True):
-            out[...] = matmul((CHUNK, WIDTH), (a, flip(matrix))).astype(BF16)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(out_decay, outs[1].at[b, h, n, block])
-        for out, ref in zip(out_rows, outs[2:], strict=True):
-            plgpu.copy_smem_to_gmem(out, at(ref, b, h, n, block))
-        plgpu.wait_smem_to_gmem(0)
+        send((out_decay, outs[0].at[b, h, n, block]))
+        for a, matrix, out in zip((d_o, x, y), (state, d_state, state), outs[1 : 1 + sets], strict=False):
+            out_rows[...] = matmul((CHUNK, width), *terms(a, [flip(matrix)])).astype(dtype)
+            send((out_rows, at(out, b, h, n, block)))
 
         @pl.when(i == 0)
-        def _scores() -> None:
-            out_rows[0][...] = matmul((CHUNK, CHUNK), (d_o, flip(x))).astype(BF16)
-            send((out_rows[0], outs[0].at[b, h, n]))
+        def _squares() -> None:
+            for a, out in zip((d_o, y), outs[1 + sets :], strict=False):
+                square[...] = matmul(SQUARE, *terms(a, flips(x))).astype(dtype)
+                send((square, at(out, b, h, n)))
 
-    shape = (batch, heads, chunks)
-    like = [jax.ShapeDtypeStruct((*shape, CHUNK, CHUNK), BF16), jax.ShapeDtypeStruct((*shape, key_dim), F32)]
-    like += [jax.ShapeDtypeStruct((batch, chunks * CHUNK, heads, key_dim), BF16)] * len(rows)
-    tiles = [*[tile(CHUNK, value_dim)] * len(rows), *[tile(WIDTH, value_dim)] * 2]
-    out_tiles = [line(WIDTH), *[tile(CHUNK, WIDTH)] * len(rows)]
-    d_scores, d_decay, d_q, d_k, *d_erase = call(
+    shape, sets = (batch, heads, chunks), 3 if y else 2
+    like = [jax.ShapeDtypeStruct((*shape, key_dim), F32)]
+    like += [jax.ShapeDtypeStruct((batch, chunks * CHUNK, heads, key_dim), dtype)] * sets
+    like += [jax.ShapeDtypeStruct((*shape, *SQUARE), dtype)] * (sets - 1)
+    tiles = [*[tile(CHUNK, value_dim)] * len(rows), *[tile(width, value_dim)] * 2]
+    out = call(
         kernel,
-        name="gradients" if d_x is None else "gradients_delta",
+        name="gradients_delta" if y else "gradients",
         out_type=like,
-        grid=(*shape, key_dim // WIDTH),
+        grid=(*shape, key_dim // width),
         grid_names=tuple("bhni"),
-        scratch_types=[*tiles, *out_tiles, plgpu.Barrier(num_arrivals=len(tiles))],
+        scratch_types=[
+            *(*tiles, line(width), tile(CHUNK, width, dtype=dtype), tile(*SQUARE, dtype=dtype)),
+            plgpu.Barrier(num_arrivals=len(tiles)),
+        ],
     )(*rows, states, d_states)
-    return Gradients(d_q, d_k, d_scores, d_decay, *(d_erase or (None,)))
+    return Gradients(out[0], tuple(out[1 : 1 + sets]), tuple(out[1 + sets :]))

@@ -1,6 +1,6 @@
 """What the Hopper kernels of the linear recurrences share: tiles of one chunk, their products, and masks of its tokens."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +12,8 @@ from plait.kernels import gpu
 
 Array = jax.Array
 Ref = Any
+Terms = tuple[Array, ...]
+"""bfloat16 arrays whose sum is meant: one is rounded to 8 bits, two keep 16."""
 
 CHUNK = 64
 """Tokens a chunk: the rows that one warpgroup multiplies."""
@@ -50,16 +52,26 @@ def matmul(shape: tuple[int, int], *pairs: tuple[Ref, Ref]) -> Array:
     return pl.run_scoped(accumulate, plgpu.ACC(shape, F32))
 
 
-def blocks(*tiles: Ref) -> Iterator[list[Ref]]:
-    """The same columns of tiles of one width, at most `COLUMNS` at a time."""
-    for start in range(0, tiles[0].shape[1], COLUMNS):
-        width = min(COLUMNS, tiles[0].shape[1] - start)
+def terms(a: Sequence[Ref], b: Sequence[Ref]) -> list[tuple[Ref, Ref]]:
+    """The pairs of tiles, for `matmul`, of the product of two sums of tiles, but those below its last bit."""
+    return [(x, y) for i, x in enumerate(a) for j, y in enumerate(b) if i + j < max(len(a), len(b))]
+
+
+def blocks(*tiles: Ref, most: int = COLUMNS) -> Iterator[list[Ref]]:
+    """The same columns of tiles of one width, at most `most` at a time."""
+    for start in range(0, tiles[0].shape[1], most):
+        width = min(most, tiles[0].shape[1] - start)
         yield [x.at[:, pl.ds(start, width)] for x in tiles]
 
 
 def flip(x: Ref) -> Ref:
     """The transpose of a tile in shared memory."""
     return x.transpose((1, 0))
+
+
+def flips(tiles: Sequence[Ref]) -> list[Ref]:
+    """The transposes of tiles."""
+    return [flip(x) for x in tiles]
 
 
 def load(x: Ref) -> Array:
@@ -77,11 +89,23 @@ def by_column(x: Ref, rows: int = CHUNK) -> Array:
     return gpu.columns_to(gpu.load(x, 1), rows)
 
 
-def store_split(x: Array, high: Ref, low: Ref) -> None:
-    """x float32 as the sum of two bfloat16 tiles, to 16 bits."""
-    rounded = x.astype(BF16)
-    high[...] = rounded
-    low[...] = (x - rounded.astype(F32)).astype(BF16)
+def split(x: Array) -> Terms:
+    """x float32 as two terms, outside of kernels."""
+    high = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)  # A cast there and back may be optimised away.
+    return high.astype(BF16), (x - high).astype(BF16)
+
+
+def total(x: Terms) -> Array:
+    """The float32 sum of terms."""
+    return sum((term.astype(F32) for term in x[1:]), start=x[0].astype(F32))
+
+
+def store(x: Array, *tiles: Ref) -> None:
+    """x float32 as the sum of as many bfloat16 tiles as there are."""
+    for tile in tiles:
+        rounded = x.astype(BF16)
+        tile[...] = rounded
+        x = x - rounded.astype(F32)
 
 
 def tokens() -> tuple[Array, Array]:

@@ -25,7 +25,7 @@ from plait.kernels.recurrence import (
     value_parts,
     zero_where_padding,
 )
-from plait.kernels.recurrence.gpu_chunk import CHUNK
+from plait.kernels.recurrence.gpu_chunk import BF16, CHUNK, F32, Terms, split, total
 
 Array = jax.Array
 
@@ -35,22 +35,27 @@ KEY_DIMS, VALUE_DIMS = (64, 128, 256), (64, 128, 256)
 FORGET = -1e4
 """The log decay that ends a segment, and the strongest: its exponential is 0, alone or in any sum."""
 
+LEAST = 1e-20
+"""What a beta has at least: its gradient is a quotient by it."""
+
 
 class Prepared(NamedTuple):
     """What the kernels read, after `plait.kernels.recurrence.Chunks`; rows are [B, T, H, X]."""
 
     q_in: Array
-    """Rows of width K, bfloat16."""
+    """Rows of width K, float32."""
     k_out: Array
-    """Rows of width K, bfloat16."""
+    """Rows of width K, float32."""
     decay: Array
     """[B, H, N, K] float32"""
     scores: Array
-    """[B, H, N, C, C] bfloat16"""
-    values: Array
-    """Rows of width V, bfloat16: v, or U of the delta rule."""
-    erase: Array | None = None
-    """-W of the delta rule: rows of width K, bfloat16."""
+    """[B, H, N, C, C] bfloat16, with the delta rule float32."""
+    own: Any = None
+    """The delta rule's scores of keys, [B, H, N, C, C] float32."""
+    k_in: Any = None
+    """-K_in: rows of width K, float32."""
+    beta: Any = None
+    """[B, H, N, C] float32"""
 
 
 def unsupported(call: RecurrenceCall) -> str | None:
@@ -98,18 +103,18 @@ def _fill(x: Array) -> Array:
 
 
 def _prepare(
-    segment_ids: Array | None, scale: float, q: Array, k: Array, v: Array, g: Array | None, beta: Array | None
+    segment_ids: Array | None, scale: float, heads: int, q: Array, k: Array, g: Array | None, beta: Array | None
 ) -> Prepared:
-    """What does not depend on the state; T is a multiple of C."""
-    g = jnp.zeros(v.shape[:3], jnp.float32) if g is None else jnp.maximum(g.astype(jnp.float32), FORGET)
-    beta = None if beta is None else beta.astype(jnp.float32)
+    """What depends neither on the values nor on the state; T is a multiple of C."""
+    g = jnp.zeros((*q.shape[:2], heads), F32) if g is None else jnp.maximum(g.astype(F32), FORGET)
+    beta = None if beta is None else beta.astype(F32)
     if segment_ids is not None:
         index, real = segment_index(segment_ids)
         starts = jnp.diff(index, axis=1, prepend=0) != 0
         q, k, g = (zero_where_padding(real, x) for x in (q, k, g))
         beta = None if beta is None else zero_where_padding(real, beta)
         g = jnp.where(starts.reshape(*starts.shape, *[1] * (g.ndim - 2)), FORGET, g)
-    to_heads = lambda x: jnp.repeat(x, v.shape[2] // x.shape[2], axis=2).astype(jnp.float32)
+    to_heads = lambda x: jnp.repeat(x, heads // x.shape[2], axis=2).astype(F32)
     channels = g if g.ndim == 4 else g[..., None]
     by_chunk = channels.reshape(g.shape[0], -1, CHUNK, *channels.shape[2:])  # [B, N, C, H, K or 1]
     since_start = jnp.exp(jnp.cumsum(by_chunk, axis=2))
@@ -118,14 +123,11 @@ def _prepare(
     decay = jnp.moveaxis(since_start[:, :, -1], 2, 1)  # [B, H, N, K or 1]
     decay = jnp.broadcast_to(decay, (*decay.shape[:3], k.shape[-1]))
     since_start, to_end = (x.reshape(channels.shape) for x in (since_start, to_end))
-    q_in = (scale * to_heads(q) * since_start).astype(v.dtype)
-    k_out = (to_heads(k) * to_end).astype(v.dtype)
-    scores, *own = gpu_scores.scores(beta is not None, scale, q, k, g)
+    scores = gpu_scores.scores(beta is not None, scale, q, k, g)
+    p = Prepared(scale * to_heads(q) * since_start, to_heads(k) * to_end, decay, *scores)
     if beta is None:
-        return Prepared(q_in, k_out, decay, scores, v)
-    k_in = (-to_heads(k) * since_start).astype(v.dtype)
-    written, erase = gpu_inverse.write(*own, gpu_scores.heads_to_lines(beta), k_in, v)
-    return Prepared(q_in, k_out, decay, scores, written, erase)
+        return p
+    return p._replace(k_in=-to_heads(k) * since_start, beta=gpu_scores.heads_to_lines(beta) + LEAST)
 
 
 def _measure(k: Array, x: Array, states: Array, final: Array, segment_ids: Array | None) -> tuple[Array, Array]:
@@ -148,33 +150,52 @@ def _recur(
 
 
 def _recur_forward(scale: float, measure: bool, arguments: tuple[Any, ...], initial: Array, segment_ids: Array | None) -> Any:
-    p = _prepare(segment_ids, scale, *arguments)
-    if p.erase is None:
-        states, final, _ = gpu_carry.carry(p.decay, initial, add=(p.k_out, p.values))
-        x = p.values
+    q, k, v, *gates = arguments
+    p = _prepare(segment_ids, scale, v.shape[2], q, k, *gates)
+    x: Terms = (v,)
+    if p.beta is None:
+        states, final, _ = gpu_carry.carry(p.decay, initial, add=(p.k_out.astype(BF16), v))
     else:
-        states, final, x = gpu_carry.carry(p.decay, initial, delta=gpu_carry.Delta(p.erase, p.k_out, p.values))
-    o = gpu_carry.combine(p.scores, x, p.q_in, states)
-    measured = _measure(arguments[1], x, states, final, segment_ids) if measure else (None, None)
+        erase, written = gpu_inverse.solve(p.own, p.beta, split(p.k_in), x)
+        states, final, x = gpu_carry.carry(p.decay, initial, delta=gpu_carry.Delta(erase, split(p.k_out), written))
+    (o,) = gpu_carry.combine(p.scores, x, p.q_in.astype(BF16), states)
+    measured = _measure(k, total(x), states, final, segment_ids) if measure else (None, None)
     return (o, final, *measured), (arguments, states, segment_ids)
 
 
 def _recur_backward(scale: float, measure: bool, saved: Any, cotangents: Any) -> Any:
     (arguments, states, segment_ids), (d_o, d_final, *_) = saved, cotangents
-    p, pull = jax.vjp(partial(_prepare, segment_ids, scale), *arguments)
-    x, d_x = p.values, None
-    if p.erase is None:
-        d_states, d_initial, _ = gpu_carry.carry(p.decay, d_final, add=(p.q_in, d_o), reverse=True)
-        d_values = gpu_carry.combine(p.scores, d_o, p.k_out, d_states, transposed=True)
+    q, k, v, *gates = arguments
+    p, pull = jax.vjp(partial(_prepare, segment_ids, scale, v.shape[2]), q, k, *gates)
+    x: Terms = (v,)
+    y: Terms = ()
+    q_in = p.q_in.astype(BF16)
+    if p.beta is None:
+        d_states, d_initial, _ = gpu_carry.carry(p.decay, d_final, add=(q_in, d_o), reverse=True)
+        (d_v,) = gpu_carry.combine(p.scores, (d_o,), p.k_out.astype(BF16), d_states, transposed=True)
     else:
-        erase = p.erase.reshape(p.erase.shape[0], -1, CHUNK, *p.erase.shape[2:])
-        erased = jnp.einsum("bnchk,bhnkv->bnchv", erase, states, preferred_element_type=jnp.float32)
-        x = (p.values + erased.reshape(p.values.shape)).astype(p.values.dtype)
-        delta = gpu_carry.Delta(p.k_out, p.erase, gpu_carry.combine(p.scores, d_o, transposed=True))
-        d_states, d_initial, d_x = gpu_carry.carry(p.decay, d_final, add=(p.q_in, d_o), delta=delta, reverse=True)
-        d_values = d_x
-    g = gpu_carry.gradients(d_o, x, d_x, states, d_states)
-    return pull(Prepared(g.q_in, g.k_out, g.decay, g.scores, d_values, g.erase)), d_initial, None
+        beta = jnp.moveaxis(p.beta.reshape(*p.beta.shape[:2], -1), 1, 2)[..., None]  # [B, T, H, 1]
+        erase, written = gpu_inverse.solve(p.own, p.beta, split(p.k_in), x)
+        x = split(total(written) + _read(erase, states))
+        base = gpu_carry.combine(p.scores, (d_o,), transposed=True, num_terms=2)
+        read, base = gpu_inverse.solve(p.own, p.beta, split(p.k_out), base, transposed=True)
+        delta = gpu_carry.Delta(read, split(beta * p.k_in), base)
+        d_states, d_initial, y = gpu_carry.carry(p.decay, d_final, add=(q_in, d_o), delta=delta, reverse=True)
+        d_v = (beta * total(y)).astype(v.dtype)
+    g = gpu_carry.gradients(d_o, x, y, states, d_states)
+    d_p = Prepared(*(x.astype(F32) for x in g.rows[:2]), g.decay, g.scores[0])
+    if p.beta is not None:
+        d_beta = jnp.diagonal(g.scores[1], axis1=-2, axis2=-1) / p.beta
+        d_p = d_p._replace(own=-p.beta[..., None] * g.scores[1], k_in=beta * g.rows[2], beta=d_beta)
+    d_q, d_k, *d_gates = pull(d_p)
+    return (d_q, d_k, d_v, *d_gates), d_initial, None
+
+
+def _read(rows: Terms, states: Array) -> Array:
+    """rows S_n for every chunk, float32 rows of width V."""
+    by_chunk = [x.reshape(x.shape[0], -1, CHUNK, *x.shape[2:]) for x in rows]
+    o = sum(jnp.einsum("bnchk,bhnkv->bnchv", x, states, preferred_element_type=F32) for x in by_chunk)
+    return o.reshape(*rows[0].shape[:-1], -1)
 
 
 _recur.defvjp(_recur_forward, _recur_backward)

@@ -1,20 +1,19 @@
-"""Hopper kernels for what a chunk of the delta rule writes, and the gradients.
+"""The Hopper kernel that solves a chunk of the delta rule for what its tokens write, and the transposed system of the gradients.
 
-With L_ij = beta_i A_ij of the scores A of keys (j < i) and X = (I + L)^-1:
-
-    U = X Diag(beta) V        E = X Diag(beta) K        K being the decayed keys with their sign turned, so that E = -W
-
-The inverse is built by halves, as in `plait.kernels.chunking`: where X inverts the diagonal blocks and B is L between the halves of
-the next larger ones, these are inverted by X - X B X. Factors are split into two bfloat16 terms, of which three products are kept.
+With L_ij = beta_i A_ij of the scores A of keys (j < i), X = (I + L)^-1 is built by halves, as in `plait.kernels.chunking`: where X
+inverts the diagonal blocks and B is L between the halves of the next larger ones, these are inverted by X - X B X. All factors are
+split into three bfloat16 terms, which is all of float32: where keys resemble each other the products are sums of large terms of both
+signs.
 """
 
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from plait.kernels.gpu import call
+from plait.kernels.gpu import call, full
 from plait.kernels.recurrence.gpu_chunk import (
     BF16,
     CHUNK,
@@ -22,154 +21,88 @@ from plait.kernels.recurrence.gpu_chunk import (
     HALVINGS,
     SQUARE,
     Ref,
+    Terms,
     at,
     blocks,
     by_column,
     by_row,
     fetch,
-    flip,
+    flips,
     halving,
     line,
     load,
     matmul,
     send,
-    store_split,
+    store,
+    terms,
     tile,
     tokens,
-    zero_one,
 )
 
 Array = jax.Array
 
 
-def _product(a: tuple[Ref, Ref], b: tuple[Ref, Ref]) -> Array:
-    return matmul(SQUARE, (a[0], b[0]), (a[0], b[1]), (a[1], b[0]))
-
-
-def _inverse(lower: Array, scratch: tuple[Ref, ...]) -> Array:
-    """(I + L)^-1 for strictly lower triangular L [C, C]; `scratch` are six tiles."""
-    inverse, block, product = (scratch[i : i + 2] for i in (0, 2, 4))
+def _invert(lower: Ref, inverse: Sequence[Ref], block: Sequence[Ref], product: Sequence[Ref]) -> None:
+    """Leaves (I + L)^-1 in the three tiles `inverse`, of L [C, C] in shared memory, read where j < i."""
     row, column = tokens()
+    store(jnp.where(row == column, 1.0, 0.0), *inverse)
 
-    def halve(level: Array, x: Array) -> Array:
+    @pl.loop(0, HALVINGS)
+    def _halve(level: Array) -> None:
+        store(jnp.where(halving(jnp.int32(1) << level, *tokens()), load(lower), 0.0), *block)
+        plgpu.commit_smem()
+        store(matmul(SQUARE, *terms(block, inverse)), *product)
+        plgpu.commit_smem()
+        correction = matmul(SQUARE, *terms(inverse, product))
         plgpu.commit_smem()  # No warp still reads what is written next.
-        store_split(x, *inverse)
-        store_split(jnp.where(halving(jnp.int32(1) << level, row, column), lower, 0.0), *block)
-        plgpu.commit_smem()
-        store_split(_product(block, inverse), *product)
-        plgpu.commit_smem()
-        return x - _product(inverse, product)
-
-    return jax.lax.fori_loop(0, HALVINGS, halve, jnp.where(row == column, 1.0, 0.0))
+        store(sum(map(load, inverse), start=-correction), *inverse)
 
 
-@jax.custom_vjp
-def write(scores: Array, beta: Array, keys: Array, values: Array) -> tuple[Array, Array]:
-    """U [B, T, H, V] and E [B, T, H, K], bfloat16.
+def solve(scores: Array, beta: Array, *rows: Terms, transposed: bool = False) -> list[Terms]:
+    """X Diag(beta) R or, transposed, X^T R of each of `rows`, in two terms.
 
     Args:
-      scores: [B, H, N, C, C] float32, A, zero for j >= i.
+      scores: [B, H, N, C, C] float32, A; read where j < i.
       beta: [B, H, N, C] float32.
-      keys: [B, T, H, K] bfloat16, decayed since the chunk's start and negated.
-      values: [B, T, H, V] bfloat16.
+      rows: R, rows of any width, of one term or two.
+      transposed: solves the transposed system.
     """
-    written, erased = _forward(scores, beta, keys, values, keep=False)
-    return written, erased
+    given = [term for own in rows for term in own]
 
-
-def _write_forward(*operands: Array) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
-    written, erased, inverse = _forward(*operands, keep=True)
-    return (written, erased), (inverse, *operands)
-
-
-def _write_backward(saved: Any, cotangents: Any) -> tuple[Array, ...]:
-    return tuple(_backward(*saved, *cotangents))
-
-
-write.defvjp(_write_forward, _write_backward)
-
-
-def _forward(scores: Array, beta: Array, keys: Array, values: Array, *, keep: bool) -> list[Array]:
-    """U [B, T, H, V] and E [B, T, H, K], bfloat16; with `keep` also X [B, H, N, C, C] bfloat16. Arguments as in `write`."""
-    shape, dims = beta.shape, (values.shape[-1], keys.shape[-1])
-
-    def kernel(scores_ref: Ref, beta_ref: Ref, keys_ref: Ref, values_ref: Ref, *refs: Ref) -> None:
-        outs, (scores, beta, keys, values, *scratch, barrier) = refs[: 2 + keep], refs[2 + keep :]
+    def kernel(scores_ref: Ref, beta_ref: Ref, *refs: Ref) -> None:
+        ins, refs = refs[: len(given)], refs[len(given) :]
+        outs, (scores, beta, *tiles, barrier) = refs[: 2 * len(rows)], refs[2 * len(rows) :]
+        scratch, pairs = tiles[:9], [tiles[i : i + 2] for i in range(9, len(tiles), 2)]
         b, h, n = (jax.lax.axis_index(name) for name in "bhn")
-        places = at(scores_ref, b, h, n), beta_ref.at[b, h, n], at(keys_ref, b, h, n), at(values_ref, b, h, n)
-        fetch(barrier, *zip(places, (scores, beta, keys, values), strict=True))
-        row, column = tokens()
-        x = _inverse(jnp.where(row > column, by_row(beta) * load(scores), 0.0), tuple(scratch))
+        filled = [t for own, pair in zip(rows, pairs, strict=True) for t in pair[: len(own)]]
+        copies = [(at(x, b, h, n), t) for x, t in zip(ins, filled, strict=True)]
+        fetch(barrier, (at(scores_ref, b, h, n), scores), (beta_ref.at[b, h, n], beta), *copies)
+        scores[...] = by_row(beta) * load(scores)
+        inverse, weights = scratch[:3], scratch[3:6]
+        _invert(scores, inverse, weights, scratch[6:])
+        if transposed:
+            weights = inverse
+        else:
+            store(sum(map(load, inverse), start=full(SQUARE, 0)) * by_column(beta), *weights)
         plgpu.commit_smem()
-        high, low, kept = scratch[:3]
-        store_split(x * by_column(beta), high, low)
-        kept[...] = x.astype(BF16)
-        plgpu.commit_smem()
-        for (own,) in (*blocks(values), *blocks(keys)):
-            written = matmul(own.shape, (high, own), (low, own))
-            plgpu.commit_smem()
-            own[...] = written.astype(BF16)
-        send(*((x, at(ref, b, h, n)) for x, ref in zip((values, keys, kept), outs, strict=False)))
+        factor = flips(weights) if transposed else weights
+        for own, pair in zip(rows, pairs, strict=True):
+            for block in blocks(*pair, most=CHUNK):
+                solved = matmul(block[0].shape, *terms(factor, block[: len(own)]))
+                plgpu.commit_smem()  # Every warp has read the tiles that are written next.
+                store(solved, *block)
+        send(*((t, at(ref, b, h, n)) for t, ref in zip(tiles[9:], outs, strict=True)))
 
-    outputs = [jax.ShapeDtypeStruct(x.shape, BF16) for x in (values, keys, scores)]
-    return call(
+    widths = [own[0].shape[-1] for own in rows for _ in range(2)]
+    out = call(
         kernel,
-        name="inverse",
-        out_type=outputs[: 2 + keep],
-        grid=shape[:3],
+        name=f"inverse{'_back' if transposed else ''}",
+        out_type=[jax.ShapeDtypeStruct((*given[0].shape[:-1], width), BF16) for width in widths],
+        grid=beta.shape[:3],
         grid_names=tuple("bhn"),
         scratch_types=[
-            *(tile(*SQUARE, dtype=F32), line(), tile(CHUNK, dims[1]), tile(CHUNK, dims[0])),
-            *[tile(*SQUARE)] * 6,
-            plgpu.Barrier(num_arrivals=4),
+            *(tile(*SQUARE, dtype=F32), line(), *[tile(*SQUARE)] * 9, *(tile(CHUNK, width) for width in widths)),
+            plgpu.Barrier(num_arrivals=2 + len(given)),
         ],
-    )(scores, beta, keys, values)
-
-
-def _backward(
-    inverse: Array, scores: Array, beta: Array, keys: Array, values: Array, d_written: Array, d_erased: Array
-) -> list[Array]:
-    """The gradients of scores (float32), beta, keys and values, bfloat16."""
-    shape, dims = beta.shape, (values.shape[-1], keys.shape[-1])
-
-    def kernel(*refs: Ref) -> None:
-        ins, outs, (*tiles, barrier) = refs[:7], refs[7:11], refs[11:]
-        inverse, scores, beta, keys, values, d_written, d_erased, weights, square, d_beta = tiles
-        b, h, n = (jax.lax.axis_index(name) for name in "bhn")
-        places = [at(x, b, h, n) if i != 2 else x.at[b, h, n] for i, x in enumerate(ins)]
-        fetch(barrier, *zip(places, tiles[:7], strict=True))
-        row, column = tokens()
-        d_weights = matmul(SQUARE, (d_written, flip(values)), (d_erased, flip(keys)))
-        # A sum over rows is one over columns of the transpose, which a product with the unit matrix gives.
-        square[...], weights[...] = (d_weights * load(inverse)).astype(BF16), zero_one(row == column)
-        plgpu.commit_smem()
-        columns = matmul(SQUARE, (flip(square), weights))
-        plgpu.commit_smem()
-        square[...], weights[...] = ((y * by_column(beta)).astype(BF16) for y in (d_weights, load(inverse)))
-        plgpu.commit_smem()
-        d_x = matmul(SQUARE, (flip(inverse), square))
-        plgpu.commit_smem()
-        square[...] = d_x.astype(BF16)
-        plgpu.commit_smem()
-        d_lower = jnp.where(row > column, -matmul(SQUARE, (square, flip(inverse))), 0.0)
-        d_beta[...] = jnp.sum(columns + d_lower * load(scores), axis=1)
-        plgpu.commit_smem()  # Every warp has read the scores.
-        scores[...] = by_row(beta) * d_lower
-        for width, out, d_out in ((dims[0], values, d_written), (dims[1], keys, d_erased)):
-            out[...] = matmul((CHUNK, width), (flip(weights), d_out)).astype(BF16)
-        out = (scores, d_beta, keys, values)
-        send(*zip(out, [ref.at[b, h, n] if ref is outs[1] else at(ref, b, h, n) for ref in outs], strict=True))
-
-    outputs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (scores, beta, keys, values)]
-    wide, square = [tile(CHUNK, width) for width in dims], tile(*SQUARE)
-    return call(
-        kernel,
-        name="inverse_back",
-        out_type=outputs,
-        grid=shape[:3],
-        grid_names=tuple("bhn"),
-        scratch_types=[
-            *(square, tile(*SQUARE, dtype=F32), line(), wide[1], wide[0], wide[0], wide[1], square, square, line()),
-            plgpu.Barrier(num_arrivals=7),
-        ],
-    )(inverse, scores, beta, keys, values, d_written, d_erased)
+    )(scores, beta, *given)
+    return [tuple(out[i : i + 2]) for i in range(0, len(out), 2)]

@@ -29,12 +29,14 @@ from plait.kernels.recurrence.gpu_chunk import (
     by_row,
     fetch,
     flip,
+    flips,
     halving,
     line,
     load,
     matmul,
     send,
-    store_split,
+    store,
+    terms,
     tile,
     tokens,
     zero_one,
@@ -51,7 +53,9 @@ NARROW = 32
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def scores(keys: bool, scale: float, q: Array, k: Array, g: Array) -> tuple[Array, ...]:
-    """The scores of queries times `scale`, [B, H, N, C, C] bfloat16, and with `keys` those of keys, float32 and zero for j >= i.
+    """The scores of queries times `scale`, [B, H, N, C, C] bfloat16; with `keys` float32, and those of keys, zero for j >= i.
+
+    With `keys` they meet writes that nearly cancel each other, so all factors have two terms.
 
     Args:
       q: [B, T, Hqk, K] bfloat16, T a multiple of C.
@@ -76,7 +80,10 @@ def _scores_backward(keys: bool, scale: float, saved: tuple[Array, ...], d_score
         d_q, d_k, d_g = _shared_gradients(scale, q, k, heads_to_lines(g), *d_scores)
         d_g = jnp.moveaxis(d_g.reshape(*d_g.shape[:2], -1), 1, 2)
     else:
-        d_q, d_k, d_g = _by_channel_gradients(scale, q, k, g, *d_scores)
+        d_q, d_k, d_g = _by_channel_gradients(scale, q, k, g, d_scores[0])
+        if keys:
+            more = _by_channel_gradients(1.0, k, k, g, jnp.tril(d_scores[1], -1))
+            d_k, d_g = sum(x.astype(F32) for x in (d_k, *more[:2])), d_g + more[2]
     of_group = lambda x: jnp.sum(x.reshape(*q.shape[:3], -1, q.shape[3]), axis=3, dtype=F32).astype(q.dtype)
     return of_group(d_q), of_group(d_k), d_g
 
@@ -88,7 +95,7 @@ def _decay(g: Ref, until: Ref, high: Ref, low: Ref) -> Array:
     """exp(g_{j+1} + ... + g_i) for j <= i, else 0, of g [C] in shared memory; leaves i >= t in `until`."""
     row, column = tokens()
     until[...] = zero_one(row >= column)
-    store_split(jnp.where(row > column, by_row(g), 0.0), high, low)
+    store(jnp.where(row > column, by_row(g), 0.0), high, low)
     plgpu.commit_smem()
     return jnp.where(row >= column, jnp.exp(matmul(SQUARE, (until, high), (until, low))), 0.0)
 
@@ -104,13 +111,13 @@ def _shared(keys: bool, scale: float, q: Array, k: Array, g: Array) -> list[Arra
         own = jax.lax.div(h, jnp.int32(group))
         fetch(barrier, (at(q_ref, b, own, n), q), (at(k_ref, b, own, n), k), (g_ref.at[b, h, n], g))
         decay = _decay(g, until, high, low)
-        tiles[0][...] = (scale * decay * matmul(SQUARE, (q, flip(k)))).astype(BF16)
+        tiles[0][...] = (scale * decay * matmul(SQUARE, (q, flip(k)))).astype(dtypes[0])
         if keys:
             row, column = tokens()
             tiles[1][...] = jnp.where(row > column, decay * matmul(SQUARE, (k, flip(k))), 0.0)
         send(*((out, ref.at[b, h, n]) for out, ref in zip(tiles, outs, strict=True)))
 
-    dtypes = [BF16, F32][: 1 + keys]
+    dtypes = [F32, F32] if keys else [BF16]
     rows, square = tile(CHUNK, key_dim), tile(*SQUARE)
     return call(
         kernel,
@@ -129,11 +136,12 @@ def _shared(keys: bool, scale: float, q: Array, k: Array, g: Array) -> list[Arra
 def _shared_gradients(scale: float, q: Array, k: Array, g: Array, *d_scores: Array) -> list[Array]:
     """The gradients of q and k, [B, T, H, K] by value head, and of g."""
     batch, heads, chunks, _ = g.shape
-    group, key_dim, count = heads // q.shape[2], q.shape[3], 3 + len(d_scores)
+    group, key_dim, count, num_terms = heads // q.shape[2], q.shape[3], 3 + len(d_scores), len(d_scores)
 
     def kernel(*refs: Ref) -> None:
         (q_ref, k_ref, g_ref, *d_refs), outs, scratch = refs[:count], refs[count : count + 3], refs[count + 3 :]
-        q, k, g, until, high, low, weights, d_g, *d_tiles, barrier = scratch
+        (q, k, g, until, high, low, d_g), (*d_tiles, barrier) = scratch[:7], scratch[7:]
+        d_tiles, weights, of_keys = (d_tiles[i * num_terms : (i + 1) * num_terms] for i in range(3))
         b, h, n = (jax.lax.axis_index(name) for name in "bhn")
         own = jax.lax.div(h, jnp.int32(group))
         places = [at(q_ref, b, own, n), at(k_ref, b, own, n), g_ref.at[b, h, n], *(x.at[b, h, n] for x in d_refs)]
@@ -142,22 +150,19 @@ def _shared_gradients(scale: float, q: Array, k: Array, g: Array, *d_scores: Arr
         decay = _decay(g, until, high, low)
         d_products = scale * decay * load(d_tiles[0])
         d_exponents = d_products * matmul(SQUARE, (q, flip(k)))
-        weights[...] = d_products.astype(BF16)
+        store(d_products, *weights)
         if len(d_scores) > 1:
             d_own = jnp.where(row > column, decay * load(d_tiles[1]), 0.0)
             d_exponents += d_own * matmul(SQUARE, (k, flip(k)))
+            store(d_own, *of_keys)
         plgpu.commit_smem()  # No warp still reads what is written next.
-        if len(d_scores) > 1:
-            d_tiles[0][...] = d_own.astype(BF16)
-        store_split(d_exponents, high, low)
+        store(d_exponents, high, low)
         plgpu.commit_smem()
         crossing = matmul(SQUARE, (flip(until), high), (flip(until), low))
         d_g[...] = jnp.sum(jnp.where(row > column, crossing, 0.0), axis=1)
         for own_q, own_k in blocks(q, k):
-            to_k = [(flip(weights), own_q)]
-            if len(d_scores) > 1:
-                to_k += [(d_tiles[0], own_k), (flip(d_tiles[0]), own_k)]
-            d_q, d_k = matmul(own_q.shape, (weights, own_k)), matmul(own_q.shape, *to_k)
+            to_k = terms(flips(weights), [own_q]) + terms(of_keys, [own_k]) + terms(flips(of_keys), [own_k])
+            d_q, d_k = matmul(own_q.shape, *terms(weights, [own_k])), matmul(own_q.shape, *to_k)
             plgpu.commit_smem()
             own_q[...], own_k[...] = d_q.astype(BF16), d_k.astype(BF16)
         send((q, at(outs[0], b, h, n)), (k, at(outs[1], b, h, n)), (d_g, outs[2].at[b, h, n]))
@@ -171,8 +176,9 @@ def _shared_gradients(scale: float, q: Array, k: Array, g: Array, *d_scores: Arr
         grid=(batch, heads, chunks),
         grid_names=tuple("bhn"),
         scratch_types=[
-            *(rows, rows, line(), square, square, square, square, line()),
+            *(rows, rows, line(), square, square, square, line()),
             *(tile(*SQUARE, dtype=x.dtype) for x in d_scores),
+            *[square] * (num_terms if num_terms == 1 else 2 * num_terms),
             plgpu.Barrier(num_arrivals=count),
         ],
     )(q, k, g, *d_scores)
@@ -193,27 +199,28 @@ def _exponentials(size: Array, mask: Ref, g: tuple[Ref, Ref], width: int) -> Arr
 def _by_channel(keys: bool, scale: float, q: Array, k: Array, g: Array) -> list[Array]:
     """The scores of queries and, with `keys`, of keys for g [B, T, H, K]."""
     batch, length, heads, key_dim = g.shape
-    group, chunks = heads // q.shape[2], length // CHUNK
+    group, chunks, num_terms = heads // q.shape[2], length // CHUNK, 1 + keys
 
     def kernel(q_ref: Ref, k_ref: Ref, g_ref: Ref, *refs: Ref) -> None:
-        outs, (high, low, mask, q_decayed, k_decayed, *tiles) = refs[: 1 + keys], refs[1 + keys :]
+        outs, (high, low, mask, *tiles) = refs[: 1 + keys], refs[1 + keys :]
+        tiles, q_decayed, k_decayed = (tiles[i * num_terms : (i + 1) * num_terms] for i in range(3))
         b, h, n = (jax.lax.axis_index(name) for name in "bhn")
         own = jax.lax.div(h, jnp.int32(group))
 
         def step(_: Any, q: Ref, k: Ref, g: Ref, sums: list[Array]) -> list[Array]:
             row, column = tokens()
-            store_split(load(g), high, low)
+            store(load(g), high, low)
             sums[0] += jnp.where(row == column, matmul(SQUARE, (q, flip(k))), 0.0)
 
             def halve(level: Array, sums: list[Array]) -> list[Array]:
                 size = jnp.int32(1) << level
                 decay = _exponentials(size, mask, (high, low), WIDTH)
                 for x, decayed in ((q, q_decayed), (k, k_decayed)):
-                    decayed[...] = (load(x) * decay).astype(BF16)
+                    store(load(x) * decay, *decayed)
                 plgpu.commit_smem()
                 pairs = halving(size, row, column)
                 decayed = (q_decayed, k_decayed)[: len(sums)]
-                found = [jnp.where(pairs, matmul(SQUARE, (x, flip(k_decayed))), 0.0) for x in decayed]
+                found = [jnp.where(pairs, matmul(SQUARE, *terms(x, flips(k_decayed))), 0.0) for x in decayed]
                 plgpu.commit_smem()  # No warp still reads what the next halving writes.
                 return [x + y for x, y in zip(sums, found, strict=True)]
 
@@ -229,10 +236,10 @@ def _by_channel(keys: bool, scale: float, q: Array, k: Array, g: Array) -> list[
             init_carry=[full(SQUARE, 0) for _ in tiles],
         )
         for i, (out, sums) in enumerate(zip(tiles, pipeline(q_ref, k_ref, g_ref), strict=True)):
-            out[...] = (scale * sums).astype(BF16) if i == 0 else sums
+            out[...] = (scale * sums).astype(dtypes[0]) if i == 0 else sums
         send(*((out, ref.at[b, h, n]) for out, ref in zip(tiles, outs, strict=True)))
 
-    dtypes = [BF16, F32][: 1 + keys]
+    dtypes = [F32, F32] if keys else [BF16]
     block = tile(CHUNK, WIDTH)
     return call(
         kernel,
@@ -240,49 +247,53 @@ def _by_channel(keys: bool, scale: float, q: Array, k: Array, g: Array) -> list[
         out_type=[jax.ShapeDtypeStruct((batch, heads, chunks, *SQUARE), dtype) for dtype in dtypes],
         grid=(batch, heads, chunks),
         grid_names=tuple("bhn"),
-        scratch_types=[block, block, tile(*SQUARE), block, block, *(tile(*SQUARE, dtype=dtype) for dtype in dtypes)],
+        scratch_types=[
+            *(block, block, tile(*SQUARE)),
+            *(tile(*SQUARE, dtype=dtype) for dtype in dtypes),
+            *[block] * (2 * num_terms),
+        ],
     )(q, k, g)
 
 
-def _by_channel_gradients(scale: float, q: Array, k: Array, g: Array, *d_scores: Array) -> list[Array]:
+def _by_channel_gradients(scale: float, q: Array, k: Array, g: Array, d_scores: Array) -> list[Array]:
     """The gradients of q and k, [B, T, H, K] by value head, and of g."""
     batch, length, heads, key_dim = g.shape
-    group, chunks, count = heads // q.shape[2], length // CHUNK, 3 + len(d_scores)
+    group, chunks, num_terms = heads // q.shape[2], length // CHUNK, 2 if d_scores.dtype == F32 else 1
 
     def kernel(*refs: Ref) -> None:
-        ins, outs, (*tiles, barrier) = refs[:count], refs[count : count + 3], refs[count + 3 :]
-        (q, k, g, *d_tiles), (high, low, mask, q_decayed, k_decayed, *weights) = tiles[:count], tiles[count:]
+        ins, outs, (*tiles, barrier) = refs[:4], refs[4:7], refs[7:]
+        (q, k, g, d_tile, high, low, mask), terms_left = tiles[:7], tiles[7:]
+        q_decayed, k_decayed, weights = (terms_left[i * num_terms :][:num_terms] for i in range(3))
         b, h, n, j = (jax.lax.axis_index(name) for name in "bhnj")
         own, block = jax.lax.div(h, jnp.int32(group)), pl.ds(j * NARROW, NARROW)
         places = [at(x, b, head, n, block) for x, head in zip(ins[:3], (own, own, h), strict=True)]
-        fetch(barrier, *zip([*places, *(x.at[b, h, n] for x in ins[3:])], tiles[:count], strict=True))
+        fetch(barrier, *zip([*places, at(ins[3], b, h, n)], tiles[:4], strict=True))
         row, column = tokens()
         shape = (CHUNK, NARROW)
-        store_split(load(g), high, low)
-        weights[0][...] = jnp.where(row == column, scale * load(d_tiles[0]), 0.0).astype(BF16)
+        store(load(g), high, low)
+        store(jnp.where(row == column, scale * load(d_tile), 0.0), *weights)
         plgpu.commit_smem()
         g[...] = full(shape, 0)  # From here on the gradient: registers are short.
-        sums = matmul(shape, (weights[0], k)), matmul(shape, (weights[0], q))
+        sums = matmul(shape, *terms(weights, [k])), matmul(shape, *terms(weights, [q]))
 
         def halve(level: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
             size = jnp.int32(1) << level
             plgpu.commit_smem()  # No warp still reads what is written next.
             decay = _exponentials(size, mask, (high, low), NARROW)
-            q_decayed[...], k_decayed[...] = ((load(x) * decay).astype(BF16) for x in (q, k))
-            pairs = halving(size, row, column)
-            for x, factor, out in zip(d_tiles, (scale, 1.0), weights, strict=False):
-                out[...] = jnp.where(pairs, factor * load(x), 0.0).astype(BF16)
+            store(load(q) * decay, *q_decayed)
+            store(load(k) * decay, *k_decayed)
+            pairs = halving(size, *tokens())
+            store(jnp.where(pairs, scale * load(d_tile), 0.0), *weights)
             plgpu.commit_smem()
             d_q, d_k = sums
-            d_late = matmul(shape, (weights[0], k_decayed)) * decay
+            d_late = matmul(shape, *terms(weights, k_decayed)) * decay
             d_q, d_exponents = d_q + d_late, d_late * load(q)
-            of_keys = [(x, k_decayed) for own in weights[1:] for x in (own, flip(own))]
-            d_early = matmul(shape, (flip(weights[0]), q_decayed), *of_keys) * decay
+            d_early = matmul(shape, *terms(flips(weights), q_decayed)) * decay
             d_k, d_exponents = d_k + d_early, d_exponents + d_early * load(k)
             plgpu.commit_smem()
-            store_split(d_exponents, q_decayed, k_decayed)
+            store(d_exponents, q_decayed[0], k_decayed[0])
             plgpu.commit_smem()
-            g[...] = load(g) + matmul(shape, (flip(mask), q_decayed), (flip(mask), k_decayed))
+            g[...] = load(g) + matmul(shape, (flip(mask), q_decayed[0]), (flip(mask), k_decayed[0]))
             return d_q, d_k
 
         d_q, d_k = jax.lax.fori_loop(0, HALVINGS, halve, sums)
@@ -299,8 +310,8 @@ def _by_channel_gradients(scale: float, q: Array, k: Array, g: Array, *d_scores:
         grid=(batch, heads, chunks, key_dim // NARROW),
         grid_names=tuple("bhnj"),
         scratch_types=[
-            *(block, block, tile(CHUNK, NARROW, dtype=F32), *(tile(*SQUARE, dtype=x.dtype) for x in d_scores)),
-            *(block, block, square, block, block, *(square for _ in d_scores)),
-            plgpu.Barrier(num_arrivals=count),
+            *(block, block, tile(CHUNK, NARROW, dtype=F32), tile(*SQUARE, dtype=d_scores.dtype)),
+            *(block, block, square, *[block] * (2 * num_terms), *[square] * num_terms),
+            plgpu.Barrier(num_arrivals=4),
         ],
-    )(q, k, g, *d_scores)
+    )(q, k, g, d_scores)

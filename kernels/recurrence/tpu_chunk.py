@@ -3,7 +3,7 @@
 Everything is two-dimensional and float32: a chunk of C tokens is [C, K] or [C, V], a number a token is a row [1, C] or a column
 [C, 1]. The state is kept transposed, [V, K], so that the decay of a key channel is a row. As in `chunking`, no exponent is
 positive and no sum is a difference of longer ones. Everything can be differentiated inside a kernel: `product`, `count`, `roll` and
-`unit_lower_inverses` bring backward parts of the same kind.
+`solve` bring backward parts of the same kind.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,8 +18,9 @@ Array = jax.Array
 Kind = Literal["nn", "nt", "tn"]
 """Which operands of a product are transposed."""
 
-Parts = tuple[int, int] | None
-"""Into how many bfloat16 numbers the matrix unit gets each operand's numbers: one rounds, two keep 16 bits; None is all of float32."""
+Parts = tuple[int, int, int] | None
+"""Into how many bfloat16 numbers the matrix unit gets each number of the two operands and of the cotangent: one rounds, two keep 16
+bits, three all; None are float32 products."""
 
 SUBLANES = 8
 
@@ -42,7 +43,7 @@ def _dot(kind: Kind, a: Array, b: Array) -> Array:
     return jax.lax.dot_general(a, b, _DIMS[kind], precision=precision, preferred_element_type=jnp.float32)
 
 
-def _product(kind: Kind, parts: Parts, a: Array, b: Array) -> Array:
+def _product(kind: Kind, parts: tuple[int, int] | None, a: Array, b: Array) -> Array:
     if parts is None:
         return _dot(kind, a, b)
     lefts, rights = _split(a, parts[0]), _split(b, parts[1])
@@ -54,22 +55,21 @@ def _product(kind: Kind, parts: Parts, a: Array, b: Array) -> Array:
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def product(kind: Kind, parts: Parts, a: Array, b: Array) -> Array:
     """A matrix product of float32 arrays in float32, transposed as `kind` says, also when differentiated."""
-    return _product(kind, parts, a, b)
+    return _product(kind, parts and parts[:2], a, b)
 
 
 def _product_backward(kind: Kind, parts: Parts, saved: tuple[Array, Array], ct: Array) -> tuple[Array, Array]:
     a, b = saved
     pull = lambda kind, x, i, y, j: _product(kind, None if parts is None else (i, j), x, y)
-    i, j = parts or (0, 0)
-    most = max(i, j)
+    i, j, own = parts or (0, 0, 0)
     if kind == "nn":
-        return pull("nt", ct, most, b, j), pull("tn", a, i, ct, most)
+        return pull("nt", ct, own, b, j), pull("tn", a, i, ct, own)
     if kind == "nt":
-        return pull("nn", ct, most, b, j), pull("tn", ct, most, a, i)
-    return pull("nt", b, j, ct, most), pull("nn", a, i, ct, most)
+        return pull("nn", ct, own, b, j), pull("tn", ct, own, a, i)
+    return pull("nt", b, j, ct, own), pull("nn", a, i, ct, own)
 
 
-product.defvjp(lambda kind, parts, a, b: (_product(kind, parts, a, b), (a, b)), _product_backward)
+product.defvjp(lambda kind, parts, a, b: (product(kind, parts, a, b), (a, b)), _product_backward)
 
 
 def _count(kind: Kind, x: Array, weights: Array) -> Array:
@@ -194,10 +194,16 @@ def _by_channel(queries: tuple[Array, ...], k: Array, g: Array, parts: Parts) ->
     return Chunk(tuple(scores), jnp.exp(prefix), jnp.exp(suffix), jnp.exp(jnp.sum(g, axis=0, keepdims=True)))
 
 
-def _inverses(parts: Parts, lowers: Sequence[Array]) -> list[Array]:
+def unit_lower_inverses(lowers: Sequence[Array], full: bool) -> list[Array]:
+    """The inverses of I + L for strictly lower triangular L [C, C], by halving, as stable as substitution.
+
+    Diagonal blocks of b tokens lie side by side as [b, C]: then (-bottom^-1 left top^-1) of all pairs is two products of b rows.
+    Several matrices go through the levels together, since each waits for the one before. Where keys resemble each other the products
+    are sums of large terms of both signs: they are float32 products, or without `full` of three bfloat16 numbers an operand.
+    """
     size = lowers[0].shape[0]
     i, j = _square(size)
-    dot = partial(_product, "nn", parts)
+    dot = partial(_product, "nn", None if full else (3, 3))
 
     def spread(x: Array) -> Array:  # the block-diagonal matrix of blocks side by side
         height = x.shape[0]
@@ -221,28 +227,26 @@ def _inverses(parts: Parts, lowers: Sequence[Array]) -> list[Array]:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def unit_lower_inverses(parts: Parts, lowers: list[Array]) -> list[Array]:
-    """The inverses of I + L for strictly lower triangular L [C, C], by halving, as stable as substitution.
-
-    Diagonal blocks of b tokens lie side by side as [b, C]: then (-bottom^-1 left top^-1) of all pairs is two products of b rows.
-    Several matrices go through the levels together, since each waits for the one before.
-    """
-    return _inverses(parts, lowers)
+def solve(parts: Parts, lower: Array, inverse: Array, right: Array) -> Array:
+    """X with (I + L) X = `right` [C, V], given the inverse, a constant to differentiation; `parts` are of inverse, right and ct."""
+    return _product("nn", parts and parts[:2], inverse, right)
 
 
-def _inverses_forward(parts: Parts, lowers: list[Array]) -> tuple[list[Array], list[Array]]:
-    inverses = _inverses(parts, lowers)
-    return inverses, inverses
+def _solve_forward(parts: Parts, lower: Array, inverse: Array, right: Array) -> tuple[Array, tuple[Array, Array]]:
+    x = solve(parts, lower, inverse, right)
+    return x, (inverse, x)
 
 
-def _inverses_backward(parts: Parts, inverses: list[Array], cts: list[Array]) -> tuple[list[Array]]:
-    i, j = _square(cts[0].shape[0])
-    inner = [_product("tn", parts, x, ct) for x, ct in zip(inverses, cts, strict=True)]
-    outer = [_product("nt", parts, y, x) for x, y in zip(inverses, inner, strict=True)]
-    return ([jnp.where(j < i, -x, 0.0) for x in outer],)
+def _solve_backward(parts: Parts, saved: tuple[Array, Array], ct: Array) -> tuple[Array, None, Array]:
+    inverse, x = saved
+    i, j, own = parts or (0, 0, 0)
+    row, col = _square(inverse.shape[0])
+    d_right = _product("tn", parts and (i, own), inverse, ct)
+    d_lower = jnp.where(col < row, -_product("nt", parts and (own, j), d_right, x), 0.0)
+    return d_lower, None, d_right
 
 
-unit_lower_inverses.defvjp(_inverses_forward, _inverses_backward)
+solve.defvjp(_solve_forward, _solve_backward)
 
 
 class Inputs(NamedTuple):
@@ -278,7 +282,7 @@ BlockFunction = Callable[[bool, list[Inputs], list[Bounds | None], Array], list[
 
 def decay_and_add(full: bool, chunks: list[Inputs], bounds: list[Bounds | None], state: Array) -> list[Written]:
     """Scalar or vector decay: the `BlockFunction` of gates (g,)."""
-    parts: Parts = None if full else (1, 1)
+    parts: Parts = None if full else (1, 1, 1)
     cuts = [cut((x.q,), x.k, x.gates[0], b, parts) for x, b in zip(chunks, bounds, strict=True)]
     both = list(zip(chunks, cuts, strict=True))
     writes = [product("tn", parts, x.v, x.k * c.to_end) for x, c in both]
@@ -295,22 +299,33 @@ def decay_and_add(full: bool, chunks: list[Inputs], bounds: list[Bounds | None],
 def erase_and_write(full: bool, chunks: list[Inputs], bounds: list[Bounds | None], state: Array) -> list[Written]:
     """The delta rule: the `BlockFunction` of gates (g, beta) with beta a row, g perhaps None.
 
-    With M = (I + L)^-1 Diag(beta) (see delta_rule/README.md) the pseudo values are M (V - (exp(P) * K) S). What goes from state to
-    state is kept at 16 bits: without decay, nothing fades the roundings.
+    The pseudo values X solve (I + L) X = Diag(beta) (V - (exp(P) * K) S) (see delta_rule/README.md). They nearly cancel each other in
+    sums over tokens, and without decay nothing fades a rounding of the state: what such sums take and what goes from state to state is
+    kept at 16 bits. q, k and v have no more than 8, so a decay that all channels share is multiplied after the products.
     """
-    rounded, fine = (None, None) if full else ((1, 1), (2, 2))
+    g = chunks[0].gates[0]
+    by_channel = g is not None and g.shape[0] != 1
+    of = lambda *parts: None if full else parts
     i, j = _square(chunks[0].k.shape[0])
-    cuts = [cut((x.q, x.k), x.k, x.gates[0], b, rounded) for x, b in zip(chunks, bounds, strict=True)]
+    of_scores = of(2, 2, 2) if by_channel else of(1, 1, 2)
+    cuts = [cut((x.q, x.k), x.k, x.gates[0], b, of_scores) for x, b in zip(chunks, bounds, strict=True)]
     both = list(zip(chunks, cuts, strict=True))
     lowers = [jnp.where(j < i, column(x.gates[1]) * c.scores[1], 0.0) for x, c in both]
-    inverses = unit_lower_inverses(fine, lowers)
+    inverses = unit_lower_inverses([jax.lax.stop_gradient(x) for x in lowers], full)
     states, values = [state], []
-    for (x, c), inverse in zip(both, inverses, strict=True):
-        error = x.v - product("nt", fine, x.k * c.since, states[-1])
-        values.append(product("nn", fine, inverse * x.gates[1], error))
-        states.append(c.decay * states[-1] + product("tn", fine, values[-1], x.k * c.to_end))
+    for (x, c), lower, inverse in zip(both, lowers, inverses, strict=True):
+        if by_channel:
+            found = product("nt", of(2, 2, 2), x.k * c.since, states[-1])
+        else:
+            found = c.since * product("nt", of(1, 2, 2), x.k, states[-1])
+        values.append(solve(of(3, 2, 2), lower, inverse, column(x.gates[1]) * (x.v - found)))
+        if by_channel:
+            write = product("tn", of(2, 2, 2), values[-1], x.k * c.to_end)
+        else:
+            write = product("tn", of(2, 1, 2), c.to_end * values[-1], x.k)
+        states.append(c.decay * states[-1] + write)
     o = [
-        product("nt", rounded, x.q * c.since, entering) + product("nn", rounded, c.scores[0], value)
+        product("nt", of(1, 1, 1), x.q * c.since, entering) + product("nn", of(2, 2, 1), c.scores[0], value)
         for (x, c), entering, value in zip(both, states, values, strict=False)
     ]
     return [Written(*each) for each in zip(o, values, states[1:], strict=True)]

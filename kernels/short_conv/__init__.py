@@ -44,8 +44,8 @@ def short_conv(
       bias: [D] or None.
       activation: "silu" or None.
       initial_state: [B, W-1, D], the inputs before the first token, in its segment; None is zero.
-      at: what is known of the tokens; no tap crosses into another segment. Padding gives zeros; it may stand between and after
-        segments. None is one segment.
+      at: what is known of the tokens; no tap crosses into another segment. Padding gives zeros, and where a tap falls on it, it is one.
+        None is one segment.
       implementation: "auto", "pallas_tpu", "chunked" or "reference".
 
     Returns:

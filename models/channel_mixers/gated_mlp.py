@@ -7,6 +7,7 @@ from typing import Literal
 
 import jax
 
+from plait.configs.domains import Width
 from plait.models.axes import EMBED, MLP
 from plait.models.build import BuildContext
 from plait.models.channel_mixers.base import ChannelMixer, ChannelMixerConfig, MixedChannels, register
@@ -21,14 +22,10 @@ Activation = Literal["silu", "gelu", "relu"]
 class GatedMLPConfig(ChannelMixerConfig):
     """`W_down(act(W_gate x) * W_up x)`."""
 
-    hidden_dim: int | None = None
+    hidden_dim: Width | None = None
     """Inner width; None gives 8/3 of d_model rounded up to a multiple of 64 (4 d_model's parameters over three matrices)."""
     activation: Activation = "silu"
     """Of the gate."""
-
-    def check(self) -> None:
-        if self.hidden_dim is not None and self.hidden_dim < 1:
-            raise ValueError(f"hidden_dim={self.hidden_dim} must be positive; leave it None to derive it from d_model")
 
     def width(self, d_model: int) -> int:
         """Inner width for `d_model`."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
 
+from plait.configs.domains import Coefficient, Experts, Whole, Width
 from plait.models.axes import BATCH, EMBED, EXPERTS, LENGTH, MLP
 from plait.models.build import Buffer, BuildContext
 from plait.models.channel_mixers.base import ChannelMixer, ChannelMixerConfig, MixedChannels, register
@@ -29,13 +30,13 @@ class MoEConfig(ChannelMixerConfig):
     Experts are chosen by s + b for scores s and balancing biases b; the gates are g_i = c s_i / sum_chosen s_j.
     """
 
-    num_experts: int = 8
+    num_experts: Experts = 8
     """Routed experts."""
-    top_k: int = 2
+    top_k: Experts = 2
     """Routed experts a token uses."""
-    hidden_dim: int | None = None
+    hidden_dim: Width | None = None
     """Inner width of an expert; None divides the gated MLP's among the experts that a token uses, rounded up to a multiple of 64."""
-    num_shared_experts: int = 0
+    num_shared_experts: Annotated[int, Whole(0, 2**10)] = 0
     """Experts that every token uses, beside the routed ones."""
     activation: Activation = "silu"
     """Of the experts' gates."""
@@ -43,30 +44,22 @@ class MoEConfig(ChannelMixerConfig):
     """From the router's logits: over all experts, or of each alone (DeepSeek-V3)."""
     normalize: bool = True
     """A token's gates sum to `routed_scale`; otherwise they are `routed_scale` times the scores."""
-    routed_scale: float = 1.0
+    routed_scale: Coefficient = 1.0
     """c, the weight of the routed experts beside the shared ones."""
-    balance_loss: float | None = 0.01
+    balance_loss: Coefficient | None = 0.01
     """Coefficient of the load-balance loss (Switch, 2101.03961), whose balanced value is 1, averaged over the MoE layers; None for none."""
-    balance_bias: float | None = None
+    balance_bias: Coefficient | None = None
     """How far a step moves the biases towards balance (2408.15664; DeepSeek-V3 0.001); None for no biases."""
-    z_loss: float | None = 0.001
+    z_loss: Coefficient | None = 0.001
     """Coefficient of the router's mean squared log-normaliser (ST-MoE, 2202.08906); None for none."""
 
     def check(self) -> None:
-        for name, least in (("num_experts", 1), ("top_k", 1), ("hidden_dim", 1), ("num_shared_experts", 0)):
-            if (value := getattr(self, name)) is not None and value < least:
-                raise ValueError(f"{name}={value} must be at least {least}")
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k={self.top_k} must be at most num_experts={self.num_experts}; use fewer or add experts")
         if self.top_k == 1 and self.normalize:
             raise ValueError(
                 "normalize=True with top_k=1 leaves a gate of 1 and the router without a gradient; use normalize=False"
             )
-        if not 0 < self.routed_scale < float("inf"):
-            raise ValueError(f"routed_scale={self.routed_scale} must be positive and finite")
-        for name in ("balance_loss", "balance_bias", "z_loss"):
-            if (value := getattr(self, name)) is not None and not 0 < value < float("inf"):
-                raise ValueError(f"{name}={value} must be positive and finite; use None to leave it out")
 
     @classmethod
     def example(cls) -> MoEConfig:

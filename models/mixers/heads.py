@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import jax
 
+from plait.configs.domains import choices, divisors
+
 
 def resolve_heads(num_heads: int | None, width: int, head_dim: int) -> int:
     """`num_heads`, or `width // head_dim` when None. Raises ValueError where that does not divide."""
@@ -14,20 +16,10 @@ def resolve_heads(num_heads: int | None, width: int, head_dim: int) -> int:
     return width // head_dim
 
 
-def require_positive(**values: float | None) -> None:
-    """Raises ValueError for a count below 1, or a float that is not above 0, named by its field."""
-    for name, value in values.items():
-        if isinstance(value, float) and not 0 < value < float("inf"):
-            raise ValueError(f"{name}={value} must be positive and finite")
-        if isinstance(value, int) and value < 1:
-            raise ValueError(f"{name}={value} must be at least 1; use a positive count (None where it may be left out)")
-
-
 def require_divides(small: tuple[str, int], big: tuple[str, int]) -> None:
     """Raises ValueError unless `small` divides `big`; each is (field, value). Lists the values that would do."""
     if big[1] % small[1]:
-        fits = ", ".join(str(n) for n in range(1, big[1] + 1) if big[1] % n == 0)
-        raise ValueError(f"{small[0]}={small[1]} must divide {big[0]}={big[1]}; use one of {fits}")
+        raise ValueError(f"{small[0]}={small[1]} must divide {big[0]}={big[1]}; use one of {choices(divisors(big[1]))}")
 
 
 def split_heads(x: jax.Array, num_heads: int) -> jax.Array:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from plait.configs.domains import Heads, SomeCoefficient, SomeHeads
 from plait.kernels import Tokens
 from plait.models.axes import EMBED
 from plait.models.build import BuildContext
@@ -27,19 +28,16 @@ class MoHConfig(WrapperConfig):
 
     mixer: MixerConfig = SoftmaxConfig()
     """The wrapped mixer."""
-    num_shared_heads: int = 1
+    num_shared_heads: SomeHeads = 1
     """Leading heads that every token uses (0: all heads are routed)."""
-    top_k: int | None = None
+    top_k: Heads | None = None
     """Routed heads a token uses; None gives half of them, rounded up."""
-    balance: float = 0.01
+    balance: SomeCoefficient = 0.01
     """Coefficient of the load-balance loss, averaged over the MoH layers."""
 
     def check(self) -> None:
         if isinstance(self.mixer, WrapperConfig):
             raise ValueError(f"mixer={self.mixer.name} is itself around a mixer; wrap a mixer once")
-        for name in ("num_shared_heads", "balance"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}={getattr(self, name)} must be 0 or more, and finite")
 
     @classmethod
     def example(cls) -> MoHConfig:
@@ -53,8 +51,8 @@ class MoHConfig(WrapperConfig):
                 f"num_shared_heads={self.num_shared_heads} must leave a head of {num_heads}; use at most {num_heads - 1}"
             )
         top_k = self.top_k if self.top_k is not None else -(-routed // 2)
-        if not 1 <= top_k <= routed:
-            raise ValueError(f"top_k={top_k} must be between 1 and the {routed} routed heads")
+        if top_k > routed:
+            raise ValueError(f"top_k={top_k} must be at most the {routed} routed heads; use {routed} or less")
         return routed, top_k
 
     def fit(self, d_model: int) -> None:

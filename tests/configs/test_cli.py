@@ -174,7 +174,10 @@ REFUSED = {
     "option of a mixer that is not in the pattern": ("train lm_tiny --model.mixers.gla.num-heads 2", "--model.mixers"),
     "choice": ("train lm_tiny --optimizer.schedule cosin", "cosine"),
     "text for a number": ("train lm_tiny --steps many", "many"),
-    "value out of range": ("train lm_tiny --optimizer.learning-rate -1", "error: optimizer.learning_rate=-1.0 must be positive"),
+    "value out of range": (
+        "train lm_tiny --optimizer.learning-rate -1",
+        "error: optimizer.learning_rate=-1.0 must be a finite number above 0",
+    ),
     "heads that do not divide the width": (
         "train lm_tiny --model.pattern softmax --model.d-model 40 --model.mixers.softmax.num-heads None",
         "d_model=40",
@@ -223,7 +226,7 @@ REFUSED = {
     ),
     "value of an exchanged mixer, by the typed path": (
         "train lm_tiny --model.pattern moh+softmax --model.mixers.moh+softmax.mixer gla --model.mixers.moh+softmax.mixer.num-heads 0",
-        "error: model.mixers.moh+softmax.mixer.num_heads=0 must be at least 1",
+        "error: model.mixers.moh+softmax.mixer.num_heads=0 must be a whole number from 1",
     ),
     "exchanged mixer that does not fit, by the typed path": (
         "train lm_tiny --model.mixers.softmax gla --model.mixers.softmax.num-heads 5",
@@ -231,7 +234,7 @@ REFUSED = {
     ),
     "value of a part": (
         "train lm_tiny --model.pattern parallel --model.mixers.parallel.parts.0.num-heads 0",
-        "error: model.mixers.parallel.parts.0.num_heads=0 must be at least 1",
+        "error: model.mixers.parallel.parts.0.num_heads=0 must be a whole number from 1",
     ),
     "part that is not there": (
         "train lm_tiny --model.pattern parallel --model.mixers.parallel.parts.2 gla",
@@ -239,7 +242,7 @@ REFUSED = {
     ),
     "value of a labelled mixer": (
         "train lm_tiny --model.pattern softmax/local,softmax --model.mixers.softmax/local.num-heads 0",
-        "error: model.mixers.softmax/local.num_heads=0 must be at least 1",
+        "error: model.mixers.softmax/local.num_heads=0 must be a whole number from 1",
     ),
     "label that does not fit the width": (
         "train lm_tiny --model.pattern softmax/local --model.d-model 40",
@@ -247,7 +250,7 @@ REFUSED = {
     ),
     "warm-up longer than the run": ("train lm_tiny --steps 5", "warmup_steps=10 must be below steps=5"),
     "accumulation that does not divide": ("train lm_tiny --optimizer.accumulate 3", "must divide data.batch_size=8"),
-    "mesh axis 0": ("train lm_tiny --mesh.fsdp 0", "error: mesh.fsdp=0 must be at least 1"),
+    "mesh axis 0": ("train lm_tiny --mesh.fsdp 0", "error: mesh.fsdp=0 must be a whole number from 1"),
     "list of nothing": ("list", "list needs one of"),
     "list of something else": ("list preset", "presets"),
     "task": ("eval runs/none --tasks pppl", "ppl"),
@@ -256,7 +259,7 @@ REFUSED = {
     "temperature below 0": ("generate {tmp}/none --temperature -1", "temperature=-1.0"),
     "top-k 0": ("generate {tmp}/none --top-k 0", "top_k=0"),
     "top-p above 1": ("generate {tmp}/none --top-p 1.5", "top_p=1.5"),
-    "report of nothing": ("report", "at least one run folder"),
+    "report of nothing": ("report", "error: runs is missing"),
 }
 
 

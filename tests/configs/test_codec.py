@@ -75,10 +75,10 @@ WRONG = {
         8,
         ["config.model.mixers.softmax.head_dims is not a field of SoftmaxConfig", "'head_dim'"],
     ),
-    "text for a number": ("optimizer.b1", "0.9", ["config.optimizer.b1='0.9' must be of type float, not str"]),
-    "fraction for a whole number": ("steps", 1.5, ["config.steps=1.5 must be of type int, not float"]),
-    "truth value for a number": ("seed", True, ["config.seed=True must be of type int, not bool"]),
-    "number for a truth value": ("resume", 1, ["config.resume=1 must be of type bool, not int"]),
+    "text for a number": ("optimizer.b1", "0.9", ["config.optimizer.b1='0.9' must be of type float, not str; use 0.9"]),
+    "fraction for a whole number": ("steps", 1.5, ["config.steps=1.5 must be of type int, not float; use 1"]),
+    "truth value for a number": ("seed", True, ["config.seed=True must be of type int, not bool; use 0"]),
+    "number for a truth value": ("resume", 1, ["config.resume=1 must be of type bool, not int; use False"]),
     "truth value for a fraction": ("optimizer.b2", False, ["config.optimizer.b2=False must be of type float, not bool"]),
     "null where there is no off": ("model.d_model", None, ["config.model.d_model=None must be of type int"]),
     "number for an object": ("model", 3, ["config.model=3 must be an object"]),
@@ -94,16 +94,20 @@ WRONG = {
         "softmx",
         ["config.model.mixers.softmax: mixer 'softmx' is not registered", "did you mean 'softmax'"],
     ),
-    "value out of range": ("optimizer.learning_rate", -1.0, ["config.optimizer.learning_rate=-1.0 must be positive"]),
+    "value out of range": (
+        "optimizer.learning_rate",
+        -1.0,
+        ["config.optimizer.learning_rate=-1.0 must be a finite number above 0"],
+    ),
     "value of a mixer out of range": (
         "model.mixers.softmax.num_heads",
         0,
-        ["config.model.mixers.softmax.num_heads=0 must be at least 1"],
+        ["config.model.mixers.softmax.num_heads=0 must be a whole number from 1"],
     ),
     "value of the width of a channel mixer": (
         "model.channel_mixer.hidden_dim",
         -4,
-        ["config.model.channel_mixer.hidden_dim=-4 must be positive"],
+        ["config.model.channel_mixer.hidden_dim=-4 must be a whole number from 1"],
     ),
     "mixer that does not fit the width": (
         "model.mixers.softmax.num_kv_heads",
@@ -170,9 +174,9 @@ def test_missing_mixer_name_is_named():
 @pytest.mark.parametrize(
     ("path", "rule"),
     [
-        ("model.mixers.softmax/local.num_heads", "must be at least 1"),
-        ("model.mixers.moh+gla.mixer.num_heads", "must be at least 1"),
-        ("model.mixers.parallel.parts.1.state_dim", "must be at least 1"),
+        ("model.mixers.softmax/local.num_heads", "must be a whole number from 1"),
+        ("model.mixers.moh+gla.mixer.num_heads", "must be a whole number from 1"),
+        ("model.mixers.parallel.parts.1.state_dim", "must be a whole number from 1"),
     ],
 )
 def test_labels_wrappers_and_parts_are_in_the_path_of_a_bad_value(path, rule):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from plait.configs.components import unchecked
-from plait.configs.exchange import exchanged, offers, take
+from plait.configs.exchange import component_flags, exchanged, offers, take
 from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.models.mixers.linear.gla import GLAConfig
 from plait.tests.configs.gadgets.deeper.winch import WinchConfig
@@ -66,7 +66,7 @@ def test_what_cannot_stand_there_is_named(words, message):
 
 
 def test_offers_are_places_and_names_by_kind():
-    gadgets, mixers = offers(WINCH).split("\n\n")
+    gadgets, mixers = offers(component_flags(WINCH)).split("\n\n")
     assert gadgets == "--main, --exact, --parts.0, --parts.1, --both.0, --named.a-b/c, --anything: lever, long_lever, winch"
     assert mixers.startswith("--both.1: gated_deltanet, gla, ")
 

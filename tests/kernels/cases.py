@@ -72,7 +72,8 @@ def state(seed: int = 1) -> jax.Array:
 
 
 def segments(length: int, layout: str) -> jax.Array:
-    """Segment ids [B, T]: `one` segment, `several` short ones with padding among and after them, or `long` with a padded tail."""
+    """Segment ids [B, T]: `one` segment, `several` short ones with padding among and after them, `long` with a padded tail, or `left`,
+    padding and then two."""
     ids = np.ones((BATCH, length), np.int32)
     if layout == "several":
         rng = np.random.default_rng(length)
@@ -81,6 +82,9 @@ def segments(length: int, layout: str) -> jax.Array:
             row[:] = np.searchsorted(cuts, np.arange(length), side="right") + 1
             row[row == 3] = 0
             row[-2:] = 0
+    elif layout == "left":
+        ids[:, 3 * length // 4 :] = 2
+        ids[0, : length // 5], ids[1, : length // 2] = 0, 0
     elif layout == "long":
         ids[:, -max(1, length // 8) :] = 0
     return jnp.asarray(ids)

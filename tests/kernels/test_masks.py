@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from plait.kernels import BlockTable, Mask, PowerMask, Tokens, attention
 from plait.kernels.attention import chunked
 from plait.kernels.attention.visits import FULL, SKIP, Layout, plan_visits
+from plait.tests.kernels import loops
 from plait.tests.kernels.cases import quick_jit
 from plait.tests.tolerances import assert_close
 
@@ -28,25 +29,13 @@ def masks(draw: st.DrawFn) -> Mask:
 
 @st.composite
 def packed(draw: st.DrawFn, length: int = 24) -> tuple[np.ndarray, np.ndarray]:
-    """Segment ids and positions of one packed row with a padded tail."""
+    """Segment ids and positions of one packed row, padded before and after."""
     cuts = sorted(draw(st.sets(st.integers(1, length - 1), max_size=4)))
-    ids = np.searchsorted(cuts, np.arange(length), side="right") + 1
-    positions = np.arange(length) - np.concatenate([[0], cuts]).astype(int)[ids - 1]
-    return np.where(np.arange(length) < length - draw(st.integers(0, 3)), ids, 0).astype(np.int32), positions.astype(np.int32)
-
-
-def _sees(mask: Mask, i: int, j: int) -> bool:
-    if mask.causal and j > i:
-        return False
-    if j <= i and j < mask.num_sink_tokens:
-        return True
-    if isinstance(mask, PowerMask):
-        back = i // mask.block_size - j // mask.block_size
-        return back == 0 or back.bit_count() == 1 or (mask.window_size is not None and i - j < mask.window_size)
-    if (i - j) % (mask.dilation or 1):
-        return False
-    size = mask.window_size if i >= j else mask.right_window_size or mask.window_size
-    return size is None or abs(i - j) // (mask.dilation or 1) < size
+    lead, tail = draw(st.integers(0, 9)), draw(st.integers(0, 3))
+    index = np.arange(length)
+    ids = np.searchsorted(cuts, index, side="right") + 1
+    positions = np.maximum(index - np.maximum([0, *cuts], lead)[ids - 1], 0)
+    return np.where((index >= lead) & (index < length - tail), ids, 0).astype(np.int32), positions.astype(np.int32)
 
 
 @settings(max_examples=60, deadline=None)
@@ -56,7 +45,7 @@ def test_dense_follows_the_rule(mask: Mask, row: tuple[np.ndarray, np.ndarray]):
     dense = np.asarray(mask.dense(*(jnp.asarray(x) for x in (positions, positions, ids, ids))))
     for i in range(len(ids)):
         for j in range(len(ids)):
-            expected = ids[i] == ids[j] != 0 and _sees(mask, int(positions[i]), int(positions[j]))
+            expected = ids[i] == ids[j] != 0 and loops.sees(mask, int(positions[i]), int(positions[j]))
             assert dense[i, j] == expected, (i, j)
 
 

@@ -17,8 +17,10 @@ def test_missing_fields_are_filled_in():
     np.testing.assert_array_equal(one.positions, [[0, 1, 2]] * 2)
     packed = Tokens(segment_ids=IDS).placed(1, 8)
     real = np.asarray(IDS[0]) != 0
-    np.testing.assert_array_equal(packed.positions[0][real], [1, 2, 4, 0, 1])  # padding counts to the segment before it
-    np.testing.assert_array_equal(packed.starts()[0], [0, 0, 0, 0, 0, 5, 5, 5])
+    np.testing.assert_array_equal(packed.positions[0][real], [0, 1, 3, 0, 1])  # padding inside a segment takes up its place
+    np.testing.assert_array_equal(packed.starts()[0], [0, 1, 1, 1, 1, 5, 5, 5])
+    np.testing.assert_array_equal(packed.numbered()[0], IDS[0])
+    np.testing.assert_array_equal(Tokens(None, 7 * (3 - IDS) % 21).numbered(), [[0, 1, 1, 0, 1, 2, 2, 0]])
     given = Tokens(positions=IDS).placed(1, 8)
     np.testing.assert_array_equal(given.positions, IDS)
     np.testing.assert_array_equal(given.segment_ids, np.ones((1, 8)))

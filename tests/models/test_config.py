@@ -99,13 +99,21 @@ def test_with_vocab_settles_the_vocabulary():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        pytest.param(lambda: lm(d_model=0), r"model\.d_model=0 must be at least 1", id="d_model"),
-        pytest.param(lambda: lm(num_layers=0), r"model\.num_layers=0 must be at least 1", id="num_layers"),
-        pytest.param(lambda: lm(vocab_size=-1), r"model\.vocab_size=-1 must be positive; use None", id="vocab_size"),
+        pytest.param(lambda: lm(d_model=0), r"model\.d_model=0 must be a whole number from 1", id="d_model"),
+        pytest.param(lambda: lm(num_layers=0), r"model\.num_layers=0 must be a whole number from 1", id="num_layers"),
         pytest.param(
-            lambda: lm(logit_soft_cap=0.0), r"model\.logit_soft_cap=0\.0 must be positive; use None", id="logit_soft_cap"
+            lambda: lm(vocab_size=-1),
+            r"model\.vocab_size=-1 must be a whole number from 1 to 2097152; use None",
+            id="vocab_size",
         ),
-        pytest.param(lambda: lm(z_loss=-1e-4), r"model\.z_loss=-0\.0001 must be positive; use None", id="z_loss"),
+        pytest.param(
+            lambda: lm(logit_soft_cap=0.0),
+            r"model\.logit_soft_cap=0\.0 must be a finite number above 0 .*; use None",
+            id="logit_soft_cap",
+        ),
+        pytest.param(
+            lambda: lm(z_loss=-1e-4), r"model\.z_loss=-0\.0001 must be a finite number above 0 .*; use None", id="z_loss"
+        ),
         pytest.param(
             lambda: lm(mixers={"retnet": RetNetConfig()}),
             r"model\.mixers\.retnet is in no layer of pattern='gla,softmax'; remove it",
@@ -137,20 +145,22 @@ def test_with_vocab_settles_the_vocabulary():
         pytest.param(lambda: lm(pattern="moh+softmax"), r"num_shared_heads=1 must leave a head of 1", id="one-head-routed"),
         pytest.param(
             lambda: GatedMLPConfig(hidden_dim=0),
-            r"gated_mlp\.hidden_dim=0 must be positive; leave it None",
+            r"gated_mlp\.hidden_dim=0 must be a whole number from 1 to 1048576; use None",
             id="hidden_dim",
         ),
-        pytest.param(lambda: SoftmaxConfig(num_heads=0), r"^softmax\.num_heads=0 must be at least 1", id="num_heads"),
+        pytest.param(lambda: SoftmaxConfig(num_heads=0), r"^softmax\.num_heads=0 must be a whole number from 1", id="num_heads"),
         pytest.param(
             lambda: SoftmaxConfig(num_heads=8, num_kv_heads=3).heads(64),
             r"num_kv_heads=3 must divide num_heads=8; use one of 1, 2, 4, 8",
             id="kv-heads",
         ),
         pytest.param(lambda: SoftmaxConfig(num_sink_tokens=2), r"num_sink_tokens=2 needs a window", id="sinks-without-window"),
-        pytest.param(lambda: SoftmaxConfig(num_sink_tokens=-1), r"num_sink_tokens=-1 must be 0 or more", id="negative-sinks"),
+        pytest.param(
+            lambda: SoftmaxConfig(num_sink_tokens=-1), r"num_sink_tokens=-1 must be a whole number from 0", id="negative-sinks"
+        ),
         pytest.param(
             lambda: SoftmaxConfig(head_dim=7),
-            r"rope_theta=10000\.0 must be positive and head_dim=7 even; use None for NoPE",
+            r"head_dim=7 must be even where rope_theta=10000\.0 rotates channels in pairs; use 8",
             id="odd-rotary",
         ),
         pytest.param(
@@ -163,7 +173,9 @@ def test_with_vocab_settles_the_vocabulary():
             r"model\.mixers\.gla\.num_heads=5 must divide expand_k \* d_model=32; use one of",
             id="gla-heads",
         ),
-        pytest.param(lambda: GLAConfig(gate_normalizer=0.0), r"gate_normalizer=0\.0 must be positive", id="gate_normalizer"),
+        pytest.param(
+            lambda: GLAConfig(gate_normalizer=0.0), r"gate_normalizer=0\.0 must be a finite number above 0", id="gate_normalizer"
+        ),
         pytest.param(
             lambda: GatedDeltaNetConfig(num_heads=3, num_v_heads=4).heads(64),
             r"num_heads=3 must divide num_v_heads=4; use one of 1, 2, 4",
@@ -245,11 +257,11 @@ def test_message_begins_with_the_path_of_whoever_holds_the_config():
         config = lm(mixers={"softmax": SoftmaxConfig(num_heads=0)}, channel_mixer=GatedMLPConfig(hidden_dim=24))
         wide = lm(channel_mixer=GatedMLPConfig(hidden_dim=0))
         nested = lm(pattern="moh+gla/a", mixers={"moh+gla/a": MoHConfig(mixer=GLAConfig(num_heads=0))})
-    with pytest.raises(ConfigError, match=r"^model\.mixers\.softmax\.num_heads=0 must be at least 1"):
+    with pytest.raises(ConfigError, match=r"^model\.mixers\.softmax\.num_heads=0 must be a whole number from 1"):
         validate(config, "model")
-    with pytest.raises(ConfigError, match=r"^model\.channel_mixer\.hidden_dim=0 must be positive"):
+    with pytest.raises(ConfigError, match=r"^model\.channel_mixer\.hidden_dim=0 must be a whole number from 1"):
         validate(wide, "model")
-    with pytest.raises(ConfigError, match=r"^model\.mixers\.moh\+gla/a\.mixer\.num_heads=0 must be at least 1"):
+    with pytest.raises(ConfigError, match=r"^model\.mixers\.moh\+gla/a\.mixer\.num_heads=0 must be a whole number from 1"):
         validate(nested, "model")
 
 

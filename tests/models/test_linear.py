@@ -12,12 +12,13 @@ from flax import nnx
 from plait.models.build import BuildContext
 from plait.models.channel_mixers.gated_mlp import GatedMLPConfig
 from plait.models.config import LMConfig
-from plait.models.linear import Dense, SpectralVector, dense_layers, power_iterate, power_step
+from plait.models.linear import Dense, SpectralVector, dense_layers, leading_vectors, power_iterate, power_step
 from plait.models.lm import LM, fold
 from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.models.mixers.moh import MoHConfig
 from plait.tests.models.common import build, layout, quick_jit
 from plait.tests.tolerances import assert_close
+from plait.tests.train.common import hybrid
 
 IN, OUT = 48, 32
 ONE_PERCENT = 0.01  # what the method promises of the power iteration (methods: 20 steps), not a rounding tolerance
@@ -51,9 +52,48 @@ def test_weight_is_the_kernel_over_its_top_singular_value_times_the_gain(kind):
 def test_gain_starts_where_the_kind_says():
     spectral, one, plain = dense("spectral"), dense("one"), dense(None)
     assert_close(spectral.weight(), plain.kernel[...])
-    assert spectral.gain[...] == pytest.approx(top_singular_value(plain.kernel[...]), rel=ONE_PERCENT)
+    assert_close(spectral.gain[...], np.float32(top_singular_value(plain.kernel[...])))
     assert one.gain[...] == 1.0
-    assert top_singular_value(one.weight()) == pytest.approx(1.0, rel=ONE_PERCENT)
+    assert_close(np.float32(top_singular_value(one.weight())), np.float32(1))
+
+
+SHAPES = [(1, 9), (5, 7), (64, 64), (256, 64), (64, 1000), (300, 301), (2, 3, 96, 97)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("scale", [1.0, 1e-9, 1e15])
+def test_new_vectors_are_those_of_the_exact_decomposition(shape, scale):
+    kernel = scale * jax.random.truncated_normal(jax.random.key(1), -2, 2, shape)
+    v, u = leading_vectors(kernel)
+    left, sizes, right = np.linalg.svd(np.asarray(kernel, np.float64), full_matrices=False)
+    sigma = np.einsum("...i,...io,...o->...", *(np.asarray(a, np.float64) for a in (v, kernel, u)))
+    assert_close(sigma.astype(np.float32), sizes[..., 0].astype(np.float32))
+    assert np.min(np.abs(np.sum(np.asarray(v) * left[..., :, 0], -1))) > 1 - 1e-3
+    assert np.min(np.abs(np.sum(np.asarray(u) * right[..., 0, :], -1))) > 1 - 1e-3
+
+
+@pytest.mark.parametrize(
+    "kernel", [np.ones((4, 6)), np.eye(8), np.outer(np.arange(5.0), np.arange(3.0)), np.diag([3.0, 3.0, 1.0])]
+)
+def test_new_vectors_of_kernels_that_are_not_random(kernel):
+    v, u = leading_vectors(jnp.asarray(kernel, jnp.float32))
+    assert_close(v @ kernel @ u, np.float32(np.linalg.norm(kernel, 2)))
+
+
+def test_kernel_of_zeros_has_finite_vectors():
+    assert all(np.isfinite(a).all() for a in leading_vectors(jnp.zeros((4, 6))))
+
+
+def test_layers_of_a_model_start_as_layers_by_themselves():
+    model = hybrid({"model.sigma_reparam": "spectral", "model.vocab_size": 40, "model.num_layers": 4}).model
+    layers = dense_layers(LM(model, rngs=nnx.Rngs(0), seq_len=8))
+    assert any(layer.kernel.ndim == 3 for _, layer in layers) and any(layer.kernel.ndim == 2 for _, layer in layers)
+    for path, layer in layers:
+        v, u = leading_vectors(layer.kernel[...])
+        assert_close(layer.v[...], v, err_msg=str(path))
+        assert_close(layer.u[...], u, err_msg=str(path))
+        sizes = np.linalg.norm(np.asarray(layer.kernel[...], np.float64), 2, axis=(-2, -1))
+        assert_close(layer.gain[...], sizes.astype(np.float32), err_msg=str(path))
 
 
 @pytest.mark.parametrize("gain", [0.5, -2.0])

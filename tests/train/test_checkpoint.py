@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import shutil
 import subprocess
 
 import jax.numpy as jnp
@@ -10,7 +11,9 @@ import numpy as np
 import pytest
 
 from plait.tests.train.common import different_arrays
+from plait.train import checkpoint
 from plait.train.checkpoint import CheckpointError, Checkpoints
+from plait.train.run_folder.owner import FolderLost
 from plait.train.state import TrainState
 
 
@@ -73,6 +76,72 @@ KEPT = {
 @pytest.mark.parametrize(("losses", "options", "expected"), KEPT.values(), ids=KEPT)
 def test_kept(losses, options, expected, tmp_path):
     assert saved(tmp_path, losses, **options) == expected
+
+
+NAMES = ["lr=[1e-3,3e-4]", "a\\b", "gs:", "a?*{b}", "p%20 #q'$", "ünï\n日本", "dot."]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_path_is_no_pattern(name, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / name, target_is_directory=True)
+    (tmp_path / name).mkdir()
+    assert saved(tmp_path / name / "checkpoints", [1.0, None], keep_last=2) == [1, 2]
+    for folder in (tmp_path / name, tmp_path / "link", tmp_path / name / ".." / name):
+        with opened(folder / "checkpoints", read_only=True) as checkpoints:
+            assert different_arrays(checkpoints.restore(LIKE)[1], state_of(2)) == []
+    with opened(tmp_path / "link" / "checkpoints") as checkpoints:
+        checkpoints.save(3, state_of(3), {}, loss=None)
+        checkpoints.wait()
+        assert checkpoints.restore(LIKE)[0] == 3
+    assert not list(tmp_path.rglob("damaged-*"))
+
+
+LOST = {
+    "its index": lambda folder: (folder / "state" / "manifest.ocdbt").unlink(),
+    "its description": lambda folder: (folder / "state" / "_METADATA").unlink(),
+    "what goes with it": lambda folder: (folder / "extra" / "metadata").unlink(),
+    "arrays": lambda folder: shutil.copytree(folder.parent / "other" / "1" / "state", folder / "state", dirs_exist_ok=True),
+}
+
+
+@pytest.mark.parametrize("lose", LOST.values(), ids=LOST)
+def test_a_hollow_checkpoint_is_an_error_and_gets_no_name(lose, tmp_path, monkeypatch):
+    with opened(tmp_path / "other") as checkpoints:
+        smaller = dataclasses.replace(state_of(1), buffers={}, optimizer={})
+        checkpoints.save(1, smaller, {}, loss=None)
+    saved(tmp_path, [None])
+    sealing = checkpoint.seal
+    monkeypatch.setattr(checkpoint, "seal", lambda folder, arrays: (lose(folder), sealing(folder, arrays)))
+    with pytest.raises(OSError, match=r"cannot be written to .*: 2\.\S+ has (no (state|extra)/|5 of 8 arrays)"):
+        saved_next(tmp_path)
+    monkeypatch.undo()
+    with opened(tmp_path, read_only=True) as checkpoints:
+        assert checkpoints.steps() == [1]
+
+
+def saved_next(folder):
+    checkpoints = Checkpoints(folder, keep_last=2)
+    try:
+        checkpoints.save(2, state_of(2), {}, loss=None)
+        checkpoints.wait()
+    finally:
+        with contextlib.suppress(OSError):
+            checkpoints.close()
+
+
+def test_nothing_is_saved_or_moved_in_a_folder_that_is_lost(tmp_path):
+    saved(tmp_path, [None, None], keep_last=2)
+    (tmp_path / "2" / "manifest.json").write_text("{")
+
+    def lost():
+        raise FolderLost("gone")
+
+    before = files_of(tmp_path)
+    with opened(tmp_path, keep_last=2, check=lost) as checkpoints:
+        for change in (lambda: checkpoints.save(3, state_of(3), {}, loss=None), lambda: checkpoints.restore(LIKE)):
+            with pytest.raises(FolderLost):
+                change()
+    assert files_of(tmp_path) == before
 
 
 UNCHECKED = {"manifest.json", "commit_success.txt", "_CHECKPOINT_METADATA"}  # the last two are written as the folder is renamed

@@ -124,6 +124,14 @@ def test_option_that_does_not_fit(flags, hint, good, capsys, monkeypatch):
     assert_next_try_begins(words, capsys)
 
 
+@pytest.mark.parametrize("flags", ["--model.vocab-size 10", "--model.vocab-size 200 --data.tokenizer bpe --data.vocab-size 300"])
+def test_a_vocabulary_that_holds_no_bytes_is_refused_before_the_data_is_read(flags, good, capsys):
+    words, out = good
+    status, printed = status_and_error(capsys, *words, *flags.split())
+    assert status == 2 and "is smaller than the data's 257; leave it None or raise it" in printed
+    assert not out.exists()
+
+
 def test_out_that_is_a_file(good, capsys):
     words, out = good
     out.write_text("mine")

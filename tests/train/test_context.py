@@ -95,7 +95,7 @@ def test_a_linear_layer_gathers_its_states_once(short):
         assert kinds == ["all-gather", "reduce-scatter"], op
     d, k, v = 2, 4, 8  # heads, key and value dims of the delta rule layer
     gather = next(one for one in short["delta_rule"] if one.kind == "all-gather")
-    assert gather.bytes == 4 * 4 * d * (k * v + k * k + 2) * 4  # parts, rows, heads, B, A and two ids, float32
+    assert gather.bytes == 4 * 4 * d * (k * v + k * k + 4) * 4  # parts, rows, heads, B, A and the halves of two ids, float32
 
 
 def test_a_window_and_a_convolution_fetch_neighbours_only(short):

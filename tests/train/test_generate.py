@@ -203,6 +203,9 @@ def test_generate_command(compile_cache, corpus, tmp_path, capfdbinary):
     first = said("--prompt", prompt)
     assert first.startswith(prompt.encode()) and first == said("--prompt", prompt)
     assert said("--temperature", "0") == said("--temperature", "0", "--seed", "5")
-    for words, message in ((["--num-tokens", "0"], b"num_tokens"), (["--prompt", "\udcff"], b"is not UTF-8; give text")):
+    for words, message in (
+        (["--num-tokens", "0"], b"num_tokens=0 must be a whole number from 1"),
+        (["--prompt", "\udcff"], b"is not UTF-8; give text"),
+    ):
         assert main(["generate", str(out), *words]) == 2
         assert message in capfdbinary.readouterr().err

@@ -87,7 +87,7 @@ def test_metrics_of_every_step_are_there_once_and_in_order(finished):
     probed = next(r for r in records if r["step"] == 3 and "loss/train" in r)
     assert {
         "attn/entropy_mean",
-        "attn/sink_rate",
+        "attn/entropy_ratio",
         "attn/max_logit",
         "moh/max_load",
         "residual/max",

@@ -20,6 +20,7 @@ from plait.models.mixers.parallel.parallel import ParallelConfig
 from plait.tests.models.common import layout, quick_jit
 from plait.tests.tolerances import assert_close
 from plait.tests.train.common import hybrid
+from plait.train.probes import means
 from plait.train.probes.base import PROBES, Probe, Probes, chosen, register, statistics
 from plait.train.probes.sinks import THRESHOLD
 from plait.train.probes.statistic import Statistic
@@ -198,16 +199,62 @@ def test_sinks_by_hand():
     half = on(6, 0, 0, 2, 2, 3, 0)
     found = measure("sinks", look_at(np.concatenate([half, on(6, 0, 1, 2, 3, 4, 0)], 1), [[2, 3]]), ProbeConfig(first_k=2))
     assert_close(found["sink"], np.float32([[4 / 5, 1 / 3], [2 / 5, 2 / 3]]))
-    assert_close(found["sink_rate"], np.float32([1, 1]))
+    assert np.isnan(found["sink_rate"]).all(), "two and three tokens tell of no sink"
     assert "sink_elsewhere" not in found
 
 
-def test_sink_rate_takes_the_threshold_before_the_mean():
-    rows = np.concatenate([on(4, 0, 0, 0, 0), on(4, 0, 1, 2, 3)])  # alpha_1 of 1 and of 1/4
-    found = measure("sinks", look_at(rows, [[4], [4]]))
-    assert_close(found["sink"][:, 0], np.float32([0.625]))
-    assert_close(found["sink_rate"], np.float32([0.5]))
-    assert 0.25 < THRESHOLD < 1
+def drawn(length, *rows):
+    """Weights `[B, 1, length, length]` and the documents' lengths, of rows of (tokens, weight of every later token on the first)."""
+    weights = np.zeros((len(rows), 1, length, length))
+    for row, documents in zip(weights[:, 0], rows, strict=True):
+        start = 0
+        for size, share in documents:
+            every = np.arange(start, start + size)
+            row[every, every] = 1 - share
+            row[every, start] = share
+            row[start, start] = 1
+            start += size
+    return weights, [[size for size, _ in documents] for documents in rows]
+
+
+def rate(weights, documents, *, exact):
+    """The sink rate of all rows, as a mixer tells it or as its implied attention shows it."""
+    look = look_at(weights, documents)
+    if exact:
+        starts = np.asarray(look.at.positions == 0) & np.asarray(look.at.segment_ids > 0)
+        first = jnp.asarray((weights * starts[:, None, None]).sum(-1).swapaxes(1, 2), jnp.float32)  # [B, T, H]
+        stats = AttentionStats(*[first] * 4)
+        look = look_at(weights, documents, attention=stats, first_masses=lambda first_k: first[..., None])
+    return float(measure("sinks", look, ProbeConfig(first_k=1))["sink_rate"][0])
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_sink_rate_takes_the_threshold_of_each_document_before_the_mean(exact):
+    assert rate(*drawn(40, [(40, 1.0)], [(40, 0.0)]), exact=exact) == 0.5  # their mean is above the threshold
+    rows = drawn(120, [(32, 0.4), (40, 0.2), (8, 1.0)], [(120, 0.25)])  # the first row's mean is above it too
+    assert rate(*rows, exact=exact) == pytest.approx(1 / 3)
+    assert 0.25 < THRESHOLD < 0.4
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_padding_has_no_part_in_the_sink_rate(exact):
+    rows = drawn(120, [(50, 0.32)], [], [(40, 0.0), (40, 1.0)], [])  # with padding the first one's mean would be 0.14
+    assert rate(*rows, exact=exact) == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_uniform_attention_has_no_sinks_in_short_documents(exact):
+    sizes = (3, 5, 8, 2, 6, 36, 4)
+    weights = np.zeros((1, 1, 70, 70))
+    for start, size in zip(np.cumsum((0, *sizes)), sizes):
+        weights[0, 0, start : start + size, start : start + size] = np.tri(size) / np.arange(1, size + 1)[:, None]
+    assert rate(weights, [sizes], exact=exact) == 0
+
+
+def test_shares_of_a_row_do_not_depend_on_its_size():
+    a = jnp.asarray([[1.0, -3.0, 0.0], [0.0, 0.0, 0.0]])
+    for size in (1e-36, 1.0, 1e30):
+        assert_close(means.weights(a * size), np.float32([[0.25, 0.75, 0], [0, 0, 0]]))
 
 
 def test_sinks_of_all_rows_take_the_place_of_those_of_looked_at_rows():
@@ -217,7 +264,6 @@ def test_sinks_of_all_rows_take_the_place_of_those_of_looked_at_rows():
     look = look_at(on(4, 0, 0, 0, 0), [[3]], attention=stats, first_masses=lambda first_k: masses[..., :first_k])
     found = measure("sinks", look, ProbeConfig(first_k=2))
     assert_close(found["sink"], np.float32([[0.25, (0.5 + 1.0) / 2]]))
-    assert_close(found["sink_rate"], np.float32([0]))
 
 
 def test_sink_elsewhere_by_hand():

@@ -22,6 +22,7 @@ from plait.tests.train.common import changed, different_arrays, hybrid, launch, 
 from plait.train import run as runs
 from plait.train.checkpoint import CheckpointError, Checkpoints
 from plait.train.loop import train
+from plait.train.run_folder import contents
 
 STEPS, EVERY = 40, 8
 CLOCKS = ("seconds", "time/", "throughput/")
@@ -196,6 +197,23 @@ def test_sigterm_saves_exits_0_and_goes_on(light, light_undisturbed, compile_cac
     assert_same_run(out, light_undisturbed)
 
 
+def test_a_terminal_that_is_gone_ends_nothing_unsaved(light, light_undisturbed, compile_cache, tmp_path):
+    """First nobody reads what is printed any more, as under `| head`, then SIGHUP comes."""
+    out = tmp_path / "run"
+    process = launch(*flags(light, out), cache=compile_cache)
+    process.stdout.close()
+    while not any((out / "checkpoints").glob("[0-9]*/manifest.json")):
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(300) == 0
+    step = max(int(p.name) for p in (out / "checkpoints").glob("[0-9]*"))
+    assert step >= lines_of(out / "metrics.jsonl")[-1]["step"] and step >= EVERY
+    if step < STEPS:  # it may have been done already
+        train(changed(light, {"name": "lm_tiny", "out": str(out), "resume": True}))
+    assert_same_run(out, light_undisturbed)
+
+
 def test_stopped_twice_and_resumed_twice(light, light_undisturbed, tmp_path, monkeypatch):
     again = stopped_at(light, tmp_path / "run", 3, monkeypatch)
     with monkeypatch.context() as patch:
@@ -214,13 +232,15 @@ def test_stopped_with_singular_vectors(light, compile_cache, tmp_path, monkeypat
 
 
 def test_stopped_before_the_first_step_begins_anew(light, light_undisturbed, tmp_path):
-    """A run killed before its first checkpoint holds only its config; --resume starts it."""
+    """A run killed before its first checkpoint holds only its config and what it logged; --resume starts it."""
     out = tmp_path / "run"
-    out.mkdir()
+    contents.mark(out)
     codec.save(changed(light, {"out": str(out)}), out / "config.json")
-    (out / "metrics.jsonl").write_text('{"step": 2, "tokens": 1, "seconds": 1.0}\n{"step": 4, "tok')
+    logged = '{"step": 2, "tokens": 1, "seconds": 1.0}\n{"step": 4, "tok'
+    (out / "metrics.jsonl").write_text(logged)
     train(changed(light, {"out": str(out), "resume": True}))
     assert_same_run(out, light_undisturbed)
+    assert (out / "unsaved-1" / "metrics.jsonl").read_text() == logged, "nothing is deleted without a checkpoint"
 
 
 def truncate(file: Path) -> None:

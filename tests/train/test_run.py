@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from plait.configs import codec
 from plait.tests.train.common import changed, tiny
 from plait.train import run as runs
 from plait.train.checkpoint import CheckpointError, Checkpoints
+from plait.train.loop import train
+from plait.train.run_folder import contents
 
 
 @pytest.fixture
@@ -22,6 +25,49 @@ def test_new_folder_is_free_and_claiming_makes_nothing(config, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+LOST = {
+    "config.json": (["config.json"], "holds .*metrics.jsonl.* of a run and no config.json"),
+    "checkpoints": (["checkpoints"], r"checkpoints/ is not there: bring it back \(is it mounted\?\)"),
+    "what is in checkpoints": (["checkpoints/4", "checkpoints/README.txt"], "checkpoints/ is empty"),
+}
+
+
+@pytest.mark.parametrize(("lost", "message"), LOST.values(), ids=LOST)
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_that_has_lost_a_part_is_no_new_run(lost, message, resume, trained):
+    config, _ = trained
+    folder = setup_folder(config)
+    contents.mark(folder)
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n{"step": 4}\n')
+    for name in lost:
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    if not resume and lost != ["config.json"]:
+        message = "already holds a run; use --resume"
+    with pytest.raises(runs.RunError, match=message):
+        train(changed(config, {"resume": resume}))
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(trained):
+    config, _ = trained
+    folder = setup_folder(config)
+    contents.mark(folder)
+    (folder / "metrics.jsonl").write_text('{"step": 4}\n')
+    (folder / "checkpoints" / "4").rename(folder / "checkpoints" / "damaged-4")
+    with pytest.raises(runs.RunError, match="checkpoints/ holds none that is whole"):
+        runs.claim(changed(config, {"resume": True}))
+
+
+def test_files_of_others_do_not_make_a_folder_a_run(config):
+    folder = setup_folder(config)
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "slurm-1.out").write_text("queued")
+    (folder / "metrics.jsonl").touch()
+    assert runs.claim(config) is False
+
+
 def test_default_folder_is_named_after_the_preset():
     assert tiny().folder == "runs/tiny" and tiny({"out": "elsewhere"}).folder == "elsewhere"
 
@@ -30,10 +76,10 @@ def test_default_folder_is_named_after_the_preset():
 def trained(config):
     """A run with one checkpoint whose average differs from its parameters."""
     setup = runs.set_up(config)
-    codec.save(config, setup_folder(config) / runs.CONFIG)
+    codec.save(config, setup_folder(config) / contents.CONFIG)
     state = setup.fresh()
     state = dataclasses.replace(state, ema={name: p + 1 for name, p in state.params.items()})
-    checkpoints = Checkpoints(setup_folder(config) / runs.CHECKPOINTS)
+    checkpoints = Checkpoints(setup_folder(config) / contents.CHECKPOINTS)
     checkpoints.save(4, state, {}, loss=None)
     checkpoints.close()
     return config, state
@@ -73,7 +119,7 @@ READ_ON = {
 @pytest.mark.parametrize(("changes", "shape"), READ_ON.values(), ids=READ_ON)
 def test_run_of_another_mesh_can_be_read(changes, shape, trained):
     config, _ = trained
-    codec.save(changed(config, changes), setup_folder(config) / runs.CONFIG)
+    codec.save(changed(config, changes), setup_folder(config) / contents.CONFIG)
     run = runs.opened(config.folder)
     assert {axis: size for axis, size in run.program.mesh.shape.items() if axis in shape or size > 1} == shape
 

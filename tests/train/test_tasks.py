@@ -111,7 +111,7 @@ REFUSED = {
     "more than a row holds": ("eval {task} --tasks mqar --mqar.num-kv-pairs 5", "mqar.num_kv_pairs=5 must be at most a quarter"),
     "more ids than the model has": ("eval {text} --tasks mqar", "--tasks mqar has 8192 ids and the model 384"),
     "options of what is not asked": ("eval {text} --mqar.num-kv-pairs 3", "--mqar.num-kv-pairs is an option of mqar"),
-    "a value that cannot be": ("eval {task} --tasks mqar --mqar.power-a 0", "mqar.power_a=0.0 must be above 0"),
+    "a value that cannot be": ("eval {task} --tasks mqar --mqar.power-a 0", "mqar.power_a=0.0 must be a finite number above 0"),
     "an option that is not there": ("eval {task} --tasks mqar --mqar.num-kv-pair 3", "--mqar.num-kv-pairs"),
     "a task that is not there": ("eval {task} --tasks mqra", "did you mean 'mqar'"),
     "text from a task": ("generate {task}", "was trained on data.task=mqar, whose tokens are no text"),

@@ -13,8 +13,10 @@ from typing import Annotated
 import tyro
 from rich.table import Table
 
-from plait.configs.components import at
+from plait.configs.components import Config, at
+from plait.configs.domains import Counted, Line, Steps
 from plait.configs.options import split_options
+from plait.configs.words import parse as words_of
 from plait.data.config import DataConfig
 from plait.data.loader import Data, Reading, build_data, differences
 from plait.data.tasks.base import TASKS, Task
@@ -29,12 +31,12 @@ COLUMNS = {"loss": ("loss (nats/token)", ".4f"), "perplexity": ("perplexity", ".
 
 
 @dataclasses.dataclass(frozen=True)
-class OtherText:
+class OtherText(Config):
     """Text to score in place of what the run held out."""
 
-    source: str | None = None
+    source: Line | None = None
     """A file or folder as for training; where it is not the text of the run, all of it is scored."""
-    text_field: str | None = None
+    text_field: Line | None = None
     """The field or column that holds a document's text; that of the run by default."""
 
 
@@ -44,11 +46,11 @@ class EvalArgs:
 
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder."""
-    tasks: str | None = None
+    tasks: Line | None = None
     """Comma-separated; `list tasks` shows them. By default what the run was trained on: its text, as ppl, or its task."""
-    step: int | None = None
+    step: Counted | None = None
     """Checkpoint; the newest by default."""
-    batches: int | None = None
+    batches: Steps | None = None
     """Batches of held-out rows; all by default."""
     data: OtherText = OtherText()
     """Other text than the run's."""
@@ -61,11 +63,9 @@ def parse(args: Sequence[str]) -> tuple[EvalArgs, dict[str, list[str]]]:
     rest, words = list(args), dict[str, list[str]]()
     for name, task in TASKS.all().items():
         words[name], rest = split_options(task, rest, prefix=f"{name.replace('_', '-')}.")
-    options = tyro.cli(EvalArgs, args=rest, prog="launch.py eval")
+    options = words_of(EvalArgs, rest, prog="launch.py eval")
     if options.out is not None and options.out.is_dir():
         raise ValueError(f"out={str(options.out)!r} is a folder; give a file")
-    if options.batches is not None and options.batches < 1:
-        raise ValueError(f"batches={options.batches} must be at least 1; leave it out for all")
     names = () if options.tasks is None else task_names(options.tasks)
     for name, given in words.items():
         if given and name not in names:
@@ -125,10 +125,7 @@ def _task(own: DataConfig, name: str, words: Mapping[str, list[str]]) -> Task:
     default = own.task if own.task.name == name else TASKS[name]()
     if not words[name]:
         return default
-    schema = dataclasses.make_dataclass(
-        "Options", [(name, type(default), default)], frozen=True
-    )  # for flags that begin with the name
-    return getattr(tyro.cli(schema, args=words[name], prog="launch.py eval RUN"), name)
+    return words_of(type(default), words[name], default=default, prefix=f"{name}.", prog="launch.py eval RUN")
 
 
 def _data(trained: Trained, task: Task, text: OtherText, scratch: Path) -> Data:

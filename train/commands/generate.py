@@ -9,6 +9,8 @@ from typing import Annotated
 
 import tyro
 
+from plait.configs.domains import Counted, Length, Number, Seed, Vocabulary
+from plait.configs.words import parse
 from plait.train.console import write_text
 
 
@@ -20,23 +22,23 @@ class GenerateArgs:
     """Run folder."""
     prompt: str = ""
     """Text to go on from; empty starts a document."""
-    num_tokens: int = 200
+    num_tokens: Length = 200
     """Tokens to write."""
-    temperature: float = 0.8
+    temperature: Annotated[float, Number(least=0, most=1e6)] = 0.8
     """Divides the logits; 0 takes the likeliest token."""
-    top_k: int | None = None
+    top_k: Vocabulary | None = None
     """Draw among this many likeliest tokens."""
-    top_p: float | None = None
+    top_p: Annotated[float, Number(above=0, most=1)] | None = None
     """Draw among the likeliest tokens that together have this probability."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the draws."""
-    step: int | None = None
+    step: Counted | None = None
     """Checkpoint; the newest by default."""
 
 
 def run(args: Sequence[str]) -> None:
     """Continues a prompt and writes the text, and nothing else, to standard output."""
-    write_text(continued(tyro.cli(GenerateArgs, args=list(args), prog="launch.py generate")))
+    write_text(continued(parse(GenerateArgs, args, prog="launch.py generate")))
 
 
 def continued(options: GenerateArgs) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
-import tyro
-
+from plait.configs.domains import Name, Whole
 from plait.configs.options import split_options
+from plait.configs.words import parse
 from plait.train.console import console
 
 
@@ -19,13 +20,13 @@ class PlanArgs:
     The step is compiled ahead of time, kernels included. Every option of `train PRESET` may follow.
     """
 
-    target: str
+    target: Name
     """TPU slice or GPUs, as v5e:16x16, v5p:4x8x8, h100:8x8 or h100x64; cpu:8 for devices of this machine."""
-    slices: int = 1
+    slices: Annotated[int, Whole(1, 256)] = 1
     """TPU slices of that shape, joined by the network."""
     search: bool = False
     """Also tries other meshes, recomputation and micro-batches, and ranks those that fit."""
-    compile: int = 2
+    compile: Annotated[int, Whole(0, 100)] = 2
     """With --search: layouts to compile, the best by estimate."""
     out: Path | None = None
     """Folder of plan.md and plan.json; plans/PRESET-TARGET by default."""
@@ -40,7 +41,7 @@ def run(args: Sequence[str]) -> None:
     mine, rest = split_options(PlanArgs, args)
     if not {"-h", "--help"} & set(mine) and not any(word.split("=")[0] == "--target" for word in mine):
         raise ValueError(f"plan needs a --target\nknown targets:\n{KNOWN}")
-    options = tyro.cli(PlanArgs, args=mine, prog="launch.py plan PRESET [train overrides]")  # --help ends here
+    options = parse(PlanArgs, mine, prog="launch.py plan PRESET [train overrides]")  # --help ends here
     from plait.configs.cli import parse_experiment
     from plait.train.pods.plan.command import run_plan
 

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import tyro
 
+from plait.configs.words import parse
 from plait.train.console import console
 
 
@@ -24,9 +25,7 @@ class ReportArgs:
 
 def run(args: Sequence[str]) -> None:
     """Writes the report."""
-    options = tyro.cli(ReportArgs, args=list(args), prog="launch.py report")
+    options = parse(ReportArgs, args, prog="launch.py report")
     from plait.train.report import write_report
 
-    if not options.runs:
-        raise ValueError("report needs at least one run folder")
     console.print(f"report: {write_report(list(options.runs), options.out)}", markup=False)

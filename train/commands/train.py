@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from plait.train.commands.status import exit_status
 from plait.train.console import console, show_text
+from plait.train.output import outliving_readers
 from plait.train.pods.hosts import heartbeat
 from plait.train.pods.hosts.host import HostsOptions, find_host, host_options
 from plait.train.pods.hosts.supervise import DONE, STOPPED, supervise
@@ -17,6 +18,11 @@ def run(args: Sequence[str]) -> int:
     """Trains here, or as one of several hosts in a process of its own that is watched."""
     if not args or args[0].startswith("-"):
         raise ValueError("train needs a preset first, as in 'launch.py train lm_quick'; 'launch.py list presets' shows them")
+    with outliving_readers():
+        return _run(args)
+
+
+def _run(args: Sequence[str]) -> int:
     options, rest = host_options(args)
     supervised = heartbeat.VARIABLE in os.environ
     if not supervised and options.local:

@@ -6,6 +6,7 @@ import dataclasses
 
 import optax
 
+from plait.configs.domains import Decay, Positive
 from plait.configs.optimizer import OPTIMIZERS, OptimizerConfig, Parameters, Rate
 
 
@@ -18,22 +19,15 @@ class AdamWConfig(OptimizerConfig):
     the moments over `1 - b1^t` and `1 - b2^t` at step t.
     """
 
-    b1: float = 0.9
+    b1: Decay = 0.9
     """Decay of the first moment."""
-    b2: float = 0.95
+    b2: Decay = 0.95
     """Decay of the second moment."""
-    eps: float = 1e-8
+    eps: Positive = 1e-8
     """Added to the root of the second moment."""
 
     def check(self) -> None:
-        super().check()
-        self.require(
-            [
-                (0 <= self.b1 < 1, "b1", "must be at least 0 and below 1"),
-                (0 <= self.b2 < 1, "b2", "must be at least 0 and below 1"),
-                (self.eps > 0, "eps", "must be positive"),
-            ]
-        )
+        self.require_kept("b1")
 
     def build(self, rate: Rate, parameters: Parameters) -> optax.GradientTransformation:
         return optax.adamw(

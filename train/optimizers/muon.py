@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import optax
 
+from plait.configs.domains import Decay, LearningRate, Positive, Whole
 from plait.configs.optimizer import OPTIMIZERS, OptimizerConfig, Parameter, Parameters, Rate
 from plait.models import axes
 from plait.train.optimizers.matrices import map_matrices
@@ -32,42 +32,28 @@ class MuonConfig(OptimizerConfig):
     `X = m / |m|`; (a, b, c) = (3.4445, -4.7750, 2.0315).
     """
 
-    adam_learning_rate: float | None = None
+    adam_learning_rate: LearningRate | None = None
     """Peak rate of the parameters that AdamW moves; None for `learning_rate`."""
-    momentum: float = 0.95
+    momentum: Decay = 0.95
     """Share of the last step's momentum that stays."""
     nesterov: bool = True
     """Steps from where the momentum leads."""
-    ns_steps: int = 5
+    ns_steps: Annotated[int, Whole(1, 100)] = 5
     """Newton-Schulz iterations."""
     adjust: Literal["original", "match_rms_adamw"] = "match_rms_adamw"
     """Scale of an orthogonal `[n, m]`: `sqrt(max(1, m / n))`, or `0.2 sqrt(max(n, m))`, as large as AdamW's update at the same rate."""
     per_head: bool = False
     """Orthogonalises each head, or other part of a fused projection, by itself, in place of the whole matrix."""
-    adam_b1: float = 0.9
+    adam_b1: Decay = 0.9
     """Decay of AdamW's first moment."""
-    adam_b2: float = 0.95
+    adam_b2: Decay = 0.95
     """Decay of AdamW's second moment."""
-    adam_eps: float = 1e-8
+    adam_eps: Positive = 1e-8
     """Added to the root of AdamW's second moment."""
 
     def check(self) -> None:
-        super().check()
-        other = self.adam_learning_rate
-        self.require(
-            [
-                (
-                    other is None or 0 < other < math.inf,
-                    "adam_learning_rate",
-                    "must be positive and finite; use None for learning_rate",
-                ),
-                (0 <= self.momentum < 1, "momentum", "must be at least 0 and below 1"),
-                (self.ns_steps >= 1, "ns_steps", "must be at least 1"),
-                (0 <= self.adam_b1 < 1, "adam_b1", "must be at least 0 and below 1"),
-                (0 <= self.adam_b2 < 1, "adam_b2", "must be at least 0 and below 1"),
-                (0 < self.adam_eps < math.inf, "adam_eps", "must be positive and finite"),
-            ]
-        )
+        self.require_kept("momentum")
+        self.require_kept("adam_b1")
 
     def build(self, rate: Rate, parameters: Parameters) -> optax.GradientTransformation:
         for parameter in parameters.values():

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
 import optax
 
+from plait.configs.domains import LearningRate, Number
 from plait.configs.optimizer import OPTIMIZERS, OptimizerConfig, Parameters, Rate
 
 
@@ -21,21 +23,17 @@ class SGDConfig(OptimizerConfig):
     `m = momentum m + g`, `w -= rate (m + weight_decay w)`; with Nesterov's momentum `g + momentum m` in place of `m`.
     """
 
-    learning_rate: float = 3e-2
+    learning_rate: LearningRate = 3e-2
     """Peak learning rate."""
-    momentum: float | None = 0.9
+    momentum: Annotated[float, Number(above=0, below=1)] | None = 0.9
     """Share of the last step's momentum that stays; None keeps none, and no state."""
     nesterov: bool = False
     """Steps from where the momentum leads."""
 
     def check(self) -> None:
-        super().check()
-        self.require(
-            [
-                (self.momentum is None or 0 < self.momentum < 1, "momentum", "must be above 0 and below 1; use None for none"),
-                (not self.nesterov or self.momentum is not None, "nesterov", "needs momentum; set one, as 0.9"),
-            ]
-        )
+        if self.nesterov and self.momentum is None:
+            raise ValueError("nesterov=True needs momentum; set one, as 0.9")
+        self.require_kept("momentum")
 
     def build(self, rate: Rate, parameters: Parameters) -> optax.GradientTransformation:
         decays = {name: parameter.decays for name, parameter in parameters.items()}

@@ -25,4 +25,6 @@ def start_ratio(norms: jax.Array, segment_ids: jax.Array, positions: jax.Array) 
 def weights(implied: jax.Array) -> jax.Array:
     """Implied attention `[B, H, R, S]` as shares: |A| over its row's sum, so that every layer kind can be compared."""
     a = jnp.abs(implied.astype(jnp.float32))
-    return a / jnp.maximum(a.sum(-1, keepdims=True), 1e-30)
+    largest = a.max(-1, keepdims=True)
+    a = a / jnp.where(largest > 0, largest, 1.0)  # then the sum of a row is at least 1, however small its weights are
+    return a / jnp.maximum(a.sum(-1, keepdims=True), 1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ THRESHOLD = 0.3
 """Mean weight that a token gets from later ones, above which a head counts as a sink (arXiv 2410.10781)."""
 MODEL_THRESHOLD = 0.1
 """Mean sink rate above which the model has sinks."""
-_FEWEST_QUERIES = 32  # that see a token beyond the first for it to be a sink: the mean of a few is large at every document's end
+_FEWEST_QUERIES = 32  # that can see a token for it to be a sink: of few, uniform attention alone gives it more than the threshold
 
 
 def is_sink(values: Any) -> Any:
@@ -67,8 +68,8 @@ class Sinks(Probe):
         Statistic(
             name="sink_rate",
             per="head",
-            unit="share of sequences",
-            meaning=f"share of sequences with α₁ above {THRESHOLD}",
+            unit="share of documents",
+            meaning=f"share of the documents of at least {_FEWEST_QUERIES} tokens whose α₁ is above {THRESHOLD}",
             metric=Metric(name="attn/sink_rate", reduce=np.nanmean, meaning="mean over heads and layers"),
             panel=Panel(title="Sink rate", section="Attention over training", limits=(0, 1), compared=False),
             event=Threshold(
@@ -76,7 +77,7 @@ class Sinks(Probe):
                 limits=(MODEL_THRESHOLD,),
                 per="model",
                 meaning="for the model: the mean sink rate rises above the limit",
-                message="{value:.0%} of (head, sequence) pairs have a sink",
+                message="{value:.0%} of (head, document) pairs have a sink",
                 start_kind="sink_at_start",
             ),
         ),
@@ -94,24 +95,23 @@ class Sinks(Probe):
     def measure(self, look, config):
         if look.implied is None:
             return {}
-        segment_ids, positions = look.at.segment_ids, look.at.positions
+        positions, documents = look.at.positions, look.at.numbered()
         if (first_masses := look.observed.get("first_masses")) is not None:
             received = jnp.moveaxis(first_masses(first_k=config.first_k), 1, -1)  # [B, H, K, T]
-            query_segment, query_position = segment_ids, positions
+            query_document, query_position = documents, positions
         else:
-            query_segment, query_position = segment_ids[:, look.rows], positions[:, look.rows]  # [B, R]
-            document = query_segment[:, :, None] == segment_ids[:, None, :]  # [B, R, S]
+            query_document, query_position = documents[:, look.rows], positions[:, look.rows]  # [B, R]
+            document = query_document[:, :, None] == documents[:, None, :]  # [B, R, S]
             k = jnp.arange(config.first_k)
             starts = document[:, None] & (positions[:, None, None, :] == k[None, :, None, None])  # [B, K, R, S]
             received = jnp.einsum("bhrs,bkrs->bhkr", weights(look.implied), starts.astype(jnp.float32))
-        real = (query_segment > 0)[:, None, :]
-        sees = real[:, :, None, :] & (query_position[:, None, None, :] >= jnp.arange(config.first_k)[None, None, :, None])
-        sink, first = masked_mean(received, sees, axis=(0, 3)), masked_mean(received, sees, axis=-1)[:, :, 0]
+        real = (query_document > 0)[:, None, None, :]
+        sees = real & (query_position[:, None, None, :] >= jnp.arange(config.first_k)[None, None, :, None])
+        sink, first = masked_mean(received, sees, axis=(0, 3)), received[:, :, 0]
         if (exact := look.observed.get("attention")) is not None:
-            every = (segment_ids > 0)[:, :, None]
-            sink = sink.at[:, 0].set(masked_mean(exact.first_mass, every, axis=(0, 1)))
-            first, real = masked_mean(exact.first_mass, every, axis=1), every.swapaxes(1, 2)
-        found = {"sink": sink, "sink_rate": masked_mean(is_sink(first).astype(jnp.float32), real.any(-1), axis=0)}
+            first, query_document = jnp.moveaxis(exact.first_mass, 1, -1), documents
+            sink = sink.at[:, 0].set(masked_mean(first, (documents > 0)[:, None, :], axis=(0, 2)))
+        found = {"sink": sink, "sink_rate": _share_of_documents(first, query_document, documents)}
         if (column_mass := look.observed.get("column_mass")) is not None:
             found["sink_elsewhere"] = _largest_elsewhere(column_mass(), look.at)
         return found
@@ -136,6 +136,22 @@ class Sinks(Probe):
                 text += f"; strongest is layer {layer} head {head} with α₁ = {last[layer, head]:.2f}"
             sentences.append(text + ".")
         return " ".join(sentences) or None
+
+
+def _share_of_documents(first: jax.Array, query_document: jax.Array, documents: jax.Array) -> jax.Array:
+    """`[H]`: how many of the documents have a sink; NaN where none is long enough.
+
+    Args:
+      first: weights `[B, H, R]` of queries on their document's first token.
+      query_document: the number in its row `[B, R]` of the document in which each query stands, from 1; 0 for padding.
+      documents: that of every token, `[B, T]`.
+    """
+    sums = jax.vmap(functools.partial(jax.ops.segment_sum, num_segments=documents.shape[1] + 1))
+    count = lambda numbers: sums(jnp.ones(numbers.shape), numbers)[:, 1:]  # without padding, [B, T]
+    queries = count(query_document)
+    alpha = sums(jnp.moveaxis(first, 1, -1), query_document)[:, 1:] / jnp.maximum(queries, 1)[..., None]  # [B, T, H]
+    told = ((queries > 0) & (count(documents) >= _FEWEST_QUERIES))[..., None]
+    return jnp.where(told.any(), masked_mean(is_sink(alpha).astype(jnp.float32), told, axis=(0, 1)), jnp.nan)
 
 
 def _largest_elsewhere(mass: jax.Array, at: Tokens) -> jax.Array:

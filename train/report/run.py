@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import io
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from plait.configs.files import read_json
 from plait.train.probes.base import chosen, statistics
 from plait.train.probes.statistic import Panel, Statistic
 from plait.train.progress import format_seconds
 from plait.train.run_folder.lines import EVENTS, METRICS, read_events, read_lines, read_metrics, series
-from plait.train.run_folder.probe_files import ATTENTION, ProbeSeries, read_probes
+from plait.train.run_folder.probe_files import ATTENTION, ProbeSeries, read_npz, read_probes
 
 KINDS = ("full", "sparse", "linear", "parallel")
 """Kinds of layers in the order in which they are told of."""
@@ -157,23 +156,29 @@ def load_run(path: Path, name: str) -> Run:
 
 def _read_tree(path: Path, notes: list[str]) -> dict[str, Any]:
     try:
-        tree = json.loads(path.read_text())
+        tree = read_json(path)
     except (OSError, ValueError):
+        tree = None
+    if not isinstance(tree, dict):
         notes.append(f"{path.name} is missing or cannot be read")
         return {}
-    return tree if isinstance(tree, dict) else {}
+    return tree
 
 
 def _read_attention(path: Path, notes: list[str]) -> Attention | None:
     if not path.exists():
         return None
     try:
-        with np.load(io.BytesIO(path.read_bytes())) as arrays:
-            step = int(arrays["step"]) if "step" in arrays else None
-            return Attention(arrays["maps"].astype(np.float32), [str(token) for token in arrays["tokens"]], step)
-    except Exception as error:  # any damage to this one optional file costs its pictures, not the report
-        notes.append(f"{path.name} cannot be read ({error}) and was ignored")
+        arrays = read_npz(path)
+        maps, tokens, step = (arrays.get(name) for name in ("maps", "tokens", "step"))
+        if maps is None or tokens is None or maps.dtype.kind != "f" or maps.ndim != 4 or maps.shape[2:] != (tokens.size,) * 2:
+            raise ValueError(f"{path.name} does not hold pictures")
+        if step is not None and (step.ndim or step.dtype.kind not in "iu"):
+            raise ValueError(f"{path.name} has no whole number as its step")
+    except ValueError as error:
+        notes.append(f"{error} and was ignored")
         return None
+    return Attention(maps.astype(np.float32), [str(token) for token in tokens.ravel()], None if step is None else int(step))
 
 
 def _with_layers(probes: ProbeSeries) -> ProbeSeries:

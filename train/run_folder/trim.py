@@ -1,12 +1,13 @@
 """A run folder cut back to a checkpoint's step."""
 
+import logging
 from pathlib import Path
-
-import numpy as np
 
 from plait.configs.files import write_atomically
 from plait.train.run_folder.lines import EVENTS, METRICS, read_lines
-from plait.train.run_folder.probe_files import ATTENTION, probe_files, step_of
+from plait.train.run_folder.probe_files import ATTENTION, probe_files, read_npz, step_of
+
+log = logging.getLogger(__name__)
 
 
 def trim_metrics(run: Path, step: int) -> int:
@@ -28,10 +29,37 @@ def trim_metrics(run: Path, step: int) -> int:
             path.unlink()
             dropped += 1
     attention = run / ATTENTION
-    if attention.exists():
-        with np.load(attention) as arrays:
-            late = "step" in arrays and int(arrays["step"]) > step
-        if late:
-            attention.unlink()
-            dropped += 1
+    if attention.exists() and _is_late(attention, step):
+        attention.unlink()
+        dropped += 1
     return dropped
+
+
+def set_aside(run: Path) -> Path | None:
+    """The new folder `unsaved-N` with the numbers of a run that begins anew, because it was killed before its first checkpoint; None
+    where it has none. Nothing is dropped without a checkpoint to go back to."""
+    run = Path(run)
+    files = [*(run / name for name in (METRICS, EVENTS, ATTENTION)), *probe_files(run)]
+    files = [path for path in files if path.exists() and path.stat().st_size]
+    if not files:
+        return None
+    number = 1
+    while (run / f"unsaved-{number}").exists():
+        number += 1
+    for path in files:
+        target = run / f"unsaved-{number}" / path.relative_to(run)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(target)
+    log.warning("%s begins anew: no checkpoint was finished; what it had logged is in unsaved-%d", run, number)
+    return run / f"unsaved-{number}"
+
+
+def _is_late(attention: Path, step: int) -> bool:
+    """Whether pictures are of a later step, or cannot be read: a run makes them at its end."""
+    try:
+        arrays = read_npz(attention)
+    except ValueError as error:
+        log.warning("%s: %s and is made again", attention.parent.parent, error)
+        return True
+    at = arrays.get("step")
+    return at is not None and not (at.ndim == 0 and at.dtype.kind in "iu" and int(at) <= step)

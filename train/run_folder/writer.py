@@ -1,6 +1,7 @@
 """Metrics and events of a run as it trains: to its folder, TensorBoard and Weights & Biases."""
 
 import io
+import re
 import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -104,5 +105,13 @@ def _start_wandb(run: Path, project: str, config: Mapping[str, Any] | None) -> A
     name = run / "wandb_id"  # the same id after a resume goes on in the same curves
     if not name.exists():
         write_atomically(name, uuid.uuid4().hex[:12])
-    start = {"project": project, "name": run.name, "dir": str(run), "id": name.read_text(), "resume": "allow"}
+    try:
+        found = name.read_text("utf-8")
+    except (OSError, ValueError):
+        found = ""
+    if not re.fullmatch(r"[\w-]{1,64}", found):
+        raise ValueError(
+            f"{name} holds {found[:40]!r}, which is no id of Weights & Biases; delete it to go on in a curve of its own"
+        )
+    start = {"project": project, "name": run.name, "dir": str(run), "id": found, "resume": "allow"}
     return wandb.init(**start, config=strict(config or {}))

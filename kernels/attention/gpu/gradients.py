@@ -30,8 +30,8 @@ from plait.kernels.attention.visits import MASKED
 
 Array = jax.Array
 
-LSE, C1, C, D_FIRST, D_PEAK, EDGE = range(6)
-"""The rows that the kernels read, as `in_units` makes them; the last four with statistics only."""
+LSE, C1, C, D_FIRST, D_PEAK, EDGE, SUM = range(7)
+"""The rows that the kernels read, as `in_units` makes them; the last five with statistics only, and the last of the sigmoid."""
 
 
 def in_units(rows: Sequence[Array], read: Sequence[Array], *, sigmoid: bool) -> Array:
@@ -40,7 +40,7 @@ def in_units(rows: Sequence[Array], read: Sequence[Array], *, sigmoid: bool) -> 
     `rows` are those of the forward pass. The softmax's dmax is divided by the weight of the maximum, so that it can join the
     other terms before they are multiplied by the weights.
     """
-    read = [x * unit for x, unit in zip(read, (LOG2E, 1.0, LN2, 1.0, 1.0, LOG2E))]
+    read = [x * unit for x, unit in zip(read, (LOG2E, 1.0, LN2, 1.0, 1.0, LOG2E, 1.0))]
     if len(rows) > 1 and not sigmoid:
         read[D_PEAK] *= jnp.exp(rows[0] - rows[1])
     return jnp.stack(read, axis=2).astype(jnp.float32)
@@ -58,7 +58,8 @@ class _Weights(NamedTuple):
         """dz, and the part of it that the sigmoid's bias shares, from the sum of `terms` and do . v."""
         d_logits = shared = d_weights * self.weights
         if problem.sigmoid:
-            d_logits = shared = shared * (1 - self.weights)
+            weights = row(SUM) * self.weights if problem.stats else self.weights
+            d_logits = shared = shared * (1 - weights)
             if problem.stats:
                 d_logits += _where_highest(self.z, row)
         if problem.soft_cap is not None:
@@ -84,13 +85,13 @@ def _weights(tile: Tile, kind: Array, z: Array, row: Callable[[int], Array]) -> 
     z, terms = jax.lax.cond(kind == MASKED, masked, lambda z: (z, row(C1)), capped(problem, z))
     z *= problem.scale * LOG2E
     e = log2_sigmoid(z + tile.refs.bias[tile.head]) if problem.sigmoid else z
+    if problem.stats or not problem.sigmoid:
+        e -= row(LSE)
     if problem.stats:
         terms -= row(C) * e
-    if problem.sigmoid:
-        return _Weights(jnp.exp2(e), terms, z)
-    if problem.stats:
-        terms, z = jax.lax.optimization_barrier((terms + _where_highest(z, row), z))  # no register for a logit and its weight
-    return _Weights(jnp.exp2(z - row(LSE)), terms, z)
+    if problem.stats and not problem.sigmoid:
+        terms, e = jax.lax.optimization_barrier((terms + _where_highest(z, row), e))  # no register for a logit and its weight
+    return _Weights(jnp.exp2(e), terms, z)
 
 
 def query_gradients(problem: Problem, x: Operands, d_o: Array, rows: Array) -> tuple[Array, Array]:

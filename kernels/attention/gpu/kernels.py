@@ -323,6 +323,10 @@ def _forward_rows(plan: Plan, refs: Any, b: Array, h: Array, i: Array, wg: Array
     plgpu.copy_gmem_to_smem(refs.q.at[at], q_tile, refs.arrived.at[wg])
     plgpu.barrier_wait(refs.arrived.at[wg])
     weights = None if refs.weights is None else refs.weights.at[wg]
+    relative = problem.stats or not problem.sigmoid  # weights are kept relative to the largest
+
+    def log_weight(z: Array) -> Array:  # log2 of the weight of a logit
+        return log2_sigmoid(z + refs.bias[h]) if problem.sigmoid else z
 
     def swap_turns() -> None:  # the two warpgroups take turns: one multiplies while the other takes exponentials
         plgpu.barrier_arrive(refs.turn)
@@ -338,19 +342,17 @@ def _forward_rows(plan: Plan, refs: Any, b: Array, h: Array, i: Array, wg: Array
         refs.keys.release(n)
         z = where_masked(kind, tile.hide, capped(problem, z))
         spread_out = lambda row: gpu.rows_to(row, size)
-        peak = jnp.maximum(old, jnp.max(z, axis=1) * unit) if problem.stats or not problem.sigmoid else old
-        if problem.sigmoid:
-            exponents = log2_sigmoid(z * unit + refs.bias[h])
-        else:
-            exponents = z * unit - spread_out(peak)
-            rise = peak - old
+        exponents, peak = log_weight(z * unit), old
+        if relative:
+            peak = jnp.maximum(old, jnp.max(z, axis=1) * unit)
+            exponents -= spread_out(log_weight(peak))
+            rise = log_weight(peak) - log_weight(old)
             keep = jnp.exp2(-rise)
             acc, total = acc * gpu.rows_to(keep, plan.value_dim), total * keep
         p = jnp.exp2(exponents)
         if problem.stats:
             spread, first_mass = extra
-            if not problem.sigmoid:
-                spread, first_mass = keep * spread - rise * total, keep * first_mass
+            spread, first_mass = keep * spread - rise * total, keep * first_mass
             spread += jnp.sum(p * exponents, axis=1)
             first_mass = where_masked(
                 kind, lambda mass: mass + jnp.sum(jnp.where(tile.is_first(), p, jnp.zeros_like(p)), axis=1), first_mass
@@ -375,13 +377,15 @@ def _forward_rows(plan: Plan, refs: Any, b: Array, h: Array, i: Array, wg: Array
     inverse = 1 / jnp.where(some, total, gpu.full((ROWS,), 1.0))
     log_mass = -jnp.log2(inverse)
     hidden = gpu.full((ROWS,), HIDDEN)
-    rows = [jnp.where(some, LN2 * (log_mass if problem.sigmoid else log_mass + peak), hidden)]
+    rows = [jnp.where(some, LN2 * (log_mass + log_weight(peak) if relative else log_mass), hidden)]
     if problem.stats:
         spread, first_mass = extra
         rows += [jnp.where(some, LN2 * peak, hidden), jnp.where(some, LN2 * (log_mass - spread * inverse), zero)]
         rows.append(first_mass * inverse)
     o_tile = q_tile if refs.o_tile is None else refs.o_tile.at[wg]
-    o_tile[...] = (acc if problem.sigmoid else acc * gpu.rows_to(inverse, plan.value_dim)).astype(refs.o.dtype)
+    if relative:
+        acc *= gpu.rows_to(jnp.exp2(log_weight(peak)) if problem.sigmoid else inverse, plan.value_dim)
+    o_tile[...] = acc.astype(refs.o.dtype)
     for r, row in enumerate(rows):
         refs.row_tile.at[wg, r][...] = row
     plgpu.commit_smem()

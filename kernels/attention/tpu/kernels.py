@@ -91,26 +91,29 @@ def _by_kind(kind: Array, tile: Callable[[bool], None]) -> None:
 def _weights_and_gradient(
     problem: Problem, masked: bool, bias: Array, refs: Sequence[Any], keys: _Keys, queries: slice
 ) -> tuple[Array, Array, Array]:
-    """A, dz and the part of dz that the sigmoid's bias shares, all [N, M], of a part of a tile of the backward pass.
+    """The weights, dz and the part of dz that the sigmoid's bias shares, all [N, M], of a part of a tile of the backward pass.
 
-    z is q . k without the scale, and the rows [R, M] fit it: see `_gradient_rows`.
+    z is q . k without the scale, and the rows [R, M] fit it: see `_gradient_rows`. The weights are A, of the sigmoid with statistics W.
     """
     tokens = refs[5:]
     q, k, v, d_o = refs[0][0, 0, queries], refs[1][0, 0, keys.at], refs[2][0, 0, keys.at], refs[3][0, 0, queries]
     rows = refs[4][0, 0, :, queries]
     z = _products(problem, k, q)
-    logits = problem.scale * z + bias if problem.sigmoid else z
-    e = _log_sigmoid(logits) if problem.sigmoid and problem.stats else z
-    weights = jax.nn.sigmoid(logits) if problem.sigmoid else jnp.exp2((problem.scale * _LOG2_E) * z - rows[0:1])
+    if problem.sigmoid and not problem.stats:
+        weights = jax.nn.sigmoid(problem.scale * z + bias)
+    else:
+        e = _LOG2_E * _log_sigmoid(problem.scale * z + bias) if problem.sigmoid else (problem.scale * _LOG2_E) * z
+        bits = e - rows[0:1]
+        weights = jnp.exp2(bits)
     if masked:
         visible = _visible(problem, tokens, keys, queries)
         weights = jnp.where(visible, weights, 0)
     d_weights = _dot(v, d_o, _NT) + rows[1:2]
     if problem.stats:
-        d_weights -= rows[2:3] * e
+        d_weights -= rows[2:3] * bits
     d_logits = d_weights * weights
     if problem.sigmoid:
-        d_logits *= 1 - weights
+        d_logits *= 1 - (rows[5:6] * weights if problem.stats else weights)
     shared = d_logits
     if problem.stats:
         highest = z >= rows[4:5]
@@ -123,10 +126,10 @@ def _weights_and_gradient(
 def _gradient_rows(problem: Problem, rows: Sequence[Array]) -> Array:
     """The rows of `plait.kernels.attention.per_query.gradient_rows`, stacked [B, H, R, T] and in the units of unscaled logits."""
     lse, c1, *stats = rows
-    stacked = [lse if problem.sigmoid else lse * _LOG2_E, c1]
+    stacked = [lse * _LOG2_E, c1]
     if stats:
-        c, d_peak, threshold = stats
-        stacked += [c if problem.sigmoid else c * problem.scale, d_peak, threshold / problem.scale]
+        c, d_peak, threshold, *total = stats
+        stacked += [c / _LOG2_E, d_peak, threshold / problem.scale, *total]
     return jnp.stack(stacked, axis=2).astype(jnp.float32)
 
 
@@ -136,7 +139,16 @@ def _forward_kernel(problem: Problem, visits: Visits, table: Any, bias: Any, *re
     tokens, (o, rows, acc, *state) = rest[:num_tokens], rest[num_tokens:]
     b, h, i, step = (pl.program_id(axis) for axis in range(4))
     peak, total, *extra = state  # each [1, M]: the largest q . k, l and, with statistics, u in bits
-    to_bits = problem.scale * _LOG2_E
+    relative = problem.stats or not problem.sigmoid  # weights are kept relative to the largest
+
+    def log_weight(z: Array) -> Array:
+        return _log_sigmoid(problem.scale * z + bias[h]) if problem.sigmoid else problem.scale * z
+
+    def bits_above(z: Array, low: Array) -> Array:
+        """log2 of the ratio of the weights of two logits."""
+        if problem.sigmoid:
+            return _LOG2_E * (log_weight(z) - log_weight(low))
+        return (problem.scale * _LOG2_E) * (z - low)
 
     @pl.when(step == 0)
     def _start():
@@ -149,22 +161,14 @@ def _forward_kernel(problem: Problem, visits: Visits, table: Any, bias: Any, *re
         if masked:
             visible = _visible(problem, tokens, keys, queries)
         shown = jnp.where(visible, z, HIDDEN) if masked else z
-        old = peak[:, queries]
-        highest: Any = None
-        if problem.stats or not problem.sigmoid:
+        if relative:
+            old = peak[:, queries]
             highest = jnp.maximum(old, jnp.max(shown, axis=0, keepdims=True))
             peak[:, queries] = highest
-        if problem.sigmoid:
-            logits = problem.scale * z + bias[h]
-            p = jax.nn.sigmoid(logits)
-            exponents: Any = _log_sigmoid(logits) * _LOG2_E if problem.stats else None
-            rise: Any = 0.0
-            keep: Any = 1.0
+            exponents, rise = bits_above(shown, highest), bits_above(highest, old)
+            p, keep = jnp.exp2(exponents), jnp.exp2(-rise)
         else:
-            exponents = (shown - highest) * to_bits
-            p = jnp.exp2(exponents)
-            rise = (highest - old) * to_bits
-            keep = jnp.exp2(-rise)
+            p, keep = jax.nn.sigmoid(problem.scale * z + bias[h]), jnp.float32(1)
         if masked:
             p = jnp.where(visible, p, 0)
         mass = total[:, queries]
@@ -186,11 +190,14 @@ def _forward_kernel(problem: Problem, visits: Visits, table: Any, bias: Any, *re
     def _finish():
         some = total[...] > 0
         mass = jnp.where(some, total[...], 1)
-        o[0, 0] = (acc[...] if problem.sigmoid else acc[...] / mass).astype(o.dtype)
-        log_mass, highest = jnp.log(mass), problem.scale * peak[...]
-        rows[0, 0, 0:1] = jnp.where(some, log_mass if problem.sigmoid else log_mass + highest, HIDDEN)
+        log_mass, highest = jnp.log(mass), log_weight(peak[...])
+        values = acc[...]
+        if relative:
+            values = values * jnp.exp(highest) if problem.sigmoid else values / mass
+        o[0, 0] = values.astype(o.dtype)
+        rows[0, 0, 0:1] = jnp.where(some, log_mass + highest if relative else log_mass, HIDDEN)
         if problem.stats:
-            rows[0, 0, 1:2] = jnp.where(peak[...] > HIDDEN / 2, highest, HIDDEN)
+            rows[0, 0, 1:2] = jnp.where(some, problem.scale * peak[...], HIDDEN)
             rows[0, 0, 2:3] = jnp.where(some, log_mass - extra[0][...] / (_LOG2_E * mass), 0)
 
 

@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from plait.configs.domains import Base, Channels, Epsilon, Heads
 from plait.kernels import Mask, Tokens, attention, attention_rows, column_mass, first_masses
 from plait.models.axes import BATCH, EMBED, HEADS, LENGTH, constrain
 from plait.models.build import BuildContext
 from plait.models.cache import Slots
 from plait.models.linear import Dense
 from plait.models.mixers.base import HeadMixer, MixerConfig, register
-from plait.models.mixers.heads import join_heads, require_positive, split_heads
+from plait.models.mixers.heads import join_heads, split_heads
 from plait.models.norms import RMSNorm
 from plait.models.rope import rotate
 
@@ -29,35 +30,28 @@ class MLAConfig(MixerConfig):
     into the outputs, and attends to the latents themselves.
     """
 
-    num_heads: int = 16
+    num_heads: Heads = 16
     """Heads."""
-    kv_rank: int = 512
+    kv_rank: Channels = 512
     """Channels of the cached latent."""
-    q_rank: int | None = None
+    q_rank: Channels | None = None
     """Channels of the queries' latent; None projects queries from the residual stream."""
-    nope_head_dim: int = 128
+    nope_head_dim: Channels = 128
     """Channels of a query and key head without position."""
-    rope_head_dim: int = 64
+    rope_head_dim: Channels = 64
     """Rotated channels of a query head, and of the key that all heads share."""
-    v_head_dim: int = 128
+    v_head_dim: Channels = 128
     """Channels of a value head."""
-    rope_theta: float | None = 10_000.0
+    rope_theta: Base | None = 10_000.0
     """Base of the rotary embedding; None rotates nothing (NoPE, as in Kimi Linear)."""
-    norm_eps: float = 1e-6
+    norm_eps: Epsilon = 1e-6
     """Epsilon of the norms of the latents."""
 
     def check(self) -> None:
-        require_positive(
-            num_heads=self.num_heads,
-            kv_rank=self.kv_rank,
-            q_rank=self.q_rank,
-            nope_head_dim=self.nope_head_dim,
-            rope_head_dim=self.rope_head_dim,
-            v_head_dim=self.v_head_dim,
-            rope_theta=self.rope_theta,
-        )
         if self.rope_head_dim % 2:
-            raise ValueError(f"rope_head_dim={self.rope_head_dim} must be even: channels are rotated in pairs")
+            raise ValueError(
+                f"rope_head_dim={self.rope_head_dim} must be even, as channels are rotated in pairs; use {self.rope_head_dim + 1}"
+            )
 
     @classmethod
     def example(cls) -> MLAConfig:

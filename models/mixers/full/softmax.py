@@ -10,13 +10,14 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from plait.configs.domains import Base, Channels, Heads, Positive, SomeSpan, Span
 from plait.kernels import Mask, Tokens, attention, attention_rows, column_mass, first_masses, routed_attention
 from plait.models.axes import BATCH, EMBED, HEADS, KV_HEADS, LENGTH, constrain
 from plait.models.build import Buffer, BuildContext
 from plait.models.cache import Cache, Slots
 from plait.models.linear import Dense
 from plait.models.mixers.base import HeadMixer, MixerConfig, register
-from plait.models.mixers.heads import join_heads, require_divides, require_positive, resolve_heads, split_heads
+from plait.models.mixers.heads import join_heads, require_divides, resolve_heads, split_heads
 from plait.models.norms import RMSNorm
 from plait.models.rope import rotate
 from plait.models.stream import CarryUse
@@ -33,19 +34,19 @@ class SoftmaxConfig(MixerConfig):
     sees_all: ClassVar[bool] = True
     """Without a window, a query sees every earlier token."""
 
-    num_heads: int | None = None
+    num_heads: Heads | None = None
     """Query heads; None gives d_model / head_dim."""
-    num_kv_heads: int | None = None
+    num_kv_heads: Heads | None = None
     """Key and value heads, a divisor of num_heads (1: MQA); None gives num_heads (MHA)."""
-    head_dim: int = 64
+    head_dim: Channels = 64
     """Channels of a head."""
-    rope_theta: float | None = 10_000.0
+    rope_theta: Base | None = 10_000.0
     """Base of the rotary embedding; None for no position encoding (NoPE)."""
     qk_norm: bool = False
     """RMS-normalise q and k per head before the rotary embedding, with a learned gain."""
-    window_size: int | None = None
+    window_size: Span | None = None
     """Visible keys of a query, itself included; None for all earlier ones."""
-    num_sink_tokens: int = 0
+    num_sink_tokens: SomeSpan = 0
     """Leading tokens of each document that stay visible outside the window (arXiv 2309.17453)."""
     sink_logits: bool = False
     """A learned logit per head that takes part in the normalisation only, as in GPT-OSS."""
@@ -53,7 +54,7 @@ class SoftmaxConfig(MixerConfig):
     """Sigmoid gate of the head outputs, from the layer's input (arXiv 2505.06708)."""
     normalizer: Literal["softmax", "sigmoid"] = "softmax"
     """`sigmoid`: each weight is sigmoid(logit - log n) on its own, n the training length (arXiv 2409.04431)."""
-    logit_soft_cap: float | None = None
+    logit_soft_cap: Positive | None = None
     """Logits become `cap * tanh(logits / cap)`, as in Gemma 2 (arXiv 2408.00118)."""
     value_residual: bool = False
     """Values become `a v + b v_1`, v_1 being those of the first layer that has the option, a and b learned (arXiv 2410.17897)."""
@@ -62,29 +63,23 @@ class SoftmaxConfig(MixerConfig):
     CLA (arXiv 2405.12981) and YOCO (2405.05254)."""
 
     def check(self) -> None:
-        require_positive(
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-            window_size=self.window_size,
-            logit_soft_cap=self.logit_soft_cap,
-        )
-        if self.num_sink_tokens < 0:
-            raise ValueError(f"num_sink_tokens={self.num_sink_tokens} must be 0 or more")
         if self.num_sink_tokens and self.window_size is None and self.sees_all:
             raise ValueError(
                 f"num_sink_tokens={self.num_sink_tokens} needs a window, without which all are visible; set window_size"
             )
-        if self.rope_theta is not None and (self.rope_theta <= 0 or self.head_dim % 2):
+        if self.rope_theta is not None and self.head_dim % 2:
             raise ValueError(
-                f"rope_theta={self.rope_theta} must be positive and head_dim={self.head_dim} even; use None for NoPE"
+                f"head_dim={self.head_dim} must be even where rope_theta={self.rope_theta} rotates channels in pairs; "
+                f"use {self.head_dim + 1}, or rope_theta=None for NoPE"
             )
         if self.sink_logits and self.normalizer != "softmax":
             raise ValueError(
-                f"sink_logits=True needs normalizer='softmax', not {self.normalizer!r}: only softmax has a denominator"
+                f"sink_logits=True needs normalizer='softmax', not {self.normalizer!r}, which has no denominator; leave one of them out"
             )
         if self.shared_kv == "read" and self.value_residual:
-            raise ValueError("value_residual=True has no values to add to where shared_kv='read' takes those of another layer")
+            raise ValueError(
+                "value_residual=True has no values to add to where shared_kv='read' takes those of another layer; leave one of them out"
+            )
 
     @classmethod
     def example(cls) -> SoftmaxConfig:
@@ -168,8 +163,8 @@ class Softmax(HeadMixer):
     def share(self, inputs, carry):
         if self.value_mix is not None and self.is_first is not None:
             first = jnp.where(self.is_first[...], inputs.v, carry.get(VALUES, inputs.v))
-            own, old = self.value_mix[...].astype(inputs.v.dtype)
-            mixed = own * inputs.v + old * first
+            own, old = self.value_mix[...].astype(jnp.float32)
+            mixed = (own * inputs.v + old * first).astype(inputs.v.dtype)
             inputs, carry = inputs._replace(v=jnp.where(self.is_first[...], inputs.v, mixed)), {**carry, VALUES: first}
         if self.config.shared_kv == "read":
             inputs = inputs._replace(k=carry[KV][0], v=carry[KV][1])
@@ -219,13 +214,12 @@ class Softmax(HeadMixer):
         return attention_rows(inputs.q, inputs.k, rows=rows, at=at, **self._options)
 
     def observe(self, inputs, x, *, at):
-        _, stats = attention(*inputs[:3], at=at, return_stats=True, **self._options)
+        options: dict[str, Any] = {
+            **self._logit_options,
+            "at": at,
+        }  # no sink logits: shares of what the keys get, however little that is
+        _, stats = attention(inputs.q, inputs.k, inputs.v, return_stats=True, **options, **self._normalizer)
         lse = stats.lse
-        if self.sinks is not None:  # the share of the keys alone
-            sinks = self.sinks[...].astype(jnp.float32)[None, None, :]
-            keys = -jnp.expm1(jnp.minimum(sinks - lse, -1e-6))
-            stats, lse = stats._replace(first_mass=stats.first_mass / keys), lse + jnp.log(keys)
-        options = {**self._logit_options, "at": at}
         masses = functools.partial(first_masses, inputs.q, inputs.k, lse, **options, **self._normalizer)
         found = {"attention": stats, "first_masses": masses}
         if self.config.normalizer == "softmax":

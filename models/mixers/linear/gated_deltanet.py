@@ -8,13 +8,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from plait.configs.domains import Channels, Epsilon, Factor, Heads, Taps
 from plait.kernels import delta_rule, delta_rule_rows
 from plait.models.axes import EMBED, HEADS
 from plait.models.build import BuildContext
 from plait.models.decays import inverse_softplus_step, log_uniform_rate
 from plait.models.linear import Dense
 from plait.models.mixers.base import MixerConfig, register
-from plait.models.mixers.heads import require_divides, require_positive
+from plait.models.mixers.heads import require_divides
 from plait.models.mixers.linear.recurrent import Recurrent
 from plait.models.norms import l2_normalize
 from plait.models.short_conv import ShortConv
@@ -28,25 +29,26 @@ class GatedDeltaNetConfig(MixerConfig):
     `log a = -exp(A_log) softplus(W_a x + dt_bias)`, `b = sigmoid(W_b x)`; q, k and v are convolved, q and k of unit norm.
     """
 
-    num_heads: int | None = None
+    num_heads: Heads | None = None
     """Query and key heads; None gives the published 3/4 d_model / head_dim."""
-    num_v_heads: int | None = None
+    num_v_heads: Heads | None = None
     """Value heads, a multiple of num_heads; None gives num_heads."""
-    head_dim: int = 256
+    head_dim: Channels = 256
     """Channels of a query and key head."""
-    expand_v: float = 2.0
+    expand_v: Factor = 2.0
     """Channels of a value head over head_dim."""
-    conv_size: int = 4
+    conv_size: Taps = 4
     """Taps of the short convolutions on q, k and v."""
     negative_eigenvalues: bool = False
     """Writes with b in (0, 2) in place of (0, 1), so that the state can flip signs (arXiv 2411.12537)."""
-    norm_eps: float = 1e-5
+    norm_eps: Epsilon = 1e-5
     """Epsilon of the per-head output norm."""
 
     def check(self) -> None:
-        require_positive(num_heads=self.num_heads, num_v_heads=self.num_v_heads, head_dim=self.head_dim, conv_size=self.conv_size)
         if int(self.head_dim * self.expand_v) < 1:
-            raise ValueError(f"expand_v={self.expand_v} must leave at least one of head_dim={self.head_dim} channels")
+            raise ValueError(
+                f"expand_v={self.expand_v} must leave at least one of head_dim={self.head_dim} channels; use 1.0 or more"
+            )
 
     @classmethod
     def example(cls) -> GatedDeltaNetConfig:

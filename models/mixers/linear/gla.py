@@ -7,11 +7,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from plait.configs.domains import Channels, Coefficient, Epsilon, Factor, Heads
 from plait.models.axes import EMBED, HEADS
 from plait.models.build import BuildContext
 from plait.models.linear import Dense
 from plait.models.mixers.base import MixerConfig, register
-from plait.models.mixers.heads import require_divides, require_positive
+from plait.models.mixers.heads import require_divides
 from plait.models.mixers.linear.recurrent import Decayed, Recurrent
 
 
@@ -20,21 +21,18 @@ from plait.models.mixers.linear.recurrent import Decayed, Recurrent
 class GLAConfig(MixerConfig):
     """`S_t = Diag(exp g_t) S_{t-1} + k_t v_t^T`, `o_t = S_t^T q_t / sqrt(K)`, `g = logsigmoid(W2 W1 x + b) / gate_normalizer`."""
 
-    num_heads: int = 4
+    num_heads: Heads = 4
     """Heads; the state of each is (expand_k d_model / num_heads) x (expand_v d_model / num_heads)."""
-    expand_k: float = 0.5
+    expand_k: Factor = 0.5
     """Total key width over d_model."""
-    expand_v: float = 1.0
+    expand_v: Factor = 1.0
     """Total value width over d_model."""
-    gate_rank: int = 16
+    gate_rank: Channels = 16
     """Inner width of the decay's low-rank projection."""
-    gate_normalizer: float = 16.0
+    gate_normalizer: Coefficient = 16.0
     """Divides the log decay: larger remembers longer at the start of training."""
-    norm_eps: float = 1e-5
+    norm_eps: Epsilon = 1e-5
     """Epsilon of the per-head output norm."""
-
-    def check(self) -> None:
-        require_positive(num_heads=self.num_heads, gate_rank=self.gate_rank, gate_normalizer=self.gate_normalizer)
 
     def widths(self, d_model: int) -> tuple[int, int]:
         """Total key and value width at `d_model`."""

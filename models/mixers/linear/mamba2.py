@@ -8,12 +8,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from plait.configs.domains import Channels, Epsilon, Factor, Heads, Taps
 from plait.models.axes import EMBED, HEADS
 from plait.models.build import BuildContext
 from plait.models.decays import inverse_softplus_step, log_uniform_rate
 from plait.models.linear import Dense
 from plait.models.mixers.base import MixerConfig, register
-from plait.models.mixers.heads import join_heads, require_divides, require_positive, split_heads
+from plait.models.mixers.heads import join_heads, require_divides, split_heads
 from plait.models.mixers.linear.recurrent import Recurrent
 from plait.models.norms import RMSNorm
 from plait.models.short_conv import ShortConv
@@ -28,27 +29,18 @@ class Mamba2Config(MixerConfig):
     B the key and dt x the value. The published `in_proj` and `conv1d` hold z, x, B, C and dt side by side; here each has its own.
     """
 
-    expand: float = 2.0
+    expand: Factor = 2.0
     """Inner width over d_model."""
-    head_dim: int = 64
+    head_dim: Channels = 64
     """Channels of a head."""
-    state_dim: int = 128
+    state_dim: Channels = 128
     """Channels of B and C: the state of a head is state_dim x head_dim."""
-    num_groups: int = 1
+    num_groups: Heads = 1
     """Groups of heads that share B and C and are normalised together, a divisor of the number of heads."""
-    conv_size: int = 4
+    conv_size: Taps = 4
     """Taps of the short convolutions on x, B and C."""
-    norm_eps: float = 1e-5
+    norm_eps: Epsilon = 1e-5
     """Epsilon of the output norm."""
-
-    def check(self) -> None:
-        require_positive(
-            head_dim=self.head_dim,
-            state_dim=self.state_dim,
-            num_groups=self.num_groups,
-            conv_size=self.conv_size,
-            expand=float(self.expand),
-        )
 
     @classmethod
     def example(cls) -> Mamba2Config:
@@ -112,5 +104,6 @@ class Mamba2(Recurrent):
         return inputs[:4]
 
     def finish(self, o, inputs, x):
-        y = join_heads(o + self.D[...].astype(o.dtype)[None, None, :, None] * inputs.x)
+        skip = self.D[...].astype(jnp.float32)[None, None, :, None] * inputs.x
+        y = join_heads((o + skip).astype(o.dtype))
         return split_heads(self.norm(y * jax.nn.silu(self.z(x))), self.num_heads)

@@ -7,11 +7,12 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
+from plait.configs.domains import Base, Epsilon, Factor, Heads
 from plait.models.axes import EMBED, HEADS
 from plait.models.build import BuildContext
 from plait.models.linear import Dense
 from plait.models.mixers.base import MixerConfig, register
-from plait.models.mixers.heads import require_divides, require_positive
+from plait.models.mixers.heads import require_divides
 from plait.models.mixers.linear.recurrent import Decayed, Recurrent
 from plait.models.rope import rotate
 
@@ -21,17 +22,14 @@ from plait.models.rope import rotate
 class RetNetConfig(MixerConfig):
     """`S_t = (1 - 2^(-5-h)) S_{t-1} + k_t v_t^T`, `o_t = S_t^T q_t / sqrt(K)` in head h = 0, 1, ..., with q and k rotated."""
 
-    num_heads: int = 4
+    num_heads: Heads = 4
     """Heads; the state of each is (d_model / num_heads) x (expand_v d_model / num_heads)."""
-    expand_v: float = 2.0
+    expand_v: Factor = 2.0
     """Total value width over d_model."""
-    rope_theta: float = 10_000.0
+    rope_theta: Base = 10_000.0
     """Base of the rotary embedding."""
-    norm_eps: float = 1e-5
+    norm_eps: Epsilon = 1e-5
     """Epsilon of the per-head output norm."""
-
-    def check(self) -> None:
-        require_positive(num_heads=self.num_heads, rope_theta=self.rope_theta)
 
     def dims(self, d_model: int) -> tuple[int, int]:
         """Key and value channels of a head at width `d_model`."""

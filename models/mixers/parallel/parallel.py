@@ -10,14 +10,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from plait.configs.components import at as under
+from plait.configs.domains import Epsilon
 from plait.models.build import BuildContext
 from plait.models.look import Look
 from plait.models.mixers.base import HeadKind, Mixed, Mixer, MixerConfig, register
 from plait.models.mixers.full.softmax import SoftmaxConfig
-from plait.models.mixers.heads import require_positive
 from plait.models.mixers.linear.mamba2 import Mamba2Config
 from plait.models.norms import RMSNorm
 from plait.models.stream import CarryUse
+
+_MOST_PARTS = 16
 
 
 @register("parallel", kind="parallel", source="Hymba (2411.13676); Falcon-H1 (2507.22448)")
@@ -30,13 +32,12 @@ class ParallelConfig(MixerConfig):
 
     parts: tuple[MixerConfig, ...] = (SoftmaxConfig(), Mamba2Config())
     """The mixers, of any kind."""
-    norm_eps: float = 1e-6
+    norm_eps: Epsilon = 1e-6
     """Epsilon of the norm of each part's output."""
 
     def check(self) -> None:
-        if len(self.parts) < 2:
-            raise ValueError(f"parts has {len(self.parts)} mixers; a parallel mixer needs two or more")
-        require_positive(norm_eps=self.norm_eps)
+        if not 2 <= len(self.parts) <= _MOST_PARTS:
+            raise ValueError(f"parts has {len(self.parts)} mixers; it must have at least 2 and at most {_MOST_PARTS}; use 2")
 
     @classmethod
     def example(cls) -> ParallelConfig:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 
+from plait.configs.domains import SomeSpan, Span
 from plait.kernels import PowerMask
 from plait.models.cache import Slots
 from plait.models.mixers.base import register
 from plait.models.mixers.full.softmax import SoftmaxConfig
-from plait.models.mixers.heads import require_positive
 
 
 @register("power", kind="sparse", source="PowerAttention: Exponentially Scaling of Receptive Fields (2503.03588)")
@@ -22,14 +22,10 @@ class PowerConfig(SoftmaxConfig):
 
     sees_all = False
 
-    block_size: int = 128
+    block_size: Span = 128
     """Tokens a block, counted from the start of the document."""
-    num_sink_tokens: int = 0
+    num_sink_tokens: SomeSpan = 0
     """Leading tokens of each document that stay visible."""
-
-    def check(self) -> None:
-        require_positive(block_size=self.block_size)
-        super().check()
 
     @classmethod
     def example(cls) -> PowerConfig:

@@ -192,5 +192,5 @@ def test_nothing_held_out(name, opened):
     data = opened(name, task=TASKS[name](val_rows=0))
     assert len(data.val) == 0
     assert_same([data.whole()], take(data, 1))
-    with pytest.raises(ValueError, match=rf"{name}\.val_rows=-1 must be 0 or more"):
+    with pytest.raises(ValueError, match=rf"{name}\.val_rows=-1 must be a whole number from 0"):
         TASKS[name](val_rows=-1)

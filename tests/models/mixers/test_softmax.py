@@ -93,3 +93,19 @@ def test_layer_equals_the_formula(options):
     assert_close(layer(x, at=AT, carry={}).y[real], expected[real])
     assert_close(layer.implied_attention(x, at=AT), a)
     np.testing.assert_array_equal(np.asarray(layer.implied_attention(x, at=AT)) > 0, a > 0)
+
+
+def test_what_a_layer_tells_leaves_its_sink_logits_out_however_large_they_are():
+    layer = build(SoftmaxConfig(num_heads=HEADS, head_dim=HEAD_DIM, sink_logits=True))
+    x = jax.random.normal(jax.random.key(9), (2, LENGTH, WIDTH))
+
+    def told() -> list[jax.Array]:
+        inputs, _ = layer.project(x, at=AT, state=None)
+        seen = layer.observe(inputs, x, at=AT)
+        return [*seen["attention"], seen["first_masses"](first_k=2), seen["column_mass"]()]
+
+    layer.sinks[...] = np.full(HEADS, -1e4, np.float32)
+    alone = told()
+    layer.sinks[...] = np.float32([0, 20, 60, 300])
+    for got, want in zip(told(), alone, strict=True):
+        assert_close(got, want)

@@ -90,8 +90,8 @@ def test_schedule_is_honoured_to_its_last_rate(name, schedule):
     steps, program = 6, setup(name)
     shaped = dataclasses.replace(program.config.optimizer, schedule=schedule, warmup_steps=2, final_ratio=0.25)
     moving = dataclasses.replace(program, tx=make_optimizer(shaped, steps, program.blueprint.parameters()))
-    found, expected = updates_of(moving, steps + 1)[0], updates_of(program, steps + 1)[0]
-    rates = [float(make_schedule(shaped, steps, 1.0)(step)) for step in range(steps + 1)]
+    found, expected = updates_of(moving, steps)[0], updates_of(program, steps)[0]
+    rates = [float(make_schedule(shaped, steps, 1.0)(step)) for step in range(steps)]
     assert rates[0] == 0.5 and rates[-1] == pytest.approx(0.25)
     for rate, got, want in zip(rates, found, expected, strict=True):
         for n in want:
@@ -117,6 +117,32 @@ def test_mesh_updates_as_one_device_and_keeps_its_layout(name, mesh):
         owner = next((part.key for part in path if getattr(part, "key", None) in layouts), None)
         if owner is not None and leaf.shape == program.like.params[owner].shape:
             assert leaf.sharding == layouts[owner], jax.tree_util.keystr(path)
+
+
+@OPTIMIZER
+def test_moments_in_bfloat16_are_rounded_between_steps_only(name):
+    if name == "sgd":
+        moments = {"momentum": 0.9}
+    else:
+        moments = {"momentum": 0.9, "adam_b1": 0.9} if name == "muon" else {"b1": 0.9}
+    whole, halved = setup(name, **moments), setup(name, **moments, moment_dtype="bfloat16")
+    (first, second), state = updates_of(whole, 2)
+    (got_first, got_second), kept = updates_of(halved, 2)
+    for n in first:
+        assert_close(got_first[n], first[n], err_msg=n)  # nothing was kept yet
+        assert got_second[n].dtype == jnp.float32
+        assert np.max(np.abs(got_second[n] - second[n])) <= 0.1 * np.max(np.abs(second[n])), n
+    changes = {(str(a.dtype), str(b.dtype)) for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(kept), strict=True)}
+    assert ("float32", "bfloat16") in changes and changes <= {("float32", "bfloat16"), ("float32", "float32"), ("int32", "int32")}
+    seconds = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(kept) if ".nu" in jax.tree_util.keystr(path)]
+    assert all(leaf.dtype == jnp.float32 for leaf in seconds) and (seconds or name == "sgd")
+
+
+@pytest.mark.parametrize("name, decay", [("adamw", "b1"), ("muon", "momentum"), ("muon", "adam_b1"), ("sgd", "momentum")])
+def test_moments_that_bfloat16_would_round_away_are_refused(name, decay):
+    with pytest.raises(ConfigError, match=f"moment_dtype=bfloat16 rounds away what {decay}=0.99"):
+        optimizer(name, **{decay: 0.99}, moment_dtype="bfloat16")
+    optimizer(name, **{decay: 0.99})
 
 
 @OPTIMIZER

@@ -14,10 +14,10 @@ CASES = {
     "warm-up rises in equal parts": ("constant", 4, {0: 0.25, 1: 0.5, 2: 0.75, 3: 1.0, 4: 1.0, 99: 1.0}),
     "no warm-up": ("constant", 0, {0: 1.0, 50: 1.0}),
     "one step of warm-up": ("constant", 1, {0: 1.0, 1: 1.0}),
-    "cosine": ("cosine", 20, {19: 1.0, 20: 1.0, 60: 0.1 + 0.9 * HALF_COSINE, 100: 0.1}),
-    "cosine without warm-up": ("cosine", 0, {0: 1.0, 50: 0.1 + 0.9 * HALF_COSINE, 100: 0.1}),
-    "wsd": ("wsd", 20, {19: 1.0, 20: 1.0, 79: 1.0, 80: 1.0, 90: 0.55, 100: 0.1}),
-    "wsd without warm-up": ("wsd", 0, {0: 1.0, 80: 1.0, 90: 0.55, 100: 0.1}),
+    "cosine": ("cosine", 20, {19: 1.0, 59: 0.1 + 0.9 * HALF_COSINE, 99: 0.1}),
+    "cosine without warm-up": ("cosine", 0, {0: 1.0, 33: 0.1 + 0.9 * 0.75, 99: 0.1}),
+    "wsd": ("wsd", 20, {19: 1.0, 20: 1.0, 79: 1.0, 80: 0.955, 89: 0.55, 99: 0.1}),
+    "wsd without warm-up": ("wsd", 0, {0: 1.0, 79: 1.0, 89: 0.55, 99: 0.1}),
 }
 
 
@@ -40,4 +40,15 @@ def test_rates_never_jump(schedule):
 def test_decay_longer_than_what_follows_the_warm_up_takes_all_of_it():
     config = optimizer("adamw", schedule="wsd", warmup_steps=60, decay_fraction=0.9, final_ratio=0.0)
     rate = make_schedule(config, 100, 1.0)
-    assert float(rate(60)) == pytest.approx(1.0) and float(rate(80)) == pytest.approx(0.5) and float(rate(100)) == 0.0
+    assert float(rate(59)) == pytest.approx(1.0) and float(rate(79)) == pytest.approx(0.5) and float(rate(99)) == 0.0
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+@pytest.mark.parametrize("warmup", [0, 1, 7])
+@pytest.mark.parametrize("rest", [1, 2, 50])
+def test_last_step_has_the_last_rate(schedule, warmup, rest):
+    config = optimizer("adamw", schedule=schedule, warmup_steps=warmup, final_ratio=0.1)
+    steps = max(warmup, 1) + rest
+    rate = make_schedule(config, steps, 3.0)
+    assert float(rate(max(warmup - 1, 0))) == pytest.approx(3.0) and float(rate(steps - 1)) == pytest.approx(0.3)
+    assert float(rate(steps)) == pytest.approx(0.3)  # where skipped steps made the run longer

@@ -63,7 +63,7 @@ WRONG = {
         r"hosts\.coordinator and hosts\.count",
     ),
     "slices without their size": ({}, {**SET, "JOB_INDEX": "1"}, "JOB_INDEX=1 needs PLAIT_HOSTS_PER_SLICE"),
-    "no such detection": ({}, {"PLAIT_HOSTS": "pbs"}, "PLAIT_HOSTS='pbs' must be auto, none, slurm, kubernetes, tpu"),
+    "no such detection": ({}, {"PLAIT_HOSTS": "pbs"}, "PLAIT_HOSTS='pbs' must be one of auto, none, slurm, kubernetes, tpu"),
 }
 
 
@@ -94,9 +94,8 @@ def test_options_are_taken_out_of_the_command_line():
 
 
 def test_a_bad_option_ends_the_command_with_status_2(capsys):
-    with pytest.raises(SystemExit) as end:
-        main(["train", "lm_tiny", "--hosts.count", "0"])
-    assert end.value.code == 2 and "hosts.count=0 must be at least 1" in " ".join(capsys.readouterr().err.split())
+    assert main(["train", "lm_tiny", "--hosts.count", "0"]) == 2
+    assert capsys.readouterr().err.startswith("error: hosts.count=0 must be a whole number from 1")
 
 
 def test_a_tpu_vm_asks_its_metadata_server():

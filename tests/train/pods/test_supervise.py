@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import textwrap
 import threading
@@ -9,7 +10,9 @@ import time
 
 import pytest
 
+from plait.configs import codec
 from plait.train.pods.hosts import supervise as supervising
+from plait.train.pods.hosts.heartbeat import Heartbeat, State
 from plait.train.pods.hosts.host import Host, HostsOptions
 from plait.train.pods.hosts.supervise import supervise
 
@@ -78,8 +81,60 @@ def test_slow_steps_and_compiling_are_no_hang(run):
     assert run(program, step_seconds=1.0)[0] == 0
 
 
-def test_sigterm_is_passed_on_and_waited_for(run):
-    threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+def test_clocks_that_differ_or_are_set_are_no_silence(run):
+    """The file's time is that of the file system's clock, here half a century behind."""
+    program = """
+    write = heartbeat.write_atomically
+    heartbeat.write_atomically = lambda path, *text, **options: (write(path, *text, **options), os.utime(path, (1, 1)))
+    time.sleep(4.5)
+    """
+    assert run(program)[::2] == (0, "")
+
+
+def test_time_in_which_the_supervisor_was_stopped_is_no_silence(monkeypatch, tmp_path):
+    child = supervising.Child([sys.executable, "-c", ""], HERE, tmp_path, HostsOptions())
+    child.process.wait()
+    Heartbeat(tmp_path / "heartbeat-1.json")
+    assert child.hung() is None
+    monkeypatch.setattr(supervising.time, "monotonic", lambda now=time.monotonic: now() + 600)
+    assert child.hung() is None
+
+
+def test_a_process_that_was_stopped_as_a_whole_is_not_in_its_step_for_long(tmp_path):
+    program = """
+    import json, os, pathlib, sys, time
+    from plait.train.pods.hosts import heartbeat
+    heartbeat._PAUSE_SECONDS = 1.5
+    heart = heartbeat.Heartbeat(pathlib.Path(sys.argv[1]))
+    heart.step(3)
+    time.sleep(1.2)
+    print(flush=True)
+    time.sleep(5)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path / "beat")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(3)
+        process.send_signal(signal.SIGCONT)
+        time.sleep(1.5)
+        state = codec.load(State, tmp_path / "beat")
+        process.kill()
+    assert state.phase == "step" and state.age < 4
+
+
+def test_sighup_asks_for_an_end_unless_it_is_ignored():
+    assert signal.SIGHUP in supervising.ending_signals()
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert supervising.ending_signals() == (signal.SIGTERM, signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_is_passed_on_and_waited_for(number, run):
+    threading.Timer(1.5, os.kill, (os.getpid(), number)).start()
     program = "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.5), os._exit(75)))\ntime.sleep(60)"
     status, seconds, _ = run(program)
     assert status == 75 and 1.9 < seconds < 6

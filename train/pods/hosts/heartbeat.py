@@ -1,12 +1,13 @@
 """What a training process tells its supervisor: that it lives, what it is doing, and when it last got on with it. Needs no JAX.
 
-A thread writes the file once a second, and each new phase is written at once. So the file's age says whether the process runs at all, and
-what is in it says since when the same phase or step has been going on.
+A thread writes the file once a second, and each new phase is written at once. So whether the file changes says whether the process runs
+at all, and what is in it says for how long the same phase or step has been going on. No clock time is in it: clocks are set, and differ.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import threading
@@ -20,39 +21,68 @@ VARIABLE = "PLAIT_HEARTBEAT"
 """Environment variable with the path of the file; without it nothing is written."""
 
 
+_PAUSE_SECONDS = 5.0
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """What the file holds."""
+
+    phase: str = "start"
+    step: int = 0
+    """The last that was done."""
+    slowest: float = 0.0
+    """Seconds of the slowest step."""
+    age: float = 0.0
+    """Seconds since the phase or step began, those left out in which the whole process was stopped."""
+    beat: int = 0
+    """Counts the writes."""
+
+
 class Heartbeat:
     """The state of this process, written to `path` once a second until it ends."""
 
     def __init__(self, path: Path):
         self._path = path
-        self._phase, self._step, self._slowest = "start", 0, 0.0
-        self._since = time.monotonic()
+        self._phase, self._step, self._slowest, self._beat = "start", 0, 0.0, 0
+        self._stopped = 0.0
+        """Seconds in which the process was stopped."""
+        self._since = self._now()
         self._writing = threading.Lock()
         self._write()
         threading.Thread(target=self._run, daemon=True, name="heartbeat").start()
 
     def enter(self, phase: str) -> str:
         """Another phase; gives the one before."""
-        before, self._phase, self._since = self._phase, phase, time.monotonic()
+        before, self._phase, self._since = self._phase, phase, self._now()
         self._write()
         return before
 
     def step(self, step: int) -> None:
         """`step` is done."""
-        now = time.monotonic()
+        now = self._now()
         if self._phase == "step":
             self._slowest = max(self._slowest, now - self._since)
         self._phase, self._step, self._since = "step", step, now
 
+    def _now(self) -> float:
+        return time.monotonic() - self._stopped
+
     def _run(self) -> None:
         while True:
+            before = time.monotonic()
             time.sleep(1.0)
+            if (passed := time.monotonic() - before) > _PAUSE_SECONDS:
+                self._stopped += passed - 1.0
             self._write()
 
     def _write(self) -> None:
-        state = {"phase": self._phase, "step": self._step, "slowest": self._slowest, "age": time.monotonic() - self._since}
         with self._writing, contextlib.suppress(OSError):
-            write_atomically(self._path, json.dumps(state), durable=False)  # a slow disk must not look like silence
+            self._beat += 1
+            state = State(self._phase, self._step, self._slowest, max(self._now() - self._since, 0.0), self._beat)
+            write_atomically(
+                self._path, json.dumps(dataclasses.asdict(state)), durable=False
+            )  # a slow disk must not look like silence
 
 
 _current: Heartbeat | None = None

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
-
+from plait.configs.domains import Counted, Devices, Line, Seconds, Whole, check_leaves
 from plait.configs.options import split_options
+from plait.configs.words import parse
 
 PORT = 8476
 """The coordinator's, unless one is given."""
@@ -28,35 +28,28 @@ class HostsError(ValueError):
 class HostsOptions:
     """Where the hosts of a run meet and how they are watched. No part of the experiment: another number of hosts goes on with a run."""
 
-    coordinator: str | None = None
+    coordinator: Line | None = None
     """HOST:PORT of host 0; by default PLAIT_COORDINATOR, else what is detected."""
-    count: int | None = None
+    count: Devices | None = None
     """Hosts, one training process each; by default PLAIT_HOST_COUNT, else what is detected."""
-    index: int | None = None
+    index: Annotated[int, Whole(0, 2**20)] | None = None
     """This host's number, from 0; by default PLAIT_HOST_INDEX, else what is detected."""
-    local: int | None = None
+    local: Annotated[int, Whole(1, 4096)] | None = None
     """Starts this many processes on this machine instead, to try a many-host run on its CPU."""
     detect: Literal["auto", "none", "slurm", "kubernetes", "tpu"] = "auto"
     """What to ask for what is not given."""
-    connect_seconds: float = 300.0
+    connect_seconds: Seconds = 300.0
     """Longest wait for the other hosts at the start."""
-    step_seconds: float = 60.0
+    step_seconds: Seconds = 60.0
     """Longest time without a step before a process counts as hung; at least ten times the slowest step so far."""
-    restarts: int = 0
+    restarts: Counted = 0
     """Restarts, with --resume, of a training process that failed."""
 
     def __post_init__(self) -> None:
-        checks = [
-            (self.count is None or self.count >= 1, "count", "must be at least 1"),
-            (self.local is None or self.local >= 1, "local", "must be at least 1"),
-            (self.index is None or self.index >= 0, "index", "must be 0 or more"),
-            (self.connect_seconds > 0, "connect_seconds", "must be positive"),
-            (self.step_seconds > 0, "step_seconds", "must be positive"),
-            (self.restarts >= 0, "restarts", "must be 0 or more"),
-        ]
-        for good, name, rule in checks:
-            if not good:
-                raise HostsError(f"hosts.{name}={getattr(self, name)} {rule}")
+        try:
+            check_leaves(self)
+        except ValueError as error:
+            raise HostsError(f"hosts.{error}") from None
         given = [name for name in ("coordinator", "count", "index") if getattr(self, name) is not None]
         if self.local is not None and given:
             raise HostsError(f"hosts.local={self.local} chooses hosts.{', hosts.'.join(given)} itself; give one or the other")
@@ -73,20 +66,17 @@ class Host:
 
     def __post_init__(self) -> None:
         if not 0 <= self.index < self.count:
-            raise HostsError(f"hosts.index={self.index} must be from 0 to {self.count - 1}, for hosts.count={self.count}")
+            raise HostsError(
+                f"hosts.index={self.index} must be from 0 to {self.count - 1}, for hosts.count={self.count}; give each host its own"
+            )
         if not re.fullmatch(r"(\[.+\]|[^:\s]+):\d+", self.coordinator):
-            raise HostsError(f"hosts.coordinator={self.coordinator!r} must be HOST:PORT, as in 10.0.0.1:{PORT}")
+            raise HostsError(f"hosts.coordinator={self.coordinator!r} must be HOST:PORT; use for example 10.0.0.1:{PORT}")
 
 
 def host_options(args: Sequence[str]) -> tuple[HostsOptions, list[str]]:
     """The `--hosts.*` options among command-line arguments, and the rest. Raises HostsError for values out of range."""
     mine, rest = split_options(HostsOptions, args, "hosts.")
-
-    @dataclasses.dataclass(frozen=True)
-    class Launch:
-        hosts: Annotated[HostsOptions, tyro.conf.arg(name="hosts")] = HostsOptions()
-
-    return tyro.cli(Launch, args=mine, prog="launch.py train PRESET", description="Hosts of a run.").hosts, rest
+    return parse(HostsOptions, mine, default=HostsOptions(), prefix="hosts.", prog="launch.py train PRESET"), rest
 
 
 def find_host(options: HostsOptions, environ: Mapping[str, str] | None = None) -> Host | None:
@@ -106,7 +96,7 @@ def find_host(options: HostsOptions, environ: Mapping[str, str] | None = None) -
     if None in found.values():
         detect = env.get("PLAIT_HOSTS", "auto") if options.detect == "auto" else options.detect
         if detect not in ("auto", "none", *_DETECTORS):
-            raise HostsError(f"PLAIT_HOSTS={detect!r} must be auto, none, {', '.join(_DETECTORS)}")
+            raise HostsError(f"PLAIT_HOSTS={detect!r} must be one of auto, none, {', '.join(_DETECTORS)}; use auto")
         for name, detector in _DETECTORS.items():
             if detect in ("auto", name) and (detected := detector(env, detect == name)) is not None:
                 found = {key: detected.get(key) if value is None else value for key, value in found.items()}
@@ -156,7 +146,7 @@ def _kubernetes(env: Mapping[str, str], asked: bool) -> _Found | None:
     if slice_index := _number(env, "JOB_INDEX"):
         per_slice = _number(env, "PLAIT_HOSTS_PER_SLICE")
         if per_slice is None:
-            raise HostsError(f"JOB_INDEX={slice_index} needs PLAIT_HOSTS_PER_SLICE, the pods of one replicated job")
+            raise HostsError(f"JOB_INDEX={slice_index} needs PLAIT_HOSTS_PER_SLICE, the pods of one replicated job; set it")
         index += slice_index * per_slice
     coordinator = None
     if {"JOBSET_NAME", "REPLICATED_JOB_NAME"} <= env.keys():
@@ -209,4 +199,4 @@ def _number(env: Mapping[str, str], name: str) -> int | None:
     try:
         return int(env[name])
     except ValueError:
-        raise HostsError(f"{name}={env[name]!r} must be a whole number") from None
+        raise HostsError(f"{name}={env[name]!r} must be a whole number; set it to one, or not at all") from None

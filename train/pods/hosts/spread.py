@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 
+from plait.configs.files import parse_json
 from plait.train.clock import Lap
 from plait.train.pods.hosts import together
 
@@ -26,7 +27,7 @@ class Spread:
         together.post(f"lap/{step}", json.dumps([lap.data, lap.own]))
         if not together.first() or before is None:
             return {}
-        laps = {host: json.loads(text) for host, text in together.collect(f"lap/{before}").items()}
+        laps = {host: parse_json(text) for host, text in together.collect(f"lap/{before}").items()}
         if not laps:
             return {}
         slowest = max(laps, key=lambda host: laps[host][1])

@@ -7,7 +7,6 @@ its own child die or hang at once; of a child elsewhere it learns by the coordin
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -18,9 +17,10 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
+from plait.configs import codec
 from plait.train.pods.hosts import heartbeat
+from plait.train.pods.hosts.heartbeat import State
 from plait.train.pods.hosts.host import Host, HostsOptions
 
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
@@ -31,12 +31,13 @@ ORDERLY = (DONE, BAD_INPUT, STOPPED)
 
 LAUNCH = (sys.executable, "-m", "plait.launch")
 SILENCE_SECONDS = 30.0
-"""A process that has not touched its heartbeat for so long is stopped, or stuck where no thread of it can run."""
+"""A process whose heartbeat has not changed for so long is stopped, or stuck where no thread of it can run."""
 PHASE_SECONDS: Mapping[str, float] = {"data": 6 * 3600, "compile": 3600, "step": 600}
 """Longest time in a phase; `step` is the first one, which also loads the program. Others: half an hour."""
 _OTHER_SECONDS = 1800.0
 _LEAVE_SECONDS = 30.0
 _POLL_SECONDS = 0.2
+_PAUSE_SECONDS = 2.0  # at most that counts between two looks: in a longer time this process was stopped itself
 _SETTLE_SECONDS = 20.0
 
 
@@ -47,7 +48,7 @@ class Child:
         self.host, self._options = host, options
         self._file = folder / f"heartbeat-{host.index}.json"
         self._file.unlink(missing_ok=True)
-        self._started = time.time()
+        self._state, self._silent, self._looked = State(), 0.0, time.monotonic()
         where = {"COORDINATOR": host.coordinator, "HOST_COUNT": host.count, "HOST_INDEX": host.index}
         environment = {f"PLAIT_{name}": str(value) for name, value in where.items()}
         self.process = subprocess.Popen(
@@ -65,19 +66,21 @@ class Child:
         return self.process.poll()
 
     def hung(self) -> str | None:
-        """Why it counts as hung, None while it gets on."""
-        state, silent = self._state()
-        if silent > SILENCE_SECONDS:
+        """Why it counts as hung, None while it gets on; to be asked again and again."""
+        self._look()
+        state, silent = self._state, self._silent
+        if state.beat and silent > SILENCE_SECONDS:
             return f"has been silent for {silent:.0f} s in {_where(state)}: it is stopped or stuck"
-        age, limit = state["age"] + silent, self._limit(state)
+        age, limit = state.age + silent, self._limit(state)
         if age > limit:
             return f"has been in {_where(state)} for {age:.0f} s of at most {limit:.0f}: it hangs, or waits for a host that does"
         return None
 
     def death(self) -> str:
         """What is known of its end by a status that is not orderly."""
-        status, (state, _) = self.process.returncode, self._state()
-        if status == -signal.SIGABRT and state["phase"] in ("start", "connect"):
+        self._look()
+        status, state = self.process.returncode, self._state
+        if status == -signal.SIGABRT and state.phase in ("start", "connect"):
             return (
                 f"did not meet the other hosts at hosts.coordinator={self.host.coordinator} within hosts.connect_seconds="
                 f"{self._options.connect_seconds:.0f}; see that host 0 runs, that its port can be reached from here and that all "
@@ -97,19 +100,23 @@ class Child:
         self.send(signal.SIGKILL)
         self.process.wait()
 
-    def _state(self) -> tuple[dict[str, Any], float]:
-        """What it wrote last, and how many seconds ago."""
+    def _look(self) -> None:
+        """Takes in what it wrote last, and for how long it has written nothing else."""
+        now = time.monotonic()
+        passed, self._looked = now - self._looked, now
         try:
-            return json.loads(self._file.read_text()), time.time() - self._file.stat().st_mtime
-        except (OSError, ValueError):
-            return {"phase": "start", "step": 0, "slowest": 0.0, "age": time.time() - self._started}, 0.0
+            state = codec.load(State, self._file)
+        except ValueError:
+            state = self._state
+        self._silent = 0.0 if state != self._state else self._silent + min(passed, _PAUSE_SECONDS)
+        self._state = state
 
-    def _limit(self, state: Mapping[str, Any]) -> float:
-        if state["phase"] == "connect":
+    def _limit(self, state: State) -> float:
+        if state.phase == "connect":
             return self._options.connect_seconds + SILENCE_SECONDS
-        if state["phase"] == "step" and state["slowest"]:
-            return max(self._options.step_seconds, 10 * state["slowest"])
-        return PHASE_SECONDS.get(state["phase"], _OTHER_SECONDS)
+        if state.phase == "step" and state.slowest:
+            return max(self._options.step_seconds, 10 * state.slowest)
+        return PHASE_SECONDS.get(state.phase, _OTHER_SECONDS)
 
 
 def supervise(arguments: Sequence[str], host: Host | None, options: HostsOptions) -> int:
@@ -166,6 +173,12 @@ def _watch(children: Sequence[Child], signals: _Signals) -> int:
             child.kill()
 
 
+def ending_signals() -> tuple[signal.Signals, ...]:
+    """The signals that ask for an end; SIGHUP is none where the caller had it ignored, as nohup does."""
+    wanted = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    return tuple(number for number in wanted if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN)
+
+
 def _local_hosts(count: int) -> list[Host]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -173,8 +186,8 @@ def _local_hosts(count: int) -> list[Host]:
     return [Host(f"127.0.0.1:{port}", count, index) for index in range(count)]
 
 
-def _where(state: Mapping[str, Any]) -> str:
-    return f"step {state['step'] + 1}" if state["phase"] == "step" else f"phase {state['phase']!r}"
+def _where(state: State) -> str:
+    return f"step {state.step + 1}" if state.phase == "step" else f"phase {state.phase!r}"
 
 
 def _say(message: str) -> None:
@@ -182,14 +195,14 @@ def _say(message: str) -> None:
 
 
 class _Signals:
-    """Passes SIGTERM and Ctrl-C on as SIGTERM, on which every host saves; a second Ctrl-C ends at once."""
+    """Passes SIGTERM, Ctrl-C and the loss of the terminal on as SIGTERM, on which every host saves; a second Ctrl-C ends at once."""
 
     def __init__(self) -> None:
         self.asked = self.killed = False
         self.children: Sequence[Child] = ()
 
     def __enter__(self) -> _Signals:
-        self._old = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        self._old = {number: signal.signal(number, self._note) for number in ending_signals()}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,14 +1,16 @@
-"""Ending before the end: SIGTERM (by which schedulers announce preemption and maintenance) and Ctrl-C."""
+"""Ending before the end: SIGTERM (by which schedulers announce preemption and maintenance), SIGHUP (a terminal that is gone) and Ctrl-C."""
 
 from __future__ import annotations
 
 import logging
+import os
 import signal
 from types import FrameType
 
 from jax.experimental import multihost_utils
 
 from plait.train.pods.hosts import together
+from plait.train.pods.hosts.supervise import ending_signals
 
 log = logging.getLogger("plait")
 
@@ -16,15 +18,17 @@ log = logging.getLogger("plait")
 class Termination:
     """Notes the signal, so that the step in progress is finished and saved. A second Ctrl-C interrupts at once.
 
-    On several hosts JAX's preemption service takes SIGTERM instead, on whichever of them it comes, and all learn of it at one step.
+    On several hosts JAX's preemption service takes SIGTERM instead, on whichever of them it comes, and all learn of it at one step;
+    SIGHUP is passed on as one.
     """
 
     asked = False
     """Whether to stop after the step last looked at."""
 
     def __enter__(self) -> Termination:
-        caught = (signal.SIGTERM, signal.SIGINT) if together.count() == 1 else ()
-        self._old = {number: signal.signal(number, self._note) for number in caught}
+        alone = together.count() == 1
+        caught = [number for number in ending_signals() if alone or number == signal.SIGHUP]
+        self._old = {number: signal.signal(number, self._note if alone else _pass_on) for number in caught}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -43,3 +47,7 @@ class Termination:
             raise KeyboardInterrupt
         self.asked = True
         log.warning("%s: saving after this step, then stopping; --resume goes on", signal.Signals(number).name)
+
+
+def _pass_on(number: int, frame: FrameType | None) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)

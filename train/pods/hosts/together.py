@@ -19,6 +19,7 @@ from typing import Any
 import jax
 
 from plait.configs.errors import is_bad_input
+from plait.configs.files import parse_json
 from plait.train.pods.hosts import heartbeat
 from plait.train.pods.hosts.host import Host, HostsError
 from plait.train.pods.hosts.supervise import FAILED, ORDERLY
@@ -142,7 +143,7 @@ def decide(stage: str, function: Callable[[], Any]) -> Any:
             value = function()
     if count() == 1:
         return value
-    return json.loads(broadcast(json.dumps(value)))
+    return parse_json(broadcast(json.dumps(value)))
 
 
 def post(name: str, text: str) -> None:
@@ -171,7 +172,7 @@ def agree(stage: str, facts: Mapping[str, Any]) -> None:
     with heartbeat.phase(stage):
         if count() == 1:
             return
-        every = [json.loads(text) for text in gather(json.dumps({name: str(value) for name, value in facts.items()}))]
+        every = [parse_json(text) for text in gather(json.dumps({name: str(value) for name, value in facts.items()}))]
         names = dict.fromkeys(name for one in every for name in one)
         differing = []
         for name in names:

@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import tyro
-
+from plait.configs.domains import is_line, shown
 from plait.configs.experiment import ExperimentConfig
 from plait.configs.files import write_atomically
 from plait.configs.options import split_options
+from plait.configs.words import parse
 from plait.train.pods.launch_files import gke, slurm, tpu_vm
 from plait.train.pods.launch_files.job import Job, checked_experiment
 from plait.train.pods.launch_files.machines import machines
@@ -49,14 +49,16 @@ def prepare(args: Sequence[str]) -> tuple[LaunchOptions, Job, str]:
     """What `write_launch` does before it writes: the options, what is started, and the text of the file. Raises ValueError."""
     if not args or args[0] not in KINDS:
         raise ValueError(f"write-launch needs one of {', '.join(KINDS)} first, not {args[0] if args else 'nothing'}")
-    if broken := [word for word in args if "\n" in word or "\r" in word]:
-        raise ValueError(f"{broken[0]!r} must be on one line: it becomes part of one in the file")
+    if broken := [word for word in args if not is_line(word)]:
+        raise ValueError(
+            f"{shown(broken[0])} must be on one line and without control characters, as it becomes part of a line of the file; take them out"
+        )
     kind = KINDS[args[0]]
     preset, rest = (args[1], args[2:]) if len(args) > 1 and not args[1].startswith("-") else (None, args[1:])
     mine, overrides = split_options(kind.options, rest)
     _check_names(kind.options, overrides)
     prog = f"launch.py write-launch {args[0]} {preset or 'PRESET'} [train overrides]"
-    options = tyro.cli(kind.options, args=mine, prog=prog)  # --help ends here
+    options = parse(kind.options, mine, prog=prog)  # --help ends here
     if preset is None:
         raise ValueError(f"write-launch {args[0]} needs a preset next, as in 'write-launch {args[0]} hybrid_1b'")
     job = Job(

@@ -9,6 +9,7 @@ kubernetes-engine/docs/how-to/tpu-multislice, how-to/cloud-storage-fuse-csi-driv
 
 from __future__ import annotations
 
+import re
 import shlex
 from typing import Any
 
@@ -27,8 +28,24 @@ _NODES_COME_WITHIN = 3600  # seconds: a pod waits so long for those whose nodes 
 
 def render(options: GkeOptions, job: Job) -> str:
     """The manifest with its commands on top. Raises ValueError where names of pods would be too long."""
-    manifest = jobset(options, job)
-    return _header(options, job) + yaml.safe_dump(manifest, sort_keys=False, width=1000)
+    return _header(options, job) + yaml.dump(jobset(options, job), Dumper=_Dumper, sort_keys=False, width=1000)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that is no plain word, since readers differ in what else they take for text: `1e3`, `y`, `0o7`."""
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    plain = re.fullmatch(r"[A-Za-z/][A-Za-z0-9./_-]+", text)
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if plain else '"')
+
+
+_Dumper.add_representer(str, _text)
+
+
+def _literal(text: str) -> str:
+    """A word or value in which Kubernetes expands nothing: there, `$(NAME)` is a variable and `$$` a dollar sign."""
+    return text.replace("$", "$$")
 
 
 def jobset(options: GkeOptions, job: Job) -> dict[str, Any]:
@@ -148,7 +165,7 @@ def run_folder(options: GkeOptions, job: Job) -> str:
 
 
 def _command(options: GkeOptions, job: Job) -> list[str]:
-    command = job.command(options.entry, run_folder(options, job))
+    command = [_literal(word) for word in job.command(options.entry, run_folder(options, job))]
     waits = any(word.startswith("--hosts.connect") for word in command) or job.machines.hosts == 1
     return command if waits else [*command, "--hosts.connect-seconds", str(_NODES_COME_WITHIN)]
 
@@ -166,7 +183,7 @@ def _environment(options: GkeOptions, job: Job) -> list[dict[str, Any]]:
         "name": "JOB_INDEX",
         "valueFrom": {"fieldRef": {"fieldPath": "metadata.labels['jobset.sigs.k8s.io/job-index']"}},
     }
-    return [*({"name": name, "value": value} for name, value in (own | environment(options.env)).items()), slice_index]
+    return [*({"name": name, "value": _literal(value)} for name, value in (own | environment(options.env)).items()), slice_index]
 
 
 def _volumes(options: GkeOptions, job: Job) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -11,12 +11,15 @@ from typing import Annotated
 
 import tyro
 
+from plait.configs.domains import Counted, Line, Name, Whole, check_leaves
+
 _LABEL = r"[a-z]([-a-z0-9]*[a-z0-9])?"
 _IMAGE = re.compile(
-    r"[a-z0-9]+([.-][a-z0-9]+)*(:\d+)?(/[a-z0-9]+([._-]+[a-z0-9]+)*)*(:[\w][\w.-]{0,127})?(@sha256:[0-9a-f]{64})?"
+    r"[a-z0-9]+([.-][a-z0-9]+)*(:\d+)?(/[a-z0-9]+([._-]+[a-z0-9]+)*)*(:[\w][\w.-]{0,127})?(@sha256:[0-9a-f]{64})?",
+    re.ASCII,
 )
 _OWN_VARIABLES = ("PLAIT_", "JOB_COMPLETION_INDEX", "JOB_INDEX", "MEGASCALE_", "TPU_WORKER_")
-Repeated = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
+Repeated = Annotated[tuple[Line, ...], tyro.conf.UseAppendAction]
 
 
 def check_label(what: str, name: str, longest: int = 63) -> None:
@@ -43,25 +46,20 @@ def check_image(what: str, image: str) -> None:
 
 
 def check_folder(what: str, folder: str) -> None:
-    """Raises ValueError where `folder` is no absolute path."""
-    if not folder.startswith("/") or "\n" in folder or "," in folder:
+    """Raises ValueError where `folder` is no absolute path, or has marks that part the folders of a container."""
+    if not folder.startswith("/") or "," in folder or ":" in folder:
         raise ValueError(
-            f"{what}={folder!r} must be an absolute path (without commas), the same on every host; use for example /runs/a"
+            f"{what}={folder!r} must be an absolute path (without commas and colons), the same on every host; use for example /runs/a"
         )
 
 
 def check_words(what: str, *words: str | None) -> None:
-    """Raises ValueError where a word is empty or holds white space: names of projects, zones, partitions."""
+    """Raises ValueError where a name of a project, a zone or a partition is none."""
     for word in words:
-        if word is not None and not re.fullmatch(r"[\w.:/@+#-]+", word):
-            raise ValueError(f"{what}={word!r} must be one word of letters, digits and . _ - : / @ + #")
-
-
-def check_positive(**numbers: int | None) -> None:
-    """Raises ValueError where a number is below 1."""
-    for name, number in numbers.items():
-        if number is not None and number < 1:
-            raise ValueError(f"{name}={number} must be at least 1")
+        if word is not None and not re.fullmatch(r"[\w./@+][\w.:/@+#-]*", word, re.ASCII):
+            raise ValueError(
+                f"{what}={word!r} must be one word of letters, digits and . _ - : / @ + # that does not begin with - : #; use another name"
+            )
 
 
 def environment(pairs: Iterable[str]) -> dict[str, str]:
@@ -69,8 +67,10 @@ def environment(pairs: Iterable[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
-        if not equals or not re.fullmatch(r"[A-Za-z_]\w*", name) or "\n" in value:
-            raise ValueError(f"env={pair!r} must be NAME=VALUE on one line")
+        if not equals or not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
+            raise ValueError(
+                f"env={pair!r} must be NAME=VALUE, the name of letters, digits and _; use for example NCCL_DEBUG=INFO"
+            )
         if name.startswith(_OWN_VARIABLES):
             raise ValueError(f"env={pair!r}: {name} is set by the launch file or the cluster; leave it out")
         if name in found:
@@ -83,11 +83,11 @@ def environment(pairs: Iterable[str]) -> dict[str, str]:
 class LaunchOptions:
     """What every kind needs."""
 
-    target: str
+    target: Name
     """Machines, as in v5e:16x16 and v5p:8x8x8 (chips along each axis of a TPU slice), or h100:8x8 (hosts x 8 GPUs)."""
-    slices: int = 1
+    slices: Annotated[int, Whole(1, 256)] = 1
     """TPU slices of that shape, joined by the data-centre network."""
-    name: str | None = None
+    name: Name | None = None
     """Of the job; the preset's name by default."""
     out: Path = Path("launch")
     """Folder on this machine that the file is written to."""
@@ -97,6 +97,7 @@ class LaunchOptions:
     """NAME=VALUE of a variable of every process; may be given several times."""
 
     def __post_init__(self) -> None:
+        check_leaves(self)
         if self.name is not None:
             check_label("name", self.name)
         environment(self.env)
@@ -106,35 +107,35 @@ class LaunchOptions:
 class GkeOptions(LaunchOptions):
     """A JobSet for Google Kubernetes Engine."""
 
-    image: str
+    image: Line
     """Container image that has plait installed, with a tag or a digest."""
-    entry: str = "plait"
+    entry: Line = "plait"
     """Command of the image that starts plait; `python launch.py` where it holds the source."""
-    namespace: str = "default"
+    namespace: Name = "default"
     """Kubernetes namespace."""
-    claim: str | None = None
+    claim: Name | None = None
     """PersistentVolumeClaim (ReadWriteMany) that holds the run folders."""
-    bucket: str | None = None
+    bucket: Line | None = None
     """Cloud Storage bucket that holds them, mounted by Cloud Storage FUSE; in place of `claim`."""
-    mount: str = "/runs"
+    mount: Line = "/runs"
     """Where the claim or bucket is mounted; the run folder is MOUNT/NAME."""
-    service_account: str | None = None
+    service_account: Line | None = None
     """Kubernetes service account of the pods; a bucket needs one that may read and write it."""
-    machine_type: str | None = None
+    machine_type: Name | None = None
     """Machine of a host where a generation has several (H100: a3-megagpu-8g, a3-highgpu-8g)."""
     spot: bool = False
     """Run on spot nodes."""
     host_network: bool | None = None
     """Pods use their nodes' network; None: only where there are several slices, whose traffic crosses it."""
-    queue: str | None = None
+    queue: Name | None = None
     """Kueue's LocalQueue to wait in."""
-    priority_class: str | None = None
+    priority_class: Name | None = None
     """PriorityClass of the pods."""
     secret: Repeated = ()
     """Secret whose keys become variables, as one with WANDB_API_KEY; may be given several times."""
-    max_restarts: int = 100
+    max_restarts: Counted = 100
     """Restarts after failures; a stop by eviction is none."""
-    grace_seconds: int = 300
+    grace_seconds: Annotated[int, Whole(60, 86400)] = 300
     """Seconds between SIGTERM and SIGKILL, in which the run saves."""
 
     def __post_init__(self) -> None:
@@ -154,41 +155,37 @@ class GkeOptions(LaunchOptions):
         for secret in self.secret:
             check_label("secret", secret)
         check_folder("mount", self.mount)
-        if self.max_restarts < 0:
-            raise ValueError(f"max_restarts={self.max_restarts} must be 0 or more")
-        if self.grace_seconds < 60:
-            raise ValueError(f"grace_seconds={self.grace_seconds} must be at least 60, in which the run saves")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SlurmOptions(LaunchOptions):
     """A batch script for SLURM; a task is a host with all its GPUs."""
 
-    run_folder: str
+    run_folder: Line
     """Run folder as every host sees it, an absolute path."""
-    entry: str = "plait"
+    entry: Line = "plait"
     """Command that starts plait on the hosts."""
-    setup: str | None = None
+    setup: Line | None = None
     """Shell command run on each host before it, as in `source /shared/plait/.venv/bin/activate`."""
-    image: str | None = None
+    image: Line | None = None
     """Container image, started by srun through Pyxis."""
     mount: Repeated = ()
     """Folder of the host that the container sees under the same path; may be given several times."""
-    partition: str | None = None
+    partition: Line | None = None
     """Partition to submit to."""
-    account: str | None = None
+    account: Line | None = None
     """Account to charge."""
-    qos: str | None = None
+    qos: Line | None = None
     """Quality of service."""
-    constraint: str | None = None
+    constraint: Line | None = None
     """Feature that nodes must have."""
-    time: str = "24:00:00"
+    time: Name = "24:00:00"
     """Time limit of one start; the run saves before it and is queued again."""
-    cpus: int | None = None
+    cpus: Annotated[int, Whole(1, 4096)] | None = None
     """CPUs a host; None leaves all of its CPUs to the run, unbound."""
-    max_restarts: int = 100
+    max_restarts: Counted = 100
     """Restarts after failures; a stop by the time limit or preemption is none."""
-    grace_seconds: int = 120
+    grace_seconds: Annotated[int, Whole(60, 65535)] = 120
     """Seconds before the time limit at which the run is told to save."""
 
     def __post_init__(self) -> None:
@@ -203,40 +200,37 @@ class SlurmOptions(LaunchOptions):
             check_folder("mount", folder)
         for what in ("partition", "account", "qos", "constraint"):
             check_words(what, getattr(self, what))
-        if not re.fullmatch(r"(\d+-)?\d{1,2}(:\d{2}){1,2}|\d+", self.time):
-            raise ValueError(f"time={self.time!r} must be MINUTES, HH:MM:SS or DAYS-HH:MM:SS")
-        check_positive(cpus=self.cpus)
-        if self.max_restarts < 0:
-            raise ValueError(f"max_restarts={self.max_restarts} must be 0 or more")
-        if not 60 <= self.grace_seconds <= 65535:
-            raise ValueError(f"grace_seconds={self.grace_seconds} must be at least 60, in which the run saves, and at most 65535")
+        if not re.fullmatch(r"(\d+-)?\d{1,2}(:\d{2}){1,2}|\d+", self.time, re.ASCII):
+            raise ValueError(f"time={self.time!r} must be MINUTES, HH:MM:SS or DAYS-HH:MM:SS; use for example 24:00:00")
+        if self.setup is not None:
+            _check_shell("setup", self.setup, "as in 'source /shared/plait/.venv/bin/activate'", comments=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TpuVmOptions(LaunchOptions):
     """A script around gcloud for Cloud TPU VMs."""
 
-    project: str
+    project: Line
     """Google Cloud project."""
-    zone: str
+    zone: Name
     """Zone of the TPUs, as in us-east5-b."""
-    package: str
+    package: Line
     """What pip installs, at a version: `plait[tpu] @ git+https://HOST/plait@v0.1.0`, or a wheel's address."""
-    bucket: str | None = None
+    bucket: Line | None = None
     """Cloud Storage bucket that holds the run folders, mounted by Cloud Storage FUSE on every host."""
-    nfs: str | None = None
+    nfs: Line | None = None
     """SERVER:/PATH of a file share (Filestore) that holds them; in place of `bucket`."""
-    mount: str = "/mnt/plait"
+    mount: Line = "/mnt/plait"
     """Where the bucket or share is mounted; the run folder is MOUNT/NAME."""
-    python: str = "3.12"
+    python: Name = "3.12"
     """Python that uv installs on the hosts."""
-    runtime_version: str | None = None
+    runtime_version: Name | None = None
     """Software of the TPU VMs; None is the one for JAX."""
-    service_account: str | None = None
+    service_account: Line | None = None
     """E-mail of the service account of the TPU VMs."""
-    network: str | None = None
+    network: Line | None = None
     """Network of the TPU VMs."""
-    subnetwork: str | None = None
+    subnetwork: Line | None = None
     """Its subnetwork."""
     spot: bool = False
     """Spot TPUs, which may be taken away; `watch` gets new ones."""
@@ -246,8 +240,8 @@ class TpuVmOptions(LaunchOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_words("project", self.project)
-        if not re.fullmatch(r"[a-z]+-[a-z]+\d+-[a-z]", self.zone):
-            raise ValueError(f"zone={self.zone!r} must be a zone, as in us-east5-b")
+        if not re.fullmatch(r"[a-z]+-[a-z]+\d+-[a-z]", self.zone, re.ASCII):
+            raise ValueError(f"zone={self.zone!r} must be a zone; use for example us-east5-b")
         if not _is_one_version(self.package):
             raise ValueError(
                 f"package={self.package!r} must name one version, so that every host and restart runs the same code; "
@@ -257,8 +251,8 @@ class TpuVmOptions(LaunchOptions):
             raise ValueError(
                 f"bucket={self.bucket!r} and nfs={self.nfs!r}: give one of them, which every host sees, for the run folder"
             )
-        if self.nfs is not None and not re.fullmatch(r"[\w.-]+:/[\w./-]*", self.nfs):
-            raise ValueError(f"nfs={self.nfs!r} must be SERVER:/PATH")
+        if self.nfs is not None and not re.fullmatch(r"\w[\w.-]*:/[\w./-]*", self.nfs, re.ASCII):
+            raise ValueError(f"nfs={self.nfs!r} must be SERVER:/PATH; use for example 10.0.0.2:/runs")
         check_folder("mount", self.mount)
         check_words("python", self.python)
         for what in ("bucket", "runtime_version", "service_account", "network", "subnetwork"):
@@ -269,7 +263,7 @@ class TpuVmOptions(LaunchOptions):
 
 def _is_one_version(requirement: str) -> bool:
     """Whether a pip requirement is NAME==VERSION, a wheel's address, or a repository's address at a revision."""
-    if "\n" in requirement:
+    if requirement.startswith("-"):
         return False
     address = requirement.rpartition("@ ")[2]
     if "://" not in address:
@@ -279,9 +273,17 @@ def _is_one_version(requirement: str) -> bool:
 
 
 def _check_entry(entry: str) -> None:
+    words = _check_shell("entry", entry, "as in 'plait' or 'python launch.py'")
+    if words[0].startswith("-"):
+        raise ValueError(f"entry={entry!r} must begin with a command, not an option; use for example 'plait'")
+
+
+def _check_shell(what: str, text: str, example: str, *, comments: bool = False) -> list[str]:
+    """The words of a shell command, without its comment. Raises ValueError where there are none, or a quote is open."""
     try:
-        words = shlex.split(entry)
+        words = shlex.split(text, comments)
     except ValueError as error:
-        raise ValueError(f"entry={entry!r} is no command: {error}") from None
+        raise ValueError(f"{what}={text!r} is no command: {error}; use a whole one, {example}") from None
     if not words:
-        raise ValueError(f"entry={entry!r} must be a command, as in 'plait' or 'python launch.py'")
+        raise ValueError(f"{what}={text!r} must be a command; use one, {example}")
+    return words

@@ -78,7 +78,7 @@ def _body(options: SlurmOptions, job: Job) -> list[str]:
         folders = dict.fromkeys([*options.mount, options.run_folder.rpartition("/")[0] or "/"])
         step.append("--container-mounts=" + ",".join(f"{folder}:{folder}" for folder in folders))
     if options.setup is not None:
-        command = ["bash", "-c", f"{options.setup} && exec " + shlex.join(command)]
+        command = ["bash", "-c", f"{options.setup}\nif (( $? )); then exit 1; fi\nexec {shlex.join(command)}"]
     variables = [f"export {name}={shlex.quote(value)}" for name, value in environment(options.env).items()]
     gpus = ",".join(str(i) for i in range(job.machines.chips_per_host))
     return [

@@ -114,7 +114,7 @@ def _start(options: TpuVmOptions, job: Job) -> list[str]:
     words = ["sudo", "systemd-run", f"--unit={_unit(job)}", "--collect"]
     words += [f"--property={name}={value}" for name, value in properties.items()]
     words += [f"--setenv={name}={value}" for name, value in variables.items()]
-    command = job.command("plait", run_folder(options, job))[1:]
+    command = [word.replace("$", "$$") for word in job.command("plait", run_folder(options, job))[1:]]  # systemd expands $NAME
     return [
         "set -eu",
         f"sudo systemctl stop {_unit(job)} 2> /dev/null || true",

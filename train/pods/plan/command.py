@@ -31,8 +31,6 @@ def run_plan(
         ValueError: the target is unknown, what is asked for does not fit together, or `out` holds a plan; nothing was compiled.
     """
     machine = parse_target(target, slices)
-    if search is not None and search < 0:
-        raise ValueError(f"compile={search} must be 0 or more")
     if search is not None and machine.chip is None:
         raise TargetError(f"target={target!r} has no peak to rank by; --search is for TPUs and GPUs")
     folder = _folder(out, f"{config.name}-{machine.label()}")

@@ -22,6 +22,7 @@ _RING = {"v5e": 16, "v6e": 16, "v4": 4, "v5p": 4, "tpu7x": 4}
 GPUS_PER_HOST = 8
 """Of every GPU machine that is planned for."""
 _MOST_CPUS = 256
+_MOST_HOSTS = 2**14
 _PODS = "{}, {} and {}".format(*_LARGEST.values())
 KNOWN = f"""v5e and v6e: {", ".join(_FLAT)} chips, as in v5e:16x16
 v4, v5p and tpu7x: AxBxC chips, each 1, 2 or a multiple of 4, as in v5p:4x8x8 or v5p:16x16x16; up to {_PODS} chips
@@ -76,13 +77,13 @@ def parse_target(text: str, slices: int = 1) -> Target:
     if found is None:
         raise TargetError(f"target={text!r} must be {name}:SHAPE\nknown targets:\n{KNOWN}")
     if slices < 1:
-        raise TargetError(f"slices={slices} must be at least 1")
+        raise TargetError(f"slices={slices} must be at least 1; use 1")
     shape = tuple(int(n) for n in (found[2] or found[3]).split("x"))
     if name == "cpu" or CHIPS[name].platform == "gpu":
         if slices > 1:
             raise TargetError(f"slices={slices} is for TPUs; give {name} more hosts")
         if min(shape) < 1:
-            raise TargetError(f"target={text!r} must have at least one device")
+            raise TargetError(f"target={text!r} must have at least one device; use for example cpu:8")
         return Target(text, name, _gpus(text, shape) if name != "cpu" else _cpus(text, shape))
     _check_torus(text, name, shape)
     return Target(text, name, shape, slices)
@@ -99,12 +100,14 @@ def _gpus(text: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         shape = (max(1, count // GPUS_PER_HOST), min(count, GPUS_PER_HOST))
     if len(shape) != 2:
         raise TargetError(f"target={text!r} must be HOSTSxGPUS\nknown targets:\n{KNOWN}")
+    if shape[0] > _MOST_HOSTS:
+        raise TargetError(f"target={text!r} must have at most {_MOST_HOSTS} hosts; use fewer")
     return shape
 
 
 def _cpus(text: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     if len(shape) != 1 or shape[0] > _MOST_CPUS:
-        raise TargetError(f"target={text!r} must be cpu:DEVICES with at most {_MOST_CPUS}, as in cpu:8")
+        raise TargetError(f"target={text!r} must be cpu:DEVICES with at most {_MOST_CPUS}; use for example cpu:8")
     return shape
 
 

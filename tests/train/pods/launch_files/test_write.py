@@ -55,7 +55,7 @@ BAD = {
     "environment": (f"gke lm_tiny {TO_GKE} --env A", "must be NAME=VALUE"),
     "own environment": (f"gke lm_tiny {TO_GKE} --env PLAIT_HOST_COUNT=3", "is set by the launch file"),
     "two lines": (f"gke lm_tiny {TO_GKE} --model.pattern 'softmax\nkubectl delete'", "must be on one line"),
-    "grace": (f"gke lm_tiny {TO_GKE} --grace-seconds 5", "grace_seconds=5 must be at least 60"),
+    "grace": (f"gke lm_tiny {TO_GKE} --grace-seconds 5", "grace_seconds=5 must be a whole number from 60"),
     "relative folder": ("slurm lm_tiny --target h100:2x8 --run-folder runs/a", "must be an absolute path"),
     "TPU on SLURM": ("slurm lm_tiny --data.batch-size 16 --target v5e:4x4 --run-folder /runs/a", "use 'write-launch gke'"),
     "time": (f"slurm lm_tiny {TO_SLURM} --time tomorrow", "time='tomorrow' must be"),

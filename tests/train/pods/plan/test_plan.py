@@ -73,6 +73,7 @@ def test_targets(text: str, shape: tuple[int, ...], devices: int):
         ("v5e", "must be v5e:SHAPE"),
         ("h100x12", "multiple of 8"),
         ("h100:2x2x2", "HOSTSxGPUS"),
+        ("h100:99999999999x8", "at most 16384 hosts"),
         ("cpu:2x4", "cpu:DEVICES"),
         ("cpu:9999", "at most 256"),
         ("cpu:0", "at least one device"),

@@ -30,7 +30,9 @@ trap : TERM  # the tasks get it too; they save, and this script goes on
 export JAX_LOCAL_DEVICE_IDS=0,1,2,3,4,5,6,7  # a task owns all GPUs of its host
 
 srun --wait=120 --open-mode=append --output=hybrid-h100-%j.host%t.log --cpu-bind=none \
-  bash -c 'source /shared/plait/bin/activate && exec plait train hybrid_1b --mesh.fsdp 64 --data.source /shared/corpus --out /shared/runs/hybrid --resume'
+  bash -c 'source /shared/plait/bin/activate
+if (( $? )); then exit 1; fi
+exec plait train hybrid_1b --mesh.fsdp 64 --data.source /shared/corpus --out /shared/runs/hybrid --resume'
 status=$?
 
 again() {

@@ -1,0 +1,154 @@
+"""What the ops mean, as loops over tokens in float64 that share nothing with `plait.kernels`, its references included.
+
+A row of segment ids is a list of places. A segment is all places of one id other than 0, and a position is how far a place stands from
+the first of its segment.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+
+def positions(ids: Sequence[int]) -> list[int | None]:
+    """How far each place is from its segment's first; None for padding."""
+    ids = list(map(int, ids))
+    return [None if i == 0 else t - ids.index(i) for t, i in enumerate(ids)]
+
+
+def sees(mask: Any, i: int, j: int) -> bool:
+    """Whether position i sees position j of its segment."""
+    if mask.causal and j > i:
+        return False
+    if j <= i and j < mask.num_sink_tokens:
+        return True
+    if hasattr(mask, "block_size"):
+        back = i // mask.block_size - j // mask.block_size
+        return back == 0 or back.bit_count() == 1 or (mask.window_size is not None and i - j < mask.window_size)
+    if (i - j) % (mask.dilation or 1):
+        return False
+    size = mask.window_size if i >= j else mask.right_window_size or mask.window_size
+    return size is None or abs(i - j) // (mask.dilation or 1) < size
+
+
+def attention(
+    q: Any, k: Any, v: Any, ids: Any, mask: Any, *, sinks=None, sigmoid_bias=None, soft_cap=None, bias=None, table=None, first_k=3
+) -> dict[str, np.ndarray]:
+    """All that the attention ops give, by name: o, the statistics, `weights` [B, H, T, T], `first_masses` and `column_mass`.
+
+    `sinks` and `sigmoid_bias` are [H], `bias` is a pair [B, T, H, R], and `table` is (visible, block_q, block_kv).
+    """
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    (batch, length, heads, dim), group = q.shape, q.shape[2] // k.shape[2]
+    found = {
+        "o": np.zeros((batch, length, heads, v.shape[3])),
+        "weights": np.zeros((batch, heads, length, length)),
+        "first_masses": np.zeros((batch, length, heads, first_k)),
+        **{name: np.zeros((batch, length, heads)) for name in ("lse", "max_logit", "entropy", "first_mass", "column_mass")},
+    }
+    for b, h, i in np.ndindex(batch, heads, length):
+        place, seen = positions(ids[b]), []
+        for j in range(length):
+            if ids[b][i] == 0 or ids[b][j] != ids[b][i] or not sees(mask, place[i], place[j]):
+                continue
+            if table is None or table[0][b, h % table[0].shape[1], i // table[1], j // table[2]]:
+                seen.append(j)
+        z = q[b, i, h] @ k[b, seen, h // group].T / dim**0.5
+        if bias is not None:
+            z = z + bias[0][b, i, h] @ bias[1][b, seen, h].T
+        z = z if soft_cap is None else soft_cap * np.tanh(z / soft_cap)
+        if not seen:
+            found["lse"][b, i, h] = -1e30 if sinks is None else sinks[h]
+            found["max_logit"][b, i, h] = -1e30
+            continue
+        log_weights = z if sigmoid_bias is None else -np.logaddexp(0, -(z + sigmoid_bias[h]))
+        keys = np.logaddexp.reduce(log_weights)
+        shares = np.exp(log_weights - keys)
+        lse = keys if sinks is None else np.logaddexp(keys, sinks[h])
+        weights = np.exp(log_weights - lse) if sigmoid_bias is None else np.exp(log_weights)
+        found["o"][b, i, h] = weights @ v[b, seen, h // group]
+        found["weights"][b, h, i, seen] = weights
+        found["column_mass"][b, seen, h] += weights
+        found["lse"][b, i, h], found["max_logit"][b, i, h] = lse, z.max()
+        found["entropy"][b, i, h] = -(shares * (log_weights - keys)).sum()
+        for j, weight in zip(seen, np.exp(log_weights - lse)):
+            if place[j] < first_k:
+                found["first_masses"][b, i, h, place[j]] = weight
+    found["first_mass"] = found["first_masses"][..., 0]
+    return found
+
+
+def short_conv(x: Any, weight: Any, bias: Any, before: Any, ids: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Outputs before the activation, and the last inputs. `before` stands before the first place, in the first token's segment."""
+    x, weight, before = (np.asarray(a, np.float64) for a in (x, weight, before))
+    (batch, length, _), reach = x.shape, len(weight) - 1
+    y, last = np.zeros(x.shape), np.array(before)
+    for b in range(batch):
+        real = [t for t in range(length) if ids[b][t] != 0]
+        owner = {t: int(ids[b][t]) for t in range(length)} | {t: int(ids[b][real[0]]) if real else 0 for t in range(-reach, 0)}
+        value = lambda t, b=b: x[b, t] if t >= 0 else before[b, t + reach]
+        for t in real:
+            taps = [weight[reach - back] * value(t - back) for back in range(reach + 1) if owner[t - back] == owner[t]]
+            y[b, t] = np.asarray(bias, np.float64) + sum(taps)
+        if real:
+            places = range(real[-1] - reach + 1, real[-1] + 1)
+            last[b] = [value(t) if owner[t] == owner[real[-1]] else 0 * x[b, 0] for t in places]
+    return y, last
+
+
+def recurrence(q: Any, k: Any, v: Any, g: Any, beta: Any, state: Any, ids: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Outputs and final state of decay (`beta` None) and the delta rule (`g` may be None): one token after the other."""
+    q, k, v, state = (np.array(x, np.float64) for x in (q, k, v, state))
+    (batch, length, qk_heads, dim), heads = q.shape, v.shape[2]
+    o = np.zeros(v.shape)
+    for b, h in np.ndindex(batch, heads):
+        group, before = h // (heads // qk_heads), None
+        for t in range(length):
+            if ids[b][t] == 0:
+                continue
+            if before not in (None, ids[b][t]):
+                state[b, h] = 0
+            before = ids[b][t]
+            if g is not None:
+                state[b, h] *= np.exp(np.asarray(g[b, t, h], np.float64)).reshape(-1, 1)
+            key, new = k[b, t, group], v[b, t, h]
+            if beta is not None:
+                new = float(beta[b, t, h]) * (new - key @ state[b, h])
+            state[b, h] += np.outer(key, new)
+            o[b, t, h] = q[b, t, group] @ state[b, h] / dim**0.5
+    return o, state
+
+
+def topk_blocks(
+    q: Any,
+    k: Any,
+    ids: Any,
+    *,
+    top_k: int,
+    block_kv: int,
+    block_q: int = 1,
+    num_local: int = 1,
+    num_first: int = 0,
+    by_group=False,
+) -> np.ndarray:
+    """bool [B, H, M, N]: the blocks of keys that each block of queries chooses."""
+    q, k, ids = np.asarray(q, np.float64), np.asarray(k, np.float64), np.asarray(ids)
+    (batch, length, heads, _), group = q.shape, q.shape[2] // k.shape[2]
+    table = np.zeros((batch, heads, -(-length // block_q), -(-length // block_kv)), bool)
+    for b, h, m in np.ndindex(*table.shape[:3]):
+        i = m * block_q
+        own = i // block_kv
+        scores, forced = {}, {own}
+        for n in range(own):
+            tokens = [j for j in range(n * block_kv, (n + 1) * block_kv) if ids[b, j]]
+            if not ids[b, i] or not tokens or ids[b, tokens[-1]] != ids[b, i]:
+                continue
+            mean = np.mean([k[b, j, h // group] for j in tokens if ids[b, j] == ids[b, i]], axis=0)
+            who = range(h // group * group, h // group * group + group) if by_group else (h,)
+            scores[n] = sum(q[b, i, head] @ mean for head in who)
+            start = ids[b].tolist().index(ids[b, i]) // block_kv
+            if n > own - num_local or n < start + num_first:
+                forced.add(n)
+        best = sorted((n for n in scores if n not in forced), key=lambda n: -scores[n])[: max(0, top_k - len(forced))]
+        table[b, h, m, [*forced, *best]] = True
+    return table
