@@ -36,6 +36,7 @@ VERIFY_BYTES = 1 << 30  # token files up to this size are read and hashed before
 class CorpusMeta:
     """What is known of a tokenised corpus without reading it."""
 
+    check: str | None = None  # of the other fields; None in caches that are older than it
     format: int
     source: str
     fingerprint: str  # of the text: the same on every machine
@@ -47,7 +48,6 @@ class CorpusMeta:
     num_token_bytes: int  # the same, counted token by token
     tokens_sha256: str
     index_sha256: str
-    check: str | None = None  # of the fields above; None in caches that are older than it
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ META_FILE = "tokenizer_meta.json"
 class TokenizerMeta:
     """What stands beside a tokenizer.json that we wrote."""
 
+    check: str | None = None  # of the other fields; None in folders that are older than it
     kind: Literal["byte", "json"]
     eos: str
     bos: str
@@ -34,7 +35,6 @@ class TokenizerMeta:
     corpus: str | None = None  # fingerprint of the text it was learned from
     tokenizer: str | None = None  # data.tokenizer and data.vocab_size that asked for it
     vocab_size: int | None = None
-    check: str | None = None  # of the fields above; None in folders that are older than it
 
 
 class Tokenizer(ABC):

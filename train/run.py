@@ -188,6 +188,8 @@ def opened(folder: str | Path, step: int | None = None) -> Trained:
         raise RunError(f"{str(folder)!r} is not a run folder: it has no {CONFIG}; give the --out of a training run")
     config = dataclasses.replace(codec.load(ExperimentConfig, folder / CONFIG), out=str(folder))
     config = dataclasses.replace(config, mesh=_mesh_for_reading(config))
+    if not (folder / CHECKPOINTS).exists():
+        raise _none_yet(folder)
     tokenizer = None
     if config.data.task.reads_text:
         if not (folder / "tokenizer" / TOKENIZER_FILE).exists():
@@ -214,10 +216,14 @@ def _restored(folder: Path, like: TrainState, step: int | None) -> tuple[int, Tr
             restored = checkpoints.restore(like, step)
             if restored is not None:
                 return restored
-            raise CheckpointError(f"{str(folder)!r} has no checkpoint yet; wait for the first one or train longer")
+            raise _none_yet(folder)
         except CheckpointError:
             if step is not None or steps in ([], seen):
                 raise
             seen = steps
         finally:
             checkpoints.close()
+
+
+def _none_yet(folder: Path) -> CheckpointError:
+    return CheckpointError(f"{str(folder)!r} has no checkpoint yet; wait for the first one or train longer")

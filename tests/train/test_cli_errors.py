@@ -30,7 +30,7 @@ def latin(folder):
 
 def no_files(folder):
     (folder / "a.pdf").write_bytes(b"x")
-    return ["has no .txt, .jsonl, .parquet files", ".pdf"]
+    return ["has no files that are read; it has .pdf (1); use .txt"]
 
 
 def cut_parquet(folder):
@@ -98,8 +98,9 @@ def assert_next_try_begins(words, capsys):
 
     for tokenizer in ([], ["--data.tokenizer", "bpe", "--data.vocab-size", "280"]):
         config = parse_experiment(words[1], [*words[2:], *tokenizer])
-        assert runs.claim(config) is False
-        runs.set_up(config)
+        with runs.claimed(config) as (going_on, _):
+            assert going_on is False
+            runs.set_up(config)
 
 
 @pytest.mark.parametrize("write", CORPORA, ids=lambda f: f.__name__)

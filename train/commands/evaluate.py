@@ -132,6 +132,7 @@ def _data(trained: Trained, task: Task, text: OtherText, scratch: Path) -> Data:
     """The rows of a task, as long and as many in a batch as the run's. Raises ValueError where the run's model cannot read them, or
     where what the run was trained on is no longer there and no other text was asked for."""
     program, own = trained.program, trained.program.config.data
+    at(task.name, task.fit, own)
     config = dataclasses.replace(own, task=task)
     if task.reads_text:
         if trained.tokenizer is None:
@@ -140,7 +141,6 @@ def _data(trained: Trained, task: Task, text: OtherText, scratch: Path) -> Data:
                 f"use --tasks {own.task.name}"
             )
         config = dataclasses.replace(config, source=text.source or own.source, text_field=text.text_field or own.text_field)
-    at(task.name, task.fit, own)
     reading = Reading(tokenizer=trained.tokenizer, corpus=trained.data.get("corpus"), scratch=scratch)
     data = build_data(config, program.config.folder, rows=program.layout.rows, reading=reading)
     size = program.config.model.vocab_size
