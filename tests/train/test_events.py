@@ -79,7 +79,7 @@ def test_sink_rate_of_the_model_is_an_event_without_layer():
     (event,) = Watching().update(0, some)
     assert (event.kind, event.message) == (
         "sink_at_start",
-        "15% of (head, sequence) pairs have a sink, already at the first probe",
+        "15% of (head, document) pairs have a sink, already at the first probe",
     )
 
 
