@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 
 Array = jax.Array
+SOLVED_AT_ONCE = 16
+"""Tokens of the diagonal blocks that `solve_unit_lower` inverts."""
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -206,3 +208,16 @@ def _unit_lower_inverse_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tu
     (lower,), (dlower,) = primals, tangents
     inverse = unit_lower_inverse(lower)
     return inverse, -dot("...ij,...jk,...kl->...il", inverse, jnp.tril(dlower, -1), inverse)
+
+
+def solve_unit_lower(lower: Array, right: Array) -> Array:
+    """(I + L)^-1 `right` [..., C, X] for strictly lower triangular L [..., C, C], block after block.
+
+    The errors of a whole inverse would add up where its entries nearly cancel each other, as on equal keys with a beta of 2.
+    """
+    half = lower.shape[-1] // 2
+    if half < SOLVED_AT_ONCE:
+        return dot("...ij,...jx->...ix", unit_lower_inverse(lower), right)
+    top = solve_unit_lower(lower[..., :half, :half], right[..., :half, :])
+    rest = right[..., half:, :] - dot("...ij,...jx->...ix", lower[..., half:, :half], top)
+    return jnp.concatenate([top, solve_unit_lower(lower[..., half:, half:], rest)], axis=-2)

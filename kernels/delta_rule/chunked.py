@@ -11,13 +11,12 @@ from plait.kernels.recurrence import Chunks, RecurrenceCall, Results
 Array = jax.Array
 
 
-def cut(call: RecurrenceCall) -> tuple[Chunks, Array, Array]:
-    """The chunks, the scores of q [..., C, C], and M = (I + L)^-1 Diag(beta), L_ij being beta_i times the score of k_i, k_j."""
+def cut(call: RecurrenceCall) -> tuple[Chunks, Array, Array, Array]:
+    """The chunks, the scores of q [..., C, C], L with L_ij beta_i times the score of k_i, k_j for j < i, and beta [..., C, 1]."""
     c = recurrence.cut(call)
     (beta,) = c.gates  # [B, H, N, C, 1]
     scores, lower = recurrence.scores(c.q, c), recurrence.scores(beta * c.k, c)
-    inverse = chunking.unit_lower_inverse(jnp.tril(lower, -1))
-    return c, scores, inverse * jnp.swapaxes(beta, -1, -2)
+    return c, scores, jnp.tril(lower, -1), beta
 
 
 def delta_rule(call: RecurrenceCall) -> Results:
@@ -25,9 +24,9 @@ def delta_rule(call: RecurrenceCall) -> Results:
     length = call.q.shape[1]
     if length == 1:
         return reference.delta_rule(call)
-    c, scores, inverse = cut(call)
-    written = dot("...ij,...jv->...iv", inverse, c.v)  # U
-    erased = dot("...ij,...jk->...ik", inverse, c.k_in)  # W
+    c, scores, lower, beta = cut(call)
+    solved = chunking.solve_unit_lower(lower, beta * jnp.concatenate([c.v, c.k_in], axis=-1))
+    written, erased = jnp.split(solved, [c.v.shape[-1]], axis=-1)  # U and W
 
     def advance(state: Array, chunk: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
         decay, k_out, written, erased = chunk

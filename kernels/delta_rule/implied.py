@@ -1,7 +1,9 @@
 """The implied attention of the delta rule."""
 
 import jax
+import jax.numpy as jnp
 
+from plait.kernels import chunking
 from plait.kernels.context.implied import CONTEXT
 from plait.kernels.delta_rule import chunked
 from plait.kernels.dispatch import in_parts
@@ -47,5 +49,5 @@ def delta_rule_rows(
 
 
 def _rows(call: RowsCall) -> tuple[Array, Array]:
-    chunks, _, inverse = chunked.cut(call)
-    return implied_rows(chunks, call, inverse=inverse)
+    chunks, _, lower, beta = chunked.cut(call)
+    return implied_rows(chunks, call, inverse=chunking.unit_lower_inverse(lower) * jnp.swapaxes(beta, -1, -2))

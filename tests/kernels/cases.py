@@ -28,19 +28,35 @@ class Recurrence:
     """"scalar", "vector" or None."""
     beta: bool = False
 
-    def inputs(self, length: int, *, decay: str = "mixed", dtype: Any = jnp.float32, seed: int = 0) -> dict[str, jax.Array]:
-        """Random arguments by name; `decay` is none, weak, strong or mixed (a g of -20 beside one of nearly 0)."""
+    def inputs(
+        self,
+        length: int,
+        *,
+        decay: str = "mixed",
+        keys: str = "random",
+        beta: float | None = None,
+        dtype: Any = jnp.float32,
+        seed: int = 0,
+    ) -> dict[str, jax.Array]:
+        """Random arguments by name.
+
+        `decay` is none, weak, strong, total (every g about -1e4) or mixed (a g of -20 beside one of nearly 0); `keys` are random, close
+        (one direction and noise) or same; `beta` is that of all tokens, or random in (0, 2).
+        """
         rng = np.random.default_rng(seed)
         normal = lambda *shape: rng.standard_normal(shape)
         q, k = normal(2, BATCH, length, NUM_QK_HEADS, KEY_DIM)
+        if keys != "random":
+            k = k[:, :1] + {"close": 0.3, "same": 0.0}[keys] * k
         k /= np.linalg.norm(k, axis=-1, keepdims=True)
         named = {"q": q, "k": k, "v": normal(BATCH, length, NUM_HEADS, VALUE_DIM)}
         if self.g is not None:
             shape = (BATCH, length, NUM_HEADS) + ((KEY_DIM,) if self.g == "vector" else ())
-            kinds = {"none": (0.0,), "weak": (-1e-4,), "strong": (-20.0,), "mixed": (-20.0, -1.0, -0.05, -1e-4)}
+            kinds = {"none": (0.0,), "weak": (-1e-4,), "strong": (-20.0,), "total": (-1e4,), "mixed": (-20.0, -1.0, -0.05, -1e-4)}
             named["g"] = rng.choice(kinds[decay], shape) * rng.uniform(0.5, 1.0, shape)
         if self.beta:
-            named["beta"] = 2 / (1 + np.exp(-normal(BATCH, length, NUM_HEADS)))
+            shape = (BATCH, length, NUM_HEADS)
+            named["beta"] = 2 / (1 + np.exp(-normal(*shape))) if beta is None else np.full(shape, beta)
         keep = {"g": jnp.float32}  # log decay is float32 whatever the rest is
         return {name: jnp.asarray(x, keep.get(name, dtype)) for name, x in named.items()}
 
