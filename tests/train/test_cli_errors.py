@@ -98,8 +98,9 @@ def assert_next_try_begins(words, capsys):
 
     for tokenizer in ([], ["--data.tokenizer", "bpe", "--data.vocab-size", "280"]):
         config = parse_experiment(words[1], [*words[2:], *tokenizer])
-        assert runs.claim(config) is False
-        runs.set_up(config)
+        with runs.claimed(config) as (going_on, _):
+            assert going_on is False
+            runs.set_up(config)
 
 
 @pytest.mark.parametrize("write", CORPORA, ids=lambda f: f.__name__)
