@@ -22,6 +22,7 @@ from plait.train.loop import TrainingFailed, train
 from plait.train.loss import loss_terms
 from plait.train.pods.hosts.layout import BatchLayout
 from plait.train.probes.base import chosen, statistics
+from plait.train.run_folder import seal
 from plait.train.run_folder.lines import read_metrics, series
 from plait.train.run_folder.probe_files import probe_files
 from plait.train.spikes import SpikeWatch
@@ -355,13 +356,11 @@ def test_average_is_what_is_validated(finished, base, tmp_path):
 
 def test_a_full_disk_ends_with_status_1_and_keeps_earlier_checkpoints(base, tmp_path, monkeypatch, capsys, corpus):
     """Writing fails from the third checkpoint on, as on a full disk."""
-    from plait.train import checkpoint
-
     words = (
         "train lm_tiny --model.pattern softmax --steps 30 --checkpoint-every 2 --probe-every None --eval-every None --mesh.data 1"
     )
     words += f" --optimizer.warmup-steps 2 --data.source {corpus} --data.val-fraction 0 --keep-last 9 --out {tmp_path}/run"
-    original, saves = checkpoint.write_atomically, []
+    original, saves = seal.write_atomically, []
 
     def failing(path, data):
         saves.append(path)
@@ -370,7 +369,7 @@ def test_a_full_disk_ends_with_status_1_and_keeps_earlier_checkpoints(base, tmp_
         original(path, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "write_atomically", failing)
+        patch.setattr(seal, "write_atomically", failing)
         assert main(words.split()) == 1
     message = capsys.readouterr().err
     assert "No space left on device" in message and "what was saved before stays" in message and "Traceback" not in message
