@@ -150,7 +150,8 @@ def _take(folder: Path) -> tuple[int, Record]:
         if max(_numbers(ledger), default=0) == number and _read(ledger / _name(number)) == record:
             for earlier in _numbers(ledger):
                 if earlier < number:
-                    (ledger / _name(earlier)).unlink(missing_ok=True)
+                    with contextlib.suppress(OSError):
+                        (ledger / _name(earlier)).unlink()
             return number, record
         with contextlib.suppress(OSError):  # others have come and gone since the folder was listed
             (ledger / _name(number)).unlink()

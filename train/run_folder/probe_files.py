@@ -141,7 +141,7 @@ def probe_files(run: Path) -> list[Path]:
     """The files `probes/step_*.npz` of a run in the order of their steps; no other file."""
     folder = Path(run) / PROBES
     paths = folder.iterdir() if folder.is_dir() else ()
-    return sorted((path for path in paths if re.fullmatch(r"step_[0-9]{8,15}\.npz", path.name)), key=step_of)
+    return sorted((path for path in paths if re.fullmatch(r"step_[0-9]{8,15}\.npz", path.name) and path.is_file()), key=step_of)
 
 
 def step_of(path: Path) -> int:

@@ -29,7 +29,7 @@ def trim_metrics(run: Path, step: int) -> int:
             path.unlink()
             dropped += 1
     attention = run / ATTENTION
-    if attention.exists() and _is_late(attention, step):
+    if attention.is_file() and _is_late(attention, step):
         attention.unlink()
         dropped += 1
     return dropped
