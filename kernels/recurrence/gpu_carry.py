@@ -97,7 +97,7 @@ def carry(
     if delta:
         loads += [(x, True) for x in (*delta.read, *delta.write)] + [(x, False) for x in delta.base]
     num_terms = 2 if delta else 1
-    for width in (16,) if delta and key_dim > COLUMNS else (64, 32):  # Registers are short with two terms of wide keys.
+    for width in (64, 32):
         chunk_bytes = 4 * key_dim + sum(2 * CHUNK * (x.shape[-1] if whole else width) for x, whole in loads)
         fitting = (MAX_SMEM - _SPARE - num_terms * 2 * key_dim * width) // chunk_bytes
         if width * key_dim <= _STATE and fitting > 1:
