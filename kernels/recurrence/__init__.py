@@ -51,12 +51,12 @@ def value_parts(value_dim: int) -> int:
     return -(-value_dim // MAX_VALUE_DIM)
 
 
-def in_value_parts(run: Callable[[RecurrenceCall], Results], call: RecurrenceCall) -> Results:
-    """The outputs and the final state of `run(call)` with wide value heads cut into several, V being a multiple of their number.
+def in_value_parts(run: Callable[[RecurrenceCall], Results], call: RecurrenceCall, parts: int) -> Results:
+    """The outputs and the final state of `run(call)` with value heads cut into a number of parts, of which V is a multiple.
 
     The columns of v do not meet in a recurrence. Statistics, norms over all columns, do not add up and are not given.
     """
-    (batch, length, heads, value_dim), parts = call.v.shape, value_parts(call.v.shape[3])
+    batch, length, heads, value_dim = call.v.shape
     g, beta = (None if x is None else jnp.repeat(x, parts, axis=2) for x in (call.g, call.beta))
     initial_state = call.initial_state
     if initial_state is not None:

@@ -50,6 +50,9 @@ from plait.kernels.recurrence.gpu_chunk import (
 
 Array = jax.Array
 
+WIDTH = 64
+"""Rows of the state in one program of `gradients`."""
+
 _STATE = 128 * 64
 """Numbers of the state in one program of `carry`: registers hold them beside an accumulator of the same size."""
 
@@ -232,21 +235,20 @@ def gradients(d_o: Array, x: Terms, y: Terms, states: Array, d_states: Array) ->
     """
     batch, heads, chunks, key_dim, value_dim = states.shape
     rows, num_terms, dtype = [d_o, *x, *y], len(x), F32 if y else BF16
-    width = 32 if y and value_dim > COLUMNS else 64  # Rows of the state in one program.
 
     def kernel(*refs: Ref) -> None:
         num_sources = len(rows) + 2
         sources, outs, scratch = refs[:num_sources], refs[num_sources:][: len(like)], refs[num_sources + len(like) :]
         *tiles, out_decay, out_rows, square, barrier = scratch
         b, h, n, i = (jax.lax.axis_index(name) for name in "bhni")
-        block = pl.ds(i * width, width)
+        block = pl.ds(i * WIDTH, WIDTH)
         blocks = [at(x, b, h, n) for x in sources[:-2]] + [x.at[b, h, n, block, :] for x in sources[-2:]]
         fetch(barrier, *zip(blocks, tiles, strict=True))
         d_o, x, y, (state, d_state) = tiles[:1], tiles[1 : 1 + num_terms], tiles[1 + num_terms : -2], tiles[-2:]
         out_decay[...] = jnp.sum(load(state) * load(d_state), axis=1)
         send((out_decay, outs[0].at[b, h, n, block]))
         for a, matrix, out in zip((d_o, x, y), (state, d_state, state), outs[1 : 1 + sets], strict=False):
-            out_rows[...] = matmul((CHUNK, width), *terms(a, [flip(matrix)])).astype(dtype)
+            out_rows[...] = matmul((CHUNK, WIDTH), *terms(a, [flip(matrix)])).astype(dtype)
             send((out_rows, at(out, b, h, n, block)))
 
         @pl.when(i == 0)
@@ -259,15 +261,15 @@ def gradients(d_o: Array, x: Terms, y: Terms, states: Array, d_states: Array) ->
     like = [jax.ShapeDtypeStruct((*shape, key_dim), F32)]
     like += [jax.ShapeDtypeStruct((batch, chunks * CHUNK, heads, key_dim), dtype)] * sets
     like += [jax.ShapeDtypeStruct((*shape, *SQUARE), dtype)] * (sets - 1)
-    tiles = [*[tile(CHUNK, value_dim)] * len(rows), *[tile(width, value_dim)] * 2]
+    tiles = [*[tile(CHUNK, value_dim)] * len(rows), *[tile(WIDTH, value_dim)] * 2]
     out = call(
         kernel,
         name="gradients_delta" if y else "gradients",
         out_type=like,
-        grid=(*shape, key_dim // width),
+        grid=(*shape, key_dim // WIDTH),
         grid_names=tuple("bhni"),
         scratch_types=[
-            *(*tiles, line(width), tile(CHUNK, width, dtype=dtype), tile(*SQUARE, dtype=dtype)),
+            *(*tiles, line(WIDTH), tile(CHUNK, WIDTH, dtype=dtype), tile(*SQUARE, dtype=dtype)),
             plgpu.Barrier(num_arrivals=len(tiles)),
         ],
     )(*rows, states, d_states)

@@ -22,7 +22,6 @@ from plait.kernels.recurrence import (
     log_decay_rate,
     summarize,
     token_norm,
-    value_parts,
     zero_where_padding,
 )
 from plait.kernels.recurrence.gpu_chunk import BF16, CHUNK, F32, Terms, split, total
@@ -31,6 +30,9 @@ Array = jax.Array
 
 KEY_DIMS, VALUE_DIMS = (64, 128, 256), (64, 128, 256)
 """Head dims that fill whole tiles and fit; wider values are cut."""
+
+MAX_VALUE_DIM, MAX_DELTA_VALUE_DIM = 256, 128
+"""Channels of a value head that fit: of a decay, and of the delta rule, whose values have two terms."""
 
 FORGET = -1e4
 """The log decay that ends a segment, and the strongest: its exponential is 0, alone or in any sum."""
@@ -66,7 +68,7 @@ def unsupported(call: RecurrenceCall) -> str | None:
     dtypes = {x.dtype.name for x in (q, k, v)}
     if dtypes != {"bfloat16"}:
         return f"q, k and v are {', '.join(sorted(dtypes))}, not bfloat16 (float32 products would round to tf32)"
-    parts = value_parts(v.shape[-1])
+    parts = _value_parts(call)
     if q.shape[-1] not in KEY_DIMS or v.shape[-1] not in [parts * dim for dim in VALUE_DIMS]:
         return f"the head dims {q.shape[-1]} and {v.shape[-1]} are not of {KEY_DIMS} and {VALUE_DIMS} or a multiple of its last"
     if parts > 1 and call.return_stats:
@@ -79,8 +81,8 @@ def unsupported(call: RecurrenceCall) -> str | None:
 def run(call: RecurrenceCall) -> Results:
     """See `plait.kernels.decay` and `plait.kernels.delta_rule`."""
     q, v, g, initial_state, segment_ids = call.q, call.v, call.g, call.initial_state, call.segment_ids
-    if value_parts(v.shape[3]) > 1:
-        return in_value_parts(run, call)
+    if (parts := _value_parts(call)) > 1:
+        return in_value_parts(run, call, parts)
     batch, length, heads, value_dim = v.shape
     if initial_state is None:
         initial_state = jnp.zeros((batch, heads, q.shape[-1], value_dim), jnp.float32)
@@ -95,6 +97,10 @@ def run(call: RecurrenceCall) -> Results:
         by_chunk = _fill(rates).reshape(batch, -1, CHUNK, heads).sum(2)
         stats = summarize(norms, writes, by_chunk, CHUNK, call)
     return o[:, :length], final_state, stats
+
+
+def _value_parts(call: RecurrenceCall) -> int:
+    return -(-call.v.shape[3] // (MAX_VALUE_DIM if call.beta is None else MAX_DELTA_VALUE_DIM))
 
 
 def _fill(x: Array) -> Array:

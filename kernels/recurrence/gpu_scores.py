@@ -53,7 +53,7 @@ NARROW = 32
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def scores(keys: bool, scale: float, q: Array, k: Array, g: Array) -> tuple[Array, ...]:
-    """The scores of queries times `scale`, [B, H, N, C, C] bfloat16; with `keys` float32, and those of keys, zero for j >= i.
+    """The scores of queries times `scale`, [B, H, N, C, C] bfloat16; with `keys` float32, and those of keys, of which j < i counts.
 
     With `keys` they meet writes that nearly cancel each other, so all factors have two terms.
 
@@ -62,7 +62,11 @@ def scores(keys: bool, scale: float, q: Array, k: Array, g: Array) -> tuple[Arra
       k: [B, T, Hqk, K] bfloat16.
       g: [B, T, H] or [B, T, H, K] float32; -1e4 where a segment starts, and nowhere less.
     """
-    return tuple(_shared(keys, scale, q, k, heads_to_lines(g)) if g.ndim == 3 else _by_channel(keys, scale, q, k, g))
+    if g.ndim == 3:
+        return tuple(_shared(keys, scale, q, k, heads_to_lines(g)))
+    return (
+        tuple(_by_channel(*each, k, g, F32) for each in ((scale, q), (1.0, k))) if keys else (_by_channel(scale, q, k, g, BF16),)
+    )
 
 
 def heads_to_lines(x: Array) -> Array:
@@ -196,33 +200,32 @@ def _exponentials(size: Array, mask: Ref, g: tuple[Ref, Ref], width: int) -> Arr
     return jnp.exp(matmul((CHUNK, width), (mask, g[0]), (mask, g[1])))
 
 
-def _by_channel(keys: bool, scale: float, q: Array, k: Array, g: Array) -> list[Array]:
-    """The scores of queries and, with `keys`, of keys for g [B, T, H, K]."""
+def _by_channel(scale: float, q: Array, k: Array, g: Array, dtype: Any) -> Array:
+    """The scores of queries for g [B, T, H, K], with factors of two terms where they are float32."""
     batch, length, heads, key_dim = g.shape
-    group, chunks, num_terms = heads // q.shape[2], length // CHUNK, 1 + keys
+    group, chunks, num_terms = heads // q.shape[2], length // CHUNK, 2 if dtype == F32 else 1
 
-    def kernel(q_ref: Ref, k_ref: Ref, g_ref: Ref, *refs: Ref) -> None:
-        outs, (high, low, mask, *tiles) = refs[: 1 + keys], refs[1 + keys :]
-        tiles, q_decayed, k_decayed = (tiles[i * num_terms : (i + 1) * num_terms] for i in range(3))
+    def kernel(q_ref: Ref, k_ref: Ref, g_ref: Ref, out_ref: Ref, *scratch: Ref) -> None:
+        high, low, mask, out, *decayed = scratch
+        q_decayed, k_decayed = decayed[:num_terms], decayed[num_terms:]
         b, h, n = (jax.lax.axis_index(name) for name in "bhn")
         own = jax.lax.div(h, jnp.int32(group))
 
-        def step(_: Any, q: Ref, k: Ref, g: Ref, sums: list[Array]) -> list[Array]:
+        def step(_: Any, q: Ref, k: Ref, g: Ref, sums: Array) -> Array:
             row, column = tokens()
             store(load(g), high, low)
-            sums[0] += jnp.where(row == column, matmul(SQUARE, (q, flip(k))), 0.0)
+            sums += jnp.where(row == column, matmul(SQUARE, (q, flip(k))), 0.0)
 
-            def halve(level: Array, sums: list[Array]) -> list[Array]:
+            def halve(level: Array, sums: Array) -> Array:
                 size = jnp.int32(1) << level
                 decay = _exponentials(size, mask, (high, low), WIDTH)
                 for x, decayed in ((q, q_decayed), (k, k_decayed)):
                     store(load(x) * decay, *decayed)
                 plgpu.commit_smem()
                 pairs = halving(size, row, column)
-                decayed = (q_decayed, k_decayed)[: len(sums)]
-                found = [jnp.where(pairs, matmul(SQUARE, *terms(x, flips(k_decayed))), 0.0) for x in decayed]
+                found = jnp.where(pairs, matmul(SQUARE, *terms(q_decayed, flips(k_decayed))), 0.0)
                 plgpu.commit_smem()  # No warp still reads what the next halving writes.
-                return [x + y for x, y in zip(sums, found, strict=True)]
+                return sums + found
 
             return jax.lax.fori_loop(0, HALVINGS, halve, sums)
 
@@ -233,25 +236,19 @@ def _by_channel(keys: bool, scale: float, q: Array, k: Array, g: Array) -> list[
             step,
             grid=(key_dim // WIDTH,),
             in_specs=[spec(q, own), spec(k, own), spec(g, h)],
-            init_carry=[full(SQUARE, 0) for _ in tiles],
+            init_carry=full(SQUARE, 0),
         )
-        for i, (out, sums) in enumerate(zip(tiles, pipeline(q_ref, k_ref, g_ref), strict=True)):
-            out[...] = (scale * sums).astype(dtypes[0]) if i == 0 else sums
-        send(*((out, ref.at[b, h, n]) for out, ref in zip(tiles, outs, strict=True)))
+        out[...] = (scale * pipeline(q_ref, k_ref, g_ref)).astype(dtype)
+        send((out, out_ref.at[b, h, n]))
 
-    dtypes = [F32, F32] if keys else [BF16]
     block = tile(CHUNK, WIDTH)
     return call(
         kernel,
         name="scores_by_channel",
-        out_type=[jax.ShapeDtypeStruct((batch, heads, chunks, *SQUARE), dtype) for dtype in dtypes],
+        out_type=jax.ShapeDtypeStruct((batch, heads, chunks, *SQUARE), dtype),
         grid=(batch, heads, chunks),
         grid_names=tuple("bhn"),
-        scratch_types=[
-            *(block, block, tile(*SQUARE)),
-            *(tile(*SQUARE, dtype=dtype) for dtype in dtypes),
-            *[block] * (2 * num_terms),
-        ],
+        scratch_types=[block, block, tile(*SQUARE), tile(*SQUARE, dtype=dtype), *[block] * (2 * num_terms)],
     )(q, k, g)
 
 

@@ -64,8 +64,8 @@ def recurrence(block: BlockFunction, call: RecurrenceCall) -> Results:
     """See `plait.kernels.decay` and `plait.kernels.delta_rule`, whose chunks `block` computes."""
     q, k, v, segment_ids = call.q, call.k, call.v, call.segment_ids
     gates = (call.g,) if call.beta is None else (call.g, call.beta)
-    if value_parts(v.shape[3]) > 1:
-        return in_value_parts(partial(recurrence, block), call)
+    if (parts := value_parts(v.shape[3])) > 1:
+        return in_value_parts(partial(recurrence, block), call, parts)
     (batch, length, _, key_dim), (num_heads, value_dim) = k.shape, v.shape[2:]
     here = current()
     full = k.dtype == jnp.float32

@@ -82,6 +82,17 @@ def test_recurrence(name: str, segments: str, count: int):
     assert_same(outputs, inputs, mesh_of(context=count))
 
 
+@pytest.mark.parametrize("largest", [2**24 + 1, 2**31 - 1])
+@pytest.mark.parametrize("name", ["vector_decay", "deltanet"])
+def test_recurrence_tells_large_ids_apart(name: str, largest: int):
+    """Neighbouring ids that are one number in float32 begin a new segment at the border of two parts."""
+    ids = jnp.asarray(np.repeat([[largest - 1, largest]] * cases.BATCH, LENGTH // 2, axis=1), jnp.int32)
+    inputs = cases.RECURRENCES[name].inputs(LENGTH, decay="weak")
+    assert_same(
+        lambda inputs: cases.RECURRENCES[name].call(inputs, at=Tokens(None, ids), chunk_size=8)[1], inputs, mesh_of(context=2)
+    )
+
+
 @pytest.mark.parametrize("name", cases.RECURRENCES)
 def test_recurrence_in_bfloat16(name: str):
     def outputs(inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
