@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import uuid
 from pathlib import Path
 from typing import Any, NoReturn
 
+LEFT_SECONDS = 3600.0
+"""After so long an unfinished file has no writer any more."""
 DEEPEST = 64
 """Objects and lists inside each other that are read."""
 
@@ -22,7 +26,7 @@ def write_atomically(path: Path, data: bytes | str, *, durable: bool = True) -> 
         OSError: it cannot be written; what was there stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.tmp")
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         with unfinished.open("wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
@@ -30,8 +34,19 @@ def write_atomically(path: Path, data: bytes | str, *, durable: bool = True) -> 
             if durable:
                 os.fsync(file.fileno())
         unfinished.replace(path)
+        _sweep(path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _sweep(path: Path) -> None:
+    """Removes what writers of this file that were killed left beside it, a good while before now by the clock of the file system."""
+    with contextlib.suppress(OSError):
+        written = path.stat().st_mtime
+        for other in path.parent.iterdir():
+            left = other.name.startswith(f".{path.name}.") and other.name.endswith(".tmp")
+            if left and written - other.stat().st_mtime > LEFT_SECONDS:
+                other.unlink(missing_ok=True)
 
 
 def parse_json(text: bytes | str) -> Any:

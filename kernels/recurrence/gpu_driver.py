@@ -7,6 +7,8 @@ again, so that between the passes only the arguments and the states [K, V] that 
 from functools import partial
 from typing import Any, NamedTuple
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -189,7 +191,7 @@ def _recur_backward(scale: float, measure: bool, saved: Any, cotangents: Any) ->
         d_states, d_initial, y = gpu_carry.carry(p.decay, d_final, add=(q_in, d_o), delta=delta, reverse=True)
         d_v = (beta * total(y)).astype(v.dtype)
     g = gpu_carry.gradients(d_o, x, y, states, d_states)
-    d_p = Prepared(*(x.astype(F32) for x in g.rows[:2]), g.decay, g.scores[0])
+    d_p = Prepared(g.rows[0].astype(F32), g.rows[1].astype(F32), g.decay, g.scores[0])
     if p.beta is not None:
         d_beta = jnp.diagonal(g.scores[1], axis1=-2, axis2=-1) / p.beta
         d_p = d_p._replace(own=-p.beta[..., None] * g.scores[1], k_in=beta * g.rows[2], beta=d_beta)
@@ -200,8 +202,8 @@ def _recur_backward(scale: float, measure: bool, saved: Any, cotangents: Any) ->
 def _read(rows: Terms, states: Array) -> Array:
     """rows S_n for every chunk, float32 rows of width V."""
     by_chunk = [x.reshape(x.shape[0], -1, CHUNK, *x.shape[2:]) for x in rows]
-    o = sum(jnp.einsum("bnchk,bhnkv->bnchv", x, states, preferred_element_type=F32) for x in by_chunk)
-    return o.reshape(*rows[0].shape[:-1], -1)
+    read = [jnp.einsum("bnchk,bhnkv->bnchv", x, states, preferred_element_type=F32) for x in by_chunk]
+    return functools.reduce(jnp.add, read).reshape(*rows[0].shape[:-1], -1)
 
 
 _recur.defvjp(_recur_forward, _recur_backward)

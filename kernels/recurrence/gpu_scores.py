@@ -87,7 +87,7 @@ def _scores_backward(keys: bool, scale: float, saved: tuple[Array, ...], d_score
         d_q, d_k, d_g = _by_channel_gradients(scale, q, k, g, d_scores[0])
         if keys:
             more = _by_channel_gradients(1.0, k, k, g, jnp.tril(d_scores[1], -1))
-            d_k, d_g = sum(x.astype(F32) for x in (d_k, *more[:2])), d_g + more[2]
+            d_k, d_g = d_k.astype(F32) + more[0].astype(F32) + more[1].astype(F32), d_g + more[2]
     of_group = lambda x: jnp.sum(x.reshape(*q.shape[:3], -1, q.shape[3]), axis=3, dtype=F32).astype(q.dtype)
     return of_group(d_q), of_group(d_k), d_g
 

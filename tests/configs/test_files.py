@@ -1,10 +1,14 @@
 """JSON is read strictly, whoever wrote it."""
 
+import os
+import threading
+import time
+
 import pytest
 
 from plait.configs import codec
 from plait.configs.components import ConfigError
-from plait.configs.files import DEEPEST, parse_json, read_json
+from plait.configs.files import DEEPEST, LEFT_SECONDS, parse_json, read_json, write_atomically
 
 BROKEN = {
     "no number of JSON": (b'{"a": NaN}', "NaN is not a number"),
@@ -47,3 +51,26 @@ def test_json_of_another_shape_is_refused_with_where(text, tmp_path):
     (file := tmp_path / "side.json").write_text(text)
     with pytest.raises(ConfigError, match=r"side\.json: side.*must be"):
         codec.load(dict[str, float], file)
+
+
+def test_writers_of_one_file_do_not_meet(tmp_path):
+    file, texts = tmp_path / "side.json", [str(n) * 200_000 for n in range(4)]
+    threads = [
+        threading.Thread(target=lambda text=text: [write_atomically(file, text, durable=False) for _ in range(20)])
+        for text in texts
+    ]
+    [thread.start() for thread in threads]
+    while any(thread.is_alive() for thread in threads):
+        assert not file.exists() or file.read_text() in texts
+    assert [path.name for path in tmp_path.iterdir()] == ["side.json"]
+
+
+def test_what_killed_writers_left_is_removed_in_time(tmp_path):
+    file = tmp_path / "side.json"
+    old, new, other = (tmp_path / f".{name}.tmp" for name in ("side.json.1", "side.json.2", "else.json.1"))
+    for path in (old, new, other):
+        path.write_text("cut")
+    for path in (old, other):
+        os.utime(path, (time.time() - 2 * LEFT_SECONDS,) * 2)
+    write_atomically(file, "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".else.json.1.tmp", ".side.json.2.tmp", "side.json"]
