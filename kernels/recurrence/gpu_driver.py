@@ -4,10 +4,8 @@ A call is prepared (everything in a chunk that does not depend on the state), ca
 again, so that between the passes only the arguments and the states [K, V] that enter each chunk are kept, in bfloat16.
 """
 
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
-
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -203,7 +201,7 @@ def _read(rows: Terms, states: Array) -> Array:
     """rows S_n for every chunk, float32 rows of width V."""
     by_chunk = [x.reshape(x.shape[0], -1, CHUNK, *x.shape[2:]) for x in rows]
     read = [jnp.einsum("bnchk,bhnkv->bnchv", x, states, preferred_element_type=F32) for x in by_chunk]
-    return functools.reduce(jnp.add, read).reshape(*rows[0].shape[:-1], -1)
+    return reduce(jnp.add, read).reshape(*rows[0].shape[:-1], -1)
 
 
 _recur.defvjp(_recur_forward, _recur_backward)
