@@ -166,7 +166,7 @@ def _value(option: Option, text: str, prefix: str) -> Any:
         typing.get_args(one)[0] if typing.get_origin(one) is Annotated else one
         for one in (typing.get_args(hint) if union else (hint,))
     ]
-    for kind in kinds:
+    for kind in sorted(kinds, key=lambda kind: kind is not type(None)):  # None is off, never a text
         for value in _as(kind, text):
             return value
     names = [_named(kind) for kind in kinds if kind is not type(None)] + ["None"] * (type(None) in kinds)

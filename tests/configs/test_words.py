@@ -19,6 +19,7 @@ class Inner(Config):
 
     num_heads: Heads | None = 4
     rate: Annotated[float, Number(above=0, most=1)] = 0.5
+    only: Line | None = "all"
     warm: bool = False
 
 
@@ -44,6 +45,7 @@ SET = {
     "the last of two": ("x --size 3 --size=4", {"size": 4}),
     "a choice": ("--mode slow x", {"mode": "slow"}),
     "none": ("x --mode None --inner.num-heads None", {"mode": None, "inner": Inner(num_heads=None)}),
+    "none of a text": ("x --inner.only None", {"inner": Inner(only=None)}),
     "yes, no or none": ("x --share False", {"share": False}),
     "several times": ("x --note a=b --note=-c", {"note": ("a=b", "-c")}),
     "a dash before a value": ("x --note -c", {"note": ("-c",)}),

@@ -101,8 +101,7 @@ def resume(config, monkeypatch):
 
 
 def read(config):
-    with runs.opened(config.folder):
-        pass
+    runs.opened(config.folder)
 
 
 def check(file, use, *arguments):
