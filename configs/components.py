@@ -108,7 +108,7 @@ def at(path: str, check: Callable[..., Any], *args: Any) -> Any:
     try:
         return check(*args)
     except ValueError as error:
-        if not is_bad_input(error):
+        if not is_bad_input(error, getattr(check, "__module__", "")):  # a component may come from another package
             raise
         raise ConfigError(f"{path}.{error}" if path else str(error)) from None
 

@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal
 INT32 = 2**31 - 1
 """The largest index of a program."""
 _HUGE, _TINY = 1e30, 1e-30  # both are numbers in float32, and the reciprocals of each other
+_SLOWEST = 1 - 1e-6  # float32 tells it, and its powers, from 1
 _SHOWN = 60  # characters of a value in a message
 _CHOICES = 24
 _EXAMPLES: dict[Any, Any] = {int: 1, float: 0.5, bool: False, str: "text"}
@@ -156,7 +157,7 @@ Base = Annotated[float, Number(least=1, most=1e15)]
 """The base of a rotary embedding."""
 Share = Annotated[float, Number(least=0, most=1)]
 """A share of a whole."""
-Decay = Annotated[float, Number(least=0, below=1)]
+Decay = Annotated[float, Number(least=0, most=_SLOWEST)]
 """What stays of a running average in a step."""
 Seconds = Annotated[float, Number(above=0, least=1e-3, most=1e7)]
 """A time to wait."""

@@ -7,8 +7,8 @@ import dis
 _PACKAGE = __name__.partition(".")[0]
 
 
-def is_bad_input(error: ValueError) -> bool:
-    """Whether it is of a class of this package, or a `raise` of this package raised it.
+def is_bad_input(error: ValueError, module: str = _PACKAGE) -> bool:
+    """Whether it is of a class of this package, or a `raise` of this package or of `module` raised it.
 
     A ValueError that a library raises, or Python itself in our code, is a fault of the program.
     """
@@ -21,7 +21,8 @@ def is_bad_input(error: ValueError) -> bool:
         return False
     code = trace.tb_frame.f_code
     raised = dis.opname[code.co_code[trace.tb_lasti]] == "RAISE_VARARGS"
-    return raised and _is_ours(trace.tb_frame.f_globals.get("__name__", ""))
+    raiser = trace.tb_frame.f_globals.get("__name__", "")
+    return raised and (_is_ours(raiser) or raiser == module)
 
 
 def _is_ours(module: str) -> bool:

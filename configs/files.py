@@ -83,11 +83,15 @@ def read_json(path: Path) -> Any:
         ValueError: it cannot be read or is not JSON; the message begins with the path.
     """
     try:
-        return parse_json(path.read_bytes())
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise ValueError(f"{path} cannot be read: it is no file; take it away")
+        content = path.read_bytes()
     except FileNotFoundError:
         raise
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}; give a file that can") from None
+    try:
+        return parse_json(content)
     except ValueError as error:
         raise ValueError(f"{path} is not JSON that can be used: {error}; restore the file") from None
 

@@ -72,7 +72,7 @@ class OptimizerConfig(Component, abc.ABC):
     """What first moments (momentum) are kept in between steps. Second moments, sums and updates are float32 whatever the parameters are."""
     accumulate: Rows = 1
     """Micro-batches whose gradients make one step; must divide the batch. With `mesh.pipeline` they flow through its stages."""
-    ema: Annotated[float, Number(above=0, below=1)] | None = None
+    ema: Annotated[float, Number(above=0, most=1 - 1e-6)] | None = None
     """Decay of a running average of the parameters, used by evaluation and generation; None keeps none."""
     max_bad_steps: Steps = 20
     """Consecutive non-finite steps (skipped, counted) after which the run stops."""

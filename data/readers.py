@@ -16,6 +16,7 @@ from typing import IO, Any
 
 from plait.data.config import DataError
 
+_PIECE = 1 << 16
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -44,6 +45,8 @@ def _plain(read: Callable[[IO[bytes], Path, str], Iterator[str]], unpack: Callab
                 yield from read(stream, file, text_field)
             return
         try:
+            if not file.stat().st_size:
+                raise EOFError("it has no bytes")
             with unpack(file) as stream:
                 yield from read(stream, file, text_field)
         except DataError:
@@ -56,6 +59,38 @@ def _plain(read: Callable[[IO[bytes], Path, str], Iterator[str]], unpack: Callab
             ) from None
 
     return packed
+
+
+class _Streams(io.RawIOBase):
+    """What is packed in the streams of a file, one after another to its end: the standard library's readers stop in silence at the
+    first that they cannot read. Zeros may stand between streams."""
+
+    def __init__(self, file: Path, new: Callable[[], Any]):
+        self._packed, self._new = file.open("rb"), new
+        self._stream = new()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while True:
+            packed = b""
+            if self._stream.eof:
+                packed = self._stream.unused_data.lstrip(b"\0")
+                while not packed and (more := self._packed.read(_PIECE)):
+                    packed = more.lstrip(b"\0")
+                if not packed:
+                    return 0
+                self._stream = self._new()
+            elif self._stream.needs_input and not (packed := self._packed.read(_PIECE)):
+                raise EOFError("it ends in the middle")
+            if found := self._stream.decompress(packed, len(buffer)):
+                buffer[: len(found)] = found
+                return len(found)
+
+    def close(self) -> None:
+        self._packed.close()
+        super().close()
 
 
 def _zstandard(file: Path) -> IO[bytes]:
@@ -193,8 +228,8 @@ _PLAIN: dict[str, Callable[..., Iterator[str]]] = {".txt": _txt, ".jsonl": _json
 _PACKED: dict[str, Callable[[Path], Any] | None] = {
     "": None,
     ".gz": gzip.open,
-    ".bz2": bz2.open,
-    ".xz": lzma.open,
+    ".bz2": lambda file: io.BufferedReader(_Streams(file, bz2.BZ2Decompressor)),
+    ".xz": lambda file: io.BufferedReader(_Streams(file, lzma.LZMADecompressor)),
     ".zst": _zstandard,
 }
 READERS: dict[str, Reader] = {

@@ -122,6 +122,10 @@ def open_source(source: str, text_field: str) -> Source:
     return Source(source, root, tuple(sorted(files, key=lambda file: _relative(file, root))), text_field)
 
 
+_OF_A_RUN = ("config.json", "environment.json")
+"""Files that tell a run folder, whose own files are no corpus."""
+
+
 def _search(root: Path) -> tuple[list[Path], Counter[str], list[DataError]]:
     """Files that are read, what else is there by ending, and what cannot be looked at. Each folder is entered once, links last."""
     files: list[Path] = []
@@ -134,15 +138,18 @@ def _search(root: Path) -> tuple[list[Path], Counter[str], list[DataError]]:
             if (here.st_dev, here.st_ino) in seen:
                 continue
             seen.add((here.st_dev, here.st_ino))
+            if all((folder / name).is_file() for name in _OF_A_RUN):
+                others["run folder"] += 1
+                continue
             for entry in sorted(folder.iterdir()):
                 if entry.name.startswith("."):
                     others["hidden"] += 1
                 elif entry.is_dir():
                     (links if entry.is_symlink() else folders).append(entry)
-                elif ending(entry) is None or not (entry.is_file() or entry.is_symlink()):
-                    others[entry.suffix or entry.name] += 1
-                elif not entry.exists():
+                elif ending(entry) is not None and not entry.exists():
                     errors.append(DataError(f"{entry} is a link to a file that does not exist; mend it, or take it away"))
+                elif ending(entry) is None or not entry.is_file():
+                    others[entry.suffix or entry.name] += 1
                 else:
                     files.append(entry)
         except OSError as error:

@@ -272,7 +272,9 @@ class _Loop:
         with heartbeat.phase("evaluate"):
             found = self.evaluator(_averaged(state), state.buffers, data.val, self.config.eval_batches)
         self.journal.metrics(step, found.metrics(), tokens=self.tokens, seconds=self.clock.seconds)
-        self.journal.say(f"step {step:,}: validation {found.describe()}")
+        asked, every = self.config.eval_batches, len(data.val)
+        sample = "" if asked is None or asked >= every else f" ({asked} of {every:,} batches)"
+        self.journal.say(f"step {step:,}: validation {found.describe()}{sample}")
         return found.loss
 
     def _save(self, state: TrainState, step: int, loss: float | None) -> None:

@@ -27,8 +27,8 @@ Step = Callable[..., tuple[TrainState, Metrics]]
 def make_step(blueprint: Blueprint, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh, observer: Observer | None) -> Step:
     """The step `(state, batch[, bounds]) -> (state, metrics)`, traceable; jit it with the state donated.
 
-    Metrics are scalars by name, and with `observer` also `"statistics"`, those of each layer. A step whose loss or gradient
-    is not finite changes nothing but the counts of such steps; so does one whose loss or gradient norm is above `bounds`, float32 [2].
+    Metrics are scalars by name, and with `observer` also `"statistics"`, those of each layer. A step whose loss, gradient or
+    update is not finite changes nothing but the counts of such steps; so does one whose loss or gradient norm is above `bounds`, float32 [2].
     """
     config = blueprint.config
     schedule = make_schedule(config.optimizer, config.steps, config.optimizer.learning_rate)
@@ -61,7 +61,7 @@ def make_step(blueprint: Blueprint, tx: optax.GradientTransformation, mesh: jax.
         keep = config.optimizer.ema
         if ema is not None and keep is not None:
             ema = jax.tree.map(lambda old, new: keep * old + (1 - keep) * new.astype(jnp.float32), ema, params)
-        good = jnp.isfinite(value) & jnp.isfinite(norm)
+        good = jnp.isfinite(value) & jnp.isfinite(norm) & jnp.isfinite(optax.global_norm(updates))
         if bounds is not None:
             good &= (terms["losses"]["train"] <= bounds[0]) & (norm <= bounds[1])
         one = jnp.ones((), jnp.int32)

@@ -74,3 +74,9 @@ def test_what_killed_writers_left_is_removed_in_time(tmp_path):
         os.utime(path, (time.time() - 2 * LEFT_SECONDS,) * 2)
     write_atomically(file, "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == [".else.json.1.tmp", ".side.json.2.tmp", "side.json"]
+
+
+def test_a_pipe_in_place_of_the_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "side.json")
+    with pytest.raises(ValueError, match="cannot be read: it is no file"):
+        read_json(tmp_path / "side.json")

@@ -5,6 +5,7 @@ import gzip
 import json
 import logging
 import lzma
+import os
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -280,3 +281,28 @@ def test_parquet_that_is_not_utf8_is_named_with_the_row(tmp_path):
         DataError, match=r"(?s)a\.parquet, row 300 is not UTF-8: byte 0xe9 at offset 3.*b\.jsonl, line 1 is not JSON"
     ):
         read(tmp_path)
+
+
+@pytest.mark.parametrize("pack", [bz2.compress, lzma.compress, gzip.compress])
+@pytest.mark.parametrize("change", ["junk behind", "a damaged second stream", "cut", "nothing"])
+def test_packed_file_is_read_to_its_end_or_refused(tmp_path, pack, change):
+    suffix = {bz2.compress: ".bz2", lzma.compress: ".xz", gzip.compress: ".gz"}[pack]
+    packed = pack(b'{"text": "one"}\n' * 3000)
+    damaged = {"junk behind": packed + b"junk", "a damaged second stream": packed + bytes([packed[0] ^ 1]) + packed[1:],
+               "cut": packed[:-9], "nothing": b""}[change]  # fmt: skip
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(damaged)
+    with pytest.raises(DataError, match=rf"a\.jsonl\{suffix} is not a whole \{suffix} file"):
+        list(open_source(str(tmp_path), "text").documents())
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(packed + packed)
+    assert len(list(open_source(str(tmp_path), "text").documents())) == 6000
+
+
+def test_links_to_pipes_and_run_folders_are_left_out(tmp_path, caplog):
+    (tmp_path / "a.txt").write_text("text")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "b.txt").symlink_to(tmp_path / "pipe")
+    (run := tmp_path / "runs" / "a").mkdir(parents=True)
+    for name in ("config.json", "environment.json", "notes.txt"):
+        (run / name).write_text('{"text": "of a run"}')
+    assert list(open_source(str(tmp_path), "text").documents()) == ["text"]
+    assert "run folder (1)" in caplog.text and ".txt (1)" in caplog.text

@@ -158,8 +158,8 @@ def test_seed_decides_the_draws(model):
         ({"temperature": float("nan")}, "temperature=nan must be 0"),
         ({"temperature": float("inf")}, "temperature=inf must be 0"),
         ({"top_k": 0}, "top_k=0 must be at least 1"),
-        ({"top_p": 0.0}, "top_p=0.0 must be above 0"),
-        ({"top_p": 1.1}, "top_p=1.1 must be above 0 and at most 1"),
+        ({"top_p": 0.0}, "top_p=0.0 must be from 1e-06 to 1"),
+        ({"top_p": 1.1}, "top_p=1.1 must be from 1e-06 to 1"),
     ],
     ids=str,
 )

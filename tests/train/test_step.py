@@ -139,6 +139,17 @@ def test_average_follows_the_parameters(batch):
         assert_close(two.ema[name], 0.75 * after_one + 0.25 * np.asarray(two.params[name]), err_msg=name)
 
 
+def test_step_whose_update_is_not_finite_changes_nothing_but_counts(batch):
+    """The gradient is finite, and the optimizer makes something of it that is not."""
+    trainee = Trainee(tiny())
+    grow = optax.stateless(lambda updates, _: jax.tree.map(lambda u: u * jnp.float32(jnp.inf), updates))
+    step = quick_jit(make_step(trainee.setup.blueprint, optax.chain(trainee.setup.tx, grow), trainee.setup.mesh, None))
+    state = dataclasses.replace(trainee.fresh, optimizer=(trainee.fresh.optimizer, optax.EmptyState()))
+    after, metrics = step(state, batch)
+    assert int(after.bad_steps) == int(metrics["optimizer/skipped_steps"]) == 1
+    assert different_arrays(after.params, state.params) == []
+
+
 @pytest.mark.parametrize("where", ["parameter", "gradient only", "one token of one row"])
 def test_step_that_is_not_finite_changes_nothing_but_counts(where, plain, batch):
     state, _ = plain.run(batch)

@@ -28,7 +28,7 @@ class GenerateArgs:
     """Divides the logits; 0 takes the likeliest token."""
     top_k: Vocabulary | None = None
     """Draw among this many likeliest tokens."""
-    top_p: Annotated[float, Number(above=0, most=1)] | None = None
+    top_p: Annotated[float, Number(least=1e-6, most=1)] | None = None
     """Draw among the likeliest tokens that together have this probability."""
     seed: Seed = 0
     """Of the draws."""

@@ -28,3 +28,12 @@ def exit_status(command: Callable[[], int | None]) -> int:
     except (TrainingFailed, OSError) as error:
         print(f"error: {error}; what was saved before stays", file=sys.stderr)
         return 1
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):  # how XLA says it
+            raise
+        what = (str(error) or "this process").splitlines()[0][:300]
+        print(
+            f"error: not enough memory: {what}; ask for less at once, or use a larger machine; what was saved before stays",
+            file=sys.stderr,
+        )
+        return 1

@@ -146,11 +146,16 @@ def _share_of_documents(first: jax.Array, query_document: jax.Array, documents: 
       query_document: the number in its row `[B, R]` of the document in which each query stands, from 1; 0 for padding.
       documents: that of every token, `[B, T]`.
     """
-    sums = jax.vmap(functools.partial(jax.ops.segment_sum, num_segments=documents.shape[1] + 1))
-    count = lambda numbers: sums(jnp.ones(numbers.shape), numbers)[:, 1:]  # without padding, [B, T]
-    queries = count(query_document)
-    alpha = sums(jnp.moveaxis(first, 1, -1), query_document)[:, 1:] / jnp.maximum(queries, 1)[..., None]  # [B, T, H]
-    told = ((queries > 0) & (count(documents) >= _FEWEST_QUERIES))[..., None]
+    length = documents.shape[1]
+    sums = lambda values, numbers, most: jax.vmap(functools.partial(jax.ops.segment_sum, num_segments=most + 1))(values, numbers)[
+        :, 1:
+    ]
+    long = sums(jnp.ones(documents.shape), documents, length) >= _FEWEST_QUERIES  # by document, [B, T]
+    place = jnp.pad(jnp.where(long, jnp.cumsum(long, axis=1), 0), ((0, 0), (1, 0)))  # among the long ones, of which there are few
+    of_query, most = jnp.take_along_axis(place, query_document, axis=1), length // _FEWEST_QUERIES
+    queries = sums(jnp.ones(of_query.shape), of_query, most)[..., None]
+    alpha = sums(jnp.moveaxis(first, 1, -1), of_query, most) / jnp.maximum(queries, 1)  # [B, documents, H]
+    told = queries > 0
     return jnp.where(told.any(), masked_mean(is_sink(alpha).astype(jnp.float32), told, axis=(0, 1)), jnp.nan)
 
 

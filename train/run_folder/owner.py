@@ -144,7 +144,12 @@ def _take(folder: Path) -> tuple[int, Record]:
         number, record = last + 1, _this()
         try:
             with (ledger / _name(number)).open("x") as file:
-                file.write(_text(record))
+                try:
+                    file.write(_text(record))
+                    file.flush()
+                except OSError:  # a full disk: nobody must wait for whom this file does not name
+                    (ledger / _name(number)).unlink(missing_ok=True)
+                    raise
         except (FileExistsError, FileNotFoundError):  # another was faster, or has just left the folder as it found it
             continue
         if max(_numbers(ledger), default=0) == number and _read(ledger / _name(number)) == record:
@@ -164,7 +169,7 @@ def _holder(path: Path) -> Record | None:
         int(DEAD_SECONDS / _POLL_SECONDS)
     ):  # not a deadline, so that a watcher that was itself stopped has not watched
         try:
-            content = path.read_bytes()
+            content = path.read_bytes() if path.is_file() or not path.exists() else b""
         except FileNotFoundError:
             return None
         except OSError:
@@ -177,20 +182,15 @@ def _holder(path: Path) -> Record | None:
                 return record
         if first is None:
             first = content
-            if record is not None:
-                log.warning(
-                    "%s may be in use by %s: watching for up to %d s whether it lives",
-                    path.parent.parent,
-                    _words(record),
-                    DEAD_SECONDS,
-                )
+            who = f"a process that {path.name} does not name yet" if record is None else _words(record)
+            log.warning("%s may be in use by %s: watching for up to %d s whether it lives", path.parent.parent, who, DEAD_SECONDS)
         time.sleep(_POLL_SECONDS)
     return None
 
 
 def _numbers(ledger: Path) -> list[int]:
     try:
-        return sorted(int(path.stem) for path in ledger.iterdir() if re.fullmatch(r"[0-9]{8}\.json", path.name))
+        return sorted(int(path.stem) for path in ledger.iterdir() if re.fullmatch(r"[0-9]{8,}\.json", path.name))
     except FileNotFoundError:
         return []
 

@@ -7,10 +7,12 @@ import sys
 import textwrap
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from plait.configs import codec
+from plait.train.pods.hosts import heartbeat
 from plait.train.pods.hosts import supervise as supervising
 from plait.train.pods.hosts.heartbeat import Heartbeat, State
 from plait.train.pods.hosts.host import Host, HostsOptions
@@ -153,3 +155,33 @@ def test_restarts_go_on_until_they_are_used_up(run, tmp_path):
     assert (tmp_path / "starts").read_text() == "[];['--resume'];['--resume'];"
     (tmp_path / "starts").unlink()
     assert run("sys.exit(2)", restarts=2)[0] == 2, "bad input stays bad"
+
+
+def test_process_ends_when_its_supervisor_was_killed(tmp_path):
+    child = "import time\nfrom plait.train.pods.hosts import heartbeat\nheartbeat.start()\ntime.sleep(60)"
+    parent = (
+        "import subprocess, sys, time\n"
+        f"print(subprocess.Popen([sys.executable, '-c', {child!r}]).pid, flush=True)\n"
+        "time.sleep(60)"
+    )
+    file = tmp_path / "heartbeat"
+    supervisor = subprocess.Popen(
+        [sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True, env={**os.environ, heartbeat.VARIABLE: str(file)}
+    )
+    pid = int(supervisor.stdout.readline())
+    while not file.exists():
+        time.sleep(0.05)
+    supervisor.kill()
+    supervisor.wait()
+    deadline = time.monotonic() + 20
+    while alive(pid):
+        assert time.monotonic() < deadline, "the process goes on with nobody watching"
+        time.sleep(0.1)
+
+
+def alive(pid):
+    """Whether a process runs; one that only waits to be reaped does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False

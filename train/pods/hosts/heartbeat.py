@@ -2,6 +2,7 @@
 
 A thread writes the file once a second, and each new phase is written at once. So whether the file changes says whether the process runs
 at all, and what is in it says for how long the same phase or step has been going on. No clock time is in it: clocks are set, and differ.
+A process whose supervisor has died ends itself as on SIGTERM.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -49,6 +51,7 @@ class Heartbeat:
         """Seconds in which the process was stopped."""
         self._since = self._now()
         self._writing = threading.Lock()
+        self._supervisor: int | None = os.getppid()
         self._write()
         threading.Thread(target=self._run, daemon=True, name="heartbeat").start()
 
@@ -75,6 +78,9 @@ class Heartbeat:
             if (passed := time.monotonic() - before) > _PAUSE_SECONDS:
                 self._stopped += passed - 1.0
             self._write()
+            if self._supervisor is not None and os.getppid() != self._supervisor:  # nobody watches any more, or starts this again
+                self._supervisor = None
+                os.kill(os.getpid(), signal.SIGTERM)
 
     def _write(self) -> None:
         with self._writing, contextlib.suppress(OSError):
