@@ -1,7 +1,9 @@
 """Test-wide settings: CPU, eight host devices, rank promotion an error, highest matmul precision, and what shares a worker."""
 
+import gc
 import os
 import re
+from pathlib import Path
 from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -14,6 +16,20 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+_MOST_MAPS = 30_000
+"""Memory maps of a process at which compiled programs, of which each has several, are given up: Linux allows 65,530."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def bounded_programs():
+    """A worker that has compiled for many modules must not run out of memory maps, which ends it without a word."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > _MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -21,6 +21,14 @@ from plait.train.pods.hosts.supervise import supervise
 HERE = Host("127.0.0.1:1", 2, 1)
 
 
+@pytest.fixture(autouse=True)
+def attached():
+    """As under a terminal: what started the tests may ignore SIGHUP, as `nohup` does."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.fixture
 def run(monkeypatch, tmp_path, capfd):
     """Supervises a Python program that has a heartbeat; gives status, seconds and what was said."""
