@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal
 INT32 = 2**31 - 1
 """The largest index of a program."""
 _HUGE, _TINY = 1e30, 1e-30  # both are numbers in float32, and the reciprocals of each other
+COLDEST = 1e-6
 _SLOWEST = 1 - 1e-6  # float32 tells it, and its powers, from 1
 _SHOWN = 60  # characters of a value in a message
 _CHOICES = 24
@@ -157,8 +158,14 @@ Base = Annotated[float, Number(least=1, most=1e15)]
 """The base of a rotary embedding."""
 Share = Annotated[float, Number(least=0, most=1)]
 """A share of a whole."""
+Average = Annotated[float, Number(above=0, least=1e-6, most=_SLOWEST)]
+"""What stays of a running average in a step, where there is one."""
 Decay = Annotated[float, Number(least=0, most=_SLOWEST)]
-"""What stays of a running average in a step."""
+"""What stays of a running average in a step, or nothing."""
+Part = Annotated[float, Number(above=0, least=COLDEST, most=1)]
+"""A share of the probability, which float32 tells from nothing."""
+Temperature = Annotated[float, Number(least=0, most=1e6)]
+"""What logits are divided by; 0 takes the largest, and from there to `COLDEST` there is none."""
 Seconds = Annotated[float, Number(above=0, least=1e-3, most=1e7)]
 """A time to wait."""
 

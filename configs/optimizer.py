@@ -14,7 +14,7 @@ import optax
 from jax.sharding import NamedSharding
 
 from plait.configs.components import Component, Registry
-from plait.configs.domains import Counted, LearningRate, Number, Positive, Rows, Share, SomeCoefficient, Steps
+from plait.configs.domains import Average, Counted, LearningRate, Number, Positive, Rows, Share, SomeCoefficient, Steps
 from plait.models.axes import Axes
 from plait.models.build import PRODUCTS, Role
 
@@ -72,7 +72,7 @@ class OptimizerConfig(Component, abc.ABC):
     """What first moments (momentum) are kept in between steps. Second moments, sums and updates are float32 whatever the parameters are."""
     accumulate: Rows = 1
     """Micro-batches whose gradients make one step; must divide the batch. With `mesh.pipeline` they flow through its stages."""
-    ema: Annotated[float, Number(above=0, most=1 - 1e-6)] | None = None
+    ema: Average | None = None
     """Decay of a running average of the parameters, used by evaluation and generation; None keeps none."""
     max_bad_steps: Steps = 20
     """Consecutive non-finite steps (skipped, counted) after which the run stops."""

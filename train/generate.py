@@ -12,35 +12,28 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from plait.configs.domains import COLDEST, Part, Temperature, Vocabulary, check_leaves
 from plait.data.tokenizer import Tokenizer
 from plait.kernels import Tokens
 from plait.models.lm import LM
 from plait.train.mesh import on_mesh
-
-_COLDEST = 1e-6
-"""The least temperature and share that float32 logits can be divided and cut by."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How the next token is drawn."""
 
-    temperature: float = 0.8
+    temperature: Temperature = 0.8
     """Divides the logits; 0 takes the likeliest token."""
-    top_k: int | None = None
+    top_k: Vocabulary | None = None
     """Draw among this many likeliest tokens."""
-    top_p: float | None = None
+    top_p: Part | None = None
     """Draw among the likeliest tokens that together have this probability."""
 
     def __post_init__(self) -> None:
-        if self.temperature != 0 and not _COLDEST <= self.temperature < float("inf"):
-            raise ValueError(
-                f"temperature={self.temperature} must be 0 or a finite number of at least {_COLDEST:g}; 0 takes the likeliest token"
-            )
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k={self.top_k} must be at least 1; leave it out to draw among all tokens")
-        if self.top_p is not None and not _COLDEST <= self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p} must be from {_COLDEST:g} to 1; leave it out to draw among all tokens")
+        check_leaves(self)
+        if 0 < self.temperature < COLDEST:
+            raise ValueError(f"temperature={self.temperature} must be 0 or at least {COLDEST:g}; 0 takes the likeliest token")
 
     def draw(self, logits: jax.Array, key: jax.Array) -> jax.Array:
         """Tokens `[B]` int32 from `logits` `[B, V]` float32."""

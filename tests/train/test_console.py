@@ -54,6 +54,24 @@ def test_what_a_library_raises_is_not(fault, capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes")])
+def test_too_little_memory_is_one_line_and_status_1(error, capsys):
+    def command():
+        raise error
+
+    assert exit_status(command) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: not enough memory") and said.count("\n") == 1
+
+
+def test_other_runtime_errors_keep_their_traceback():
+    def command():
+        raise RuntimeError("INTERNAL: a fault")
+
+    with pytest.raises(RuntimeError, match="a fault"):
+        exit_status(command)
+
+
 def test_library_error_of_a_process_has_its_traceback_and_status_1():
     code = (
         "import sys; from plait.launch import main; from plait.configs import listing; import json; "

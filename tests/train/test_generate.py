@@ -154,12 +154,13 @@ def test_seed_decides_the_draws(model):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": -0.1}, "temperature=-0.1 must be 0"),
-        ({"temperature": float("nan")}, "temperature=nan must be 0"),
-        ({"temperature": float("inf")}, "temperature=inf must be 0"),
-        ({"top_k": 0}, "top_k=0 must be at least 1"),
-        ({"top_p": 0.0}, "top_p=0.0 must be from 1e-06 to 1"),
-        ({"top_p": 1.1}, "top_p=1.1 must be from 1e-06 to 1"),
+        ({"temperature": -0.1}, "temperature=-0.1 must be a finite number of at least 0"),
+        ({"temperature": 1e-40}, "temperature=1e-40 must be 0 or at least 1e-06"),
+        ({"temperature": float("nan")}, "temperature=nan must be a finite number"),
+        ({"temperature": float("inf")}, "temperature=inf must be a finite number"),
+        ({"top_k": 0}, "top_k=0 must be a whole number from 1"),
+        ({"top_p": 0.0}, "top_p=0.0 must be a finite number above 0"),
+        ({"top_p": 1.1}, "top_p=1.1 must be a finite number above 0"),
     ],
     ids=str,
 )

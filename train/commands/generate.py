@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from plait.configs.domains import Counted, Length, Number, Seed, Vocabulary
+from plait.configs.domains import Counted, Length, Part, Seed, Temperature, Vocabulary
 from plait.configs.words import parse
 from plait.train.console import write_text
 
@@ -24,11 +24,11 @@ class GenerateArgs:
     """Text to go on from; empty starts a document."""
     num_tokens: Length = 200
     """Tokens to write."""
-    temperature: Annotated[float, Number(least=0, most=1e6)] = 0.8
+    temperature: Temperature = 0.8
     """Divides the logits; 0 takes the likeliest token."""
     top_k: Vocabulary | None = None
     """Draw among this many likeliest tokens."""
-    top_p: Annotated[float, Number(least=1e-6, most=1)] | None = None
+    top_p: Part | None = None
     """Draw among the likeliest tokens that together have this probability."""
     seed: Seed = 0
     """Of the draws."""

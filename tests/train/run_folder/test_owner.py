@@ -1,6 +1,7 @@
 """One owner of a run folder at a time, however many ask, wherever they run and however they end."""
 
 import dataclasses
+import errno
 import json
 import os
 import random
@@ -178,6 +179,16 @@ def test_a_file_that_says_nothing_is_watched_like_one_from_elsewhere(quick, tmp_
     elsewhere(tmp_path)[0].write_text("")
     with owned(tmp_path):
         assert (tmp_path / "owner" / "00000002.json").exists()
+
+
+def test_a_full_disk_leaves_no_file_to_wait_for(tmp_path, monkeypatch):
+    def full(record):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(owning, "_text", full)
+    with pytest.raises(OSError, match="space"), owned(tmp_path):
+        pass
+    assert list((tmp_path / owning.OWNER).iterdir()) == []
 
 
 def test_one_that_was_stopped_and_followed_writes_nothing_more(contend, tmp_path):
