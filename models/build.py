@@ -64,6 +64,8 @@ class BuildContext:
     layer_index: Any = 0
     """Traced where layers are stacked: what depends on it is an array, kept in a `Buffer`."""
     num_layers: int = 1
+    causal: bool = True
+    """Whether a token sees those before it only, or all of its document."""
     param_dtype: Any = jnp.float32
     compute_dtype: Any = jnp.float32
     sigma_reparam: SigmaReparam | None = None

@@ -11,7 +11,7 @@ from plait.configs.domains import Coefficient, Depth, Epsilon, Line, Positive, V
 from plait.models.build import SigmaReparam
 from plait.models.channel_mixers.base import ChannelMixerConfig
 from plait.models.channel_mixers.gated_mlp import GatedMLPConfig
-from plait.models.mixers.base import MIXERS, MixerConfig, WrapperConfig
+from plait.models.mixers.base import MIXERS, Direction, MixerConfig, WrapperConfig
 from plait.models.pattern import expand_pattern, pattern_names, split_name
 from plait.models.stream import check_carries
 
@@ -71,6 +71,8 @@ class LMConfig(Config):
     """Config of each name in the pattern; names left out get their defaults."""
     channel_mixer: ChannelMixerConfig = GatedMLPConfig()
     """The other half of every block."""
+    causal: bool = True
+    """Whether a token sees those before it only (a language model that generates), or all of its document (an encoder)."""
     vocab_size: Vocabulary | None = None
     """Rows of the embedding; None gives the tokenizer's size rounded up to a multiple of 128."""
     tie_embeddings: bool = False
@@ -112,8 +114,18 @@ class LMConfig(Config):
                     "change the pattern, or the config"
                 )
             at(f"mixers.{name}", config.fit, self.d_model)
+            if self.direction not in config.directions:
+                raise ValueError(
+                    f"causal={self.causal} does not fit mixers.{name}, which can be {' or '.join(config.directions)} only; "
+                    f"use causal={not self.causal}, or another mixer"
+                )
         at("channel_mixer", self.channel_mixer.fit, self.d_model)
         check_carries([(name, self.mixers[name].carries(self.d_model)) for name in layers])
+
+    @property
+    def direction(self) -> Direction:
+        """What `causal` asks of every mixer."""
+        return "causal" if self.causal else "bidirectional"
 
     @property
     def layers(self) -> tuple[str, ...]:

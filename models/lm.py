@@ -41,6 +41,7 @@ class LM(nnx.Module):
             return BuildContext(
                 layer_index=layer_index,
                 num_layers=config.num_layers,
+                causal=config.causal,
                 rngs=keys,
                 seq_len=seq_len,
                 param_dtype=jnp.dtype(config.param_dtype),
@@ -83,7 +84,9 @@ class LM(nnx.Module):
         return self.embedding[...].T if self.head is None else self.head.weight()
 
     def init_state(self, batch_size: int, max_len: int) -> State:
-        """Empty decode state for sequences of at most `max_len` tokens."""
+        """Empty decode state for sequences of at most `max_len` tokens. Raises ValueError where the model is not causal."""
+        if not self.config.causal:
+            raise ValueError("model.causal=False has no token after token; generate with a causal model, or score this one")
         return self.stack.init_state(batch_size, max_len)
 
     def prefill(self, at: Tokens, state: State) -> tuple[jax.Array, State]:

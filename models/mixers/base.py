@@ -26,6 +26,7 @@ from plait.models.stream import Carry, CarryUse
 
 Kind = Literal["full", "linear", "sparse", "parallel"]
 HeadKind = Literal["attention", "state"]
+Direction = Literal["causal", "bidirectional"]
 State = Any
 """Decode memory of a mixer: a pytree of arrays of fixed shape, batch first."""
 Losses = Mapping[str, jax.Array]
@@ -37,6 +38,12 @@ class MixerConfig(Component, abc.ABC):
     """Options of a mixer. Answers every question that needs no arrays."""
 
     kind: ClassVar[Kind]
+    proof: ClassVar[str] = "the contract suite"
+    """What its equations were checked against besides, in a test marked `proves(NAME)`."""
+    directions: ClassVar[tuple[Direction, ...]] = ("causal",)
+    """Whether a token may see those before it only, or all of its document (`model.causal`), or either."""
+    opaque: ClassVar[str | None] = None
+    """Why its heads have no implied attention; None where they have."""
 
     @classmethod
     def example(cls) -> Self:
@@ -97,6 +104,16 @@ class WrapperConfig(MixerConfig):
         """That of the wrapped mixer."""
         return self.mixer.kind
 
+    @property
+    def directions(self):  # type: ignore[override]
+        """Those of the wrapped mixer."""
+        return self.mixer.directions
+
+    @property
+    def opaque(self):  # type: ignore[override]
+        """That of the wrapped mixer."""
+        return self.mixer.opaque
+
     def fit(self, d_model: int) -> None:
         at("mixer", self.mixer.fit, d_model)
         super().fit(d_model)
@@ -117,10 +134,11 @@ register = MIXERS.register
 
 @functools.lru_cache(maxsize=256)
 def abstract(config: MixerConfig, d_model: int, dtype: str = "float32") -> Any:
-    """The module of a config without arrays."""
+    """The module of a config without arrays, in the first of its directions."""
 
     def create() -> Mixer:
-        ctx = BuildContext(rngs=nnx.Rngs(0), seq_len=1, compute_dtype=jnp.dtype(dtype))
+        causal = config.directions[0] == "causal"
+        ctx = BuildContext(rngs=nnx.Rngs(0), seq_len=1, compute_dtype=jnp.dtype(dtype), causal=causal)
         return config.build(d_model, ctx)
 
     return nnx.eval_shape(create)
@@ -145,7 +163,7 @@ class Mixed:
 
 
 class Mixer(nnx.Module, abc.ABC):
-    """A token mixer of `x` `[B, T, D]`, whose tokens stand where `at` says. Causal always; nothing crosses a segment border.
+    """A token mixer of `x` `[B, T, D]`, whose tokens stand where `at` says. Nothing crosses a segment border.
 
     `carry` is what earlier layers left; a mixer returns it with what it leaves itself.
     """
@@ -196,7 +214,7 @@ class HeadMixer(Mixer):
 
     @abc.abstractmethod
     def implied(self, inputs: Any, rows: jax.Array, *, at: Tokens) -> jax.Array | None:
-        """Implied attention of the query positions `rows` `[R]`: `[B, H, R, S]`; None where it cannot be given."""
+        """Implied attention of the query positions `rows` `[R]`: `[B, H, R, S]`; None where there is none (the config's `opaque`)."""
 
     @abc.abstractmethod
     def output(self, o: jax.Array) -> jax.Array:

@@ -17,7 +17,11 @@ from plait.models.mixers.base import HeadMixer, MixerConfig, WrapperConfig, abst
 from plait.models.mixers.full.softmax import SoftmaxConfig
 
 
-@register("moh", source="MoH: Multi-Head Attention as Mixture-of-Head Attention (2410.11842)")
+@register(
+    "moh",
+    source="MoH: Multi-Head Attention as Mixture-of-Head Attention (2410.11842)",
+    proof="the authors' routing by hand",
+)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MoHConfig(WrapperConfig):
     """`o = sum_h g_h H_h W_O^h` with two-stage gates g: shared heads always on, top-k of the routed heads per token.

@@ -161,6 +161,7 @@ def mla_full_queries(arrays: Arrays) -> np.ndarray:
 OURS = {f.__name__: f for f in (llama, qwen3, gpt_oss, gpt_oss_window, qwen3_next, mamba2, mla, mla_full_queries)}
 
 
+@pytest.mark.proves("softmax", "mla", "gated_deltanet", "mamba2")
 @pytest.mark.parametrize("name", generate.ORACLES)
 def test_golden(name):
     with np.load(GOLDEN / f"{name}.npz") as golden:

@@ -21,7 +21,12 @@ from plait.models.norms import RMSNorm
 from plait.models.rope import rotate
 
 
-@register("mla", kind="full", source="DeepSeek-V2 (2405.04434)")
+@register(
+    "mla",
+    kind="full",
+    source="DeepSeek-V2 (2405.04434)",
+    proof="transformers: DeepSeek-V3",
+)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MLAConfig(MixerConfig):
     """`z_ij = (q_nope_i . k_nope_j + q_rope_i . k_rope_j) / sqrt(nope_head_dim + rope_head_dim)`, `[k_nope, v] = W_UKV c`.

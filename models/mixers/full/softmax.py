@@ -26,7 +26,12 @@ VALUES, KV = "values", "kv"
 """Names in the carry: the first layer's values; keys and values left to later layers, or in decoding the cache that holds them."""
 
 
-@register("softmax", kind="full", source="Attention Is All You Need (1706.03762); GQA (2305.13245)")
+@register(
+    "softmax",
+    kind="full",
+    source="Attention Is All You Need (1706.03762); GQA (2305.13245)",
+    proof="transformers: Llama, Qwen3, GPT-OSS",
+)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SoftmaxConfig(MixerConfig):
     """`o_i = sum_j softmax_j(q_i . k_j / sqrt(K)) v_j` over the visible keys."""

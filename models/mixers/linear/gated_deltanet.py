@@ -21,7 +21,12 @@ from plait.models.norms import l2_normalize
 from plait.models.short_conv import ShortConv
 
 
-@register("gated_deltanet", kind="linear", source="Gated Delta Networks (2412.06464)")
+@register(
+    "gated_deltanet",
+    kind="linear",
+    source="Gated Delta Networks (2412.06464)",
+    proof="transformers: Qwen3-Next",
+)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GatedDeltaNetConfig(MixerConfig):
     """`S_t = a_t (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T`, `o_t = S_t^T q_t / sqrt(K)`.

@@ -16,7 +16,12 @@ from plait.models.mixers.heads import require_divides
 from plait.models.mixers.linear.recurrent import Decayed, Recurrent
 
 
-@register("gla", kind="linear", source="Gated Linear Attention Transformers with Hardware-Efficient Training (2312.06635)")
+@register(
+    "gla",
+    kind="linear",
+    source="Gated Linear Attention Transformers with Hardware-Efficient Training (2312.06635)",
+    proof="fla: naive_recurrent_gla, and the layer by hand",
+)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GLAConfig(MixerConfig):
     """`S_t = Diag(exp g_t) S_{t-1} + k_t v_t^T`, `o_t = S_t^T q_t / sqrt(K)`, `g = logsigmoid(W2 W1 x + b) / gate_normalizer`."""

@@ -20,7 +20,12 @@ from plait.models.norms import RMSNorm
 from plait.models.short_conv import ShortConv
 
 
-@register("mamba2", kind="linear", source="Transformers are SSMs: Generalized Models and Efficient Algorithms (2405.21060)")
+@register(
+    "mamba2",
+    kind="linear",
+    source="Transformers are SSMs: Generalized Models and Efficient Algorithms (2405.21060)",
+    proof="transformers: Mamba-2",
+)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mamba2Config(MixerConfig):
     """`S_t = a_t S_{t-1} + B_t (dt_t x_t)^T`, `y_t = S_t^T C_t + D x_t`, `out = W_o norm(y * silu(z))`, the norm over each group.

@@ -17,7 +17,12 @@ from plait.models.mixers.linear.recurrent import Decayed, Recurrent
 from plait.models.rope import rotate
 
 
-@register("retnet", kind="linear", source="Retentive Network: A Successor to Transformer for Large Language Models (2307.08621)")
+@register(
+    "retnet",
+    kind="linear",
+    source="Retentive Network: A Successor to Transformer for Large Language Models (2307.08621)",
+    proof="fla: naive_retention, and the layer by hand",
+)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RetNetConfig(MixerConfig):
     """`S_t = (1 - 2^(-5-h)) S_{t-1} + k_t v_t^T`, `o_t = S_t^T q_t / sqrt(K)` in head h = 0, 1, ..., with q and k rotated."""

@@ -22,7 +22,12 @@ from plait.models.stream import CarryUse
 _MOST_PARTS = 16
 
 
-@register("parallel", kind="parallel", source="Hymba (2411.13676); Falcon-H1 (2507.22448)")
+@register(
+    "parallel",
+    kind="parallel",
+    source="Hymba (2411.13676); Falcon-H1 (2507.22448)",
+    proof="its parts",
+)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParallelConfig(MixerConfig):
     """`y = sum_i beta_i norm_i(part_i(x)) / n`, the scale beta_i of each channel learned and starting at 1.
@@ -42,6 +47,11 @@ class ParallelConfig(MixerConfig):
     @classmethod
     def example(cls) -> ParallelConfig:
         return cls(parts=(SoftmaxConfig.example(), Mamba2Config.example()))
+
+    @property
+    def directions(self):  # type: ignore[override]
+        """Those that all parts have."""
+        return tuple(one for one in self.parts[0].directions if all(one in part.directions for part in self.parts))
 
     def fit(self, d_model: int) -> None:
         for index, part in enumerate(self.parts):

@@ -12,7 +12,12 @@ from plait.models.mixers.base import register
 from plait.models.mixers.full.softmax import SoftmaxConfig
 
 
-@register("power", kind="sparse", source="PowerAttention: Exponentially Scaling of Receptive Fields (2503.03588)")
+@register(
+    "power",
+    kind="sparse",
+    source="PowerAttention: Exponentially Scaling of Receptive Fields (2503.03588)",
+    proof="masks by hand, depth's reach",
+)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PowerConfig(SoftmaxConfig):
     """Softmax attention to the keys whose block lies 0, 1, 2, 4, 8, ... blocks back, besides the window and the sink tokens.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
+import pkgutil
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +18,9 @@ from plait.configs.probe import ProbeConfig
 from plait.kernels import Tokens
 from plait.models.build import BuildContext
 from plait.models.mixers.base import MIXERS, HeadMixer, Mixed, Mixer, MixerConfig, WrapperConfig
-from plait.models.mixers.full.mla import MLAConfig
-from plait.models.mixers.full.softmax import SoftmaxConfig
-from plait.models.mixers.linear.gated_deltanet import GatedDeltaNetConfig
-from plait.models.mixers.linear.gla import GLAConfig
-from plait.models.mixers.linear.mamba2 import Mamba2Config
 from plait.models.mixers.moh import MoHConfig
-from plait.models.mixers.parallel.parallel import ParallelConfig
-from plait.models.mixers.sparse.power import PowerConfig
 from plait.tests.models.common import layout, left_padded, quick_jit
+from plait.tests.models.mixers import cases as options_folder
 from plait.train import mesh as meshes
 from plait.train.probes.base import Probes
 
@@ -47,6 +43,7 @@ class Case:
 
     config: MixerConfig
     sigma_reparam: str | None = None
+    causal: bool = True
 
     def build(self, compute_dtype: str = "float32") -> Mixer:
         """The module, new."""
@@ -55,6 +52,7 @@ class Case:
             num_layers=4,
             rngs=nnx.Rngs(0),
             seq_len=LENGTH,
+            causal=self.causal,
             compute_dtype=jnp.dtype(compute_dtype),
             sigma_reparam=self.sigma_reparam,
         )
@@ -75,33 +73,14 @@ class Case:
 
 
 def _cases() -> dict[str, tuple[Case, bool]]:
-    """Cases, and whether they are slow, by name."""
-    softmax = functools.partial(SoftmaxConfig, num_heads=4, head_dim=16)
-    gated_deltanet = functools.partial(GatedDeltaNetConfig, num_heads=2, head_dim=8)
-    power = functools.partial(PowerConfig, num_heads=4, head_dim=16, block_size=4)
-    mla = functools.partial(MLAConfig, num_heads=4, kv_rank=24, nope_head_dim=16, rope_head_dim=8, v_head_dim=12)
-    gla = GLAConfig.example()
+    """Cases, and whether they are slow, by name: every example, those of the modules in `cases`, and what goes around them."""
     options = {
-        "softmax-gqa": softmax(num_kv_heads=2),
-        "softmax-nope": softmax(rope_theta=None),
-        "softmax-qk_norm": softmax(qk_norm=True),
-        "softmax-window": softmax(window_size=8),
-        "softmax-window-sinks": softmax(window_size=8, num_sink_tokens=2),
-        "softmax-sink_logits": softmax(num_kv_heads=1, sink_logits=True),
-        "softmax-gate": softmax(gate="elementwise"),
-        "softmax-headwise_gate": softmax(gate="headwise"),
-        "softmax-sigmoid": softmax(normalizer="sigmoid"),
-        "softmax-value_residual": softmax(value_residual=True),
-        "mla-full_queries": mla(),
-        "mla-nope": mla(q_rank=32, rope_theta=None),
-        "power-window-sinks": power(window_size=6, num_sink_tokens=2),
-        "gated_deltanet-grouped": gated_deltanet(num_v_heads=4),
-        "gated_deltanet-negative": gated_deltanet(negative_eigenvalues=True),
-        "mamba2-one_group": Mamba2Config(head_dim=16, state_dim=8),
-        "parallel-three": ParallelConfig(parts=(softmax(num_kv_heads=2, window_size=8), gla, MoHConfig(mixer=gla))),
-        "moh+softmax-gqa-routed": MoHConfig(mixer=softmax(num_kv_heads=2), num_shared_heads=0, top_k=3),
+        name: config
+        for module in pkgutil.iter_modules(options_folder.__path__, f"{options_folder.__name__}.")
+        for name, config in importlib.import_module(module.name).CASES.items()
     }
     examples = {name: config.example() for name, config in MIXERS.all().items()}
+    examples = {name: config for name, config in examples.items() if "causal" in config.directions}
     cases = {name: (Case(config), False) for name, config in examples.items()}
     cases |= {name: (Case(config), False) for name, config in options.items()}
     for name, config in examples.items():

@@ -64,6 +64,7 @@ def test_gates_of_active_heads_average_about_one_at_initialisation():
     assert gates[gates > 0].mean() == pytest.approx(1, abs=0.01)
 
 
+@pytest.mark.proves("moh")
 def test_gates_of_two_tokens_worked_by_hand():
     moh = build(MoHConfig(mixer=dataclasses.replace(SOFTMAX, num_heads=5), num_shared_heads=2, top_k=2))
     zeros = lambda n: jnp.zeros((WIDTH, n))
