@@ -55,6 +55,7 @@ class ExperimentConfig(Config):
     def check(self) -> None:
         if self.spike.action == "rewind" and self.spike.sigma is not None and self.checkpoint_every is None:
             raise ValueError("spike.action=rewind needs checkpoints to go back to; set checkpoint_every")
+        self.data.task.require_causal(self.model.causal)
         if self.data.batch_size % self.optimizer.accumulate:
             raise ValueError(
                 f"optimizer.accumulate={self.optimizer.accumulate} must divide data.batch_size={self.data.batch_size}; "
