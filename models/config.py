@@ -13,6 +13,7 @@ from plait.models.channel_mixers.base import ChannelMixerConfig
 from plait.models.channel_mixers.gated_mlp import GatedMLPConfig
 from plait.models.mixers.base import MIXERS, Direction, MixerConfig, WrapperConfig
 from plait.models.pattern import expand_pattern, pattern_names, split_name
+from plait.models.positions.base import PositionConfig
 from plait.models.stream import check_carries
 
 Dtype = Literal["float32", "bfloat16"]
@@ -71,6 +72,8 @@ class LMConfig(Config):
     """Config of each name in the pattern; names left out get their defaults."""
     channel_mixer: ChannelMixerConfig = GatedMLPConfig()
     """The other half of every block."""
+    positions: PositionConfig | None = None
+    """What is added to the embedding for where a token stands (`learned`: GPT-2, OPT, BERT; `sinusoidal`); None leaves it to the mixers."""
     causal: bool = True
     """Whether a token sees those before it only (a language model that generates), or all of its document (an encoder)."""
     vocab_size: Vocabulary | None = None
@@ -119,6 +122,11 @@ class LMConfig(Config):
                     f"causal={self.causal} does not fit mixers.{name}, which can be {' or '.join(config.directions)} only; "
                     f"use causal={not self.causal}, or another mixer"
                 )
+        if self.positions is not None and self.positions.place != "input":
+            raise ValueError(
+                f"positions={self.positions.name!r} acts on the {self.positions.place} of attention; give it to mixers, or use 'learned' "
+                "or 'sinusoidal' here"
+            )
         at("channel_mixer", self.channel_mixer.fit, self.d_model)
         check_carries([(name, self.mixers[name].carries(self.d_model)) for name in layers])
 
