@@ -1,6 +1,6 @@
 """The ops that mixers are made of, each with several implementations behind one public function."""
 
-from plait.kernels.attention import AttentionStats, LowRankBias, attention, attention_rows
+from plait.kernels.attention import AttentionStats, Bias, DistanceBias, LowRankBias, attention, attention_rows
 from plait.kernels.attention.masses import column_mass, first_masses
 from plait.kernels.attention.routed import routed_attention
 from plait.kernels.cross_entropy import cross_entropy
@@ -14,7 +14,9 @@ from plait.kernels.topk_blocks import topk_blocks
 
 __all__ = [
     "AttentionStats",
+    "Bias",
     "BlockTable",
+    "DistanceBias",
     "LowRankBias",
     "Mask",
     "PowerMask",

@@ -13,6 +13,7 @@ from plait.models.channel_mixers.base import ChannelMixerConfig
 from plait.models.channel_mixers.gated_mlp import GatedMLPConfig
 from plait.models.mixers.base import MIXERS, Direction, MixerConfig, WrapperConfig
 from plait.models.pattern import expand_pattern, pattern_names, split_name
+from plait.models.positions.base import PositionConfig
 from plait.models.stream import check_carries
 
 Dtype = Literal["float32", "bfloat16"]
@@ -73,6 +74,8 @@ class LMConfig(Config):
     """The other half of every block; None leaves it out."""
     channel_mixers: Mapping[str, ChannelMixerConfig] = dataclasses.field(default_factory=Table)
     """That of the layers of a name in the pattern, where it is another: a dense MLP in the first layer of a mixture of experts."""
+    positions: PositionConfig | None = None
+    """What is added to the embedding for where a token stands (`learned`: GPT-2, OPT, BERT; `sinusoidal`); None leaves it to the mixers."""
     causal: bool = True
     """Whether a token sees those before it only (a language model that generates), or all of its document (an encoder)."""
     vocab_size: Vocabulary | None = None
@@ -122,6 +125,11 @@ class LMConfig(Config):
                     f"causal={self.causal} does not fit mixers.{name}, which can be {' or '.join(config.directions)} only; "
                     f"use causal={not self.causal}, or another mixer"
                 )
+        if self.positions is not None and self.positions.place != "input":
+            raise ValueError(
+                f"positions={self.positions.name!r} acts on the {self.positions.place} of attention; give it to mixers, or use 'learned' "
+                "or 'sinusoidal' here"
+            )
         if self.channel_mixer is not None:
             at("channel_mixer", self.channel_mixer.fit, self.d_model)
         for name, channel_mixer in self.channel_mixers.items():

@@ -160,7 +160,7 @@ def test_with_vocab_settles_the_vocabulary():
         ),
         pytest.param(
             lambda: SoftmaxConfig(head_dim=7),
-            r"head_dim=7 must be even where rope_theta=10000\.0 rotates channels in pairs; use 8",
+            r"^softmax\.positions\.fraction=1\.0 turns 7 channels of 7 and they are turned in pairs; use another, an even head dim",
             id="odd-rotary",
         ),
         pytest.param(
