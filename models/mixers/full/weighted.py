@@ -70,6 +70,7 @@ class QKV(NamedTuple):
     k: jax.Array  # [B, S, Hkv, K]
     v: jax.Array  # [B, S, Hkv, V]
     kv_at: Tokens | None = None  # where the keys stand, when they are not the queries' own tokens
+    before: tuple[jax.Array, Tokens] | None = None  # the queries of a rule's halo, when decoding
 
 
 class Cached(HeadMixer):
@@ -144,7 +145,7 @@ class Weighted(Cached):
         return QKV(q, k, heads(self.v, self.num_kv_heads, KV_HEADS)), state
 
     def weigh(self, inputs, *, at):
-        return weighted_attention(*inputs[:3], at=at, kv_at=inputs.kv_at, **self._rule)
+        return weighted_attention(*inputs[:3], at=at, kv_at=inputs.kv_at, before=inputs.before, **self._rule)
 
     def implied(self, inputs, rows, *, at):
         return weighted_rows(inputs.q, inputs.k, rows, at=at, **self._rule)
