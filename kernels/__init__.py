@@ -11,6 +11,7 @@ from plait.kernels.masks import BlockTable, Mask, PowerMask
 from plait.kernels.short_conv import short_conv
 from plait.kernels.tokens import Tokens
 from plait.kernels.topk_blocks import topk_blocks
+from plait.kernels.weighted_attention import weighted_attention, weighted_rows
 
 __all__ = [
     "AttentionStats",
@@ -35,4 +36,6 @@ __all__ = [
     "routed_attention",
     "short_conv",
     "topk_blocks",
+    "weighted_attention",
+    "weighted_rows",
 ]
