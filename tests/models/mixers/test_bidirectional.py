@@ -17,7 +17,7 @@ from plait.tests.tolerances import assert_close
 
 BOTH_WAYS = {name: config.example() for name, config in MIXERS.all().items() if "bidirectional" in config.example().directions}
 OPTIONS = {
-    name: case.config for name, case in CASES.items() if "bidirectional" in case.config.directions and not case.sigma_reparam
+    name: case.config for name, (case, _) in CASES.items() if "bidirectional" in case.config.directions and not case.sigma_reparam
 }
 ROWS = [(LENGTH,), SEGMENTS, SEGMENTS, *[(n,) for n in SEGMENTS], (33,)]
 WHOLE, PACKED, CHANGED, ALONE, LEFT = 0, 1, 2, slice(3, 6), 6
