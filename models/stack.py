@@ -44,7 +44,7 @@ class Stack(nnx.Module):
             return Block(
                 name,
                 config.mixers[name],
-                config.channel_mixer,
+                config.channel_mixer_of(name),
                 config.d_model,
                 context(index, keys),
                 norm=config.norm,

@@ -20,6 +20,7 @@ from flax import nnx
 
 from plait.configs.components import Component, Registry, at
 from plait.kernels import Tokens
+from plait.kernels.dispatch import Op, called_by
 from plait.models.build import PRODUCTS, BuildContext
 from plait.models.look import Look, Observer, look
 from plait.models.stream import Carry, CarryUse
@@ -86,6 +87,11 @@ class MixerConfig(Component, abc.ABC):
         """Forward operations per token: products with weights (2 per weight) and mixing."""
         return self.product_flops(d_model) + self.mixing_flops(d_model, seq_len)
 
+    def ops(self, d_model: int) -> list[Op]:
+        """The ops of `plait.kernels` that a training pass calls."""
+        x, number = jax.ShapeDtypeStruct((1, 8, d_model), jnp.float32), jax.ShapeDtypeStruct((1, 8), jnp.int32)
+        return called_by(lambda x, at: _create(self, d_model)(x, at=at, carry={}).y, x, Tokens(None, number, number))
+
     def state_bytes(self, d_model: int, max_len: int, dtype: Any) -> int:
         """Bytes of decode state of one sequence, caches kept in `dtype`."""
         state = jax.eval_shape(lambda: abstract(self, d_model, jnp.dtype(dtype).name).init_state(1, max_len))
@@ -132,16 +138,16 @@ MIXERS: Registry[MixerConfig] = Registry("mixer", "plait.models.mixers", MixerCo
 register = MIXERS.register
 
 
+def _create(config: MixerConfig, d_model: int, dtype: str = "float32") -> Mixer:
+    """A module of a config, in the first of its directions."""
+    causal = config.directions[0] == "causal"
+    return config.build(d_model, BuildContext(rngs=nnx.Rngs(0), seq_len=1, compute_dtype=jnp.dtype(dtype), causal=causal))
+
+
 @functools.lru_cache(maxsize=256)
 def abstract(config: MixerConfig, d_model: int, dtype: str = "float32") -> Any:
-    """The module of a config without arrays, in the first of its directions."""
-
-    def create() -> Mixer:
-        causal = config.directions[0] == "causal"
-        ctx = BuildContext(rngs=nnx.Rngs(0), seq_len=1, compute_dtype=jnp.dtype(dtype), causal=causal)
-        return config.build(d_model, ctx)
-
-    return nnx.eval_shape(create)
+    """The same without arrays."""
+    return nnx.eval_shape(lambda: _create(config, d_model, dtype))
 
 
 def products(module: nnx.Module) -> float:
