@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -66,8 +66,8 @@ class Stack(nnx.Module):
         layers = [jax.tree.map(lambda a, i=i: a[i], s) for i in range(self.count if stacked else 0) for s in stacked]
         return stream, layers + rest
 
-    def settle(self, counts: Sequence[Counts]) -> None:
-        """Lets the channel mixers move their buffers by the counts of a step, one mapping a layer."""
+    def settle(self, counts: Sequence[Mapping[str, Counts]]) -> None:
+        """Lets mixers move their buffers by the counts of a step, one mapping a layer."""
         scanned = self.period * self.count if self.periods is not None else 0
         for i, block in enumerate(self.periods or ()):
             block.settle(jax.tree.map(lambda *each: jnp.stack(each), *counts[i : scanned : self.period]))

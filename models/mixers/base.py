@@ -175,6 +175,8 @@ class Mixed:
     losses: Losses = dataclasses.field(default_factory=dict)
     looks: tuple[Look, ...] = ()
     """What it shows to an observer: one look, or one a parallel part."""
+    counts: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)
+    """What `settle` needs of the tokens: sums by name, float32."""
 
 
 class Mixer(nnx.Module, abc.ABC):
@@ -184,6 +186,9 @@ class Mixer(nnx.Module, abc.ABC):
     """
 
     num_heads: int
+
+    def settle(self, counts: Mapping[str, jax.Array]) -> None:
+        """Moves buffers once a step, after its gradient, by the counts of all its tokens; leading axes are stacked layers."""
 
     @abc.abstractmethod
     def __call__(self, x: jax.Array, *, at: Tokens, carry: Carry, observer: Observer | None = None) -> Mixed:
@@ -271,6 +276,10 @@ class HeadMixer(Mixer):
         """Losses of this layer's own (routing balance), coefficients applied."""
         return {}
 
+    def counts(self, inputs: Any, x: jax.Array, *, at: Tokens) -> Mapping[str, jax.Array]:
+        """What `settle` needs of the tokens of a training pass, where buffers follow them."""
+        return {}
+
     def __call__(self, x: jax.Array, *, at: Tokens, carry: Carry, observer: Observer | None = None) -> Mixed:
         at = at.placed(*x.shape[:2])
         inputs, _ = self.project(x, at=at, state=None)
@@ -278,7 +287,7 @@ class HeadMixer(Mixer):
         o = self.mix(inputs, x, at=at)
         y = self.output(self.finish(o, inputs, x))
         looks = () if observer is None else (look(observer, at=at, x=x, mixer=self, inputs=inputs, o=o),)
-        return Mixed(y, carry, self.auxiliary_losses(x, at=at), looks)
+        return Mixed(y, carry, self.auxiliary_losses(x, at=at), looks, self.counts(inputs, x, at=at))
 
     def prefill(self, x: jax.Array, state: State, *, at: Tokens, carry: Carry) -> tuple[jax.Array, Carry, State]:
         at = at.placed(*x.shape[:2])
