@@ -8,6 +8,7 @@ from plait.kernels.decay import decay, decay_rows
 from plait.kernels.delta_rule import delta_rule, delta_rule_rows
 from plait.kernels.dispatch import chosen, registered
 from plait.kernels.masks import BlockTable, Mask, PowerMask
+from plait.kernels.online_memory import MemoryState, Rule, online_memory
 from plait.kernels.short_conv import short_conv
 from plait.kernels.tokens import Tokens
 from plait.kernels.topk_blocks import topk_blocks
@@ -17,7 +18,9 @@ __all__ = [
     "BlockTable",
     "LowRankBias",
     "Mask",
+    "MemoryState",
     "PowerMask",
+    "Rule",
     "Tokens",
     "attention",
     "attention_rows",
@@ -29,6 +32,7 @@ __all__ = [
     "delta_rule",
     "delta_rule_rows",
     "first_masses",
+    "online_memory",
     "registered",
     "routed_attention",
     "short_conv",
