@@ -1,6 +1,6 @@
 """The ops that mixers are made of, each with several implementations behind one public function."""
 
-from plait.kernels.attention import AttentionStats, LowRankBias, attention, attention_rows
+from plait.kernels.attention import AttentionStats, Bias, DistanceBias, LowRankBias, attention, attention_rows
 from plait.kernels.attention.masses import column_mass, first_masses
 from plait.kernels.attention.routed import routed_attention
 from plait.kernels.cross_entropy import cross_entropy
@@ -12,10 +12,13 @@ from plait.kernels.online_memory import MemoryState, Rule, online_memory
 from plait.kernels.short_conv import short_conv
 from plait.kernels.tokens import Tokens
 from plait.kernels.topk_blocks import topk_blocks
+from plait.kernels.weighted_attention import weighted_attention, weighted_rows
 
 __all__ = [
     "AttentionStats",
+    "Bias",
     "BlockTable",
+    "DistanceBias",
     "LowRankBias",
     "Mask",
     "MemoryState",
@@ -37,4 +40,6 @@ __all__ = [
     "routed_attention",
     "short_conv",
     "topk_blocks",
+    "weighted_attention",
+    "weighted_rows",
 ]

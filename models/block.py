@@ -1,4 +1,4 @@
-"""One block: norm, mixer, residual, norm, channel mixer, residual."""
+"""One block: norm, mixer, residual and, where there is one, norm, channel mixer, residual."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flax import nnx
 from plait.kernels import Tokens
 from plait.models.axes import BATCH, LENGTH, constrain
 from plait.models.build import BuildContext
-from plait.models.channel_mixers.base import ChannelMixerConfig, Counts, MixedChannels
+from plait.models.channel_mixers.base import ChannelMixer, ChannelMixerConfig, Counts, MixedChannels
 from plait.models.look import Look, Observer, Statistics, look
 from plait.models.mixers.base import Losses, MixerConfig, State
 from plait.models.norms import RMSNorm
@@ -52,7 +52,7 @@ class Block(nnx.Module):
         self,
         name: str,
         mixer: MixerConfig,
-        channel_mixer: ChannelMixerConfig,
+        channel_mixer: ChannelMixerConfig | None,
         d_model: int,
         ctx: BuildContext,
         *,
@@ -63,9 +63,9 @@ class Block(nnx.Module):
         self.norm = norm
         self.scope = layer_scope(name)
         self.mixer = mixer.build(d_model, ctx)
-        self.channel_mixer = channel_mixer.build(d_model, ctx)
+        self.channel_mixer = None if channel_mixer is None else channel_mixer.build(d_model, ctx)
         self.mixer_norm = RMSNorm(ctx, d_model, eps=norm_eps) if norm != "none" else None
-        self.channel_norm = RMSNorm(ctx, d_model, eps=norm_eps) if norm != "none" else None
+        self.channel_norm = RMSNorm(ctx, d_model, eps=norm_eps) if norm != "none" and channel_mixer is not None else None
 
     def __call__(self, stream: Stream, *, at: Tokens, observer: Observer | None = None) -> tuple[Stream, Extras]:
         """The stream after the block."""
@@ -92,23 +92,31 @@ class Block(nnx.Module):
         """One token."""
         return self._through(stream, lambda x, carry: self.mixer.step(x, state, at=at, carry=carry), at)[:2]
 
+    def settle(self, counts: Counts) -> None:
+        """See `ChannelMixer.settle`."""
+        if self.channel_mixer is not None:
+            self.channel_mixer.settle(counts)
+
     def _through(
         self, stream: Stream, mixer: Callable[[jax.Array, Carry], tuple[jax.Array, Carry, Any]], at: Tokens
     ) -> tuple[Stream, Any, MixedChannels]:
         before, after = (_same, self._normed) if self.norm == "post" else (self._normed, _same)
         y, carry, out = jax.named_scope(self.scope)(mixer)(before(stream.x, self.mixer_norm), stream.carry)
         x = after(stream.x + y, self.mixer_norm)
-        channels = self._mix_channels(before(x, self.channel_norm), at)
-        x = after(x + channels.y, self.channel_norm)
+        channels = MixedChannels(x)  # nothing beside it where there is no channel mixer
+        if self.channel_mixer is not None:
+            channels = self._mix_channels(self.channel_mixer, before(x, self.channel_norm), at)
+            x = after(x + channels.y, self.channel_norm)
         return Stream(constrain(x, (BATCH, LENGTH, None)), carry), out, channels
 
     @staticmethod
     def _normed(x: jax.Array, norm: RMSNorm | None) -> jax.Array:
         return x if norm is None else norm(x)
 
+    @staticmethod
     @jax.named_scope("layer_channel_mixer")
-    def _mix_channels(self, x: jax.Array, at: Tokens) -> MixedChannels:
-        return self.channel_mixer(x, at=at)
+    def _mix_channels(channel_mixer: ChannelMixer, x: jax.Array, at: Tokens) -> MixedChannels:
+        return channel_mixer(x, at=at)
 
 
 def _same(x: jax.Array, norm: RMSNorm | None) -> jax.Array:

@@ -10,18 +10,22 @@ from plait.models.build import BuildContext
 
 
 class RMSNorm(nnx.Module):
-    """`x / rms(x) * scale` over the last axis (arXiv 1910.07467), or over each of its equal groups."""
+    """`x / rms(x) * scale` over the last axis (arXiv 1910.07467), or over each of its equal groups; SRMSNorm (2307.14995) has no scale."""
 
-    def __init__(self, ctx: BuildContext, dim: int, *, eps: float, axis: str | None = None, groups: int = 1):
+    def __init__(
+        self, ctx: BuildContext, dim: int, *, eps: float, axis: str | None = None, groups: int = 1, with_scale: bool = True
+    ):
         """Args: `dim` is the last axis' width, `axis` its logical name (None: replicated)."""
         self.eps, self.groups = eps, groups
-        self.scale = ctx.param(jax.nn.initializers.ones, (dim,), (axis,))
+        self.scale = ctx.param(jax.nn.initializers.ones, (dim,), (axis,)) if with_scale else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x32 = x.astype(jnp.float32)
         grouped = x32.reshape(*x.shape[:-1], self.groups, -1) if self.groups > 1 else x32
         grouped = grouped * jax.lax.rsqrt(jnp.mean(jnp.square(grouped), axis=-1, keepdims=True) + self.eps)
         x32 = grouped.reshape(x.shape)
+        if self.scale is None:
+            return x32.astype(x.dtype)
         scale = self.scale[...].astype(jnp.float32)
         return (x32 * scale.reshape((1,) * (x.ndim - 1) + scale.shape)).astype(x.dtype)
 

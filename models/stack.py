@@ -44,7 +44,7 @@ class Stack(nnx.Module):
             return Block(
                 name,
                 config.mixers[name],
-                config.channel_mixer,
+                config.channel_mixer_of(name),
                 config.d_model,
                 context(index, keys),
                 norm=config.norm,
@@ -70,9 +70,9 @@ class Stack(nnx.Module):
         """Lets the channel mixers move their buffers by the counts of a step, one mapping a layer."""
         scanned = self.period * self.count if self.periods is not None else 0
         for i, block in enumerate(self.periods or ()):
-            block.channel_mixer.settle(jax.tree.map(lambda *each: jnp.stack(each), *counts[i : scanned : self.period]))
+            block.settle(jax.tree.map(lambda *each: jnp.stack(each), *counts[i : scanned : self.period]))
         for block, own in zip(self.rest, counts[scanned:], strict=True):
-            block.channel_mixer.settle(own)
+            block.settle(own)
 
     def init_state(self, batch_size: int, max_len: int) -> State:
         """Empty decode states of every layer."""
