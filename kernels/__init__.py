@@ -10,6 +10,7 @@ from plait.kernels.dispatch import chosen, registered
 from plait.kernels.dplr import dplr, dplr_rows
 from plait.kernels.linear_scan import linear_scan
 from plait.kernels.masks import BlockTable, Mask, PowerMask
+from plait.kernels.online_memory import MemoryState, Rule, online_memory
 from plait.kernels.selective_scan import selective_scan
 from plait.kernels.short_conv import short_conv
 from plait.kernels.tokens import Tokens
@@ -23,7 +24,9 @@ __all__ = [
     "DistanceBias",
     "LowRankBias",
     "Mask",
+    "MemoryState",
     "PowerMask",
+    "Rule",
     "Tokens",
     "attention",
     "attention_rows",
@@ -38,6 +41,7 @@ __all__ = [
     "dplr_rows",
     "first_masses",
     "linear_scan",
+    "online_memory",
     "registered",
     "routed_attention",
     "selective_scan",
