@@ -71,9 +71,10 @@ def test_rows_are_those_of_the_whole_and_later_tokens_need_the_halo_only(halo):
     values = jnp.repeat(arrays["v"], 2, axis=2)
     assert_close(jnp.einsum("bhrs,bshv->brhv", a, values), whole[:, rows])
     at, kv_at = Tokens(None, None, jnp.full((2, 1), 19)), Tokens(None, jnp.ones((2, length), jnp.int32))
-    before = None if not halo else (arrays["q"][:, 19 - halo : 19], Tokens(None, *jnp.ones((2, 2, halo), jnp.int32)))
-    if before is not None:
-        before = before[0], Tokens(None, before[1].segment_ids, jnp.arange(19 - halo, 19)[None].repeat(2, 0))
+    before = (
+        arrays["q"][:, 19 - halo : 19],
+        Tokens(None, jnp.ones((2, halo), jnp.int32), jnp.arange(19 - halo, 19)[None].repeat(2, 0)),
+    )
     last = weighted_attention(arrays["q"][:, 19:], arrays["k"], arrays["v"], at=at, kv_at=kv_at, before=before, **options)
     assert_close(last, whole[:, 19:])
 

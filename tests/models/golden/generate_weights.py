@@ -1,7 +1,8 @@
 """Golden outputs of the authors' own attention layers: `python tests/models/golden/generate_weights.py FOLDER` writes .npz files beside it.
 
-FOLDER holds clones of trestad/CogAttn, awayfromzel/neural-attention-research and facebookresearch/RAM. Needs torch and einops. A file
-holds input, random weights under their names there, output, and the gradient of `sum(output * cotangent)` in the input.
+FOLDER holds clones of trestad/CogAttn, awayfromzel/neural-attention-research, facebookresearch/RAM and
+gioannides/Gaussian-Adaptive-Attention. Needs torch and einops. A file holds input, random weights under their names there, output, and
+the gradient of `sum(output * cotangent)` in the input.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ def _run(layer: Any, forward: Callable[[Any], Any], seed: int) -> Arrays:
     arrays = {}
     for name, parameter in layer.named_parameters():
         value = random.normal(size=parameter.shape) * (0.3 if parameter.ndim == 1 else 0.5)
+        value = np.exp(value) if name.endswith(".c") else value  # widths of Gaussians
         parameter.data = torch.tensor(value, dtype=torch.float32)
         arrays[f"weights/{name}"] = value.astype(np.float32)
     x, cotangent = random.normal(size=(2, BATCH, LENGTH, WIDTH)).astype(np.float32)
@@ -113,7 +115,14 @@ def mta(folder: Path, seed: int = 0) -> Arrays:
         torch.tensor = tensor
 
 
-ORACLES: dict[str, Callable[..., Arrays]] = {f.__name__: f for f in (cog, neural_attention, mta)}
+def gaam(folder: Path, seed: int = 0) -> Arrays:
+    """Products of two Gaussians over the channels of a head."""
+    authors = _load(folder / "Gaussian-Adaptive-Attention/gaussian_adaptive_attention/GaussianBlock.py")
+    layer = authors.MultiHeadGaussianAdaptiveAttention(-1, HEADS, 2)
+    return _run(layer, layer, seed)
+
+
+ORACLES: dict[str, Callable[..., Arrays]] = {f.__name__: f for f in (cog, neural_attention, mta, gaam)}
 
 
 if __name__ == "__main__":

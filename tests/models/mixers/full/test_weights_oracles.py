@@ -1,5 +1,6 @@
 """Attention whose weights are not softmax's, against the authors' layers: committed golden numbers, outputs and gradients."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -8,6 +9,7 @@ import pytest
 from flax import nnx
 
 from plait.models.build import BuildContext
+from plait.models.channel_mixers.gaam import GAAMConfig
 from plait.models.mixers.base import MixerConfig
 from plait.models.mixers.full.cog import CogConfig
 from plait.models.mixers.full.mta import MTAConfig
@@ -54,26 +56,42 @@ def mta(arrays: Arrays) -> Found:
     return MTAConfig(num_heads=HEADS, head_dim=HEAD_DIM, **options), weights
 
 
-def build(config: MixerConfig, layer_index: int = 2, **options) -> nnx.Module:
-    return config.build(WIDTH, BuildContext(layer_index=layer_index, num_layers=4, rngs=nnx.Rngs(0), seq_len=LENGTH, **options))
+def build(config: MixerConfig, layer_index: int = 2) -> nnx.Module:
+    return config.build(WIDTH, BuildContext(layer_index=layer_index, num_layers=4, rngs=nnx.Rngs(0), seq_len=LENGTH))
 
 
-@pytest.mark.proves("cog", "neural_attention", "mta")
-@pytest.mark.parametrize("ours", [cog, neural_attention, mta])
-def test_golden(ours):
-    with np.load(Path(*golden.__path__) / f"{ours.__name__}.npz") as found:
-        arrays = dict(found)
-    config, weights = ours(arrays)
-    graph, state = nnx.split(filled(build(config), weights))
+def golden_arrays(name: str) -> Arrays:
+    with np.load(Path(*golden.__path__) / f"{name}.npz") as found:
+        return dict(found)
+
+
+def assert_golden(layer: nnx.Module, call: Callable[[nnx.Module, jax.Array], jax.Array], arrays: Arrays) -> None:
+    graph, state = nnx.split(layer)
 
     @quick_jit
     def run(state, x, cotangent):
-        y, pull = jax.vjp(lambda x: nnx.merge(graph, state)(x, at=AT, carry={}).y, x)
+        y, pull = jax.vjp(lambda x: call(nnx.merge(graph, state), x), x)
         return y, *pull(cotangent)
 
     y, gradient = run(state, arrays["x"], arrays["cotangent"])
     assert_close(y, arrays["output"])
     assert_close(gradient, arrays["gradient"])
+
+
+@pytest.mark.proves("cog", "neural_attention", "mta")
+@pytest.mark.parametrize("ours", [cog, neural_attention, mta])
+def test_golden(ours):
+    arrays = golden_arrays(ours.__name__)
+    config, weights = ours(arrays)
+    assert_golden(filled(build(config), weights), lambda layer, x: layer(x, at=AT, carry={}).y, arrays)
+
+
+def test_golden_gaam():
+    arrays = golden_arrays("gaam")
+    of_heads = lambda name: np.stack([arrays[f"weights/attention_heads.{i}.{name}"] for i in range(HEADS)])
+    weights = {"offset": of_heads("mean_offsets"), "log_width": np.log(of_heads("c"))}
+    layer = filled(build(GAAMConfig(num_heads=HEADS, num_gaussians=2)), weights)
+    assert_golden(layer, lambda layer, x: layer(x, at=AT).y, arrays)
 
 
 def test_mta_scales_by_depth():
