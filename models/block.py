@@ -12,7 +12,7 @@ from flax import nnx
 from plait.kernels import Tokens
 from plait.models.axes import BATCH, LENGTH, constrain
 from plait.models.build import BuildContext
-from plait.models.channel_mixers.base import ChannelMixer, ChannelMixerConfig, Counts, MixedChannels
+from plait.models.channel_mixers.base import ChannelMixer, ChannelMixerConfig, MixedChannels
 from plait.models.look import Observer, Statistics, look
 from plait.models.mixers.base import Losses, Mixed, MixerConfig, State
 from plait.models.norms import RMSNorm
@@ -28,7 +28,7 @@ class Extras:
     """Auxiliary losses by name, coefficients applied."""
     statistics: Statistics = dataclasses.field(default_factory=dict)
     """Of probe steps."""
-    counts: Mapping[str, Counts] = dataclasses.field(default_factory=dict)
+    counts: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     """What a step adds up over its tokens for `mixer` or `channel_mixer` to move its buffers by: see their `settle`."""
 
 
@@ -85,7 +85,7 @@ class Block(nnx.Module):
         counts = {name: one.counts for name, one in (("mixer", mixed), ("channel_mixer", channels)) if one.counts}
         return stream, Extras({**mixed.losses, **channels.losses}, statistics, counts)
 
-    def settle(self, counts: Mapping[str, Counts]) -> None:
+    def settle(self, counts: Mapping[str, Mapping[str, Any]]) -> None:
         """Moves buffers once a step by its counts; leading axes are stacked layers."""
         for name, own in counts.items():
             getattr(self, name).settle(own)

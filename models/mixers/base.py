@@ -175,8 +175,8 @@ class Mixed:
     losses: Losses = dataclasses.field(default_factory=dict)
     looks: tuple[Look, ...] = ()
     """What it shows to an observer: one look, or one a parallel part."""
-    counts: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)
-    """What `settle` needs of the tokens: sums by name, float32."""
+    counts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What `settle` needs of the tokens: sums by name, float32, of parallel parts by part."""
 
 
 class Mixer(nnx.Module, abc.ABC):
@@ -187,7 +187,7 @@ class Mixer(nnx.Module, abc.ABC):
 
     num_heads: int
 
-    def settle(self, counts: Mapping[str, jax.Array]) -> None:
+    def settle(self, counts: Mapping[str, Any]) -> None:
         """Moves buffers once a step, after its gradient, by the counts of all its tokens; leading axes are stacked layers."""
 
     @abc.abstractmethod

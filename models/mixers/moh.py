@@ -17,6 +17,7 @@ from plait.kernels import Tokens
 from plait.models.axes import EMBED
 from plait.models.build import BuildContext
 from plait.models.linear import Dense
+from plait.models.mixers.around import AroundHeads
 from plait.models.mixers.base import HeadMixer, MixerConfig, WrapperConfig, abstract, register
 from plait.models.mixers.full.softmax import SoftmaxConfig
 
@@ -35,9 +36,8 @@ class MoHConfig(WrapperConfig):
 
     With `experts = "all_but_one"` the experts are the layers with one head left out, h / (h - 1) times the sum of the others, and
     p = softmax(x W) weighs them: `g_h = h / (h - 1) (1 - p_h)`, which averages 1 too. The paper's gates see the mean of the sequence,
-    which a causal model has not: here each token has its own. It trains gates and experts in turns, an expert drawn by the gates at a
-    time; here both are trained at once, and a training that freezes parameters in turns has all it needs in their names
-    (`routed_router` holds the gates).
+    which a causal model has not: here each token has its own. It trains gates and experts in turns, one drawn expert at a time (block
+    coordinate descent), which is the trainer's to do; here both are trained at once.
     """
 
     mixer: MixerConfig = SoftmaxConfig()
@@ -91,7 +91,7 @@ class MoHConfig(WrapperConfig):
         return MoH(self, d_model, ctx)
 
 
-class MoH(HeadMixer):
+class MoH(AroundHeads):
     """See `MoHConfig`. Everything but the gates is the wrapped mixer's."""
 
     def __init__(self, config: MoHConfig, d_model: int, ctx: BuildContext):
@@ -157,39 +157,6 @@ class MoH(HeadMixer):
         _, mask = self.loads(x, at=at)
         load = jnp.concatenate([jnp.ones(self.num_heads - self.num_routed), mask])
         return {**self.inner.observe(inputs, x, at=at), "load": load}
-
-    def project(self, x, *, at, state):
-        return self.inner.project(x, at=at, state=state)
-
-    def project_step(self, x, *, at, state):
-        return self.inner.project_step(x, at=at, state=state)
-
-    def share(self, inputs, carry):
-        return self.inner.share(inputs, carry)
-
-    def recall(self, inputs, carry, *, at, state):
-        return self.inner.recall(inputs, carry, at=at, state=state)
-
-    def attend(self, inputs, *, at, state):
-        return self.inner.attend(inputs, at=at, state=state)
-
-    def attend_step(self, inputs, *, at, state):
-        return self.inner.attend_step(inputs, at=at, state=state)
-
-    def implied(self, inputs, rows, *, at):
-        return self.inner.implied(inputs, rows, at=at)
-
-    def output(self, o):
-        return self.inner.output(o)
-
-    def init_state(self, batch_size, max_len):
-        return self.inner.init_state(batch_size, max_len)
-
-    def counts(self, inputs, x, *, at):
-        return self.inner.counts(inputs, x, at=at)
-
-    def settle(self, counts):
-        self.inner.settle(counts)
 
 
 def _rank(p: jax.Array) -> jax.Array:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
-
 from plait.models.axes import KV_HEADS
 from plait.models.build import BuildContext
 from plait.models.mixers.base import register
@@ -42,8 +40,7 @@ class Diff(LayerWeighted):
         self.q = self.projection(ctx, d_model, 2 * self.num_heads, config.head_dim)
         self.k = self.projection(ctx, d_model, 2 * self.num_kv_heads, config.head_dim, KV_HEADS)
 
-    def maps(self, x):
-        def both(y: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return y[:, :, 0::2], y[:, :, 1::2]
-
-        return both(self.split(self.q(x), 2 * self.num_heads)), both(self.split(self.k(x), 2 * self.num_kv_heads, KV_HEADS))
+    def both(self, x):
+        q = self.split(self.q(x), 2 * self.num_heads)
+        k = self.split(self.k(x), 2 * self.num_kv_heads, KV_HEADS)
+        return (q[:, :, 0::2], q[:, :, 1::2]), (k[:, :, 0::2], k[:, :, 1::2])

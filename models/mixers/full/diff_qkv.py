@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from plait.configs.domains import Channels, Factor, Heads
+from plait.kernels import Tokens
 from plait.models.axes import EMBED, HEADS, KV_HEADS, MLP
 from plait.models.build import BuildContext
 from plait.models.linear import Dense
 from plait.models.mixers.base import register
-from plait.models.mixers.full.dot_product import DotProduct, Projected, RotaryConfig
+from plait.models.mixers.full.dot_product import DotProduct, PlacedConfig
 from plait.models.mixers.heads import require_divides
 
 
@@ -25,7 +28,7 @@ from plait.models.mixers.heads import require_divides
     proof="head by head in NumPy, softmax where the heads are alike",
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DiffQKVConfig(RotaryConfig):
+class DiffQKVConfig(PlacedConfig):
     """Softmax attention of H query heads to Hk keys and Hv values: query head h meets key `floor(h Hk / H)` and value `floor(h Hv / H)`.
 
     The cache keeps Hk K' + Hv V numbers a token. Keys narrower than queries (`k_head_dim`) are widened by one more projection when
@@ -63,6 +66,16 @@ class DiffQKVConfig(RotaryConfig):
         return DiffQKV(self, d_model, ctx)
 
 
+class OwnHeads(NamedTuple):
+    """Heads as the op takes them, and as they are."""
+
+    q: jax.Array  # [B, T, H, K]
+    k: jax.Array  # [B, S, lcm(Hk, Hv), K]
+    v: jax.Array  # [B, S, lcm(Hk, Hv), V]
+    own: Mapping[str, jax.Array]  # keys [B, T, Hk, K'] and values [B, T, Hv, V] of the new tokens
+    kv_at: Tokens | None = None
+
+
 class QueryMLP(nnx.Module):
     """`q = W_3 (silu(W_1 q_0) * W_2 q_0)`."""
 
@@ -90,20 +103,31 @@ class DiffQKV(DotProduct):
         self.o = self.projection_back(ctx, d_model, config.head_dim)
 
     def project(self, x, *, at, state):
-        q = self.q(x)
+        placed = self.placed(x, at)
+        q = self.q(placed)
         q = q if self.q_mlp is None else self.q_mlp(q)
-        q = self.rotate(self.split(q, self.num_heads), at.positions)
-        k = self.split(self.k(x), self.config.num_k_heads, KV_HEADS)
-        v = self.split(self.v(x), self.config.num_v_heads, KV_HEADS)
-        kept = {"k": k if self.k_up is not None else self.rotate(k, at.positions), "v": v}
-        return Projected(q, *self.keys_and_values(kept, at.positions), kept), state
+        q = self.turned(self.split(q, self.num_heads), at)
+        k = self.split(self.k(placed), self.config.num_k_heads, KV_HEADS)
+        own = {
+            "k": k if self.k_up is not None else self.turned(k, at),
+            "v": self.split(self.v(x), self.config.num_v_heads, KV_HEADS),
+        }
+        return OwnHeads(q, *self.keys_and_values(own, at), own), state
 
-    def keys_and_values(self, kept, positions):
-        k, v = kept["k"], kept["v"]
+    def keys_and_values(self, own: Mapping[str, jax.Array], at: Tokens) -> tuple[jax.Array, jax.Array]:
+        """As many of both, and as wide as queries, of tokens that stand there."""
+        k, v = own["k"], own["v"]
         if self.k_up is not None:
-            k = self.rotate(jnp.einsum("bshk,hkc->bshc", k, self.k_up.weight().astype(k.dtype)), positions)
+            k = self.turned(jnp.einsum("bshk,hkc->bshc", k, self.k_up.weight().astype(k.dtype)), at)
         heads = math.lcm(k.shape[2], v.shape[2])
-        return tuple(jnp.repeat(y, heads // y.shape[2], axis=2) for y in (k, v))
+        return jnp.repeat(k, heads // k.shape[2], axis=2), jnp.repeat(v, heads // v.shape[2], axis=2)
+
+    def kept(self, inputs):
+        return inputs.own
+
+    def recalled(self, inputs, cache):
+        k, v = self.keys_and_values(cache.entries, cache.at)
+        return inputs._replace(k=k, v=v, kv_at=cache.at)
 
     def entries(self):
         config = self.config

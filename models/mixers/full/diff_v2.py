@@ -32,9 +32,8 @@ class DiffV2Config(GroupedConfig):
     def example(cls) -> DiffV2Config:
         return cls(num_heads=4, num_kv_heads=2, head_dim=16)
 
-    def weighed(self, d_model: int) -> tuple[int, int]:
-        width = 2 * self.count_heads(d_model) * self.head_dim
-        return width, width
+    def maps(self, d_model: int) -> tuple[int, int, int]:
+        return 2 * self.count_heads(d_model), self.head_dim, self.head_dim
 
     def build(self, d_model: int, ctx: BuildContext) -> DiffV2:
         return DiffV2(self, d_model, ctx)
@@ -53,7 +52,8 @@ class DiffV2(Differential):
         self.o = self.projection_back(ctx, d_model, config.head_dim)
 
     def project(self, x, *, at, state):
-        q = self.rotate(self.split(self.q(x), 2 * self.num_heads), at.positions)
-        k, v = (self.split(y, self.num_kv_heads, KV_HEADS) for y in (self.k(x), self.v(x)))
-        k = self.rotate(k, at.positions)
-        return Pairs(q, k, v, jax.nn.sigmoid(self.weight(x).astype(jnp.float32)), {"k": k, "v": v}), state
+        placed = self.placed(x, at)
+        q = self.turned(self.split(self.q(placed), 2 * self.num_heads), at)
+        k = self.turned(self.split(self.k(placed), self.num_kv_heads, KV_HEADS), at)
+        v = self.split(self.v(x), self.num_kv_heads, KV_HEADS)
+        return Pairs(q, k, v, jax.nn.sigmoid(self.weight(x).astype(jnp.float32))), state

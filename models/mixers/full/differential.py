@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -26,7 +25,6 @@ class Pairs(NamedTuple):
     k: jax.Array  # [B, S, Hkv or 2 Hkv, K]
     v: jax.Array  # [B, S, Hkv, V]
     weight: jax.Array  # [B, T, H or 1] float32, of the second map
-    kept: Mapping[str, jax.Array]
     kv_at: Tokens | None = None
 
 
@@ -52,14 +50,14 @@ class Differential(DotProduct):
 
     def weigh(self, inputs, *, at):
         v = jnp.repeat(inputs.v, inputs.k.shape[2] // inputs.v.shape[2], axis=2)
-        o = attention(inputs.q, inputs.k, v, at=at, kv_at=inputs.kv_at, **self.options(inputs))
+        o = attention(inputs.q, inputs.k, v, at=at, kv_at=inputs.kv_at, **self.options(inputs, at))
         first, second = self.halves(o, 2)
         return (first.astype(jnp.float32) - inputs.weight[..., None] * second.astype(jnp.float32)).astype(o.dtype)
 
     attend_active = HeadMixer.attend_active
 
     def implied(self, inputs, rows, *, at):
-        maps = attention_rows(inputs.q, inputs.k, rows=rows, at=at, **self.options(inputs))
+        maps = attention_rows(inputs.q, inputs.k, rows=rows, at=at, **self.options(inputs, at))
         first, second = self.halves(maps, 1)
         return first - jnp.moveaxis(inputs.weight[:, rows], 1, -1)[..., None] * second
 
@@ -85,13 +83,12 @@ class LayerWeightedConfig(GroupedConfig):
             )
         return self.num_heads or d_model // (2 * self.head_dim)
 
-    def weighed(self, d_model: int) -> tuple[int, int]:
-        width = 2 * self.count_heads(d_model) * self.head_dim
-        return width, 2 * width
+    def maps(self, d_model: int) -> tuple[int, int, int]:
+        return 2 * self.count_heads(d_model), self.head_dim, 2 * self.head_dim
 
 
 class LayerWeighted(Differential):
-    """Subclasses make their queries and keys in `maps`.
+    """Subclasses make their queries and keys in `both`.
 
     weight = exp(a_1 . b_1) - exp(a_2 . b_2) + w(l), w(l) = 0.8 - 0.6 exp(-0.3 l) in layer l from 0 on; what a head gives is
     normalised and multiplied by 1 - w(l), which keeps its gradients at the scale of plain attention.
@@ -108,7 +105,7 @@ class LayerWeighted(Differential):
         self.norm = RMSNorm(ctx, value_dim, eps=config.norm_eps)
 
     @abc.abstractmethod
-    def maps(self, x: jax.Array) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    def both(self, x: jax.Array) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
         """Queries `[B, T, H, K]` of the first and of the second map, and keys `[B, T, Hkv, K]`."""
 
     def weight(self) -> jax.Array:
@@ -118,10 +115,9 @@ class LayerWeighted(Differential):
         return first - second + self.start[...]
 
     def project(self, x, *, at, state):
-        queries, keys = self.maps(x)
-        q, k = (self.rotate(self.paired(*both), at.positions) for both in (queries, keys))
+        q, k = (self.turned(self.paired(*maps), at) for maps in self.both(self.placed(x, at)))
         v = self.split(self.v(x), self.num_kv_heads, KV_HEADS)
-        return Pairs(q, k, v, jnp.broadcast_to(self.weight(), (*x.shape[:2], 1)), {"k": k, "v": v}), state
+        return Pairs(q, k, v, jnp.broadcast_to(self.weight(), (*x.shape[:2], 1))), state
 
     def entries(self):
         heads, channels = self.num_kv_heads, self.config.head_dim

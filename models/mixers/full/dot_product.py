@@ -6,20 +6,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 
-from plait.configs.domains import Base, Channels, Heads
-from plait.kernels import Mask, Tokens, attention, attention_rows, column_mass, first_masses, routed_attention
+from plait.configs.components import at as under
+from plait.configs.domains import Channels, Heads
+from plait.kernels import Tokens, attention, attention_rows, column_mass, first_masses, routed_attention
+from plait.kernels.attention.bias import folded_columns
 from plait.models.axes import BATCH, EMBED, HEADS, KV_HEADS, LENGTH, constrain
 from plait.models.build import BuildContext
-from plait.models.cache import Cache, Slots
 from plait.models.linear import Dense
-from plait.models.mixers.base import Direction, HeadMixer, MixerConfig
+from plait.models.mixers.base import Direction, MixerConfig
+from plait.models.mixers.full.weighted import Cached, mean_keys
 from plait.models.mixers.heads import join_heads, require_divides, resolve_heads, split_heads
-from plait.models.rope import rotate
+from plait.models.positions.base import Position, PositionConfig
+from plait.models.positions.rotary import RotaryConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,32 +39,51 @@ class DotProductConfig(MixerConfig):
         """Heads at width `d_model`."""
         return resolve_heads(self.num_heads, d_model, self.head_dim)
 
-    def mixing_flops(self, d_model: int, seq_len: int) -> float:
-        return 2.0 * sum(self.weighed(d_model)) * (seq_len + 1) / 2
+    def maps(self, d_model: int) -> tuple[int, int, int]:
+        """How many softmaxes, and the channels of their keys and values."""
+        return self.count_heads(d_model), self.head_dim, self.head_dim
 
-    def weighed(self, d_model: int) -> tuple[int, int]:
-        """Channels of all queries, and of all values that they weigh."""
-        width = self.count_heads(d_model) * self.head_dim
-        return width, width
+    def mixing_flops(self, d_model: int, seq_len: int) -> float:
+        maps, keys, values = self.maps(d_model)
+        return 2.0 * maps * (keys + values) * mean_keys(seq_len)
+
+    def place(self, ctx: BuildContext, d_model: int) -> Position | None:
+        """The position encoding."""
+        return None
+
+    def fit_length(self, length: int) -> None:
+        """Raises ValueError where sequences of `length` cannot be decoded."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RotaryConfig(DotProductConfig):
-    """Whose queries and keys are rotated by their positions."""
+class PlacedConfig(DotProductConfig):
+    """With a choice of position encodings."""
 
-    rope_theta: Base | None = 10_000.0
-    """Base of the rotary embedding; None for no position encoding (NoPE)."""
+    positions: PositionConfig | None = RotaryConfig()
+    """How queries and keys know where they stand; None for no position encoding (NoPE)."""
 
     def check(self) -> None:
-        if self.rope_theta is not None and self.head_dim % 2:
-            raise ValueError(
-                f"head_dim={self.head_dim} must be even where rope_theta={self.rope_theta} rotates channels in pairs; "
-                f"use {self.head_dim + 1}, or rope_theta=None for NoPE"
-            )
+        if self.positions is not None:
+            under("positions", self.positions.fit, self.head_dim)
+
+    def place(self, ctx: BuildContext, d_model: int) -> Position | None:
+        if self.positions is None:
+            return None
+        return under("positions", self.positions.build, ctx, d_model, self.maps(d_model)[0])
+
+    def fit_length(self, length: int) -> None:
+        if self.positions is not None:
+            under("positions", self.positions.fit_length, length, "decoding")
+
+    def mixing_flops(self, d_model: int, seq_len: int) -> float:
+        maps, keys, _ = self.maps(d_model)
+        rank = 0 if self.positions is None else self.positions.bias_rank
+        folded = folded_columns(rank, keys) if rank else 0
+        return super().mixing_flops(d_model, seq_len) + 2.0 * maps * folded * mean_keys(seq_len)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GroupedConfig(RotaryConfig):
+class GroupedConfig(PlacedConfig):
     """Whose keys and values are shared by groups of heads."""
 
     num_kv_heads: Heads | None = None
@@ -76,37 +97,18 @@ class GroupedConfig(RotaryConfig):
         return num_heads, num_kv_heads
 
 
-class DotProductState(NamedTuple):
-    """Decode memory."""
-
-    cache: Cache
-    convs: Mapping[str, jax.Array]
-    """The last inputs of each short convolution."""
-
-
-class Projected(NamedTuple):
-    """Queries, keys and values; a mixer that needs more has a class of its own with these fields."""
-
-    q: jax.Array  # [B, T, H, K]
-    k: jax.Array  # [B, S, Hkv, K]
-    v: jax.Array  # [B, S, Hkv, V]
-    kept: Mapping[str, jax.Array]  # what the cache keeps of the new tokens, [B, T, ...]
-    kv_at: Tokens | None = None  # where the keys stand, when they are a cache's
-
-
-class DotProduct(HeadMixer):
-    """Subclasses make their projections, write `project`, and `keys_and_values` where the cache keeps something else."""
+class DotProduct(Cached):
+    """Subclasses make their projections, `o` the one back, and write `project`; those that cache other things than keys and values
+    also `entries`, `kept` and `recalled`."""
 
     config: Any
     num_kv_heads: int
-    scale: float | None = None
-    """Multiplies the dot products; None for `K^-1/2`."""
-    convs: ClassVar[tuple[str, ...]] = ()
-    """Attributes that are short convolutions."""
 
     def __init__(self, config: DotProductConfig, d_model: int, ctx: BuildContext):
-        self.config, self.num_heads, self.dtype = config, config.count_heads(d_model), ctx.compute_dtype
-        self.mask, self.slots = Mask(causal=ctx.causal), Slots()
+        super().__init__(ctx)
+        self.config, self.num_heads = config, config.count_heads(d_model)
+        self.scale = config.maps(d_model)[1] ** -0.5
+        self.positions = config.place(ctx, d_model)
 
     @staticmethod
     def projection(ctx: BuildContext, d_model: int, heads: int, channels: int, axis: str = HEADS) -> Dense:
@@ -123,65 +125,42 @@ class DotProduct(HeadMixer):
         """`[B, T, H * K]` to `[B, T, H, K]`, laid out by head."""
         return constrain(split_heads(y, heads), (BATCH, LENGTH, axis, None))
 
-    def rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
-        """`x` `[B, T, H, K]` with its positions."""
-        return x if self.config.rope_theta is None else rotate(x, positions, self.config.rope_theta)
+    def placed(self, x: jax.Array, at: Tokens) -> jax.Array:
+        """`x` `[B, T, D]`, from which queries and keys are projected, with positions."""
+        return x if self.positions is None else self.positions.add(x, at)
 
-    def convolve(
-        self, streams: Mapping[str, jax.Array], *, at: Tokens, state: DotProductState | None
-    ) -> tuple[list[jax.Array], DotProductState | None]:
-        """Each stream `[B, T, C]` through the convolution of its name, and the state with their last inputs."""
-        old = {} if state is None else state.convs
-        found = {name: getattr(self, name)(y, at=at, state=old.get(name)) for name, y in streams.items()}
-        if state is not None:
-            state = state._replace(convs={name: last for name, (_, last) in found.items()})
-        return [y for y, _ in found.values()], state
+    def turned(self, heads: jax.Array, at: Tokens) -> jax.Array:
+        """Queries or keys `[B, T, H, K]` with positions."""
+        return heads if self.positions is None else self.positions.turn(heads, at)
 
-    def keys_and_values(self, kept: Mapping[str, jax.Array], positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Keys and values `[B, S, Hkv, .]` of what the cache keeps of tokens at `positions` `[B, S]`."""
-        return kept["k"], kept["v"]
+    def options(self, inputs: Any, at: Tokens) -> dict[str, Any]:
+        """Arguments of the ops."""
+        kv_at = at if inputs.kv_at is None else inputs.kv_at
+        bias = None if self.positions is None else self.positions.bias(at, kv_at, scale=self.scale)
+        return {"mask": self.mask, "scale": self.scale, "bias": bias}
 
-    def entries(self) -> Mapping[str, tuple[tuple[int, ...], str | None]]:
-        """Shape a token of what the cache keeps, and the axis of that shape's first dimension."""
+    def entries(self):
         one = ((self.num_kv_heads, self.config.head_dim), KV_HEADS)
         return {"k": one, "v": one}
 
-    def options(self, inputs: Any) -> dict[str, Any]:
-        """Those of the op."""
-        return {"mask": self.mask, "scale": self.scale}
+    def init_state(self, batch_size, max_len):
+        self.config.fit_length(max_len)
+        return super().init_state(batch_size, max_len)
 
-    def weigh(self, inputs: Any, *, at: Tokens) -> jax.Array:
-        """Weighted sums of values, `[B, T, H, V]`."""
-        return attention(inputs.q, inputs.k, inputs.v, at=at, kv_at=inputs.kv_at, **self.options(inputs))
-
-    def attend(self, inputs, *, at, state):
-        if state is not None:
-            state = state._replace(cache=self.slots.write(state.cache, inputs.kept, at))
-        return self.weigh(inputs, at=at), state
+    def weigh(self, inputs, *, at):
+        return attention(inputs.q, inputs.k, inputs.v, at=at, kv_at=inputs.kv_at, **self.options(inputs, at))
 
     def attend_active(self, inputs, active, *, at):
-        return routed_attention(inputs.q, inputs.k, inputs.v, active, at=at, **self.options(inputs))
-
-    def recall(self, inputs, carry, *, at, state):
-        cache = self.slots.write(state.cache, inputs.kept, at)
-        k, v = self.keys_and_values(cache.entries, cache.positions)
-        return inputs._replace(k=k, v=v, kv_at=cache.at), carry, state._replace(cache=cache)
-
-    def attend_step(self, inputs, *, at, state):
-        return self.weigh(inputs, at=at), state
-
-    def init_state(self, batch_size, max_len):
-        convs = {name: getattr(self, name).init_state(batch_size) for name in self.convs}
-        return DotProductState(self.slots.empty(batch_size, max_len, self.entries(), self.dtype), convs)
+        return routed_attention(inputs.q, inputs.k, inputs.v, active, at=at, **self.options(inputs, at))
 
     def output(self, o):
         return self.o(join_heads(o))
 
     def implied(self, inputs, rows, *, at):
-        return attention_rows(inputs.q, inputs.k, rows=rows, at=at, **self.options(inputs))
+        return attention_rows(inputs.q, inputs.k, rows=rows, at=at, **self.options(inputs, at))
 
     def observe(self, inputs, x, *, at):
-        options = {**self.options(inputs), "at": at}
+        options = {**self.options(inputs, at), "at": at}
         _, stats = attention(inputs.q, inputs.k, inputs.v, return_stats=True, **options)
         masses = {
             op.__name__: functools.partial(op, inputs.q, inputs.k, stats.lse, **options) for op in (first_masses, column_mass)

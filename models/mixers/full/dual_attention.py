@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from plait.configs.domains import Base, Heads, Vocabulary
+from plait.configs.components import at as under
+from plait.configs.domains import Heads, Vocabulary
 from plait.kernels import Tokens, attention, attention_rows
+from plait.kernels.attention.bias import folded_columns
 from plait.models.axes import EMBED, HEADS, KV_HEADS
 from plait.models.build import BuildContext
 from plait.models.linear import Dense
 from plait.models.mixers.base import Direction, HeadMixer, MixerConfig, register
 from plait.models.mixers.full.dot_product import DotProduct
+from plait.models.mixers.full.weighted import mean_keys
 from plait.models.mixers.heads import join_heads, require_divides, split_heads
+from plait.models.positions.base import Position, PositionConfig
+from plait.models.positions.rotary import RotaryConfig
 
 
 @register(
@@ -53,8 +57,8 @@ class DualAttentionConfig(MixerConfig):
     """Entries of the library of symbols."""
     symbol_heads: Heads = 8
     """Heads of the attention that reads the library, a divisor of d_model."""
-    rope_theta: Base | None = 10_000.0
-    """Base of the rotary embedding of the queries and keys that weigh tokens; None for no position encoding (NoPE)."""
+    positions: PositionConfig | None = RotaryConfig()
+    """How the queries and keys that weigh tokens know where they stand; None for no position encoding (NoPE)."""
 
     @classmethod
     def example(cls) -> DualAttentionConfig:
@@ -72,9 +76,25 @@ class DualAttentionConfig(MixerConfig):
             require_divides(("num_kv_heads", self.num_kv_heads or heads), (name, heads))
         require_divides(("num_relations", self.relations), ("num_relational_heads * head_dim", relational * channels))
         require_divides(("symbol_heads", self.symbol_heads), ("d_model", d_model))
-        if self.rope_theta is not None and channels % 2:
-            raise ValueError(f"num_heads={self.num_heads} leaves heads of {channels} channels, which rope_theta rotates in pairs")
+        if self.positions is not None:
+            under("positions", self.positions.fit, channels)
         return self.num_heads
+
+    def maps(self, d_model: int) -> tuple[int, int, int]:
+        """How many sensory heads, and the channels of their keys and values."""
+        sensory, _, channels = self.split(d_model)
+        return sensory, channels, channels
+
+    def place(self, ctx: BuildContext, d_model: int, kind: Literal["sensory", "relational"] = "sensory") -> Position | None:
+        """The position encoding of a kind of heads."""
+        if self.positions is None:
+            return None
+        return under("positions", self.positions.build, ctx, d_model, self.split(d_model)[kind == "relational"])
+
+    def fit_length(self, length: int) -> None:
+        """Raises ValueError where sequences of `length` cannot be decoded."""
+        if self.positions is not None:
+            under("positions", self.positions.fit_length, length, "decoding")
 
     def split(self, d_model: int) -> tuple[int, int, int]:
         """`(sensory heads, relational heads, channels of a head)` at width `d_model`."""
@@ -88,10 +108,11 @@ class DualAttentionConfig(MixerConfig):
         return self.num_relations or self.num_relational_heads or self.num_heads // 2
 
     def mixing_flops(self, d_model: int, seq_len: int) -> float:
-        sensory, relational, channels = self.split(d_model)
+        _, relational, channels = self.split(d_model)
         related = relational * channels
-        weighed = sensory * 2 * channels + relational * (2 * channels + related)
-        return 2.0 * weighed * (seq_len + 1) / 2 + 2.0 * relational * related
+        rank = 0 if self.positions is None else self.positions.bias_rank
+        both = self.num_heads * (2 * channels + (folded_columns(rank, channels) if rank else 0))
+        return 2.0 * (both + relational * related) * mean_keys(seq_len) + 2.0 * relational * related
 
     def build(self, d_model: int, ctx: BuildContext) -> DualAttention:
         return DualAttention(self, d_model, ctx)
@@ -108,7 +129,6 @@ class Dual(NamedTuple):
     symbols: jax.Array  # [B, S, Hkv, K], W_s s
     related: jax.Array  # [B, S, L * P], x K_l of all relations
     relating: jax.Array  # [B, T, L * P], x Q_l of all relations
-    kept: Mapping[str, jax.Array]
     kv_at: Tokens | None = None
 
     @property
@@ -137,6 +157,7 @@ class DualAttention(DotProduct):
 
     def __init__(self, config: DualAttentionConfig, d_model: int, ctx: BuildContext):
         super().__init__(config, d_model, ctx)
+        self.r_positions = config.place(ctx, d_model, "relational")
         self.sensory, self.relational, self.channels = config.split(d_model)
         self.kv = config.num_kv_heads or self.sensory, config.num_kv_heads or self.relational
         project = lambda heads, axis=HEADS: self.projection(ctx, d_model, heads, self.channels, axis)
@@ -171,34 +192,46 @@ class DualAttention(DotProduct):
 
     def project(self, x, *, at, state):
         x = x.astype(self.dtype)
-        q, r_q = (
-            self.rotate(self.split(d(x), n), at.positions) for d, n in ((self.q, self.sensory), (self.r_q, self.relational))
-        )
-        sources = {
-            "k": (self.k, x, 0),
-            "values": (self.v, x, 0),
-            "r_k": (self.r_k, x, 1),
-            "symbols": (self.r_v, self.symbols(x), 1),
-        }
-        kept = {name: self.split(dense(y), self.kv[i], KV_HEADS) for name, (dense, y, i) in sources.items()}
-        kept |= {name: self.rotate(kept[name], at.positions) for name in ("k", "r_k")}
+
+        def heads(dense: Dense, y: jax.Array, number: int, axis: str = KV_HEADS) -> jax.Array:
+            return self.split(dense(y), number, axis)
+
+        placed = self.placed(x, at)
         relating = self.relating(x)
-        kept["related"] = relating if self.related is None else self.related(x)
-        return Dual(q=q, r_q=r_q, relating=relating, **kept, kept=kept), state
+        inputs = Dual(
+            q=self.turned(heads(self.q, placed, self.sensory, HEADS), at),
+            k=self.turned(heads(self.k, placed, self.kv[0]), at),
+            values=heads(self.v, x, self.kv[0]),
+            r_q=self.turned(heads(self.r_q, placed, self.relational, HEADS), at),
+            r_k=self.turned(heads(self.r_k, placed, self.kv[1]), at),
+            symbols=heads(self.r_v, self.symbols(x), self.kv[1]),
+            related=relating if self.related is None else self.related(x),
+            relating=relating,
+        )
+        return inputs, state
 
     def entries(self):
         heads = {"k": self.kv[0], "values": self.kv[0], "r_k": self.kv[1], "symbols": self.kv[1]}
         related = {"related": ((self.relational * self.channels,), None)}
         return {name: ((number, self.channels), KV_HEADS) for name, number in heads.items()} | related
 
-    def recall(self, inputs, carry, *, at, state):
-        cache = self.slots.write(state.cache, inputs.kept, at)
-        return inputs._replace(**cache.entries, kv_at=cache.at), carry, state._replace(cache=cache)
+    def kept(self, inputs):
+        return {name: getattr(inputs, name) for name in self.entries()}
+
+    def recalled(self, inputs, cache):
+        return inputs._replace(**cache.entries, kv_at=cache.at)
+
+    def both_options(self, inputs: Dual, at: Tokens) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Arguments of the op for sensory and for relational heads."""
+        options, kv_at = self.options(inputs, at), at if inputs.kv_at is None else inputs.kv_at
+        bias = None if self.r_positions is None else self.r_positions.bias(at, kv_at, scale=self.scale)
+        return options, {**options, "bias": bias}
 
     def weigh(self, inputs, *, at):
-        options: dict[str, Any] = {"at": at, "kv_at": inputs.kv_at, **self.options(inputs)}
-        sensory = attention(inputs.q, inputs.k, inputs.values, **options)
-        return _joined(sensory, attention(inputs.r_q, inputs.r_k, inputs.r_v, **options))
+        where: dict[str, Any] = {"at": at, "kv_at": inputs.kv_at}
+        sensory, relational = self.both_options(inputs, at)
+        o = attention(inputs.q, inputs.k, inputs.values, **where, **sensory)
+        return _joined(o, attention(inputs.r_q, inputs.r_k, inputs.r_v, **where, **relational))
 
     attend_active = HeadMixer.attend_active
 
@@ -218,9 +251,9 @@ class DualAttention(DotProduct):
         )
 
     def implied(self, inputs, rows, *, at):
-        options: dict[str, Any] = {"rows": rows, "at": at, **self.options(inputs)}
-        both = attention_rows(inputs.q, inputs.k, **options), attention_rows(inputs.r_q, inputs.r_k, **options)
-        return jnp.concatenate(both, axis=1)
+        sensory, relational = self.both_options(inputs, at)
+        weights = attention_rows(inputs.q, inputs.k, rows=rows, at=at, **sensory)
+        return jnp.concatenate([weights, attention_rows(inputs.r_q, inputs.r_k, rows=rows, at=at, **relational)], axis=1)
 
     def observe(self, inputs, x, *, at):
         return {}  # the two kinds are two calls of the op; probes look at rows of both

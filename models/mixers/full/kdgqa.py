@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from plait.configs.domains import Steps
+from plait.kernels import Tokens
 from plait.models.axes import KV_HEADS
 from plait.models.build import Buffer, BuildContext
 from plait.models.mixers.base import register
-from plait.models.mixers.full.dot_product import DotProduct, GroupedConfig, Projected
+from plait.models.mixers.full.dot_product import DotProduct, GroupedConfig
 
 _KEEP = 0.1  # of the average, in a move
 
@@ -63,6 +65,16 @@ def allocate(share: jax.Array, num_heads: int) -> jax.Array:
     return jax.lax.fori_loop(0, groups, mend, count)  # rounding is off by half a group's query at most
 
 
+class Allotted(NamedTuple):
+    """Keys and values of each query, and of each group."""
+
+    q: jax.Array  # [B, T, H, K]
+    k: jax.Array  # [B, S, H, K]
+    v: jax.Array  # [B, S, H, K]
+    groups: Mapping[str, jax.Array]  # of the new tokens, [B, T, G, K]
+    kv_at: Tokens | None = None
+
+
 class KDGQA(DotProduct):
     """See `KDGQAConfig`."""
 
@@ -82,17 +94,27 @@ class KDGQA(DotProduct):
         return (jnp.arange(self.num_heads)[:, None] >= jnp.cumsum(self.sizes[...])[None, :]).sum(-1)
 
     def project(self, x, *, at, state):
-        q = self.rotate(self.split(self.q(x), self.num_heads), at.positions)
-        k, v = (self.split(y, self.num_kv_heads, KV_HEADS) for y in (self.k(x), self.v(x)))
-        kept = {"k": self.rotate(k, at.positions), "v": v}
-        return Projected(q, *self.keys_and_values(kept, at.positions), kept), state
+        placed = self.placed(x, at)
+        q = self.turned(self.split(self.q(placed), self.num_heads), at)
+        k = self.turned(self.split(self.k(placed), self.num_kv_heads, KV_HEADS), at)
+        groups = {"k": k, "v": self.split(self.v(x), self.num_kv_heads, KV_HEADS)}
+        return Allotted(q, *self.of_queries(groups), groups), state
 
-    def keys_and_values(self, kept, positions):
-        return tuple(jnp.take(kept[name], self.kv_of_q(), axis=2) for name in ("k", "v"))
+    def of_queries(self, groups: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """The key and the value of each query head, `[B, S, H, K]`."""
+        k, v = (jnp.take(groups[name], self.kv_of_q(), axis=2) for name in ("k", "v"))
+        return k, v
+
+    def kept(self, inputs):
+        return inputs.groups
+
+    def recalled(self, inputs, cache):
+        k, v = self.of_queries(cache.entries)
+        return inputs._replace(k=k, v=v, kv_at=cache.at)
 
     def counts(self, inputs, x, *, at):
         real = (at.segment_ids > 0).astype(jnp.float32)[:, :, None]
-        k = jax.lax.stop_gradient(inputs.kept["k"]).astype(jnp.float32)
+        k = jax.lax.stop_gradient(inputs.groups["k"]).astype(jnp.float32)
         return {"key_norms": jnp.sqrt((jnp.square(k).sum(-1) * real).sum(1)).sum(0)}
 
     def settle(self, counts):

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 from plait.models.axes import HEADS, KV_HEADS
 from plait.models.build import BuildContext
 from plait.models.mixers.base import Direction, register
-from plait.models.mixers.full.dot_product import DotProduct, GroupedConfig, Projected
+from plait.models.mixers.full.convolved import Convolved
+from plait.models.mixers.full.dot_product import GroupedConfig
+from plait.models.mixers.full.weighted import QKV
 from plait.models.short_conv import ShortConv
 
 
@@ -26,7 +28,7 @@ class KVShiftConfig(GroupedConfig):
     """Softmax attention to `k'_t = a_1 k_t + a_2 k_{t-1}` with values `v'_t = b_1 v_t + b_2 v_{t-1}`, nothing before a document.
 
     The four numbers are learned for each key and value head; a_2 and b_2 start uniform in [0, 1), a_1 and b_1 at what is left to 1.
-    Keys are shifted before they are rotated, as in the paper's code.
+    Keys are shifted before they are turned by their positions, as in the paper's code.
     """
 
     directions: ClassVar[tuple[Direction, ...]] = ("causal",)
@@ -48,7 +50,7 @@ def _start(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     return jnp.stack([before, 1 - before])
 
 
-class KVShift(DotProduct):
+class KVShift(Convolved):
     """See `KVShiftConfig`."""
 
     convs = ("k_shift", "v_shift")
@@ -73,8 +75,8 @@ class KVShift(DotProduct):
         self.o = self.projection_back(ctx, d_model, config.head_dim)
 
     def project(self, x, *, at, state):
-        (k, v), state = self.convolve({"k_shift": self.k(x), "v_shift": self.v(x)}, at=at, state=state)
-        q = self.rotate(self.split(self.q(x), self.num_heads), at.positions)
-        k = self.rotate(self.split(k, self.num_kv_heads, KV_HEADS), at.positions)
-        v = self.split(v, self.num_kv_heads, KV_HEADS)
-        return Projected(q, k, v, {"k": k, "v": v}), state
+        placed = self.placed(x, at)
+        (k, v), state = self.convolve({"k_shift": self.k(placed), "v_shift": self.v(x)}, at=at, state=state)
+        q = self.turned(self.split(self.q(placed), self.num_heads), at)
+        k = self.turned(self.split(k, self.num_kv_heads, KV_HEADS), at)
+        return QKV(q, k, self.split(v, self.num_kv_heads, KV_HEADS)), state

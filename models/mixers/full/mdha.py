@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -13,7 +12,9 @@ from plait.configs.domains import Taps
 from plait.models.axes import HEADS, KV_HEADS
 from plait.models.build import BuildContext
 from plait.models.mixers.base import Direction, register
-from plait.models.mixers.full.dot_product import DotProduct, DotProductState, GroupedConfig, Projected
+from plait.models.mixers.full.convolved import Convolved
+from plait.models.mixers.full.dot_product import GroupedConfig
+from plait.models.mixers.full.weighted import QKV
 from plait.models.short_conv import ShortConv
 
 
@@ -22,8 +23,8 @@ def near_identity(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Arr
     return jnp.full(shape, 0.5 / shape[0], dtype).at[-1].set(0.5)
 
 
-class Convolved(DotProduct):
-    """Whose queries, keys and values are convolved. Subclasses set `num_kv_heads` and call `convolved_heads`."""
+class ConvolvedHeads(Convolved):
+    """Whose queries, keys and values are all convolved. Subclasses set `num_kv_heads` and call `convolved_heads`."""
 
     convs = ("q_conv", "k_conv", "v_conv")
 
@@ -37,14 +38,13 @@ class Convolved(DotProduct):
         )
         self.o = self.projection_back(ctx, d_model, config.head_dim)
 
-    def streams(self, x: jax.Array) -> Mapping[str, jax.Array]:
-        """What the convolutions read."""
-        return {"q_conv": self.q(x), "k_conv": self.k(x), "v_conv": self.v(x)}
-
-    def convolved(self, x: jax.Array, *, at: Any, state: DotProductState | None) -> tuple[list[jax.Array], Any]:
-        """Queries `[B, T, H, K]`, keys and values `[B, T, Hkv, K]`, and the state with what the convolutions read last."""
-        (q, k, v), state = self.convolve(self.streams(x), at=at, state=state)
-        return [self.split(q, self.num_heads), *(self.split(y, self.num_kv_heads, KV_HEADS) for y in (k, v))], state
+    def project(self, x, *, at, state):
+        placed = self.placed(x, at)
+        streams = {"q_conv": self.q(placed), "k_conv": self.k(placed), "v_conv": self.v(x)}
+        (q, k, v), state = self.convolve(streams, at=at, state=state)
+        q = self.turned(self.split(q, self.num_heads), at)
+        k = self.turned(self.split(k, self.num_kv_heads, KV_HEADS), at)
+        return QKV(q, k, self.split(v, self.num_kv_heads, KV_HEADS)), state
 
 
 @register(
@@ -78,15 +78,10 @@ class MDHAConfig(GroupedConfig):
         return MDHA(self, d_model, ctx)
 
 
-class MDHA(Convolved):
+class MDHA(ConvolvedHeads):
     """See `MDHAConfig`."""
 
     def __init__(self, config: MDHAConfig, d_model: int, ctx: BuildContext):
         super().__init__(config, d_model, ctx)
         _, self.num_kv_heads = config.heads(d_model)
         self.convolved_heads(config, d_model, ctx)
-
-    def project(self, x, *, at, state):
-        (q, k, v), state = self.convolved(x, at=at, state=state)
-        q, k = (self.rotate(y, at.positions) for y in (q, k))
-        return Projected(q, k, v, {"k": k, "v": v}), state

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
 
 import jax
 
+from plait.kernels import Tokens
 from plait.models.axes import EMBED, HEADS
 from plait.models.build import BuildContext
 from plait.models.linear import Dense
 from plait.models.mixers.base import register
-from plait.models.mixers.full.dot_product import DotProduct, Projected, RotaryConfig
+from plait.models.mixers.full.dot_product import DotProduct, PlacedConfig
 
 
 @register(
@@ -21,7 +23,7 @@ from plait.models.mixers.full.dot_product import DotProduct, Projected, RotaryCo
     proof="softmax with the summed or scaled matrices",
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MHEConfig(RotaryConfig):
+class MHEConfig(PlacedConfig):
     """Softmax attention with `q_h = x W_q + e_h` (`add`) or `x W_q * (1 + e_h)` (`multiply`), k and v alike, one K-wide W for all heads.
 
     Beside one head's projections there are 3HK parameters. The cache keeps the one key and value: heads are told apart when it is read.
@@ -43,6 +45,16 @@ class MHEConfig(RotaryConfig):
         return MHE(self, d_model, ctx)
 
 
+class Shared(NamedTuple):
+    """Heads, and what they are made of."""
+
+    q: jax.Array  # [B, T, H, K]
+    k: jax.Array  # [B, S, H, K]
+    v: jax.Array  # [B, S, H, K]
+    shared: Mapping[str, jax.Array]  # key and value of the new tokens that all heads share, [B, T, K]
+    kv_at: Tokens | None = None
+
+
 class MHE(DotProduct):
     """See `MHEConfig`."""
 
@@ -61,14 +73,23 @@ class MHE(DotProduct):
         return shared + vectors if self.config.combine == "add" else shared * (1 + vectors)
 
     def project(self, x, *, at, state):
-        q = self.rotate(self.heads(self.q(x), self.q_heads[...]), at.positions)
-        kept = {"k": self.k(x), "v": self.v(x)}
-        return Projected(q, *self.keys_and_values(kept, at.positions), kept), state
+        placed = self.placed(x, at)
+        q = self.turned(self.heads(self.q(placed), self.q_heads[...]), at)
+        shared = {"k": self.k(placed), "v": self.v(x)}
+        return Shared(q, *self.keys_and_values(shared, at), shared), state
 
-    def keys_and_values(self, kept, positions):
-        k = self.rotate(self.heads(kept["k"], self.k_heads[...]), positions)
-        return k, self.heads(kept["v"], self.v_heads[...])
+    def keys_and_values(self, shared: Mapping[str, jax.Array], at: Tokens) -> tuple[jax.Array, jax.Array]:
+        """Those of all heads, `[B, S, H, K]`, at tokens that stand there."""
+        k = self.turned(self.heads(shared["k"], self.k_heads[...]), at)
+        return k, self.heads(shared["v"], self.v_heads[...])
 
     def entries(self):
         one = ((self.config.head_dim,), None)
         return {"k": one, "v": one}
+
+    def kept(self, inputs):
+        return inputs.shared
+
+    def recalled(self, inputs, cache):
+        k, v = self.keys_and_values(cache.entries, cache.at)
+        return inputs._replace(k=k, v=v, kv_at=cache.at)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 import jax
@@ -11,11 +10,13 @@ import jax.numpy as jnp
 
 from plait.configs.domains import Taps, Whole
 from plait.kernels import LowRankBias, Tokens
+from plait.kernels.attention.bias import folded_columns
 from plait.models.axes import HEADS
 from plait.models.build import BuildContext
 from plait.models.mixers.base import Direction, register
 from plait.models.mixers.full.dot_product import DotProductConfig
-from plait.models.mixers.full.mdha import Convolved
+from plait.models.mixers.full.mdha import ConvolvedHeads
+from plait.models.mixers.full.weighted import mean_keys
 from plait.models.mixers.heads import split_heads
 
 _BASE = 10_000.0
@@ -49,7 +50,7 @@ class RCMHAConfig(DotProductConfig):
                 f"position_dim={self.position_dim} must be even, a sine and a cosine of each frequency; use {self.position_dim + 1}"
             )
 
-    def positions(self, d_model: int) -> int:
+    def position_channels(self, d_model: int) -> int:
         """Channels of r at width `d_model`."""
         width = self.position_dim or d_model
         if width % 2:
@@ -61,16 +62,14 @@ class RCMHAConfig(DotProductConfig):
         return cls(num_heads=4, head_dim=16, position_dim=16)
 
     def fit(self, d_model: int) -> None:
-        self.positions(d_model)
+        self.position_channels(d_model)
         super().fit(d_model)
 
-    def weighed(self, d_model: int) -> tuple[int, int]:
-        width = self.count_heads(d_model) * self.head_dim
-        return width + self.count_heads(d_model) * self.positions(d_model), width
-
     def mixing_flops(self, d_model: int, seq_len: int) -> float:
-        convolved = 3 * self.count_heads(d_model) * self.head_dim
-        return super().mixing_flops(d_model, seq_len) + 2.0 * self.conv_size * convolved
+        num_heads = self.count_heads(d_model)
+        relative = num_heads * folded_columns(self.position_channels(d_model), self.head_dim) * mean_keys(seq_len)
+        convolved = self.conv_size * 3 * num_heads * self.head_dim
+        return super().mixing_flops(d_model, seq_len) + 2.0 * (relative + convolved)
 
     def build(self, d_model: int, ctx: BuildContext) -> RCMHA:
         return RCMHA(self, d_model, ctx)
@@ -84,18 +83,17 @@ class Relative(NamedTuple):
     v: jax.Array  # [B, S, H, K]
     q_columns: jax.Array  # [B, T, H, R]
     k_columns: jax.Array  # [B, S, 1, R]
-    kept: Mapping[str, jax.Array]
     kv_at: Tokens | None = None
 
 
-class RCMHA(Convolved):
+class RCMHA(ConvolvedHeads):
     """See `RCMHAConfig`."""
 
     def __init__(self, config: RCMHAConfig, d_model: int, ctx: BuildContext):
         super().__init__(config, d_model, ctx)
         self.num_kv_heads = self.num_heads
         self.convolved_heads(config, d_model, ctx)
-        self.r = self.projection(ctx, config.positions(d_model), self.num_heads, config.head_dim)
+        self.r = self.projection(ctx, config.position_channels(d_model), self.num_heads, config.head_dim)
         bias = jax.nn.initializers.normal(0.02)
         self.u, self.w = (ctx.param(bias, (self.num_heads, config.head_dim), (HEADS, None)) for _ in range(2))
 
@@ -107,23 +105,22 @@ class RCMHA(Convolved):
         return jnp.sin(angle), jnp.cos(angle)
 
     def project(self, x, *, at, state):
-        (q, k, v), state = self.convolved(x, at=at, state=state)
+        (q, k, v, _, _), state = super().project(x, at=at, state=state)
         content, position = (q + bias[...].astype(q.dtype)[None, None] for bias in (self.u, self.w))
         r = split_heads(self.r.weight().astype(q.dtype), self.num_heads)  # [R, H, K]
         of_sine, of_cosine = jnp.split(jnp.einsum("bthk,rhk->bthr", position, r).astype(jnp.float32), 2, axis=-1)
         sine, cosine = self.waves(at.positions)
         # sin(i - j) = sin i cos j - cos i sin j, cos(i - j) = sin i sin j + cos i cos j
         columns = [of_cosine * sine - of_sine * cosine, of_sine * sine + of_cosine * cosine]
-        q_columns = (jnp.concatenate(columns, axis=-1) * self.config.head_dim**-0.5).astype(q.dtype)
-        return Relative(content, k, v, q_columns, self.k_columns(at.positions), {"k": k, "v": v}), state
+        q_columns = (jnp.concatenate(columns, axis=-1) * self.scale).astype(q.dtype)
+        return Relative(content, k, v, q_columns, self.k_columns(at.positions)), state
 
     def k_columns(self, positions: jax.Array) -> jax.Array:
         """Those of keys at `positions` `[B, S]`."""
         return jnp.concatenate(self.waves(positions), axis=-1).astype(self.dtype)
 
-    def recall(self, inputs, carry, *, at, state):
-        inputs, carry, state = super().recall(inputs, carry, at=at, state=state)
-        return inputs._replace(k_columns=self.k_columns(state.cache.positions)), carry, state
+    def recalled(self, inputs, cache):
+        return super().recalled(inputs, cache)._replace(k_columns=self.k_columns(cache.positions))
 
-    def options(self, inputs: Any) -> dict[str, Any]:
-        return {**super().options(inputs), "bias": LowRankBias(inputs.q_columns, inputs.k_columns)}
+    def options(self, inputs: Any, at: Tokens) -> dict[str, Any]:
+        return {**super().options(inputs, at), "bias": LowRankBias(inputs.q_columns, inputs.k_columns)}

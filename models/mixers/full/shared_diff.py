@@ -55,10 +55,10 @@ class SharedDiff(LayerWeighted):
         self.q_changes = nnx.List([change(HEADS, self.num_heads) for _ in range(2)])
         self.k_changes = nnx.List([change(KV_HEADS, self.num_kv_heads) for _ in range(2)])
 
-    def maps(self, x):
-        def both(base: Dense, changes: nnx.List, heads: int, axis: str) -> tuple[jax.Array, jax.Array]:
+    def both(self, x):
+        def maps(base: Dense, changes: nnx.List, heads: int, axis: str) -> tuple[jax.Array, jax.Array]:
             shared = base(x)
             first, second = (self.split(shared + up(down(x)), heads, axis) for down, up in changes)
             return first, second
 
-        return both(self.q, self.q_changes, self.num_heads, HEADS), both(self.k, self.k_changes, self.num_kv_heads, KV_HEADS)
+        return maps(self.q, self.q_changes, self.num_heads, HEADS), maps(self.k, self.k_changes, self.num_kv_heads, KV_HEADS)

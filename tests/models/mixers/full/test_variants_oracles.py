@@ -61,7 +61,7 @@ def diff(arrays: Arrays) -> nnx.Module:
 def diff_v2(arrays: Arrays) -> nnx.Module:
     names = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj", "weight": "lambda_proj"}
     weights = {f"{ours}.kernel": arrays[f"weights/{theirs}.weight"].T for ours, theirs in names.items()}
-    return build(DiffV2Config(num_heads=4, num_kv_heads=2, head_dim=4, rope_theta=None), weights)
+    return build(DiffV2Config(num_heads=4, num_kv_heads=2, head_dim=4, positions=None), weights)
 
 
 def _convolved(arrays: Arrays) -> Arrays:
@@ -70,7 +70,7 @@ def _convolved(arrays: Arrays) -> Arrays:
 
 
 def mdha(arrays: Arrays) -> nnx.Module:
-    return build(MDHAConfig(num_heads=4, head_dim=4, rope_theta=None), _convolved(arrays))
+    return build(MDHAConfig(num_heads=4, head_dim=4, positions=None), _convolved(arrays))
 
 
 def rcmha(arrays: Arrays) -> nnx.Module:
@@ -90,7 +90,7 @@ def dual_attention(arrays: Arrays) -> nnx.Module:
         "templates": arrays["weights/symbols.template_features"],
         "library": arrays["weights/symbols.symbol_library"],
     }
-    config = DualAttentionConfig(num_heads=4, num_kv_heads=1, num_relations=4, num_symbols=5, symbol_heads=2, rope_theta=None)
+    config = DualAttentionConfig(num_heads=4, num_kv_heads=1, num_relations=4, num_symbols=5, symbol_heads=2, positions=None)
     return build(config, weights)
 
 
@@ -99,7 +99,7 @@ def kdgqa(arrays: Arrays) -> nnx.Module:
     names = {"q": "q", "k": "k", "v": "v", "o": "proj"}
     weights = {f"{ours}.kernel": arrays[f"weights/{theirs}.weight"].T for ours, theirs in names.items()}
     weights |= {"sizes": np.full(4, 2, np.int32), "before": np.zeros(4, np.float32), "steps": np.int32(0)}
-    layer = build(KDGQAConfig(num_heads=8, num_kv_heads=4, head_dim=2, rope_theta=None), weights, causal=False)
+    layer = build(KDGQAConfig(num_heads=8, num_kv_heads=4, head_dim=2, positions=None), weights, causal=False)
     x = jnp.asarray(arrays["x"])
     layer.settle(layer.counts(layer.project(x, at=AT, state=None)[0], x, at=AT))
     assert len(set(np.asarray(layer.sizes[...]).tolist())) > 1
