@@ -140,7 +140,7 @@ class RWKV7(Recurrent):
         self.head_dims = (head_dim, head_dim)
         start = Starts(ctx, d_model, head_dim)
         self.shift = TokenShift(ctx, d_model)
-        self.mix = ctx.param(start.mix, (len(MIXED), d_model), (None, EMBED))
+        self.mixes = ctx.param(start.mix, (len(MIXED), d_model), (None, EMBED))
         self.r, self.k, self.v = (
             Dense(ctx, d_model, d_model, (EMBED, HEADS), heads=(1, self.num_heads), init=_uniform(size * d_model**-0.5))
             for size in (0.5, 0.05, 0.5)
@@ -164,8 +164,8 @@ class RWKV7(Recurrent):
 
     def project(self, x, *, at, state):
         (before,), state = self.convolve({"shift": x}, at=at, state=state)
-        mix = self.mix[...].astype(x.dtype)
-        r, w, k, v, a, g = (x + (before - x) * m[None, None] for m in mix)
+        mixes = self.mixes[...].astype(x.dtype)
+        r, w, k, v, a, g = (x + (before - x) * m[None, None] for m in mixes)
         k, rate = self.heads(self.k(k)), self.heads(jax.nn.sigmoid(self.a(a)))
         removed = l2_normalize(self._by_channel(self.removed) * k, eps=1e-24)
         replaced = k * (1 + (rate - 1) * self._by_channel(self.replaced))
