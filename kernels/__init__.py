@@ -7,7 +7,11 @@ from plait.kernels.cross_entropy import cross_entropy
 from plait.kernels.decay import decay, decay_rows
 from plait.kernels.delta_rule import delta_rule, delta_rule_rows
 from plait.kernels.dispatch import chosen, registered
+from plait.kernels.dplr import dplr, dplr_rows
+from plait.kernels.linear_scan import linear_scan
 from plait.kernels.masks import BlockTable, Mask, PowerMask
+from plait.kernels.online_memory import MemoryState, Rule, online_memory
+from plait.kernels.selective_scan import selective_scan
 from plait.kernels.short_conv import short_conv
 from plait.kernels.tokens import Tokens
 from plait.kernels.topk_blocks import topk_blocks
@@ -20,7 +24,9 @@ __all__ = [
     "DistanceBias",
     "LowRankBias",
     "Mask",
+    "MemoryState",
     "PowerMask",
+    "Rule",
     "Tokens",
     "attention",
     "attention_rows",
@@ -31,9 +37,14 @@ __all__ = [
     "decay_rows",
     "delta_rule",
     "delta_rule_rows",
+    "dplr",
+    "dplr_rows",
     "first_masses",
+    "linear_scan",
+    "online_memory",
     "registered",
     "routed_attention",
+    "selective_scan",
     "short_conv",
     "topk_blocks",
     "weighted_attention",

@@ -31,7 +31,7 @@ class ShortConv(nnx.Module):
         """Args:
         dim: channels, of logical axis `axis`.
         size: taps, the last one on the current token.
-        init: of the taps `[size, filters]`; uniform within `size^-1/2` by default.
+        init: of the taps `[size, filters]`, with biases of 0; by default both are uniform within `size^-1/2`.
         filters: how many different ones, each on as many channels in a row; None is one a channel.
         """
         self.size, self.dim, self.axis, self.dtype, self.activation = size, dim, axis, ctx.compute_dtype, activation
@@ -40,7 +40,7 @@ class ShortConv(nnx.Module):
             return jax.random.uniform(key, shape, dtype, -(size**-0.5), size**-0.5)
 
         self.weight = ctx.param(init or uniform, (size, filters or dim), (None, axis), role="conv")
-        self.bias = ctx.param(uniform, (dim,), (axis,)) if use_bias else None
+        self.bias = ctx.param(jax.nn.initializers.zeros if init else uniform, (dim,), (axis,)) if use_bias else None
 
     def __call__(self, x: jax.Array, *, at: Tokens, state: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
         """`x [B, T, D]` to `y [B, T, D]` and the last `size - 1` inputs `[B, size - 1, D]`, from which `state` goes on."""

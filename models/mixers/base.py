@@ -59,6 +59,12 @@ class MixerConfig(Component, abc.ABC):
     def mixing_flops(self, d_model: int, seq_len: int) -> float:
         """Forward operations per token besides the projections: 2 per multiply-add, the mean over a causal `seq_len`."""
 
+    def decode_flops(self, d_model: int, context: int) -> float:
+        """Operations besides the projections of the token after `context` others: what it adds to those of a causal sequence, unless
+        decoding works otherwise."""
+        through = lambda length: length * self.mixing_flops(d_model, length)
+        return through(context + 1) - through(context)
+
     def fit(self, d_model: int) -> None:
         """Raises ValueError, in a message that begins with the field, where this config does not fit the width."""
         self.head_kinds(d_model)
@@ -132,6 +138,9 @@ class WrapperConfig(MixerConfig):
 
     def mixing_flops(self, d_model: int, seq_len: int) -> float:
         return self.mixer.mixing_flops(d_model, seq_len)
+
+    def decode_flops(self, d_model: int, context: int) -> float:
+        return self.mixer.decode_flops(d_model, context)
 
 
 MIXERS: Registry[MixerConfig] = Registry("mixer", "plait.models.mixers", MixerConfig)
