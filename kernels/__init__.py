@@ -7,6 +7,7 @@ from plait.kernels.cross_entropy import cross_entropy
 from plait.kernels.decay import decay, decay_rows
 from plait.kernels.delta_rule import delta_rule, delta_rule_rows
 from plait.kernels.dispatch import chosen, registered
+from plait.kernels.local_linear import local_linear, local_linear_rows
 from plait.kernels.masks import BlockTable, Mask, PowerMask
 from plait.kernels.short_conv import short_conv
 from plait.kernels.tokens import Tokens
@@ -29,6 +30,8 @@ __all__ = [
     "delta_rule",
     "delta_rule_rows",
     "first_masses",
+    "local_linear",
+    "local_linear_rows",
     "registered",
     "routed_attention",
     "short_conv",

@@ -16,7 +16,7 @@ from plait.kernels import dispatch
 from plait.kernels.attention.call import AttentionCall
 from plait.kernels.dispatch import Implementation
 
-ATTENTION = ("attention", "routed_attention")
+ATTENTION = ("attention", "routed_attention", "local_linear")
 """Ops whose operations are the pairs that a query sees, whatever an implementation computes besides."""
 
 
@@ -44,7 +44,8 @@ def _attention(pairs: list[jax.Array], with_stats: bool, call: AttentionCall) ->
     if call.block_table is not None:
         visible = visible & call.block_table.dense(call.q.shape[1], call.k.shape[1])
     heads = call.q.shape[2] // visible.shape[1]
-    pairs.append(2 * (call.q.shape[3] + call.v.shape[3]) * heads * visible.sum())
+    products = getattr(call, "pair_products", call.q.shape[3] + call.v.shape[3])
+    pairs.append(2 * products * heads * visible.sum())
     o = jnp.zeros((*call.q.shape[:3], call.v.shape[3]), call.q.dtype)
     return (o, None) if with_stats else o
 
