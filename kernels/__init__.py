@@ -9,6 +9,7 @@ from plait.kernels.delta_rule import delta_rule, delta_rule_rows
 from plait.kernels.dispatch import chosen, registered
 from plait.kernels.dplr import dplr, dplr_rows
 from plait.kernels.linear_scan import linear_scan
+from plait.kernels.local_linear import local_linear, local_linear_rows
 from plait.kernels.masks import BlockTable, Mask, PowerMask
 from plait.kernels.online_memory import MemoryState, Rule, online_memory
 from plait.kernels.selective_scan import selective_scan
@@ -41,6 +42,8 @@ __all__ = [
     "dplr_rows",
     "first_masses",
     "linear_scan",
+    "local_linear",
+    "local_linear_rows",
     "online_memory",
     "registered",
     "routed_attention",
