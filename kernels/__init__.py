@@ -8,7 +8,7 @@ from plait.kernels.decay import decay, decay_rows
 from plait.kernels.delta_rule import delta_rule, delta_rule_rows
 from plait.kernels.dispatch import chosen, registered
 from plait.kernels.masks import BlockTable, Mask, PowerMask
-from plait.kernels.online_memory import MemoryState, Rule, online_memory
+from plait.kernels.online_memory import MemoryState, Rule, empty_memory, online_memory
 from plait.kernels.short_conv import short_conv
 from plait.kernels.tokens import Tokens
 from plait.kernels.topk_blocks import topk_blocks
@@ -34,6 +34,7 @@ __all__ = [
     "decay_rows",
     "delta_rule",
     "delta_rule_rows",
+    "empty_memory",
     "first_masses",
     "online_memory",
     "registered",

@@ -35,7 +35,7 @@ class Borders(NamedTuple):
     opens: Array
     """The token is the first of its chunk."""
     restarts: Array
-    """It is the first of its document, another than that of the entering state."""
+    """It is the first of its document."""
     last: Array
     """int32 `[B]`: the number of the last token's chunk."""
 
@@ -79,9 +79,11 @@ class MemoryCall(Call):
         old = jnp.take_along_axis(number, jnp.maximum(before, 0), axis=1)
         old = jnp.where(before >= 0, old, self.chunk[:, None])
         other = (before >= 0) & (jnp.take_along_axis(index, jnp.maximum(before, 0), axis=1) != index)
+        first = (before < 0) & (self.chunk < 0)[:, None]
         end = jnp.take_along_axis(number, jnp.maximum(last[:, -1:], 0), axis=1)
+        first = (before < 0) & (self.chunk < 0)[:, None]
         end = jnp.where(last[:, -1:] >= 0, end, self.chunk[:, None])[:, 0]
-        return Borders(real, real & (other | (number != old)), real & other, end)
+        return Borders(real, real & (other | (number != old)), real & (other | first), end)
 
     def wide(self) -> tuple[Array, ...]:
         """q, k, v, g, step, momentum and threshold, head-major in the dtype of sums: `[B, H, T, K or 1]`, `[B, H, T]`; None as given."""
