@@ -8,6 +8,7 @@ from plait.kernels.decay import decay, decay_rows
 from plait.kernels.delta_rule import delta_rule, delta_rule_rows
 from plait.kernels.dispatch import chosen, registered
 from plait.kernels.masks import BlockTable, Mask, PowerMask
+from plait.kernels.memory_context import Learned, empty_context, memory_context
 from plait.kernels.online_memory import MemoryState, Rule, empty_memory, online_memory
 from plait.kernels.short_conv import short_conv
 from plait.kernels.tokens import Tokens
@@ -19,6 +20,7 @@ __all__ = [
     "Bias",
     "BlockTable",
     "DistanceBias",
+    "Learned",
     "LowRankBias",
     "Mask",
     "MemoryState",
@@ -34,8 +36,10 @@ __all__ = [
     "decay_rows",
     "delta_rule",
     "delta_rule_rows",
+    "empty_context",
     "empty_memory",
     "first_masses",
+    "memory_context",
     "online_memory",
     "registered",
     "routed_attention",
