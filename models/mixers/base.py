@@ -73,6 +73,11 @@ class MixerConfig(Component, abc.ABC):
         """What the mixer reads and writes of `Stream.carry`."""
         return ()
 
+    @property
+    def longest(self) -> int | None:
+        """The most tokens of a sequence, in training and decoding; None where any number will do."""
+        return None
+
     def head_count(self, d_model: int) -> int:
         """Number of output heads at width `d_model`."""
         return abstract(self, d_model).num_heads
@@ -125,6 +130,10 @@ class WrapperConfig(MixerConfig):
     def opaque(self):  # type: ignore[override]
         """That of the wrapped mixer."""
         return self.mixer.opaque
+
+    @property
+    def longest(self) -> int | None:
+        return self.mixer.longest
 
     def fit(self, d_model: int) -> None:
         at("mixer", self.mixer.fit, d_model)

@@ -39,6 +39,10 @@ class SuperAttentionConfig(EfficientConfig):
     def example(cls) -> SuperAttentionConfig:
         return cls(max_len=96)
 
+    @property
+    def longest(self) -> int:
+        return self.max_len
+
     def build(self, d_model: int, ctx: BuildContext) -> SuperAttention:
         self.require(ctx.seq_len, "the training length")
         return SuperAttention(self, d_model, ctx)
