@@ -51,7 +51,7 @@ class ScaledSoftplus(Rule):
     power: int | None
 
     def __call__(self, q, k, parameters, seen):
-        count = seen.count()
+        count = seen.num_keys()
         temperature = math.log(q.shape[-1]) * jnp.log(jnp.maximum(count, 1))
         a = over_sum(jnp.where(seen.visible, jax.nn.softplus(temperature * dot_products(q, k, seen)), 0))
         if self.power is None:

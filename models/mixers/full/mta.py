@@ -146,11 +146,12 @@ class MTA(Weighted):
 
     def __init__(self, config: MTAConfig, d_model: int, ctx: BuildContext):
         super().__init__(config, d_model, ctx, MultiToken(config.query_taps or 1))
-        taps, group = (config.query_taps, config.key_taps), config.mixed_heads
+        group = config.mixed_heads
         self.logit_kernel = self.head_kernel = self.norm = self.scale = self.gate = nnx.data(None)
-        if taps[0] is not None and taps[1] is not None:
+        if config.query_taps is not None and config.key_taps is not None:
             init = lambda key, shape, dtype: jnp.zeros(shape, dtype).at[:, -1, shape[2] // 2].set(1)
-            self.logit_kernel = ctx.param(init, (self.num_heads, *taps), (HEADS, None, None), role="conv")
+            taps = self.num_heads, config.query_taps, config.key_taps
+            self.logit_kernel = ctx.param(init, taps, (HEADS, None, None), role="conv")
         if group is not None:
             init = lambda key, shape, dtype: jnp.broadcast_to(jnp.eye(group, dtype=dtype)[None], shape)
             self.head_kernel = ctx.param(init, (self.num_heads // group, group, group), (HEADS, None, None), role="conv")

@@ -103,17 +103,24 @@ class NeuralAttention(Weighted):
     def __init__(self, config: NeuralAttentionConfig, d_model: int, ctx: BuildContext):
         first, second = config.pair_dims
         super().__init__(config, d_model, ctx, PairNetwork(first))
+        self.pair_dim = first
         dense = lambda size, out, use_bias=True: Dense(ctx, size, out, (None, None), use_bias=use_bias)
         self.q_down, self.k_down = dense(config.head_dim, first), dense(config.head_dim, first)
         self.q_hidden, self.k_hidden = dense(first, first), dense(first, first, use_bias=False)
         self.second, self.third = dense(first, second), dense(second, 1)
 
     def parameters(self):
-        return Layers(*((layer.weight(), layer.bias[...]) for layer in (self.second, self.third)))
+        return Layers(affine(self.second), affine(self.third))
 
     def prepared(self, q, k, *, at):
         q, k = super().prepared(q, k, at=at)
         return self.q_hidden(self.q_down(q)), self.k_hidden(self.k_down(k))
 
     def entries(self):
-        return super().entries() | {"k": ((self.num_kv_heads, self.rule.hidden), KV_HEADS)}
+        return super().entries() | {"k": ((self.num_kv_heads, self.pair_dim), KV_HEADS)}
+
+
+def affine(layer: Dense) -> tuple[jax.Array, jax.Array]:
+    """Kernel and bias of a layer that has one."""
+    assert layer.bias is not None
+    return layer.weight(), layer.bias[...]

@@ -38,4 +38,4 @@ class ReluOverLength(Rule):
 
     def __call__(self, q, k, parameters, seen):
         p = q.shape[-1] ** -0.5 * dot_products(q, k, seen)
-        return jnp.where(seen.visible, jax.nn.relu(p), 0) / jnp.maximum(seen.count(), 1)
+        return jnp.where(seen.visible, jax.nn.relu(p), 0) / jnp.maximum(seen.num_keys(), 1)

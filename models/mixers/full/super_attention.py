@@ -72,7 +72,7 @@ class SuperAttention(Efficient):
 
     def __init__(self, config: SuperAttentionConfig, d_model: int, ctx: BuildContext):
         super().__init__(config, d_model, ctx)
-        identity = lambda key, shape, dtype: jnp.eye(*shape, dtype=dtype)
+        identity = lambda key, shape, dtype: jnp.eye(shape[0], dtype=dtype)
         self.kernel = ctx.param(identity, (config.max_len, config.max_len), (None, None), role="conv")
 
     @property

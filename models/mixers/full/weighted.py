@@ -97,7 +97,7 @@ class Cached(HeadMixer):
         """The inputs with the cache's tokens as keys."""
         return inputs._replace(k=cache.entries["k"], v=cache.entries["v"], kv_at=cache.at)
 
-    def weigh(self, inputs: Any, *, at: Tokens) -> jax.Array:
+    def weigh(self, inputs: Any, *, at: Tokens) -> Any:
         """Head outputs `[B, T, H, V]` of inputs whose keys are the queries' own tokens or, with `kv_at`, others."""
         return attention(inputs.q, inputs.k, inputs.v, at=at, kv_at=inputs.kv_at, mask=self.mask)
 
