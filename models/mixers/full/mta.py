@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from plait.configs.domains import Base, Heads, Taps
+from plait.configs.domains import Heads, Taps
 from plait.kernels import Tokens
 from plait.kernels.weighted_attention import Rule, dot_products, softmax
 from plait.models.axes import HEADS
@@ -17,9 +17,11 @@ from plait.models.build import Buffer, BuildContext
 from plait.models.cache import Cache, Slots
 from plait.models.linear import Dense
 from plait.models.mixers.base import register
-from plait.models.mixers.full.weighted import Weighted, WeightedConfig
+from plait.models.mixers.full.by_rule import ByRule, RuleConfig
 from plait.models.mixers.heads import require_divides
 from plait.models.norms import RMSNorm
+from plait.models.positions.base import PositionConfig
+from plait.models.positions.rotary import RotaryConfig
 
 
 @register(
@@ -29,7 +31,7 @@ from plait.models.norms import RMSNorm
     proof="the authors' layer, outputs and gradients",
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MTAConfig(WeightedConfig):
+class MTAConfig(RuleConfig):
     """`S_ij = q_i . k_j / sqrt(K)` for visible keys and 0 for others, then
 
         S'_ij = sum_{a < c_q, |b| <= (c_k - 1) / 2} theta_ab S_{i-a, j+b}     A = softmax_j(S') over the visible keys
@@ -40,8 +42,8 @@ class MTAConfig(WeightedConfig):
     `"mta*3,mta/convolved"` with no taps in the first.
     """
 
-    rope_theta: Base | None = 100_000.0
-    """Base of the rotary embedding; None for no position encoding (NoPE)."""
+    positions: PositionConfig | None = RotaryConfig(theta=100_000.0)
+    """How queries and keys know where they stand; None for no position encoding (NoPE)."""
     query_taps: Taps | None = 6
     """c_q, queries that a logit is convolved over, its own and those before it; None for no convolution."""
     key_taps: Taps | None = 11
@@ -141,7 +143,7 @@ class MultiToken(Rule):
         return jnp.moveaxis(out.reshape(batch, rows, num_heads, num_keys), 1, 2)
 
 
-class MTA(Weighted):
+class MTA(ByRule):
     """See `MTAConfig`."""
 
     def __init__(self, config: MTAConfig, d_model: int, ctx: BuildContext):

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from plait.configs.domains import Base, Channels
+from plait.configs.domains import Channels
 from plait.kernels.weighted_attention import Rule, softmax
 from plait.models.axes import KV_HEADS
 from plait.models.build import BuildContext
 from plait.models.linear import Dense
-from plait.models.mixers.base import register
-from plait.models.mixers.full.weighted import Weighted, WeightedConfig
+from plait.models.mixers.base import Direction, register
+from plait.models.mixers.full.by_rule import ByRule, RuleConfig
+from plait.models.positions.base import PositionConfig
 
 
 @register(
@@ -24,7 +25,7 @@ from plait.models.mixers.full.weighted import Weighted, WeightedConfig
     proof="the authors' layer, outputs and gradients",
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NeuralAttentionConfig(WeightedConfig):
+class NeuralAttentionConfig(RuleConfig):
     """`z_ij = w_3 . relu(W_2 relu(W_1 [q'_i; k'_j] + b_1) + b_2) + b_3`, `A_ij = softmax_j z_ij`, with q' = W_q' q + b and k' = W_k' k + b.
 
     q' and k' have p channels, the hidden layers p and p / 2; all these maps are shared by the heads. W_1 is kept in halves, for queries
@@ -32,12 +33,12 @@ class NeuralAttentionConfig(WeightedConfig):
     their first layer only: `"neural_attention@0; softmax"`.
     """
 
-    rope_theta: Base | None = None
-    """Base of the rotary embedding; None for no position encoding (NoPE): the paper adds positions to the embeddings."""
+    positions: PositionConfig | None = None
+    """How queries and keys know where they stand; None for no position encoding: the paper adds positions to the embeddings."""
     pair_dim: Channels | None = None
     """p; None gives head_dim / 32, but at least 2, as in the authors' code."""
 
-    directions = ("causal", "bidirectional")
+    directions: ClassVar[tuple[Direction, ...]] = ("causal", "bidirectional")
 
     def check(self) -> None:
         super().check()
@@ -97,7 +98,7 @@ class PairNetwork(Rule):
         return softmax(z[..., 0], seen.visible)
 
 
-class NeuralAttention(Weighted):
+class NeuralAttention(ByRule):
     """See `NeuralAttentionConfig`."""
 
     def __init__(self, config: NeuralAttentionConfig, d_model: int, ctx: BuildContext):

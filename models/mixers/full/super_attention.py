@@ -91,10 +91,16 @@ class SuperAttention(Efficient):
     def weigh(self, inputs, *, at):
         return super().weigh(inputs._replace(v=self.mixed(inputs.v, at=at)), at=at)
 
+    def attend_active(self, inputs, active, *, at):
+        return self.weigh(inputs, at=at)
+
     def implied(self, inputs, rows, *, at):
         x = inputs.v[..., :1]
         kernel = weighted_rows(x, x, jnp.arange(x.shape[1]), at=at, **self._kernel)
         return jnp.einsum("bhrj,bhjs->bhrs", super().implied(inputs, rows, at=at), kernel, precision="highest")
+
+    def observe(self, inputs, x, *, at):
+        return {}  # statistics are those of the product's rows
 
     def init_state(self, batch_size, max_len):
         """Caches of x, and of the mixed values of the tokens that it holds."""
