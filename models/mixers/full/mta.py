@@ -11,7 +11,7 @@ from flax import nnx
 
 from plait.configs.domains import Heads, Taps
 from plait.kernels import Tokens
-from plait.kernels.weighted_attention import Rule, dot_products, softmax
+from plait.kernels.weighted_attention import Rule, Seen, dot_products, softmax
 from plait.models.axes import HEADS
 from plait.models.build import Buffer, BuildContext
 from plait.models.cache import Cache, Slots
@@ -112,21 +112,20 @@ class MultiToken(Rule):
     def __call__(self, q, k, parameters, seen):
         s = jnp.where(seen.visible, q.shape[-1] ** -0.5 * dot_products(q, k, seen), 0)
         if parameters.logits is not None:
-            s = self.convolved(s, parameters.logits, seen.queries.segment_ids)
+            s = self.convolved(s, parameters.logits, seen)
         a = softmax(s, seen.visible[:, :, self.halo :])
         if parameters.heads is None:
             return a
         w = parameters.heads.astype(a.dtype)
         grouped = a.reshape(a.shape[0], *w.shape[:2], *a.shape[2:])
-        return jnp.einsum("bgnrs,gnm->bgmrs", grouped, w, precision="highest").reshape(a.shape)
+        return jnp.einsum("bgnrs,gnm->bgmrs", grouped, w, precision=seen.precision).reshape(a.shape)
 
-    def convolved(self, s: jax.Array, kernel: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    def convolved(self, s: jax.Array, kernel: jax.Array, seen: Seen) -> jax.Array:
         """The logits `[B, H, R, S]` of `s` `[B, H, halo + R, S]`: a row before the query counts if it is of its document."""
-        rows = s.shape[2] - self.halo
-        own = segment_ids[:, self.halo :]
+        rows, documents = s.shape[2] - self.halo, seen.queries.segment_ids
         taps = []
         for a in range(self.query_taps):
-            same = segment_ids[:, a : a + rows] == own
+            same = documents[:, a : a + rows] == documents[:, self.halo :]
             taps.append(jnp.where(same[:, None, :, None], s[:, :, a : a + rows], 0))
         stacked = jnp.stack(taps, axis=2)  # [B, H, c_q, R, S]
         lines = jnp.moveaxis(stacked, 3, 1)  # [B, R, H, c_q, S]
@@ -138,7 +137,7 @@ class MultiToken(Rule):
             padding="SAME",
             dimension_numbers=("NCW", "WIO", "NCW"),
             feature_group_count=num_heads,
-            precision="highest",
+            precision=seen.precision,
         )
         return jnp.moveaxis(out.reshape(batch, rows, num_heads, num_keys), 1, 2)
 
@@ -156,7 +155,7 @@ class MTA(ByRule):
             self.logit_kernel = ctx.param(init, taps, (HEADS, None, None), role="conv")
         if group is not None:
             init = lambda key, shape, dtype: jnp.broadcast_to(jnp.eye(group, dtype=dtype)[None], shape)
-            self.head_kernel = ctx.param(init, (self.num_heads // group, group, group), (HEADS, None, None), role="conv")
+            self.head_kernel = ctx.param(init, (self.num_heads // group, group, group), (None, None, None), role="conv")
         if config.norm:
             self.norm = RMSNorm(ctx, config.head_dim, eps=1e-5)
         if config.depth_scale:

@@ -61,12 +61,11 @@ class NeuralAttentionConfig(RuleConfig):
         first, second = self.pair_dims
         return 2.0 * (first * second + second + self.head_dim)
 
-    def product_flops(self, d_model: int) -> float:
+    def mixing_flops(self, d_model: int, seq_len: int) -> float:
         first, second = self.pair_dims
-        num_heads, num_kv_heads = self.heads(d_model)
-        shared = 2.0 * (self.head_dim * first + first**2)  # of a query or a key of one head
-        pairs = 2.0 * (first * second + second)  # in `pair_flops`
-        return super().product_flops(d_model) + (num_heads + num_kv_heads - 2) * shared - pairs
+        others = sum(self.heads(d_model)) - 2  # the shared maps are counted for one head of each side, and once for pairs
+        shared = 2.0 * (self.head_dim * first + first**2)
+        return super().mixing_flops(d_model, seq_len) + others * shared - 2.0 * (first * second + second)
 
     def build(self, d_model: int, ctx: BuildContext) -> NeuralAttention:
         return NeuralAttention(self, d_model, ctx)

@@ -29,6 +29,10 @@ class ReluAttentionConfig(RuleConfig):
 
     directions: ClassVar[tuple[Direction, ...]] = ("causal", "bidirectional")
 
+    @classmethod
+    def example(cls) -> ReluAttentionConfig:
+        return cls(num_heads=8, head_dim=8)  # one of few heads may well look nowhere
+
     def build(self, d_model: int, ctx: BuildContext) -> ByRule:
         return ByRule(self, d_model, ctx, ReluOverLength())
 

@@ -115,10 +115,9 @@ class SuperAttention(Efficient):
         return super().weigh(inputs._replace(v=mixed), at=at), state
 
     def recall(self, inputs, carry, *, at, state):
-        cache, values = state
+        (cache, values), x = state, inputs.v
         inputs, carry, cache = super().recall(inputs, carry, at=at, state=cache)
-        new = self.mixed(cache.entries["x"][:, :1], at=at, kv=inputs.v, kv_at=inputs.kv_at)
-        values = self.slots.write(values, {"x": new}, at)
+        values = self.slots.write(values, {"x": self.mixed(x, at=at, kv=inputs.v, kv_at=inputs.kv_at)}, at)
         return inputs._replace(v=values.entries["x"]), carry, (cache, values)
 
     def attend_step(self, inputs, *, at, state):
