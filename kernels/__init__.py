@@ -9,8 +9,10 @@ from plait.kernels.delta_rule import delta_rule, delta_rule_rows
 from plait.kernels.dispatch import chosen, registered
 from plait.kernels.dplr import dplr, dplr_rows
 from plait.kernels.linear_scan import linear_scan
+from plait.kernels.local_linear import local_linear, local_linear_rows
 from plait.kernels.masks import BlockTable, Mask, PowerMask
-from plait.kernels.online_memory import MemoryState, Rule, online_memory
+from plait.kernels.memory_context import Learned, empty_context, memory_context
+from plait.kernels.online_memory import MemoryState, Rule, empty_memory, online_memory
 from plait.kernels.selective_scan import selective_scan
 from plait.kernels.short_conv import short_conv
 from plait.kernels.tokens import Tokens
@@ -22,6 +24,7 @@ __all__ = [
     "Bias",
     "BlockTable",
     "DistanceBias",
+    "Learned",
     "LowRankBias",
     "Mask",
     "MemoryState",
@@ -39,8 +42,13 @@ __all__ = [
     "delta_rule_rows",
     "dplr",
     "dplr_rows",
+    "empty_context",
+    "empty_memory",
     "first_masses",
     "linear_scan",
+    "local_linear",
+    "local_linear_rows",
+    "memory_context",
     "online_memory",
     "registered",
     "routed_attention",

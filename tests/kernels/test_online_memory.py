@@ -35,7 +35,7 @@ def inputs(depth: int, rule: Rule, *, seed: int = 0, length: int = LENGTH, batch
         "q": unit(q),
         "k": unit(k),
         "v": v,
-        "initial": [0.5 * rng.normal(size=(HEADS, *w)) for w in itertools.pairwise(widths)],
+        "initial": [(2.0 if rule.retention == "kl" else 0.5) * rng.normal(size=(HEADS, *w)) for w in itertools.pairwise(widths)],
     }
     named["g"] = -rng.exponential(0.3, (batch, length, HEADS, *channels))
     named["step"] = rng.uniform(0, 0.1 if rule.residual else 0.3, (batch, length, HEADS, *channels))

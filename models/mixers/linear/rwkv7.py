@@ -153,7 +153,7 @@ class RWKV7(Recurrent):
         self.removed = ctx.param(start.removed, (d_model,), (HEADS,))
         self.replaced = ctx.param(jax.nn.initializers.constant(1.02), (d_model,), (HEADS,))
         self.bonus = ctx.param(jax.nn.initializers.constant(-0.04), (d_model,), (HEADS,))
-        self.norm = GroupNorm(ctx, d_model, eps=config.norm_eps, axis=HEADS, groups=self.num_heads, start=start.norm)
+        self.group_norm = GroupNorm(ctx, d_model, eps=config.norm_eps, axis=HEADS, groups=self.num_heads, start=start.norm)
         self.o = Dense(ctx, d_model, d_model, (HEADS, EMBED), init=_zeros(ctx, ctx.residual_init), heads=(0, self.num_heads))
         first = ctx.layer_index == ctx.first_layers.get(FIRST_VALUES, ctx.layer_index)
         self.is_first = Buffer(jnp.asarray(first), axes=())
@@ -191,7 +191,7 @@ class RWKV7(Recurrent):
 
     def finish(self, o, inputs, x):
         again = (inputs.q * inputs.k * self._by_channel(self.bonus)).sum(-1, keepdims=True) * inputs.v
-        y = split_heads(self.norm(o.reshape(*o.shape[:2], -1)), self.num_heads)
+        y = split_heads(self.group_norm(o.reshape(*o.shape[:2], -1)), self.num_heads)
         return (y + again).astype(o.dtype) * inputs.gate
 
 
