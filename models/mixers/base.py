@@ -230,7 +230,8 @@ class HeadMixer(Mixer):
     """A mixer whose head h outputs `o_h = A_h v_h`.
 
     Subclasses write `project`, `attend`, `implied`, `init_state`, `output`; `finish` (per-head norm, gates), `share` where layers share
-    something, `project_step`, `recall` and `attend_step` where decoding differs, `observe` and `auxiliary_losses` where they have them.
+    something, `project_step`, `recall` and `attend_step` where decoding differs, `observe` and `auxiliary_losses` where they have them,
+    `counts` and `settle` where buffers follow the tokens of a step.
     """
 
     @abc.abstractmethod
