@@ -1,6 +1,6 @@
 """The ops that mixers are made of, each with several implementations behind one public function."""
 
-from plait.kernels.attention import AttentionStats, LowRankBias, attention, attention_rows
+from plait.kernels.attention import AttentionStats, Bias, DistanceBias, LowRankBias, attention, attention_rows
 from plait.kernels.attention.masses import column_mass, first_masses
 from plait.kernels.attention.routed import routed_attention
 from plait.kernels.cross_entropy import cross_entropy
@@ -9,18 +9,27 @@ from plait.kernels.delta_rule import delta_rule, delta_rule_rows
 from plait.kernels.dispatch import chosen, registered
 from plait.kernels.dplr import dplr, dplr_rows
 from plait.kernels.linear_scan import linear_scan
+from plait.kernels.local_linear import local_linear, local_linear_rows
 from plait.kernels.masks import BlockTable, Mask, PowerMask
+from plait.kernels.memory_context import Learned, empty_context, memory_context
+from plait.kernels.online_memory import MemoryState, Rule, empty_memory, online_memory
 from plait.kernels.selective_scan import selective_scan
 from plait.kernels.short_conv import short_conv
 from plait.kernels.tokens import Tokens
 from plait.kernels.topk_blocks import topk_blocks
+from plait.kernels.weighted_attention import weighted_attention, weighted_rows
 
 __all__ = [
     "AttentionStats",
+    "Bias",
     "BlockTable",
+    "DistanceBias",
+    "Learned",
     "LowRankBias",
     "Mask",
+    "MemoryState",
     "PowerMask",
+    "Rule",
     "Tokens",
     "attention",
     "attention_rows",
@@ -33,11 +42,19 @@ __all__ = [
     "delta_rule_rows",
     "dplr",
     "dplr_rows",
+    "empty_context",
+    "empty_memory",
     "first_masses",
     "linear_scan",
+    "local_linear",
+    "local_linear_rows",
+    "memory_context",
+    "online_memory",
     "registered",
     "routed_attention",
     "selective_scan",
     "short_conv",
     "topk_blocks",
+    "weighted_attention",
+    "weighted_rows",
 ]

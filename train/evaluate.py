@@ -116,7 +116,8 @@ class Evaluator:
 
     def __call__(self, params: Arrays, buffers: Arrays, batches: Iterable[Batch], limit: int | None = None) -> Evaluation:
         """Scores the first `limit` batches (all by default), of which each host gives its rows. Raises ValueError when there are none."""
-        task, tokenizer = self._data.config.task, self._data.tokenizer
+        task = self._data.config.task
+        tokenizer = self._data.tokenizer if task.counts_bytes else None
         sizes = None if tokenizer is None else tokenizer.bytes_per_token.astype(np.int32)
         nats: Any = 0.0
         counts: Any = 0.0

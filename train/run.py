@@ -195,7 +195,8 @@ def opened(folder: str | Path, step: int | None = None) -> Trained:
         if not (folder / "tokenizer" / TOKENIZER_FILE).exists():
             raise RunError(f"{str(folder)!r} has no tokenizer/{TOKENIZER_FILE}; put back the one it was trained with")
         tokenizer = load_tokenizer(folder / "tokenizer")
-    vocab_size = config.data.task.vocabulary(config.data) if tokenizer is None else tokenizer.vocab_size
+    task = config.data.task
+    vocab_size = task.vocabulary(config.data) if tokenizer is None else tokenizer.vocab_size + task.extra_ids
     if vocab_size is not None:
         config = dataclasses.replace(config, model=config.model.with_vocab(vocab_size))
     program = Program.of(config, make_mesh(config.mesh))

@@ -26,6 +26,12 @@ class Task(Component, abc.ABC):
     """Whether its rows are text, so that its runs have a tokenizer."""
     has_answers: ClassVar[bool] = True
     """Whether a target is an answer that is right or wrong, for `scores` to count."""
+    counts_bytes: ClassVar[bool] = False
+    """Whether its targets are all of a text, so that their loss is one per byte of it."""
+    leaks_to_the_past: ClassVar[bool] = True
+    """Whether its rows hold what is asked for at a later place, so that a model must be causal."""
+    extra_ids: ClassVar[int] = 0
+    """Ids of text beyond those of the tokenizer."""
 
     @abc.abstractmethod
     def vocabulary(self, data: DataConfig) -> int | None:
@@ -37,6 +43,13 @@ class Task(Component, abc.ABC):
 
     def fit(self, data: DataConfig) -> None:
         """Raises ValueError, in a message that begins with the field of this task, where the rows of `data` cannot hold it."""
+
+    def require_causal(self, causal: bool) -> None:
+        """Raises ValueError where a model that is not causal would see what is asked for."""
+        if not causal and self.leaks_to_the_past:
+            raise ValueError(
+                f"model.causal=False lets a token see what data.task={self.name} asks of it; use data.task=mlm, or model.causal=True"
+            )
 
     def scores(self, batch: Batch, nll: np.ndarray, right: np.ndarray) -> Mapping[str, tuple[float, float]]:
         """Named sums over a batch, each with what to divide its total by: here the share of the answers that are right.

@@ -26,6 +26,8 @@ from plait.data.tasks.generated import NOT_ASKED, GeneratedTask
 class MQARTask(GeneratedTask):
     """Multi-query associative recall: the share of keys whose value is recalled."""
 
+    leaks_to_the_past = False
+
     vocab_size: Vocabulary = 8192
     """Ids V: half of them keys, half values."""
     num_kv_pairs: Length = 4

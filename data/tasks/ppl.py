@@ -22,6 +22,7 @@ class PerplexityTask(Task):
 
     reads_text = True
     has_answers = False
+    counts_bytes = True
 
     def vocabulary(self, data: DataConfig) -> int | None:
         return data.tokenizer_size

@@ -56,7 +56,7 @@ def small(config: ExperimentConfig) -> ExperimentConfig:
 def layers_of(mixer: MixerConfig) -> ExperimentConfig:
     """A small model of two layers of one mixer."""
     name = f"{mixer.name}+{mixer.mixer.name}" if isinstance(mixer, WrapperConfig) else mixer.name
-    model = dataclasses.replace(tiny().model, d_model=32, pattern=name, mixers={name: mixer})
+    model = dataclasses.replace(tiny().model, d_model=64, pattern=name, mixers={name: mixer})
     return changed(dataclasses.replace(tiny(), model=model), STEP)
 
 

@@ -133,6 +133,7 @@ def _data(trained: Trained, task: Task, text: OtherText, scratch: Path) -> Data:
     where what the run was trained on is no longer there and no other text was asked for."""
     program, own = trained.program, trained.program.config.data
     at(task.name, task.fit, own)
+    task.require_causal(program.config.model.causal)
     config = dataclasses.replace(own, task=task)
     if task.reads_text:
         if trained.tokenizer is None:
