@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from plait.configs.domains import Channels, Factor, Span
 from plait.kernels import LowRankBias, Mask, Tokens, attention, selective_scan
@@ -17,6 +18,7 @@ from plait.models.build import BuildContext
 from plait.models.cache import Cache, Slots
 from plait.models.linear import Dense
 from plait.models.mixers.base import HeadKind, HeadMixer, MixerConfig, register
+from plait.models.mixers.heads import expanded
 from plait.models.rope import rotate
 
 THETA = 10_000.0
@@ -42,8 +44,11 @@ class MegaConfig(MixerConfig):
     `laplace(x) = (1 + erf((x - sqrt(1/2)) / sqrt(1 / 2 pi))) / 2`.
 
     The published cell holds the residual connection, and x in y is its unnormalised input; here it is the layer's input, which the block has
-    normalised. There is one head. Cost grows with the square of the length; `mega_chunk` is linear in it.
+    normalised. There is one head. Cost grows with the square of the length; `mega_chunk` is linear in it. Where a token sees all of its
+    document, a second set of averages runs from the other end, and the simple bias has a number for distances to either side.
     """
+
+    directions = ("causal", "bidirectional")
 
     attention_dim: Channels | None = None
     """Channels of queries and keys; None gives d_model / 4."""
@@ -80,7 +85,7 @@ class MegaConfig(MixerConfig):
                 f"attention_dim={dim} must be even where bias='rotary' rotates channels in pairs; use {dim + dim % 2 or 2}, "
                 "or bias='simple'"
             )
-        return dim, int(d_model * self.expand)
+        return dim, expanded(self.expand, d_model)
 
     def fit(self, d_model: int) -> None:
         self.dims(d_model)
@@ -119,6 +124,22 @@ class MegaState(NamedTuple):
     cache: Cache
 
 
+class MovingAverage(nnx.Module):
+    """`n` damped averages of each channel, read as one: `s_t = (1 - p a) s_{t-1} + p b x_t`, `y_t = sum c s_t / sqrt(n)`."""
+
+    def __init__(self, ctx: BuildContext, number: int, dim: int):
+        normal, shape = jax.nn.initializers.normal, (number, dim)
+        self.p, self.a = (ctx.param(normal(0.2), shape, (None, EMBED), role="decay") for _ in range(2))
+        self.b = ctx.param(_alternating, shape, (None, EMBED))
+        self.c = ctx.param(normal(1.0), shape, (None, EMBED))
+
+    def __call__(self, x: jax.Array, start: jax.Array | None, *, at: Tokens) -> tuple[jax.Array, jax.Array]:
+        """`y [B, T, D]`, and the averages `[B, n, D]` after the last token."""
+        p, a, b, c = (param[...].astype(jnp.float32) for param in (self.p, self.a, self.b, self.c))
+        p, a = jax.nn.sigmoid(p), jax.nn.sigmoid(a)
+        return selective_scan(x, None, jnp.log1p(-p * a), None, c * b * p * len(p) ** -0.5, initial_state=start, at=at)
+
+
 def _alternating(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """Of b: the averages of a channel alternate in sign."""
     signs = jnp.where(jnp.arange(shape[0]) % 2, -1.0, 1.0)[:, None]
@@ -133,12 +154,11 @@ class Mega(HeadMixer):
     def __init__(self, config: MegaConfig, d_model: int, ctx: BuildContext):
         self.config, self.dtype = config, ctx.compute_dtype
         self.dim, self.value_dim = config.dims(d_model)
-        self.mask, self.slots = Mask(causal=True, window_size=config.chunk), Slots(config.chunk)
+        self.causal = ctx.causal
+        self.mask, self.slots = Mask(causal=self.causal, window_size=config.chunk), Slots(config.chunk)
         normal = jax.nn.initializers.normal
-        averages = (config.state_dim, d_model)
-        self.p, self.a = (ctx.param(normal(0.2), averages, (None, EMBED), role="decay") for _ in range(2))
-        self.b = ctx.param(_alternating, averages, (None, EMBED))
-        self.c = ctx.param(normal(1.0), averages, (None, EMBED))
+        self.average = MovingAverage(ctx, config.state_dim, d_model)
+        self.later = None if self.causal else MovingAverage(ctx, config.state_dim, d_model)
         self.w = ctx.param(normal(1.0), (d_model,), (EMBED,))
         dense = lambda width, axis, role: Dense(ctx, d_model, width, (EMBED, axis), init=normal(0.02), use_bias=True, role=role)
         self.v, self.z, self.h = (
@@ -149,16 +169,17 @@ class Mega(HeadMixer):
         self.r, self.u = dense(self.value_dim, HEADS, "gate"), dense(d_model, None, "gate")
         self.scale = ctx.param(normal(0.02), (2, self.dim), (None, None))
         self.shift = ctx.param(jax.nn.initializers.zeros, (2, self.dim), (None, None))
-        numbers = (2, self.dim) if config.bias == "rotary" else (config.chunk or config.max_distance,)
+        self.distances = config.chunk or config.max_distance
+        numbers = (2, self.dim) if config.bias == "rotary" else (self.distances if self.causal else 2 * self.distances - 1,)
         self.bias = ctx.param(normal(0.02), numbers, (None,) * len(numbers))
         self.o = Dense(ctx, self.value_dim, d_model, (HEADS, EMBED), init=ctx.residual_init, use_bias=True)
 
     def moving_average(self, x: jax.Array, start: jax.Array | None, *, at: Tokens) -> tuple[jax.Array, jax.Array]:
         """`silu(ema(x) + w x)`, and the averages `[B, n, D]` after the last token."""
-        p, a, b, c = (param[...].astype(jnp.float32) for param in (self.p, self.a, self.b, self.c))
-        p, a = jax.nn.sigmoid(p), jax.nn.sigmoid(a)
-        read = c * b * p * self.config.state_dim**-0.5
-        ema, last = selective_scan(x, None, jnp.log1p(-p * a), None, read, initial_state=start, at=at)
+        ema, last = self.average(x, start, at=at)
+        if self.later is not None:
+            other, _ = self.later(jnp.flip(x, 1), None, at=Tokens(None, jnp.flip(at.segment_ids, 1)))
+            ema += jnp.flip(other, 1)
         return jax.nn.silu(ema + self.w[...].astype(x.dtype)[None, None] * x), last
 
     def project(self, x, *, at, state):
@@ -175,7 +196,7 @@ class Mega(HeadMixer):
         if state is not None:
             state = state._replace(cache=self.slots.write(state.cache, {"k": inputs.k, "v": inputs.v}, at))
         if not self.config.on_attention:
-            return in_blocks(self.weights, inputs, at, self.config.chunk), state
+            return in_blocks(self.weights, inputs, at, self.config.chunk, self.causal), state
         bias = LowRankBias(self._rotated(0, at.positions), self._rotated(1, at.positions))
         return attention(inputs.q, inputs.k, inputs.v, mask=self.mask, at=by_chunk(at, self.config.chunk), bias=bias), state
 
@@ -195,7 +216,8 @@ class Mega(HeadMixer):
         pairs = lambda of: (of(at)[:, :, None], of(kv_at)[:, None])
         (ids, kv_ids), (place, kv_place) = pairs(lambda tokens: tokens.segment_ids), pairs(lambda tokens: tokens.positions)
         distance = place - kv_place
-        visible = (ids == kv_ids) & (ids > 0) & (distance >= 0)
+        visible = (ids == kv_ids) & (ids > 0)
+        visible = visible & (distance >= 0) if self.causal else visible
         if self.config.chunk is not None:
             visible &= place // self.config.chunk == kv_place // self.config.chunk
         logits = jnp.einsum("btk,bsk->bts", q, k, preferred_element_type=jnp.float32)
@@ -204,7 +226,7 @@ class Mega(HeadMixer):
             bias = jnp.einsum("btk,bsk->bts", *sides, precision="highest")
         else:
             table = self.bias[...].astype(jnp.float32)
-            bias = table[jnp.clip(distance, 0, len(table) - 1)]
+            bias = table[jnp.clip(distance + len(table) - self.distances, 0, len(table) - 1)]
         if self.config.weights == "softmax":
             logits = jnp.where(visible, logits * self.dim**-0.5 + bias, -1e30)
             return jnp.where(visible, jax.nn.softmax(logits, axis=-1), 0)
@@ -232,7 +254,7 @@ class Mega(HeadMixer):
         return self.weights(inputs.q[:, rows, 0], inputs.k[:, :, 0], of_rows, at)[:, None]
 
     def init_state(self, batch_size, max_len):
-        average = constrain(jnp.zeros((batch_size, *self.p.shape), jnp.float32), (BATCH, None, None))
+        average = constrain(jnp.zeros((batch_size, *self.average.p.shape), jnp.float32), (BATCH, None, None))
         entries = {"k": ((1, self.dim), None), "v": ((1, self.value_dim), None)}
         return MegaState(average, self.slots.empty(batch_size, max_len, entries, self.dtype))
 
@@ -256,7 +278,7 @@ def keys_of_blocks(length: int, chunk: int | None) -> float:
     return blocks * block * keys / length
 
 
-def in_blocks(weigh: Weigh, inputs: MegaInputs, at: Tokens, chunk: int | None) -> jax.Array:
+def in_blocks(weigh: Weigh, inputs: MegaInputs, at: Tokens, chunk: int | None, causal: bool) -> jax.Array:
     """`weigh(q, k) v` `[B, T, 1, V]` for one block of queries after another, each with the keys that may be in a chunk with them.
 
     Linear memory: no more weights than a block's exist at once, in the backward pass either.
@@ -266,16 +288,17 @@ def in_blocks(weigh: Weigh, inputs: MegaInputs, at: Tokens, chunk: int | None) -
     block = min(BLOCK, length)
     blocks = -(-length // block)
     reach = 0 if chunk is None or chunk > length else chunk - 1
+    ahead = 0 if causal else reach
     far = chunk is None or chunk > length
-    ends = lambda y, front: jnp.pad(y, ((0, 0), (front, blocks * block - length), *[(0, 0)] * (y.ndim - 2)))
+    ends = lambda y, front, back=0: jnp.pad(y, ((0, 0), (front, blocks * block - length + back), *[(0, 0)] * (y.ndim - 2)))
     tokens = (at.segment_ids, at.positions)
     rows = [jnp.moveaxis(ends(y, 0).reshape(len(y), blocks, block, *y.shape[2:]), 1, 0) for y in (q, *tokens)]
-    columns = [y if far else ends(y, reach) for y in (k, v, *tokens)]
+    columns = [y if far else ends(y, reach, ahead) for y in (k, v, *tokens)]
 
     @jax.checkpoint
     def one(number: jax.Array, rows: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         q, ids, positions = rows
-        near = columns if far else [jax.lax.dynamic_slice_in_dim(y, number * block, reach + block, 1) for y in columns]
+        near = columns if far else [jax.lax.dynamic_slice_in_dim(y, number * block, reach + block + ahead, 1) for y in columns]
         k, v, kv_ids, kv_positions = near
         weights = weigh(q, k, Tokens(None, ids, positions), Tokens(None, kv_ids, kv_positions))
         return number + 1, jnp.einsum("bts,bsv->btv", weights.astype(v.dtype), v)

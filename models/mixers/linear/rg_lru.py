@@ -13,7 +13,7 @@ from plait.models.axes import EMBED, HEADS
 from plait.models.build import BuildContext
 from plait.models.linear import Dense
 from plait.models.mixers.base import MixerConfig, register
-from plait.models.mixers.heads import require_divides, resolve_heads, split_heads
+from plait.models.mixers.heads import expanded, require_divides, resolve_heads, split_heads
 from plait.models.mixers.linear.channelwise import OPAQUE, Scanned
 from plait.models.short_conv import ShortConv
 
@@ -54,7 +54,7 @@ class RGLRUConfig(MixerConfig):
 
     def heads(self, d_model: int) -> tuple[int, int]:
         """Number of blocks, and channels of each, at width `d_model`."""
-        width = int(d_model * self.expand)
+        width = expanded(self.expand, d_model)
         num_heads = resolve_heads(self.num_heads, width, self.head_dim)
         require_divides(("num_heads", num_heads), ("expand * d_model", width))
         return num_heads, width // num_heads

@@ -12,6 +12,7 @@ from plait.models.mixers.base import MixerConfig
 from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.models.mixers.linear.hgrn import HGRNConfig
 from plait.models.mixers.linear.mamba1 import Mamba1Config
+from plait.models.mixers.linear.mega import MegaConfig
 from plait.models.mixers.linear.rg_lru import RGLRUConfig
 from plait.models.mixers.linear.rwkv7 import FASTEST, RWKV7Config
 from plait.tests.models.common import build, layout, quick_jit
@@ -157,3 +158,15 @@ def test_later_layers_take_the_values_of_the_first_that_has_them(pattern: str):
     used = np.concatenate([np.abs(g).max(-1, keepdims=True) if g.ndim == 1 else np.abs(g).max(-1) for g in gradients]) > 0
     assert sorted(used) == [False] + [True] * (len(used) - 1)
     assert not used[0]
+
+
+@pytest.mark.parametrize("config", [HGRNConfig, Mamba1Config, MegaConfig])
+def test_a_width_of_nothing_is_refused(config: type):
+    with pytest.raises(ValueError, match=r"expand=0.01 must leave at least one of d_model=64 channels; use 0.015625 or more"):
+        config(expand=0.01).fit(WIDTH)
+
+
+def test_heads_that_do_not_divide_the_width_are_refused():
+    for config in (RGLRUConfig(num_heads=3), RWKV7Config(num_heads=3)):
+        with pytest.raises(ValueError, match=r"num_heads=3 must divide .*d_model=64; use one of 1, 2, 4, 8, 16, 32, 64"):
+            config.fit(WIDTH)
