@@ -85,7 +85,9 @@ def test_laplace_logits_are_divided_by_the_keys_that_are_seen():
     config = MegaConfig(**SIZES, weights="laplace", bias="simple")
     mega, at = mixer(config), layout((5, 4), length=11)
     q, k = np.random.default_rng(0).standard_normal((2, 1, 11, SIZES["attention_dim"]))
-    found = np.asarray(mega.weights(jnp.asarray(q, jnp.float32), jnp.asarray(k, jnp.float32), at, at))[0]
+    found = np.asarray(mega.weights(*(mega.side(i, jnp.asarray(x[:, :, None], jnp.float32), at) for i, x in enumerate((q, k)))))[
+        0
+    ]
     table, erf = np.asarray(mega.bias[...], np.float64), np.vectorize(math.erf)
     for start, size in ((0, 5), (5, 4)):
         for i in range(start, start + size):
@@ -110,7 +112,7 @@ def test_blocks_are_one_matrix(monkeypatch: pytest.MonkeyPatch, chunk: int | Non
     def both(x):
         inputs, _ = mega.project(x, at=at, state=None)
         whole = jnp.einsum("bhts,bshv->bthv", mega.implied(inputs, jnp.arange(90), at=at), inputs.v)
-        return in_blocks(mega.weights, inputs, at, config.chunk, causal), whole
+        return in_blocks(mega.weights, *mega.sides(inputs, at), inputs.v, config.chunk, causal), whole
 
     assert_close(*both(x))
 
