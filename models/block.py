@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,9 +12,9 @@ from flax import nnx
 from plait.kernels import Tokens
 from plait.models.axes import BATCH, LENGTH, constrain
 from plait.models.build import BuildContext
-from plait.models.channel_mixers.base import ChannelMixer, ChannelMixerConfig, Counts, MixedChannels
-from plait.models.look import Look, Observer, Statistics, look
-from plait.models.mixers.base import Losses, MixerConfig, State
+from plait.models.channel_mixers.base import ChannelMixer, ChannelMixerConfig, MixedChannels
+from plait.models.look import Observer, Statistics, look
+from plait.models.mixers.base import Losses, Mixed, MixerConfig, State
 from plait.models.norms import RMSNorm
 from plait.models.stream import Carry, Stream
 
@@ -28,8 +28,8 @@ class Extras:
     """Auxiliary losses by name, coefficients applied."""
     statistics: Statistics = dataclasses.field(default_factory=dict)
     """Of probe steps."""
-    counts: Counts = dataclasses.field(default_factory=dict)
-    """What a step adds up over its tokens for the layer to move its buffers by: see `ChannelMixer.settle`."""
+    counts: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    """What a step adds up over its tokens for `mixer` or `channel_mixer` to move its buffers by: see their `settle`."""
 
 
 def over_microbatches(stacked: Any) -> Any:
@@ -70,11 +70,12 @@ class Block(nnx.Module):
     def __call__(self, stream: Stream, *, at: Tokens, observer: Observer | None = None) -> tuple[Stream, Extras]:
         """The stream after the block."""
 
-        def mix(x: jax.Array, carry: Carry) -> tuple[jax.Array, Carry, tuple[Losses, tuple[Look, ...]]]:
+        def mix(x: jax.Array, carry: Carry) -> tuple[jax.Array, Carry, Mixed]:
             mixed = self.mixer(x, at=at, carry=carry, observer=observer)
-            return mixed.y, mixed.carry, (mixed.losses, mixed.looks)
+            return mixed.y, mixed.carry, mixed
 
-        stream, (losses, looks), channels = self._through(stream, mix, at)
+        stream, mixed, channels = self._through(stream, mix, at)
+        looks = mixed.looks
         statistics: Statistics = {}
         if observer is not None:
             looks = looks or (look(observer, at=at, x=stream.x),)
@@ -82,7 +83,13 @@ class Block(nnx.Module):
             observed = jax.lax.stop_gradient(channels.observed)
             looks = tuple(dataclasses.replace(one, residual=residual, channels=observed) for one in looks)
             statistics = observer.measure(looks)
-        return stream, Extras({**losses, **channels.losses}, statistics, channels.counts)
+        counts = {name: one.counts for name, one in (("mixer", mixed), ("channel_mixer", channels)) if one.counts}
+        return stream, Extras({**mixed.losses, **channels.losses}, statistics, counts)
+
+    def settle(self, counts: Mapping[str, Mapping[str, Any]]) -> None:
+        """Moves buffers once a step by its counts; leading axes are stacked layers."""
+        for name, own in counts.items():
+            getattr(self, name).settle(own)
 
     def prefill(self, stream: Stream, state: State, *, at: Tokens) -> tuple[Stream, State]:
         """As the call on left-padded prompts, from an empty state; also the state after the last token."""
@@ -91,11 +98,6 @@ class Block(nnx.Module):
     def step(self, stream: Stream, state: State, *, at: Tokens) -> tuple[Stream, State]:
         """One token."""
         return self._through(stream, lambda x, carry: self.mixer.step(x, state, at=at, carry=carry), at)[:2]
-
-    def settle(self, counts: Counts) -> None:
-        """See `ChannelMixer.settle`."""
-        if self.channel_mixer is not None:
-            self.channel_mixer.settle(counts)
 
     def _through(
         self, stream: Stream, mixer: Callable[[jax.Array, Carry], tuple[jax.Array, Carry, Any]], at: Tokens

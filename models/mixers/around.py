@@ -49,5 +49,11 @@ class AroundHeads(HeadMixer):
     def auxiliary_losses(self, x, *, at):
         return self.inner.auxiliary_losses(x, at=at)
 
+    def counts(self, inputs, x, *, at):
+        return self.inner.counts(inputs, x, at=at)
+
+    def settle(self, counts):
+        self.inner.settle(counts)
+
     def init_state(self, batch_size, max_len):
         return self.inner.init_state(batch_size, max_len)

@@ -66,5 +66,6 @@ class ScaledSoftplus(Rule):
 class LSSA(Weighted):
     """See `LSSAConfig`."""
 
-    def prepared(self, y, *, is_query):
-        return l2_normalize(y)
+    def prepared(self, q, k, *, at):
+        q, k = super().prepared(q, k, at=at)
+        return l2_normalize(q), l2_normalize(k)

@@ -1,4 +1,4 @@
-"""What attention mixers share whose weights follow from queries and keys by a formula of their own: projections, cache, rows."""
+"""What attention mixers share that differ from `softmax` in their weights or their projections: cache, rows, heads."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 
 from plait.configs.domains import Base, Channels, Heads
-from plait.kernels import Mask, Tokens, weighted_attention, weighted_rows
+from plait.kernels import Mask, Tokens, attention, attention_rows, weighted_attention, weighted_rows
 from plait.kernels.weighted_attention import Rule
 from plait.models.axes import BATCH, EMBED, HEADS, KV_HEADS, LENGTH, constrain
 from plait.models.build import BuildContext
@@ -74,17 +74,16 @@ class QKV(NamedTuple):
 
 
 class Cached(HeadMixer):
-    """Attention that decodes from a cache of past tokens. Subclasses write `project`, `weigh`, `implied`, `output`, `entries`, and
-    `kept` and `recalled` where the cache holds other things than keys and values."""
+    """Attention that decodes from a cache of past tokens; softmax of dot products where `weigh` and `implied` are not overridden.
+
+    Subclasses write `project`, which gives `QKV`, `entries` and `output`; `kept` and `recalled` where the cache holds other things
+    than keys and values.
+    """
 
     slots = Slots()
 
     def __init__(self, ctx: BuildContext):
         self.dtype, self.mask = ctx.compute_dtype, Mask(causal=ctx.causal)
-
-    @abc.abstractmethod
-    def weigh(self, inputs: Any, *, at: Tokens) -> jax.Array:
-        """Head outputs `[B, T, H, V]` of inputs whose keys are the queries' own tokens or, with `kv_at`, others."""
 
     @abc.abstractmethod
     def entries(self) -> Mapping[str, tuple[tuple[int, ...], str | None]]:
@@ -97,6 +96,13 @@ class Cached(HeadMixer):
     def recalled(self, inputs: Any, cache: Cache) -> Any:
         """The inputs with the cache's tokens as keys."""
         return inputs._replace(k=cache.entries["k"], v=cache.entries["v"], kv_at=cache.at)
+
+    def weigh(self, inputs: Any, *, at: Tokens) -> jax.Array:
+        """Head outputs `[B, T, H, V]` of inputs whose keys are the queries' own tokens or, with `kv_at`, others."""
+        return attention(inputs.q, inputs.k, inputs.v, at=at, kv_at=inputs.kv_at, mask=self.mask)
+
+    def implied(self, inputs, rows, *, at):
+        return attention_rows(inputs.q, inputs.k, rows=rows, at=at, mask=self.mask)
 
     def init_state(self, batch_size, max_len) -> Any:
         return self.slots.empty(batch_size, max_len, self.entries(), self.dtype)
@@ -113,12 +119,12 @@ class Cached(HeadMixer):
         return self.weigh(inputs, at=at), state
 
 
-class Weighted(Cached):
-    """Multi-head attention by a rule."""
+class MultiHead(Cached):
+    """The usual projections: queries, keys, values and output, by heads."""
 
-    def __init__(self, config: WeightedConfig, d_model: int, ctx: BuildContext, rule: Rule):
+    def __init__(self, config: WeightedConfig, d_model: int, ctx: BuildContext):
         super().__init__(ctx)
-        self.config, self.rule = config, rule
+        self.config = config
         self.num_heads, self.num_kv_heads = config.heads(d_model)
         width, kv_width = self.num_heads * config.head_dim, self.num_kv_heads * config.head_dim
         self.q = Dense(ctx, d_model, width, (EMBED, HEADS), heads=(1, self.num_heads))
@@ -126,29 +132,18 @@ class Weighted(Cached):
         self.v = Dense(ctx, d_model, kv_width, (EMBED, KV_HEADS), heads=(1, self.num_kv_heads))
         self.o = Dense(ctx, width, d_model, (HEADS, EMBED), init=ctx.residual_init, heads=(0, self.num_heads))
 
-    def parameters(self) -> Any:
-        """The arrays of the rule."""
-        return None
-
-    def prepared(self, y: jax.Array, *, is_query: bool) -> jax.Array:
-        """Queries or keys `[B, T, H, K]`, rotated, as the rule and the cache take them."""
-        return y
+    def prepared(self, q: jax.Array, k: jax.Array, *, at: Tokens) -> tuple[jax.Array, jax.Array]:
+        """Queries `[B, T, H, K]` and keys `[B, T, Hkv, K]` as their products and the cache take them: with their positions."""
+        if self.config.rope_theta is None:
+            return q, k
+        return rotate(q, at.positions, self.config.rope_theta), rotate(k, at.positions, self.config.rope_theta)
 
     def project(self, x, *, at, state):
         def heads(dense: Dense, number: int, axis: str) -> jax.Array:
             return constrain(split_heads(dense(x), number), (BATCH, LENGTH, axis, None))
 
         q, k = heads(self.q, self.num_heads, HEADS), heads(self.k, self.num_kv_heads, KV_HEADS)
-        if self.config.rope_theta is not None:
-            q, k = (rotate(y, at.positions, self.config.rope_theta) for y in (q, k))
-        q, k = self.prepared(q, is_query=True), self.prepared(k, is_query=False)
-        return QKV(q, k, heads(self.v, self.num_kv_heads, KV_HEADS)), state
-
-    def weigh(self, inputs, *, at):
-        return weighted_attention(*inputs[:3], at=at, kv_at=inputs.kv_at, before=inputs.before, **self._rule)
-
-    def implied(self, inputs, rows, *, at):
-        return weighted_rows(inputs.q, inputs.k, rows, at=at, **self._rule)
+        return QKV(*self.prepared(q, k, at=at), heads(self.v, self.num_kv_heads, KV_HEADS)), state
 
     def entries(self):
         one = ((self.num_kv_heads, self.config.head_dim), KV_HEADS)
@@ -156,6 +151,24 @@ class Weighted(Cached):
 
     def output(self, o):
         return self.o(join_heads(o))
+
+
+class Weighted(MultiHead):
+    """Multi-head attention by a rule."""
+
+    def __init__(self, config: WeightedConfig, d_model: int, ctx: BuildContext, rule: Rule):
+        super().__init__(config, d_model, ctx)
+        self.rule = rule
+
+    def parameters(self) -> Any:
+        """The arrays of the rule."""
+        return None
+
+    def weigh(self, inputs, *, at):
+        return weighted_attention(*inputs[:3], at=at, kv_at=inputs.kv_at, before=inputs.before, **self._rule)
+
+    def implied(self, inputs, rows, *, at):
+        return weighted_rows(inputs.q, inputs.k, rows, at=at, **self._rule)
 
     @property
     def _rule(self) -> dict[str, Any]:

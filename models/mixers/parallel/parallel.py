@@ -166,12 +166,18 @@ class Parallel(Mixer):
         outputs: list[jax.Array] = []
         losses: dict[str, jax.Array] = {}
         looks: tuple[Look, ...] = ()
-        for part, read in zip(self.parts, self._read(x), strict=True):
+        counts: dict[str, Any] = {}
+        for index, (part, read) in enumerate(zip(self.parts, self._read(x), strict=True)):
             mixed = part(read, at=at, carry=carry, observer=observer)
             outputs.append(mixed.y)
             carry, looks = mixed.carry, looks + mixed.looks
             losses |= {name: losses.get(name, 0) + value for name, value in mixed.losses.items()}
-        return Mixed(self._join(outputs), carry, losses, looks)
+            counts |= {str(index): mixed.counts} if mixed.counts else {}
+        return Mixed(self._join(outputs), carry, losses, looks, counts)
+
+    def settle(self, counts):
+        for index, own in counts.items():
+            self.parts[int(index)].settle(own)
 
     def init_state(self, batch_size, max_len):
         return [part.init_state(batch_size, max_len) for part in self.parts]
