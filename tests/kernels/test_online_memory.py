@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from plait.kernels import Rule, Tokens, delta_rule, online_memory
+from plait.kernels import Tokens, delta_rule, online_memory
+from plait.kernels.online_memory import Rule
 from plait.tests.kernels.cases import quick_jit, with_gradients
 from plait.tests.models.common import layout, left_padded
 from plait.tests.tolerances import assert_close, in_float64

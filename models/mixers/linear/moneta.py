@@ -6,7 +6,7 @@ import dataclasses
 from typing import Annotated
 
 from plait.configs.domains import Number
-from plait.kernels import Rule
+from plait.kernels.online_memory import Rule
 from plait.models.mixers.base import register
 from plait.models.mixers.linear.miras import MirasConfig
 

@@ -6,7 +6,7 @@ import dataclasses
 
 import jax
 
-from plait.kernels import Rule
+from plait.kernels.online_memory import Rule
 from plait.models.build import BuildContext
 from plait.models.mixers.base import register
 from plait.models.mixers.linear.miras import Miras, MirasConfig
