@@ -11,8 +11,8 @@ from plait.kernels.dplr import dplr, dplr_rows
 from plait.kernels.linear_scan import linear_scan
 from plait.kernels.local_linear import local_linear, local_linear_rows
 from plait.kernels.masks import BlockTable, Mask, PowerMask
-from plait.kernels.memory_context import Learned, empty_context, memory_context
-from plait.kernels.online_memory import MemoryState, Rule, empty_memory, online_memory
+from plait.kernels.memory_context import memory_context
+from plait.kernels.online_memory import online_memory
 from plait.kernels.selective_scan import selective_scan
 from plait.kernels.short_conv import short_conv
 from plait.kernels.tokens import Tokens
@@ -24,12 +24,9 @@ __all__ = [
     "Bias",
     "BlockTable",
     "DistanceBias",
-    "Learned",
     "LowRankBias",
     "Mask",
-    "MemoryState",
     "PowerMask",
-    "Rule",
     "Tokens",
     "attention",
     "attention_rows",
@@ -42,8 +39,6 @@ __all__ = [
     "delta_rule_rows",
     "dplr",
     "dplr_rows",
-    "empty_context",
-    "empty_memory",
     "first_masses",
     "linear_scan",
     "local_linear",

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from plait.configs.domains import Channels, Epsilon, Factor, Heads, Span, Taps
-from plait.kernels import MemoryState, Rule, empty_memory, online_memory
+from plait.kernels import online_memory
+from plait.kernels.online_memory import MemoryState, Rule, empty_memory
 from plait.kernels.recurrence import RecurrenceStats
 from plait.models.axes import BATCH, EMBED, HEADS, LENGTH, constrain
 from plait.models.build import BuildContext, fan_in_normal

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from plait.configs.domains import Base, Depth, SomeSpan
-from plait.kernels import Mask, Rule, attention, attention_rows
+from plait.kernels import Mask, attention, attention_rows
 from plait.kernels.chunking import dot
+from plait.kernels.online_memory import Rule
 from plait.models.axes import BATCH, EMBED, HEADS, LENGTH, constrain
 from plait.models.build import BuildContext
 from plait.models.cache import Slots

@@ -8,8 +8,9 @@ import itertools
 import jax
 import jax.numpy as jnp
 
-from plait.kernels import Learned, empty_context, memory_context
+from plait.kernels import memory_context
 from plait.kernels.chunking import dot
+from plait.kernels.memory_context import Learned, empty_context
 from plait.models.axes import EMBED, HEADS
 from plait.models.build import BuildContext
 from plait.models.linear import Dense

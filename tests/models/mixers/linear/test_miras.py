@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from plait.kernels import Rule, online_memory
+from plait.kernels import online_memory
+from plait.kernels.online_memory import Rule
 from plait.models.build import BuildContext
 from plait.models.mixers.linear.memora import MemoraConfig
 from plait.models.mixers.linear.moneta import MonetaConfig
