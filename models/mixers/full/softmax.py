@@ -122,6 +122,10 @@ class SoftmaxConfig(MixerConfig):
             raise ValueError(
                 f"sink_bias={self.sink_bias!r} needs normalizer='softmax', not {self.normalizer!r}, which has no denominator; use 'v'"
             )
+        if self.sink_bias == "kv" and self.sink_logits:
+            raise ValueError(
+                "sink_bias='kv' is itself what takes the rest of the weights, as sink_logits=True does; leave one of them out"
+            )
         if self.shared_kv is not None and (self.sink_bias == "kv" or (self.shared_kv == "read" and self.value_scale)):
             name = "sink_bias" if self.sink_bias == "kv" else "value_scale"
             raise ValueError(
