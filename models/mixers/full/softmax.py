@@ -45,7 +45,7 @@ def with_positions(fields: Mapping[str, Any]) -> Mapping[str, Any]:
     "softmax",
     kind="full",
     source="Attention Is All You Need (1706.03762); GQA (2305.13245)",
-    proof="transformers: Llama, Qwen3, GPT-OSS",
+    proof="transformers: Llama, Qwen2, Qwen3, OLMo 2, GPT-2, GPT-NeoX, GPT-OSS, T5, BLOOM",
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SoftmaxConfig(MixerConfig):

@@ -27,7 +27,7 @@ OPTIONS = {
     "elementwise-gate": {"gate": "elementwise"},
     "headwise-gate": {"gate": "headwise"},
     "sigmoid": {"normalizer": "sigmoid"},
-    "biases-scale-log_n": {"qkv_bias": True, "o_bias": True, "scale": 0.7, "log_n_scale": 3},
+    "biases-scale-log_n": {"qkv_bias": True, "o_bias": True, "scale": 0.2, "log_n_scale": 3},
     "width-norm": {"qk_norm": True, "qk_norm_over": "width", "num_kv_heads": 2},
     "key-window": {"sink_bias": "k", "window_size": 3, "num_kv_heads": 2},
     "key_value-window": {"sink_bias": "kv", "window_size": 3, "num_kv_heads": 2},
@@ -63,7 +63,7 @@ def formula(layer: Softmax, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         q, k, v = (heads(project(h, dense)) for dense in (layer.q, layer.k, layer.v))
         if config.qk_norm:
             norm = lambda z, m: z / np.sqrt((z**2).mean(-1, keepdims=True) + 1e-6) * np.asarray(m.scale[...])
-            as_one = (lambda z: z.reshape(n, -1)) if config.qk_norm_over == "width" else lambda z: z
+            as_one = (lambda z: z.reshape(len(z), -1)) if config.qk_norm_over == "width" else lambda z: z
             q, k = (norm(as_one(z), m).reshape(z.shape) for z, m in ((q, layer.q_norm), (k, layer.k_norm)))
         if config.positions is not None:
             angle = np.arange(n)[:, None] * config.positions.theta ** (-np.arange(0, HEAD_DIM, 2) / HEAD_DIM)
