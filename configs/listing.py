@@ -14,7 +14,9 @@ from plait.configs.components import Component, Registry, registries
 from plait.configs.presets import presets
 from plait.configs.vocabulary import with_vocabulary
 from plait.kernels import registered
+from plait.models.linear import dense_layers
 from plait.models.lm import num_params
+from plait.models.mixers.base import HeadMixer, WrapperConfig, abstract
 
 KINDS = {
     "mixer": "plait.models.mixers.base",
@@ -40,12 +42,52 @@ def summary(config: type[Component]) -> str:
     return " ".join((inspect.getdoc(config) or "").split("\n\n")[0].split())
 
 
+def cost(config: Any) -> str:
+    """How the work of mixing grows with the number of tokens T, from the counts at two lengths."""
+    near, far = (config.mixing_flops(WIDTH, length) for length in (LENGTH, 16 * LENGTH))
+    return "T" if far <= 1.2 * near else "T^2" if far > 8 * near else "T log T"
+
+
+def state(config: Any) -> str:
+    """Bytes of decode state, and whether they grow with the number of tokens."""
+    most = min(2 * LENGTH, config.longest or 2 * LENGTH)
+    less, now = (config.state_bytes(WIDTH, length, "bfloat16") for length in (most // 4, most // 2))
+    where = f" at {most // 2:,}" if most < 2 * LENGTH else ""
+    return f"{now / 2**20:.2f} MiB{where}, {'grows' if now > less else 'fixed'}"
+
+
+def kernels_of(config: Any) -> str:
+    """The ops that a mixer runs on, each with the accelerators that have a kernel for it."""
+    chips = lambda op: [one.platform.upper() for one in op.implementations.values() if one.platform]
+    return (
+        ", ".join(op.name + (f" ({', '.join(found)})" if (found := chips(op)) else "") for op in config.ops(WIDTH)) or "plain JAX"
+    )
+
+
+def fits(config: Any) -> str:
+    """The options of any layer that a mixer takes."""
+    module, ops = abstract(config, WIDTH), config.ops(WIDTH)
+    found = {
+        "MoH": isinstance(module, HeadMixer) and module.num_heads > 1 and not isinstance(config, WrapperConfig),
+        "sigmaReparam": bool(dense_layers(module)),
+        "context parts": bool(ops) and all(op.rule is not None for op in ops),
+        "both directions": len(config.directions) > 1,
+        "bidirectional only": config.directions == ("bidirectional",),
+        "implied attention": isinstance(module, HeadMixer) and config.opaque is None,
+    }
+    return ", ".join(word for word, true in found.items() if true)
+
+
 COLUMNS: dict[str, dict[str, Callable[[type[Any]], str]]] = {
     "mixer": {
         "kind": lambda config: config().kind,
+        "cost": lambda config: cost(config()),
         "parameters": lambda config: f"{config().num_params(WIDTH) / 1e6:.2f}M",
         "forward FLOPs per token": lambda config: f"{config().flops(WIDTH, LENGTH) / 1e6:.1f}M",
-        "decode state per sequence": lambda config: f"{config().state_bytes(WIDTH, LENGTH, 'bfloat16') / 2**20:.2f} MiB",
+        "decode state per sequence": lambda config: state(config()),
+        "ops (kernels)": lambda config: kernels_of(config()),
+        "takes": lambda config: fits(config()),
+        "proof": lambda config: config.proof,
     },
     "channel mixer": {
         "parameters": lambda config: f"{config().num_params(WIDTH) / 1e6:.2f}M",

@@ -7,10 +7,17 @@ from plait.kernels.cross_entropy import cross_entropy
 from plait.kernels.decay import decay, decay_rows
 from plait.kernels.delta_rule import delta_rule, delta_rule_rows
 from plait.kernels.dispatch import chosen, registered
+from plait.kernels.dplr import dplr, dplr_rows
+from plait.kernels.linear_scan import linear_scan
+from plait.kernels.local_linear import local_linear, local_linear_rows
 from plait.kernels.masks import BlockTable, Mask, PowerMask
+from plait.kernels.memory_context import memory_context
+from plait.kernels.online_memory import online_memory
+from plait.kernels.selective_scan import selective_scan
 from plait.kernels.short_conv import short_conv
 from plait.kernels.tokens import Tokens
 from plait.kernels.topk_blocks import topk_blocks
+from plait.kernels.weighted_attention import weighted_attention, weighted_rows
 
 __all__ = [
     "AttentionStats",
@@ -30,9 +37,19 @@ __all__ = [
     "decay_rows",
     "delta_rule",
     "delta_rule_rows",
+    "dplr",
+    "dplr_rows",
     "first_masses",
+    "linear_scan",
+    "local_linear",
+    "local_linear_rows",
+    "memory_context",
+    "online_memory",
     "registered",
     "routed_attention",
+    "selective_scan",
     "short_conv",
     "topk_blocks",
+    "weighted_attention",
+    "weighted_rows",
 ]

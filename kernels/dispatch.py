@@ -3,6 +3,7 @@
 import importlib
 import logging
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -18,6 +19,7 @@ _log = logging.getLogger("plait")
 _ops: dict[str, "Op"] = {}
 _chosen: dict[str, list[str]] = {}
 _logged: set[tuple[str, str, str]] = set()
+_called: ContextVar[set["Op"] | None] = ContextVar("plait_called", default=None)
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,9 @@ class Op:
 
     def __call__(self, implementation: str, call: Call) -> Any:
         """Runs the op; `implementation` is a name, or `auto` for the first that supports the call."""
+        if (called := _called.get()) is not None:
+            called.add(self)
+            return self.implementations["reference"].run(call)
         if self.rule is not None and (parts := _parts(self.name, self.rule, call)) is not None:
             return _run_in_parts(self.name, self.rule, partial(self, implementation), parts, call)
         shards = Shards(call)
@@ -147,6 +152,16 @@ def _log_once(op: str, what: str, declined: str, level: int = logging.INFO) -> N
 def chosen() -> dict[str, str]:
     """What each op has run with so far in this process, comma-separated in order of first use; goes into the run folder."""
     return {op: ", ".join(names) for op, names in _chosen.items()}
+
+
+def called_by(function: Callable[..., Any], *args: Any) -> list["Op"]:
+    """The ops that `function(*args)` calls, by name; it is traced, not run."""
+    token = _called.set(found := set())
+    try:
+        jax.eval_shape(function, *args)
+    finally:
+        _called.reset(token)
+    return sorted(found, key=lambda op: op.name)
 
 
 def registered(*, everywhere: bool = False) -> dict[str, tuple[str, ...]]:

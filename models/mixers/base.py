@@ -20,6 +20,7 @@ from flax import nnx
 
 from plait.configs.components import Component, Registry, at
 from plait.kernels import Tokens
+from plait.kernels.dispatch import Op, called_by
 from plait.models.build import PRODUCTS, BuildContext
 from plait.models.look import Look, Observer, look
 from plait.models.stream import Carry, CarryUse
@@ -58,6 +59,12 @@ class MixerConfig(Component, abc.ABC):
     def mixing_flops(self, d_model: int, seq_len: int) -> float:
         """Forward operations per token besides the projections: 2 per multiply-add, the mean over a causal `seq_len`."""
 
+    def decode_flops(self, d_model: int, context: int) -> float:
+        """Operations besides the projections of the token after `context` others: what it adds to those of a causal sequence, unless
+        decoding works otherwise."""
+        through = lambda length: length * self.mixing_flops(d_model, length)
+        return through(context + 1) - through(context)
+
     def fit(self, d_model: int) -> None:
         """Raises ValueError, in a message that begins with the field, where this config does not fit the width."""
         self.head_kinds(d_model)
@@ -65,6 +72,11 @@ class MixerConfig(Component, abc.ABC):
     def carries(self, d_model: int) -> tuple[CarryUse, ...]:
         """What the mixer reads and writes of `Stream.carry`."""
         return ()
+
+    @property
+    def longest(self) -> int | None:
+        """The most tokens of a sequence, in training and decoding; None where any number will do."""
+        return None
 
     def head_count(self, d_model: int) -> int:
         """Number of output heads at width `d_model`."""
@@ -85,6 +97,11 @@ class MixerConfig(Component, abc.ABC):
     def flops(self, d_model: int, seq_len: int) -> float:
         """Forward operations per token: products with weights (2 per weight) and mixing."""
         return self.product_flops(d_model) + self.mixing_flops(d_model, seq_len)
+
+    def ops(self, d_model: int) -> list[Op]:
+        """The ops of `plait.kernels` that a training pass calls."""
+        x, number = jax.ShapeDtypeStruct((1, 8, d_model), jnp.float32), jax.ShapeDtypeStruct((1, 8), jnp.int32)
+        return called_by(lambda x, at: _create(self, d_model)(x, at=at, carry={}).y, x, Tokens(None, number, number))
 
     def state_bytes(self, d_model: int, max_len: int, dtype: Any) -> int:
         """Bytes of decode state of one sequence, caches kept in `dtype`."""
@@ -114,6 +131,10 @@ class WrapperConfig(MixerConfig):
         """That of the wrapped mixer."""
         return self.mixer.opaque
 
+    @property
+    def longest(self) -> int | None:
+        return self.mixer.longest
+
     def fit(self, d_model: int) -> None:
         at("mixer", self.mixer.fit, d_model)
         super().fit(d_model)
@@ -127,21 +148,24 @@ class WrapperConfig(MixerConfig):
     def mixing_flops(self, d_model: int, seq_len: int) -> float:
         return self.mixer.mixing_flops(d_model, seq_len)
 
+    def decode_flops(self, d_model: int, context: int) -> float:
+        return self.mixer.decode_flops(d_model, context)
+
 
 MIXERS: Registry[MixerConfig] = Registry("mixer", "plait.models.mixers", MixerConfig)
 register = MIXERS.register
 
 
+def _create(config: MixerConfig, d_model: int, dtype: str = "float32") -> Mixer:
+    """A module of a config, in the first of its directions."""
+    causal = config.directions[0] == "causal"
+    return config.build(d_model, BuildContext(rngs=nnx.Rngs(0), seq_len=1, compute_dtype=jnp.dtype(dtype), causal=causal))
+
+
 @functools.lru_cache(maxsize=256)
 def abstract(config: MixerConfig, d_model: int, dtype: str = "float32") -> Any:
-    """The module of a config without arrays, in the first of its directions."""
-
-    def create() -> Mixer:
-        causal = config.directions[0] == "causal"
-        ctx = BuildContext(rngs=nnx.Rngs(0), seq_len=1, compute_dtype=jnp.dtype(dtype), causal=causal)
-        return config.build(d_model, ctx)
-
-    return nnx.eval_shape(create)
+    """The same without arrays."""
+    return nnx.eval_shape(lambda: _create(config, d_model, dtype))
 
 
 def products(module: nnx.Module) -> float:
@@ -160,6 +184,8 @@ class Mixed:
     losses: Losses = dataclasses.field(default_factory=dict)
     looks: tuple[Look, ...] = ()
     """What it shows to an observer: one look, or one a parallel part."""
+    counts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What `settle` needs of the tokens: sums by name, float32, of parallel parts by part."""
 
 
 class Mixer(nnx.Module, abc.ABC):
@@ -169,6 +195,9 @@ class Mixer(nnx.Module, abc.ABC):
     """
 
     num_heads: int
+
+    def settle(self, counts: Mapping[str, Any]) -> None:
+        """Moves buffers once a step, after its gradient, by the counts of all its tokens; leading axes are stacked layers."""
 
     @abc.abstractmethod
     def __call__(self, x: jax.Array, *, at: Tokens, carry: Carry, observer: Observer | None = None) -> Mixed:
@@ -201,7 +230,8 @@ class HeadMixer(Mixer):
     """A mixer whose head h outputs `o_h = A_h v_h`.
 
     Subclasses write `project`, `attend`, `implied`, `init_state`, `output`; `finish` (per-head norm, gates), `share` where layers share
-    something, `project_step`, `recall` and `attend_step` where decoding differs, `observe` and `auxiliary_losses` where they have them.
+    something, `project_step`, `recall` and `attend_step` where decoding differs, `observe` and `auxiliary_losses` where they have them,
+    `counts` and `settle` where buffers follow the tokens of a step.
     """
 
     @abc.abstractmethod
@@ -256,6 +286,10 @@ class HeadMixer(Mixer):
         """Losses of this layer's own (routing balance), coefficients applied."""
         return {}
 
+    def counts(self, inputs: Any, x: jax.Array, *, at: Tokens) -> Mapping[str, jax.Array]:
+        """What `settle` needs of the tokens of a training pass, where buffers follow them."""
+        return {}
+
     def __call__(self, x: jax.Array, *, at: Tokens, carry: Carry, observer: Observer | None = None) -> Mixed:
         at = at.placed(*x.shape[:2])
         inputs, _ = self.project(x, at=at, state=None)
@@ -263,7 +297,7 @@ class HeadMixer(Mixer):
         o = self.mix(inputs, x, at=at)
         y = self.output(self.finish(o, inputs, x))
         looks = () if observer is None else (look(observer, at=at, x=x, mixer=self, inputs=inputs, o=o),)
-        return Mixed(y, carry, self.auxiliary_losses(x, at=at), looks)
+        return Mixed(y, carry, self.auxiliary_losses(x, at=at), looks, self.counts(inputs, x, at=at))
 
     def prefill(self, x: jax.Array, state: State, *, at: Tokens, carry: Carry) -> tuple[jax.Array, Carry, State]:
         at = at.placed(*x.shape[:2])

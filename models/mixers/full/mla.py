@@ -82,6 +82,9 @@ class MLAConfig(MixerConfig):
         channels = self.nope_head_dim + self.rope_head_dim + self.v_head_dim
         return 2.0 * self.num_heads * channels * (seq_len + 1) / 2
 
+    def decode_flops(self, d_model: int, context: int) -> float:
+        return 2.0 * self.num_heads * (2 * self.kv_rank + self.rope_head_dim) * (context + 1)  # of the latents themselves
+
 
 class MLAInputs(NamedTuple):
     q: jax.Array  # [B, T, H, nope + rope]; absorbed, [B, T, H, kv_rank + rope]

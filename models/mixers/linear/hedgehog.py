@@ -1,0 +1,114 @@
+"""Hedgehog: linear attention with a learned map of softmaxes that mimics softmax attention."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from plait.configs.domains import Base, Channels, Heads
+from plait.models.axes import EMBED, HEADS
+from plait.models.build import BuildContext
+from plait.models.linear import Dense
+from plait.models.mixers.base import MixerConfig, register
+from plait.models.mixers.heads import resolve_heads
+from plait.models.mixers.linear.feature_attention import FeatureAttention, Features, sums_flops
+from plait.models.mixers.linear.feature_maps import per_head
+from plait.models.rope import rotate
+
+
+@register(
+    "hedgehog",
+    kind="linear",
+    source="The Hedgehog & the Porcupine: Expressive Linear Attentions with Softmax Mimicry (2402.04347)",
+    proof="fla: HedgehogFeatureMap on naive_recurrent_linear_attn; both normalisations by hand",
+)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HedgehogConfig(MixerConfig):
+    """`o_i = sum_j A_ij v_j / sum_j A_ij`, `A_ij = f(q_i) . g(k_j)`, `f(x) = [softmax(W x), softmax(-W x)]`.
+
+    Softmaxes are over channels; each head has its W, queries and keys different ones, all starting at the identity. q and k are rotated
+    before the map, as the softmax attention that it mimics.
+    """
+
+    directions = ("causal", "bidirectional")
+
+    num_heads: Heads | None = None
+    """Heads; None gives d_model / head_dim."""
+    head_dim: Channels = 64
+    """Channels of a head; its map has twice as many."""
+    softmax: Literal["separate", "joint"] = "separate"
+    """`separate`: one softmax for each sign (LoLCATs, arXiv 2410.10254). `joint`: one over both, of 2 W x + 2 b and its negative (fla).
+    They are different maps."""
+    rope_theta: Base | None = 10_000.0
+    """Base of the rotary embedding; None for no position encoding."""
+
+    def check(self) -> None:
+        if self.rope_theta is not None and self.head_dim % 2:
+            raise ValueError(
+                f"head_dim={self.head_dim} must be even where rope_theta={self.rope_theta} rotates channels in pairs; "
+                f"use {self.head_dim + 1}, or rope_theta=None"
+            )
+
+    @classmethod
+    def example(cls) -> HedgehogConfig:
+        return cls(num_heads=4, head_dim=16)
+
+    def heads(self, d_model: int) -> int:
+        """Heads at width `d_model`."""
+        return resolve_heads(self.num_heads, d_model, self.head_dim)
+
+    @property
+    def sums(self) -> dict[str, tuple[int, int]]:
+        """The state of a head: its features by its values and ones."""
+        return {"memory": (2 * self.head_dim, self.head_dim + 1)}
+
+    def build(self, d_model: int, ctx: BuildContext) -> Hedgehog:
+        return Hedgehog(self, d_model, ctx)
+
+    def mixing_flops(self, d_model: int, seq_len: int) -> float:
+        return sums_flops(self.heads(d_model), self.sums)
+
+
+class Hedgehog(FeatureAttention):
+    """See `HedgehogConfig`."""
+
+    normalize = True
+
+    def __init__(self, config: HedgehogConfig, d_model: int, ctx: BuildContext):
+        self.config, self.num_heads, self.causal, self.sums = (
+            config,
+            config.heads(d_model),
+            ctx.causal,
+            tuple(config.sums.items()),
+        )
+        width = self.num_heads * config.head_dim
+        self.q, self.k, self.v = (Dense(ctx, d_model, width, (EMBED, HEADS), heads=(1, self.num_heads)) for _ in range(3))
+        self.q_map, self.k_map = (SoftmaxMap(ctx, self.num_heads, config) for _ in range(2))
+        self.o = Dense(ctx, width, d_model, (HEADS, EMBED), init=ctx.residual_init, heads=(0, self.num_heads))
+
+    def project(self, x, *, at, state):
+        q, k, v = (self.heads(dense(x)) for dense in (self.q, self.k, self.v))
+        if self.config.rope_theta is not None:
+            q, k = (rotate(y, at.positions, self.config.rope_theta) for y in (q, k))
+        return Features(self.q_map(q), self.k_map(k), v), state
+
+
+class SoftmaxMap(nnx.Module):
+    """Positive features `[B, T, H, 2 K]` float32 of `[B, T, H, K]`: softmaxes over channels of a projection and its negative."""
+
+    def __init__(self, ctx: BuildContext, num_heads: int, config: HedgehogConfig):
+        def identity(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+            return jnp.broadcast_to(jnp.eye(shape[-1], dtype=dtype), shape)
+
+        self.joint, dim = config.softmax == "joint", config.head_dim
+        self.w = Dense(ctx, dim, dim, (HEADS, None, None), lead=(num_heads,), init=identity, use_bias=self.joint)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = per_head(self.w, x.astype(jnp.float32))
+        if self.joint:
+            return jax.nn.softmax(jnp.concatenate([2 * y, -2 * y], axis=-1), axis=-1)
+        return jnp.maximum(jnp.concatenate([jax.nn.softmax(y, axis=-1), jax.nn.softmax(-y, axis=-1)], axis=-1), 1e-12)
