@@ -45,7 +45,7 @@ def with_positions(fields: Mapping[str, Any]) -> Mapping[str, Any]:
     "softmax",
     kind="full",
     source="Attention Is All You Need (1706.03762); GQA (2305.13245)",
-    proof="transformers: Llama, Qwen3, GPT-OSS",
+    proof="transformers: Llama, Qwen2, Qwen3, OLMo 2, GPT-2, GPT-NeoX, GPT-OSS, T5, BLOOM",
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SoftmaxConfig(MixerConfig):
@@ -121,6 +121,10 @@ class SoftmaxConfig(MixerConfig):
         if self.sink_bias in ("k", "kv") and self.normalizer != "softmax":
             raise ValueError(
                 f"sink_bias={self.sink_bias!r} needs normalizer='softmax', not {self.normalizer!r}, which has no denominator; use 'v'"
+            )
+        if self.sink_bias == "kv" and self.sink_logits:
+            raise ValueError(
+                "sink_bias='kv' is itself what takes the rest of the weights, as sink_logits=True does; leave one of them out"
             )
         if self.shared_kv is not None and (self.sink_bias == "kv" or (self.shared_kv == "read" and self.value_scale)):
             name = "sink_bias" if self.sink_bias == "kv" else "value_scale"
