@@ -70,7 +70,7 @@ class Recurrent(HeadMixer):
 
     head_dims: tuple[int, int]
     """Channels of a key and of a value head."""
-    convs: ClassVar[tuple[str, ...]] = ()
+    convs: tuple[str, ...] = ()
     """Attributes that are short convolutions."""
     recur: ClassVar[Callable[..., Any]] = staticmethod(decay)
     recur_rows: ClassVar[Callable[..., jax.Array]] = staticmethod(decay_rows)
@@ -100,6 +100,7 @@ class Recurrent(HeadMixer):
         """
         width = self.num_heads * self.head_dims[1]
         self.activation, self.norm_over = gate, norm
+        self.gate: Dense | LowRank | None
         if gate is None:
             self.gate = None
         elif gate_rank is None:
@@ -138,7 +139,7 @@ class Recurrent(HeadMixer):
 
     def finish(self, o, inputs, x):
         y = self.norm(o) if self.norm_over == "head" else split_heads(self.norm(join_heads(o)), self.num_heads)
-        if self.gate is None:
+        if self.gate is None or self.activation is None:
             return y
         return y * _ACTIVATIONS[self.activation](split_heads(self.gate(x), self.num_heads))
 

@@ -140,7 +140,7 @@ def minimax(w: Weights):
     return LightningConfig(num_heads=3, head_dim=6), weights
 
 
-OURS = (
+_ALL = (
     gla,
     retnet,
     hgrn2,
@@ -153,7 +153,7 @@ OURS = (
     kimi_linear,
     minimax,
 )
-OURS = {f.__name__: f for f in OURS}
+OURS = {f.__name__: f for f in _ALL}
 
 
 def run(config: MixerConfig, weights: Arrays, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
