@@ -36,7 +36,7 @@ POWERS = (0.2, 0.9, 0.7, 0.7, 0.9, 0.2)
     "rwkv7",
     kind="linear",
     source='RWKV-7 "Goose" with Expressive Dynamic State Evolution (2503.14456)',
-    proof="fla: dplr_recurrence, and the layer by hand",
+    proof="fla: RWKV7Attention on dplr_recurrence",
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RWKV7Config(MixerConfig):
@@ -112,7 +112,8 @@ class LowRank(nnx.Module):
     ):
         self.activation = activation
         self.down = Dense(ctx, dim, rank, (EMBED, None), role="gate", init=_zeros(ctx))
-        self.up = Dense(ctx, rank, dim, (None, HEADS), role="gate", init=jax.nn.initializers.orthogonal(0.1))
+        orthogonal = jax.nn.initializers.orthogonal(0.1 * max(rank / dim, 1.0) ** 0.5)
+        self.up = Dense(ctx, rank, dim, (None, HEADS), role="gate", init=orthogonal)
         self.bias = None if bias is None else ctx.param(bias, (dim,), (HEADS,), role="decay")
 
     def __call__(self, x: jax.Array) -> jax.Array:
