@@ -199,6 +199,7 @@ def _tag(config: Component, path: str) -> dict[str, str]:
 
 
 def _dataclass(schema: type[T], fields: Mapping[str, Any], path: str) -> T:
+    fields = schema.upgraded(fields) if issubclass(schema, Config) else fields
     hints = typing.get_type_hints(schema)
     known = {f.name: f for f in dataclasses.fields(schema)}  # type: ignore[arg-type]
     for key in fields:

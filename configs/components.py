@@ -45,6 +45,11 @@ class Config:
             for step in (functools.partial(check_leaves, self), self.complete, self.check):
                 at(self.path, step)
 
+    @classmethod
+    def upgraded(cls, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The JSON fields of an older run folder by the names that they have now."""
+        return fields
+
     def complete(self) -> None:
         """Fills in what follows from other fields. Raises ValueError as `check` does."""
 

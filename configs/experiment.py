@@ -67,12 +67,14 @@ class ExperimentConfig(Config):
                 f"mesh.pipeline={self.mesh.pipeline} must divide the {periods} repetitions of the pattern in "
                 f"model.num_layers={self.model.num_layers}; use mesh.pipeline={choices(divisors(periods))} or another depth"
             )
-        experts = self.model.channel_mixer.experts
-        if experts is not None and experts % self.mesh.expert:
-            raise ValueError(
-                f"mesh.expert={self.mesh.expert} must divide the {experts} experts of model.channel_mixer; "
-                f"use one of {choices(divisors(experts))}"
-            )
+        named = {f"channel_mixers.{name}": one for name, one in self.model.channel_mixers.items()}
+        for name, one in {"channel_mixer": self.model.channel_mixer, **named}.items():
+            experts = None if one is None else one.experts
+            if experts is not None and experts % self.mesh.expert:
+                raise ValueError(
+                    f"mesh.expert={self.mesh.expert} must divide the {experts} experts of model.{name}; "
+                    f"use one of {choices(divisors(experts))}"
+                )
         if self.optimizer.schedule != "constant" and self.optimizer.warmup_steps >= self.steps:
             raise ValueError(
                 f"optimizer.warmup_steps={self.optimizer.warmup_steps} must be below steps={self.steps}; shorten the warm-up"

@@ -21,6 +21,7 @@ from plait.models.mixers.base import HeadMixer, WrapperConfig, abstract
 KINDS = {
     "mixer": "plait.models.mixers.base",
     "channel mixer": "plait.models.channel_mixers.base",
+    "position": "plait.models.positions.base",
     "optimizer": "plait.configs.optimizer",
     "task": "plait.data.tasks.base",
     "probe": "plait.train.probes.base",
@@ -90,6 +91,7 @@ COLUMNS: dict[str, dict[str, Callable[[type[Any]], str]]] = {
         "parameters": lambda config: f"{config().num_params(WIDTH) / 1e6:.2f}M",
         "forward FLOPs per token": lambda config: f"{config().flops(WIDTH) / 1e6:.1f}M",
     },
+    "position": {"where it acts": lambda config: config.place, "what it is": summary},
     "probe": {
         "what it is": summary,
         "statistics": lambda probe: ", ".join(one.name for one in probe.statistics),

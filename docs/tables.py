@@ -36,7 +36,13 @@ from plait.train.probes import docs as probes
 FOLDER = Path(__file__).resolve().parent
 PAGES = (FOLDER.parent / "README.md", *sorted(FOLDER.glob("*.md")))
 COMMAND = "python docs/tables.py"
-FLAGS = {"mixer": "model.mixers.NAME.", "channel mixer": "model.channel-mixer.", "optimizer": "optimizer.", "task": "data.task."}
+FLAGS = {
+    "mixer": "model.mixers.NAME.",
+    "channel mixer": "model.channel-mixer.",
+    "position": "model.mixers.softmax.positions.",
+    "optimizer": "optimizer.",
+    "task": "data.task.",
+}
 """What the flags of a component's options begin with, by kind; NAME is its own."""
 SHARED: dict[str, type] = {"optimizer": OptimizerConfig}
 """Bases whose options stand in a table of their own."""
@@ -159,6 +165,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **{f"{kind.replace(' ', '_')}s": functools.partial(components, kind) for kind in KINDS},
     "mixer_options": lambda: component_options("mixer", "###"),
     "channel_mixer_options": lambda: component_options("channel mixer", "####"),
+    "position_options": lambda: component_options("position", "####"),
     "optimizer_options": lambda: component_options("optimizer", "####"),
     "task_options": lambda: component_options("task", "####"),
     "kernels": kernels,

@@ -1,24 +1,32 @@
 """The ops that mixers are made of, each with several implementations behind one public function."""
 
-from plait.kernels.attention import AttentionStats, LowRankBias, attention, attention_rows
+from plait.kernels.attention import AttentionStats, Bias, DistanceBias, LowRankBias, attention, attention_rows
 from plait.kernels.attention.masses import column_mass, first_masses
 from plait.kernels.attention.routed import routed_attention
 from plait.kernels.cross_entropy import cross_entropy
 from plait.kernels.decay import decay, decay_rows
 from plait.kernels.delta_rule import delta_rule, delta_rule_rows
 from plait.kernels.dispatch import chosen, registered
-from plait.kernels.local_linear import local_linear, local_linear_rows
+from plait.kernels.dplr import dplr, dplr_rows
+from plait.kernels.linear_scan import linear_scan
 from plait.kernels.masks import BlockTable, Mask, PowerMask
+from plait.kernels.online_memory import MemoryState, Rule, online_memory
+from plait.kernels.selective_scan import selective_scan
 from plait.kernels.short_conv import short_conv
 from plait.kernels.tokens import Tokens
 from plait.kernels.topk_blocks import topk_blocks
+from plait.kernels.weighted_attention import weighted_attention, weighted_rows
 
 __all__ = [
     "AttentionStats",
+    "Bias",
     "BlockTable",
+    "DistanceBias",
     "LowRankBias",
     "Mask",
+    "MemoryState",
     "PowerMask",
+    "Rule",
     "Tokens",
     "attention",
     "attention_rows",
@@ -29,11 +37,16 @@ __all__ = [
     "decay_rows",
     "delta_rule",
     "delta_rule_rows",
+    "dplr",
+    "dplr_rows",
     "first_masses",
-    "local_linear",
-    "local_linear_rows",
+    "linear_scan",
+    "online_memory",
     "registered",
     "routed_attention",
+    "selective_scan",
     "short_conv",
     "topk_blocks",
+    "weighted_attention",
+    "weighted_rows",
 ]

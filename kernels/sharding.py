@@ -80,11 +80,15 @@ class Shards:
             return
         over = {letter: axes for letter, axes in split.over.items() if in_parts or letter not in "tn"}
         self.ways = {letter: math.prod(self.mesh.shape[axis] for axis in axes) for letter, axes in over.items()}
+        sizes: dict[str, set[int]] = {}
+        for letters, leaf in call.leaves():
+            for letter, size in zip(letters, leaf.shape):
+                sizes.setdefault(letter, set()).add(size)
+        # one of something is for every device (the key head of several query heads), unless there is no more of it
         undivided = {
             letter
-            for letters, leaf in call.leaves()
-            for letter, size in zip(letters, leaf.shape)
-            if letter in self.ways and size > 1 and size % self.ways[letter]
+            for letter, ways in self.ways.items()
+            if max(sizes.get(letter, {0})) == 1 or any(size > 1 and size % ways for size in sizes.get(letter, ()))
         }
         self.over = {letter: axes or None for letter, axes in over.items() if letter not in undivided}
 

@@ -1,9 +1,9 @@
-"""One block: norm, mixer, residual, norm, channel mixer, residual."""
+"""One block: norm, mixer, residual and, where there is one, norm, channel mixer, residual."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,9 +12,9 @@ from flax import nnx
 from plait.kernels import Tokens
 from plait.models.axes import BATCH, LENGTH, constrain
 from plait.models.build import BuildContext
-from plait.models.channel_mixers.base import ChannelMixerConfig, Counts, MixedChannels
-from plait.models.look import Look, Observer, Statistics, look
-from plait.models.mixers.base import Losses, MixerConfig, State
+from plait.models.channel_mixers.base import ChannelMixer, ChannelMixerConfig, MixedChannels
+from plait.models.look import Observer, Statistics, look
+from plait.models.mixers.base import Losses, Mixed, MixerConfig, State
 from plait.models.norms import RMSNorm
 from plait.models.stream import Carry, Stream
 
@@ -28,8 +28,8 @@ class Extras:
     """Auxiliary losses by name, coefficients applied."""
     statistics: Statistics = dataclasses.field(default_factory=dict)
     """Of probe steps."""
-    counts: Counts = dataclasses.field(default_factory=dict)
-    """What a step adds up over its tokens for the layer to move its buffers by: see `ChannelMixer.settle`."""
+    counts: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    """What a step adds up over its tokens for `mixer` or `channel_mixer` to move its buffers by: see their `settle`."""
 
 
 def over_microbatches(stacked: Any) -> Any:
@@ -52,7 +52,7 @@ class Block(nnx.Module):
         self,
         name: str,
         mixer: MixerConfig,
-        channel_mixer: ChannelMixerConfig,
+        channel_mixer: ChannelMixerConfig | None,
         d_model: int,
         ctx: BuildContext,
         *,
@@ -63,26 +63,32 @@ class Block(nnx.Module):
         self.norm = norm
         self.scope = layer_scope(name)
         self.mixer = mixer.build(d_model, ctx)
-        self.channel_mixer = channel_mixer.build(d_model, ctx)
+        self.channel_mixer = None if channel_mixer is None else channel_mixer.build(d_model, ctx)
         self.mixer_norm = RMSNorm(ctx, d_model, eps=norm_eps) if norm != "none" else None
-        self.channel_norm = RMSNorm(ctx, d_model, eps=norm_eps) if norm != "none" else None
+        self.channel_norm = RMSNorm(ctx, d_model, eps=norm_eps) if norm != "none" and channel_mixer is not None else None
 
     def __call__(self, stream: Stream, *, at: Tokens, observer: Observer | None = None) -> tuple[Stream, Extras]:
         """The stream after the block."""
 
-        def mix(x: jax.Array, carry: Carry) -> tuple[jax.Array, Carry, tuple[Losses, tuple[Look, ...]]]:
+        def mix(x: jax.Array, carry: Carry) -> tuple[jax.Array, Carry, Mixed]:
             mixed = self.mixer(x, at=at, carry=carry, observer=observer)
-            return mixed.y, mixed.carry, (mixed.losses, mixed.looks)
+            return mixed.y, mixed.carry, mixed
 
-        stream, (losses, looks), channels = self._through(stream, mix, at)
-        statistics: Statistics = {}
+        stream, mixed, channels = self._through(stream, mix, at)
+        looks, statistics = mixed.looks, {}
         if observer is not None:
             looks = looks or (look(observer, at=at, x=stream.x),)
             residual = jax.lax.stop_gradient(stream.x[observer.pick_sequences(stream.x.shape[0])])
             observed = jax.lax.stop_gradient(channels.observed)
             looks = tuple(dataclasses.replace(one, residual=residual, channels=observed) for one in looks)
             statistics = observer.measure(looks)
-        return stream, Extras({**losses, **channels.losses}, statistics, channels.counts)
+        counts = {name: one.counts for name, one in (("mixer", mixed), ("channel_mixer", channels)) if one.counts}
+        return stream, Extras({**mixed.losses, **channels.losses}, statistics, counts)
+
+    def settle(self, counts: Mapping[str, Mapping[str, Any]]) -> None:
+        """Moves buffers once a step by its counts; leading axes are stacked layers."""
+        for name, own in counts.items():
+            getattr(self, name).settle(own)
 
     def prefill(self, stream: Stream, state: State, *, at: Tokens) -> tuple[Stream, State]:
         """As the call on left-padded prompts, from an empty state; also the state after the last token."""
@@ -98,17 +104,20 @@ class Block(nnx.Module):
         before, after = (_same, self._normed) if self.norm == "post" else (self._normed, _same)
         y, carry, out = jax.named_scope(self.scope)(mixer)(before(stream.x, self.mixer_norm), stream.carry)
         x = after(stream.x + y, self.mixer_norm)
-        channels = self._mix_channels(before(x, self.channel_norm), at)
-        x = after(x + channels.y, self.channel_norm)
+        channels = MixedChannels(x)  # nothing beside it where there is no channel mixer
+        if self.channel_mixer is not None:
+            channels = self._mix_channels(self.channel_mixer, before(x, self.channel_norm), at)
+            x = after(x + channels.y, self.channel_norm)
         return Stream(constrain(x, (BATCH, LENGTH, None)), carry), out, channels
 
     @staticmethod
     def _normed(x: jax.Array, norm: RMSNorm | None) -> jax.Array:
         return x if norm is None else norm(x)
 
+    @staticmethod
     @jax.named_scope("layer_channel_mixer")
-    def _mix_channels(self, x: jax.Array, at: Tokens) -> MixedChannels:
-        return self.channel_mixer(x, at=at)
+    def _mix_channels(channel_mixer: ChannelMixer, x: jax.Array, at: Tokens) -> MixedChannels:
+        return channel_mixer(x, at=at)
 
 
 def _same(x: jax.Array, norm: RMSNorm | None) -> jax.Array:

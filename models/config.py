@@ -13,19 +13,20 @@ from plait.models.channel_mixers.base import ChannelMixerConfig
 from plait.models.channel_mixers.gated_mlp import GatedMLPConfig
 from plait.models.mixers.base import MIXERS, Direction, MixerConfig, WrapperConfig
 from plait.models.pattern import expand_pattern, pattern_names, split_name
+from plait.models.positions.base import PositionConfig
 from plait.models.stream import check_carries
 
 Dtype = Literal["float32", "bfloat16"]
 
 
-class MixerTable(dict[str, MixerConfig]):
-    """Mixer configs by pattern name; cannot be changed, so that configs stay hashable."""
+class Table(dict[str, Any]):
+    """Configs by pattern name; cannot be changed, so that configs stay hashable."""
 
     def __hash__(self) -> int:  # type: ignore[override]
         return hash(frozenset(self.items()))
 
     def _frozen(self, *_: Any, **__: Any) -> None:
-        raise TypeError("a mixer table is final; build a new config with dataclasses.replace")
+        raise TypeError("a table of configs is final; build a new config with dataclasses.replace")
 
     __setitem__ = __delitem__ = __ior__ = update = clear = pop = popitem = setdefault = _frozen  # type: ignore[assignment]
 
@@ -67,10 +68,14 @@ class LMConfig(Config):
     """Number of blocks."""
     pattern: Line
     """Mixer of each layer: "gated_deltanet*3,softmax", "gla:softmax=6:1" or "softmax@0,5; gla"."""
-    mixers: Mapping[str, MixerConfig] = dataclasses.field(default_factory=MixerTable)
+    mixers: Mapping[str, MixerConfig] = dataclasses.field(default_factory=Table)
     """Config of each name in the pattern; names left out get their defaults."""
-    channel_mixer: ChannelMixerConfig = GatedMLPConfig()
-    """The other half of every block."""
+    channel_mixer: ChannelMixerConfig | None = GatedMLPConfig()
+    """The other half of every block; None leaves it out."""
+    channel_mixers: Mapping[str, ChannelMixerConfig] = dataclasses.field(default_factory=Table)
+    """That of the layers of a name in the pattern, where it is another: a dense MLP in the first layer of a mixture of experts."""
+    positions: PositionConfig | None = None
+    """What is added to the embedding for where a token stands (`learned`: GPT-2, OPT, BERT; `sinusoidal`); None leaves it to the mixers."""
     causal: bool = True
     """Whether a token sees those before it only (a language model that generates), or all of its document (an encoder)."""
     vocab_size: Vocabulary | None = None
@@ -101,7 +106,8 @@ class LMConfig(Config):
             table = {name: self.mixers.get(name) or default_mixer(name) for name in names}
         except ValueError as error:
             raise ValueError(f"pattern={self.pattern!r}: {error}") from None
-        object.__setattr__(self, "mixers", MixerTable({**table, **extra}))
+        object.__setattr__(self, "mixers", Table({**table, **extra}))
+        object.__setattr__(self, "channel_mixers", Table(self.channel_mixers))
 
     def check(self) -> None:
         layers = self.layers
@@ -119,7 +125,19 @@ class LMConfig(Config):
                     f"causal={self.causal} does not fit mixers.{name}, which can be {' or '.join(config.directions)} only; "
                     f"use causal={not self.causal}, or another mixer"
                 )
-        at("channel_mixer", self.channel_mixer.fit, self.d_model)
+        if self.positions is not None and self.positions.place != "input":
+            raise ValueError(
+                f"positions={self.positions.name!r} acts on the {self.positions.place} of attention; give it to mixers, or use 'learned' "
+                "or 'sinusoidal' here"
+            )
+        if self.channel_mixer is not None:
+            at("channel_mixer", self.channel_mixer.fit, self.d_model)
+        for name, channel_mixer in self.channel_mixers.items():
+            if name not in layers:
+                raise ValueError(
+                    f"channel_mixers.{name} is in no layer of pattern={self.pattern!r}; remove it or name it in the pattern"
+                )
+            at(f"channel_mixers.{name}", channel_mixer.fit, self.d_model)
         check_carries([(name, self.mixers[name].carries(self.d_model)) for name in layers])
 
     @property
@@ -131,6 +149,16 @@ class LMConfig(Config):
     def layers(self) -> tuple[str, ...]:
         """Pattern name of each layer."""
         return expand_pattern(self.pattern, self.num_layers)
+
+    def channel_mixer_of(self, name: str) -> ChannelMixerConfig | None:
+        """That of the layers of a pattern name."""
+        return self.channel_mixers.get(name, self.channel_mixer)
+
+    @property
+    def layer_channel_mixers(self) -> tuple[ChannelMixerConfig, ...]:
+        """That of each layer that has one."""
+        found = (self.channel_mixer_of(name) for name in self.layers)
+        return tuple(one for one in found if one is not None)
 
     @property
     def layer_mixers(self) -> tuple[MixerConfig, ...]:
@@ -149,8 +177,14 @@ class LMConfig(Config):
     def with_pattern(self, pattern: str, num_layers: int | None = None) -> LMConfig:
         """This model with another pattern (and depth): configs of names that stay are kept, new names get their defaults."""
         names = pattern_names(pattern)
-        mixers = {name: config for name, config in self.mixers.items() if name in names}
-        return dataclasses.replace(self, pattern=pattern, mixers=mixers, num_layers=num_layers or self.num_layers)
+        kept = lambda table: {name: config for name, config in table.items() if name in names}
+        return dataclasses.replace(
+            self,
+            pattern=pattern,
+            mixers=kept(self.mixers),
+            channel_mixers=kept(self.channel_mixers),
+            num_layers=num_layers or self.num_layers,
+        )
 
     def with_vocab(self, tokenizer_size: int) -> LMConfig:
         """This model with its vocabulary settled. Raises ValueError when it is smaller than the data's."""
@@ -161,7 +195,6 @@ class LMConfig(Config):
 
     def flops(self, seq_len: int) -> float:
         """Forward operations per token at `seq_len` (2 per multiply-add, causal mean, embedding lookup free)."""
-        channel = self.num_layers * self.channel_mixer.flops(self.d_model)
-        return (
-            sum(m.flops(self.d_model, seq_len) for m in self.layer_mixers) + channel + 2.0 * self.d_model * (self.vocab_size or 0)
-        )
+        mixers = sum(mixer.flops(self.d_model, seq_len) for mixer in self.layer_mixers)
+        channel_mixers = sum(one.flops(self.d_model) for one in self.layer_channel_mixers)
+        return mixers + channel_mixers + 2.0 * self.d_model * (self.vocab_size or 0)

@@ -1,4 +1,4 @@
-"""Initial values of decay rates and step sizes, as state-space models draw them."""
+"""Decay rates and step sizes as state-space models draw them, and forget gates with a lower bound."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
-from plait.models.build import Initializer
+from plait.models.axes import HEADS
+from plait.models.build import Buffer, BuildContext, Initializer
 
 
 def log_uniform_rate(low: float, high: float) -> Initializer:
@@ -29,3 +31,27 @@ def inverse_softplus_step(low: float = 1e-3, high: float = 0.1, floor: float = 0
         return dt + jnp.log(-jnp.expm1(-dt))
 
     return init
+
+
+class LowerBound(nnx.Module):
+    """Forget gates above a learned bound that rises with depth: `f = b + (1 - b) sigmoid(y)`, a bound for each channel.
+
+    b starts at l / L in layer l = 0, 1, ... of L, as in HGRN (arXiv 2311.04823), and is exactly 0 in the first. There the bounds of all
+    layers are partial sums of one softmax; a layer here has its own, `b = sigmoid(bias + logit(l / L))`, which starts at the same value,
+    and that a later layer's lies above is left to training.
+    """
+
+    def __init__(self, ctx: BuildContext, dim: int):
+        self.bias = ctx.param(jax.nn.initializers.zeros, (dim,), (HEADS,), role="decay")
+        self.start = Buffer(jnp.asarray(ctx.layer_index, jnp.float32) / ctx.num_layers, axes=())
+
+    def logit(self) -> jax.Array:
+        """The bounds' log-odds `[dim]`: -inf in the first layer."""
+        start = self.start[...]
+        return self.bias[...].astype(jnp.float32) + jnp.log(start) - jnp.log1p(-start)
+
+    def __call__(self, y: jax.Array) -> jax.Array:
+        """`log f` of `y [B, T, dim]`, float32 and at most 0; sums of logarithms only, so that no gate rounds to 0."""
+        logit = self.logit()[None, None]
+        log_sigmoid = jax.nn.log_sigmoid
+        return jnp.logaddexp(log_sigmoid(logit), log_sigmoid(-logit) + log_sigmoid(y.astype(jnp.float32)))

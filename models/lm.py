@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from plait.configs.components import at as under
 from plait.configs.components import unchecked
 from plait.kernels import Tokens
 from plait.models.axes import BATCH, EMBED, LENGTH, VOCAB, constrain
@@ -54,6 +55,8 @@ class LM(nnx.Module):
         ctx = context(config.num_layers, rngs)
         embed_init = jax.nn.initializers.normal(_EMBED_STD)
         self.embedding = ctx.param(embed_init, (config.vocab_size, config.d_model), (VOCAB, EMBED), role="embedding")
+        positions = config.positions
+        self.positions = None if positions is None else under("model.positions", positions.build, ctx, config.d_model, 1)
         self.stack = Stack(config, rngs, context)
         self.norm = RMSNorm(ctx, config.d_model, eps=config.norm_eps) if config.norm == "pre" else None
         head = lambda size: Dense(ctx, config.d_model, size, (EMBED, VOCAB), init=embed_init, role="head")
@@ -87,6 +90,8 @@ class LM(nnx.Module):
         """Empty decode state for sequences of at most `max_len` tokens. Raises ValueError where the model is not causal."""
         if not self.config.causal:
             raise ValueError("model.causal=False has no token after token; generate with a causal model, or score this one")
+        if self.config.positions is not None:
+            under("model.positions", self.config.positions.fit_length, max_len, "decoding")
         return self.stack.init_state(batch_size, max_len)
 
     def prefill(self, at: Tokens, state: State) -> tuple[jax.Array, State]:
@@ -102,7 +107,8 @@ class LM(nnx.Module):
 
     def _embed(self, at: Tokens) -> Stream:
         x = self.embedding[...].astype(jnp.dtype(self.config.compute_dtype))[at.ids]
-        return Stream(constrain(x, (BATCH, LENGTH, None)))
+        x = constrain(x, (BATCH, LENGTH, None))
+        return Stream(x if self.positions is None else self.positions.add(x, at))
 
     def _final(self, stream: Stream) -> jax.Array:
         return stream.x if self.norm is None else self.norm(stream.x)

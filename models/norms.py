@@ -6,44 +6,50 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from plait.models.build import BuildContext
+from plait.models.build import BuildContext, Initializer
 
 
 class RMSNorm(nnx.Module):
-    """`x / rms(x) * scale` over the last axis (arXiv 1910.07467), or over each of its equal groups."""
+    """`x / rms(x) * scale` over the last axis (arXiv 1910.07467), or over each of its equal groups; SRMSNorm (2307.14995) has no scale."""
 
-    def __init__(self, ctx: BuildContext, dim: int, *, eps: float, axis: str | None = None, groups: int = 1):
+    def __init__(
+        self, ctx: BuildContext, dim: int, *, eps: float, axis: str | None = None, groups: int = 1, with_scale: bool = True
+    ):
         """Args: `dim` is the last axis' width, `axis` its logical name (None: replicated)."""
         self.eps, self.groups = eps, groups
-        self.scale = ctx.param(jax.nn.initializers.ones, (dim,), (axis,))
+        self.scale = ctx.param(jax.nn.initializers.ones, (dim,), (axis,)) if with_scale else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x32 = x.astype(jnp.float32)
         grouped = x32.reshape(*x.shape[:-1], self.groups, -1) if self.groups > 1 else x32
         grouped = grouped * jax.lax.rsqrt(jnp.mean(jnp.square(grouped), axis=-1, keepdims=True) + self.eps)
         x32 = grouped.reshape(x.shape)
+        if self.scale is None:
+            return x32.astype(x.dtype)
         scale = self.scale[...].astype(jnp.float32)
         return (x32 * scale.reshape((1,) * (x.ndim - 1) + scale.shape)).astype(x.dtype)
-
-
-class LayerNorm(nnx.Module):
-    """`(x - mean(x)) / std(x) * scale + bias` over the last axis (arXiv 1607.06450)."""
-
-    def __init__(self, ctx: BuildContext, dim: int, *, eps: float, axis: str | None = None):
-        """Args: `dim` is the last axis' width, `axis` its logical name (None: replicated)."""
-        self.eps = eps
-        self.scale = ctx.param(jax.nn.initializers.ones, (dim,), (axis,))
-        self.bias = ctx.param(jax.nn.initializers.zeros, (dim,), (axis,))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x32 = x.astype(jnp.float32)
-        x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        scale, bias = (p[...].astype(jnp.float32).reshape((1,) * (x.ndim - 1) + p.shape) for p in (self.scale, self.bias))
-        return (x32 * scale + bias).astype(x.dtype)
 
 
 def l2_normalize(x: jax.Array, eps: float = 1e-6) -> jax.Array:
     """`x / sqrt(sum(x^2) + eps)` over the last axis: the key and query normalisation of the delta-rule family."""
     x32 = x.astype(jnp.float32)
     return (x32 * jax.lax.rsqrt(jnp.sum(jnp.square(x32), axis=-1, keepdims=True) + eps)).astype(x.dtype)
+
+
+class GroupNorm(nnx.Module):
+    """`(x - mean(x)) / std(x) * scale + bias`, mean and deviation over each of equal groups of the last axis (arXiv 1803.08494)."""
+
+    def __init__(
+        self, ctx: BuildContext, dim: int, *, groups: int, eps: float, axis: str | None = None, start: Initializer | None = None
+    ):
+        """Args: `dim` is the last axis' width, `axis` its logical name (None: replicated), `start` of the scale, 1 by default."""
+        self.eps, self.groups = eps, groups
+        self.scale = ctx.param(start or jax.nn.initializers.ones, (dim,), (axis,))
+        self.bias = ctx.param(jax.nn.initializers.zeros, (dim,), (axis,))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        grouped = x.astype(jnp.float32).reshape(*x.shape[:-1], self.groups, -1)
+        grouped = grouped - jnp.mean(grouped, axis=-1, keepdims=True)
+        grouped = grouped * jax.lax.rsqrt(jnp.mean(jnp.square(grouped), axis=-1, keepdims=True) + self.eps)
+        scale, bias = (p[...].astype(jnp.float32).reshape((1,) * (x.ndim - 1) + p.shape) for p in (self.scale, self.bias))
+        return (grouped.reshape(x.shape) * scale + bias).astype(x.dtype)

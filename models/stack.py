@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,6 @@ from plait.kernels import Tokens
 from plait.models.axes import LAYERS
 from plait.models.block import Block, Extras
 from plait.models.build import BuildContext, Keys, NumberedKeys
-from plait.models.channel_mixers.base import Counts
 from plait.models.config import LMConfig
 from plait.models.flow import WHOLE_BATCH, Flow, flow
 from plait.models.grouped import GROUPED
@@ -44,7 +43,7 @@ class Stack(nnx.Module):
             return Block(
                 name,
                 config.mixers[name],
-                config.channel_mixer,
+                config.channel_mixer_of(name),
                 config.d_model,
                 context(index, keys),
                 norm=config.norm,
@@ -66,13 +65,13 @@ class Stack(nnx.Module):
         layers = [jax.tree.map(lambda a, i=i: a[i], s) for i in range(self.count if stacked else 0) for s in stacked]
         return stream, layers + rest
 
-    def settle(self, counts: Sequence[Counts]) -> None:
-        """Lets the channel mixers move their buffers by the counts of a step, one mapping a layer."""
+    def settle(self, counts: Sequence[Mapping[str, Any]]) -> None:
+        """Lets mixers move their buffers by the counts of a step, one mapping a layer."""
         scanned = self.period * self.count if self.periods is not None else 0
         for i, block in enumerate(self.periods or ()):
-            block.channel_mixer.settle(jax.tree.map(lambda *each: jnp.stack(each), *counts[i : scanned : self.period]))
+            block.settle(jax.tree.map(lambda *each: jnp.stack(each), *counts[i : scanned : self.period]))
         for block, own in zip(self.rest, counts[scanned:], strict=True):
-            block.channel_mixer.settle(own)
+            block.settle(own)
 
     def init_state(self, batch_size: int, max_len: int) -> State:
         """Empty decode states of every layer."""

@@ -5,7 +5,7 @@ from typing import Literal
 import jax
 
 from plait.kernels.attention import chunked, reference
-from plait.kernels.attention.bias import LowRankBias
+from plait.kernels.attention.bias import Bias, DistanceBias, LowRankBias
 from plait.kernels.attention.call import AttentionCall
 from plait.kernels.attention.implied import attention_rows
 from plait.kernels.attention.reference import AttentionStats
@@ -14,7 +14,7 @@ from plait.kernels.dispatch import Implementation, Op, kernel
 from plait.kernels.masks import BlockTable, Mask
 from plait.kernels.tokens import Tokens
 
-__all__ = ["AttentionStats", "LowRankBias", "attention", "attention_rows"]
+__all__ = ["AttentionStats", "Bias", "DistanceBias", "LowRankBias", "attention", "attention_rows"]
 
 Array = jax.Array
 
@@ -43,7 +43,7 @@ def attention(
     normalizer: Literal["softmax", "sigmoid"] = "softmax",
     sigmoid_bias: Array | float | None = None,
     logit_soft_cap: float | None = None,
-    bias: LowRankBias | None = None,
+    bias: Bias | None = None,
     return_stats: bool = False,
     implementation: str = "auto",
 ) -> Array | tuple[Array, AttentionStats]:
@@ -63,11 +63,11 @@ def attention(
         the entries does not matter then, only their positions.
       block_table: blocks of keys that each block of queries may see, intersected with the mask (block top-k selection).
       scale: multiplies the logits; None is K^-1/2.
-      sinks: [H] logits that join the denominator only; softmax only.
+      sinks: logits that join the denominator only, [H] or, of each query, [B, T, H]; softmax only.
       normalizer: "softmax" or "sigmoid".
       sigmoid_bias: scalar or [H], added to the sigmoid's logits; usually -log of the longest training sequence.
       logit_soft_cap: c, above 0, or None; sink logits and the sigmoid's bias are not capped.
-      bias: added to the scaled logits; see `LowRankBias` for what it costs.
+      bias: added to the scaled logits: `LowRankBias`, which says what it costs, or `DistanceBias`.
       return_stats: also return `AttentionStats`, differentiable except for `max_logit` ties.
       implementation: "auto", "pallas_tpu", "pallas_gpu", "chunked" or "reference".
 

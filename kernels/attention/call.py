@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 import jax
 import jax.numpy as jnp
 
-from plait.kernels.attention.bias import LowRankBias
+from plait.kernels.attention.bias import Bias, LowRankBias
 from plait.kernels.call import OPTION, Call, letters
 from plait.kernels.masks import BlockTable, Mask
 from plait.kernels.shapes import (
@@ -43,8 +43,13 @@ class AttentionCall(Call):
     """`Tokens`, or None where the keys are the queries' own tokens."""
     block_table: Any = field(metadata=letters("bhqk"), default=None)
     sinks: Any = field(metadata=letters("h"), default=None)
+    """[H], or None."""
+    query_sinks: Any = field(metadata=letters("bth"), default=None)
+    """[B, T, H] where each query has its own, or None."""
     sigmoid_bias: Any = field(metadata=letters("h"), default=None)
     """[H] of the sigmoid."""
+    bias: Any = field(metadata=letters("h"), default=None)
+    """`DistanceBias`, or None: one of low rank is among the columns of q and k."""
     mask: Mask = field(metadata=OPTION)
     scale: float = field(metadata=OPTION)
     normalizer: str = field(metadata=OPTION, default="softmax")
@@ -61,8 +66,9 @@ class AttentionCall(Call):
         at: Tokens | None = None,
         kv_at: Tokens | None = None,
         scale: float | None = None,
+        sinks: Array | None = None,
         sigmoid_bias: Array | float | None = None,
-        bias: LowRankBias | None = None,
+        bias: Bias | None = None,
         **fields: Any,
     ) -> Self:
         """The call of the op's public function, checked, with the default scale filled in and the bias folded in.
@@ -78,9 +84,17 @@ class AttentionCall(Call):
                 check_shape(op, "sigmoid_bias", sigmoid_bias, (q.shape[2],), "a number or [H]")
             sigmoid_bias = jnp.broadcast_to(sigmoid_bias, (q.shape[2],))
         scale = resolved_scale(op, scale, q.shape[3])
-        if bias is not None:
+        by_distance = None
+        if isinstance(bias, LowRankBias):
             q, k = bias.folded(op, q, k, scale)
-        call = cls(q=q, k=k, at=_known(at), kv_at=_known(kv_at), scale=scale, sigmoid_bias=sigmoid_bias, **fields)
+        elif bias is not None:
+            bias.check(op, q.shape[2])
+            by_distance = bias
+        if sinks is not None:
+            fields["sinks" if sinks.ndim == 1 else "query_sinks"] = sinks
+        call = cls(
+            q=q, k=k, at=_known(at), kv_at=_known(kv_at), scale=scale, sigmoid_bias=sigmoid_bias, bias=by_distance, **fields
+        )
         call._check(op)
         return call
 
@@ -105,9 +119,14 @@ class AttentionCall(Call):
         queries = (self.at or Tokens()).placed(*self.q.shape[:2])
         return queries, queries if self.kv_at is None else self.kv_at.placed(*self.k.shape[:2])
 
+    @property
+    def sink_logits(self) -> Array | None:
+        """[B or 1, T or 1, H], or None."""
+        return self.query_sinks if self.sinks is None else self.sinks[None, None]
+
     def on_queries(self, function: Callable[[Array], Array]) -> Self:
         """The call with `function(x)` in place of each x [B, T, ...] that belongs to the queries."""
-        return self.replace(q=function(self.q), at=jax.tree.map(function, self.at))
+        return self.replace(q=function(self.q), **jax.tree.map(function, {"at": self.at, "query_sinks": self.query_sinks}))
 
     def _check(self, op: str) -> None:
         q, k, v = self.q, self.k, self.v
@@ -130,6 +149,8 @@ class AttentionCall(Call):
         _check_table(op, q, k, self.block_table)
         if self.sinks is not None:
             check_shape(op, "sinks", self.sinks, (num_heads,), "[H]")
+        if self.query_sinks is not None:
+            check_shape(op, "sinks", self.query_sinks, q.shape[:3], "[H] or [B, T, H]")
         if self.normalizer not in ("softmax", "sigmoid"):
             raise ValueError(f"{op}: normalizer={self.normalizer!r} is unknown; use 'softmax' or 'sigmoid'")
         if self.sigmoid != (self.sigmoid_bias is not None):
@@ -139,7 +160,7 @@ class AttentionCall(Call):
             )
         if self.logit_soft_cap is not None and self.logit_soft_cap <= 0:
             raise ValueError(f"{op}: logit_soft_cap={self.logit_soft_cap} must be above 0; use None for no cap")
-        if self.sigmoid and self.sinks is not None:
+        if self.sigmoid and self.sink_logits is not None:
             raise ValueError(f"{op}: sinks with normalizer='sigmoid' have no denominator to join; use sinks=None")
 
 
@@ -161,6 +182,10 @@ class RoutedCall(AttentionCall):
         check_shape(op, "active", self.active, self.q.shape[:3], "[B, T, H]")
         if self.active.dtype != bool:
             raise ValueError(f"{op}: active.dtype={self.active.dtype} must be bool; compare it with 0")
+        if self.query_sinks is not None:
+            raise ValueError(
+                f"{op}: sinks.shape={self.query_sinks.shape} must be [H]; attend with all heads, and zero the others"
+            )
 
 
 @jax.tree_util.register_dataclass

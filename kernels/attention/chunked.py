@@ -43,8 +43,8 @@ def attention(call: AttentionCall) -> tuple[Array, AttentionStats | None]:
     anchors = mask.num_sink_tokens if call.own_keys else 0
     starts: Any = queries.starts() if anchors else None
 
-    def run_block(block: tuple[Array, Tokens, Array, Array, Array | None], k: Array, v: Array, *, width: int):
-        q, queries, at, low, start = block
+    def run_block(block: tuple[Array, Array | None, Tokens, Array, Array, Array | None], k: Array, v: Array, *, width: int):
+        q, sinks, queries, at, low, start = block
         cut = lambda x: jax.lax.dynamic_slice_in_dim(x, low, width, axis=1)
         near_k, near_v, near = cut(k), cut(v), jax.tree.map(cut, keys)
         indices = low + jnp.arange(width)[None, :]
@@ -55,10 +55,10 @@ def attention(call: AttentionCall) -> tuple[Array, AttentionStats | None]:
             near_k, near_v, near = join(far_k, near_k), join(far_v, near_v), jax.tree.map(join, far, near)
             indices = join(index, jnp.broadcast_to(indices, (index.shape[0], width)))
         shown = None if block_table is None else block_table.at(at, jnp.minimum(indices, num_keys - 1))
-        return _rows(call.replace(q=q, k=near_k, v=near_v), queries, near, shown)
+        return _rows(call.replace(q=q, k=near_k, v=near_v, query_sinks=sinks), queries, near, shown)
 
     blocks = lambda x: jnp.moveaxis(_pad(x, -length % block).reshape(x.shape[0], -1, block, *x.shape[2:]), 1, 0)
-    q_blocks, query_blocks = blocks(q), jax.tree.map(blocks, queries)
+    q_blocks, sink_blocks, query_blocks = jax.tree.map(blocks, (q, call.query_sinks, queries))
     indices = jnp.minimum(jnp.arange(q_blocks.shape[0] * block), length - 1).reshape(-1, block)
     outputs = []
     for first, last in _groups(ranges):
@@ -66,8 +66,8 @@ def attention(call: AttentionCall) -> tuple[Array, AttentionStats | None]:
         lows = np.minimum([low for low, _ in ranges[first:last]], num_keys - width).astype(np.int32)
         of_block = starts[:, first * block : last * block : block].T if anchors and lows.max() > 0 else None
         body = jax.checkpoint(partial(run_block, width=width))
-        tokens = jax.tree.map(lambda x, some=slice(first, last): x[some], query_blocks)
-        per_block = (q_blocks[first:last], tokens, indices[first:last], jnp.asarray(lows), of_block)
+        cut = lambda x, some=slice(first, last): x[some]
+        per_block = (*jax.tree.map(cut, (q_blocks, sink_blocks, query_blocks)), indices[first:last], jnp.asarray(lows), of_block)
         outputs.append(jax.lax.map(lambda x, body=body: body(x, k, v), per_block))
     whole = jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :length], whole)

@@ -30,5 +30,6 @@ def attention_rows(q: Array, k: Array, rows: Array, **options: Any) -> Array:
     queries, keys = call.sides
     table = call.block_table
     shown = None if table is None else table.at(rows, jnp.arange(k.shape[1])[None, :])
-    weights, _ = attention_weights(call.replace(q=call.q[:, rows]), jax.tree.map(lambda x: x[:, rows], queries), keys, shown)
+    chosen = lambda x: x[:, rows]
+    weights, _ = attention_weights(call.on_queries(chosen), jax.tree.map(chosen, queries), keys, shown)
     return weights.reshape(q.shape[0], q.shape[2], rows.shape[0], k.shape[1]).astype(jnp.float32)

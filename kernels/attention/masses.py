@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from plait.kernels.attention.bias import LowRankBias
+from plait.kernels.attention.bias import Bias
 from plait.kernels.attention.call import MassCall
 from plait.kernels.attention.per_query import first_mass
 from plait.kernels.attention.reference import MASKED as HIDDEN
@@ -55,7 +55,7 @@ def column_mass(
     at: Tokens | None = None,
     scale: float | None = None,
     logit_soft_cap: float | None = None,
-    bias: LowRankBias | None = None,
+    bias: Bias | None = None,
     implementation: str = "auto",
 ) -> Array:
     """What each key receives: the sum of its softmax weights over all queries. Half the products of a forward pass, no gradient.
@@ -90,7 +90,7 @@ def _received(call: MassCall, queries: Tokens, keys: Tokens, precision: Any) -> 
     """What the keys receive from the call's queries, [B, Hkv, R, S]."""
     lse = grouped_heads(jnp.swapaxes(call.lse, 1, 2), call.k.shape[2])[..., None]
     visible = visible_pairs(call, queries, keys) & (lse > HIDDEN / 2)
-    z = logits(call, precision)
+    z = logits(call, queries, keys, precision)
     return jnp.where(visible, jnp.exp(jnp.where(visible, z - lse, 0)), 0).sum(3)
 
 

@@ -57,6 +57,8 @@ def unsupported(call: AttentionCall) -> str | None:
         return f"head dims {q.shape[-1]} and {v.shape[-1]} need {needed} bytes of shared memory of {gpu.MAX_SMEM}"
     if q.shape[1] < MIN_QUERIES or k.shape[1] < MIN_QUERIES:
         return f"{q.shape[1]} queries and {k.shape[1]} keys fill no tile of at least {MIN_QUERIES}"
+    if call.bias is not None:
+        return "it has no bias by distance, only one of low rank"
     if scale <= 0:
         return f"the scale {scale} is not a positive number"
     if call.block_table is not None:
@@ -107,8 +109,8 @@ def attention(call: AttentionCall) -> tuple[Array, AttentionStats | None]:
     q, k, v = (_pad(x) for x in (call.q, call.k, call.v))
     o, rows = _flash(_problem(call, layout), Operands(q, k, v, bias, queries, keys, table))
     o, stats = o[:, :length], [jnp.swapaxes(x, 1, 2)[:, :length] for x in rows]
-    if call.sinks is not None:
-        o, stats = with_sinks(o, stats, call.sinks)
+    if call.sink_logits is not None:
+        o, stats = with_sinks(o, stats, call.sink_logits)
     return o, AttentionStats(*stats) if call.return_stats else None
 
 
@@ -129,7 +131,7 @@ def routed_attention(call: RoutedCall) -> Array:
     problem = _problem(call, Layout(call.mask, length, call.k.shape[1], own_keys=False, packed=True))
     o, (lse,) = _flash(problem, Operands(q, k, v, jnp.zeros(num_heads, jnp.float32), queries, keys))
     if call.sinks is not None:
-        o, _ = with_sinks(o, [jnp.swapaxes(lse, 1, 2)], call.sinks)
+        o, _ = with_sinks(o, [jnp.swapaxes(lse, 1, 2)], call.sinks[None, None])
     return _permuted(o[:, :length], back, order)
 
 

@@ -72,6 +72,8 @@ def _unsupported(call: AttentionCall, heads: int) -> str | None:
         return f"head dims {q.shape[-1]} and {v.shape[-1]} exceed {MAX_HEAD_DIM}"
     if q.shape[1] < MIN_QUERIES or k.shape[1] < MIN_QUERIES:
         return f"{q.shape[1]} queries and {k.shape[1]} keys fill no tile of at least {MIN_QUERIES}"
+    if call.bias is not None:
+        return "it has no bias by distance, only one of low rank"
     if call.scale <= 0:
         return f"the scale {call.scale} is not above 0"
     tiles = _tiles(call)
@@ -128,8 +130,8 @@ def attention(call: AttentionCall) -> tuple[Array, AttentionStats | None]:
     o, stats = jnp.moveaxis(o, 3, 1), [jnp.moveaxis(x, 2, 1) for x in rows]  # [B, H, V, T] and [B, H, T] to token-major
     if call.return_stats:
         stats.append(first_mass(call, stats[0], queries, keys))
-    if call.sinks is not None:
-        o, stats = with_sinks(o, stats, call.sinks)
+    if call.sink_logits is not None:
+        o, stats = with_sinks(o, stats, call.sink_logits)
     return o, AttentionStats(*stats) if call.return_stats else None
 
 

@@ -67,7 +67,10 @@ def first_mass(call: AttentionCall, lse: Array, queries: Tokens, keys: Tokens, *
     first = jnp.take_along_axis(k, at, axis=1)  # [B, T, Hkv, K]
     grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
     z = jnp.einsum("btgrk,btgk->btgr", grouped, first, precision=matmul_precision(q.dtype), preferred_element_type=jnp.float32)
-    z = capped(call.scale * z.reshape(lse.shape), call.logit_soft_cap)
+    z = call.scale * z.reshape(lse.shape)
+    if call.bias is not None:
+        z += call.bias.at(queries.positions - position)
+    z = capped(z, call.logit_soft_cap)
     ids, positions = (jnp.take_along_axis(x, index, axis=1) for x in (keys.segment_ids, keys.positions))
     visible = (
         (ids == queries.segment_ids) & (ids != 0) & (positions == position) & call.mask.reaches(queries.positions, positions)
@@ -95,8 +98,9 @@ def _keys_at(position: int, queries: Tokens, keys: Tokens, own_keys: bool) -> Ar
 
 
 def with_sinks(o: Array, rows: Sequence[Array], sinks: Array) -> tuple[Array, list[Array]]:
-    """o [B, T, H, V] and its rows [B, T, H] after sink logits [H] join the denominators: all shrink by the share of the keys."""
-    sinks = sinks.astype(jnp.float32).reshape(1, 1, -1)
+    """o [B, T, H, V] and its rows [B, T, H] after sink logits [B or 1, T or 1, H] join the denominators: all shrink by the share of the
+    keys."""
+    sinks = sinks.astype(jnp.float32)
     share = jax.nn.sigmoid(rows[0] - sinks)
     rest = [*rows[1:3], *(first * share for first in rows[3:])]
     return (o * share[..., None]).astype(o.dtype), [jnp.logaddexp(rows[0], sinks), *rest]

@@ -31,12 +31,16 @@ class AttentionStats(NamedTuple):
     """Weight on the first token of the query's segment; for the sigmoid, share of the row sum."""
 
 
-def logits(call: AttentionCall, precision: jax.lax.PrecisionLike) -> Array:
-    """The logits [B, Hkv, H/Hkv, T, S], scaled and capped, in the accumulation dtype."""
+def logits(call: AttentionCall, queries: Tokens, keys: Tokens, precision: jax.lax.PrecisionLike) -> Array:
+    """The logits [B, Hkv, H/Hkv, T, S], scaled, biased and capped, in the accumulation dtype."""
     q, k = call.q, call.k
     grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
     z = jnp.einsum("btgrk,bsgk->bgrts", grouped, k, precision=precision, preferred_element_type=accumulation_dtype(q, k))
-    return capped(call.scale * z, call.logit_soft_cap)
+    z = call.scale * z
+    if call.bias is not None:
+        bias = call.bias.at(queries.positions[:, :, None] - keys.positions[:, None, :])  # [B, T, S, H]
+        z += grouped_heads(jnp.moveaxis(bias, 3, 1), k.shape[2]).astype(z.dtype)
+    return capped(z, call.logit_soft_cap)
 
 
 def capped(z: Array, soft_cap: float | None) -> Array:
@@ -59,6 +63,11 @@ def by_head(x: Array) -> Array:
     return jnp.moveaxis(x.reshape(x.shape[0], -1, x.shape[-1]), 1, 2)
 
 
+def by_group(x: Array, num_kv_heads: int) -> Array:
+    """[B, T, H] to [B, Hkv, R, T, 1]."""
+    return grouped_heads(jnp.swapaxes(x, 1, 2), num_kv_heads)[..., None]
+
+
 def apply(weights: Array, v: Array, precision: jax.lax.PrecisionLike) -> Array:
     """[B, Hkv, R, T, S] and [B, S, Hkv, V] to [B, T, H, V]."""
     o = jnp.einsum("bgrts,bsgv->btgrv", weights, v, precision=precision, preferred_element_type=weights.dtype)
@@ -73,8 +82,9 @@ def relative_weights(
 
     `shown` is one more mask, [B, H or 1, T, S]. Gradients are finite in rows that see nothing.
     """
-    z = logits(call, precision)
+    z = logits(call, queries, keys, precision)
     per_head = lambda x: jnp.asarray(x, z.dtype).reshape(1, *z.shape[1:3], 1, 1)
+    sinks = None if call.sink_logits is None else by_group(call.sink_logits.astype(z.dtype), z.shape[1])
     visible = visible_pairs(call, queries, keys)
     if shown is not None:
         visible &= grouped_heads(shown, z.shape[1])
@@ -91,14 +101,14 @@ def relative_weights(
     some = mass > 0
     mass = jnp.where(some, mass, 1)
     lse = jnp.where(some, jnp.log(mass) + highest, MASKED)
-    share: Any = 1 if call.sinks is None else jax.nn.sigmoid(lse - per_head(call.sinks))  # of the keys beside the sink logit
+    share: Any = 1 if sinks is None else jax.nn.sigmoid(lse - sinks)  # of the keys beside the sink logit
     factor = jnp.exp(highest) if call.sigmoid else share / mass
     if not call.return_stats:
         return p, factor, None
     spread = jnp.sum(jnp.where(visible, p * exponents, 0), axis=-1, keepdims=True)
     entropy = jnp.where(some, jnp.log(mass) - spread / mass, 0)
     first_mass = share * jnp.sum(jnp.where((keys.positions == 0)[:, None, None, None, :], p, 0), axis=-1, keepdims=True) / mass
-    lse = lse if call.sinks is None else jnp.logaddexp(lse, per_head(call.sinks))
+    lse = lse if sinks is None else jnp.logaddexp(lse, sinks)
     return p, factor, AttentionStats(*(by_head(x[..., 0]) for x in (lse, peak, entropy, first_mass)))
 
 

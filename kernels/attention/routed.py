@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from plait.kernels.attention import chunked, reference
-from plait.kernels.attention.bias import LowRankBias
+from plait.kernels.attention.bias import Bias
 from plait.kernels.attention.call import AttentionCall, RoutedCall
 from plait.kernels.context.attention import CONTEXT
 from plait.kernels.dispatch import Implementation, Op, kernel
@@ -43,7 +43,7 @@ def routed_attention(
     scale: float | None = None,
     sinks: Array | None = None,
     logit_soft_cap: float | None = None,
-    bias: LowRankBias | None = None,
+    bias: Bias | None = None,
     implementation: str = "auto",
 ) -> Array:
     """`attention` in which head h answers only the queries that `active` routes to it; the others get zeros.
@@ -56,7 +56,7 @@ def routed_attention(
       k: [B, T, Hkv, K]; Hkv divides H.
       v: [B, T, Hkv, V].
       active: bool [B, T, H].
-      mask, at, scale, sinks, logit_soft_cap, bias, implementation: as in `attention`.
+      mask, at, scale, sinks, logit_soft_cap, bias, implementation: as in `attention`; sinks [H] only.
 
     Returns:
       o [B, T, H, V] in q's dtype.

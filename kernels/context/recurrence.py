@@ -6,6 +6,7 @@ is a matrix). A part that begins with a new segment takes nothing from the one b
 """
 
 from collections.abc import Callable
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,21 @@ from plait.kernels.shapes import accumulation_dtype, matmul_precision
 
 Array = jax.Array
 Op = Callable[[RecurrenceCall], Results]
+
+
+class ChannelsCall(Protocol):
+    """A call whose state decays by channel, each channel by itself."""
+
+    initial_state: Array | None
+    segment_ids: Array | None
+    x: Array
+
+    @property
+    def log_decay(self) -> Array:
+        """What a sequence of one segment does to the state that enters it, in the state's shape."""
+
+    def replace(self, **fields: Any) -> Any:
+        """The same call with other values of some fields."""
 
 
 def _decay(op: Op, parts: Parts, call: RecurrenceCall) -> Results:
@@ -55,6 +71,19 @@ def _delta_rule(op: Op, parts: Parts, call: RecurrenceCall) -> Results:
     precision = matmul_precision(q.dtype)
     read = jnp.einsum("bthk,bhkv->bthv", o[..., value_dim:].astype(dtype), entering.astype(dtype), precision=precision)
     return (o[..., :value_dim].astype(dtype) + read).astype(q.dtype), final, None
+
+
+def _channels(op: Callable[[Any], tuple[Array, Array]], parts: Parts, call: ChannelsCall) -> tuple[Array, Array]:
+    """B is what the op leaves from a state of zeros; it then runs again from the state that enters."""
+    ids = jnp.ones(call.x.shape[:2], jnp.int32) if call.segment_ids is None else call.segment_ids
+    _, write = op(call.replace(initial_state=None))
+    index, _ = chunking.segment_index(ids)
+    column = lambda x: x.reshape(x.shape[0], 1, -1, 1)  # a head of as many keys as the state has numbers
+    through = column(jnp.exp(call.log_decay))[..., 0] * (index[:, -1] == 0)[:, None, None]
+    start = None if call.initial_state is None else column(call.initial_state)
+    entering, final = _compose(parts, through, column(write), ids, start)
+    y, _ = op(call.replace(initial_state=entering.reshape(write.shape)))
+    return y, final.reshape(write.shape)
 
 
 def _compose(parts: Parts, through: Array, write: Array, ids: Array, initial_state: Array | None) -> tuple[Array, Array]:
@@ -101,3 +130,4 @@ def _compose(parts: Parts, through: Array, write: Array, ids: Array, initial_sta
 
 DECAY = ContextRule(_decay)
 DELTA_RULE = ContextRule(_delta_rule)
+CHANNELS = ContextRule(_channels)

@@ -59,6 +59,12 @@ class MixerConfig(Component, abc.ABC):
     def mixing_flops(self, d_model: int, seq_len: int) -> float:
         """Forward operations per token besides the projections: 2 per multiply-add, the mean over a causal `seq_len`."""
 
+    def decode_flops(self, d_model: int, context: int) -> float:
+        """Operations besides the projections of the token after `context` others: what it adds to those of a causal sequence, unless
+        decoding works otherwise."""
+        through = lambda length: length * self.mixing_flops(d_model, length)
+        return through(context + 1) - through(context)
+
     def fit(self, d_model: int) -> None:
         """Raises ValueError, in a message that begins with the field, where this config does not fit the width."""
         self.head_kinds(d_model)
@@ -133,6 +139,9 @@ class WrapperConfig(MixerConfig):
     def mixing_flops(self, d_model: int, seq_len: int) -> float:
         return self.mixer.mixing_flops(d_model, seq_len)
 
+    def decode_flops(self, d_model: int, context: int) -> float:
+        return self.mixer.decode_flops(d_model, context)
+
 
 MIXERS: Registry[MixerConfig] = Registry("mixer", "plait.models.mixers", MixerConfig)
 register = MIXERS.register
@@ -166,6 +175,8 @@ class Mixed:
     losses: Losses = dataclasses.field(default_factory=dict)
     looks: tuple[Look, ...] = ()
     """What it shows to an observer: one look, or one a parallel part."""
+    counts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What `settle` needs of the tokens: sums by name, float32, of parallel parts by part."""
 
 
 class Mixer(nnx.Module, abc.ABC):
@@ -175,6 +186,9 @@ class Mixer(nnx.Module, abc.ABC):
     """
 
     num_heads: int
+
+    def settle(self, counts: Mapping[str, Any]) -> None:
+        """Moves buffers once a step, after its gradient, by the counts of all its tokens; leading axes are stacked layers."""
 
     @abc.abstractmethod
     def __call__(self, x: jax.Array, *, at: Tokens, carry: Carry, observer: Observer | None = None) -> Mixed:
@@ -262,6 +276,10 @@ class HeadMixer(Mixer):
         """Losses of this layer's own (routing balance), coefficients applied."""
         return {}
 
+    def counts(self, inputs: Any, x: jax.Array, *, at: Tokens) -> Mapping[str, jax.Array]:
+        """What `settle` needs of the tokens of a training pass, where buffers follow them."""
+        return {}
+
     def __call__(self, x: jax.Array, *, at: Tokens, carry: Carry, observer: Observer | None = None) -> Mixed:
         at = at.placed(*x.shape[:2])
         inputs, _ = self.project(x, at=at, state=None)
@@ -269,7 +287,7 @@ class HeadMixer(Mixer):
         o = self.mix(inputs, x, at=at)
         y = self.output(self.finish(o, inputs, x))
         looks = () if observer is None else (look(observer, at=at, x=x, mixer=self, inputs=inputs, o=o),)
-        return Mixed(y, carry, self.auxiliary_losses(x, at=at), looks)
+        return Mixed(y, carry, self.auxiliary_losses(x, at=at), looks, self.counts(inputs, x, at=at))
 
     def prefill(self, x: jax.Array, state: State, *, at: Tokens, carry: Carry) -> tuple[jax.Array, Carry, State]:
         at = at.placed(*x.shape[:2])

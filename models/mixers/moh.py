@@ -1,8 +1,12 @@
-"""Mixture-of-Head attention: each token weighs shared heads and its own top-k of the routed ones. Wraps any multi-head mixer."""
+"""Mixture-of-Head attention: each token weighs shared heads and its own top-k of the routed ones. Wraps any multi-head mixer.
+
+Its forerunner, the mixture of h - 1 heads, is an option.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +17,15 @@ from plait.kernels import Tokens
 from plait.models.axes import EMBED
 from plait.models.build import BuildContext
 from plait.models.linear import Dense
+from plait.models.mixers.around import AroundHeads
 from plait.models.mixers.base import HeadMixer, MixerConfig, WrapperConfig, abstract, register
 from plait.models.mixers.full.softmax import SoftmaxConfig
 
 
 @register(
     "moh",
-    source="MoH: Multi-Head Attention as Mixture-of-Head Attention (2410.11842)",
-    proof="the authors' routing by hand",
+    source="MoH: Multi-Head Attention as Mixture-of-Head Attention (2410.11842); A Mixture of h - 1 Heads (2005.06537)",
+    proof="the authors' routing by hand; the sum over experts",
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MoHConfig(WrapperConfig):
@@ -28,10 +33,17 @@ class MoHConfig(WrapperConfig):
 
     With r = softmax(x W_r) over routed heads, s = softmax(x W_s) over shared ones and (a_1, a_2) = 2 softmax(x W_h):
     g_shared = a_1 h_s s, g_routed = a_2 k r / (sum of kept r) for the kept heads, 0 for the others.
+
+    With `experts = "all_but_one"` the experts are the layers with one head left out, h / (h - 1) times the sum of the others, and
+    p = softmax(x W) weighs them: `g_h = h / (h - 1) (1 - p_h)`, which averages 1 too. The paper's gates see the mean of the sequence,
+    which a causal model has not: here each token has its own. It trains gates and experts in turns, one drawn expert at a time (block
+    coordinate descent), which is the trainer's to do; here both are trained at once.
     """
 
     mixer: MixerConfig = SoftmaxConfig()
     """The wrapped mixer."""
+    experts: Literal["heads", "all_but_one"] = "heads"
+    """What is mixed: shared heads and the top-k of the routed ones (MoH), or all layers with one head left out (MAE)."""
     num_shared_heads: SomeHeads = 1
     """Leading heads that every token uses (0: all heads are routed)."""
     top_k: Heads | None = None
@@ -42,6 +54,12 @@ class MoHConfig(WrapperConfig):
     def check(self) -> None:
         if isinstance(self.mixer, WrapperConfig):
             raise ValueError(f"mixer={self.mixer.name} is itself around a mixer; wrap a mixer once")
+        plain = {"num_shared_heads": 1, "top_k": None, "balance": 0.01}
+        for name, default in plain.items():
+            if self.experts == "all_but_one" and getattr(self, name) != default:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} chooses heads, of which experts='all_but_one' uses all; leave one of them out"
+                )
 
     @classmethod
     def example(cls) -> MoHConfig:
@@ -49,6 +67,12 @@ class MoHConfig(WrapperConfig):
 
     def split(self, num_heads: int) -> tuple[int, int]:
         """`(routed heads, routed heads per token)` out of `num_heads`. Raises ValueError where the options do not fit."""
+        if self.experts == "all_but_one":
+            if num_heads < 2:
+                raise ValueError(
+                    f"experts='all_but_one' needs a head beside the one left out, not {num_heads}; use experts='heads'"
+                )
+            return num_heads, num_heads
         routed = num_heads - self.num_shared_heads
         if routed < 1:
             raise ValueError(
@@ -67,7 +91,7 @@ class MoHConfig(WrapperConfig):
         return MoH(self, d_model, ctx)
 
 
-class MoH(HeadMixer):
+class MoH(AroundHeads):
     """See `MoHConfig`. Everything but the gates is the wrapped mixer's."""
 
     def __init__(self, config: MoHConfig, d_model: int, ctx: BuildContext):
@@ -76,7 +100,7 @@ class MoH(HeadMixer):
             raise ValueError(f"mixer={config.mixer.name} has no head outputs to route; wrap a multi-head mixer")
         self.config, self.inner, self.num_heads = config, inner, inner.num_heads
         self.num_routed, self.top_k = config.split(self.num_heads)
-        shared = config.num_shared_heads
+        shared = self.num_heads - self.num_routed
 
         def router(width: int) -> Dense:
             return Dense(ctx, d_model, width, (EMBED, None), role="router")
@@ -91,6 +115,8 @@ class MoH(HeadMixer):
         return p, (_rank(p) < self.top_k).astype(jnp.float32)
 
     def mix(self, inputs, x, *, at):
+        if self.config.experts == "all_but_one":
+            return self.inner.mix(inputs, x, at=at)
         _, chosen = self.routing(x)
         shared = jnp.ones((*x.shape[:-1], self.num_heads - self.num_routed), bool)
         active = jnp.concatenate([shared, chosen > 0], axis=-1)
@@ -99,6 +125,8 @@ class MoH(HeadMixer):
     def gates(self, x: jax.Array) -> jax.Array:
         """Head weights `[B, T, H]` float32; the mean weight of an active head is 1 under uniform routing."""
         p, mask = self.routing(x)
+        if self.config.experts == "all_but_one":
+            return self.num_heads / (self.num_heads - 1) * (1 - p)
         routed = p * mask
         routed = routed * self.top_k / routed.sum(-1, keepdims=True)
         if self.balance_router is None:
@@ -120,6 +148,8 @@ class MoH(HeadMixer):
 
     def auxiliary_losses(self, x, *, at):
         """`E sum_e mean_t(p_e) mean_t(m_e)`, whose balanced value is top_k, times the coefficient."""
+        if self.config.experts == "all_but_one":
+            return {}
         p, mask = self.loads(x, at=at)
         return {"balance/moh": self.config.balance * self.num_routed * (p * mask).sum()}
 
@@ -127,33 +157,6 @@ class MoH(HeadMixer):
         _, mask = self.loads(x, at=at)
         load = jnp.concatenate([jnp.ones(self.num_heads - self.num_routed), mask])
         return {**self.inner.observe(inputs, x, at=at), "load": load}
-
-    def project(self, x, *, at, state):
-        return self.inner.project(x, at=at, state=state)
-
-    def project_step(self, x, *, at, state):
-        return self.inner.project_step(x, at=at, state=state)
-
-    def share(self, inputs, carry):
-        return self.inner.share(inputs, carry)
-
-    def recall(self, inputs, carry, *, at, state):
-        return self.inner.recall(inputs, carry, at=at, state=state)
-
-    def attend(self, inputs, *, at, state):
-        return self.inner.attend(inputs, at=at, state=state)
-
-    def attend_step(self, inputs, *, at, state):
-        return self.inner.attend_step(inputs, at=at, state=state)
-
-    def implied(self, inputs, rows, *, at):
-        return self.inner.implied(inputs, rows, at=at)
-
-    def output(self, o):
-        return self.inner.output(o)
-
-    def init_state(self, batch_size, max_len):
-        return self.inner.init_state(batch_size, max_len)
 
 
 def _rank(p: jax.Array) -> jax.Array:

@@ -21,13 +21,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from plait.configs.components import children
+from plait.configs.components import Component, children, registry_of
 from plait.configs.experiment import ExperimentConfig
 from plait.configs.listing import registry
 from plait.configs.mesh import MeshConfig
 from plait.data.loader import build_data
+from plait.data.tasks.mlm import MaskedLanguageTask
 from plait.models.config import pattern_name
 from plait.models.mixers.base import MixerConfig
+from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.tests.train.common import changed, get_leaf, program_of, random_batch, tiny, write_corpus
 from plait.train.loss import loss_terms
 from plait.train.probes.base import Probes
@@ -66,6 +68,7 @@ TEXTS = {
 NEEDS: dict[str, dict[str, Any]] = {
     "optimizer.decay_fraction": {"optimizer.schedule": "wsd"},
     "data.text_field": {"data.source": "{lines}"},
+    "model.causal": {"data.task": MaskedLanguageTask()},
     "data.vocab_size": {"data.tokenizer": "bpe", "data.vocab_size": 300},
     "softmax.num_kv_heads": {"num_heads": 4},
     "softmax.num_sink_tokens": {"window_size": 4},
@@ -100,6 +103,8 @@ def candidates(kind: Any, value: Any) -> list[Any]:
         return [c for option in options for c in candidates(option, value)] + [None]
     if typing.get_origin(kind) is Literal:
         return list(typing.get_args(kind))
+    if isinstance(kind, type) and issubclass(kind, Component):
+        return [config() for config in getattr(registry_of(kind), "all", dict)().values()]
     if kind is bool:
         return [not value]
     if kind is int:
@@ -263,6 +268,7 @@ def with_mixer(mixer: MixerConfig, before: MixerConfig | None = None) -> Experim
 
 PLACES: dict[str, Callable[[Any], ExperimentConfig]] = {
     "mixer": with_mixer,
+    "position": lambda config: with_mixer(dataclasses.replace(SoftmaxConfig.example(), positions=config)),
     "channel mixer": lambda config: changed(BASE, {"model.d_model": 64, "model.channel_mixer": config}),
     "optimizer": lambda config: changed(BASE, {"optimizer": dataclasses.replace(config, warmup_steps=10)}),
     "task": lambda config: changed(BASE, {"data.task": config}),

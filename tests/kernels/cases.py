@@ -27,6 +27,8 @@ class Recurrence:
     g: str | None
     """"scalar", "vector" or None."""
     beta: bool = False
+    moves: bool = False
+    """Whether it has the vectors a and b of the diagonal plus rank one: -n and r n, n of unit norm and r in (0, 1) by channel."""
 
     def inputs(
         self,
@@ -57,6 +59,10 @@ class Recurrence:
         if self.beta:
             shape = (BATCH, length, NUM_HEADS)
             named["beta"] = 2 / (1 + np.exp(-normal(*shape))) if beta is None else np.full(shape, beta)
+        if self.moves:
+            n = normal(BATCH, length, NUM_QK_HEADS, KEY_DIM)
+            n /= np.linalg.norm(n, axis=-1, keepdims=True)
+            named |= {"a": -n, "b": n * rng.uniform(0, 1, n.shape)}
         keep = {"g": jnp.float32}  # log decay is float32 whatever the rest is
         return {name: jnp.asarray(x, keep.get(name, dtype)) for name, x in named.items()}
 
@@ -69,7 +75,7 @@ class Recurrence:
         return self.rows(*self._positional(inputs, "qk"), rows, **options)
 
     def _positional(self, inputs: dict[str, jax.Array], names: str) -> list[Any]:
-        gates = [inputs.get("g"), inputs["beta"]] if self.beta else [inputs["g"]]
+        gates = [inputs.get("g"), *(inputs[name] for name in ("beta", "a", "b") if name in inputs)]
         return [inputs[name] for name in names] + gates
 
 
@@ -79,7 +85,10 @@ RECURRENCES = {
     "deltanet": Recurrence(kernels.delta_rule, kernels.delta_rule_rows, None, beta=True),
     "gated_deltanet": Recurrence(kernels.delta_rule, kernels.delta_rule_rows, "scalar", beta=True),
     "kda": Recurrence(kernels.delta_rule, kernels.delta_rule_rows, "vector", beta=True),
+    "dplr": Recurrence(kernels.dplr, kernels.dplr_rows, "vector", moves=True),
 }
+WITH_KERNELS = {name: recurrence for name, recurrence in RECURRENCES.items() if not recurrence.moves}
+"""Those that have kernels for accelerators."""
 
 
 def state(seed: int = 1) -> jax.Array:

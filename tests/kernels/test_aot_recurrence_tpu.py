@@ -26,13 +26,13 @@ FEW = [
 ALL = [
     (generation, name, width, length, "bfloat16")
     for generation in TOPOLOGIES
-    for name in cases.RECURRENCES
+    for name in cases.WITH_KERNELS
     for width in (64, 128)
     for length in (4096, 32768)
 ]
 WIDE = [
     ("v5e", name, width, 4096, dtype)
-    for name in cases.RECURRENCES
+    for name in cases.WITH_KERNELS
     for width, dtype in ((256, "bfloat16"), (64, "float32"), (128, "float32"), (256, "float32"))
 ]
 

@@ -53,7 +53,7 @@ MORE = [
     Case("scalar_decay", 130, "several", dims=(256, 64)),
     Case("vector_decay", 65, "several", dims=(256, 64)),
     Case("kda", 65, "several", dims=(256, 64)),
-    *(Case(name, 2048, "several") for name in cases.RECURRENCES),
+    *(Case(name, 2048, "several") for name in cases.WITH_KERNELS),
 ]
 
 needs_interpreter = pytest.mark.skipif(

@@ -46,7 +46,7 @@ CASES = [
 DTYPES = {"chunked": ("float32", "bfloat16"), "pallas_tpu": ("float32", "bfloat16"), "pallas_gpu": ("bfloat16",)}
 MORE = [
     Case(i, name, keys, beta, decay, dtype, 300, segments)
-    for i, name, keys in product(DTYPES, cases.RECURRENCES, ("close", "same"))
+    for i, name, keys in product(DTYPES, cases.WITH_KERNELS, ("close", "same"))
     for dtype in DTYPES[i]
     for beta in ((0.97, 2.0) if cases.RECURRENCES[name].beta else (None,))
     for decay in (("none",) if cases.RECURRENCES[name].g is None else ("none", "weak", "strong", "total"))

@@ -60,7 +60,7 @@ MORE = [
 ]
 LONG = [
     Case(name, 2048, "several", "mixed", dtype=dtype, tiles=choose_tiles("v5e", 8, 4, dtype == "float32", False))
-    for name in cases.RECURRENCES
+    for name in cases.WITH_KERNELS
     for dtype in ("float32", "bfloat16")
 ]
 

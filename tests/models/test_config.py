@@ -10,7 +10,7 @@ from flax import nnx
 from plait.configs.codec import decode, encode
 from plait.configs.components import ConfigError, unchecked, validate
 from plait.models.channel_mixers.gated_mlp import GatedMLPConfig
-from plait.models.config import LMConfig, MixerTable, default_mixer
+from plait.models.config import LMConfig, Table, default_mixer
 from plait.models.lm import LM, num_params
 from plait.models.mixers.base import MIXERS, MixerConfig, register
 from plait.models.mixers.full.softmax import SoftmaxConfig
@@ -60,7 +60,7 @@ def test_equal_configs_are_equal_and_hash_alike():
     ids=["set", "pop", "update", "clear", "in-place-or"],
 )
 def test_mixer_table_is_final(change):
-    table = MixerTable({"gla": GLAConfig()})
+    table = Table({"gla": GLAConfig()})
     with pytest.raises(TypeError, match=r"dataclasses\.replace"):
         change(table)
 
@@ -160,7 +160,7 @@ def test_with_vocab_settles_the_vocabulary():
         ),
         pytest.param(
             lambda: SoftmaxConfig(head_dim=7),
-            r"head_dim=7 must be even where rope_theta=10000\.0 rotates channels in pairs; use 8",
+            r"^softmax\.positions\.fraction=1\.0 turns 7 channels of 7 and they are turned in pairs; use another, an even head dim",
             id="odd-rotary",
         ),
         pytest.param(
@@ -299,3 +299,23 @@ def test_flops_add_up():
     config = lm(channel_mixer=GatedMLPConfig(hidden_dim=48))
     mixers = sum(m.flops(64, 32) for m in config.layer_mixers)
     assert config.flops(32) == mixers + 4 * 6 * 64 * 48 + 2 * 64 * 128
+
+
+def test_channel_mixers_of_some_layers_are_others_or_none():
+
+    dense = GatedMLPConfig(hidden_dim=8)
+    model = LMConfig(
+        d_model=16,
+        num_layers=3,
+        pattern="softmax/first@0; softmax",
+        channel_mixer=None,
+        mixers={name: SoftmaxConfig(num_heads=2, head_dim=8) for name in ("softmax/first", "softmax")},
+        channel_mixers={"softmax/first": dense},
+        vocab_size=8,
+    )
+    plain = dataclasses.replace(model, channel_mixers={})
+    assert num_params(model) - num_params(plain) == dense.num_params(16) + 16  # and its norm
+    assert model.flops(4) - plain.flops(4) == dense.flops(16)
+    assert decode(LMConfig, json.loads(json.dumps(encode(model)))) == model
+    with pytest.raises(ValueError, match=r"channel_mixers.gla is in no layer of pattern='softmax'; remove it or name it"):
+        LMConfig(d_model=64, num_layers=1, pattern="softmax", channel_mixers={"gla": dense}, vocab_size=8)

@@ -77,7 +77,7 @@ def hybrid() -> LM:
 @pytest.fixture(scope="module")
 def attention() -> LM:
     """The same shape of stack, of softmax layers with and without position encoding: quick to differentiate."""
-    mixers = {"softmax": SOFTMAX, "softmax/nope": dataclasses.replace(SOFTMAX, rope_theta=None)}
+    mixers = {"softmax": SOFTMAX, "softmax/nope": dataclasses.replace(SOFTMAX, positions=None)}
     return build(lm("softmax,softmax/nope", 5, mixers=mixers), seq_len=LENGTH)
 
 

@@ -18,6 +18,7 @@ from plait.models.mixers.full.mla import MLAConfig
 from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.models.mixers.linear.gated_deltanet import GatedDeltaNetConfig
 from plait.models.mixers.linear.mamba2 import Mamba2Config
+from plait.models.positions.rotary import RotaryConfig
 from plait.tests.models.common import layout, quick_jit
 from plait.tests.models.golden import generate
 from plait.tests.models.golden.generate import BATCH, LENGTH, VOCAB, WIDTH, WINDOW, Arrays
@@ -83,7 +84,7 @@ def llama(arrays: Arrays) -> np.ndarray:
 
 
 def qwen3(arrays: Arrays) -> np.ndarray:
-    return decoder(arrays, SoftmaxConfig(**ATTENTION, qk_norm=True, rope_theta=1e6), qk_norm=True)
+    return decoder(arrays, SoftmaxConfig(**ATTENTION, qk_norm=True, positions=RotaryConfig(theta=1e6)), qk_norm=True)
 
 
 def gpt_oss(arrays: Arrays, window_size: int | None = None) -> np.ndarray:

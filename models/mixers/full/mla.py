@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from plait.configs.domains import Base, Channels, Epsilon, Heads
+from plait.configs.components import at as under
+from plait.configs.domains import Channels, Epsilon, Heads
 from plait.kernels import Mask, Tokens, attention, attention_rows, column_mass, first_masses
-from plait.models.axes import BATCH, EMBED, HEADS, LENGTH, constrain
+from plait.models.axes import BATCH, EMBED, HEADS, KV_HEADS, LENGTH, constrain
 from plait.models.build import BuildContext
 from plait.models.cache import Slots
 from plait.models.linear import Dense
 from plait.models.mixers.base import HeadMixer, MixerConfig, register
-from plait.models.mixers.heads import join_heads, split_heads
+from plait.models.mixers.full.softmax import with_positions
+from plait.models.mixers.heads import join_heads, require_divides, split_heads
 from plait.models.norms import RMSNorm
-from plait.models.rope import rotate
+from plait.models.positions.rotary import RotaryConfig
 
 
 @register(
     "mla",
     kind="full",
-    source="DeepSeek-V2 (2405.04434)",
+    source="DeepSeek-V2 (2405.04434); in groups, Hardware-Efficient Attention for Fast Decoding (2505.21487)",
     proof="transformers: DeepSeek-V3",
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,12 +36,19 @@ class MLAConfig(MixerConfig):
 
     `c = norm(W_DKV x)` is cached with the one rotated key `k_rope` that all heads share; decoding folds W_UK into the queries and W_UV
     into the outputs, and attends to the latents themselves.
+
+    Grouped latent attention has several latents, each with its own norm, and an equal share of the heads reads each one; `k_rope` stays
+    one for all. With YaRN the logits are multiplied by the square of its factor, and turned channels are not, as in DeepSeek.
     """
+
+    directions = ("causal", "bidirectional")
 
     num_heads: Heads = 16
     """Heads."""
     kv_rank: Channels = 512
-    """Channels of the cached latent."""
+    """Channels of a cached latent."""
+    num_latents: Heads = 1
+    """Latents, a divisor of num_heads (GLA: 2, of half the channels each)."""
     q_rank: Channels | None = None
     """Channels of the queries' latent; None projects queries from the residual stream."""
     nope_head_dim: Channels = 128
@@ -47,16 +57,19 @@ class MLAConfig(MixerConfig):
     """Rotated channels of a query head, and of the key that all heads share."""
     v_head_dim: Channels = 128
     """Channels of a value head."""
-    rope_theta: Base | None = 10_000.0
-    """Base of the rotary embedding; None rotates nothing (NoPE, as in Kimi Linear)."""
+    positions: RotaryConfig | None = RotaryConfig()
+    """Rotary embedding of the channels that have positions; None rotates nothing (NoPE, as in Kimi Linear)."""
     norm_eps: Epsilon = 1e-6
     """Epsilon of the norms of the latents."""
 
     def check(self) -> None:
-        if self.rope_head_dim % 2:
-            raise ValueError(
-                f"rope_head_dim={self.rope_head_dim} must be even, as channels are rotated in pairs; use {self.rope_head_dim + 1}"
-            )
+        require_divides(("num_latents", self.num_latents), ("num_heads", self.num_heads))
+        if self.positions is not None:
+            under("positions", self.positions.fit, self.rope_head_dim)
+
+    @classmethod
+    def upgraded(cls, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+        return with_positions(fields)
 
     @classmethod
     def example(cls) -> MLAConfig:
@@ -69,12 +82,15 @@ class MLAConfig(MixerConfig):
         channels = self.nope_head_dim + self.rope_head_dim + self.v_head_dim
         return 2.0 * self.num_heads * channels * (seq_len + 1) / 2
 
+    def decode_flops(self, d_model: int, context: int) -> float:
+        return 2.0 * self.num_heads * (2 * self.kv_rank + self.rope_head_dim) * (context + 1)  # of the latents themselves
+
 
 class MLAInputs(NamedTuple):
     q: jax.Array  # [B, T, H, nope + rope]; absorbed, [B, T, H, kv_rank + rope]
-    k: jax.Array  # [B, S, H, nope + rope]; absorbed, one head of latents and rotated keys
-    v: jax.Array  # [B, S, H, V]; absorbed, one head of latents
-    latent: jax.Array  # [B, T, kv_rank]
+    k: jax.Array  # [B, S, H, nope + rope]; absorbed, a head for each latent: it and the rotated key
+    v: jax.Array  # [B, S, H, V]; absorbed, a head for each latent
+    latent: jax.Array  # [B, T, G, kv_rank]
     k_rope: jax.Array  # [B, T, rope]
     kv_at: Tokens | None = None  # where the keys stand, when they are a cache's
 
@@ -84,15 +100,17 @@ class MLA(HeadMixer):
 
     def __init__(self, config: MLAConfig, d_model: int, ctx: BuildContext):
         self.config, self.num_heads, self.dtype = config, config.num_heads, ctx.compute_dtype
-        self.scale = (config.nope_head_dim + config.rope_head_dim) ** -0.5
-        heads = (1, self.num_heads)
+        self.rotary = None if config.positions is None else config.positions.build(ctx, d_model, self.num_heads)
+        sharper = 1.0 if config.positions is None else config.positions.magnitude**2
+        self.mask, self.scale = Mask(causal=ctx.causal), sharper * (config.nope_head_dim + config.rope_head_dim) ** -0.5
+        heads, latents = (1, self.num_heads), config.num_latents * config.kv_rank
         self.q_down = Dense(ctx, d_model, config.q_rank, (EMBED, None)) if config.q_rank is not None else None
         self.q_norm = RMSNorm(ctx, config.q_rank, eps=config.norm_eps) if config.q_rank is not None else None
         q_width = self.num_heads * (config.nope_head_dim + config.rope_head_dim)
         self.q = Dense(ctx, config.q_rank or d_model, q_width, (EMBED if config.q_rank is None else None, HEADS), heads=heads)
-        self.kv_down = Dense(ctx, d_model, config.kv_rank, (EMBED, None))
+        self.kv_down = Dense(ctx, d_model, latents, (EMBED, None))
         self.k_rope = Dense(ctx, d_model, config.rope_head_dim, (EMBED, None))
-        self.kv_norm = RMSNorm(ctx, config.kv_rank, eps=config.norm_eps)
+        self.kv_norm = RMSNorm(ctx, latents, eps=config.norm_eps, groups=config.num_latents)
         self.k_up = Dense(ctx, config.kv_rank, self.num_heads * config.nope_head_dim, (None, HEADS), heads=heads)
         self.v_up = Dense(ctx, config.kv_rank, self.num_heads * config.v_head_dim, (None, HEADS), heads=heads)
         self.o = Dense(
@@ -101,19 +119,23 @@ class MLA(HeadMixer):
         self.slots = Slots()
 
     def _latents(self, x: jax.Array, at: Tokens) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """Queries without and with position `[B, T, H, .]`, the latent and the shared rotated key `[B, T, .]`."""
+        """Queries without and with position `[B, T, H, .]`, the latents `[B, T, G, .]` and the shared rotated key `[B, T, .]`."""
         queries = x if self.q_down is None or self.q_norm is None else self.q_norm(self.q_down(x))
         q = constrain(split_heads(self.q(queries), self.num_heads), (BATCH, LENGTH, HEADS, None))
         q_nope, q_rope = jnp.split(q, [self.config.nope_head_dim], axis=-1)
         k_rope = self.k_rope(x)[:, :, None]
-        if self.config.rope_theta is not None:
-            q_rope, k_rope = (rotate(y, at.positions, self.config.rope_theta) for y in (q_rope, k_rope))
-        return q_nope, q_rope, self.kv_norm(self.kv_down(x)), k_rope[:, :, 0]
+        if self.rotary is not None:
+            q_rope, k_rope = (self.rotary.turn_by(y, at) for y in (q_rope, k_rope))
+        latents = split_heads(self.kv_norm(self.kv_down(x)), self.config.num_latents)
+        return q_nope, q_rope, latents, k_rope[:, :, 0]
 
     def project(self, x, *, at, state):
         q_nope, q_rope, latent, k_rope = self._latents(x, at)
         k_nope, v = (
-            constrain(split_heads(dense(latent), self.num_heads), (BATCH, LENGTH, HEADS, None))
+            constrain(
+                jnp.einsum("btgc,cgrk->btgrk", latent, self._up(dense)).reshape(*latent.shape[:2], self.num_heads, -1),
+                (BATCH, LENGTH, HEADS, None),
+            )
             for dense in (self.k_up, self.v_up)
         )
         shared = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], k_rope.shape[-1]))
@@ -122,38 +144,50 @@ class MLA(HeadMixer):
 
     def project_step(self, x, *, at, state):
         q_nope, q_rope, latent, k_rope = self._latents(x, at)
-        q = jnp.einsum("bthk,chk->bthc", q_nope, self._up(self.k_up))
+        q = jnp.einsum("btgrk,cgrk->btgrc", self._grouped(q_nope), self._up(self.k_up)).reshape(*q_nope.shape[:3], -1)
         state = self.slots.write(state, {"latent": latent, "k_rope": k_rope}, at)
-        latents = state.entries["latent"][:, :, None]
-        k = jnp.concatenate([latents, state.entries["k_rope"][:, :, None]], -1)
+        latents, shared = state.entries["latent"], state.entries["k_rope"][:, :, None]
+        shared = jnp.broadcast_to(shared, (*latents.shape[:3], shared.shape[-1]))
+        k = jnp.concatenate([latents, shared], -1)
         return MLAInputs(jnp.concatenate([q, q_rope], -1), k, latents, latent, k_rope, state.at), state
 
     def attend(self, inputs, *, at, state):
-        o = attention(inputs.q, inputs.k, inputs.v, mask=Mask(causal=True), scale=self.scale, at=at)
+        o = attention(inputs.q, inputs.k, inputs.v, at=at, **self.options)
         if state is not None:
             state = self.slots.write(state, {"latent": inputs.latent, "k_rope": inputs.k_rope}, at)
         return o, state
 
     def attend_step(self, inputs, *, at, state):
-        o = attention(inputs.q, inputs.k, inputs.v, mask=Mask(causal=True), scale=self.scale, at=at, kv_at=inputs.kv_at)
-        return jnp.einsum("bthc,chv->bthv", o, self._up(self.v_up)), state
+        o = attention(inputs.q, inputs.k, inputs.v, at=at, kv_at=inputs.kv_at, **self.options)
+        return jnp.einsum("btgrc,cgrv->btgrv", self._grouped(o), self._up(self.v_up)).reshape(*o.shape[:3], -1), state
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What makes the weights: arguments of the op."""
+        return {"mask": self.mask, "scale": self.scale}
 
     def _up(self, dense: Dense) -> jax.Array:
-        """`[kv_rank, H, .]` in the compute dtype."""
-        return split_heads(dense.weight().astype(self.dtype), self.num_heads)
+        """`[kv_rank, G, H / G, .]` in the compute dtype."""
+        weight = dense.weight().astype(self.dtype)
+        return weight.reshape(len(weight), self.config.num_latents, self.num_heads // self.config.num_latents, -1)
+
+    def _grouped(self, heads: jax.Array) -> jax.Array:
+        """`[B, T, H, .]` to `[B, T, G, H / G, .]`."""
+        return heads.reshape(*heads.shape[:2], self.config.num_latents, -1, heads.shape[-1])
 
     def init_state(self, batch_size, max_len):
-        entries = {"latent": ((self.config.kv_rank,), None), "k_rope": ((self.config.rope_head_dim,), None)}
+        latents = ((self.config.num_latents, self.config.kv_rank), KV_HEADS)
+        entries = {"latent": latents, "k_rope": ((self.config.rope_head_dim,), None)}
         return self.slots.empty(batch_size, max_len, entries, self.dtype)
 
     def output(self, o):
         return self.o(join_heads(o))
 
     def implied(self, inputs, rows, *, at):
-        return attention_rows(inputs.q, inputs.k, rows=rows, mask=Mask(causal=True), scale=self.scale, at=at)
+        return attention_rows(inputs.q, inputs.k, rows=rows, at=at, **self.options)
 
     def observe(self, inputs, x, *, at):
-        options: dict[str, Any] = {"mask": Mask(causal=True), "scale": self.scale, "at": at}
+        options = {**self.options, "at": at}
         _, stats = attention(inputs.q, inputs.k, inputs.v, return_stats=True, **options)
         masses = {
             op.__name__: functools.partial(op, inputs.q, inputs.k, stats.lse, **options) for op in (first_masses, column_mass)

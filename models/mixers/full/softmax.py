@@ -5,13 +5,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any, ClassVar, Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from plait.configs.domains import Base, Channels, Heads, Positive, SomeSpan, Span
+from plait.configs.components import at as under
+from plait.configs.domains import Channels, Epsilon, Heads, Positive, SomeSpan, Span, Whole
 from plait.kernels import Mask, Tokens, attention, attention_rows, column_mass, first_masses, routed_attention
+from plait.kernels.attention.bias import folded_columns
+from plait.kernels.attention.reference import capped
 from plait.models.axes import BATCH, EMBED, HEADS, KV_HEADS, LENGTH, constrain
 from plait.models.build import Buffer, BuildContext
 from plait.models.cache import Cache, Slots
@@ -19,11 +23,22 @@ from plait.models.linear import Dense
 from plait.models.mixers.base import HeadMixer, MixerConfig, register
 from plait.models.mixers.heads import join_heads, require_divides, resolve_heads, split_heads
 from plait.models.norms import RMSNorm
-from plait.models.rope import rotate
+from plait.models.positions.base import POSITIONS, PositionConfig
+from plait.models.positions.rotary import RotaryConfig
 from plait.models.stream import CarryUse
 
 VALUES, KV = "values", "kv"
 """Names in the carry: the first layer's values; keys and values left to later layers, or in decoding the cache that holds them."""
+_SINK_INIT = jax.nn.initializers.normal(0.02)
+
+
+def with_positions(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The fields of a saved config, in which `rope_theta` was what `positions` is now."""
+    if "rope_theta" not in fields:
+        return fields
+    rest = {key: value for key, value in fields.items() if key != "rope_theta"}
+    theta = fields["rope_theta"]
+    return {**rest, "positions": None if theta is None else {POSITIONS.tag: "rotary", "theta": theta}}
 
 
 @register(
@@ -36,6 +51,7 @@ VALUES, KV = "values", "kv"
 class SoftmaxConfig(MixerConfig):
     """`o_i = sum_j softmax_j(q_i . k_j / sqrt(K)) v_j` over the visible keys."""
 
+    directions = ("causal", "bidirectional")
     sees_all: ClassVar[bool] = True
     """Without a window, a query sees every earlier token."""
 
@@ -45,16 +61,35 @@ class SoftmaxConfig(MixerConfig):
     """Key and value heads, a divisor of num_heads (1: MQA); None gives num_heads (MHA)."""
     head_dim: Channels = 64
     """Channels of a head."""
-    rope_theta: Base | None = 10_000.0
-    """Base of the rotary embedding; None for no position encoding (NoPE)."""
+    positions: PositionConfig | None = RotaryConfig()
+    """How queries and keys know where they stand; None for no position encoding (NoPE)."""
+    scale: Positive | None = None
+    """What multiplies the logits; None gives head_dim^-1/2."""
+    log_n_scale: Annotated[int, Whole(2, 2**30)] | None = None
+    """Queries are multiplied by `log(position + 1) / log(n)` where that is above 1, n this length, as in Qwen."""
+    qkv_bias: bool = False
+    """Biases of the projections to q, k and v, as in Qwen2."""
+    o_bias: bool = False
+    """Bias of the output projection, as, with those, in GPT-2, OPT and GPT-OSS."""
     qk_norm: bool = False
-    """RMS-normalise q and k per head before the rotary embedding, with a learned gain."""
+    """RMS-normalise q and k before the positions, with a learned gain."""
+    qk_norm_over: Literal["head", "width"] = "head"
+    """Whether that is each head by itself, as in Qwen3, or all heads as one, as in OLMo 2."""
+    qk_norm_eps: Epsilon = 1e-6
+    """Epsilon of that norm."""
     window_size: Span | None = None
     """Visible keys of a query, itself included; None for all earlier ones."""
     num_sink_tokens: SomeSpan = 0
     """Leading tokens of each document that stay visible outside the window (arXiv 2309.17453)."""
     sink_logits: bool = False
     """A learned logit per head that takes part in the normalisation only, as in GPT-OSS."""
+    sink_bias: Literal["k", "kv", "v"] | None = None
+    """A learned key of each key head, without position, that every query sees, whose value is zero (`k`) or learned (`kv`); or no key and
+    a learned value that every head adds to its output (`v`); arXiv 2410.10781. With `kv` the values, also those that are cached and
+    looked at, are relative to the learned one: `sum_j A_ij v_j + A_i* v* = v* + sum_j A_ij (v_j - v*)`."""
+    value_scale: bool = False
+    """Values become `v |v|^2 / (|v|^2 + C)`, C of each head learned and at first head_dim, the expected |v|^2: small ones, those of
+    sinks, get little gradient, and massive activations go while sinks stay (arXiv 2603.17771)."""
     gate: Literal["elementwise", "headwise"] | None = None
     """Sigmoid gate of the head outputs, from the layer's input (arXiv 2505.06708)."""
     normalizer: Literal["softmax", "sigmoid"] = "softmax"
@@ -72,11 +107,8 @@ class SoftmaxConfig(MixerConfig):
             raise ValueError(
                 f"num_sink_tokens={self.num_sink_tokens} needs a window, without which all are visible; set window_size"
             )
-        if self.rope_theta is not None and self.head_dim % 2:
-            raise ValueError(
-                f"head_dim={self.head_dim} must be even where rope_theta={self.rope_theta} rotates channels in pairs; "
-                f"use {self.head_dim + 1}, or rope_theta=None for NoPE"
-            )
+        if self.positions is not None:
+            under("positions", self.positions.fit, self.head_dim)
         if self.sink_logits and self.normalizer != "softmax":
             raise ValueError(
                 f"sink_logits=True needs normalizer='softmax', not {self.normalizer!r}, which has no denominator; leave one of them out"
@@ -85,6 +117,20 @@ class SoftmaxConfig(MixerConfig):
             raise ValueError(
                 "value_residual=True has no values to add to where shared_kv='read' takes those of another layer; leave one of them out"
             )
+
+        if self.sink_bias in ("k", "kv") and self.normalizer != "softmax":
+            raise ValueError(
+                f"sink_bias={self.sink_bias!r} needs normalizer='softmax', not {self.normalizer!r}, which has no denominator; use 'v'"
+            )
+        if self.shared_kv is not None and (self.sink_bias == "kv" or (self.shared_kv == "read" and self.value_scale)):
+            name = "sink_bias" if self.sink_bias == "kv" else "value_scale"
+            raise ValueError(
+                f"{name}={getattr(self, name)!r} changes values, which shared_kv={self.shared_kv!r} shares; leave one of them out"
+            )
+
+    @classmethod
+    def upgraded(cls, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+        return with_positions(fields)
 
     @classmethod
     def example(cls) -> SoftmaxConfig:
@@ -102,9 +148,9 @@ class SoftmaxConfig(MixerConfig):
         values = (CarryUse(VALUES, "first", like),) if self.value_residual else ()
         return values if self.shared_kv is None else (*values, CarryUse(KV, self.shared_kv, like))
 
-    def mask(self) -> Any:
-        """Which earlier tokens a query sees."""
-        return Mask(causal=True, window_size=self.window_size, num_sink_tokens=self.num_sink_tokens)
+    def mask(self, causal: bool = True) -> Any:
+        """Which tokens of its document a query sees: earlier ones, or, in a window of as many on both sides, all."""
+        return Mask(causal=causal, window_size=self.window_size, num_sink_tokens=self.num_sink_tokens)
 
     def slots(self) -> Slots:
         """Where decoding keeps keys and values."""
@@ -114,7 +160,15 @@ class SoftmaxConfig(MixerConfig):
         return Softmax(self, d_model, ctx)
 
     def mixing_flops(self, d_model: int, seq_len: int) -> float:
-        return 4.0 * self.heads(d_model)[0] * self.head_dim * self.mean_keys(seq_len)
+        channels = 2 * self.head_dim
+        if self.positions is not None and self.positions.bias_rank:
+            channels += folded_columns(self.positions.bias_rank, self.head_dim)
+        return 2.0 * self.heads(d_model)[0] * (channels * self.mean_keys(seq_len) + self._bias_channels)
+
+    @property
+    def _bias_channels(self) -> int:
+        """Channels of the product of a query with the learned key."""
+        return self.head_dim if self.sink_bias in ("k", "kv") else 0
 
     def mean_keys(self, seq_len: int) -> float:
         """Visible keys of a query, the mean over a sequence."""
@@ -135,35 +189,70 @@ class Softmax(HeadMixer):
     def __init__(self, config: SoftmaxConfig, d_model: int, ctx: BuildContext):
         self.config = config
         self.num_heads, self.num_kv_heads = config.heads(d_model)
-        self.dtype, self.mask = ctx.compute_dtype, config.mask()
+        self.dtype, self.mask = ctx.compute_dtype, config.mask(ctx.causal)
+        self.scale = config.head_dim**-0.5 if config.scale is None else config.scale
         self.slots = config.slots()
         width, kv_width = self.num_heads * config.head_dim, self.num_kv_heads * config.head_dim
-        self.q = Dense(ctx, d_model, width, (EMBED, HEADS), heads=(1, self.num_heads))
         own_kv = config.shared_kv != "read"
-        self.k = Dense(ctx, d_model, kv_width, (EMBED, KV_HEADS), heads=(1, self.num_kv_heads)) if own_kv else None
-        self.v = Dense(ctx, d_model, kv_width, (EMBED, KV_HEADS), heads=(1, self.num_kv_heads)) if own_kv else None
-        self.o = Dense(ctx, width, d_model, (HEADS, EMBED), init=ctx.residual_init, heads=(0, self.num_heads))
-        self.q_norm = RMSNorm(ctx, config.head_dim, eps=1e-6) if config.qk_norm else None
-        self.k_norm = RMSNorm(ctx, config.head_dim, eps=1e-6) if config.qk_norm and own_kv else None
+
+        def projection(width: int, heads: int, axis: str) -> Dense:
+            return Dense(ctx, d_model, width, (EMBED, axis), heads=(1, heads), use_bias=config.qkv_bias)
+
+        def norm(width: int, axis: str) -> RMSNorm | None:
+            if not config.qk_norm:
+                return None
+            sizes = {"head": (config.head_dim, None), "width": (width, axis)}
+            return RMSNorm(ctx, sizes[config.qk_norm_over][0], eps=config.qk_norm_eps, axis=sizes[config.qk_norm_over][1])
+
+        self.q = projection(width, self.num_heads, HEADS)
+        self.k = projection(kv_width, self.num_kv_heads, KV_HEADS) if own_kv else None
+        self.v = projection(kv_width, self.num_kv_heads, KV_HEADS) if own_kv else None
+        heads = (0, self.num_heads)
+        self.o = Dense(ctx, width, d_model, (HEADS, EMBED), init=ctx.residual_init, heads=heads, use_bias=config.o_bias)
+        self.q_norm = norm(width, HEADS)
+        self.k_norm = norm(kv_width, KV_HEADS) if own_kv else None
         gate_width = {"elementwise": width, "headwise": self.num_heads}.get(config.gate or "")
         self.gate = Dense(ctx, d_model, gate_width, (EMBED, HEADS), role="gate") if gate_width else None
+        self.positions = (
+            None if config.positions is None else under("positions", config.positions.build, ctx, d_model, self.num_heads)
+        )
         self.sinks = ctx.param(jax.nn.initializers.zeros, (self.num_heads,), (HEADS,)) if config.sink_logits else None
+        learned = lambda: ctx.param(_SINK_INIT, (self.num_kv_heads, config.head_dim), (KV_HEADS, None))
+        self.k_bias = learned() if config.sink_bias in ("k", "kv") else None
+        self.v_bias = learned() if config.sink_bias in ("kv", "v") else None
+        self.value_scale = ctx.param(jax.nn.initializers.zeros, (self.num_kv_heads,), (KV_HEADS,)) if config.value_scale else None
         self.sigmoid_bias = -math.log(ctx.seq_len) if config.normalizer == "sigmoid" else None
         first = jnp.asarray(ctx.layer_index == ctx.first_layers.get(VALUES, ctx.layer_index))
         self.value_mix = ctx.param(jax.nn.initializers.constant(0.5), (2,), (None,)) if config.value_residual else None
         self.is_first = Buffer(first, axes=()) if config.value_residual else None
 
     def project(self, x, *, at, state):
-        def heads(dense: Dense | None, norm: RMSNorm | None, axis: str, rotary: bool) -> Any:
-            if dense is None:
-                return None
-            number = self.num_heads if axis == HEADS else self.num_kv_heads
-            y = constrain(split_heads(dense(x), number), (BATCH, LENGTH, axis, None))
-            y = y if norm is None else norm(y)
-            return rotate(y, at.positions, self.config.rope_theta) if rotary and self.config.rope_theta is not None else y
+        placed = x if self.positions is None else self.positions.add(x, at)
+        q = self._turned(self._heads(self.q, placed, self.num_heads, HEADS, self.q_norm), at)
+        if self.config.log_n_scale is not None:
+            growth = jnp.log(at.positions.astype(jnp.float32) + 1) / math.log(self.config.log_n_scale)
+            q = (q * jnp.maximum(growth, 1)[..., None, None]).astype(q.dtype)
+        if self.k is None or self.v is None:
+            return QKV(q, None, None), state  # type: ignore[arg-type]
+        k = self._turned(self._heads(self.k, placed, self.num_kv_heads, KV_HEADS, self.k_norm), at)
+        return QKV(q, k, self._scaled(self._heads(self.v, x, self.num_kv_heads, KV_HEADS, None))), state
 
-        q = heads(self.q, self.q_norm, HEADS, True)
-        return QKV(q, heads(self.k, self.k_norm, KV_HEADS, True), heads(self.v, None, KV_HEADS, False)), state
+    def _heads(self, dense: Dense, x: jax.Array, number: int, axis: str, norm: RMSNorm | None) -> jax.Array:
+        y = dense(x)
+        if norm is not None and self.config.qk_norm_over == "width":
+            y = norm(y)
+        y = constrain(split_heads(y, number), (BATCH, LENGTH, axis, None))
+        return norm(y) if norm is not None and self.config.qk_norm_over == "head" else y
+
+    def _turned(self, heads: jax.Array, at: Tokens) -> jax.Array:
+        return heads if self.positions is None else self.positions.turn(heads, at)
+
+    def _scaled(self, v: jax.Array) -> jax.Array:
+        if self.value_scale is None:
+            return v
+        size = jnp.sum(jnp.square(v.astype(jnp.float32)), axis=-1, keepdims=True)
+        constant = self.config.head_dim * jnp.exp(self.value_scale[...].astype(jnp.float32))
+        return (v * (size / (size + constant[None, None, :, None]))).astype(v.dtype)
 
     def share(self, inputs, carry):
         if self.value_mix is not None and self.is_first is not None:
@@ -171,6 +260,8 @@ class Softmax(HeadMixer):
             own, old = self.value_mix[...].astype(jnp.float32)
             mixed = (own * inputs.v + old * first).astype(inputs.v.dtype)
             inputs, carry = inputs._replace(v=jnp.where(self.is_first[...], inputs.v, mixed)), {**carry, VALUES: first}
+        if self.k_bias is not None and self.v_bias is not None:
+            inputs = inputs._replace(v=inputs.v - self.v_bias[...].astype(inputs.v.dtype)[None, None])
         if self.config.shared_kv == "read":
             inputs = inputs._replace(k=carry[KV][0], v=carry[KV][1])
         elif self.config.shared_kv == "write":
@@ -187,27 +278,33 @@ class Softmax(HeadMixer):
         return QKV(inputs.q, cache.entries["k"], cache.entries["v"], cache.at), carry, state
 
     def attend(self, inputs, *, at, state):
-        o = attention(*inputs[:3], at=at, **self._options)
+        o = attention(*inputs[:3], at=at, **self.options(inputs, at))
         if state is not None:
             state = self.slots.write(state, {"k": inputs.k, "v": inputs.v}, at)
         return o, state
 
     def attend_active(self, inputs, active, *, at):
-        if self.config.normalizer != "softmax":
+        if self.config.normalizer != "softmax" or self.k_bias is not None:
             return super().attend_active(inputs, active, at=at)
-        sinks = None if self.sinks is None else self.sinks[...]
-        return routed_attention(inputs.q, inputs.k, inputs.v, active, at=at, sinks=sinks, **self._logit_options)
+        return routed_attention(
+            inputs.q, inputs.k, inputs.v, active, at=at, sinks=self.sink_logits(inputs.q), **self.logit_options(at)
+        )
 
     def attend_step(self, inputs, *, at, state):
-        return attention(*inputs[:3], at=at, kv_at=inputs.kv_at, **self._options), state
+        return attention(*inputs[:3], at=at, kv_at=inputs.kv_at, **self.options(inputs, at)), state
 
     def init_state(self, batch_size, max_len) -> Cache | None:
+        if self.config.positions is not None:
+            under("positions", self.config.positions.fit_length, max_len, "decoding")
         if self.config.shared_kv == "read":
             return None
         one = ((self.num_kv_heads, self.config.head_dim), KV_HEADS)
         return self.slots.empty(batch_size, max_len, {"k": one, "v": one}, self.dtype)
 
     def finish(self, o, inputs, x):
+        if self.v_bias is not None:
+            v = jnp.repeat(self.v_bias[...], self.num_heads // self.num_kv_heads, axis=0)
+            o = o + v.astype(o.dtype)[None, None]
         if self.gate is None:
             return o
         return o * jax.nn.sigmoid(split_heads(self.gate(x), self.num_heads))  # [B, T, H, K or 1]
@@ -216,13 +313,13 @@ class Softmax(HeadMixer):
         return self.o(join_heads(o))
 
     def implied(self, inputs, rows, *, at):
-        return attention_rows(inputs.q, inputs.k, rows=rows, at=at, **self._options)
+        return attention_rows(inputs.q, inputs.k, rows=rows, at=at, **self.options(inputs, at))
 
     def observe(self, inputs, x, *, at):
         options: dict[str, Any] = {
-            **self._logit_options,
+            **self.logit_options(at),
             "at": at,
-        }  # no sink logits: shares of what the keys get, however little that is
+        }  # no sinks: shares of what the keys get, however little that is
         _, stats = attention(inputs.q, inputs.k, inputs.v, return_stats=True, **options, **self._normalizer)
         lse = stats.lse
         masses = functools.partial(first_masses, inputs.q, inputs.k, lse, **options, **self._normalizer)
@@ -231,14 +328,26 @@ class Softmax(HeadMixer):
             found["column_mass"] = functools.partial(column_mass, inputs.q, inputs.k, lse, **options)
         return found
 
-    @property
-    def _logit_options(self) -> dict[str, Any]:
-        return {"mask": self.mask, "logit_soft_cap": self.config.logit_soft_cap}
+    def logit_options(self, at: Tokens, kv_at: Tokens | None = None) -> dict[str, Any]:
+        """What makes the logits of queries at `at` and keys at `kv_at`, those of the same tokens by default: arguments of the ops."""
+        bias = None if self.positions is None else self.positions.bias(at, at if kv_at is None else kv_at, scale=self.scale)
+        return {"mask": self.mask, "scale": self.scale, "logit_soft_cap": self.config.logit_soft_cap, "bias": bias}
+
+    def options(self, inputs: QKV, at: Tokens) -> dict[str, Any]:
+        """What makes the weights: `logit_options`, the normaliser, and what joins it."""
+        return {**self.logit_options(at, inputs.kv_at), **self._normalizer, "sinks": self.sink_logits(inputs.q)}
+
+    def sink_logits(self, q: jax.Array) -> jax.Array | None:
+        """What joins the denominators: `[H]`, or `[B, T, H]` where a learned key does, or None."""
+        sinks = None if self.sinks is None else self.sinks[...]
+        if self.k_bias is None:
+            return sinks
+        grouped = q.reshape(*q.shape[:2], self.num_kv_heads, -1, q.shape[-1])
+        k = self.k_bias[...].astype(q.dtype)
+        z = self.scale * jnp.einsum("btgrk,gk->btgr", grouped, k, preferred_element_type=jnp.float32)
+        z = capped(z, self.config.logit_soft_cap).reshape(q.shape[:3])
+        return z if sinks is None else jnp.logaddexp(z, sinks.astype(z.dtype)[None, None])
 
     @property
     def _normalizer(self) -> dict[str, Any]:
         return {"normalizer": self.config.normalizer, "sigmoid_bias": self.sigmoid_bias}
-
-    @property
-    def _options(self) -> dict[str, Any]:
-        return {**self._logit_options, **self._normalizer, "sinks": None if self.sinks is None else self.sinks[...]}

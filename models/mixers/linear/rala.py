@@ -32,8 +32,7 @@ class RALAConfig(LepeConfig):
 
     directions = ("bidirectional",)
 
-    @property
-    def sums(self) -> dict[str, tuple[int, int]]:
+    def sums(self, d_model: int) -> dict[str, tuple[int, int]]:
         return {}
 
     def build(self, d_model: int, ctx: BuildContext) -> RALA:

@@ -6,10 +6,11 @@ A mixer is then its config, its projections and gates.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from plait.kernels import Tokens, decay, decay_rows
 from plait.models.axes import BATCH, EMBED, HEADS, LENGTH, constrain
@@ -18,6 +19,13 @@ from plait.models.linear import Dense
 from plait.models.mixers.base import HeadMixer
 from plait.models.mixers.heads import join_heads, split_heads
 from plait.models.norms import RMSNorm
+
+OutputGate = Literal["silu", "sigmoid", "linear"]
+_ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "sigmoid": jax.nn.sigmoid,
+    "linear": lambda y: y,
+}
 
 
 class RecurrentState(NamedTuple):
@@ -41,6 +49,18 @@ class Decayed(NamedTuple):
     """`[B, T, H]` or `[B, T, H, K]` float32, at most 0."""
 
 
+class LowRank(nnx.Module):
+    """`W_2 W_1 x (+ b)`: gates from a projection through a narrow waist."""
+
+    def __init__(self, ctx: BuildContext, in_dim: int, rank: int, out_dim: int, *, use_bias: bool = False):
+        self.down = Dense(ctx, in_dim, rank, (EMBED, None), role="gate")
+        self.up = Dense(ctx, rank, out_dim, (None, HEADS), use_bias=use_bias, role="gate")
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[..., in_dim] -> [..., out_dim]`."""
+        return self.up(self.down(x))
+
+
 class Recurrent(HeadMixer):
     """Heads with a state `[K, V]`, a norm and a gate on what they read, and an output projection.
 
@@ -57,11 +77,37 @@ class Recurrent(HeadMixer):
     scale: float | None = None
     """Multiplies the queries; None for `K^-1/2`."""
 
-    def gated_output(self, ctx: BuildContext, d_model: int, *, norm_eps: float) -> None:
-        """Makes the output gate, the per-head norm and the projection back."""
+    def gated_output(
+        self,
+        ctx: BuildContext,
+        d_model: int,
+        *,
+        norm_eps: float,
+        norm: Literal["head", "all"] = "head",
+        norm_scale: bool = True,
+        gate: OutputGate | None = "silu",
+        gate_rank: int | None = None,
+        gate_bias: bool = False,
+    ) -> None:
+        """Makes the output gate, the norm and the projection back.
+
+        Args:
+            norm: over each head, or over all heads together.
+            norm_scale: whether the norm has a learned scale.
+            gate: what the gate's projection goes through before it multiplies the normalised heads; None for no gate.
+            gate_rank: inner width of the gate's projection; None for a full one.
+            gate_bias: whether the low-rank projection has a bias.
+        """
         width = self.num_heads * self.head_dims[1]
-        self.gate = Dense(ctx, d_model, width, (EMBED, HEADS), role="gate")
-        self.norm = RMSNorm(ctx, self.head_dims[1], eps=norm_eps)
+        self.activation, self.norm_over = gate, norm
+        if gate is None:
+            self.gate = None
+        elif gate_rank is None:
+            self.gate = Dense(ctx, d_model, width, (EMBED, HEADS), role="gate")
+        else:
+            self.gate = LowRank(ctx, d_model, gate_rank, width, use_bias=gate_bias)
+        normed, axis = (self.head_dims[1], None) if norm == "head" else (width, HEADS)
+        self.norm = RMSNorm(ctx, normed, eps=norm_eps, axis=axis, with_scale=norm_scale)
         self.o = Dense(ctx, width, d_model, (HEADS, EMBED), init=ctx.residual_init, heads=(0, self.num_heads))
 
     def convolve(
@@ -91,7 +137,10 @@ class Recurrent(HeadMixer):
         return RecurrentState(memory, {name: getattr(self, name).init_state(batch_size) for name in self.convs})
 
     def finish(self, o, inputs, x):
-        return self.norm(o) * jax.nn.silu(split_heads(self.gate(x), self.num_heads))
+        y = self.norm(o) if self.norm_over == "head" else split_heads(self.norm(join_heads(o)), self.num_heads)
+        if self.gate is None:
+            return y
+        return y * _ACTIVATIONS[self.activation](split_heads(self.gate(x), self.num_heads))
 
     def output(self, o):
         return self.o(join_heads(o))

@@ -22,9 +22,11 @@ from plait.models.mixers.full.softmax import SoftmaxConfig
 class PowerConfig(SoftmaxConfig):
     """Softmax attention to the keys whose block lies 0, 1, 2, 4, 8, ... blocks back, besides the window and the sink tokens.
 
-    A query sees O(log T) blocks, and d layers reach every token less than 2^d blocks back.
+    A query sees O(log T) blocks, and d layers reach every token less than 2^d blocks back. Blocks ahead are not
+    defined: it looks back only.
     """
 
+    directions = ("causal",)
     sees_all = False
 
     block_size: Span = 128
@@ -36,9 +38,9 @@ class PowerConfig(SoftmaxConfig):
     def example(cls) -> PowerConfig:
         return cls(num_heads=4, head_dim=16, block_size=4)
 
-    def mask(self) -> PowerMask:
+    def mask(self, causal: bool = True) -> PowerMask:
         return PowerMask(
-            causal=True, window_size=self.window_size, num_sink_tokens=self.num_sink_tokens, block_size=self.block_size
+            causal=causal, window_size=self.window_size, num_sink_tokens=self.num_sink_tokens, block_size=self.block_size
         )
 
     def slots(self) -> Slots:

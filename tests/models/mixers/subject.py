@@ -6,6 +6,8 @@ import dataclasses
 import functools
 import importlib
 import pkgutil
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +22,7 @@ from plait.models.build import BuildContext
 from plait.models.mixers.base import MIXERS, HeadMixer, Mixed, Mixer, MixerConfig, WrapperConfig
 from plait.models.mixers.moh import MoHConfig
 from plait.tests.models.common import layout, left_padded, quick_jit
-from plait.tests.models.mixers import cases as options_folder
+from plait.tests.models.mixers import cases
 from plait.train import mesh as meshes
 from plait.train.probes.base import Probes
 
@@ -72,27 +74,36 @@ class Case:
         return nnx.merge_state(jax.tree.map(move, params), rest)
 
 
-def _cases() -> dict[str, tuple[Case, bool]]:
-    """Cases, and whether they are slow, by name: every example, those of the modules in `cases`, and what goes around them."""
-    options = {
-        name: config
-        for module in pkgutil.iter_modules(options_folder.__path__, f"{options_folder.__name__}.")
-        for name, config in importlib.import_module(module.name).CASES.items()
-    }
-    examples = {name: config.example() for name, config in MIXERS.all().items()}
-    examples = {name: config for name, config in examples.items() if "causal" in config.directions}
-    cases = {name: (Case(config), False) for name, config in examples.items()}
-    cases |= {name: (Case(config), False) for name, config in options.items()}
-    for name, config in examples.items():
-        rare = name not in FAMILIES
-        cases |= {f"{name}-{kind}": (Case(config, kind), rare) for kind in ("spectral", "one")}
+EXAMPLES = {name: config.example() for name, config in MIXERS.all().items() if "causal" in config.example().directions}
+OPTIONS: dict[str, MixerConfig] = {
+    name: config
+    for module in pkgutil.iter_modules(cases.__path__, f"{cases.__name__}.")
+    for name, config in importlib.import_module(module.name).CASES.items()
+    if "causal" in config.directions
+}
+
+
+def _around() -> Iterator[tuple[str, Case, bool]]:
+    """Each example under sigmaReparam and in a mixture of heads: name, case, and whether it is of a family base."""
+    for name, config in EXAMPLES.items():
+        for kind in ("spectral", "one"):
+            yield f"{name}-{kind}", Case(config, kind), name in FAMILIES
         if not isinstance(config, WrapperConfig):
-            cases[f"moh+{name}"] = Case(MoHConfig(mixer=config)), rare
-    return cases
+            yield f"moh+{name}", Case(MoHConfig(mixer=config)), name in FAMILIES
 
 
-CASES = _cases()
-PARAMS = [pytest.param(case, id=name, marks=[pytest.mark.slow] if slow else []) for name, (case, slow) in CASES.items()]
+def _param(name: str, case: Case, usual: bool) -> Any:
+    return pytest.param(case, id=name, marks=[] if usual else [pytest.mark.slow])
+
+
+def case_params(*, options: bool = True) -> list[Any]:
+    """The cases, slow ones marked: every example, what goes around it, and options, which are slow too unless `options`."""
+    plain = [_param(name, Case(config), True) for name, config in EXAMPLES.items()]
+    return [
+        *plain,
+        *(_param(name, Case(config), options) for name, config in OPTIONS.items()),
+        *(_param(name, case, of_family) for name, case, of_family in _around()),
+    ]
 
 
 class Program:

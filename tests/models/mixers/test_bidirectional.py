@@ -12,13 +12,12 @@ from plait.models.config import LMConfig
 from plait.models.mixers.base import MIXERS, HeadMixer
 from plait.models.mixers.moh import MoHConfig
 from plait.tests.models import common
-from plait.tests.models.mixers.subject import CASES, LENGTH, REAL, SEGMENTS, WIDTH, Case, layout
+from plait.tests.models.mixers.subject import LENGTH, REAL, SEGMENTS, WIDTH, Case, layout
+from plait.tests.models.mixers.subject import OPTIONS as ALL_OPTIONS
 from plait.tests.tolerances import assert_close
 
 BOTH_WAYS = {name: config.example() for name, config in MIXERS.all().items() if "bidirectional" in config.example().directions}
-OPTIONS = {
-    name: case.config for name, case in CASES.items() if "bidirectional" in case.config.directions and not case.sigma_reparam
-}
+OPTIONS = {name: config for name, config in ALL_OPTIONS.items() if "bidirectional" in config.directions}
 ROWS = [(LENGTH,), SEGMENTS, SEGMENTS, *[(n,) for n in SEGMENTS], (33,)]
 WHOLE, PACKED, CHANGED, ALONE, LEFT = 0, 1, 2, slice(3, 6), 6
 STARTS = np.cumsum((0, *SEGMENTS[:-1]))

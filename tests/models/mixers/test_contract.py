@@ -18,7 +18,6 @@ from plait.tests.models.mixers.subject import (
     LENGTH,
     MESH,
     PACKED,
-    PARAMS,
     PROBES,
     PROMPTS,
     REAL,
@@ -28,6 +27,7 @@ from plait.tests.models.mixers.subject import (
     WIDTH,
     Case,
     Subject,
+    case_params,
     layout,
     program,
 )
@@ -36,7 +36,7 @@ from plait.tests.tolerances import assert_close, bound
 from plait.train import mesh as meshes
 
 
-@pytest.fixture(scope="module", params=PARAMS)
+@pytest.fixture(scope="module", params=case_params())
 def subject(request) -> Subject:
     if isinstance(config := request.param.config, MoHConfig):
         inner = nnx.eval_shape(Case(config.mixer).build)
@@ -50,6 +50,10 @@ def plain_subject(subject) -> Subject:
     if subject.case.sigma_reparam is not None:
         pytest.skip("says nothing of the projections, of which alone sigmaReparam is a property")
     return subject
+
+
+of_examples = pytest.mark.parametrize("subject", case_params(options=False), indirect=True)
+"""What options of a mixer are not likely to change, and costs programs of its own: of options in the slow suite."""
 
 
 def finite(*trees) -> bool:
@@ -147,6 +151,7 @@ def test_implied_attention_reproduces_the_head_outputs(plain_subject):
     assert not np.moveaxis(np.asarray(a), 1, -1)[~visible].any()
 
 
+@of_examples
 def test_eight_devices_equal_one(subject):
     mesh, placed = meshes.make_mesh(MESH), []
     for path, variable in nnx.to_flat_state(subject.variables):
@@ -183,6 +188,7 @@ def test_config_survives_json_and_is_hashable(plain_subject):
     assert hash(again) == hash(plain_subject.config)
 
 
+@of_examples
 def test_gradients_are_finite_in_bfloat16(subject):
     half = program(subject.case.graph("bfloat16"))
     x = ROWS.x[:2, :24].astype(jnp.bfloat16)

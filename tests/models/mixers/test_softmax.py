@@ -8,6 +8,7 @@ from flax import nnx
 from plait.models.build import BuildContext
 from plait.models.mixers.full.softmax import Softmax, SoftmaxConfig
 from plait.models.mixers.sparse.power import PowerConfig
+from plait.models.positions.rotary import RotaryConfig
 from plait.tests.models.common import layout
 from plait.tests.tolerances import assert_close
 
@@ -17,8 +18,8 @@ OPTIONS = {
     "plain": {},
     "gqa": {"num_kv_heads": 2},
     "mqa": {"num_kv_heads": 1},
-    "nope": {"rope_theta": None},
-    "theta": {"rope_theta": 50.0},
+    "nope": {"positions": None},
+    "theta": {"positions": RotaryConfig(theta=50.0)},
     "qk_norm": {"qk_norm": True},
     "window": {"window_size": 3},
     "window-sinks": {"window_size": 3, "num_sink_tokens": 2},
@@ -54,8 +55,8 @@ def formula(layer: Softmax, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if config.qk_norm:
             norm = lambda z, m: z / np.sqrt((z**2).mean(-1, keepdims=True) + 1e-6) * np.asarray(m.scale[...])
             q, k = norm(q, layer.q_norm), norm(k, layer.k_norm)
-        if config.rope_theta is not None:
-            angle = np.arange(n)[:, None] * config.rope_theta ** (-np.arange(0, HEAD_DIM, 2) / HEAD_DIM)
+        if config.positions is not None:
+            angle = np.arange(n)[:, None] * config.positions.theta ** (-np.arange(0, HEAD_DIM, 2) / HEAD_DIM)
             turn = np.exp(1j * angle)[:, None]  # channel d and d + K/2 as a complex number
             q, k = ((z[..., : HEAD_DIM // 2] + 1j * z[..., HEAD_DIM // 2 :]) * turn for z in (q, k))
             q, k = (np.concatenate([z.real, z.imag], axis=-1) for z in (q, k))

@@ -15,9 +15,13 @@ from jax.extend.core import Literal, jaxprs_in_params
 from plait.kernels import dispatch
 from plait.kernels.attention.call import AttentionCall
 from plait.kernels.dispatch import Implementation
+from plait.kernels.weighted_attention import reference
+from plait.kernels.weighted_attention.call import WeightedCall
 
-ATTENTION = ("attention", "routed_attention", "local_linear")
+ATTENTION = ("attention", "routed_attention")
 """Ops whose operations are the pairs that a query sees, whatever an implementation computes besides."""
+BY_RULE = "weighted_attention"
+"""Such an op, a pair of which costs what one more row of its reference does, over the keys."""
 
 
 def count_flops(monkeypatch: pytest.MonkeyPatch, run: Callable, *args: jax.Array) -> float:
@@ -27,11 +31,13 @@ def count_flops(monkeypatch: pytest.MonkeyPatch, run: Callable, *args: jax.Array
         chosen = {"reference": op.implementations["reference"]}
         if name in ATTENTION:
             chosen = {"reference": Implementation(functools.partial(_attention, pairs, name == "attention"))}
+        elif name == BY_RULE:
+            chosen = {"reference": Implementation(functools.partial(_by_rule, pairs))}
         monkeypatch.setattr(op, "implementations", chosen)
 
     def traced(*args):
         pairs.clear()
-        return run(*args), sum(pairs, jnp.zeros((), jnp.int32))
+        return run(*args), sum(pairs, jnp.zeros(()))
 
     jaxpr = jax.make_jaxpr(traced)(*args).jaxpr
     return _products(jaxpr, [True] * len(jaxpr.invars)) + float(jax.jit(lambda *args: traced(*args)[1])(*args))
@@ -44,10 +50,26 @@ def _attention(pairs: list[jax.Array], with_stats: bool, call: AttentionCall) ->
     if call.block_table is not None:
         visible = visible & call.block_table.dense(call.q.shape[1], call.k.shape[1])
     heads = call.q.shape[2] // visible.shape[1]
-    products = getattr(call, "pair_products", call.q.shape[3] + call.v.shape[3])
-    pairs.append(2 * products * heads * visible.sum())
+    pairs.append(2 * (call.q.shape[3] + call.v.shape[3]) * heads * visible.sum())
     o = jnp.zeros((*call.q.shape[:3], call.v.shape[3]), call.q.dtype)
     return (o, None) if with_stats else o
+
+
+def _by_rule(pairs: list[jax.Array], call: WeightedCall) -> jax.Array:
+    """Zeros of the right shape; the operations go into `pairs`."""
+    halo, (batch, num_keys, _, num_channels) = call.rule.halo, call.v.shape
+
+    def cost(rows: int) -> float:
+        some = call.on_queries(lambda x: jax.ShapeDtypeStruct((batch, halo + rows, *x.shape[2:]), x.dtype)).replace(
+            own_keys=False
+        )
+        jaxpr = jax.make_jaxpr(lambda call: reference.weighed(call, None))(some).jaxpr
+        return _products(jaxpr, [True] * len(jaxpr.invars))
+
+    queries, keys = call.queries, call.keys
+    visible = call.mask.dense(queries.positions, keys.positions, queries.segment_ids, keys.segment_ids)[:, halo:]
+    pairs.append((cost(3) - cost(2)) / (batch * num_keys) * visible.sum())
+    return jnp.zeros((batch, call.length, call.q.shape[2], num_channels), call.q.dtype)
 
 
 def _products(jaxpr, data: list[bool]) -> float:

@@ -31,8 +31,9 @@ def layer_flops(config: ExperimentConfig) -> list[LayerFlops]:
     """The layers of a model with a settled vocabulary, as `LMConfig.flops` counts them; what is recomputed follows `model.remat`."""
     model, seq_len = config.model, config.data.seq_len
     layers = [_layer(config, name, count) for name, count in collections.Counter(model.layers).items()]
-    channel = model.num_layers * model.channel_mixer.flops(model.d_model)
-    layers.append(LayerFlops("channel mixers", model.num_layers, channel, 0.0, channel if model.remat == "full" else 0.0))
+    mixers = model.layer_channel_mixers
+    channel = sum(one.flops(model.d_model) for one in mixers)
+    layers.append(LayerFlops("channel mixers", len(mixers), channel, 0.0, channel if model.remat == "full" else 0.0))
     head = 2.0 * model.d_model * (model.vocab_size or 0)
     layers.append(LayerFlops("head and loss", 1, head, 0.0, head))  # the loss keeps no logits
     assert abs(sum(layer.forward for layer in layers) - model.flops(seq_len)) <= 1e-6 * model.flops(seq_len)

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from plait.configs import codec
 from plait.configs.files import write_atomically
+from plait.train.pods.plan.decoding import decoding
 from plait.train.pods.plan.memory import size_text
 from plait.train.pods.plan.roofline import ASSUMPTIONS
 from plait.train.pods.plan.search import Candidate
@@ -38,6 +39,7 @@ def sections(plan: Plan) -> list[Section]:
         _summary(plan),
         _memory(plan),
         _flops(plan),
+        *_decoding(plan),
         _collectives(plan),
         _layer_exchange(plan),
         _roofline(plan),
@@ -118,6 +120,21 @@ def _flops(plan: Plan) -> Section:
         )
     columns = ("layers", "count", "products", "mixing", "share", "computed again")
     return Section("Forward operations a token, MFLOP", columns, rows, notes)
+
+
+def _decoding(plan: Plan) -> list[Section]:
+    if not plan.config.model.causal:
+        return []
+    chip, rows = plan.target.chip, []
+    for one in decoding(plan.config.model):
+        least = "-" if chip is None else f"{one.seconds(chip) * 1e3:.3g}"
+        rows.append((f"{one.context:,}", size_text(one.state), size_text(one.growing), f"{one.flops / 1e9:,.3g}", least))
+    notes = [
+        "One sequence: its caches and states, of which caches grow. The least time is that of one device reading weights and state, or "
+        "of its operations; a bound, not a measurement."
+    ]
+    columns = ("tokens before", "state", "of it caches", "GFLOP", "least ms")
+    return [Section("Decoding a token", columns, rows, notes)]
 
 
 def _collectives(plan: Plan) -> Section:
@@ -247,6 +264,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "fits": plan.fits,
         "memory": {**dataclasses.asdict(memory), "total": memory.total, "headroom": memory.headroom},
         "flops": {**dataclasses.asdict(plan.flops), "layers": [dataclasses.asdict(row) for row in plan.layers]},
+        "decoding": [dataclasses.asdict(one) for one in decoding(plan.config.model)] if plan.config.model.causal else [],
         "traffic": plan.traffic,
         "intensity": plan.intensity,
         "collectives": [

@@ -10,7 +10,7 @@ softmax = functools.partial(SoftmaxConfig, num_heads=4, head_dim=16)
 mla = functools.partial(MLAConfig, num_heads=4, kv_rank=24, nope_head_dim=16, rope_head_dim=8, v_head_dim=12)
 CASES = {
     "softmax-gqa": softmax(num_kv_heads=2),
-    "softmax-nope": softmax(rope_theta=None),
+    "softmax-nope": softmax(positions=None),
     "softmax-qk_norm": softmax(qk_norm=True),
     "softmax-window": softmax(window_size=8),
     "softmax-window-sinks": softmax(window_size=8, num_sink_tokens=2),
@@ -20,6 +20,6 @@ CASES = {
     "softmax-sigmoid": softmax(normalizer="sigmoid"),
     "softmax-value_residual": softmax(value_residual=True),
     "mla-full_queries": mla(),
-    "mla-nope": mla(q_rank=32, rope_theta=None),
+    "mla-nope": mla(q_rank=32, positions=None),
     "moh+softmax-gqa-routed": MoHConfig(mixer=softmax(num_kv_heads=2), num_shared_heads=0, top_k=3),
 }

@@ -1,0 +1,1 @@
+"""Position encodings: one file each, found by its registered name."""
