@@ -10,7 +10,8 @@ from plait.kernels.dispatch import chosen, registered
 from plait.kernels.dplr import dplr, dplr_rows
 from plait.kernels.linear_scan import linear_scan
 from plait.kernels.masks import BlockTable, Mask, PowerMask
-from plait.kernels.online_memory import MemoryState, Rule, online_memory
+from plait.kernels.memory_context import memory_context
+from plait.kernels.online_memory import online_memory
 from plait.kernels.selective_scan import selective_scan
 from plait.kernels.short_conv import short_conv
 from plait.kernels.tokens import Tokens
@@ -24,9 +25,7 @@ __all__ = [
     "DistanceBias",
     "LowRankBias",
     "Mask",
-    "MemoryState",
     "PowerMask",
-    "Rule",
     "Tokens",
     "attention",
     "attention_rows",
@@ -41,6 +40,7 @@ __all__ = [
     "dplr_rows",
     "first_masses",
     "linear_scan",
+    "memory_context",
     "online_memory",
     "registered",
     "routed_attention",

@@ -75,7 +75,8 @@ class Block(nnx.Module):
             return mixed.y, mixed.carry, mixed
 
         stream, mixed, channels = self._through(stream, mix, at)
-        looks, statistics = mixed.looks, {}
+        looks = mixed.looks
+        statistics: Statistics = {}
         if observer is not None:
             looks = looks or (look(observer, at=at, x=stream.x),)
             residual = jax.lax.stop_gradient(stream.x[observer.pick_sequences(stream.x.shape[0])])

@@ -113,10 +113,9 @@ def online_memory(
 
 
 def empty_memory(initial: Weights, batch: int, with_momentum: bool) -> MemoryState:
-    """The state of `batch` sequences before their first token."""
-    accumulated = tuple(jnp.broadcast_to(w.astype(jnp.float32), (batch, *w.shape)) for w in initial)
-    momentum = tuple(map(jnp.zeros_like, accumulated)) if with_momentum else ()
-    return MemoryState(accumulated, momentum, accumulated, jnp.full((batch,), -1, jnp.int32))
+    """The state of `batch` sequences before their first token, which puts `initial` in its place."""
+    zeros = tuple(jnp.zeros((batch, *w.shape), jnp.float32) for w in initial)
+    return MemoryState(zeros, zeros if with_momentum else (), zeros, jnp.full((batch,), -1, jnp.int32))
 
 
 def _shape(q: Array) -> tuple[int, ...]:

@@ -35,7 +35,7 @@ class Borders(NamedTuple):
     opens: Array
     """The token is the first of its chunk."""
     restarts: Array
-    """It is the first of its document, another than that of the entering state."""
+    """It is the first of its document."""
     last: Array
     """int32 `[B]`: the number of the last token's chunk."""
 
@@ -70,18 +70,8 @@ class MemoryCall(Call):
 
     @property
     def borders(self) -> Borders:
-        """Where chunks begin. Padding belongs to none."""
-        index, real = chunking.segment_index(self.segment_ids)
-        number = self.positions // self.rule.chunk_size
-        here = jnp.arange(real.shape[1], dtype=jnp.int32)[None, :]
-        last = jax.lax.cummax(jnp.where(real, here, -1), axis=1)
-        before = jnp.pad(last[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-        old = jnp.take_along_axis(number, jnp.maximum(before, 0), axis=1)
-        old = jnp.where(before >= 0, old, self.chunk[:, None])
-        other = (before >= 0) & (jnp.take_along_axis(index, jnp.maximum(before, 0), axis=1) != index)
-        end = jnp.take_along_axis(number, jnp.maximum(last[:, -1:], 0), axis=1)
-        end = jnp.where(last[:, -1:] >= 0, end, self.chunk[:, None])[:, 0]
-        return Borders(real, real & (other | (number != old)), real & other, end)
+        """Where chunks begin."""
+        return borders(self.segment_ids, self.positions, self.chunk, self.rule.chunk_size)
 
     def wide(self) -> tuple[Array, ...]:
         """q, k, v, g, step, momentum and threshold, head-major in the dtype of sums: `[B, H, T, K or 1]`, `[B, H, T]`; None as given."""
@@ -94,3 +84,18 @@ class MemoryCall(Call):
     def fresh(self) -> Weights:
         """The learned memory that a document begins with, `[1, H, I, O]` a layer."""
         return tuple(w.astype(self.dtype)[None] for w in self.initial)
+
+
+def borders(segment_ids: Array, positions: Array, chunk: Array, chunk_size: int) -> Borders:
+    """Where chunks of the documents begin; padding belongs to none. `chunk` is the number of the one that is open, as in the state."""
+    index, real = chunking.segment_index(segment_ids)
+    number = positions // chunk_size
+    here = jnp.arange(real.shape[1], dtype=jnp.int32)[None, :]
+    last = jax.lax.cummax(jnp.where(real, here, -1), axis=1)
+    before = jnp.pad(last[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    at = lambda x, place: jnp.take_along_axis(x, jnp.maximum(place, 0), axis=1)
+    old = jnp.where(before >= 0, at(number, before), chunk[:, None])
+    other = (before >= 0) & (at(index, before) != index)
+    first = (before < 0) & (chunk < 0)[:, None]
+    end = jnp.where(last[:, -1:] >= 0, at(number, last[:, -1:]), chunk[:, None])[:, 0]
+    return Borders(real, real & (other | (number != old)), real & (other | first), end)

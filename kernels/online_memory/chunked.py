@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from plait.kernels.chunking import dot, to_chunks
 from plait.kernels.online_memory import reference
 from plait.kernels.online_memory.call import MemoryCall
-from plait.kernels.online_memory.rule import Rule, Weights, by_channel
+from plait.kernels.online_memory.rule import Rule, by_channel
 
 Array = jax.Array
 _BLOCK = 64
@@ -64,7 +64,10 @@ def online_memory(call: MemoryCall) -> tuple[Any, ...]:
 
         def chunk(number: Array, state: tuple[Any, ...]) -> tuple[Any, ...]:
             mine = begun == (entered + number)[:, None]
-            return _chunk(rule, fresh, tokens, mine, mine & opens, mine & restarts, state)
+            *carry, o, written = state
+            carry = reference.enter(fresh, tuple(carry), (mine & opens).any(1), (mine & restarts).any(1))
+            carry, (read, norms) = move(rule, carry, tokens, mine)
+            return *carry, jnp.where(mine[:, None, :, None], read, o), jnp.where(mine[:, None], norms, written)
 
         def one(state: tuple[Any, ...], number: Array) -> tuple[Any, None]:
             some = (begun == (entered + number)[:, None]).any()
@@ -83,16 +86,10 @@ def online_memory(call: MemoryCall) -> tuple[Any, ...]:
     return o.astype(call.q.dtype), *state, borders.last, written
 
 
-def _chunk(
-    rule: Rule, fresh: Weights, tokens: Tokens, mine: Array, opens: Array, restarts: Array, state: tuple[Any, ...]
-) -> tuple[Any, ...]:
-    """The state after the tokens `mine` `[B, C]` of one chunk, and their outputs added to those of others."""
-    accumulated, speed, opened, o, written = state
-    depth, row = len(fresh), lambda flags: flags.any(1)[:, None, None, None]
-    accumulated = tuple(jnp.where(row(restarts), w, a) for w, a in zip(fresh, accumulated, strict=True))
-    speed = tuple(jnp.where(row(restarts), 0, s) for s in speed)
-    opened = tuple(jnp.where(row(opens), a, old) for a, old in zip(accumulated, opened, strict=True))
-
+def move(rule: Rule, carry: reference.Carry, tokens: Tokens, mine: Array) -> tuple[reference.Carry, tuple[Array, Array]]:
+    """The state after the tokens `mine` `[B, C]` of the open chunk; what these read, and their writes' norms."""
+    accumulated, speed, opened = carry
+    depth = len(accumulated)
     reads, slopes = rule.slopes(rule.weights(opened, opened), tokens.k, tokens.v, tokens.threshold)
     here = mine[:, None, :, None]
     paths = _paths(tokens, here)
@@ -118,8 +115,8 @@ def _chunk(
             z = z + dot("bhti,bhio->bhto", y, speed[layer]) * paths.speed
         return z * scales[layer]
 
-    o = jnp.where(here, rule.apply(tokens.q, product, depth), o)
-    norms, moved = jnp.zeros(written.shape, written.dtype), []
+    o = rule.apply(tokens.q, product, depth)
+    norms, kept, moved = jnp.zeros(o.shape[:3], o.dtype), [], []
     for layer, (a, h, d) in enumerate(zip(accumulated, reads, slopes, strict=True)):
         first = layer == 0 and depth > 1
         weigh = lambda factor, h=h, d=d, first=first: dot("bhji,bhjo->bhio", *((factor * h, d) if first else (h, factor * d)))
@@ -127,15 +124,11 @@ def _chunk(
         if paths.speed is not None:
             from_before, from_tokens = paths.last_speed
             new = new + paths.speed[:, :, -1][..., None] * speed[layer]
-            moved.append((new, from_before[..., None] * speed[layer] - weigh(from_tokens)))
-        else:
-            moved.append((new, None))
+            moved.append(from_before[..., None] * speed[layer] - weigh(from_tokens))
+        kept.append(new)
         one, other = (tokens.step * h, d) if first else (h, tokens.step * d)
         norms = norms + jnp.square(one).sum(-1) * jnp.square(other).sum(-1)
-    accumulated = tuple(new for new, _ in moved)
-    speed = tuple(new for _, new in moved) if paths.speed is not None else ()
-    written = jnp.where(mine[:, None], jnp.sqrt(jnp.maximum(norms, 1e-30)), written)
-    return accumulated, speed, opened, o, written
+    return (tuple(kept), tuple(moved), opened), (o, jnp.sqrt(jnp.maximum(norms, 1e-30)))
 
 
 def _paths(tokens: Tokens, here: Array) -> Paths:

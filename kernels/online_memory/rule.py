@@ -20,6 +20,7 @@ Weights = tuple[Array, ...]
 
 _NORM_EPS = 1e-5
 _ROUND = 1e-6
+_SMALLEST = 1e-6
 _STEEP = 10.0
 
 
@@ -96,9 +97,10 @@ class Rule:
 
 
 def _norm(a: Array, q: float) -> Array:
-    """The q-norm of a matrix, `[..., 1, 1]`, of its entries over the largest one."""
-    largest = jax.lax.stop_gradient(jnp.maximum(jnp.abs(a).max((-2, -1), keepdims=True), 1e-30))
-    return largest * jnp.sum((jnp.abs(a) / largest) ** q, (-2, -1), keepdims=True) ** (1 / q)
+    """The q-norm of a matrix, `[..., 1, 1]` and at least 1e-6, of its entries over the largest one."""
+    largest = jax.lax.stop_gradient(jnp.maximum(jnp.abs(a).max((-2, -1), keepdims=True), _SMALLEST))
+    total = jnp.sum((jnp.abs(a) / largest) ** q, (-2, -1), keepdims=True)
+    return largest * jnp.where(total >= 1, total, 1.0) ** (1 / q)
 
 
 def by_channel(gate: Array, layer: int, depth: int) -> Array:

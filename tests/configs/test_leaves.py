@@ -66,6 +66,7 @@ TEXTS = {
 """Other values of the leaves that are free text."""
 
 NEEDS: dict[str, dict[str, Any]] = {
+    "mega.max_distance": {"bias": "simple"},
     "optimizer.decay_fraction": {"optimizer.schedule": "wsd"},
     "data.text_field": {"data.source": "{lines}"},
     "model.causal": {"data.task": MaskedLanguageTask()},

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from plait.kernels import Rule, Tokens, delta_rule, online_memory
+from plait.kernels import Tokens, delta_rule, online_memory
+from plait.kernels.online_memory import Rule
 from plait.tests.kernels.cases import quick_jit, with_gradients
 from plait.tests.models.common import layout, left_padded
 from plait.tests.tolerances import assert_close, in_float64
@@ -35,7 +36,7 @@ def inputs(depth: int, rule: Rule, *, seed: int = 0, length: int = LENGTH, batch
         "q": unit(q),
         "k": unit(k),
         "v": v,
-        "initial": [0.5 * rng.normal(size=(HEADS, *w)) for w in itertools.pairwise(widths)],
+        "initial": [(2.0 if rule.retention == "kl" else 0.5) * rng.normal(size=(HEADS, *w)) for w in itertools.pairwise(widths)],
     }
     named["g"] = -rng.exponential(0.3, (batch, length, HEADS, *channels))
     named["step"] = rng.uniform(0, 0.1 if rule.residual else 0.3, (batch, length, HEADS, *channels))
@@ -148,6 +149,20 @@ def test_a_memory_of_two_layers_in_numpy():
             s = [np.exp(a["momentum"][t, h]) * old - a["step"][t, h] * new for old, new in zip(s, u)]
             w = [np.exp(a["g"][t, h]) * old + new for old, new in zip(w, s)]
             np.testing.assert_allclose(got[0, t, h], gelu(a["q"][t, h] @ w[0]) @ w[1], rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["mlp", "lq", "kl"])
+def test_second_order_gradients_flow(name):
+    """The derivative along a direction of everything equals differences, in float64: nothing stops at the gradients of the memory."""
+    depth, rule = RULES[name]
+    size = lambda x: jnp.square(run(rule, "chunked")(x)["o"]).sum()
+    direction = jax.tree.map(lambda a: a * jnp.cos(jnp.arange(a.size)).reshape(a.shape), inputs(depth, rule, seed=3))
+    moved = lambda x, step: size(jax.tree.map(lambda a, d: a + step * d, x, direction))
+    both = quick_jit(lambda x: ((moved(x, 1e-6) - moved(x, -1e-6)) / 2e-6, jax.jvp(lambda t: moved(x, t), (0.0,), (1.0,))[1]))
+    with jax.enable_x64(True):
+        direction = jax.tree.map(lambda a: jnp.asarray(np.asarray(a), jnp.float64), direction)
+        differences, along = both(jax.tree.map(lambda a: jnp.asarray(np.asarray(a), jnp.float64), inputs(depth, rule)))
+    np.testing.assert_allclose(along, differences, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["mlp", "lq", "kl", "huber"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,7 @@ class Differential(DotProduct):
 
     def weigh(self, inputs, *, at):
         v = jnp.repeat(inputs.v, inputs.k.shape[2] // inputs.v.shape[2], axis=2)
-        o = attention(inputs.q, inputs.k, v, at=at, kv_at=inputs.kv_at, **self.options(inputs, at))
+        o: Any = attention(inputs.q, inputs.k, v, at=at, kv_at=inputs.kv_at, **self.options(inputs, at))
         first, second = self.halves(o, 2)
         return (first.astype(jnp.float32) - inputs.weight[..., None] * second.astype(jnp.float32)).astype(o.dtype)
 

@@ -4,6 +4,7 @@ projection back. A mixer is then its config and how it makes, shares and combine
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 from typing import Any, ClassVar
@@ -25,23 +26,18 @@ from plait.models.positions.rotary import RotaryConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DotProductConfig(MixerConfig):
+class DotProductConfig(MixerConfig, abc.ABC):
     """Heads that weigh values by a softmax of scaled dot products."""
 
     directions: ClassVar[tuple[Direction, ...]] = ("causal", "bidirectional")
 
-    num_heads: Heads | None = None
-    """Heads; None gives d_model / head_dim."""
-    head_dim: Channels = 64
-    """Channels of a head."""
-
+    @abc.abstractmethod
     def count_heads(self, d_model: int) -> int:
         """Heads at width `d_model`."""
-        return resolve_heads(self.num_heads, d_model, self.head_dim)
 
+    @abc.abstractmethod
     def maps(self, d_model: int) -> tuple[int, int, int]:
         """How many softmaxes, and the channels of their keys and values."""
-        return self.count_heads(d_model), self.head_dim, self.head_dim
 
     def mixing_flops(self, d_model: int, seq_len: int) -> float:
         maps, keys, values = self.maps(d_model)
@@ -56,15 +52,27 @@ class DotProductConfig(MixerConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PlacedConfig(DotProductConfig):
+class HeadsConfig(DotProductConfig):
+    """Of one width."""
+
+    num_heads: Heads | None = None
+    """Heads; None gives d_model / head_dim."""
+    head_dim: Channels = 64
+    """Channels of a head."""
+
+    def count_heads(self, d_model: int) -> int:
+        return resolve_heads(self.num_heads, d_model, self.head_dim)
+
+    def maps(self, d_model: int) -> tuple[int, int, int]:
+        return self.count_heads(d_model), self.head_dim, self.head_dim
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PositionsConfig(DotProductConfig):
     """With a choice of position encodings."""
 
     positions: PositionConfig | None = RotaryConfig()
     """How queries and keys know where they stand; None for no position encoding (NoPE)."""
-
-    def check(self) -> None:
-        if self.positions is not None:
-            under("positions", self.positions.fit, self.head_dim)
 
     def place(self, ctx: BuildContext, d_model: int) -> Position | None:
         if self.positions is None:
@@ -80,6 +88,15 @@ class PlacedConfig(DotProductConfig):
         rank = 0 if self.positions is None else self.positions.bias_rank
         folded = folded_columns(rank, keys) if rank else 0
         return super().mixing_flops(d_model, seq_len) + 2.0 * maps * folded * mean_keys(seq_len)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlacedConfig(PositionsConfig, HeadsConfig):
+    """Of one width, with a choice of position encodings."""
+
+    def check(self) -> None:
+        if self.positions is not None:
+            under("positions", self.positions.fit, self.head_dim)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,10 +116,12 @@ class GroupedConfig(PlacedConfig):
 
 class DotProduct(Cached):
     """Subclasses make their projections, `o` the one back, and write `project`; those that cache other things than keys and values
-    also `entries`, `kept` and `recalled`."""
+    also `entries`, `kept` and `recalled`.
+    """
 
     config: Any
     num_kv_heads: int
+    o: Any
 
     def __init__(self, config: DotProductConfig, d_model: int, ctx: BuildContext):
         super().__init__(ctx)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,8 @@ from plait.kernels.attention.bias import folded_columns
 from plait.models.axes import EMBED, HEADS, KV_HEADS
 from plait.models.build import BuildContext
 from plait.models.linear import Dense
-from plait.models.mixers.base import Direction, HeadMixer, MixerConfig, register
-from plait.models.mixers.full.dot_product import DotProduct
+from plait.models.mixers.base import HeadMixer, register
+from plait.models.mixers.full.dot_product import DotProduct, DotProductConfig
 from plait.models.mixers.full.weighted import mean_keys
 from plait.models.mixers.heads import join_heads, require_divides, split_heads
 from plait.models.positions.base import Position, PositionConfig
@@ -30,7 +30,7 @@ from plait.models.positions.rotary import RotaryConfig
     proof="the authors' layer",
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DualAttentionConfig(MixerConfig):
+class DualAttentionConfig(DotProductConfig):
     """Sensory heads `sum_j A_ij v_j` and relational heads `sum_j A_ij (W_r r_ij + W_s s_j)`, each kind with its own projection back.
 
     `r_ij` has for every relation l the number `(x_i Q_l) . (x_j K_l) / sqrt(P)`, P = head_dim relational heads / relations; s_j is the
@@ -38,10 +38,9 @@ class DualAttentionConfig(MixerConfig):
 
     A sum over j of `A_ij r_ij` is the relation of x_i with `sum_j A_ij x_j K_l`: values that are wider by head_dim relational heads,
     and no array of pairs. Relations have no activation (the default of the authors' code), since no other allows that, and every layer
-    has a library of its own. Heads are d_model / num_heads wide.
+    has a library of its own. Symbols by distance, which that code also has, are no weighted sums of values and not here. Heads are
+    d_model / num_heads wide.
     """
-
-    directions: ClassVar[tuple[Direction, ...]] = ("causal", "bidirectional")
 
     num_heads: Heads = 16
     """Heads of both kinds, a divisor of d_model."""
@@ -65,7 +64,6 @@ class DualAttentionConfig(MixerConfig):
         return cls(num_heads=4, num_relations=8, num_symbols=12, symbol_heads=2)
 
     def count_heads(self, d_model: int) -> int:
-        """Heads of both kinds; raises ValueError where the options do not fit the width."""
         sensory, relational, channels = self.split(d_model)
         if sensory < 1:
             raise ValueError(
@@ -81,7 +79,6 @@ class DualAttentionConfig(MixerConfig):
         return self.num_heads
 
     def maps(self, d_model: int) -> tuple[int, int, int]:
-        """How many sensory heads, and the channels of their keys and values."""
         sensory, _, channels = self.split(d_model)
         return sensory, channels, channels
 
@@ -92,7 +89,6 @@ class DualAttentionConfig(MixerConfig):
         return under("positions", self.positions.build, ctx, d_model, self.split(d_model)[kind == "relational"])
 
     def fit_length(self, length: int) -> None:
-        """Raises ValueError where sequences of `length` cannot be decoded."""
         if self.positions is not None:
             under("positions", self.positions.fit_length, length, "decoding")
 
@@ -230,8 +226,9 @@ class DualAttention(DotProduct):
     def weigh(self, inputs, *, at):
         where: dict[str, Any] = {"at": at, "kv_at": inputs.kv_at}
         sensory, relational = self.both_options(inputs, at)
-        o = attention(inputs.q, inputs.k, inputs.values, **where, **sensory)
-        return _joined(o, attention(inputs.r_q, inputs.r_k, inputs.r_v, **where, **relational))
+        first: Any = attention(inputs.q, inputs.k, inputs.values, **where, **sensory)
+        second: Any = attention(inputs.r_q, inputs.r_k, inputs.r_v, **where, **relational)
+        return _joined(first, second)
 
     attend_active = HeadMixer.attend_active
 

@@ -14,7 +14,7 @@ from plait.kernels.attention.bias import folded_columns
 from plait.models.axes import HEADS
 from plait.models.build import BuildContext
 from plait.models.mixers.base import Direction, register
-from plait.models.mixers.full.dot_product import DotProductConfig
+from plait.models.mixers.full.dot_product import HeadsConfig
 from plait.models.mixers.full.mdha import ConvolvedHeads
 from plait.models.mixers.full.weighted import mean_keys
 from plait.models.mixers.heads import split_heads
@@ -29,7 +29,7 @@ _BASE = 10_000.0
     proof="transformers: XLNet's relative scores, behind torch's conv1d",
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RCMHAConfig(DotProductConfig):
+class RCMHAConfig(HeadsConfig):
     """`z_ij = ((q_i + u) . k_j + (q_i + v) . W_r r_{i-j}) / sqrt(K)`, q, k and values convolved as in `mdha`, u and v learned a head.
 
     `r_n = (sin(n f), cos(n f))`, f from 1 down to 1 / 10,000. The sine and cosine of i - j are sums of products of one of i and one of

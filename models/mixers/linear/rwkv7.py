@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from plait.configs.domains import Channels, Epsilon, Heads
+from plait.configs.domains import Channels, Epsilon
 from plait.kernels import dplr, dplr_rows
 from plait.models.axes import EMBED, HEADS
 from plait.models.build import Buffer, BuildContext, Initializer
 from plait.models.linear import Dense
 from plait.models.mixers.base import MixerConfig, register
-from plait.models.mixers.heads import require_divides, resolve_heads, split_heads
+from plait.models.mixers.heads import resolve_heads, split_heads
 from plait.models.mixers.linear.recurrent import Recurrent
 from plait.models.norms import GroupNorm, l2_normalize
 from plait.models.stream import CarryUse
@@ -40,7 +40,7 @@ POWERS = (0.2, 0.9, 0.7, 0.7, 0.9, 0.2)
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RWKV7Config(MixerConfig):
-    """`S_t = (Diag(w_t) - n_t (a_t n_t)^T)^T S_{t-1} + k_t v_t^T`, `o_t = S_t^T r_t`, `y = W_o ((norm(o) + (r . u k) v) g)`.
+    """`S_t = (Diag(w_t) - (a_t n_t) n_t^T) S_{t-1} + k_t v_t^T`, `o_t = S_t^T r_t`, `y = W_o ((norm(o) + (r . u k) v) g)`.
 
     Every projection reads its own mix of a token and the one before, `x_t + m (x_{t-1} - x_t)`.
     `log w = -e^-1/2 sigmoid(w_0 + W_2 tanh(W_1 x))`, `a = sigmoid(a_0 + A_2 A_1 x)`, `g = G_2 sigmoid(G_1 x)`; n is `c W_k x` of unit norm
@@ -50,10 +50,8 @@ class RWKV7Config(MixerConfig):
     divides by their norm.
     """
 
-    num_heads: Heads | None = None
-    """Heads; None gives d_model / head_dim."""
     head_dim: Channels = 64
-    """Channels of a head where num_heads is None."""
+    """Channels of a head."""
     decay_rank: Channels | None = None
     """Inner width of w's projection; None gives 2.5 sqrt(d_model) to the nearest 32, at least 32."""
     rate_rank: Channels | None = None
@@ -67,13 +65,11 @@ class RWKV7Config(MixerConfig):
 
     @classmethod
     def example(cls) -> RWKV7Config:
-        return cls(num_heads=4, decay_rank=8, rate_rank=8, value_rank=4, gate_rank=12)
+        return cls(head_dim=16, decay_rank=8, rate_rank=8, value_rank=4, gate_rank=12)
 
     def heads(self, d_model: int) -> int:
         """Heads at width `d_model`."""
-        num_heads = resolve_heads(self.num_heads, d_model, self.head_dim)
-        require_divides(("num_heads", num_heads), ("d_model", d_model))
-        return num_heads
+        return resolve_heads(None, d_model, self.head_dim)
 
     def ranks(self, d_model: int) -> tuple[int, int, int, int]:
         """Inner widths of the projections of w, a, v and g."""
@@ -83,14 +79,13 @@ class RWKV7Config(MixerConfig):
         return w, a, v, g
 
     def carries(self, d_model: int) -> tuple[CarryUse, ...]:
-        num_heads = self.heads(d_model)
-        return (CarryUse(FIRST_VALUES, "first", (num_heads, d_model // num_heads)),)
+        return (CarryUse(FIRST_VALUES, "first", (self.heads(d_model), self.head_dim)),)
 
     def build(self, d_model: int, ctx: BuildContext) -> RWKV7:
         return RWKV7(self, d_model, ctx)
 
     def mixing_flops(self, d_model: int, seq_len: int) -> float:
-        return 8.0 * d_model**2 / self.heads(d_model) + 4.0 * d_model  # two writes, two reads; a convolution of two taps
+        return 8.0 * d_model * self.head_dim + 4.0 * d_model  # two writes, two reads; a convolution of two taps
 
 
 class RWKV7Inputs(NamedTuple):
@@ -136,9 +131,8 @@ class RWKV7(Recurrent):
 
     def __init__(self, config: RWKV7Config, d_model: int, ctx: BuildContext):
         self.num_heads = config.heads(d_model)
-        head_dim = d_model // self.num_heads
-        self.head_dims = (head_dim, head_dim)
-        start = Starts(ctx, d_model, head_dim)
+        self.head_dims = (config.head_dim, config.head_dim)
+        start = Starts(ctx, d_model, config.head_dim)
         self.shift = TokenShift(ctx, d_model)
         self.mixes = ctx.param(start.mix, (len(MIXED), d_model), (None, EMBED))
         self.r, self.k, self.v = (
@@ -153,7 +147,7 @@ class RWKV7(Recurrent):
         self.removed = ctx.param(start.removed, (d_model,), (HEADS,))
         self.replaced = ctx.param(jax.nn.initializers.constant(1.02), (d_model,), (HEADS,))
         self.bonus = ctx.param(jax.nn.initializers.constant(-0.04), (d_model,), (HEADS,))
-        self.norm = GroupNorm(ctx, d_model, eps=config.norm_eps, axis=HEADS, groups=self.num_heads, start=start.norm)
+        self.group_norm = GroupNorm(ctx, d_model, eps=config.norm_eps, axis=HEADS, groups=self.num_heads, start=start.norm)
         self.o = Dense(ctx, d_model, d_model, (HEADS, EMBED), init=_zeros(ctx, ctx.residual_init), heads=(0, self.num_heads))
         first = ctx.layer_index == ctx.first_layers.get(FIRST_VALUES, ctx.layer_index)
         self.is_first = Buffer(jnp.asarray(first), axes=())
@@ -191,7 +185,7 @@ class RWKV7(Recurrent):
 
     def finish(self, o, inputs, x):
         again = (inputs.q * inputs.k * self._by_channel(self.bonus)).sum(-1, keepdims=True) * inputs.v
-        y = split_heads(self.norm(o.reshape(*o.shape[:2], -1)), self.num_heads)
+        y = split_heads(self.group_norm(o.reshape(*o.shape[:2], -1)), self.num_heads)
         return (y + again).astype(o.dtype) * inputs.gate
 
 

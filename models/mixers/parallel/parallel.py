@@ -86,6 +86,10 @@ class ParallelConfig(MixerConfig):
         """Those that all parts have."""
         return tuple(one for one in self.parts[0].directions if all(one in part.directions for part in self.parts))
 
+    @property
+    def longest(self) -> int | None:
+        return min((part.longest for part in self.parts if part.longest is not None), default=None)
+
     def fit(self, d_model: int) -> None:
         for index, part in enumerate(self.parts):
             under(f"parts.{index}", part.fit, d_model)

@@ -84,6 +84,22 @@ def test_gates_of_two_tokens_worked_by_hand():
     assert_close(moh.auxiliary_losses(tokens, at=layout((2,), length=2))["balance/moh"], np.float32(expected))
 
 
+@pytest.mark.proves("moh")
+@pytest.mark.parametrize("inner", INNER)
+def test_all_but_one_mixes_the_layers_that_lack_a_head(inner):
+    """`sum_i p_i h / (h - 1) sum_(j != i) H_j W_j` over the experts i, the layers without head i."""
+    moh, x = build(MoHConfig(mixer=INNER[inner], experts="all_but_one")), inputs()
+    read, _ = moh.project(x, at=AT, state=None)
+    heads = moh.inner.finish(moh.attend(read, at=AT, state=None)[0], read, x)
+    number = moh.num_heads
+    without = [moh.output(heads.at[:, :, i].set(0)) * number / (number - 1) for i in range(number)]
+    p = jax.nn.softmax(moh.routed_router(x), axis=-1)
+    mixed = moh(x, at=AT, carry={})
+    assert_close(mixed.y, jnp.einsum("bti,ibtd->btd", p, jnp.stack(without)))
+    assert mixed.losses == {}
+    assert_close(moh.gates(x).mean(-1), np.ones(x.shape[:2], np.float32))
+
+
 def test_output_is_the_gated_sum_of_the_heads():
     config = MoHConfig(mixer=SOFTMAX, num_shared_heads=2, top_k=3)
     moh, x = build(config), inputs()
@@ -181,8 +197,23 @@ class Headless(MixerConfig):
         (lambda: build(MoHConfig(mixer=SOFTMAX, top_k=8)), "top_k=8 must be at most the 7 routed heads; use 7 or less"),
         (lambda: build(MoHConfig(mixer=SOFTMAX, top_k=0)), "top_k=0 must be a whole number from 1"),
         (lambda: build(MoHConfig(mixer=Headless())), "headless has no head outputs"),
+        (lambda: MoHConfig(experts="all_but_one", top_k=2), "top_k=2 chooses heads, of which experts='all_but_one' uses all"),
+        (
+            lambda: build(MoHConfig(mixer=dataclasses.replace(SOFTMAX, num_heads=1), experts="all_but_one")),
+            "experts='all_but_one' needs a head beside the one left out, not 1",
+        ),
     ],
-    ids=["nested", "negative-shared", "negative-balance", "all-shared", "k-too-large", "k-zero", "no-heads"],
+    ids=[
+        "nested",
+        "negative-shared",
+        "negative-balance",
+        "all-shared",
+        "k-too-large",
+        "k-zero",
+        "no-heads",
+        "all-chosen",
+        "one-head",
+    ],
 )
 def test_bad_options_are_refused(make, message):
     with pytest.raises(ValueError, match=message):

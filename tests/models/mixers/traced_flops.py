@@ -13,6 +13,7 @@ import pytest
 from jax.extend.core import Literal, jaxprs_in_params
 
 from plait.kernels import dispatch
+from plait.kernels.attention import AttentionStats
 from plait.kernels.attention.call import AttentionCall
 from plait.kernels.dispatch import Implementation
 from plait.kernels.weighted_attention import reference
@@ -52,7 +53,8 @@ def _attention(pairs: list[jax.Array], with_stats: bool, call: AttentionCall) ->
     heads = call.q.shape[2] // visible.shape[1]
     pairs.append(2 * (call.q.shape[3] + call.v.shape[3]) * heads * visible.sum())
     o = jnp.zeros((*call.q.shape[:3], call.v.shape[3]), call.q.dtype)
-    return (o, None) if with_stats else o
+    stats = AttentionStats(*[jnp.zeros(o.shape[:3])] * len(AttentionStats._fields))
+    return (o, stats) if with_stats else o
 
 
 def _by_rule(pairs: list[jax.Array], call: WeightedCall) -> jax.Array:

@@ -28,6 +28,8 @@ from plait.models.positions.learned import LearnedConfig
 from plait.tests.models import common
 from plait.tests.models.common import layout, quick_jit
 from plait.tests.tolerances import assert_close
+from plait.tests.train.common import program_of, random_batch, tiny
+from plait.train.step import make_step
 
 WIDTH, LENGTH = 32, 11
 AT = layout((LENGTH,), (6, 4), length=LENGTH)
@@ -374,6 +376,23 @@ def test_stacked_layers_move_their_groups_by_their_own_keys():
         alone = build(KDGQA_CONFIG)
         alone.settle(one.counts["mixer"])
         assert stacked.sizes[...][layer].tolist() == alone.sizes[...].tolist()
+
+
+@pytest.mark.slow
+def test_groups_move_once_a_step_whatever_its_micro_batches_and_not_in_a_skipped_one():
+    def after(accumulate: int) -> dict[str, np.ndarray]:
+        mixer = dataclasses.replace(KDGQA_CONFIG, num_heads=4, num_kv_heads=2, head_dim=4)
+        model = {"model.pattern": "kdgqa", "model.mixers": {"kdgqa": mixer}}
+        setup = program_of(tiny({**model, "data.batch_size": 8, "optimizer.accumulate": accumulate}))
+        step, state = quick_jit(make_step(setup.blueprint, setup.tx, setup.mesh, None)), setup.fresh()
+        for bounds in (None, jnp.zeros(2)):  # a loss above 0 is out of bounds
+            state, _ = step(state, random_batch(8), bounds)
+        return {path.rpartition(".")[2]: np.asarray(buffer) for path, buffer in state.buffers.items()}
+
+    whole, parts = after(1), after(2)
+    assert whole["steps"].tolist() == [1, 1]
+    assert whole["sizes"].tolist() == parts["sizes"].tolist() == np.where(np.argsort(whole["before"]), 4, 0).tolist()
+    assert_close(parts["before"], whole["before"])
 
 
 def test_symmetric_relations_have_one_matrix_and_count_its_parameters_once():

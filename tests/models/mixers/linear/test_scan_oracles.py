@@ -62,7 +62,7 @@ def rwkv7(arrays: Arrays) -> Any:
         if theirs != "g":
             weights[f"{ours}.bias"] = w(f"{theirs}_lora.lora.2.bias")
     weights |= {"removed": w("k_k"), "replaced": w("k_a"), "bonus": w("r_k").reshape(-1), "is_first": np.asarray(False)}
-    weights |= {"norm.scale": w("g_norm.weight"), "norm.bias": w("g_norm.bias")}
+    weights |= {"group_norm.scale": w("g_norm.weight"), "group_norm.bias": w("g_norm.bias")}
     config = RWKV7Config(head_dim=HEAD_DIM, decay_rank=3, rate_rank=4, value_rank=5, gate_rank=6, norm_eps=HEAD_DIM * 1e-5)
     first = jnp.asarray(arrays["first"]).reshape(*arrays["first"].shape[:2], -1, HEAD_DIM)
     surroundings = {"layer_index": 1, "num_layers": LAYERS, "first_layers": {FIRST_VALUES: 0}}
@@ -76,7 +76,7 @@ def rg_lru(arrays: Arrays) -> Any:
         weights |= {f"{ours}.kernel": w(f"{theirs}.weight").T, f"{ours}.bias": w(f"{theirs}.bias")}
     for ours, theirs in (("input_gate", "input_gate"), ("decay_gate", "recurrent_gate")):
         weights |= {f"{ours}.kernel": w(f"rg_lru.{theirs}_weight"), f"{ours}.bias": w(f"rg_lru.{theirs}_bias")}
-    return layer(RGLRUConfig(num_heads=4, expand=1.5), weights, arrays)
+    return layer(RGLRUConfig(head_dim=6, expand=1.5), weights, arrays)
 
 
 def lfm2_conv(arrays: Arrays) -> Any:
