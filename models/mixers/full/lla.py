@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,8 @@ import jax.numpy as jnp
 from plait.configs.domains import Coefficient
 from plait.kernels.weighted_attention import Rule, Seen, dot_products, softmax
 from plait.models.build import BuildContext
-from plait.models.mixers.base import register
-from plait.models.mixers.full.weighted import Weighted, WeightedConfig
+from plait.models.mixers.base import Direction, register
+from plait.models.mixers.full.by_rule import ByRule, RuleConfig
 
 
 @register(
@@ -21,7 +22,7 @@ from plait.models.mixers.full.weighted import Weighted, WeightedConfig
     proof="the paper's closed form, and weighted least squares, in float64",
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LLAConfig(WeightedConfig):
+class LLAConfig(RuleConfig):
     """`o_i = sum_j w_ij (1 - z_ij . rho_i) v_j / (sum_j w_ij - mu_i . rho_i)`, `w_ij = exp(q_i . k_j / sqrt(K))`, `z_ij = k_j - q_i`,
     `mu_i = sum_j w_ij z_ij`, `rho_i = (sum_j w_ij z_ij z_ij^T + ridge I)^-1 mu_i`.
 
@@ -30,7 +31,7 @@ class LLAConfig(WeightedConfig):
     The ridge counts relative to the largest weight of a row, so that large logits do not undo it; the paper leaves that open.
     """
 
-    directions = ("causal", "bidirectional")
+    directions: ClassVar[tuple[Direction, ...]] = ("causal", "bidirectional")
 
     ridge: Coefficient = 10.0
     """What regularises the regression, which fewer tokens than channels leave open; the default of the released kernels."""
@@ -38,8 +39,8 @@ class LLAConfig(WeightedConfig):
     def pair_flops(self) -> float:
         return 2.0 * (self.head_dim**2 + 4 * self.head_dim)
 
-    def build(self, d_model: int, ctx: BuildContext) -> Weighted:
-        return Weighted(self, d_model, ctx, LocalRegression(self.ridge))
+    def build(self, d_model: int, ctx: BuildContext) -> ByRule:
+        return ByRule(self, d_model, ctx, LocalRegression(self.ridge))
 
 
 def corrected(p: jax.Array, r: jax.Array, k: jax.Array, seen: Seen) -> jax.Array:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from plait.kernels.weighted_attention import Rule, dot_products, softmax
-from plait.models.axes import BATCH, EMBED, HEADS, LENGTH, constrain
+from plait.models.axes import EMBED, HEADS
 from plait.models.build import BuildContext
 from plait.models.linear import Dense
-from plait.models.mixers.base import register
+from plait.models.mixers.base import Direction, register
+from plait.models.mixers.full.by_rule import ByRule, RuleConfig
 from plait.models.mixers.full.lla import corrected
-from plait.models.mixers.full.weighted import Weighted, WeightedConfig
-from plait.models.mixers.heads import split_heads
 from plait.models.norms import RMSNorm
 
 
@@ -25,7 +25,7 @@ from plait.models.norms import RMSNorm
     proof="fla: naive_parallax",
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ParallaxConfig(WeightedConfig):
+class ParallaxConfig(RuleConfig):
     """`o_i = (sum_j p_ij v_j) (1 + sum_j p_ij r_i . k_j) - sum_j p_ij (r_i . k_j) v_j`, `p_i = softmax_j(q_i . k_j / sqrt(K))`,
     `r = W_R x`.
 
@@ -34,10 +34,10 @@ class ParallaxConfig(WeightedConfig):
     to 1, weights may be negative. Keys and values are cached, probes are not.
     """
 
-    directions = ("causal", "bidirectional")
+    directions: ClassVar[tuple[Direction, ...]] = ("causal", "bidirectional")
 
     qk_norm: bool = False
-    """RMS-normalise queries, keys and probes per head before the rotary embedding, with a learned gain."""
+    """RMS-normalise queries, keys and probes per head before their positions turn them, with a learned gain."""
 
     def pair_flops(self) -> float:
         return 6.0 * self.head_dim
@@ -55,7 +55,7 @@ class Probed(Rule):
         return corrected(softmax(q.shape[-1] ** -0.5 * dot_products(q, k, seen), seen.visible), r, k, seen)
 
 
-class Parallax(Weighted):
+class Parallax(ByRule):
     """See `ParallaxConfig`."""
 
     def __init__(self, config: ParallaxConfig, d_model: int, ctx: BuildContext):
@@ -69,9 +69,8 @@ class Parallax(Weighted):
 
     def project(self, x, *, at, state):
         inputs, state = super().project(x, at=at, state=state)
-        r = constrain(split_heads(self.r(x), self.num_heads), (BATCH, LENGTH, HEADS, None))
-        r = r if self.r_norm is None else self.r_norm(r)
-        r, _ = super().prepared(r, r, at=at)
+        r = self.split(self.r(self.placed(x, at)), self.num_heads)
+        r = self.turned(r if self.r_norm is None else self.r_norm(r), at)
         return inputs._replace(q=jnp.concatenate([inputs.q, r], axis=-1)), state
 
     def prepared(self, q, k, *, at):

@@ -119,7 +119,7 @@ def test_solves_are_float32_where_queries_and_keys_are_bfloat16():
 
 
 def assert_parallax(arrays):
-    config = ParallaxConfig(num_heads=4, num_kv_heads=2, head_dim=WIDTH // 4, rope_theta=None)
+    config = ParallaxConfig(num_heads=4, num_kv_heads=2, head_dim=WIDTH // 4, positions=None)
     assert_agrees(config, dense(arrays, **{name: f"{name}_proj" for name in "qrkvo"}), arrays)
 
 
