@@ -42,10 +42,9 @@ def over_tokens(call: ContextCall, block: int) -> tuple[Any, ...]:
             done, last = short_conv.short_conv(convolution(stream, taps, entering, real.astype(jnp.int32)))
             convolved.append(done)
             after.append(last)
-        read = (*call.layers.heads(*convolved), g, step, momentum)
-        *read, momentum = (x[:, 0].astype(call.dtype) for x in read)
-        g, step = (x[..., None] for x in read[3:])
-        carry, (o, _) = memory.move(call.rule, carry, (*read[:3], g, step, momentum, None), real[:, 0])
+        learned = (*call.layers.heads(*convolved), g[..., None], step[..., None], momentum)
+        arrays = tuple(x[:, 0].astype(call.dtype) for x in learned)
+        carry, (o, _) = memory.move(call.rule, carry, (*arrays, None), real[:, 0])
         return (carry, slots, filled, tuple(after)), (y[:, 0], o)
 
     def some(state: tuple[Any, ...], tokens: Any) -> Any:

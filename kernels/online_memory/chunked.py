@@ -74,9 +74,9 @@ def online_memory(call: MemoryCall) -> tuple[Any, ...]:
             return jax.lax.cond(some, chunk, lambda _, state: state, number, state), None
 
         zeros = (jnp.zeros_like(tokens.q), jnp.zeros(tokens.q.shape[:3], tokens.q.dtype))
-        state, _ = jax.lax.scan(jax.checkpoint(one), (*state, *zeros), jnp.arange(size + 1, dtype=jnp.int32))
-        *state, o, written = state
-        return (*state, jnp.maximum(entered, begun.max(1))), (o, written)
+        after, _ = jax.lax.scan(jax.checkpoint(one), (*state, *zeros), jnp.arange(size + 1, dtype=jnp.int32))
+        *kept, o, written = after
+        return (*kept, jnp.maximum(entered, begun.max(1))), (o, written)
 
     start = (call.accumulated, call.speed, call.opened, jnp.zeros(call.chunk.shape, jnp.int32))
     (*state, _), (o, written) = jax.lax.scan(jax.checkpoint(span), start, spans)

@@ -65,7 +65,7 @@ def run(rule: Rule, implementation: str, at: Tokens | None = None, state=None):
 def test_chunks_equal_one_token_after_the_other(name):
     """Outputs, state and gradients, second-order ones with them, in float64; documents begin within chunks of the row."""
     depth, rule = RULES[name]
-    at = layout((9, 1, 2, 7), (LENGTH,), length=LENGTH)
+    at = layout((9, 1, 3, 7), (LENGTH,), length=LENGTH)
     got, want = (
         in_float64(quick_jit(lambda x, form=form: with_gradients(run(rule, form, at), x)), inputs(depth, rule))
         for form in ("chunked", "reference")

@@ -26,7 +26,7 @@ class MemoraConfig(MirasConfig):
     and the softmax runs over the units between the two, so that each channel has its shares of them. a being the same along them, log W
     without its normaliser is a plain recurrence: it is the state, and the softmax of each token exact. Gradients are taken at chunk
     borders. q, k and v are convolved with SiLU, q and k of unit norm; what is read is normalised and gated. The paper gives neither a
-    number of heads nor first values; here log W begins as unit normal, a near 0.98 and b near 0.02.
+    number of heads nor first values; here log W begins as unit normal, a near 0.98 and b near 0.002.
 
     The weights of all tokens of a chunk exist at once: memory and work grow with chunk_size.
     """

@@ -40,7 +40,7 @@ class Miras(MemoryHeads):
         self.memories(config, d_model, ctx, init=init)
         shape, rank = (self.num_heads, config.head_dim), config.gate_rank
         self.retention = Gate(ctx, d_model, shape, start=4.0, rank=rank)
-        self.learning = Gate(ctx, d_model, shape, start=-4.0, rank=rank)
+        self.learning = Gate(ctx, d_model, shape, start=-6.0, rank=rank)
         self.gated_output(ctx, d_model, config)
 
     def gates(self, x):

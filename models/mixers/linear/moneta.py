@@ -27,7 +27,7 @@ class MonetaConfig(MirasConfig):
     M is `x + norm(W_1 gelu(W_2 x))`; a and b are sigmoids of a low rank of x for each channel: of the keys in W_2, of the values in W_1.
     The gradient has `tanh(10 e)` for the sign and `sqrt(e^2 + 1e-6)` for `|e|`. Gradients are taken and the norm is applied at chunk
     borders. q, k and v are convolved with SiLU, q and k of unit norm; what is read is normalised and gated. The paper gives neither a
-    number of heads nor first values; here a begins near 0.98 and b near 0.02.
+    number of heads nor first values; here a begins near 0.98 and b near 0.002.
     """
 
     p: Exponent = 3.0

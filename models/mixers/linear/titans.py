@@ -127,7 +127,7 @@ class PersistentAttention(HeadMixer):
         return dot("bthk,phk->bthp", q.astype(jnp.float32), k) * self.head_dim**-0.5, v
 
     def attend(self, inputs, *, at, state):
-        o, _ = self._attend(*inputs[:3], at, None)
+        o, _ = self._attend(inputs.q, inputs.k, inputs.v, at, None)
         return o, None if state is None else self.slots.write(state, {"k": inputs.k, "v": inputs.v}, at)
 
     def attend_step(self, inputs, *, at, state):

@@ -8,7 +8,7 @@ from plait.configs.domains import Span
 from plait.models.axes import EMBED, HEADS
 from plait.models.build import BuildContext
 from plait.models.linear import Dense
-from plait.models.look import look
+from plait.models.look import Look, look
 from plait.models.mixers.base import Mixed, Mixer, register
 from plait.models.mixers.heads import join_heads
 from plait.models.mixers.linear.titans import TITLE, PersistentAttention, TitansConfig, TitansMemory, mean_keys
@@ -62,7 +62,8 @@ class TitansMAL(Mixer):
 
     def __call__(self, x, *, at, carry, observer=None):
         at = at.placed(*x.shape[:2])
-        looks, y = [], x
+        looks: list[Look] = []
+        y = x
         for part in (self.memory, self.attention):
             read, _ = part.project(y, at=at, state=None)
             o, _ = part.attend(read, at=at, state=None)

@@ -82,7 +82,7 @@ class ParallelConfig(MixerConfig):
         return cls(parts=(SoftmaxConfig.example(), Mamba2Config.example()))
 
     @property
-    def directions(self):  # type: ignore[override]
+    def directions(self):
         """Those that all parts have."""
         return tuple(one for one in self.parts[0].directions if all(one in part.directions for part in self.parts))
 
