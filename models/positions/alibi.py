@@ -6,7 +6,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-
 import numpy as np
 
 from plait.kernels import Bias, DistanceBias, LowRankBias, Tokens
