@@ -67,7 +67,7 @@ class ExperimentConfig(Config):
                 f"optimizer.accumulate={self.optimizer.accumulate} must divide data.batch_size={self.data.batch_size}; "
                 f"use one of {choices(divisors(self.data.batch_size))}"
             )
-        periods = find_periods(self.model.layers).count
+        periods = find_periods(self.model.layers).repeats
         if self.mesh.pipeline > 1 and (periods == 1 or periods % self.mesh.pipeline):
             raise ValueError(
                 f"mesh.pipeline={self.mesh.pipeline} must divide the {periods} repetitions of the pattern in "

@@ -60,7 +60,7 @@ class Periods(NamedTuple):
     """Layers before the first unit."""
     length: int
     """Layers of a unit."""
-    count: int
+    repeats: int
     """Units, 1 where nothing repeats; what follows them is no whole unit."""
 
 
@@ -78,7 +78,7 @@ def find_periods(layers: tuple[str, ...]) -> Periods:
         for length in range(1, (n - lead) // 2 + 1)
         if (count := _repeated(layers[lead:], length)) > 1
     ]
-    return min(behind, key=lambda one: n - one.length * (one.count - 1), default=Periods(0, n, 1))
+    return min(behind, key=lambda one: n - one.length * (one.repeats - 1), default=Periods(0, n, 1))
 
 
 def _repeated(layers: tuple[str, ...], length: int) -> int:

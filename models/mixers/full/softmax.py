@@ -20,7 +20,7 @@ from plait.models.axes import BATCH, EMBED, HEADS, KV_HEADS, LENGTH, constrain
 from plait.models.build import Buffer, BuildContext
 from plait.models.cache import Cache, Slots
 from plait.models.linear import Dense
-from plait.models.mixers.base import HeadMixer, MixerConfig, register
+from plait.models.mixers.base import Direction, HeadMixer, MixerConfig, register
 from plait.models.mixers.heads import join_heads, require_divides, resolve_heads, split_heads
 from plait.models.norms import RMSNorm
 from plait.models.positions.base import POSITIONS, PositionConfig
@@ -51,7 +51,7 @@ def with_positions(fields: Mapping[str, Any]) -> Mapping[str, Any]:
 class SoftmaxConfig(MixerConfig):
     """`o_i = sum_j softmax_j(q_i . k_j / sqrt(K)) v_j` over the visible keys."""
 
-    directions = ("causal", "bidirectional")
+    directions: ClassVar[tuple[Direction, ...]] = ("causal", "bidirectional")
     sees_all: ClassVar[bool] = True
     """Without a window, a query sees every earlier token."""
 

@@ -96,7 +96,7 @@ class LepeAttention(FeatureAttention):
         theta = self.config.rope_theta
         turn = lambda y: y if theta is None else rotate(y, at.positions, theta)
         features = self.features(q.astype(jnp.float32), k.astype(jnp.float32), turn)
-        return LepeInputs(*features, v, split_heads(lepe, self.num_heads)), state
+        return LepeInputs(*features, v, split_heads(lepe, self.num_heads)), state  # type: ignore[call-arg]
 
     def finish(self, o, inputs, x):
         return (o + inputs.lepe) * split_heads(self.gate(x), self.num_heads)

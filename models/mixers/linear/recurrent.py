@@ -76,6 +76,10 @@ class Recurrent(HeadMixer):
     recur_rows: ClassVar[Callable[..., jax.Array]] = staticmethod(decay_rows)
     scale: float | None = None
     """Multiplies the queries; None for `K^-1/2`."""
+    gate: Any
+    """The output gate's projection; None for no gate."""
+    norm: Any
+    """Of the heads, before the gate."""
 
     def gated_output(
         self,
