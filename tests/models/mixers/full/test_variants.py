@@ -196,6 +196,17 @@ def test_keys_and_values_are_shifted_before_they_are_turned_and_a_document_begin
 
 
 @pytest.mark.proves("kv_shift")
+def test_three_shifted_tokens_by_hand():
+    mixer = shifted(KVShiftConfig(num_heads=1, head_dim=1, positions=None), (1 / 2, 1 / 2), (1 / 4, 1 / 2))
+    for row, dense in enumerate((mixer.q, mixer.k, mixer.v)):
+        dense.kernel[...] = jnp.zeros((WIDTH, 1)).at[row].set(1.0)
+    x, at = np.zeros((1, 3, WIDTH), np.float32), layout((3,), length=3)
+    x[0, :, 0], x[0, :, 1], x[0, :, 2] = 1, (0, 2 * np.log(2), 0), (4, 8, 0)  # k' = (0, ln 2, ln 2), v' = (2, 5, 2)
+    o, _ = mixer.attend(mixer.project(jnp.asarray(x), at=at, state=None)[0], at=at, state=None)
+    assert_close(o[0, :, 0, 0], np.float32([2, (2 + 2 * 5) / 3, (2 + 2 * 5 + 2 * 2) / 5]))
+
+
+@pytest.mark.proves("kv_shift")
 def test_one_layer_is_an_induction_head():
     """With keys of the previous token and values of this one, a token finds what followed it before (theorem 1)."""
     mixer = shifted(KVShiftConfig(num_heads=1, head_dim=WIDTH, positions=None), (1, 0), (0, 1))
