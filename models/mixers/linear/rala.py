@@ -43,7 +43,7 @@ class RALAConfig(LepeConfig):
         dim, num_heads = self.head_dim, self.heads(d_model)
         sums = read_flops(dim, dim) + read_flops(dim, 1) + read_flops(1, dim) + read_flops(1, 1)  # memory, keys, queries, shares
         convolved = 2.0 * (self.lepe_size + 1) * dim
-        return num_heads * (2 * sums + convolved) + 2 * read_flops(1, 1)  # forward and backward; and the tokens are counted
+        return num_heads * (2 * sums + convolved)  # sums run forward and backward
 
 
 class RALA(LepeAttention):
