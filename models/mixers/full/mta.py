@@ -12,7 +12,7 @@ from flax import nnx
 from plait.configs.domains import Heads, Taps
 from plait.kernels import Tokens
 from plait.kernels.weighted_attention import Rule, Seen, dot_products, softmax
-from plait.models.axes import HEADS
+from plait.models.axes import BATCH, HEADS, LENGTH, constrain
 from plait.models.build import Buffer, BuildContext
 from plait.models.cache import Cache, Slots
 from plait.models.linear import Dense
@@ -117,6 +117,7 @@ class MultiToken(Rule):
         if parameters.heads is None:
             return a
         w = parameters.heads.astype(a.dtype)
+        a = constrain(a, (BATCH, None, LENGTH, None))  # every device that mixes heads has all of them
         grouped = a.reshape(a.shape[0], *w.shape[:2], *a.shape[2:])
         return jnp.einsum("bgnrs,gnm->bgmrs", grouped, w, precision=seen.precision).reshape(a.shape)
 
