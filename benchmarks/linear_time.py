@@ -1,4 +1,4 @@
-"""Step time and memory of every linear mixer against the length of a sequence: `python benchmarks/linear_time.py [MIXER ...]`.
+"""CPU time and memory of a step of every linear mixer against the length of a sequence: `python benchmarks/linear_time.py [MIXER ...]`.
 
 A step is the output and its gradients in the parameters and in x, of a layer of width 64 on one row; memory is what the compiled program
 needs besides its arguments. `T^a` is the slope of a least-squares line through the logarithms: 1 is linear. Decoding is one token
@@ -32,13 +32,13 @@ class Costs:
     """Of one mixer, a number for each length."""
 
     seconds: tuple[float, ...]
-    """Of a step, the median."""
+    """CPU time of a step, the median."""
     temp_bytes: tuple[int, ...]
     """That a step needs besides its arguments and results."""
     state_bytes: tuple[int, ...]
     """Of the decode state of one sequence."""
     decode_seconds: tuple[float, ...]
-    """Of one token, the median."""
+    """CPU time of one token, the median."""
 
 
 def linear_mixers() -> dict[str, MixerConfig]:
@@ -56,13 +56,13 @@ def slope(lengths: Sequence[int], values: Sequence[float]) -> float:
 
 
 def median_seconds(run: Callable[[], Any], repeats: int) -> float:
-    """Of a call, after one that warms up."""
+    """CPU seconds of a call, after one that warms up: what else the machine does counts little."""
     jax.block_until_ready(run())
     found = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = time.process_time()
         jax.block_until_ready(run())
-        found.append(time.perf_counter() - start)
+        found.append(time.process_time() - start)
     return statistics.median(found)
 
 
@@ -104,7 +104,7 @@ def main() -> None:
     options = parser.parse_args()
     lengths, ends = options.lengths, f"{options.lengths[0]} / {options.lengths[-1]}"
     print(
-        f"{'mixer':20} {'time':>7} {'ms at ' + ends:>22} {'memory':>7} {'MiB at ' + ends:>22} {'state B':>16} {'decode us':>16}"
+        f"{'mixer':20} {'time':>7} {'CPU ms at ' + ends:>24} {'memory':>7} {'MiB at ' + ends:>22} {'state B':>16} {'decode us':>16}"
     )
     for name, config in linear_mixers().items():
         if options.mixers and name not in options.mixers:
@@ -112,7 +112,7 @@ def main() -> None:
         costs = measure(config, lengths, options.repeats)
         both = lambda values, scale, digits: f"{values[0] * scale:.{digits}f} / {values[-1] * scale:.{digits}f}"
         print(
-            f"{name:20} T^{slope(lengths, costs.seconds):<5.2f} {both(costs.seconds, 1e3, 1):>22} "
+            f"{name:20} T^{slope(lengths, costs.seconds):<5.2f} {both(costs.seconds, 1e3, 1):>24} "
             f"T^{slope(lengths, costs.temp_bytes):<5.2f} {both(costs.temp_bytes, 2**-20, 1):>22} "
             f"{both(costs.state_bytes, 1, 0):>16} {both(costs.decode_seconds, 1e6, 0):>16}",
             flush=True,
