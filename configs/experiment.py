@@ -12,7 +12,7 @@ from plait.configs.probe import ProbeConfig
 from plait.configs.spike import SpikeConfig
 from plait.data.config import DataConfig
 from plait.models.config import LMConfig
-from plait.models.pattern import find_period
+from plait.models.pattern import find_periods
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,13 +55,19 @@ class ExperimentConfig(Config):
     def check(self) -> None:
         if self.spike.action == "rewind" and self.spike.sigma is not None and self.checkpoint_every is None:
             raise ValueError("spike.action=rewind needs checkpoints to go back to; set checkpoint_every")
+        for name, mixer in self.model.mixers.items():
+            if mixer.longest is not None and self.data.seq_len > mixer.longest:
+                raise ValueError(
+                    f"data.seq_len={self.data.seq_len} must be at most the {mixer.longest} tokens of model.mixers.{name}; "
+                    "use shorter rows, or raise what limits it"
+                )
         self.data.task.require_causal(self.model.causal)
         if self.data.batch_size % self.optimizer.accumulate:
             raise ValueError(
                 f"optimizer.accumulate={self.optimizer.accumulate} must divide data.batch_size={self.data.batch_size}; "
                 f"use one of {choices(divisors(self.data.batch_size))}"
             )
-        periods = find_period(self.model.layers)[1]
+        periods = find_periods(self.model.layers).repeats
         if self.mesh.pipeline > 1 and (periods == 1 or periods % self.mesh.pipeline):
             raise ValueError(
                 f"mesh.pipeline={self.mesh.pipeline} must divide the {periods} repetitions of the pattern in "

@@ -45,13 +45,15 @@ def summary(config: type[Component]) -> str:
 def cost(config: Any) -> str:
     """How the work of mixing grows with the number of tokens T, from the counts at two lengths."""
     near, far = (config.mixing_flops(WIDTH, length) for length in (LENGTH, 16 * LENGTH))
-    return "T" if far < 1.2 * near else "T^2" if far > 8 * near else "T log T"
+    return "T" if far <= 1.2 * near else "T^2" if far > 8 * near else "T log T"
 
 
 def state(config: Any) -> str:
     """Bytes of decode state, and whether they grow with the number of tokens."""
-    now, later = (config.state_bytes(WIDTH, length, "bfloat16") for length in (LENGTH, 2 * LENGTH))
-    return f"{now / 2**20:.2f} MiB, {'grows' if later > now else 'fixed'}"
+    most = min(2 * LENGTH, config.longest or 2 * LENGTH)
+    less, now = (config.state_bytes(WIDTH, length, "bfloat16") for length in (most // 4, most // 2))
+    where = f" at {most // 2:,}" if most < 2 * LENGTH else ""
+    return f"{now / 2**20:.2f} MiB{where}, {'grows' if now > less else 'fixed'}"
 
 
 def kernels_of(config: Any) -> str:

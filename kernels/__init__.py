@@ -9,7 +9,6 @@ from plait.kernels.delta_rule import delta_rule, delta_rule_rows
 from plait.kernels.dispatch import chosen, registered
 from plait.kernels.dplr import dplr, dplr_rows
 from plait.kernels.linear_scan import linear_scan
-from plait.kernels.local_linear import local_linear, local_linear_rows
 from plait.kernels.masks import BlockTable, Mask, PowerMask
 from plait.kernels.memory_context import memory_context
 from plait.kernels.online_memory import online_memory
@@ -41,8 +40,6 @@ __all__ = [
     "dplr_rows",
     "first_masses",
     "linear_scan",
-    "local_linear",
-    "local_linear_rows",
     "memory_context",
     "online_memory",
     "registered",

@@ -156,7 +156,8 @@ def chosen() -> dict[str, str]:
 
 def called_by(function: Callable[..., Any], *args: Any) -> list["Op"]:
     """The ops that `function(*args)` calls, by name; it is traced, not run."""
-    token = _called.set(found := set())
+    found: set[Op] = set()
+    token = _called.set(found)
     try:
         jax.eval_shape(function, *args)
     finally:

@@ -10,6 +10,7 @@ A name is `[wrapper+]mixer[/label]`; labels tell apart several configs of one mi
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 from plait.configs.domains import DEPTH, choices, shown
 
@@ -49,14 +50,43 @@ def split_name(name: str) -> tuple[str | None, str]:
     return (wrapper if plus else None), mixer
 
 
-def find_period(layers: tuple[str, ...]) -> tuple[int, int]:
-    """`(length, count)` of the shortest unit whose repeats leave fewer than `length` layers at the end; `(n, 1)` if none."""
+_LONGEST_LEAD = 8
+
+
+class Periods(NamedTuple):
+    """How layers repeat."""
+
+    lead: int
+    """Layers before the first unit."""
+    length: int
+    """Layers of a unit."""
+    repeats: int
+    """Units, 1 where nothing repeats; what follows them is no whole unit."""
+
+
+def find_periods(layers: tuple[str, ...]) -> Periods:
+    """The shortest unit whose repeats leave fewer layers than its own at the end; where there is none, the repeats that leave the fewest
+    layers to be traced one by one, behind at most a few others."""
     n = len(layers)
     for length in range(1, n // 2 + 1):
         count = n // length
         if layers[length : length * count] == layers[: length * (count - 1)]:
-            return length, count
-    return n, 1
+            return Periods(0, length, count)
+    behind = [
+        Periods(lead, length, count)
+        for lead in range(min(n, _LONGEST_LEAD + 1))
+        for length in range(1, (n - lead) // 2 + 1)
+        if (count := _repeated(layers[lead:], length)) > 1
+    ]
+    return min(behind, key=lambda one: n - one.length * (one.repeats - 1), default=Periods(0, n, 1))
+
+
+def _repeated(layers: tuple[str, ...], length: int) -> int:
+    """How often the first `length` layers stand one after another at the beginning."""
+    count = 1
+    while layers[length * count : length * (count + 1)] == layers[:length]:
+        count += 1
+    return count
 
 
 def _repeats(pattern: str, text: str) -> list[str]:

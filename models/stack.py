@@ -1,4 +1,4 @@
-"""The stack of blocks: a scan over repetitions of the pattern's period, the remainder unrolled."""
+"""The stack of blocks: a scan over repetitions of the pattern's period, what stands before and after them unrolled."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from plait.models.flow import WHOLE_BATCH, Flow, flow
 from plait.models.grouped import GROUPED
 from plait.models.look import Observer
 from plait.models.mixers.base import State
-from plait.models.pattern import find_period
+from plait.models.pattern import find_periods
 from plait.models.stream import Stream
 
 _SAVE = jax.checkpoint_policies
@@ -36,7 +36,7 @@ class Stack(nnx.Module):
     def __init__(self, config: LMConfig, rngs: nnx.Rngs, context: Callable[[Any, Keys], BuildContext]):
         """Args: `context(layer_index, rngs)` gives the build context of a layer."""
         self.remat = config.remat
-        self.period, self.count = find_period(config.layers)
+        self.lead, self.period, self.count = find_periods(config.layers)
 
         def block(static: int, index: Any, keys: Keys) -> Block:
             name = config.layers[static]
@@ -50,27 +50,27 @@ class Stack(nnx.Module):
                 norm_eps=config.norm_eps,
             )
 
-        scanned = self.period * self.count if self.count > 1 else 0
-
         def period(start: Any, keys: Keys) -> nnx.List:
-            return nnx.List([block(i, start + i, keys) for i in range(self.period)])
+            return nnx.List([block(self.lead + i, start + i, keys) for i in range(self.period)])
 
-        self.periods = _stacked(period, rngs, range(0, scanned, self.period)) if scanned else None
-        self.rest = nnx.List([block(i, i, rngs) for i in range(scanned, config.num_layers)])
+        self.first = nnx.List([block(i, i, rngs) for i in range(self.lead)])
+        end = self.lead + (self.period * self.count if self.count > 1 else 0)
+        self.periods = _stacked(period, rngs, range(self.lead, end, self.period)) if self.count > 1 else None
+        self.rest = nnx.List([block(i, i, rngs) for i in range(end, config.num_layers)])
 
     def __call__(self, stream: Stream, *, at: Tokens, observer: Observer | None = None) -> tuple[Stream, list[Extras]]:
         """The stream after the last block, and what each layer gives beside it."""
         apply: Apply = lambda block, stream, at, _: block(stream, at=at, observer=observer)
-        stream, (stacked, rest) = self._run(apply, stream, at, (None, None), flow())
+        stream, (first, stacked, rest) = self._run(apply, stream, at, (None, None, None), flow())
         layers = [jax.tree.map(lambda a, i=i: a[i], s) for i in range(self.count if stacked else 0) for s in stacked]
-        return stream, layers + rest
+        return stream, first + layers + rest
 
     def settle(self, counts: Sequence[Mapping[str, Any]]) -> None:
         """Lets mixers move their buffers by the counts of a step, one mapping a layer."""
-        scanned = self.period * self.count if self.periods is not None else 0
+        end = self.lead + (self.period * self.count if self.periods is not None else 0)
         for i, block in enumerate(self.periods or ()):
-            block.settle(jax.tree.map(lambda *each: jnp.stack(each), *counts[i : scanned : self.period]))
-        for block, own in zip(self.rest, counts[scanned:], strict=True):
+            block.settle(jax.tree.map(lambda *each: jnp.stack(each), *counts[self.lead + i : end : self.period]))
+        for block, own in zip([*self.first, *self.rest], [*counts[: self.lead], *counts[end:]], strict=True):
             block.settle(own)
 
     def init_state(self, batch_size: int, max_len: int) -> State:
@@ -79,7 +79,8 @@ class Stack(nnx.Module):
         if self.periods is not None:
             one = [block.mixer.init_state(batch_size, max_len) for block in self.periods]
             stacked = jax.tree.map(lambda a: jnp.broadcast_to(a[None], (self.count, *a.shape)), one)
-        return stacked, [block.mixer.init_state(batch_size, max_len) for block in self.rest]
+        first, rest = ([block.mixer.init_state(batch_size, max_len) for block in blocks] for blocks in (self.first, self.rest))
+        return first, stacked, rest
 
     def prefill(self, stream: Stream, state: State, *, at: Tokens) -> tuple[Stream, State]:
         """As the call on left-padded prompts, from empty states; also the states after the last token."""
@@ -90,8 +91,8 @@ class Stack(nnx.Module):
         return self._run(lambda block, stream, at, state: block.step(stream, state, at=at), stream, at, state)
 
     def _run(
-        self, apply: Apply, stream: Stream, at: Tokens, state: tuple[Any, Any], flow: Flow = WHOLE_BATCH
-    ) -> tuple[Stream, tuple[Any, list]]:
+        self, apply: Apply, stream: Stream, at: Tokens, state: tuple[Any, Any, Any], flow: Flow = WHOLE_BATCH
+    ) -> tuple[Stream, tuple[list, Any, list]]:
         def layers(graph: Any) -> Callable:
             def through(stream: Stream, at: Tokens, xs: tuple[Any, Any]) -> tuple[Stream, list]:
                 params, states = xs
@@ -103,16 +104,20 @@ class Stack(nnx.Module):
 
             return through if self.remat is None else jax.checkpoint(through, policy=_POLICIES[self.remat])
 
+        def each(blocks: nnx.List, stream: Stream, states: Any) -> tuple[Stream, list]:
+            if not len(blocks):
+                return stream, []
+            graph, params = nnx.split(blocks)
+            return flow.once(layers(graph), stream, at, (params, states))
+
         stacked: Any = None
-        rest: list = []
+        stream, first = each(self.first, stream, state[0])
         if self.periods is not None:
             graph, params = nnx.split(self.periods)
-            period, xs = layers(graph), (params, state[0])
+            period, xs = layers(graph), (params, state[1])
             stream, stacked = flow.repeat(period, _with_whole_carry(period, stream, at, xs), at, xs)
-        if len(self.rest):
-            graph, params = nnx.split(self.rest)
-            stream, rest = flow.once(layers(graph), stream, at, (params, state[1]))
-        return stream, (stacked, rest)
+        stream, rest = each(self.rest, stream, state[2])
+        return stream, (first, stacked, rest)
 
 
 def _with_whole_carry(period: Callable, stream: Stream, at: Tokens, xs: Any) -> Stream:

@@ -104,13 +104,15 @@ class DistanceBias:
     """N - 1 distances, ascending: where the next column of the table begins."""
 
     def at(self, distance: Array) -> Array:
-        """The bias [..., H] at `distance` [...]."""
+        """The bias [H, ...] at `distance` [...]."""
         parts = []
         if self.table is not None:
             bucket = jnp.searchsorted(jnp.asarray(self.edges, jnp.int32), distance.astype(jnp.int32), side="right")
-            parts.append(jnp.take(jnp.swapaxes(self.table, 0, 1), bucket, axis=0, mode="clip"))
+            table = self.table.astype(accumulation_dtype(self.table))
+            parts.append(jnp.take(table, bucket, axis=1, mode="clip"))
         if self.slopes is not None:
-            parts.append(-jnp.abs(distance)[..., None] * self.slopes.reshape(*(1,) * distance.ndim, -1))
+            slopes = self.slopes.astype(accumulation_dtype(self.slopes))
+            parts.append(-slopes.reshape(-1, *(1,) * distance.ndim) * jnp.abs(distance)[None])
         return sum(parts[1:], parts[0])
 
     def check(self, op: str, num_heads: int) -> None:

@@ -69,7 +69,7 @@ def first_mass(call: AttentionCall, lse: Array, queries: Tokens, keys: Tokens, *
     z = jnp.einsum("btgrk,btgk->btgr", grouped, first, precision=matmul_precision(q.dtype), preferred_element_type=jnp.float32)
     z = call.scale * z.reshape(lse.shape)
     if call.bias is not None:
-        z += call.bias.at(queries.positions - position)
+        z += jnp.moveaxis(call.bias.at(queries.positions - position), 0, -1)
     z = capped(z, call.logit_soft_cap)
     ids, positions = (jnp.take_along_axis(x, index, axis=1) for x in (keys.segment_ids, keys.positions))
     visible = (

@@ -38,8 +38,8 @@ def logits(call: AttentionCall, queries: Tokens, keys: Tokens, precision: jax.la
     z = jnp.einsum("btgrk,bsgk->bgrts", grouped, k, precision=precision, preferred_element_type=accumulation_dtype(q, k))
     z = call.scale * z
     if call.bias is not None:
-        bias = call.bias.at(queries.positions[:, :, None] - keys.positions[:, None, :])  # [B, T, S, H]
-        z += grouped_heads(jnp.moveaxis(bias, 3, 1), k.shape[2]).astype(z.dtype)
+        bias = call.bias.at(queries.positions[:, :, None] - keys.positions[:, None, :])  # [H, B, T, S]
+        z += grouped_heads(jnp.swapaxes(bias, 0, 1), k.shape[2]).astype(z.dtype)
     return capped(z, call.logit_soft_cap)
 
 
@@ -89,12 +89,11 @@ def relative_weights(
     if shown is not None:
         visible &= grouped_heads(shown, z.shape[1])
     z = jnp.where(visible, z, MASKED)
-    peak = jnp.max(z, axis=-1, keepdims=True, initial=MASKED)
+    highest = jax.lax.stop_gradient(jnp.max(z, axis=-1, keepdims=True, initial=MASKED))
+    exponents = z
     if call.sigmoid:
         log_weights = lambda z: jax.nn.log_sigmoid(z + per_head(call.sigmoid_bias))
-        exponents, highest = log_weights(z), jax.lax.stop_gradient(log_weights(peak))
-    else:
-        exponents, highest = z, jax.lax.stop_gradient(peak)
+        exponents, highest = log_weights(z), log_weights(highest)
     exponents -= highest
     p = jnp.where(visible, jnp.exp(exponents), 0)
     mass = jnp.sum(p, axis=-1, keepdims=True)  # at least 1 where a key is seen
@@ -109,7 +108,15 @@ def relative_weights(
     entropy = jnp.where(some, jnp.log(mass) - spread / mass, 0)
     first_mass = share * jnp.sum(jnp.where((keys.positions == 0)[:, None, None, None, :], p, 0), axis=-1, keepdims=True) / mass
     lse = lse if sinks is None else jnp.logaddexp(lse, sinks)
+    peak = _largest(z)
     return p, factor, AttentionStats(*(by_head(x[..., 0]) for x in (lse, peak, entropy, first_mass)))
+
+
+def _largest(z: Array) -> Array:
+    """The largest of the last axis, [..., 1], differentiated as the first that is: by its place, since a value that a compiler makes
+    twice may differ from itself."""
+    first = jnp.argmax(z, axis=-1, keepdims=True)
+    return jnp.sum(jnp.where(jax.lax.broadcasted_iota(first.dtype, z.shape, z.ndim - 1) == first, z, 0), axis=-1, keepdims=True)
 
 
 def attention(call: AttentionCall) -> tuple[Array, AttentionStats | None]:

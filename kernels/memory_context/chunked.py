@@ -57,7 +57,7 @@ def memory_context(call: ContextCall) -> tuple[Any, ...]:
             *new, g, step, momentum = call.layers.learned(y)
             streams = tuple(jnp.where(here, x, old) for x, old in zip(new, streams, strict=True))
             learned = (*call.layers.heads(*(x for x, _ in convolve(streams))), g[..., None], step[..., None], momentum)
-            tokens = memory.Tokens(*(jnp.moveaxis(x, 2, 1).astype(call.dtype) for x in learned), None)
+            tokens = memory.Tokens(*(jnp.moveaxis(x, 2, 1).astype(call.dtype) for x in learned), None)  # type: ignore[call-arg]
             carry, (read, _) = memory.move(rule, carry, tokens, mine)
             return carry, slots, filled, streams, y, jnp.where(mine[:, None, :, None], read, o)
 

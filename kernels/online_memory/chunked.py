@@ -64,8 +64,8 @@ def online_memory(call: MemoryCall) -> tuple[Any, ...]:
 
         def chunk(number: Array, state: tuple[Any, ...]) -> tuple[Any, ...]:
             mine = begun == (entered + number)[:, None]
-            *carry, o, written = state
-            carry = reference.enter(fresh, tuple(carry), (mine & opens).any(1), (mine & restarts).any(1))
+            *before, o, written = state
+            carry = reference.enter(fresh, tuple(before), (mine & opens).any(1), (mine & restarts).any(1))
             carry, (read, norms) = move(rule, carry, tokens, mine)
             return *carry, jnp.where(mine[:, None, :, None], read, o), jnp.where(mine[:, None], norms, written)
 

@@ -27,7 +27,7 @@ class Seen(NamedTuple):
     precision: Any
     """Of the products."""
 
-    def count(self) -> Array:
+    def num_keys(self) -> Array:
         """How many keys each query sees, float32 [B, 1, halo + R, 1]."""
         return jnp.sum(self.visible, axis=-1, keepdims=True).astype(jnp.float32)
 

@@ -73,6 +73,11 @@ class MixerConfig(Component, abc.ABC):
         """What the mixer reads and writes of `Stream.carry`."""
         return ()
 
+    @property
+    def longest(self) -> int | None:
+        """The most tokens of a sequence, in training and decoding; None where any number will do."""
+        return None
+
     def head_count(self, d_model: int) -> int:
         """Number of output heads at width `d_model`."""
         return abstract(self, d_model).num_heads
@@ -125,6 +130,10 @@ class WrapperConfig(MixerConfig):
     def opaque(self):  # type: ignore[override]
         """That of the wrapped mixer."""
         return self.mixer.opaque
+
+    @property
+    def longest(self) -> int | None:
+        return self.mixer.longest
 
     def fit(self, d_model: int) -> None:
         at("mixer", self.mixer.fit, d_model)
@@ -221,7 +230,8 @@ class HeadMixer(Mixer):
     """A mixer whose head h outputs `o_h = A_h v_h`.
 
     Subclasses write `project`, `attend`, `implied`, `init_state`, `output`; `finish` (per-head norm, gates), `share` where layers share
-    something, `project_step`, `recall` and `attend_step` where decoding differs, `observe` and `auxiliary_losses` where they have them.
+    something, `project_step`, `recall` and `attend_step` where decoding differs, `observe` and `auxiliary_losses` where they have them,
+    `counts` and `settle` where buffers follow the tokens of a step.
     """
 
     @abc.abstractmethod

@@ -16,6 +16,14 @@ def resolve_heads(num_heads: int | None, width: int, head_dim: int) -> int:
     return width // head_dim
 
 
+def expanded(expand: float, d_model: int) -> int:
+    """Channels of `expand` times the width. Raises ValueError where that is none."""
+    width = int(d_model * expand)
+    if width < 1:
+        raise ValueError(f"expand={expand} must leave at least one of d_model={d_model} channels; use {1 / d_model:g} or more")
+    return width
+
+
 def require_divides(small: tuple[str, int], big: tuple[str, int]) -> None:
     """Raises ValueError unless `small` divides `big`; each is (field, value). Lists the values that would do."""
     if big[1] % small[1]:

@@ -6,7 +6,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
 from plait.kernels import Bias, DistanceBias, LowRankBias, Tokens
@@ -52,8 +51,8 @@ class ALiBi(Position):
         if not self.causal:
             return DistanceBias(slopes=jnp.asarray(slopes(self.num_heads), jnp.float32))
         slope = slopes(self.num_heads) / scale
-        high = slope.astype(ml_dtypes.bfloat16).astype(np.float64)
-        low = (slope - high).astype(ml_dtypes.bfloat16).astype(np.float64)
+        high = slope.astype(jnp.bfloat16).astype(np.float64)
+        low = (slope - high).astype(jnp.bfloat16).astype(np.float64)
         rows = _in_16_bits(-at.positions.astype(jnp.float32)[..., None] * _constant(high + low)[None, None])  # [B, T, H, 3]
         rates = _constant(np.repeat(np.stack([high, low], -1), len(_BYTES), axis=-1))  # [H, 6]
         rates = jnp.broadcast_to(rates[None, None], (*rows.shape[:3], rates.shape[-1]))

@@ -14,7 +14,7 @@ from plait.models.build import BuildContext
 from plait.models.positions.base import Position, PositionConfig, register
 
 
-@register("learned", source="Convolutional Sequence to Sequence Learning (1705.03122); GPT-2")
+@register("learned", source="GPT-2; Convolutional Sequence to Sequence Learning (1705.03122)")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LearnedConfig(PositionConfig):
     """`x_i + p_i`, a row of a learned table for each position of a document."""

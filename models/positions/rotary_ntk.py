@@ -13,7 +13,7 @@ from plait.models.positions.rotary import RotaryConfig
 from plait.models.rope import frequencies
 
 
-@register("rotary_ntk", source="NTK-aware scaled RoPE, as in YaRN (2309.00071), section 3.1")
+@register("rotary_ntk", source="NTK-aware scaled RoPE, section 3.1 of YaRN (2309.00071)")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NTKRotaryConfig(RotaryConfig):
     """Rotary embedding with base `theta factor^(R / (R - 2))`: the slowest pair as if positions were divided, the fastest as before.

@@ -30,6 +30,7 @@ from plait.data.tasks.mlm import MaskedLanguageTask
 from plait.models.config import pattern_name
 from plait.models.mixers.base import MixerConfig
 from plait.models.mixers.full.softmax import SoftmaxConfig
+from plait.models.mixers.linear.gla import GLAConfig
 from plait.tests.train.common import changed, get_leaf, program_of, random_batch, tiny, write_corpus
 from plait.train.loss import loss_terms
 from plait.train.probes.base import Probes
@@ -66,10 +67,19 @@ TEXTS = {
 """Other values of the leaves that are free text."""
 
 NEEDS: dict[str, dict[str, Any]] = {
+    "mega.max_distance": {"bias": "simple"},
     "optimizer.decay_fraction": {"optimizer.schedule": "wsd"},
     "data.text_field": {"data.source": "{lines}"},
     "model.causal": {"data.task": MaskedLanguageTask()},
     "data.vocab_size": {"data.tokenizer": "bpe", "data.vocab_size": 300},
+    "mega_chunk.max_distance": {"bias": "simple"},
+    "moh.experts": {"num_shared_heads": 1},
+    "mta.norm": {"depth_scale": False},
+    "parallel.shared_output": {"parts": (SoftmaxConfig.example(), GLAConfig.example()), "norm": "heads"},
+    "power.qk_norm_over": {"qk_norm": True},
+    "power.qk_norm_eps": {"qk_norm": True},
+    "softmax.qk_norm_over": {"qk_norm": True},
+    "softmax.qk_norm_eps": {"qk_norm": True},
     "softmax.num_kv_heads": {"num_heads": 4},
     "softmax.num_sink_tokens": {"window_size": 4},
     "softmax.window_size": {"window_size": 8},
@@ -103,6 +113,8 @@ def candidates(kind: Any, value: Any) -> list[Any]:
         return [c for option in options for c in candidates(option, value)] + [None]
     if typing.get_origin(kind) is Literal:
         return list(typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        return [(0.5, 2.0)]
     if isinstance(kind, type) and issubclass(kind, Component):
         return [config() for config in getattr(registry_of(kind), "all", dict)().values()]
     if kind is bool:
@@ -110,7 +122,7 @@ def candidates(kind: Any, value: Any) -> list[Any]:
     if kind is int:
         return [2, 1, 4, 8, 256] if value is None else [value * 2, value // 2, value + 1, value + 2, value - 1]
     if kind is float:
-        return [0.5, 4.0] if value is None else [value * 2, value / 2, value * 0.9, 0.5]
+        return [0.5, 4.0, -1.0] if value is None else [value * 2, value / 2, value * 0.9, 0.5]
     return []
 
 
@@ -276,6 +288,12 @@ PLACES: dict[str, Callable[[Any], ExperimentConfig]] = {
 """An experiment with a component in it, by kind."""
 
 
+def mixer_signs(config: ExperimentConfig) -> Iterator[Callable[[], Any]]:
+    """What a mixer decides, the step last: some move buffers in it."""
+    yield from model_signs(config)
+    yield from step_signs(config)
+
+
 def component_leaves() -> list[Any]:
     """`(kind, component, field, type)` of every leaf of every registered component but those in `PATHS`."""
     found = []
@@ -302,7 +320,9 @@ def test_leaf_of_a_component_is_noticed(kind, name, field, hint, tmp_path):
     place = PLACES[kind]
     if before := BEFORE.get(f"{name}.{field}"):
         place = functools.partial(with_mixer, before=dataclasses.replace(config, **before))
-    signs = {"optimizer": step_signs, "task": functools.partial(data_signs, folder=tmp_path)}.get(kind, model_signs)
+    signs = {"optimizer": step_signs, "task": functools.partial(data_signs, folder=tmp_path), "mixer": mixer_signs}.get(
+        kind, model_signs
+    )
     tried = 0
     for other in valid_changes(config, field, hint, candidates(hint, getattr(config, field))):
         try:

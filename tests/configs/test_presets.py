@@ -7,6 +7,7 @@ import jax
 import pytest
 from flax import nnx
 
+from plait.configs.cli import parse_experiment
 from plait.configs.presets import preset, presets
 from plait.data.batch import Batch
 from plait.models.lm import LM, num_params
@@ -40,8 +41,11 @@ def test_builds_abstractly_with_the_size_its_name_says(config, record_property):
     built = nnx.eval_shape(lambda: LM(model, rngs=nnx.Rngs(0), seq_len=config.data.seq_len))
     total = sum(p.size for p in jax.tree.leaves(nnx.state(built, nnx.Param)))
     assert total == num_params(model)
-    body = total - (0 if model.tie_embeddings else model.vocab_size * model.d_model)  # the literature counts the embedding once
-    print(f"{config.name}: {total / 1e6:,.1f}M parameters, {body / 1e6:,.1f}M with the embedding counted once")
+    idle = sum(one.num_params(model.d_model) - one.flops(model.d_model) / 2 for one in model.layer_channel_mixers)
+    body = (
+        total - idle - (0 if model.tie_embeddings else model.vocab_size * model.d_model)
+    )  # activated, the embedding counted once
+    print(f"{config.name}: {total / 1e6:,.1f}M parameters, {body / 1e6:,.1f}M activated, the embedding counted once")
     if named := re.search(r"_(\d+)([mb])\b", config.name):
         said = {"1b": 1.3e9}.get("".join(named.groups()), int(named[1]) * SIZES[named[2]])
         assert 0.85 * said < body < 1.15 * said
@@ -55,7 +59,7 @@ def test_step_can_be_traced_at_reduced_size(config):
     small = {
         "model.d_model": 64 if config.model.d_model > 200 else config.model.d_model,
         "model.mixers": mixers if config.model.d_model > 200 else dict(config.model.mixers),
-        "model.channel_mixer.hidden_dim": 96,
+        **({} if config.model.channel_mixer is None else {"model.channel_mixer.hidden_dim": 96}),
         "model.num_layers": min(config.model.num_layers, 5),
         "model.vocab_size": 512,
         "data.seq_len": 32,
@@ -70,3 +74,13 @@ def test_step_can_be_traced_at_reduced_size(config):
     after, metrics = jax.eval_shape(step, setup.like, abstract)
     assert jax.tree.map(lambda a: (a.shape, a.dtype), after) == jax.tree.map(lambda a: (a.shape, a.dtype), setup.like)
     assert len(metrics["statistics"]) == setup.config.model.num_layers
+
+
+@pytest.mark.parametrize("ratio", [24, 12, 6, 3, None])
+@pytest.mark.parametrize("name", ["hgrn", "hgrn2", "retnet", "gla", "deltanet", "gated_deltanet"])
+def test_hybrid_study_is_one_preset_and_a_pattern(name, ratio):
+    """The models of arXiv 2507.06457: six linear mixers, alone and with a softmax layer after every `ratio` of them, 24 layers."""
+    pattern = name if ratio is None else f"softmax@23; {name}" if ratio == 24 else f"{name}*{ratio},softmax"
+    model = parse_experiment("hybrid_340m", ["--model.pattern", pattern]).model
+    assert model.layers.count("softmax") == {24: 1, 12: 1, 6: 3, 3: 6, None: 0}[ratio]
+    assert 0.85 * 340e6 < num_params(model) - model.vocab_size * model.d_model < 1.4 * 340e6  # what the mixers' own widths leave

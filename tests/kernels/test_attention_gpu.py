@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from plait import kernels
-from plait.kernels import LowRankBias, Mask, Tokens, dispatch, gpu
+from plait.kernels import DistanceBias, LowRankBias, Mask, Tokens, dispatch, gpu
 from plait.kernels.attention import pallas_gpu, reference
 from plait.kernels.attention.call import AttentionCall
 from plait.kernels.masks import BlockTable, PowerMask
@@ -190,6 +190,7 @@ def test_unsupported_says_why():
         assert "head dim 512" in _reason(_shapes(dim=512))
         assert "1 queries" in _reason(_shapes(length=1))
         assert "scale" in _reason(_shapes(), scale=-1.0)
+        assert "by distance" in _reason(_shapes(), bias=DistanceBias(slopes=jnp.ones(4)))
         table = BlockTable(visible=jnp.ones((1, 1, 128, 3), bool), block_q=1, block_kv=48)
         assert "block_kv=48" in _reason(_shapes(), block_table=table)
 

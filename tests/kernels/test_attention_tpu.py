@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from plait.kernels import BlockTable, LowRankBias, Mask, PowerMask, Tokens, attention, column_mass, routed_attention
+from plait.kernels import BlockTable, DistanceBias, LowRankBias, Mask, PowerMask, Tokens, attention, column_mass, routed_attention
 from plait.kernels.attention import pallas_tpu, reference
 from plait.kernels.attention.call import AttentionCall
 from plait.kernels.attention.tpu import tiling
@@ -247,8 +247,10 @@ def test_visits_of_window_are_few():
 
 
 def test_unsupported_says_why():
-    def reason(q: Any, k: Any) -> str:
-        return pallas_tpu.unsupported(AttentionCall.of("attention", q=q, k=k, v=k, mask=Mask(), kv_at=Tokens(None, ids)))
+    def reason(q: Any, k: Any, **options: Any) -> str:
+        return pallas_tpu.unsupported(
+            AttentionCall.of("attention", q=q, k=k, v=k, mask=Mask(), kv_at=Tokens(None, ids), **options)
+        )
 
     shape = lambda length=64, dim=64, dtype=jnp.float32: jax.ShapeDtypeStruct((1, length, 1, dim), dtype)
     ids = jax.ShapeDtypeStruct((1, 64), jnp.int32)
@@ -258,6 +260,7 @@ def test_unsupported_says_why():
         assert "float16" in reason(shape(dtype=jnp.float16), shape(dtype=jnp.float16))
         assert "1 queries" in reason(shape(1), shape())
         assert "512" in reason(shape(dim=512), shape(dim=512))
+        assert "by distance" in reason(shape(), shape(), bias=DistanceBias(slopes=jnp.ones(1)))
 
 
 def test_tiles_are_checked():

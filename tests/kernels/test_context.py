@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from plait.kernels import LowRankBias, Mask, Tokens, attention, routed_attention, short_conv
+from plait.kernels import DistanceBias, LowRankBias, Mask, Tokens, attention, routed_attention, short_conv
 from plait.kernels.masks import PowerMask
 from plait.kernels.sharding import splitting
 from plait.tests.kernels import cases
@@ -171,6 +171,17 @@ def test_attention_with_soft_cap_and_bias(mask: str):
 
     shapes = {"q": (2, LENGTH, 4, 8), "k": (2, LENGTH, 2, 8), "v": (2, LENGTH, 2, 6)}
     assert_same(outputs, arrays(**shapes, left=(2, LENGTH, 4, 2), right=(1, LENGTH, 1, 2)), mesh_of(context=4))
+
+
+@pytest.mark.parametrize("mask", ["causal", "window"])
+def test_attention_with_bias_by_distance_and_sinks_of_each_query(mask: str):
+    def outputs(inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        inputs = dict(inputs)
+        bias = DistanceBias(inputs.pop("table"), inputs.pop("slopes"), (1, 9))
+        return {"o": attention(**inputs, mask=MASKS[mask], bias=bias, at=Tokens(None, segment_ids(SEGMENTS["packed"])))}
+
+    shapes = {"q": (2, LENGTH, 4, 8), "k": (2, LENGTH, 2, 8), "v": (2, LENGTH, 2, 6), "sinks": (2, LENGTH, 4)}
+    assert_same(outputs, arrays(**shapes, table=(4, 3), slopes=(4,)), mesh_of(context=4, tensor=2))
 
 
 @pytest.mark.parametrize("mask", ["causal", "window"])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from plait import kernels
-from plait.kernels import LowRankBias, Mask, Tokens
+from plait.kernels import DistanceBias, LowRankBias, Mask, Tokens
 from plait.tests.kernels import cases
 from plait.tests.tolerances import assert_close, assert_tree_close, in_float64
 
@@ -123,7 +123,22 @@ ATTENTION = {
     "soft-cap": (Mask(window_size=40), {"sinks": True, "logit_soft_cap": 1.5}),
     "soft-cap-sigmoid": (Mask(), {"normalizer": "sigmoid", "sigmoid_bias": -1.0, "logit_soft_cap": 1.0}),
     "bias": (Mask(window_size=70, num_sink_tokens=2), {"bias": True, "logit_soft_cap": 3.0}),
+    "distance-bias": (Mask(causal=False, window_size=40), {"distance_bias": True, "logit_soft_cap": 3.0}),
+    "distance-bias-sigmoid": (Mask(), {"distance_bias": True, "normalizer": "sigmoid", "sigmoid_bias": -1.0}),
+    "query-sinks": (Mask(window_size=40, num_sink_tokens=2), {"query_sinks": True}),
 }
+EDGES = (-9, -2, 0, 1, 3, 20)
+"""Where the columns of a bias by distance begin."""
+
+
+def _biases(inputs: dict[str, jax.Array]) -> dict[str, Any]:
+    """What an option of `ATTENTION` stands for: the argument's name and value."""
+    return {
+        "sinks": ("sinks", inputs["sinks"]),
+        "query_sinks": ("sinks", inputs["query_sinks"]),
+        "bias": ("bias", LowRankBias(inputs["bias_q"], inputs["bias_k"])),
+        "distance_bias": ("bias", DistanceBias(inputs["table"], inputs["slopes"], EDGES)),
+    }
 
 
 @cache
@@ -133,8 +148,8 @@ def _attention(name: str, implementation: str) -> Any:
     @cases.quick_jit
     def run(inputs: dict[str, jax.Array], segment_ids: jax.Array | None) -> Any:
         def outputs(inputs: dict[str, jax.Array]) -> Any:
-            given = {"sinks": inputs["sinks"], "bias": LowRankBias(inputs["bias_q"], inputs["bias_k"])}
-            named = options | {key: x for key, x in given.items() if options.get(key)}
+            biases = _biases(inputs)
+            named = dict(biases.get(key, (key, x)) for key, x in options.items())
             o, stats = kernels.attention(
                 inputs["q"], inputs["k"], inputs["v"], mask=mask, at=Tokens(None, segment_ids), return_stats=True,
                 implementation=implementation, **named,
@@ -151,7 +166,9 @@ def _attention_inputs(length: int, dtype: str = "float32", num_heads: int = 4, n
     shapes = {"q": (2, length, num_heads, 8), "k": (2, length, num_kv_heads, 8), "v": (2, length, num_kv_heads, 4)}
     shapes |= {"bias_q": (1, length, num_heads, 3), "bias_k": (2, length, 1, 3)}
     inputs = {key: jnp.asarray(rng.standard_normal(shape), dtype) for key, shape in shapes.items()}
-    return inputs | {"sinks": jnp.asarray(rng.standard_normal(num_heads), jnp.float32)}
+    shapes = {"sinks": (), "query_sinks": (2, length), "table": (), "slopes": ()}
+    inputs |= {key: jnp.asarray(rng.standard_normal((*shape, num_heads)), jnp.float32) for key, shape in shapes.items()}
+    return inputs | {"table": jnp.asarray(rng.standard_normal((num_heads, len(EDGES) + 1)), jnp.float32)}
 
 
 @pytest.fixture
@@ -205,13 +222,17 @@ def test_attention_hidden_row_is_zero_and_gradients_finite():
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(got))
 
 
-@pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased and capped"])
+@pytest.mark.parametrize("biased", [None, "rank", "distance"], ids=["plain", "biased and capped", "biased by distance"])
 @pytest.mark.parametrize("implementation", TESTED["attention"])
-def test_attention_decodes_from_shuffled_cache(implementation: str, biased: bool):
+def test_attention_decodes_from_shuffled_cache(implementation: str, biased: str | None):
     inputs, mask, rng = _attention_inputs(40), Mask(window_size=12, num_sink_tokens=2), np.random.default_rng(0)
     q, k, v = inputs["q"], inputs["k"], inputs["v"]
     options = {"mask": mask, "logit_soft_cap": 1.5 if biased else None}
-    bias = (lambda t, at: LowRankBias(inputs["bias_q"][:, t], inputs["bias_k"][:, at])) if biased else lambda t, at: None
+    bias = {
+        None: lambda t, at: None,
+        "rank": lambda t, at: LowRankBias(inputs["bias_q"][:, t], inputs["bias_k"][:, at]),
+        "distance": lambda t, at: DistanceBias(inputs["table"], inputs["slopes"], EDGES),
+    }[biased]
     whole = kernels.attention(q, k, v, implementation="reference", bias=bias(slice(None), slice(None)), **options)
     order, spare = rng.permutation(40), ((0, 0), (0, 8), (0, 0), (0, 0))
     cache_k, cache_v = (jnp.pad(x[:, order], spare, constant_values=9.0) for x in (k, v))
@@ -232,22 +253,28 @@ def test_attention_decodes_from_shuffled_cache(implementation: str, biased: bool
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"sinks": jnp.arange(4.0) - 2}, {"normalizer": "sigmoid", "sigmoid_bias": -1.0}, {"bias": True, "logit_soft_cap": 1.0}],
+    [
+        {},
+        {"sinks": True},
+        {"query_sinks": True, "distance_bias": True},
+        {"normalizer": "sigmoid", "sigmoid_bias": -1.0},
+        {"bias": True, "logit_soft_cap": 1.0},
+    ],
     ids=str,
 )
 def test_attention_rows_reproduce_output(options: dict[str, Any]):
     inputs, ids, rows = _attention_inputs(50), cases.segments(50, "several"), jnp.asarray([0, 7, 31, 49])
-    options = options | {"mask": Mask(window_size=20, num_sink_tokens=2), "at": Tokens(None, ids)}
-    bias = LowRankBias(inputs.pop("bias_q"), inputs.pop("bias_k"))
-    options |= {"bias": bias} if options.get("bias") else {}
+    biases = _biases(inputs)
+    options = dict(biases.get(key, (key, x)) for key, x in options.items())
+    options |= {"mask": Mask(window_size=20, num_sink_tokens=2), "at": Tokens(None, ids)}
 
     @cases.quick_jit
-    def both(q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def both(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
         weights = kernels.attention_rows(q, k, rows, **options)
         by_rows = jnp.einsum("bhrs,bshv->brhv", weights, jnp.repeat(v, 2, axis=2))
         return by_rows, kernels.attention(q, k, v, **options)[:, rows]
 
-    assert_close(*both(**inputs))
+    assert_close(*both(*(inputs[name] for name in "qkv")))
 
 
 @cache

@@ -127,6 +127,19 @@ QK, V, G, STATE = jnp.zeros((2, 6, 2, 8)), jnp.zeros((2, 6, 4, 3)), jnp.zeros((2
             "bias.k.shape=(2, 5, 2, 8) must be [B or 1, S, Hkv or 1, R] = (2 or 1, 6, 2 or 1, 8)",
         ),
         (
+            lambda: kernels.attention(QK, QK, QK, mask=Mask(), bias=kernels.DistanceBias(jnp.ones((2, 3)), edges=(1,))),
+            "bias.table.shape=(2, 3) must be [H, edges + 1] = (2, 2)",
+        ),
+        (
+            lambda: kernels.attention(QK, QK, QK, mask=Mask(), bias=kernels.DistanceBias(jnp.ones((2, 3)), edges=(4, 1))),
+            "bias.edges=(4, 1) must ascend",
+        ),
+        (lambda: kernels.attention(QK, QK, QK, mask=Mask(), bias=kernels.DistanceBias()), "neither a table nor slopes"),
+        (
+            lambda: kernels.routed_attention(QK, QK, QK, QK[..., 0] > 0, mask=Mask(), sinks=QK[..., 0]),
+            "sinks.shape=(2, 6, 2) must be [H]; attend with all heads",
+        ),
+        (
             lambda: kernels.attention_rows(QK, QK, QK[0, 0, 0], mask=Mask(), scale=0.0, bias=kernels.LowRankBias(QK, QK)),
             "scale=0",
         ),

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from plait.kernels import Mask, PowerMask, Tokens, attention, attention_rows, column_mass, first_masses
+from plait.kernels import DistanceBias, Mask, PowerMask, Tokens, attention, attention_rows, column_mass, first_masses
 from plait.kernels.attention import masses
 from plait.tests.kernels import cases
 from plait.tests.tolerances import assert_close
@@ -21,7 +21,11 @@ def _inputs() -> tuple[jax.Array, ...]:
 
 @pytest.mark.parametrize(
     ("mask", "layout", "soft_cap"),
-    [*((mask, layout, None) for mask in MASKS for layout in (None, "several")), (MASKS[1], "several", 1.5)],
+    [
+        *((mask, layout, None) for mask in MASKS for layout in (None, "several")),
+        (MASKS[1], "several", 1.5),
+        (MASKS[0], "left", 1.5),
+    ],
     ids=str,
 )
 def test_masses_follow_the_attention_matrix(
@@ -30,7 +34,8 @@ def test_masses_follow_the_attention_matrix(
     monkeypatch.setattr(masses, "MAX_TILE", 20 * LENGTH)
     (q, k, v), sinks = _inputs(), jnp.asarray([0.5, -1.0, 2.0, 0.0])
     ids = None if layout is None else cases.segments(LENGTH, layout)
-    options = {"mask": mask, "at": Tokens(None, ids), "logit_soft_cap": soft_cap}
+    bias = DistanceBias(jnp.asarray([[1.0, -2.0], [0.5, 0.0], [0.0, 3.0], [-1.0, 1.0]]), jnp.asarray([0.1, 0.0, 0.4, 1.0]), (2,))
+    options = {"mask": mask, "at": Tokens(None, ids), "logit_soft_cap": soft_cap, "bias": bias if soft_cap else None}
 
     @cases.quick_jit
     def run(q, k, v):

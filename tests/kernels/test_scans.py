@@ -147,7 +147,7 @@ def test_steps_equal_one_call(name: str):
 @pytest.mark.parametrize("name", NAMES)
 def test_parts_of_a_sequence_equal_all_of_it(name: str, segments: str, count: int):
     ids = segment_ids(SEGMENTS[segments])
-    assert_same(lambda given: call(name, given, ids, chunk_size=8), inputs(name, 64), mesh_of(context=count))
+    assert_same(lambda given: call(name, given, ids, chunk_size=8), inputs(name, 64, "weak"), mesh_of(context=count))
 
 
 @pytest.mark.parametrize("name", NAMES)

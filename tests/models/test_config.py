@@ -19,6 +19,7 @@ from plait.models.mixers.linear.gla import GLAConfig
 from plait.models.mixers.linear.retnet import RetNetConfig
 from plait.models.mixers.moh import MoHConfig
 from plait.models.mixers.parallel.parallel import ParallelConfig
+from plait.models.positions.alibi import ALiBiConfig
 
 SMALL = {"d_model": 64, "num_layers": 4, "vocab_size": 128}
 
@@ -162,6 +163,22 @@ def test_with_vocab_settles_the_vocabulary():
             lambda: SoftmaxConfig(head_dim=7),
             r"^softmax\.positions\.fraction=1\.0 turns 7 channels of 7 and they are turned in pairs; use another, an even head dim",
             id="odd-rotary",
+        ),
+        pytest.param(lambda: SoftmaxConfig(scale=0.0), r"^softmax\.scale=0\.0 must be a finite number above 0", id="scale"),
+        pytest.param(
+            lambda: SoftmaxConfig(sink_bias="k", normalizer="sigmoid"),
+            r"sink_bias='k' needs normalizer='softmax'",
+            id="key-sigmoid",
+        ),
+        pytest.param(
+            lambda: SoftmaxConfig(sink_bias="kv", shared_kv="write"),
+            r"sink_bias='kv' changes values, which shared_kv='write' shares",
+            id="shared-values",
+        ),
+        pytest.param(
+            lambda: lm(positions=ALiBiConfig()),
+            r"^model\.positions='alibi' acts on the logits of attention",
+            id="embedding-positions",
         ),
         pytest.param(
             lambda: SoftmaxConfig(sink_logits=True, normalizer="sigmoid"),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from plait.models.pattern import PatternError, expand_pattern, find_period, pattern_names, split_name
+from plait.models.pattern import PatternError, expand_pattern, find_periods, pattern_names, split_name
 
 
 @pytest.mark.parametrize(
@@ -72,6 +72,9 @@ def test_name_splits(name, parts):
         ("aaaa", (1, 4)),
         ("abab", (2, 2)),
         ("aabaab", (3, 2)),
+        ("dabab", (1, 2, 2)),
+        ("daabaaba", (1, 3, 2)),
+        ("dcaaaab", (2, 1, 4)),
         ("ababa", (2, 2)),
         ("aaabaaabaa", (4, 2)),
         ("abc", (3, 1)),
@@ -79,7 +82,7 @@ def test_name_splits(name, parts):
     ],
 )
 def test_period_is_the_shortest_that_repeats(layers, period):
-    assert find_period(tuple(layers)) == period
+    assert find_periods(tuple(layers)) == (period if len(period) == 3 else (0, *period))
 
 
 @pytest.mark.parametrize("pattern", ["gla*²", "gla*99999999999", "gla:softmax=²:1"])

@@ -14,7 +14,7 @@ from plait.configs.experiment import ExperimentConfig
 from plait.configs.mesh import MESH_AXES, MeshConfig
 from plait.configs.presets import presets
 from plait.models.mixers.base import MIXERS, MixerConfig, WrapperConfig
-from plait.models.pattern import find_period
+from plait.models.pattern import find_periods
 from plait.tests.train.common import changed, hybrid, tiny
 from plait.tests.train.test_mesh import SIZES, assert_same_training, two_steps
 
@@ -40,7 +40,7 @@ def small(config: ExperimentConfig) -> ExperimentConfig:
         fields = {field.name for field in dataclasses.fields(mixer) if getattr(mixer, field.name) is not None}
         return dataclasses.replace(mixer, **{name: size for name, size in sizes.items() if name in fields})
 
-    period, _ = find_period(config.model.layers)
+    _, period, _ = find_periods(config.model.layers)
     model = {
         "d_model": 32,
         "num_layers": 2 * period,

@@ -12,10 +12,7 @@ from plait.tests.train.common import changed, tiny
 from plait.train.loop import train
 from plait.train.run_folder.lines import read_metrics, series
 
-FAMILIES = ("softmax", "gla", "gated_deltanet")
 STRING = 4
-MIXES_NO_TOKENS = ("gaam",)
-"""Mixers whose output at a token is of that token alone: a stack of them cannot copy."""
 
 
 def copying(mixer: MixerConfig, pattern: str, out):
@@ -46,8 +43,6 @@ def copying(mixer: MixerConfig, pattern: str, out):
 @pytest.mark.parametrize("pattern", ["{}", "{}*3,softmax"], ids=["alone", "hybrid"])
 @pytest.mark.parametrize("name", [name for name, mixer in MIXERS.all().items() if "causal" in mixer.example().directions])
 def test_mixer_learns_to_copy(name, pattern, tmp_path):
-    if name in MIXES_NO_TOKENS and pattern == "{}":
-        pytest.skip("its output at a token is of that token alone")
     result = train(copying(MIXERS[name].example(), pattern, tmp_path / "run"))
     records = read_metrics(tmp_path / "run")
     for metric in ("loss/train", "grad/norm"):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import jax.numpy as jnp
 
 from plait.kernels.weighted_attention import Rule, dot_products, softmax
 from plait.models.build import BuildContext
-from plait.models.mixers.base import register
-from plait.models.mixers.full.weighted import Weighted, WeightedConfig
+from plait.models.mixers.base import Direction, register
+from plait.models.mixers.full.by_rule import ByRule, RuleConfig
 
 
 @register(
@@ -19,17 +20,17 @@ from plait.models.mixers.full.weighted import Weighted, WeightedConfig
     proof="the authors' layer, outputs and gradients",
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CogConfig(WeightedConfig):
+class CogConfig(RuleConfig):
     """`p_ij = q_i . k_j / sqrt(K)`, `A_ij = sign(p_ij) softmax_j |p_ij|`: what a row takes from its keys and from minus them sums to 1.
 
     The sign has no gradient; all of it flows through the softmax. The paper's models keep softmax attention in their first and last
     layers: `"softmax@0,11; cog"`.
     """
 
-    directions = ("causal", "bidirectional")
+    directions: ClassVar[tuple[Direction, ...]] = ("causal", "bidirectional")
 
-    def build(self, d_model: int, ctx: BuildContext) -> Weighted:
-        return Weighted(self, d_model, ctx, SignedSoftmax())
+    def build(self, d_model: int, ctx: BuildContext) -> ByRule:
+        return ByRule(self, d_model, ctx, SignedSoftmax())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from plait.models.axes import HEADS, KV_HEADS
 from plait.models.build import BuildContext
 from plait.models.mixers.base import register
-from plait.models.mixers.full.weighted import MultiHead, WeightedConfig
+from plait.models.mixers.full.by_rule import MultiHead
+from plait.models.mixers.full.dot_product import GroupedConfig
 
 
 @register(
@@ -20,9 +21,10 @@ from plait.models.mixers.full.weighted import MultiHead, WeightedConfig
     proof="softmax attention at its start, and the formula in float64",
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ComplexFormerConfig(WeightedConfig):
+class ComplexFormerConfig(GroupedConfig):
     """`z_mn = sum_c |q_c| |k_c| cos(Adapt_c(phi(q_c) - phi(k_c)) + (m - n) theta_c) / sqrt(K)`, `A = softmax(z)`: channels c and c + K/2 of
-    query m and key n are the real and imaginary part of q_c and k_c, with angles phi, and `theta_c` the rotary embedding's.
+    query m and key n are the real and imaginary part of q_c and k_c, with angles phi, and `theta_c` the rotary embedding's
+    (or another position encoding).
 
     The abstract has the rotation `exp[i (Adapt(angle difference) + position difference)]`, another a head; it does not say what Adapt is,
     and the paper is withdrawn. Here `Adapt_c(d) = a_c d + b_c`, learned for each head and channel from a = 1 and b = 0 on, which is
@@ -31,7 +33,9 @@ class ComplexFormerConfig(WeightedConfig):
     share a.
     """
 
-    directions = ("causal", "bidirectional")
+    @classmethod
+    def example(cls) -> ComplexFormerConfig:
+        return cls(num_heads=4, head_dim=16)
 
     def check(self) -> None:
         super().check()

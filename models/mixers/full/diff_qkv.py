@@ -25,7 +25,7 @@ from plait.models.mixers.heads import require_divides
     "diff_qkv",
     kind="full",
     source="Sigma: Differential Rescaling of Query, Key and Value (2501.13629)",
-    proof="head by head in NumPy, softmax where the heads are alike",
+    proof="head by head in NumPy",
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DiffQKVConfig(PlacedConfig):

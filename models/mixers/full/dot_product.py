@@ -68,15 +68,11 @@ class HeadsConfig(DotProductConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PlacedConfig(HeadsConfig):
+class PositionsConfig(DotProductConfig):
     """With a choice of position encodings."""
 
     positions: PositionConfig | None = RotaryConfig()
     """How queries and keys know where they stand; None for no position encoding (NoPE)."""
-
-    def check(self) -> None:
-        if self.positions is not None:
-            under("positions", self.positions.fit, self.head_dim)
 
     def place(self, ctx: BuildContext, d_model: int) -> Position | None:
         if self.positions is None:
@@ -92,6 +88,15 @@ class PlacedConfig(HeadsConfig):
         rank = 0 if self.positions is None else self.positions.bias_rank
         folded = folded_columns(rank, keys) if rank else 0
         return super().mixing_flops(d_model, seq_len) + 2.0 * maps * folded * mean_keys(seq_len)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlacedConfig(PositionsConfig, HeadsConfig):
+    """Of one width, with a choice of position encodings."""
+
+    def check(self) -> None:
+        if self.positions is not None:
+            under("positions", self.positions.fit, self.head_dim)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

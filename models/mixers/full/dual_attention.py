@@ -38,7 +38,8 @@ class DualAttentionConfig(DotProductConfig):
 
     A sum over j of `A_ij r_ij` is the relation of x_i with `sum_j A_ij x_j K_l`: values that are wider by head_dim relational heads,
     and no array of pairs. Relations have no activation (the default of the authors' code), since no other allows that, and every layer
-    has a library of its own. Heads are d_model / num_heads wide.
+    has a library of its own. Symbols by distance, which that code also has, are no weighted sums of values and not here. Heads are
+    d_model / num_heads wide.
     """
 
     num_heads: Heads = 16

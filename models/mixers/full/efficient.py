@@ -6,14 +6,14 @@ import dataclasses
 
 import jax
 
-from plait.configs.domains import Base
+from plait.configs.components import at as under
+from plait.kernels import Tokens
 from plait.models.axes import EMBED
 from plait.models.build import BuildContext
 from plait.models.linear import Dense
-from plait.models.mixers.base import MixerConfig, register
-from plait.models.mixers.full.weighted import QKV, Cached, mean_keys
-from plait.models.mixers.heads import join_heads
-from plait.models.rope import rotate
+from plait.models.mixers.base import register
+from plait.models.mixers.full.dot_product import DotProduct, PositionsConfig
+from plait.models.mixers.full.weighted import QKV
 
 
 @register(
@@ -23,58 +23,54 @@ from plait.models.rope import rotate
     proof="softmax attention whose key and value projections are the identity, and the parameters counted",
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EfficientConfig(MixerConfig):
+class EfficientConfig(PositionsConfig):
     """`y = softmax(x W_Q x^T / sqrt(D)) x W_O`, one head: W_Q makes up for W_K, which is left out, and W_O for W_V.
 
-    Half the parameters of multi-head attention, two products fewer, and a cache of x alone. Queries and keys are rotated here; the paper
+    Half the parameters of multi-head attention, two products fewer, and a cache of x alone. Queries and keys are turned here; the paper
     adds positions to the embeddings.
     """
 
-    rope_theta: Base | None = 10_000.0
-    """Base of the rotary embedding; None for no position encoding (NoPE)."""
+    def count_heads(self, d_model: int) -> int:
+        return 1
 
-    directions = ("causal", "bidirectional")
+    def maps(self, d_model: int) -> tuple[int, int, int]:
+        return 1, d_model, d_model
 
     def fit(self, d_model: int) -> None:
-        if self.rope_theta is not None and d_model % 2:
-            raise ValueError(
-                f"rope_theta={self.rope_theta} rotates pairs of d_model={d_model} channels, which is odd; use None for NoPE"
-            )
+        if self.positions is not None:
+            under("positions", self.positions.fit, d_model)
         super().fit(d_model)
 
     def build(self, d_model: int, ctx: BuildContext) -> Efficient:
         return Efficient(self, d_model, ctx)
 
-    def mixing_flops(self, d_model: int, seq_len: int) -> float:
-        return 4.0 * d_model * mean_keys(seq_len)
 
-
-class Efficient(Cached):
+class Efficient(DotProduct):
     """See `EfficientConfig`."""
 
+    num_kv_heads = 1
+
     def __init__(self, config: EfficientConfig, d_model: int, ctx: BuildContext):
-        super().__init__(ctx)
-        self.config, self.num_heads, self.d_model = config, 1, d_model
+        super().__init__(config, d_model, ctx)
+        self.width = d_model
         self.q = Dense(ctx, d_model, d_model, (EMBED, None))
         self.o = Dense(ctx, d_model, d_model, (None, EMBED), init=ctx.residual_init)
 
-    def rotated(self, y: jax.Array, positions: jax.Array) -> jax.Array:
-        """Queries or keys with their positions."""
-        return y if self.config.rope_theta is None else rotate(y, positions, self.config.rope_theta)
+    def keys(self, x: jax.Array, at: Tokens) -> jax.Array:
+        """`[B, S, 1, D]` of the input `[B, S, D]`."""
+        return self.turned(self.placed(x, at)[:, :, None], at)
 
     def project(self, x, *, at, state):
-        q, v = self.q(x)[:, :, None], x.astype(self.dtype)[:, :, None]
-        return QKV(self.rotated(q, at.positions), self.rotated(v, at.positions), v), state
+        x = x.astype(self.dtype)
+        q = self.turned(self.q(self.placed(x, at))[:, :, None], at)
+        return QKV(q, self.keys(x, at), x[:, :, None]), state
 
     def entries(self):
-        return {"x": ((1, self.d_model), None)}
+        return {"x": ((1, self.width), None)}
 
     def kept(self, inputs):
         return {"x": inputs.v}
 
     def recalled(self, inputs, cache):
         x = cache.entries["x"]
-        return inputs._replace(k=self.rotated(x, cache.positions), v=x, kv_at=cache.at)
-
-    def output(self, o):
-        return self.o(join_heads(o))
+        return inputs._replace(k=self.keys(x[:, :, 0], cache.at), v=x, kv_at=cache.at)

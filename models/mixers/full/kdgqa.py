@@ -121,8 +121,7 @@ class KDGQA(DotProduct):
         """Sizes the groups by the keys of a step."""
         n, before, statistic = counts["key_norms"], self.before[...], self.config.statistic
         if statistic == "norm":
-            low, high = n.min(-1, keepdims=True), n.max(-1, keepdims=True)
-            share = (n - low) / jnp.where(high > low, high - low, 1)
+            share = n - n.min(-1, keepdims=True)  # what the paper divides it by cancels
         else:
             share = jnp.abs(n - before) if statistic == "difference" else (1 - _KEEP) * n + _KEEP * before
         due = (self.steps[...] % self.config.every == 0)[..., None]

@@ -21,7 +21,7 @@ from plait.models.short_conv import ShortConv
     "kv_shift",
     kind="full",
     source="KV Shifting Attention Enhances Language Modeling (2411.19574)",
-    proof="three tokens by hand, the induction head of theorem 1, softmax at weights (1, 0)",
+    proof="three tokens by hand, the induction head of theorem 1, softmax without a shift",
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KVShiftConfig(GroupedConfig):

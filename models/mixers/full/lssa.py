@@ -13,7 +13,7 @@ from plait.configs.domains import Whole
 from plait.kernels.weighted_attention import Rule, dot_products, over_sum
 from plait.models.build import BuildContext
 from plait.models.mixers.base import register
-from plait.models.mixers.full.weighted import Weighted, WeightedConfig
+from plait.models.mixers.full.by_rule import ByRule, RuleConfig
 from plait.models.norms import l2_normalize
 
 EARLY = 3
@@ -29,7 +29,7 @@ UNIFORM = 1e-5
     proof="the formula in float64, and 3 tokens by hand",
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LSSAConfig(WeightedConfig):
+class LSSAConfig(RuleConfig):
     """`A_ij = softplus(log K log N_i q_i . k_j) / sum_j`, q and k of norm 1, `N_i` the keys that query i sees (i + 1 in its document).
 
     With `power` p (LSSAR) the weights are sharpened: `A'_ij = relu(N_i A_ij - O_i)^p / sum_j`, `O_i` = 0 in a document's first three rows
@@ -51,7 +51,7 @@ class ScaledSoftplus(Rule):
     power: int | None
 
     def __call__(self, q, k, parameters, seen):
-        count = seen.count()
+        count = seen.num_keys()
         temperature = math.log(q.shape[-1]) * jnp.log(jnp.maximum(count, 1))
         a = over_sum(jnp.where(seen.visible, jax.nn.softplus(temperature * dot_products(q, k, seen)), 0))
         if self.power is None:
@@ -63,7 +63,7 @@ class ScaledSoftplus(Rule):
         return over_sum((above / jnp.where(largest > 0, largest, 1)) ** self.power)
 
 
-class LSSA(Weighted):
+class LSSA(ByRule):
     """See `LSSAConfig`."""
 
     def prepared(self, q, k, *, at):

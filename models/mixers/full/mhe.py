@@ -20,7 +20,7 @@ from plait.models.mixers.full.dot_product import DotProduct, PlacedConfig
     "mhe",
     kind="full",
     source="Pit One Against Many: Attention-head Embeddings (2310.07911)",
-    proof="softmax with the summed or scaled matrices",
+    proof="head by head in NumPy, softmax with scaled matrices",
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MHEConfig(PlacedConfig):

@@ -158,7 +158,7 @@ class MLA(HeadMixer):
         return o, state
 
     def attend_step(self, inputs, *, at, state):
-        o = attention(inputs.q, inputs.k, inputs.v, at=at, kv_at=inputs.kv_at, **self.options)
+        o: Any = attention(inputs.q, inputs.k, inputs.v, at=at, kv_at=inputs.kv_at, **self.options)
         return jnp.einsum("btgrc,cgrv->btgrv", self._grouped(o), self._up(self.v_up)).reshape(*o.shape[:3], -1), state
 
     @property

@@ -9,17 +9,19 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from plait.configs.domains import Base, Heads, Taps
+from plait.configs.domains import Heads, Taps
 from plait.kernels import Tokens
-from plait.kernels.weighted_attention import Rule, dot_products, softmax
+from plait.kernels.weighted_attention import Rule, Seen, dot_products, softmax
 from plait.models.axes import HEADS
 from plait.models.build import Buffer, BuildContext
 from plait.models.cache import Cache, Slots
 from plait.models.linear import Dense
 from plait.models.mixers.base import register
-from plait.models.mixers.full.weighted import Weighted, WeightedConfig
+from plait.models.mixers.full.by_rule import ByRule, RuleConfig
 from plait.models.mixers.heads import require_divides
 from plait.models.norms import RMSNorm
+from plait.models.positions.base import PositionConfig
+from plait.models.positions.rotary import RotaryConfig
 
 
 @register(
@@ -29,7 +31,7 @@ from plait.models.norms import RMSNorm
     proof="the authors' layer, outputs and gradients",
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MTAConfig(WeightedConfig):
+class MTAConfig(RuleConfig):
     """`S_ij = q_i . k_j / sqrt(K)` for visible keys and 0 for others, then
 
         S'_ij = sum_{a < c_q, |b| <= (c_k - 1) / 2} theta_ab S_{i-a, j+b}     A = softmax_j(S') over the visible keys
@@ -40,8 +42,8 @@ class MTAConfig(WeightedConfig):
     `"mta*3,mta/convolved"` with no taps in the first.
     """
 
-    rope_theta: Base | None = 100_000.0
-    """Base of the rotary embedding; None for no position encoding (NoPE)."""
+    positions: PositionConfig | None = RotaryConfig(theta=100_000.0)
+    """How queries and keys know where they stand; None for no position encoding (NoPE)."""
     query_taps: Taps | None = 6
     """c_q, queries that a logit is convolved over, its own and those before it; None for no convolution."""
     key_taps: Taps | None = 11
@@ -110,21 +112,20 @@ class MultiToken(Rule):
     def __call__(self, q, k, parameters, seen):
         s = jnp.where(seen.visible, q.shape[-1] ** -0.5 * dot_products(q, k, seen), 0)
         if parameters.logits is not None:
-            s = self.convolved(s, parameters.logits, seen.queries.segment_ids)
+            s = self.convolved(s, parameters.logits, seen)
         a = softmax(s, seen.visible[:, :, self.halo :])
         if parameters.heads is None:
             return a
         w = parameters.heads.astype(a.dtype)
         grouped = a.reshape(a.shape[0], *w.shape[:2], *a.shape[2:])
-        return jnp.einsum("bgnrs,gnm->bgmrs", grouped, w, precision="highest").reshape(a.shape)
+        return jnp.einsum("bgnrs,gnm->bgmrs", grouped, w, precision=seen.precision).reshape(a.shape)
 
-    def convolved(self, s: jax.Array, kernel: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    def convolved(self, s: jax.Array, kernel: jax.Array, seen: Seen) -> jax.Array:
         """The logits `[B, H, R, S]` of `s` `[B, H, halo + R, S]`: a row before the query counts if it is of its document."""
-        rows = s.shape[2] - self.halo
-        own = segment_ids[:, self.halo :]
+        rows, documents = s.shape[2] - self.halo, seen.queries.segment_ids
         taps = []
         for a in range(self.query_taps):
-            same = segment_ids[:, a : a + rows] == own
+            same = documents[:, a : a + rows] == documents[:, self.halo :]
             taps.append(jnp.where(same[:, None, :, None], s[:, :, a : a + rows], 0))
         stacked = jnp.stack(taps, axis=2)  # [B, H, c_q, R, S]
         lines = jnp.moveaxis(stacked, 3, 1)  # [B, R, H, c_q, S]
@@ -136,24 +137,25 @@ class MultiToken(Rule):
             padding="SAME",
             dimension_numbers=("NCW", "WIO", "NCW"),
             feature_group_count=num_heads,
-            precision="highest",
+            precision=seen.precision,
         )
         return jnp.moveaxis(out.reshape(batch, rows, num_heads, num_keys), 1, 2)
 
 
-class MTA(Weighted):
+class MTA(ByRule):
     """See `MTAConfig`."""
 
     def __init__(self, config: MTAConfig, d_model: int, ctx: BuildContext):
         super().__init__(config, d_model, ctx, MultiToken(config.query_taps or 1))
-        taps, group = (config.query_taps, config.key_taps), config.mixed_heads
+        group = config.mixed_heads
         self.logit_kernel = self.head_kernel = self.norm = self.scale = self.gate = nnx.data(None)
-        if taps[0] is not None and taps[1] is not None:
+        if config.query_taps is not None and config.key_taps is not None:
             init = lambda key, shape, dtype: jnp.zeros(shape, dtype).at[:, -1, shape[2] // 2].set(1)
-            self.logit_kernel = ctx.param(init, (self.num_heads, *taps), (HEADS, None, None), role="conv")
+            taps = self.num_heads, config.query_taps, config.key_taps
+            self.logit_kernel = ctx.param(init, taps, (HEADS, None, None), role="conv")
         if group is not None:
             init = lambda key, shape, dtype: jnp.broadcast_to(jnp.eye(group, dtype=dtype)[None], shape)
-            self.head_kernel = ctx.param(init, (self.num_heads // group, group, group), (HEADS, None, None), role="conv")
+            self.head_kernel = ctx.param(init, (self.num_heads // group, group, group), (None, None, None), role="conv")
         if config.norm:
             self.norm = RMSNorm(ctx, config.head_dim, eps=1e-5)
         if config.depth_scale:

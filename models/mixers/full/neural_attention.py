@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from plait.configs.domains import Base, Channels
+from plait.configs.domains import Channels
 from plait.kernels.weighted_attention import Rule, softmax
 from plait.models.axes import KV_HEADS
 from plait.models.build import BuildContext
 from plait.models.linear import Dense
-from plait.models.mixers.base import register
-from plait.models.mixers.full.weighted import Weighted, WeightedConfig
+from plait.models.mixers.base import Direction, register
+from plait.models.mixers.full.by_rule import ByRule, RuleConfig
+from plait.models.positions.base import PositionConfig
 
 
 @register(
@@ -24,7 +25,7 @@ from plait.models.mixers.full.weighted import Weighted, WeightedConfig
     proof="the authors' layer, outputs and gradients",
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NeuralAttentionConfig(WeightedConfig):
+class NeuralAttentionConfig(RuleConfig):
     """`z_ij = w_3 . relu(W_2 relu(W_1 [q'_i; k'_j] + b_1) + b_2) + b_3`, `A_ij = softmax_j z_ij`, with q' = W_q' q + b and k' = W_k' k + b.
 
     q' and k' have p channels, the hidden layers p and p / 2; all these maps are shared by the heads. W_1 is kept in halves, for queries
@@ -32,12 +33,12 @@ class NeuralAttentionConfig(WeightedConfig):
     their first layer only: `"neural_attention@0; softmax"`.
     """
 
-    rope_theta: Base | None = None
-    """Base of the rotary embedding; None for no position encoding (NoPE): the paper adds positions to the embeddings."""
+    positions: PositionConfig | None = None
+    """How queries and keys know where they stand; None for no position encoding: the paper adds positions to the embeddings."""
     pair_dim: Channels | None = None
     """p; None gives head_dim / 32, but at least 2, as in the authors' code."""
 
-    directions = ("causal", "bidirectional")
+    directions: ClassVar[tuple[Direction, ...]] = ("causal", "bidirectional")
 
     def check(self) -> None:
         super().check()
@@ -60,12 +61,11 @@ class NeuralAttentionConfig(WeightedConfig):
         first, second = self.pair_dims
         return 2.0 * (first * second + second + self.head_dim)
 
-    def product_flops(self, d_model: int) -> float:
+    def mixing_flops(self, d_model: int, seq_len: int) -> float:
         first, second = self.pair_dims
-        num_heads, num_kv_heads = self.heads(d_model)
-        shared = 2.0 * (self.head_dim * first + first**2)  # of a query or a key of one head
-        pairs = 2.0 * (first * second + second)  # in `pair_flops`
-        return super().product_flops(d_model) + (num_heads + num_kv_heads - 2) * shared - pairs
+        others = sum(self.heads(d_model)) - 2  # the shared maps are counted for one head of each side, and once for pairs
+        shared = 2.0 * (self.head_dim * first + first**2)
+        return super().mixing_flops(d_model, seq_len) + others * shared - 2.0 * (first * second + second)
 
     def build(self, d_model: int, ctx: BuildContext) -> NeuralAttention:
         return NeuralAttention(self, d_model, ctx)
@@ -97,23 +97,30 @@ class PairNetwork(Rule):
         return softmax(z[..., 0], seen.visible)
 
 
-class NeuralAttention(Weighted):
+class NeuralAttention(ByRule):
     """See `NeuralAttentionConfig`."""
 
     def __init__(self, config: NeuralAttentionConfig, d_model: int, ctx: BuildContext):
         first, second = config.pair_dims
         super().__init__(config, d_model, ctx, PairNetwork(first))
+        self.pair_dim = first
         dense = lambda size, out, use_bias=True: Dense(ctx, size, out, (None, None), use_bias=use_bias)
         self.q_down, self.k_down = dense(config.head_dim, first), dense(config.head_dim, first)
         self.q_hidden, self.k_hidden = dense(first, first), dense(first, first, use_bias=False)
         self.second, self.third = dense(first, second), dense(second, 1)
 
     def parameters(self):
-        return Layers(*((layer.weight(), layer.bias[...]) for layer in (self.second, self.third)))
+        return Layers(affine(self.second), affine(self.third))
 
     def prepared(self, q, k, *, at):
         q, k = super().prepared(q, k, at=at)
         return self.q_hidden(self.q_down(q)), self.k_hidden(self.k_down(k))
 
     def entries(self):
-        return super().entries() | {"k": ((self.num_kv_heads, self.rule.hidden), KV_HEADS)}
+        return super().entries() | {"k": ((self.num_kv_heads, self.pair_dim), KV_HEADS)}
+
+
+def affine(layer: Dense) -> tuple[jax.Array, jax.Array]:
+    """Kernel and bias of a layer that has one."""
+    assert layer.bias is not None
+    return layer.weight(), layer.bias[...]

@@ -20,7 +20,7 @@ from plait.models.axes import BATCH, EMBED, HEADS, KV_HEADS, LENGTH, constrain
 from plait.models.build import Buffer, BuildContext
 from plait.models.cache import Cache, Slots
 from plait.models.linear import Dense
-from plait.models.mixers.base import HeadMixer, MixerConfig, register
+from plait.models.mixers.base import Direction, HeadMixer, MixerConfig, register
 from plait.models.mixers.heads import join_heads, require_divides, resolve_heads, split_heads
 from plait.models.norms import RMSNorm
 from plait.models.positions.base import POSITIONS, PositionConfig
@@ -45,13 +45,13 @@ def with_positions(fields: Mapping[str, Any]) -> Mapping[str, Any]:
     "softmax",
     kind="full",
     source="Attention Is All You Need (1706.03762); GQA (2305.13245)",
-    proof="transformers: Llama, Qwen3, GPT-OSS",
+    proof="transformers: Llama, Qwen2, Qwen3, OLMo 2, GPT-2, GPT-NeoX, GPT-OSS, T5, BLOOM",
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SoftmaxConfig(MixerConfig):
     """`o_i = sum_j softmax_j(q_i . k_j / sqrt(K)) v_j` over the visible keys."""
 
-    directions = ("causal", "bidirectional")
+    directions: ClassVar[tuple[Direction, ...]] = ("causal", "bidirectional")
     sees_all: ClassVar[bool] = True
     """Without a window, a query sees every earlier token."""
 
@@ -121,6 +121,10 @@ class SoftmaxConfig(MixerConfig):
         if self.sink_bias in ("k", "kv") and self.normalizer != "softmax":
             raise ValueError(
                 f"sink_bias={self.sink_bias!r} needs normalizer='softmax', not {self.normalizer!r}, which has no denominator; use 'v'"
+            )
+        if self.sink_bias == "kv" and self.sink_logits:
+            raise ValueError(
+                "sink_bias='kv' is itself what takes the rest of the weights, as sink_logits=True does; leave one of them out"
             )
         if self.shared_kv is not None and (self.sink_bias == "kv" or (self.shared_kv == "read" and self.value_scale)):
             name = "sink_bias" if self.sink_bias == "kv" else "value_scale"

@@ -39,6 +39,10 @@ class SuperAttentionConfig(EfficientConfig):
     def example(cls) -> SuperAttentionConfig:
         return cls(max_len=96)
 
+    @property
+    def longest(self) -> int:
+        return self.max_len
+
     def build(self, d_model: int, ctx: BuildContext) -> SuperAttention:
         self.require(ctx.seq_len, "the training length")
         return SuperAttention(self, d_model, ctx)
@@ -72,7 +76,7 @@ class SuperAttention(Efficient):
 
     def __init__(self, config: SuperAttentionConfig, d_model: int, ctx: BuildContext):
         super().__init__(config, d_model, ctx)
-        identity = lambda key, shape, dtype: jnp.eye(*shape, dtype=dtype)
+        identity = lambda key, shape, dtype: jnp.eye(shape[0], dtype=dtype)
         self.kernel = ctx.param(identity, (config.max_len, config.max_len), (None, None), role="conv")
 
     @property
@@ -91,10 +95,16 @@ class SuperAttention(Efficient):
     def weigh(self, inputs, *, at):
         return super().weigh(inputs._replace(v=self.mixed(inputs.v, at=at)), at=at)
 
+    def attend_active(self, inputs, active, *, at):
+        return self.weigh(inputs, at=at)
+
     def implied(self, inputs, rows, *, at):
         x = inputs.v[..., :1]
         kernel = weighted_rows(x, x, jnp.arange(x.shape[1]), at=at, **self._kernel)
         return jnp.einsum("bhrj,bhjs->bhrs", super().implied(inputs, rows, at=at), kernel, precision="highest")
+
+    def observe(self, inputs, x, *, at):
+        return {}  # statistics are those of the product's rows
 
     def init_state(self, batch_size, max_len):
         """Caches of x, and of the mixed values of the tokens that it holds."""
@@ -109,10 +119,9 @@ class SuperAttention(Efficient):
         return super().weigh(inputs._replace(v=mixed), at=at), state
 
     def recall(self, inputs, carry, *, at, state):
-        cache, values = state
+        (cache, values), x = state, inputs.v
         inputs, carry, cache = super().recall(inputs, carry, at=at, state=cache)
-        new = self.mixed(cache.entries["x"][:, :1], at=at, kv=inputs.v, kv_at=inputs.kv_at)
-        values = self.slots.write(values, {"x": new}, at)
+        values = self.slots.write(values, {"x": self.mixed(x, at=at, kv=inputs.v, kv_at=inputs.kv_at)}, at)
         return inputs._replace(v=values.entries["x"]), carry, (cache, values)
 
     def attend_step(self, inputs, *, at, state):

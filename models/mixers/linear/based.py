@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+import jax.numpy as jnp
+
 from plait.configs.domains import Channels, Heads
 from plait.models.axes import EMBED, HEADS
 from plait.models.build import BuildContext
 from plait.models.linear import Dense
-from plait.models.mixers.base import MixerConfig, register
+from plait.models.mixers.base import register
 from plait.models.mixers.heads import require_divides
-from plait.models.mixers.linear.feature_attention import FeatureAttention, Features, sums_flops
+from plait.models.mixers.linear.feature_attention import FeatureAttention, FeatureConfig, Features
 from plait.models.mixers.linear.feature_maps import num_pairs, taylor
 
 
@@ -19,16 +21,14 @@ from plait.models.mixers.linear.feature_maps import num_pairs, taylor
     "based",
     kind="linear",
     source="Simple linear attention language models balance the recall-throughput tradeoff (2402.18668)",
-    proof="the authors' LinearAttention; fla: naive_parallel_based",
+    proof="the authors' LinearAttention",
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BasedConfig(MixerConfig):
+class BasedConfig(FeatureConfig):
     """`o_i = sum_j A_ij v_j / (sum_j A_ij + 1e-12)`, `A_ij = 1 + s + s^2 / 2`, `s = q_i . k_j / sqrt(feature_dim)`.
 
     A is at least 1/2. The published models alternate it with gated convolutions (`base_conv`) and softmax attention in windows.
     """
-
-    directions = ("causal", "bidirectional")
 
     num_heads: Heads = 16
     """Heads; values have d_model / num_heads channels."""
@@ -41,22 +41,16 @@ class BasedConfig(MixerConfig):
     def example(cls) -> BasedConfig:
         return cls(num_heads=4, feature_dim=4)
 
-    @property
-    def symmetric(self) -> bool:
-        """Whether each product is kept once."""
-        return self.packing == "symmetric"
+    def heads(self, d_model: int) -> int:
+        require_divides(("num_heads", self.num_heads), ("d_model", d_model))
+        return self.num_heads
 
     def sums(self, d_model: int) -> dict[str, tuple[int, int]]:
-        """The state of a head: its features by its values and ones."""
-        require_divides(("num_heads", self.num_heads), ("d_model", d_model))
-        features = 1 + self.feature_dim + num_pairs(self.feature_dim, symmetric=self.symmetric)
-        return {"memory": (features, d_model // self.num_heads + 1)}
+        features = 1 + self.feature_dim + num_pairs(self.feature_dim, symmetric=self.packing == "symmetric")
+        return {"memory": (features, d_model // self.heads(d_model) + 1)}
 
     def build(self, d_model: int, ctx: BuildContext) -> Based:
         return Based(self, d_model, ctx)
-
-    def mixing_flops(self, d_model: int, seq_len: int) -> float:
-        return sums_flops(self.num_heads, self.sums(d_model))
 
 
 class Based(FeatureAttention):
@@ -65,16 +59,12 @@ class Based(FeatureAttention):
     normalize = True
 
     def __init__(self, config: BasedConfig, d_model: int, ctx: BuildContext):
-        self.config, self.num_heads, self.causal, self.sums = (
-            config,
-            config.num_heads,
-            ctx.causal,
-            tuple(config.sums(d_model).items()),
-        )
+        super().__init__(config, d_model, ctx)
+        self.symmetric = config.packing == "symmetric"
         widths = self.num_heads * config.feature_dim, self.num_heads * config.feature_dim, d_model
         self.q, self.k, self.v = (Dense(ctx, d_model, width, (EMBED, HEADS), heads=(1, self.num_heads)) for width in widths)
         self.o = Dense(ctx, d_model, d_model, (HEADS, EMBED), init=ctx.residual_init, heads=(0, self.num_heads))
 
     def project(self, x, *, at, state):
-        q, k = (taylor(self.heads(dense(x)).astype("float32"), symmetric=self.config.symmetric) for dense in (self.q, self.k))
+        q, k = (taylor(self.heads(dense(x)).astype(jnp.float32), symmetric=self.symmetric) for dense in (self.q, self.k))
         return Features(q, k, self.heads(self.v(x))), state

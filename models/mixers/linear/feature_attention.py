@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import abc
+import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +13,28 @@ import jax.numpy as jnp
 from plait.kernels import Mask, Tokens, decay
 from plait.kernels.recurrence import over_weights, with_ones
 from plait.models.axes import BATCH, HEADS, constrain
-from plait.models.mixers.base import HeadMixer
+from plait.models.build import BuildContext
+from plait.models.mixers.base import Direction, HeadMixer, MixerConfig
 from plait.models.mixers.linear.recurrent import Recurrent
 from plait.models.mixers.linear.sums import Sums, read_flops
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FeatureConfig(MixerConfig):
+    """Options of linear attention by features, which can see as far as the token or all of the document."""
+
+    directions: ClassVar[tuple[Direction, ...]] = ("causal", "bidirectional")
+
+    @abc.abstractmethod
+    def heads(self, d_model: int) -> int:
+        """Heads at width `d_model`."""
+
+    @abc.abstractmethod
+    def sums(self, d_model: int) -> dict[str, tuple[int, int]]:
+        """K and V of each sum that decoding keeps of a head; `memory` and `values` are those that heads are read from."""
+
+    def mixing_flops(self, d_model: int, seq_len: int) -> float:
+        return self.heads(d_model) * sum(read_flops(*shape) for shape in self.sums(d_model).values())
 
 
 class Features(NamedTuple):
@@ -48,14 +69,15 @@ class SumState(NamedTuple):
 class FeatureAttention(Recurrent):
     """Heads whose weights are products of features; a token sees its document up to itself or, without `causal`, all of it.
 
-    Subclasses set `num_heads`, `causal`, `sums` and `o`, write `project` and, where weights depend on other tokens, `weigh`.
+    Subclasses make their projections, `o` the one back, write `project` and, where weights depend on other tokens, `weigh`.
     """
 
-    causal: bool
     normalize: bool = False
     """Divides by the summed weights plus 1e-12, as Based does (arXiv 2402.18668); they must not be negative then."""
-    sums: tuple[tuple[str, tuple[int, int]], ...]
-    """Name, K and V of each sum that decoding keeps, `memory` and `values` those that heads are read from."""
+
+    def __init__(self, config: FeatureConfig, d_model: int, ctx: BuildContext):
+        self.num_heads, self.causal = config.heads(d_model), ctx.causal
+        self.sums = tuple(config.sums(d_model).items())
 
     def weigh(self, inputs: Any, sums: Sums) -> Weights:
         """The weights, from sums over the tokens that each sees."""
@@ -104,8 +126,3 @@ def seen(at: Tokens, rows: jax.Array, causal: bool) -> jax.Array:
     """Which tokens those at `rows` `[R]` see, bool `[B, 1, R, T]`."""
     ids, positions = at.segment_ids, at.positions
     return Mask(causal=causal).dense(positions[:, rows], positions, ids[:, rows], ids)[:, None]
-
-
-def sums_flops(num_heads: int, sums: Mapping[str, tuple[int, int]]) -> float:
-    """Operations of one token in the sums of a causal layer."""
-    return num_heads * sum(read_flops(*shape) for shape in sums.values())

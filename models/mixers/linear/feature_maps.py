@@ -12,7 +12,7 @@ from flax import nnx
 from plait.models.axes import HEADS
 from plait.models.build import BuildContext
 from plait.models.linear import Dense
-from plait.models.norms import LayerNorm
+from plait.models.norms import GroupNorm
 
 MapName = Literal["elu", "identity", "relu", "dpfp", "rebased", "hadamard"]
 SIGNED: tuple[MapName, ...] = ("identity", "hadamard")
@@ -68,7 +68,7 @@ class FeatureMap(nnx.Module):
         self.name, self.dim = name, dim
         self.first = matrices(name == "hadamard") if name in ("relu", "hadamard") else None
         self.second = matrices(True) if name == "hadamard" else None
-        self.norm = LayerNorm(ctx, dim, eps=1e-5) if name == "rebased" else None
+        self.norm = GroupNorm(ctx, dim, groups=1, eps=1e-5) if name == "rebased" else None
 
     @staticmethod
     def size(name: MapName, dim: int) -> int:

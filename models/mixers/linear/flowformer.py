@@ -12,9 +12,9 @@ from plait.configs.domains import Epsilon, Heads
 from plait.models.axes import EMBED, HEADS
 from plait.models.build import BuildContext
 from plait.models.linear import Dense
-from plait.models.mixers.base import MixerConfig, register
+from plait.models.mixers.base import register
 from plait.models.mixers.heads import require_divides
-from plait.models.mixers.linear.feature_attention import FeatureAttention, Features, Weights, sums_flops
+from plait.models.mixers.linear.feature_attention import FeatureAttention, FeatureConfig, Features, Weights
 
 
 @register(
@@ -24,15 +24,13 @@ from plait.models.mixers.linear.feature_attention import FeatureAttention, Featu
     proof="the authors' Flow_Attention and Flow_Attention_Causal",
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FlowformerConfig(MixerConfig):
+class FlowformerConfig(FeatureConfig):
     """`o_i = sigmoid(I'_i) (f(q_i) / I_i) . sum_j f(k_j) c_j v_j^T`, `f = sigmoid`, of flows in and out, and those with one side conserved:
 
     `I = f(q) . sum f(k)`, `O = f(k) . sum f(q)`, `I' = f(q) . sum f(k) / O`, `O' = f(k) . sum f(q) / I` cut to [-1, 1], and the sources
     compete by `c = N softmax(O')` over the N tokens. Causal, all sums end at the token, means over the tokens so far stand for sums in I
     and O, and `c_j = N_j exp(O'_j) / sum_{i <= j} exp(O'_i)`.
     """
-
-    directions = ("causal", "bidirectional")
 
     num_heads: Heads = 8
     """Heads of d_model / num_heads channels."""
@@ -43,18 +41,17 @@ class FlowformerConfig(MixerConfig):
     def example(cls) -> FlowformerConfig:
         return cls(num_heads=4)
 
-    def sums(self, d_model: int) -> dict[str, tuple[int, int]]:
-        """K and V of the sums that a head keeps."""
+    def heads(self, d_model: int) -> int:
         require_divides(("num_heads", self.num_heads), ("d_model", d_model))
-        dim = d_model // self.num_heads
+        return self.num_heads
+
+    def sums(self, d_model: int) -> dict[str, tuple[int, int]]:
+        dim = d_model // self.heads(d_model)
         flows = dict.fromkeys(("incoming", "outgoing", "sinks", "sources"), (dim, 1))
         return {"memory": (dim, dim), **flows, "competition": (1, 1)}
 
     def build(self, d_model: int, ctx: BuildContext) -> Flowformer:
         return Flowformer(self, d_model, ctx)
-
-    def mixing_flops(self, d_model: int, seq_len: int) -> float:
-        return sums_flops(self.num_heads, self.sums(d_model))
 
 
 class Flowformer(FeatureAttention):
@@ -64,8 +61,8 @@ class Flowformer(FeatureAttention):
     """Below any sum of `exp` of numbers from -1 on; keeps the empty sum of padding from dividing."""
 
     def __init__(self, config: FlowformerConfig, d_model: int, ctx: BuildContext):
-        self.config, self.num_heads, self.causal = config, config.num_heads, ctx.causal
-        self.sums = tuple(config.sums(d_model).items())
+        super().__init__(config, d_model, ctx)
+        self.eps = config.eps
         self.q, self.k, self.v = (
             Dense(ctx, d_model, d_model, (EMBED, HEADS), heads=(1, self.num_heads), use_bias=True) for _ in range(3)
         )
@@ -76,7 +73,7 @@ class Flowformer(FeatureAttention):
         return Features(q, k, self.heads(self.v(x))), state
 
     def weigh(self, inputs, sums):
-        q, k, eps = inputs.q, inputs.k, self.config.eps
+        q, k, eps = inputs.q, inputs.k, self.eps
         mean_of = sums.count if self.causal else 1.0
 
         def flow(name: str, to: jax.Array, of: jax.Array) -> jax.Array:

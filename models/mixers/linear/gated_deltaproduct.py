@@ -40,7 +40,7 @@ class GatedDeltaProductConfig(GatedDeltaNetConfig):
     negative_eigenvalues: bool = True
     """Writes with b in (0, 2) in place of (0, 1), without which no step is a reflection (arXiv 2411.12537)."""
 
-    def build(self, d_model: int, ctx: BuildContext) -> GatedDeltaProduct:
+    def build(self, d_model: int, ctx: BuildContext) -> GatedDeltaProduct:  # type: ignore[override]
         return GatedDeltaProduct(self, d_model, ctx)
 
     def mixing_flops(self, d_model: int, seq_len: int) -> float:

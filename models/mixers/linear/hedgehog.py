@@ -13,9 +13,9 @@ from plait.configs.domains import Base, Channels, Heads
 from plait.models.axes import EMBED, HEADS
 from plait.models.build import BuildContext
 from plait.models.linear import Dense
-from plait.models.mixers.base import MixerConfig, register
+from plait.models.mixers.base import register
 from plait.models.mixers.heads import resolve_heads
-from plait.models.mixers.linear.feature_attention import FeatureAttention, Features, sums_flops
+from plait.models.mixers.linear.feature_attention import FeatureAttention, FeatureConfig, Features
 from plait.models.mixers.linear.feature_maps import per_head
 from plait.models.rope import rotate
 
@@ -27,14 +27,12 @@ from plait.models.rope import rotate
     proof="fla: HedgehogFeatureMap on naive_recurrent_linear_attn; both normalisations by hand",
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HedgehogConfig(MixerConfig):
+class HedgehogConfig(FeatureConfig):
     """`o_i = sum_j A_ij v_j / sum_j A_ij`, `A_ij = f(q_i) . g(k_j)`, `f(x) = [softmax(W x), softmax(-W x)]`.
 
     Softmaxes are over channels; each head has its W, queries and keys different ones, all starting at the identity. q and k are rotated
     before the map, as the softmax attention that it mimics.
     """
-
-    directions = ("causal", "bidirectional")
 
     num_heads: Heads | None = None
     """Heads; None gives d_model / head_dim."""
@@ -58,19 +56,13 @@ class HedgehogConfig(MixerConfig):
         return cls(num_heads=4, head_dim=16)
 
     def heads(self, d_model: int) -> int:
-        """Heads at width `d_model`."""
         return resolve_heads(self.num_heads, d_model, self.head_dim)
 
-    @property
-    def sums(self) -> dict[str, tuple[int, int]]:
-        """The state of a head: its features by its values and ones."""
+    def sums(self, d_model: int) -> dict[str, tuple[int, int]]:
         return {"memory": (2 * self.head_dim, self.head_dim + 1)}
 
     def build(self, d_model: int, ctx: BuildContext) -> Hedgehog:
         return Hedgehog(self, d_model, ctx)
-
-    def mixing_flops(self, d_model: int, seq_len: int) -> float:
-        return sums_flops(self.heads(d_model), self.sums)
 
 
 class Hedgehog(FeatureAttention):
@@ -79,12 +71,8 @@ class Hedgehog(FeatureAttention):
     normalize = True
 
     def __init__(self, config: HedgehogConfig, d_model: int, ctx: BuildContext):
-        self.config, self.num_heads, self.causal, self.sums = (
-            config,
-            config.heads(d_model),
-            ctx.causal,
-            tuple(config.sums.items()),
-        )
+        super().__init__(config, d_model, ctx)
+        self.rope_theta = config.rope_theta
         width = self.num_heads * config.head_dim
         self.q, self.k, self.v = (Dense(ctx, d_model, width, (EMBED, HEADS), heads=(1, self.num_heads)) for _ in range(3))
         self.q_map, self.k_map = (SoftmaxMap(ctx, self.num_heads, config) for _ in range(2))
@@ -92,8 +80,8 @@ class Hedgehog(FeatureAttention):
 
     def project(self, x, *, at, state):
         q, k, v = (self.heads(dense(x)) for dense in (self.q, self.k, self.v))
-        if self.config.rope_theta is not None:
-            q, k = (rotate(y, at.positions, self.config.rope_theta) for y in (q, k))
+        if self.rope_theta is not None:
+            q, k = (rotate(y, at.positions, self.rope_theta) for y in (q, k))
         return Features(self.q_map(q), self.k_map(k), v), state
 
 

@@ -14,6 +14,7 @@ from plait.models.build import BuildContext
 from plait.models.decays import LowerBound
 from plait.models.linear import Dense
 from plait.models.mixers.base import MixerConfig, register
+from plait.models.mixers.heads import expanded
 from plait.models.mixers.linear.channelwise import OPAQUE, Scanned
 
 
@@ -39,6 +40,10 @@ class HGRNConfig(MixerConfig):
     norm_eps: Epsilon = 1e-5
     """Epsilon of the output norm, over all channels."""
 
+    def width(self, d_model: int) -> int:
+        """Channels of the state at width `d_model`."""
+        return expanded(self.expand, d_model)
+
     def build(self, d_model: int, ctx: BuildContext) -> HGRN:
         return HGRN(self, d_model, ctx)
 
@@ -57,7 +62,7 @@ class HGRN(Scanned):
     num_heads = 1
 
     def __init__(self, config: HGRNConfig, d_model: int, ctx: BuildContext):
-        width = int(d_model * config.expand)
+        width = config.width(d_model)
         self.head_dims = (1, width)
         self.i, self.f = (Dense(ctx, d_model, width, (EMBED, HEADS), role=role) for role in ("matrix", "gate"))
         self.lower_bound = LowerBound(ctx, width)

@@ -13,9 +13,9 @@ from plait.kernels import Tokens
 from plait.models.axes import EMBED, HEADS
 from plait.models.build import BuildContext
 from plait.models.linear import Dense
-from plait.models.mixers.base import MixerConfig, register
+from plait.models.mixers.base import register
 from plait.models.mixers.heads import join_heads, require_divides
-from plait.models.mixers.linear.feature_attention import FeatureAttention, Weights, sums_flops
+from plait.models.mixers.linear.feature_attention import FeatureAttention, FeatureConfig, Weights
 from plait.models.mixers.linear.feature_maps import per_head
 from plait.models.mixers.linear.local_conv import Neighbours
 from plait.models.mixers.linear.sums import Sums
@@ -28,14 +28,12 @@ from plait.models.mixers.linear.sums import Sums
     proof="the authors' InLineAttention; the residual by hand",
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class InLineConfig(MixerConfig):
+class InLineConfig(FeatureConfig):
     """`A_ij = (q_i . (k_j - mean_j k_j) / sqrt(K) + 1) / N` over the N tokens j that i sees: rows sum to 1, weights may be negative.
 
     To A v comes `sum_w r_w * v_{i+w}` over the nearest tokens, with weights r a channel from an MLP of the mean input, whose two
     matrices are a head's own. Published bidirectional, the residual for images; causal, means end at the token, and so does the residual.
     """
-
-    directions = ("causal", "bidirectional")
 
     num_heads: Heads = 8
     """Heads of d_model / num_heads channels."""
@@ -50,14 +48,12 @@ class InLineConfig(MixerConfig):
     def example(cls) -> InLineConfig:
         return cls(num_heads=4)
 
-    def head_dim(self, d_model: int) -> int:
-        """Channels of a head at width `d_model`."""
+    def heads(self, d_model: int) -> int:
         require_divides(("num_heads", self.num_heads), ("d_model", d_model))
-        return d_model // self.num_heads
+        return self.num_heads
 
     def sums(self, d_model: int) -> dict[str, tuple[int, int]]:
-        """K and V of the sums that a head keeps."""
-        dim = self.head_dim(d_model)
+        dim = d_model // self.heads(d_model)
         inputs = {} if self.local_size is None else {"inputs": (1, dim)}
         return {"memory": (dim, dim), "keys": (dim, 1), "values": (1, dim), **inputs}
 
@@ -67,7 +63,7 @@ class InLineConfig(MixerConfig):
     def mixing_flops(self, d_model: int, seq_len: int) -> float:
         taps = self.local_size or 0
         gather, residual = 2.0 * taps * taps * d_model, 2.0 * taps * d_model
-        return sums_flops(self.num_heads, self.sums(d_model)) + gather + residual
+        return super().mixing_flops(d_model, seq_len) + gather + residual
 
 
 class InLineInputs(NamedTuple):
@@ -81,8 +77,8 @@ class InLine(FeatureAttention):
     """See `InLineConfig`."""
 
     def __init__(self, config: InLineConfig, d_model: int, ctx: BuildContext):
-        self.num_heads, self.causal, self.sums = config.num_heads, ctx.causal, tuple(config.sums(d_model).items())
-        self.dim, self.local_size = config.head_dim(d_model), config.local_size
+        super().__init__(config, d_model, ctx)
+        self.dim, self.local_size = d_model // self.num_heads, config.local_size
         self.q, self.k, self.v = (Dense(ctx, d_model, d_model, (EMBED, HEADS), heads=(1, self.num_heads)) for _ in range(3))
         if config.local_size is not None:
             self.convs = ("near",)

@@ -12,16 +12,15 @@ from plait.configs.domains import Base, Channels, Heads, Taps
 from plait.models.axes import EMBED, HEADS
 from plait.models.build import BuildContext
 from plait.models.linear import Dense
-from plait.models.mixers.base import MixerConfig
 from plait.models.mixers.heads import join_heads, resolve_heads, split_heads
-from plait.models.mixers.linear.feature_attention import FeatureAttention, sums_flops
+from plait.models.mixers.linear.feature_attention import FeatureAttention, FeatureConfig
 from plait.models.mixers.linear.feature_maps import elu
 from plait.models.mixers.linear.local_conv import Lepe
 from plait.models.rope import rotate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LepeConfig(MixerConfig):
+class LepeConfig(FeatureConfig):
     """Options of these layers. Images become sequences: rotations and convolutions have one dimension, and both are causal where the
     layer is."""
 
@@ -40,7 +39,7 @@ class LepeConfig(MixerConfig):
                 f"head_dim={self.head_dim} must be even where rope_theta={self.rope_theta} rotates channels in pairs; "
                 f"use {self.head_dim + 1}, or rope_theta=None"
             )
-        if "bidirectional" in self.directions and self.lepe_size % 2 == 0:
+        if self.lepe_size % 2 == 0:
             raise ValueError(f"lepe_size={self.lepe_size} must be odd, to have a middle; use {self.lepe_size + 1}")
 
     @classmethod
@@ -48,17 +47,11 @@ class LepeConfig(MixerConfig):
         return cls(num_heads=4, head_dim=16)
 
     def heads(self, d_model: int) -> int:
-        """Heads at width `d_model`."""
         return resolve_heads(self.num_heads, d_model, self.head_dim)
 
-    @property
-    def sums(self) -> dict[str, tuple[int, int]]:
-        """K and V of the sums that a head keeps."""
-        raise NotImplementedError
-
     def mixing_flops(self, d_model: int, seq_len: int) -> float:
-        num_heads = self.heads(d_model)
-        return sums_flops(num_heads, self.sums) + 2.0 * self.lepe_size * num_heads * self.head_dim
+        convolved = self.heads(d_model) * self.head_dim
+        return super().mixing_flops(d_model, seq_len) + 2.0 * self.lepe_size * convolved
 
 
 class LepeInputs(NamedTuple):
@@ -82,8 +75,8 @@ class LepeAttention(FeatureAttention):
     convs = ("lepe",)
 
     def __init__(self, config: LepeConfig, d_model: int, ctx: BuildContext):
-        self.config, self.num_heads, self.causal = config, config.heads(d_model), ctx.causal
-        self.sums = tuple(config.sums.items())
+        super().__init__(config, d_model, ctx)
+        self.config = config
         width = self.num_heads * config.head_dim
         self.q, self.k, self.v, self.gate = (
             Dense(ctx, d_model, width, (EMBED, HEADS), heads=(1, self.num_heads), use_bias=True, role=role)
@@ -103,7 +96,7 @@ class LepeAttention(FeatureAttention):
         theta = self.config.rope_theta
         turn = lambda y: y if theta is None else rotate(y, at.positions, theta)
         features = self.features(q.astype(jnp.float32), k.astype(jnp.float32), turn)
-        return LepeInputs(*features, v, split_heads(lepe, self.num_heads)), state
+        return LepeInputs(*features, v, split_heads(lepe, self.num_heads)), state  # type: ignore[call-arg]
 
     def finish(self, o, inputs, x):
         return (o + inputs.lepe) * split_heads(self.gate(x), self.num_heads)

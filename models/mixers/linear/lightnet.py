@@ -21,7 +21,7 @@ from plait.models.mixers.linear.lrpe import Lrpe
 from plait.models.mixers.linear.recurrent import Decayed, Recurrent
 from plait.models.norms import RMSNorm
 
-_NOTHING = -1e30
+NOTHING = -1e30
 """The logarithm of an empty sum; finite, so that differences and their gradients are."""
 
 
@@ -115,7 +115,7 @@ class LightNet(Recurrent):
 
     def init_state(self, batch_size, max_len):
         memory, convs = super().init_state(batch_size, max_len)
-        z = jnp.full((batch_size, self.num_heads, self.config.head_dim), _NOTHING, jnp.float32)
+        z = jnp.full((batch_size, self.num_heads, self.config.head_dim), NOTHING, jnp.float32)
         means = None if self.tpe is None else self.tpe.init_state(batch_size)
         return LightNetState(memory, convs, constrain(z, (BATCH, HEADS, None)), means)
 
@@ -130,17 +130,17 @@ def share_of_sum(k: jax.Array, *, at: Tokens, start: jax.Array | None) -> tuple[
     index, real = (y[..., None, None] for y in (index, real))
     begins = jnp.diff(index, axis=1, prepend=index[:, :1]) > 0
     if start is None:
-        start = jnp.full_like(k[:, 0], _NOTHING)
+        start = jnp.full_like(k[:, 0], NOTHING)
 
     def join(left: tuple[jax.Array, jax.Array], right: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         (z, begun), (later, begins) = left, right
         return jnp.where(begins, later, jnp.logaddexp(z, later)), begun | begins
 
-    z, _ = jax.lax.associative_scan(join, (jnp.where(real, k, _NOTHING), begins), axis=1)
+    z, _ = jax.lax.associative_scan(join, (jnp.where(real, k, NOTHING), begins), axis=1)
     z = jnp.where(index == 0, jnp.logaddexp(start[:, None], z), z)
-    before = jnp.where(begins, _NOTHING, jnp.concatenate([start[:, None], z[:, :-1]], axis=1))
-    g = jnp.where(real & (before > _NOTHING / 2), before - z, 0.0)
-    return jnp.exp(jnp.where(real, k - z, _NOTHING)), jnp.minimum(g, 0.0), z[:, -1]
+    before = jnp.where(begins, NOTHING, jnp.concatenate([start[:, None], z[:, :-1]], axis=1))
+    g = jnp.where(real & (before > NOTHING / 2), before - z, 0.0)
+    return jnp.exp(jnp.where(real, k - z, NOTHING)), jnp.minimum(g, 0.0), z[:, -1]
 
 
 class Tpe(nnx.Module):

@@ -9,9 +9,9 @@ from plait.configs.domains import Epsilon, Factor, Heads
 from plait.models.axes import EMBED, HEADS
 from plait.models.build import BuildContext
 from plait.models.linear import Dense
-from plait.models.mixers.base import MixerConfig, register
+from plait.models.mixers.base import register
 from plait.models.mixers.heads import require_divides
-from plait.models.mixers.linear.feature_attention import FeatureAttention, Features, sums_flops
+from plait.models.mixers.linear.feature_attention import FeatureAttention, FeatureConfig, Features
 from plait.models.mixers.linear.feature_maps import SIGNED, FeatureMap, MapName
 from plait.models.norms import RMSNorm
 
@@ -23,13 +23,11 @@ from plait.models.norms import RMSNorm
     proof="fla: naive_recurrent_linear_attn, feature maps and LinearAttention",
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LinearConfig(MixerConfig):
+class LinearConfig(FeatureConfig):
     """`S_t = S_{t-1} + f(k_t) v_t^T`, `z_t = z_{t-1} + f(k_t)`, `o_t = S_t^T f(q_t) / (z_t . f(q_t))`.
 
     With `normalizer="rms_norm"`, `o_t = norm(S_t^T f(q_t) / sqrt(K))` in each head (TransNormer, arXiv 2210.10340).
     """
-
-    directions = ("causal", "bidirectional")
 
     num_heads: Heads = 8
     """Heads; K is expand_k d_model / num_heads, V expand_v d_model / num_heads."""
@@ -56,6 +54,9 @@ class LinearConfig(MixerConfig):
     def example(cls) -> LinearConfig:
         return cls(num_heads=4)
 
+    def heads(self, d_model: int) -> int:
+        return self.num_heads
+
     def dims(self, d_model: int) -> tuple[int, int]:
         """Channels of a key head before the feature map and of a value head, at width `d_model`."""
         widths = int(d_model * self.expand_k), int(d_model * self.expand_v)
@@ -64,22 +65,18 @@ class LinearConfig(MixerConfig):
         return widths[0] // self.num_heads, widths[1] // self.num_heads
 
     def sums(self, d_model: int) -> dict[str, tuple[int, int]]:
-        """The state of a head: its features by its values and, with a denominator, ones."""
         key_dim, value_dim = self.dims(d_model)
         return {"memory": (FeatureMap.size(self.feature_map, key_dim), value_dim + (self.normalizer == "denominator"))}
 
     def build(self, d_model: int, ctx: BuildContext) -> Linear:
         return Linear(self, d_model, ctx)
 
-    def mixing_flops(self, d_model: int, seq_len: int) -> float:
-        return sums_flops(self.num_heads, self.sums(d_model))
-
 
 class Linear(FeatureAttention):
     """See `LinearConfig`."""
 
     def __init__(self, config: LinearConfig, d_model: int, ctx: BuildContext):
-        self.num_heads, self.causal, self.sums = config.num_heads, ctx.causal, tuple(config.sums(d_model).items())
+        super().__init__(config, d_model, ctx)
         key_dim, value_dim = config.dims(d_model)
         self.normalize = config.normalizer == "denominator"
         self.q, self.k, self.v = (

@@ -24,10 +24,7 @@ class MALAConfig(LepeConfig):
     row sums to 1. The output is `W_o ((A v + LePE(v)) * W_g x)`. Published bidirectional; causal, sums and N end at the token.
     """
 
-    directions = ("causal", "bidirectional")
-
-    @property
-    def sums(self) -> dict[str, tuple[int, int]]:
+    def sums(self, d_model: int) -> dict[str, tuple[int, int]]:
         return {"memory": (self.head_dim, self.head_dim), "keys": (self.head_dim, 1), "values": (1, self.head_dim)}
 
     def build(self, d_model: int, ctx: BuildContext) -> MALA:

@@ -15,6 +15,7 @@ from plait.models.build import BuildContext
 from plait.models.decays import inverse_softplus_step
 from plait.models.linear import Dense
 from plait.models.mixers.base import MixerConfig, register
+from plait.models.mixers.heads import expanded
 from plait.models.mixers.linear.channelwise import OPAQUE, Channelwise
 from plait.models.norms import RMSNorm
 from plait.models.short_conv import ShortConv
@@ -54,7 +55,7 @@ class Mamba1Config(MixerConfig):
 
     def width(self, d_model: int) -> int:
         """Inner channels at width `d_model`."""
-        return int(d_model * self.expand)
+        return expanded(self.expand, d_model)
 
     def build(self, d_model: int, ctx: BuildContext) -> Mamba1:
         return Mamba1(self, d_model, ctx)

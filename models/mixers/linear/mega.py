@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import math
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from plait.configs.domains import Channels, Factor, Span
 from plait.kernels import LowRankBias, Mask, Tokens, attention, selective_scan
@@ -17,6 +19,7 @@ from plait.models.build import BuildContext
 from plait.models.cache import Cache, Slots
 from plait.models.linear import Dense
 from plait.models.mixers.base import HeadKind, HeadMixer, MixerConfig, register
+from plait.models.mixers.heads import expanded
 from plait.models.rope import rotate
 
 THETA = 10_000.0
@@ -26,24 +29,11 @@ BLOCK = 128
 """Queries whose weights exist at once where the attention op does not serve."""
 
 
-@register(
-    "mega",
-    kind="full",
-    source="Mega: Moving Average Equipped Gated Attention (2209.10655)",
-    proof="the authors' cell and moving average",
-)
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MegaConfig(MixerConfig):
-    """`y = u (silu(W_h m + W_o (r o)) - x)`, `o` attending with q and k of the moving average m and values of x.
+class MegaOptions(MixerConfig):
+    """What the mixers of Mega have in common; see `MegaConfig` for the equations."""
 
-    `m = silu(ema(x) + w x)`: n averages a channel, `s_t = (1 - p a) s_{t-1} + p b x_t` read by `c / sqrt(n)`, p and a sigmoids of parameters.
-    `z = silu(W_z m)`, `q = c_q z + d_q`, `k = c_k z + d_k`, `v = silu(W_v x)`, `r = silu(W_r m)`, `u = sigmoid(W_u m)`; all projections have
-    biases. Weights are `softmax(q k / sqrt(dim) + bias)` or `laplace(q k / n + bias)`, n being the number of keys that are seen, with
-    `laplace(x) = (1 + erf((x - sqrt(1/2)) / sqrt(1 / 2 pi))) / 2`.
-
-    The published cell holds the residual connection, and x in y is its unnormalised input; here it is the layer's input, which the block has
-    normalised. There is one head. Cost grows with the square of the length; `mega_chunk` is linear in it.
-    """
+    directions = ("causal", "bidirectional")
 
     attention_dim: Channels | None = None
     """Channels of queries and keys; None gives d_model / 4."""
@@ -55,17 +45,16 @@ class MegaConfig(MixerConfig):
     """What becomes of the logits; `laplace` runs in blocks of plain JAX."""
     bias: Literal["rotary", "simple"] = "rotary"
     """Of the distance: a product of two rotated vectors, or, in blocks of plain JAX, a number a distance."""
-    max_distance: Span = 1024
-    """Distances that the simple bias tells apart; those beyond have the last one's number."""
-
-    @classmethod
-    def example(cls) -> MegaConfig:
-        return cls(state_dim=2, expand=1.5)
 
     @property
+    @abc.abstractmethod
     def chunk(self) -> int | None:
         """Tokens of a document that see each other; None for all."""
-        return None
+
+    @property
+    @abc.abstractmethod
+    def distances(self) -> int:
+        """How many the simple bias tells apart to a side."""
 
     @property
     def on_attention(self) -> bool:
@@ -80,7 +69,7 @@ class MegaConfig(MixerConfig):
                 f"attention_dim={dim} must be even where bias='rotary' rotates channels in pairs; use {dim + dim % 2 or 2}, "
                 "or bias='simple'"
             )
-        return dim, int(d_model * self.expand)
+        return dim, expanded(self.expand, d_model)
 
     def fit(self, d_model: int) -> None:
         self.dims(d_model)
@@ -102,6 +91,42 @@ class MegaConfig(MixerConfig):
         return (seq_len + 1) / 2 if self.on_attention else keys_of_blocks(seq_len, self.chunk)
 
 
+@register(
+    "mega",
+    kind="full",
+    source="Mega: Moving Average Equipped Gated Attention (2209.10655)",
+    proof="the authors' cell and moving average",
+)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MegaConfig(MegaOptions):
+    """`y = u (silu(W_h m + W_o (r o)) - x)`, `o` attending with q and k of the moving average m and values of x.
+
+    `m = silu(ema(x) + w x)`: n averages a channel, `s_t = (1 - p a) s_{t-1} + p b x_t` read by `c / sqrt(n)`, p and a sigmoids of parameters.
+    `z = silu(W_z m)`, `q = c_q z + d_q`, `k = c_k z + d_k`, `v = silu(W_v x)`, `r = silu(W_r m)`, `u = sigmoid(W_u m)`; all projections have
+    biases. Weights are `softmax(q k / sqrt(dim) + bias)` or `laplace(q k / n + bias)`, n being the number of keys that are seen, with
+    `laplace(x) = (1 + erf((x - sqrt(1/2)) / sqrt(1 / 2 pi))) / 2`.
+
+    The published cell holds the residual connection, and x in y is its unnormalised input; here it is the layer's input, which the block has
+    normalised. There is one head. Cost grows with the square of the length; `mega_chunk` is linear in it. Where a token sees all of its
+    document, a second set of averages runs from the other end, and the simple bias has a number for distances to either side.
+    """
+
+    max_distance: Span = 1024
+    """Distances that the simple bias tells apart; those beyond have the last one's number."""
+
+    @classmethod
+    def example(cls) -> MegaConfig:
+        return cls(state_dim=2, expand=1.5)
+
+    @property
+    def chunk(self) -> None:
+        return None
+
+    @property
+    def distances(self) -> int:
+        return self.max_distance
+
+
 class MegaInputs(NamedTuple):
     q: jax.Array  # [B, T, 1, K]
     k: jax.Array  # [B, S, 1, K]
@@ -111,12 +136,39 @@ class MegaInputs(NamedTuple):
     h: jax.Array  # W_h m, [B, T, D]
 
 
+class Side(NamedTuple):
+    """Queries or keys, and where they stand."""
+
+    x: jax.Array
+    """`[B, T, K]`."""
+    turned: jax.Array | None
+    """Their side of the rotary bias, `[B, T, K]` float32."""
+    segment_ids: jax.Array
+    positions: jax.Array
+
+
 class MegaState(NamedTuple):
     """Decode memory."""
 
     average: jax.Array
     """`[B, n, D]` float32."""
     cache: Cache
+
+
+class MovingAverage(nnx.Module):
+    """`n` damped averages of each channel, read as one: `s_t = (1 - p a) s_{t-1} + p b x_t`, `y_t = sum c s_t / sqrt(n)`."""
+
+    def __init__(self, ctx: BuildContext, number: int, dim: int):
+        normal, shape = jax.nn.initializers.normal, (number, dim)
+        self.p, self.a = (ctx.param(normal(0.2), shape, (None, EMBED), role="decay") for _ in range(2))
+        self.b = ctx.param(_alternating, shape, (None, EMBED))
+        self.c = ctx.param(normal(1.0), shape, (None, EMBED))
+
+    def __call__(self, x: jax.Array, start: jax.Array | None, *, at: Tokens) -> tuple[jax.Array, jax.Array]:
+        """`y [B, T, D]`, and the averages `[B, n, D]` after the last token."""
+        p, a, b, c = (param[...].astype(jnp.float32) for param in (self.p, self.a, self.b, self.c))
+        p, a = jax.nn.sigmoid(p), jax.nn.sigmoid(a)
+        return selective_scan(x, None, jnp.log1p(-p * a), None, c * b * p * len(p) ** -0.5, initial_state=start, at=at)
 
 
 def _alternating(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -130,15 +182,14 @@ class Mega(HeadMixer):
 
     num_heads = 1
 
-    def __init__(self, config: MegaConfig, d_model: int, ctx: BuildContext):
+    def __init__(self, config: MegaOptions, d_model: int, ctx: BuildContext):
         self.config, self.dtype = config, ctx.compute_dtype
         self.dim, self.value_dim = config.dims(d_model)
-        self.mask, self.slots = Mask(causal=True, window_size=config.chunk), Slots(config.chunk)
+        self.causal = ctx.causal
+        self.mask, self.slots = Mask(causal=self.causal, window_size=config.chunk), Slots(config.chunk)
         normal = jax.nn.initializers.normal
-        averages = (config.state_dim, d_model)
-        self.p, self.a = (ctx.param(normal(0.2), averages, (None, EMBED), role="decay") for _ in range(2))
-        self.b = ctx.param(_alternating, averages, (None, EMBED))
-        self.c = ctx.param(normal(1.0), averages, (None, EMBED))
+        self.average = MovingAverage(ctx, config.state_dim, d_model)
+        self.later = None if self.causal else MovingAverage(ctx, config.state_dim, d_model)
         self.w = ctx.param(normal(1.0), (d_model,), (EMBED,))
         dense = lambda width, axis, role: Dense(ctx, d_model, width, (EMBED, axis), init=normal(0.02), use_bias=True, role=role)
         self.v, self.z, self.h = (
@@ -149,16 +200,17 @@ class Mega(HeadMixer):
         self.r, self.u = dense(self.value_dim, HEADS, "gate"), dense(d_model, None, "gate")
         self.scale = ctx.param(normal(0.02), (2, self.dim), (None, None))
         self.shift = ctx.param(jax.nn.initializers.zeros, (2, self.dim), (None, None))
-        numbers = (2, self.dim) if config.bias == "rotary" else (config.chunk or config.max_distance,)
+        self.distances = config.distances
+        numbers = (2, self.dim) if config.bias == "rotary" else (self.distances if self.causal else 2 * self.distances - 1,)
         self.bias = ctx.param(normal(0.02), numbers, (None,) * len(numbers))
         self.o = Dense(ctx, self.value_dim, d_model, (HEADS, EMBED), init=ctx.residual_init, use_bias=True)
 
     def moving_average(self, x: jax.Array, start: jax.Array | None, *, at: Tokens) -> tuple[jax.Array, jax.Array]:
         """`silu(ema(x) + w x)`, and the averages `[B, n, D]` after the last token."""
-        p, a, b, c = (param[...].astype(jnp.float32) for param in (self.p, self.a, self.b, self.c))
-        p, a = jax.nn.sigmoid(p), jax.nn.sigmoid(a)
-        read = c * b * p * self.config.state_dim**-0.5
-        ema, last = selective_scan(x, None, jnp.log1p(-p * a), None, read, initial_state=start, at=at)
+        ema, last = self.average(x, start, at=at)
+        if self.later is not None:
+            other, _ = self.later(jnp.flip(x, 1), None, at=Tokens(None, jnp.flip(at.segment_ids, 1)))
+            ema += jnp.flip(other, 1)
         return jax.nn.silu(ema + self.w[...].astype(x.dtype)[None, None] * x), last
 
     def project(self, x, *, at, state):
@@ -175,8 +227,8 @@ class Mega(HeadMixer):
         if state is not None:
             state = state._replace(cache=self.slots.write(state.cache, {"k": inputs.k, "v": inputs.v}, at))
         if not self.config.on_attention:
-            return in_blocks(self.weights, inputs, at, self.config.chunk), state
-        bias = LowRankBias(self._rotated(0, at.positions), self._rotated(1, at.positions))
+            return in_blocks(self.weights, *self.sides(inputs, at), inputs.v, self.config.chunk, self.causal), state
+        bias = LowRankBias(*(self._turned(i, at.positions)[:, :, None] for i in range(2)))
         return attention(inputs.q, inputs.k, inputs.v, mask=self.mask, at=by_chunk(at, self.config.chunk), bias=bias), state
 
     def recall(self, inputs, carry, *, at, state):
@@ -186,25 +238,33 @@ class Mega(HeadMixer):
     def attend_step(self, inputs, *, at, state):
         old = state.cache
         here = Tokens(None, jnp.ones_like(at.positions), at.positions)
-        weights = self.weights(inputs.q[:, :, 0], old.entries["k"][:, :, 0], here, old.at)
+        weights = self.weights(self.side(0, inputs.q, here), self.side(1, old.entries["k"], old.at))
         v = old.entries["v"]
         return jnp.einsum("bts,bshv->bthv", weights.astype(v.dtype), v), state
 
-    def weights(self, q: jax.Array, k: jax.Array, at: Tokens, kv_at: Tokens) -> jax.Array:
-        """`[B, T, S]` float32 of queries `[B, T, K]` and keys `[B, S, K]`."""
-        pairs = lambda of: (of(at)[:, :, None], of(kv_at)[:, None])
-        (ids, kv_ids), (place, kv_place) = pairs(lambda tokens: tokens.segment_ids), pairs(lambda tokens: tokens.positions)
-        distance = place - kv_place
-        visible = (ids == kv_ids) & (ids > 0) & (distance >= 0)
+    def side(self, number: int, x: jax.Array, at: Tokens) -> Side:
+        """Side 0, queries, or 1, keys `[B, T, 1, K]`."""
+        turned = self._turned(number, at.positions) if self.config.bias == "rotary" else None
+        return Side(x[:, :, 0], turned, at.segment_ids, at.positions)
+
+    def sides(self, inputs: MegaInputs, at: Tokens) -> tuple[Side, Side]:
+        """The queries and the keys of the same tokens."""
+        return self.side(0, inputs.q, at), self.side(1, inputs.k, at)
+
+    def weights(self, q: Side, k: Side) -> jax.Array:
+        """`[B, T, S]` float32."""
+        place, kv_place = q.positions[:, :, None], k.positions[:, None]
+        ids, distance = q.segment_ids[:, :, None], place - kv_place
+        visible = (ids == k.segment_ids[:, None]) & (ids > 0)
+        visible = visible & (distance >= 0) if self.causal else visible
         if self.config.chunk is not None:
             visible &= place // self.config.chunk == kv_place // self.config.chunk
-        logits = jnp.einsum("btk,bsk->bts", q, k, preferred_element_type=jnp.float32)
-        if self.config.bias == "rotary":
-            sides = (self._rotated(i, tokens.positions)[:, :, 0] for i, tokens in enumerate((at, kv_at)))
-            bias = jnp.einsum("btk,bsk->bts", *sides, precision="highest")
+        logits = jnp.einsum("btk,bsk->bts", q.x, k.x, preferred_element_type=jnp.float32)
+        if q.turned is not None:
+            bias = jnp.einsum("btk,bsk->bts", q.turned, k.turned, precision="highest")
         else:
             table = self.bias[...].astype(jnp.float32)
-            bias = table[jnp.clip(distance, 0, len(table) - 1)]
+            bias = table[jnp.clip(distance + len(table) - self.distances, 0, len(table) - 1)]
         if self.config.weights == "softmax":
             logits = jnp.where(visible, logits * self.dim**-0.5 + bias, -1e30)
             return jnp.where(visible, jax.nn.softmax(logits, axis=-1), 0)
@@ -212,10 +272,11 @@ class Mega(HeadMixer):
         laplace = 0.5 * jax.lax.erfc((LAPLACE_MEAN - logits) / (LAPLACE_DEVIATION * 2**0.5))
         return jnp.where(visible, laplace, 0)
 
-    def _rotated(self, side: int, positions: jax.Array) -> jax.Array:
-        """One side's vector of the rotary bias at each position, `[B, T, 1, K]`."""
+    def _turned(self, side: int, positions: jax.Array) -> jax.Array:
+        """One side's vector of the rotary bias at each position, `[B, T, K]`."""
         vector = self.bias[...][side].astype(jnp.float32)
-        return rotate(jnp.broadcast_to(vector[None, None, None], (*positions.shape, 1, self.dim)), positions, THETA)
+        vectors = jnp.broadcast_to(vector[None, None, None], (*positions.shape, 1, self.dim))
+        return rotate(vectors, positions, THETA)[:, :, 0]
 
     def finish(self, o, inputs, x):
         """The gated head, and beside it what `output` needs of the token itself."""
@@ -228,16 +289,13 @@ class Mega(HeadMixer):
         return u * (jax.nn.silu(h + self.o(head)) - x)
 
     def implied(self, inputs, rows, *, at):
-        of_rows = Tokens(None, at.segment_ids[:, rows], at.positions[:, rows])
-        return self.weights(inputs.q[:, rows, 0], inputs.k[:, :, 0], of_rows, at)[:, None]
+        q, k = self.sides(inputs, at)
+        return self.weights(jax.tree.map(lambda y: y[:, rows], q), k)[:, None]
 
     def init_state(self, batch_size, max_len):
-        average = constrain(jnp.zeros((batch_size, *self.p.shape), jnp.float32), (BATCH, None, None))
+        average = constrain(jnp.zeros((batch_size, *self.average.p.shape), jnp.float32), (BATCH, None, None))
         entries = {"k": ((1, self.dim), None), "v": ((1, self.value_dim), None)}
         return MegaState(average, self.slots.empty(batch_size, max_len, entries, self.dtype))
-
-
-Weigh = Callable[[jax.Array, jax.Array, Tokens, Tokens], jax.Array]
 
 
 def by_chunk(at: Tokens, chunk: int | None) -> Tokens:
@@ -256,30 +314,30 @@ def keys_of_blocks(length: int, chunk: int | None) -> float:
     return blocks * block * keys / length
 
 
-def in_blocks(weigh: Weigh, inputs: MegaInputs, at: Tokens, chunk: int | None) -> jax.Array:
+def in_blocks(
+    weigh: Callable[[Side, Side], jax.Array], q: Side, k: Side, v: jax.Array, chunk: int | None, causal: bool
+) -> jax.Array:
     """`weigh(q, k) v` `[B, T, 1, V]` for one block of queries after another, each with the keys that may be in a chunk with them.
 
     Linear memory: no more weights than a block's exist at once, in the backward pass either.
     """
-    q, k, v = (y[:, :, 0] for y in inputs[:3])
-    length = q.shape[1]
+    batch, length = q.positions.shape
     block = min(BLOCK, length)
     blocks = -(-length // block)
-    reach = 0 if chunk is None or chunk > length else chunk - 1
     far = chunk is None or chunk > length
-    ends = lambda y, front: jnp.pad(y, ((0, 0), (front, blocks * block - length), *[(0, 0)] * (y.ndim - 2)))
-    tokens = (at.segment_ids, at.positions)
-    rows = [jnp.moveaxis(ends(y, 0).reshape(len(y), blocks, block, *y.shape[2:]), 1, 0) for y in (q, *tokens)]
-    columns = [y if far else ends(y, reach) for y in (k, v, *tokens)]
+    reach = 0 if chunk is None or far else chunk - 1
+    ahead = 0 if causal else reach
+    filled = lambda y, before, after: jnp.pad(y, ((0, 0), (before, blocks * block - length + after), *[(0, 0)] * (y.ndim - 2)))
+    cut = lambda y: jnp.moveaxis(filled(y, 0, 0).reshape(batch, blocks, block, *y.shape[2:]), 1, 0)
+    keys = (k, v[:, :, 0])
+    keys = keys if far else jax.tree.map(lambda y: filled(y, reach, ahead), keys)
 
     @jax.checkpoint
-    def one(number: jax.Array, rows: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        q, ids, positions = rows
-        near = columns if far else [jax.lax.dynamic_slice_in_dim(y, number * block, reach + block, 1) for y in columns]
-        k, v, kv_ids, kv_positions = near
-        weights = weigh(q, k, Tokens(None, ids, positions), Tokens(None, kv_ids, kv_positions))
-        return number + 1, jnp.einsum("bts,bsv->btv", weights.astype(v.dtype), v)
+    def one(number: jax.Array, q: Side) -> tuple[jax.Array, jax.Array]:
+        near = lambda y: jax.lax.dynamic_slice_in_dim(y, number * block, reach + block + ahead, 1)
+        k, v = keys if far else jax.tree.map(near, keys)
+        return number + 1, jnp.einsum("bts,bsv->btv", weigh(q, k).astype(v.dtype), v)
 
-    _, o = jax.lax.scan(one, jnp.zeros((), jnp.int32), tuple(rows))
-    o = jnp.moveaxis(o, 0, 1).reshape(len(q), blocks * block, 1, -1)[:, :length]
+    _, o = jax.lax.scan(one, jnp.zeros((), jnp.int32), jax.tree.map(cut, q))
+    o = jnp.moveaxis(o, 0, 1).reshape(batch, blocks * block, 1, -1)[:, :length]
     return constrain(o, (BATCH, LENGTH, None, None))

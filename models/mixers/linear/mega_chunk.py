@@ -6,7 +6,7 @@ import dataclasses
 
 from plait.configs.domains import Span
 from plait.models.mixers.base import register
-from plait.models.mixers.linear.mega import MegaConfig, keys_of_blocks
+from plait.models.mixers.linear.mega import MegaOptions, keys_of_blocks
 
 
 @register(
@@ -16,7 +16,7 @@ from plait.models.mixers.linear.mega import MegaConfig, keys_of_blocks
     proof="the authors' cell, in chunks",
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MegaChunkConfig(MegaConfig):
+class MegaChunkConfig(MegaOptions):
     """As `mega`, but a token sees those of its chunk only, tokens 0 to chunk_size - 1 of its document, and so on; linear in the length."""
 
     chunk_size: Span = 1024
@@ -28,6 +28,10 @@ class MegaChunkConfig(MegaConfig):
 
     @property
     def chunk(self) -> int:
+        return self.chunk_size
+
+    @property
+    def distances(self) -> int:
         return self.chunk_size
 
     def mean_keys(self, seq_len: int) -> float:

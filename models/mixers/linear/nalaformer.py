@@ -13,7 +13,7 @@ from plait.models.mixers.base import register
 from plait.models.mixers.heads import join_heads, split_heads
 from plait.models.mixers.linear.feature_attention import Weights
 from plait.models.mixers.linear.lepe_attention import LepeAttention, LepeConfig
-from plait.models.norms import LayerNorm
+from plait.models.norms import GroupNorm
 
 
 @register(
@@ -31,13 +31,10 @@ class NaLaFormerConfig(LepeConfig):
     `W_o (LN(A v + LePE(v)) * silu(W_g x))`. Published bidirectional; causal, sums end at the token.
     """
 
-    directions = ("causal", "bidirectional")
-
     norm_eps: Epsilon = 1e-5
     """Epsilon of the output norm."""
 
-    @property
-    def sums(self) -> dict[str, tuple[int, int]]:
+    def sums(self, d_model: int) -> dict[str, tuple[int, int]]:
         return {"memory": (2 * self.head_dim, self.head_dim), "keys": (2 * self.head_dim, 1)}
 
     def build(self, d_model: int, ctx: BuildContext) -> NaLaFormer:
@@ -49,7 +46,7 @@ class NaLaFormer(LepeAttention):
 
     def __init__(self, config: NaLaFormerConfig, d_model: int, ctx: BuildContext):
         super().__init__(config, d_model, ctx)
-        self.norm = LayerNorm(ctx, self.num_heads * config.head_dim, eps=config.norm_eps)
+        self.norm = GroupNorm(ctx, self.num_heads * config.head_dim, groups=1, eps=config.norm_eps)
 
     def features(self, q, k, turn):
         length = jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(q), axis=-1, keepdims=True), 1e-24))

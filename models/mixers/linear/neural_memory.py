@@ -178,7 +178,7 @@ class MemoryHeads(HeadMixer):
         return self.o(join_heads(o))
 
     def init_state(self, batch_size, max_len):
-        memory = empty_memory(tuple(self.initial), batch_size, self.with_momentum)
+        memory = empty_memory(tuple(self.initial), batch_size, self.with_momentum)  # type: ignore[arg-type]
         return LearnedState(memory, {name: getattr(self, name).init_state(batch_size) for name in self.convs})
 
     def observe(self, inputs, x, *, at):

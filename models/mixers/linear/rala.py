@@ -13,6 +13,7 @@ from plait.models.build import BuildContext
 from plait.models.mixers.base import register
 from plait.models.mixers.linear.feature_attention import Weights
 from plait.models.mixers.linear.lepe_attention import LepeAttention, LepeConfig
+from plait.models.mixers.linear.sums import read_flops
 
 
 @register(
@@ -32,17 +33,17 @@ class RALAConfig(LepeConfig):
 
     directions = ("bidirectional",)
 
-    @property
-    def sums(self) -> dict[str, tuple[int, int]]:
+    def sums(self, d_model: int) -> dict[str, tuple[int, int]]:
         return {}
 
     def build(self, d_model: int, ctx: BuildContext) -> RALA:
         return RALA(self, d_model, ctx)
 
     def mixing_flops(self, d_model: int, seq_len: int) -> float:
-        key_dim, num_heads = self.head_dim, self.heads(d_model)
-        forward = 4.0 * key_dim * key_dim + 2.0 * key_dim + 2.0 * key_dim  # memory, keys, mean query
-        return num_heads * (2 * forward + 2.0 * key_dim + 2.0 * (self.lepe_size + 1) * key_dim)
+        dim, num_heads = self.head_dim, self.heads(d_model)
+        sums = read_flops(dim, dim) + read_flops(dim, 1) + read_flops(1, dim) + read_flops(1, 1)  # memory, keys, queries, shares
+        convolved = 2.0 * (self.lepe_size + 1) * dim
+        return num_heads * (2 * sums + convolved)  # sums run forward and backward
 
 
 class RALA(LepeAttention):

@@ -70,12 +70,16 @@ class Recurrent(HeadMixer):
 
     head_dims: tuple[int, int]
     """Channels of a key and of a value head."""
-    convs: ClassVar[tuple[str, ...]] = ()
+    convs: tuple[str, ...] = ()
     """Attributes that are short convolutions."""
     recur: ClassVar[Callable[..., Any]] = staticmethod(decay)
     recur_rows: ClassVar[Callable[..., jax.Array]] = staticmethod(decay_rows)
     scale: float | None = None
     """Multiplies the queries; None for `K^-1/2`."""
+    gate: Any
+    """The output gate's projection; None for no gate."""
+    norm: Any
+    """Of the heads, before the gate."""
 
     def gated_output(
         self,
@@ -100,6 +104,7 @@ class Recurrent(HeadMixer):
         """
         width = self.num_heads * self.head_dims[1]
         self.activation, self.norm_over = gate, norm
+        self.gate: Dense | LowRank | None
         if gate is None:
             self.gate = None
         elif gate_rank is None:
@@ -138,7 +143,7 @@ class Recurrent(HeadMixer):
 
     def finish(self, o, inputs, x):
         y = self.norm(o) if self.norm_over == "head" else split_heads(self.norm(join_heads(o)), self.num_heads)
-        if self.gate is None:
+        if self.gate is None or self.activation is None:
             return y
         return y * _ACTIVATIONS[self.activation](split_heads(self.gate(x), self.num_heads))
 

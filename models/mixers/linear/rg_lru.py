@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from plait.configs.domains import Channels, Factor, Heads, Taps
+from plait.configs.domains import Channels, Factor, Taps
 from plait.models.axes import EMBED, HEADS
 from plait.models.build import BuildContext
 from plait.models.linear import Dense
 from plait.models.mixers.base import MixerConfig, register
-from plait.models.mixers.heads import require_divides, resolve_heads, split_heads
+from plait.models.mixers.heads import expanded, require_divides, split_heads
 from plait.models.mixers.linear.channelwise import OPAQUE, Scanned
 from plait.models.short_conv import ShortConv
 
@@ -39,10 +39,8 @@ class RGLRUConfig(MixerConfig):
 
     opaque = OPAQUE
 
-    num_heads: Heads | None = None
-    """Blocks of the gates; None gives the width over head_dim."""
     head_dim: Channels = 256
-    """Channels of a block where num_heads is None."""
+    """Channels of a block of the gates."""
     expand: Factor = 1.0
     """Width of the recurrence over d_model."""
     conv_size: Taps = 4
@@ -50,14 +48,13 @@ class RGLRUConfig(MixerConfig):
 
     @classmethod
     def example(cls) -> RGLRUConfig:
-        return cls(num_heads=4)
+        return cls(head_dim=16)
 
     def heads(self, d_model: int) -> tuple[int, int]:
         """Number of blocks, and channels of each, at width `d_model`."""
-        width = int(d_model * self.expand)
-        num_heads = resolve_heads(self.num_heads, width, self.head_dim)
-        require_divides(("num_heads", num_heads), ("expand * d_model", width))
-        return num_heads, width // num_heads
+        width = expanded(self.expand, d_model)
+        require_divides(("head_dim", self.head_dim), ("expand * d_model", width))
+        return width // self.head_dim, self.head_dim
 
     def build(self, d_model: int, ctx: BuildContext) -> RGLRU:
         return RGLRU(self, d_model, ctx)

@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from plait.configs.domains import Channels, Epsilon, Heads
+from plait.configs.domains import Channels, Epsilon
 from plait.kernels import dplr, dplr_rows
 from plait.models.axes import EMBED, HEADS
 from plait.models.build import Buffer, BuildContext, Initializer
 from plait.models.linear import Dense
 from plait.models.mixers.base import MixerConfig, register
-from plait.models.mixers.heads import require_divides, resolve_heads, split_heads
+from plait.models.mixers.heads import resolve_heads, split_heads
 from plait.models.mixers.linear.recurrent import Recurrent
 from plait.models.norms import GroupNorm, l2_normalize
 from plait.models.stream import CarryUse
@@ -36,11 +36,11 @@ POWERS = (0.2, 0.9, 0.7, 0.7, 0.9, 0.2)
     "rwkv7",
     kind="linear",
     source='RWKV-7 "Goose" with Expressive Dynamic State Evolution (2503.14456)',
-    proof="fla: dplr_recurrence, and the layer by hand",
+    proof="fla: RWKV7Attention on dplr_recurrence",
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RWKV7Config(MixerConfig):
-    """`S_t = (Diag(w_t) - n_t (a_t n_t)^T)^T S_{t-1} + k_t v_t^T`, `o_t = S_t^T r_t`, `y = W_o ((norm(o) + (r . u k) v) g)`.
+    """`S_t = (Diag(w_t) - (a_t n_t) n_t^T) S_{t-1} + k_t v_t^T`, `o_t = S_t^T r_t`, `y = W_o ((norm(o) + (r . u k) v) g)`.
 
     Every projection reads its own mix of a token and the one before, `x_t + m (x_{t-1} - x_t)`.
     `log w = -e^-1/2 sigmoid(w_0 + W_2 tanh(W_1 x))`, `a = sigmoid(a_0 + A_2 A_1 x)`, `g = G_2 sigmoid(G_1 x)`; n is `c W_k x` of unit norm
@@ -50,10 +50,8 @@ class RWKV7Config(MixerConfig):
     divides by their norm.
     """
 
-    num_heads: Heads | None = None
-    """Heads; None gives d_model / head_dim."""
     head_dim: Channels = 64
-    """Channels of a head where num_heads is None."""
+    """Channels of a head."""
     decay_rank: Channels | None = None
     """Inner width of w's projection; None gives 2.5 sqrt(d_model) to the nearest 32, at least 32."""
     rate_rank: Channels | None = None
@@ -67,13 +65,11 @@ class RWKV7Config(MixerConfig):
 
     @classmethod
     def example(cls) -> RWKV7Config:
-        return cls(num_heads=4, decay_rank=8, rate_rank=8, value_rank=4, gate_rank=12)
+        return cls(head_dim=16, decay_rank=8, rate_rank=8, value_rank=4, gate_rank=12)
 
     def heads(self, d_model: int) -> int:
         """Heads at width `d_model`."""
-        num_heads = resolve_heads(self.num_heads, d_model, self.head_dim)
-        require_divides(("num_heads", num_heads), ("d_model", d_model))
-        return num_heads
+        return resolve_heads(None, d_model, self.head_dim)
 
     def ranks(self, d_model: int) -> tuple[int, int, int, int]:
         """Inner widths of the projections of w, a, v and g."""
@@ -83,14 +79,13 @@ class RWKV7Config(MixerConfig):
         return w, a, v, g
 
     def carries(self, d_model: int) -> tuple[CarryUse, ...]:
-        num_heads = self.heads(d_model)
-        return (CarryUse(FIRST_VALUES, "first", (num_heads, d_model // num_heads)),)
+        return (CarryUse(FIRST_VALUES, "first", (self.heads(d_model), self.head_dim)),)
 
     def build(self, d_model: int, ctx: BuildContext) -> RWKV7:
         return RWKV7(self, d_model, ctx)
 
     def mixing_flops(self, d_model: int, seq_len: int) -> float:
-        return 8.0 * d_model**2 / self.heads(d_model) + 4.0 * d_model  # two writes, two reads; a convolution of two taps
+        return 8.0 * d_model * self.head_dim + 4.0 * d_model  # two writes, two reads; a convolution of two taps
 
 
 class RWKV7Inputs(NamedTuple):
@@ -117,7 +112,8 @@ class LowRank(nnx.Module):
     ):
         self.activation = activation
         self.down = Dense(ctx, dim, rank, (EMBED, None), role="gate", init=_zeros(ctx))
-        self.up = Dense(ctx, rank, dim, (None, HEADS), role="gate", init=jax.nn.initializers.orthogonal(0.1))
+        orthogonal = jax.nn.initializers.orthogonal(0.1 * max(rank / dim, 1.0) ** 0.5)
+        self.up = Dense(ctx, rank, dim, (None, HEADS), role="gate", init=orthogonal)
         self.bias = None if bias is None else ctx.param(bias, (dim,), (HEADS,), role="decay")
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -136,9 +132,8 @@ class RWKV7(Recurrent):
 
     def __init__(self, config: RWKV7Config, d_model: int, ctx: BuildContext):
         self.num_heads = config.heads(d_model)
-        head_dim = d_model // self.num_heads
-        self.head_dims = (head_dim, head_dim)
-        start = Starts(ctx, d_model, head_dim)
+        self.head_dims = (config.head_dim, config.head_dim)
+        start = Starts(ctx, d_model, config.head_dim)
         self.shift = TokenShift(ctx, d_model)
         self.mixes = ctx.param(start.mix, (len(MIXED), d_model), (None, EMBED))
         self.r, self.k, self.v = (

@@ -58,7 +58,9 @@ class TitansConfig(MemoryConfig):
 
     def head_kinds(self, d_model: int) -> tuple[HeadKind, ...]:
         heads = self.heads(d_model)
-        return ("attention",) * heads + ("state",) * heads
+        attend: tuple[HeadKind, ...] = ("attention",)
+        remember: tuple[HeadKind, ...] = ("state",)
+        return attend * heads + remember * heads
 
     def attention_flops(self, d_model: int, seq_len: int, keys: float) -> float:
         """Operations per token of attention to so many keys and to the persistent ones, which are projected once a sequence."""

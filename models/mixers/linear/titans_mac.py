@@ -48,7 +48,8 @@ class TitansMACConfig(TitansConfig):
         return heads
 
     def head_kinds(self, d_model: int) -> tuple[HeadKind, ...]:
-        return ("attention",) * self.heads(d_model)
+        attend: tuple[HeadKind, ...] = ("attention",)
+        return attend * self.heads(d_model)
 
     def build(self, d_model: int, ctx: BuildContext) -> TitansMAC:
         return TitansMAC(self, d_model, ctx)
@@ -120,7 +121,7 @@ class TitansMAC(Mixer):
 
     def init_state(self, batch_size, max_len):
         c = self.config
-        context = empty_context(tuple(self.memory.initial), batch_size, c.chunk_size, c.head_dim, c.conv_size, self.dtype)
+        context = empty_context(tuple(self.memory.initial), batch_size, c.chunk_size, c.head_dim, c.conv_size, self.dtype)  # type: ignore[arg-type]
         return context, self.memory.q_conv.init_state(batch_size)
 
     def prefill(self, x, state, *, at, carry):

@@ -82,9 +82,13 @@ class ParallelConfig(MixerConfig):
         return cls(parts=(SoftmaxConfig.example(), Mamba2Config.example()))
 
     @property
-    def directions(self):
+    def directions(self):  # type: ignore[override]
         """Those that all parts have."""
         return tuple(one for one in self.parts[0].directions if all(one in part.directions for part in self.parts))
+
+    @property
+    def longest(self) -> int | None:
+        return min((part.longest for part in self.parts if part.longest is not None), default=None)
 
     def fit(self, d_model: int) -> None:
         for index, part in enumerate(self.parts):
@@ -132,7 +136,7 @@ class Parallel(Mixer):
         self.norms = nnx.List(norms([d_model] * len(parts), None)) if config.norm == "outputs" else None
         if opened:
             between = norms(widths, HEADS) if config.norm == "heads" else [None] * len(parts)
-            pairs = zip(parts, between, strict=True)
+            pairs: Any = zip(parts, between, strict=True)
             parts = [NormedHeads(part, norm, projects=not config.shared_output) for part, norm in pairs]
         self.parts = nnx.List(parts)
 

@@ -174,6 +174,7 @@ def _mega(root: Path, seed: int, **options) -> Arrays:
     size = LENGTH if chunk_size < 0 else chunk_size
     visible = torch.ones(size, size).tril()
     mask = visible if options.get("attention_activation") == "laplace" else torch.where(visible > 0, 0.0, -torch.inf)
+    mask = None if options.get("bidirectional") else mask
 
     class Added(nn.Module):
         def __init__(self):
@@ -188,8 +189,11 @@ def _mega(root: Path, seed: int, **options) -> Arrays:
 
 
 def mega_cells(root: Path, seed: int = 0) -> dict[str, Arrays]:
-    """Softmax under a rotary bias, Laplace under a simple one, and softmax in chunks."""
+    """Softmax and Laplace, rotary and simple biases, over all tokens and in chunks, causal and not."""
+    both = {"bidirectional": True, "rel_pos_bias": "simple"}
     return {
+        "mega_both": _mega(root, seed, **both),
+        "mega_chunk_both": _mega(root, seed, **both, attention_activation="laplace", chunk_size=MEGA["chunk_size"]),
         "mega": _mega(root, seed, rel_pos_bias="rotary"),
         "mega_laplace": _mega(root, seed, rel_pos_bias="simple", attention_activation="laplace"),
         "mega_chunk": _mega(root, seed, rel_pos_bias="simple", chunk_size=MEGA["chunk_size"]),

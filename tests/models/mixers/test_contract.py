@@ -123,9 +123,9 @@ def test_state_keeps_its_shape_and_has_the_stated_bytes(subject, dtype):
 
 
 def test_num_params_equals_the_initialised_tree(subject):
-    params = jax.tree.leaves(nnx.state(subject.mixer, nnx.Param))
-    gains = sum(p.ndim == 0 for p in params) if subject.case.sigma_reparam else 0  # those belong to the model's option
-    assert subject.config.num_params(WIDTH) == sum(p.size for p in params) - gains
+    params = nnx.to_flat_state(nnx.state(subject.mixer, nnx.Param))
+    belongs = lambda path: subject.case.sigma_reparam is None or path[-1] != "gain"  # gains belong to the model's option
+    assert subject.config.num_params(WIDTH) == sum(p[...].size for path, p in params if belongs(path))
 
 
 def test_flops_equal_those_of_the_traced_training_pass(plain_subject, monkeypatch):

@@ -27,6 +27,13 @@ OPTIONS = {
     "elementwise-gate": {"gate": "elementwise"},
     "headwise-gate": {"gate": "headwise"},
     "sigmoid": {"normalizer": "sigmoid"},
+    "biases-scale-log_n": {"qkv_bias": True, "o_bias": True, "scale": 0.2, "log_n_scale": 3},
+    "width-norm": {"qk_norm": True, "qk_norm_over": "width", "num_kv_heads": 2},
+    "key-window": {"sink_bias": "k", "window_size": 3, "num_kv_heads": 2},
+    "key_value-window": {"sink_bias": "kv", "window_size": 3, "num_kv_heads": 2},
+    "key-logit": {"sink_bias": "k", "sink_logits": True},
+    "value": {"sink_bias": "v"},
+    "value_scale": {"value_scale": True, "num_kv_heads": 2},
     "power": {"block_size": 2},
     "power-window-sinks": {"block_size": 2, "window_size": 3, "num_sink_tokens": 1},
 }
@@ -45,23 +52,32 @@ def formula(layer: Softmax, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Weights `[B, H, T, S]` and output `[B, T, D]`, in float64, one document at a time."""
     config = layer.config
     w = lambda dense: np.asarray(dense.kernel[...], np.float64)
+    project = lambda h, dense: h @ w(dense) + (0 if dense.bias is None else np.asarray(dense.bias[...], np.float64))
+    learned = lambda name: np.repeat(np.asarray(getattr(layer, name)[...], np.float64), HEADS // config.heads(WIDTH)[1], axis=0)
     heads = lambda y: y.reshape(len(y), -1, HEAD_DIM)
     ids = np.asarray(AT.segment_ids)
     a, y = np.zeros((len(x), HEADS, LENGTH, LENGTH)), np.zeros_like(x)
     for row, document in [(r, d) for r in range(len(x)) for d in set(ids[r]) - {0}]:
         at = np.flatnonzero(ids[row] == document)
         h, n = x[row, at], len(at)
-        q, k, v = (heads(h @ w(dense)) for dense in (layer.q, layer.k, layer.v))
+        q, k, v = (heads(project(h, dense)) for dense in (layer.q, layer.k, layer.v))
         if config.qk_norm:
             norm = lambda z, m: z / np.sqrt((z**2).mean(-1, keepdims=True) + 1e-6) * np.asarray(m.scale[...])
-            q, k = norm(q, layer.q_norm), norm(k, layer.k_norm)
+            as_one = (lambda z: z.reshape(len(z), -1)) if config.qk_norm_over == "width" else lambda z: z
+            q, k = (norm(as_one(z), m).reshape(z.shape) for z, m in ((q, layer.q_norm), (k, layer.k_norm)))
         if config.positions is not None:
             angle = np.arange(n)[:, None] * config.positions.theta ** (-np.arange(0, HEAD_DIM, 2) / HEAD_DIM)
             turn = np.exp(1j * angle)[:, None]  # channel d and d + K/2 as a complex number
             q, k = ((z[..., : HEAD_DIM // 2] + 1j * z[..., HEAD_DIM // 2 :]) * turn for z in (q, k))
             q, k = (np.concatenate([z.real, z.imag], axis=-1) for z in (q, k))
+        if config.log_n_scale is not None:
+            q = q * np.maximum(np.log(np.arange(n) + 1) / np.log(config.log_n_scale), 1)[:, None, None]
+        if config.value_scale:
+            size = (v**2).sum(-1, keepdims=True)
+            v = v * size / (size + HEAD_DIM * np.exp(np.asarray(layer.value_scale[...], np.float64))[:, None])
         k, v = (np.repeat(z, HEADS // z.shape[1], axis=1) for z in (k, v))
-        logits = np.einsum("ihd,jhd->hij", q, k) / np.sqrt(HEAD_DIM)
+        scale = config.scale or HEAD_DIM**-0.5
+        logits = np.einsum("ihd,jhd->hij", q, k) * scale
         i, j = np.arange(n)[:, None], np.arange(n)[None]
         seen = j <= i
         if isinstance(config, PowerConfig):
@@ -75,12 +91,18 @@ def formula(layer: Softmax, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         else:
             weights = np.exp(logits) * seen
             sinks = np.exp(np.asarray(layer.sinks[...]))[:, None, None] if config.sink_logits else 0.0
-            weights = weights / (weights.sum(-1, keepdims=True) + sinks)
+            extra = np.exp(np.einsum("ihd,hd->hi", q, learned("k_bias")) * scale)[..., None] if layer.k_bias is not None else 0.0
+            total = weights.sum(-1, keepdims=True) + sinks + extra
+            weights, extra = weights / total, extra / total
         o = np.einsum("hij,jhd->ihd", weights, v)
+        if config.sink_bias == "kv":
+            o = o + np.moveaxis(extra, 0, 1) * learned("v_bias")
+        elif config.sink_bias == "v":
+            o = o + learned("v_bias")
         if config.gate is not None:
             o = o / (1 + np.exp(-(h @ w(layer.gate)).reshape(n, HEADS, -1)))
         a[row][:, at[:, None], at] = weights
-        y[row, at] = o.reshape(n, -1) @ w(layer.o)
+        y[row, at] = project(o.reshape(n, -1), layer.o)
     return a, y
 
 

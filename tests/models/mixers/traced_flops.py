@@ -19,7 +19,7 @@ from plait.kernels.dispatch import Implementation
 from plait.kernels.weighted_attention import reference
 from plait.kernels.weighted_attention.call import WeightedCall
 
-ATTENTION = ("attention", "routed_attention", "local_linear")
+ATTENTION = ("attention", "routed_attention")
 """Ops whose operations are the pairs that a query sees, whatever an implementation computes besides."""
 BY_RULE = "weighted_attention"
 """Such an op, a pair of which costs what one more row of its reference does, over the keys."""
@@ -51,8 +51,7 @@ def _attention(pairs: list[jax.Array], with_stats: bool, call: AttentionCall) ->
     if call.block_table is not None:
         visible = visible & call.block_table.dense(call.q.shape[1], call.k.shape[1])
     heads = call.q.shape[2] // visible.shape[1]
-    products = getattr(call, "pair_products", call.q.shape[3] + call.v.shape[3])
-    pairs.append(2 * products * heads * visible.sum())
+    pairs.append(2 * (call.q.shape[3] + call.v.shape[3]) * heads * visible.sum())
     o = jnp.zeros((*call.q.shape[:3], call.v.shape[3]), call.q.dtype)
     stats = AttentionStats(*[jnp.zeros(o.shape[:3])] * len(AttentionStats._fields))
     return (o, stats) if with_stats else o

@@ -28,6 +28,8 @@ from plait.models.positions.learned import LearnedConfig
 from plait.tests.models import common
 from plait.tests.models.common import layout, quick_jit
 from plait.tests.tolerances import assert_close
+from plait.tests.train.common import program_of, random_batch, tiny
+from plait.train.step import make_step
 
 WIDTH, LENGTH = 32, 11
 AT = layout((LENGTH,), (6, 4), length=LENGTH)
@@ -191,6 +193,17 @@ def test_keys_and_values_are_shifted_before_they_are_turned_and_a_document_begin
         return np.stack([causal_weights(turn(q[h]), turn(k[h // 2])) @ v[h // 2] for h in range(4)])
 
     assert_close(run(mixer), by_document(mixer, formula))
+
+
+@pytest.mark.proves("kv_shift")
+def test_three_shifted_tokens_by_hand():
+    mixer = shifted(KVShiftConfig(num_heads=1, head_dim=1, positions=None), (1 / 2, 1 / 2), (1 / 4, 1 / 2))
+    for row, dense in enumerate((mixer.q, mixer.k, mixer.v)):
+        dense.kernel[...] = jnp.zeros((WIDTH, 1)).at[row].set(1.0)
+    x, at = np.zeros((1, 3, WIDTH), np.float32), layout((3,), length=3)
+    x[0, :, 0], x[0, :, 1], x[0, :, 2] = 1, (0, 2 * np.log(2), 0), (4, 8, 0)  # k' = (0, ln 2, ln 2), v' = (2, 5, 2)
+    o, _ = mixer.attend(mixer.project(jnp.asarray(x), at=at, state=None)[0], at=at, state=None)
+    assert_close(o[0, :, 0, 0], np.float32([2, (2 + 2 * 5) / 3, (2 + 2 * 5 + 2 * 2) / 5]))
 
 
 @pytest.mark.proves("kv_shift")
@@ -374,6 +387,23 @@ def test_stacked_layers_move_their_groups_by_their_own_keys():
         alone = build(KDGQA_CONFIG)
         alone.settle(one.counts["mixer"])
         assert stacked.sizes[...][layer].tolist() == alone.sizes[...].tolist()
+
+
+@pytest.mark.slow
+def test_groups_move_once_a_step_whatever_its_micro_batches_and_not_in_a_skipped_one():
+    def after(accumulate: int) -> dict[str, np.ndarray]:
+        mixer = dataclasses.replace(KDGQA_CONFIG, num_heads=4, num_kv_heads=2, head_dim=4)
+        model = {"model.pattern": "kdgqa", "model.mixers": {"kdgqa": mixer}}
+        setup = program_of(tiny({**model, "data.batch_size": 8, "optimizer.accumulate": accumulate}))
+        step, state = quick_jit(make_step(setup.blueprint, setup.tx, setup.mesh, None)), setup.fresh()
+        for bounds in (None, jnp.zeros(2)):  # a loss above 0 is out of bounds
+            state, _ = step(state, random_batch(8), bounds)
+        return {path.rpartition(".")[2]: np.asarray(buffer) for path, buffer in state.buffers.items()}
+
+    whole, parts = after(1), after(2)
+    assert whole["steps"].tolist() == [1, 1]
+    assert whole["sizes"].tolist() == parts["sizes"].tolist() == np.where(np.argsort(whole["before"]), 4, 0).tolist()
+    assert_close(parts["before"], whole["before"])
 
 
 def test_symmetric_relations_have_one_matrix_and_count_its_parameters_once():

@@ -20,6 +20,8 @@ from plait.models.mixers.full.optimised import OptimisedConfig
 from plait.models.mixers.full.relu_attention import ReluAttentionConfig, ReluOverLength
 from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.models.mixers.full.super_attention import SuperAttentionConfig
+from plait.models.positions.alibi import ALiBiConfig
+from plait.models.positions.rotary import RotaryConfig
 from plait.tests.models.common import layout, quick_jit
 from plait.tests.tolerances import assert_close
 
@@ -268,7 +270,7 @@ def test_mta_convolution_does_not_cross_documents():
 @pytest.mark.proves("mta")
 def test_mta_starts_as_softmax_attention():
     layer = build(MTAConfig(**HEADED, query_taps=3, key_taps=5, mixed_heads=2, norm=False, depth_scale=False), move=False)
-    same = build(SoftmaxConfig(**HEADED, rope_theta=100_000.0), move=False)
+    same = build(SoftmaxConfig(**HEADED, positions=RotaryConfig(theta=100_000.0)), move=False)
     for name in "qkvo":
         getattr(same, name).kernel[...] = getattr(layer, name).kernel[...]
     assert_close(run(layer, inputs()), run(same, inputs()))
@@ -285,7 +287,7 @@ def test_complexformer_starts_as_softmax_attention():
 @pytest.mark.proves("optimised", "efficient", "super_attention")
 @pytest.mark.parametrize(
     ("config", "num_heads"),
-    [(OptimisedConfig(head_dim=HEAD_DIM), HEADS), (EfficientConfig(), 1), (SuperAttentionConfig(max_len=LENGTH), 1)],
+    [(OptimisedConfig(**HEADED), HEADS), (EfficientConfig(), 1), (SuperAttentionConfig(max_len=LENGTH), 1)],
     ids=["optimised", "efficient", "super_attention"],
 )
 def test_left_out_projections_are_identities_of_softmax_attention(config, num_heads):
@@ -333,10 +335,14 @@ def test_super_attention_refuses_sequences_that_its_kernel_has_no_rows_for():
         (lambda: MTAConfig(norm=False), "depth_scale=True .* norm=True or depth_scale=False"),
         (lambda: MTAConfig(num_heads=4, head_dim=16).fit(64), "mixed_heads=16 must divide num_heads=4; use one of 1, 2, 4"),
         (lambda: NeuralAttentionConfig(pair_dim=1), "pair_dim=1 must be at least 2"),
-        (lambda: ComplexFormerConfig(rope_theta=None, head_dim=5), "head_dim=5 must be even"),
-        (lambda: CogConfig(head_dim=5), "head_dim=5 must be even where rope_theta"),
-        (lambda: OptimisedConfig(head_dim=24).fit(64), "head_dim=24 must divide d_model=64; use one of 1, 2, 4"),
-        (lambda: EfficientConfig().fit(63), "rope_theta=10000.0 rotates pairs of d_model=63"),
+        (lambda: ComplexFormerConfig(positions=None, head_dim=5), "head_dim=5 must be even"),
+        (lambda: CogConfig(head_dim=5), "positions.fraction=1.0 turns 5 channels"),
+        (
+            lambda: CogConfig(positions=ALiBiConfig()),
+            "positions=alibi adds to the logits of a softmax, which the weights of cog are not",
+        ),
+        (lambda: OptimisedConfig(head_dim=24, num_heads=4).fit(64), "head_dim=24 times 4 heads must be d_model=64"),
+        (lambda: EfficientConfig().fit(63), "positions.fraction=1.0 turns 63 channels"),
         (lambda: LSSAConfig(power=0), "power=0 must be a whole number from 1 to 64"),
     ],
 )

@@ -52,7 +52,7 @@ def mta(arrays: Arrays) -> Found:
     weights = {f"{name}.kernel": w(f"w{name}.weight").T for name in "qkvo"}
     weights |= {"logit_kernel": w("mta_kernel")[:, 0], "head_kernel": w("head_kernel"), "norm.scale": w("subln.weight")}
     weights |= {"gate.kernel": w("gate.weight").T, "gate.bias": w("gate.bias"), "scale": np.float32(0.2 + 0.6 * np.exp(-0.6))}
-    options = {"query_taps": 3, "key_taps": 5, "mixed_heads": 2, "gate": True, "rope_theta": None}
+    options = {"query_taps": 3, "key_taps": 5, "mixed_heads": 2, "gate": True, "positions": None}
     return MTAConfig(num_heads=HEADS, head_dim=HEAD_DIM, **options), weights
 
 

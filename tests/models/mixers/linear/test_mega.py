@@ -22,6 +22,8 @@ CELLS = {
     "mega": MegaConfig(**SIZES),
     "mega_laplace": MegaConfig(**SIZES, weights="laplace", bias="simple", max_distance=LENGTH),
     "mega_chunk": MegaChunkConfig(**SIZES, bias="simple", chunk_size=MEGA["chunk_size"]),
+    "mega_both": MegaConfig(**SIZES, bias="simple", max_distance=LENGTH),
+    "mega_chunk_both": MegaChunkConfig(**SIZES, weights="laplace", bias="simple", chunk_size=MEGA["chunk_size"]),
     "mega_chunk_laplace": MegaChunkConfig(**SIZES, weights="laplace", chunk_size=MEGA["chunk_size"]),
 }
 
@@ -35,30 +37,33 @@ def weights(arrays: Arrays) -> Arrays:
         found |= {"v": w(f"v_proj.{kind}"), "o": w(f"h_proj.{kind}")}
     ours = {f"{name}.kernel": kernel.T for name, kernel in split["weight"].items()}
     ours |= {f"{name}.bias": bias for name, bias in split["bias"].items()}
-    ours |= {n: w(f"move.{theirs}")[..., 0].T for n, theirs in (("p", "delta"), ("a", "alpha"), ("b", "beta"))}
-    ours |= {"c": w("move.gamma").T, "w": w("move.omega"), "scale": w("gamma"), "shift": w("beta")}
+    average = {n: w(f"move.{theirs}")[..., 0] for n, theirs in (("p", "delta"), ("a", "alpha"), ("b", "beta"))}
+    for name, both in (average | {"c": w("move.gamma")}).items():
+        ours |= {f"{end}.{name}": both[i : i + WIDTH].T for end, i in (("average", 0), ("later", WIDTH)) if i < len(both)}
+    ours |= {"w": w("move.omega"), "scale": w("gamma"), "shift": w("beta")}
     if "weights/rel_pos_bias.alpha" in arrays:
         return ours | {"bias": np.concatenate([w("rel_pos_bias.alpha"), w("rel_pos_bias.beta")])}
     table = w("rel_pos_bias.rel_pos_bias")
-    return ours | {"bias": table[: len(table) // 2 + 1][::-1]}
+    return ours | {"bias": (table if "later.p" in ours else table[: len(table) // 2 + 1])[::-1]}
 
 
 @pytest.mark.proves("mega", "mega_chunk")
 @pytest.mark.parametrize("name", CELLS)
 def test_cell_is_the_authors(name: str):
     arrays = golden(name)
-    assert_agrees(layer(CELLS[name], weights(arrays), arrays), arrays)
+    assert_agrees(layer(CELLS[name], weights(arrays), arrays, causal="both" not in name), arrays)
 
 
-def mixer(config: MegaConfig):
-    return config.build(WIDTH, BuildContext(rngs=nnx.Rngs(0), seq_len=LENGTH))
+def mixer(config: MegaConfig, causal: bool = True):
+    return config.build(WIDTH, BuildContext(rngs=nnx.Rngs(0), seq_len=LENGTH, causal=causal))
 
 
 def test_average_is_a_convolution_with_its_kernel():
     """The kernel of the paper, written out: sum_n c b p / sqrt(n) (1 - p a)^t."""
     mega, x = mixer(MegaConfig(**SIZES)), np.random.default_rng(0).standard_normal((1, 40, WIDTH))
     average, _ = jax.jit(lambda x: mega.moving_average(x, None, at=layout((40,), length=40)))(jnp.asarray(x, jnp.float32))
-    p, a, b, c, w = (np.asarray(param[...], np.float64) for param in (mega.p, mega.a, mega.b, mega.c, mega.w))
+    parts = (mega.average.p, mega.average.a, mega.average.b, mega.average.c)
+    p, a, b, c, w = (np.asarray(param[...], np.float64) for param in (*parts, mega.w))
     p, a = 1 / (1 + np.exp(-p)), 1 / (1 + np.exp(-a))
     powers = (1 - p * a)[None] ** np.arange(40)[:, None, None]
     kernel = (powers * c * b * p).sum(1) / MEGA["state_dim"] ** 0.5  # [T, D]
@@ -80,7 +85,9 @@ def test_laplace_logits_are_divided_by_the_keys_that_are_seen():
     config = MegaConfig(**SIZES, weights="laplace", bias="simple")
     mega, at = mixer(config), layout((5, 4), length=11)
     q, k = np.random.default_rng(0).standard_normal((2, 1, 11, SIZES["attention_dim"]))
-    found = np.asarray(mega.weights(jnp.asarray(q, jnp.float32), jnp.asarray(k, jnp.float32), at, at))[0]
+    found = np.asarray(mega.weights(*(mega.side(i, jnp.asarray(x[:, :, None], jnp.float32), at) for i, x in enumerate((q, k)))))[
+        0
+    ]
     table, erf = np.asarray(mega.bias[...], np.float64), np.vectorize(math.erf)
     for start, size in ((0, 5), (5, 4)):
         for i in range(start, start + size):
@@ -90,21 +97,22 @@ def test_laplace_logits_are_divided_by_the_keys_that_are_seen():
             assert not np.delete(found[i], keys).any()
 
 
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("chunk", [None, 24])
-def test_blocks_are_one_matrix(monkeypatch: pytest.MonkeyPatch, chunk: int | None):
+def test_blocks_are_one_matrix(monkeypatch: pytest.MonkeyPatch, chunk: int | None, causal: bool):
     """Blocks of queries that do not divide the length, chunks that no block begins with, documents and padding."""
     monkeypatch.setattr("plait.models.mixers.linear.mega.BLOCK", 16)
     config = (
         MegaConfig(**SIZES, weights="laplace") if chunk is None else MegaChunkConfig(**SIZES, weights="laplace", chunk_size=chunk)
     )
-    mega, at = mixer(config), layout((30, 50), (90,), length=90)
+    mega, at = mixer(config, causal), layout((25, 55), (90,), length=90)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 90, WIDTH)), jnp.float32)
 
     @quick_jit
     def both(x):
         inputs, _ = mega.project(x, at=at, state=None)
         whole = jnp.einsum("bhts,bshv->bthv", mega.implied(inputs, jnp.arange(90), at=at), inputs.v)
-        return in_blocks(mega.weights, inputs, at, config.chunk), whole
+        return in_blocks(mega.weights, *mega.sides(inputs, at), inputs.v, config.chunk, causal), whole
 
     assert_close(*both(x))
 

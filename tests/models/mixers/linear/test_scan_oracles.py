@@ -76,7 +76,7 @@ def rg_lru(arrays: Arrays) -> Any:
         weights |= {f"{ours}.kernel": w(f"{theirs}.weight").T, f"{ours}.bias": w(f"{theirs}.bias")}
     for ours, theirs in (("input_gate", "input_gate"), ("decay_gate", "recurrent_gate")):
         weights |= {f"{ours}.kernel": w(f"rg_lru.{theirs}_weight"), f"{ours}.bias": w(f"rg_lru.{theirs}_bias")}
-    return layer(RGLRUConfig(num_heads=4, expand=1.5), weights, arrays)
+    return layer(RGLRUConfig(head_dim=6, expand=1.5), weights, arrays)
 
 
 def lfm2_conv(arrays: Arrays) -> Any:

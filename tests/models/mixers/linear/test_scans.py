@@ -12,6 +12,7 @@ from plait.models.mixers.base import MixerConfig
 from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.models.mixers.linear.hgrn import HGRNConfig
 from plait.models.mixers.linear.mamba1 import Mamba1Config
+from plait.models.mixers.linear.mega import MegaConfig
 from plait.models.mixers.linear.rg_lru import RGLRUConfig
 from plait.models.mixers.linear.rwkv7 import FASTEST, RWKV7Config
 from plait.tests.models.common import build, layout, quick_jit
@@ -73,7 +74,7 @@ def test_a_decay_of_one_has_a_finite_gradient():
 
 
 def test_decays_start_as_griffins():
-    rate = np.asarray(mixer(RGLRUConfig(num_heads=1, expand=16.0)).rate[...], np.float64)
+    rate = np.asarray(mixer(RGLRUConfig(expand=16.0)).rate[...], np.float64)
     a = 1 / (1 + np.exp(rate))  # exp(-softplus)
     assert (a > 0.9 - 1e-6).all() and (a < 0.999 + 1e-6).all()
     assert abs((a**2).mean() - (0.9**2 + 0.999**2) / 2) < 0.01
@@ -144,7 +145,7 @@ def test_shifted_tokens_stay_in_their_document():
 @pytest.mark.parametrize("pattern", ["rwkv7", "softmax,rwkv7"])
 def test_later_layers_take_the_values_of_the_first_that_has_them(pattern: str):
     """The weights that move values to the first layer's have gradients in all layers but that one."""
-    known = {"rwkv7": RWKV7Config(num_heads=2), "softmax": SoftmaxConfig(num_heads=2, head_dim=8)}
+    known = {"rwkv7": RWKV7Config(head_dim=16), "softmax": SoftmaxConfig(num_heads=2, head_dim=8)}
     mixers = {name: known[name] for name in pattern.split(",")}
     config = LMConfig(d_model=32, num_layers=4, pattern=pattern, mixers=mixers, vocab_size=16)
     model = build(config, seq_len=LENGTH)
@@ -157,3 +158,16 @@ def test_later_layers_take_the_values_of_the_first_that_has_them(pattern: str):
     used = np.concatenate([np.abs(g).max(-1, keepdims=True) if g.ndim == 1 else np.abs(g).max(-1) for g in gradients]) > 0
     assert sorted(used) == [False] + [True] * (len(used) - 1)
     assert not used[0]
+
+
+@pytest.mark.parametrize("config", [HGRNConfig, Mamba1Config, MegaConfig])
+def test_a_width_of_nothing_is_refused(config: type):
+    with pytest.raises(ValueError, match=r"expand=0.01 must leave at least one of d_model=64 channels; use 0.015625 or more"):
+        config(expand=0.01).fit(WIDTH)
+
+
+def test_heads_that_do_not_divide_the_width_are_refused():
+    with pytest.raises(ValueError, match=r"head_dim=24 must divide expand \* d_model=64; use one of 1, 2, 4, 8, 16, 32, 64"):
+        RGLRUConfig(head_dim=24).fit(WIDTH)
+    with pytest.raises(ValueError, match=r"head_dim=24 must divide d_model=64"):
+        RWKV7Config(head_dim=24).fit(WIDTH)

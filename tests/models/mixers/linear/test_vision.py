@@ -17,6 +17,7 @@ from plait.models.mixers.linear.rala import RALAConfig, document_maximum
 from plait.tests.models.common import layout
 from plait.tests.models.golden.generate_maps import HEADS, THETA, WIDTH, Arrays
 from plait.tests.models.mixers.linear.oracle import HEAD_DIM, assert_agrees, dense, read
+from plait.tests.models.mixers.traced_flops import count_flops
 from plait.tests.tolerances import assert_close, in_float64
 
 HALVES = np.r_[0:HEAD_DIM:2, 1:HEAD_DIM:2]
@@ -128,6 +129,14 @@ def test_rala_weighs_keys_by_a_softmax_inside_each_document():
     x = np.array([1.0, 5, 2, 3, 0, 9, 4, 8, 7])
     largest = document_maximum(jnp.asarray(x)[None, :, None, None], at)
     np.testing.assert_array_equal(largest[0, :, 0, 0], [5] * 5 + [9] * 4)
+
+
+def test_operations_of_rala_are_those_of_the_traced_pass(monkeypatch):
+    """Which the contract counts of causal layers."""
+    config = RALAConfig(num_heads=HEADS, head_dim=HEAD_DIM)
+    mixer, at = new(config, causal=False), layout((9,), length=9)
+    counted = count_flops(monkeypatch, lambda x: mixer(x, at=at, carry={}).y, jnp.asarray(X))
+    assert config.flops(WIDTH, 9) == pytest.approx(counted / 9, rel=1e-12)
 
 
 @pytest.mark.parametrize("causal", [True, False])
