@@ -26,7 +26,7 @@ class YaadConfig(MirasConfig):
     M is `x + norm(W_1 gelu(W_2 x))`; a and b are sigmoids of a low rank of x for each channel: of the keys in W_2, of the values in W_1.
     d is a softplus of x, one a head, since it is compared with a length. The gradient has `tanh(10 e)` for the sign. q, k and v are
     convolved with SiLU, q and k of unit norm; what is read is normalised and gated. The paper gives neither a number of heads nor first
-    values; here a begins near 0.98, b near 0.002 and d near 1.3.
+    values; here a begins near 0.98, b near 0.002 and d near 2 sqrt(head_dim), longer than most errors.
     """
 
     @property
@@ -42,7 +42,7 @@ class Yaad(Miras):
 
     def __init__(self, config: YaadConfig, d_model: int, ctx: BuildContext):
         super().__init__(config, d_model, ctx)
-        self.threshold = Gate(ctx, d_model, (self.num_heads,), start=1.0)
+        self.threshold = Gate(ctx, d_model, (self.num_heads,), start=2 * config.head_dim**0.5)
 
     def gates(self, x):
         return {**super().gates(x), "threshold": jax.nn.softplus(self.threshold(x))}
