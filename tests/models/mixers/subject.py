@@ -242,6 +242,7 @@ class Subject:
         """A probe step of rows of equal input."""
         return self.program.look(self.variables, jnp.broadcast_to(x, (len(documents), *x.shape)), layout(*documents))
 
+    @functools.cache  # noqa: B019
     def abstract(self, dtype: str) -> tuple[Mixed, tuple]:
         """Shapes in a compute dtype: the output for `[3, 5, D]`, and the decode state when empty, after a prompt and after a step."""
 
