@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from plait.configs.codec import decode, encode
-from plait.kernels import DistanceBias, Mask, Tokens, attention_rows
+from plait.kernels import DistanceBias, Mask, Tokens, attention, attention_rows
 from plait.models.build import BuildContext
 from plait.models.config import LMConfig
 from plait.models.lm import LM
@@ -116,13 +116,19 @@ def test_folded_alibi_is_the_explicit_bias_far_from_the_start(heads, dtype):
     q = jnp.zeros((1, length, heads, 12), dtype)
     tokens = Tokens(None, jnp.ones((1, length), jnp.int32), start + jnp.arange(length)[None])
     bias = ALiBiConfig().build(context(), 12, heads).bias(tokens, tokens, scale=scale)
-    rows = quick_jit(lambda q, bias: attention_rows(q, q, jnp.arange(length), mask=Mask(), at=tokens, scale=scale, bias=bias))(
-        q, bias
-    )
+    options = {"mask": Mask(), "at": tokens, "scale": scale, "bias": bias}
+
+    @quick_jit
+    def run(q):
+        _, stats = attention(q, q, q, return_stats=True, **options)
+        return attention_rows(q, q, jnp.arange(length), **options), stats.max_logit
+
+    rows, largest = run(q)
     distance = np.arange(length)[:, None] - np.arange(length)[None]
     z = np.where(distance >= 0, -slopes(heads)[:, None, None] * distance, -np.inf)
     want = np.exp(z) / np.exp(z).sum(-1, keepdims=True)
     np.testing.assert_allclose(rows[0], want, atol=4e-3)  # float32 numbers of the size of 16,000 are added
+    np.testing.assert_allclose(largest, 0, atol=8e-3)
 
 
 def test_bidirectional_alibi_falls_on_both_sides():
