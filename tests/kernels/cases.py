@@ -75,8 +75,8 @@ class Recurrence:
         return self.rows(*self._positional(inputs, "qk"), rows, **options)
 
     def _positional(self, inputs: dict[str, jax.Array], names: str) -> list[Any]:
-        gates = [inputs.get("g"), *(inputs[name] for name in ("beta", "a", "b") if name in inputs)]
-        return [inputs[name] for name in names] + gates
+        moves = ("beta",) * self.beta + ("a", "b") * self.moves
+        return [inputs[name] for name in names] + [inputs.get("g"), *(inputs[name] for name in moves)]
 
 
 RECURRENCES = {

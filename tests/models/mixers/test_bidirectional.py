@@ -60,11 +60,12 @@ def seen(request):
 
 
 def test_a_token_sees_all_of_its_document_and_nothing_else(seen):
-    _, _, _, reached = seen
+    config, _, _, reached = seen
+    reach = 0.9 if getattr(config, "window_size", None) is None else 0.0
     ids = np.asarray(rows()[1].segment_ids)
     for t, matters in zip((20, 40), reached, strict=True):
         for row in (WHOLE, PACKED):
-            assert matters[row, ids[row] == ids[row, t]].mean() > 0.9, t
+            assert matters[row, ids[row] == ids[row, t]].mean() > reach, t
             assert matters[row, t + 1] and matters[row, t - 1 if row == WHOLE else t], t
             assert not matters[row, ids[row] != ids[row, t]].any(), t
 
