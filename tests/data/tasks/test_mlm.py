@@ -59,4 +59,4 @@ def test_the_mask_is_one_id_more(rows):
 
 def test_what_follows_is_not_asked_of_a_model_that_sees_it():
     with pytest.raises(ValueError, match=r"model.causal=False lets a token see what data.task=ppl asks of it; use data.task=mlm"):
-        parse_experiment("lm_tiny", ["--model.pattern", "softmax", "--no-model.causal"])
+        parse_experiment("lm_tiny", ["--model.pattern", "softmax", "--model.no-causal"])
