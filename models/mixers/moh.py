@@ -68,10 +68,6 @@ class MoHConfig(WrapperConfig):
     def split(self, num_heads: int) -> tuple[int, int]:
         """`(routed heads, routed heads per token)` out of `num_heads`. Raises ValueError where the options do not fit."""
         if self.experts == "all_but_one":
-            if num_heads < 2:
-                raise ValueError(
-                    f"experts='all_but_one' needs a head beside the one left out, not {num_heads}; use experts='heads'"
-                )
             return num_heads, num_heads
         routed = num_heads - self.num_shared_heads
         if routed < 1:
@@ -98,6 +94,8 @@ class MoH(AroundHeads):
         inner = config.mixer.build(d_model, ctx)
         if not isinstance(inner, HeadMixer):
             raise ValueError(f"mixer={config.mixer.name} has no head outputs to route; wrap a multi-head mixer")
+        if inner.num_heads < 2:
+            raise ValueError(f"mixer={config.mixer.name} has one head, which leaves nothing to choose; wrap a mixer with more")
         self.config, self.inner, self.num_heads = config, inner, inner.num_heads
         self.num_routed, self.top_k = config.split(self.num_heads)
         shared = self.num_heads - self.num_routed

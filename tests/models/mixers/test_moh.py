@@ -200,7 +200,7 @@ class Headless(MixerConfig):
         (lambda: MoHConfig(experts="all_but_one", top_k=2), "top_k=2 chooses heads, of which experts='all_but_one' uses all"),
         (
             lambda: build(MoHConfig(mixer=dataclasses.replace(SOFTMAX, num_heads=1), experts="all_but_one")),
-            "experts='all_but_one' needs a head beside the one left out, not 1",
+            "mixer=softmax has one head, which leaves nothing to choose; wrap a mixer with more",
         ),
     ],
     ids=[
