@@ -22,14 +22,25 @@ _MOST_MAPS = 30_000
 """Memory maps of a process at which compiled programs, of which each has several, are given up: Linux allows 65,530."""
 
 
-@pytest.fixture(autouse=True, scope="module")
-def bounded_programs():
-    """A worker that has compiled for many modules must not run out of memory maps, which ends it without a word."""
-    yield
+def give_up_programs() -> None:
+    """Forgets compiled programs where they are many: a worker must not run out of memory maps, which ends it without a word."""
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > _MOST_MAPS:
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def bounded_programs():
+    """Each module leaves room for the next one's programs."""
+    yield
+    give_up_programs()
+
+
+@pytest.fixture(scope="module")
+def give_up():
+    """`give_up_programs`, for modules that compile for many cases."""
+    return give_up_programs
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -1,6 +1,7 @@
 """The mixer contract, over every registered mixer: what a new file in `models/mixers` must keep, tested without an edit here."""
 
 import json
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -37,12 +38,13 @@ from plait.train import mesh as meshes
 
 
 @pytest.fixture(scope="module", params=case_params())
-def subject(request) -> Subject:
+def subject(request, give_up) -> Iterator[Subject]:
     if isinstance(config := request.param.config, MoHConfig):
         inner = nnx.eval_shape(Case(config.mixer).build)
         if not isinstance(inner, HeadMixer) or inner.num_heads < 2:
             pytest.skip(f"{config.mixer.name} has no heads to route")
-    return Subject(request.param)
+    yield Subject(request.param)
+    give_up()
 
 
 @pytest.fixture
