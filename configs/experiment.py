@@ -12,7 +12,6 @@ from plait.configs.probe import ProbeConfig
 from plait.configs.spike import SpikeConfig
 from plait.data.config import DataConfig
 from plait.models.config import LMConfig
-from plait.models.pattern import find_periods
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,7 +66,7 @@ class ExperimentConfig(Config):
                 f"optimizer.accumulate={self.optimizer.accumulate} must divide data.batch_size={self.data.batch_size}; "
                 f"use one of {choices(divisors(self.data.batch_size))}"
             )
-        periods = find_periods(self.model.layers).repeats
+        periods = self.model.periods.repeats
         if self.mesh.pipeline > 1 and (periods == 1 or periods % self.mesh.pipeline):
             raise ValueError(
                 f"mesh.pipeline={self.mesh.pipeline} must divide the {periods} repetitions of the pattern in "

@@ -12,7 +12,7 @@ from plait.models.build import SigmaReparam
 from plait.models.channel_mixers.base import ChannelMixerConfig
 from plait.models.channel_mixers.gated_mlp import GatedMLPConfig
 from plait.models.mixers.base import MIXERS, Direction, MixerConfig, WrapperConfig
-from plait.models.pattern import expand_pattern, pattern_names, split_name
+from plait.models.pattern import Periods, expand_pattern, find_periods, pattern_names, split_name
 from plait.models.positions.base import PositionConfig
 from plait.models.stream import check_carries
 
@@ -149,6 +149,12 @@ class LMConfig(Config):
     def layers(self) -> tuple[str, ...]:
         """Pattern name of each layer."""
         return expand_pattern(self.pattern, self.num_layers)
+
+    @property
+    def periods(self) -> Periods:
+        """How the layers repeat. Run folders hold repeated layers as one: those of models whose layers have one channel mixer stay as they
+        were before repeats were found behind other layers."""
+        return find_periods(self.layers, behind_others=bool(self.channel_mixers))
 
     def channel_mixer_of(self, name: str) -> ChannelMixerConfig | None:
         """That of the layers of a pattern name."""

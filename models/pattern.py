@@ -64,21 +64,23 @@ class Periods(NamedTuple):
     """Units, 1 where nothing repeats; what follows them is no whole unit."""
 
 
-def find_periods(layers: tuple[str, ...]) -> Periods:
-    """The shortest unit whose repeats leave fewer layers than its own at the end; where there is none, the repeats that leave the fewest
-    layers to be traced one by one, behind at most a few others."""
+def find_periods(layers: tuple[str, ...], *, behind_others: bool = False) -> Periods:
+    """The shortest unit whose repeats leave fewer layers than its own at the end.
+
+    Where there is none, and `behind_others`, the repeats behind a few other layers that leave the fewest to be traced one by one.
+    """
     n = len(layers)
     for length in range(1, n // 2 + 1):
         count = n // length
         if layers[length : length * count] == layers[: length * (count - 1)]:
             return Periods(0, length, count)
-    behind = [
+    found = [
         Periods(lead, length, count)
-        for lead in range(min(n, _LONGEST_LEAD + 1))
+        for lead in range(1, min(n, _LONGEST_LEAD + 1) if behind_others else 1)
         for length in range(1, (n - lead) // 2 + 1)
         if (count := _repeated(layers[lead:], length)) > 1
     ]
-    return min(behind, key=lambda one: n - one.length * (one.repeats - 1), default=Periods(0, n, 1))
+    return min(found, key=lambda one: n - one.length * (one.repeats - 1), default=Periods(0, n, 1))
 
 
 def _repeated(layers: tuple[str, ...], length: int) -> int:

@@ -18,7 +18,6 @@ from plait.models.flow import WHOLE_BATCH, Flow, flow
 from plait.models.grouped import GROUPED
 from plait.models.look import Observer
 from plait.models.mixers.base import State
-from plait.models.pattern import find_periods
 from plait.models.stream import Stream
 
 _SAVE = jax.checkpoint_policies
@@ -36,7 +35,7 @@ class Stack(nnx.Module):
     def __init__(self, config: LMConfig, rngs: nnx.Rngs, context: Callable[[Any, Keys], BuildContext]):
         """Args: `context(layer_index, rngs)` gives the build context of a layer."""
         self.remat = config.remat
-        self.lead, self.period, self.count = find_periods(config.layers)
+        self.lead, self.period, self.count = config.periods
 
         def block(static: int, index: Any, keys: Keys) -> Block:
             name = config.layers[static]

@@ -82,7 +82,8 @@ def test_name_splits(name, parts):
     ],
 )
 def test_period_is_the_shortest_that_repeats(layers, period):
-    assert find_periods(tuple(layers)) == (period if len(period) == 3 else (0, *period))
+    leads = len(period) == 3
+    assert find_periods(tuple(layers), behind_others=leads) == (period if leads else (0, *period))
 
 
 @pytest.mark.parametrize("pattern", ["gla*²", "gla*99999999999", "gla:softmax=²:1"])

@@ -13,8 +13,8 @@ import pytest
 from plait.configs.experiment import ExperimentConfig
 from plait.configs.mesh import MESH_AXES, MeshConfig
 from plait.configs.presets import presets
+from plait.models.channel_mixers.moe import MoEConfig
 from plait.models.mixers.base import MIXERS, MixerConfig, WrapperConfig
-from plait.models.pattern import find_periods
 from plait.tests.train.common import changed, hybrid, tiny
 from plait.tests.train.test_mesh import SIZES, assert_same_training, two_steps
 
@@ -32,25 +32,36 @@ COVER = [
 
 def small(config: ExperimentConfig) -> ExperimentConfig:
     """A preset's pattern, options and losses: narrow, of two periods and in float32, with the data and optimizer of the tests."""
-    sizes = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 4, "window_size": 8, "chunk_size": 4}
+    sizes = {"num_heads": 4, "num_kv_heads": 2, "window_size": 8, "chunk_size": 4}
+    experts = {"num_experts": 4, "top_k": 2}
 
-    def narrow(mixer):
+    def narrow(mixer, head_dim=8):
         if isinstance(mixer, WrapperConfig):
             return dataclasses.replace(mixer, mixer=narrow(mixer.mixer))
+        if hasattr(mixer, "parts"):  # as wide together as a state-space part beside them
+            return dataclasses.replace(mixer, parts=tuple(narrow(part, 16) for part in mixer.parts))
         fields = {field.name for field in dataclasses.fields(mixer) if getattr(mixer, field.name) is not None}
-        return dataclasses.replace(mixer, **{name: size for name, size in sizes.items() if name in fields})
+        return dataclasses.replace(
+            mixer, **{name: size for name, size in {**sizes, "head_dim": head_dim}.items() if name in fields}
+        )
 
-    _, period, _ = find_periods(config.model.layers)
+    _, period, _ = config.model.periods
     model = {
         "d_model": 32,
-        "num_layers": 2 * period,
+        "num_layers": config.model.num_layers if "@" in config.model.pattern else 2 * period,
         "mixers": {name: narrow(mixer) for name, mixer in config.model.mixers.items()},
-        "channel_mixer.hidden_dim": 48,
+        **({} if config.model.channel_mixer is None else {"channel_mixer.hidden_dim": 48}),
+        **(
+            {f"channel_mixer.{name}": size for name, size in experts.items()}
+            if isinstance(config.model.channel_mixer, MoEConfig)
+            else {}
+        ),
         "vocab_size": None,
         "compute_dtype": "float32",
         "param_dtype": "float32",
     }
-    return changed(tiny(STEP), {"model": changed(config.model, {**model, "z_loss": 1e-3})})
+    task = {} if config.model.causal else {"data.task": config.data.task}
+    return changed(tiny(STEP), {**task, "model": changed(config.model, {**model, "z_loss": 1e-3})})
 
 
 def layers_of(mixer: MixerConfig) -> ExperimentConfig:

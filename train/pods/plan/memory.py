@@ -15,7 +15,6 @@ from plait.data.batch import Batch
 from plait.kernels.chips import CHIPS, GIB
 from plait.kernels.target import target as kernels_for
 from plait.models import axes
-from plait.models.pattern import find_periods
 from plait.train.loss import loss_terms
 from plait.train.mesh import batch_sharding, ways
 from plait.train.state import Blueprint, TrainState
@@ -210,7 +209,7 @@ def _temporaries(
     rows = config.data.batch_size / config.optimizer.accumulate / ways(mesh, axes.BATCH) / ways(mesh, axes.LENGTH)
     stages = ways(mesh, axes.LAYERS)
     in_flight = config.optimizer.accumulate / stages if stages > 1 else 1  # a stage keeps its layers' part of each micro-batch
-    _, period, count = find_periods(model.layers)
+    _, period, count = model.periods
     kept = saved_activations(config, blueprint, generation)
     again = 0.0
     if model.remat is not None:  # of one stretch of layers, everything is computed again
