@@ -154,8 +154,8 @@ def test_help_says_which_components_there_are(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "500")
     assert run_main(["train", "lm_tiny", "--model.pattern", "gla,moh+softmax", "--help"]) == 0
     printed = capsys.readouterr().out
-    mixers = "--model.mixers.gla, --model.mixers.moh+softmax, --model.mixers.moh+softmax.mixer: gated_deltanet, gla, "
-    assert mixers in printed and "--model.channel-mixer: gated_mlp" in printed
+    mixers = "--model.mixers.gla, --model.mixers.moh+softmax, --model.mixers.moh+softmax.mixer: aaren, base_conv, "
+    assert mixers in printed and "--model.channel-mixer: gaam, gated_mlp" in printed
 
 
 def test_nothing_given_is_the_preset():
