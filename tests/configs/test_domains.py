@@ -116,8 +116,17 @@ def test_divisors_and_choices():
     assert shown("a" * 100).endswith("a...") and len(shown("a" * 100)) < 70
 
 
+def encoder(mixer: Any) -> str:
+    """What a model takes whose mixer cannot be causal."""
+    return "" if "causal" in mixer.example().directions else " --model.no-causal --data.task mlm"
+
+
 BASES = {
-    **{name: f"--model.d-model 64 --model.pattern {name}" for name in registry("mixer").all() if name != "moh"},
+    **{
+        name: f"--model.d-model 1024 --model.pattern {name}{encoder(mixer)}"
+        for name, mixer in registry("mixer").all().items()
+        if name != "moh"
+    },
     "moh": "--model.pattern moh+softmax,softmax/wide --model.d-model 128",
     **{name: f"--model.channel-mixer {name}" for name in registry("channel mixer").all()},
     **{name: f"--optimizer {name} --optimizer.warmup-steps 3" for name in registry("optimizer").all()},

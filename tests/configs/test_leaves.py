@@ -80,11 +80,17 @@ NEEDS: dict[str, dict[str, Any]] = {
     "power.qk_norm_eps": {"qk_norm": True},
     "softmax.qk_norm_over": {"qk_norm": True},
     "softmax.qk_norm_eps": {"qk_norm": True},
+    "linear.norm_eps": {"normalizer": "rms_norm"},
+    "optimised.head_dim": {"num_heads": None},
+    "titans_mac.head_dim": {"num_heads": None},
     "softmax.num_kv_heads": {"num_heads": 4},
     "softmax.num_sink_tokens": {"window_size": 4},
     "softmax.window_size": {"window_size": 8},
 }
 """What must hold for a leaf to work; of a component's leaf by `name.field`, within the component."""
+
+FOLLOWS = {"optimised.num_heads": "head_dim", "titans_mac.num_heads": "head_dim"}
+"""Leaves that have one valid value beside another."""
 
 BEFORE: dict[str, dict[str, Any]] = {
     "softmax.shared_kv": {"shared_kv": "write"},
@@ -274,8 +280,12 @@ def with_mixer(mixer: MixerConfig, before: MixerConfig | None = None) -> Experim
     mixers = (
         {pattern_name(mixer): mixer} if before is None else {f"{pattern_name(before)}/before": before, pattern_name(mixer): mixer}
     )
-    model = dataclasses.replace(BASE.model, d_model=64, num_layers=len(mixers), pattern=",".join(mixers), mixers=mixers)
-    return dataclasses.replace(BASE, model=model)
+    causal = "causal" in mixer.directions
+    data = BASE.data if causal else dataclasses.replace(BASE.data, task=MaskedLanguageTask())
+    model = dataclasses.replace(
+        BASE.model, d_model=64, num_layers=len(mixers), pattern=",".join(mixers), mixers=mixers, causal=causal
+    )
+    return dataclasses.replace(BASE, model=model, data=data)
 
 
 PLACES: dict[str, Callable[[Any], ExperimentConfig]] = {
@@ -301,7 +311,11 @@ def component_leaves() -> list[Any]:
         for name, schema in registry(kind).all().items():
             config, hints = example(schema), typing.get_type_hints(schema)
             holds = {path.partition(".")[0] for path, _ in children(config)}
-            fields = [field.name for field in dataclasses.fields(schema) if field.name not in holds]
+            fields = [
+                field.name
+                for field in dataclasses.fields(schema)
+                if field.name not in holds and f"{name}.{field.name}" not in FOLLOWS
+            ]
             if kind == "optimizer":
                 fields = [field for field in fields if f"optimizer.{field}" not in PATHS]
             elif kind == "channel mixer" and isinstance(BASE.model.channel_mixer, schema):

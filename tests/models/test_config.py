@@ -143,7 +143,9 @@ def test_with_vocab_settles_the_vocabulary():
             r"model\.mixers\.softmax\.head_dim=64 must divide d_model=100 when num_heads is None; set",
             id="width-not-divided",
         ),
-        pytest.param(lambda: lm(pattern="moh+softmax"), r"mixer=softmax has one head, which leaves nothing to choose", id="one-head-routed"),
+        pytest.param(
+            lambda: lm(pattern="moh+softmax"), r"mixer=softmax has one head, which leaves nothing to choose", id="one-head-routed"
+        ),
         pytest.param(
             lambda: GatedMLPConfig(hidden_dim=0),
             r"gated_mlp\.hidden_dim=0 must be a whole number from 1 to 1048576; use None",
