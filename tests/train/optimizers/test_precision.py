@@ -34,7 +34,7 @@ def test_parameters_are_the_float32_ones_rounded_once(model):
 def test_every_mixer_draws_in_float32(name):
     def drawn(dtype):
         ctx = BuildContext(rngs=nnx.Rngs(0), seq_len=8, param_dtype=dtype)
-        return nnx.to_flat_state(nnx.state(MIXERS[name].example().build(32, ctx), nnx.Param))
+        return nnx.to_flat_state(nnx.state(MIXERS[name].example().build(64, ctx), nnx.Param))
 
     for (path, whole), (_, rounded) in zip(drawn(jnp.float32), drawn(jnp.bfloat16), strict=True):
         np.testing.assert_array_equal(rounded[...], whole[...].astype(jnp.bfloat16), err_msg=str(path))
