@@ -67,7 +67,9 @@ def parse(
         ValueError: a word that is no option, has no value or a wrong one; a required option that is not there.
     """
     if not prefix and {"-h", "--help"} & set(words):
-        tyro.cli(schema, default=default, args=["--help"], prog=prog, description=description, config=(tyro.conf.AvoidSubcommands,))
+        tyro.cli(
+            schema, default=default, args=["--help"], prog=prog, description=description, config=(tyro.conf.AvoidSubcommands,)
+        )
     found = _read(list(_options(schema, default)), words, prog, prefix, tuple(others))
     if default is not None:
         made = _replaced(default, found)
