@@ -80,7 +80,7 @@ def test_decode_state_is_divided_over_rows_and_heads(model):
         with on_mesh(mesh):
             return model.prefill(Tokens(tokens), model.init_state(4, 72))[1]
 
-    _, (delta, cache) = prefilled(over)
+    _, _, (delta, cache) = prefilled(over)
     rows, whole = ("data", "fsdp"), None
     for name, array, spec in [
         ("memory", delta.memory, P(rows, "tensor", whole, whole)),
