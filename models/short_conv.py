@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -52,3 +53,22 @@ class ShortConv(nnx.Module):
     def init_state(self, batch_size: int) -> jax.Array:
         """Zeros: the start of a document."""
         return constrain(jnp.zeros((batch_size, self.size - 1, self.dim), self.dtype), (BATCH, None, self.axis))
+
+
+class Convolving(nnx.Module):
+    """A module whose short convolutions go by name, and whose decode state keeps their last inputs under it, as `convs`."""
+
+    convs: tuple[str, ...] = ()
+    """Attributes that are short convolutions."""
+
+    def convolve(self, streams: Mapping[str, jax.Array], *, at: Tokens, state: Any) -> tuple[list[jax.Array], Any]:
+        """Each stream `[B, T, C]` through the convolution of its name, and the state, a NamedTuple or None, with their last inputs."""
+        old = {} if state is None else state.convs
+        found = {name: getattr(self, name)(y, at=at, state=old.get(name)) for name, y in streams.items()}
+        if state is not None:
+            state = state._replace(convs={name: last for name, (_, last) in found.items()})
+        return [y for y, _ in found.values()], state
+
+    def empty_convs(self, batch_size: int) -> dict[str, jax.Array]:
+        """The last inputs at the start of a document."""
+        return {name: getattr(self, name).init_state(batch_size) for name in self.convs}

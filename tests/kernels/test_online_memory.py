@@ -112,11 +112,11 @@ def test_three_tokens_by_hand():
     # t=3 at W=0.75: S = 0.375 - 0.25 * 2 * (0.75 - 2) = 1, W = 0.375 + 1.
     for form in ("chunked", "reference"):
         o = run(Rule(chunk_size=1), form)(arguments)["o"]
-        np.testing.assert_allclose(o[0, :, 0, 0], [0.0, 1.5, 1.375], atol=1e-6)
+        assert_close(o[0, :, 0, 0], np.array([0.0, 1.5, 1.375]))
     # chunk of 2: t=2 at W=1: S = -0.25 - 0 = -0.25, W = -0.25.  t=3 at W=-0.25: S = -0.125 + 0.5 * 2.25 = 1, W = -0.125 + 1.
     for form in ("chunked", "reference"):
         o = run(Rule(chunk_size=2), form)(arguments)["o"]
-        np.testing.assert_allclose(o[0, :, 0, 0], [0.0, -0.5, 0.875], atol=1e-6)
+        assert_close(o[0, :, 0, 0], np.array([0.0, -0.5, 0.875]))
 
 
 def test_a_linear_memory_without_momentum_is_the_delta_rule():

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import jax
 
-from plait.kernels import Tokens
 from plait.models.cache import Cache
 from plait.models.mixers.full.dot_product import DotProduct
+from plait.models.short_conv import Convolving
 
 
 class ConvolvedState(NamedTuple):
@@ -20,20 +20,8 @@ class ConvolvedState(NamedTuple):
     """The last inputs of each convolution."""
 
 
-class Convolved(DotProduct):
+class Convolved(Convolving, DotProduct):
     """Subclasses name their convolutions, and call `convolve` in `project`."""
-
-    convs: ClassVar[tuple[str, ...]]
-
-    def convolve(
-        self, streams: Mapping[str, jax.Array], *, at: Tokens, state: ConvolvedState | None
-    ) -> tuple[list[jax.Array], ConvolvedState | None]:
-        """Each stream `[B, T, C]` through the convolution of its name, and the state with their last inputs."""
-        old = {} if state is None else state.convs
-        found = {name: getattr(self, name)(y, at=at, state=old.get(name)) for name, y in streams.items()}
-        if state is not None:
-            state = state._replace(convs={name: last for name, (_, last) in found.items()})
-        return [y for y, _ in found.values()], state
 
     def attend(self, inputs, *, at, state):
         o, cache = super().attend(inputs, at=at, state=None if state is None else state.cache)
@@ -44,5 +32,4 @@ class Convolved(DotProduct):
         return inputs, carry, state._replace(cache=cache)
 
     def init_state(self, batch_size, max_len):
-        convs = {name: getattr(self, name).init_state(batch_size) for name in self.convs}
-        return ConvolvedState(super().init_state(batch_size, max_len), convs)
+        return ConvolvedState(super().init_state(batch_size, max_len), self.empty_convs(batch_size))

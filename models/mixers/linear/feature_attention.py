@@ -101,8 +101,7 @@ class FeatureAttention(Recurrent):
         def empty(shape: tuple[int, int]) -> jax.Array:
             return constrain(jnp.zeros((batch_size, self.num_heads, *shape), jnp.float32), (BATCH, HEADS, None, None))
 
-        convs = {name: getattr(self, name).init_state(batch_size) for name in self.convs}
-        return SumState({name: empty(shape) for name, shape in self.sums}, convs)
+        return SumState({name: empty(shape) for name, shape in self.sums}, self.empty_convs(batch_size))
 
     def finish(self, o, inputs, x):
         return HeadMixer.finish(self, o, inputs, x)

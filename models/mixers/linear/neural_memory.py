@@ -23,7 +23,7 @@ from plait.models.linear import Dense
 from plait.models.mixers.base import HeadMixer, MixerConfig
 from plait.models.mixers.heads import join_heads, resolve_heads, split_heads
 from plait.models.norms import RMSNorm, l2_normalize
-from plait.models.short_conv import ShortConv
+from plait.models.short_conv import Convolving, ShortConv
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,10 +110,10 @@ class Gate(nnx.Module):
         return (y + self.bias[...].astype(jnp.float32)[None, None]).reshape(*x.shape[:-1], *self.shape)
 
 
-class MemoryHeads(HeadMixer):
+class MemoryHeads(Convolving, HeadMixer):
     """Heads that read a memory, which each token moves first. Subclasses call `memories`, and write `gates`; see `output` too."""
 
-    convs: ClassVar[tuple[str, ...]] = ("q_conv", "k_conv", "v_conv")
+    convs = ("q_conv", "k_conv", "v_conv")
 
     def memories(
         self,
@@ -145,12 +145,9 @@ class MemoryHeads(HeadMixer):
         """The fields of `MemoryInputs` besides q, k and v."""
 
     def project(self, x, *, at, state):
-        old = {} if state is None else state.convs
         streams = {"q_conv": self.q(x), "k_conv": self.k(x), "v_conv": self.v(x)}
-        found = {name: getattr(self, name)(y, at=at, state=old.get(name)) for name, y in streams.items()}
-        if state is not None:
-            state = state._replace(convs={name: last for name, (_, last) in found.items()})
-        q, k, v = (constrain(split_heads(y, self.num_heads), (BATCH, LENGTH, HEADS, None)) for y, _ in found.values())
+        found, state = self.convolve(streams, at=at, state=state)
+        q, k, v = (constrain(split_heads(y, self.num_heads), (BATCH, LENGTH, HEADS, None)) for y in found)
         return MemoryInputs(l2_normalize(q), l2_normalize(k), v, **self.gates(x)), state
 
     def _learn(self, inputs: MemoryInputs, state: MemoryState | None, at: Any) -> tuple[jax.Array, MemoryState, jax.Array]:
@@ -179,7 +176,7 @@ class MemoryHeads(HeadMixer):
 
     def init_state(self, batch_size, max_len):
         memory = empty_memory(tuple(self.initial), batch_size, self.with_momentum)  # type: ignore[arg-type]
-        return LearnedState(memory, {name: getattr(self, name).init_state(batch_size) for name in self.convs})
+        return LearnedState(memory, self.empty_convs(batch_size))
 
     def observe(self, inputs, x, *, at):
         """What the memories hold at the end, all layers as one row, and how they decay and learn, over the sequence."""

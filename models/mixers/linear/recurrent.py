@@ -12,13 +12,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from plait.kernels import Tokens, decay, decay_rows
+from plait.kernels import decay, decay_rows
 from plait.models.axes import BATCH, EMBED, HEADS, LENGTH, constrain
 from plait.models.build import BuildContext
 from plait.models.linear import Dense
 from plait.models.mixers.base import HeadMixer
 from plait.models.mixers.heads import join_heads, split_heads
 from plait.models.norms import RMSNorm
+from plait.models.short_conv import Convolving
 
 OutputGate = Literal["silu", "sigmoid", "linear"]
 _ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
@@ -61,7 +62,7 @@ class LowRank(nnx.Module):
         return self.up(self.down(x))
 
 
-class Recurrent(HeadMixer):
+class Recurrent(Convolving, HeadMixer):
     """Heads with a state `[K, V]`, a norm and a gate on what they read, and an output projection.
 
     Subclasses set `head_dims`, write `project`, and call `gated_output` at the end of their `__init__`; the delta rule also sets
@@ -70,8 +71,6 @@ class Recurrent(HeadMixer):
 
     head_dims: tuple[int, int]
     """Channels of a key and of a value head."""
-    convs: tuple[str, ...] = ()
-    """Attributes that are short convolutions."""
     recur: ClassVar[Callable[..., Any]] = staticmethod(decay)
     recur_rows: ClassVar[Callable[..., jax.Array]] = staticmethod(decay_rows)
     scale: float | None = None
@@ -115,16 +114,6 @@ class Recurrent(HeadMixer):
         self.norm = RMSNorm(ctx, normed, eps=norm_eps, axis=axis, with_scale=norm_scale)
         self.o = Dense(ctx, width, d_model, (HEADS, EMBED), init=ctx.residual_init, heads=(0, self.num_heads))
 
-    def convolve(
-        self, streams: Mapping[str, jax.Array], *, at: Tokens, state: RecurrentState | None
-    ) -> tuple[list[jax.Array], RecurrentState | None]:
-        """Each stream `[B, T, C]` through the convolution of its name, and the state with their last inputs."""
-        old = {} if state is None else state.convs
-        found = {name: getattr(self, name)(y, at=at, state=old.get(name)) for name, y in streams.items()}
-        if state is not None:
-            state = state._replace(convs={name: last for name, (_, last) in found.items()})
-        return [y for y, _ in found.values()], state
-
     def heads(self, y: jax.Array, num_heads: int | None = None) -> jax.Array:
         """`[B, T, H * K]` to `[B, T, H, K]`, laid out by head."""
         return constrain(split_heads(y, num_heads or self.num_heads), (BATCH, LENGTH, HEADS, None))
@@ -139,7 +128,7 @@ class Recurrent(HeadMixer):
 
     def init_state(self, batch_size, max_len):
         memory = constrain(jnp.zeros((batch_size, self.num_heads, *self.head_dims), jnp.float32), (BATCH, HEADS, None, None))
-        return RecurrentState(memory, {name: getattr(self, name).init_state(batch_size) for name in self.convs})
+        return RecurrentState(memory, self.empty_convs(batch_size))
 
     def finish(self, o, inputs, x):
         y = self.norm(o) if self.norm_over == "head" else split_heads(self.norm(join_heads(o)), self.num_heads)
