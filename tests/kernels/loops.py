@@ -96,26 +96,31 @@ def short_conv(x: Any, weight: Any, bias: Any, before: Any, ids: Any) -> tuple[n
     return y, last
 
 
-def recurrence(q: Any, k: Any, v: Any, g: Any, beta: Any, state: Any, ids: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Outputs and final state of decay (`beta` None) and the delta rule (`g` may be None): one token after the other."""
+def recurrence(
+    state: Any, ids: Any, *, q: Any, k: Any, v: Any, g: Any = None, beta: Any = None, a: Any = None, b: Any = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Outputs and final state of decay, of the delta rule (with `beta`) and of a diagonal plus rank one (with `a` and `b`): one token
+    after the other."""
     q, k, v, state = (np.array(x, np.float64) for x in (q, k, v, state))
+    along, to = (None if x is None else np.asarray(x, np.float64) for x in (a, b))
     (batch, length, qk_heads, dim), heads = q.shape, v.shape[2]
     o = np.zeros(v.shape)
-    for b, h in np.ndindex(batch, heads):
+    for n, h in np.ndindex(batch, heads):
         group, before = h // (heads // qk_heads), None
         for t in range(length):
-            if ids[b][t] == 0:
+            if ids[n][t] == 0:
                 continue
-            if before not in (None, ids[b][t]):
-                state[b, h] = 0
-            before = ids[b][t]
+            if before not in (None, ids[n][t]):
+                state[n, h] = 0
+            before = ids[n][t]
+            moved = None if along is None else np.outer(to[n, t, group], along[n, t, group] @ state[n, h])
             if g is not None:
-                state[b, h] *= np.exp(np.asarray(g[b, t, h], np.float64)).reshape(-1, 1)
-            key, new = k[b, t, group], v[b, t, h]
+                state[n, h] *= np.exp(np.asarray(g[n, t, h], np.float64)).reshape(-1, 1)
+            key, new = k[n, t, group], v[n, t, h]
             if beta is not None:
-                new = float(beta[b, t, h]) * (new - key @ state[b, h])
-            state[b, h] += np.outer(key, new)
-            o[b, t, h] = q[b, t, group] @ state[b, h] / dim**0.5
+                new = float(beta[n, t, h]) * (new - key @ state[n, h])
+            state[n, h] += np.outer(key, new) + (0 if moved is None else moved)
+            o[n, t, h] = q[n, t, group] @ state[n, h] / dim**0.5
     return o, state
 
 

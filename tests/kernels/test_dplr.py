@@ -1,4 +1,4 @@
-"""The diagonal plus rank one: a case by hand, loops in float64, and the ops that it holds as special cases."""
+"""The diagonal plus rank one: a case by hand, long sequences, and the ops that it holds as special cases."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from plait.kernels import Tokens, decay, delta_rule, dplr
-from plait.tests.kernels import cases
+from plait.tests.kernels import cases, loops
 from plait.tests.tolerances import assert_close, in_float64
 
 FORMS = ["reference", "chunked"]
@@ -25,38 +25,11 @@ def test_state_is_read_along_a_before_it_decays(form: str):
     assert_close(state.ravel(), np.array([-1.0]), dtype="float32")
 
 
-def loop(named: dict[str, jax.Array], start: jax.Array, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Outputs and state of one token after the other, in matrices."""
-    q, k, v, g, a, b = (np.asarray(named[key], np.float64) for key in ("q", "k", "v", "g", "a", "b"))
-    o, state = np.zeros(v.shape), np.array(start, np.float64)
-    for n, h in np.ndindex(v.shape[0], v.shape[2]):
-        before = None
-        for t in range(v.shape[1]):
-            if ids[n, t] == 0:
-                continue
-            state[n, h] *= before in (None, ids[n, t])
-            before, group = ids[n, t], h // (v.shape[2] // q.shape[2])
-            transition = np.diag(np.exp(g[n, t, h])) + np.outer(b[n, t, group], a[n, t, group])
-            state[n, h] = transition @ state[n, h] + np.outer(k[n, t, group], v[n, t, h])
-            o[n, t, h] = q[n, t, group] @ state[n, h] / q.shape[3] ** 0.5
-    return o, state
-
-
-@pytest.mark.parametrize("layout", ["several", "left"])
-@pytest.mark.parametrize("form", FORMS)
-def test_it_is_the_loop_wherever_segments_and_padding_are(form: str, layout: str):
-    named, ids = cases.RECURRENCES["dplr"].inputs(65), cases.segments(65, layout)
-    o, state = cases.jitted("dplr", form, 16)(named, cases.state(), ids)
-    expected = loop(named, cases.state(), np.asarray(ids))
-    assert_close(o, expected[0])
-    assert_close(state, expected[1])
-
-
 @pytest.mark.parametrize("strength", ["total", "weak"])
 def test_long_sequences_of_strong_and_weak_decay_match_the_loop(strength: str):
     named, ids = cases.RECURRENCES["dplr"].inputs(500, decay=strength), np.ones((cases.BATCH, 500), int)
     o, state = cases.jitted("dplr", "chunked")(named, cases.state())
-    expected = loop(named, cases.state(), ids)
+    expected = loops.recurrence(cases.state(), ids, **named)
     assert_close(o, expected[0])
     assert_close(state, expected[1])
 

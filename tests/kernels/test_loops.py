@@ -186,6 +186,6 @@ def test_recurrences_are_the_loop(implementation: str, name: str):
     x = cases.RECURRENCES[name].inputs(LENGTH)
     for layout in LAYOUTS:
         found = cases.jitted(name, implementation, 8)(x, cases.state(), jnp.asarray(_ids(layout)))
-        expected = loops.recurrence(*(x.get(part) for part in ("q", "k", "v", "g", "beta")), cases.state(), _ids(layout))
+        expected = loops.recurrence(cases.state(), _ids(layout), **x)
         for got, want in zip(found, expected, strict=True):
             assert_close(got, want, err_msg=layout)
