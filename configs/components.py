@@ -56,6 +56,10 @@ class Config:
     def check(self) -> None:
         """Raises ValueError for the first value that cannot be used, as `FIELD=VALUE RULE; FIX`."""
 
+    def open_keys(self) -> Mapping[str, tuple[str, ...]]:
+        """Fields that are tables of components, with the keys that each may yet be given."""
+        return {}
+
 
 C = TypeVar("C", bound=Config)
 

@@ -6,7 +6,7 @@ import dataclasses
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from plait.configs.components import Component, Config, Registry, a, at, children, default_of, registries, registry_of, validate
@@ -53,6 +53,9 @@ def component_flags(config: Config) -> dict[str, list[str]]:
             if isinstance(child, Component):
                 flags.setdefault(child.kind_of_component, []).append(flag(path + key))
             note(child, f"{path}{key}.")
+        for key, names in config.open_keys().items():
+            kind = _kind_of_table(typing.get_type_hints(type(config))[key])
+            flags.setdefault(kind.kind, []).extend(flag(f"{path}{key}.{name}") for name in names)
 
     note(config, "")
     return flags
@@ -93,12 +96,24 @@ def _exchanged(value: Any, hint: Any, path: str, words: list[str]) -> Any:
     elif isinstance(value, Config):
         fields = typing.get_type_hints(type(value))
         parts = {field.name: (getattr(value, field.name), fields[field.name]) for field in dataclasses.fields(value)}  # type: ignore[arg-type]
-    new = {key: _exchanged(item, inner, f"{path}.{key}" if path else key, words) for key, (item, inner) in parts.items()}
+    under = lambda key: f"{path}.{key}" if path else str(key)
+    new = {key: _exchanged(item, inner, under(key), words) for key, (item, inner) in parts.items()}
+    if isinstance(value, Config):
+        for key, names in value.open_keys().items():
+            given = _given(names, parts[key][1], under(key), words)
+            new[key] = {**new[key], **given} if given else new[key]
     if all(new[key] is item for key, (item, _) in parts.items()):
         return value
     if isinstance(value, Config):
         return dataclasses.replace(value, **new)  # type: ignore[type-var]
     return tuple(new.values()) if isinstance(value, tuple) else new
+
+
+def _given(names: Sequence[str], hint: Any, path: str, words: list[str]) -> dict[str, Component]:
+    """The components that `words` give to a table at `path` by some of the names, of which it has none yet."""
+    kind, inner = _kind_of_table(hint), _inside(hint, Mapping)[-1]
+    given = {name: take(f"{path}.{name}", words) for name in names}
+    return {name: _made(kind, word, None, inner, f"{path}.{name}") for name, word in given.items() if word is not None}
 
 
 def _made(kind: Registry[Any], name: str, old: Component | None, hint: Any, path: str) -> Component | None:
@@ -140,3 +155,8 @@ def _inside(hint: Any, container: type) -> tuple[Any, ...]:
 def _kind(hint: Any) -> Registry[Any] | None:
     classes = _classes(hint)
     return registry_of(classes[0]) if classes else None
+
+
+def _kind_of_table(hint: Any) -> Registry[Any]:
+    """That of the components in a table of this annotation."""
+    return typing.cast(Registry[Any], _kind(_inside(hint, Mapping)[-1]))

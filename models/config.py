@@ -140,6 +140,9 @@ class LMConfig(Config):
             at(f"channel_mixers.{name}", channel_mixer.fit, self.d_model)
         check_carries([(name, self.mixers[name].carries(self.d_model)) for name in layers])
 
+    def open_keys(self) -> Mapping[str, tuple[str, ...]]:
+        return {"channel_mixers": tuple(name for name in pattern_names(self.pattern) if name not in self.channel_mixers)}
+
     @property
     def direction(self) -> Direction:
         """What `causal` asks of every mixer."""

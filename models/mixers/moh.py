@@ -145,11 +145,12 @@ class MoH(AroundHeads):
         return p, mask
 
     def auxiliary_losses(self, x, *, at):
-        """`E sum_e mean_t(p_e) mean_t(m_e)`, whose balanced value is top_k, times the coefficient."""
+        """Those of the inner mixer and `E sum_e mean_t(p_e) mean_t(m_e)`, whose balanced value is top_k, times the coefficient."""
+        inner = self.inner.auxiliary_losses(x, at=at)
         if self.config.experts == "all_but_one":
-            return {}
+            return inner
         p, mask = self.loads(x, at=at)
-        return {"balance/moh": self.config.balance * self.num_routed * (p * mask).sum()}
+        return {**inner, "balance/moh": self.config.balance * self.num_routed * (p * mask).sum()}
 
     def observe(self, inputs, x, *, at):
         _, mask = self.loads(x, at=at)

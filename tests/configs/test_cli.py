@@ -125,6 +125,15 @@ COMPONENTS = {
         "gated_deltanet,softmax",
         {"model.channel_mixer.hidden_dim": 64, "model.channel_mixer.activation": "gelu"},
     ),
+    "a channel mixer of some layers": (
+        "--model.pattern gla,gated_deltanet --model.channel-mixers.gated-deltanet moe --model.channel-mixers.gated-deltanet.top-k 3",
+        "gla,gated_deltanet",
+        {
+            "model.channel_mixer.channel_mixer_name": "gated_mlp",
+            "model.channel_mixers.gated_deltanet.channel_mixer_name": "moe",
+            "model.channel_mixers.gated_deltanet.top_k": 3,
+        },
+    ),
 }
 
 
@@ -155,7 +164,7 @@ def test_help_says_which_components_there_are(capsys, monkeypatch):
     assert run_main(["train", "lm_tiny", "--model.pattern", "gla,moh+softmax", "--help"]) == 0
     printed = capsys.readouterr().out
     mixers = "--model.mixers.gla, --model.mixers.moh+softmax, --model.mixers.moh+softmax.mixer: aaren, base_conv, "
-    assert mixers in printed and "--model.channel-mixer: gaam, gated_mlp" in printed
+    assert mixers in printed and "--model.channel-mixers.moh+softmax: gaam, gated_mlp" in printed
 
 
 def test_nothing_given_is_the_preset():
@@ -195,6 +204,10 @@ REFUSED = {
     "channel mixer": (
         "train lm_tiny --model.channel-mixer gated_mpl",
         "error: model.channel_mixer='gated_mpl': channel mixer 'gated_mpl' is not registered; did you mean 'gated_mlp'?",
+    ),
+    "channel mixer of a mixer that is not there": (
+        "train lm_tiny --model.channel-mixers.gla moe",
+        "'--model.channel-mixers.gla' is not an option",
     ),
     "channel mixer without a name": ("train lm_tiny --model.channel-mixer --steps 3", "model.channel_mixer has no value"),
     "optimizer": (
