@@ -109,7 +109,7 @@ def _exchanged(value: Any, hint: Any, path: str, words: list[str]) -> Any:
     return tuple(new.values()) if isinstance(value, tuple) else new
 
 
-def _given(names: Sequence[str], hint: Any, path: str, words: list[str]) -> dict[str, Component]:
+def _given(names: Sequence[str], hint: Any, path: str, words: list[str]) -> dict[str, Component | None]:
     """The components that `words` give to a table at `path` by some of the names, of which it has none yet."""
     kind, inner = _kind_of_table(hint), _inside(hint, Mapping)[-1]
     given = {name: take(f"{path}.{name}", words) for name in names}
