@@ -76,8 +76,9 @@ class Stack(nnx.Module):
         """Empty decode states of every layer."""
         stacked = None
         if self.periods is not None:
-            one = [block.mixer.init_state(batch_size, max_len) for block in self.periods]
-            stacked = jax.tree.map(lambda a: jnp.broadcast_to(a[None], (self.count, *a.shape)), one)
+            graph, variables = nnx.split(self.periods)
+            period = lambda variables: [block.mixer.init_state(batch_size, max_len) for block in nnx.merge(graph, variables)]
+            stacked = jax.vmap(period, axis_size=self.count)(variables)  # a layer's state may depend on its parameters
         first, rest = ([block.mixer.init_state(batch_size, max_len) for block in blocks] for blocks in (self.first, self.rest))
         return first, stacked, rest
 

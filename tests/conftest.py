@@ -1,14 +1,18 @@
 """Test-wide settings: CPU, eight host devices, rank promotion an error, highest matmul precision, and what shares a worker."""
 
 import gc
+import importlib.metadata
 import os
 import re
 from pathlib import Path
 from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Tests spend their time compiling: LLVM's optimisations cost more of it than they save.
+# Tests spend their time compiling: LLVM's optimisations cost more of it than they save, and XLA's newer emitters of fused loops, which
+# later versions cannot do without, two fifths of it.
 _FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    _FLAGS += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()
 
 import jax

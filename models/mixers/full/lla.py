@@ -73,9 +73,10 @@ class LocalRegression(Rule):
 
         def centred(channel: tuple[jax.Array, jax.Array]) -> jax.Array:
             """Covariances `[B, Hkv, N, K]` of one channel with all, so that nothing of S x K x K exists."""
-            of_keys, mean = channel  # [B, S, Hkv], [B, Hkv, N]
-            away = jnp.moveaxis(of_keys, 1, 2)[:, :, None] - mean[..., None]
-            return jnp.einsum("bgns,bsgk->bgnk", grouped * away, k, precision="highest")
+            of_keys, of_mean = channel  # [B, S, Hkv], [B, Hkv, N]
+            away = grouped * (jnp.moveaxis(of_keys, 1, 2)[:, :, None] - of_mean[..., None])
+            left = away.sum(-1, keepdims=True)  # 0 but for rounding, which large keys would multiply
+            return jnp.einsum("bgns,bsgk->bgnk", away, k, precision="highest") - left * mean
 
         covariance = jnp.moveaxis(jax.lax.map(centred, (jnp.moveaxis(k, -1, 0), jnp.moveaxis(mean, -1, 0))), 0, -1)
         largest = jnp.max(grouped, axis=-1)[..., None, None]

@@ -30,7 +30,9 @@ TITLE = "Titans: Learning to Memorize at Test Time (2501.00663)"
 class TitansConfig(MemoryConfig):
     """`S_t = eta_t S_{t-1} - theta_t grad |M(k_t) - v_t|^2`, `M_t = (1 - alpha_t) M_{t-1} + S_t`, and a read is `M_t(q_t)`.
 
-    alpha, eta and theta are sigmoids of x, one a head and token. Persistent tokens are keys and values that every query of the attention
+    alpha and eta are sigmoids of x, one a head and token, and theta is a third times `(1 - eta_t) / chunk_size`: the gradients of a chunk,
+    which are taken at one memory, and of those before it move the memory by their mean, not by their sum, under which memories
+    diverge where keys resemble each other. The paper leaves theta's form open. Persistent tokens are keys and values that every query of the attention
     sees, without a position. What they would teach the memory at each start of a document is in what it begins with, which is learned.
     """
 
@@ -75,7 +77,7 @@ def mean_keys(window_size: int, seq_len: int) -> float:
 
 
 class TitansMemory(MemoryHeads):
-    """The neural memory. Begins with alpha near 0.02, eta at 1/2 and theta near 0.12, of which the paper does not speak."""
+    """The neural memory. Begins with alpha near 0.02, eta at 1/2 and the third sigmoid near 0.12, of which the paper does not speak."""
 
     def __init__(self, config: TitansConfig, d_model: int, ctx: BuildContext):
         self.memories(config, d_model, ctx, momentum=True)
@@ -84,10 +86,11 @@ class TitansMemory(MemoryHeads):
         )
 
     def gates(self, x):
+        surprise = self.surprise(x)
         return {
             "g": jax.nn.log_sigmoid(-self.forget(x)),
-            "step": jax.nn.sigmoid(self.learning(x)),
-            "momentum": jax.nn.log_sigmoid(self.surprise(x)),
+            "step": jax.nn.sigmoid(self.learning(x)) * jax.nn.sigmoid(-surprise) / self.rule.chunk_size,
+            "momentum": jax.nn.log_sigmoid(surprise),
         }
 
     def finish(self, o, inputs, x):

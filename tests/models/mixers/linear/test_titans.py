@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from plait.kernels import Tokens
 from plait.models.build import BuildContext
 from plait.models.mixers.linear.titans_mac import TitansMACConfig
 from plait.models.mixers.linear.titans_mag import TitansMAGConfig
@@ -85,6 +86,7 @@ class Loops:
 
     def __init__(self, state, chunk: int):
         self.m = {".".join(map(str, path)): np.asarray(p[...], np.float64) for path, p in nnx.to_flat_state(state)}
+        self.chunk = chunk
         weights = [self.m[f"memory.initial.{layer}"] for layer in range(2)]
         self.memories = [Memory([w[h] for w in weights], chunk) for h in range(HEADS)]
 
@@ -99,6 +101,7 @@ class Loops:
         q, k, v = (self.stream(x, which) for which in "qkv")
         gate = lambda name: sigmoid(x[-1] @ self.m[f"memory.{name}.up.kernel"] + self.m[f"memory.{name}.bias"])
         alpha, eta, theta = gate("forget"), gate("surprise"), gate("learning")
+        theta = theta * (1 - eta) / self.chunk
         for h, memory in enumerate(self.memories):
             memory.learn(k[h], v[h], alpha[h], eta[h], theta[h])
         return np.concatenate([memory.read(q[h]) for h, memory in enumerate(self.memories)])
@@ -191,6 +194,23 @@ def test_persistent_tokens_are_seen_by_every_query():
     moved["attention"]["persistent"][...] = moved["attention"]["persistent"][...] + 1.0
     x = inputs()
     assert (np.asarray(run(graph)(state, x)) != np.asarray(run(graph)(moved, x))).any(-1).all()
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("ids", [1, 8])
+def test_memories_stay_where_keys_repeat(depth, ids):
+    """At its defaults, over several chunks: nothing that is read is much larger than the values."""
+    mixer = TitansMAGConfig(head_dim=24, memory_depth=depth).build(48, BuildContext(rngs=nnx.Rngs(0), seq_len=512))
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(ids, 48))[rng.integers(0, ids, 512)][None], jnp.float32)
+
+    def read(x):
+        memory, at = mixer.memory, Tokens().placed(1, 512)
+        inputs, _ = memory.project(x, at=at, state=None)
+        return memory.attend(inputs, at=at, state=None)[0], inputs.v
+
+    o, v = quick_jit(read)(x)
+    assert jnp.abs(o).max() < 2 * jnp.abs(v).max()
 
 
 def test_memories_are_counted_by_layer_and_head():
