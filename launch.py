@@ -21,7 +21,7 @@ USAGE = """usage: launch.py [--verbose] COMMAND ...
   generate RUN [--prompt "..."] [--num-tokens 200] [--temperature 0.8] [--top-k 40] [--top-p 0.9]
   report RUN [RUN ...] [--out FOLDER]
   write-launch gke|slurm|tpu-vm PRESET [train options] --target v5e:16x16 [--slices 2] [--out FOLDER]   (write-launch gke --help lists the rest)
-  list presets|mixers|channel-mixers|optimizers|tasks|probes|kernels
+  list presets|mixers|channel-mixers|positions|optimizers|tasks|probes|kernels [NAME ...]
 
 Results are written to standard output, all else to standard error. --verbose before COMMAND says more, such as why no other kernel ran.
 """

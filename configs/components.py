@@ -209,6 +209,13 @@ class Registry(Generic[R]):
                         ) from error
         return dict(sorted(self._known.items()))
 
+    def __iter__(self) -> Iterator[str]:
+        """The names, sorted."""
+        return iter(self.all())
+
+    def __len__(self) -> int:
+        return len(self.all())
+
     def __getitem__(self, name: str) -> type[R]:
         """The config class of a name. Raises ValueError naming the nearest ones."""
         known = self.all()

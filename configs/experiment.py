@@ -54,10 +54,13 @@ class ExperimentConfig(Config):
     def check(self) -> None:
         if self.spike.action == "rewind" and self.spike.sigma is not None and self.checkpoint_every is None:
             raise ValueError("spike.action=rewind needs checkpoints to go back to; set checkpoint_every")
-        for name, mixer in self.model.mixers.items():
-            if mixer.longest is not None and self.data.seq_len > mixer.longest:
+        limits = {f"mixers.{name}": mixer.longest for name, mixer in self.model.mixers.items()}
+        if self.model.positions is not None:
+            limits["positions"] = self.model.positions.longest
+        for name, longest in limits.items():
+            if longest is not None and self.data.seq_len > longest:
                 raise ValueError(
-                    f"data.seq_len={self.data.seq_len} must be at most the {mixer.longest} tokens of model.mixers.{name}; "
+                    f"data.seq_len={self.data.seq_len} must be at most the {longest} tokens of model.{name}; "
                     "use shorter rows, or raise what limits it"
                 )
         self.data.task.require_causal(self.model.causal)

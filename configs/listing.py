@@ -53,7 +53,8 @@ def state(config: Any) -> str:
     most = min(2 * LENGTH, config.longest or 2 * LENGTH)
     less, now = (config.state_bytes(WIDTH, length, "bfloat16") for length in (most // 4, most // 2))
     where = f" at {most // 2:,}" if most < 2 * LENGTH else ""
-    return f"{now / 2**20:.2f} MiB{where}, {'grows' if now > less else 'fixed'}"
+    size = f"{now / 2**20:.2f} MiB" if now >= 2**20 else f"{now / 2**10:.1f} KiB"
+    return f"{size}{where}, {'grows' if now > less else 'fixed'}"
 
 
 def kernels_of(config: Any) -> str:
@@ -102,17 +103,43 @@ COLUMNS: dict[str, dict[str, Callable[[type[Any]], str]]] = {
 """What sets the components of a kind apart, where that is more than words."""
 
 
-def component_rows(kind: str) -> tuple[list[str], list[tuple[type[Component], list[str]]]]:
-    """The columns of the table of a kind, and each component with what stands in them."""
+BRIEF = {"mixer": ("kind", "cost", "decode state per sequence")}
+"""The columns of tables that are too wide for a narrow terminal which it gets."""
+
+
+def component_rows(
+    kind: str, names: Sequence[str] | None = None, brief: bool = False
+) -> tuple[list[str], list[tuple[type[Component], list[str]]]]:
+    """The columns of the table of a kind, and each component (or those of the names) with what stands in them.
+
+    Raises:
+        ValueError: a name is unknown.
+    """
     columns = {**COLUMNS.get(kind, {"what it is": summary}), "source": lambda config: config.source}
-    return list(columns), [(one, [cell(one) for cell in columns.values()]) for one in registry(kind).all().values()]
+    kept = {name: cell for name, cell in columns.items() if not brief or name in BRIEF[kind]}
+    known = registry(kind)
+    found = [known[name] for name in (known if names is None else names)]
+    return list(kept), [(one, [cell(one) for cell in kept.values()]) for one in found]
 
 
-def component_table(kind: str) -> Table:
-    """The components of a kind."""
-    head, rows = component_rows(kind)
+def component_table(kind: str, brief: bool = False) -> Table:
+    """The components of a kind; those columns that fit a narrow terminal where `brief`."""
+    head, rows = component_rows(kind, brief=brief)
     at = f", at width {WIDTH:,} and {LENGTH:,} tokens" if kind in ("mixer", "channel mixer") else ""
     return _table(f"{kind.capitalize()}s{at}", [kind, *head], [[config.name, *cells] for config, cells in rows])
+
+
+def component_records(kind: str, names: Sequence[str]) -> Table:
+    """What the table says of some components, a line each. Raises ValueError for a name that is unknown."""
+    head, rows = component_rows(kind, names)
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    for config, cells in rows:
+        for column, cell in zip([kind, *head], [config.name, *cells], strict=True):
+            grid.add_row(column, cell)
+        grid.add_row()
+    return grid
 
 
 def preset_table() -> Table:

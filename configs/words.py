@@ -173,7 +173,8 @@ def _value(option: Option, text: str, prefix: str) -> Any:
             return value
     names = [_named(kind) for kind in kinds if kind is not type(None)] + ["None"] * (type(None) in kinds)
     domain = domain_of(option.hint)
-    rule = f"{domain.rule}{', or None' * (type(None) in kinds)}" if domain is not None else " or ".join(names)
+    several = "values with commas between them, each " * any(typing.get_origin(kind) is tuple for kind in kinds)
+    rule = f"{several}{domain.rule}{', or None' * (type(None) in kinds)}" if domain is not None else " or ".join(names)
     raise ValueError(f"{prefix}{option.path}={shown(text)} must be {rule}; {fix(option.hint, option.default, text)}")
 
 
@@ -190,6 +191,11 @@ def _as(kind: Any, text: str) -> Iterator[Any]:
             yield float(text)
         except ValueError:
             return
+    elif typing.get_origin(kind) is tuple:
+        inner = typing.get_args(kind)[0]
+        plain = typing.get_args(inner)[0] if typing.get_origin(inner) is Annotated else inner
+        items = [next(_as(plain, item.strip()), None) for item in text.split(",")]
+        yield from () if None in items else (tuple(items),)
     elif kind is str or (kind is Path and text.strip()):
         yield kind(text)
 
@@ -197,6 +203,8 @@ def _as(kind: Any, text: str) -> Iterator[Any]:
 def _named(kind: Any) -> str:
     if typing.get_origin(kind) is Literal:
         return "one of " + ", ".join(map(str, typing.get_args(kind)))
+    if typing.get_origin(kind) is tuple:
+        return "values with commas between them"
     return _WORDS.get(kind, str(kind))
 
 

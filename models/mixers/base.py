@@ -76,7 +76,8 @@ class MixerConfig(Component, abc.ABC):
     @property
     def longest(self) -> int | None:
         """The most tokens of a sequence, in training and decoding; None where any number will do."""
-        return None
+        positions = getattr(self, "positions", None)
+        return None if positions is None else positions.longest
 
     def head_count(self, d_model: int) -> int:
         """Number of output heads at width `d_model`."""

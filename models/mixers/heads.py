@@ -16,11 +16,17 @@ def resolve_heads(num_heads: int | None, width: int, head_dim: int) -> int:
     return width // head_dim
 
 
-def expanded(expand: float, d_model: int) -> int:
-    """Channels of `expand` times the width. Raises ValueError where that is none."""
-    width = int(d_model * expand)
+def whole_heads(width: int, head_dim: int) -> int:
+    """`width // head_dim`, of mixers whose heads fill the width. Raises ValueError where that does not divide."""
+    require_divides(("head_dim", head_dim), ("d_model", width))
+    return width // head_dim
+
+
+def expanded(expand: float, channels: int, *, name: str = "expand", of: str = "d_model") -> int:
+    """`expand` times as many channels. Raises ValueError, with the names of both options, where that is none."""
+    width = int(channels * expand)
     if width < 1:
-        raise ValueError(f"expand={expand} must leave at least one of d_model={d_model} channels; use {1 / d_model:g} or more")
+        raise ValueError(f"{name}={expand} must leave at least one of {of}={channels} channels; use {1 / channels:g} or more")
     return width
 
 

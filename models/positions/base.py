@@ -36,6 +36,11 @@ class PositionConfig(Component, abc.ABC):
     def fit(self, head_dim: int) -> None:
         """Raises ValueError, in a message that begins with the field, where it does not fit heads of `head_dim` channels."""
 
+    @property
+    def longest(self) -> int | None:
+        """The most tokens of a sequence that it can place; None where any number will do."""
+        return None
+
     def fit_length(self, length: int, what: str) -> None:
         """Raises ValueError where it cannot place a token of a sequence of `length`, which `what` asks for."""
 

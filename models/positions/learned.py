@@ -26,6 +26,10 @@ class LearnedConfig(PositionConfig):
     init_std: Positive = 0.02
     """Standard deviation of the rows at the start."""
 
+    @property
+    def longest(self) -> int:
+        return self.max_len
+
     def build(self, ctx: BuildContext, width: int, num_heads: int) -> Learned:
         self.fit_length(ctx.seq_len, "training")
         return Learned(self, ctx, width)

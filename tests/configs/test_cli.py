@@ -94,6 +94,11 @@ COMPONENTS = {
         "parallel",
         {"model.mixers.parallel.parts.1.gate_rank": 4, "model.mixers.parallel.parts.0.head_dim": 16},
     ),
+    "numbers with commas between them": (
+        "--model.pattern parallel --model.mixers.parallel.in-multipliers 0.5,2 --model.d-model 64",
+        "parallel",
+        {"model.mixers.parallel.in_multipliers.0": 0.5, "model.mixers.parallel.in_multipliers.1": 2.0},
+    ),
     "a mixer in a wrapper in a part": (
         "--model.pattern parallel --model.mixers.parallel.parts.1.mixer gla --model.mixers.parallel.parts.1.mixer.gate-rank=4 "
         "--model.mixers.parallel.parts.1 moh+softmax --model.d-model 64",
@@ -204,6 +209,26 @@ REFUSED = {
     "channel mixer": (
         "train lm_tiny --model.channel-mixer gated_mpl",
         "error: model.channel_mixer='gated_mpl': channel mixer 'gated_mpl' is not registered; did you mean 'gated_mlp'?",
+    ),
+    "width of which nothing is left": (
+        "train lm_tiny --model.pattern gla --model.mixers.gla.num-heads 4 --model.mixers.gla.expand-k 0.001",
+        "error: model.mixers.gla.expand_k=0.001 must leave at least one of d_model=32 channels; use 0.03125 or more",
+    ),
+    "heads that leave no pair": (
+        "train lm_tiny --model.pattern retnet --model.mixers.retnet.num-heads 32",
+        "error: model.mixers.retnet.num_heads=32 must divide d_model / 2=16; use one of 1, 2, 4, 8, 16",
+    ),
+    "rows longer than a mixer's table of positions": (
+        "train lm_tiny --model.mixers.softmax.positions learned --model.mixers.softmax.positions.max-len 10",
+        "error: data.seq_len=64 must be at most the 10 tokens of model.mixers.softmax; use shorter rows",
+    ),
+    "rows longer than the model's table of positions": (
+        "train lm_tiny --model.positions learned --model.positions.max-len 10",
+        "error: data.seq_len=64 must be at most the 10 tokens of model.positions; use shorter rows",
+    ),
+    "text in a list of numbers": (
+        "train lm_tiny --model.pattern parallel --model.mixers.parallel.in-multipliers 1,x",
+        "in_multipliers='1,x' must be values with commas between them, each a finite number above 0",
     ),
     "channel mixer of a mixer that is not there": (
         "train lm_tiny --model.channel-mixers.gla moe",

@@ -12,7 +12,7 @@ from flax import nnx
 from plait.configs.probe import ProbeConfig
 from plait.kernels import Tokens
 from plait.models.channel_mixers.gated_mlp import GatedMLPConfig
-from plait.models.config import LMConfig
+from plait.models.config import LMConfig, pattern_name
 from plait.models.lm import LM, num_params
 from plait.models.look import Observer
 from plait.models.mixers.base import MIXERS, WrapperConfig
@@ -20,6 +20,7 @@ from plait.models.mixers.full.mla import MLAConfig
 from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.models.mixers.linear.gated_deltanet import GatedDeltaNetConfig
 from plait.models.mixers.linear.gla import GLAConfig
+from plait.models.mixers.linear.mega import MegaConfig
 from plait.models.mixers.moh import MoHConfig
 from plait.models.mixers.parallel.parallel import ParallelConfig
 from plait.models.stream import Stream
@@ -157,7 +158,7 @@ def _zoo(mixers: dict) -> LM:
 def zoo(request) -> LM:
     """A model, scanned over two periods, of every kind of decode memory, or of every registered mixer."""
     if request.param == "all":
-        examples = {name: config.example() for name, config in MIXERS.all().items()}
+        examples = causal_examples()
         wrapped = {f"{name}+{c.mixer.name}": c for name, c in examples.items() if isinstance(c, WrapperConfig)}
         return _zoo({name: c for name, c in examples.items() if not isinstance(c, WrapperConfig)} | wrapped)
     softmax = SoftmaxConfig.example()
@@ -169,9 +170,33 @@ def zoo(request) -> LM:
             "gated_deltanet": GatedDeltaNetConfig.example(),
             "moh+softmax": MoHConfig.example(),
             "mla": MLAConfig.example(),
+            "mega": MegaConfig.example(),  # whose empty state depends on its parameters
             "parallel": ParallelConfig(parts=(part, GLAConfig.example())),
         }
     )
+
+
+def causal_examples():
+    examples = {name: config.example() for name, config in MIXERS.all().items()}
+    return {name: config for name, config in examples.items() if "causal" in config.directions}
+
+
+@pytest.mark.parametrize("name", causal_examples())
+def test_every_mixer_has_decode_states_in_repeated_layers(name):
+    """Traced only: shapes of states, from empty to stepped."""
+    mixer = causal_examples()[name]
+    called = pattern_name(mixer)
+    config = LMConfig(d_model=64, num_layers=2, pattern=called, mixers={called: mixer}, vocab_size=VOCAB, channel_mixer=None)
+
+    def states(ids):
+        model = LM(config, rngs=nnx.Rngs(0), seq_len=8)
+        empty = model.init_state(2, 12)
+        _, filled = model.prefill(Tokens(ids), empty)
+        _, stepped = model.step(Tokens(ids[:, :1], None, jnp.full((2, 1), 8)), filled)
+        return empty, filled, stepped
+
+    empty, filled, stepped = jax.eval_shape(states, jnp.zeros((2, 8), jnp.int32))
+    assert empty == filled == stepped
 
 
 def test_greedy_generation_with_states_equals_full_passes(zoo):

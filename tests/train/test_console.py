@@ -138,3 +138,20 @@ def test_log_lines_are_whole_and_on_standard_error(capsys):
         handler.emit(logging.LogRecord("plait", level, __file__, 1, text, None, None))
     printed = capsys.readouterr()
     assert printed.err == "x" * 300 + " :x: [bold]\nwarning: careful\n" and printed.out == ""
+
+
+def test_a_narrow_terminal_gets_what_fits_and_names_say_the_rest(capsys, monkeypatch):
+    monkeypatch.setattr(type(console.console), "is_terminal", True)
+    monkeypatch.setattr(type(console.console), "width", 80)
+    monkeypatch.setattr(listing, "BRIEF", {"optimizer": ("what it is",)})
+    assert main(["list", "optimizers"]) == 0
+    shown = capsys.readouterr()
+    assert "muon" in shown.out and "2502.16982" not in shown.out
+    assert "list optimizers NAME" in shown.err
+    assert main(["list", "optimizers", "muon", "sgd"]) == 0
+    records = capsys.readouterr().out
+    assert "2502.16982" in records and "SGDW" in records and "adamw" not in records
+    assert main(["list", "optimizers", "moun"]) == 2
+    assert "'moun' is not registered" in capsys.readouterr().err
+    assert main(["list", "kernels", "gla"]) == 2
+    assert "takes no names" in capsys.readouterr().err

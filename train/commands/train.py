@@ -58,9 +58,8 @@ def _train(args: Sequence[str], supervised: bool) -> int:
         if together.first():
             if found := _validation(result.metrics):
                 console.print(f"validation: {found}", markup=False)
-            if (
-                config.data.task.reads_text and together.count() == 1
-            ):  # a process cannot lead a model that lies on others' devices
+            alone = together.count() == 1  # a process cannot lead a model that lies on others' devices
+            if config.data.task.reads_text and config.model.causal and alone:
                 prompt = "Fellow citizens," if config.data.source == "sotu" else ""
                 show_text(continued(GenerateArgs(run=result.folder, prompt=prompt, num_tokens=60)))
             console.print(f"report: {write_report([result.folder])}", markup=False)

@@ -18,7 +18,7 @@ from plait.models.build import BuildContext
 from plait.models.linear import Dense
 from plait.models.mixers.base import register
 from plait.models.mixers.full.dot_product import DotProduct, PlacedConfig
-from plait.models.mixers.heads import require_divides
+from plait.models.mixers.heads import expanded, require_divides
 
 
 @register(
@@ -93,7 +93,7 @@ class DiffQKV(DotProduct):
     def __init__(self, config: DiffQKVConfig, d_model: int, ctx: BuildContext):
         super().__init__(config, d_model, ctx)
         width, k_dim = self.num_heads * config.head_dim, config.k_head_dim or config.head_dim
-        inner = None if config.augmented_q is None else int(config.augmented_q * d_model)
+        inner = None if config.augmented_q is None else expanded(config.augmented_q, d_model, name="augmented_q")
         self.q = Dense(ctx, d_model, width, (EMBED, HEADS if inner is None else None), heads=(1, self.num_heads))
         self.q_mlp = QueryMLP(ctx, width, inner, self.num_heads) if inner is not None else None
         self.k = self.projection(ctx, d_model, config.num_k_heads, k_dim, KV_HEADS)

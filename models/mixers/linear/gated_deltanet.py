@@ -7,7 +7,7 @@ import dataclasses
 from plait.configs.domains import Channels, Epsilon, Factor, Heads, Taps
 from plait.models.build import BuildContext
 from plait.models.mixers.base import MixerConfig, register
-from plait.models.mixers.heads import require_divides
+from plait.models.mixers.heads import expanded, require_divides
 from plait.models.mixers.linear.delta import Delta, DeltaInputs
 
 
@@ -44,10 +44,7 @@ class GatedDeltaNetConfig(MixerConfig):
     """Epsilon of the per-head output norm."""
 
     def check(self) -> None:
-        if int(self.head_dim * self.expand_v) < 1:
-            raise ValueError(
-                f"expand_v={self.expand_v} must leave at least one of head_dim={self.head_dim} channels; use 1.0 or more"
-            )
+        expanded(self.expand_v, self.head_dim, name="expand_v", of="head_dim")
 
     @classmethod
     def example(cls) -> GatedDeltaNetConfig:

@@ -12,7 +12,7 @@ from plait.models.axes import EMBED, HEADS
 from plait.models.build import BuildContext
 from plait.models.linear import Dense
 from plait.models.mixers.base import MixerConfig, register
-from plait.models.mixers.heads import require_divides
+from plait.models.mixers.heads import expanded, require_divides
 from plait.models.mixers.linear.recurrent import Decayed, Recurrent
 
 
@@ -41,7 +41,7 @@ class GLAConfig(MixerConfig):
 
     def widths(self, d_model: int) -> tuple[int, int]:
         """Total key and value width at `d_model`."""
-        key_width, value_width = int(d_model * self.expand_k), int(d_model * self.expand_v)
+        key_width, value_width = (expanded(getattr(self, name), d_model, name=name) for name in ("expand_k", "expand_v"))
         for name, width in (("expand_k", key_width), ("expand_v", value_width)):
             require_divides(("num_heads", self.num_heads), (f"{name} * d_model", width))
         return key_width, value_width

@@ -13,7 +13,7 @@ from plait.models.build import BuildContext
 from plait.models.decays import LowerBound
 from plait.models.linear import Dense
 from plait.models.mixers.base import MixerConfig, register
-from plait.models.mixers.heads import resolve_heads
+from plait.models.mixers.heads import whole_heads
 from plait.models.mixers.linear.recurrent import Decayed, Recurrent
 
 
@@ -51,7 +51,7 @@ class HGRN2(Recurrent):
     """See `HGRN2Config`."""
 
     def __init__(self, config: HGRN2Config, d_model: int, ctx: BuildContext):
-        self.num_heads, self.head_dims = resolve_heads(None, d_model, config.head_dim), (config.head_dim, config.head_dim)
+        self.num_heads, self.head_dims = whole_heads(d_model, config.head_dim), (config.head_dim, config.head_dim)
         self.q, self.f, self.i = (
             Dense(ctx, d_model, d_model, (EMBED, HEADS), role=role, heads=(1, self.num_heads))
             for role in ("matrix", "gate", "matrix")

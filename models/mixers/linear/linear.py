@@ -10,7 +10,7 @@ from plait.models.axes import EMBED, HEADS
 from plait.models.build import BuildContext
 from plait.models.linear import Dense
 from plait.models.mixers.base import register
-from plait.models.mixers.heads import require_divides
+from plait.models.mixers.heads import expanded, require_divides
 from plait.models.mixers.linear.feature_attention import FeatureAttention, FeatureConfig, Features
 from plait.models.mixers.linear.feature_maps import SIGNED, FeatureMap, MapName
 from plait.models.norms import RMSNorm
@@ -59,7 +59,7 @@ class LinearConfig(FeatureConfig):
 
     def dims(self, d_model: int) -> tuple[int, int]:
         """Channels of a key head before the feature map and of a value head, at width `d_model`."""
-        widths = int(d_model * self.expand_k), int(d_model * self.expand_v)
+        widths = [expanded(getattr(self, name), d_model, name=name) for name in ("expand_k", "expand_v")]
         for name, width in zip(("expand_k", "expand_v"), widths, strict=True):
             require_divides(("num_heads", self.num_heads), (f"{name} * d_model", width))
         return widths[0] // self.num_heads, widths[1] // self.num_heads

@@ -14,7 +14,7 @@ from plait.models.build import BuildContext
 from plait.models.decays import inverse_softplus_step, log_uniform_rate
 from plait.models.linear import Dense
 from plait.models.mixers.base import MixerConfig, register
-from plait.models.mixers.heads import join_heads, require_divides, split_heads
+from plait.models.mixers.heads import expanded, join_heads, require_divides, split_heads
 from plait.models.mixers.linear.recurrent import Recurrent
 from plait.models.norms import RMSNorm
 from plait.models.short_conv import ShortConv
@@ -53,7 +53,7 @@ class Mamba2Config(MixerConfig):
 
     def num_heads(self, d_model: int) -> int:
         """Heads at width `d_model`."""
-        width = int(d_model * self.expand)
+        width = expanded(self.expand, d_model)
         require_divides(("head_dim", self.head_dim), ("expand * d_model", width))
         require_divides(("num_groups", self.num_groups), ("expand * d_model / head_dim", width // self.head_dim))
         return width // self.head_dim

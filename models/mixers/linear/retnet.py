@@ -12,7 +12,7 @@ from plait.models.axes import EMBED, HEADS
 from plait.models.build import BuildContext
 from plait.models.linear import Dense
 from plait.models.mixers.base import MixerConfig, register
-from plait.models.mixers.heads import require_divides
+from plait.models.mixers.heads import expanded, require_divides
 from plait.models.mixers.linear.recurrent import Decayed, Recurrent
 from plait.models.rope import rotate
 
@@ -38,8 +38,8 @@ class RetNetConfig(MixerConfig):
 
     def dims(self, d_model: int) -> tuple[int, int]:
         """Key and value channels of a head at width `d_model`."""
-        value_width = int(d_model * self.expand_v)
-        require_divides(("2 * num_heads", 2 * self.num_heads), ("d_model", d_model))  # channels are rotated in pairs
+        value_width = expanded(self.expand_v, d_model, name="expand_v")
+        require_divides(("num_heads", self.num_heads), ("d_model / 2", d_model // 2))  # channels are rotated in pairs
         require_divides(("num_heads", self.num_heads), ("expand_v * d_model", value_width))
         return d_model // self.num_heads, value_width // self.num_heads
 

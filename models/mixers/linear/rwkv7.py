@@ -17,7 +17,7 @@ from plait.models.axes import EMBED, HEADS
 from plait.models.build import Buffer, BuildContext, Initializer
 from plait.models.linear import Dense
 from plait.models.mixers.base import MixerConfig, register
-from plait.models.mixers.heads import resolve_heads, split_heads
+from plait.models.mixers.heads import split_heads, whole_heads
 from plait.models.mixers.linear.recurrent import Recurrent
 from plait.models.norms import GroupNorm, l2_normalize
 from plait.models.stream import CarryUse
@@ -69,7 +69,7 @@ class RWKV7Config(MixerConfig):
 
     def heads(self, d_model: int) -> int:
         """Heads at width `d_model`."""
-        return resolve_heads(None, d_model, self.head_dim)
+        return whole_heads(d_model, self.head_dim)
 
     def ranks(self, d_model: int) -> tuple[int, int, int, int]:
         """Inner widths of the projections of w, a, v and g."""

@@ -32,8 +32,9 @@ class TitansConfig(MemoryConfig):
 
     alpha and eta are sigmoids of x, one a head and token, and theta is a third times `(1 - eta_t) / chunk_size`: the gradients of a chunk,
     which are taken at one memory, and of those before it move the memory by their mean, not by their sum, under which memories
-    diverge where keys resemble each other. The paper leaves theta's form open. Persistent tokens are keys and values that every query of the attention
-    sees, without a position. What they would teach the memory at each start of a document is in what it begins with, which is learned.
+    diverge where keys resemble each other. The paper leaves theta's form open. Persistent tokens are keys and values that every query of
+    the attention sees, without a position. What they would teach the memory at each start of a document is in what it begins with, which
+    is learned.
     """
 
     memory_depth: Depth = 2
