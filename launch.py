@@ -21,6 +21,7 @@ USAGE = """usage: launch.py [--verbose] COMMAND ...
   generate RUN [--prompt "..."] [--num-tokens 200] [--temperature 0.8] [--top-k 40] [--top-p 0.9]
   report RUN [RUN ...] [--out FOLDER]
   write-launch gke|slurm|tpu-vm PRESET [train options] --target v5e:16x16 [--slices 2] [--out FOLDER]   (write-launch gke --help lists the rest)
+  convert inspect DIR | convert import DIR RUN | convert export RUN DIR                                   (published models: docs/conversion.md)
   list presets|mixers|channel-mixers|positions|optimizers|tasks|probes|kernels [NAME ...]
 
 Results are written to standard output, all else to standard error. --verbose before COMMAND says more, such as why no other kernel ran.
@@ -35,6 +36,7 @@ COMMANDS = {
     "report": "report",
     "write-launch": "write_launch",
     "list": "list_names",
+    "convert": "convert",
 }
 """The module of `plait.train.commands` whose `run` each is; imported when it is asked for."""
 _VERBOSE = "PLAIT_VERBOSE"

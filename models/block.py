@@ -11,11 +11,11 @@ from flax import nnx
 
 from plait.kernels import Tokens
 from plait.models.axes import BATCH, LENGTH, constrain
-from plait.models.build import BuildContext
+from plait.models.build import BuildContext, Norm
 from plait.models.channel_mixers.base import ChannelMixer, ChannelMixerConfig, MixedChannels
 from plait.models.look import Observer, Statistics, look
 from plait.models.mixers.base import Losses, Mixed, MixerConfig, State
-from plait.models.norms import RMSNorm
+from plait.models.norms import AnyNorm, make_norm
 from plait.models.stream import Carry, Stream
 
 
@@ -56,16 +56,21 @@ class Block(nnx.Module):
         d_model: int,
         ctx: BuildContext,
         *,
-        norm: str,
+        norm: Norm,
         norm_eps: float,
+        parallel: bool = False,
+        residual_scale: float | None = None,
     ):
-        """Args: `name` is that of the mixer in the pattern; `norm` is `pre`, `post` or `none`."""
-        self.norm = norm
+        """Args: `name` is that of the mixer in the pattern; the others are options of `LMConfig`."""
+        self.norm, self.parallel, self.residual_scale = norm, parallel, residual_scale
         self.scope = layer_scope(name)
         self.mixer = mixer.build(d_model, ctx)
         self.channel_mixer = None if channel_mixer is None else channel_mixer.build(d_model, ctx)
-        self.mixer_norm = RMSNorm(ctx, d_model, eps=norm_eps) if norm != "none" else None
-        self.channel_norm = RMSNorm(ctx, d_model, eps=norm_eps) if norm != "none" and channel_mixer is not None else None
+        make = lambda wanted: make_norm(ctx, d_model, eps=norm_eps) if wanted else None
+        self.mixer_norm = make(norm != "none")
+        self.channel_norm = make(norm != "none" and channel_mixer is not None)
+        self.mixer_out_norm = make(norm == "both")
+        self.channel_out_norm = make(norm == "both" and channel_mixer is not None)
 
     def __call__(self, stream: Stream, *, at: Tokens, observer: Observer | None = None) -> tuple[Stream, Extras]:
         """The stream after the block."""
@@ -102,27 +107,33 @@ class Block(nnx.Module):
     def _through(
         self, stream: Stream, mixer: Callable[[jax.Array, Carry], tuple[jax.Array, Carry, Any]], at: Tokens
     ) -> tuple[Stream, Any, MixedChannels]:
-        before, after = (_same, self._normed) if self.norm == "post" else (self._normed, _same)
-        y, carry, out = jax.named_scope(self.scope)(mixer)(before(stream.x, self.mixer_norm), stream.carry)
-        x = after(stream.x + y, self.mixer_norm)
+        y, carry, out = jax.named_scope(self.scope)(mixer)(self._before(stream.x, self.mixer_norm), stream.carry)
+        x = self._added(stream.x, y, self.mixer_norm, self.mixer_out_norm)
         channels = MixedChannels(x)  # nothing beside it where there is no channel mixer
         if self.channel_mixer is not None:
-            channels = self._mix_channels(self.channel_mixer, before(x, self.channel_norm), at)
-            x = after(x + channels.y, self.channel_norm)
+            read = stream.x if self.parallel else x
+            channels = self._mix_channels(self.channel_mixer, self._before(read, self.channel_norm), at)
+            x = self._added(x, channels.y, self.channel_norm, self.channel_out_norm)
         return Stream(constrain(x, (BATCH, LENGTH, None)), carry), out, channels
 
-    @staticmethod
-    def _normed(x: jax.Array, norm: RMSNorm | None) -> jax.Array:
-        return x if norm is None else norm(x)
+    def _before(self, x: jax.Array, norm: AnyNorm | None) -> jax.Array:
+        """What a half of the block reads."""
+        return norm(x) if norm is not None and self.norm in ("pre", "both") else x
+
+    def _added(self, x: jax.Array, y: jax.Array, norm: AnyNorm | None, out_norm: AnyNorm | None) -> jax.Array:
+        """The stream with what a half of the block gives."""
+        if norm is not None and self.norm == "output":
+            y = norm(y)
+        if out_norm is not None:
+            y = out_norm(y)
+        if self.residual_scale is not None:
+            y = y * self.residual_scale
+        return norm(x + y) if norm is not None and self.norm == "post" else x + y
 
     @staticmethod
     @jax.named_scope("layer_channel_mixer")
     def _mix_channels(channel_mixer: ChannelMixer, x: jax.Array, at: Tokens) -> MixedChannels:
         return channel_mixer(x, at=at)
-
-
-def _same(x: jax.Array, norm: RMSNorm | None) -> jax.Array:
-    return x
 
 
 def layer_scope(name: str) -> str:

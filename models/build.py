@@ -14,6 +14,9 @@ from plait.models.axes import Axes
 
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 SigmaReparam = Literal["spectral", "one"]
+Norm = Literal["pre", "post", "none", "output", "both"]
+NormKind = Literal["rms", "rms_1p", "layer"]
+"""`x / rms(x) * scale`; the same with `1 + scale` for the scale, which begins at 0; or `(x - mean(x)) / std(x) * scale + bias`."""
 Role = Literal["matrix", "embedding", "head", "gate", "router", "conv", "decay", "vector"]
 """What a parameter is, for optimizers: a matrix that maps features to features, the embedding or the head, a projection to gates or
 to a router's scores, a convolution, a decay rate, or another vector (gains, biases)."""
@@ -68,6 +71,8 @@ class BuildContext:
     """Whether a token sees those before it only, or all of its document."""
     param_dtype: Any = jnp.float32
     compute_dtype: Any = jnp.float32
+    norm_kind: NormKind = "rms"
+    """Of the norms of the residual stream, and of queries and keys where a layer has them."""
     sigma_reparam: SigmaReparam | None = None
     defer_vectors: bool = False
     """Whether `start_singular_vectors` of the whole model will find those of sigmaReparam, in place of each layer its own."""

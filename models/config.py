@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from plait.configs.components import Config, a, at
 from plait.configs.domains import Coefficient, Depth, Epsilon, Line, Positive, Vocabulary, Width
-from plait.models.build import SigmaReparam
+from plait.models.build import Norm, NormKind, SigmaReparam
 from plait.models.channel_mixers.base import ChannelMixerConfig
 from plait.models.channel_mixers.gated_mlp import GatedMLPConfig
 from plait.models.mixers.base import MIXERS, Direction, MixerConfig, WrapperConfig
@@ -82,10 +82,21 @@ class LMConfig(Config):
     """Rows of the embedding; None gives the tokenizer's size rounded up to a multiple of 128."""
     tie_embeddings: bool = False
     """Use the embedding as the head."""
-    norm: Literal["pre", "post", "none"] = "pre"
-    """`x + f(norm(x))`, `norm(x + f(x))` or `x + f(x)`."""
+    norm: Norm = "pre"
+    """`x + f(norm(x))`, `norm(x + f(x))`, `x + f(x)`, `x + norm(f(x))` (`output`, OLMo 2) or `x + norm(f(norm(x)))` (`both`, Gemma 2)."""
+    norm_kind: NormKind = "rms"
+    """`x / rms(x) * scale`; `rms_1p`: with 1 + scale, which decay draws to 1 (Gemma, Qwen3-Next); `layer`: with mean and bias (GPT-2). Also
+    that of queries and keys where a mixer has them."""
     norm_eps: Epsilon = 1e-6
-    """Epsilon of the RMS norms of the residual stream."""
+    """Epsilon of the norms of the residual stream."""
+    parallel_block: bool = False
+    """Mixer and channel mixer read the same stream, `x + f(norm(x)) + g(norm'(x))`, as in GPT-NeoX; only with norm=pre."""
+    embedding_scale: Positive | None = None
+    """What the embedding of a token is multiplied by: sqrt(d_model) in Gemma, a number of its own in Granite."""
+    residual_scale: Positive | None = None
+    """What each half of a block is multiplied by before it is added to the stream (Granite)."""
+    logit_scale: Positive | None = None
+    """What logits are multiplied by, before the soft cap (Cohere; Granite divides)."""
     logit_soft_cap: Positive | None = None
     """Logits become `cap * tanh(logits / cap)`."""
     z_loss: Coefficient | None = None
@@ -125,6 +136,8 @@ class LMConfig(Config):
                     f"causal={self.causal} does not fit mixers.{name}, which can be {' or '.join(config.directions)} only; "
                     f"use causal={not self.causal}, or another mixer"
                 )
+        if self.parallel_block and self.norm != "pre":
+            raise ValueError(f"parallel_block=True needs norm='pre', not {self.norm!r}; leave one of them out")
         if self.positions is not None and self.positions.place != "input":
             raise ValueError(
                 f"positions={self.positions.name!r} acts on the {self.positions.place} of attention; give it to mixers, or use 'learned' "

@@ -20,7 +20,7 @@ from plait.models.config import LMConfig
 from plait.models.linear import Dense, dense_layers, start_singular_vectors
 from plait.models.look import Observer
 from plait.models.mixers.base import State
-from plait.models.norms import RMSNorm
+from plait.models.norms import make_norm
 from plait.models.stack import Stack
 from plait.models.stream import Stream
 
@@ -47,6 +47,7 @@ class LM(nnx.Module):
                 seq_len=seq_len,
                 param_dtype=jnp.dtype(config.param_dtype),
                 compute_dtype=jnp.dtype(config.compute_dtype),
+                norm_kind=config.norm_kind,
                 sigma_reparam=config.sigma_reparam,
                 defer_vectors=True,
                 first_layers=config.first_layers,
@@ -58,7 +59,7 @@ class LM(nnx.Module):
         positions = config.positions
         self.positions = None if positions is None else under("model.positions", positions.build, ctx, config.d_model, 1)
         self.stack = Stack(config, rngs, context)
-        self.norm = RMSNorm(ctx, config.d_model, eps=config.norm_eps) if config.norm == "pre" else None
+        self.norm = make_norm(ctx, config.d_model, eps=config.norm_eps) if config.norm in ("pre", "output", "both") else None
         head = lambda size: Dense(ctx, config.d_model, size, (EMBED, VOCAB), init=embed_init, role="head")
         self.head = None if config.tie_embeddings else head(config.vocab_size)
         if config.sigma_reparam is not None:
@@ -107,11 +108,14 @@ class LM(nnx.Module):
 
     def _embed(self, at: Tokens) -> Stream:
         x = self.embedding[...].astype(jnp.dtype(self.config.compute_dtype))[at.ids]
+        if self.config.embedding_scale is not None:
+            x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
         x = constrain(x, (BATCH, LENGTH, None))
         return Stream(x if self.positions is None else self.positions.add(x, at))
 
     def _final(self, stream: Stream) -> jax.Array:
-        return stream.x if self.norm is None else self.norm(stream.x)
+        x = stream.x if self.norm is None else self.norm(stream.x)
+        return x if self.config.logit_scale is None else x * jnp.asarray(self.config.logit_scale, x.dtype)
 
 
 def num_params(config: LMConfig) -> int:
@@ -127,6 +131,12 @@ def num_params(config: LMConfig) -> int:
 
     counts = {name: count(name) for name in config.mixers}
     return counts[config.layers[0]][0] + sum(counts[name][1] for name in config.layers)
+
+
+def param_shapes(config: LMConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of a model's trained parameters by dotted path."""
+    params = nnx.state(nnx.eval_shape(lambda: LM(config, rngs=nnx.Rngs(0), seq_len=1)), nnx.Param)
+    return {".".join(map(str, path)): jax.ShapeDtypeStruct(p.shape, p.dtype) for path, p in nnx.to_flat_state(params)}
 
 
 def fold(model: LM) -> LM:

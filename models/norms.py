@@ -10,14 +10,23 @@ from plait.models.build import BuildContext, Initializer
 
 
 class RMSNorm(nnx.Module):
-    """`x / rms(x) * scale` over the last axis (arXiv 1910.07467), or over each of its equal groups; SRMSNorm (2307.14995) has no scale."""
+    """`x / rms(x) * (offset + scale)` over the last axis (arXiv 1910.07467), or over each of its equal groups; SRMSNorm (2307.14995) has
+    no scale."""
 
     def __init__(
-        self, ctx: BuildContext, dim: int, *, eps: float, axis: str | None = None, groups: int = 1, with_scale: bool = True
+        self,
+        ctx: BuildContext,
+        dim: int,
+        *,
+        eps: float,
+        axis: str | None = None,
+        groups: int = 1,
+        with_scale: bool = True,
+        offset: float = 0.0,
     ):
-        """Args: `dim` is the last axis' width, `axis` its logical name (None: replicated)."""
-        self.eps, self.groups = eps, groups
-        self.scale = ctx.param(jax.nn.initializers.ones, (dim,), (axis,)) if with_scale else None
+        """Args: `dim` is the last axis' width, `axis` its logical name (None: replicated); with an offset of 1 the scale begins at 0."""
+        self.eps, self.groups, self.offset = eps, groups, offset
+        self.scale = ctx.param(jax.nn.initializers.constant(1 - offset), (dim,), (axis,)) if with_scale else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x32 = x.astype(jnp.float32)
@@ -26,7 +35,7 @@ class RMSNorm(nnx.Module):
         x32 = grouped.reshape(x.shape)
         if self.scale is None:
             return x32.astype(x.dtype)
-        scale = self.scale[...].astype(jnp.float32)
+        scale = self.offset + self.scale[...].astype(jnp.float32) if self.offset else self.scale[...].astype(jnp.float32)
         return (x32 * scale.reshape((1,) * (x.ndim - 1) + scale.shape)).astype(x.dtype)
 
 
@@ -53,3 +62,13 @@ class GroupNorm(nnx.Module):
         grouped = grouped * jax.lax.rsqrt(jnp.mean(jnp.square(grouped), axis=-1, keepdims=True) + self.eps)
         scale, bias = (p[...].astype(jnp.float32).reshape((1,) * (x.ndim - 1) + p.shape) for p in (self.scale, self.bias))
         return (grouped.reshape(x.shape) * scale + bias).astype(x.dtype)
+
+
+AnyNorm = RMSNorm | GroupNorm
+
+
+def make_norm(ctx: BuildContext, dim: int, *, eps: float, axis: str | None = None) -> AnyNorm:
+    """A norm of the model's kind over the last axis, of `dim` channels with the logical name `axis` (None: replicated)."""
+    if ctx.norm_kind == "layer":
+        return GroupNorm(ctx, dim, groups=1, eps=eps, axis=axis)
+    return RMSNorm(ctx, dim, eps=eps, axis=axis, offset=1.0 if ctx.norm_kind == "rms_1p" else 0.0)

@@ -47,6 +47,8 @@ class Stack(nnx.Module):
                 context(index, keys),
                 norm=config.norm,
                 norm_eps=config.norm_eps,
+                parallel=config.parallel_block,
+                residual_scale=config.residual_scale,
             )
 
         def period(start: Any, keys: Keys) -> nnx.List:

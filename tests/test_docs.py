@@ -24,6 +24,7 @@ from plait.configs.cli import parse_experiment
 from plait.configs.options import split_options
 from plait.configs.presets import presets
 from plait.configs.words import parse
+from plait.train.commands import convert
 from plait.train.commands.evaluate import parse as parse_eval
 from plait.train.commands.generate import GenerateArgs
 from plait.train.commands.plan import PlanArgs
@@ -100,6 +101,8 @@ def test_command_is_known_and_parses(command):
         assert len(rest) == 1 and rest[0] in listing.TABLES
     elif name == "eval":
         parse_eval(rest)
+    elif name == "convert":
+        parse(convert.ARGS[rest[0]], rest[1:], prog="launch.py convert")
     else:
         parse({"generate": GenerateArgs, "report": ReportArgs}[name], rest, prog=f"launch.py {name}")
 

@@ -35,6 +35,10 @@ class ChannelMixerConfig(Component, abc.ABC):
     def fit(self, d_model: int) -> None:
         """Raises ValueError, in a message that begins with the field, where this config does not fit the width."""
 
+    def settled(self, d_model: int) -> Self:
+        """This config with what it leaves to follow from the width written out."""
+        return self
+
     @property
     def experts(self) -> int | None:
         """How many experts the mesh axis `expert` must divide; None without any."""

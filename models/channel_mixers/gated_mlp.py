@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+import functools
+from collections.abc import Callable
+from typing import Literal, Self
 
 import jax
+import jax.numpy as jnp
 
 from plait.configs.domains import Width
 from plait.models.axes import EMBED, MLP
@@ -13,8 +16,15 @@ from plait.models.build import BuildContext
 from plait.models.channel_mixers.base import ChannelMixer, ChannelMixerConfig, MixedChannels, register
 from plait.models.linear import Dense
 
-ACTIVATIONS = {"silu": jax.nn.silu, "gelu": jax.nn.gelu, "relu": jax.nn.relu}
-Activation = Literal["silu", "gelu", "relu"]
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": jax.nn.gelu,
+    "gelu_erf": functools.partial(jax.nn.gelu, approximate=False),
+    "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+}
+Activation = Literal["silu", "gelu", "gelu_erf", "relu", "relu2"]
+"""`gelu` is its approximation by tanh, `relu2` the square of relu."""
 
 
 @register("gated_mlp", source="GLU Variants Improve Transformer (2002.05202)")
@@ -26,10 +36,15 @@ class GatedMLPConfig(ChannelMixerConfig):
     """Inner width; None gives 8/3 of d_model rounded up to a multiple of 64 (4 d_model's parameters over three matrices)."""
     activation: Activation = "silu"
     """Of the gate."""
+    use_bias: bool = False
+    """Biases of all three projections."""
 
     def width(self, d_model: int) -> int:
         """Inner width for `d_model`."""
         return self.hidden_dim or -(-8 * d_model // 3 // 64) * 64
+
+    def settled(self, d_model: int) -> Self:
+        return dataclasses.replace(self, hidden_dim=self.width(d_model))
 
     def build(self, d_model: int, ctx: BuildContext) -> GatedMLP:
         return GatedMLP(self, d_model, ctx)
@@ -41,9 +56,9 @@ class GatedMLP(ChannelMixer):
     def __init__(self, config: GatedMLPConfig, d_model: int, ctx: BuildContext):
         self.activation = ACTIVATIONS[config.activation]
         width = config.width(d_model)
-        self.gate = Dense(ctx, d_model, width, (EMBED, MLP))
-        self.up = Dense(ctx, d_model, width, (EMBED, MLP))
-        self.down = Dense(ctx, width, d_model, (MLP, EMBED), init=ctx.residual_init)
+        self.gate = Dense(ctx, d_model, width, (EMBED, MLP), use_bias=config.use_bias)
+        self.up = Dense(ctx, d_model, width, (EMBED, MLP), use_bias=config.use_bias)
+        self.down = Dense(ctx, width, d_model, (MLP, EMBED), init=ctx.residual_init, use_bias=config.use_bias)
 
     def __call__(self, x, *, at):
         return MixedChannels(self.down(self.activation(self.gate(x)) * self.up(x)))

@@ -69,6 +69,10 @@ class MixerConfig(Component, abc.ABC):
         """Raises ValueError, in a message that begins with the field, where this config does not fit the width."""
         self.head_kinds(d_model)
 
+    def settled(self, d_model: int) -> Self:
+        """This config with what it leaves to follow from the width written out."""
+        return self
+
     def carries(self, d_model: int) -> tuple[CarryUse, ...]:
         """What the mixer reads and writes of `Stream.carry`."""
         return ()

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from plait.models.cache import Cache, Slots
 from plait.models.linear import Dense
 from plait.models.mixers.base import Direction, HeadMixer, MixerConfig, register
 from plait.models.mixers.heads import join_heads, require_divides, resolve_heads, split_heads
-from plait.models.norms import RMSNorm
+from plait.models.norms import AnyNorm, make_norm
 from plait.models.positions.base import POSITIONS, PositionConfig
 from plait.models.positions.rotary import RotaryConfig
 from plait.models.stream import CarryUse
@@ -72,7 +72,7 @@ class SoftmaxConfig(MixerConfig):
     o_bias: bool = False
     """Bias of the output projection, as, with those, in GPT-2, OPT and GPT-OSS."""
     qk_norm: bool = False
-    """RMS-normalise q and k before the positions, with a learned gain."""
+    """Normalise q and k before the positions, with a learned gain, by the model's kind of norm."""
     qk_norm_over: Literal["head", "width"] = "head"
     """Whether that is each head by itself, as in Qwen3, or all heads as one, as in OLMo 2."""
     qk_norm_eps: Epsilon = 1e-6
@@ -147,6 +147,10 @@ class SoftmaxConfig(MixerConfig):
         require_divides(("num_kv_heads", num_kv_heads), ("num_heads", num_heads))
         return num_heads, num_kv_heads
 
+    def settled(self, d_model: int) -> Self:
+        num_heads, num_kv_heads = self.heads(d_model)
+        return dataclasses.replace(self, num_heads=num_heads, num_kv_heads=num_kv_heads)
+
     def carries(self, d_model: int) -> tuple[CarryUse, ...]:
         like = (self.heads(d_model)[1], self.head_dim)
         values = (CarryUse(VALUES, "first", like),) if self.value_residual else ()
@@ -202,11 +206,11 @@ class Softmax(HeadMixer):
         def projection(width: int, heads: int, axis: str) -> Dense:
             return Dense(ctx, d_model, width, (EMBED, axis), heads=(1, heads), use_bias=config.qkv_bias)
 
-        def norm(width: int, axis: str) -> RMSNorm | None:
+        def norm(width: int, axis: str) -> AnyNorm | None:
             if not config.qk_norm:
                 return None
-            sizes = {"head": (config.head_dim, None), "width": (width, axis)}
-            return RMSNorm(ctx, sizes[config.qk_norm_over][0], eps=config.qk_norm_eps, axis=sizes[config.qk_norm_over][1])
+            dim, axis_of = (config.head_dim, None) if config.qk_norm_over == "head" else (width, axis)
+            return make_norm(ctx, dim, eps=config.qk_norm_eps, axis=axis_of)
 
         self.q = projection(width, self.num_heads, HEADS)
         self.k = projection(kv_width, self.num_kv_heads, KV_HEADS) if own_kv else None
@@ -241,7 +245,7 @@ class Softmax(HeadMixer):
         k = self._turned(self._heads(self.k, placed, self.num_kv_heads, KV_HEADS, self.k_norm), at)
         return QKV(q, k, self._scaled(self._heads(self.v, x, self.num_kv_heads, KV_HEADS, None))), state
 
-    def _heads(self, dense: Dense, x: jax.Array, number: int, axis: str, norm: RMSNorm | None) -> jax.Array:
+    def _heads(self, dense: Dense, x: jax.Array, number: int, axis: str, norm: AnyNorm | None) -> jax.Array:
         y = dense(x)
         if norm is not None and self.config.qk_norm_over == "width":
             y = norm(y)

@@ -1,0 +1,208 @@
+"""What the families of Llama's making share: attention with a gated MLP after it, RMS norms before both."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+from plait.models.channel_mixers.gated_mlp import Activation, GatedMLPConfig
+from plait.models.config import LMConfig
+from plait.models.hf.base import Family, Layer, Line, Unfit
+from plait.models.hf.rope import read_rope, write_rope
+from plait.models.hf.values import Values
+from plait.models.mixers.full.softmax import SoftmaxConfig
+from plait.models.positions.base import PositionConfig
+
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu",
+    "gelu_new": "gelu",
+    "gelu_fast": "gelu",
+    "gelu": "gelu_erf",
+    "relu": "relu",
+    "relu2": "relu2",
+}
+"""Ours by the words of configs, the first of which for each is written."""
+
+
+def read_activation(values: Values, key: str, default: str) -> Activation:
+    """That of a field. Raises Unfit for an unknown one."""
+    word = values(key, str, default)
+    if word not in ACTIVATIONS:
+        raise Unfit(f"config.json: {key}={word!r} is not supported; {', '.join(ACTIVATIONS)} can be used")
+    return ACTIVATIONS[word]
+
+
+def write_activation(activation: Activation) -> str:
+    """The word for it."""
+    return next(word for word, ours in ACTIVATIONS.items() if ours == activation)
+
+
+WINDOWED = "softmax/window"
+"""Pattern name of the layers with a window, where others have none."""
+
+
+def pattern_of(names: Sequence[str]) -> str:
+    """The shortest pattern that gives a layer each of the names: a period, or else runs."""
+    for period in range(1, len(names)):
+        if all(name == names[i % period] for i, name in enumerate(names)):
+            return _runs(names[:period])
+    return _runs(names)
+
+
+def _runs(names: Sequence[str]) -> str:
+    runs: list[list[Any]] = []
+    for name in names:
+        if runs and runs[-1][0] == name:
+            runs[-1][1] += 1
+        else:
+            runs.append([name, 1])
+    return runs[0][0] if len(runs) == 1 else ",".join(name if count == 1 else f"{name}*{count}" for name, count in runs)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decoder(Family, abc.ABC):
+    """Names and fields as in Llama; a family overrides what is its own."""
+
+    def model(self, values: Values) -> LMConfig:
+        values.only("pretraining_tp", 1)
+        depth, width = values("num_hidden_layers", int), values("hidden_size", int)
+        layers = self.layers(values, depth, width)
+        names = self._names(layers)
+        return LMConfig(
+            d_model=width,
+            num_layers=depth,
+            pattern=pattern_of(names),
+            mixers=dict(zip(names, layers, strict=True)),
+            channel_mixer=self.channel_mixer(values),
+            vocab_size=values("vocab_size", int),
+            tie_embeddings=values("tie_word_embeddings", bool, self.ties),
+            norm_eps=values("rms_norm_eps", float, 1e-6),
+            **self.stream(values, width),
+        )
+
+    ties: ClassVar[bool] = False
+    """Whether a config that does not say it has a tied head."""
+    activation_key: ClassVar[str] = "hidden_act"
+    default_activation: ClassVar[str] = "silu"
+    block: ClassVar[Mapping[str, str]] = {
+        "input_layernorm.weight": "mixer_norm.scale",
+        "post_attention_layernorm.weight": "channel_norm.scale",
+    }
+    """Norms of a layer: names there, and here."""
+
+    def stream(self, values: Values, width: int) -> Mapping[str, Any]:
+        """Options of the model around the layers."""
+        return {}
+
+    def layers(self, values: Values, depth: int, width: int) -> list[SoftmaxConfig]:
+        """The mixer of each layer."""
+        mixer = self.attention(values, width)
+        own = lambda window: {"window_size": window, "positions": self.positions(values, window)}
+        return [dataclasses.replace(mixer, **own(window)) for window in self.windows(values, depth)]
+
+    def positions(self, values: Values, window: int | None) -> PositionConfig | None:
+        """Of the layers with a window, or of those without."""
+        return read_rope(values, max_len=values("max_position_embeddings", int, 2048))
+
+    def attention(self, values: Values, width: int) -> SoftmaxConfig:
+        """What the layers have in common."""
+        heads = values("num_attention_heads", int)
+        head_dim = values("head_dim", int, width // heads)
+        bias = values("attention_bias", bool, False)
+        return SoftmaxConfig(
+            num_heads=heads,
+            num_kv_heads=values("num_key_value_heads", int, heads),
+            head_dim=head_dim,
+            qkv_bias=bias,
+            o_bias=bias,
+        )
+
+    def windows(self, values: Values, depth: int) -> list[int | None]:
+        """Of each layer; none by default."""
+        values.only("sliding_window")
+        values.passed_over(("layer_types",))
+        return [None] * depth
+
+    def channel_mixer(self, values: Values) -> GatedMLPConfig:
+        """That of every layer."""
+        return GatedMLPConfig(
+            hidden_dim=values("intermediate_size", int),
+            activation=read_activation(values, self.activation_key, self.default_activation),
+            use_bias=values("mlp_bias", bool, False),
+        )
+
+    def values(self, model: LMConfig) -> dict[str, Any]:
+        mixers = self.softmax_layers(model)
+        first = mixers[0]
+        mlp = model.channel_mixer
+        if not isinstance(mlp, GatedMLPConfig):
+            raise Unfit(f"channel_mixer={getattr(mlp, 'name', None)!r} is no gated MLP")
+        heads, kv_heads = first.heads(model.d_model)
+        return {
+            "architectures": [self.architecture],
+            "model_type": self.name,
+            "vocab_size": model.vocab_size,
+            "hidden_size": model.d_model,
+            "intermediate_size": mlp.width(model.d_model),
+            "num_hidden_layers": model.num_layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "head_dim": first.head_dim,
+            self.activation_key: write_activation(mlp.activation),
+            "rms_norm_eps": model.norm_eps,
+            "tie_word_embeddings": model.tie_embeddings,
+            "rope_parameters": self.rope(mixers),
+            **({"mlp_bias": True} if mlp.use_bias else {}),
+            **self.own_values(model, mixers),
+        }
+
+    def own_values(self, model: LMConfig, mixers: Sequence[SoftmaxConfig]) -> Mapping[str, Any]:
+        """The fields of this family alone."""
+        return {"attention_bias": mixers[0].qkv_bias}
+
+    def rope(self, mixers: Sequence[SoftmaxConfig]) -> Mapping[str, Any]:
+        """`rope_parameters`: those of the layers that have positions."""
+        return write_rope(next((mixer.positions for mixer in mixers if mixer.positions is not None), None))
+
+    @staticmethod
+    def softmax_layers(model: LMConfig) -> list[SoftmaxConfig]:
+        """The mixers of the layers. Raises Unfit where one is no softmax attention."""
+        mixers = []
+        for name, mixer in zip(model.layers, model.layer_mixers, strict=True):
+            if type(mixer) is not SoftmaxConfig:
+                raise Unfit(f"mixers.{name} is {mixer.name}, not softmax")
+            mixers.append(mixer)
+        return mixers
+
+    def layer(self, model: LMConfig, index: int, layer: Layer) -> Iterator[Line]:
+        mixer = model.layer_mixers[index]
+        mlp = model.channel_mixer
+        assert isinstance(mixer, SoftmaxConfig) and isinstance(mlp, GatedMLPConfig)
+        for name in "qkv":
+            yield from layer.dense(f"self_attn.{name}_proj", f"mixer.{name}", bias=mixer.qkv_bias)
+        yield from layer.dense("self_attn.o_proj", "mixer.o", bias=mixer.o_bias)
+        if mixer.qk_norm:
+            for name in "qk":
+                yield layer.same(f"self_attn.{name}_norm.weight", f"mixer.{name}_norm.scale")
+        for name in ("gate", "up", "down"):
+            yield from layer.dense(f"mlp.{name}_proj", f"channel_mixer.{name}", bias=mlp.use_bias)
+        for theirs, ours in self.block.items():
+            yield layer.same(theirs, ours)
+
+    @staticmethod
+    def _names(layers: Sequence[SoftmaxConfig]) -> list[str]:
+        """Pattern names of layers, which differ by their windows or positions."""
+        kinds = list(dict.fromkeys(layers))
+        labels = {kinds[0]: "softmax"} if len(kinds) == 1 else {kind: _label(kind) for kind in kinds}
+        return [labels[layer] for layer in layers]
+
+
+def _label(mixer: SoftmaxConfig) -> str:
+    """A pattern name that says what tells the layers of one model apart."""
+    if mixer.window_size is not None:
+        return WINDOWED
+    return "softmax/nope" if mixer.positions is None else "softmax"

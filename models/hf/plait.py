@@ -1,0 +1,35 @@
+"""The home of models that no other family has: this project's own config and names, as safetensors."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from plait.configs import codec
+from plait.models.config import LMConfig
+from plait.models.hf.base import Family, Line, Unfit, register
+from plait.models.hf.places import Place
+from plait.models.hf.transforms import Same
+from plait.models.lm import param_shapes
+
+
+@register("plait", source="docs/conversion.md")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plait(Family):
+    """`config.json` has the model's config under `model`, as a run folder's has; tensors have the dotted paths of parameters, repeated layers
+    being rows of one."""
+
+    architecture = "PlaitForCausalLM"
+
+    def model(self, values):
+        return codec.decode(LMConfig, values("model", dict), "model")
+
+    def values(self, model):
+        if model.sigma_reparam is not None:
+            raise Unfit("sigma_reparam is to be folded first")
+        return {"architectures": [self.architecture], "model_type": self.name, "model": codec.encode(model)}
+
+    def layer(self, model, index, layer):
+        raise NotImplementedError("tensors are not by layer here")
+
+    def table(self, model):
+        return [Line((path,), (Place(path),), Same()) for path in param_shapes(model)]

@@ -1,0 +1,135 @@
+"""What makes a tensor of a family an array of the model, and back. Each is a bijection: there and back gives the same bits.
+
+Tensors of a linear map are `[out, in]` in PyTorch, kernels here `[in, out]`.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+Shape = tuple[int, ...]
+
+
+class Transform(abc.ABC):
+    """Several tensors, in the order of a table's line, to several arrays."""
+
+    @abc.abstractmethod
+    def read(self, tensors: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """The arrays."""
+
+    @abc.abstractmethod
+    def write(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """The tensors."""
+
+    @abc.abstractmethod
+    def shapes(self, arrays: Sequence[Shape]) -> list[Shape]:
+        """Those of the tensors, by those of the arrays."""
+
+
+class Alone(Transform):
+    """One tensor to one array."""
+
+    @abc.abstractmethod
+    def read_one(self, tensor: np.ndarray) -> np.ndarray:
+        """The array."""
+
+    @abc.abstractmethod
+    def write_one(self, array: np.ndarray) -> np.ndarray:
+        """The tensor."""
+
+    @abc.abstractmethod
+    def shape(self, array: Shape) -> Shape:
+        """That of the tensor."""
+
+    def read(self, tensors):
+        return [self.read_one(tensor) for tensor in tensors]
+
+    def write(self, arrays):
+        return [self.write_one(array) for array in arrays]
+
+    def shapes(self, arrays):
+        return [self.shape(array) for array in arrays]
+
+
+@dataclasses.dataclass(frozen=True)
+class Same(Alone):
+    """As it is."""
+
+    def read_one(self, tensor):
+        return tensor
+
+    def write_one(self, array):
+        return array
+
+    def shape(self, array):
+        return array
+
+
+@dataclasses.dataclass(frozen=True)
+class Transposed(Alone):
+    """`[out, in]` to `[in, out]`."""
+
+    def read_one(self, tensor):
+        return tensor.swapaxes(-1, -2)
+
+    write_one = read_one
+
+    def shape(self, array):
+        return (*array[:-2], array[-1], array[-2])
+
+
+@dataclasses.dataclass(frozen=True)
+class Stacked(Transform):
+    """A transposed matrix of each expert to one array `[experts, in, out]`."""
+
+    def read(self, tensors):
+        return [np.stack([tensor.T for tensor in tensors])]
+
+    def write(self, arrays):
+        return [matrix.T for matrix in arrays[0]]
+
+    def shapes(self, arrays):
+        number, rows, columns = arrays[0]
+        return [(columns, rows)] * number
+
+
+@dataclasses.dataclass(frozen=True)
+class Fused(Transform):
+    """One tensor to several arrays that stand beside each other in its output axis: all of one after all of another, or, with `groups`, a
+    share of each for every group of channels (heads).
+
+    `transposed` says whether the tensor is `[out, in]`, or `[out]`; else it is as kernels are, the output last.
+    """
+
+    sizes: tuple[int, ...]
+    """Outputs of each array."""
+    groups: int = 1
+    transposed: bool = True
+
+    def read(self, tensors):
+        (tensor,) = tensors
+        rows = tensor if self.transposed else tensor.swapaxes(-1, 0)
+        grouped = rows.reshape(self.groups, -1, *rows.shape[1:])
+        cuts = np.cumsum([size // self.groups for size in self.sizes])[:-1]
+        return [part.reshape(-1, *rows.shape[1:]).T for part in np.split(grouped, cuts, axis=1)]
+
+    def write(self, arrays):
+        parts = [array.T.reshape(self.groups, -1, *array.T.shape[1:]) for array in arrays]
+        whole = np.concatenate(parts, axis=1)
+        rows = whole.reshape(-1, *whole.shape[2:])
+        return [rows if self.transposed else rows.swapaxes(-1, 0)]
+
+    def shapes(self, arrays):
+        inputs = arrays[0][:-1]
+        out = (sum(self.sizes),)
+        return [(*out, *inputs) if self.transposed else (*inputs, *out)]
+
+
+def size_of(shape: Shape, itemsize: int) -> int:
+    """Bytes of an array."""
+    return math.prod(shape) * itemsize

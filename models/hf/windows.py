@@ -1,0 +1,38 @@
+"""Windows by layer, as configs of several families write them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from plait.models.hf.base import Unfit
+from plait.models.hf.values import Values
+
+FULL, WINDOW = "full_attention", "sliding_attention"
+OLDER = {"attention": FULL, "full": FULL, "global": FULL, "sliding": WINDOW, "local": WINDOW, "sliding_window": WINDOW}
+"""Words for them in older files."""
+
+
+def read_windows(values: Values, depth: int, default: Sequence[str], window: int | None) -> list[int | None]:
+    """The window of each layer by `layer_types`, or `default` where there is none.
+
+    Raises:
+        Unfit: a word is unknown, or they are not one a layer.
+    """
+    words = values("layer_types", list, list(default))
+    words = [OLDER.get(word, word) for word in words]
+    if len(words) != depth:
+        raise Unfit(f"config.json: layer_types has {len(words)} words and num_hidden_layers={depth}; give one a layer")
+    for word in words:
+        if word not in (FULL, WINDOW):
+            raise Unfit(f"config.json: layer_types has {word!r}, which this family has not; {FULL} and {WINDOW} can be used")
+    return [window if word == WINDOW else None for word in words]
+
+
+def write_windows(windows: Sequence[int | None]) -> dict[str, Any]:
+    """`layer_types` and `sliding_window`. Raises Unfit where windows differ in size."""
+    sizes = {window for window in windows if window is not None}
+    if len(sizes) > 1:
+        raise Unfit(f"windows of {sorted(sizes)} tokens are in one model, and the config has one size")
+    words = [FULL if window is None else WINDOW for window in windows]
+    return {"layer_types": words, "sliding_window": sizes.pop() if sizes else None}

@@ -1,0 +1,82 @@
+"""Writes `golden/NAME/`: small models of `transformers` as it saves them, with logits and greedy tokens. Needs the extra `oracle`.
+
+    python tests/train/convert/generate.py [NAME ...]
+
+Every parameter is moved off its initial value, so that zeros, ones and equal entries hide nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import save_file
+
+GOLDEN = Path(__file__).parent / "golden"
+VOCAB, LENGTH, STEPS = 62, 24, 8
+BASE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+HEADS_ALONE = {key: value for key, value in BASE.items() if key != "num_key_value_heads"}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
+MODELS = {
+    "llama": ("LlamaConfig", {**BASE, "head_dim": 6, "attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3}),
+    "llama_tied": ("LlamaConfig", {**BASE, "tie_word_embeddings": True}),
+    "mistral": ("MistralConfig", {**BASE, "head_dim": 8, "sliding_window": 7}),
+    "qwen2": ("Qwen2Config", {**BASE, "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}),
+    "qwen3": ("Qwen3Config", {**BASE, "head_dim": 10, "tie_word_embeddings": True, "rope_parameters": YARN}),
+    "smollm3": ("SmolLM3Config", {**BASE, "num_hidden_layers": 5, "use_sliding_window": False}),
+    "olmo2": ("Olmo2Config", BASE),
+    "olmo3": ("Olmo3Config", {**BASE, "num_hidden_layers": 5, "sliding_window": 9}),
+    "gemma2": ("Gemma2Config", {**BASE, "head_dim": 6, "sliding_window": 8, "query_pre_attn_scalar": 14}),
+    "gemma3_text": ("Gemma3TextConfig", {**BASE, "num_hidden_layers": 7, "head_dim": 6, "sliding_window": 8}),
+    "gpt2": ("GPT2Config", {"vocab_size": VOCAB, "n_embd": 24, "n_layer": 3, "n_head": 4, "n_positions": 64}),
+    "gpt_neox": ("GPTNeoXConfig", {**HEADS_ALONE, "num_attention_heads": 3}),
+    "gpt_neox_one_after_the_other": ("GPTNeoXConfig", {**HEADS_ALONE, "use_parallel_residual": False, "rotary_pct": 1.0}),
+}
+
+
+def generate(name: str) -> None:
+    """Writes one folder."""
+    kind, options = MODELS[name]
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(
+        getattr(transformers, kind)(**options), attn_implementation="eager"
+    ).eval()
+    draws = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, VOCAB, (2, LENGTH), generator=draws)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=draws))
+        logits = model(ids).logits
+        tokens = ids
+        for _ in range(STEPS):
+            tokens = torch.cat([tokens, model(tokens).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+    model.generation_config = transformers.GenerationConfig(do_sample=True, temperature=0.7, top_p=0.9)
+    model.save_pretrained(GOLDEN / name)
+    found = {"ids": ids, "logits": logits, "greedy": tokens[:, LENGTH:]}
+    save_file({key: value.contiguous() for key, value in found.items()}, GOLDEN / name / "golden.safetensors")
+
+
+if __name__ == "__main__":
+    for wanted in sys.argv[1:] or MODELS:
+        generate(wanted)

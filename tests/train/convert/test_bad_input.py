@@ -1,0 +1,132 @@
+"""Folders that cannot be taken in: each with what is wrong and what to do, and nothing written."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from plait.launch import main
+from plait.train.convert.weights import INDEX, ONE
+
+GOLDEN = Path(__file__).parent / "golden" / "llama"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    copy = tmp_path / "model"
+    shutil.copytree(GOLDEN, copy)
+    (copy / "golden.safetensors").unlink()
+    return copy
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    fields = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in fields.items() if value != "gone"}))
+
+
+def edit_weights(folder, **changes):
+    """Tensors by name, None taking one out."""
+    tensors = load_file(folder / ONE) | changes
+    save_file({name: value for name, value in tensors.items() if value is not None}, folder / ONE)
+
+
+def split(folder, shards: dict[str, list[str]], table: dict[str, str] | None = None):
+    """The weights in several files with an index."""
+    tensors = load_file(folder / ONE)
+    rest = set(tensors) - {name for names in shards.values() for name in names}
+    files = {**shards, "model-2.safetensors": sorted(rest)}
+    for file, names in files.items():
+        save_file({name: tensors[name] for name in names}, folder / file)
+    (folder / ONE).unlink()
+    index = table or {name: file for file, names in files.items() for name in names}
+    (folder / INDEX).write_text(json.dumps({"weight_map": index}))
+
+
+Q = "model.layers.1.self_attn.q_proj.weight"
+EMBED = "model.embed_tokens.weight"
+CASES = {
+    "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
+    "broken config": (lambda f: (f / "config.json").write_text("{"), "is not JSON that can be used"),
+    "unknown type": (lambda f: edit_config(f, model_type="lama"), "'lama' is not registered; did you mean 'llama'"),
+    "no type": (lambda f: edit_config(f, model_type="gone"), "has no model_type"),
+    "missing field": (lambda f: edit_config(f, hidden_size="gone"), "hidden_size is missing"),
+    "field of another kind": (lambda f: edit_config(f, hidden_size="24"), "hidden_size='24' must be int"),
+    "unknown field": (
+        lambda f: edit_config(f, sparse_attention=True),
+        "has sparse_attention=True, which this family does not know",
+    ),
+    "unknown rope": (
+        lambda f: edit_config(f, rope_parameters={"rope_type": "longrope"}),
+        "rope_type='longrope' is not supported",
+    ),
+    "unknown activation": (lambda f: edit_config(f, hidden_act="mish"), "hidden_act='mish' is not supported"),
+    "quantised": (lambda f: edit_config(f, quantization_config={"bits": 4}), "quantised weights cannot be trained on"),
+    "heads that do not divide": (lambda f: edit_config(f, num_key_value_heads=4), "num_kv_heads=4 must divide num_heads=6"),
+    "missing tensor": (lambda f: edit_weights(f, **{Q: None}), f"missing tensors: {Q}"),
+    "unexpected tensor": (lambda f: edit_weights(f, extra=np.zeros(3, np.float32)), "tensors that nothing reads: extra"),
+    "another shape": (lambda f: edit_weights(f, **{Q: np.zeros((3, 4), np.float32)}), f"another shape: {Q} [3, 4] for [36, 24]"),
+    "integers": (lambda f: edit_weights(f, **{Q: np.zeros((36, 24), np.int8)}), f"{Q} is I8; quantised weights"),
+    "cut short": (lambda f: (f / ONE).write_bytes((f / ONE).read_bytes()[:-100]), "is not a whole safetensors file"),
+    "no weights": (lambda f: (f / ONE).unlink(), f"has no {ONE}"),
+    "pickles": (lambda f: (f / ONE).rename(f / "pytorch_model.bin"), "pickled files, which run what they hold"),
+    "index names a missing file": (
+        lambda f: (split(f, {"model-1.safetensors": [Q]}), (f / "model-1.safetensors").unlink()),
+        "names model-1.safetensors, which is not there",
+    ),
+    "index leads outside": (
+        lambda f: split(f, {"model-1.safetensors": [Q]}, {Q: "../model-1.safetensors"}),
+        "names the file '../model-1.safetensors', which is no plain name",
+    ),
+    "index names another file": (
+        lambda f: split(f, {"model-1.safetensors": [Q]}, {Q: "model-2.safetensors", EMBED: "model-2.safetensors"}),
+        f"puts {Q} into model-2.safetensors, which has it not",
+    ),
+    "a tensor twice": (
+        lambda f: split(
+            f, {"model-1.safetensors": [Q], "model-3.safetensors": [Q]}, {Q: "model-1.safetensors", "a": "model-3.safetensors"}
+        ),
+        f"{Q} is in model-1.safetensors and in model-3.safetensors",
+    ),
+}
+
+
+@pytest.mark.parametrize(("spoil", "message"), CASES.values(), ids=CASES)
+def test_it_is_refused_in_one_line(folder, spoil, message, capsys):
+    spoil(folder)
+    for words in (["inspect", str(folder)], ["import", str(folder), str(folder.parent / "run")]):
+        if words[0] == "inspect" and message.startswith(("missing tensors", "tensors that", "another shape")):
+            continue  # which it describes
+        assert main(["convert", *words]) == 2
+        error = capsys.readouterr().err
+        assert message in error and "Traceback" not in error and error.count("\n") == 1, error
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["model"]
+
+
+def test_inspect_says_what_is_missing_and_left_over(folder, capsys):
+    edit_weights(folder, **{Q: None, "extra": np.zeros(3, np.float32)})
+    assert main(["convert", "inspect", str(folder)]) == 0
+    lines = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+    assert lines["missing"].strip() == Q and lines["read by nothing"].strip() == "extra"
+    assert lines["family"].strip() == "llama (LlamaForCausalLM)"
+
+
+def test_no_tokenizer_is_said_with_what_to_do(folder, capsys):
+    assert main(["convert", "import", str(folder), str(folder.parent / "run")]) == 2
+    assert "has no tokenizer that can be used" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_there_is_not_overwritten(folder, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    assert main(["convert", "import", str(folder), str(tmp_path / "run")]) == 2
+    assert "is there already" in capsys.readouterr().err and (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("words", [["exprt"], ["inspect"], ["import", "a"], ["export", "a", "b", "--model-typ", "llama"]])
+def test_wrong_words_are_refused(words, capsys):
+    assert main(["convert", *words]) == 2
+    assert "Traceback" not in capsys.readouterr().err

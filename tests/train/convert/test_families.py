@@ -1,0 +1,98 @@
+"""Each family against models that `transformers` saved: logits, greedy tokens, and the same bits back."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file
+
+from plait.configs.mesh import MeshConfig
+from plait.kernels import Tokens
+from plait.models.hf.base import MODEL_TYPES
+from plait.models.lm import LM, param_shapes
+from plait.tests.models.common import quick_jit
+from plait.tests.tolerances import assert_close
+from plait.train.convert.arrays import part_of, read_arrays, written
+from plait.train.convert.exporting import home
+from plait.train.convert.fitting import Source, check_lines, match
+from plait.train.convert.weights import Weights
+from plait.train.mesh import make_mesh, sharding
+
+GOLDEN = Path(__file__).parent / "golden"
+NAMES = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def imported(request):
+    """Source, weights, lines, and the model with its arrays on one device."""
+    folder = GOLDEN / request.param
+    source, weights = Source.of(folder), Weights(folder)
+    shapes = param_shapes(source.model)
+    lines = source.family.table(source.model)
+    check_lines(lines, shapes)
+    match(source, weights, lines, shapes).check(folder)
+    return source, weights, lines, build(source.model, lines, weights, make_mesh(MeshConfig(data=1)))
+
+
+def build(config, lines, weights, mesh) -> LM:
+    abstract = nnx.eval_shape(lambda: LM(config, rngs=nnx.Rngs(0), seq_len=64))
+    graph, params, rest = nnx.split(abstract, nnx.Param, ...)
+    flat = {".".join(map(str, path)): (path, variable) for path, variable in nnx.to_flat_state(params)}
+    layouts = {name: sharding(mesh, v.get_metadata()["axes"], v.shape, name) for name, (_, v) in flat.items()}
+    shapes = {name: jax.ShapeDtypeStruct(v.shape, v.dtype) for name, (_, v) in flat.items()}
+    arrays = read_arrays(lines, weights.read, shapes, layouts)
+    filled = nnx.from_flat_state([(path, variable.replace(arrays[name])) for name, (path, variable) in flat.items()])
+    buffers = nnx.split(LM(config, rngs=nnx.Rngs(0), seq_len=64), nnx.Param, ...)[2] if jax.tree.leaves(rest) else rest
+    return nnx.merge(graph, filled, buffers)
+
+
+def test_logits_and_greedy_tokens_are_theirs(imported):
+    source, _, _, model = imported
+    golden = load_file(GOLDEN / source.folder.name / "golden.safetensors")
+    ids, greedy = golden["ids"], golden["greedy"]
+    whole = jnp.asarray(np.concatenate([ids, greedy], axis=1))
+    logits = quick_jit(lambda model, ids: model(Tokens(ids=ids))[0])(model, whole)
+    assert_close(logits[:, : ids.shape[1]], golden["logits"], dtype="float32")
+    np.testing.assert_array_equal(logits.argmax(-1)[:, ids.shape[1] - 1 : -1], greedy)
+
+
+def test_the_same_bits_go_back(imported):
+    source, weights, lines, model = imported
+    params = {".".join(map(str, path)): v[...] for path, v in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    names = []
+    for name, line, index in written(lines):
+        back = line.transform.write([part_of(params[place.path], place) for place in line.places])[index]
+        there = weights.read(name)
+        assert (back.shape, back.dtype) == (there.shape, there.dtype), name
+        np.testing.assert_array_equal(back, there, err_msg=name)
+        names.append(name)
+    assert sorted(names) == sorted(name for name in weights if name != "lm_head.weight" or not source.model.tie_embeddings)
+
+
+def test_the_family_is_found_by_what_the_model_is(imported):
+    source, _, _, model = imported
+    family, fields = home(model.config, source.family.name)
+    assert family == source.family
+    known = {key: value for key, value in source.fields.items() if value is not None}
+    assert {key: fields[key] for key in fields.keys() & known.keys() if fields[key] != known[key]} == {}
+    found, _ = home(model.config)
+    assert found.name != "plait"
+
+
+def test_several_devices_hold_the_same(imported):
+    source, weights, lines, model = imported
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    try:
+        spread = build(source.model, lines, weights, mesh)
+    except ValueError as error:
+        pytest.skip(f"the mesh does not divide it: {error}")
+    for one, other in zip(jax.tree.leaves(nnx.state(model)), jax.tree.leaves(nnx.state(spread)), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_every_family_has_a_golden_model():
+    shown = {Source.of(GOLDEN / name).family.name for name in NAMES}
+    assert set(MODEL_TYPES.all()) - {"plait"} == shown

@@ -1,0 +1,1 @@
+"""Models in from and out to other formats."""

@@ -1,0 +1,143 @@
+"""What of a folder goes where in a model, before a weight is read."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from plait.configs.files import read_json
+from plait.models.config import LMConfig
+from plait.models.hf.base import MODEL_TYPES, Family, Line, Unfit
+from plait.models.hf.places import Place
+from plait.models.hf.transforms import Shape
+from plait.models.hf.values import Values
+from plait.train.convert.weights import ConvertError, Weights
+
+CONFIG = "config.json"
+_MOST = 8
+"""Names that an error lists."""
+
+Shapes = Mapping[str, jax.ShapeDtypeStruct]
+"""Of the model's parameters, by dotted path."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A folder of a published model."""
+
+    folder: Path
+    fields: Mapping[str, Any]
+    """Of its `config.json`, those of the language model."""
+    family: Family
+    model: LMConfig
+
+    @classmethod
+    def of(cls, folder: Path) -> Source:
+        """Raises ConvertError: no config, an unknown model type, or one that asks for what there is not here."""
+        try:
+            whole = read_json(folder / CONFIG)
+        except FileNotFoundError:
+            raise ConvertError(f"{str(folder)!r} has no {CONFIG}; give the folder of a published model") from None
+        except ValueError as error:
+            raise ConvertError(str(error)) from None
+        if not isinstance(whole, dict):
+            raise ConvertError(f"{folder / CONFIG} is {type(whole).__name__}, not an object; restore it")
+        text = whole.get("text_config")
+        fields = (
+            {**{key: whole[key] for key in ("tie_word_embeddings",) if key in whole}, **text} if isinstance(text, dict) else whole
+        )
+        if fields.get("quantization_config"):
+            raise ConvertError(
+                f"{folder / CONFIG} has a quantization_config: quantised weights cannot be trained on; give the model as it was before"
+            )
+        family = _family(fields.get("model_type"), folder)
+        values = Values(fields)
+        try:
+            model = family.model(values)
+            values.finish()
+        except Unfit as error:
+            raise ConvertError(f"{folder}: {error}") from None
+        except ValueError as error:
+            raise ConvertError(f"{folder / CONFIG} makes no model of this family: {error}") from None
+        return cls(folder, fields, family, model)
+
+
+def _family(model_type: Any, folder: Path) -> Family:
+    if not isinstance(model_type, str):
+        raise ConvertError(f"{folder / CONFIG} has no model_type; give the folder of a published model")
+    try:
+        return MODEL_TYPES[model_type]()
+    except ValueError as error:
+        raise ConvertError(f"{folder / CONFIG}: {error}") from None
+
+
+def part_shape(place: Place, shapes: Shapes) -> Shape:
+    """That of what lies at a place: of one row where the place is one of a stack."""
+    whole = shapes[place.path].shape
+    return whole if place.row is None else whole[1:]
+
+
+def check_lines(lines: Sequence[Line], shapes: Shapes) -> None:
+    """Raises ConvertError unless the lines fill every parameter once and name every tensor once."""
+    names = Counter(name for line in lines for name in line.tensors)
+    places = Counter(place for line in lines for place in line.places)
+    rows = lambda path: shapes[path].shape[0] if path.startswith("stack.periods.") else 1
+    wanted = {path: rows(path) for path in shapes}
+    filled = Counter(place.path for place in places)
+    problems = {
+        "tensors named twice": [name for name, times in names.items() if times > 1],
+        "parameters filled twice": [place.path for place, times in places.items() if times > 1],
+        "parameters that no tensor fills": [path for path, rows in wanted.items() if filled[path] < rows],
+        "parameters that the model has not": [path for path in filled if path not in wanted],
+    }
+    _refuse("this family's table does not fit the model", problems)
+
+
+@dataclasses.dataclass(frozen=True)
+class Match:
+    """How the tensors of a folder go with the lines of a table."""
+
+    missing: list[str]
+    unexpected: list[str]
+    misshapen: list[str]
+
+    def check(self, folder: Path) -> None:
+        """Raises ConvertError unless each tensor is read once."""
+        problems = {
+            "missing tensors": self.missing,
+            "tensors that nothing reads": self.unexpected,
+            "tensors of another shape": self.misshapen,
+        }
+        _refuse(f"{folder} does not hold the model that its {CONFIG} describes", problems)
+
+
+def match(source: Source, weights: Weights, lines: Sequence[Line], shapes: Shapes) -> Match:
+    """The lines against the tensors' names and shapes."""
+    misshapen, asked = [], set()
+    for line in lines:
+        expected = line.transform.shapes([part_shape(place, shapes) for place in line.places])
+        for name, shape in zip(line.tensors, expected, strict=True):
+            asked.add(name)
+            if name in weights and weights.tensors[name].shape != shape:
+                misshapen.append(f"{name} {list(weights.tensors[name].shape)} for {list(shape)}")
+    ignored = (*source.family.ignored, *(("lm_head.weight",) if source.model.tie_embeddings else ()))
+    left = [name for name in weights if name not in asked and not _any(name, ignored)]
+    return Match([name for name in asked if name not in weights], left, misshapen)
+
+
+def _any(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _refuse(what: str, problems: Mapping[str, Sequence[str]]) -> None:
+    found = {kind: sorted(names) for kind, names in problems.items() if names}
+    if not found:
+        return
+    shown = lambda names: ", ".join(names[:_MOST]) + (f" and {len(names) - _MOST} more" if len(names) > _MOST else "")
+    raise ConvertError(f"{what}: " + "; ".join(f"{kind}: {shown(names)}" for kind, names in found.items()))

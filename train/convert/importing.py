@@ -1,0 +1,130 @@
+"""From a published model's folder to a run folder."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from plait.configs import codec
+from plait.configs.experiment import ExperimentConfig
+from plait.configs.optimizer import optimizer
+from plait.data.config import DataConfig, DataError
+from plait.data.tokenizer import Tokenizer
+from plait.data.tokenizer_files import load_tokenizer
+from plait.models.config import LMConfig
+from plait.models.lm import param_shapes
+from plait.train.checkpoint import Checkpoints
+from plait.train.convert.arrays import read_arrays
+from plait.train.convert.fitting import Source, check_lines, match
+from plait.train.convert.options import ImportOptions
+from plait.train.convert.weights import ConvertError, Weights
+from plait.train.mesh import make_mesh
+from plait.train.program import Program
+from plait.train.run_folder.contents import CHECKPOINTS, CONFIG, mark
+from plait.train.state import TrainState
+
+ORIGINALS = "published"
+"""Folder in a run folder that keeps the files beside the weights, for an export."""
+BESIDE = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+"""The files that travel; those of weights do not, nor does code."""
+
+
+def import_model(folder: Path, run: Path, options: ImportOptions) -> ExperimentConfig:
+    """Makes the run folder `run` of the published model in `folder`; it appears when it is whole.
+
+    Raises:
+        ConvertError: what is there cannot be taken in, or `run` holds something; nothing is written.
+    """
+    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        raise ConvertError(f"{str(run)!r} is there already; give a new folder")
+    source, weights = Source.of(folder), Weights(folder)
+    lines, shapes = source.family.table(source.model), param_shapes(source.model)
+    check_lines(lines, shapes)
+    match(source, weights, lines, shapes).check(folder)
+    tokenizer = _tokenizer(options.tokenizer or folder, source)
+    config = _config(source, run, options)
+    program = Program.of(config, make_mesh(config.mesh))
+    shapes, _ = program.blueprint.shapes()
+    shardings, _ = program.blueprint.shardings(program.mesh)
+    params = read_arrays(lines, weights.read, shapes, shardings)
+    buffers = jax.jit(lambda: program.blueprint.init()[1], out_shardings=program.shardings.buffers)()
+    zero = jnp.zeros((), jnp.int32)
+    state = TrainState(zero, params, buffers, jax.jit(program.tx.init)(params), None, zero, zero)
+    with appearing(run) as new:
+        codec.save(config, new / CONFIG)
+        tokenizer.save(new / "tokenizer", tokenizer=str(folder))
+        (new / ORIGINALS).mkdir()
+        for name in BESIDE:
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, new / ORIGINALS / name)
+        mark(new)
+        checkpoints = Checkpoints(new / CHECKPOINTS)
+        try:
+            checkpoints.save(0, state, {"data": {"tokenizer": tokenizer.fingerprint}}, loss=None)
+        finally:
+            checkpoints.close()
+    return config
+
+
+@contextlib.contextmanager
+def appearing(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder` that takes its place when all has been written there, and that is removed where something fails."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.tmp")
+    new.mkdir()
+    try:
+        yield new
+        if folder.exists():
+            folder.rmdir()  # empty, or this fails
+        new.rename(folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _tokenizer(path: Path, source: Source) -> Tokenizer:
+    """That of the model."""
+    try:
+        tokenizer = load_tokenizer(path)
+    except DataError as error:
+        raise ConvertError(
+            f"{path} has no tokenizer that can be used ({error}); give one with --tokenizer, or save it there with "
+            "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+        ) from None
+    if source.model.vocab_size is not None and tokenizer.vocab_size > source.model.vocab_size:
+        raise ConvertError(
+            f"{path} has ids up to {tokenizer.vocab_size - 1} and the model has {source.model.vocab_size}; give its own"
+        )
+    return tokenizer
+
+
+def _config(source: Source, run: Path, options: ImportOptions) -> ExperimentConfig:
+    """The experiment of an imported model: no step of training, and an optimizer without a state."""
+    model: LMConfig = dataclasses.replace(source.model, param_dtype=options.param_dtype, compute_dtype=options.compute_dtype)
+    limit = source.fields.get("max_position_embeddings", source.fields.get("n_positions"))
+    most = limit if isinstance(limit, int) else 2048
+    return ExperimentConfig(
+        name="imported",
+        steps=1,
+        model=model,
+        data=DataConfig(
+            tokenizer=str((options.tokenizer or source.folder).resolve()), seq_len=options.seq_len or min(2048, most)
+        ),
+        optimizer=optimizer("sgd", momentum=None, schedule="constant", warmup_steps=0),
+        mesh=options.mesh,
+        out=str(run),
+    )

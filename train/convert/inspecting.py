@@ -1,0 +1,40 @@
+"""What a folder of a published model is, without reading its weights."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from plait.models.hf.transforms import size_of
+from plait.models.lm import param_shapes
+from plait.train.convert.fitting import Source, check_lines, match
+from plait.train.convert.weights import Weights
+
+
+def describe(folder: Path) -> str:
+    """A few lines. Raises ConvertError where it cannot be told."""
+    source, weights = Source.of(folder), Weights(folder)
+    shapes = param_shapes(source.model)
+    lines = source.family.table(source.model)
+    check_lines(lines, shapes)
+    found = match(source, weights, lines, shapes)
+    tensors = weights.tensors.values()
+    dtypes = Counter(tensor.dtype.name for tensor in tensors)
+    size = sum(size_of(tensor.shape, tensor.dtype.itemsize) for tensor in tensors)
+    model = source.model
+    rows = {
+        "family": f"{source.family.name} ({source.family.architecture})",
+        "model": f"{model.num_layers} layers of {model.pattern}, width {model.d_model}, {model.vocab_size} ids",
+        "parameters": f"{sum(a.size for a in shapes.values()) / 1e6:,.1f}M",
+        "tensors": f"{len(weights.tensors)} in {len(weights.files)} files, {size / 1e9:,.2f} GB, "
+        + ", ".join(f"{count} {dtype}" for dtype, count in dtypes.items()),
+    }
+    for what, names in {
+        "missing": found.missing,
+        "read by nothing": found.unexpected,
+        "of another shape": found.misshapen,
+        "beside": weights.other,
+    }.items():
+        rows[what] = ", ".join(sorted(names)) or "none"
+    width = max(map(len, rows))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())

@@ -1,0 +1,193 @@
+"""The tensors of a folder of safetensors files: which there are, each read when it is asked for, and files written whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from plait.configs.files import read_json
+from plait.models.hf.transforms import Shape, size_of
+
+ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
+DTYPES = {
+    "F32": np.dtype("float32"),
+    "F16": np.dtype("float16"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F64": np.dtype("float64"),
+}
+"""Those that weights can have, by the name in the file."""
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+WRAPPERS = ("model.language_model.", "language_model.model.", "model.text_model.")
+"""Where multimodal models keep what is `model.` in the language model alone."""
+_SHARD_BYTES = 5 * 10**9
+
+
+class ConvertError(ValueError):
+    """A folder or a model that cannot be converted; the message says what, and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor of a folder."""
+
+    file: Path
+    name: str
+    """In the file."""
+    shape: Shape
+    dtype: np.dtype
+
+
+class Weights:
+    """The tensors of a folder by their names in the language model; reads headers only, until `read`."""
+
+    def __init__(self, folder: Path):
+        """Raises ConvertError: no weights, pickled ones, a file cut short or missing, a name twice, or a dtype that is no float."""
+        self.folder = folder
+        self.files = _files(folder)
+        self.tensors: dict[str, Tensor] = {}
+        self.other: list[str] = []
+        """Tensors beside the language model."""
+        found: dict[str, Tensor] = {}
+        for file in self.files:
+            for tensor in _header(file):
+                if tensor.name in found:
+                    raise ConvertError(f"{tensor.name} is in {found[tensor.name].file.name} and in {file.name}; keep one of them")
+                found[tensor.name] = tensor
+        _check_index(folder, found)
+        wrapper = next((w for w in WRAPPERS if any(name.startswith(w) for name in found)), None)
+        for name, tensor in found.items():
+            if wrapper is None:
+                self.tensors[name] = tensor
+            elif name.startswith(wrapper):
+                self.tensors[f"model.{name.removeprefix(wrapper)}"] = tensor
+            elif name.endswith("lm_head.weight"):
+                self.tensors["lm_head.weight"] = tensor
+            else:
+                self.other.append(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.tensors
+
+    def read(self, name: str) -> np.ndarray:
+        """A tensor, in its dtype."""
+        tensor = self.tensors[name]
+        try:
+            with safe_open(tensor.file, framework="numpy") as file:
+                return file.get_tensor(tensor.name)
+        except (SafetensorError, OSError) as error:
+            raise ConvertError(f"{tensor.file} cannot be read at {tensor.name} ({error}); download it again") from None
+
+
+def _files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder: what its index lists, or the one that there is."""
+    if not folder.is_dir():
+        raise ConvertError(f"{str(folder)!r} is no folder; give one with config.json and model.safetensors")
+    index = folder / INDEX
+    if index.exists():
+        names = _index(index).values()
+        for name in names:
+            if not re.fullmatch(r"[\w][\w.-]*\.safetensors", name):
+                raise ConvertError(
+                    f"{index} names the file {name!r}, which is no plain name of a .safetensors file; do not trust it"
+                )
+        files = [folder / name for name in sorted(set(names))]
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise ConvertError(
+                f"{index} names {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not there; download again"
+            )
+        return files
+    if (folder / ONE).is_file():
+        return [folder / ONE]
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
+    if pickles:
+        raise ConvertError(
+            f"{folder} has its weights in {', '.join(pickles[:3])}, pickled files, which run what they hold when they are read; "
+            "convert them where you trust them: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(DIR, safe_serialization=True)"
+        )
+    there = sorted(file.name for file in folder.glob("*.safetensors"))
+    hint = f"; it has {', '.join(there[:3])} and no index of them" if there else ""
+    raise ConvertError(f"{folder} has no {ONE} and no {INDEX}{hint}; give the folder of a published model")
+
+
+def _index(path: Path) -> dict[str, str]:
+    """File of each tensor."""
+    try:
+        found = read_json(path)
+    except ValueError as error:
+        raise ConvertError(str(error)) from None
+    table = found.get("weight_map") if isinstance(found, dict) else None
+    if not isinstance(table, dict) or not all(isinstance(value, str) for value in table.values()):
+        raise ConvertError(f"{path} has no weight_map of tensors to files; download it again")
+    return table
+
+
+def _check_index(folder: Path, found: Mapping[str, Tensor]) -> None:
+    """Raises ConvertError where the index and the files disagree."""
+    path = folder / INDEX
+    if not path.exists():
+        return
+    table = _index(path)
+    lost = [name for name, file in table.items() if name not in found or found[name].file.name != file]
+    if lost:
+        raise ConvertError(f"{path} puts {lost[0]} into {table[lost[0]]}, which has it not ({len(lost)} such); download again")
+
+
+def _header(file: Path) -> list[Tensor]:
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            parts = [(name, opened.get_slice(name)) for name in opened.keys()]  # noqa: SIM118
+            facts = [(name, tuple(part.get_shape()), part.get_dtype()) for name, part in parts]
+    except (SafetensorError, OSError) as error:
+        raise ConvertError(f"{file} is not a whole safetensors file ({error}); download it again") from None
+    for name, _, dtype in facts:
+        if dtype not in DTYPES:
+            raise ConvertError(
+                f"{file}: {name} is {dtype}; quantised weights cannot be trained on, give those of a float dtype ({', '.join(DTYPES)})"
+            )
+    return [Tensor(file, name, shape, DTYPES[dtype]) for name, shape, dtype in facts]
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """A tensor to be written."""
+
+    name: str
+    shape: Shape
+    dtype: np.dtype
+    make: Callable[[], np.ndarray]
+
+
+def write_weights(folder: Path, tensors: Sequence[Planned], shard_bytes: int = _SHARD_BYTES) -> None:
+    """Writes tensors to `folder` in files of at most `shard_bytes` where a tensor allows, with an index where there are several; one file's
+    tensors are in memory at a time."""
+    shards: list[list[Planned]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        size = size_of(tensor.shape, tensor.dtype.itemsize)
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += size
+    names = [ONE] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for name, shard in zip(names, shards, strict=True):
+        arrays = {tensor.name: np.ascontiguousarray(tensor.make().astype(tensor.dtype)) for tensor in shard}
+        save_file(arrays, folder / name, metadata={"format": "pt"})
+    if len(shards) > 1:
+        total = sum(size_of(tensor.shape, tensor.dtype.itemsize) for tensor in tensors)
+        table: dict[str, Any] = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(table.items()))}
+        (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n")
