@@ -131,7 +131,7 @@ def hymba_350m() -> ExperimentConfig:
 
 
 def kimi_linear_1b() -> ExperimentConfig:
-    """Kimi Linear (2510.26692) in its scaling study's shape of 1.1B activated parameters: three KDA layers to one MLA layer without
+    """Kimi Linear (2510.26692) in its scaling study's shape of 1.1B activated of 6.3B parameters: three KDA layers to one MLA layer without
     positions, 20 layers and heads, width 1,536, 8 of 64 experts in all layers but the first.
 
     The paper does not state the experts' width; this one gives the stated size. Its first layer is a KDA layer with a dense MLP.
@@ -157,8 +157,8 @@ def kimi_linear_1b() -> ExperimentConfig:
 
 
 def qwen3_next_1b() -> ExperimentConfig:
-    """Qwen3-Next's layers at 1B activated: three gated DeltaNet layers, twice as many value as key heads, to one gated softmax layer with
-    normalised queries and keys and a quarter of its channels rotated; mixtures of experts throughout.
+    """Qwen3-Next's layers at 1B activated of 9.5B parameters: three gated DeltaNet layers, twice as many value as key heads, to one gated
+    softmax layer with normalised queries and keys and a quarter of its channels rotated; mixtures of experts throughout.
 
     Command: `python launch.py train qwen3_next_1b --data.source CORPUS --mesh.fsdp 64`. Device: 64 accelerators.
     Expected: not published at this size; not yet run here.
@@ -174,14 +174,19 @@ def qwen3_next_1b() -> ExperimentConfig:
     )
     experts = MoEConfig(num_experts=128, top_k=10, num_shared_experts=1, hidden_dim=640)
     model = _lm(
-        "gated_deltanet*3,softmax", {"gated_deltanet": linear, "softmax": softmax}, d_model=1536, num_layers=24, moe=experts
+        "gated_deltanet*3,softmax",
+        {"gated_deltanet": linear, "softmax": softmax},
+        d_model=1536,
+        num_layers=24,
+        moe=experts,
+        norm_kind="rms_1p",
     )
     return _run("qwen3_next_1b", model, steps=40_000, batch_size=512)
 
 
 def minimax_1b() -> ExperimentConfig:
-    """MiniMax-01's layers (2501.08313) at 1B activated: seven lightning attention layers to one softmax layer with half of its channels
-    rotated, 2 of 32 experts.
+    """MiniMax-01's layers (2501.08313) at 1B activated of 14.9B parameters: seven lightning attention layers to one softmax layer with half
+    of its channels rotated, 2 of 32 experts.
 
     Command: `python launch.py train minimax_1b --data.source CORPUS --mesh.fsdp 64`. Device: 64 accelerators.
     Expected: not published at this size; not yet run here.

@@ -24,7 +24,8 @@ from plait.models.mixers.linear.recurrent import Decayed, Recurrent
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GLAConfig(MixerConfig):
-    """`S_t = Diag(exp g_t) S_{t-1} + k_t v_t^T`, `o_t = S_t^T q_t / sqrt(K)`, `g = logsigmoid(W2 W1 x + b) / gate_normalizer`."""
+    """`S_t = Diag(exp g_t) S_{t-1} + k_t v_t^T`, `o_t = S_t^T q_t / sqrt(K)`, `g = logsigmoid(W2 W1 x + b) / gate_normalizer`;
+    outputs are RMS-normalised by head and gated by `silu(W_g x)`."""
 
     num_heads: Heads = 4
     """Heads; the state of each is (expand_k d_model / num_heads) x (expand_v d_model / num_heads)."""

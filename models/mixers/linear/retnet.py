@@ -25,7 +25,8 @@ from plait.models.rope import rotate
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RetNetConfig(MixerConfig):
-    """`S_t = (1 - 2^(-5-h)) S_{t-1} + k_t v_t^T`, `o_t = S_t^T q_t / sqrt(K)` in head h = 0, 1, ..., with q and k rotated."""
+    """`S_t = (1 - 2^(-5-h)) S_{t-1} + k_t v_t^T`, `o_t = S_t^T q_t / sqrt(K)` in head h = 0, 1, ..., with q and k rotated;
+    outputs are RMS-normalised by head and gated by `silu(W_g x)`."""
 
     num_heads: Heads = 4
     """Heads; the state of each is (d_model / num_heads) x (expand_v d_model / num_heads)."""
