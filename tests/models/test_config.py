@@ -207,7 +207,7 @@ def test_with_vocab_settles_the_vocabulary():
         ),
         pytest.param(
             lambda: RetNetConfig(num_heads=3).dims(64),
-            r"2 \* num_heads=6 must divide d_model=64; use one of 1, 2, 4",
+            r"num_heads=3 must divide d_model / 2=32; use one of 1, 2, 4",
             id="odd-retnet-heads",
         ),
     ],
