@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -21,7 +21,7 @@ ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {
     "F32": np.dtype("float32"),
     "F16": np.dtype("float16"),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "BF16": np.dtype(jnp.bfloat16),
     "F64": np.dtype("float64"),
 }
 """Those that weights can have, by the name in the file."""
