@@ -22,7 +22,7 @@ USAGE = """usage: launch.py [--verbose] COMMAND ...
   report RUN [RUN ...] [--out FOLDER]
   write-launch gke|slurm|tpu-vm PRESET [train options] --target v5e:16x16 [--slices 2] [--out FOLDER]   (write-launch gke --help lists the rest)
   convert inspect DIR | convert import DIR RUN | convert export RUN DIR                                   (published models: docs/conversion.md)
-  list presets|mixers|channel-mixers|positions|optimizers|tasks|probes|kernels [NAME ...]
+  list presets|mixers|channel-mixers|positions|optimizers|tasks|probes|kernels|model-types [NAME ...]
 
 Results are written to standard output, all else to standard error. --verbose before COMMAND says more, such as why no other kernel ran.
 """

@@ -25,6 +25,7 @@ KINDS = {
     "optimizer": "plait.configs.optimizer",
     "task": "plait.data.tasks.base",
     "probe": "plait.train.probes.base",
+    "model type": "plait.models.hf.base",
 }
 """The kinds of components, and the module that makes the registry of each."""
 WIDTH, LENGTH = 1024, 4096
@@ -95,6 +96,10 @@ COLUMNS: dict[str, dict[str, Callable[[type[Any]], str]]] = {
         "forward FLOPs per token": lambda config: f"{config().flops(WIDTH) / 1e6:.1f}M",
     },
     "position": {"where it acts": lambda config: config.place, "what it is": summary},
+    "model type": {
+        "class in transformers": lambda family: family.architecture,
+        "models": lambda family: (inspect.getdoc(inspect.getmodule(family)) or "").split("\n")[0],
+    },
     "probe": {
         "what it is": summary,
         "statistics": lambda probe: ", ".join(one.name for one in probe.statistics),

@@ -18,7 +18,7 @@ class Plait(Family):
     """`config.json` has the model's config under `model`, as a run folder's has; tensors have the dotted paths of parameters, repeated layers
     being rows of one."""
 
-    architecture = "PlaitForCausalLM"
+    architecture = "PlaitForCausalLM"  # which transformers has not
 
     def model(self, values):
         return codec.decode(LMConfig, values("model", dict), "model")
