@@ -55,11 +55,11 @@ class Gemma2(Decoder):
 
     def own_values(self, model, mixers):
         first = mixers[0]
-        scale = first.head_dim**-0.5 if first.scale is None else first.scale
+        scalar = round((first.head_dim**-0.5 if first.scale is None else first.scale) ** -2, 6)
         return {
             **super().own_values(model, mixers),
             **write_windows([mixer.window_size for mixer in mixers]),
-            "query_pre_attn_scalar": round(scale**-2, 6),
+            "query_pre_attn_scalar": int(scalar) if scalar.is_integer() else scalar,
             "attn_logit_softcapping": first.logit_soft_cap,
             "final_logit_softcapping": model.logit_soft_cap,
         }

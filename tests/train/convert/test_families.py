@@ -78,6 +78,9 @@ def test_the_family_is_found_by_what_the_model_is(imported):
     assert family == source.family
     known = {key: value for key, value in source.fields.items() if value is not None}
     assert {key: fields[key] for key in fields.keys() & known.keys() if fields[key] != known[key]} == {}
+    assert {
+        key for key in fields.keys() & known.keys() if type(fields[key]) is not type(known[key])
+    } == set()  # as strict readers want
     found, _ = home(model.config)
     assert found.name != "plait"
 
