@@ -59,8 +59,8 @@ def test_logits_and_greedy_tokens_are_theirs(imported):
     np.testing.assert_array_equal(logits.argmax(-1)[:, ids.shape[1] - 1 : -1], greedy)
 
 
-def test_the_same_bits_go_back(imported):
-    source, weights, lines, model = imported
+def goes_back(model, weights, lines) -> list[str]:
+    """The tensors that a model gives, each of which is what was read."""
     params = {".".join(map(str, path)): v[...] for path, v in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     names = []
     for name, line, index in written(lines):
@@ -69,6 +69,12 @@ def test_the_same_bits_go_back(imported):
         assert (back.shape, back.dtype) == (there.shape, there.dtype), name
         np.testing.assert_array_equal(back, there, err_msg=name)
         names.append(name)
+    return names
+
+
+def test_the_same_bits_go_back(imported):
+    source, weights, lines, model = imported
+    names = goes_back(model, weights, lines)
     assert sorted(names) == sorted(name for name in weights if name != "lm_head.weight" or not source.model.tie_embeddings)
 
 
@@ -85,7 +91,7 @@ def test_the_family_is_found_by_what_the_model_is(imported):
     assert found.name != "plait"
 
 
-def test_several_devices_hold_the_same(imported):
+def test_several_devices_hold_and_give_the_same(imported):
     source, weights, lines, model = imported
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     try:
@@ -94,6 +100,7 @@ def test_several_devices_hold_the_same(imported):
         pytest.skip(f"the mesh does not divide it: {error}")
     for one, other in zip(jax.tree.leaves(nnx.state(model)), jax.tree.leaves(nnx.state(spread)), strict=True):
         np.testing.assert_array_equal(one, other)
+    goes_back(spread, weights, lines)
 
 
 def test_every_family_has_a_golden_model():
