@@ -1,7 +1,7 @@
 """The architectures that the field publishes, at sizes that one compares: linear and hybrid models in their published shapes.
 
 Rows of 4,096 tokens unless a shape has its own. Give your corpus with `--data.source` (a folder of .txt, .jsonl or .parquet files).
-None has been run on hardware yet; each is planned for a pod (`docs/reproductions.md`).
+None has been run on hardware yet; `docs/reproductions.md` has the plans that were made.
 """
 
 from plait.configs.experiment import ExperimentConfig

@@ -125,21 +125,19 @@ class Activations:
 
 def saved_activations(config: ExperimentConfig, blueprint: Blueprint, generation: str | None) -> Activations:
     """Traces the loss and adds up what its backward pass is given, kernels' residuals included; nothing is compiled."""
-    return _saved(config.model, config.data.seq_len, generation, blueprint.config.seed)
+    data = dataclasses.replace(config.data, batch_size=_ROWS)
+    return _saved(config.model, data, generation, blueprint.config.seed)
 
 
 _ROWS = 251  # of the traced batch: a prime, by which the arrays with a row axis are told from the others
 
 
 @functools.lru_cache(maxsize=32)
-def _saved(model: Any, seq_len: int, generation: str | None, seed: int) -> Activations:
+def _saved(model: Any, data: Any, generation: str | None, seed: int) -> Activations:
     from plait.configs.optimizer import optimizer
-    from plait.data.config import DataConfig
 
-    config = ExperimentConfig(
-        name="activations", steps=2, model=model, data=DataConfig(seq_len=seq_len, batch_size=_ROWS),
-        optimizer=optimizer("adamw", warmup_steps=0), seed=seed,
-    )  # fmt: skip
+    adamw, seq_len = optimizer("adamw", warmup_steps=0), data.seq_len
+    config = ExperimentConfig(name="activations", steps=2, model=model, data=data, optimizer=adamw, seed=seed)
     blueprint = Blueprint(config)
     params, buffers = blueprint.shapes()
     batch = Batch(*(jax.ShapeDtypeStruct((_ROWS, seq_len), kind) for kind in (jnp.int32,) * 4 + (jnp.float32,)))

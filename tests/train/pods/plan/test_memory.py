@@ -6,6 +6,10 @@ import sys
 
 import pytest
 
+from plait.configs.cli import parse_experiment
+from plait.train.pods.plan.memory import saved_activations
+from plait.train.state import Blueprint
+
 RUN = """
 import threading, time
 from pathlib import Path
@@ -59,3 +63,12 @@ def test_a_run_takes_the_planned_memory():
     planned, measured = map(float, done.stdout.split("MEASURED ")[1].split())
     assert planned > 50e6
     assert measured == pytest.approx(planned, rel=0.1)
+
+
+def test_activations_of_a_model_that_is_not_causal_are_counted():
+    """For whose task no other stands in."""
+    config = parse_experiment(
+        "lm_tiny", ["--data.task", "mlm", "--model.no-causal", "--model.pattern", "softmax", "--model.vocab-size", "512"]
+    )
+    found = saved_activations(config, Blueprint(config), None)
+    assert found.whole > 0 and found.divided > 0
