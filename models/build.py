@@ -72,7 +72,7 @@ class BuildContext:
     param_dtype: Any = jnp.float32
     compute_dtype: Any = jnp.float32
     norm_kind: NormKind = "rms"
-    """Of the norms of the residual stream, and of queries and keys where a layer has them."""
+    """Of the norms of the residual stream, and of softmax attention's queries and keys."""
     sigma_reparam: SigmaReparam | None = None
     defer_vectors: bool = False
     """Whether `start_singular_vectors` of the whole model will find those of sigmaReparam, in place of each layer its own."""

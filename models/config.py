@@ -85,8 +85,8 @@ class LMConfig(Config):
     norm: Norm = "pre"
     """`x + f(norm(x))`, `norm(x + f(x))`, `x + f(x)`, `x + norm(f(x))` (`output`, OLMo 2) or `x + norm(f(norm(x)))` (`both`, Gemma 2)."""
     norm_kind: NormKind = "rms"
-    """`x / rms(x) * scale`; `rms_1p`: with 1 + scale, which decay draws to 1 (Gemma, Qwen3-Next); `layer`: with mean and bias (GPT-2). Also
-    that of queries and keys where a mixer has them."""
+    """`x / rms(x) * scale`; `rms_1p`: times 1 + scale (Gemma, Qwen3-Next); `layer`: with mean and bias (GPT-2). Also the kind of softmax
+    attention's norms of queries and keys."""
     norm_eps: Epsilon = 1e-6
     """Epsilon of the norms of the residual stream."""
     parallel_block: bool = False

@@ -35,7 +35,9 @@ class RMSNorm(nnx.Module):
         x32 = grouped.reshape(x.shape)
         if self.scale is None:
             return x32.astype(x.dtype)
-        scale = self.offset + self.scale[...].astype(jnp.float32) if self.offset else self.scale[...].astype(jnp.float32)
+        scale = self.scale[...].astype(jnp.float32)
+        if self.offset:
+            scale = self.offset + scale
         return (x32 * scale.reshape((1,) * (x.ndim - 1) + scale.shape)).astype(x.dtype)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from plait.configs.components import Component, Registry
@@ -73,6 +73,14 @@ class Family(Component, abc.ABC):
 
     architecture: ClassVar[str]
     """The class of `transformers` that its causal language models name."""
+    base: ClassVar[str] = "model."
+    """Before the names of all tensors but the head's; files that were saved without the head lack it."""
+    head: ClassVar[str] = "lm_head.weight"
+    """The head's tensor."""
+    layers_name: ClassVar[str] = "layers"
+    """Under which the layers are."""
+    around: ClassVar[Mapping[str, str]] = {"embed_tokens.weight": "embedding", "norm.weight": "norm.scale"}
+    """Tensors outside the layers, without the base, and the parameters that they are."""
     ignored: ClassVar[tuple[str, ...]] = ()
     """Patterns (`*` for any layer) of tensors that older files hold and that follow from the config."""
 
@@ -82,7 +90,7 @@ class Family(Component, abc.ABC):
 
     @abc.abstractmethod
     def values(self, model: LMConfig) -> dict[str, Any]:
-        """The config that describes a model. Raises Unfit where the family has no such models."""
+        """The config that describes a model, but for `architectures` and `model_type`. Raises Unfit where the family has no such models."""
 
     @abc.abstractmethod
     def layer(self, model: LMConfig, index: int, layer: Layer) -> Iterator[Line]:
@@ -90,20 +98,21 @@ class Family(Component, abc.ABC):
 
     def outside(self, model: LMConfig) -> Iterator[Line]:
         """The lines of embedding, final norm and head."""
-        yield Line(("model.embed_tokens.weight",), (Place("embedding"),), Same())
-        yield Line(("model.norm.weight",), (Place("norm.scale"),), Same())
+        for name, path in self.around.items():
+            yield Line((self.base + name,), (Place(path),), Same())
         if not model.tie_embeddings:
-            yield Line(("lm_head.weight",), (Place("head.kernel"),), Transposed())
+            yield Line((self.head,), (Place("head.kernel"),), Transposed())
 
-    def layer_prefix(self, index: int) -> str:
-        """Before the names of a layer's tensors."""
-        return f"model.layers.{index}."
+    @property
+    def embedding(self) -> str:
+        """The embedding's tensor."""
+        return self.base + next(name for name, path in self.around.items() if path == "embedding")
 
     def table(self, model: LMConfig) -> list[Line]:
         """All lines, those of one array together."""
         lines = list(self.outside(model))
         for index, place in enumerate(layer_places(model)):
-            lines += self.layer(model, index, Layer(place, self.layer_prefix(index)))
+            lines += self.layer(model, index, Layer(place, f"{self.base}{self.layers_name}.{index}."))
         order: dict[str, int] = {}
         for line in lines:
             order.setdefault(line.places[0].path, len(order))

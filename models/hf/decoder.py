@@ -68,7 +68,6 @@ class Decoder(Family, abc.ABC):
     """Names and fields as in Llama; a family overrides what is its own."""
 
     def model(self, values: Values) -> LMConfig:
-        values.only("pretraining_tp", 1)
         depth, width = values("num_hidden_layers", int), values("hidden_size", int)
         layers = self.layers(values, depth, width)
         names = self._names(layers)
@@ -143,8 +142,6 @@ class Decoder(Family, abc.ABC):
             raise Unfit(f"channel_mixer={getattr(mlp, 'name', None)!r} is no gated MLP")
         heads, kv_heads = first.heads(model.d_model)
         return {
-            "architectures": [self.architecture],
-            "model_type": self.name,
             "vocab_size": model.vocab_size,
             "hidden_size": model.d_model,
             "intermediate_size": mlp.width(model.d_model),

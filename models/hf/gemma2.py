@@ -51,7 +51,7 @@ class Gemma2(Decoder):
 
     def windows(self, values, depth):
         default = [FULL if (index + 1) % 2 == 0 else WINDOW for index in range(depth)]
-        return read_windows(values, depth, default, values("sliding_window", int, 4096))
+        return read_windows(values, depth, default, values.or_null("sliding_window", int, 4096))
 
     def own_values(self, model, mixers):
         first = mixers[0]

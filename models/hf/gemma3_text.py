@@ -27,7 +27,7 @@ class Gemma3Text(Gemma2):
     def windows(self, values, depth):
         every = values("sliding_window_pattern", int, values("_sliding_window_pattern", int, 6))
         default = [FULL if (index + 1) % every == 0 else WINDOW for index in range(depth)]
-        return read_windows(values, depth, default, values("sliding_window", int, 4096))
+        return read_windows(values, depth, default, values.or_null("sliding_window", int, 4096))
 
     def positions(self, values, window):
         local = values("rope_local_base_freq", float, None)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from types import MappingProxyType as Fixed
 
 from plait.models.channel_mixers.mlp import MLPConfig
 from plait.models.config import LMConfig
-from plait.models.hf.base import Family, Line, Unfit, register
+from plait.models.hf.base import Family, Unfit, register
 from plait.models.hf.decoder import read_activation, write_activation
-from plait.models.hf.places import Place
-from plait.models.hf.transforms import Fused, Same, Transposed
+from plait.models.hf.transforms import Fused
 from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.models.positions.learned import LearnedConfig
 
@@ -21,7 +21,11 @@ class GPT2(Family):
 
     architecture = "GPT2LMHeadModel"
     ignored = ("transformer.h.*.attn.bias", "transformer.h.*.attn.masked_bias")
-    inner = "transformer."
+    base = "transformer."
+    layers_name = "h"
+    around = Fixed(
+        {"wte.weight": "embedding", "wpe.weight": "positions.table", "ln_f.weight": "norm.scale", "ln_f.bias": "norm.bias"}
+    )
 
     def model(self, values):
         width = values("n_embd", int)
@@ -53,8 +57,6 @@ class GPT2(Family):
         if not (isinstance(mixer, SoftmaxConfig) and isinstance(mlp, MLPConfig) and isinstance(positions, LearnedConfig)):
             raise Unfit("a GPT-2 has softmax attention, a plain MLP and learned positions")
         return {
-            "architectures": [self.architecture],
-            "model_type": self.name,
             "vocab_size": model.vocab_size,
             "n_embd": model.d_model,
             "n_layer": model.num_layers,
@@ -65,17 +67,6 @@ class GPT2(Family):
             "layer_norm_epsilon": model.norm_eps,
             "tie_word_embeddings": model.tie_embeddings,
         }
-
-    def outside(self, model):
-        yield Line((f"{self.inner}wte.weight",), (Place("embedding"),), Same())
-        yield Line((f"{self.inner}wpe.weight",), (Place("positions.table"),), Same())
-        yield Line((f"{self.inner}ln_f.weight",), (Place("norm.scale"),), Same())
-        yield Line((f"{self.inner}ln_f.bias",), (Place("norm.bias"),), Same())
-        if not model.tie_embeddings:
-            yield Line(("lm_head.weight",), (Place("head.kernel"),), Transposed())
-
-    def layer_prefix(self, index):
-        return f"{self.inner}h.{index}."
 
     def layer(self, model, index, layer):
         parts = tuple(f"mixer.{name}" for name in "qkv")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from types import MappingProxyType as Fixed
 
 from plait.models.channel_mixers.mlp import MLPConfig
 from plait.models.config import LMConfig
-from plait.models.hf.base import Family, Line, Unfit, register
+from plait.models.hf.base import Family, Unfit, register
 from plait.models.hf.decoder import read_activation, write_activation
-from plait.models.hf.places import Place
 from plait.models.hf.rope import read_rope, write_rope
-from plait.models.hf.transforms import Fused, Same, Transposed
+from plait.models.hf.transforms import Fused
 from plait.models.mixers.full.softmax import SoftmaxConfig
 
 
@@ -20,6 +20,11 @@ class GPTNeoX(Family):
     """Queries, keys and values are one tensor, head by head."""
 
     architecture = "GPTNeoXForCausalLM"
+    base = "gpt_neox."
+    head = "embed_out.weight"
+    around = Fixed(
+        {"embed_in.weight": "embedding", "final_layer_norm.weight": "norm.scale", "final_layer_norm.bias": "norm.bias"}
+    )
     ignored = (
         "gpt_neox.layers.*.attention.bias",
         "gpt_neox.layers.*.attention.masked_bias",
@@ -59,8 +64,6 @@ class GPTNeoX(Family):
         if not (isinstance(mixer, SoftmaxConfig) and isinstance(mlp, MLPConfig)):
             raise Unfit("a GPT-NeoX has softmax attention and a plain MLP")
         return {
-            "architectures": [self.architecture],
-            "model_type": self.name,
             "vocab_size": model.vocab_size,
             "hidden_size": model.d_model,
             "intermediate_size": mlp.width(model.d_model),
@@ -73,16 +76,6 @@ class GPTNeoX(Family):
             "attention_bias": mixer.qkv_bias,
             "rope_parameters": {"partial_rotary_factor": 1.0, **write_rope(mixer.positions)},
         }
-
-    def outside(self, model):
-        yield Line(("gpt_neox.embed_in.weight",), (Place("embedding"),), Same())
-        yield Line(("gpt_neox.final_layer_norm.weight",), (Place("norm.scale"),), Same())
-        yield Line(("gpt_neox.final_layer_norm.bias",), (Place("norm.bias"),), Same())
-        if not model.tie_embeddings:
-            yield Line(("embed_out.weight",), (Place("head.kernel"),), Transposed())
-
-    def layer_prefix(self, index):
-        return f"gpt_neox.layers.{index}."
 
     def layer(self, model, index, layer):
         mixer = model.layer_mixers[index]

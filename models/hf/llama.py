@@ -15,3 +15,7 @@ class Llama(Decoder):
 
     architecture = "LlamaForCausalLM"
     ignored = ("model.layers.*.self_attn.rotary_emb.inv_freq",)
+
+    def stream(self, values, width):
+        values.passed_over(("is_llama_config",))
+        return {}

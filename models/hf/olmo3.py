@@ -23,7 +23,7 @@ class OLMo3(OLMo2):
 
     def windows(self, values, depth):
         default = [FULL if (index + 1) % 4 == 0 else WINDOW for index in range(depth)]
-        return read_windows(values, depth, default, values("sliding_window", int, 4096))
+        return read_windows(values, depth, default, values.or_null("sliding_window", int, 4096))
 
     def rope(self, mixers):
         return {WINDOW if mixer.window_size else FULL: write_rope(mixer.positions) for mixer in mixers}

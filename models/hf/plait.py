@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import MappingProxyType as Fixed
 
 from plait.configs import codec
 from plait.models.config import LMConfig
@@ -19,6 +20,9 @@ class Plait(Family):
     being rows of one."""
 
     architecture = "PlaitForCausalLM"  # which transformers has not
+    base = ""
+    head = "head.kernel"
+    around = Fixed({"embedding": "embedding"})
 
     def model(self, values):
         return codec.decode(LMConfig, values("model", dict), "model")
@@ -26,7 +30,7 @@ class Plait(Family):
     def values(self, model):
         if model.sigma_reparam is not None:
             raise Unfit("sigma_reparam is to be folded first")
-        return {"architectures": [self.architecture], "model_type": self.name, "model": codec.encode(model)}
+        return {"model": codec.encode(model)}
 
     def layer(self, model, index, layer):
         raise NotImplementedError("tensors are not by layer here")

@@ -20,7 +20,7 @@ class Qwen2(Decoder):
         return dataclasses.replace(super().attention(values, width), qkv_bias=True)
 
     def windows(self, values, depth):
-        window = values("sliding_window", int, 4096)
+        window = values.or_null("sliding_window", int, 4096)
         used = values("use_sliding_window", bool, False)
         first = values("max_window_layers", int, 28)
         default = [WINDOW if used and index >= first else FULL for index in range(depth)]

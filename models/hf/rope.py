@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import types
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +13,6 @@ from plait.models.positions.base import PositionConfig
 from plait.models.positions.rotary import RotaryConfig
 from plait.models.positions.rotary_linear import LinearRotaryConfig
 from plait.models.positions.rotary_llama3 import Llama3RotaryConfig
-from plait.models.positions.rotary_ntk import NTKRotaryConfig
 from plait.models.positions.rotary_yarn import YarnRotaryConfig
 
 
@@ -110,6 +108,6 @@ def write_rope(positions: PositionConfig | None) -> dict[str, Any]:
         for name in ("beta_fast", "beta_slow", "truncate", "attention_factor"):
             if getattr(positions, name) != getattr(plain, name):
                 found[name] = getattr(positions, name)
-    elif isinstance(positions, NTKRotaryConfig) or dataclasses.fields(positions) != dataclasses.fields(RotaryConfig):
+    elif type(positions) is not RotaryConfig:
         raise Unfit(f"positions={positions.name!r} have no name there")
     return found

@@ -30,7 +30,7 @@ class SmolLM3(Decoder):
     def windows(self, values, depth):
         used = values("use_sliding_window", bool, False)
         window = values("sliding_window", int, None) if used else None
-        values.passed_over(("sliding_window",))
+        values.passed_over(("sliding_window", "max_window_layers"))
         return read_windows(values, depth, [FULL] * depth, window)
 
     def values(self, model):

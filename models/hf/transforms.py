@@ -84,21 +84,6 @@ class Transposed(Alone):
 
 
 @dataclasses.dataclass(frozen=True)
-class Stacked(Transform):
-    """A transposed matrix of each expert to one array `[experts, in, out]`."""
-
-    def read(self, tensors):
-        return [np.stack([tensor.T for tensor in tensors])]
-
-    def write(self, arrays):
-        return [matrix.T for matrix in arrays[0]]
-
-    def shapes(self, arrays):
-        number, rows, columns = arrays[0]
-        return [(columns, rows)] * number
-
-
-@dataclasses.dataclass(frozen=True)
 class Fused(Transform):
     """One tensor to several arrays that stand beside each other in its output axis: all of one after all of another, or, with `groups`, a
     share of each for every group of channels (heads).

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 from plait.models.hf.base import Unfit
-
-T = TypeVar("T", bound=type)
 
 SAYS_NOTHING = frozenset(
     {
@@ -17,6 +15,7 @@ SAYS_NOTHING = frozenset(
         "attn_implementation",
         "auto_map",
         "bos_token_id",
+        "cache_implementation",
         "chunk_size_feed_forward",
         "decoder_start_token_id",
         "dtype",

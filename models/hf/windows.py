@@ -26,6 +26,8 @@ def read_windows(values: Values, depth: int, default: Sequence[str], window: int
     for word in words:
         if word not in (FULL, WINDOW):
             raise Unfit(f"config.json: layer_types has {word!r}, which this family has not; {FULL} and {WINDOW} can be used")
+    if WINDOW in words and window is None:
+        raise Unfit(f"config.json: layer_types has {WINDOW!r} and sliding_window is null; give the number of tokens")
     return [window if word == WINDOW else None for word in words]
 
 

@@ -333,3 +333,22 @@ def test_residual_statistics_do_not_see_padding(hybrid):
     for one, other in zip(extras, changed, strict=True):
         for name in ("residual_top", "residual_median", "residual_peak"):
             assert_close(one.statistics[name], other.statistics[name], err_msg=name)
+
+
+def test_scales_multiply_the_embedding_the_halves_of_blocks_and_the_logits():
+    """Of a model without norms, whose mixer gives zeros, and of one block, by its parts."""
+    ids = tokens(1, 6, seed=0)
+    mixer = {"softmax": SoftmaxConfig.example()}
+    make = lambda **options: build(
+        LMConfig(d_model=64, num_layers=1, pattern="softmax", mixers=mixer, vocab_size=VOCAB, norm="none", **options), seq_len=6
+    )
+    logits = lambda model: call(model, ids, layout((6,), length=6))[0]
+
+    def silent(model):
+        model.stack.rest[0].mixer.o.kernel[...] *= 0
+        return model
+
+    plain = logits(silent(make(channel_mixer=None)))
+    assert_close(logits(silent(make(channel_mixer=None, embedding_scale=3.0))), 3 * plain)
+    assert_close(logits(silent(make(channel_mixer=None, logit_scale=0.25))), 0.25 * plain)
+    assert_close(logits(make(channel_mixer=None, residual_scale=0.5)), (plain + logits(make(channel_mixer=None))) / 2)

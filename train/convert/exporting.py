@@ -24,6 +24,8 @@ from plait.train.convert.weights import ConvertError, Planned, write_weights
 from plait.train.run import Trained, opened
 from plait.train.state import Blueprint
 
+EXPORTED = ("float32", "bfloat16", "float16")
+"""Dtypes of tensors that are written."""
 OWN = "plait"
 """The model type that any model has."""
 _OF_TRAINING = (
@@ -74,13 +76,16 @@ def home(model: LMConfig, model_type: str | None = None) -> tuple[Family, dict[s
             except Unfit:
                 continue
     own = MODEL_TYPES[OWN]()
-    return own, own.values(model)
+    return own, _values(own, model)
 
 
 def _values(family: Family, model: LMConfig) -> dict[str, Any]:
     """The fields of a family's config for a model. Raises Unfit unless they give that very model."""
-    fields = family.values(model)
-    there, here = function_of(family.model(Values(fields))), function_of(model)
+    fields = {"architectures": [family.architecture], "model_type": family.name, **family.values(model)}
+    try:
+        there, here = function_of(family.model(Values(fields))), function_of(model)
+    except ValueError as error:
+        raise Unfit(str(error)) from None
     different = [f"{key}: {here[key]!r} here, {there[key]!r} there" for key in here if here[key] != there[key]]
     if different:
         raise Unfit("; ".join(different)[:600])
@@ -111,7 +116,8 @@ def export_model(
     shapes, _ = blueprint.shapes()
     lines = family.table(model.config)
     check_lines(lines, shapes)
-    kept = np.dtype(dtype or _original(run).get("dtype") or _original(run).get("torch_dtype") or model.config.param_dtype)
+    before = _original(run).get("dtype", _original(run).get("torch_dtype"))
+    kept = np.dtype(dtype or (before if before in EXPORTED else model.config.param_dtype))
     tensors = []
     for name, line, index in written(lines):
         shape = line.transform.shapes([part_shape(place, shapes) for place in line.places])[index]

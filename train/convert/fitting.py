@@ -17,7 +17,8 @@ from plait.models.hf.base import MODEL_TYPES, Family, Line, Unfit
 from plait.models.hf.places import Place
 from plait.models.hf.transforms import Shape
 from plait.models.hf.values import Values
-from plait.train.convert.weights import ConvertError, Weights
+from plait.models.lm import param_shapes
+from plait.train.convert.weights import DTYPES, ConvertError, Weights
 
 CONFIG = "config.json"
 _MOST = 8
@@ -100,12 +101,33 @@ def check_lines(lines: Sequence[Line], shapes: Shapes) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
+class Examined:
+    """A folder whose headers were read."""
+
+    source: Source
+    weights: Weights
+    lines: list[Line]
+    shapes: Shapes
+    match: Match
+
+
+def examined(folder: Path) -> Examined:
+    """Raises ConvertError where it cannot be told what is there."""
+    source, weights = Source.of(folder), Weights(folder)
+    weights.under(source.family.base, source.family.head)
+    lines, shapes = source.family.table(source.model), param_shapes(source.model)
+    check_lines(lines, shapes)
+    return Examined(source, weights, lines, shapes, match(source, weights, lines, shapes))
+
+
+@dataclasses.dataclass(frozen=True)
 class Match:
     """How the tensors of a folder go with the lines of a table."""
 
     missing: list[str]
     unexpected: list[str]
     misshapen: list[str]
+    quantised: list[str]
 
     def check(self, folder: Path) -> None:
         """Raises ConvertError unless each tensor is read once."""
@@ -113,22 +135,25 @@ class Match:
             "missing tensors": self.missing,
             "tensors that nothing reads": self.unexpected,
             "tensors of another shape": self.misshapen,
+            f"quantised tensors, which cannot be trained on (give {', '.join(DTYPES)})": self.quantised,
         }
         _refuse(f"{folder} does not hold the model that its {CONFIG} describes", problems)
 
 
 def match(source: Source, weights: Weights, lines: Sequence[Line], shapes: Shapes) -> Match:
     """The lines against the tensors' names and shapes."""
-    misshapen, asked = [], set()
+    misshapen, quantised, asked = [], [], set()
     for line in lines:
         expected = line.transform.shapes([part_shape(place, shapes) for place in line.places])
         for name, shape in zip(line.tensors, expected, strict=True):
             asked.add(name)
             if name in weights and weights.tensors[name].shape != shape:
                 misshapen.append(f"{name} {list(weights.tensors[name].shape)} for {list(shape)}")
-    ignored = (*source.family.ignored, *(("lm_head.weight",) if source.model.tie_embeddings else ()))
+            if name in weights and weights.tensors[name].dtype not in DTYPES:
+                quantised.append(f"{name} is {weights.tensors[name].dtype}")
+    ignored = (*source.family.ignored, *((source.family.head,) if source.model.tie_embeddings else ()))
     left = [name for name in weights if name not in asked and not _any(name, ignored)]
-    return Match([name for name in asked if name not in weights], left, misshapen)
+    return Match([name for name in asked if name not in weights], left, misshapen, quantised)
 
 
 def _any(name: str, patterns: Iterable[str]) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from plait.configs import codec
 from plait.configs.experiment import ExperimentConfig
@@ -19,10 +20,10 @@ from plait.data.config import DataConfig, DataError
 from plait.data.tokenizer import Tokenizer
 from plait.data.tokenizer_files import load_tokenizer
 from plait.models.config import LMConfig
-from plait.models.lm import param_shapes
 from plait.train.checkpoint import Checkpoints
 from plait.train.convert.arrays import read_arrays
-from plait.train.convert.fitting import Source, check_lines, match
+from plait.train.convert.fitting import CONFIG as CONFIG_FILE
+from plait.train.convert.fitting import Source, examined
 from plait.train.convert.options import ImportOptions
 from plait.train.convert.weights import ConvertError, Weights
 from plait.train.mesh import make_mesh
@@ -52,16 +53,16 @@ def import_model(folder: Path, run: Path, options: ImportOptions) -> ExperimentC
     """
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise ConvertError(f"{str(run)!r} is there already; give a new folder")
-    source, weights = Source.of(folder), Weights(folder)
-    lines, shapes = source.family.table(source.model), param_shapes(source.model)
-    check_lines(lines, shapes)
-    match(source, weights, lines, shapes).check(folder)
+    found = examined(folder)
+    found.match.check(folder)
+    source, weights = found.source, found.weights
+    _check_tied(source, weights)
     tokenizer = _tokenizer(options.tokenizer or folder, source)
     config = _config(source, run, options)
     program = Program.of(config, make_mesh(config.mesh))
     shapes, _ = program.blueprint.shapes()
     shardings, _ = program.blueprint.shardings(program.mesh)
-    params = read_arrays(lines, weights.read, shapes, shardings)
+    params = read_arrays(found.lines, weights.read, shapes, shardings)
     buffers = jax.jit(lambda: program.blueprint.init()[1], out_shardings=program.shardings.buffers)()
     zero = jnp.zeros((), jnp.int32)
     state = TrainState(zero, params, buffers, jax.jit(program.tx.init)(params), None, zero, zero)
@@ -96,6 +97,16 @@ def appearing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
 
 
+def _check_tied(source: Source, weights: Weights) -> None:
+    """Raises ConvertError where a head that is said to be the embedding is there and is another."""
+    head, embedding = source.family.head, source.family.embedding
+    if source.model.tie_embeddings and head in weights and not np.array_equal(weights.read(head), weights.read(embedding)):
+        raise ConvertError(
+            f"{source.folder} has {head} beside {embedding} with other values, and its {CONFIG_FILE} ties them; "
+            "set tie_word_embeddings to false there, or take the tensor out"
+        )
+
+
 def _tokenizer(path: Path, source: Source) -> Tokenizer:
     """That of the model."""
     try:
@@ -115,7 +126,8 @@ def _tokenizer(path: Path, source: Source) -> Tokenizer:
 def _config(source: Source, run: Path, options: ImportOptions) -> ExperimentConfig:
     """The experiment of an imported model: no step of training, and an optimizer without a state."""
     model: LMConfig = dataclasses.replace(source.model, param_dtype=options.param_dtype, compute_dtype=options.compute_dtype)
-    limit = source.fields.get("max_position_embeddings", source.fields.get("n_positions"))
+    positions = model.positions
+    limit = source.fields.get("max_position_embeddings") if positions is None else positions.longest
     most = limit if isinstance(limit, int) else 2048
     return ExperimentConfig(
         name="imported",

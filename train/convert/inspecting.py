@@ -5,27 +5,21 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from plait.models.hf.transforms import size_of
-from plait.models.lm import param_shapes
-from plait.train.convert.fitting import Source, check_lines, match
-from plait.train.convert.weights import Weights
+from plait.train.convert.fitting import examined
 
 
 def describe(folder: Path) -> str:
     """A few lines. Raises ConvertError where it cannot be told."""
-    source, weights = Source.of(folder), Weights(folder)
-    shapes = param_shapes(source.model)
-    lines = source.family.table(source.model)
-    check_lines(lines, shapes)
-    found = match(source, weights, lines, shapes)
+    examination = examined(folder)
+    source, weights, found = examination.source, examination.weights, examination.match
     tensors = weights.tensors.values()
-    dtypes = Counter(tensor.dtype.name for tensor in tensors)
-    size = sum(size_of(tensor.shape, tensor.dtype.itemsize) for tensor in tensors)
+    dtypes = Counter(tensor.dtype for tensor in tensors)
+    size = sum(file.stat().st_size for file in weights.files)
     model = source.model
     rows = {
         "family": f"{source.family.name} ({source.family.architecture})",
         "model": f"{model.num_layers} layers of {model.pattern}, width {model.d_model}, {model.vocab_size} ids",
-        "parameters": f"{sum(a.size for a in shapes.values()) / 1e6:,.1f}M",
+        "parameters": f"{sum(a.size for a in examination.shapes.values()) / 1e6:,.1f}M",
         "tensors": f"{len(weights.tensors)} in {len(weights.files)} files, {size / 1e9:,.2f} GB, "
         + ", ".join(f"{count} {dtype}" for dtype, count in dtypes.items()),
     }
@@ -33,6 +27,7 @@ def describe(folder: Path) -> str:
         "missing": found.missing,
         "read by nothing": found.unexpected,
         "of another shape": found.misshapen,
+        "quantised": found.quantised,
         "beside": weights.other,
     }.items():
         rows[what] = ", ".join(sorted(names)) or "none"

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -18,13 +17,8 @@ from plait.configs.files import read_json
 from plait.models.hf.transforms import Shape, size_of
 
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
-DTYPES = {
-    "F32": np.dtype("float32"),
-    "F16": np.dtype("float16"),
-    "BF16": np.dtype(jnp.bfloat16),
-    "F64": np.dtype("float64"),
-}
-"""Those that weights can have, by the name in the file."""
+DTYPES = ("F32", "F16", "BF16", "F64")
+"""Those that weights can have, as files name them."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 WRAPPERS = ("model.language_model.", "language_model.model.", "model.text_model.")
 """Where multimodal models keep what is `model.` in the language model alone."""
@@ -43,14 +37,15 @@ class Tensor:
     name: str
     """In the file."""
     shape: Shape
-    dtype: np.dtype
+    dtype: str
+    """As the file names it."""
 
 
 class Weights:
     """The tensors of a folder by their names in the language model; reads headers only, until `read`."""
 
     def __init__(self, folder: Path):
-        """Raises ConvertError: no weights, pickled ones, a file cut short or missing, a name twice, or a dtype that is no float."""
+        """Raises ConvertError: no weights, pickled ones, a file cut short or missing, or a name twice."""
         self.folder = folder
         self.files = _files(folder)
         self.tensors: dict[str, Tensor] = {}
@@ -73,6 +68,11 @@ class Weights:
                 self.tensors["lm_head.weight"] = tensor
             else:
                 self.other.append(name)
+
+    def under(self, base: str, head: str) -> None:
+        """Puts `base` before all names but that of the head where no name has it, as in files that were saved without the head."""
+        if not any(name.startswith(base) for name in self.tensors):
+            self.tensors = {name if name == head else base + name: tensor for name, tensor in self.tensors.items()}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)
@@ -152,12 +152,7 @@ def _header(file: Path) -> list[Tensor]:
             facts = [(name, tuple(part.get_shape()), part.get_dtype()) for name, part in parts]
     except (SafetensorError, OSError) as error:
         raise ConvertError(f"{file} is not a whole safetensors file ({error}); download it again") from None
-    for name, _, dtype in facts:
-        if dtype not in DTYPES:
-            raise ConvertError(
-                f"{file}: {name} is {dtype}; quantised weights cannot be trained on, give those of a float dtype ({', '.join(DTYPES)})"
-            )
-    return [Tensor(file, name, shape, DTYPES[dtype]) for name, shape, dtype in facts]
+    return [Tensor(file, name, shape, dtype) for name, shape, dtype in facts]
 
 
 @dataclasses.dataclass(frozen=True)

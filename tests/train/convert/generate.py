@@ -50,7 +50,7 @@ MODELS = {
     "gemma2": ("Gemma2Config", {**BASE, "head_dim": 6, "sliding_window": 8, "query_pre_attn_scalar": 14}),
     "gemma3_text": ("Gemma3TextConfig", {**BASE, "num_hidden_layers": 7, "head_dim": 6, "sliding_window": 8}),
     "gpt2": ("GPT2Config", {"vocab_size": VOCAB, "n_embd": 24, "n_layer": 3, "n_head": 4, "n_positions": 64}),
-    "gpt_neox": ("GPTNeoXConfig", {**HEADS_ALONE, "num_attention_heads": 3}),
+    "gpt_neox": ("GPTNeoXConfig", {**HEADS_ALONE, "hidden_size": 32, "num_attention_heads": 4}),
     "gpt_neox_one_after_the_other": ("GPTNeoXConfig", {**HEADS_ALONE, "use_parallel_residual": False, "rotary_pct": 1.0}),
 }
 

@@ -1,0 +1,123 @@
+"""Configs as they are published, with the number of parameters that their models are known to have."""
+
+import json
+
+import pytest
+
+from plait.models.lm import num_params
+from plait.train.convert.fitting import Source
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 32.0,
+    "high_freq_factor": 4.0,
+    "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def config(model_type, hidden, inner, layers, heads, kv_heads, vocab, **more):
+    """The usual fields."""
+    return {
+        "model_type": model_type,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocab,
+        "initializer_range": 0.02,
+        "attention_dropout": 0.0,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.40.0",
+        "use_cache": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        **more,
+    }
+
+
+PUBLISHED = {
+    "SmolLM2-135M": (
+        config("llama", 576, 1536, 30, 9, 3, 49152, hidden_act="silu", rms_norm_eps=1e-5, rope_theta=100000, is_llama_config=True,
+               rope_interleaved=False, rope_scaling=None, pretraining_tp=1, attention_bias=False, mlp_bias=False,
+               tie_word_embeddings=True, max_position_embeddings=8192),
+        134_515_008,
+    ),
+    "Llama-3.2-1B": (
+        config("llama", 2048, 8192, 16, 32, 8, 128256, head_dim=64, hidden_act="silu", rms_norm_eps=1e-5, rope_theta=500000.0,
+               rope_scaling=LLAMA3, pretraining_tp=1, tie_word_embeddings=True, max_position_embeddings=131072),
+        1_235_814_400,
+    ),
+    "Mistral-7B-v0.1": (
+        config("mistral", 4096, 14336, 32, 32, 8, 32000, hidden_act="silu", rms_norm_eps=1e-5, rope_theta=10000.0,
+               sliding_window=4096, tie_word_embeddings=False, max_position_embeddings=32768),
+        7_241_732_096,
+    ),
+    "Qwen2.5-0.5B": (
+        config("qwen2", 896, 4864, 24, 14, 2, 151936, hidden_act="silu", rms_norm_eps=1e-6, rope_theta=1000000.0,
+               sliding_window=32768, use_sliding_window=False, max_window_layers=24, use_mrope=False, tie_word_embeddings=True,
+               max_position_embeddings=32768),
+        494_032_768,
+    ),
+    "Qwen3-0.6B": (
+        config("qwen3", 1024, 3072, 28, 16, 8, 151936, head_dim=128, hidden_act="silu", rms_norm_eps=1e-6, rope_theta=1000000,
+               rope_scaling=None, sliding_window=None, use_sliding_window=False, max_window_layers=28, attention_bias=False,
+               tie_word_embeddings=True, max_position_embeddings=40960),
+        596_049_920,
+    ),
+    "SmolLM3-3B": (
+        config("smollm3", 2048, 11008, 36, 16, 4, 128256, hidden_act="silu", rms_norm_eps=1e-6, rope_theta=5000000.0,
+               rope_scaling=None, sliding_window=None, use_sliding_window=False, max_window_layers=28, no_rope_layer_interval=4,
+               layer_types=["full_attention"] * 36, no_rope_layers=[1, 1, 1, 0] * 9, pretraining_tp=2, attention_bias=False,
+               mlp_bias=False, tie_word_embeddings=True, max_position_embeddings=65536),
+        3_075_098_624,
+    ),
+    "OLMo-2-0425-1B": (
+        config("olmo2", 2048, 8192, 16, 16, 16, 100352, hidden_act="silu", rms_norm_eps=1e-6, rope_theta=500000,
+               rope_scaling=None, attention_bias=False, tie_word_embeddings=False, max_position_embeddings=4096),
+        1_484_916_736,
+    ),
+    "gemma-2-2b": (
+        config("gemma2", 2304, 9216, 26, 8, 4, 256000, head_dim=256, hidden_act="gelu_pytorch_tanh",
+               hidden_activation="gelu_pytorch_tanh", rms_norm_eps=1e-6, rope_theta=10000.0, sliding_window=4096,
+               attn_logit_softcapping=50.0, final_logit_softcapping=30.0, query_pre_attn_scalar=256, cache_implementation="hybrid",
+               attention_bias=False, max_position_embeddings=8192),
+        2_614_341_888,
+    ),
+    "gemma-3-1b-pt": (
+        config("gemma3_text", 1152, 6912, 26, 4, 1, 262144, head_dim=256, hidden_activation="gelu_pytorch_tanh", rms_norm_eps=1e-6,
+               rope_theta=1000000, rope_local_base_freq=10000, rope_scaling=None, sliding_window=512, sliding_window_pattern=6,
+               query_pre_attn_scalar=256, cache_implementation="hybrid", attn_logit_softcapping=None, final_logit_softcapping=None,
+               attention_bias=False, max_position_embeddings=32768),
+        999_885_952,
+    ),
+    "pythia-70m": (
+        {key: value for key, value in config("gpt_neox", 512, 2048, 6, 8, 8, 50304, hidden_act="gelu", layer_norm_eps=1e-5,
+         rotary_emb_base=10000, rotary_pct=0.25, use_parallel_residual=True, tie_word_embeddings=False,
+         max_position_embeddings=2048).items() if key != "num_key_value_heads"},
+        70_426_624,
+    ),
+    "gpt2": (
+        {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new", "attn_pdrop": 0.1,
+         "embd_pdrop": 0.1, "resid_pdrop": 0.1, "initializer_range": 0.02, "layer_norm_epsilon": 1e-5, "n_ctx": 1024, "n_embd": 768,
+         "n_head": 12, "n_layer": 12, "n_positions": 1024, "summary_activation": None, "summary_first_dropout": 0.1,
+         "summary_proj_to_labels": True, "summary_type": "cls_index", "summary_use_proj": True,
+         "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}}, "vocab_size": 50257},
+        124_439_808,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "parameters"), PUBLISHED.values(), ids=PUBLISHED)
+def test_it_is_read_and_has_its_parameters(fields, parameters, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert num_params(Source.of(tmp_path).model) == parameters
+
+
+def test_older_windows_are_those_of_the_family(tmp_path):
+    """Gemma 3 by its pattern and its bases of rotary embeddings."""
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED["gemma-3-1b-pt"][0]))
+    mixers = Source.of(tmp_path).model.layer_mixers
+    assert [mixer.window_size for mixer in mixers[:7]] == [512] * 5 + [None, 512]
+    assert [mixer.positions.theta for mixer in mixers[4:7]] == [10_000, 1_000_000, 10_000]
