@@ -1,5 +1,7 @@
 """Each family against models that `transformers` saved: logits, greedy tokens, and the same bits back."""
 
+import importlib.util
+import json
 import shutil
 from pathlib import Path
 
@@ -114,3 +116,27 @@ def test_files_saved_without_the_head_and_with_buffers_are_read(tmp_path):
 def test_every_family_has_a_golden_model():
     shown = {Source.of(GOLDEN / name).family.name for name in NAMES}
     assert set(MODEL_TYPES.all()) - {"plait"} == shown
+
+
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers, of the extra oracle")
+def test_transformers_loads_what_goes_out(imported, tmp_path):
+    """Without custom code, every tensor in its place, and its logits are the golden ones."""
+    import torch
+    import transformers
+
+    source, _, lines, model = imported
+    params = {".".join(map(str, path)): v[...] for path, v in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    tensors = {
+        name: line.transform.write([part_of(params[place.path], place) for place in line.places])[index]
+        for name, line, index in written(lines)
+    }
+    save_file({name: np.ascontiguousarray(a) for name, a in tensors.items()}, tmp_path / ONE, metadata={"format": "pt"})
+    _, fields = home(model.config, source.family.name)
+    (tmp_path / "config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None, **fields}))
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    theirs, info = load(tmp_path, output_loading_info=True, attn_implementation="eager")
+    assert not any(info.values()), info
+    golden = load_file(GOLDEN / source.folder.name / "golden.safetensors")
+    with torch.no_grad():
+        logits = theirs.eval()(torch.tensor(golden["ids"])).logits.numpy()
+    assert_close(logits, golden["logits"], dtype="float32")
