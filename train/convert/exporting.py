@@ -144,7 +144,11 @@ def _write_config(new: Path, run: Path, trained: Trained, fields: Mapping[str, A
     same = before.get("model_type") == fields["model_type"]
     base = {key: value for key, value in before.items() if key not in _STALE} if same else {}
     config = {"max_position_embeddings": trained.program.config.data.seq_len, **base, **fields}
-    ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}  # or else a family's own, beyond this vocabulary
+    ids: dict[str, Any] = {
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }  # or else a family's own, beyond this vocabulary
     if trained.tokenizer is not None:
         ids |= {"bos_token_id": trained.tokenizer.bos_id, "eos_token_id": trained.tokenizer.eos_id}
     config = {**ids, **config}
