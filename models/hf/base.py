@@ -27,6 +27,8 @@ class Line:
     tensors: tuple[str, ...]
     places: tuple[Place, ...]
     transform: Transform
+    float32: bool = False
+    """Whether the tensors are float32 in files of any dtype."""
 
 
 class Layer:
@@ -36,13 +38,16 @@ class Layer:
         """Args: `prefix` is of the tensors, with its dot."""
         self.place, self.prefix = place, prefix
 
-    def line(self, tensors: str | tuple[str, ...], paths: str | tuple[str, ...], transform: Transform) -> Line:
+    def line(
+        self, tensors: str | tuple[str, ...], paths: str | tuple[str, ...], transform: Transform, *, float32: bool = False
+    ) -> Line:
         """One of any transform."""
         names, ours = (value if isinstance(value, tuple) else (value,) for value in (tensors, paths))
         return Line(
             tuple(self.prefix + name for name in names),
             tuple(Place(f"{self.place.path}.{path}", self.place.row) for path in ours),
             transform,
+            float32,
         )
 
     def dense(self, name: str, path: str, *, bias: bool = False, transposed: bool = True) -> Iterator[Line]:
@@ -62,9 +67,9 @@ class Layer:
         yield self.same(f"{name}.weight", f"{path}.scale")
         yield self.same(f"{name}.bias", f"{path}.bias")
 
-    def same(self, name: str, path: str) -> Line:
+    def same(self, name: str, path: str, *, float32: bool = False) -> Line:
         """Of a tensor that is the array."""
-        return self.line(name, path, Same())
+        return self.line(name, path, Same(), float32=float32)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from plait.models.hf.base import MODEL_TYPES, Family, Line, Unfit
 from plait.models.hf.places import Place
 from plait.models.hf.transforms import Shape
 from plait.models.hf.values import Values
-from plait.models.lm import param_shapes
+from plait.models.lm import learned_shapes
 from plait.train.convert.weights import DTYPES, ConvertError, Weights
 
 CONFIG = "config.json"
@@ -25,7 +25,7 @@ _MOST = 8
 """Names that an error lists."""
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
-"""Of the model's parameters, by dotted path."""
+"""Of what a model learns, by dotted path."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,7 @@ def part_shape(place: Place, shapes: Shapes) -> Shape:
 
 
 def check_lines(lines: Sequence[Line], shapes: Shapes) -> None:
-    """Raises ConvertError unless the lines fill every parameter once and name every tensor once."""
+    """Raises ConvertError unless the lines fill every array once and name every tensor once."""
     names = Counter(name for line in lines for name in line.tensors)
     places = Counter(place for line in lines for place in line.places)
     rows = lambda path: shapes[path].shape[0] if path.startswith("stack.periods.") else 1
@@ -115,7 +115,7 @@ def examined(folder: Path) -> Examined:
     """Raises ConvertError where it cannot be told what is there."""
     source, weights = Source.of(folder), Weights(folder)
     weights.under(source.family.base, source.family.head)
-    lines, shapes = source.family.table(source.model), param_shapes(source.model)
+    lines, shapes = source.family.table(source.model), learned_shapes(source.model)
     check_lines(lines, shapes)
     return Examined(source, weights, lines, shapes, match(source, weights, lines, shapes))
 
