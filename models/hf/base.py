@@ -45,7 +45,7 @@ class Layer:
         names, ours = (value if isinstance(value, tuple) else (value,) for value in (tensors, paths))
         return Line(
             tuple(self.prefix + name for name in names),
-            tuple(Place(f"{self.place.path}.{path}", self.place.row) for path in ours),
+            tuple(Place(f"{self.place.path}.{path}", self.place.index) for path in ours),
             transform,
             float32,
         )
@@ -61,6 +61,11 @@ class Layer:
         yield self.line(f"{name}.weight", tuple(f"{path}.kernel" for path in paths), transform)
         if bias:
             yield self.line(f"{name}.bias", tuple(f"{path}.bias" for path in paths), transform)
+
+    def expert(self, name: str, path: str, index: int) -> Line:
+        """That of the linear map of one expert, of which there is a stack here."""
+        place = Place(f"{self.place.path}.{path}.kernel", (*self.place.index, index))
+        return Line((f"{self.prefix}{name}.weight",), (place,), Transposed())
 
     def norm(self, name: str, path: str) -> Iterator[Line]:
         """Those of a norm with a bias."""
@@ -86,6 +91,8 @@ class Family(Component, abc.ABC):
     """Under which the layers are."""
     around: ClassVar[Mapping[str, str]] = {"embed_tokens.weight": "embedding", "norm.weight": "norm.scale"}
     """Tensors outside the layers, without the base, and the parameters that they are."""
+    renamed: ClassVar[Mapping[str, str]] = {}
+    """Parts of names that other files have in place of those in the table."""
     ignored: ClassVar[tuple[str, ...]] = ()
     """Patterns (`*` for any layer) of tensors that older files hold and that follow from the config."""
 
