@@ -81,6 +81,8 @@ class Family(Component, abc.ABC):
     """Under which the layers are."""
     around: ClassVar[Mapping[str, str]] = {"embed_tokens.weight": "embedding", "norm.weight": "norm.scale"}
     """Tensors outside the layers, without the base, and the parameters that they are."""
+    renamed: ClassVar[Mapping[str, str]] = {}
+    """Parts of names that other files have in place of those in the table."""
     ignored: ClassVar[tuple[str, ...]] = ()
     """Patterns (`*` for any layer) of tensors that older files hold and that follow from the config."""
 

@@ -8,10 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from plait.models.channel_mixers.gated_mlp import Activation, GatedMLPConfig
-from plait.models.config import LMConfig
+from plait.models.config import LMConfig, pattern_name
 from plait.models.hf.base import Family, Layer, Line, Unfit
 from plait.models.hf.rope import read_rope, write_rope
 from plait.models.hf.values import Values
+from plait.models.mixers.base import MixerConfig
 from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.models.positions.base import PositionConfig
 
@@ -97,7 +98,7 @@ class Decoder(Family, abc.ABC):
         """Options of the model around the layers."""
         return {}
 
-    def layers(self, values: Values, depth: int, width: int) -> list[SoftmaxConfig]:
+    def layers(self, values: Values, depth: int, width: int) -> Sequence[MixerConfig]:
         """The mixer of each layer."""
         mixer = self.attention(values, width)
         own = lambda window: {"window_size": window, "positions": self.positions(values, window)}
@@ -165,9 +166,8 @@ class Decoder(Family, abc.ABC):
         """`rope_parameters`: those of the layers that have positions."""
         return write_rope(next((mixer.positions for mixer in mixers if mixer.positions is not None), None))
 
-    @staticmethod
-    def softmax_layers(model: LMConfig) -> list[SoftmaxConfig]:
-        """The mixers of the layers. Raises Unfit where one is no softmax attention."""
+    def softmax_layers(self, model: LMConfig) -> list[SoftmaxConfig]:
+        """The mixers of the layers that are softmax attention. Raises Unfit where one is that may not be another."""
         mixers = []
         for name, mixer in zip(model.layers, model.layer_mixers, strict=True):
             if type(mixer) is not SoftmaxConfig:
@@ -176,30 +176,45 @@ class Decoder(Family, abc.ABC):
         return mixers
 
     def layer(self, model: LMConfig, index: int, layer: Layer) -> Iterator[Line]:
-        mixer = model.layer_mixers[index]
-        mlp = model.channel_mixer
-        assert isinstance(mixer, SoftmaxConfig) and isinstance(mlp, GatedMLPConfig)
-        for name in "qkv":
+        mixer, mlp = model.layer_mixers[index], model.channel_mixer
+        assert isinstance(mlp, GatedMLPConfig)
+        yield from self.mixer_lines(mixer, model.d_model, layer)
+        for name in ("gate", "up", "down"):
+            yield from layer.dense(f"mlp.{name}_proj", f"channel_mixer.{name}", bias=mlp.use_bias)
+        for theirs, ours in self.norms(mixer).items():
+            yield layer.same(theirs, ours)
+
+    def norms(self, mixer: MixerConfig) -> Mapping[str, str]:
+        """`block`, of a layer with such a mixer."""
+        return self.block
+
+    def mixer_lines(self, mixer: MixerConfig, width: int, layer: Layer) -> Iterator[Line]:
+        """Those of a layer's mixer."""
+        assert isinstance(mixer, SoftmaxConfig)
+        yield from self.query_lines(mixer, width, layer)
+        for name in "kv":
             yield from layer.dense(f"self_attn.{name}_proj", f"mixer.{name}", bias=mixer.qkv_bias)
         yield from layer.dense("self_attn.o_proj", "mixer.o", bias=mixer.o_bias)
         if mixer.qk_norm:
             for name in "qk":
                 yield layer.same(f"self_attn.{name}_norm.weight", f"mixer.{name}_norm.scale")
-        for name in ("gate", "up", "down"):
-            yield from layer.dense(f"mlp.{name}_proj", f"channel_mixer.{name}", bias=mlp.use_bias)
-        for theirs, ours in self.block.items():
-            yield layer.same(theirs, ours)
+
+    def query_lines(self, mixer: SoftmaxConfig, width: int, layer: Layer) -> Iterator[Line]:
+        """Those of the projection to queries."""
+        yield from layer.dense("self_attn.q_proj", "mixer.q", bias=mixer.qkv_bias)
 
     @staticmethod
-    def _names(layers: Sequence[SoftmaxConfig]) -> list[str]:
-        """Pattern names of layers, which differ by their windows or positions."""
+    def _names(layers: Sequence[MixerConfig]) -> list[str]:
+        """Pattern names of layers: of their mixers, or where these are several of a name, by their windows or positions."""
         kinds = list(dict.fromkeys(layers))
-        labels = {kinds[0]: "softmax"} if len(kinds) == 1 else {kind: _label(kind) for kind in kinds}
+        plain = [pattern_name(kind) for kind in kinds]
+        labels = {kind: name if plain.count(name) == 1 else _label(kind) for kind, name in zip(kinds, plain, strict=True)}
         return [labels[layer] for layer in layers]
 
 
-def _label(mixer: SoftmaxConfig) -> str:
-    """A pattern name that says what tells the layers of one model apart."""
+def _label(mixer: MixerConfig) -> str:
+    """A pattern name that says what tells the softmax layers of one model apart."""
+    assert isinstance(mixer, SoftmaxConfig)
     if mixer.window_size is not None:
         return WINDOWED
     return "softmax/nope" if mixer.positions is None else "softmax"

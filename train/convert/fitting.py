@@ -115,6 +115,7 @@ def examined(folder: Path) -> Examined:
     """Raises ConvertError where it cannot be told what is there."""
     source, weights = Source.of(folder), Weights(folder)
     weights.under(source.family.base, source.family.head)
+    weights.rename(source.family.renamed)
     lines, shapes = source.family.table(source.model), param_shapes(source.model)
     check_lines(lines, shapes)
     return Examined(source, weights, lines, shapes, match(source, weights, lines, shapes))
