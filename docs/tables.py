@@ -42,6 +42,7 @@ FLAGS = {
     "position": "model.mixers.softmax.positions.",
     "optimizer": "optimizer.",
     "task": "data.task.",
+    "reshape": "",
 }
 """What the flags of a component's options begin with, by kind; NAME is its own."""
 SHARED: dict[str, type] = {"optimizer": OptimizerConfig}
@@ -168,6 +169,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "position_options": lambda: component_options("position", "####"),
     "optimizer_options": lambda: component_options("optimizer", "####"),
     "task_options": lambda: component_options("task", "####"),
+    "reshape_options": lambda: component_options("reshape", "###"),
     "kernels": kernels,
     "proofs": proofs,
     "presets": preset_table,

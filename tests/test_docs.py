@@ -102,7 +102,7 @@ def test_command_is_known_and_parses(command):
     elif name == "eval":
         parse_eval(rest)
     elif name == "convert":
-        parse(convert.ARGS[rest[0]], rest[1:], prog="launch.py convert")
+        convert.parsed(rest)
     else:
         parse({"generate": GenerateArgs, "report": ReportArgs}[name], rest, prog=f"launch.py {name}")
 

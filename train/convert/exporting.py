@@ -19,7 +19,7 @@ from plait.models.hf.values import Values
 from plait.models.lm import fold, learned_shapes
 from plait.train.convert.arrays import part_of, written
 from plait.train.convert.fitting import CONFIG, check_lines, part_shape
-from plait.train.convert.importing import BESIDE, ORIGINALS, appearing
+from plait.train.convert.importing import BESIDE, ORIGINALS, appearing, require_new
 from plait.train.convert.weights import ConvertError, Planned, write_weights
 from plait.train.run import Trained, opened
 from plait.train.state import Blueprint
@@ -108,8 +108,7 @@ def export_model(
     Raises:
         ConvertError: `folder` holds something, or the model is none of `model_type`.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConvertError(f"{str(folder)!r} is there already; give a new folder")
+    require_new(folder)
     trained = opened(run, step)
     model = fold(trained.program.blueprint.build(trained.params, trained.buffers))
     family, fields = home(model.config, model_type)
