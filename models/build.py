@@ -38,6 +38,10 @@ class Buffer(nnx.Variable):
     """Non-trained state of a layer: sharded and checkpointed like a parameter, never seen by the optimizer."""
 
 
+class Moved(Buffer):
+    """One that training moves and nothing else tells: part of what a model is, which travels with its parameters."""
+
+
 class Keys(Protocol):
     """A stream of random keys, such as `flax.nnx.Rngs`."""
 

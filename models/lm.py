@@ -15,7 +15,7 @@ from plait.configs.components import unchecked
 from plait.kernels import Tokens
 from plait.models.axes import BATCH, EMBED, LENGTH, VOCAB, constrain
 from plait.models.block import Extras
-from plait.models.build import BuildContext, Keys
+from plait.models.build import BuildContext, Keys, Moved
 from plait.models.config import LMConfig
 from plait.models.linear import Dense, dense_layers, start_singular_vectors
 from plait.models.look import Observer
@@ -133,10 +133,10 @@ def num_params(config: LMConfig) -> int:
     return counts[config.layers[0]][0] + sum(counts[name][1] for name in config.layers)
 
 
-def param_shapes(config: LMConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of a model's trained parameters by dotted path."""
-    params = nnx.state(nnx.eval_shape(lambda: LM(config, rngs=nnx.Rngs(0), seq_len=1)), nnx.Param)
-    return {".".join(map(str, path)): jax.ShapeDtypeStruct(p.shape, p.dtype) for path, p in nnx.to_flat_state(params)}
+def learned_shapes(config: LMConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of what training makes of a model, by dotted path: parameters, and buffers that it moves."""
+    learned = nnx.state(nnx.eval_shape(lambda: LM(config, rngs=nnx.Rngs(0), seq_len=1)), nnx.filterlib.Any(nnx.Param, Moved))
+    return {".".join(map(str, path)): jax.ShapeDtypeStruct(v.shape, v.dtype) for path, v in nnx.to_flat_state(learned)}
 
 
 def fold(model: LM) -> LM:

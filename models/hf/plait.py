@@ -10,7 +10,7 @@ from plait.models.config import LMConfig
 from plait.models.hf.base import Family, Line, Unfit, register
 from plait.models.hf.places import Place
 from plait.models.hf.transforms import Same
-from plait.models.lm import param_shapes
+from plait.models.lm import learned_shapes
 
 
 @register("plait", source="docs/conversion.md")
@@ -36,4 +36,4 @@ class Plait(Family):
         raise NotImplementedError("tensors are not by layer here")
 
     def table(self, model):
-        return [Line((path,), (Place(path),), Same()) for path in param_shapes(model)]
+        return [Line((path,), (Place(path),), Same()) for path in learned_shapes(model)]

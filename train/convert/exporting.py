@@ -16,7 +16,7 @@ from plait.configs.files import read_json
 from plait.models.config import LMConfig
 from plait.models.hf.base import MODEL_TYPES, Family, Unfit
 from plait.models.hf.values import Values
-from plait.models.lm import fold
+from plait.models.lm import fold, learned_shapes
 from plait.train.convert.arrays import part_of, written
 from plait.train.convert.fitting import CONFIG, check_lines, part_shape
 from plait.train.convert.importing import BESIDE, ORIGINALS, appearing
@@ -50,7 +50,7 @@ def function_of(model: LMConfig) -> dict[str, Any]:
     found = {key: value for key, value in encode(model).items() if key not in _OF_TRAINING}
     mixers = [encode(mixer.settled(model.d_model)) for mixer in model.layer_mixers]
     channel_mixers = [
-        None if one is None else encode(one.settled(model.d_model)) for one in map(model.channel_mixer_of, model.layers)
+        None if one is None else encode(one.function(model.d_model)) for one in map(model.channel_mixer_of, model.layers)
     ]
     norms = [model.norm_of(name) for name in model.layers]
     return {**found, "mixers": mixers, "channel_mixers": channel_mixers, "norms": norms}
@@ -114,8 +114,8 @@ def export_model(
     model = fold(trained.program.blueprint.build(trained.params, trained.buffers))
     family, fields = home(model.config, model_type)
     blueprint = Blueprint(dataclasses.replace(trained.program.config, model=model.config))
-    params, _ = blueprint.split(model)
-    shapes, _ = blueprint.shapes()
+    params, buffers = blueprint.split(model)
+    arrays, shapes = {**params, **buffers}, learned_shapes(model.config)
     lines = family.table(model.config)
     check_lines(lines, shapes)
     before = _original(run).get("dtype", _original(run).get("torch_dtype"))
@@ -123,10 +123,10 @@ def export_model(
     tensors = []
     for name, line, index in written(lines):
         shape = line.transform.shapes([part_shape(place, shapes) for place in line.places])[index]
-        make = lambda line=line, index=index: line.transform.write([part_of(params[place.path], place) for place in line.places])[
+        make = lambda line=line, index=index: line.transform.write([part_of(arrays[place.path], place) for place in line.places])[
             index
         ]
-        tensors.append(Planned(name, shape, kept, make))
+        tensors.append(Planned(name, shape, np.dtype(np.float32) if line.float32 else kept, make))
     with appearing(folder) as new:
         write_weights(new, sorted(tensors, key=lambda tensor: tensor.name), shard_bytes)
         _write_config(new, run, trained, {**fields, "dtype": kept.name})

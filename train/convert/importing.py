@@ -60,10 +60,13 @@ def import_model(folder: Path, run: Path, options: ImportOptions) -> ExperimentC
     tokenizer = _tokenizer(options.tokenizer or folder, source)
     config = _config(source, run, options)
     program = Program.of(config, make_mesh(config.mesh))
-    shapes, _ = program.blueprint.shapes()
-    shardings, _ = program.blueprint.shardings(program.mesh)
-    params = read_arrays(found.lines, weights.read, shapes, shardings)
+    shapes, shardings = (
+        {**params, **buffers} for params, buffers in (program.blueprint.shapes(), program.blueprint.shardings(program.mesh))
+    )
+    arrays = read_arrays(found.lines, weights.read, shapes, shardings)
+    params = {name: array for name, array in arrays.items() if name in program.blueprint.params}
     buffers = jax.jit(lambda: program.blueprint.init()[1], out_shardings=program.shardings.buffers)()
+    buffers |= {name: array for name, array in arrays.items() if name in buffers}
     zero = jnp.zeros((), jnp.int32)
     state = TrainState(zero, params, buffers, jax.jit(program.tx.init)(params), None, zero, zero)
     with appearing(run) as new:

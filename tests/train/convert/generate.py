@@ -29,6 +29,7 @@ BASE = {
     "pad_token_id": 0,
 }
 HEADS_ALONE = {key: value for key, value in BASE.items() if key != "num_key_value_heads"}
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 12}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -53,6 +54,19 @@ MODELS = {
     "mistral": ("MistralConfig", {**BASE, "head_dim": 8, "sliding_window": 7}),
     "qwen2": ("Qwen2Config", {**BASE, "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}),
     "qwen3": ("Qwen3Config", {**BASE, "head_dim": 10, "tie_word_embeddings": True, "rope_parameters": YARN}),
+    "qwen3_moe": ("Qwen3MoeConfig", {**BASE, **EXPERTS, "num_hidden_layers": 5, "mlp_only_layers": [1], "norm_topk_prob": True}),
+    "qwen3_moe_tied": (
+        "Qwen3MoeConfig",
+        {
+            **BASE,
+            **EXPERTS,
+            "head_dim": 10,
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": 9,
+            "tie_word_embeddings": True,
+        },
+    ),
     "smollm3": ("SmolLM3Config", {**BASE, "num_hidden_layers": 5, "use_sliding_window": False}),
     "olmo2": ("Olmo2Config", BASE),
     "olmo3": ("Olmo3Config", {**BASE, "num_hidden_layers": 5, "sliding_window": 9}),
@@ -79,6 +93,9 @@ def generate(name: str) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=draws))
+        for path, buffer in model.named_buffers():
+            if path.endswith("e_score_correction_bias"):
+                buffer.add_(0.1 * torch.randn(buffer.shape, generator=draws))
         logits = model(ids).logits
         tokens = ids
         for _ in range(STEPS):

@@ -66,6 +66,14 @@ PUBLISHED = {
                tie_word_embeddings=True, max_position_embeddings=40960),
         596_049_920,
     ),
+    "Qwen3-30B-A3B": (
+        config("qwen3_moe", 2048, 6144, 48, 32, 4, 151936, head_dim=128, hidden_act="silu", rms_norm_eps=1e-6, rope_theta=1000000.0,
+               rope_scaling=None, sliding_window=None, use_sliding_window=False, max_window_layers=48, attention_bias=False,
+               decoder_sparse_step=1, mlp_only_layers=[], moe_intermediate_size=768, norm_topk_prob=True, num_experts=128,
+               num_experts_per_tok=8, output_router_logits=False, router_aux_loss_coef=0.001, tie_word_embeddings=False,
+               max_position_embeddings=40960),
+        30_532_122_624,
+    ),
     "SmolLM3-3B": (
         config("smollm3", 2048, 11008, 36, 16, 4, 128256, hidden_act="silu", rms_norm_eps=1e-6, rope_theta=5000000.0,
                rope_scaling=None, sliding_window=None, use_sliding_window=False, max_window_layers=28, no_rope_layer_interval=4,
