@@ -33,6 +33,7 @@ _OF_TRAINING = (
     "mixers",
     "channel_mixer",
     "channel_mixers",
+    "norms",
     "z_loss",
     "remat",
     "param_dtype",
@@ -51,7 +52,8 @@ def function_of(model: LMConfig) -> dict[str, Any]:
     channel_mixers = [
         None if one is None else encode(one.function(model.d_model)) for one in map(model.channel_mixer_of, model.layers)
     ]
-    return {**found, "mixers": mixers, "channel_mixers": channel_mixers}
+    norms = [model.norm_of(name) for name in model.layers]
+    return {**found, "mixers": mixers, "channel_mixers": channel_mixers, "norms": norms}
 
 
 def home(model: LMConfig, model_type: str | None = None) -> tuple[Family, dict[str, Any]]:

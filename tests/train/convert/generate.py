@@ -58,6 +58,15 @@ LLAMA3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
 }
+DELTA = {  # keys and values of one width, or what transformers saves of OLMo Hybrid would be wrong
+    **BASE,
+    "num_hidden_layers": 5,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 9,
+    "linear_value_head_dim": 3,
+    "layer_types": ["linear_attention", "full_attention"] * 2 + ["linear_attention"],
+}
 MODELS = {
     "llama": ("LlamaConfig", {**BASE, "head_dim": 6, "attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3}),
     "llama_tied": ("LlamaConfig", {**BASE, "tie_word_embeddings": True}),
@@ -104,6 +113,9 @@ MODELS = {
     "olmo3": ("Olmo3Config", {**BASE, "num_hidden_layers": 5, "sliding_window": 9}),
     "gemma2": ("Gemma2Config", {**BASE, "head_dim": 6, "sliding_window": 8, "query_pre_attn_scalar": 14}),
     "gemma3_text": ("Gemma3TextConfig", {**BASE, "num_hidden_layers": 7, "head_dim": 6, "sliding_window": 8}),
+    "olmo_hybrid": ("OlmoHybridConfig", {**DELTA, "rope_parameters": {"rope_theta": None, "rope_type": "default"}}),
+    "olmo_hybrid_turned": ("OlmoHybridConfig", {**DELTA, "num_hidden_layers": 2, "layer_types": DELTA["layer_types"][:2]}),
+    "qwen3_5_text": ("Qwen3_5TextConfig", {**DELTA, "head_dim": 8, "linear_value_head_dim": 5, "tie_word_embeddings": True}),
     "gpt2": ("GPT2Config", {"vocab_size": VOCAB, "n_embd": 24, "n_layer": 3, "n_head": 4, "n_positions": 64}),
     "gpt_neox": ("GPTNeoXConfig", {**HEADS_ALONE, "hidden_size": 32, "num_attention_heads": 4}),
     "gpt_neox_one_after_the_other": ("GPTNeoXConfig", {**HEADS_ALONE, "use_parallel_residual": False, "rotary_pct": 1.0}),

@@ -90,6 +90,16 @@ CASES = {
         ),
         "has 'sliding_attention' and sliding_window is null",
     ),
+    "rotary embedding that may be none": (
+        lambda f: edit_config(
+            f,
+            model_type="olmo_hybrid",
+            rope_parameters=None,
+            mlp_bias=None,
+            layer_types=["linear_attention", "full_attention", "linear_attention"],
+        ),
+        'say {"rope_theta": null} for no positions',
+    ),
     "cut short": (lambda f: (f / ONE).write_bytes((f / ONE).read_bytes()[:-100]), "is not a whole safetensors file"),
     "no weights": (lambda f: (f / ONE).unlink(), f"has no {ONE}"),
     "pickles": (lambda f: (f / ONE).rename(f / "pytorch_model.bin"), "pickled files, which run what they hold"),
