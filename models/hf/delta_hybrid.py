@@ -76,7 +76,7 @@ class DeltaHybrid(Decoder, abc.ABC):
             return
         yield from self.linear_lines(mixer, width, layer)
         for name in ("A_log", "dt_bias"):
-            yield layer.same(f"linear_attn.{name}", f"mixer.{name}")
+            yield layer.same(f"linear_attn.{name}", f"mixer.{name}", float32=True)
 
     @abc.abstractmethod
     def linear_lines(self, mixer: GatedDeltaNetConfig, width: int, layer: Layer) -> Iterator[Line]:

@@ -6,7 +6,7 @@ import dataclasses
 import fnmatch
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from plait.models.hf.base import MODEL_TYPES, Family, Line, Unfit
 from plait.models.hf.places import Place
 from plait.models.hf.transforms import Shape
 from plait.models.hf.values import Values
+from plait.models.hf.waiting import WAITING
 from plait.models.lm import learned_shapes
 from plait.train.convert.weights import DTYPES, ConvertError, Weights
 
@@ -73,6 +74,8 @@ class Source:
 def _family(model_type: Any, folder: Path) -> Family:
     if not isinstance(model_type, str):
         raise ConvertError(f"{folder / CONFIG} has no model_type; give the folder of a published model")
+    if model_type in WAITING:
+        raise ConvertError(f"{folder / CONFIG}: model_type={model_type!r} waits for {WAITING[model_type]}, which is not here yet")
     try:
         return MODEL_TYPES[model_type]()
     except ValueError as error:
@@ -152,12 +155,15 @@ def match(source: Source, weights: Weights, lines: Sequence[Line], shapes: Shape
                 misshapen.append(f"{name} {list(weights.tensors[name].shape)} for {list(shape)}")
             if name in weights and weights.tensors[name].dtype not in DTYPES:
                 quantised.append(f"{name} is {weights.tensors[name].dtype}")
-    ignored = (*source.family.ignored, *((source.family.head,) if source.model.tie_embeddings else ()))
+    family, depth = source.family, source.model.num_layers
+    behind = source.fields.get(family.behind or "") or 0
+    ignored = [f"{family.base}{family.layers_name}.{depth + i}.*" for i in range(behind)] + list(family.ignored)
+    ignored += [family.head] if source.model.tie_embeddings else []
     left = [name for name in weights if name not in asked and not _any(name, ignored)]
     return Match([name for name in asked if name not in weights], left, misshapen, quantised)
 
 
-def _any(name: str, patterns: Iterable[str]) -> bool:
+def _any(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
