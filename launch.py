@@ -15,6 +15,7 @@ from plait.train.console import Lines, prepare_streams
 USAGE = """usage: launch.py [--verbose] COMMAND ...
 
   train PRESET [--steps 2000] [--model.pattern "gla*3,softmax"] [--out runs/a] [--resume]   (train PRESET --help lists every option)
+        [--init-from RUN]                                     (the weights of a run; without PRESET its model too: docs/fine-tuning.md)
         [--hosts.local 2 | --hosts.coordinator HOST:PORT --hosts.count N --hosts.index I]                  on many hosts: docs/reliability.md
   plan PRESET --target v5p:4x8x8 [--slices N] [--search [--compile 2]] [--out plans/a] [any option of train]
   eval RUN [--tasks ppl,mqar] [--step N] [--mqar.num-kv-pairs 16] [--data.source other.txt] [--out FILE]

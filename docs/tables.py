@@ -29,6 +29,7 @@ from plait.configs.spike import SpikeConfig
 from plait.data.config import DataConfig
 from plait.kernels import registered
 from plait.models.config import LMConfig
+from plait.models.lora import LoRAConfig
 from plait.models.mixers.base import WrapperConfig
 from plait.train.pods.hosts.host import HostsOptions
 from plait.train.probes import docs as probes
@@ -181,6 +182,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "data": lambda: options(DataConfig, "data."),
     "optimizer": lambda: options(OptimizerConfig, "optimizer."),
     "mesh": lambda: options(MeshConfig, "mesh."),
+    "lora": lambda: options(LoRAConfig, "model.lora."),
     "spike": lambda: options(SpikeConfig, "spike."),
     "hosts": lambda: options(HostsOptions, "hosts."),
     "probe": lambda: options(ProbeConfig, "probe."),

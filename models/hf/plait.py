@@ -28,8 +28,8 @@ class Plait(Family):
         return codec.decode(LMConfig, values("model", dict), "model")
 
     def values(self, model):
-        if model.sigma_reparam is not None:
-            raise Unfit("sigma_reparam is to be folded first")
+        if model.sigma_reparam is not None or model.lora.rank is not None:
+            raise Unfit("sigma_reparam and lora are to be folded first")
         return {"model": codec.encode(model)}
 
     def layer(self, model, index, layer):

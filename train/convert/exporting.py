@@ -39,6 +39,7 @@ _OF_TRAINING = (
     "param_dtype",
     "compute_dtype",
     "sigma_reparam",
+    "lora",
 )
 """Fields that are compared by layer, or say nothing of the function that a folded model is."""
 _STALE = ("rope_theta", "rope_scaling", "torch_dtype", "text_config")
