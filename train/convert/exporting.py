@@ -19,7 +19,8 @@ from plait.models.hf.values import Values
 from plait.models.lm import fold
 from plait.train.convert.arrays import part_of, written
 from plait.train.convert.fitting import CONFIG, check_lines, part_shape
-from plait.train.convert.importing import BESIDE, ORIGINALS, appearing
+from plait.train.convert.importing import ORIGINALS, appearing
+from plait.train.convert.reading import BESIDE
 from plait.train.convert.weights import ConvertError, Planned, write_weights
 from plait.train.run import Trained, opened
 from plait.train.state import Blueprint

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import json
 import re
@@ -31,7 +32,7 @@ class ConvertError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor of a folder."""
+    """A tensor of a published model."""
 
     file: Path
     name: str
@@ -41,16 +42,39 @@ class Tensor:
     """As the file names it."""
 
 
-class Weights:
-    """The tensors of a folder by their names in the language model; reads headers only, until `read`."""
+class Weights(abc.ABC):
+    """The tensors of a published model by their names in the language model; reads headers only, until `read`."""
+
+    files: Sequence[Path]
+    tensors: dict[str, Tensor]
+    other: list[str]
+    """Tensors beside the language model."""
+    dtypes: Sequence[str] = DTYPES
+    """Those that `read` gives numbers of."""
+
+    def under(self, base: str, head: str) -> None:
+        """Puts `base` before all names but that of the head where no name has it, as in files that were saved without the head."""
+        if not any(name.startswith(base) for name in self.tensors):
+            self.tensors = {name if name == head else base + name: tensor for name, tensor in self.tensors.items()}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.tensors
+
+    @abc.abstractmethod
+    def read(self, name: str) -> np.ndarray:
+        """A tensor, in its dtype, or where it is quantised in float32. Raises ConvertError where it cannot be read."""
+
+
+class FolderWeights(Weights):
+    """Those of a folder of safetensors files."""
 
     def __init__(self, folder: Path):
         """Raises ConvertError: no weights, pickled ones, a file cut short or missing, or a name twice."""
-        self.folder = folder
         self.files = _files(folder)
-        self.tensors: dict[str, Tensor] = {}
-        self.other: list[str] = []
-        """Tensors beside the language model."""
+        self.tensors, self.other = {}, []
         found: dict[str, Tensor] = {}
         for file in self.files:
             for tensor in _header(file):
@@ -69,19 +93,7 @@ class Weights:
             else:
                 self.other.append(name)
 
-    def under(self, base: str, head: str) -> None:
-        """Puts `base` before all names but that of the head where no name has it, as in files that were saved without the head."""
-        if not any(name.startswith(base) for name in self.tensors):
-            self.tensors = {name if name == head else base + name: tensor for name, tensor in self.tensors.items()}
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.tensors)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.tensors
-
     def read(self, name: str) -> np.ndarray:
-        """A tensor, in its dtype."""
         tensor = self.tensors[name]
         try:
             with safe_open(tensor.file, framework="numpy") as file:
