@@ -16,18 +16,18 @@ from plait.configs.words import flag, parse
 from plait.train.console import console, write_text
 from plait.train.convert.options import ImportOptions
 
-USAGE = """usage: launch.py convert inspect DIR
-       launch.py convert import DIR RUN [--param-dtype bfloat16] [--seq-len 4096] [--tokenizer FILE] [--mesh.fsdp 8]
+USAGE = """usage: launch.py convert inspect DIR|FILE.gguf
+       launch.py convert import DIR|FILE.gguf RUN [--param-dtype bfloat16] [--seq-len 4096] [--tokenizer FILE] [--mesh.fsdp 8]
        launch.py convert export RUN DIR [--model-type llama] [--dtype bfloat16] [--step N]
        launch.py convert reshape RUN NEW KIND [options of the kind] [--text FILE] [--step N]      (launch.py list reshapes)"""
 
 
 @dataclasses.dataclass(frozen=True)
 class InspectArgs:
-    """Says what a folder of a published model is, and how its tensors go with the model here; reads no weights."""
+    """Says what a published model is, and how its tensors go with the model here; reads no weights."""
 
     folder: Annotated[Path, tyro.conf.Positional]
-    """With config.json and safetensors files."""
+    """With config.json and safetensors files; or a GGUF file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class ImportArgs(ImportOptions):
     """Makes a run folder of a published model."""
 
     folder: Annotated[Path, tyro.conf.Positional]
-    """With config.json, safetensors files and tokenizer.json."""
+    """With config.json, safetensors files and tokenizer.json; or a GGUF file."""
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder to be made."""
 

@@ -23,9 +23,9 @@ from plait.data.tokenizer_files import load_tokenizer
 from plait.models.config import LMConfig
 from plait.train.checkpoint import Checkpoints
 from plait.train.convert.arrays import read_arrays
-from plait.train.convert.fitting import CONFIG as CONFIG_FILE
 from plait.train.convert.fitting import Source, examined
 from plait.train.convert.options import ImportOptions
+from plait.train.convert.reading import CONFIG as CONFIG_FILE
 from plait.train.convert.weights import ConvertError, Weights
 from plait.train.mesh import make_mesh
 from plait.train.program import Program
@@ -34,20 +34,10 @@ from plait.train.state import Arrays, TrainState
 
 ORIGINALS = "published"
 """Folder in a run folder that keeps the files beside the weights, for an export."""
-BESIDE = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
-"""The files that travel; those of weights do not, nor does code."""
 
 
 def import_model(folder: Path, run: Path, options: ImportOptions) -> ExperimentConfig:
-    """Makes the run folder `run` of the published model in `folder`; it appears when it is whole.
+    """Makes the run folder `run` of the published model in `folder`, which may be a GGUF file; it appears when it is whole.
 
     Raises:
         ConvertError: what is there cannot be taken in, or `run` holds something; nothing is written.
@@ -57,7 +47,7 @@ def import_model(folder: Path, run: Path, options: ImportOptions) -> ExperimentC
     found.match.check(folder)
     source, weights = found.source, found.weights
     _check_tied(source, weights)
-    tokenizer = _tokenizer(options.tokenizer or folder, source)
+    tokenizer = _tokenizer(source, options)
     config = _config(source, run, options)
     program = Program.of(config, make_mesh(config.mesh))
     shapes, shardings = (
@@ -70,9 +60,8 @@ def import_model(folder: Path, run: Path, options: ImportOptions) -> ExperimentC
     with new_run(run, program, params, buffers, {"tokenizer": tokenizer.fingerprint}) as new:
         tokenizer.save(new / "tokenizer", tokenizer=str(folder))
         (new / ORIGINALS).mkdir()
-        for name in BESIDE:
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, new / ORIGINALS / name)
+        for name, content in source.reader.beside():
+            (new / ORIGINALS / name).write_bytes(content)
     return config
 
 
@@ -132,10 +121,11 @@ def _check_tied(source: Source, weights: Weights) -> None:
         )
 
 
-def _tokenizer(path: Path, source: Source) -> Tokenizer:
+def _tokenizer(source: Source, options: ImportOptions) -> Tokenizer:
     """That of the model."""
+    path = options.tokenizer or source.folder
     try:
-        tokenizer = load_tokenizer(path)
+        tokenizer = source.reader.tokenizer() if options.tokenizer is None else load_tokenizer(options.tokenizer)
     except DataError as error:
         raise ConvertError(
             f"{path} has no tokenizer that can be used ({error}); give one with --tokenizer, or save it there with "
@@ -154,13 +144,12 @@ def _config(source: Source, run: Path, options: ImportOptions) -> ExperimentConf
     positions = model.positions
     limit = source.fields.get("max_position_embeddings") if positions is None else positions.longest
     most = limit if isinstance(limit, int) else 2048
+    tokenizer = options.tokenizer or (source.folder if source.folder.is_dir() else run)
     return ExperimentConfig(
         name="imported",
         steps=1,
         model=model,
-        data=DataConfig(
-            tokenizer=str((options.tokenizer or source.folder).resolve()), seq_len=options.seq_len or min(2048, most)
-        ),
+        data=DataConfig(tokenizer=str(tokenizer.resolve()), seq_len=options.seq_len or min(2048, most)),
         optimizer=untrained(),
         mesh=options.mesh,
         out=str(run),

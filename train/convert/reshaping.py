@@ -22,10 +22,10 @@ from plait.models.hf.places import Place, layer_places
 from plait.models.hf.transforms import Shape
 from plait.models.lm import fold
 from plait.train.convert.arrays import filled, part_of
-from plait.train.convert.fitting import CONFIG as PUBLISHED_CONFIG
 from plait.train.convert.fitting import Shapes, part_shape
 from plait.train.convert.importing import ORIGINALS, new_run, require_new, untrained
 from plait.train.convert.moved import Moved, moved
+from plait.train.convert.reading import CONFIG as PUBLISHED_CONFIG
 from plait.train.convert.reshapes.base import Making, Reshape, Subject
 from plait.train.convert.weights import ConvertError
 from plait.train.program import Program
