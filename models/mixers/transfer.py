@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -116,10 +116,12 @@ class Transfer(AroundHeads):
             )
         self.config = config
         built = {"mixer": config.mixer.build(d_model, ctx), "teacher": config.teacher.build(d_model, ctx)}
+        found: dict[str, HeadMixer] = {}
         for name, mixer in built.items():
             if not isinstance(mixer, HeadMixer):
                 raise ValueError(f"{name}={getattr(config, name).name} has no heads; use a mixer with heads")
-        self.student, self.inner = built["mixer"], built["teacher"]
+            found[name] = mixer
+        self.student, self.inner = found["mixer"], found["teacher"]
         self.num_heads = self.inner.num_heads
         if config.match == "heads":
             theirs, ours = (_head_shape(mixer, d_model, ctx) for mixer in (self.inner, self.student))
@@ -159,14 +161,15 @@ class Transfer(AroundHeads):
         return heads.astype(jnp.float32), found.astype(jnp.float32)
 
 
-def _train_alone(module: nnx.Module, but: set[str]) -> None:
+def _train_alone(module: Any, but: set[Any]) -> None:
     """Makes the parameters of a module those that are trained, but for the parts named in `but`."""
     for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Param)):
+        *above, name = path
         if path[0] not in but:
             owner = functools.reduce(
-                lambda found, key: found[key] if isinstance(key, int) else getattr(found, key), path[:-1], module
+                lambda found, key: found[key] if isinstance(key, int) else getattr(found, key), above, module
             )
-            setattr(owner, path[-1], Alone(variable[...], **variable.get_metadata()))
+            setattr(owner, str(name), Alone(variable[...], **variable.get_metadata()))
 
 
 def _head_shape(mixer: HeadMixer, d_model: int, ctx: BuildContext) -> tuple[int, ...]:

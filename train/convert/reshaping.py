@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +163,9 @@ def _steps(reshape: Reshape, old: Blueprint, new: Blueprint) -> list[Step]:
     was, now = old.config.model, new.config.model
     steps: list[Step] = []
 
-    def add(makings: Iterable[Making], source: Place | None, target: Place | None, there: Shapes, paths: Iterable[str]) -> None:
+    def add(
+        makings: Iterable[Making], source: Place | None, target: Place | None, there: Collection[str], paths: Iterable[str]
+    ) -> None:
         own = list(makings)
         done = {path for making in own for path in making.targets}
         own += [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Literal
 
 from plait.models.mixers.base import MixerConfig
 from plait.models.mixers.full.softmax import SoftmaxConfig
@@ -29,7 +30,7 @@ class Student:
     inherits: Mapping[str, str] | None
     """Its projections by those of the teacher that they begin as, heads of keys and values repeated where it has more; None: whatever is
     called the same."""
-    trains: str
+    trains: Literal["new", "all"]
     """What attention transfer trains of it: see `TransferConfig`."""
 
 
