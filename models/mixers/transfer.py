@@ -167,7 +167,7 @@ def _train_alone(module: Any, but: set[Any]) -> None:
         *above, name = path
         if path[0] not in but:
             owner = functools.reduce(
-                lambda found, key: found[key] if isinstance(key, int) else getattr(found, key), above, module
+                lambda found, key: found[key] if isinstance(key, int) else getattr(found, str(key)), above, module
             )
             setattr(owner, str(name), Alone(variable[...], **variable.get_metadata()))
 
