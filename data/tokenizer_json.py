@@ -23,6 +23,8 @@ MOST_IDS = 1 << 22
 """Ids are below this: arrays and the embedding have a row for each, used or not."""
 PIECE_CHARS = 1 << 20  # longer texts are encoded in pieces of about this length
 BYTE_OF = {char: byte for byte, char in enumerate(BYTE_CHARS)}
+RARE = frozenset({*range(0x20), 0x7F, 0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 0x100)}) - frozenset(b"\t\n\r")
+"""Bytes of control characters, of planes of Unicode without characters, and of no text at all: published vocabularies lack some (SmolLM2)."""
 _KEEP_TEXT = {"Sequence", "ByteLevel", "Split", "Punctuation", "Digits", "UnicodeScripts", "FixedLength"}
 _PROBE = ["Plain words, 1790.", "  naïve\t日本 \u0301🙂\r\n"]
 
@@ -66,7 +68,8 @@ class JsonTokenizer(Tokenizer):
             part["type"] for name in ("pre_tokenizer", "normalizer") for part in _parts(content[name])
         ]
         _check_ends(vocab, self._ends, where)
-        _check_bytes(content, vocab, self._byte_level, where)
+        lacking = _check_bytes(content, vocab, self._byte_level, where)
+        self._lacking = re.compile(b"[" + re.escape(bytes(lacking)) + b"]") if lacking else None
         self.eos_id, self.bos_id = vocab[self._eos], vocab[self._bos]
         self.vocab_size = max(vocab.values()) + 1
         self._names = {i: name for name, i in vocab.items()}
@@ -81,6 +84,11 @@ class JsonTokenizer(Tokenizer):
         self.encode_batch(_PROBE)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        for text in texts:
+            if self._lacking is not None and (found := self._lacking.search(text.encode())):
+                raise DataError(
+                    f"{self._where} has no token for the byte 0x{found[0].hex()}, which a text has at byte {found.start()}; take it out there"
+                )
         pieces = [[text] if self.changes else split_long(text) for text in texts]
         flat = [piece for text in pieces for piece in text]
         encodings = self._library("cannot read a text", lambda: self._tok.encode_batch_fast(flat, add_special_tokens=False))
@@ -184,8 +192,9 @@ def _check_ends(vocab: Mapping[str, int], ends: tuple[str, str], where: str) -> 
             )
 
 
-def _check_bytes(content: Mapping[str, Any], vocab: Mapping[str, int], byte_level: bool, where: str) -> None:
-    """Raises DataError unless every text has tokens, always the same ones, and their names say which bytes they stand for."""
+def _check_bytes(content: Mapping[str, Any], vocab: Mapping[str, int], byte_level: bool, where: str) -> list[int]:
+    """The bytes without a token, of `RARE`. Raises DataError unless every text without them has tokens, always the same ones, and their
+    names say which bytes they stand for."""
     model = content["model"]
     if byte_level:
         missing = [byte for byte, char in enumerate(BYTE_CHARS) if char not in vocab]
@@ -196,9 +205,9 @@ def _check_bytes(content: Mapping[str, Any], vocab: Mapping[str, int], byte_leve
             f"{where} is neither byte-level nor has byte fallback, so some text has no tokens and bits per byte no meaning; "
             "use such a tokenizer, or data.tokenizer=bpe"
         )
-    if missing:
+    if common := [byte for byte in missing if byte not in RARE]:
         raise DataError(
-            f"{where} has no token for {len(missing)} of the 256 bytes (0x{missing[0]:02x} is the first), so some text has no tokens; "
+            f"{where} has no token for {len(common)} of the 256 bytes (0x{common[0]:02x} is the first), so some text has no tokens; "
             "train it with the whole byte alphabet, or use data.tokenizer=bpe"
         )
     for name in ("end_of_word_suffix", "continuing_subword_prefix"):
@@ -210,6 +219,7 @@ def _check_bytes(content: Mapping[str, Any], vocab: Mapping[str, int], byte_leve
         raise DataError(f"{where} has dropout={model['dropout']}, so that a text has other tokens each time; set it to null")
     if byte_level and "ByteLevel" not in [part["type"] for part in _parts(content["decoder"])]:
         raise DataError(f"{where} is byte-level without the decoder ByteLevel, so its ids give no text; add that decoder")
+    return missing
 
 
 def _changes(content: Mapping[str, Any], byte_level: bool) -> Iterator[str]:

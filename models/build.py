@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from plait.models.axes import Axes
+
+if TYPE_CHECKING:
+    from plait.models.lora import LoRAConfig
 
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 SigmaReparam = Literal["spectral", "one"]
@@ -40,6 +43,14 @@ class Buffer(nnx.Variable):
 
 class Moved(Buffer):
     """One that training moves and nothing else tells: part of what a model is, which travels with its parameters."""
+
+
+class Alone(nnx.Param):
+    """A parameter of a model that trains those of this kind alone."""
+
+
+class Adapter(Alone):
+    """Part of a low-rank adapter."""
 
 
 class Keys(Protocol):
@@ -78,6 +89,8 @@ class BuildContext:
     norm_kind: NormKind = "rms"
     """Of the norms of the residual stream, and of softmax attention's queries and keys."""
     sigma_reparam: SigmaReparam | None = None
+    lora: LoRAConfig | None = None
+    """The adapters that dense layers have."""
     defer_vectors: bool = False
     """Whether `start_singular_vectors` of the whole model will find those of sigmaReparam, in place of each layer its own."""
     first_layers: Mapping[str, int] = dataclasses.field(default_factory=dict)

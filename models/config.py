@@ -11,6 +11,7 @@ from plait.configs.domains import Coefficient, Depth, Epsilon, Line, Positive, V
 from plait.models.build import Norm, NormKind, SigmaReparam
 from plait.models.channel_mixers.base import ChannelMixerConfig
 from plait.models.channel_mixers.gated_mlp import GatedMLPConfig
+from plait.models.lora import LoRAConfig
 from plait.models.mixers.base import MIXERS, Direction, MixerConfig, WrapperConfig
 from plait.models.pattern import Periods, expand_pattern, find_periods, pattern_names, split_name
 from plait.models.positions.base import PositionConfig
@@ -105,6 +106,7 @@ class LMConfig(Config):
     """Coefficient of the mean squared log-normaliser of the output softmax."""
     sigma_reparam: SigmaReparam | None = None
     """Every projection is gain / sigma(W) W (arXiv 2303.06296); gain starts at sigma(W) ("spectral") or at 1 ("one")."""
+    lora: LoRAConfig = LoRAConfig()
     remat: Literal["full", "dots"] | None = None
     """What the backward pass recomputes: all of a period, or all but its weight products; None keeps everything."""
     param_dtype: Dtype = "float32"

@@ -19,6 +19,7 @@ from plait.models.build import BuildContext, Keys, Moved
 from plait.models.config import LMConfig
 from plait.models.linear import Dense, dense_layers, start_singular_vectors
 from plait.models.look import Observer
+from plait.models.lora import LoRAConfig
 from plait.models.mixers.base import State
 from plait.models.norms import make_norm
 from plait.models.stack import Stack
@@ -49,6 +50,7 @@ class LM(nnx.Module):
                 compute_dtype=jnp.dtype(config.compute_dtype),
                 norm_kind=config.norm_kind,
                 sigma_reparam=config.sigma_reparam,
+                lora=None if config.lora.rank is None else config.lora,
                 defer_vectors=True,
                 first_layers=config.first_layers,
             )
@@ -140,16 +142,16 @@ def learned_shapes(config: LMConfig) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def fold(model: LM) -> LM:
-    """`model` with sigmaReparam baked into plain weights: the same function. A plain model is returned as it is."""
-    if model.config.sigma_reparam is None:
+    """`model` with sigmaReparam and adapters baked into plain weights: the same function. A plain model is returned as it is."""
+    if model.config.sigma_reparam is None and model.config.lora.rank is None:
         return model
     values = nnx.to_pure_dict(nnx.state(model))
     for path, layer in dense_layers(model):
         values_of_layer = functools.reduce(lambda tree, key: tree[key], path, values)
         values_of_layer["kernel"] = layer.weight()
-        for name in ("gain", "v", "u"):
-            del values_of_layer[name]
-    config = dataclasses.replace(model.config, sigma_reparam=None)
+        for name in ("gain", "v", "u", "lora_a", "lora_b"):
+            values_of_layer.pop(name, None)
+    config = dataclasses.replace(model.config, sigma_reparam=None, lora=LoRAConfig())
     graph, state = nnx.split(nnx.eval_shape(lambda: LM(config, rngs=nnx.Rngs(0), seq_len=model.seq_len)))
     nnx.replace_by_pure_dict(state, values)
     return nnx.merge(graph, state)

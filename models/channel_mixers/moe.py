@@ -117,8 +117,13 @@ class MoEConfig(ChannelMixerConfig):
         return dataclasses.replace(self, hidden_dim=self.width(d_model), shared_hidden_dim=shared)
 
     def function(self, d_model: int) -> Self:
-        bias = None if self.balance_bias is None else 1.0
-        return dataclasses.replace(self.settled(d_model), balance_loss=None, z_loss=None, balance_bias=bias)
+        found = dataclasses.replace(
+            self.settled(d_model), balance_loss=None, z_loss=None, balance_bias=None if self.balance_bias is None else 1.0
+        )
+        plain = type(self)()
+        if self.num_groups == 1:
+            found = dataclasses.replace(found, group_score_top_k=plain.group_score_top_k)
+        return found if self.swiglu_limit is not None else dataclasses.replace(found, swiglu_alpha=plain.swiglu_alpha)
 
     def flops(self, d_model: int) -> float:
         inner = self.top_k * self.width(d_model) + self.shared_width(d_model)

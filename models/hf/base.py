@@ -93,6 +93,8 @@ class Family(Component, abc.ABC):
     """Tensors outside the layers, without the base, and the parameters that they are."""
     renamed: ClassVar[Mapping[str, str]] = {}
     """Parts of names that other files have in place of those in the table."""
+    behind: ClassVar[str | None] = None
+    """Field of a config that counts layers behind the last one, which predict tokens further ahead and are left out."""
     ignored: ClassVar[tuple[str, ...]] = ()
     """Patterns (`*` for any layer) of tensors that older files hold and that follow from the config."""
 

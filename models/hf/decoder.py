@@ -155,20 +155,25 @@ class Decoder(Family, abc.ABC):
         )
 
     def values(self, model: LMConfig) -> dict[str, Any]:
-        mixers = self.softmax_layers(model)
-        first = mixers[0]
-        heads, kv_heads = first.heads(model.d_model)
         return {
             "vocab_size": model.vocab_size,
             "hidden_size": model.d_model,
             "num_hidden_layers": model.num_layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads,
-            "head_dim": first.head_dim,
             self.eps_key: model.norm_eps,
             "tie_word_embeddings": model.tie_embeddings,
-            "rope_parameters": self.rope(mixers),
             **self.channel_values(model),
+            **self.mixer_values(model),
+        }
+
+    def mixer_values(self, model: LMConfig) -> Mapping[str, Any]:
+        """The fields of the mixers, and those of this family alone. Raises Unfit where the family has no such ones."""
+        mixers = self.softmax_layers(model)
+        heads, kv_heads = mixers[0].heads(model.d_model)
+        return {
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "head_dim": mixers[0].head_dim,
+            "rope_parameters": self.rope(mixers),
             **self.own_values(model, mixers),
         }
 

@@ -86,15 +86,17 @@ class Experts(Decoder, abc.ABC):
         experts = next((one for one in layers if isinstance(one, MoEConfig)), None)
         if experts is None:
             raise Unfit("no layer has a mixture of experts")
-        settled = experts.settled(model.d_model)
-        found = {key.name: getattr(settled, ours) for ours, key in self.keys.items()}
         mlp = next((one for one in layers if isinstance(one, GatedMLPConfig)), None)
         return {
             **({} if mlp is None else {"intermediate_size": mlp.width(model.d_model)}),
-            **found,
-            self.activation_key: write_activation(experts.activation),
+            **self.expert_values(experts.settled(model.d_model)),
             **self.dense_values([not isinstance(one, MoEConfig) for one in layers]),
         }
+
+    def expert_values(self, experts: MoEConfig) -> Mapping[str, Any]:
+        """The fields of the experts of a layer."""
+        found = {key.name: getattr(experts, ours) for ours, key in self.keys.items()}
+        return {**found, self.activation_key: write_activation(experts.activation)}
 
     def channel_lines(self, mlp: ChannelMixerConfig | None, width: int, layer: Layer) -> Iterator[Line]:
         if not isinstance(mlp, MoEConfig):

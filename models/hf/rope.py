@@ -84,10 +84,16 @@ def _read(kind: str, common: Mapping[str, Any], fields: Values, max_len: int) ->
     raise Unfit(f"config.json: rope_type={kind!r} is not supported; 'default', 'linear', 'llama3' or 'yarn' can be used")
 
 
-def write_rope(positions: PositionConfig | None) -> dict[str, Any]:
-    """The `rope_parameters` of a rotary embedding. Raises Unfit for positions that are none."""
-    if not isinstance(positions, RotaryConfig) or positions.interleaved:
-        raise Unfit(f"positions={getattr(positions, 'name', None)!r} are no rotary embedding in halves")
+def write_rope(positions: PositionConfig | None, *, interleaved: bool = False) -> dict[str, Any]:
+    """The `rope_parameters` of a rotary embedding. Raises Unfit for positions that are none.
+
+    Args:
+        interleaved: whether its pairs are neighbours.
+    """
+    if not isinstance(positions, RotaryConfig) or positions.interleaved != interleaved:
+        raise Unfit(
+            f"positions={getattr(positions, 'name', None)!r} are no rotary embedding {'of neighbours' if interleaved else 'in halves'}"
+        )
     found: dict[str, Any] = {"rope_theta": positions.theta, "rope_type": "default"}
     if positions.fraction != 1:
         found["partial_rotary_factor"] = positions.fraction

@@ -58,8 +58,9 @@ _MISSING = object()
 class Values:
     """The fields of a config, each of which is asked for by the family that reads it."""
 
-    def __init__(self, fields: Mapping[str, Any]):
-        self._fields = fields
+    def __init__(self, fields: Mapping[str, Any], where: str = "config.json"):
+        """Args: `where` they are, for messages."""
+        self._fields, self._where = fields, where
         self._asked = set(SAYS_NOTHING)
 
     def __iter__(self) -> Iterator[str]:
@@ -75,14 +76,14 @@ class Values:
         value = self._fields.get(name)
         if value is None:
             if default is _MISSING:
-                raise Unfit(f"config.json: {name} is missing; add it, as the file of a published model has it")
+                raise Unfit(f"{self._where}: {name} is missing; add it, as the file of a published model has it")
             return default
         kinds = kind if isinstance(kind, tuple) else (kind,)
         if float in kinds and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             names = " or ".join(one.__name__ for one in kinds)
-            raise Unfit(f"config.json: {name}={value!r} must be {names}; restore the file")
+            raise Unfit(f"{self._where}: {name}={value!r} must be {names}; restore the file")
         return value
 
     def or_null(self, name: str, kind: Any, default: Any) -> Any:
@@ -96,7 +97,7 @@ class Values:
         value = self._fields.get(name)
         if value is not None and value not in allowed:
             rest = f"; {' or '.join(map(repr, allowed))} can be used" if allowed else ""
-            raise Unfit(f"config.json: {name}={value!r} is not supported{rest}")
+            raise Unfit(f"{self._where}: {name}={value!r} is not supported{rest}")
 
     def passed_over(self, names: Iterable[str]) -> None:
         """Fields that say nothing of the function in this family."""
@@ -108,5 +109,5 @@ class Values:
         if left:
             listed = ", ".join(f"{name}={value!r}" for name, value in sorted(left.items()))
             raise Unfit(
-                f"config.json has {listed}, which this family does not know here: the model would be another; take it out if it says nothing"
+                f"{self._where} has {listed}, which this family does not know here: the model would be another; take it out if it says nothing"
             )

@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from plait.data.bpe import train_bpe
 from plait.data.config import DataError
-from plait.data.tokenizer import END_OF_TEXT, ByteTokenizer
+from plait.data.tokenizer import BYTE_CHARS, END_OF_TEXT, ByteTokenizer
 from plait.data.tokenizer_files import load_tokenizer, read_meta
 from plait.data.tokenizer_json import JsonTokenizer, split_long
 from tests.data.conftest import make_texts
@@ -274,6 +274,16 @@ def test_tokenizer_that_cannot_be_right_is_refused(name, bpe, tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(make(bpe)))
     with pytest.raises(DataError, match=message):
         load_tokenizer(tmp_path)
+
+
+def test_bytes_without_a_token_are_refused_where_a_text_has_them(bpe):
+    """Vocabularies that lack control characters are published."""
+    content = vocabulary(bpe)
+    del content["model"]["vocab"][BYTE_CHARS[4]]
+    tokenizer = JsonTokenizer(json.dumps(content), eos=END_OF_TEXT)
+    assert tokenizer.decode(tokenizer.encode(TEXTS[3])) == TEXTS[3]
+    with pytest.raises(DataError, match="has no token for the byte 0x04, which a text has at byte 2; take it out there"):
+        tokenizer.encode("a \x04")
 
 
 def test_holes_between_ids_are_tokens_that_nothing_uses(bpe):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -60,15 +60,24 @@ def read_arrays(
         shapes: of the parameters, by path, with the dtypes that they get.
         shardings: of the parameters.
     """
+    made = (zip(line.places, line.transform.read([read(name) for name in line.tensors]), strict=True) for line in lines)
+    return filled((part for parts in made for part in parts), shapes, shardings)
+
+
+def filled(
+    parts: Iterable[tuple[Place, np.ndarray]],
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    shardings: Mapping[str, NamedSharding],
+) -> dict[str, jax.Array]:
+    """Arrays by path of what lies at their places; an array leaves the host's memory with its last part."""
     done: dict[str, jax.Array] = {}
     filling: dict[str, _Filling] = {}
-    for line in lines:
-        for place, value in zip(line.places, line.transform.read([read(name) for name in line.tensors]), strict=True):
-            if place.path not in filling:
-                filling[place.path] = _Filling(shapes[place.path], shardings[place.path], len(place.index))
-            filling[place.path].put(place.index, value)
-            if not filling[place.path].left:
-                done[place.path] = filling.pop(place.path).array()
+    for place, value in parts:
+        if place.path not in filling:
+            filling[place.path] = _Filling(shapes[place.path], shardings[place.path], len(place.index))
+        filling[place.path].put(place.index, value)
+        if not filling[place.path].left:
+            done[place.path] = filling.pop(place.path).array()
     return done
 
 

@@ -18,8 +18,9 @@ from plait.models.hf.base import MODEL_TYPES, Family, Unfit
 from plait.models.hf.values import Values
 from plait.models.lm import fold, learned_shapes
 from plait.train.convert.arrays import part_of, written
-from plait.train.convert.fitting import CONFIG, check_lines, part_shape
-from plait.train.convert.importing import BESIDE, ORIGINALS, appearing
+from plait.train.convert.fitting import check_lines, part_shape
+from plait.train.convert.importing import ORIGINALS, appearing, require_new
+from plait.train.convert.reading import BESIDE, CONFIG
 from plait.train.convert.weights import ConvertError, Planned, write_weights
 from plait.train.run import Trained, opened
 from plait.train.state import Blueprint
@@ -39,6 +40,7 @@ _OF_TRAINING = (
     "param_dtype",
     "compute_dtype",
     "sigma_reparam",
+    "lora",
 )
 """Fields that are compared by layer, or say nothing of the function that a folded model is."""
 _STALE = ("rope_theta", "rope_scaling", "torch_dtype", "text_config")
@@ -108,8 +110,7 @@ def export_model(
     Raises:
         ConvertError: `folder` holds something, or the model is none of `model_type`.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConvertError(f"{str(folder)!r} is there already; give a new folder")
+    require_new(folder)
     trained = opened(run, step)
     model = fold(trained.program.blueprint.build(trained.params, trained.buffers))
     family, fields = home(model.config, model_type)

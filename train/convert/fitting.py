@@ -6,22 +6,22 @@ import dataclasses
 import fnmatch
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from plait.configs.files import read_json
 from plait.models.config import LMConfig
 from plait.models.hf.base import MODEL_TYPES, Family, Line, Unfit
 from plait.models.hf.places import Place
 from plait.models.hf.transforms import Shape
 from plait.models.hf.values import Values
+from plait.models.hf.waiting import WAITING
 from plait.models.lm import learned_shapes
+from plait.train.convert.reading import CONFIG, Reader, reader_of
 from plait.train.convert.weights import DTYPES, ConvertError, Weights
 
-CONFIG = "config.json"
 _MOST = 8
 """Names that an error lists."""
 
@@ -31,9 +31,11 @@ Shapes = Mapping[str, jax.ShapeDtypeStruct]
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A folder of a published model."""
+    """A published model: a folder, or a GGUF file."""
 
     folder: Path
+    """Or the file."""
+    reader: Reader
     fields: Mapping[str, Any]
     """Of its `config.json`, those of the language model."""
     family: Family
@@ -42,14 +44,11 @@ class Source:
     @classmethod
     def of(cls, folder: Path) -> Source:
         """Raises ConvertError: no config, an unknown model type, or one that asks for what there is not here."""
+        reader = reader_of(folder)
         try:
-            whole = read_json(folder / CONFIG)
-        except FileNotFoundError:
-            raise ConvertError(f"{str(folder)!r} has no {CONFIG}; give the folder of a published model") from None
-        except ValueError as error:
+            whole = reader.config()
+        except Unfit as error:
             raise ConvertError(str(error)) from None
-        if not isinstance(whole, dict):
-            raise ConvertError(f"{folder / CONFIG} is {type(whole).__name__}, not an object; restore it")
         text = whole.get("text_config")
         fields = (
             {**{key: whole[key] for key in ("tie_word_embeddings",) if key in whole}, **text} if isinstance(text, dict) else whole
@@ -67,12 +66,14 @@ class Source:
             raise ConvertError(f"{folder}: {error}") from None
         except ValueError as error:
             raise ConvertError(f"{folder / CONFIG} makes no model of this family: {error}") from None
-        return cls(folder, fields, family, model)
+        return cls(folder, reader, fields, family, model)
 
 
 def _family(model_type: Any, folder: Path) -> Family:
     if not isinstance(model_type, str):
         raise ConvertError(f"{folder / CONFIG} has no model_type; give the folder of a published model")
+    if model_type in WAITING:
+        raise ConvertError(f"{folder / CONFIG}: model_type={model_type!r} waits for {WAITING[model_type]}, which is not here yet")
     try:
         return MODEL_TYPES[model_type]()
     except ValueError as error:
@@ -102,7 +103,7 @@ def check_lines(lines: Sequence[Line], shapes: Shapes) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Examined:
-    """A folder whose headers were read."""
+    """A published model whose headers were read."""
 
     source: Source
     weights: Weights
@@ -113,7 +114,8 @@ class Examined:
 
 def examined(folder: Path) -> Examined:
     """Raises ConvertError where it cannot be told what is there."""
-    source, weights = Source.of(folder), Weights(folder)
+    source = Source.of(folder)
+    weights = source.reader.weights()
     weights.under(source.family.base, source.family.head)
     weights.rename(source.family.renamed)
     lines, shapes = source.family.table(source.model), learned_shapes(source.model)
@@ -150,14 +152,17 @@ def match(source: Source, weights: Weights, lines: Sequence[Line], shapes: Shape
             asked.add(name)
             if name in weights and weights.tensors[name].shape != shape:
                 misshapen.append(f"{name} {list(weights.tensors[name].shape)} for {list(shape)}")
-            if name in weights and weights.tensors[name].dtype not in DTYPES:
+            if name in weights and weights.tensors[name].dtype not in weights.dtypes:
                 quantised.append(f"{name} is {weights.tensors[name].dtype}")
-    ignored = (*source.family.ignored, *((source.family.head,) if source.model.tie_embeddings else ()))
+    family, depth = source.family, source.model.num_layers
+    behind = source.fields.get(family.behind or "") or 0
+    ignored = [f"{family.base}{family.layers_name}.{depth + i}.*" for i in range(behind)] + list(family.ignored)
+    ignored += [family.head] if source.model.tie_embeddings else []
     left = [name for name in weights if name not in asked and not _any(name, ignored)]
     return Match([name for name in asked if name not in weights], left, misshapen, quantised)
 
 
-def _any(name: str, patterns: Iterable[str]) -> bool:
+def _any(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 

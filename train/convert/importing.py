@@ -6,8 +6,9 @@ import contextlib
 import dataclasses
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,74 +16,77 @@ import numpy as np
 
 from plait.configs import codec
 from plait.configs.experiment import ExperimentConfig
-from plait.configs.optimizer import optimizer
+from plait.configs.optimizer import OptimizerConfig, optimizer
 from plait.data.config import DataConfig, DataError
 from plait.data.tokenizer import Tokenizer
 from plait.data.tokenizer_files import load_tokenizer
 from plait.models.config import LMConfig
 from plait.train.checkpoint import Checkpoints
 from plait.train.convert.arrays import read_arrays
-from plait.train.convert.fitting import CONFIG as CONFIG_FILE
 from plait.train.convert.fitting import Source, examined
 from plait.train.convert.options import ImportOptions
+from plait.train.convert.reading import CONFIG as CONFIG_FILE
 from plait.train.convert.weights import ConvertError, Weights
 from plait.train.mesh import make_mesh
 from plait.train.program import Program
 from plait.train.run_folder.contents import CHECKPOINTS, CONFIG, mark
-from plait.train.state import TrainState
+from plait.train.state import Arrays, TrainState
 
 ORIGINALS = "published"
 """Folder in a run folder that keeps the files beside the weights, for an export."""
-BESIDE = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
-"""The files that travel; those of weights do not, nor does code."""
 
 
 def import_model(folder: Path, run: Path, options: ImportOptions) -> ExperimentConfig:
-    """Makes the run folder `run` of the published model in `folder`; it appears when it is whole.
+    """Makes the run folder `run` of the published model in `folder`, which may be a GGUF file; it appears when it is whole.
 
     Raises:
         ConvertError: what is there cannot be taken in, or `run` holds something; nothing is written.
     """
-    if run.exists() and (not run.is_dir() or any(run.iterdir())):
-        raise ConvertError(f"{str(run)!r} is there already; give a new folder")
+    require_new(run)
     found = examined(folder)
     found.match.check(folder)
     source, weights = found.source, found.weights
     _check_tied(source, weights)
-    tokenizer = _tokenizer(options.tokenizer or folder, source)
+    tokenizer = _tokenizer(source, options)
     config = _config(source, run, options)
     program = Program.of(config, make_mesh(config.mesh))
-    shapes, shardings = (
-        {**params, **buffers} for params, buffers in (program.blueprint.shapes(), program.blueprint.shardings(program.mesh))
-    )
-    arrays = read_arrays(found.lines, weights.read, shapes, shardings)
+    (shapes, other), (shardings, others) = program.blueprint.shapes(), program.blueprint.shardings(program.mesh)
+    arrays = read_arrays(found.lines, weights.read, {**shapes, **other}, {**shardings, **others})
     params = {name: array for name, array in arrays.items() if name in program.blueprint.params}
     buffers = jax.jit(lambda: program.blueprint.init()[1], out_shardings=program.shardings.buffers)()
     buffers |= {name: array for name, array in arrays.items() if name in buffers}
+    with new_run(run, program, params, buffers, {"tokenizer": tokenizer.fingerprint}) as new:
+        tokenizer.save(new / "tokenizer", tokenizer=str(folder))
+        (new / ORIGINALS).mkdir()
+        for name, content in source.reader.beside():
+            (new / ORIGINALS / name).write_bytes(content)
+    return config
+
+
+def require_new(folder: Path) -> None:
+    """Raises ConvertError where `folder` is there and holds something."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConvertError(f"{str(folder)!r} is there already; give a new folder")
+
+
+@contextlib.contextmanager
+def new_run(run: Path, program: Program, params: Arrays, buffers: Arrays, data: Mapping[str, Any]) -> Iterator[Path]:
+    """A run folder at step 0 with these arrays; what else it holds is written to the path inside the block, at whose end it appears.
+
+    Args:
+        data: the identity of what the model was trained on.
+    """
     zero = jnp.zeros((), jnp.int32)
     state = TrainState(zero, params, buffers, jax.jit(program.tx.init)(params), None, zero, zero)
     with appearing(run) as new:
-        codec.save(config, new / CONFIG)
-        tokenizer.save(new / "tokenizer", tokenizer=str(folder))
-        (new / ORIGINALS).mkdir()
-        for name in BESIDE:
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, new / ORIGINALS / name)
+        codec.save(program.config, new / CONFIG)
+        yield new
         mark(new)
         checkpoints = Checkpoints(new / CHECKPOINTS)
         try:
-            checkpoints.save(0, state, {"data": {"tokenizer": tokenizer.fingerprint}}, loss=None)
+            checkpoints.save(0, state, {"data": dict(data)}, loss=None)
         finally:
             checkpoints.close()
-    return config
 
 
 @contextlib.contextmanager
@@ -100,6 +104,11 @@ def appearing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
 
 
+def untrained() -> OptimizerConfig:
+    """An optimizer without a state, of a run that only holds a model."""
+    return optimizer("sgd", momentum=None, schedule="constant", warmup_steps=0)
+
+
 def _check_tied(source: Source, weights: Weights) -> None:
     """Raises ConvertError where a head that is said to be the embedding is there and is another."""
     head, embedding = source.family.head, source.family.embedding
@@ -110,10 +119,11 @@ def _check_tied(source: Source, weights: Weights) -> None:
         )
 
 
-def _tokenizer(path: Path, source: Source) -> Tokenizer:
+def _tokenizer(source: Source, options: ImportOptions) -> Tokenizer:
     """That of the model."""
+    path = options.tokenizer or source.folder
     try:
-        tokenizer = load_tokenizer(path)
+        tokenizer = source.reader.tokenizer() if options.tokenizer is None else load_tokenizer(options.tokenizer)
     except DataError as error:
         raise ConvertError(
             f"{path} has no tokenizer that can be used ({error}); give one with --tokenizer, or save it there with "
@@ -132,14 +142,13 @@ def _config(source: Source, run: Path, options: ImportOptions) -> ExperimentConf
     positions = model.positions
     limit = source.fields.get("max_position_embeddings") if positions is None else positions.longest
     most = limit if isinstance(limit, int) else 2048
+    tokenizer = options.tokenizer or (source.folder if source.folder.is_dir() else run)
     return ExperimentConfig(
         name="imported",
         steps=1,
         model=model,
-        data=DataConfig(
-            tokenizer=str((options.tokenizer or source.folder).resolve()), seq_len=options.seq_len or min(2048, most)
-        ),
-        optimizer=optimizer("sgd", momentum=None, schedule="constant", warmup_steps=0),
+        data=DataConfig(tokenizer=str(tokenizer.resolve()), seq_len=options.seq_len or min(2048, most)),
+        optimizer=untrained(),
         mesh=options.mesh,
         out=str(run),
     )

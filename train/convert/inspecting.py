@@ -1,4 +1,4 @@
-"""What a folder of a published model is, without reading its weights."""
+"""What a published model is, without reading its weights."""
 
 from __future__ import annotations
 

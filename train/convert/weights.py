@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import json
 import re
@@ -31,7 +32,7 @@ class ConvertError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor of a folder."""
+    """A tensor of a published model."""
 
     file: Path
     name: str
@@ -41,33 +42,15 @@ class Tensor:
     """As the file names it."""
 
 
-class Weights:
-    """The tensors of a folder by their names in the language model; reads headers only, until `read`."""
+class Weights(abc.ABC):
+    """The tensors of a published model by their names in the language model; reads headers only, until `read`."""
 
-    def __init__(self, folder: Path):
-        """Raises ConvertError: no weights, pickled ones, a file cut short or missing, or a name twice."""
-        self.folder = folder
-        self.files = _files(folder)
-        self.tensors: dict[str, Tensor] = {}
-        self.other: list[str] = []
-        """Tensors beside the language model."""
-        found: dict[str, Tensor] = {}
-        for file in self.files:
-            for tensor in _header(file):
-                if tensor.name in found:
-                    raise ConvertError(f"{tensor.name} is in {found[tensor.name].file.name} and in {file.name}; keep one of them")
-                found[tensor.name] = tensor
-        _check_index(folder, found)
-        wrapper = next((w for w in WRAPPERS if any(name.startswith(w) for name in found)), None)
-        for name, tensor in found.items():
-            if wrapper is None:
-                self.tensors[name] = tensor
-            elif name.startswith(wrapper):
-                self.tensors[f"model.{name.removeprefix(wrapper)}"] = tensor
-            elif name.endswith("lm_head.weight"):
-                self.tensors["lm_head.weight"] = tensor
-            else:
-                self.other.append(name)
+    files: Sequence[Path]
+    tensors: dict[str, Tensor]
+    other: list[str]
+    """Tensors beside the language model."""
+    dtypes: Sequence[str] = DTYPES
+    """Those that `read` gives numbers of."""
 
     def under(self, base: str, head: str) -> None:
         """Puts `base` before all names but that of the head where no name has it, as in files that were saved without the head."""
@@ -90,8 +73,37 @@ class Weights:
     def __contains__(self, name: object) -> bool:
         return name in self.tensors
 
+    @abc.abstractmethod
     def read(self, name: str) -> np.ndarray:
-        """A tensor, in its dtype."""
+        """A tensor, in its dtype, or where it is quantised in float32. Raises ConvertError where it cannot be read."""
+
+
+class FolderWeights(Weights):
+    """Those of a folder of safetensors files."""
+
+    def __init__(self, folder: Path):
+        """Raises ConvertError: no weights, pickled ones, a file cut short or missing, or a name twice."""
+        self.files = _files(folder)
+        self.tensors, self.other = {}, []
+        found: dict[str, Tensor] = {}
+        for file in self.files:
+            for tensor in _header(file):
+                if tensor.name in found:
+                    raise ConvertError(f"{tensor.name} is in {found[tensor.name].file.name} and in {file.name}; keep one of them")
+                found[tensor.name] = tensor
+        _check_index(folder, found)
+        wrapper = next((w for w in WRAPPERS if any(name.startswith(w) for name in found)), None)
+        for name, tensor in found.items():
+            if wrapper is None:
+                self.tensors[name] = tensor
+            elif name.startswith(wrapper):
+                self.tensors[f"model.{name.removeprefix(wrapper)}"] = tensor
+            elif name.endswith("lm_head.weight"):
+                self.tensors["lm_head.weight"] = tensor
+            else:
+                self.other.append(name)
+
+    def read(self, name: str) -> np.ndarray:
         tensor = self.tensors[name]
         try:
             with safe_open(tensor.file, framework="numpy") as file:

@@ -30,6 +30,25 @@ BASE = {
 }
 HEADS_ALONE = {key: value for key, value in BASE.items() if key != "num_key_value_heads"}
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 12}
+LATENT = {
+    "num_key_value_heads": 6,
+    "q_lora_rank": 14,
+    "kv_lora_rank": 10,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+}
+GROUPS = {
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 8,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 1.5,
+    "num_nextn_predict_layers": 0,
+}
+SHARPER = {"mscale": 0.8, "mscale_all_dim": 0.8}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -66,6 +85,28 @@ MODELS = {
             "sliding_window": 9,
             "tie_word_embeddings": True,
         },
+    ),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        {
+            **HEADS_ALONE,
+            **LATENT,
+            **GROUPS,
+            "num_hidden_layers": 5,
+            "first_k_dense_replace": 2,
+            "rope_parameters": {**YARN, **SHARPER},
+        },
+    ),
+    "deepseek_v3_tied": (
+        "DeepseekV3Config",
+        {**BASE, **LATENT, **GROUPS, "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1, "norm_topk_prob": False}
+        | {"q_lora_rank": None, "rope_interleave": False, "tie_word_embeddings": True},
+    ),
+    "deepseek_v2": ("DeepseekV2Config", {**BASE, **LATENT, **GROUPS, "topk_method": "group_limited_greedy"}),
+    "deepseek_v2_lite": (
+        "DeepseekV2Config",
+        {**BASE, **LATENT, **GROUPS, "q_lora_rank": None, "first_k_dense_replace": 1, "num_hidden_layers": 4}
+        | {"rope_parameters": {**YARN, **SHARPER}},
     ),
     "smollm3": ("SmolLM3Config", {**BASE, "num_hidden_layers": 5, "use_sliding_window": False}),
     "olmo2": ("Olmo2Config", BASE),

@@ -52,6 +52,10 @@ CASES = {
     "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
     "broken config": (lambda f: (f / "config.json").write_text("{"), "is not JSON that can be used"),
     "unknown type": (lambda f: edit_config(f, model_type="lama"), "'lama' is not registered; did you mean 'llama'"),
+    "a type that waits": (
+        lambda f: edit_config(f, model_type="deepseek_v32"),
+        "model_type='deepseek_v32' waits for its sparse attention by an index, which is not here yet",
+    ),
     "no type": (lambda f: edit_config(f, model_type="gone"), "has no model_type"),
     "missing field": (lambda f: edit_config(f, hidden_size="gone"), "hidden_size is missing"),
     "field of another kind": (lambda f: edit_config(f, hidden_size="24"), "hidden_size='24' must be int"),

@@ -115,6 +115,19 @@ def test_files_saved_without_the_head_and_with_buffers_are_read(tmp_path):
             np.testing.assert_array_equal(found.weights.read(name), whole.weights.read(name))
 
 
+def test_layers_behind_the_last_are_left_out_where_the_config_counts_them(tmp_path):
+    """As DeepSeek-V3 is published, with a layer that predicts the token after the next."""
+    folder = tmp_path / "model"
+    shutil.copytree(GOLDEN / "deepseek_v3", folder)
+    depth = Source.of(folder).model.num_layers
+    extra = {f"model.layers.{depth}.{name}.weight": np.ones(24, np.float32) for name in ("enorm", "input_layernorm")}
+    save_file({**load_file(folder / ONE), **extra}, folder / ONE)
+    assert sorted(examined(folder).match.unexpected) == sorted(extra)
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**fields, "num_nextn_predict_layers": 1}))
+    examined(folder).match.check(folder)
+
+
 def test_every_family_has_a_golden_model():
     shown = {Source.of(GOLDEN / name).family.name for name in NAMES}
     assert set(MODEL_TYPES.all()) - {"plait"} == shown

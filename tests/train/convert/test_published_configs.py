@@ -15,6 +15,8 @@ LLAMA3 = {
     "original_max_position_embeddings": 8192,
 }
 
+DEEPSEEK_YARN = {"beta_fast": 32, "beta_slow": 1, "factor": 40, "original_max_position_embeddings": 4096, "type": "yarn"}
+
 
 def config(model_type, hidden, inner, layers, heads, kv_heads, vocab, **more):
     """The usual fields."""
@@ -73,6 +75,26 @@ PUBLISHED = {
                num_experts_per_tok=8, output_router_logits=False, router_aux_loss_coef=0.001, tie_word_embeddings=False,
                max_position_embeddings=40960),
         30_532_122_624,
+    ),
+    "DeepSeek-V3": (
+        config("deepseek_v3", 7168, 18432, 61, 128, 128, 129280, hidden_act="silu", rms_norm_eps=1e-6, rope_theta=10000,
+               rope_scaling={**DEEPSEEK_YARN, "mscale": 1.0, "mscale_all_dim": 1.0}, aux_loss_alpha=0.001, ep_size=1,
+               first_k_dense_replace=3, kv_lora_rank=512, moe_intermediate_size=2048, moe_layer_freq=1, n_group=8,
+               n_routed_experts=256, n_shared_experts=1, norm_topk_prob=True, num_experts_per_tok=8, num_nextn_predict_layers=1,
+               pretraining_tp=1, q_lora_rank=1536, qk_nope_head_dim=128, qk_rope_head_dim=64, routed_scaling_factor=2.5,
+               scoring_func="sigmoid", seq_aux=True, topk_group=4, topk_method="noaux_tc", v_head_dim=128, attention_bias=False,
+               tie_word_embeddings=False, max_position_embeddings=163840),
+        671_026_404_352,  # and 14,848 balancing biases, which no gradient moves
+    ),
+    "DeepSeek-V2-Lite": (
+        config("deepseek_v2", 2048, 10944, 27, 16, 16, 102400, hidden_act="silu", rms_norm_eps=1e-6, rope_theta=10000,
+               rope_scaling={**DEEPSEEK_YARN, "mscale": 0.707, "mscale_all_dim": 0.707}, aux_loss_alpha=0.001, ep_size=1,
+               first_k_dense_replace=1, kv_lora_rank=512, moe_intermediate_size=1408, moe_layer_freq=1, n_group=1,
+               n_routed_experts=64, n_shared_experts=2, norm_topk_prob=False, num_experts_per_tok=6, pretraining_tp=1,
+               q_lora_rank=None, qk_nope_head_dim=128, qk_rope_head_dim=64, routed_scaling_factor=1.0, scoring_func="softmax",
+               seq_aux=True, topk_group=1, topk_method="greedy", v_head_dim=128, attention_bias=False, tie_word_embeddings=False,
+               max_position_embeddings=163840),
+        15_706_484_224,
     ),
     "SmolLM3-3B": (
         config("smollm3", 2048, 11008, 36, 16, 4, 128256, hidden_act="silu", rms_norm_eps=1e-6, rope_theta=5000000.0,
