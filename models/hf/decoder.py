@@ -243,6 +243,8 @@ class Decoder(Family, abc.ABC):
         kinds = list(dict.fromkeys(layers))
         plain = [pattern_name(kind) for kind in kinds]
         labels = {kind: name if plain.count(name) == 1 else _label(kind) for kind, name in zip(kinds, plain, strict=True)}
+        if len(set(labels.values())) < len(kinds):
+            labels = {kind: f"{name}/{number}" for number, (kind, name) in enumerate(zip(kinds, plain, strict=True), 1)}
         return [labels[layer] for layer in layers]
 
 

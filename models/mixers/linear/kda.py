@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +57,9 @@ class KDAConfig(MixerConfig):
     def heads(self, d_model: int) -> int:
         """Heads at width `d_model`."""
         return resolve_heads(self.num_heads, d_model, self.head_dim)
+
+    def settled(self, d_model: int) -> Self:
+        return dataclasses.replace(self, num_heads=self.heads(d_model), rank=self.rank or self.head_dim)
 
     def build(self, d_model: int, ctx: BuildContext) -> KDA:
         return KDA(self, d_model, ctx)

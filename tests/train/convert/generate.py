@@ -116,6 +116,27 @@ MODELS = {
     "olmo_hybrid": ("OlmoHybridConfig", {**DELTA, "rope_parameters": {"rope_theta": None, "rope_type": "default"}}),
     "olmo_hybrid_turned": ("OlmoHybridConfig", {**DELTA, "num_hidden_layers": 2, "layer_types": DELTA["layer_types"][:2]}),
     "qwen3_5_text": ("Qwen3_5TextConfig", {**DELTA, "head_dim": 8, "linear_value_head_dim": 5, "tie_word_embeddings": True}),
+    "qwen3_next": (
+        "Qwen3NextConfig",
+        {
+            **{**DELTA, **EXPERTS, "head_dim": 8, "linear_value_head_dim": 5, "num_experts": 3, "num_experts_per_tok": 2},
+            "moe_intermediate_size": 8,
+            "shared_expert_intermediate_size": 20,
+            "mlp_only_layers": [1],
+            "num_hidden_layers": 6,
+            "layer_types": ["linear_attention", "full_attention"] * 3,
+        },
+    ),
+    "qwen3_5_moe_text": (
+        "Qwen3_5MoeTextConfig",
+        {
+            **{**DELTA, **EXPERTS, "head_dim": 8, "linear_value_head_dim": 5, "num_experts": 3, "num_experts_per_tok": 2},
+            "shared_expert_intermediate_size": 20,
+            "num_hidden_layers": 3,
+            "layer_types": DELTA["layer_types"][:3],
+            "tie_word_embeddings": True,
+        },
+    ),
     "gpt2": ("GPT2Config", {"vocab_size": VOCAB, "n_embd": 24, "n_layer": 3, "n_head": 4, "n_positions": 64}),
     "gpt_neox": ("GPTNeoXConfig", {**HEADS_ALONE, "hidden_size": 32, "num_attention_heads": 4}),
     "gpt_neox_one_after_the_other": ("GPTNeoXConfig", {**HEADS_ALONE, "use_parallel_residual": False, "rotary_pct": 1.0}),
@@ -126,9 +147,12 @@ def generate(name: str) -> None:
     """Writes one folder."""
     kind, options = MODELS[name]
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(
-        getattr(transformers, kind)(**options), attn_implementation="eager"
-    ).eval()
+    config = getattr(transformers, kind)(**options)
+    write(name, transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval())
+
+
+def write(name: str, model: transformers.PreTrainedModel) -> None:
+    """Writes the folder of a model, its parameters moved."""
     draws = torch.Generator().manual_seed(1)
     ids = torch.randint(3, VOCAB, (2, LENGTH), generator=draws)
     with torch.no_grad():

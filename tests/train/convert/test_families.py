@@ -140,6 +140,8 @@ def test_transformers_loads_what_goes_out(imported, tmp_path):
     import transformers
 
     source, _, lines, model = imported
+    if not hasattr(transformers, source.family.architecture):
+        pytest.skip(f"transformers has no {source.family.architecture} of its own")
     arrays = {".".join(map(str, path)): v[...] for path, v in nnx.to_flat_state(nnx.state(model))}
     tensors = {
         name: line.transform.write([part_of(arrays[place.path], place) for place in line.places])[index]
