@@ -15,6 +15,7 @@ from plait.train.console import Lines, prepare_streams
 USAGE = """usage: launch.py [--verbose] COMMAND ...
 
   train PRESET [--steps 2000] [--model.pattern "gla*3,softmax"] [--out runs/a] [--resume]   (train PRESET --help lists every option)
+        [--init-from RUN]                                     (the weights of a run; without PRESET its model too: docs/fine-tuning.md)
         [--hosts.local 2 | --hosts.coordinator HOST:PORT --hosts.count N --hosts.index I]                  on many hosts: docs/reliability.md
   plan PRESET --target v5p:4x8x8 [--slices N] [--search [--compile 2]] [--out plans/a] [any option of train]
   eval RUN [--tasks ppl,mqar] [--step N] [--mqar.num-kv-pairs 16] [--data.source other.txt] [--out FILE]
@@ -22,7 +23,8 @@ USAGE = """usage: launch.py [--verbose] COMMAND ...
   report RUN [RUN ...] [--out FOLDER]
   write-launch gke|slurm|tpu-vm PRESET [train options] --target v5e:16x16 [--slices 2] [--out FOLDER]   (write-launch gke --help lists the rest)
   convert inspect DIR | convert import DIR RUN | convert export RUN DIR                                   (published models: docs/conversion.md)
-  list presets|mixers|channel-mixers|positions|optimizers|tasks|probes|kernels|model-types [NAME ...]
+  convert reshape RUN NEW KIND [--text FILE] [options of the kind]              (another model of a trained one: docs/conversion.md#reshape)
+  list presets|mixers|channel-mixers|positions|optimizers|tasks|probes|kernels|model-types|reshapes [NAME ...]
 
 Results are written to standard output, all else to standard error. --verbose before COMMAND says more, such as why no other kernel ran.
 """

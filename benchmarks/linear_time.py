@@ -21,7 +21,7 @@ from flax import nnx
 
 from plait.kernels import Tokens
 from plait.models.build import BuildContext
-from plait.models.mixers.base import MIXERS, MixerConfig
+from plait.models.mixers.base import MIXERS, Mixer, MixerConfig
 
 WIDTH = 64
 LENGTHS = (2048, 4096, 8192, 16384, 32768)
@@ -66,33 +66,38 @@ def median_seconds(run: Callable[[], Any], repeats: int) -> float:
     return statistics.median(found)
 
 
-def measure(config: MixerConfig, lengths: Sequence[int] = LENGTHS, repeats: int = 5) -> Costs:
-    """What a mixer costs at each length."""
-    ctx = BuildContext(rngs=nnx.Rngs(0), seq_len=max(lengths), num_layers=2)
-    graph, params, rest = nnx.split(config.build(WIDTH, ctx), nnx.Param, ...)
-    mixer = lambda params: nnx.merge(graph, params, rest)
+class Layer:
+    """A mixer's layer of width 64, for rows of at most `longest` tokens."""
 
-    def loss(params, x, at):
-        return jnp.square(mixer(params)(x, at=at, carry={}).y).sum()
+    def __init__(self, config: MixerConfig, longest: int):
+        ctx = BuildContext(rngs=nnx.Rngs(0), seq_len=longest, num_layers=2)
+        self.graph, self.params, self.rest = nnx.split(config.build(WIDTH, ctx), nnx.Param, ...)
 
-    @jax.jit
-    def decode(params, x, state, at):
-        return mixer(params).step(x, state, at=at, carry={})[::2]
+    def mixer(self, params: nnx.State) -> Mixer:
+        """The layer with its parameters."""
+        return nnx.merge(self.graph, params, self.rest)
 
-    rows = []
-    for length in lengths:
+    def step(self, length: int) -> tuple[Callable[[], Any], int]:
+        """A training step of a row, compiled, and the bytes that it needs besides its arguments and results."""
         x, at = jax.random.normal(jax.random.key(1), (1, length, WIDTH)), Tokens().placed(1, length)
-        step = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(params, x, at).compile()
-        state = mixer(params).init_state(1, length + 1)
-        one = Tokens(positions=jnp.full((1, 1), length, jnp.int32))
-        rows.append(
-            (
-                median_seconds(lambda step=step, x=x, at=at: step(params, x, at), repeats),
-                step.memory_analysis().temp_size_in_bytes,
-                sum(leaf.nbytes for leaf in jax.tree.leaves(state)),
-                median_seconds(lambda x=x, state=state, one=one: decode(params, x[:, :1], state, one), 10 * repeats),
-            )
-        )
+        loss = lambda params, x: jnp.square(self.mixer(params)(x, at=at, carry={}).y).sum()
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(self.params, x).compile()
+        return lambda: compiled(self.params, x), compiled.memory_analysis().temp_size_in_bytes
+
+    def decoding(self, length: int) -> tuple[Callable[[], Any], int]:
+        """The token after `length` others, compiled, and the bytes of its state."""
+        state = self.mixer(self.params).init_state(1, length + 1)
+        x, one = jnp.ones((1, 1, WIDTH)), Tokens(positions=jnp.full((1, 1), length, jnp.int32))
+        decode = jax.jit(lambda params, x, state: self.mixer(params).step(x, state, at=one, carry={})[::2])
+        return lambda: decode(self.params, x, state), sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+
+
+def measure(config: MixerConfig, lengths: Sequence[int], repeats: int) -> Costs:
+    """What a mixer costs at each length."""
+    layer, rows = Layer(config, max(lengths)), []
+    for length in lengths:
+        (step, temp), (decode, state) = layer.step(length), layer.decoding(length)
+        rows.append((median_seconds(step, repeats), temp, state, median_seconds(decode, 10 * repeats)))
     return Costs(*zip(*rows, strict=True))
 
 

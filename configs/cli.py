@@ -12,14 +12,15 @@ from plait.configs.presets import preset
 from plait.configs.words import parse
 
 
-def parse_experiment(name: str, args: Sequence[str], prog: str = "launch.py train") -> ExperimentConfig:
-    """The preset `name` with the overrides `args` (as in `--steps 200 --optimizer muon --model.mixers.gla.num-heads 8`).
+def parse_experiment(name: str | ExperimentConfig, args: Sequence[str], prog: str = "launch.py train") -> ExperimentConfig:
+    """The preset `name`, or an experiment, with the overrides `args` (as in `--steps 200 --optimizer muon --model.mixers.gla.num-heads 8`).
 
     A new `--model.pattern` is applied first and then the components that are named, so that the options of all of them exist. Raises
     ValueError for bad values and for words that are no options, naming the nearest.
     """
     words = list(args)
-    config = preset(name)
+    config = preset(name) if isinstance(name, str) else name
+    what, prog = (f"preset {name}", f"{prog} {name}") if isinstance(name, str) else (f"a run from {name.init_from}", prog)
     with unchecked():
         if (pattern := take("model.pattern", words)) is not None:
             config = dataclasses.replace(config, model=at("model", config.model.with_pattern, pattern))
@@ -31,8 +32,8 @@ def parse_experiment(name: str, args: Sequence[str], prog: str = "launch.py trai
             ExperimentConfig,
             words,
             default=config,
-            prog=f"{prog} {name}",
-            description=f"Options of preset {name}. Before they are read, components are exchanged by name:\n\n{offers(flags)}",
+            prog=prog,
+            description=f"Options of {what}. Before they are read, components are exchanged by name:\n\n{offers(flags)}",
             others=[flag for paths in flags.values() for flag in paths],
         )
         config = dataclasses.replace(config, model=renamed(config.model, before))

@@ -30,6 +30,8 @@ class ExperimentConfig(Config):
     spike: SpikeConfig = SpikeConfig()
     seed: Seed = 0
     """Of the parameters; the data has its own, `data.seed`."""
+    init_from: Line | None = None
+    """Run, imported or trained, whose weights this one begins with, or one of its checkpoints as RUN/checkpoints/STEP; None draws new ones."""
     out: Line | None = None
     """Run folder; None gives runs/NAME."""
     resume: bool = False
@@ -54,6 +56,11 @@ class ExperimentConfig(Config):
     def check(self) -> None:
         if self.spike.action == "rewind" and self.spike.sigma is not None and self.checkpoint_every is None:
             raise ValueError("spike.action=rewind needs checkpoints to go back to; set checkpoint_every")
+        if self.model.lora.rank is not None and self.init_from is None:
+            raise ValueError(
+                f"model.lora.rank={self.model.lora.rank} trains adapters of weights that are there, and init_from is None; name their run "
+                "with --init-from RUN"
+            )
         limits = {f"mixers.{name}": mixer.longest for name, mixer in self.model.mixers.items()}
         if self.model.positions is not None:
             limits["positions"] = self.model.positions.longest

@@ -26,6 +26,7 @@ KINDS = {
     "task": "plait.data.tasks.base",
     "probe": "plait.train.probes.base",
     "model type": "plait.models.hf.base",
+    "reshape": "plait.train.convert.reshapes.base",
 }
 """The kinds of components, and the module that makes the registry of each."""
 WIDTH, LENGTH = 1024, 4096

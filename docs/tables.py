@@ -29,6 +29,7 @@ from plait.configs.spike import SpikeConfig
 from plait.data.config import DataConfig
 from plait.kernels import registered
 from plait.models.config import LMConfig
+from plait.models.lora import LoRAConfig
 from plait.models.mixers.base import WrapperConfig
 from plait.train.pods.hosts.host import HostsOptions
 from plait.train.probes import docs as probes
@@ -42,6 +43,7 @@ FLAGS = {
     "position": "model.mixers.softmax.positions.",
     "optimizer": "optimizer.",
     "task": "data.task.",
+    "reshape": "",
 }
 """What the flags of a component's options begin with, by kind; NAME is its own."""
 SHARED: dict[str, type] = {"optimizer": OptimizerConfig}
@@ -168,6 +170,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "position_options": lambda: component_options("position", "####"),
     "optimizer_options": lambda: component_options("optimizer", "####"),
     "task_options": lambda: component_options("task", "####"),
+    "reshape_options": lambda: component_options("reshape", "###"),
     "kernels": kernels,
     "proofs": proofs,
     "presets": preset_table,
@@ -179,6 +182,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "data": lambda: options(DataConfig, "data."),
     "optimizer": lambda: options(OptimizerConfig, "optimizer."),
     "mesh": lambda: options(MeshConfig, "mesh."),
+    "lora": lambda: options(LoRAConfig, "model.lora."),
     "spike": lambda: options(SpikeConfig, "spike."),
     "hosts": lambda: options(HostsOptions, "hosts."),
     "probe": lambda: options(ProbeConfig, "probe."),

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from plait.models.axes import Axes
+
+if TYPE_CHECKING:
+    from plait.models.lora import LoRAConfig
 
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 SigmaReparam = Literal["spectral", "one"]
@@ -36,6 +39,14 @@ def fan_in_normal(gain: float = 1.0) -> Initializer:
 
 class Buffer(nnx.Variable):
     """Non-trained state of a layer: sharded and checkpointed like a parameter, never seen by the optimizer."""
+
+
+class Moved(Buffer):
+    """One that training moves and nothing else tells: part of what a model is, which travels with its parameters."""
+
+
+class Adapter(nnx.Param):
+    """Part of a low-rank adapter. A model that has any trains them alone."""
 
 
 class Keys(Protocol):
@@ -74,6 +85,8 @@ class BuildContext:
     norm_kind: NormKind = "rms"
     """Of the norms of the residual stream, and of softmax attention's queries and keys."""
     sigma_reparam: SigmaReparam | None = None
+    lora: LoRAConfig | None = None
+    """The adapters that dense layers have."""
     defer_vectors: bool = False
     """Whether `start_singular_vectors` of the whole model will find those of sigmaReparam, in place of each layer its own."""
     first_layers: Mapping[str, int] = dataclasses.field(default_factory=dict)

@@ -11,6 +11,7 @@ from plait.configs.domains import Coefficient, Depth, Epsilon, Line, Positive, V
 from plait.models.build import Norm, NormKind, SigmaReparam
 from plait.models.channel_mixers.base import ChannelMixerConfig
 from plait.models.channel_mixers.gated_mlp import GatedMLPConfig
+from plait.models.lora import LoRAConfig
 from plait.models.mixers.base import MIXERS, Direction, MixerConfig, WrapperConfig
 from plait.models.pattern import Periods, expand_pattern, find_periods, pattern_names, split_name
 from plait.models.positions.base import PositionConfig
@@ -84,6 +85,8 @@ class LMConfig(Config):
     """Use the embedding as the head."""
     norm: Norm = "pre"
     """`x + f(norm(x))`, `norm(x + f(x))`, `x + f(x)`, `x + norm(f(x))` (`output`, OLMo 2) or `x + norm(f(norm(x)))` (`both`, Gemma 2)."""
+    norms: Mapping[str, Norm] = dataclasses.field(default_factory=Table)
+    """That of the layers of a name in the pattern, where it is another: in OLMo-hybrid `pre` around the linear layers, else `output`."""
     norm_kind: NormKind = "rms"
     """`x / rms(x) * scale`; `rms_1p`: times 1 + scale (Gemma, Qwen3-Next); `layer`: with mean and bias (GPT-2). Also the kind of softmax
     attention's norms of queries and keys."""
@@ -103,6 +106,7 @@ class LMConfig(Config):
     """Coefficient of the mean squared log-normaliser of the output softmax."""
     sigma_reparam: SigmaReparam | None = None
     """Every projection is gain / sigma(W) W (arXiv 2303.06296); gain starts at sigma(W) ("spectral") or at 1 ("one")."""
+    lora: LoRAConfig = LoRAConfig()
     remat: Literal["full", "dots"] | None = None
     """What the backward pass recomputes: all of a period, or all but its weight products; None keeps everything."""
     param_dtype: Dtype = "float32"
@@ -119,6 +123,7 @@ class LMConfig(Config):
             raise ValueError(f"pattern={self.pattern!r}: {error}") from None
         object.__setattr__(self, "mixers", Table({**table, **extra}))
         object.__setattr__(self, "channel_mixers", Table(self.channel_mixers))
+        object.__setattr__(self, "norms", Table(self.norms))
 
     def check(self) -> None:
         layers = self.layers
@@ -136,8 +141,12 @@ class LMConfig(Config):
                     f"causal={self.causal} does not fit mixers.{name}, which can be {' or '.join(config.directions)} only; "
                     f"use causal={not self.causal}, or another mixer"
                 )
-        if self.parallel_block and self.norm != "pre":
-            raise ValueError(f"parallel_block=True needs norm='pre', not {self.norm!r}; leave one of them out")
+        for name in self.norms:
+            if name not in layers:
+                raise ValueError(f"norms.{name} is in no layer of pattern={self.pattern!r}; remove it or name it in the pattern")
+        for norm in (self.norm, *self.norms.values()):
+            if self.parallel_block and norm != "pre":
+                raise ValueError(f"parallel_block=True needs norm='pre', not {norm!r}; leave one of them out")
         if self.positions is not None and self.positions.place != "input":
             raise ValueError(
                 f"positions={self.positions.name!r} acts on the {self.positions.place} of attention; give it to mixers, or use 'learned' "
@@ -176,6 +185,10 @@ class LMConfig(Config):
         """That of the layers of a pattern name."""
         return self.channel_mixers.get(name, self.channel_mixer)
 
+    def norm_of(self, name: str) -> Norm:
+        """That of the layers of a pattern name."""
+        return self.norms.get(name, self.norm)
+
     @property
     def layer_channel_mixers(self) -> tuple[ChannelMixerConfig, ...]:
         """That of each layer that has one."""
@@ -205,6 +218,7 @@ class LMConfig(Config):
             pattern=pattern,
             mixers=kept(self.mixers),
             channel_mixers=kept(self.channel_mixers),
+            norms=kept(self.norms),
             num_layers=num_layers or self.num_layers,
         )
 

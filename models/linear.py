@@ -1,4 +1,4 @@
-"""The one linear projection of every layer, with sigmaReparam as an option of the whole model."""
+"""The one linear projection of every layer, with sigmaReparam and low-rank adapters as options of the whole model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from plait.models.axes import Axes
-from plait.models.build import Buffer, BuildContext, Initializer, Role, SigmaReparam, fan_in_normal
+from plait.models.build import Adapter, Buffer, BuildContext, Initializer, Role, SigmaReparam, fan_in_normal
 
 _EXACT: dict = {"precision": "highest"}
 _KRYLOV_STEPS = 96
@@ -67,6 +67,11 @@ def leading_vectors(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
     return power_step(kernel, u)
 
 
+def _uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Between -1 and 1 over the root of the last axis but one. Source: LoRA (arXiv 2106.09685), the authors' code."""
+    return jax.random.uniform(key, shape, jnp.float32, -1.0, 1.0) / shape[-2] ** 0.5
+
+
 def _unit(x: jax.Array) -> jax.Array:
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
@@ -76,7 +81,7 @@ def _sigma(kernel: jax.Array, v: jax.Array, u: jax.Array) -> jax.Array:
 
 
 class Dense(nnx.Module):
-    """`y = x @ W (+ b)`, with `W = (gain / sigma(kernel)) kernel` under sigmaReparam.
+    """`y = x @ W (+ b)`, with `W = (gain / sigma(kernel)) kernel` under sigmaReparam, and `y = x @ W + s (x @ A) @ B (+ b)` with an adapter.
 
     The forward pass only reads the singular vectors (gradient flows through `kernel` alone); `power_iterate` moves them, once per
     optimizer step. `sigma_reparam="spectral"` starts `gain` at sigma(kernel), as a plain projection would; `"one"` at 1.
@@ -106,6 +111,13 @@ class Dense(nnx.Module):
         split = None if heads is None else (heads[0] - 2, ((in_dim, out_dim)[heads[0]] // heads[1],) * heads[1])
         self.kernel = ctx.param(init or fan_in_normal(), (*lead, in_dim, out_dim), axes, role=role, split=split)
         self.bias = ctx.param(jax.nn.initializers.zeros, (*lead, out_dim), (*axes[:-2], axes[-1])) if use_bias else None
+        self.lora_a = self.lora_b = nnx.data(None)
+        if ctx.lora is not None and role in ctx.lora.roles:
+            self.lora_scale, rank = ctx.lora.scale, ctx.lora.rank or 1
+            a = _uniform(ctx.rngs.params(), (*lead, in_dim, rank))
+            self.lora_a = Adapter(a, axes=(*axes[:-1], None), role="matrix", split=None)
+            b = jnp.zeros((*lead, rank, out_dim), jnp.float32)
+            self.lora_b = Adapter(b, axes=(*axes[:-2], None, axes[-1]), role="matrix", split=None)
         self.gain = self.v = self.u = nnx.data(None)
         if ctx.sigma_reparam is not None:
             self.gain = nnx.Param(jnp.ones(lead, ctx.param_dtype), axes=axes[:-2], role="vector", split=None)
@@ -124,6 +136,13 @@ class Dense(nnx.Module):
 
     def weight(self) -> jax.Array:
         """The matrix that multiplies, `[..., in_dim, out_dim]` in the parameter dtype, leading axes for stacked layers."""
+        weight = self._without_adapter()
+        if self.lora_a is None or self.lora_b is None:
+            return weight
+        change = jnp.matmul(self.lora_a[...], self.lora_b[...], **_EXACT)
+        return (weight.astype(jnp.float32) + self.lora_scale * change).astype(weight.dtype)
+
+    def _without_adapter(self) -> jax.Array:
         kernel = self.kernel[...]
         if self.gain is None or self.v is None or self.u is None:
             return kernel
@@ -138,7 +157,11 @@ class Dense(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[..., in_dim] -> [..., out_dim]` in the compute dtype."""
-        y = x.astype(self.compute_dtype) @ self.weight().astype(self.compute_dtype)
+        x = x.astype(self.compute_dtype)
+        y = x @ self._without_adapter().astype(self.compute_dtype)
+        if self.lora_a is not None and self.lora_b is not None:
+            a, b = (part[...].astype(self.compute_dtype) for part in (self.lora_a, self.lora_b))
+            y = y + self.lora_scale * ((x @ a) @ b)
         if self.bias is not None:
             bias = self.bias[...].astype(self.compute_dtype)
             y = y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)

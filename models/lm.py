@@ -15,10 +15,11 @@ from plait.configs.components import unchecked
 from plait.kernels import Tokens
 from plait.models.axes import BATCH, EMBED, LENGTH, VOCAB, constrain
 from plait.models.block import Extras
-from plait.models.build import BuildContext, Keys
+from plait.models.build import BuildContext, Keys, Moved
 from plait.models.config import LMConfig
 from plait.models.linear import Dense, dense_layers, start_singular_vectors
 from plait.models.look import Observer
+from plait.models.lora import LoRAConfig
 from plait.models.mixers.base import State
 from plait.models.norms import make_norm
 from plait.models.stack import Stack
@@ -49,6 +50,7 @@ class LM(nnx.Module):
                 compute_dtype=jnp.dtype(config.compute_dtype),
                 norm_kind=config.norm_kind,
                 sigma_reparam=config.sigma_reparam,
+                lora=None if config.lora.rank is None else config.lora,
                 defer_vectors=True,
                 first_layers=config.first_layers,
             )
@@ -133,23 +135,23 @@ def num_params(config: LMConfig) -> int:
     return counts[config.layers[0]][0] + sum(counts[name][1] for name in config.layers)
 
 
-def param_shapes(config: LMConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of a model's trained parameters by dotted path."""
-    params = nnx.state(nnx.eval_shape(lambda: LM(config, rngs=nnx.Rngs(0), seq_len=1)), nnx.Param)
-    return {".".join(map(str, path)): jax.ShapeDtypeStruct(p.shape, p.dtype) for path, p in nnx.to_flat_state(params)}
+def learned_shapes(config: LMConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of what training makes of a model, by dotted path: parameters, and buffers that it moves."""
+    learned = nnx.state(nnx.eval_shape(lambda: LM(config, rngs=nnx.Rngs(0), seq_len=1)), nnx.filterlib.Any(nnx.Param, Moved))
+    return {".".join(map(str, path)): jax.ShapeDtypeStruct(v.shape, v.dtype) for path, v in nnx.to_flat_state(learned)}
 
 
 def fold(model: LM) -> LM:
-    """`model` with sigmaReparam baked into plain weights: the same function. A plain model is returned as it is."""
-    if model.config.sigma_reparam is None:
+    """`model` with sigmaReparam and adapters baked into plain weights: the same function. A plain model is returned as it is."""
+    if model.config.sigma_reparam is None and model.config.lora.rank is None:
         return model
     values = nnx.to_pure_dict(nnx.state(model))
     for path, layer in dense_layers(model):
         values_of_layer = functools.reduce(lambda tree, key: tree[key], path, values)
         values_of_layer["kernel"] = layer.weight()
-        for name in ("gain", "v", "u"):
-            del values_of_layer[name]
-    config = dataclasses.replace(model.config, sigma_reparam=None)
+        for name in ("gain", "v", "u", "lora_a", "lora_b"):
+            values_of_layer.pop(name, None)
+    config = dataclasses.replace(model.config, sigma_reparam=None, lora=LoRAConfig())
     graph, state = nnx.split(nnx.eval_shape(lambda: LM(config, rngs=nnx.Rngs(0), seq_len=model.seq_len)))
     nnx.replace_by_pure_dict(state, values)
     return nnx.merge(graph, state)

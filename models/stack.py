@@ -45,7 +45,7 @@ class Stack(nnx.Module):
                 config.channel_mixer_of(name),
                 config.d_model,
                 context(index, keys),
-                norm=config.norm,
+                norm=config.norm_of(name),
                 norm_eps=config.norm_eps,
                 parallel=config.parallel_block,
                 residual_scale=config.residual_scale,

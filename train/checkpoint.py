@@ -104,7 +104,7 @@ class Checkpoints:
         """`(step, state, extra)` of the newest whole checkpoint (or that of `step`), None where there is none.
 
         Args:
-            like: the state's shapes and shardings.
+            like: the state's shapes, dtypes and shardings. Without an optimizer's, other parts that are None are not read either.
             step: take this one and no other.
 
         Raises:
@@ -123,9 +123,7 @@ class Checkpoints:
                     self._check_model(candidate, like)
                 found = None
                 try:
-                    items = ocp.args.Composite(state=ocp.args.StandardRestore(_tree(like)), extra=ocp.args.JsonRestore())
-                    restored = self._manager.restore(candidate, args=items)
-                    found = TrainState(**{"ema": None, **restored["state"]}), dict(restored["extra"])
+                    found = self._read(candidate, like)
                 except Exception as error:  # whatever a storage layer raises on bytes that are not what they were
                     problem = f"cannot be read ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
                 problem = any_of(problem)
@@ -138,6 +136,18 @@ class Checkpoints:
         if problems:
             raise CheckpointError(f"{self.folder} has no whole checkpoint: {'; '.join(problems)}")
         return None
+
+    def _read(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        tree, extra = _tree(like), ocp.args.JsonRestore()
+        if like.optimizer is not None:
+            items = ocp.args.Composite(state=ocp.args.StandardRestore(tree), extra=extra)
+            restored = self._manager.restore(step, args=items)
+            return TrainState(**{"ema": None, **restored["state"]}), dict(restored["extra"])
+        part = ocp.args.PyTreeRestore(tree, ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True)
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            state = reader.restore(self._path / str(step) / "state", args=part)
+        rest = self._manager.restore(step, args=ocp.args.Composite(extra=extra))
+        return TrainState(**{"params": None, "ema": None, "optimizer": None, **state}), dict(rest["extra"])
 
     def rewind(self, step: int, every: int | None) -> int | None:
         """The last checkpoint at or before `step` that `every` called for; later ones are set aside under `rewound-STEP`.
@@ -211,7 +221,7 @@ class Checkpoints:
             saved = {k: tuple(v.shape) for k, v in saved["params"].items()}
         except Exception:  # unreadable metadata is damage, which restoring reports
             return
-        wanted = {name: p.shape for name, p in like.params.items()}
+        wanted = {name: p.shape for name, p in (like.params or like.ema or {}).items()}
         if saved != wanted:
             name = sorted(set(saved.items()) ^ set(wanted.items()))[0][0]
             raise CheckpointError(

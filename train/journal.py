@@ -57,6 +57,7 @@ class Journal:
             **environment(),
             "kernels": chosen(),
             "num_params": setup.blueprint.num_params,
+            **setup.blueprint.adapted(),
             "flops_per_token": self.config.model.flops(self.config.data.seq_len),
             "mesh": dict(setup.mesh.shape),
             "data": setup.data.summary(),

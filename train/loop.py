@@ -15,6 +15,7 @@ import numpy as np
 from plait.configs import codec
 from plait.configs.experiment import ExperimentConfig
 from plait.kernels.chips import peak_flops
+from plait.train import origin as origins
 from plait.train import run as runs
 from plait.train.checkpoint import CheckpointError, Checkpoints
 from plait.train.clock import Clock
@@ -58,6 +59,7 @@ def train(config: ExperimentConfig) -> Result:
         TrainingFailed: too many non-finite steps in a row, or another process has taken the run folder over.
     """
     observer = None if config.probe_every is None else Probes(config.probe)
+    config = origins.settled(config)
     with runs.claimed(config) as (going_on, check):
         setup = runs.set_up(config)
         folder = Path(config.folder)
@@ -125,7 +127,7 @@ class _Loop:
                 self.check()
                 self._cut_back(None if restored is None else step, resuming=at is None)
         if restored is None:
-            return self.setup.fresh(), 0, 0.0
+            return self._fresh(), 0, 0.0
         _, state, extra = restored
         try:
             self.iterator.set_state(extra["data"])
@@ -138,6 +140,10 @@ class _Loop:
             ) from error
         log.info("%s goes on from step %d", self.folder, step)
         return state, step, seconds
+
+    def _fresh(self) -> TrainState:
+        """The state at step 0: with new weights, or those of another run."""
+        return self.setup.fresh() if self.config.init_from is None else origins.begin(self.setup, self.config.init_from)
 
     def _cut_back(self, step: int | None, *, resuming: bool) -> None:
         """Leaves of the run's numbers those up to a checkpoint's step, and says what `resuming` finds missing of them."""
@@ -153,7 +159,7 @@ class _Loop:
 
     def _compile(self) -> None:
         """Both steps, ahead of time: compiling is then no part of any step's time, and its errors come before training."""
-        log.info("compiling a step of %s parameters", f"{self.setup.blueprint.num_params:,}")
+        log.info("compiling a step of %s", self.setup.blueprint.describe())
         self.programs[False] = self.setup.lower().compile()
         if self.observer is not None:
             self.programs[True] = self.setup.lower(self.observer).compile()

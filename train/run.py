@@ -183,11 +183,26 @@ def opened(folder: str | Path, step: int | None = None) -> Trained:
         RunError: no run, or one without its tokenizer.
         CheckpointError: no such checkpoint that is whole.
     """
-    folder = Path(folder)
+    config, tokenizer = described(Path(folder))
+    config = dataclasses.replace(config, mesh=_mesh_for_reading(config))
+    program = Program.of(config, make_mesh(config.mesh))
+    at, state, extra = restored(Path(folder), program.like, step)
+    data = extra.get("data", {})
+    if tokenizer is not None and data.get("tokenizer") not in (None, tokenizer.fingerprint):
+        raise RunError(f"{str(folder)!r} has another tokenizer/ than it was trained with; put that one back")
+    return Trained(program, tokenizer, at, state.params if state.ema is None else state.ema, state.buffers, data)
+
+
+def described(folder: Path) -> tuple[ExperimentConfig, Tokenizer | None]:
+    """The experiment of the run in `folder`, with the vocabulary settled, and its tokenizer where it has one.
+
+    Raises:
+        RunError: no run, or one without its tokenizer.
+        CheckpointError: it has no checkpoint.
+    """
     if not (folder / CONFIG).exists():
         raise RunError(f"{str(folder)!r} is not a run folder: it has no {CONFIG}; give the --out of a training run")
     config = dataclasses.replace(codec.load(ExperimentConfig, folder / CONFIG), out=str(folder))
-    config = dataclasses.replace(config, mesh=_mesh_for_reading(config))
     if not (folder / CHECKPOINTS).exists():
         raise _none_yet(folder)
     tokenizer = None
@@ -199,24 +214,19 @@ def opened(folder: str | Path, step: int | None = None) -> Trained:
     vocab_size = task.vocabulary(config.data) if tokenizer is None else tokenizer.vocab_size + task.extra_ids
     if vocab_size is not None:
         config = dataclasses.replace(config, model=config.model.with_vocab(vocab_size))
-    program = Program.of(config, make_mesh(config.mesh))
-    at, state, extra = _restored(folder, program.like, step)
-    data = extra.get("data", {})
-    if tokenizer is not None and data.get("tokenizer") not in (None, tokenizer.fingerprint):
-        raise RunError(f"{str(folder)!r} has another tokenizer/ than it was trained with; put that one back")
-    return Trained(program, tokenizer, at, state.params if state.ema is None else state.ema, state.buffers, data)
+    return config, tokenizer
 
 
-def _restored(folder: Path, like: TrainState, step: int | None) -> tuple[int, TrainState, dict[str, Any]]:
+def restored(folder: Path, like: TrainState, step: int | None) -> tuple[int, TrainState, dict[str, Any]]:
     """The checkpoint, which training may replace by a newer one while it is read: then that one."""
     seen: list[int] | None = None
     while True:
         checkpoints = Checkpoints(folder / CHECKPOINTS, read_only=True)
         try:
             steps = checkpoints.steps()
-            restored = checkpoints.restore(like, step)
-            if restored is not None:
-                return restored
+            found = checkpoints.restore(like, step)
+            if found is not None:
+                return found
             raise _none_yet(folder)
         except CheckpointError:
             if step is not None or steps in ([], seen):

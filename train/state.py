@@ -14,8 +14,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from plait.configs.experiment import ExperimentConfig
 from plait.configs.optimizer import Parameter
-from plait.models.axes import Axes
+from plait.models.axes import EXPERTS, LAYERS, Axes
+from plait.models.build import Adapter, Role
 from plait.models.lm import LM
+from plait.models.lora import TARGETS
 from plait.train import mesh as meshes
 from plait.train.optimizers.precision import float32
 
@@ -33,7 +35,7 @@ class TrainState:
     params: Arrays
     """Trained parameters."""
     buffers: Arrays
-    """Non-trained model state: sigmaReparam's singular vectors and layers' constants."""
+    """Non-trained model state: sigmaReparam's singular vectors and layers' constants, and the whole model where adapters are trained."""
     optimizer: optax.OptState
     ema: Arrays | None
     """Running average of the parameters in float32, where configured."""
@@ -47,21 +49,69 @@ class Blueprint:
     """A model without its arrays: builds it from them, and knows the axes and the kind of each."""
 
     def __init__(self, config: ExperimentConfig):
-        """Args: `config` with the model's vocabulary settled."""
+        """Args: `config` with the model's vocabulary settled. Raises ValueError where adapters are asked for and no layer has one."""
         self.config = config
         model = nnx.eval_shape(self._create)
         self._graph, state = nnx.split(model)
         self._variables: dict[str, nnx.Variable] = {_dotted(path): v for path, v in nnx.to_flat_state(state)}
         self._paths = {_dotted(path): path for path, _ in nnx.to_flat_state(state)}
-        self.params = {name for name, v in self._variables.items() if isinstance(v, nnx.Param)}
+        self.adapters = {name for name, v in self._variables.items() if isinstance(v, Adapter)}
+        """Parameters of adapters; where there are any, nothing else is trained or moved."""
+        self.params = self.adapters or self._all_params
+        """Trained parameters."""
+        lora = config.model.lora
+        if lora.rank is not None and not self.adapters:
+            there = dict.fromkeys(role for _, role in self.products()[1] if role in TARGETS)
+            raise ValueError(
+                f"model.lora.targets={lora.targets!r} is the role of no dense layer of this model; use one of {', '.join(there)}"
+            )
 
     def _create(self) -> LM:
         return LM(self.config.model, rngs=nnx.Rngs(self.config.seed), seq_len=self.config.data.seq_len)
 
     @property
+    def _all_params(self) -> set[str]:
+        return {name for name, v in self._variables.items() if isinstance(v, nnx.Param)}
+
+    @property
     def num_params(self) -> int:
-        """Trained parameters."""
+        """Parameters of the model, those of adapters included."""
+        return sum(self._variables[name].size for name in self._all_params)
+
+    @property
+    def num_trained(self) -> int:
+        """Those that are trained."""
         return sum(self._variables[name].size for name in self.params)
+
+    def products(self) -> tuple[list[tuple[str, Role]], list[tuple[str, Role]]]:
+        """Matrices and the dense layers that they are of, by dotted path and role: those with an adapter, and those without."""
+        found: tuple[list[tuple[str, Role]], list[tuple[str, Role]]] = ([], [])
+        for name in sorted(self._all_params - self.adapters):
+            layer, _, own = name.rpartition(".")
+            facts = self._variables[name].get_metadata()
+            role, own_axes = facts["role"], [axis for axis in facts["axes"] if axis not in (LAYERS, EXPERTS)]
+            if len(own_axes) > 1:
+                has = f"{layer}.lora_a" in self.adapters and own == "kernel"
+                found[not has].append((layer if own == "kernel" else name, role))
+        return found
+
+    def describe(self) -> str:
+        """How large it is, and what of it is trained."""
+        if not self.adapters:
+            return f"{self.num_params:,} parameters"
+        having, without = self.products()
+        left = ", ".join(dict.fromkeys(f"{name.rpartition('.')[2]} ({role})" for name, role in without)) or "none"
+        return (
+            f"{self.num_params:,} parameters, of which {self.num_trained:,} are trained: adapters of {len(having)} layers or stacks of layers, "
+            f"left without: {left}"
+        )
+
+    def adapted(self) -> dict[str, Any]:
+        """Facts of a model of which adapters are trained; none of another."""
+        if not self.adapters:
+            return {}
+        having, without = map(dict, self.products())
+        return {"num_trained_params": self.num_trained, "adapters": {"of": having, "not_of": without}}
 
     def init(self) -> tuple[Arrays, Arrays]:
         """Fresh `(params, buffers)`, the same for a seed on any mesh."""
@@ -116,7 +166,11 @@ class Blueprint:
 
 def create_state(blueprint: Blueprint, tx: optax.GradientTransformation) -> TrainState:
     """The state at step 0 (traceable)."""
-    params, buffers = blueprint.init()
+    return begin_with(blueprint, tx, *blueprint.init())
+
+
+def begin_with(blueprint: Blueprint, tx: optax.GradientTransformation, params: Arrays, buffers: Arrays) -> TrainState:
+    """The state at step 0 with these arrays (traceable)."""
     zero = jnp.zeros((), jnp.int32)
     ema = None if blueprint.config.optimizer.ema is None else float32(params)
     return TrainState(zero, params, buffers, tx.init(params), ema, zero, zero)

@@ -39,6 +39,10 @@ class ChannelMixerConfig(Component, abc.ABC):
         """This config with what it leaves to follow from the width written out."""
         return self
 
+    def function(self, d_model: int) -> Self:
+        """This config settled, with options of training alone at one value: equal where what it computes is equal."""
+        return self.settled(d_model)
+
     @property
     def experts(self) -> int | None:
         """How many experts the mesh axis `expert` must divide; None without any."""

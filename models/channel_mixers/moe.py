@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import jax
 import jax.numpy as jnp
 
-from plait.configs.domains import Coefficient, Experts, Whole, Width
+from plait.configs.domains import Coefficient, Experts, Positive, Whole, Width
 from plait.models.axes import BATCH, EMBED, EXPERTS, LENGTH, MLP
-from plait.models.build import Buffer, BuildContext
+from plait.models.build import BuildContext, Moved
 from plait.models.channel_mixers.base import ChannelMixer, ChannelMixerConfig, MixedChannels, register
 from plait.models.channel_mixers.gated_mlp import ACTIVATIONS, Activation, GatedMLPConfig
 from plait.models.divided import Over, divided
@@ -20,6 +20,7 @@ from plait.models.linear import Dense
 
 _TOKENS = (BATCH, LENGTH, None)
 _IN, _OUT = (EXPERTS, EMBED, MLP), (EXPERTS, MLP, EMBED)
+_BIAS_IN, _BIAS_OUT = (EXPERTS, MLP), (EXPERTS, EMBED)
 
 
 @register("moe", source="DeepSeek-V3 Technical Report (2412.19437)")
@@ -27,7 +28,8 @@ _IN, _OUT = (EXPERTS, EMBED, MLP), (EXPERTS, MLP, EMBED)
 class MoEConfig(ChannelMixerConfig):
     """`y = sum_shared F_i(x) + sum_i g_i F_i(x)` over the top-k experts of each token, every F_i a gated MLP.
 
-    Experts are chosen by s + b for scores s and balancing biases b; the gates are g_i = c s_i / sum_chosen s_j.
+    Experts are chosen by s + b for scores s and balancing biases b; the gates are g_i = c s_i / sum_chosen s_j. With softmax scores these
+    are the softmax over the chosen experts' logits alone (Mixtral, GPT-OSS).
     """
 
     num_experts: Experts = 8
@@ -38,14 +40,33 @@ class MoEConfig(ChannelMixerConfig):
     """Inner width of an expert; None divides the gated MLP's among the experts that a token uses, rounded up to a multiple of 64."""
     num_shared_experts: Annotated[int, Whole(0, 2**10)] = 0
     """Experts that every token uses, beside the routed ones."""
+    shared_hidden_dim: Width | None = None
+    """Inner width of a shared expert; None gives that of a routed one."""
+    shared_gate: bool = False
+    """What the shared experts give is multiplied by `sigmoid(w . x)` (Qwen2-MoE, Qwen3-Next)."""
     activation: Activation = "silu"
     """Of the experts' gates."""
+    swiglu_limit: Positive | None = None
+    """L of a clamped SwiGLU in the routed experts (GPT-OSS): `g sigmoid(swiglu_alpha g) (u + 1)` of the gate `g = min(W_gate x, L)` and
+    `u = clip(W_up x, -L, L)`; None for `activation(W_gate x) W_up x`."""
+    swiglu_alpha: Positive = 1.702
+    """Slope of the clamped SwiGLU's sigmoid."""
+    use_bias: bool = False
+    """Biases of the experts' projections."""
+    router_bias: bool = False
+    """A bias of the router's logits."""
     scores: Literal["softmax", "sigmoid"] = "softmax"
     """From the router's logits: over all experts, or of each alone (DeepSeek-V3)."""
     normalize: bool = True
     """A token's gates sum to `routed_scale`; otherwise they are `routed_scale` times the scores."""
     routed_scale: Coefficient = 1.0
     """c, the weight of the routed experts beside the shared ones."""
+    num_groups: Experts = 1
+    """Groups of neighbouring experts of which a token may use those of `top_k_groups` (DeepSeek-V2: of a device each)."""
+    top_k_groups: Experts = 1
+    """Groups that a token may use."""
+    group_score_top_k: Experts = 2
+    """A group is chosen by the sum of this many of its largest s + b: 1 in DeepSeek-V2, 2 in V3."""
     balance_loss: Coefficient | None = 0.01
     """Coefficient of the load-balance loss (Switch, 2101.03961), whose balanced value is 1, averaged over the MoE layers; None for none."""
     balance_bias: Coefficient | None = None
@@ -60,6 +81,19 @@ class MoEConfig(ChannelMixerConfig):
             raise ValueError(
                 "normalize=True with top_k=1 leaves a gate of 1 and the router without a gradient; use normalize=False"
             )
+        if self.swiglu_limit is not None and self.activation != "silu":
+            raise ValueError(f"activation={self.activation!r} does not fit swiglu_limit; use 'silu', or swiglu_limit=None")
+        if self.shared_gate and not self.num_shared_experts:
+            raise ValueError("shared_gate=True has no shared expert to gate; use num_shared_experts=1, or shared_gate=False")
+        if self.num_experts % self.num_groups:
+            raise ValueError(f"num_groups={self.num_groups} must divide num_experts={self.num_experts}")
+        if self.top_k_groups > self.num_groups:
+            raise ValueError(f"top_k_groups={self.top_k_groups} must be at most num_groups={self.num_groups}")
+        size = self.num_experts // self.num_groups
+        if self.num_groups > 1 and self.group_score_top_k > size:
+            raise ValueError(f"group_score_top_k={self.group_score_top_k} must be at most the {size} experts of a group")
+        if self.top_k > self.top_k_groups * size:
+            raise ValueError(f"top_k={self.top_k} must be at most the {self.top_k_groups * size} experts of top_k_groups groups")
 
     @classmethod
     def example(cls) -> MoEConfig:
@@ -74,9 +108,26 @@ class MoEConfig(ChannelMixerConfig):
         dense = GatedMLPConfig().width(d_model)
         return self.hidden_dim or -(-dense // (self.top_k + self.num_shared_experts) // 64) * 64
 
+    def shared_width(self, d_model: int) -> int:
+        """Inner width of all shared experts as one."""
+        return self.num_shared_experts * (self.shared_hidden_dim or self.width(d_model))
+
+    def settled(self, d_model: int) -> Self:
+        shared = self.shared_width(d_model) // self.num_shared_experts if self.num_shared_experts else None
+        return dataclasses.replace(self, hidden_dim=self.width(d_model), shared_hidden_dim=shared)
+
+    def function(self, d_model: int) -> Self:
+        found = dataclasses.replace(
+            self.settled(d_model), balance_loss=None, z_loss=None, balance_bias=None if self.balance_bias is None else 1.0
+        )
+        plain = type(self)()
+        if self.num_groups == 1:
+            found = dataclasses.replace(found, group_score_top_k=plain.group_score_top_k)
+        return found if self.swiglu_limit is not None else dataclasses.replace(found, swiglu_alpha=plain.swiglu_alpha)
+
     def flops(self, d_model: int) -> float:
-        used = self.top_k + self.num_shared_experts
-        return 2.0 * d_model * (self.num_experts + 3 * used * self.width(d_model))
+        inner = self.top_k * self.width(d_model) + self.shared_width(d_model)
+        return 2.0 * d_model * (self.num_experts + 3 * inner + self.shared_gate)
 
     def build(self, d_model: int, ctx: BuildContext) -> MoE:
         return MoE(self, d_model, ctx)
@@ -89,25 +140,34 @@ class MoE(ChannelMixer):
         self.config = config
         self.compute_dtype = ctx.compute_dtype
         width, lead = config.width(d_model), (config.num_experts,)
-        self.router = Dense(ctx, d_model, config.num_experts, (EMBED, None), role="router")
-        self.gate = Dense(ctx, d_model, width, _IN, lead=lead)
-        self.up = Dense(ctx, d_model, width, _IN, lead=lead)
-        self.down = Dense(ctx, width, d_model, _OUT, init=ctx.residual_init, lead=lead)
-        shared = GatedMLPConfig(hidden_dim=width * config.num_shared_experts or None, activation=config.activation)
+        self.router = Dense(ctx, d_model, config.num_experts, (EMBED, None), role="router", use_bias=config.router_bias)
+        self.gate = Dense(ctx, d_model, width, _IN, lead=lead, use_bias=config.use_bias)
+        self.up = Dense(ctx, d_model, width, _IN, lead=lead, use_bias=config.use_bias)
+        self.down = Dense(ctx, width, d_model, _OUT, init=ctx.residual_init, lead=lead, use_bias=config.use_bias)
+        shared = GatedMLPConfig(
+            hidden_dim=config.shared_width(d_model) or None, activation=config.activation, use_bias=config.use_bias
+        )
         self.shared = shared.build(d_model, ctx) if config.num_shared_experts else None
-        self.bias = None if config.balance_bias is None else Buffer(jnp.zeros(lead, jnp.float32), axes=(None,))
+        self.shared_gate = Dense(ctx, d_model, 1, (EMBED, None)) if config.shared_gate else None
+        self.bias = None if config.balance_bias is None else Moved(jnp.zeros(lead, jnp.float32), axes=(None,))
 
     def __call__(self, x, *, at):
         at = at.placed(*x.shape[:2])
         real = at.segment_ids > 0
         logits = jnp.matmul(x.astype(jnp.float32), self.router.weight().astype(jnp.float32), precision="highest")
+        if self.router.bias is not None:
+            logits = logits + self.router.bias[...].astype(jnp.float32)[None, None, :]
         scores = jax.nn.softmax(logits, axis=-1) if self.config.scores == "softmax" else jax.nn.sigmoid(logits)
         choice = jax.lax.stop_gradient(scores if self.bias is None else scores + self.bias[...][None, None, :])
-        experts = (m.weight().astype(self.compute_dtype) for m in (self.gate, self.up, self.down))
-        arrays = (x.astype(self.compute_dtype), scores, choice, real, *experts)
-        y, chosen = divided(self._route, arrays, (*[_TOKENS] * 3, _TOKENS[:2], _IN, _IN, _OUT), (_TOKENS, _TOKENS))
+        choice = choice if self.config.num_groups == 1 else self._in_best_groups(choice)
+        layers = (self.gate, self.up, self.down)
+        experts = [layer.weight() for layer in layers] + [layer.bias[...] for layer in layers if layer.bias is not None]
+        axes = (_IN, _IN, _OUT, _BIAS_IN, _BIAS_IN, _BIAS_OUT)[: len(experts)]
+        arrays = (x.astype(self.compute_dtype), scores, choice, real, *(a.astype(self.compute_dtype) for a in experts))
+        y, chosen = divided(self._route, arrays, (*[_TOKENS] * 3, _TOKENS[:2], *axes), (_TOKENS, _TOKENS))
         if self.shared is not None:
-            y = y + self.shared(x, at=at).y
+            shared = self.shared(x, at=at).y
+            y = y + (shared if self.shared_gate is None else jax.nn.sigmoid(self.shared_gate(x)) * shared)
         counts = chosen.sum((0, 1))
         losses = self._losses(logits, scores, counts, real)
         load = counts / jnp.maximum(counts.mean(), 1e-9)
@@ -118,6 +178,15 @@ class MoE(ChannelMixer):
         if self.bias is not None and self.config.balance_bias is not None:
             load = counts["expert"]
             self.bias[...] += self.config.balance_bias * jnp.sign(load.mean(-1, keepdims=True) - load)
+
+    def _in_best_groups(self, choice):
+        """The choice `[B, T, E]`, with -inf for experts of groups that a token does not use."""
+        config = self.config
+        grouped = choice.reshape(*choice.shape[:-1], config.num_groups, -1)
+        scores = jax.lax.top_k(grouped, config.group_score_top_k)[0].sum(-1)
+        _, best = jax.lax.top_k(scores, config.top_k_groups)
+        used = jax.nn.one_hot(best, config.num_groups).sum(-2) > 0
+        return jnp.where(used[..., None], grouped, -jnp.inf).reshape(choice.shape)
 
     def _losses(self, logits, scores, counts, real):
         """`z/router`, and `balance/moe`: `E sum_e f_e P_e` with f the shares of the load and P the mean shares of the scores."""
@@ -133,7 +202,7 @@ class MoE(ChannelMixer):
             losses["z/router"] = config.z_loss * mean(jnp.square(z)).sum()
         return losses
 
-    def _route(self, over: Over, x, scores, choice, real, gate, up, down):
+    def _route(self, over: Over, x, scores, choice, real, gate, up, down, *biases):
         """What the routed experts give, `[B, T, D]`, and the 0/1 choice `[B, T, E]` float32, for one device's tokens.
 
         Where `expert` divides both experts and tokens, its devices gather each other's tokens, and what each device's experts make of
@@ -152,24 +221,40 @@ class MoE(ChannelMixer):
             tokens = [whole(a, sent) for a in tokens]
         if width := over(EMBED):
             gate, up, down = whole(gate, width, axis=1), whole(up, width, axis=1), whole(down, width, axis=2)
+            biases = (*biases[:2], *(whole(bias, width, axis=1) for bias in biases[2:]))
+        if biases and (inner := over(MLP)):  # the last is of a sum over these devices: one adds it
+            biases = (*biases[:2], jnp.where(jax.lax.axis_index(inner) == 0, biases[2], 0))
         first = jax.lax.axis_index(experts) * gate.shape[0] if experts else 0
         x, ids, gates = tokens
-        y = self._experts(x, ids - first, gates, gate, up, down)
+        y = self._experts(x, ids - first, gates, (gate, up, down), biases)
         if sent:
             y = jax.lax.psum_scatter(y, sent, tiled=True)
         if added := tuple(axis for axis in (*experts, *over(MLP)) if axis not in sent):
             y = jax.lax.psum(y, added)
         return y.reshape(shape), chosen
 
-    def _experts(self, x, ids, gates, gate, up, down):
-        """`sum_j gates_j F_ids_j(x)` over the experts given, `[N, D]`; ids `[N, k]` of others count for nothing."""
-        count, k = gate.shape[0], ids.shape[1]
+    def _experts(self, x, ids, gates, weights, biases):
+        """`sum_j gates_j F_ids_j(x)` over the experts given, `[N, D]`; ids `[N, k]` of others count for nothing.
+
+        Args: weights and, where there are any, biases of gate, up and down.
+        """
+        count, k = weights[0].shape[0], ids.shape[1]
         ids = jnp.where((ids >= 0) & (ids < count), ids, count).reshape(-1)
         order = jnp.argsort(ids, stable=True)
         rows = order[: x.shape[0] * min(k, count)]  # a token chooses an expert once
         sizes = jnp.zeros(count, jnp.int32).at[ids].add(1, mode="drop")
+        of_row = jnp.minimum(ids[rows], count - 1)
+        product = lambda a, i: grouped_dot(a, weights[i], sizes) + (biases[i][of_row] if biases else 0)
         xs = x[rows // k]
-        hidden = ACTIVATIONS[self.config.activation](grouped_dot(xs, gate, sizes)) * grouped_dot(xs, up, sizes)
+        hidden = self._gated(product(xs, 0), product(xs, 1))
         gates = jnp.where(ids < count, gates.reshape(-1), 0.0)[rows]
-        ys = grouped_dot(hidden, down, sizes).astype(jnp.float32) * gates[:, None]
+        ys = product(hidden, 2).astype(jnp.float32) * gates[:, None]
         return jnp.zeros(x.shape, jnp.float32).at[rows // k].add(ys).astype(x.dtype)
+
+    def _gated(self, gate, up):
+        """What an expert's last projection reads."""
+        limit = self.config.swiglu_limit
+        if limit is None:
+            return ACTIVATIONS[self.config.activation](gate) * up
+        gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+        return gate * jax.nn.sigmoid(self.config.swiglu_alpha * gate) * (up + 1)

@@ -27,6 +27,8 @@ class Line:
     tensors: tuple[str, ...]
     places: tuple[Place, ...]
     transform: Transform
+    float32: bool = False
+    """Whether the tensors are float32 in files of any dtype."""
 
 
 class Layer:
@@ -36,13 +38,16 @@ class Layer:
         """Args: `prefix` is of the tensors, with its dot."""
         self.place, self.prefix = place, prefix
 
-    def line(self, tensors: str | tuple[str, ...], paths: str | tuple[str, ...], transform: Transform) -> Line:
+    def line(
+        self, tensors: str | tuple[str, ...], paths: str | tuple[str, ...], transform: Transform, *, float32: bool = False
+    ) -> Line:
         """One of any transform."""
         names, ours = (value if isinstance(value, tuple) else (value,) for value in (tensors, paths))
         return Line(
             tuple(self.prefix + name for name in names),
-            tuple(Place(f"{self.place.path}.{path}", self.place.row) for path in ours),
+            tuple(Place(f"{self.place.path}.{path}", self.place.index) for path in ours),
             transform,
+            float32,
         )
 
     def dense(self, name: str, path: str, *, bias: bool = False, transposed: bool = True) -> Iterator[Line]:
@@ -57,14 +62,19 @@ class Layer:
         if bias:
             yield self.line(f"{name}.bias", tuple(f"{path}.bias" for path in paths), transform)
 
+    def expert(self, name: str, path: str, index: int) -> Line:
+        """That of the linear map of one expert, of which there is a stack here."""
+        place = Place(f"{self.place.path}.{path}.kernel", (*self.place.index, index))
+        return Line((f"{self.prefix}{name}.weight",), (place,), Transposed())
+
     def norm(self, name: str, path: str) -> Iterator[Line]:
         """Those of a norm with a bias."""
         yield self.same(f"{name}.weight", f"{path}.scale")
         yield self.same(f"{name}.bias", f"{path}.bias")
 
-    def same(self, name: str, path: str) -> Line:
+    def same(self, name: str, path: str, *, float32: bool = False) -> Line:
         """Of a tensor that is the array."""
-        return self.line(name, path, Same())
+        return self.line(name, path, Same(), float32=float32)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,6 +91,10 @@ class Family(Component, abc.ABC):
     """Under which the layers are."""
     around: ClassVar[Mapping[str, str]] = {"embed_tokens.weight": "embedding", "norm.weight": "norm.scale"}
     """Tensors outside the layers, without the base, and the parameters that they are."""
+    renamed: ClassVar[Mapping[str, str]] = {}
+    """Parts of names that other files have in place of those in the table."""
+    behind: ClassVar[str | None] = None
+    """Field of a config that counts layers behind the last one, which predict tokens further ahead and are left out."""
     ignored: ClassVar[tuple[str, ...]] = ()
     """Patterns (`*` for any layer) of tensors that older files hold and that follow from the config."""
 

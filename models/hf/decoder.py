@@ -7,11 +7,13 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
+from plait.models.channel_mixers.base import ChannelMixerConfig
 from plait.models.channel_mixers.gated_mlp import Activation, GatedMLPConfig
-from plait.models.config import LMConfig
+from plait.models.config import LMConfig, pattern_name
 from plait.models.hf.base import Family, Layer, Line, Unfit
 from plait.models.hf.rope import read_rope, write_rope
 from plait.models.hf.values import Values
+from plait.models.mixers.base import MixerConfig
 from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.models.positions.base import PositionConfig
 
@@ -69,17 +71,19 @@ class Decoder(Family, abc.ABC):
 
     def model(self, values: Values) -> LMConfig:
         depth, width = values("num_hidden_layers", int), values("hidden_size", int)
-        layers = self.layers(values, depth, width)
-        names = self._names(layers)
+        layers, channel_mixers = self.layers(values, depth, width), self.channel_mixers(values, depth)
+        usual = channel_mixers[-1]
+        names = [name if own == usual else _dense(name) for name, own in zip(self._names(layers), channel_mixers, strict=True)]
         return LMConfig(
             d_model=width,
             num_layers=depth,
             pattern=pattern_of(names),
             mixers=dict(zip(names, layers, strict=True)),
-            channel_mixer=self.channel_mixer(values),
+            channel_mixer=usual,
+            channel_mixers={name: own for name, own in zip(names, channel_mixers, strict=True) if own != usual},
             vocab_size=values("vocab_size", int),
             tie_embeddings=values("tie_word_embeddings", bool, self.ties),
-            norm_eps=values("rms_norm_eps", float, 1e-6),
+            norm_eps=values(self.eps_key, float, 1e-6),
             **self.stream(values, width),
         )
 
@@ -87,6 +91,18 @@ class Decoder(Family, abc.ABC):
     """Whether a config that does not say it has a tied head."""
     activation_key: ClassVar[str] = "hidden_act"
     default_activation: ClassVar[str] = "silu"
+    eps_key: ClassVar[str] = "rms_norm_eps"
+    attention_names: ClassVar[Mapping[str, str]] = {
+        "q": "self_attn.q_proj",
+        "k": "self_attn.k_proj",
+        "v": "self_attn.v_proj",
+        "o": "self_attn.o_proj",
+        "q_norm": "self_attn.q_norm",
+        "k_norm": "self_attn.k_norm",
+    }
+    """Names there by those here."""
+    mlp_names: ClassVar[Mapping[str, str]] = {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
+    """Names there by those here."""
     block: ClassVar[Mapping[str, str]] = {
         "input_layernorm.weight": "mixer_norm.scale",
         "post_attention_layernorm.weight": "channel_norm.scale",
@@ -97,7 +113,7 @@ class Decoder(Family, abc.ABC):
         """Options of the model around the layers."""
         return {}
 
-    def layers(self, values: Values, depth: int, width: int) -> list[SoftmaxConfig]:
+    def layers(self, values: Values, depth: int, width: int) -> Sequence[MixerConfig]:
         """The mixer of each layer."""
         mixer = self.attention(values, width)
         own = lambda window: {"window_size": window, "positions": self.positions(values, window)}
@@ -126,8 +142,12 @@ class Decoder(Family, abc.ABC):
         values.passed_over(("layer_types",))
         return [None] * depth
 
+    def channel_mixers(self, values: Values, depth: int) -> Sequence[ChannelMixerConfig]:
+        """That of each layer: two kinds at most."""
+        return [self.channel_mixer(values)] * depth
+
     def channel_mixer(self, values: Values) -> GatedMLPConfig:
-        """That of every layer."""
+        """The gated MLP of layers that have one."""
         return GatedMLPConfig(
             hidden_dim=values("intermediate_size", int),
             activation=read_activation(values, self.activation_key, self.default_activation),
@@ -135,26 +155,37 @@ class Decoder(Family, abc.ABC):
         )
 
     def values(self, model: LMConfig) -> dict[str, Any]:
-        mixers = self.softmax_layers(model)
-        first = mixers[0]
-        mlp = model.channel_mixer
-        if not isinstance(mlp, GatedMLPConfig):
-            raise Unfit(f"channel_mixer={getattr(mlp, 'name', None)!r} is no gated MLP")
-        heads, kv_heads = first.heads(model.d_model)
         return {
             "vocab_size": model.vocab_size,
             "hidden_size": model.d_model,
-            "intermediate_size": mlp.width(model.d_model),
             "num_hidden_layers": model.num_layers,
+            self.eps_key: model.norm_eps,
+            "tie_word_embeddings": model.tie_embeddings,
+            **self.channel_values(model),
+            **self.mixer_values(model),
+        }
+
+    def mixer_values(self, model: LMConfig) -> Mapping[str, Any]:
+        """The fields of the mixers, and those of this family alone. Raises Unfit where the family has no such ones."""
+        mixers = self.softmax_layers(model)
+        heads, kv_heads = mixers[0].heads(model.d_model)
+        return {
             "num_attention_heads": heads,
             "num_key_value_heads": kv_heads,
-            "head_dim": first.head_dim,
-            self.activation_key: write_activation(mlp.activation),
-            "rms_norm_eps": model.norm_eps,
-            "tie_word_embeddings": model.tie_embeddings,
+            "head_dim": mixers[0].head_dim,
             "rope_parameters": self.rope(mixers),
-            **({"mlp_bias": True} if mlp.use_bias else {}),
             **self.own_values(model, mixers),
+        }
+
+    def channel_values(self, model: LMConfig) -> Mapping[str, Any]:
+        """The fields of the channel mixers. Raises Unfit where the family has no such ones."""
+        mlp = model.channel_mixer
+        if not isinstance(mlp, GatedMLPConfig):
+            raise Unfit(f"channel_mixer={getattr(mlp, 'name', None)!r} is no gated MLP")
+        return {
+            "intermediate_size": mlp.width(model.d_model),
+            self.activation_key: write_activation(mlp.activation),
+            **({"mlp_bias": True} if mlp.use_bias else {}),
         }
 
     def own_values(self, model: LMConfig, mixers: Sequence[SoftmaxConfig]) -> Mapping[str, Any]:
@@ -165,9 +196,8 @@ class Decoder(Family, abc.ABC):
         """`rope_parameters`: those of the layers that have positions."""
         return write_rope(next((mixer.positions for mixer in mixers if mixer.positions is not None), None))
 
-    @staticmethod
-    def softmax_layers(model: LMConfig) -> list[SoftmaxConfig]:
-        """The mixers of the layers. Raises Unfit where one is no softmax attention."""
+    def softmax_layers(self, model: LMConfig) -> list[SoftmaxConfig]:
+        """The mixers of the layers that are softmax attention. Raises Unfit where one is that may not be another."""
         mixers = []
         for name, mixer in zip(model.layers, model.layer_mixers, strict=True):
             if type(mixer) is not SoftmaxConfig:
@@ -176,30 +206,54 @@ class Decoder(Family, abc.ABC):
         return mixers
 
     def layer(self, model: LMConfig, index: int, layer: Layer) -> Iterator[Line]:
-        mixer = model.layer_mixers[index]
-        mlp = model.channel_mixer
-        assert isinstance(mixer, SoftmaxConfig) and isinstance(mlp, GatedMLPConfig)
-        for name in "qkv":
-            yield from layer.dense(f"self_attn.{name}_proj", f"mixer.{name}", bias=mixer.qkv_bias)
-        yield from layer.dense("self_attn.o_proj", "mixer.o", bias=mixer.o_bias)
-        if mixer.qk_norm:
-            for name in "qk":
-                yield layer.same(f"self_attn.{name}_norm.weight", f"mixer.{name}_norm.scale")
-        for name in ("gate", "up", "down"):
-            yield from layer.dense(f"mlp.{name}_proj", f"channel_mixer.{name}", bias=mlp.use_bias)
-        for theirs, ours in self.block.items():
+        mixer, channel_mixer = model.layer_mixers[index], model.channel_mixer_of(model.layers[index])
+        yield from self.mixer_lines(mixer, model.d_model, layer)
+        yield from self.channel_lines(channel_mixer, model.d_model, layer)
+        for theirs, ours in self.norms(mixer).items():
             yield layer.same(theirs, ours)
 
+    def norms(self, mixer: MixerConfig) -> Mapping[str, str]:
+        """`block`, of a layer with such a mixer."""
+        return self.block
+
+    def mixer_lines(self, mixer: MixerConfig, width: int, layer: Layer) -> Iterator[Line]:
+        """Those of a layer's mixer."""
+        assert isinstance(mixer, SoftmaxConfig)
+        yield from self.query_lines(mixer, width, layer)
+        for name in "kv":
+            yield from layer.dense(self.attention_names[name], f"mixer.{name}", bias=mixer.qkv_bias)
+        yield from layer.dense(self.attention_names["o"], "mixer.o", bias=mixer.o_bias)
+        if mixer.qk_norm:
+            for name in ("q_norm", "k_norm"):
+                yield layer.same(f"{self.attention_names[name]}.weight", f"mixer.{name}.scale")
+
+    def query_lines(self, mixer: SoftmaxConfig, width: int, layer: Layer) -> Iterator[Line]:
+        """Those of the projection to queries."""
+        yield from layer.dense(self.attention_names["q"], "mixer.q", bias=mixer.qkv_bias)
+
+    def channel_lines(self, mlp: ChannelMixerConfig | None, width: int, layer: Layer) -> Iterator[Line]:
+        """Those of a layer's channel mixer."""
+        assert isinstance(mlp, GatedMLPConfig)
+        for ours, theirs in self.mlp_names.items():
+            yield from layer.dense(theirs, f"channel_mixer.{ours}", bias=mlp.use_bias)
+
     @staticmethod
-    def _names(layers: Sequence[SoftmaxConfig]) -> list[str]:
-        """Pattern names of layers, which differ by their windows or positions."""
+    def _names(layers: Sequence[MixerConfig]) -> list[str]:
+        """Pattern names of layers: of their mixers, or where these are several of a name, by their windows or positions."""
         kinds = list(dict.fromkeys(layers))
-        labels = {kinds[0]: "softmax"} if len(kinds) == 1 else {kind: _label(kind) for kind in kinds}
+        plain = [pattern_name(kind) for kind in kinds]
+        labels = {kind: name if plain.count(name) == 1 else _label(kind) for kind, name in zip(kinds, plain, strict=True)}
         return [labels[layer] for layer in layers]
 
 
-def _label(mixer: SoftmaxConfig) -> str:
-    """A pattern name that says what tells the layers of one model apart."""
+def _dense(name: str) -> str:
+    """The pattern name of a layer with a dense MLP where others have experts."""
+    return f"{name}_dense" if "/" in name else f"{name}/dense"
+
+
+def _label(mixer: MixerConfig) -> str:
+    """A pattern name that says what tells the softmax layers of one model apart."""
+    assert isinstance(mixer, SoftmaxConfig)
     if mixer.window_size is not None:
         return WINDOWED
     return "softmax/nope" if mixer.positions is None else "softmax"

@@ -1,4 +1,4 @@
-"""Where a layer's parameters lie in the model: alone, or as one row of a stack."""
+"""Where a layer's parameters lie in the model: alone, or as entries of a stack."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from plait.models.config import LMConfig
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """An array of the model, or one row of it."""
+    """An array of the model, or one entry of it."""
 
     path: str
     """Dotted, as in `plait.train.state.Blueprint`."""
-    row: int | None = None
-    """Along the first axis, where layers are stacked."""
+    index: tuple[int, ...] = ()
+    """Along its first axes: of a layer where layers are stacked, of an expert in a mixture."""
 
 
 def layer_places(model: LMConfig) -> list[Place]:
@@ -22,6 +22,6 @@ def layer_places(model: LMConfig) -> list[Place]:
     lead, period, count = model.periods
     first = [Place(f"stack.first.{i}") for i in range(lead)]
     repeats = count if count > 1 else 0
-    stacked = [Place(f"stack.periods.{i}", row) for row in range(repeats) for i in range(period)]
+    stacked = [Place(f"stack.periods.{i}", (row,)) for row in range(repeats) for i in range(period)]
     rest = model.num_layers - len(first) - len(stacked)
     return first + stacked + [Place(f"stack.rest.{i}") for i in range(rest)]

@@ -10,7 +10,7 @@ from plait.models.config import LMConfig
 from plait.models.hf.base import Family, Line, Unfit, register
 from plait.models.hf.places import Place
 from plait.models.hf.transforms import Same
-from plait.models.lm import param_shapes
+from plait.models.lm import learned_shapes
 
 
 @register("plait", source="docs/conversion.md")
@@ -28,12 +28,12 @@ class Plait(Family):
         return codec.decode(LMConfig, values("model", dict), "model")
 
     def values(self, model):
-        if model.sigma_reparam is not None:
-            raise Unfit("sigma_reparam is to be folded first")
+        if model.sigma_reparam is not None or model.lora.rank is not None:
+            raise Unfit("sigma_reparam and lora are to be folded first")
         return {"model": codec.encode(model)}
 
     def layer(self, model, index, layer):
         raise NotImplementedError("tensors are not by layer here")
 
     def table(self, model):
-        return [Line((path,), (Place(path),), Same()) for path in param_shapes(model)]
+        return [Line((path,), (Place(path),), Same()) for path in learned_shapes(model)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from plait.models.hf.base import Unfit
@@ -23,6 +23,7 @@ def read_rope(
     key: str | None = None,
     default_fraction: float = 1.0,
     older: Mapping[str, str] = types.MappingProxyType({}),
+    passed_over: Sequence[str] = (),
 ) -> RotaryConfig:
     """The rotary embedding of a config; of a kind of layer where `key` names one and the config tells them apart.
 
@@ -30,6 +31,7 @@ def read_rope(
         max_len: the longest sequence of the model.
         default_fraction: share of a head that is turned where the config does not say.
         older: names of the family's own for `rope_theta` and `partial_rotary_factor` in older files.
+        passed_over: parameters that say nothing of text.
 
     Raises:
         Unfit: of a type that there is not here.
@@ -46,6 +48,7 @@ def read_rope(
         parameters = {"rope_theta": parameters.get("rope_theta", theta)}
     given = {"partial_rotary_factor": fraction, **parameters}
     fields = Values(given)
+    fields.passed_over(passed_over)
     kind = fields("rope_type", str, fields("type", str, "default"))
     common = {"theta": fields("rope_theta", float, 10_000.0), "fraction": fields("partial_rotary_factor", float, 1.0)}
     found = _read(kind, common, fields, max_len)
@@ -81,10 +84,16 @@ def _read(kind: str, common: Mapping[str, Any], fields: Values, max_len: int) ->
     raise Unfit(f"config.json: rope_type={kind!r} is not supported; 'default', 'linear', 'llama3' or 'yarn' can be used")
 
 
-def write_rope(positions: PositionConfig | None) -> dict[str, Any]:
-    """The `rope_parameters` of a rotary embedding. Raises Unfit for positions that are none."""
-    if not isinstance(positions, RotaryConfig) or positions.interleaved:
-        raise Unfit(f"positions={getattr(positions, 'name', None)!r} are no rotary embedding in halves")
+def write_rope(positions: PositionConfig | None, *, interleaved: bool = False) -> dict[str, Any]:
+    """The `rope_parameters` of a rotary embedding. Raises Unfit for positions that are none.
+
+    Args:
+        interleaved: whether its pairs are neighbours.
+    """
+    if not isinstance(positions, RotaryConfig) or positions.interleaved != interleaved:
+        raise Unfit(
+            f"positions={getattr(positions, 'name', None)!r} are no rotary embedding {'of neighbours' if interleaved else 'in halves'}"
+        )
     found: dict[str, Any] = {"rope_theta": positions.theta, "rope_type": "default"}
     if positions.fraction != 1:
         found["partial_rotary_factor"] = positions.fraction

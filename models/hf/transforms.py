@@ -115,6 +115,33 @@ class Fused(Transform):
         return [(*out, *inputs) if self.transposed else (*inputs, *out)]
 
 
+class Taps(Alone):
+    """A depthwise convolution, `[channels, 1, taps]`, to `[taps, channels]`."""
+
+    def read_one(self, tensor):
+        return tensor[:, 0].T
+
+    def write_one(self, array):
+        return array.T[:, None]
+
+    def shape(self, array):
+        return (array[1], 1, array[0])
+
+
+class FusedTaps(Fused):
+    """Several of these as one, beside each other in the channels."""
+
+    def read(self, tensors):
+        return super().read([tensors[0][:, 0]])
+
+    def write(self, arrays):
+        (whole,) = super().write(arrays)
+        return [whole[:, None]]
+
+    def shapes(self, arrays):
+        return [(sum(self.sizes), 1, arrays[0][0])]
+
+
 def size_of(shape: Shape, itemsize: int) -> int:
     """Bytes of an array."""
     return math.prod(shape) * itemsize

@@ -1,4 +1,4 @@
-"""Windows by layer, as configs of several families write them."""
+"""Kinds of layers and their windows, as configs of several families write them."""
 
 from __future__ import annotations
 
@@ -19,16 +19,21 @@ def read_windows(values: Values, depth: int, default: Sequence[str], window: int
     Raises:
         Unfit: a word is unknown, or they are not one a layer.
     """
-    words = values("layer_types", list, list(default))
-    words = [OLDER.get(word, word) for word in words]
-    if len(words) != depth:
-        raise Unfit(f"config.json: layer_types has {len(words)} words and num_hidden_layers={depth}; give one a layer")
-    for word in words:
-        if word not in (FULL, WINDOW):
-            raise Unfit(f"config.json: layer_types has {word!r}, which this family has not; {FULL} and {WINDOW} can be used")
+    words = read_layer_types(values, depth, default, (FULL, WINDOW))
     if WINDOW in words and window is None:
         raise Unfit(f"config.json: layer_types has {WINDOW!r} and sliding_window is null; give the number of tokens")
     return [window if word == WINDOW else None for word in words]
+
+
+def read_layer_types(values: Values, depth: int, default: Sequence[str], known: Sequence[str]) -> list[str]:
+    """The word of each layer, in the newer spelling. Raises Unfit unless each is `known`, and they are one a layer."""
+    words = [OLDER.get(word, word) for word in values("layer_types", list, list(default))]
+    if len(words) != depth:
+        raise Unfit(f"config.json: layer_types has {len(words)} words and num_hidden_layers={depth}; give one a layer")
+    for word in words:
+        if word not in known:
+            raise Unfit(f"config.json: layer_types has {word!r}, which this family has not; {' and '.join(known)} can be used")
+    return words
 
 
 def write_windows(windows: Sequence[int | None]) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 
 from plait.configs.domains import choices, divisors
@@ -28,6 +30,12 @@ def expanded(expand: float, channels: int, *, name: str = "expand", of: str = "d
     if width < 1:
         raise ValueError(f"{name}={expand} must leave at least one of {of}={channels} channels; use {1 / channels:g} or more")
     return width
+
+
+def expansion(width: int, channels: int) -> float:
+    """The `expand` of which `expanded` makes `width` of so many channels."""
+    ratio = width / channels
+    return ratio if int(channels * ratio) == width else math.nextafter(ratio, math.inf)
 
 
 def require_divides(small: tuple[str, int], big: tuple[str, int]) -> None:

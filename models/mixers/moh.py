@@ -6,7 +6,7 @@ Its forerunner, the mixture of h - 1 heads, is an option.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,9 @@ from plait.models.linear import Dense
 from plait.models.mixers.around import AroundHeads
 from plait.models.mixers.base import HeadMixer, MixerConfig, WrapperConfig, abstract, register
 from plait.models.mixers.full.softmax import SoftmaxConfig
+
+_SMALL = 1e-12
+"""Keeps gradients finite where queries are zero or alike."""
 
 
 @register(
@@ -38,6 +41,9 @@ class MoHConfig(WrapperConfig):
     p = softmax(x W) weighs them: `g_h = h / (h - 1) (1 - p_h)`, which averages 1 too. The paper's gates see the mean of the sequence,
     which a causal model has not: here each token has its own. It trains gates and experts in turns, one drawn expert at a time (block
     coordinate descent), which is the trainer's to do; here both are trained at once.
+
+    With `router = "query_norm"` there is no router: r = softmax(|q_h| / std |q|) over routed heads, and gates are 1 or 0, through which
+    the gradient of r goes straight. A softmax layer whose heads are all kept is then as it was, which is how MoH goes on from one.
     """
 
     mixer: MixerConfig = SoftmaxConfig()
@@ -48,13 +54,19 @@ class MoHConfig(WrapperConfig):
     """Leading heads that every token uses (0: all heads are routed)."""
     top_k: Heads | None = None
     """Routed heads a token uses; None gives half of them, rounded up."""
+    router: Literal["learned", "query_norm"] = "learned"
+    """What weighs heads: learned projections of the token, or the norms of the softmax layer's queries (to go on from one without MoH)."""
     balance: SomeCoefficient = 0.01
     """Coefficient of the load-balance loss, averaged over the MoH layers."""
 
     def check(self) -> None:
         if isinstance(self.mixer, WrapperConfig):
             raise ValueError(f"mixer={self.mixer.name} is itself around a mixer; wrap a mixer once")
-        plain = {"num_shared_heads": 1, "top_k": None, "balance": 0.01}
+        if self.router == "query_norm" and not isinstance(self.mixer, SoftmaxConfig):
+            raise ValueError(
+                f"router='query_norm' needs the queries of softmax attention, and mixer={self.mixer.name} is another; use 'learned'"
+            )
+        plain = {"num_shared_heads": 1, "top_k": None, "router": "learned", "balance": 0.01}
         for name, default in plain.items():
             if self.experts == "all_but_one" and getattr(self, name) != default:
                 raise ValueError(
@@ -77,6 +89,11 @@ class MoHConfig(WrapperConfig):
         top_k = self.top_k if self.top_k is not None else -(-routed // 2)
         if top_k > routed:
             raise ValueError(f"top_k={top_k} must be at most the {routed} routed heads; use {routed} or less")
+        if self.router == "query_norm" and routed < 2:
+            raise ValueError(
+                f"num_shared_heads={self.num_shared_heads} must leave two heads of {num_heads} whose queries "
+                f"router='query_norm' compares; use at most {num_heads - 2}"
+            )
         return routed, top_k
 
     def fit(self, d_model: int) -> None:
@@ -103,29 +120,35 @@ class MoH(AroundHeads):
         def router(width: int) -> Dense:
             return Dense(ctx, d_model, width, (EMBED, None), role="router")
 
-        self.routed_router = router(self.num_routed)
-        self.shared_router = router(shared) if shared > 1 else None
-        self.balance_router = router(2) if shared else None
+        learned = config.router == "learned"
+        self.routed_router = router(self.num_routed) if learned else None
+        self.shared_router = router(shared) if learned and shared > 1 else None
+        self.balance_router = router(2) if learned and shared else None
 
-    def routing(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Probabilities of the routed heads and the 0/1 choice of exactly `top_k` of them, both `[B, T, num_routed]` float32."""
-        p = jax.nn.softmax(self.routed_router(x).astype(jnp.float32), axis=-1)
+    def routing(self, x: jax.Array, inputs: Any = None) -> tuple[jax.Array, jax.Array]:
+        """Probabilities of the routed heads and the 0/1 choice of exactly `top_k` of them, both `[B, T, num_routed]` float32; `inputs` are
+        the wrapped mixer's, where its queries choose."""
+        scores = _query_norms(inputs.q[:, :, -self.num_routed :]) if self.routed_router is None else self.routed_router(x)
+        p = jax.nn.softmax(scores.astype(jnp.float32), axis=-1)
         return p, (_rank(p) < self.top_k).astype(jnp.float32)
 
     def mix(self, inputs, x, *, at):
         if self.config.experts == "all_but_one":
             return self.inner.mix(inputs, x, at=at)
-        _, chosen = self.routing(x)
+        _, chosen = self.routing(x, inputs)
         shared = jnp.ones((*x.shape[:-1], self.num_heads - self.num_routed), bool)
         active = jnp.concatenate([shared, chosen > 0], axis=-1)
         return self.inner.attend_active(inputs, active, at=at)
 
-    def gates(self, x: jax.Array) -> jax.Array:
+    def gates(self, x: jax.Array, inputs: Any = None) -> jax.Array:
         """Head weights `[B, T, H]` float32; the mean weight of an active head is 1 under uniform routing."""
-        p, mask = self.routing(x)
+        p, mask = self.routing(x, inputs)
         if self.config.experts == "all_but_one":
             return self.num_heads / (self.num_heads - 1) * (1 - p)
         routed = p * mask
+        if self.config.router == "query_norm":
+            straight = mask + (routed - jax.lax.stop_gradient(routed))
+            return jnp.concatenate([jnp.ones((*x.shape[:-1], self.num_heads - self.num_routed)), straight], axis=-1)
         routed = routed * self.top_k / routed.sum(-1, keepdims=True)
         if self.balance_router is None:
             return routed
@@ -136,12 +159,13 @@ class MoH(AroundHeads):
         return jnp.concatenate([both[..., :1] * shared, both[..., 1:] * routed], axis=-1)
 
     def finish(self, o, inputs, x):
-        return self.inner.finish(o, inputs, x) * self.gates(x)[..., None].astype(o.dtype)
+        return self.inner.finish(o, inputs, x) * self.gates(x, inputs)[..., None].astype(o.dtype)
 
     def loads(self, x: jax.Array, *, at: Tokens) -> tuple[jax.Array, jax.Array]:
         """Mean probability of each routed head and the share of tokens that use it, `[num_routed]`, padding left out."""
         real = (at.segment_ids > 0).astype(jnp.float32)[..., None]
-        p, mask = ((y * real).sum((0, 1)) / jnp.maximum(real.sum(), 1.0) for y in self.routing(x))
+        inputs = None if self.config.router == "learned" else self.inner.project(x, at=at, state=None)[0]
+        p, mask = ((y * real).sum((0, 1)) / jnp.maximum(real.sum(), 1.0) for y in self.routing(x, inputs))
         return p, mask
 
     def auxiliary_losses(self, x, *, at):
@@ -156,6 +180,13 @@ class MoH(AroundHeads):
         _, mask = self.loads(x, at=at)
         load = jnp.concatenate([jnp.ones(self.num_heads - self.num_routed), mask])
         return {**self.inner.observe(inputs, x, at=at), "load": load}
+
+
+def _query_norms(q: jax.Array) -> jax.Array:
+    """`[B, T, H]` float32: norms of queries `[B, T, H, K]` over their deviation among the heads of a token."""
+    norms = jnp.sqrt(jnp.square(q.astype(jnp.float32)).sum(-1) + _SMALL)
+    spread = jnp.square(norms - norms.mean(-1, keepdims=True)).sum(-1, keepdims=True) / (norms.shape[-1] - 1)
+    return norms * jax.lax.rsqrt(spread + _SMALL)
 
 
 def _rank(p: jax.Array) -> jax.Array:

@@ -28,6 +28,7 @@ from plait.configs.mesh import MeshConfig
 from plait.data.loader import build_data
 from plait.data.tasks.mlm import MaskedLanguageTask
 from plait.models.config import pattern_name
+from plait.models.lora import LoRAConfig
 from plait.models.mixers.base import MixerConfig
 from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.models.mixers.linear.gla import GLAConfig
@@ -37,6 +38,7 @@ from plait.train.probes.base import Probes
 from plait.train.step import make_step
 
 LOOP = {
+    "init_from",
     "out",
     "resume",
     "log_every",
@@ -61,6 +63,7 @@ TEXTS = {
     "model.pattern": ["gla@1;softmax"],
     "data.source": ["{other}"],
     "data.text_field": ["body"],
+    "model.lora.targets": ["head"],
     "data.tokenizer": ["bpe"],
     "probe.only": ["entropy"],
 }
@@ -70,6 +73,11 @@ NEEDS: dict[str, dict[str, Any]] = {
     "mega.max_distance": {"bias": "simple"},
     "optimizer.decay_fraction": {"optimizer.schedule": "wsd"},
     "data.text_field": {"data.source": "{lines}"},
+    "model.lora.rank": {"init_from": "runs/base"},
+    **{
+        f"model.lora.{field}": {"init_from": "runs/base", "model.lora": LoRAConfig(rank=2)}
+        for field in ("alpha", "scaling", "targets")
+    },
     "model.causal": {"data.task": MaskedLanguageTask()},
     "data.vocab_size": {"data.tokenizer": "bpe", "data.vocab_size": 300},
     "mega_chunk.max_distance": {"bias": "simple"},

@@ -238,7 +238,16 @@ def cache_dir(base, out):
     assert list((out / "cache").glob("tokens-*"))
 
 
+def init_from(base, out):
+    base, further = plain_steps(base), out.with_name("further")
+    trained(base, out, steps=4)
+    trained(base, further, steps=3, init_from=str(out))
+    first, second = (series(read_metrics(folder), "loss/train")[1][0] for folder in (out, further))
+    assert second < first
+
+
 LOOP = {
+    "init_from": init_from,
     "log_every": log_every,
     "probe_every": probe_every,
     "eval_every": eval_every,

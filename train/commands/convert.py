@@ -1,22 +1,25 @@
-"""`launch.py convert inspect|import|export`."""
+"""`launch.py convert inspect|import|export|reshape`."""
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from plait.configs.domains import Counted
-from plait.configs.words import parse
+from plait.configs.domains import Counted, Seed
+from plait.configs.options import split_options
+from plait.configs.words import flag, parse
 from plait.train.console import console, write_text
 from plait.train.convert.options import ImportOptions
 
 USAGE = """usage: launch.py convert inspect DIR|FILE.gguf
        launch.py convert import DIR|FILE.gguf RUN [--param-dtype bfloat16] [--seq-len 4096] [--tokenizer FILE] [--mesh.fsdp 8]
-       launch.py convert export RUN DIR [--model-type llama] [--dtype bfloat16] [--step N]"""
+       launch.py convert export RUN DIR [--model-type llama] [--dtype bfloat16] [--step N]
+       launch.py convert reshape RUN NEW KIND [options of the kind] [--text FILE] [--step N]      (launch.py list reshapes)"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,19 +56,56 @@ class ExportArgs:
     """Checkpoint; the newest by default."""
 
 
-ARGS: dict[str, Any] = {"inspect": InspectArgs, "import": ImportArgs, "export": ExportArgs}
+@dataclasses.dataclass(frozen=True)
+class ReshapeArgs:
+    """Makes a run folder of a run's model changed, and says by how much its logits move. Each kind has options of its own."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder, which stays as it is."""
+    new: Annotated[Path, tyro.conf.Positional]
+    """Run folder to be made."""
+    kind: Annotated[str, tyro.conf.Positional]
+    """What is changed; `launch.py list reshapes` shows what can be."""
+    text: Path | None = None
+    """UTF-8 text on which logits are compared; random ids by default."""
+    step: Counted | None = None
+    """Checkpoint; the newest by default."""
+    seed: Seed = 0
+    """Of the choice of ids or text."""
+
+
+ARGS: dict[str, Any] = {"inspect": InspectArgs, "import": ImportArgs, "export": ExportArgs, "reshape": ReshapeArgs}
 """The options of each conversion."""
+
+
+def parsed(args: Sequence[str]) -> tuple[Any, ...]:
+    """The options of the conversion that the words name; of a reshape also those of its kind."""
+    name, words, prog = args[0], list(args[1:]), f"launch.py convert {args[0]}"
+    if name != "reshape":
+        return (parse(ARGS[name], words, prog=prog),)
+    places = 3
+    if not words or words[0].startswith("-") or len(words) < places:
+        return (parse(ReshapeArgs, words, prog=prog),)  # says what is missing, or helps
+    from plait.train.convert.reshapes.base import RESHAPES
+
+    kind = RESHAPES[words[2]]
+    mine, own = split_options(ReshapeArgs, words[places:])
+    if {"-h", "--help"} & set(mine):
+        own = ["--help"]
+    others = [flag(field.name) for field in dataclasses.fields(ReshapeArgs)[places:]]
+    reshape = parse(kind, own, prog=f"{prog} RUN NEW {kind.name}", others=others, description=inspect.getdoc(kind))
+    return parse(ReshapeArgs, words[:places] + mine, prog=prog), reshape
 
 
 def run(args: Sequence[str]) -> int:
     """One of the conversions."""
-    actions: dict[str, Callable[[Any], None]] = {"inspect": _inspect, "import": _import, "export": _export}
+    actions: dict[str, Callable[..., None]] = {"inspect": _inspect, "import": _import, "export": _export, "reshape": _reshape}
     if not args or args[0] in ("-h", "--help"):
         write_text(USAGE)
         return 0
     if args[0] not in actions:
         raise ValueError(f"convert {args[0]!r} is none of {', '.join(actions)}\n\n{USAGE}")
-    actions[args[0]](parse(ARGS[args[0]], args[1:], prog=f"launch.py convert {args[0]}"))
+    actions[args[0]](*parsed(args))
     return 0
 
 
@@ -87,3 +127,10 @@ def _export(options: ExportArgs) -> None:
 
     family = export_model(options.run, options.folder, model_type=options.model_type, dtype=options.dtype, step=options.step)
     console.print(f"{options.folder}: {family.architecture}", markup=False)
+
+
+def _reshape(options: ReshapeArgs, reshape: Any) -> None:
+    from plait.train.convert.reshaping import reshape_run
+
+    found = reshape_run(options.run, options.new, reshape, text=options.text, step=options.step, seed=options.seed)
+    write_text(f"{options.new}: {options.kind} of {options.run} at step {found.step}\n{found.describe()}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Sequence
 
 from plait.train.commands.status import exit_status
@@ -16,8 +17,10 @@ from plait.train.pods.hosts.supervise import DONE, STOPPED, supervise
 
 def run(args: Sequence[str]) -> int:
     """Trains here, or as one of several hosts in a process of its own that is watched."""
-    if not args or args[0].startswith("-"):
-        raise ValueError("train needs a preset first, as in 'launch.py train lm_quick'; 'launch.py list presets' shows them")
+    if not args or (args[0].startswith("-") and not any(re.match("--init[-_]from(=|$)", word) for word in args)):
+        raise ValueError(
+            "train needs a preset first, as in 'launch.py train lm_quick', or --init-from RUN; 'launch.py list presets' shows presets"
+        )
     with outliving_readers():
         return _run(args)
 
@@ -40,16 +43,16 @@ def _run(args: Sequence[str]) -> int:
 
 
 def _train(args: Sequence[str], supervised: bool) -> int:
-    from plait.configs.cli import parse_experiment
     from plait.train.commands.generate import GenerateArgs, continued
     from plait.train.loop import train
+    from plait.train.origin import parse_run
     from plait.train.pods.hosts import together
     from plait.train.report import write_report
 
     if not together.first():
         logging.getLogger("plait").setLevel(logging.WARNING)
     with together.together("options"):
-        config = parse_experiment(args[0], args[1:])
+        config = parse_run(args)
     result = train(config)
     if not result.finished:
         console.print(f"stopped and saved at step {result.step}; --resume goes on", markup=False)

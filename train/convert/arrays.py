@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,10 +18,11 @@ from plait.models.hf.transforms import Shape
 class _Filling:
     """The parts of one array that this host's devices hold, being filled."""
 
-    def __init__(self, like: jax.ShapeDtypeStruct, sharding: NamedSharding, stacked: bool):
+    def __init__(self, like: jax.ShapeDtypeStruct, sharding: NamedSharding, stacked: int):
+        """Args: `stacked` leading axes, along which the array comes entry by entry."""
         self.like, self.sharding = like, sharding
-        self.left = like.shape[0] if stacked else 1
-        """Rows yet to come."""
+        self.left = math.prod(like.shape[:stacked])
+        """Entries yet to come."""
         self.parts: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
         self.devices = sharding.addressable_devices_indices_map(like.shape)
         for index in self.devices.values():
@@ -28,14 +30,12 @@ class _Filling:
             if bounds not in self.parts:
                 self.parts[bounds] = np.empty([stop - start for start, stop in bounds], like.dtype)
 
-    def put(self, row: int | None, value: np.ndarray) -> None:
+    def put(self, index: tuple[int, ...], value: np.ndarray) -> None:
         for bounds, part in self.parts.items():
-            inside = bounds if row is None else bounds[1:]
-            cut = tuple(slice(*bound) for bound in inside)
-            if row is None:
-                part[...] = value[cut]
-            elif bounds[0][0] <= row < bounds[0][1]:
-                part[row - bounds[0][0]] = value[cut]
+            lead, inside = bounds[: len(index)], bounds[len(index) :]
+            if all(start <= i < stop for i, (start, stop) in zip(index, lead, strict=True)):
+                own = tuple(i - start for i, (start, _) in zip(index, lead, strict=True))
+                part[own] = value[tuple(slice(*bound) for bound in inside)]
         self.left -= 1
 
     def array(self) -> jax.Array:
@@ -60,21 +60,30 @@ def read_arrays(
         shapes: of the parameters, by path, with the dtypes that they get.
         shardings: of the parameters.
     """
+    made = (zip(line.places, line.transform.read([read(name) for name in line.tensors]), strict=True) for line in lines)
+    return filled((part for parts in made for part in parts), shapes, shardings)
+
+
+def filled(
+    parts: Iterable[tuple[Place, np.ndarray]],
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    shardings: Mapping[str, NamedSharding],
+) -> dict[str, jax.Array]:
+    """Arrays by path of what lies at their places; an array leaves the host's memory with its last part."""
     done: dict[str, jax.Array] = {}
     filling: dict[str, _Filling] = {}
-    for line in lines:
-        for place, value in zip(line.places, line.transform.read([read(name) for name in line.tensors]), strict=True):
-            if place.path not in filling:
-                filling[place.path] = _Filling(shapes[place.path], shardings[place.path], place.row is not None)
-            filling[place.path].put(place.row, value)
-            if not filling[place.path].left:
-                done[place.path] = filling.pop(place.path).array()
+    for place, value in parts:
+        if place.path not in filling:
+            filling[place.path] = _Filling(shapes[place.path], shardings[place.path], len(place.index))
+        filling[place.path].put(place.index, value)
+        if not filling[place.path].left:
+            done[place.path] = filling.pop(place.path).array()
     return done
 
 
 def part_of(array: jax.Array, place: Place) -> np.ndarray:
     """What lies at a place, on this host."""
-    return np.asarray(array if place.row is None else array[place.row])
+    return np.asarray(array[place.index])
 
 
 def written(lines: Sequence[Line]) -> Iterator[tuple[str, Line, int]]:

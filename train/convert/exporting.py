@@ -16,10 +16,10 @@ from plait.configs.files import read_json
 from plait.models.config import LMConfig
 from plait.models.hf.base import MODEL_TYPES, Family, Unfit
 from plait.models.hf.values import Values
-from plait.models.lm import fold
+from plait.models.lm import fold, learned_shapes
 from plait.train.convert.arrays import part_of, written
 from plait.train.convert.fitting import CONFIG, check_lines, part_shape
-from plait.train.convert.importing import ORIGINALS, appearing
+from plait.train.convert.importing import ORIGINALS, appearing, require_new
 from plait.train.convert.reading import BESIDE
 from plait.train.convert.weights import ConvertError, Planned, write_weights
 from plait.train.run import Trained, opened
@@ -34,11 +34,13 @@ _OF_TRAINING = (
     "mixers",
     "channel_mixer",
     "channel_mixers",
+    "norms",
     "z_loss",
     "remat",
     "param_dtype",
     "compute_dtype",
     "sigma_reparam",
+    "lora",
 )
 """Fields that are compared by layer, or say nothing of the function that a folded model is."""
 _STALE = ("rope_theta", "rope_scaling", "torch_dtype", "text_config")
@@ -50,9 +52,10 @@ def function_of(model: LMConfig) -> dict[str, Any]:
     found = {key: value for key, value in encode(model).items() if key not in _OF_TRAINING}
     mixers = [encode(mixer.settled(model.d_model)) for mixer in model.layer_mixers]
     channel_mixers = [
-        None if one is None else encode(one.settled(model.d_model)) for one in map(model.channel_mixer_of, model.layers)
+        None if one is None else encode(one.function(model.d_model)) for one in map(model.channel_mixer_of, model.layers)
     ]
-    return {**found, "mixers": mixers, "channel_mixers": channel_mixers}
+    norms = [model.norm_of(name) for name in model.layers]
+    return {**found, "mixers": mixers, "channel_mixers": channel_mixers, "norms": norms}
 
 
 def home(model: LMConfig, model_type: str | None = None) -> tuple[Family, dict[str, Any]]:
@@ -107,14 +110,13 @@ def export_model(
     Raises:
         ConvertError: `folder` holds something, or the model is none of `model_type`.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConvertError(f"{str(folder)!r} is there already; give a new folder")
+    require_new(folder)
     trained = opened(run, step)
     model = fold(trained.program.blueprint.build(trained.params, trained.buffers))
     family, fields = home(model.config, model_type)
     blueprint = Blueprint(dataclasses.replace(trained.program.config, model=model.config))
-    params, _ = blueprint.split(model)
-    shapes, _ = blueprint.shapes()
+    params, buffers = blueprint.split(model)
+    arrays, shapes = {**params, **buffers}, learned_shapes(model.config)
     lines = family.table(model.config)
     check_lines(lines, shapes)
     before = _original(run).get("dtype", _original(run).get("torch_dtype"))
@@ -122,10 +124,10 @@ def export_model(
     tensors = []
     for name, line, index in written(lines):
         shape = line.transform.shapes([part_shape(place, shapes) for place in line.places])[index]
-        make = lambda line=line, index=index: line.transform.write([part_of(params[place.path], place) for place in line.places])[
+        make = lambda line=line, index=index: line.transform.write([part_of(arrays[place.path], place) for place in line.places])[
             index
         ]
-        tensors.append(Planned(name, shape, kept, make))
+        tensors.append(Planned(name, shape, np.dtype(np.float32) if line.float32 else kept, make))
     with appearing(folder) as new:
         write_weights(new, sorted(tensors, key=lambda tensor: tensor.name), shard_bytes)
         _write_config(new, run, trained, {**fields, "dtype": kept.name})

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from plait.models.hf.base import MODEL_TYPES, Family, Line, Unfit
 from plait.models.hf.places import Place
 from plait.models.hf.transforms import Shape
 from plait.models.hf.values import Values
-from plait.models.lm import param_shapes
+from plait.models.hf.waiting import WAITING
+from plait.models.lm import learned_shapes
 from plait.train.convert.reading import CONFIG, Reader, reader_of
 from plait.train.convert.weights import DTYPES, ConvertError, Weights
 
@@ -24,7 +26,7 @@ _MOST = 8
 """Names that an error lists."""
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
-"""Of the model's parameters, by dotted path."""
+"""Of what a model learns, by dotted path."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +72,8 @@ class Source:
 def _family(model_type: Any, folder: Path) -> Family:
     if not isinstance(model_type, str):
         raise ConvertError(f"{folder / CONFIG} has no model_type; give the folder of a published model")
+    if model_type in WAITING:
+        raise ConvertError(f"{folder / CONFIG}: model_type={model_type!r} waits for {WAITING[model_type]}, which is not here yet")
     try:
         return MODEL_TYPES[model_type]()
     except ValueError as error:
@@ -77,22 +81,21 @@ def _family(model_type: Any, folder: Path) -> Family:
 
 
 def part_shape(place: Place, shapes: Shapes) -> Shape:
-    """That of what lies at a place: of one row where the place is one of a stack."""
-    whole = shapes[place.path].shape
-    return whole if place.row is None else whole[1:]
+    """That of what lies at a place."""
+    return shapes[place.path].shape[len(place.index) :]
 
 
 def check_lines(lines: Sequence[Line], shapes: Shapes) -> None:
-    """Raises ConvertError unless the lines fill every parameter once and name every tensor once."""
+    """Raises ConvertError unless the lines fill every array once and name every tensor once."""
     names = Counter(name for line in lines for name in line.tensors)
     places = Counter(place for line in lines for place in line.places)
-    rows = lambda path: shapes[path].shape[0] if path.startswith("stack.periods.") else 1
-    wanted = {path: rows(path) for path in shapes}
     filled = Counter(place.path for place in places)
+    parts = {place.path: math.prod(shapes[place.path].shape[: len(place.index)]) for place in places if place.path in shapes}
+    wanted = {path: parts.get(path, 1) for path in shapes}
     problems = {
         "tensors named twice": [name for name, times in names.items() if times > 1],
         "parameters filled twice": [place.path for place, times in places.items() if times > 1],
-        "parameters that no tensor fills": [path for path, rows in wanted.items() if filled[path] < rows],
+        "parameters that no tensor fills": [path for path, times in wanted.items() if filled[path] < times],
         "parameters that the model has not": [path for path in filled if path not in wanted],
     }
     _refuse("this family's table does not fit the model", problems)
@@ -114,7 +117,8 @@ def examined(folder: Path) -> Examined:
     source = Source.of(folder)
     weights = source.reader.weights()
     weights.under(source.family.base, source.family.head)
-    lines, shapes = source.family.table(source.model), param_shapes(source.model)
+    weights.rename(source.family.renamed)
+    lines, shapes = source.family.table(source.model), learned_shapes(source.model)
     check_lines(lines, shapes)
     return Examined(source, weights, lines, shapes, match(source, weights, lines, shapes))
 
@@ -150,12 +154,15 @@ def match(source: Source, weights: Weights, lines: Sequence[Line], shapes: Shape
                 misshapen.append(f"{name} {list(weights.tensors[name].shape)} for {list(shape)}")
             if name in weights and weights.tensors[name].dtype not in weights.dtypes:
                 quantised.append(f"{name} is {weights.tensors[name].dtype}")
-    ignored = (*source.family.ignored, *((source.family.head,) if source.model.tie_embeddings else ()))
+    family, depth = source.family, source.model.num_layers
+    behind = source.fields.get(family.behind or "") or 0
+    ignored = [f"{family.base}{family.layers_name}.{depth + i}.*" for i in range(behind)] + list(family.ignored)
+    ignored += [family.head] if source.model.tie_embeddings else []
     left = [name for name in weights if name not in asked and not _any(name, ignored)]
     return Match([name for name in asked if name not in weights], left, misshapen, quantised)
 
 
-def _any(name: str, patterns: Iterable[str]) -> bool:
+def _any(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 

@@ -6,8 +6,9 @@ import contextlib
 import dataclasses
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ import numpy as np
 
 from plait.configs import codec
 from plait.configs.experiment import ExperimentConfig
-from plait.configs.optimizer import optimizer
+from plait.configs.optimizer import OptimizerConfig, optimizer
 from plait.data.config import DataConfig, DataError
 from plait.data.tokenizer import Tokenizer
 from plait.data.tokenizer_files import load_tokenizer
@@ -29,7 +30,7 @@ from plait.train.convert.weights import ConvertError, Weights
 from plait.train.mesh import make_mesh
 from plait.train.program import Program
 from plait.train.run_folder.contents import CHECKPOINTS, CONFIG, mark
-from plait.train.state import TrainState
+from plait.train.state import Arrays, TrainState
 
 ORIGINALS = "published"
 """Folder in a run folder that keeps the files beside the weights, for an export."""
@@ -41,8 +42,7 @@ def import_model(folder: Path, run: Path, options: ImportOptions) -> ExperimentC
     Raises:
         ConvertError: what is there cannot be taken in, or `run` holds something; nothing is written.
     """
-    if run.exists() and (not run.is_dir() or any(run.iterdir())):
-        raise ConvertError(f"{str(run)!r} is there already; give a new folder")
+    require_new(run)
     found = examined(folder)
     found.match.check(folder)
     source, weights = found.source, found.weights
@@ -50,25 +50,45 @@ def import_model(folder: Path, run: Path, options: ImportOptions) -> ExperimentC
     tokenizer = _tokenizer(source, options)
     config = _config(source, run, options)
     program = Program.of(config, make_mesh(config.mesh))
-    shapes, _ = program.blueprint.shapes()
-    shardings, _ = program.blueprint.shardings(program.mesh)
-    params = read_arrays(found.lines, weights.read, shapes, shardings)
+    shapes, shardings = (
+        {**params, **buffers} for params, buffers in (program.blueprint.shapes(), program.blueprint.shardings(program.mesh))
+    )
+    arrays = read_arrays(found.lines, weights.read, shapes, shardings)
+    params = {name: array for name, array in arrays.items() if name in program.blueprint.params}
     buffers = jax.jit(lambda: program.blueprint.init()[1], out_shardings=program.shardings.buffers)()
-    zero = jnp.zeros((), jnp.int32)
-    state = TrainState(zero, params, buffers, jax.jit(program.tx.init)(params), None, zero, zero)
-    with appearing(run) as new:
-        codec.save(config, new / CONFIG)
+    buffers |= {name: array for name, array in arrays.items() if name in buffers}
+    with new_run(run, program, params, buffers, {"tokenizer": tokenizer.fingerprint}) as new:
         tokenizer.save(new / "tokenizer", tokenizer=str(folder))
         (new / ORIGINALS).mkdir()
         for name, content in source.reader.beside():
             (new / ORIGINALS / name).write_bytes(content)
+    return config
+
+
+def require_new(folder: Path) -> None:
+    """Raises ConvertError where `folder` is there and holds something."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConvertError(f"{str(folder)!r} is there already; give a new folder")
+
+
+@contextlib.contextmanager
+def new_run(run: Path, program: Program, params: Arrays, buffers: Arrays, data: Mapping[str, Any]) -> Iterator[Path]:
+    """A run folder at step 0 with these arrays; what else it holds is written to the path inside the block, at whose end it appears.
+
+    Args:
+        data: the identity of what the model was trained on.
+    """
+    zero = jnp.zeros((), jnp.int32)
+    state = TrainState(zero, params, buffers, jax.jit(program.tx.init)(params), None, zero, zero)
+    with appearing(run) as new:
+        codec.save(program.config, new / CONFIG)
+        yield new
         mark(new)
         checkpoints = Checkpoints(new / CHECKPOINTS)
         try:
-            checkpoints.save(0, state, {"data": {"tokenizer": tokenizer.fingerprint}}, loss=None)
+            checkpoints.save(0, state, {"data": dict(data)}, loss=None)
         finally:
             checkpoints.close()
-    return config
 
 
 @contextlib.contextmanager
@@ -84,6 +104,11 @@ def appearing(folder: Path) -> Iterator[Path]:
         new.rename(folder)
     finally:
         shutil.rmtree(new, ignore_errors=True)
+
+
+def untrained() -> OptimizerConfig:
+    """An optimizer without a state, of a run that only holds a model."""
+    return optimizer("sgd", momentum=None, schedule="constant", warmup_steps=0)
 
 
 def _check_tied(source: Source, weights: Weights) -> None:
@@ -125,7 +150,7 @@ def _config(source: Source, run: Path, options: ImportOptions) -> ExperimentConf
         steps=1,
         model=model,
         data=DataConfig(tokenizer=str(tokenizer.resolve()), seq_len=options.seq_len or min(2048, most)),
-        optimizer=optimizer("sgd", momentum=None, schedule="constant", warmup_steps=0),
+        optimizer=untrained(),
         mesh=options.mesh,
         out=str(run),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+from plait.models.lm import num_params
 from plait.train.convert.fitting import examined
 
 
@@ -19,7 +20,7 @@ def describe(folder: Path) -> str:
     rows = {
         "family": f"{source.family.name} ({source.family.architecture})",
         "model": f"{model.num_layers} layers of {model.pattern}, width {model.d_model}, {model.vocab_size} ids",
-        "parameters": f"{sum(a.size for a in examination.shapes.values()) / 1e6:,.1f}M",
+        "parameters": f"{num_params(model) / 1e6:,.1f}M",
         "tensors": f"{len(weights.tensors)} in {len(weights.files)} files, {size / 1e9:,.2f} GB, "
         + ", ".join(f"{count} {dtype}" for dtype, count in dtypes.items()),
     }

@@ -57,6 +57,16 @@ class Weights(abc.ABC):
         if not any(name.startswith(base) for name in self.tensors):
             self.tensors = {name if name == head else base + name: tensor for name, tensor in self.tensors.items()}
 
+    def rename(self, parts: Mapping[str, str]) -> None:
+        """Changes parts of names, between dots. Raises ConvertError where two tensors come to one name."""
+        found: dict[str, Tensor] = {}
+        for name, tensor in self.tensors.items():
+            new = ".".join(parts.get(part, part) for part in name.split("."))
+            if new in found:
+                raise ConvertError(f"{tensor.name} is there beside {found[new].name}, another name of the same; keep one of them")
+            found[new] = tensor
+        self.tensors = found
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from plait.train.run_folder.lines import EVENTS, METRICS
 from plait.train.run_folder.probe_files import PROBES
 
-CONFIG, ENVIRONMENT, CHECKPOINTS = "config.json", "environment.json", "checkpoints"
+CONFIG, ENVIRONMENT, CHECKPOINTS, ORIGIN = "config.json", "environment.json", "checkpoints", "origin.json"
 _MARK = "README.txt"
 _MARKED = (
     "Checkpoints of the run in the folder above, one a step. This file was written before the first of them: where it is missing,\n"

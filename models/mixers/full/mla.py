@@ -59,6 +59,8 @@ class MLAConfig(MixerConfig):
     """Channels of a value head."""
     positions: RotaryConfig | None = RotaryConfig()
     """Rotary embedding of the channels that have positions; None rotates nothing (NoPE, as in Kimi Linear)."""
+    latent_norm: bool = True
+    """Normalise the latents of keys and values; without it keys and values are low-rank projections, as those that are made of MHA's."""
     norm_eps: Epsilon = 1e-6
     """Epsilon of the norms of the latents."""
 
@@ -110,7 +112,7 @@ class MLA(HeadMixer):
         self.q = Dense(ctx, config.q_rank or d_model, q_width, (EMBED if config.q_rank is None else None, HEADS), heads=heads)
         self.kv_down = Dense(ctx, d_model, latents, (EMBED, None))
         self.k_rope = Dense(ctx, d_model, config.rope_head_dim, (EMBED, None))
-        self.kv_norm = RMSNorm(ctx, latents, eps=config.norm_eps, groups=config.num_latents)
+        self.kv_norm = RMSNorm(ctx, latents, eps=config.norm_eps, groups=config.num_latents) if config.latent_norm else None
         self.k_up = Dense(ctx, config.kv_rank, self.num_heads * config.nope_head_dim, (None, HEADS), heads=heads)
         self.v_up = Dense(ctx, config.kv_rank, self.num_heads * config.v_head_dim, (None, HEADS), heads=heads)
         self.o = Dense(
@@ -126,8 +128,9 @@ class MLA(HeadMixer):
         k_rope = self.k_rope(x)[:, :, None]
         if self.rotary is not None:
             q_rope, k_rope = (self.rotary.turn_by(y, at) for y in (q_rope, k_rope))
-        latents = split_heads(self.kv_norm(self.kv_down(x)), self.config.num_latents)
-        return q_nope, q_rope, latents, k_rope[:, :, 0]
+        latents = self.kv_down(x)
+        latents = latents if self.kv_norm is None else self.kv_norm(latents)
+        return q_nope, q_rope, split_heads(latents, self.config.num_latents), k_rope[:, :, 0]
 
     def project(self, x, *, at, state):
         q_nope, q_rope, latent, k_rope = self._latents(x, at)

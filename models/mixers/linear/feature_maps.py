@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -84,3 +84,33 @@ class FeatureMap(nnx.Module):
             y = per_head(self.first, x)
             return jax.nn.relu(y) if self.second is None else y * per_head(self.second, x)
         return {"elu": elu, "dpfp": dpfp}.get(self.name, lambda x: x)(x)
+
+
+def identity(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """An initial value: the identity of each head."""
+    return jnp.broadcast_to(jnp.eye(*shape[-2:], dtype=dtype), shape)
+
+
+class SoftmaxMap(nnx.Module):
+    """Positive features `[B, T, H, 2 F]` float32 of `[B, T, H, K]`: softmaxes over channels of a projection of each head's own and its
+    negative (arXiv 2402.04347)."""
+
+    def __init__(
+        self,
+        ctx: BuildContext,
+        num_heads: int,
+        dim: int,
+        features: int | None = None,
+        *,
+        joint: bool = False,
+        init: Any = identity,
+    ):
+        """Args: `features` is F, `dim` by default; `joint`: one softmax over both, of 2 W x + 2 b and its negative."""
+        self.joint = joint
+        self.w = Dense(ctx, dim, features or dim, (HEADS, None, None), lead=(num_heads,), init=init, use_bias=joint)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = per_head(self.w, x.astype(jnp.float32))
+        if self.joint:
+            return jax.nn.softmax(jnp.concatenate([2 * y, -2 * y], axis=-1), axis=-1)
+        return jnp.maximum(jnp.concatenate([jax.nn.softmax(y, axis=-1), jax.nn.softmax(-y, axis=-1)], axis=-1), 1e-12)

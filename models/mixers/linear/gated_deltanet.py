@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Self
 
 from plait.configs.domains import Channels, Epsilon, Factor, Heads, Taps
 from plait.models.build import BuildContext
 from plait.models.mixers.base import MixerConfig, register
-from plait.models.mixers.heads import expanded, require_divides
+from plait.models.mixers.heads import expanded, expansion, require_divides
 from plait.models.mixers.linear.delta import Delta, DeltaInputs
 
 
@@ -60,6 +61,11 @@ class GatedDeltaNetConfig(MixerConfig):
         num_v_heads = self.num_v_heads or num_heads
         require_divides(("num_heads", num_heads), ("num_v_heads", num_v_heads))
         return num_heads, num_v_heads
+
+    def settled(self, d_model: int) -> Self:
+        num_heads, num_v_heads = self.heads(d_model)
+        expand_v = expansion(self.head_v_dim, self.head_dim)
+        return dataclasses.replace(self, num_heads=num_heads, num_v_heads=num_v_heads, expand_v=expand_v)
 
     @property
     def head_v_dim(self) -> int:

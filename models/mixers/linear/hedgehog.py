@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
-
-import jax
-import jax.numpy as jnp
-from flax import nnx
+from typing import Literal
 
 from plait.configs.domains import Base, Channels, Heads
 from plait.models.axes import EMBED, HEADS
@@ -16,7 +12,7 @@ from plait.models.linear import Dense
 from plait.models.mixers.base import register
 from plait.models.mixers.heads import resolve_heads
 from plait.models.mixers.linear.feature_attention import FeatureAttention, FeatureConfig, Features
-from plait.models.mixers.linear.feature_maps import per_head
+from plait.models.mixers.linear.feature_maps import SoftmaxMap
 from plait.models.rope import rotate
 
 
@@ -75,7 +71,8 @@ class Hedgehog(FeatureAttention):
         self.rope_theta = config.rope_theta
         width = self.num_heads * config.head_dim
         self.q, self.k, self.v = (Dense(ctx, d_model, width, (EMBED, HEADS), heads=(1, self.num_heads)) for _ in range(3))
-        self.q_map, self.k_map = (SoftmaxMap(ctx, self.num_heads, config) for _ in range(2))
+        joint = config.softmax == "joint"
+        self.q_map, self.k_map = (SoftmaxMap(ctx, self.num_heads, config.head_dim, joint=joint) for _ in range(2))
         self.o = Dense(ctx, width, d_model, (HEADS, EMBED), init=ctx.residual_init, heads=(0, self.num_heads))
 
     def project(self, x, *, at, state):
@@ -83,20 +80,3 @@ class Hedgehog(FeatureAttention):
         if self.rope_theta is not None:
             q, k = (rotate(y, at.positions, self.rope_theta) for y in (q, k))
         return Features(self.q_map(q), self.k_map(k), v), state
-
-
-class SoftmaxMap(nnx.Module):
-    """Positive features `[B, T, H, 2 K]` float32 of `[B, T, H, K]`: softmaxes over channels of a projection and its negative."""
-
-    def __init__(self, ctx: BuildContext, num_heads: int, config: HedgehogConfig):
-        def identity(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-            return jnp.broadcast_to(jnp.eye(shape[-1], dtype=dtype), shape)
-
-        self.joint, dim = config.softmax == "joint", config.head_dim
-        self.w = Dense(ctx, dim, dim, (HEADS, None, None), lead=(num_heads,), init=identity, use_bias=self.joint)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = per_head(self.w, x.astype(jnp.float32))
-        if self.joint:
-            return jax.nn.softmax(jnp.concatenate([2 * y, -2 * y], axis=-1), axis=-1)
-        return jnp.maximum(jnp.concatenate([jax.nn.softmax(y, axis=-1), jax.nn.softmax(-y, axis=-1)], axis=-1), 1e-12)

@@ -54,6 +54,10 @@ def _cases() -> dict[str, Case]:
     return {
         **cases,
         "moe-sigmoid-bias": Case(deepseek),
+        "moe-grouped-gated": Case(dataclasses.replace(deepseek, top_k=2, num_groups=2, num_shared_experts=1, shared_gate=True)),
+        "moe-biases-clamped": Case(
+            MoEConfig(num_experts=4, hidden_dim=32, swiglu_limit=0.2, use_bias=True, router_bias=True, num_shared_experts=1)
+        ),
         "moe-scores-as-gates": Case(dataclasses.replace(MoEConfig.example(), normalize=False)),
     }
 

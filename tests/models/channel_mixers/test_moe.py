@@ -29,6 +29,16 @@ CONFIGS = {
     "scores as gates": dataclasses.replace(SMALL, normalize=False),
     "all experts": dataclasses.replace(SMALL, top_k=5),
     "one expert a token": dataclasses.replace(SMALL, top_k=1, normalize=False),
+    "gated shared expert of its own width": dataclasses.replace(
+        SMALL, num_shared_experts=1, shared_hidden_dim=12, shared_gate=True
+    ),
+    "biases": dataclasses.replace(SMALL, use_bias=True, router_bias=True, num_shared_experts=1),
+    "clamped swiglu": dataclasses.replace(SMALL, use_bias=True, swiglu_limit=0.5),
+}
+GROUPED = MoEConfig(num_experts=12, num_groups=4, top_k_groups=2, top_k=3, hidden_dim=8)
+GROUPS = {
+    "by their best expert": dataclasses.replace(GROUPED, group_score_top_k=1, normalize=False),
+    "by their best two": dataclasses.replace(GROUPED, scores="sigmoid", balance_bias=0.1),
 }
 
 
@@ -52,15 +62,36 @@ def chosen_by(choice, k: int):
 
 def loop(mixer, x, chosen):
     """`sum_e g_e F_e(x)` over every expert, with gates 0 where it is not chosen."""
-    config, act = mixer.config, ACTIVATIONS[mixer.config.activation]
-    logits = x @ mixer.router.weight()
+    config = mixer.config
+    logits = mixer.router(x)
     scores = jax.nn.softmax(logits, -1) if config.scores == "softmax" else jax.nn.sigmoid(logits)
     gates = scores * chosen
     gates = gates / gates.sum(-1, keepdims=True) if config.normalize else gates
     gates = config.routed_scale * gates * (SEGMENTS > 0)[..., None]
-    expert = lambda e: (act(x @ mixer.gate.weight()[e]) * (x @ mixer.up.weight()[e])) @ mixer.down.weight()[e]
+    product = lambda layer, e, x: x @ layer.weight()[e] + (0 if layer.bias is None else layer.bias[...][e][None, None])
+    expert = lambda e: product(mixer.down, e, gated(config, product(mixer.gate, e, x), product(mixer.up, e, x)))
     y = sum(gates[..., e : e + 1] * expert(e) for e in range(config.num_experts))
-    return y if mixer.shared is None else y + mixer.shared(x, at=AT).y
+    if mixer.shared is None:
+        return y
+    shared = mixer.shared(x, at=AT).y
+    return y + (shared if mixer.shared_gate is None else shared / (1 + jnp.exp(-mixer.shared_gate(x))))
+
+
+def gated(config, gate, up):
+    limit = config.swiglu_limit
+    if limit is None:
+        return ACTIVATIONS[config.activation](gate) * up
+    gate, up = jnp.where(gate > limit, limit, gate), jnp.where(up > limit, limit, jnp.where(up < -limit, -limit, up))
+    return gate / (1 + jnp.exp(-1.702 * gate)) * (up + 1)
+
+
+def moved_off(mixer):
+    """With every parameter off what it starts at, biases above all."""
+    graph, params, rest = nnx.split(mixer, nnx.Param, ...)
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(5), len(leaves))
+    moved = [leaf + 0.3 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+    return nnx.merge(graph, jax.tree.unflatten(tree, moved), rest)
 
 
 def with_gradients(graph, rest, function, params, x):
@@ -70,13 +101,11 @@ def with_gradients(graph, rest, function, params, x):
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_output_and_every_gradient_equal_a_loop_over_all_experts(config):
-    mixer = moe(config)
+    mixer = moved_off(moe(config))
     if mixer.bias is not None:
         mixer.bias[...] = jnp.array([0.3, -0.2, 0.0, 0.1, -0.3])  # they choose, and are no part of a gate
     x = inputs()
-    scores = (
-        jax.nn.softmax(x @ mixer.router.weight()) if config.scores == "softmax" else jax.nn.sigmoid(x @ mixer.router.weight())
-    )
+    scores = jax.nn.softmax(mixer.router(x)) if config.scores == "softmax" else jax.nn.sigmoid(mixer.router(x))
     chosen = chosen_by(scores if mixer.bias is None else scores + mixer.bias[...][None, None], config.top_k)
     graph, state = nnx.split(mixer)
     params, rest = nnx.split_state(state, nnx.Param, ...)
@@ -86,6 +115,23 @@ def test_output_and_every_gradient_equal_a_loop_over_all_experts(config):
         assert_close(got, want, err_msg=jax.tree_util.keystr(path))
     counts = chosen[SEGMENTS > 0].sum(0)
     np.testing.assert_allclose(mixer(x, at=AT).observed["expert_load"], counts / counts.mean(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("config", GROUPS.values(), ids=GROUPS)
+def test_experts_are_of_the_best_groups(config):
+    mixer = moved_off(moe(config))
+    if mixer.bias is not None:
+        mixer.bias[...] = jnp.linspace(-0.4, 0.4, 12)
+    x = inputs()
+    logits = np.asarray(mixer.router(x), np.float64)
+    choice = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True) if config.scores == "softmax" else 1 / (1 + np.exp(-logits))
+    choice = choice if mixer.bias is None else choice + np.asarray(mixer.bias[...])
+    grouped = choice.reshape(*choice.shape[:-1], 4, 3)
+    best = np.argsort(-np.sort(grouped, -1)[..., -config.group_score_top_k :].sum(-1), axis=-1)[..., :2]
+    for index in np.ndindex(choice.shape[:-1]):
+        for group in set(range(4)) - set(best[index]):
+            choice[index][3 * group : 3 * group + 3] = -np.inf
+    assert_close(mixer(x, at=AT).y, loop(mixer, x, chosen_by(choice, 3)))
 
 
 @pytest.mark.parametrize("favourite", [0, 4])
@@ -175,6 +221,15 @@ def test_default_width_gives_a_token_what_the_gated_mlp_has():
         ({"balance_loss": -1.0}, "balance_loss=-1.0 must be a finite number above 0 (1e-30 or more)"),
         ({"balance_bias": float("inf")}, "balance_bias=inf must be a finite number above 0 (1e-30 or more)"),
         ({"z_loss": 0.0}, "z_loss=0.0 must be a finite number above 0 (1e-30 or more)"),
+        ({"shared_gate": True}, "shared_gate=True has no shared expert to gate; use num_shared_experts=1, or shared_gate=False"),
+        (
+            {"swiglu_limit": 7.0, "activation": "gelu"},
+            "activation='gelu' does not fit swiglu_limit; use 'silu', or swiglu_limit=None",
+        ),
+        ({"num_groups": 3}, "num_groups=3 must divide num_experts=8"),
+        ({"top_k_groups": 2}, "top_k_groups=2 must be at most num_groups=1"),
+        ({"num_groups": 8}, "group_score_top_k=2 must be at most the 1 experts of a group"),
+        ({"num_groups": 4, "top_k": 3}, "top_k=3 must be at most the 2 experts of top_k_groups groups"),
     ],
     ids=str,
 )

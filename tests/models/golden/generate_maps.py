@@ -1,8 +1,9 @@
 """Golden outputs and input gradients of linear attention by features and of Parallax: `python generate_maps.py CLONES` writes .npz files.
 
 Needs torch and the references of fla (see the `oracle` extra); CLONES is a folder with the authors' repositories HazyResearch/based,
-qhfan/MALA, qhfan/RALA, LeapLabTHU/InLine, thuml/Flowformer and ZacharyMeng/NaLaFormer, each in a folder of its name. A file holds inputs,
-random weights under their names there, the output, a cotangent and what it gives for the inputs; nothing else of others is kept.
+HazyResearch/lolcats, qhfan/MALA, qhfan/RALA, LeapLabTHU/InLine, thuml/Flowformer and ZacharyMeng/NaLaFormer, each in a folder of its
+name. A file holds inputs, random weights under their names there, the output, a cotangent and what it gives for the inputs; nothing else
+of others is kept.
 """
 
 from __future__ import annotations
@@ -38,7 +39,15 @@ def _load(path: Path, name: str) -> Any:
     stand_ins = (
         *("timm", "timm.models", "timm.models.layers", "timm.models.registry", "timm.models.vision_transformer"),
         *("timm.models._registry", "timm.layers", "timm.data", "timm.models.helpers", "fvcore", "fvcore.nn"),
-        *("based", "based.generation", "fla.modules.activations", "fla.modules.layernorm", "fla.utils"),
+        *(
+            "lolcats",
+            "lolcats.linear_attention",
+            "based",
+            "based.generation",
+            "fla.modules.activations",
+            "fla.modules.layernorm",
+            "fla.utils",
+        ),
     )
     before = {module: sys.modules.get(module) for module in stand_ins}
     sys.modules.update({module: StandIn(module) for module in stand_ins})
@@ -151,6 +160,32 @@ def based(clones: Path, seed: int = 0) -> Arrays:
     return _run(layer, seed, layer)
 
 
+def lolcats(clones: Path, seed: int = 0) -> Arrays:
+    """The attention of LoLCATs with sliding windows, its quadratic form, of one key head and maps to 4 channels."""
+    import torch
+
+    dim, folder = WIDTH // HEADS, clones / "lolcats/src/model"
+    maps = _load(folder / "feature_map.py", "lolcats_feature_map")
+    op = _load(folder / "linear_attention/linear_window_attention_sw.py", "lolcats.window").hybrid_attention_quadratic
+    layer = torch.nn.Module()
+    for name, width in (("q", WIDTH), ("k", dim), ("v", dim), ("o", WIDTH)):
+        setattr(layer, f"{name}_proj", torch.nn.Linear(WIDTH, width, bias=False))
+    for name in "qk":
+        mlp = maps.FeatureMapMLP(HEADS, dim, 4, torch.float32, "cpu")
+        setattr(layer, f"feature_map_{name}", maps.FeatureMap("softmax_dim", mlp=mlp))
+    layer.window_factors = torch.nn.Parameter(torch.zeros(1, HEADS, 1, 1))
+
+    def forward(x: Any) -> Any:
+        heads = lambda y: y.reshape(BATCH, LENGTH, -1, dim).transpose(1, 2)
+        q, k, v = (heads(getattr(layer, f"{name}_proj")(x)) for name in "qkv")
+        k, v = (y.repeat_interleave(HEADS, dim=1) for y in (k, v))
+        features = layer.feature_map_q(q), layer.feature_map_k(k)
+        o, _ = op(q, k, *features, v, torch.sigmoid(layer.window_factors), 1, window_size=5)
+        return layer.o_proj(o.transpose(1, 2).reshape(x.shape))
+
+    return _run(layer, seed, forward)
+
+
 def base_conv(clones: Path, seed: int = 0) -> Arrays:
     """The gated convolution of the released models."""
     sys.modules.setdefault("flash_attn", types.ModuleType("flash_attn"))
@@ -203,7 +238,7 @@ def _flowformer(name: str, clones: Path, seed: int = 0) -> Arrays:
 
 
 AUTHORS: dict[str, Callable[..., Arrays]] = {
-    **{f.__name__: f for f in (based, base_conv, mala, rala, nalaformer, inline_attention)},
+    **{f.__name__: f for f in (based, lolcats, base_conv, mala, rala, nalaformer, inline_attention)},
     "flowformer": functools.partial(_flowformer, "Flow_Attention"),
     "flowformer_causal": functools.partial(_flowformer, "Flow_Attention_Causal"),
 }

@@ -29,6 +29,26 @@ BASE = {
     "pad_token_id": 0,
 }
 HEADS_ALONE = {key: value for key, value in BASE.items() if key != "num_key_value_heads"}
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 12}
+LATENT = {
+    "num_key_value_heads": 6,
+    "q_lora_rank": 14,
+    "kv_lora_rank": 10,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+}
+GROUPS = {
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 8,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 1.5,
+    "num_nextn_predict_layers": 0,
+}
+SHARPER = {"mscale": 0.8, "mscale_all_dim": 0.8}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -38,17 +58,64 @@ LLAMA3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
 }
+DELTA = {  # keys and values of one width, or what transformers saves of OLMo Hybrid would be wrong
+    **BASE,
+    "num_hidden_layers": 5,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 9,
+    "linear_value_head_dim": 3,
+    "layer_types": ["linear_attention", "full_attention"] * 2 + ["linear_attention"],
+}
 MODELS = {
     "llama": ("LlamaConfig", {**BASE, "head_dim": 6, "attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3}),
     "llama_tied": ("LlamaConfig", {**BASE, "tie_word_embeddings": True}),
     "mistral": ("MistralConfig", {**BASE, "head_dim": 8, "sliding_window": 7}),
     "qwen2": ("Qwen2Config", {**BASE, "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}),
     "qwen3": ("Qwen3Config", {**BASE, "head_dim": 10, "tie_word_embeddings": True, "rope_parameters": YARN}),
+    "qwen3_moe": ("Qwen3MoeConfig", {**BASE, **EXPERTS, "num_hidden_layers": 5, "mlp_only_layers": [1], "norm_topk_prob": True}),
+    "qwen3_moe_tied": (
+        "Qwen3MoeConfig",
+        {
+            **BASE,
+            **EXPERTS,
+            "head_dim": 10,
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": 9,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        {
+            **HEADS_ALONE,
+            **LATENT,
+            **GROUPS,
+            "num_hidden_layers": 5,
+            "first_k_dense_replace": 2,
+            "rope_parameters": {**YARN, **SHARPER},
+        },
+    ),
+    "deepseek_v3_tied": (
+        "DeepseekV3Config",
+        {**BASE, **LATENT, **GROUPS, "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1, "norm_topk_prob": False}
+        | {"q_lora_rank": None, "rope_interleave": False, "tie_word_embeddings": True},
+    ),
+    "deepseek_v2": ("DeepseekV2Config", {**BASE, **LATENT, **GROUPS, "topk_method": "group_limited_greedy"}),
+    "deepseek_v2_lite": (
+        "DeepseekV2Config",
+        {**BASE, **LATENT, **GROUPS, "q_lora_rank": None, "first_k_dense_replace": 1, "num_hidden_layers": 4}
+        | {"rope_parameters": {**YARN, **SHARPER}},
+    ),
     "smollm3": ("SmolLM3Config", {**BASE, "num_hidden_layers": 5, "use_sliding_window": False}),
     "olmo2": ("Olmo2Config", BASE),
     "olmo3": ("Olmo3Config", {**BASE, "num_hidden_layers": 5, "sliding_window": 9}),
     "gemma2": ("Gemma2Config", {**BASE, "head_dim": 6, "sliding_window": 8, "query_pre_attn_scalar": 14}),
     "gemma3_text": ("Gemma3TextConfig", {**BASE, "num_hidden_layers": 7, "head_dim": 6, "sliding_window": 8}),
+    "olmo_hybrid": ("OlmoHybridConfig", {**DELTA, "rope_parameters": {"rope_theta": None, "rope_type": "default"}}),
+    "olmo_hybrid_turned": ("OlmoHybridConfig", {**DELTA, "num_hidden_layers": 2, "layer_types": DELTA["layer_types"][:2]}),
+    "qwen3_5_text": ("Qwen3_5TextConfig", {**DELTA, "head_dim": 8, "linear_value_head_dim": 5, "tie_word_embeddings": True}),
     "gpt2": ("GPT2Config", {"vocab_size": VOCAB, "n_embd": 24, "n_layer": 3, "n_head": 4, "n_positions": 64}),
     "gpt_neox": ("GPTNeoXConfig", {**HEADS_ALONE, "hidden_size": 32, "num_attention_heads": 4}),
     "gpt_neox_one_after_the_other": ("GPTNeoXConfig", {**HEADS_ALONE, "use_parallel_residual": False, "rotary_pct": 1.0}),
@@ -67,6 +134,9 @@ def generate(name: str) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=draws))
+        for path, buffer in model.named_buffers():
+            if path.endswith("e_score_correction_bias"):
+                buffer.add_(0.1 * torch.randn(buffer.shape, generator=draws))
         logits = model(ids).logits
         tokens = ids
         for _ in range(STEPS):

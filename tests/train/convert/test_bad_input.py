@@ -52,6 +52,10 @@ CASES = {
     "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
     "broken config": (lambda f: (f / "config.json").write_text("{"), "is not JSON that can be used"),
     "unknown type": (lambda f: edit_config(f, model_type="lama"), "'lama' is not registered; did you mean 'llama'"),
+    "a type that waits": (
+        lambda f: edit_config(f, model_type="deepseek_v32"),
+        "model_type='deepseek_v32' waits for its sparse attention by an index, which is not here yet",
+    ),
     "no type": (lambda f: edit_config(f, model_type="gone"), "has no model_type"),
     "missing field": (lambda f: edit_config(f, hidden_size="gone"), "hidden_size is missing"),
     "field of another kind": (lambda f: edit_config(f, hidden_size="24"), "hidden_size='24' must be int"),
@@ -85,6 +89,16 @@ CASES = {
             f, model_type="qwen2", layer_types=["full_attention"] * 2 + ["sliding_attention"], sliding_window=None
         ),
         "has 'sliding_attention' and sliding_window is null",
+    ),
+    "rotary embedding that may be none": (
+        lambda f: edit_config(
+            f,
+            model_type="olmo_hybrid",
+            rope_parameters=None,
+            mlp_bias=None,
+            layer_types=["linear_attention", "full_attention", "linear_attention"],
+        ),
+        'say {"rope_theta": null} for no positions',
     ),
     "cut short": (lambda f: (f / ONE).write_bytes((f / ONE).read_bytes()[:-100]), "is not a whole safetensors file"),
     "no weights": (lambda f: (f / ONE).unlink(), f"has no {ONE}"),

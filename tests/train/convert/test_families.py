@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from plait.configs.mesh import MeshConfig
 from plait.kernels import Tokens
+from plait.models.build import Moved
 from plait.models.hf.base import MODEL_TYPES
 from plait.models.lm import LM
 from plait.tests.models.common import quick_jit
@@ -25,6 +26,7 @@ from plait.train.convert.weights import ONE
 from plait.train.mesh import make_mesh, sharding
 
 GOLDEN = Path(__file__).parent / "golden"
+LEARNED = nnx.filterlib.Any(nnx.Param, Moved)
 NAMES = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
 
 
@@ -39,13 +41,13 @@ def imported(request):
 
 def build(config, lines, weights, mesh) -> LM:
     abstract = nnx.eval_shape(lambda: LM(config, rngs=nnx.Rngs(0), seq_len=64))
-    graph, params, rest = nnx.split(abstract, nnx.Param, ...)
-    flat = {".".join(map(str, path)): (path, variable) for path, variable in nnx.to_flat_state(params)}
+    graph, learned, rest = nnx.split(abstract, LEARNED, ...)
+    flat = {".".join(map(str, path)): (path, variable) for path, variable in nnx.to_flat_state(learned)}
     layouts = {name: sharding(mesh, v.get_metadata()["axes"], v.shape, name) for name, (_, v) in flat.items()}
     shapes = {name: jax.ShapeDtypeStruct(v.shape, v.dtype) for name, (_, v) in flat.items()}
     arrays = read_arrays(lines, weights.read, shapes, layouts)
     filled = nnx.from_flat_state([(path, variable.replace(arrays[name])) for name, (path, variable) in flat.items()])
-    buffers = nnx.split(LM(config, rngs=nnx.Rngs(0), seq_len=64), nnx.Param, ...)[2] if jax.tree.leaves(rest) else rest
+    buffers = nnx.split(LM(config, rngs=nnx.Rngs(0), seq_len=64), LEARNED, ...)[2] if jax.tree.leaves(rest) else rest
     return nnx.merge(graph, filled, buffers)
 
 
@@ -61,10 +63,10 @@ def test_logits_and_greedy_tokens_are_theirs(imported):
 
 def goes_back(model, weights, lines) -> list[str]:
     """The tensors that a model gives, each of which is what was read."""
-    params = {".".join(map(str, path)): v[...] for path, v in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    arrays = {".".join(map(str, path)): v[...] for path, v in nnx.to_flat_state(nnx.state(model))}
     names = []
     for name, line, index in written(lines):
-        back = line.transform.write([part_of(params[place.path], place) for place in line.places])[index]
+        back = line.transform.write([part_of(arrays[place.path], place) for place in line.places])[index]
         there = weights.read(name)
         assert (back.shape, back.dtype) == (there.shape, there.dtype), name
         np.testing.assert_array_equal(back, there, err_msg=name)
@@ -113,6 +115,19 @@ def test_files_saved_without_the_head_and_with_buffers_are_read(tmp_path):
             np.testing.assert_array_equal(found.weights.read(name), whole.weights.read(name))
 
 
+def test_layers_behind_the_last_are_left_out_where_the_config_counts_them(tmp_path):
+    """As DeepSeek-V3 is published, with a layer that predicts the token after the next."""
+    folder = tmp_path / "model"
+    shutil.copytree(GOLDEN / "deepseek_v3", folder)
+    depth = Source.of(folder).model.num_layers
+    extra = {f"model.layers.{depth}.{name}.weight": np.ones(24, np.float32) for name in ("enorm", "input_layernorm")}
+    save_file({**load_file(folder / ONE), **extra}, folder / ONE)
+    assert sorted(examined(folder).match.unexpected) == sorted(extra)
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**fields, "num_nextn_predict_layers": 1}))
+    examined(folder).match.check(folder)
+
+
 def test_every_family_has_a_golden_model():
     shown = {Source.of(GOLDEN / name).family.name for name in NAMES}
     assert set(MODEL_TYPES.all()) - {"plait"} == shown
@@ -125,9 +140,9 @@ def test_transformers_loads_what_goes_out(imported, tmp_path):
     import transformers
 
     source, _, lines, model = imported
-    params = {".".join(map(str, path)): v[...] for path, v in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    arrays = {".".join(map(str, path)): v[...] for path, v in nnx.to_flat_state(nnx.state(model))}
     tensors = {
-        name: line.transform.write([part_of(params[place.path], place) for place in line.places])[index]
+        name: line.transform.write([part_of(arrays[place.path], place) for place in line.places])[index]
         for name, line, index in written(lines)
     }
     save_file({name: np.ascontiguousarray(a) for name, a in tensors.items()}, tmp_path / ONE, metadata={"format": "pt"})

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from plait.launch import main
 from plait.models.hf.base import MODEL_TYPES
 from plait.models.hf.values import Values
-from plait.models.lm import param_shapes
+from plait.models.lm import learned_shapes
 from plait.train.convert.fitting import Source, examined, part_shape
 from plait.train.convert.weights import ConvertError
 from tests.train.convert.gguf_files import BYTE_CHARS, byte_level, described, gguf, named, write
@@ -57,7 +57,7 @@ def small() -> dict[str, np.ndarray]:
     """Tensors of `SMALL` by their published names."""
     draws, family = np.random.default_rng(0), MODEL_TYPES["llama"]()
     model = family.model(Values(SMALL))
-    shapes = param_shapes(model)
+    shapes = learned_shapes(model)
     sizes = {
         name: size
         for line in family.table(model)

@@ -15,6 +15,8 @@ LLAMA3 = {
     "original_max_position_embeddings": 8192,
 }
 
+DEEPSEEK_YARN = {"beta_fast": 32, "beta_slow": 1, "factor": 40, "original_max_position_embeddings": 4096, "type": "yarn"}
+
 
 def config(model_type, hidden, inner, layers, heads, kv_heads, vocab, **more):
     """The usual fields."""
@@ -66,6 +68,34 @@ PUBLISHED = {
                tie_word_embeddings=True, max_position_embeddings=40960),
         596_049_920,
     ),
+    "Qwen3-30B-A3B": (
+        config("qwen3_moe", 2048, 6144, 48, 32, 4, 151936, head_dim=128, hidden_act="silu", rms_norm_eps=1e-6, rope_theta=1000000.0,
+               rope_scaling=None, sliding_window=None, use_sliding_window=False, max_window_layers=48, attention_bias=False,
+               decoder_sparse_step=1, mlp_only_layers=[], moe_intermediate_size=768, norm_topk_prob=True, num_experts=128,
+               num_experts_per_tok=8, output_router_logits=False, router_aux_loss_coef=0.001, tie_word_embeddings=False,
+               max_position_embeddings=40960),
+        30_532_122_624,
+    ),
+    "DeepSeek-V3": (
+        config("deepseek_v3", 7168, 18432, 61, 128, 128, 129280, hidden_act="silu", rms_norm_eps=1e-6, rope_theta=10000,
+               rope_scaling={**DEEPSEEK_YARN, "mscale": 1.0, "mscale_all_dim": 1.0}, aux_loss_alpha=0.001, ep_size=1,
+               first_k_dense_replace=3, kv_lora_rank=512, moe_intermediate_size=2048, moe_layer_freq=1, n_group=8,
+               n_routed_experts=256, n_shared_experts=1, norm_topk_prob=True, num_experts_per_tok=8, num_nextn_predict_layers=1,
+               pretraining_tp=1, q_lora_rank=1536, qk_nope_head_dim=128, qk_rope_head_dim=64, routed_scaling_factor=2.5,
+               scoring_func="sigmoid", seq_aux=True, topk_group=4, topk_method="noaux_tc", v_head_dim=128, attention_bias=False,
+               tie_word_embeddings=False, max_position_embeddings=163840),
+        671_026_404_352,  # and 14,848 balancing biases, which no gradient moves
+    ),
+    "DeepSeek-V2-Lite": (
+        config("deepseek_v2", 2048, 10944, 27, 16, 16, 102400, hidden_act="silu", rms_norm_eps=1e-6, rope_theta=10000,
+               rope_scaling={**DEEPSEEK_YARN, "mscale": 0.707, "mscale_all_dim": 0.707}, aux_loss_alpha=0.001, ep_size=1,
+               first_k_dense_replace=1, kv_lora_rank=512, moe_intermediate_size=1408, moe_layer_freq=1, n_group=1,
+               n_routed_experts=64, n_shared_experts=2, norm_topk_prob=False, num_experts_per_tok=6, pretraining_tp=1,
+               q_lora_rank=None, qk_nope_head_dim=128, qk_rope_head_dim=64, routed_scaling_factor=1.0, scoring_func="softmax",
+               seq_aux=True, topk_group=1, topk_method="greedy", v_head_dim=128, attention_bias=False, tie_word_embeddings=False,
+               max_position_embeddings=163840),
+        15_706_484_224,
+    ),
     "SmolLM3-3B": (
         config("smollm3", 2048, 11008, 36, 16, 4, 128256, hidden_act="silu", rms_norm_eps=1e-6, rope_theta=5000000.0,
                rope_scaling=None, sliding_window=None, use_sliding_window=False, max_window_layers=28, no_rope_layer_interval=4,
@@ -97,6 +127,25 @@ PUBLISHED = {
          rotary_emb_base=10000, rotary_pct=0.25, use_parallel_residual=True, tie_word_embeddings=False,
          max_position_embeddings=2048).items() if key != "num_key_value_heads"},
         70_426_624,
+    ),
+    "Olmo-Hybrid-7B": (
+        config("olmo_hybrid", 3840, 11008, 32, 30, 30, 100352, hidden_act="silu", rms_norm_eps=1e-6, attention_bias=False,
+               layer_types=(["linear_attention"] * 3 + ["full_attention"]) * 8, linear_num_key_heads=30, linear_num_value_heads=30,
+               linear_key_head_dim=96, linear_value_head_dim=192, linear_a_log_min=0.0, linear_a_log_max=16.0, linear_dt_min=0.001,
+               linear_dt_max=0.1, linear_dt_init_floor=0.0001, linear_conv_kernel_dim=4, linear_allow_neg_eigval=True,
+               rope_parameters={"rope_theta": None, "rope_type": "default"}, max_position_embeddings=65536),
+        7_430_870_688,
+    ),
+    "Qwen3.5-0.8B": (
+        {"model_type": "qwen3_5", "tie_word_embeddings": True, "vision_config": {"depth": 12}, "image_token_id": 248056,
+         "text_config": config("qwen3_5_text", 1024, 3584, 24, 8, 2, 248320, head_dim=256, hidden_act="silu", rms_norm_eps=1e-6,
+               attention_bias=False, attn_output_gate=True, full_attention_interval=4, mlp_only_layers=[], linear_conv_kernel_dim=4,
+               linear_key_head_dim=128, linear_value_head_dim=128, linear_num_key_heads=16, linear_num_value_heads=16,
+               mamba_ssm_dtype="float32", mtp_num_hidden_layers=1, mtp_use_dedicated_embeddings=False, partial_rotary_factor=0.25,
+               layer_types=(["linear_attention"] * 3 + ["full_attention"]) * 6, max_position_embeddings=262144,
+               rope_parameters={"mrope_interleaved": True, "mrope_section": [11, 11, 10], "rope_type": "default",
+                                "rope_theta": 10000000, "partial_rotary_factor": 0.25})},
+        752_393_024,
     ),
     "gpt2": (
         {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new", "attn_pdrop": 0.1,

@@ -17,6 +17,7 @@ from plait.models.mixers.linear.based import BasedConfig
 from plait.models.mixers.linear.feature_attention import seen
 from plait.models.mixers.linear.hedgehog import HedgehogConfig
 from plait.models.mixers.linear.linear import LinearConfig
+from plait.models.mixers.linear.lolcats import LoLCATsConfig
 from plait.models.mixers.linear.sums import Sums
 from plait.tests.models.common import layout
 from plait.tests.models.golden import generate_maps
@@ -75,6 +76,15 @@ def test_based_is_the_authors_with_either_packing(packing):
     arrays = read("based")
     weights = dense(arrays, q="proj_q", k="proj_k", v="proj_v", o="out_proj")
     assert_agrees(BasedConfig(num_heads=HEADS, feature_dim=4, packing=packing), weights, arrays)
+
+
+@pytest.mark.proves("lolcats")
+def test_lolcats_is_the_authors():
+    arrays = read("lolcats")
+    weights = dense(arrays, **PROJECTIONS) | {"window_factor": arrays["weights/window_factors"].reshape(HEADS)}
+    weights |= {f"{side}_map.w.kernel": arrays[f"weights/feature_map_{side}.mlp.layer"] for side in "qk"}
+    config = LoLCATsConfig(num_heads=HEADS, num_kv_heads=1, head_dim=HEAD_DIM, window_size=5, feature_dim=4, positions=None)
+    assert_agrees(config, weights, arrays)
 
 
 @pytest.mark.proves("base_conv")

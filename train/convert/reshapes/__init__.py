@@ -1,0 +1,1 @@
+"""Reshapes, one file each, found by their registered name."""

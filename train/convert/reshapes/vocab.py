@@ -1,0 +1,43 @@
+"""Another number of ids."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+
+from plait.configs.domains import Vocabulary
+from plait.train.convert.reshapes.base import Making, Reshape, Shapes, Subject, register
+from plait.train.convert.weights import ConvertError
+
+_AXES = {"embedding": 0, "head.kernel": 1}
+"""The axis of the ids."""
+
+
+@register("vocab", source="Initializing New Word Embeddings for Pretrained Language Models (Hewitt, 2021)")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Vocab(Reshape):
+    """Embedding and head of another size; those of new ids are the mean of all there were. Logits of old ids stay."""
+
+    vocab_size: Vocabulary
+    """Rows of the embedding; fewer than before only where the tokenizer's ids fit."""
+
+    def model(self, subject: Subject):
+        if self.vocab_size < subject.num_ids:
+            raise ConvertError(
+                f"vocab_size={self.vocab_size} must hold the {subject.num_ids} ids of the run's data; use {subject.num_ids} or more"
+            )
+        return dataclasses.replace(subject.model, vocab_size=self.vocab_size)
+
+    def outside(self, before: Shapes, after: Shapes) -> Iterator[Making]:
+        for path, axis in _AXES.items():
+            if path in before:
+                yield Making((path,), (path,), lambda x, axis=axis: [resized(x, self.vocab_size, axis)])
+
+
+def resized(x: np.ndarray, size: int, axis: int) -> np.ndarray:
+    """The first `size` entries along an axis, and beyond its end their mean."""
+    mean = x.astype(np.float32).mean(axis, keepdims=True).astype(x.dtype)
+    kept = np.take(x, np.arange(min(size, x.shape[axis])), axis)
+    return np.concatenate([kept, np.repeat(mean, max(size - x.shape[axis], 0), axis)], axis)

@@ -1,0 +1,256 @@
+"""From a run folder to another at step 0, whose model is a reshaped one, with what that changes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from plait.configs import codec
+from plait.configs.components import Config
+from plait.configs.domains import choices
+from plait.configs.files import read_json
+from plait.models.config import LMConfig
+from plait.models.hf.places import Place, layer_places
+from plait.models.hf.transforms import Shape
+from plait.models.lm import fold
+from plait.train.convert.arrays import filled, part_of
+from plait.train.convert.fitting import CONFIG as PUBLISHED_CONFIG
+from plait.train.convert.fitting import Shapes, part_shape
+from plait.train.convert.importing import ORIGINALS, new_run, require_new, untrained
+from plait.train.convert.moved import Moved, moved
+from plait.train.convert.reshapes.base import Making, Reshape, Subject
+from plait.train.convert.weights import ConvertError
+from plait.train.program import Program
+from plait.train.run import Trained, opened, write_json
+from plait.train.state import Arrays, Blueprint
+
+REPORT = "reshape.json"
+"""In the new run folder: what was changed, and by how much the logits moved."""
+_LIMIT = "max_position_embeddings"
+
+Step = tuple[tuple[Place, ...], tuple[Place, ...], Making]
+"""Where the arrays lie in the old model, and in the new one, and what makes them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Reshaped:
+    """What a reshape changed."""
+
+    source: str
+    step: int
+    """Of the old run's checkpoint."""
+    reshape: Reshape
+    changed: tuple[str, ...]
+    """Options of the model and of its layers' mixers, as `path: old -> new`."""
+    parameters: tuple[int, int]
+    state_bytes: tuple[int, int]
+    """Of decoding one sequence of `state_tokens`."""
+    state_tokens: int
+    moved: Moved
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, for a file."""
+        return {**dataclasses.asdict(self), "reshape": codec.encode(self.reshape)}
+
+    def describe(self) -> str:
+        """A few lines."""
+        share = lambda before, after: f" ({100 * (after / before - 1):+.1f}%)" if before and before != after else ""
+        shown = lambda pair: f"{pair[0]:,} -> {pair[1]:,}{share(*pair)}"
+        return "\n".join(
+            (
+                f"changed     {'; '.join(self.changed) or 'nothing'}",
+                f"parameters  {shown(self.parameters)}",
+                f"state       {shown(self.state_bytes)} bytes for a sequence of {self.state_tokens:,} tokens",
+                f"logits      {self.moved.describe()}",
+            )
+        )
+
+
+def reshape_run(
+    run: Path, folder: Path, reshape: Reshape, *, text: Path | None = None, step: int | None = None, seed: int = 0
+) -> Reshaped:
+    """Makes the run folder `folder` of the model in `run`, which stays as it is; it appears when it is whole.
+
+    Args:
+        text: on which logits are compared; random ids if None.
+        seed: of what is drawn of it.
+
+    Raises:
+        ConvertError: the model cannot be reshaped so, or `folder` holds something; nothing is written.
+    """
+    require_new(folder)
+    trained = opened(run, step)
+    sample = None if text is None else _sample(text, trained)
+    old, params, buffers = _plain(trained)
+    num_ids = _num_ids(trained)
+    before = old.config.model
+    model = reshape.model(Subject(before, num_ids, _limit(run) or old.config.data.seq_len))
+    config = dataclasses.replace(old.config, steps=1, model=model, optimizer=untrained(), out=str(folder), resume=False)
+    program = Program.of(config, trained.program.mesh)
+    made = _arrays(reshape, old, program, params)
+    kept = _buffers(reshape, old, program, buffers)
+    length = config.data.seq_len
+    found = Reshaped(
+        source=str(run),
+        step=trained.step,
+        reshape=reshape,
+        changed=tuple(_changes(trained.program.config.model, model, reshape.origins(before))),
+        parameters=(old.num_params, program.blueprint.num_params),
+        state_bytes=(_state_bytes(before, length), _state_bytes(model, length)),
+        state_tokens=length,
+        moved=moved(
+            (old, params, buffers), (program.blueprint, made, kept), program.mesh, num_ids=num_ids, text=sample, seed=seed
+        ),
+    )
+    identity = {name: value for name, value in trained.data.items() if name != "step"}
+    with new_run(folder, program, made, kept, identity) as new:
+        for name in ("tokenizer", ORIGINALS):
+            if (run / name).is_dir():
+                shutil.copytree(run / name, new / name)
+        _lengthen(new, reshape)
+        write_json(new / REPORT, found.to_json())
+    return found
+
+
+def _changes(old: LMConfig, new: LMConfig, origins: Sequence[int]) -> Iterator[str]:
+    """What is another in the new model: options, layers, and of layers with another mixer what it is."""
+    whole = lambda model: {key: value for key, value in codec.encode(model).items() if key not in ("mixers", "channel_mixers")}
+    yield from codec.differences(whole(old), whole(new))
+    if len(origins) < old.num_layers:
+        yield f"layers: {choices(origins)} of 0 to {old.num_layers - 1}"
+    for was, name in dict.fromkeys(zip((old.layers[origin] for origin in origins), new.layers, strict=True)):
+        mixer, path = new.mixers[name], f"mixers.{name}"
+        if type(old.mixers[was]) is type(mixer):
+            yield from codec.differences(codec.encode(old.mixers[was]), codec.encode(mixer), path)
+        else:
+            own = {field.name: getattr(mixer, field.name) for field in dataclasses.fields(mixer)}
+            yield f"{path}: " + ", ".join(f"{key}={value}" for key, value in own.items() if not isinstance(value, Config))
+
+
+def _plain(trained: Trained) -> tuple[Blueprint, Arrays, Arrays]:
+    """The old model without sigmaReparam, which is folded."""
+    blueprint = trained.program.blueprint
+    if blueprint.config.model.sigma_reparam is None:
+        return blueprint, trained.params, trained.buffers
+    model = fold(blueprint.build(trained.params, trained.buffers))
+    plain = Blueprint(dataclasses.replace(blueprint.config, model=model.config))
+    return plain, *plain.split(model)
+
+
+def _num_ids(trained: Trained) -> int:
+    """The ids that the run's data has."""
+    config, tokenizer = trained.program.config, trained.tokenizer
+    found = config.data.task.vocabulary(config.data) if tokenizer is None else tokenizer.vocab_size + config.data.task.extra_ids
+    return found or config.model.vocab_size or 1
+
+
+def _state_bytes(model: LMConfig, length: int) -> int:
+    return sum(mixer.state_bytes(model.d_model, length, model.compute_dtype) for mixer in model.layer_mixers)
+
+
+def _steps(reshape: Reshape, old: Blueprint, new: Blueprint) -> list[Step]:
+    """What makes each parameter of the new model, those of one array together."""
+    before, after = (blueprint.shapes()[0] for blueprint in (old, new))
+    was, now = old.config.model, new.config.model
+    steps: list[Step] = []
+
+    def add(makings: Iterable[Making], source: Place | None, target: Place | None, paths: Iterable[str]) -> None:
+        own = list(makings)
+        done = {path for making in own for path in making.targets}
+        own += [Making((path,), (path,), lambda x: [x]) for path in paths if path not in done]
+        for making in own:
+            steps.append((tuple(_at(source, p) for p in making.sources), tuple(_at(target, p) for p in making.targets), making))
+
+    shapes = _inside(before, None), _inside(after, None)
+    add(reshape.outside(*shapes), None, None, shapes[1])
+    places = layer_places(was)
+    for origin, target, mixer in zip(reshape.origins(was), layer_places(now), now.layer_mixers, strict=True):
+        source, shapes = places[origin], (_inside(before, places[origin]), _inside(after, target))
+        same = was.layer_mixers[origin] == mixer
+        add(() if same else reshape.layer(was.layer_mixers[origin], mixer, *shapes), source, target, shapes[1])
+    order = {path: index for index, path in enumerate(dict.fromkeys(step[1][0].path for step in steps))}
+    return sorted(steps, key=lambda step: order[step[1][0].path])
+
+
+def _at(place: Place | None, path: str) -> Place:
+    return Place(path) if place is None else Place(f"{place.path}.{path}", place.index)
+
+
+def _inside(shapes: Shapes, place: Place | None) -> dict[str, Shape]:
+    """Shapes of the arrays of a layer by their paths in it; None: of those outside of the layers."""
+    if place is None:
+        return {path: like.shape for path, like in shapes.items() if not path.startswith("stack.")}
+    inside = [path for path in shapes if path.startswith(f"{place.path}.")]
+    return {path.removeprefix(f"{place.path}."): part_shape(Place(path, place.index), shapes) for path in inside}
+
+
+def _arrays(reshape: Reshape, old: Blueprint, program: Program, params: Arrays) -> Arrays:
+    """The parameters of the new model."""
+    shapes, _ = program.blueprint.shapes()
+    shardings, _ = program.blueprint.shardings(program.mesh)
+
+    def parts() -> Iterator[tuple[Place, np.ndarray]]:
+        for sources, targets, making in _steps(reshape, old, program.blueprint):
+            for place, value in zip(targets, making.make(*[part_of(params[one.path], one) for one in sources]), strict=True):
+                if value.shape != part_shape(place, shapes):
+                    raise ConvertError(f"{reshape.name} makes {place.path} {value.shape}, and it is {part_shape(place, shapes)}")
+                yield place, value
+
+    return filled(parts(), shapes, shardings)
+
+
+def _buffers(reshape: Reshape, old: Blueprint, program: Program, buffers: Arrays) -> Arrays:
+    """The buffers of the new model: as they were, but for flags, which say where a layer stands, and what the old one has not."""
+    fresh = jax.jit(lambda: program.blueprint.init()[1], out_shardings=program.shardings.buffers)()
+    _, shapes = program.blueprint.shapes()
+    _, shardings = program.blueprint.shardings(program.mesh)
+    places = layer_places(old.config.model)
+    wanted: dict[str, list[tuple[Place, Place]]] = {}
+    for origin, target in zip(reshape.origins(old.config.model), layer_places(program.config.model), strict=True):
+        for path in _inside(shapes, target):
+            wanted.setdefault(f"{target.path}.{path}", []).append((_at(target, path), _at(places[origin], path)))
+    same = {
+        path: pairs
+        for path, pairs in wanted.items()
+        if shapes[path].dtype != np.bool_ and all(source.path in buffers for _, source in pairs)
+    }
+    kept = ((target, part_of(buffers[source.path], source)) for pairs in same.values() for target, source in pairs)
+    return {**fresh, **filled(kept, shapes, shardings)}
+
+
+def _limit(run: Path) -> int | None:
+    """The longest sequence of the published model that a run was made of."""
+    path = run / ORIGINALS / PUBLISHED_CONFIG
+    found = read_json(path) if path.is_file() else {}
+    return next((one[_LIMIT] for one in (found.get("text_config") or {}, found) if isinstance(one.get(_LIMIT), int)), None)
+
+
+def _lengthen(new: Path, reshape: Reshape) -> None:
+    """Lets the published config say how long sequences can be now."""
+    path = new / ORIGINALS / PUBLISHED_CONFIG
+    tokens = _limit(new)
+    if tokens is None or reshape.longest(tokens) == tokens:
+        return
+    found = read_json(path)
+    (found.get("text_config") or found)[_LIMIT] = reshape.longest(tokens)
+    path.write_text(json.dumps(found, indent=2) + "\n")
+
+
+def _sample(path: Path, trained: Trained) -> np.ndarray:
+    """The ids of a text."""
+    if trained.tokenizer is None:
+        raise ConvertError(f"text={str(path)!r} needs a run with a tokenizer, and this one was trained on ids; leave it out")
+    try:
+        ids = trained.tokenizer.encode(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConvertError(f"text={str(path)!r} cannot be read ({error}); give a file of UTF-8 text") from None
+    if not len(ids):
+        raise ConvertError(f"text={str(path)!r} is empty; give a file of UTF-8 text")
+    return ids

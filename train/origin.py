@@ -1,0 +1,253 @@
+"""What a run begins with when that is another run: its weights, its model, its tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+
+from plait.configs import codec
+from plait.configs.cli import parse_experiment
+from plait.configs.exchange import take
+from plait.configs.experiment import ExperimentConfig
+from plait.configs.files import read_json
+from plait.configs.optimizer import optimizer
+from plait.data.config import DataConfig
+from plait.data.tokenizer import ByteTokenizer, Tokenizer
+from plait.data.tokenizer_files import load_tokenizer
+from plait.models.config import LMConfig
+from plait.models.linear import start_singular_vectors
+from plait.models.lm import fold
+from plait.train.convert.importing import ORIGINALS
+from plait.train.pods.hosts.together import decide, first, together
+from plait.train.program import Program
+from plait.train.run import described, restored, write_json
+from plait.train.run_folder.contents import CHECKPOINTS, CONFIG, ORIGIN, RunError
+from plait.train.state import Arrays, Blueprint, TrainState, begin_with
+
+log = logging.getLogger("plait")
+
+_SAME_FUNCTION = ("z_loss", "remat", "param_dtype", "compute_dtype", "sigma_reparam", "lora")
+"""Fields of a model that say nothing of the function that its weights are, or in which they can be rewritten."""
+_MOST = 6
+"""Differences that an error lists."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """A run whose weights another begins with."""
+
+    text: str
+    """As it was named."""
+    folder: Path
+    step: int | None
+    """Of the checkpoint; None for the newest."""
+    config: ExperimentConfig
+    """With the vocabulary settled."""
+    tokenizer: Tokenizer | None
+
+    @classmethod
+    def of(cls, text: str) -> Self:
+        """The run RUN, or that of RUN/checkpoints/STEP. Raises ValueError where there is none."""
+        path, step = Path(text).expanduser(), None
+        if path.parent.name == CHECKPOINTS and path.name.isdecimal():
+            path, step = path.parent.parent, int(path.name)
+        if not (path / CHECKPOINTS).is_dir() or not (path / CONFIG).is_file():
+            raise RunError(
+                f"init_from={text!r} must be a run folder with {CONFIG} and {CHECKPOINTS}/, or RUN/{CHECKPOINTS}/STEP; give the --out of "
+                "a run, or make one of a published model with launch.py convert import DIR RUN"
+            )
+        if step is not None and not (path / CHECKPOINTS / str(step)).is_dir():
+            there = sorted(int(entry.name) for entry in (path / CHECKPOINTS).iterdir() if entry.name.isdecimal())
+            raise RunError(
+                f"init_from={text!r} has no checkpoint of step {step}; use one of {', '.join(map(str, there)) or 'another run'}"
+            )
+        return cls(text, path, step, *described(path))
+
+    def check(self, config: ExperimentConfig) -> None:
+        """Raises RunError where the model of `config` is another, or reads other tokens."""
+        changed = _differences(self.config.model, config.model)
+        if changed:
+            more = f" and {len(changed) - _MOST} more" if len(changed) > _MOST else ""
+            raise RunError(
+                f"init_from={self.text!r} holds another model: {'; '.join(changed[:_MOST])}{more}; set the fields as they are there, or "
+                "leave the preset out to take its model"
+            )
+        if not config.data.task.reads_text:
+            return
+        fix = f"use --data.tokenizer {self.folder} --data.vocab-size None"
+        given = config.data.tokenizer
+        if self.tokenizer is None:
+            raise RunError(
+                f"data.task={config.data.task.name} reads text, and init_from={self.text!r} was trained on "
+                f"data.task={self.config.data.task.name}, without a tokenizer; use another run"
+            )
+        if given == "bpe":
+            raise RunError(
+                f"data.tokenizer='bpe' learns a vocabulary, and the weights of init_from={self.text!r} are for that of their run; {fix}"
+            )
+        tokenizer = ByteTokenizer() if given == "byte" else load_tokenizer(given)
+        if tokenizer.fingerprint != self.tokenizer.fingerprint:
+            raise RunError(f"data.tokenizer={given!r} is another one than that of init_from={self.text!r}; {fix}")
+
+
+def parse_run(words: Sequence[str]) -> ExperimentConfig:
+    """The experiment of `PRESET ...` or of `--init-from RUN ...`, whose model and data are then those of the run.
+
+    Raises:
+        ValueError: bad words or values.
+    """
+    if words and not words[0].startswith("-"):
+        return parse_experiment(words[0], words[1:])
+    text = take("init_from", list(words))
+    if text is None:
+        raise ValueError("train needs a preset first, as in 'launch.py train lm_quick', or --init-from RUN")
+    out = take("out", list(words))
+    own = None if out is None or "--resume" not in words else Path(out) / CONFIG
+    if own is not None and own.exists():
+        return parse_experiment(codec.load(ExperimentConfig, own), words)
+    return parse_experiment(tuning(Origin.of(text)), words)
+
+
+def tuning(origin: Origin) -> ExperimentConfig:
+    """The experiment of a run from `origin` alone: its model and data, and a low rate without warm-up or decay of weights."""
+    data: DataConfig = origin.config.data
+    if data.task.reads_text:
+        data = dataclasses.replace(data, tokenizer=str(origin.folder), vocab_size=None)
+    return ExperimentConfig(
+        name=f"{origin.folder.resolve().name[:90]}_tuned",
+        steps=1000,
+        model=origin.config.model,
+        data=data,
+        optimizer=optimizer("adamw", learning_rate=2e-5, warmup_steps=0, weight_decay=0.0),
+        init_from=origin.text,
+    )
+
+
+def settled(config: ExperimentConfig) -> ExperimentConfig:
+    """`config` with the vocabulary of the run that it begins with, once that was found to be of the same model and tokenizer.
+
+    A run that goes on has been through that, and needs its origin no more.
+
+    Raises:
+        ValueError: on every host, where the origin is no run, or of another model or tokenizer.
+    """
+    if config.init_from is None:
+        return config
+    with together("init_from"):
+        own = Path(config.folder) / CONFIG
+        if config.resume and own.exists():
+            model = codec.load(ExperimentConfig, own).model
+        else:
+            origin = Origin.of(config.init_from)
+            origin.check(config)
+            model = origin.config.model
+        size = config.model.vocab_size or model.vocab_size
+        return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
+
+
+def begin(setup: Program, text: str) -> TrainState:
+    """The state at step 0 of a run that begins with the weights of `text`: the averaged ones where that run keeps an average.
+
+    They are read into this run's layout and dtype. What they are from is written to the run folder, and read there by a run that was killed
+    before its first checkpoint.
+    """
+    folder = Path(setup.config.folder)
+    with together("init_from"):
+        origin = Origin.of(text)
+        origin.check(setup.config)
+    recorded = decide("run folder", lambda: read_json(folder / ORIGIN) if (folder / ORIGIN).exists() else None)
+    step = origin.step if recorded is None else int(recorded["step"])
+    there, here = origin.config.model, setup.config.model
+    folded = _is_folded(there, here)
+    dtype = there.param_dtype if folded else here.param_dtype
+    before = Blueprint(
+        dataclasses.replace(setup.config, model=dataclasses.replace(there, param_dtype=dtype, compute_dtype=here.compute_dtype))
+    )
+    step, state, extra = restored(origin.folder, _like(before, setup, averaged=origin.config.optimizer.ema is not None), step)
+    known = extra.get("data", {}).get("tokenizer")
+    if origin.tokenizer is not None and known not in (None, origin.tokenizer.fingerprint):
+        raise RunError(f"init_from={text!r} has another tokenizer/ than it was trained with; put that one back")
+    with together("run folder"):
+        if first():
+            facts = {"run": str(origin.folder.resolve()), "step": step, "tokenizer": known}
+            write_json(folder / ORIGIN, facts)
+            if (origin.folder / ORIGINALS).is_dir():
+                shutil.copytree(origin.folder / ORIGINALS, folder / ORIGINALS, dirs_exist_ok=True)
+    log.info("%s begins with the weights of %s at step %d", folder, origin.folder, step)
+    params = state.params if state.ema is None else state.ema
+
+    def made(params: Arrays, buffers: Arrays) -> TrainState:
+        return begin_with(setup.blueprint, setup.tx, *_rewritten(before, setup.blueprint, params, buffers, folded))
+
+    return jax.jit(made, out_shardings=setup.shardings, donate_argnums=(0, 1))(params, state.buffers)
+
+
+def _is_folded(there: LMConfig, here: LMConfig) -> bool:
+    """Whether a model has adapters or gains that the new one has not in the same form."""
+    adapters = there.lora.rank is not None and there.lora != here.lora
+    return adapters or (there.sigma_reparam is not None and here.sigma_reparam is None)
+
+
+def _rewritten(before: Blueprint, blueprint: Blueprint, params: Arrays, buffers: Arrays, folded: bool) -> tuple[Arrays, Arrays]:
+    """The `(params, buffers)` of the same function in the form of `blueprint`; new adapters are drawn, and change nothing."""
+    old = {**params, **buffers}
+    if folded:
+        model = fold(before.build(params, buffers))
+        parts = Blueprint(dataclasses.replace(before.config, model=model.config)).split(model)
+        old = {**parts[0], **parts[1]}
+    shapes = blueprint.shapes()
+    wanted = {**shapes[0], **shapes[1]}
+    new: Mapping[str, Any] = {}
+    if wanted.keys() - old.keys():
+        drawn = blueprint.init()
+        new = {**drawn[0], **drawn[1]}
+    every = {name: (old[name].astype(like.dtype) if name in old else new[name]) for name, like in wanted.items()}
+    found = tuple({name: every[name] for name in part} for part in shapes)
+    sigma = blueprint.config.model.sigma_reparam
+    if sigma is None or (before.config.model.sigma_reparam is not None and not folded):
+        return found[0], found[1]
+    model = blueprint.build(*found)
+    start_singular_vectors(model, "spectral")
+    return blueprint.split(model)
+
+
+def _like(blueprint: Blueprint, setup: Program, *, averaged: bool) -> TrainState:
+    """The weights alone, as they lie on the mesh of the new run."""
+    place = lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where)
+    params, buffers = jax.tree.map(place, blueprint.shapes(), blueprint.shardings(setup.mesh))
+    zero: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=setup.shardings.step)
+    own, average = (None, params) if averaged else (params, None)
+    nothing: Any = None
+    return TrainState(zero, own, buffers, nothing, average, zero, zero)
+
+
+def _differences(there: LMConfig, here: LMConfig) -> list[str]:
+    """In what `here` is another function than `there`, as `model.d_model: 64 -> 32`."""
+    if here.vocab_size is None:
+        here = dataclasses.replace(here, vocab_size=there.vocab_size)
+    if here.layers == there.layers:
+        here = dataclasses.replace(here, pattern=there.pattern)
+    before, after = ({k: v for k, v in _settled(model).items() if k not in _SAME_FUNCTION} for model in (there, here))
+    return codec.differences(before, after, "model")
+
+
+def _settled(model: LMConfig) -> dict[str, Any]:
+    """A model's config with what follows from its width written out."""
+    mixers = {name: mixer.settled(model.d_model) for name, mixer in model.mixers.items()}
+    channel_mixers = {name: one.settled(model.d_model) for name, one in model.channel_mixers.items()}
+    mixer = model.channel_mixer
+    return codec.encode(
+        dataclasses.replace(
+            model,
+            mixers=mixers,
+            channel_mixers=channel_mixers,
+            channel_mixer=None if mixer is None else mixer.settled(model.d_model),
+        )
+    )
