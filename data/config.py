@@ -35,6 +35,10 @@ class DataConfig(Config):
     text_field: Line = "text"
     """The field (.jsonl, .json) or column (.parquet) that holds a document's text."""
 
+    prompt_field: Line | None = None
+    """The field or column of what stands before a document's text and is given: the loss is then of the text alone, where its prompt is in
+    the same row. None gives nothing."""
+
     tokenizer: Line = "bpe"
     """`byte` (the 256 bytes), `bpe` (trained on the corpus), or the path of a tokenizer.json, its folder, or a run folder."""
 
@@ -70,6 +74,15 @@ class DataConfig(Config):
             raise ValueError(
                 f"vocab_size={self.vocab_size} must hold the 256 bytes and end-of-text; use {BYTE_VOCAB} or more, "
                 f"as {DEFAULT_BPE_VOCAB}"
+            )
+        if self.prompt_field is not None and not self.task.counts_bytes:
+            raise ValueError(
+                f"prompt_field={self.prompt_field!r} says which tokens are not predicted, and data.task={self.task.name} chooses those itself; "
+                "leave prompt_field out, or use data.task=ppl"
+            )
+        if self.prompt_field == self.text_field:
+            raise ValueError(
+                f"prompt_field={self.prompt_field!r} must be another field than text_field, which is what is predicted; use two fields"
             )
         if self.batch_size * self.seq_len > INT32:
             raise ValueError(

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from plait.data.bpe import train_bpe
 from plait.data.cache import checksum, making
 from plait.data.config import DataError
 from plait.data.packing import Documents, shuffled_order
-from plait.data.readers import short
+from plait.data.readers import Document, short
 from plait.data.sources import Source
 from plait.data.tokenizer import Tokenizer
 
@@ -27,6 +27,7 @@ FORMAT = 1
 META, TOKENS, INDEX = "meta.json", "tokens.bin", "documents.npy"
 TOKEN_DTYPES = ("<u2", "<u4")
 INDEX_DTYPE = np.dtype([("end", "<i8"), ("hash", "<u8")])  # one past the document's last token; hash of its text
+PROMPTED_DTYPE = np.dtype([*INDEX_DTYPE.descr, ("given", "<i8")])  # also how many tokens the prompt has
 ENCODE_CHARS = 4 << 20  # text encoded at a time
 TRAIN_BYTES = 64 << 20  # text a vocabulary is learned from; of a larger corpus, a sample of documents
 VERIFY_BYTES = 1 << 30  # token files up to this size are read and hashed before they are used again
@@ -67,11 +68,11 @@ def train_tokenizer(source: Source, vocab_size: int) -> tuple[Tokenizer, str]:
     fingerprint = hashlib.sha256()
 
     def sample() -> Iterator[str]:
-        for text in source.documents():
-            digest = _hash(text)
+        for document in source.documents():
+            digest = _hash(document)
             fingerprint.update(digest)
             if int.from_bytes(digest, "little") < keep:
-                yield text
+                yield document.prompt + document.text
 
     return train_bpe(sample(), vocab_size), fingerprint.hexdigest()
 
@@ -112,7 +113,8 @@ def split(documents: Documents, val_fraction: float, seed: int) -> tuple[Documen
 
     Held out are whole documents, in the order of their salted hashes, until they have `val_fraction` of the tokens. So the
     choice does not hang on file names or their order, and copies of a document are on the same side. Where that would be
-    more than twice the share asked for (documents few or large), the last `val_fraction` of every document is held out.
+    more than twice the share asked for (documents few or large), the last `val_fraction` of every document is held out, unless documents
+    have prompts.
     """
     if val_fraction == 0:
         return documents, documents.take(np.arange(0))
@@ -121,7 +123,7 @@ def split(documents: Documents, val_fraction: float, seed: int) -> tuple[Documen
     hashes, total = documents.hashes[order], np.cumsum(documents.lengths[order])
     count = int(np.searchsorted(total, goal)) + 1  # the fewest that reach the goal
     count += int(np.sum(hashes[count:] == hashes[count - 1]))  # copies stand together in the order
-    if total[count - 1] <= 2 * goal:
+    if total[count - 1] <= 2 * goal or documents.given is not None:
         return documents.take(np.sort(order[count:])), documents.take(order[:count])
     held = np.minimum(np.ceil(documents.lengths * val_fraction).astype(np.int64), documents.lengths - 1)
     train = replace(documents, lengths=documents.lengths - held)
@@ -132,14 +134,17 @@ def split(documents: Documents, val_fraction: float, seed: int) -> tuple[Documen
 def _tokenise(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
     dtype = np.dtype(TOKEN_DTYPES[tokenizer.vocab_size > 1 << 16])
     content, fingerprint = hashlib.sha256(), hashlib.sha256()
-    ends, hashes = [], []
+    ends, hashes, given = [], [], []
     num_tokens = num_bytes = num_token_bytes = 0
     with (folder / TOKENS).open("wb") as file:
-        for texts in _groups(source.documents()):
-            digests = [_hash(text) for text in texts]
-            for text, digest, ids in zip(texts, digests, tokenizer.encode_batch(texts)):
-                if len(ids) == 0:  # a tokenizer that normalises can leave nothing of a text
+        for documents in _groups(source.documents()):
+            digests = [_hash(document) for document in documents]
+            answers = tokenizer.encode_batch([document.text for document in documents])
+            prompts = _prompts(source, tokenizer, documents)
+            for document, digest, before, answer in zip(documents, digests, prompts, answers):
+                if len(answer) == 0:  # a tokenizer that normalises can leave nothing of a text
                     continue
+                text, ids = document.prompt + document.text, np.concatenate([before, answer])
                 if tokenizer.eos_id in ids:
                     raise DataError(
                         f"data.source={source.name!r}: a text holds the end token {tokenizer.token_name(tokenizer.eos_id)!r} as a word "
@@ -153,6 +158,7 @@ def _tokenise(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
                 num_token_bytes += tokenizer.num_bytes(ids)
                 ends.append(num_tokens)
                 hashes.append(int.from_bytes(digest, "little"))
+                given.append(len(before))
             fingerprint.update(b"".join(digests))
     if not ends:
         raise DataError(
@@ -170,8 +176,10 @@ def _tokenise(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
             f"data.source={source.name!r}: {num_token_bytes} bytes of tokens stand for {num_bytes} bytes of text, so that the tokenizer "
             "adds to the text or drops some; use another"
         )
-    index = np.empty(len(ends), INDEX_DTYPE)
+    index = np.empty(len(ends), INDEX_DTYPE if source.fields.prompt is None else PROMPTED_DTYPE)
     index["end"], index["hash"] = ends, np.array(hashes, np.uint64)
+    if source.fields.prompt is not None:
+        index["given"] = given
     np.save(folder / INDEX, index)
     meta = CorpusMeta(
         format=FORMAT,
@@ -189,12 +197,19 @@ def _tokenise(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
     (folder / META).write_text(json.dumps(asdict(replace(meta, check=checksum(meta))), indent=1), "utf-8")
 
 
-def _groups(texts: Iterable[str]) -> Iterator[list[str]]:
+def _prompts(source: Source, tokenizer: Tokenizer, documents: Sequence[Document]) -> list[np.ndarray]:
+    """Ids of each document's prompt."""
+    if source.fields.prompt is None:
+        return [np.zeros(0, np.int32)] * len(documents)
+    return tokenizer.encode_batch([document.prompt for document in documents])
+
+
+def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
     """Lists of documents of about ENCODE_CHARS characters."""
     group, size = [], 0
-    for text in texts:
-        group.append(text)
-        size += len(text)
+    for document in documents:
+        group.append(document)
+        size += len(document.prompt) + len(document.text)
         if size >= ENCODE_CHARS:
             yield group
             group, size = [], 0
@@ -228,13 +243,20 @@ def _open(folder: Path, tokenizer: Tokenizer) -> Corpus:
         raise
     except (OSError, ValueError, EOFError) as error:
         raise DataError(str(error)) from None
-    if index.dtype != INDEX_DTYPE or len(index) != meta.num_documents or min(meta.num_documents, meta.num_bytes) < 1:
+    if (
+        index.dtype not in (INDEX_DTYPE, PROMPTED_DTYPE)
+        or len(index) != meta.num_documents
+        or min(meta.num_documents, meta.num_bytes) < 1
+    ):
         raise DataError(f"{META} does not describe {INDEX}")
     ends = index["end"].astype(np.int64)
     lengths = np.diff(ends, prepend=0)
     if lengths.min() < 1 or ends[-1] != meta.num_tokens:
         raise DataError(f"{META} does not describe {INDEX}")
-    return Corpus(meta, Documents(tokens, ends - lengths, lengths, index["hash"].astype(np.uint64)))
+    given = index["given"].astype(np.int64) if index.dtype == PROMPTED_DTYPE else None
+    if given is not None and ((given < 0) | (given >= lengths)).any():
+        raise DataError(f"{META} does not describe {INDEX}")
+    return Corpus(meta, Documents(tokens, ends - lengths, lengths, index["hash"].astype(np.uint64), given))
 
 
 def _sha256(path: Path) -> str:
@@ -242,5 +264,6 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _hash(text: str) -> bytes:
-    return hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
+def _hash(document: Document) -> bytes:
+    whole = f"{document.prompt}\0{document.text}" if document.prompt else document.text
+    return hashlib.blake2b(whole.encode("utf-8"), digest_size=8).digest()

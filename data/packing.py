@@ -8,6 +8,9 @@ A document of tokens x1 ... xn is read as pairs (input, target):
 The pairs of all documents, in the epoch's order, form one stream, and row r holds pairs r T ... r T + T - 1. A document that
 crosses the edge of a row goes on in the next as a new piece: its first target there is the one that follows the last target
 here. Only the last row of an epoch is padded.
+
+Of a document with a prompt the targets that are the prompt's do not count, nor do those in a piece that goes on in another row than that
+with the prompt.
 """
 
 from __future__ import annotations
@@ -29,12 +32,14 @@ class Documents:
         starts: int64 [D].
         lengths: int64 [D], at least 1 each.
         hashes: uint64 [D], of the text; they decide every order, so that no generator's stream does.
+        given: int64 [D], tokens at the beginning that are a prompt; None where no document has one.
     """
 
     tokens: np.ndarray
     starts: np.ndarray
     lengths: np.ndarray
     hashes: np.ndarray
+    given: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -52,7 +57,8 @@ class Documents:
 
     def take(self, order: np.ndarray) -> Documents:
         """The documents with these indices, in this order."""
-        return Documents(self.tokens, self.starts[order], self.lengths[order], self.hashes[order])
+        given = None if self.given is None else self.given[order]
+        return Documents(self.tokens, self.starts[order], self.lengths[order], self.hashes[order], given)
 
 
 def shuffled_order(hashes: np.ndarray, *salt: object) -> np.ndarray:
@@ -107,10 +113,14 @@ class Packing:
         if self.start_id is not None:
             tokens = np.where(place == 0, np.int32(self.start_id), tokens)
         targets = np.where(place == length, np.int32(self.end_id), targets)
+        counts = real
+        if self.documents.given is not None:
+            given = self.documents.given[doc]
+            counts = real & (place >= given) & ((begin >= first) | (given == 0))
         return Batch(
             tokens=np.where(real, tokens, 0),
             targets=np.where(real, targets, 0),
             segment_ids=np.where(real, doc - doc[:, :1] + 1, 0).astype(np.int32),
             positions=np.where(real, pair - np.maximum(begin, first), 0).astype(np.int32),
-            loss_mask=real.astype(np.float32),
+            loss_mask=counts.astype(np.float32),
         )

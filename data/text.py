@@ -74,7 +74,7 @@ def open_text(config: DataConfig, folder: Path, rows: np.ndarray | None, reading
     """
     kept = folder / "tokenizer"
     cache = Path(config.cache_dir).expanduser() if config.cache_dir else folder / "data"
-    source = open_source(config.source, config.text_field)
+    source = open_source(config.source, config.text_field, config.prompt_field)
     if reading is None:
         sweep(cache)
         tokenizer = prepare_tokenizer(config, source, kept, cache)
@@ -130,6 +130,7 @@ def open_text(config: DataConfig, folder: Path, rows: np.ndarray | None, reading
             "num_val_tokens": val.num_targets,
             "num_train_bytes": meta.num_token_bytes - num_val_bytes,
             "num_val_bytes": num_val_bytes,
+            **({} if corpus.documents.given is None else {"num_prompt_tokens": int(corpus.documents.given.sum())}),
         },
     )
 

@@ -45,8 +45,12 @@ class Moved(Buffer):
     """One that training moves and nothing else tells: part of what a model is, which travels with its parameters."""
 
 
-class Adapter(nnx.Param):
-    """Part of a low-rank adapter. A model that has any trains them alone."""
+class Alone(nnx.Param):
+    """A parameter of a model that trains those of this kind alone."""
+
+
+class Adapter(Alone):
+    """Part of a low-rank adapter."""
 
 
 class Keys(Protocol):

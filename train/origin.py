@@ -223,8 +223,8 @@ def _like(blueprint: Blueprint, setup: Program, *, averaged: bool) -> TrainState
     place = lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where)
     params, buffers = jax.tree.map(place, blueprint.shapes(), blueprint.shardings(setup.mesh))
     zero: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=setup.shardings.step)
-    own, average = (None, params) if averaged else (params, None)
     nothing: Any = None
+    own, average = (nothing, params) if averaged else (params, nothing)
     return TrainState(zero, own, buffers, nothing, average, zero, zero)
 
 

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from plait.configs.experiment import ExperimentConfig
 from plait.configs.optimizer import Parameter
 from plait.models.axes import EXPERTS, LAYERS, Axes
-from plait.models.build import Adapter, Role
+from plait.models.build import Adapter, Alone, Role
 from plait.models.lm import LM
 from plait.models.lora import TARGETS
 from plait.train import mesh as meshes
@@ -35,7 +35,7 @@ class TrainState:
     params: Arrays
     """Trained parameters."""
     buffers: Arrays
-    """Non-trained model state: sigmaReparam's singular vectors and layers' constants, and the whole model where adapters are trained."""
+    """Non-trained model state: sigmaReparam's singular vectors and layers' constants, and the whole model where a part of it is trained."""
     optimizer: optax.OptState
     ema: Arrays | None
     """Running average of the parameters in float32, where configured."""
@@ -56,8 +56,10 @@ class Blueprint:
         self._variables: dict[str, nnx.Variable] = {_dotted(path): v for path, v in nnx.to_flat_state(state)}
         self._paths = {_dotted(path): path for path, _ in nnx.to_flat_state(state)}
         self.adapters = {name for name, v in self._variables.items() if isinstance(v, Adapter)}
-        """Parameters of adapters; where there are any, nothing else is trained or moved."""
-        self.params = self.adapters or self._all_params
+        """Parameters of adapters."""
+        self.alone = {name for name, v in self._variables.items() if isinstance(v, Alone)}
+        """Parameters, adapters' among them, beside which nothing else is trained or moved where there are any."""
+        self.params = self.alone or self.learned
         """Trained parameters."""
         lora = config.model.lora
         if lora.rank is not None and not self.adapters:
@@ -70,13 +72,14 @@ class Blueprint:
         return LM(self.config.model, rngs=nnx.Rngs(self.config.seed), seq_len=self.config.data.seq_len)
 
     @property
-    def _all_params(self) -> set[str]:
+    def learned(self) -> set[str]:
+        """Parameters of the model, trained here or not."""
         return {name for name, v in self._variables.items() if isinstance(v, nnx.Param)}
 
     @property
     def num_params(self) -> int:
         """Parameters of the model, those of adapters included."""
-        return sum(self._variables[name].size for name in self._all_params)
+        return sum(self._variables[name].size for name in self.learned)
 
     @property
     def num_trained(self) -> int:
@@ -86,7 +89,7 @@ class Blueprint:
     def products(self) -> tuple[list[tuple[str, Role]], list[tuple[str, Role]]]:
         """Matrices and the dense layers that they are of, by dotted path and role: those with an adapter, and those without."""
         found: tuple[list[tuple[str, Role]], list[tuple[str, Role]]] = ([], [])
-        for name in sorted(self._all_params - self.adapters):
+        for name in sorted(self.learned - self.adapters):
             layer, _, own = name.rpartition(".")
             facts = self._variables[name].get_metadata()
             role, own_axes = facts["role"], [axis for axis in facts["axes"] if axis not in (LAYERS, EXPERTS)]
@@ -97,8 +100,10 @@ class Blueprint:
 
     def describe(self) -> str:
         """How large it is, and what of it is trained."""
-        if not self.adapters:
+        if not self.alone:
             return f"{self.num_params:,} parameters"
+        if not self.adapters:
+            return f"{self.num_params:,} parameters, of which {self.num_trained:,} are trained: those of students"
         having, without = self.products()
         left = ", ".join(dict.fromkeys(f"{name.rpartition('.')[2]} ({role})" for name, role in without)) or "none"
         return (
@@ -107,11 +112,10 @@ class Blueprint:
         )
 
     def adapted(self) -> dict[str, Any]:
-        """Facts of a model of which adapters are trained; none of another."""
-        if not self.adapters:
-            return {}
+        """Facts of a model of which a part is trained; none of another."""
         having, without = map(dict, self.products())
-        return {"num_trained_params": self.num_trained, "adapters": {"of": having, "not_of": without}}
+        adapters = {"adapters": {"of": having, "not_of": without}} if self.adapters else {}
+        return {"num_trained_params": self.num_trained, **adapters} if self.alone else {}
 
     def init(self) -> tuple[Arrays, Arrays]:
         """Fresh `(params, buffers)`, the same for a seed on any mesh."""

@@ -39,7 +39,7 @@ def make_step(blueprint: Blueprint, tx: optax.GradientTransformation, mesh: jax.
 
     def step(state: TrainState, batch: Batch, bounds: jax.Array | None = None) -> tuple[TrainState, Metrics]:
         with on_mesh(mesh, config.optimizer.accumulate):
-            buffers = state.buffers if blueprint.adapters else _move_singular_vectors(blueprint, state)
+            buffers = state.buffers if blueprint.alone else _move_singular_vectors(blueprint, state)
             total = jnp.maximum(batch.loss_mask.astype(jnp.float32).sum(), 1.0)
 
             def loss(params, batch):
@@ -48,7 +48,7 @@ def make_step(blueprint: Blueprint, tx: optax.GradientTransformation, mesh: jax.
             # A pipeline adds up its micro-batches' gradients in what it is given.
             params = float32(state.params) if piped else state.params
             grads, (value, terms) = _accumulate(jax.value_and_grad(loss, has_aux=True), params, batch, parts)
-            if not blueprint.adapters:
+            if not blueprint.alone:
                 buffers = _settle(blueprint, state.params, buffers, terms["extras"])
         if config.mesh.offload is not None:
             near = jax.tree.map(lambda s: s.with_memory_kind("device"), home)

@@ -25,15 +25,21 @@ class Plait(Family):
     around = Fixed({"embedding": "embedding"})
 
     def model(self, values):
-        return codec.decode(LMConfig, values("model", dict), "model")
+        return _plain(codec.decode(LMConfig, values("model", dict), "model"))
 
     def values(self, model):
-        if model.sigma_reparam is not None or model.lora.rank is not None:
-            raise Unfit("sigma_reparam and lora are to be folded first")
-        return {"model": codec.encode(model)}
+        return {"model": codec.encode(_plain(model))}
 
     def layer(self, model, index, layer):
         raise NotImplementedError("tensors are not by layer here")
 
     def table(self, model):
         return [Line((path,), (Place(path),), Same()) for path in learned_shapes(model)]
+
+
+def _plain(model: LMConfig) -> LMConfig:
+    """`model`. Raises Unfit where its weights are more than one array a matrix."""
+    for name, given in {"sigma_reparam": model.sigma_reparam, "lora.rank": model.lora.rank}.items():
+        if given is not None:
+            raise Unfit(f"model.{name}={given!r} is not of plain weights; fold it first, as launch.py convert export does")
+    return model

@@ -23,9 +23,8 @@ class SmolLM3(Decoder):
         if len(turned) != depth:
             raise Unfit(f"config.json: no_rope_layers has {len(turned)} entries and num_hidden_layers={depth}; give one a layer")
         layers = super().layers(values, depth, width)
-        return [
-            layer if turns else dataclasses.replace(layer, positions=None) for layer, turns in zip(layers, turned, strict=True)
-        ]
+        still = lambda layer: dataclasses.replace(layer, positions=None)
+        return [layer if turns else still(layer) for layer, turns in zip(layers, turned, strict=True)]
 
     def windows(self, values, depth):
         used = values("use_sliding_window", bool, False)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+import functools
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from plait.configs.components import at as under
 from plait.configs.domains import Positive
 from plait.kernels import Tokens
-from plait.models.build import BuildContext
+from plait.models.build import Alone, BuildContext
 from plait.models.look import look
 from plait.models.mixers.around import AroundHeads
 from plait.models.mixers.base import HeadMixer, Mixed, MixerConfig, WrapperConfig, abstract, products, register
@@ -42,6 +44,8 @@ class TransferConfig(WrapperConfig):
     """What is compared: the heads before they are projected back, as many and as wide in both, or the layer's outputs."""
     coefficient: Positive = 1000.0
     """c."""
+    trains: Literal["new", "all"] = "new"
+    """What of the student is trained, and nothing else of the model: what its teacher has not, as feature maps; or all of it."""
 
     def check(self) -> None:
         for name, mixer in (("mixer", self.mixer), ("teacher", self.teacher)):
@@ -106,12 +110,18 @@ class Transfer(AroundHeads):
     student: HeadMixer
 
     def __init__(self, config: TransferConfig, d_model: int, ctx: BuildContext):
+        if ctx.lora is not None:
+            raise ValueError(
+                "a model with transfer trains its students alone and has no part for model.lora; leave lora.rank None until they are in place"
+            )
         self.config = config
         built = {"mixer": config.mixer.build(d_model, ctx), "teacher": config.teacher.build(d_model, ctx)}
+        found: dict[str, HeadMixer] = {}
         for name, mixer in built.items():
             if not isinstance(mixer, HeadMixer):
                 raise ValueError(f"{name}={getattr(config, name).name} has no heads; use a mixer with heads")
-        self.student, self.inner = built["mixer"], built["teacher"]
+            found[name] = mixer
+        self.student, self.inner = found["mixer"], found["teacher"]
         self.num_heads = self.inner.num_heads
         if config.match == "heads":
             theirs, ours = (_head_shape(mixer, d_model, ctx) for mixer in (self.inner, self.student))
@@ -120,6 +130,8 @@ class Transfer(AroundHeads):
                     f"mixer={config.mixer.name} has {ours[0]} heads of {ours[1]} channels and teacher={config.teacher.name} {theirs[0]} of "
                     f"{theirs[1]}; give both the same, or use match='outputs'"
                 )
+        known = {path[0] for path, _ in nnx.to_flat_state(nnx.state(self.inner, nnx.Param))} if config.trains == "new" else set()
+        _train_alone(self.student, known)
 
     def __call__(self, x, *, at, carry, observer=None):
         at = at.placed(*x.shape[:2])
@@ -147,6 +159,17 @@ class Transfer(AroundHeads):
         if self.config.match == "outputs":
             heads, found = jax.lax.stop_gradient(self.output(heads)), self.student.output(found)
         return heads.astype(jnp.float32), found.astype(jnp.float32)
+
+
+def _train_alone(module: Any, but: set[Any]) -> None:
+    """Makes the parameters of a module those that are trained, but for the parts named in `but`."""
+    for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Param)):
+        *above, name = path
+        if path[0] not in but:
+            owner = functools.reduce(
+                lambda found, key: found[key] if isinstance(key, int) else getattr(found, str(key)), above, module
+            )
+            setattr(owner, str(name), Alone(variable[...], **variable.get_metadata()))
 
 
 def _head_shape(mixer: HeadMixer, d_model: int, ctx: BuildContext) -> tuple[int, ...]:

@@ -63,6 +63,7 @@ TEXTS = {
     "model.pattern": ["gla@1;softmax"],
     "data.source": ["{other}"],
     "data.text_field": ["body"],
+    "data.prompt_field": ["body"],
     "model.lora.targets": ["head"],
     "data.tokenizer": ["bpe"],
     "probe.only": ["entropy"],
@@ -73,6 +74,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     "mega.max_distance": {"bias": "simple"},
     "optimizer.decay_fraction": {"optimizer.schedule": "wsd"},
     "data.text_field": {"data.source": "{lines}"},
+    "data.prompt_field": {"data.source": "{lines}"},
     "model.lora.rank": {"init_from": "runs/base"},
     **{
         f"model.lora.{field}": {"init_from": "runs/base", "model.lora": LoRAConfig(rank=2)}

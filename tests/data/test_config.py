@@ -3,6 +3,7 @@
 import pytest
 
 from plait.data.config import DataConfig
+from plait.data.tasks.mlm import MaskedLanguageTask
 from plait.data.tasks.mqar import MQARTask
 
 
@@ -21,6 +22,11 @@ def test_config_default_is_valid_and_trains_4096_tokens():
         ({"seed": -1}, r"data\.seed=-1 must be a whole number from 0 to 4294967295; use 0"),
         ({"source": " "}, r"data\.source=' ' must be text that is not blank"),
         ({"text_field": ""}, r"data\.text_field='' must be text that is not blank"),
+        ({"prompt_field": "text"}, r"data\.prompt_field='text' must be another field than text_field"),
+        (
+            {"prompt_field": "prompt", "task": MaskedLanguageTask()},
+            r"data\.prompt_field='prompt' .* data\.task=mlm chooses those itself",
+        ),
         ({"tokenizer": ""}, r"data\.tokenizer='' must be text that is not blank"),
         ({"cache_dir": ""}, r"data\.cache_dir='' must be text that is not blank.*; use None"),
         ({"task": MQARTask(num_kv_pairs=200)}, r"data\.task\.num_kv_pairs=200 must be at most a quarter of data\.seq_len=512"),

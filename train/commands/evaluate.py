@@ -38,6 +38,8 @@ class OtherText(Config):
     """A file or folder as for training; where it is not the text of the run, all of it is scored."""
     text_field: Line | None = None
     """The field or column that holds a document's text; that of the run by default."""
+    prompt_field: Line | None = None
+    """That of what stands before the text and is not scored; that of the run by default."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +143,12 @@ def _data(trained: Trained, task: Task, text: OtherText, scratch: Path) -> Data:
                 f"--tasks {task.name} needs a run with a tokenizer, and this one was trained on data.task={own.task.name}; "
                 f"use --tasks {own.task.name}"
             )
-        config = dataclasses.replace(config, source=text.source or own.source, text_field=text.text_field or own.text_field)
+        config = dataclasses.replace(
+            config,
+            source=text.source or own.source,
+            text_field=text.text_field or own.text_field,
+            prompt_field=text.prompt_field or own.prompt_field,
+        )
     reading = Reading(tokenizer=trained.tokenizer, corpus=trained.data.get("corpus"), scratch=scratch)
     data = build_data(config, program.config.folder, rows=program.layout.rows, reading=reading)
     size = program.config.model.vocab_size

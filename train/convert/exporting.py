@@ -18,9 +18,9 @@ from plait.models.hf.base import MODEL_TYPES, Family, Unfit
 from plait.models.hf.values import Values
 from plait.models.lm import fold, learned_shapes
 from plait.train.convert.arrays import part_of, written
-from plait.train.convert.fitting import CONFIG, check_lines, part_shape
+from plait.train.convert.fitting import check_lines, part_shape
 from plait.train.convert.importing import ORIGINALS, appearing, require_new
-from plait.train.convert.reading import BESIDE
+from plait.train.convert.reading import BESIDE, CONFIG
 from plait.train.convert.weights import ConvertError, Planned, write_weights
 from plait.train.run import Trained, opened
 from plait.train.state import Blueprint

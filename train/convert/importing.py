@@ -23,9 +23,9 @@ from plait.data.tokenizer_files import load_tokenizer
 from plait.models.config import LMConfig
 from plait.train.checkpoint import Checkpoints
 from plait.train.convert.arrays import read_arrays
-from plait.train.convert.fitting import CONFIG as CONFIG_FILE
 from plait.train.convert.fitting import Source, examined
 from plait.train.convert.options import ImportOptions
+from plait.train.convert.reading import CONFIG as CONFIG_FILE
 from plait.train.convert.weights import ConvertError, Weights
 from plait.train.mesh import make_mesh
 from plait.train.program import Program
@@ -50,10 +50,8 @@ def import_model(folder: Path, run: Path, options: ImportOptions) -> ExperimentC
     tokenizer = _tokenizer(source, options)
     config = _config(source, run, options)
     program = Program.of(config, make_mesh(config.mesh))
-    shapes, shardings = (
-        {**params, **buffers} for params, buffers in (program.blueprint.shapes(), program.blueprint.shardings(program.mesh))
-    )
-    arrays = read_arrays(found.lines, weights.read, shapes, shardings)
+    (shapes, other), (shardings, others) = program.blueprint.shapes(), program.blueprint.shardings(program.mesh)
+    arrays = read_arrays(found.lines, weights.read, {**shapes, **other}, {**shardings, **others})
     params = {name: array for name, array in arrays.items() if name in program.blueprint.params}
     buffers = jax.jit(lambda: program.blueprint.init()[1], out_shardings=program.shardings.buffers)()
     buffers |= {name: array for name, array in arrays.items() if name in buffers}

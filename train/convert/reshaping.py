@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
 from plait.configs import codec
 from plait.configs.components import Config
@@ -21,10 +22,10 @@ from plait.models.hf.places import Place, layer_places
 from plait.models.hf.transforms import Shape
 from plait.models.lm import fold
 from plait.train.convert.arrays import filled, part_of
-from plait.train.convert.fitting import CONFIG as PUBLISHED_CONFIG
 from plait.train.convert.fitting import Shapes, part_shape
 from plait.train.convert.importing import ORIGINALS, new_run, require_new, untrained
 from plait.train.convert.moved import Moved, moved
+from plait.train.convert.reading import CONFIG as PUBLISHED_CONFIG
 from plait.train.convert.reshapes.base import Making, Reshape, Subject
 from plait.train.convert.weights import ConvertError
 from plait.train.program import Program
@@ -94,8 +95,9 @@ def reshape_run(
     model = reshape.model(Subject(before, num_ids, _limit(run) or old.config.data.seq_len))
     config = dataclasses.replace(old.config, steps=1, model=model, optimizer=untrained(), out=str(folder), resume=False)
     program = Program.of(config, trained.program.mesh)
-    made = _arrays(reshape, old, program, params)
-    kept = _buffers(reshape, old, program, buffers)
+    arrays = {**params, **buffers}
+    arrays = {**_buffers(reshape, old, program, arrays), **_arrays(reshape, old, program, arrays)}
+    made, kept = ({k: v for k, v in arrays.items() if (k in program.blueprint.params) is own} for own in (True, False))
     length = config.data.seq_len
     found = Reshaped(
         source=str(run),
@@ -135,9 +137,9 @@ def _changes(old: LMConfig, new: LMConfig, origins: Sequence[int]) -> Iterator[s
 
 
 def _plain(trained: Trained) -> tuple[Blueprint, Arrays, Arrays]:
-    """The old model without sigmaReparam, which is folded."""
+    """The old model without sigmaReparam and adapters, which are folded."""
     blueprint = trained.program.blueprint
-    if blueprint.config.model.sigma_reparam is None:
+    if blueprint.config.model.sigma_reparam is None and not blueprint.adapters:
         return blueprint, trained.params, trained.buffers
     model = fold(blueprint.build(trained.params, trained.buffers))
     plain = Blueprint(dataclasses.replace(blueprint.config, model=model.config))
@@ -157,24 +159,30 @@ def _state_bytes(model: LMConfig, length: int) -> int:
 
 def _steps(reshape: Reshape, old: Blueprint, new: Blueprint) -> list[Step]:
     """What makes each parameter of the new model, those of one array together."""
-    before, after = (blueprint.shapes()[0] for blueprint in (old, new))
+    before, after = (_learned(blueprint) for blueprint in (old, new))
     was, now = old.config.model, new.config.model
     steps: list[Step] = []
 
-    def add(makings: Iterable[Making], source: Place | None, target: Place | None, paths: Iterable[str]) -> None:
+    def add(
+        makings: Iterable[Making], source: Place | None, target: Place | None, there: Collection[str], paths: Iterable[str]
+    ) -> None:
         own = list(makings)
         done = {path for making in own for path in making.targets}
-        own += [Making((path,), (path,), lambda x: [x]) for path in paths if path not in done]
+        own += [
+            Making((path,), (path,), lambda x: [x]) if path in there else Making((), (path,), None)
+            for path in paths
+            if path not in done
+        ]
         for making in own:
             steps.append((tuple(_at(source, p) for p in making.sources), tuple(_at(target, p) for p in making.targets), making))
 
     shapes = _inside(before, None), _inside(after, None)
-    add(reshape.outside(*shapes), None, None, shapes[1])
+    add(reshape.outside(*shapes), None, None, *shapes)
     places = layer_places(was)
     for origin, target, mixer in zip(reshape.origins(was), layer_places(now), now.layer_mixers, strict=True):
         source, shapes = places[origin], (_inside(before, places[origin]), _inside(after, target))
         same = was.layer_mixers[origin] == mixer
-        add(() if same else reshape.layer(was.layer_mixers[origin], mixer, *shapes), source, target, shapes[1])
+        add(() if same else reshape.layer(was.layer_mixers[origin], mixer, *shapes), source, target, *shapes)
     order = {path: index for index, path in enumerate(dict.fromkeys(step[1][0].path for step in steps))}
     return sorted(steps, key=lambda step: order[step[1][0].path])
 
@@ -191,26 +199,48 @@ def _inside(shapes: Shapes, place: Place | None) -> dict[str, Shape]:
     return {path.removeprefix(f"{place.path}."): part_shape(Place(path, place.index), shapes) for path in inside}
 
 
-def _arrays(reshape: Reshape, old: Blueprint, program: Program, params: Arrays) -> Arrays:
+def _learned(blueprint: Blueprint) -> Shapes:
+    params, buffers = blueprint.shapes()
+    return {path: like for path, like in {**params, **buffers}.items() if path in blueprint.learned}
+
+
+def _shardings(program: Program) -> dict[str, NamedSharding]:
+    params, buffers = program.blueprint.shardings(program.mesh)
+    return {**params, **buffers}
+
+
+def _fresh(program: Program, paths: set[str]) -> Arrays:
+    """What a new model begins with."""
+    shardings = {path: sharding for path, sharding in _shardings(program).items() if path in paths}
+
+    def begin() -> Arrays:
+        params, buffers = program.blueprint.init()
+        return {path: array for path, array in {**params, **buffers}.items() if path in paths}
+
+    return jax.jit(begin, out_shardings=shardings)() if paths else {}
+
+
+def _arrays(reshape: Reshape, old: Blueprint, program: Program, arrays: Arrays) -> Arrays:
     """The parameters of the new model."""
-    shapes, _ = program.blueprint.shapes()
-    shardings, _ = program.blueprint.shardings(program.mesh)
+    shapes, steps = _learned(program.blueprint), _steps(reshape, old, program.blueprint)
+    fresh = _fresh(program, {place.path for _, targets, making in steps if making.make is None for place in targets})
 
     def parts() -> Iterator[tuple[Place, np.ndarray]]:
-        for sources, targets, making in _steps(reshape, old, program.blueprint):
-            for place, value in zip(targets, making.make(*[part_of(params[one.path], one) for one in sources]), strict=True):
+        for sources, targets, making in steps:
+            given = [part_of(arrays[one.path], one) for one in sources]
+            found = [part_of(fresh[one.path], one) for one in targets] if making.make is None else making.make(*given)
+            for place, value in zip(targets, found, strict=True):
                 if value.shape != part_shape(place, shapes):
                     raise ConvertError(f"{reshape.name} makes {place.path} {value.shape}, and it is {part_shape(place, shapes)}")
                 yield place, value
 
-    return filled(parts(), shapes, shardings)
+    return filled(parts(), shapes, _shardings(program))
 
 
-def _buffers(reshape: Reshape, old: Blueprint, program: Program, buffers: Arrays) -> Arrays:
-    """The buffers of the new model: as they were, but for flags, which say where a layer stands, and what the old one has not."""
-    fresh = jax.jit(lambda: program.blueprint.init()[1], out_shardings=program.shardings.buffers)()
-    _, shapes = program.blueprint.shapes()
-    _, shardings = program.blueprint.shardings(program.mesh)
+def _buffers(reshape: Reshape, old: Blueprint, program: Program, arrays: Arrays) -> Arrays:
+    """What else the new model has: as it was, but for flags, which say where a layer stands, and what the old one has not."""
+    params, buffers = program.blueprint.shapes()
+    shapes = {path: like for path, like in {**params, **buffers}.items() if path not in program.blueprint.learned}
     places = layer_places(old.config.model)
     wanted: dict[str, list[tuple[Place, Place]]] = {}
     for origin, target in zip(reshape.origins(old.config.model), layer_places(program.config.model), strict=True):
@@ -219,10 +249,10 @@ def _buffers(reshape: Reshape, old: Blueprint, program: Program, buffers: Arrays
     same = {
         path: pairs
         for path, pairs in wanted.items()
-        if shapes[path].dtype != np.bool_ and all(source.path in buffers for _, source in pairs)
+        if shapes[path].dtype != np.bool_ and all(source.path in arrays for _, source in pairs)
     }
-    kept = ((target, part_of(buffers[source.path], source)) for pairs in same.values() for target, source in pairs)
-    return {**fresh, **filled(kept, shapes, shardings)}
+    kept = ((target, part_of(arrays[source.path], source)) for pairs in same.values() for target, source in pairs)
+    return {**_fresh(program, set(shapes) - set(same)), **filled(kept, shapes, _shardings(program))}
 
 
 def _limit(run: Path) -> int | None:

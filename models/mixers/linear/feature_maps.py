@@ -88,7 +88,7 @@ class FeatureMap(nnx.Module):
 
 def identity(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """An initial value: the identity of each head."""
-    return jnp.broadcast_to(jnp.eye(*shape[-2:], dtype=dtype), shape)
+    return jnp.broadcast_to(jnp.eye(shape[-2], shape[-1], dtype=dtype), shape)
 
 
 class SoftmaxMap(nnx.Module):

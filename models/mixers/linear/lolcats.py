@@ -128,6 +128,7 @@ class LoLCATs(Softmax):
 
     def init_state(self, batch_size, max_len):
         window = super().init_state(batch_size, max_len)
+        assert window is not None
         shape = (batch_size, self.num_heads, 2 * self.config.feature_dim, self.config.head_dim + 1)
         return LoLCATsState(window, constrain(jnp.zeros(shape, jnp.float32), (BATCH, HEADS, None, None)))
 

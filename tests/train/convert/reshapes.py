@@ -95,5 +95,6 @@ def logits(trained: Trained, ids: np.ndarray | None = None) -> np.ndarray:
 def layer(trained: Trained, index: int) -> dict[str, np.ndarray]:
     """The parameters of a layer by their paths in it, float64."""
     place = layer_places(trained.program.config.model)[index]
-    inside = {path.removeprefix(f"{place.path}."): a for path, a in trained.params.items() if path.startswith(f"{place.path}.")}
-    return {path: np.asarray(a if place.row is None else a[place.row], np.float64) for path, a in inside.items()}
+    learned = {path: a for path, a in {**trained.params, **trained.buffers}.items() if path in trained.program.blueprint.learned}
+    inside = {path.removeprefix(f"{place.path}."): a for path, a in learned.items() if path.startswith(f"{place.path}.")}
+    return {path: np.asarray(a[place.index], np.float64) for path, a in inside.items()}

@@ -29,8 +29,8 @@ class Making:
 
     sources: tuple[str, ...]
     targets: tuple[str, ...]
-    make: Callable[..., Sequence[np.ndarray]]
-    """The targets' arrays of the sources'."""
+    make: Callable[..., Sequence[np.ndarray]] | None
+    """The targets' arrays of the sources'; None for what new models begin with."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,8 @@ class Subject:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reshape(Component, abc.ABC):
-    """Options of a reshape. What it does not make is copied, from the parameter of the same path in the layer that the layer was."""
+    """Options of a reshape. What it does not make is copied, from the parameter of the same path in the layer that the layer was, or is as
+    in a new model where there was none."""
 
     @abc.abstractmethod
     def model(self, subject: Subject) -> LMConfig:

@@ -1,0 +1,89 @@
+"""Softmax attention to other mixers: what they inherit, what attention transfer trains, and that it brings them nearer."""
+
+import numpy as np
+import pytest
+
+from plait.models.mixers.transfer import LOSS
+from plait.tests.tolerances import assert_close
+from plait.tests.train.common import different_arrays
+from plait.tests.train.convert.reshapes import layer, logits, make_run, model_of, reshaped
+from plait.train.convert.reshapes.linearize import Linearize
+from plait.train.convert.reshapes.students import Students
+from plait.train.convert.students import STUDENTS
+from plait.train.convert.weights import ConvertError
+from plait.train.loop import train
+from plait.train.origin import parse_run
+from plait.train.run import opened
+from plait.train.run_folder.lines import read_metrics, series
+
+HEADS, WIDTH = 6, 4
+
+
+@pytest.fixture(scope="module")
+def grouped(tmp_path_factory):
+    """A run of softmax attention with fewer key heads and biases, not to be written to."""
+    return make_run(tmp_path_factory.mktemp("grouped") / "run", model_of(num_kv_heads=2, qkv_bias=True))
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_students_begin_as_their_teacher(name, grouped):
+    _, new = reshaped(grouped, Linearize(pattern=f"{name},softmax,{name}", teach=False), f"copied_{name}")
+    old = opened(grouped)
+    assert [mixer.name for mixer in new.program.config.model.layer_mixers] == [name, "softmax", name]
+    before, after = layer(old, 2), layer(new, 2)
+    assert {key: value.tolist() for key, value in layer(old, 1).items()} == {key: v.tolist() for key, v in layer(new, 1).items()}
+    names = STUDENTS[name].inherits or {part: part for part in "qkvo"}
+    for ours, theirs in names.items():
+        kernel = before[f"mixer.{theirs}.kernel"]
+        if theirs in "kv" and name != "lolcats":  # lolcats shares keys between heads itself
+            kernel = np.concatenate([kernel.reshape(20, 2, WIDTH)[:, head // 3] for head in range(HEADS)], axis=1)
+        np.testing.assert_array_equal(after[f"mixer.{ours}.kernel"], kernel)
+    for part in ("channel_mixer.up.kernel", "mixer_norm.scale"):
+        np.testing.assert_array_equal(after[part], before[part])
+
+
+def test_a_teacher_gives_what_it_gave(grouped):
+    found, new = reshaped(grouped, Linearize(pattern="lolcats*2,softmax"), "taught")
+    assert (found.moved.mean_kl, found.moved.largest) == (0, 0)
+    assert_close(logits(new), logits(opened(grouped)))
+    trained = {path.rpartition("mixer.student.")[2] for path in new.params}
+    assert trained == {"q_map.w.kernel", "k_map.w.kernel", "window_factor"}
+
+
+@pytest.mark.parametrize("name", ["lolcats", "gated_deltanet"])
+def test_transfer_brings_students_nearer(name, grouped, corpus, compile_cache, tmp_path):
+    pattern = f"{name},softmax*2"
+    copied, _ = reshaped(grouped, Linearize(window_size=4, pattern=pattern, teach=False), f"only_copied_{name}")
+    _, taught = reshaped(grouped, Linearize(window_size=4, pattern=pattern), f"to_be_taught_{name}")
+    words = [
+        "--init-from",
+        str(grouped.with_name(f"to_be_taught_{name}")),
+        "--data.source",
+        str(corpus),
+        "--steps",
+        "100",
+        "--optimizer.learning-rate",
+        "3e-2",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    train(parse_run(words))
+    after = opened(tmp_path / "run")
+    assert different_arrays(after.buffers, taught.buffers) == []
+    losses = series(read_metrics(tmp_path / "run"), f"loss/{LOSS}")[1]
+    assert losses[-1] < 0.8 * losses[0]
+    found, _ = reshaped(tmp_path / "run", Students(), "done")
+    assert found.moved.mean_kl < 0.8 * copied.moved.mean_kl
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("softmax", "changes no layer"),
+        ("lolcats,retnet,softmax", "gives layer 1 'retnet'; it must be 'softmax', which is there, or one of 'lolcats'"),
+    ],
+)
+def test_patterns_that_cannot_be(pattern, message, grouped, tmp_path):
+    with pytest.raises(ConvertError, match=message):
+        reshaped(grouped, Linearize(window_size=4, pattern=pattern), "refused")
+    assert not grouped.with_name("refused").exists()
