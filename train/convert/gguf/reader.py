@@ -40,17 +40,18 @@ class GGUFWeights(Weights):
         self._file, self._architecture = file, architecture_of(file)
         self.files = [file.path]
         self.other = [entry.name for entry in file.entries if entry.name == FREQUENCIES]
-        self._entries: dict[str, Entry] = {}
+        self._entries = {entry.name: entry for entry in file.entries if entry.name != FREQUENCIES}
+        self.tensors = {}
         for entry in file.entries:
-            if (name := tensor_name(entry.name)) in self._entries:
+            if (name := tensor_name(entry.name)) in self.tensors:
                 raise ConvertError(f"{file.path} has {entry.name} twice; download it again")
-            if entry.name != FREQUENCIES:
-                self._entries[name] = entry
-        self.tensors = {name: Tensor(file.path, e.name, e.shape, e.type.name) for name, e in self._entries.items()}
+            if entry.name in self._entries:
+                self.tensors[name] = Tensor(file.path, entry.name, entry.shape, entry.type.name)
 
     def read(self, name: str) -> np.ndarray:
-        values = numbers(self._file, self._entries[name])
-        heads = self._heads(name)
+        entry = self._entries[self.tensors[name].name]
+        values = numbers(self._file, entry)
+        heads = self._heads(entry.name)
         if heads is None:
             return values
         pairs = values.reshape(heads, -1, 2, *values.shape[1:])  # rows of a head: (0, 0), (0, 1), (1, 0), ...
@@ -58,12 +59,12 @@ class GGUFWeights(Weights):
 
     def _heads(self, name: str) -> int | None:
         """How many heads a tensor's rows are of, where pairs of them stand beside each other."""
-        kind = next((kind for kind in "qk" if f".{kind}_proj." in name), None)
-        if kind is None or not self._architecture.pairs:
+        stem = name.split(".")[-2]
+        if stem not in ("attn_q", "attn_k") or not self._architecture.pairs:
             return None
         prefix = f"{self._file.metadata['general.architecture']}.attention.head_count"
         heads = self._file.metadata[prefix]
-        return heads if kind == "q" else self._file.metadata.get(f"{prefix}_kv", heads)
+        return heads if stem == "attn_q" else self._file.metadata.get(f"{prefix}_kv", heads)
 
 
 def numbers(file: GGUFFile, entry: Entry) -> np.ndarray:
