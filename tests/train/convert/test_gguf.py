@@ -16,9 +16,9 @@ from plait.launch import main
 from plait.models.hf.base import MODEL_TYPES
 from plait.models.hf.values import Values
 from plait.models.lm import param_shapes
+from plait.tests.train.convert.gguf_files import BYTE_CHARS, byte_level, described, gguf, named, write
 from plait.train.convert.fitting import Source, examined, part_shape
 from plait.train.convert.weights import ConvertError
-from tests.train.convert.gguf_files import BYTE_CHARS, byte_level, described, gguf, named, write
 
 GOLDEN = Path(__file__).parent / "golden"
 YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 16}
