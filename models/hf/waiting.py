@@ -1,6 +1,8 @@
 """Model types that are known and cannot be read yet."""
 
 WAITING = {
+    "doge": "its attention under masks that it makes of its values, and its scaled residuals",
+    "gemma4_text": "its embeddings of each layer, and keys and values of layers that other layers use",
     "deepseek_v32": "its sparse attention by an index",
 }
 """What each waits for."""
