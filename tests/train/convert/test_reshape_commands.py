@@ -88,7 +88,7 @@ MODELS = {
 }
 CASES = {
     "unknown kind": ("plain", "kvheads", "reshape 'kvheads' is not registered; did you mean 'kv_heads'?"),
-    "no number": ("plain", "kv_heads", "num_kv_heads is missing; write it after --num-kv-heads"),
+    "no number": ("plain", "kv_heads --num-kv-heads", "num_kv_heads has no value; write one after --num-kv-heads"),
     "another's option": ("plain", "vocab --kv-rank 3", "'--kv-rank' is not an option of"),
     "no divisor": (
         "gqa",
@@ -111,13 +111,11 @@ CASES = {
     "rank too high": ("plain", "mla --kv-rank 21", "kv_rank=21 must be at most 20"),
     "norms in MLA": ("normed", "mla --kv-rank 4", "model.mixers.softmax.qk_norm=True, which MLA has not"),
     "ALiBi in MLA": ("alibi", "mla --kv-rank 4", "model.mixers.softmax.positions='alibi' are none that MLA has"),
-    "no layers chosen": ("plain", "depth", "use --pattern or --keep"),
-    "layers chosen twice": ("plain", "depth --keep 0 --pattern keep", "use --pattern or --keep"),
+    "a longer pattern than the model": ("plain", "depth", "pattern='keep*3,drop' has 4 layers; it must fit in num_layers=3"),
     "a layer too many": ("plain", "depth --keep 1,3", "keep.1=3 must be below num_layers=3"),
     "other words": ("plain", "depth --pattern keep,skip", "has 'skip'; it must be of keep, drop"),
     "all dropped": ("plain", "depth --pattern drop", "drops all 3 layers"),
     "sinks without a window": ("plain", "window --window-size None --num-sink-tokens 2", "num_sink_tokens=2 needs a window"),
-    "no window given": ("plain", "window", "window_size is missing"),
     "too few ids": ("plain", "vocab --vocab-size 256", "vocab_size=256 must hold the 257 ids of the run's data; use 257 or more"),
     "shrunk positions": ("plain", "rope --factor 0.5", "factor=0.5 must be a finite number of at least 1"),
     "stretched already": ("yarn", "rope --factor 2", "has no layer with plain rotary embedding and no window"),
