@@ -101,7 +101,7 @@ MODELS = {
             **HEADS_ALONE,
             **LATENT,
             **GROUPS,
-            "num_hidden_layers": 5,
+            "num_hidden_layers": 4,
             "first_k_dense_replace": 2,
             "rope_parameters": {**YARN, **SHARPER},
         },
@@ -124,7 +124,7 @@ MODELS = {
     ),
     "bailing_hybrid": (
         "BailingHybridConfig",
-        {**BASE, **LATENT, **MANY, "head_dim": 5, "num_hidden_layers": 6, "layer_group_size": 3, "first_k_dense_replace": 1}
+        {**BASE, **LATENT, **MANY, "head_dim": 3, "num_hidden_layers": 6, "layer_group_size": 3, "first_k_dense_replace": 1}
         | {"num_expert_group": 2, "topk_group": 1, "num_mtp_layers": 0, "rope_theta": 1e4, "kda_lower_bound": -3.0},
     ),
     "gpt_oss": (
