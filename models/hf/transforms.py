@@ -115,6 +115,38 @@ class Fused(Transform):
         return [(*out, *inputs) if self.transposed else (*inputs, *out)]
 
 
+@dataclasses.dataclass(frozen=True)
+class Widened(Alone):
+    """A vector that the tensor keeps with axes of one before and after."""
+
+    before: int
+    after: int
+
+    def read_one(self, tensor):
+        return tensor.reshape(-1)
+
+    def write_one(self, array):
+        return array.reshape(self.shape(array.shape))
+
+    def shape(self, array):
+        return (1,) * self.before + array + (1,) * self.after
+
+
+class Interleaved(Transform):
+    """One tensor to two arrays, whose entries along the last axis take turns in it."""
+
+    def read(self, tensors):
+        (tensor,) = tensors
+        return [tensor[..., ::2], tensor[..., 1::2]]
+
+    def write(self, arrays):
+        whole = np.stack(arrays, axis=-1)
+        return [whole.reshape(*whole.shape[:-2], -1)]
+
+    def shapes(self, arrays):
+        return [(*arrays[0][:-1], 2 * arrays[0][-1])]
+
+
 class Taps(Alone):
     """A depthwise convolution, `[channels, 1, taps]`, to `[taps, channels]`."""
 

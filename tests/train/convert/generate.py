@@ -29,7 +29,8 @@ BASE = {
     "pad_token_id": 0,
 }
 HEADS_ALONE = {key: value for key, value in BASE.items() if key != "num_key_value_heads"}
-EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 12}
+CHOICE = {"num_experts": 6, "num_experts_per_tok": 3}
+EXPERTS = {**CHOICE, "moe_intermediate_size": 12}
 LATENT = {
     "num_key_value_heads": 6,
     "q_lora_rank": 14,
@@ -48,6 +49,14 @@ GROUPS = {
     "routed_scaling_factor": 1.5,
     "num_nextn_predict_layers": 0,
 }
+MANY = {
+    "num_experts": 4,
+    "num_experts_per_token": 2,
+    "num_shared_experts": 1,
+    "moe_intermediate_size": 8,
+    "routed_scaling_factor": 1.5,
+}
+KIMI = {"linear_head_dim": 5, "linear_num_heads": 4, "linear_conv_kernel_dim": 3}
 SHARPER = {"mscale": 0.8, "mscale_all_dim": 0.8}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 LLAMA3 = {
@@ -92,7 +101,7 @@ MODELS = {
             **HEADS_ALONE,
             **LATENT,
             **GROUPS,
-            "num_hidden_layers": 5,
+            "num_hidden_layers": 4,
             "first_k_dense_replace": 2,
             "rope_parameters": {**YARN, **SHARPER},
         },
@@ -107,6 +116,44 @@ MODELS = {
         "DeepseekV2Config",
         {**BASE, **LATENT, **GROUPS, "q_lora_rank": None, "first_k_dense_replace": 1, "num_hidden_layers": 4}
         | {"rope_parameters": {**YARN, **SHARPER}},
+    ),
+    "kimi_linear": (
+        "KimiLinearConfig",
+        {**BASE, **LATENT, **MANY, **KIMI, "num_hidden_layers": 6, "q_lora_rank": None}
+        | {"layer_types": ["linear_attention", "linear_attention", "full_attention"] * 2},
+    ),
+    "bailing_hybrid": (
+        "BailingHybridConfig",
+        {**BASE, **LATENT, **MANY, "head_dim": 3, "num_hidden_layers": 6, "layer_group_size": 3, "first_k_dense_replace": 1}
+        | {"num_expert_group": 2, "topk_group": 1, "num_mtp_layers": 0, "rope_theta": 1e4, "kda_lower_bound": -3.0},
+    ),
+    "gpt_oss": (
+        "GptOssConfig",
+        {
+            **BASE,
+            **CHOICE,
+            "intermediate_size": 12,
+            "head_dim": 6,
+            "sliding_window": 9,
+            "num_hidden_layers": 4,
+            "rope_parameters": YARN,
+        },
+    ),
+    "mixtral": ("MixtralConfig", {**BASE, **CHOICE, "intermediate_size": 12, "head_dim": 8, "sliding_window": 7}),
+    "minimax": (
+        "MiniMaxConfig",
+        {
+            **BASE,
+            **CHOICE,
+            "intermediate_size": 12,
+            "head_dim": 6,
+            "num_hidden_layers": 4,
+            "block_size": 4,
+            "tie_word_embeddings": True,
+        }
+        | {f"{half}_alpha_factor": 3.5 for half in ("full_attn", "linear_attn", "mlp")}
+        | {f"{half}_beta_factor": 0.8 for half in ("full_attn", "linear_attn", "mlp")}
+        | {"layer_types": ["linear_attention", "full_attention"] * 2},
     ),
     "smollm3": ("SmolLM3Config", {**BASE, "num_hidden_layers": 5, "use_sliding_window": False}),
     "olmo2": ("Olmo2Config", BASE),

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shutil
+from fnmatch import fnmatchcase as fnmatch
 from pathlib import Path
 
 import jax
@@ -77,7 +78,8 @@ def goes_back(model, weights, lines) -> list[str]:
 def test_the_same_bits_go_back(imported):
     source, weights, lines, model = imported
     names = goes_back(model, weights, lines)
-    assert sorted(names) == sorted(name for name in weights if name != "lm_head.weight" or not source.model.tie_embeddings)
+    left = source.family.ignored + (("lm_head.weight",) if source.model.tie_embeddings else ())
+    assert sorted(names) == sorted(name for name in weights if not any(fnmatch(name, pattern) for pattern in left))
 
 
 def test_the_family_is_found_by_what_the_model_is(imported):
@@ -152,7 +154,8 @@ def test_transformers_loads_what_goes_out(imported, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None, **fields}))
     load = transformers.AutoModelForCausalLM.from_pretrained
     theirs, info = load(tmp_path, output_loading_info=True, attn_implementation="eager")
-    assert not any(info.values()), info
+    lost = {name for name in info.pop("missing_keys") if not any(fnmatch(name, pattern) for pattern in source.family.ignored)}
+    assert not lost and not any(info.values()), info
     golden = load_file(GOLDEN / source.folder.name / "golden.safetensors")
     with torch.no_grad():
         logits = theirs.eval()(torch.tensor(golden["ids"])).logits.numpy()
