@@ -57,7 +57,7 @@ class FLA(Decoder, abc.ABC):
         values.only("elementwise_affine", True)
         linear = self.linear(values, width)
         specs = values("attn", (dict, list), [])
-        softmax = {}
+        softmax: dict[int, MixerConfig] = {}
         for spec in specs if isinstance(specs, list) else [specs]:
             fields = Values(spec)
             softmax |= dict.fromkeys(fields("layers", list), _attention(fields, width))

@@ -174,6 +174,20 @@ class FusedTaps(Fused):
         return [(sum(self.sizes), 1, arrays[0][0])]
 
 
+class Halves(Transform):
+    """The linear maps of experts, `[experts, out, in]`, to two stacks of them that stand one after the other in the output axis."""
+
+    def read(self, tensors):
+        return [half.swapaxes(-1, -2) for half in np.split(tensors[0], 2, axis=-2)]
+
+    def write(self, arrays):
+        return [np.concatenate([array.swapaxes(-1, -2) for array in arrays], axis=-2)]
+
+    def shapes(self, arrays):
+        experts, inputs, outputs = arrays[0]
+        return [(experts, 2 * outputs, inputs)]
+
+
 def size_of(shape: Shape, itemsize: int) -> int:
     """Bytes of an array."""
     return math.prod(shape) * itemsize

@@ -1,4 +1,5 @@
-"""Writes `golden/fla_NAME/`: small models of flash-linear-attention, with logits and greedy tokens. Needs the extra `oracle`.
+"""Writes `golden/fla_NAME/`: small models of flash-linear-attention, with logits and greedy tokens. Needs the extra `oracle`, and
+flash-linear-attention and fla-core 0.6.0 (`pip install --no-deps`).
 
     python tests/train/convert/generate_fla.py [NAME ...]
 
@@ -25,7 +26,7 @@ BASE = {
     "hidden_size": 24,
     "intermediate_size": 40,
     "num_hidden_layers": 5,
-    "num_heads": 3,
+    "num_heads": 4,
     "max_position_embeddings": 64,
     "use_cache": False,
     "pad_token_id": 0,
@@ -34,16 +35,19 @@ ATTENTION = {"layers": [1, 3], "num_heads": 6, "num_kv_heads": 2, "qkv_bias": Tr
 WHOLE = {"layers": [2], "num_heads": 3, "num_kv_heads": 3, "qkv_bias": False, "window_size": None, "rope_theta": 10000.0}
 MODELS = {
     "gla": ("GLA", {**BASE, "attn": ATTENTION}),
-    "delta_net": ("DeltaNet", {**BASE, "use_gate": True, "allow_neg_eigval": True, "attn": ATTENTION, "tie_word_embeddings": True}),
+    "delta_net": (
+        "DeltaNet",
+        {**BASE, "use_gate": True, "allow_neg_eigval": True, "attn": ATTENTION, "tie_word_embeddings": True},
+    ),
     "delta_net_plain": ("DeltaNet", {**BASE, "num_hidden_layers": 2, "expand_k": 0.5, "expand_v": 0.5, "use_short_conv": False}),
     "gated_deltanet": (
         "GatedDeltaNet",
-        {**BASE, "head_dim": 6, "num_v_heads": 6, "expand_v": 1.5, "allow_neg_eigval": True, "attn": [ATTENTION, WHOLE]},
+        {**BASE, "head_dim": 4, "num_v_heads": 8, "expand_v": 1.5, "allow_neg_eigval": True, "attn": [ATTENTION, WHOLE]},
     ),
-    "gated_deltanet_plain": ("GatedDeltaNet", {**BASE, "num_hidden_layers": 2, "head_dim": 6, "conv_size": 3, "use_gate": False}),
+    "gated_deltanet_plain": ("GatedDeltaNet", {**BASE, "num_hidden_layers": 2, "head_dim": 5, "conv_size": 3, "use_gate": False}),
     "retnet": ("RetNet", {**BASE, "attn": ATTENTION}),
-    "kda": ("KDA", {**BASE, "head_dim": 6, "attn": ATTENTION}),
-    "kda_bounded": ("KDA", {**BASE, "num_hidden_layers": 2, "head_dim": 6, "safe_gate": True, "lower_bound": -4.0}),
+    "kda": ("KDA", {**BASE, "head_dim": 5, "attn": ATTENTION}),
+    "kda_bounded": ("KDA", {**BASE, "num_hidden_layers": 2, "head_dim": 5, "safe_gate": True, "lower_bound": -4.0}),
 }
 
 
