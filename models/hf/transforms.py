@@ -115,6 +115,25 @@ class Fused(Transform):
         return [(*out, *inputs) if self.transposed else (*inputs, *out)]
 
 
+@dataclasses.dataclass(frozen=True)
+class FusedEach(Transform):
+    """As `Fused`, without groups, of each entry of a stack: `[entries, out, in]` to several of `[entries, in, out]`."""
+
+    sizes: tuple[int, ...]
+    """Outputs of each array."""
+
+    def read(self, tensors):
+        (tensor,) = tensors
+        return [part.swapaxes(1, 2) for part in np.split(tensor, np.cumsum(self.sizes)[:-1], axis=1)]
+
+    def write(self, arrays):
+        return [np.concatenate([array.swapaxes(1, 2) for array in arrays], axis=1)]
+
+    def shapes(self, arrays):
+        entries, inputs, _ = arrays[0]
+        return [(entries, sum(self.sizes), inputs)]
+
+
 class Taps(Alone):
     """A depthwise convolution, `[channels, 1, taps]`, to `[taps, channels]`."""
 

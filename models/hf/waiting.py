@@ -2,5 +2,7 @@
 
 WAITING = {
     "deepseek_v32": "its sparse attention by an index",
+    "zamba": "layers that share their parameters",
+    "zamba2": "layers that share their parameters",
 }
 """What each waits for."""

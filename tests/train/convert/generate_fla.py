@@ -34,7 +34,10 @@ ATTENTION = {"layers": [1, 3], "num_heads": 6, "num_kv_heads": 2, "qkv_bias": Tr
 WHOLE = {"layers": [2], "num_heads": 3, "num_kv_heads": 3, "qkv_bias": False, "window_size": None, "rope_theta": 10000.0}
 MODELS = {
     "gla": ("GLA", {**BASE, "attn": ATTENTION}),
-    "delta_net": ("DeltaNet", {**BASE, "use_gate": True, "allow_neg_eigval": True, "attn": ATTENTION, "tie_word_embeddings": True}),
+    "delta_net": (
+        "DeltaNet",
+        {**BASE, "use_gate": True, "allow_neg_eigval": True, "attn": ATTENTION, "tie_word_embeddings": True},
+    ),
     "delta_net_plain": ("DeltaNet", {**BASE, "num_hidden_layers": 2, "expand_k": 0.5, "expand_v": 0.5, "use_short_conv": False}),
     "gated_deltanet": (
         "GatedDeltaNet",
