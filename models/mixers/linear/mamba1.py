@@ -107,7 +107,7 @@ class Mamba1(Channelwise):
         self.dt_up = Dense(ctx, rank, width, (None, HEADS), role="gate", init=uniform)
         self.dt_bias = ctx.param(inverse_softplus_step(floor=1e-4), (width,), (HEADS,), role="decay")
         self.A_log = ctx.param(_s4d_real, self.head_dims, (None, HEADS), role="decay")
-        self.D = ctx.param(jax.nn.initializers.ones, (width,), (HEADS,))
+        self.D = ctx.param(jax.nn.initializers.ones, (width,), (HEADS,), exact=True)
         eps = config.norm_eps
         norm = lambda dim: RMSNorm(ctx, dim, eps=eps, with_scale=config.norm_scale) if eps else lambda y: y
         self.dt_norm, self.B_norm, self.C_norm = norm(rank), norm(config.state_dim), norm(config.state_dim)

@@ -104,7 +104,7 @@ class Mamba2(Recurrent):
         self.B_conv, self.C_conv = (conv(shared, axis=None) for _ in range(2))
         self.A_log = ctx.param(log_uniform_rate(1.0, 16.0), (self.num_heads,), (HEADS,), role="decay")
         self.dt_bias = ctx.param(inverse_softplus_step(floor=1e-4), (self.num_heads,), (HEADS,), role="decay")
-        self.D = ctx.param(jax.nn.initializers.ones, (self.num_heads,), (HEADS,))
+        self.D = ctx.param(jax.nn.initializers.ones, (self.num_heads,), (HEADS,), exact=True)
         norm = lambda: RMSNorm(ctx, width, eps=config.norm_eps, axis=HEADS, groups=config.num_groups)
         self.norm = None if config.norm is None else norm()
         self.o = dense(width, d_model, (HEADS, EMBED), init=ctx.residual_init)
