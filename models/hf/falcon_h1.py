@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from types import MappingProxyType as Fixed
+from typing import Any
 
 from plait.models.hf.base import Line, Unfit, register
 from plait.models.hf.decoder import Decoder
@@ -18,7 +19,7 @@ ONE = Fixed({"mlp_multipliers": (1.0, 1.0), "ssm_multipliers": (1.0,) * 5})
 """Multipliers that change nothing."""
 
 
-def _multipliers(values: Values, key: str) -> tuple[float, ...] | None:
+def _multipliers(values: Values, key: str) -> Any:
     """Those of a field; None where they change nothing."""
     given = tuple(float(factor) for factor in values(key, list, list(ONE[key])))
     return None if given == ONE[key] else given

@@ -82,7 +82,7 @@ class GraniteMoEHybrid(Hybrid, Experts, Granite):
             "layer_types": [LINEAR if isinstance(mixer, Mamba2Config) else FULL for mixer in model.layer_mixers],
             "position_embedding_type": "nope" if mixers[0].positions is None else "rope",
             **(
-                {KEYS["num_heads"]: 1, KEYS["head_dim"]: "auto"}
+                {KEYS["num_heads"]: 1, KEYS["head_dim"]: "auto", KEYS["state_dim"]: 256, KEYS["num_groups"]: 1}
                 if mamba is None
                 else {**write_mamba2(mamba, model.d_model), KEYS["expand"]: whole_expand(mamba.expand)}
             ),

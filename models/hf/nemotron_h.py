@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from types import MappingProxyType as Fixed
 from typing import Any, NamedTuple
 
@@ -49,7 +49,7 @@ MOE_KEYS = Fixed(
         "top_k_groups": Key("topk_group", 1),
     }
 )
-MOE_OPTIONS = Fixed({"gated": False, "scores": "sigmoid", "num_shared_experts": 1, "balance_bias": 0.001})
+MOE_OPTIONS: Mapping[str, Any] = Fixed({"gated": False, "scores": "sigmoid", "num_shared_experts": 1, "balance_bias": 0.001})
 
 
 class Pair(NamedTuple):
@@ -92,7 +92,8 @@ class NemotronH(Decoder):
         pairs = _pairs(_words(values))
         attention, mamba = self.attention(values, width), self.mamba(values, width)
         mixers = {FULL: attention, LINEAR: mamba}
-        channels = {None: None, **self.kinds(values, {pair.channels for pair in pairs} - {None})}
+        words = {pair.channels for pair in pairs if pair.channels is not None}
+        channels: dict[str | None, ChannelMixerConfig | None] = {None: None, **self.kinds(values, words)}
         usual = max(channels, key=lambda kind: sum(pair.channels == kind for pair in pairs))
         label = lambda pair: "" if pair.channels == usual else f"/{pair.channels or 'alone'}"
         names = [mixers[pair.mixer].name + label(pair) for pair in pairs]
@@ -147,7 +148,7 @@ class NemotronH(Decoder):
         attention, mamba = first_of(model, SoftmaxConfig), first_of(model, Mamba2Config)
         heads, kv_heads = attention.heads(width)
         words: list[str] = []
-        kinds: dict[str, ChannelMixerConfig] = {}
+        kinds: dict[str, Any] = {}
         for name, mixer in zip(model.layers, model.layer_mixers, strict=True):
             words.append(FULL if isinstance(mixer, SoftmaxConfig) else LINEAR)
             if (channels := model.channel_mixer_of(name)) is not None:
