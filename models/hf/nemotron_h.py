@@ -127,7 +127,7 @@ class NemotronH(Decoder):
         inner = values(KEYS["num_heads"], int, 128) * values(KEYS["head_dim"], int, 64)
         return read_mamba2(values, width, KEYS, inner=inner, norm_eps=values(self.eps_key, float, self.default_eps))
 
-    def kinds(self, values: Values, words: Set[str]) -> dict[str, ChannelMixerConfig]:
+    def kinds(self, values: Values, words: Set[str]) -> dict[str | None, ChannelMixerConfig]:
         """The channel mixers that layers have, by their words."""
         activation = read_activation(values, self.activation_key, self.default_activation)
         options: Any = {"activation": activation, "use_bias": values("mlp_bias", bool, False)}
@@ -137,7 +137,7 @@ class NemotronH(Decoder):
         )  # transformers always builds one, of the width that is given
         dim, experts = values("intermediate_size", int, 21504), {ours: key.read(values) for ours, key in MOE_KEYS.items()}
         latent = values("moe_latent_size", int, None)
-        found: dict[str, ChannelMixerConfig] = {MLP: MLPConfig(hidden_dim=dim, **options)} if MLP in words else {}
+        found: dict[str | None, ChannelMixerConfig] = {MLP: MLPConfig(hidden_dim=dim, **options)} if MLP in words else {}
         if MOE in words:
             values.only("mlp_bias", False)  # of routed experts there are none
             found[MOE] = MoEConfig(**experts, **MOE_OPTIONS, latent_dim=latent, **options)
