@@ -38,8 +38,12 @@ class GatedMLPConfig(ChannelMixerConfig):
     """Of the gate."""
     use_bias: bool = False
     """Biases of all three projections."""
-    multipliers: tuple[Positive, Positive] | None = None
+    multipliers: tuple[Positive, ...] | None = None
     """Multiplies what the activation reads, and the output (Falcon-H1); None for 1."""
+
+    def check(self) -> None:
+        if self.multipliers is not None and len(self.multipliers) != 2:
+            raise ValueError(f"multipliers={self.multipliers} must be two, of the gate and of the output; use None for neither")
 
     def width(self, d_model: int) -> int:
         """Inner width for `d_model`."""

@@ -97,10 +97,9 @@ class GraniteMoEHybrid(Hybrid, Experts, Granite):
     def channel_lines(self, mlp, width, layer):
         if isinstance(mlp, MoEConfig):
             yield from layer.dense(self.expert_names["router"], "channel_mixer.router")
-            inner, name = (mlp.width(width),) * 2, "block_sparse_moe"
             parts = ("channel_mixer.gate.kernel", "channel_mixer.up.kernel")
-            yield layer.line(f"{name}.input_linear.weight", parts, Halves())
-            yield layer.line(f"{name}.output_linear.weight", "channel_mixer.down.kernel", Transposed())
+            yield layer.line("block_sparse_moe.input_linear.weight", parts, Halves())
+            yield layer.line("block_sparse_moe.output_linear.weight", "channel_mixer.down.kernel", Transposed())
             path, inner = "channel_mixer.shared", (mlp.shared_width(width),) * 2
         else:
             path, inner = "channel_mixer", (mlp.width(width),) * 2

@@ -30,6 +30,7 @@ from plait.configs.words import flag
 from plait.data.config import DataConfig
 from plait.launch import main
 from plait.models.config import LMConfig
+from plait.models.mixers.base import WrapperConfig
 from plait.train.commands.evaluate import EvalArgs
 from plait.train.commands.generate import GenerateArgs
 from plait.train.commands.plan import PlanArgs
@@ -125,8 +126,9 @@ BASES = {
     **{
         name: f"--model.d-model 1024 --model.pattern {name}{encoder(mixer)}"
         for name, mixer in registry("mixer").all().items()
-        if name != "moh"
+        if not issubclass(mixer, WrapperConfig)
     },
+    "transfer": "--model.pattern transfer+lolcats,softmax/wide --model.d-model 128",
     "moh": "--model.pattern moh+softmax,softmax/wide --model.d-model 128",
     **{name: f"--model.channel-mixer {name}" for name in registry("channel mixer").all()},
     **{name: f"--optimizer {name} --optimizer.warmup-steps 3" for name in registry("optimizer").all()},

@@ -82,10 +82,16 @@ NEEDS: dict[str, dict[str, Any]] = {
     },
     "model.causal": {"data.task": MaskedLanguageTask()},
     "data.vocab_size": {"data.tokenizer": "bpe", "data.vocab_size": 300},
+    "mamba1.norm_scale": {"norm_eps": 1e-6},
+    "moe.swiglu_alpha": {"swiglu_limit": 7.0},
+    "moe.top_k_groups": {"num_experts": 8, "num_groups": 4, "top_k_groups": 2},
+    "moe.group_score_top_k": {"num_experts": 8, "num_groups": 2},
     "mega_chunk.max_distance": {"bias": "simple"},
     "moh.experts": {"num_shared_heads": 1},
     "mta.norm": {"depth_scale": False},
     "parallel.shared_output": {"parts": (SoftmaxConfig.example(), GLAConfig.example()), "norm": "heads"},
+    "lolcats.qk_norm_over": {"qk_norm": True},
+    "lolcats.qk_norm_eps": {"qk_norm": True},
     "power.qk_norm_over": {"qk_norm": True},
     "power.qk_norm_eps": {"qk_norm": True},
     "softmax.qk_norm_over": {"qk_norm": True},
@@ -130,7 +136,7 @@ def candidates(kind: Any, value: Any) -> list[Any]:
     if typing.get_origin(kind) is Literal:
         return list(typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
-        return [(0.5, 2.0)]
+        return [(0.5, 2.0), (0.5, 2.0, 1.0, 1.0, 1.0)]
     if isinstance(kind, type) and issubclass(kind, Component):
         return [config() for config in getattr(registry_of(kind), "all", dict)().values()]
     if kind is bool:

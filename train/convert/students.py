@@ -19,6 +19,7 @@ from plait.models.positions.rotary import RotaryConfig
 
 QKVO = {name: name for name in "qkvo"}
 _OF_WINDOWS = ("window_size", "num_sink_tokens")
+"""What takes part in which weights attention has, of which the student has its own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +36,19 @@ class Student:
 
 
 def _lolcats(teacher: SoftmaxConfig, d_model: int) -> MixerConfig:
-    names = [field.name for field in dataclasses.fields(SoftmaxConfig) if field.name not in _OF_WINDOWS]
-    features = min(LoLCATsConfig.feature_dim, teacher.head_dim)
-    return LoLCATsConfig(**{name: getattr(teacher, name) for name in names}, feature_dim=features)
+    known = {field.name for field in dataclasses.fields(LoLCATsConfig)}
+    shared = {}
+    for field in dataclasses.fields(SoftmaxConfig):
+        value = getattr(teacher, field.name)
+        if field.name in _OF_WINDOWS:
+            continue
+        if field.name in known:
+            shared[field.name] = value
+        elif value != field.default:
+            raise ValueError(
+                f"lolcats has no {field.name}, which the attention has ({value!r}); use another mixer for this layer"
+            )
+    return LoLCATsConfig(**shared, feature_dim=min(LoLCATsConfig.feature_dim, teacher.head_dim))
 
 
 def _hedgehog(teacher: SoftmaxConfig, d_model: int) -> MixerConfig:

@@ -55,8 +55,12 @@ class Mamba2Config(MixerConfig):
     """`norm(y * silu(z))`, `norm(y) * silu(z)`, or `y * silu(z)` (Falcon-H1)."""
     norm_eps: Epsilon = 1e-5
     """Epsilon of the output norm."""
-    multipliers: tuple[Positive, Positive, Positive, Positive, Positive] | None = None
+    multipliers: tuple[Positive, ...] | None = None
     """Multiplies the projections to z, x, B, C and dt (Falcon-H1); None for 1."""
+
+    def check(self) -> None:
+        if self.multipliers is not None and len(self.multipliers) != len(_PROJECTIONS):
+            raise ValueError(f"multipliers={self.multipliers} must be five, of {', '.join(_PROJECTIONS)}; use None for none")
 
     @classmethod
     def example(cls) -> Mamba2Config:
