@@ -29,6 +29,7 @@ BASE = {
     "pad_token_id": 0,
 }
 HEADS_ALONE = {key: value for key, value in BASE.items() if key != "num_key_value_heads"}
+WITHOUT_INNER = {key: value for key, value in HEADS_ALONE.items() if key != "intermediate_size"}
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 12}
 LATENT = {
     "num_key_value_heads": 6,
@@ -116,6 +117,9 @@ MODELS = {
     "olmo_hybrid": ("OlmoHybridConfig", {**DELTA, "rope_parameters": {"rope_theta": None, "rope_type": "default"}}),
     "olmo_hybrid_turned": ("OlmoHybridConfig", {**DELTA, "num_hidden_layers": 2, "layer_types": DELTA["layer_types"][:2]}),
     "qwen3_5_text": ("Qwen3_5TextConfig", {**DELTA, "head_dim": 8, "linear_value_head_dim": 5, "tie_word_embeddings": True}),
+    "diffllama": ("DiffLlamaConfig", {**BASE, "num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 6}),
+    "opt": ("OPTConfig", {**WITHOUT_INNER, "ffn_dim": 40, "num_attention_heads": 4}),
+    "opt_bare": ("OPTConfig", {**WITHOUT_INNER, "ffn_dim": 40, "enable_bias": False, "tie_word_embeddings": False}),
     "gpt2": ("GPT2Config", {"vocab_size": VOCAB, "n_embd": 24, "n_layer": 3, "n_head": 4, "n_positions": 64}),
     "gpt_neox": ("GPTNeoXConfig", {**HEADS_ALONE, "hidden_size": 32, "num_attention_heads": 4}),
     "gpt_neox_one_after_the_other": ("GPTNeoXConfig", {**HEADS_ALONE, "use_parallel_residual": False, "rotary_pct": 1.0}),
