@@ -60,9 +60,10 @@ class Block(nnx.Module):
         norm_eps: float,
         parallel: bool = False,
         residual_scale: float | None = None,
+        stream_scale: float | None = None,
     ):
         """Args: `name` is that of the mixer in the pattern; the others are options of `LMConfig`."""
-        self.norm, self.parallel, self.residual_scale = norm, parallel, residual_scale
+        self.norm, self.parallel, self.residual_scale, self.stream_scale = norm, parallel, residual_scale, stream_scale
         self.scope = layer_scope(name)
         self.mixer = mixer.build(d_model, ctx)
         self.channel_mixer = None if channel_mixer is None else channel_mixer.build(d_model, ctx)
@@ -107,18 +108,19 @@ class Block(nnx.Module):
     def _through(
         self, stream: Stream, mixer: Callable[[jax.Array, Carry], tuple[jax.Array, Carry, Any]], at: Tokens
     ) -> tuple[Stream, Any, MixedChannels]:
-        y, carry, out = jax.named_scope(self.scope)(mixer)(self._before(stream.x, self.mixer_norm), stream.carry)
-        x = self._added(stream.x, y, self.mixer_norm, self.mixer_out_norm)
+        read = self._before(stream.x, self.mixer_norm)
+        y, carry, out = jax.named_scope(self.scope)(mixer)(read, stream.carry)
+        x = self._added(read if self.norm == "input" else stream.x, y, self.mixer_norm, self.mixer_out_norm)
         channels = MixedChannels(x)  # nothing beside it where there is no channel mixer
         if self.channel_mixer is not None:
-            read = stream.x if self.parallel else x
-            channels = self._mix_channels(self.channel_mixer, self._before(read, self.channel_norm), at)
-            x = self._added(x, channels.y, self.channel_norm, self.channel_out_norm)
+            read = self._before(stream.x if self.parallel else x, self.channel_norm)
+            channels = self._mix_channels(self.channel_mixer, read, at)
+            x = self._added(read if self.norm == "input" else x, channels.y, self.channel_norm, self.channel_out_norm)
         return Stream(constrain(x, (BATCH, LENGTH, None)), carry), out, channels
 
     def _before(self, x: jax.Array, norm: AnyNorm | None) -> jax.Array:
         """What a half of the block reads."""
-        return norm(x) if norm is not None and self.norm in ("pre", "both") else x
+        return norm(x) if norm is not None and self.norm in ("pre", "both", "input") else x
 
     def _added(self, x: jax.Array, y: jax.Array, norm: AnyNorm | None, out_norm: AnyNorm | None) -> jax.Array:
         """The stream with what a half of the block gives."""
@@ -128,6 +130,8 @@ class Block(nnx.Module):
             y = out_norm(y)
         if self.residual_scale is not None:
             y = y * self.residual_scale
+        if self.stream_scale is not None:
+            x = x * self.stream_scale
         return norm(x + y) if norm is not None and self.norm == "post" else x + y
 
     @staticmethod

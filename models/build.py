@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 SigmaReparam = Literal["spectral", "one"]
-Norm = Literal["pre", "post", "none", "output", "both"]
+Norm = Literal["pre", "post", "none", "output", "both", "input"]
 NormKind = Literal["rms", "rms_1p", "layer"]
 """`x / rms(x) * scale`; the same with `1 + scale` for the scale, which begins at 0; or `(x - mean(x)) / std(x) * scale + bias`."""
 Role = Literal["matrix", "embedding", "head", "gate", "router", "conv", "decay", "vector"]

@@ -84,7 +84,8 @@ class LMConfig(Config):
     tie_embeddings: bool = False
     """Use the embedding as the head."""
     norm: Norm = "pre"
-    """`x + f(norm(x))`, `norm(x + f(x))`, `x + f(x)`, `x + norm(f(x))` (`output`, OLMo 2) or `x + norm(f(norm(x)))` (`both`, Gemma 2)."""
+    """`x + f(norm(x))`, `norm(x + f(x))`, `x + f(x)`, `x + norm(f(x))` (`output`, OLMo 2), `x + norm(f(norm(x)))` (`both`, Gemma 2)
+    or `n + f(n)` of `n = norm(x)` (`input`, MiniMax-01)."""
     norms: Mapping[str, Norm] = dataclasses.field(default_factory=Table)
     """That of the layers of a name in the pattern, where it is another: in OLMo-hybrid `pre` around the linear layers, else `output`."""
     norm_kind: NormKind = "rms"
@@ -96,6 +97,8 @@ class LMConfig(Config):
     """Mixer and channel mixer read the same stream, `x + f(norm(x)) + g(norm'(x))`, as in GPT-NeoX; only with norm=pre."""
     embedding_scale: Positive | None = None
     """What the embedding of a token is multiplied by: sqrt(d_model) in Gemma, a number of its own in Granite."""
+    stream_scale: Positive | None = None
+    """What the stream is multiplied by before a half of a block is added to it: alpha of DeepNorm, and of MiniMax-01."""
     residual_scale: Positive | None = None
     """What each half of a block is multiplied by before it is added to the stream (Granite)."""
     logit_scale: Positive | None = None
@@ -147,6 +150,10 @@ class LMConfig(Config):
         for norm in (self.norm, *self.norms.values()):
             if self.parallel_block and norm != "pre":
                 raise ValueError(f"parallel_block=True needs norm='pre', not {norm!r}; leave one of them out")
+        if self.parallel_block and self.stream_scale is not None:
+            raise ValueError(
+                f"stream_scale={self.stream_scale} would multiply the stream of parallel_block=True twice; leave one of them out"
+            )
         if self.positions is not None and self.positions.place != "input":
             raise ValueError(
                 f"positions={self.positions.name!r} acts on the {self.positions.place} of attention; give it to mixers, or use 'learned' "

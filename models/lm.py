@@ -61,7 +61,7 @@ class LM(nnx.Module):
         positions = config.positions
         self.positions = None if positions is None else under("model.positions", positions.build, ctx, config.d_model, 1)
         self.stack = Stack(config, rngs, context)
-        self.norm = make_norm(ctx, config.d_model, eps=config.norm_eps) if config.norm in ("pre", "output", "both") else None
+        self.norm = make_norm(ctx, config.d_model, eps=config.norm_eps) if config.norm not in ("post", "none") else None
         head = lambda size: Dense(ctx, config.d_model, size, (EMBED, VOCAB), init=embed_init, role="head")
         self.head = None if config.tie_embeddings else head(config.vocab_size)
         if config.sigma_reparam is not None:

@@ -49,6 +49,7 @@ class Stack(nnx.Module):
                 norm_eps=config.norm_eps,
                 parallel=config.parallel_block,
                 residual_scale=config.residual_scale,
+                stream_scale=config.stream_scale,
             )
 
         def period(start: Any, keys: Keys) -> nnx.List:

@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from plait.configs import codec
 from plait.configs.cli import parse_experiment
@@ -23,7 +24,7 @@ from plait.data.tokenizer import ByteTokenizer, Tokenizer
 from plait.data.tokenizer_files import load_tokenizer
 from plait.models.config import LMConfig
 from plait.models.linear import start_singular_vectors
-from plait.models.lm import fold
+from plait.models.lm import LM, fold
 from plait.train.convert.importing import ORIGINALS
 from plait.train.pods.hosts.together import decide, first, together
 from plait.train.program import Program
@@ -78,6 +79,12 @@ class Origin:
             raise RunError(
                 f"init_from={self.text!r} holds another model: {'; '.join(changed[:_MOST])}{more}; set the fields as they are there, or "
                 "leave the preset out to take its model"
+            )
+        lengths = [one.data.seq_len for one in (self.config, config)]
+        if lengths[0] != lengths[1] and _knows_its_length(self.config.model, lengths):
+            raise RunError(
+                f"data.seq_len={lengths[1]} makes another function of the weights of init_from={self.text!r}, some of whose layers know the "
+                f"length of rows in training; use --data.seq-len {lengths[0]}"
             )
         if not config.data.task.reads_text:
             return
@@ -236,6 +243,15 @@ def _differences(there: LMConfig, here: LMConfig) -> list[str]:
         here = dataclasses.replace(here, pattern=there.pattern)
     before, after = ({k: v for k, v in _settled(model).items() if k not in _SAME_FUNCTION} for model in (there, here))
     return codec.differences(before, after, "model")
+
+
+def _knows_its_length(model: LMConfig, lengths: Sequence[int]) -> bool:
+    """Whether layers are made otherwise for rows of other lengths, as those of sigmoid attention."""
+    stacks = [
+        nnx.eval_shape(lambda size=size: LM(model, rngs=nnx.Rngs(0), seq_len=size).stack) for size in (lengths[0], *lengths)
+    ]
+    again, one, other = (nnx.split(stack)[0] for stack in stacks)
+    return again == one != other  # a layer that holds a function of its own is like no other, not even itself
 
 
 def _settled(model: LMConfig) -> dict[str, Any]:

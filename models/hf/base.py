@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from plait.configs.components import Component, Registry
@@ -121,6 +121,10 @@ class Family(Component, abc.ABC):
     def embedding(self) -> str:
         """The embedding's tensor."""
         return self.base + next(name for name, path in self.around.items() if path == "embedding")
+
+    def table_for(self, model: LMConfig, names: Container[str]) -> list[Line]:
+        """That of a folder that has tensors of these names, where there are several forms; `table` is what is written."""
+        return self.table(model)
 
     def table(self, model: LMConfig) -> list[Line]:
         """All lines, those of one array together."""

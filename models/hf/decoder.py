@@ -83,7 +83,7 @@ class Decoder(Family, abc.ABC):
             channel_mixers={name: own for name, own in zip(names, channel_mixers, strict=True) if own != usual},
             vocab_size=values("vocab_size", int),
             tie_embeddings=values("tie_word_embeddings", bool, self.ties),
-            norm_eps=values(self.eps_key, float, 1e-6),
+            norm_eps=values(self.eps_key, float, self.default_eps),
             **self.stream(values, width),
         )
 
@@ -92,6 +92,7 @@ class Decoder(Family, abc.ABC):
     activation_key: ClassVar[str] = "hidden_act"
     default_activation: ClassVar[str] = "silu"
     eps_key: ClassVar[str] = "rms_norm_eps"
+    default_eps: ClassVar[float] = 1e-6
     attention_names: ClassVar[Mapping[str, str]] = {
         "q": "self_attn.q_proj",
         "k": "self_attn.k_proj",
@@ -243,6 +244,8 @@ class Decoder(Family, abc.ABC):
         kinds = list(dict.fromkeys(layers))
         plain = [pattern_name(kind) for kind in kinds]
         labels = {kind: name if plain.count(name) == 1 else _label(kind) for kind, name in zip(kinds, plain, strict=True)}
+        if len(set(labels.values())) < len(kinds):
+            labels = {kind: f"{name}/{number}" for number, (kind, name) in enumerate(zip(kinds, plain, strict=True), 1)}
         return [labels[layer] for layer in layers]
 
 

@@ -11,13 +11,11 @@ from plait.models.config import LMConfig
 from plait.models.hf.base import Layer, Line, Unfit
 from plait.models.hf.decoder import Decoder
 from plait.models.hf.values import Values
-from plait.models.hf.windows import FULL, read_layer_types
+from plait.models.hf.windows import FULL, LINEAR, read_layer_types
 from plait.models.mixers.base import MixerConfig
 from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.models.mixers.heads import expansion
 from plait.models.mixers.linear.gated_deltanet import GatedDeltaNetConfig
-
-LINEAR = "linear_attention"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

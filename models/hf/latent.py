@@ -22,13 +22,14 @@ OF_LOGITS = ("mscale", "mscale_all_dim")
 """Parameters of YaRN: how much sharper turned channels get, and how much all logits do, by which the first is divided."""
 
 
-def read_latent_rope(values: Values, *, interleaved: bool) -> RotaryConfig:
+def read_latent_rope(values: Values, *, interleaved: bool, default_theta: float = 10_000.0) -> RotaryConfig:
     """The rotary embedding of latent attention, whose logits are all made sharper and turned channels not.
 
     Raises:
         Unfit: it makes turned channels alone sharper.
     """
-    found = read_rope(values, max_len=values("max_position_embeddings", int, 4096), passed_over=OF_LOGITS)
+    max_len = values("max_position_embeddings", int, 4096)
+    found = read_rope(values, max_len=max_len, default_theta=default_theta, passed_over=OF_LOGITS)
     found = dataclasses.replace(found, interleaved=interleaved)
     if not isinstance(found, YarnRotaryConfig):
         return found
@@ -42,7 +43,7 @@ def read_latent_rope(values: Values, *, interleaved: bool) -> RotaryConfig:
     return dataclasses.replace(found, mscale=float(every), attention_factor=None) if every else found
 
 
-def write_latent_rope(positions: RotaryConfig, *, interleaved: bool) -> dict[str, Any]:
+def write_latent_rope(positions: RotaryConfig | None, *, interleaved: bool) -> dict[str, Any]:
     """The `rope_parameters` for it."""
     found = write_rope(positions, interleaved=interleaved)
     if isinstance(positions, YarnRotaryConfig) and positions.attention_factor is None:
@@ -54,8 +55,8 @@ def write_latent_rope(positions: RotaryConfig, *, interleaved: bool) -> dict[str
 class Latent(Experts, abc.ABC):
     """The latents' norms have an epsilon of 1e-6, whatever that of others is."""
 
-    attention: ClassVar[str] = "self_attn"
-    """Under which the tensors of a layer's mixer are."""
+    mixer_name: ClassVar[str] = "self_attn"
+    """What the tensors of a layer's mixer are under."""
     o_name: ClassVar[str] = "o_proj"
     """The projection from its heads."""
 
@@ -105,7 +106,7 @@ class Latent(Experts, abc.ABC):
 
     def mixer_lines(self, mixer: MixerConfig, width: int, layer: Layer) -> Iterator[Line]:
         assert isinstance(mixer, MLAConfig)
-        at, heads = self.attention, mixer.num_heads
+        at, heads = self.mixer_name, mixer.num_heads
         if mixer.q_rank is None:
             yield from layer.dense(f"{at}.q_proj", "mixer.q")
         else:

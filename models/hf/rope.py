@@ -21,6 +21,7 @@ def read_rope(
     *,
     max_len: int,
     key: str | None = None,
+    default_theta: float = 10_000.0,
     default_fraction: float = 1.0,
     older: Mapping[str, str] = types.MappingProxyType({}),
     passed_over: Sequence[str] = (),
@@ -29,6 +30,7 @@ def read_rope(
 
     Args:
         max_len: the longest sequence of the model.
+        default_theta: base of the frequencies where the config does not say.
         default_fraction: share of a head that is turned where the config does not say.
         older: names of the family's own for `rope_theta` and `partial_rotary_factor` in older files.
         passed_over: parameters that say nothing of text.
@@ -38,7 +40,7 @@ def read_rope(
     """
     parameters = values("rope_parameters", dict, None)
     field = lambda name, default: values(older.get(name, name), float, values(name, float, default))
-    theta, scaling = field("rope_theta", 10_000.0), values("rope_scaling", dict, {})
+    theta, scaling = field("rope_theta", default_theta), values("rope_scaling", dict, {})
     fraction = field("partial_rotary_factor", default_fraction)
     if parameters is None:
         parameters = {"rope_theta": theta, **scaling}
@@ -46,7 +48,7 @@ def read_rope(
         parameters = parameters[key]
     elif key == WINDOW:  # older files: stretched where all is seen, plain where a window is
         parameters = {"rope_theta": parameters.get("rope_theta", theta)}
-    given = {"partial_rotary_factor": fraction, **parameters}
+    given = {"rope_theta": theta, "partial_rotary_factor": fraction, **parameters}
     fields = Values(given)
     fields.passed_over(passed_over)
     kind = fields("rope_type", str, fields("type", str, "default"))

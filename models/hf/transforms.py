@@ -131,6 +131,38 @@ class Fused(Transform):
         return [(*out, *inputs) if self.transposed else (*inputs, *out)]
 
 
+@dataclasses.dataclass(frozen=True)
+class Widened(Alone):
+    """A vector that the tensor keeps with axes of one before and after."""
+
+    before: int
+    after: int
+
+    def read_one(self, tensor):
+        return tensor.reshape(-1)
+
+    def write_one(self, array):
+        return array.reshape(self.shape(array.shape))
+
+    def shape(self, array):
+        return (1,) * self.before + array + (1,) * self.after
+
+
+class Interleaved(Transform):
+    """One tensor to two arrays, whose entries along the last axis take turns in it."""
+
+    def read(self, tensors):
+        (tensor,) = tensors
+        return [tensor[..., ::2], tensor[..., 1::2]]
+
+    def write(self, arrays):
+        whole = np.stack(arrays, axis=-1)
+        return [whole.reshape(*whole.shape[:-2], -1)]
+
+    def shapes(self, arrays):
+        return [(*arrays[0][:-1], 2 * arrays[0][-1])]
+
+
 class Taps(Alone):
     """A depthwise convolution, `[channels, 1, taps]`, to `[taps, channels]`."""
 
@@ -156,6 +188,20 @@ class FusedTaps(Fused):
 
     def shapes(self, arrays):
         return [(sum(self.sizes), 1, arrays[0][0])]
+
+
+class Halves(Transform):
+    """The linear maps of experts, `[experts, out, in]`, to two stacks of them that stand one after the other in the output axis."""
+
+    def read(self, tensors):
+        return [half.swapaxes(-1, -2) for half in np.split(tensors[0], 2, axis=-2)]
+
+    def write(self, arrays):
+        return [np.concatenate([array.swapaxes(-1, -2) for array in arrays], axis=-2)]
+
+    def shapes(self, arrays):
+        experts, inputs, outputs = arrays[0]
+        return [(experts, 2 * outputs, inputs)]
 
 
 def size_of(shape: Shape, itemsize: int) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 from plait.models.hf.base import Unfit
 from plait.models.hf.values import Values
 
-FULL, WINDOW = "full_attention", "sliding_attention"
+FULL, WINDOW, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 OLDER = {"attention": FULL, "full": FULL, "global": FULL, "sliding": WINDOW, "local": WINDOW, "sliding_window": WINDOW}
 """Words for them in older files."""
 

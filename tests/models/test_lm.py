@@ -251,9 +251,9 @@ def test_soft_cap_bounds_the_logits():
 
 def test_block_norms_before_or_after_or_not_at_all_as_configured():
     x = jax.random.normal(jax.random.key(0), (2, LENGTH, WIDTH))
-    for norm in ("pre", "post", "none"):
-        model = build(lm("softmax", 1, norm=norm), seq_len=LENGTH)
-        assert (model.norm is None) == (norm != "pre")
+    for norm in ("pre", "post", "none", "input"):
+        model = build(lm("softmax", 1, norm=norm, stream_scale=3.5 if norm == "input" else None), seq_len=LENGTH)
+        assert (model.norm is None) == (norm in ("post", "none"))
         block = model.stack.rest[0]
         mix = lambda h, block=block: block.mixer(h, at=PACKED, carry={}).y
         channels = lambda h, block=block: block.channel_mixer(h, at=PACKED).y
@@ -263,6 +263,10 @@ def test_block_norms_before_or_after_or_not_at_all_as_configured():
         elif norm == "post":
             h = block.mixer_norm(x + mix(x))
             expected = block.channel_norm(h + channels(h))
+        elif norm == "input":
+            h = block.mixer_norm(x)
+            h = block.channel_norm(3.5 * h + mix(h))
+            expected = 3.5 * h + channels(h)
         else:
             h = x + mix(x)
             expected = h + channels(h)

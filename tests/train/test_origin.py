@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -116,6 +117,20 @@ def test_another_tokenizer_is_refused(before, tmp_path):
 def test_options_of_training_may_differ(before, tmp_path):
     free = {"model.remat": "full", "model.z_loss": 1e-4, "model.pattern": "softmax*2", "model.mixers.softmax.num_kv_heads": 2}
     origins.settled(after(before, tmp_path / "run", free))
+
+
+@pytest.mark.parametrize("normalizer", ["softmax", "sigmoid"])
+def test_longer_rows_are_refused_where_layers_know_their_length(normalizer, before, tmp_path):
+    config = changed(before[0], {"model.mixers.softmax.normalizer": normalizer})
+    origin = origins.Origin(
+        "runs/a", tmp_path, None, changed(config, {"model.vocab_size": 384}), runs.described(Path(config.folder))[1]
+    )
+    longer = changed(config, {"data.seq_len": 32})
+    if normalizer == "softmax":
+        origin.check(longer)
+    else:
+        with pytest.raises(runs.RunError, match=r"data.seq_len=32 makes another function .* use --data.seq-len 16"):
+            origin.check(longer)
 
 
 def test_sigma_reparam_comes_and_goes_with_the_same_function(before, tmp_path, compile_cache):

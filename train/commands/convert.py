@@ -1,16 +1,18 @@
-"""`launch.py convert inspect|import|export|reshape`."""
+"""`launch.py convert inspect|import|export|reshape|linearize`."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+from rich.table import Table
 
-from plait.configs.domains import Counted, Seed
+from plait.configs.domains import Counted, Seed, Span
 from plait.configs.options import split_options
 from plait.configs.words import flag, parse
 from plait.train.console import console, write_text
@@ -19,7 +21,13 @@ from plait.train.convert.options import ImportOptions
 USAGE = """usage: launch.py convert inspect DIR|FILE.gguf
        launch.py convert import DIR|FILE.gguf RUN [--param-dtype bfloat16] [--seq-len 4096] [--tokenizer FILE] [--mesh.fsdp 8]
        launch.py convert export RUN DIR [--model-type llama] [--dtype bfloat16] [--step N]
-       launch.py convert reshape RUN NEW KIND [options of the kind] [--text FILE] [--step N]      (launch.py list reshapes)"""
+       launch.py convert reshape RUN NEW KIND [options of the kind] [--text FILE] [--step N]      (launch.py list reshapes)
+       launch.py convert linearize RUN NEW --pattern "lolcats*3,softmax" [--window-size 64] [options of train]"""
+
+
+@dataclasses.dataclass(frozen=True)
+class _NoOptions:
+    """Of which every name with a prefix is taken."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,13 +82,45 @@ class ReshapeArgs:
     """Of the choice of ids or text."""
 
 
-ARGS: dict[str, Any] = {"inspect": InspectArgs, "import": ImportArgs, "export": ExportArgs, "reshape": ReshapeArgs}
+@dataclasses.dataclass(frozen=True)
+class LinearizeArgs:
+    """Makes a hybrid of a run's softmax attention in two trainings: the new layers learn to give what the attention gives, then the model is
+    tuned with them. All of it lies in the folder, and the same line goes on with what is not done.
+
+    Options of `train` hold for both trainings, with `--transfer.` or `--tune.` before them for one: `--transfer.steps 500`.
+    """
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder, which stays as it is."""
+    new: Annotated[Path, tyro.conf.Positional]
+    """Folder of the runs."""
+    pattern: str
+    """The mixer of each layer, as `model.pattern` names them: "lolcats*3,softmax"."""
+    window_size: Span = 64
+    """Tokens with exact weights, where the new mixer has a window (lolcats)."""
+
+
+ARGS: dict[str, Any] = {
+    "inspect": InspectArgs,
+    "import": ImportArgs,
+    "export": ExportArgs,
+    "reshape": ReshapeArgs,
+    "linearize": LinearizeArgs,
+}
 """The options of each conversion."""
 
 
 def parsed(args: Sequence[str]) -> tuple[Any, ...]:
     """The options of the conversion that the words name; of a reshape also those of its kind."""
     name, words, prog = args[0], list(args[1:]), f"launch.py convert {args[0]}"
+    if name == "linearize":
+        stages: list[list[str]] = []
+        for stage in ("transfer.", "tune."):
+            own, words = split_options(_NoOptions, words, prefix=stage)
+            stages.append([word.replace(f"--{stage}", "--", 1) for word in own])
+        mine, rest = split_options(LinearizeArgs, words)
+        places = [word for word in rest[:2] if not word.startswith("-")]
+        return parse(LinearizeArgs, [*places, *mine], prog=prog), rest[len(places) :], *stages
     if name != "reshape":
         return (parse(ARGS[name], words, prog=prog),)
     places = 3
@@ -99,14 +139,19 @@ def parsed(args: Sequence[str]) -> tuple[Any, ...]:
 
 def run(args: Sequence[str]) -> int:
     """One of the conversions."""
-    actions: dict[str, Callable[..., None]] = {"inspect": _inspect, "import": _import, "export": _export, "reshape": _reshape}
+    actions: dict[str, Callable[..., int | None]] = {
+        "inspect": _inspect,
+        "import": _import,
+        "export": _export,
+        "reshape": _reshape,
+        "linearize": _linearize,
+    }
     if not args or args[0] in ("-h", "--help"):
         write_text(USAGE)
         return 0
     if args[0] not in actions:
         raise ValueError(f"convert {args[0]!r} is none of {', '.join(actions)}\n\n{USAGE}")
-    actions[args[0]](*parsed(args))
-    return 0
+    return actions[args[0]](*parsed(args)) or 0
 
 
 def _inspect(options: InspectArgs) -> None:
@@ -134,3 +179,24 @@ def _reshape(options: ReshapeArgs, reshape: Any) -> None:
 
     found = reshape_run(options.run, options.new, reshape, text=options.text, step=options.step, seed=options.seed)
     write_text(f"{options.new}: {options.kind} of {options.run} at step {found.step}\n{found.describe()}")
+
+
+def _linearize(options: LinearizeArgs, words: Sequence[str], transfer: Sequence[str], tune: Sequence[str]) -> int | None:
+    from plait.train.convert.linearizing import linearize
+    from plait.train.convert.reshapes.linearize import Linearize
+
+    how = Linearize(pattern=options.pattern, window_size=options.window_size)
+    found = linearize(options.run, options.new, how, words, transfer, tune)
+    if found is None:
+        console.print("stopped and saved; the same line goes on", markup=False)
+        return 0
+    table = Table(title=f"{options.run} as {options.pattern}, on what {options.new / 'tuned'} held out")
+    for title in ("model", "loss (nats/token)", "perplexity"):
+        table.add_column(title, justify="left" if title == "model" else "right")
+    for name, loss in found.losses.items():
+        table.add_row(name, f"{loss:.4f}", f"{math.exp(loss):.2f}")
+    console.print(table)
+    work = "; ".join(f"{name}: {found.trained[name]:,} parameters, {found.tokens[name]:,} tokens" for name in found.trained)
+    console.print(f"{found.closed:.1%} of what copying loses is made up for. {work}", markup=False)
+    console.print(f"report: {options.new / 'report' / 'index.html'}", markup=False)
+    return 0

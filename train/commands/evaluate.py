@@ -100,7 +100,7 @@ def run(args: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="plait-") as scratch:
         results: dict[str, object] = {"step": trained.step}
         file = f"eval_{trained.step}.json"
-        every = [_data(trained, task, options.data, Path(scratch)) for task in tasks]
+        every = [held_out(trained, task, options.data, Path(scratch)) for task in tasks]
         for data in every:
             evaluator = Evaluator(trained.program.blueprint, trained.program.mesh, data)
             found = evaluator(trained.params, trained.buffers, data.val, options.batches)
@@ -130,7 +130,7 @@ def _task(own: DataConfig, name: str, words: Mapping[str, list[str]]) -> Task:
     return words_of(type(default), words[name], default=default, prefix=f"{name}.", prog="launch.py eval RUN")
 
 
-def _data(trained: Trained, task: Task, text: OtherText, scratch: Path) -> Data:
+def held_out(trained: Trained, task: Task, text: OtherText, scratch: Path) -> Data:
     """The rows of a task, as long and as many in a batch as the run's. Raises ValueError where the run's model cannot read them, or
     where what the run was trained on is no longer there and no other text was asked for."""
     program, own = trained.program, trained.program.config.data

@@ -118,7 +118,7 @@ def examined(folder: Path) -> Examined:
     weights = source.reader.weights()
     weights.under(source.family.base, source.family.head)
     weights.rename(source.family.renamed)
-    lines, shapes = source.family.table(source.model), learned_shapes(source.model)
+    lines, shapes = source.family.table_for(source.model, weights), learned_shapes(source.model)
     check_lines(lines, shapes)
     return Examined(source, weights, lines, shapes, match(source, weights, lines, shapes))
 

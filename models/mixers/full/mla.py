@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +61,8 @@ class MLAConfig(MixerConfig):
     """Rotary embedding of the channels that have positions; None rotates nothing (NoPE, as in Kimi Linear)."""
     latent_norm: bool = True
     """Normalise the latents of keys and values; without it keys and values are low-rank projections, as those that are made of MHA's."""
+    gate: Literal["elementwise", "headwise"] | None = None
+    """Sigmoid gate of the head outputs, from the layer's input (arXiv 2505.06708); Ling 3 has one a head."""
     norm_eps: Epsilon = 1e-6
     """Epsilon of the norms of the latents."""
 
@@ -118,6 +120,8 @@ class MLA(HeadMixer):
         self.o = Dense(
             ctx, self.num_heads * config.v_head_dim, d_model, (HEADS, EMBED), init=ctx.residual_init, heads=(0, self.num_heads)
         )
+        gate_width = {"elementwise": self.num_heads * config.v_head_dim, "headwise": self.num_heads}.get(config.gate or "")
+        self.gate = Dense(ctx, d_model, gate_width, (EMBED, HEADS), role="gate") if gate_width else None
         self.slots = Slots()
 
     def _latents(self, x: jax.Array, at: Tokens) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -182,6 +186,9 @@ class MLA(HeadMixer):
         latents = ((self.config.num_latents, self.config.kv_rank), KV_HEADS)
         entries = {"latent": latents, "k_rope": ((self.config.rope_head_dim,), None)}
         return self.slots.empty(batch_size, max_len, entries, self.dtype)
+
+    def finish(self, o, inputs, x):
+        return o if self.gate is None else o * jax.nn.sigmoid(split_heads(self.gate(x), self.num_heads))  # [B, T, H, V or 1]
 
     def output(self, o):
         return self.o(join_heads(o))

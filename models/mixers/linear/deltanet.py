@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Self
 
 from plait.configs.domains import Channels, Epsilon, Heads, Taps
 from plait.models.build import BuildContext
@@ -44,6 +45,9 @@ class DeltaNetConfig(MixerConfig):
     def heads(self, d_model: int) -> int:
         """Heads at width `d_model`."""
         return resolve_heads(self.num_heads, d_model, self.head_dim)
+
+    def settled(self, d_model: int) -> Self:
+        return dataclasses.replace(self, num_heads=self.heads(d_model))
 
     def build(self, d_model: int, ctx: BuildContext) -> DeltaNet:
         return DeltaNet(self, d_model, ctx)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import jax
 import jax.numpy as jnp
 
 from plait.configs.domains import Channels, Epsilon, Heads, Number, Taps
-from plait.models.axes import HEADS
+from plait.models.axes import EMBED, HEADS
 from plait.models.build import BuildContext
 from plait.models.decays import inverse_softplus_step, log_uniform_rate
+from plait.models.linear import Dense
 from plait.models.mixers.base import MixerConfig, register
 from plait.models.mixers.heads import resolve_heads
 from plait.models.mixers.linear.delta import Delta, DeltaInputs
@@ -38,17 +39,25 @@ class KDAConfig(MixerConfig):
     """Channels of a key and of a value head."""
     rank: Channels | None = None
     """Inner width of the projections to decay and output gate; None gives head_dim."""
+    full_rank: bool = False
+    """Those projections have no inner width, as in Ling 3."""
     lower_bound: Annotated[float, Number(least=-20, below=0)] | None = None
     """Least log decay of a token: `log a = lower_bound sigmoid(exp(A_log) (W_2 W_1 x + dt_bias))`, A starting at 1; Kimi's safe gate has
     -5. None for the softplus, which has no bound."""
     gate: Literal["sigmoid", "silu"] | None = "sigmoid"
     """What the output gate goes through; None for no gate."""
+    gate_bias: bool = True
+    """Bias c of the gate's projection, which Kimi Linear and Ling 3 as published do without."""
     conv_size: Taps | None = 4
     """Taps of the short convolutions on q, k and v; None for none, whose place a silu takes."""
     negative_eigenvalues: bool = False
     """Writes with b in (0, 2) in place of (0, 1), so that the state can flip signs (arXiv 2411.12537)."""
     norm_eps: Epsilon = 1e-5
     """Epsilon of the per-head output norm."""
+
+    def check(self) -> None:
+        if self.full_rank and self.rank is not None:
+            raise ValueError(f"rank={self.rank} is an inner width, which full_rank=True does without; leave one of them out")
 
     @classmethod
     def example(cls) -> KDAConfig:
@@ -57,6 +66,10 @@ class KDAConfig(MixerConfig):
     def heads(self, d_model: int) -> int:
         """Heads at width `d_model`."""
         return resolve_heads(self.num_heads, d_model, self.head_dim)
+
+    def settled(self, d_model: int) -> Self:
+        rank = None if self.full_rank else self.rank or self.head_dim
+        return dataclasses.replace(self, num_heads=self.heads(d_model), rank=rank)
 
     def build(self, d_model: int, ctx: BuildContext) -> KDA:
         return KDA(self, d_model, ctx)
@@ -73,14 +86,14 @@ class KDA(Delta):
         self.config = config
         self.num_heads = self.num_qk_heads = config.heads(d_model)
         self.head_dims = config.head_dim, config.head_dim
-        width, rank = self.num_heads * config.head_dim, config.rank or config.head_dim
+        width, rank = self.num_heads * config.head_dim, None if config.full_rank else config.rank or config.head_dim
         self.streams_in(ctx, d_model, conv_size=config.conv_size)
         self.write_gate(ctx, d_model, negative_eigenvalues=config.negative_eigenvalues)
-        self.f = LowRank(ctx, d_model, rank, width)
+        self.f = Dense(ctx, d_model, width, (EMBED, HEADS), role="gate") if rank is None else LowRank(ctx, d_model, rank, width)
         rate = jax.nn.initializers.zeros if config.lower_bound is not None else log_uniform_rate(1.0, 16.0)
         self.A_log = ctx.param(rate, (self.num_heads,), (HEADS,), role="decay")
         self.dt_bias = ctx.param(inverse_softplus_step(), (width,), (HEADS,), role="decay")
-        self.gated_output(ctx, d_model, norm_eps=config.norm_eps, gate=config.gate, gate_rank=rank, gate_bias=True)
+        self.gated_output(ctx, d_model, norm_eps=config.norm_eps, gate=config.gate, gate_rank=rank, gate_bias=config.gate_bias)
 
     def log_decay(self, x):
         """float32 `[B, T, H, K]`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +67,9 @@ class LightningConfig(MixerConfig):
     def heads(self, d_model: int) -> int:
         """Heads at width `d_model`."""
         return resolve_heads(self.num_heads, d_model, self.head_dim)
+
+    def settled(self, d_model: int) -> Self:
+        return dataclasses.replace(self, num_heads=self.heads(d_model))
 
     @property
     def key_dim(self) -> int:

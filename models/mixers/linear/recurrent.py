@@ -99,7 +99,7 @@ class Recurrent(Convolving, HeadMixer):
             norm_scale: whether the norm has a learned scale.
             gate: what the gate's projection goes through before it multiplies the normalised heads; None for no gate.
             gate_rank: inner width of the gate's projection; None for a full one.
-            gate_bias: whether the low-rank projection has a bias.
+            gate_bias: whether the gate's projection has a bias.
         """
         width = self.num_heads * self.head_dims[1]
         self.activation, self.norm_over = gate, norm
@@ -107,7 +107,7 @@ class Recurrent(Convolving, HeadMixer):
         if gate is None:
             self.gate = None
         elif gate_rank is None:
-            self.gate = Dense(ctx, d_model, width, (EMBED, HEADS), role="gate")
+            self.gate = Dense(ctx, d_model, width, (EMBED, HEADS), use_bias=gate_bias, role="gate")
         else:
             self.gate = LowRank(ctx, d_model, gate_rank, width, use_bias=gate_bias)
         normed, axis = (self.head_dims[1], None) if norm == "head" else (width, HEADS)

@@ -100,6 +100,66 @@ def test_all_but_one_mixes_the_layers_that_lack_a_head(inner):
     assert_close(moh.gates(x).mean(-1), np.ones(x.shape[:2], np.float32))
 
 
+def by_queries(**options) -> MoH:
+    return build(MoHConfig(mixer=dataclasses.replace(SOFTMAX, num_kv_heads=2), router="query_norm", **options))
+
+
+@pytest.mark.proves("moh")
+def test_the_norms_of_queries_choose_heads_whole():
+    """As the authors go on from Llama 3: `softmax(|q| / std |q|)` over routed heads, by hand, and gates that are 0 or 1."""
+    moh, x = by_queries(num_shared_heads=4, top_k=2), inputs()
+    read, _ = moh.project(x, at=AT, state=None)
+    norms = np.linalg.norm(np.asarray(x @ moh.inner.q.kernel[...], np.float64).reshape(2, LENGTH, 8, 8), axis=-1)[..., 4:]
+    odds = np.exp(norms / norms.std(-1, ddof=1, keepdims=True))
+    p, chosen = moh.routing(x, read)
+    assert_close(p, odds / odds.sum(-1, keepdims=True))
+    largest = norms >= np.sort(norms, axis=-1)[..., -2:-1]
+    np.testing.assert_array_equal(chosen, largest)
+    np.testing.assert_array_equal(moh.gates(x, read), np.concatenate([np.ones((2, LENGTH, 4)), largest], axis=-1))
+    real = np.asarray(AT.segment_ids > 0)[..., None]
+    mean = lambda y: (np.asarray(y) * real).sum((0, 1)) / real.sum()
+    assert_close(moh.auxiliary_losses(x, at=AT)["balance/moh"], np.float32(0.01 * 4 * (mean(p) * mean(chosen)).sum()))
+
+
+def test_the_gradient_of_whole_gates_is_that_of_the_probabilities():
+    moh, x = by_queries(num_shared_heads=4, top_k=2), inputs()
+    weights = jax.random.normal(jax.random.key(3), (2, LENGTH, 8))
+
+    def through(gates):
+        def loss(q):
+            read, _ = moh.project(x, at=AT, state=None)
+            return (gates(read._replace(q=q)) * weights).sum()
+
+        return jax.grad(loss)(moh.project(x, at=AT, state=None)[0].q)
+
+    def kept(read):
+        p, chosen = moh.routing(x, read)
+        return jnp.pad(p * chosen, ((0, 0), (0, 0), (4, 0)))
+
+    gradient = through(lambda read: moh.gates(x, read))
+    assert_close(gradient, through(kept))
+    assert float(jnp.abs(gradient).max()) > 0
+
+
+def test_queries_that_are_alike_or_zero_have_finite_gradients():
+    moh, x = by_queries(num_shared_heads=4, top_k=2), jnp.zeros((2, LENGTH, WIDTH))
+    graph, params = nnx.split(moh)
+    gradients = jax.grad(lambda p: nnx.merge(graph, p)(x, at=AT, carry={}).losses["balance/moh"])(params)
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradients))
+
+
+def test_all_heads_chosen_whole_are_the_layer_without_moh():
+    moh, x = by_queries(num_shared_heads=4, top_k=4), inputs()
+    assert_close(moh(x, at=AT, carry={}).y, moh.inner(x, at=AT, carry={}).y)
+
+
+def test_query_norms_need_queries_and_two_heads():
+    with pytest.raises(ValueError, match="needs the queries of softmax attention, and mixer=gla is another"):
+        MoHConfig(mixer=INNER["gla"], router="query_norm")
+    with pytest.raises(ValueError, match="num_shared_heads=7 must leave two heads of 8"):
+        by_queries(num_shared_heads=7)
+
+
 def test_output_is_the_gated_sum_of_the_heads():
     config = MoHConfig(mixer=SOFTMAX, num_shared_heads=2, top_k=3)
     moh, x = build(config), inputs()

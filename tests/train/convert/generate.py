@@ -30,7 +30,8 @@ BASE = {
 }
 HEADS_ALONE = {key: value for key, value in BASE.items() if key != "num_key_value_heads"}
 WITHOUT_INNER = {key: value for key, value in HEADS_ALONE.items() if key != "intermediate_size"}
-EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 12}
+CHOICE = {"num_experts": 6, "num_experts_per_tok": 3}
+EXPERTS = {**CHOICE, "moe_intermediate_size": 12}
 LATENT = {
     "num_key_value_heads": 6,
     "q_lora_rank": 14,
@@ -49,6 +50,14 @@ GROUPS = {
     "routed_scaling_factor": 1.5,
     "num_nextn_predict_layers": 0,
 }
+MANY = {
+    "num_experts": 4,
+    "num_experts_per_token": 2,
+    "num_shared_experts": 1,
+    "moe_intermediate_size": 8,
+    "routed_scaling_factor": 1.5,
+}
+KIMI = {"linear_head_dim": 5, "linear_num_heads": 4, "linear_conv_kernel_dim": 3}
 SHARPER = {"mscale": 0.8, "mscale_all_dim": 0.8}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 LLAMA3 = {
@@ -93,7 +102,7 @@ MODELS = {
             **HEADS_ALONE,
             **LATENT,
             **GROUPS,
-            "num_hidden_layers": 5,
+            "num_hidden_layers": 4,
             "first_k_dense_replace": 2,
             "rope_parameters": {**YARN, **SHARPER},
         },
@@ -109,6 +118,44 @@ MODELS = {
         {**BASE, **LATENT, **GROUPS, "q_lora_rank": None, "first_k_dense_replace": 1, "num_hidden_layers": 4}
         | {"rope_parameters": {**YARN, **SHARPER}},
     ),
+    "kimi_linear": (
+        "KimiLinearConfig",
+        {**BASE, **LATENT, **MANY, **KIMI, "num_hidden_layers": 6, "q_lora_rank": None}
+        | {"layer_types": ["linear_attention", "linear_attention", "full_attention"] * 2},
+    ),
+    "bailing_hybrid": (
+        "BailingHybridConfig",
+        {**BASE, **LATENT, **MANY, "head_dim": 3, "num_hidden_layers": 6, "layer_group_size": 3, "first_k_dense_replace": 1}
+        | {"num_expert_group": 2, "topk_group": 1, "num_mtp_layers": 0, "rope_theta": 1e4, "kda_lower_bound": -3.0},
+    ),
+    "gpt_oss": (
+        "GptOssConfig",
+        {
+            **BASE,
+            **CHOICE,
+            "intermediate_size": 12,
+            "head_dim": 6,
+            "sliding_window": 9,
+            "num_hidden_layers": 4,
+            "rope_parameters": YARN,
+        },
+    ),
+    "mixtral": ("MixtralConfig", {**BASE, **CHOICE, "intermediate_size": 12, "head_dim": 8, "sliding_window": 7}),
+    "minimax": (
+        "MiniMaxConfig",
+        {
+            **BASE,
+            **CHOICE,
+            "intermediate_size": 12,
+            "head_dim": 6,
+            "num_hidden_layers": 4,
+            "block_size": 4,
+            "tie_word_embeddings": True,
+        }
+        | {f"{half}_alpha_factor": 3.5 for half in ("full_attn", "linear_attn", "mlp")}
+        | {f"{half}_beta_factor": 0.8 for half in ("full_attn", "linear_attn", "mlp")}
+        | {"layer_types": ["linear_attention", "full_attention"] * 2},
+    ),
     "smollm3": ("SmolLM3Config", {**BASE, "num_hidden_layers": 5, "use_sliding_window": False}),
     "olmo2": ("Olmo2Config", BASE),
     "olmo3": ("Olmo3Config", {**BASE, "num_hidden_layers": 5, "sliding_window": 9}),
@@ -120,6 +167,27 @@ MODELS = {
     "diffllama": ("DiffLlamaConfig", {**BASE, "num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 6}),
     "opt": ("OPTConfig", {**WITHOUT_INNER, "ffn_dim": 40, "num_attention_heads": 4}),
     "opt_bare": ("OPTConfig", {**WITHOUT_INNER, "ffn_dim": 40, "enable_bias": False, "tie_word_embeddings": False}),
+    "qwen3_next": (
+        "Qwen3NextConfig",
+        {
+            **{**DELTA, **EXPERTS, "head_dim": 8, "linear_value_head_dim": 5, "num_experts": 3, "num_experts_per_tok": 2},
+            "moe_intermediate_size": 8,
+            "shared_expert_intermediate_size": 20,
+            "mlp_only_layers": [1],
+            "num_hidden_layers": 6,
+            "layer_types": ["linear_attention", "full_attention"] * 3,
+        },
+    ),
+    "qwen3_5_moe_text": (
+        "Qwen3_5MoeTextConfig",
+        {
+            **{**DELTA, **EXPERTS, "head_dim": 8, "linear_value_head_dim": 5, "num_experts": 3, "num_experts_per_tok": 2},
+            "shared_expert_intermediate_size": 20,
+            "num_hidden_layers": 3,
+            "layer_types": DELTA["layer_types"][:3],
+            "tie_word_embeddings": True,
+        },
+    ),
     "gpt2": ("GPT2Config", {"vocab_size": VOCAB, "n_embd": 24, "n_layer": 3, "n_head": 4, "n_positions": 64}),
     "gpt_neox": ("GPTNeoXConfig", {**HEADS_ALONE, "hidden_size": 32, "num_attention_heads": 4}),
     "gpt_neox_one_after_the_other": ("GPTNeoXConfig", {**HEADS_ALONE, "use_parallel_residual": False, "rotary_pct": 1.0}),
@@ -130,9 +198,12 @@ def generate(name: str) -> None:
     """Writes one folder."""
     kind, options = MODELS[name]
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(
-        getattr(transformers, kind)(**options), attn_implementation="eager"
-    ).eval()
+    config = getattr(transformers, kind)(**options)
+    write(name, transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval())
+
+
+def write(name: str, model: transformers.PreTrainedModel) -> None:
+    """Writes the folder of a model, its parameters moved."""
     draws = torch.Generator().manual_seed(1)
     ids = torch.randint(3, VOCAB, (2, LENGTH), generator=draws)
     with torch.no_grad():

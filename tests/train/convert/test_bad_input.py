@@ -56,6 +56,10 @@ CASES = {
         lambda f: edit_config(f, model_type="deepseek_v32"),
         "model_type='deepseek_v32' waits for its sparse attention by an index, which is not here yet",
     ),
+    "factors that differ by half": (
+        lambda f: edit_config(f, model_type="minimax", mlp_alpha_factor=3.5, num_local_experts=2),
+        "alpha factors of [1.0, 3.5] and beta factors of [1.0]: one of each can be used",
+    ),
     "no type": (lambda f: edit_config(f, model_type="gone"), "has no model_type"),
     "missing field": (lambda f: edit_config(f, hidden_size="gone"), "hidden_size is missing"),
     "field of another kind": (lambda f: edit_config(f, hidden_size="24"), "hidden_size='24' must be int"),

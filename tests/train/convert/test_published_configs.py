@@ -15,6 +15,13 @@ LLAMA3 = {
     "original_max_position_embeddings": 8192,
 }
 
+KIMI_LAYERS = {
+    "full_attn_layers": [4, 8, 12, 16, 20, 24, 27],
+    "head_dim": 128,
+    "kda_layers": [1, 2, 3, 5, 6, 7, 9, 10, 11, 13, 14, 15, 17, 18, 19, 21, 22, 23, 25, 26],
+    "num_heads": 32,
+    "short_conv_kernel_size": 4,
+}
 DEEPSEEK_YARN = {"beta_fast": 32, "beta_slow": 1, "factor": 40, "original_max_position_embeddings": 4096, "type": "yarn"}
 
 
@@ -96,6 +103,40 @@ PUBLISHED = {
                max_position_embeddings=163840),
         15_706_484_224,
     ),
+    "Kimi-Linear-48B-A3B": (
+        config("kimi_linear", 2304, 9216, 27, 32, 32, 163840, head_dim=72, hidden_act="silu", rms_norm_eps=1e-5, rope_theta=10000.0,
+               rope_scaling=None, first_k_dense_replace=1, kv_lora_rank=512, linear_attn_config=KIMI_LAYERS, mla_use_nope=True,
+               model_max_length=1048576, moe_intermediate_size=1024, moe_layer_freq=1, moe_renormalize=True,
+               moe_router_activation_func="sigmoid", num_expert_group=1, num_experts=256, num_experts_per_token=8,
+               num_nextn_predict_layers=0, num_shared_experts=1, q_lora_rank=None, qk_nope_head_dim=128, qk_rope_head_dim=64,
+               routed_scaling_factor=2.446, tie_word_embeddings=False, topk_group=1, use_grouped_topk=True, v_head_dim=128),
+        49_122_675_072,  # and 6,656 balancing biases, which no gradient moves
+    ),
+    "gpt-oss-20b": (
+        config("gpt_oss", 2880, 2880, 24, 64, 8, 201088, head_dim=64, hidden_act="silu", rms_norm_eps=1e-5, rope_theta=150000,
+               rope_scaling={"beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "original_max_position_embeddings": 4096,
+                             "rope_type": "yarn", "truncate": False}, attention_bias=True, experts_per_token=4,
+               initial_context_length=4096, layer_types=["sliding_attention", "full_attention"] * 12, num_experts_per_tok=4,
+               num_local_experts=32, output_router_logits=False, router_aux_loss_coef=0.9, sliding_window=128, swiglu_limit=7.0,
+               tie_word_embeddings=False, max_position_embeddings=131072),
+        20_914_757_184,
+    ),
+    "Mixtral-8x7B-v0.1": (
+        config("mixtral", 4096, 14336, 32, 32, 8, 32000, hidden_act="silu", rms_norm_eps=1e-5, rope_theta=1000000.0,
+               sliding_window=None, num_experts_per_tok=2, num_local_experts=8, output_router_logits=False,
+               router_aux_loss_coef=0.02, tie_word_embeddings=False, max_position_embeddings=32768),
+        46_702_792_704,
+    ),
+    "MiniMax-Text-01": (
+        config("minimax", 6144, 9216, 80, 64, 8, 200064, head_dim=128, hidden_act="silu", rms_norm_eps=1e-5, rope_theta=10000000,
+               rotary_dim=64, block_size=256, layer_types=(["linear_attention"] * 7 + ["full_attention"]) * 10,
+               full_attn_alpha_factor=3.5565588200778455, full_attn_beta_factor=1.0, linear_attn_alpha_factor=3.5565588200778455,
+               linear_attn_beta_factor=1.0, mlp_alpha_factor=3.5565588200778455, mlp_beta_factor=1.0, num_experts_per_tok=2,
+               num_local_experts=32, output_router_logits=False, postnorm=True, router_aux_loss_coef=0.001,
+               router_jitter_noise=0.0, shared_intermediate_size=0, shared_moe_mode="sigmoid", sliding_window=None,
+               tie_word_embeddings=False, max_position_embeddings=10240000),
+        456_089_655_296,
+    ),
     "SmolLM3-3B": (
         config("smollm3", 2048, 11008, 36, 16, 4, 128256, hidden_act="silu", rms_norm_eps=1e-6, rope_theta=5000000.0,
                rope_scaling=None, sliding_window=None, use_sliding_window=False, max_window_layers=28, no_rope_layer_interval=4,
@@ -155,6 +196,28 @@ PUBLISHED = {
          "torch_dtype": "float16", "transformers_version": "4.21.0.dev0", "use_cache": True, "vocab_size": 50272,
          "word_embed_proj_dim": 768},
         125_239_296,
+    ),
+    "Qwen3-Next-80B-A3B": (
+        config("qwen3_next", 2048, 5120, 48, 16, 2, 151936, head_dim=256, hidden_act="silu", rms_norm_eps=1e-6, attention_bias=False,
+               decoder_sparse_step=1, full_attention_interval=4, linear_conv_kernel_dim=4, linear_key_head_dim=128,
+               linear_num_key_heads=16, linear_num_value_heads=32, linear_value_head_dim=128, mlp_only_layers=[],
+               moe_intermediate_size=512, norm_topk_prob=True, num_experts=512, num_experts_per_tok=10, output_router_logits=False,
+               partial_rotary_factor=0.25, rope_scaling=None, rope_theta=10000000, router_aux_loss_coef=0.001,
+               shared_expert_intermediate_size=512, use_sliding_window=False, max_position_embeddings=262144),
+        79_674_391_296,
+    ),
+    "Qwen3.5-35B-A3B": (
+        {"model_type": "qwen3_5_moe", "tie_word_embeddings": False,
+         "text_config": config("qwen3_5_moe_text", 2048, None, 40, 16, 2, 248320, head_dim=256, hidden_act="silu", rms_norm_eps=1e-6,
+               attention_bias=False, attn_output_gate=True, full_attention_interval=4, linear_conv_kernel_dim=4,
+               linear_key_head_dim=128, linear_num_key_heads=16, linear_num_value_heads=32, linear_value_head_dim=128,
+               layer_types=(["linear_attention"] * 3 + ["full_attention"]) * 10, mamba_ssm_dtype="float32", mlp_only_layers=[],
+               moe_intermediate_size=512, mtp_num_hidden_layers=1, mtp_use_dedicated_embeddings=False, num_experts=256,
+               num_experts_per_tok=8, output_router_logits=False, router_aux_loss_coef=0.001, shared_expert_intermediate_size=512,
+               max_position_embeddings=262144,
+               rope_parameters={"mrope_interleaved": True, "mrope_section": [11, 11, 10], "rope_type": "default",
+                                "rope_theta": 10000000, "partial_rotary_factor": 0.25})},
+        34_660_610_688,
     ),
     "gpt2": (
         {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new", "attn_pdrop": 0.1,

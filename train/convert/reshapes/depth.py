@@ -20,14 +20,14 @@ KEEP, DROP = "keep", "drop"
 class Depth(Reshape):
     """The model without some of its layers; the others stay as they are, one after another."""
 
-    pattern: Line | None = None
+    pattern: Line = "keep*3,drop"
     """Of `keep` and `drop` over the layers, written as `model.pattern` is: "keep*3,drop", "drop@9,10; keep"."""
     keep: tuple[Counted, ...] | None = None
     """Numbers of the layers that stay, with commas, in place of a pattern."""
 
     def check(self) -> None:
-        if (self.pattern is None) == (self.keep is None):
-            raise ValueError(f"pattern={self.pattern!r} and keep={self.keep} must be one of them given; use --pattern or --keep")
+        if self.keep == ():
+            raise ValueError("keep=() must name a layer; use 0")
 
     def origins(self, model: LMConfig) -> Sequence[int]:
         if self.keep is not None:
@@ -37,7 +37,7 @@ class Depth(Reshape):
                         f"keep.{place}={index} must be below num_layers={model.num_layers}; use of 0 to {model.num_layers - 1}"
                     )
             return sorted(set(self.keep))
-        words = expand_pattern(self.pattern or "", model.num_layers)
+        words = expand_pattern(self.pattern, model.num_layers)
         for word in words:
             if word not in (KEEP, DROP):
                 raise ConvertError(

@@ -42,7 +42,7 @@ class KVHeads(Reshape):
     `key_driven` makes it `kdgqa`, which begins as the same function and, in training, gives groups queries by the norms of their keys.
     """
 
-    num_kv_heads: Heads
+    num_kv_heads: Heads = 8
     """Key and value heads, a divisor of those there are (1: MQA)."""
     grouping: Literal["mean", "key_driven"] = "mean"
     """Whether groups stay alike or follow their keys."""

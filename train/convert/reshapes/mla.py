@@ -43,7 +43,7 @@ class MLA(Reshape):
     scaled to the values' norm before the SVD. TransMLA does both on activations of a text; here the kernels alone decide.
     """
 
-    kv_rank: Channels
+    kv_rank: Channels = 512
     """Channels of the latent; with the rotated channels of a head, what decoding keeps of a token."""
     layers: tuple[Counted, ...] | None = None
     """Numbers of the layers, with commas; all with softmax attention by default."""

@@ -21,7 +21,7 @@ class Rope(Reshape):
 
     method: Literal["linear", "ntk", "yarn"] = "yarn"
     """`linear` presses all positions together (PI), `ntk` raises the base, `yarn` presses slow pairs together and sharpens attention."""
-    factor: Annotated[float, Number(least=1, most=2**10)]
+    factor: Annotated[float, Number(least=1, most=2**10)] = 4.0
     """Longest document over the one of training."""
     original_len: Length | None = None
     """Tokens of the longest document of training, of which `yarn` counts the turns; None gives that of the published config, or else the

@@ -20,20 +20,20 @@ _AXES = {"embedding": 0, "head.kernel": 1}
 class Vocab(Reshape):
     """Embedding and head of another size; those of new ids are the mean of all there were. Logits of old ids stay."""
 
-    vocab_size: Vocabulary
-    """Rows of the embedding; fewer than before only where the tokenizer's ids fit."""
+    vocab_size: Vocabulary | None = None
+    """Rows of the embedding, at least the ids of the run's data; None gives these rounded up to a multiple of 128."""
 
     def model(self, subject: Subject):
-        if self.vocab_size < subject.num_ids:
+        if self.vocab_size is not None and self.vocab_size < subject.num_ids:
             raise ConvertError(
                 f"vocab_size={self.vocab_size} must hold the {subject.num_ids} ids of the run's data; use {subject.num_ids} or more"
             )
-        return dataclasses.replace(subject.model, vocab_size=self.vocab_size)
+        return dataclasses.replace(subject.model, vocab_size=self.vocab_size).with_vocab(subject.num_ids)
 
     def outside(self, before: Shapes, after: Shapes) -> Iterator[Making]:
         for path, axis in _AXES.items():
             if path in before:
-                yield Making((path,), (path,), lambda x, axis=axis: [resized(x, self.vocab_size, axis)])
+                yield Making((path,), (path,), lambda x, axis=axis, size=after[path][axis]: [resized(x, size, axis)])
 
 
 def resized(x: np.ndarray, size: int, axis: int) -> np.ndarray:

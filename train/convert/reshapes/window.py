@@ -14,7 +14,7 @@ from plait.train.convert.reshapes.base import Reshape, Subject, chosen, core, is
 class Window(Reshape):
     """Softmax attention that sees a window, or all again. No parameter changes."""
 
-    window_size: Span | None
+    window_size: Span | None = 4096
     """Tokens that a query sees, itself included; None for all."""
     num_sink_tokens: SomeSpan = 0
     """Leading tokens of each document that stay visible outside the window."""
