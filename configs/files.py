@@ -49,8 +49,11 @@ def _sweep(path: Path) -> None:
                 other.unlink(missing_ok=True)
 
 
-def parse_json(text: bytes | str) -> Any:
+def parse_json(text: bytes | str, *, infinities: bool = False) -> Any:
     """A JSON text, strictly: UTF-8, finite numbers, no name twice in an object, nothing nested more than `DEEPEST` deep.
+
+    Args:
+        infinities: whether `Infinity` may stand for a number, as Python writes it.
 
     Raises:
         ValueError: it is none; the message says why, and not where it is from.
@@ -58,7 +61,7 @@ def parse_json(text: bytes | str) -> Any:
     try:
         value = json.loads(
             text.decode("utf-8") if isinstance(text, bytes) else text,
-            parse_constant=_no_number,
+            parse_constant=_infinity if infinities else _no_number,
             parse_float=_finite,
             parse_int=_whole,
             object_pairs_hook=_each_once,
@@ -75,7 +78,7 @@ def parse_json(text: bytes | str) -> Any:
     raise ValueError(_TOO_DEEP)
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, *, infinities: bool = False) -> Any:
     """The JSON of a file, as strict as `parse_json`.
 
     Raises:
@@ -91,7 +94,7 @@ def read_json(path: Path) -> Any:
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}; give a file that can") from None
     try:
-        return parse_json(content)
+        return parse_json(content, infinities=infinities)
     except ValueError as error:
         raise ValueError(f"{path} is not JSON that can be used: {error}; restore the file") from None
 
@@ -101,6 +104,10 @@ _TOO_DEEP = f"it is nested more than {DEEPEST} deep"
 
 def _no_number(word: str) -> NoReturn:
     raise ValueError(f"{word} is not a number of JSON")
+
+
+def _infinity(word: str) -> float:
+    return _no_number(word) if word == "NaN" else float(word)
 
 
 def _finite(text: str) -> float:

@@ -104,14 +104,17 @@ class BuildContext:
         *,
         role: Role = "vector",
         split: tuple[int, tuple[int, ...]] | None = None,
+        exact: bool = False,
     ) -> nnx.Param:
         """A trained parameter of logical `axes`, drawn in float32 and rounded once.
 
         Args:
             role: what it is to the optimizer.
+            exact: whether it is kept in float32 whatever others are in, as decay rates are.
             split: axis, counted from the end, and sizes of the independent matrices that a fused projection holds, as one a head.
         """
-        return nnx.Param(init(self.rngs.params(), shape, jnp.float32).astype(self.param_dtype), axes=axes, role=role, split=split)
+        dtype = jnp.float32 if exact or role == "decay" else self.param_dtype
+        return nnx.Param(init(self.rngs.params(), shape, jnp.float32).astype(dtype), axes=axes, role=role, split=split)
 
     @property
     def residual_init(self) -> Initializer:

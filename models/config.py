@@ -73,8 +73,8 @@ class LMConfig(Config):
     """Config of each name in the pattern; names left out get their defaults."""
     channel_mixer: ChannelMixerConfig | None = GatedMLPConfig()
     """The other half of every block; None leaves it out."""
-    channel_mixers: Mapping[str, ChannelMixerConfig] = dataclasses.field(default_factory=Table)
-    """That of the layers of a name in the pattern, where it is another: a dense MLP in the first layer of a mixture of experts."""
+    channel_mixers: Mapping[str, ChannelMixerConfig | None] = dataclasses.field(default_factory=Table)
+    """That of the layers of a name in the pattern, where it is another: a dense MLP in the first layer of a mixture of experts; or None."""
     positions: PositionConfig | None = None
     """What is added to the embedding for where a token stands (`learned`: GPT-2, OPT, BERT; `sinusoidal`); None leaves it to the mixers."""
     causal: bool = True
@@ -166,7 +166,8 @@ class LMConfig(Config):
                 raise ValueError(
                     f"channel_mixers.{name} is in no layer of pattern={self.pattern!r}; remove it or name it in the pattern"
                 )
-            at(f"channel_mixers.{name}", channel_mixer.fit, self.d_model)
+            if channel_mixer is not None:
+                at(f"channel_mixers.{name}", channel_mixer.fit, self.d_model)
         check_carries([(name, self.mixers[name].carries(self.d_model)) for name in layers])
 
     def open_keys(self) -> Mapping[str, tuple[str, ...]]:

@@ -257,13 +257,8 @@ def _knows_its_length(model: LMConfig, lengths: Sequence[int]) -> bool:
 def _settled(model: LMConfig) -> dict[str, Any]:
     """A model's config with what follows from its width written out."""
     mixers = {name: mixer.settled(model.d_model) for name, mixer in model.mixers.items()}
-    channel_mixers = {name: one.settled(model.d_model) for name, one in model.channel_mixers.items()}
-    mixer = model.channel_mixer
+    settled = lambda one: None if one is None else one.settled(model.d_model)
+    channel_mixers = {name: settled(one) for name, one in model.channel_mixers.items()}
     return codec.encode(
-        dataclasses.replace(
-            model,
-            mixers=mixers,
-            channel_mixers=channel_mixers,
-            channel_mixer=None if mixer is None else mixer.settled(model.d_model),
-        )
+        dataclasses.replace(model, mixers=mixers, channel_mixers=channel_mixers, channel_mixer=settled(model.channel_mixer))
     )

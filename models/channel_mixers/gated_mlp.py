@@ -10,7 +10,7 @@ from typing import Literal, Self
 import jax
 import jax.numpy as jnp
 
-from plait.configs.domains import Width
+from plait.configs.domains import Positive, Width
 from plait.models.axes import EMBED, MLP
 from plait.models.build import BuildContext
 from plait.models.channel_mixers.base import ChannelMixer, ChannelMixerConfig, MixedChannels, register
@@ -38,6 +38,8 @@ class GatedMLPConfig(ChannelMixerConfig):
     """Of the gate."""
     use_bias: bool = False
     """Biases of all three projections."""
+    multipliers: tuple[Positive, Positive] | None = None
+    """Multiplies what the activation reads, and the output (Falcon-H1); None for 1."""
 
     def width(self, d_model: int) -> int:
         """Inner width for `d_model`."""
@@ -56,9 +58,13 @@ class GatedMLP(ChannelMixer):
     def __init__(self, config: GatedMLPConfig, d_model: int, ctx: BuildContext):
         self.activation = ACTIVATIONS[config.activation]
         width = config.width(d_model)
+        self.multipliers = config.multipliers
         self.gate = Dense(ctx, d_model, width, (EMBED, MLP), use_bias=config.use_bias)
         self.up = Dense(ctx, d_model, width, (EMBED, MLP), use_bias=config.use_bias)
         self.down = Dense(ctx, width, d_model, (MLP, EMBED), init=ctx.residual_init, use_bias=config.use_bias)
 
     def __call__(self, x, *, at):
-        return MixedChannels(self.down(self.activation(self.gate(x)) * self.up(x)))
+        if self.multipliers is None:
+            return MixedChannels(self.down(self.activation(self.gate(x)) * self.up(x)))
+        before, after = (jnp.asarray(factor, x.dtype) for factor in self.multipliers)
+        return MixedChannels(self.down(self.activation(self.gate(x) * before) * self.up(x)) * after)

@@ -14,6 +14,7 @@ from plait.models.axes import BATCH, EMBED, EXPERTS, LENGTH, MLP
 from plait.models.build import BuildContext, Moved
 from plait.models.channel_mixers.base import ChannelMixer, ChannelMixerConfig, MixedChannels, register
 from plait.models.channel_mixers.gated_mlp import ACTIVATIONS, Activation, GatedMLPConfig
+from plait.models.channel_mixers.mlp import MLPConfig
 from plait.models.divided import Over, divided
 from plait.models.grouped import grouped_dot
 from plait.models.linear import Dense
@@ -44,8 +45,12 @@ class MoEConfig(ChannelMixerConfig):
     """Inner width of a shared expert; None gives that of a routed one."""
     shared_gate: bool = False
     """What the shared experts give is multiplied by `sigmoid(w . x)` (Qwen2-MoE, Qwen3-Next)."""
+    gated: bool = True
+    """Whether experts are gated MLPs; if not, each is `W_down activation(W_up x)` (Nemotron-H)."""
     activation: Activation = "silu"
-    """Of the experts' gates."""
+    """Of the experts' gates, or of their inner channels."""
+    latent_dim: Width | None = None
+    """Channels that the routed experts read and give, between two projections that they share (Nemotron 3); None gives d_model."""
     swiglu_limit: Positive | None = None
     """L of a clamped SwiGLU in the routed experts (GPT-OSS): `g sigmoid(swiglu_alpha g) (u + 1)` of the gate `g = min(W_gate x, L)` and
     `u = clip(W_up x, -L, L)`; None for `activation(W_gate x) W_up x`."""
@@ -83,6 +88,8 @@ class MoEConfig(ChannelMixerConfig):
             )
         if self.swiglu_limit is not None and self.activation != "silu":
             raise ValueError(f"activation={self.activation!r} does not fit swiglu_limit; use 'silu', or swiglu_limit=None")
+        if self.swiglu_limit is not None and not self.gated:
+            raise ValueError("gated=False has no gate for swiglu_limit; use gated=True, or swiglu_limit=None")
         if self.shared_gate and not self.num_shared_experts:
             raise ValueError("shared_gate=True has no shared expert to gate; use num_shared_experts=1, or shared_gate=False")
         if self.num_experts % self.num_groups:
@@ -126,8 +133,9 @@ class MoEConfig(ChannelMixerConfig):
         return found if self.swiglu_limit is not None else dataclasses.replace(found, swiglu_alpha=plain.swiglu_alpha)
 
     def flops(self, d_model: int) -> float:
-        inner = self.top_k * self.width(d_model) + self.shared_width(d_model)
-        return 2.0 * d_model * (self.num_experts + 3 * inner + self.shared_gate)
+        products, read = 3 if self.gated else 2, self.latent_dim or d_model
+        routed = products * read * self.top_k * self.width(d_model) + (2 * d_model * read if self.latent_dim else 0)
+        return 2.0 * (d_model * (self.num_experts + products * self.shared_width(d_model) + self.shared_gate) + routed)
 
     def build(self, d_model: int, ctx: BuildContext) -> MoE:
         return MoE(self, d_model, ctx)
@@ -139,14 +147,17 @@ class MoE(ChannelMixer):
     def __init__(self, config: MoEConfig, d_model: int, ctx: BuildContext):
         self.config = config
         self.compute_dtype = ctx.compute_dtype
-        width, lead = config.width(d_model), (config.num_experts,)
+        width, lead, read = config.width(d_model), (config.num_experts,), config.latent_dim or d_model
         self.router = Dense(ctx, d_model, config.num_experts, (EMBED, None), role="router", use_bias=config.router_bias)
-        self.gate = Dense(ctx, d_model, width, _IN, lead=lead, use_bias=config.use_bias)
-        self.up = Dense(ctx, d_model, width, _IN, lead=lead, use_bias=config.use_bias)
-        self.down = Dense(ctx, width, d_model, _OUT, init=ctx.residual_init, lead=lead, use_bias=config.use_bias)
-        shared = GatedMLPConfig(
-            hidden_dim=config.shared_width(d_model) or None, activation=config.activation, use_bias=config.use_bias
-        )
+        dense = functools.partial(Dense, ctx, use_bias=config.use_bias)
+        self.gate = dense(read, width, _IN, lead=lead) if config.gated else None
+        self.up = dense(read, width, _IN, lead=lead)
+        self.down = dense(width, read, _OUT, init=ctx.residual_init, lead=lead)
+        latent = config.latent_dim is not None
+        self.latent_in = dense(d_model, read, (EMBED, None)) if latent else None
+        self.latent_out = dense(read, d_model, (None, EMBED), init=ctx.residual_init) if latent else None
+        mlp = GatedMLPConfig if config.gated else MLPConfig
+        shared = mlp(hidden_dim=config.shared_width(d_model) or None, activation=config.activation, use_bias=config.use_bias)
         self.shared = shared.build(d_model, ctx) if config.num_shared_experts else None
         self.shared_gate = Dense(ctx, d_model, 1, (EMBED, None)) if config.shared_gate else None
         self.bias = None if config.balance_bias is None else Moved(jnp.zeros(lead, jnp.float32), axes=(None,))
@@ -160,11 +171,14 @@ class MoE(ChannelMixer):
         scores = jax.nn.softmax(logits, axis=-1) if self.config.scores == "softmax" else jax.nn.sigmoid(logits)
         choice = jax.lax.stop_gradient(scores if self.bias is None else scores + self.bias[...][None, None, :])
         choice = choice if self.config.num_groups == 1 else self._in_best_groups(choice)
-        layers = (self.gate, self.up, self.down)
+        layers = [layer for layer in (self.gate, self.up, self.down) if layer is not None]
         experts = [layer.weight() for layer in layers] + [layer.bias[...] for layer in layers if layer.bias is not None]
-        axes = (_IN, _IN, _OUT, _BIAS_IN, _BIAS_IN, _BIAS_OUT)[: len(experts)]
-        arrays = (x.astype(self.compute_dtype), scores, choice, real, *(a.astype(self.compute_dtype) for a in experts))
+        inner = len(layers) - 1
+        axes = (*[_IN] * inner, _OUT, *[_BIAS_IN] * inner, _BIAS_OUT)[: len(experts)]
+        read = x if self.latent_in is None else self.latent_in(x)
+        arrays = (read.astype(self.compute_dtype), scores, choice, real, *(a.astype(self.compute_dtype) for a in experts))
         y, chosen = divided(self._route, arrays, (*[_TOKENS] * 3, _TOKENS[:2], *axes), (_TOKENS, _TOKENS))
+        y = y if self.latent_out is None else self.latent_out(y)
         if self.shared is not None:
             shared = self.shared(x, at=at).y
             y = y + (shared if self.shared_gate is None else jax.nn.sigmoid(self.shared_gate(x)) * shared)
@@ -202,13 +216,16 @@ class MoE(ChannelMixer):
             losses["z/router"] = config.z_loss * mean(jnp.square(z)).sum()
         return losses
 
-    def _route(self, over: Over, x, scores, choice, real, gate, up, down, *biases):
+    def _route(self, over: Over, x, scores, choice, real, *arrays):
         """What the routed experts give, `[B, T, D]`, and the 0/1 choice `[B, T, E]` float32, for one device's tokens.
 
+        The arrays are the experts' weights, the last of which projects back, and, where there are any, their biases.
         Where `expert` divides both experts and tokens, its devices gather each other's tokens, and what each device's experts make of
         them is added up where the tokens are: no buffer has to fit the worst case of a load, since any load is as large.
         """
         config, shape = self.config, x.shape
+        count = 3 if config.gated else 2
+        weights, biases = arrays[:count], arrays[count:]
         _, ids = jax.lax.top_k(choice, config.top_k)
         gates = jnp.take_along_axis(scores, ids, axis=-1)
         if config.normalize:
@@ -220,13 +237,13 @@ class MoE(ChannelMixer):
         if sent:
             tokens = [whole(a, sent) for a in tokens]
         if width := over(EMBED):
-            gate, up, down = whole(gate, width, axis=1), whole(up, width, axis=1), whole(down, width, axis=2)
-            biases = (*biases[:2], *(whole(bias, width, axis=1) for bias in biases[2:]))
+            weights = (*(whole(weight, width, axis=1) for weight in weights[:-1]), whole(weights[-1], width, axis=2))
+            biases = (*biases[:-1], *(whole(bias, width, axis=1) for bias in biases[-1:]))
         if biases and (inner := over(MLP)):  # the last is of a sum over these devices: one adds it
-            biases = (*biases[:2], jnp.where(jax.lax.axis_index(inner) == 0, biases[2], 0))
-        first = jax.lax.axis_index(experts) * gate.shape[0] if experts else 0
+            biases = (*biases[:-1], jnp.where(jax.lax.axis_index(inner) == 0, biases[-1], 0))
+        first = jax.lax.axis_index(experts) * weights[0].shape[0] if experts else 0
         x, ids, gates = tokens
-        y = self._experts(x, ids - first, gates, (gate, up, down), biases)
+        y = self._experts(x, ids - first, gates, weights, biases)
         if sent:
             y = jax.lax.psum_scatter(y, sent, tiled=True)
         if added := tuple(axis for axis in (*experts, *over(MLP)) if axis not in sent):
@@ -236,7 +253,7 @@ class MoE(ChannelMixer):
     def _experts(self, x, ids, gates, weights, biases):
         """`sum_j gates_j F_ids_j(x)` over the experts given, `[N, D]`; ids `[N, k]` of others count for nothing.
 
-        Args: weights and, where there are any, biases of gate, up and down.
+        Args: weights and, where there are any, biases of the experts' projections, the last of which goes back.
         """
         count, k = weights[0].shape[0], ids.shape[1]
         ids = jnp.where((ids >= 0) & (ids < count), ids, count).reshape(-1)
@@ -246,14 +263,17 @@ class MoE(ChannelMixer):
         of_row = jnp.minimum(ids[rows], count - 1)
         product = lambda a, i: grouped_dot(a, weights[i], sizes) + (biases[i][of_row] if biases else 0)
         xs = x[rows // k]
-        hidden = self._gated(product(xs, 0), product(xs, 1))
+        hidden = self._inner(*(product(xs, i) for i in range(len(weights) - 1)))
         gates = jnp.where(ids < count, gates.reshape(-1), 0.0)[rows]
-        ys = product(hidden, 2).astype(jnp.float32) * gates[:, None]
+        ys = product(hidden, -1).astype(jnp.float32) * gates[:, None]
         return jnp.zeros(x.shape, jnp.float32).at[rows // k].add(ys).astype(x.dtype)
 
-    def _gated(self, gate, up):
+    def _inner(self, *projected):
         """What an expert's last projection reads."""
         limit = self.config.swiglu_limit
+        if not self.config.gated:
+            return ACTIVATIONS[self.config.activation](*projected)
+        gate, up = projected
         if limit is None:
             return ACTIVATIONS[self.config.activation](gate) * up
         gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)

@@ -95,6 +95,8 @@ class Family(Component, abc.ABC):
     """Parts of names that other files have in place of those in the table."""
     behind: ClassVar[str | None] = None
     """Field of a config that counts layers behind the last one, which predict tokens further ahead and are left out."""
+    stale: ClassVar[tuple[str, ...]] = ()
+    """Older fields of configs, in place of which `values` writes newer ones."""
     ignored: ClassVar[tuple[str, ...]] = ()
     """Patterns (`*` for any layer) of tensors that older files hold and that follow from the config."""
 

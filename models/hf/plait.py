@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from types import MappingProxyType as Fixed
 
+import jax.numpy as jnp
+
 from plait.configs import codec
 from plait.models.config import LMConfig
 from plait.models.hf.base import Family, Line, Unfit, register
@@ -34,7 +36,8 @@ class Plait(Family):
         raise NotImplementedError("tensors are not by layer here")
 
     def table(self, model):
-        return [Line((path,), (Place(path),), Same()) for path in learned_shapes(model)]
+        halved = learned_shapes(dataclasses.replace(model, param_dtype="bfloat16"))
+        return [Line((path,), (Place(path),), Same(), like.dtype == jnp.float32) for path, like in halved.items()]
 
 
 def _plain(model: LMConfig) -> LMConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -91,6 +92,11 @@ class Values:
         self._asked.add(name)
         return self(name, kind, None if name in self._fields else default)
 
+    def factor(self, name: str) -> float | None:
+        """The factor `name`; None where it is 1 or missing."""
+        value = self(name, float, 1.0)
+        return None if value == 1 else value
+
     def only(self, name: str, *allowed: Any) -> None:
         """Raises Unfit unless the field is missing, null or one of `allowed`: the rest there is not here."""
         self._asked.add(name)
@@ -111,3 +117,16 @@ class Values:
             raise Unfit(
                 f"{self._where} has {listed}, which this family does not know here: the model would be another; take it out if it says nothing"
             )
+
+
+def written(factor: float | None) -> float:
+    """A factor as configs have it: 1 where there is none."""
+    return 1.0 if factor is None else factor
+
+
+def quotient(product: float, factor: float) -> float:
+    """What times `factor` gives `product`, to the last bit where there is such a number."""
+    near = product / factor
+    return next(
+        (x for x in (near, math.nextafter(near, math.inf), math.nextafter(near, -math.inf)) if x * factor == product), near
+    )

@@ -9,7 +9,15 @@ from plait.models.hf.base import Unfit
 from plait.models.hf.values import Values
 
 FULL, WINDOW, LINEAR = "full_attention", "sliding_attention", "linear_attention"
-OLDER = {"attention": FULL, "full": FULL, "global": FULL, "sliding": WINDOW, "local": WINDOW, "sliding_window": WINDOW}
+OLDER = {
+    "attention": FULL,
+    "full": FULL,
+    "global": FULL,
+    "sliding": WINDOW,
+    "local": WINDOW,
+    "sliding_window": WINDOW,
+    "mamba": LINEAR,
+}
 """Words for them in older files."""
 
 

@@ -1,5 +1,6 @@
 """JSON is read strictly, whoever wrote it."""
 
+import math
 import os
 import threading
 import time
@@ -37,6 +38,12 @@ def test_json_that_is_none_is_refused_with_the_reason_and_the_file(text, says, t
 
 def test_json_as_deep_as_allowed_is_read():
     assert parse_json(b"[" * (DEEPEST + 1) + b"]" * (DEEPEST + 1)) is not None
+
+
+def test_infinities_are_read_where_they_may_be_and_nothing_else_that_is_no_json():
+    assert parse_json("[Infinity, -Infinity]", infinities=True) == [math.inf, -math.inf]
+    with pytest.raises(ValueError, match="NaN is not a number"):
+        parse_json("NaN", infinities=True)
 
 
 def test_a_folder_in_place_of_the_file_is_said(tmp_path):

@@ -332,6 +332,8 @@ def test_channel_mixers_of_some_layers_are_others_or_none():
         channel_mixers={"softmax/first": dense},
         vocab_size=8,
     )
+    without = dataclasses.replace(model, channel_mixer=dense, channel_mixers={"softmax": None})
+    assert num_params(without) == num_params(model) and decode(LMConfig, json.loads(json.dumps(encode(without)))) == without
     plain = dataclasses.replace(model, channel_mixers={})
     assert num_params(model) - num_params(plain) == dense.num_params(16) + 16  # and its norm
     assert model.flops(4) - plain.flops(4) == dense.flops(16)

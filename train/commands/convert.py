@@ -114,13 +114,7 @@ def parsed(args: Sequence[str]) -> tuple[Any, ...]:
     """The options of the conversion that the words name; of a reshape also those of its kind."""
     name, words, prog = args[0], list(args[1:]), f"launch.py convert {args[0]}"
     if name == "linearize":
-        stages: list[list[str]] = []
-        for stage in ("transfer.", "tune."):
-            own, words = split_options(_NoOptions, words, prefix=stage)
-            stages.append([word.replace(f"--{stage}", "--", 1) for word in own])
-        mine, rest = split_options(LinearizeArgs, words)
-        places = [word for word in rest[:2] if not word.startswith("-")]
-        return parse(LinearizeArgs, [*places, *mine], prog=prog), rest[len(places) :], *stages
+        return _linearize_parsed(words, prog)
     if name != "reshape":
         return (parse(ARGS[name], words, prog=prog),)
     places = 3
@@ -135,6 +129,17 @@ def parsed(args: Sequence[str]) -> tuple[Any, ...]:
     others = [flag(field.name) for field in dataclasses.fields(ReshapeArgs)[places:]]
     reshape = parse(kind, own, prog=f"{prog} RUN NEW {kind.name}", others=others, description=inspect.getdoc(kind))
     return parse(ReshapeArgs, words[:places] + mine, prog=prog), reshape
+
+
+def _linearize_parsed(words: list[str], prog: str) -> tuple[Any, ...]:
+    """The options of linearising, and the words for both trainings and for each."""
+    stages = []
+    for stage in ("transfer.", "tune."):
+        own, words = split_options(_NoOptions, words, prefix=stage)
+        stages.append([word.replace(f"--{stage}", "--", 1) for word in own])
+    mine, rest = split_options(LinearizeArgs, words)
+    folders = [word for word in rest[:2] if not word.startswith("-")]
+    return parse(LinearizeArgs, [*folders, *mine], prog=prog), rest[len(folders) :], *stages
 
 
 def run(args: Sequence[str]) -> int:

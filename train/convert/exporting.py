@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -130,7 +130,7 @@ def export_model(
         tensors.append(Planned(name, shape, np.dtype(np.float32) if line.float32 else kept, make))
     with appearing(folder) as new:
         write_weights(new, sorted(tensors, key=lambda tensor: tensor.name), shard_bytes)
-        _write_config(new, run, trained, {**fields, "dtype": kept.name})
+        _write_config(new, run, trained, {**fields, "dtype": kept.name}, family.stale)
         _write_tokenizer(new, run, trained)
     return family
 
@@ -138,14 +138,14 @@ def export_model(
 def _original(run: Path) -> Mapping[str, Any]:
     """The config that the model was imported with; nothing where it was not."""
     path = run / ORIGINALS / CONFIG
-    found = read_json(path) if path.is_file() else {}
+    found = read_json(path, infinities=True) if path.is_file() else {}
     return found.get("text_config", found) if isinstance(found, dict) else {}
 
 
-def _write_config(new: Path, run: Path, trained: Trained, fields: Mapping[str, Any]) -> None:
+def _write_config(new: Path, run: Path, trained: Trained, fields: Mapping[str, Any], stale: Sequence[str]) -> None:
     before = _original(run)
     same = before.get("model_type") == fields["model_type"]
-    base = {key: value for key, value in before.items() if key not in _STALE} if same else {}
+    base = {key: value for key, value in before.items() if key not in (*_STALE, *stale)} if same else {}
     config = {"max_position_embeddings": trained.program.config.data.seq_len, **base, **fields}
     ids: dict[str, Any] = {
         "bos_token_id": None,

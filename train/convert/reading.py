@@ -55,7 +55,7 @@ class FolderReader(Reader):
 
     def config(self) -> Mapping[str, Any]:
         try:
-            found = read_json(self.path / CONFIG)
+            found = read_json(self.path / CONFIG, infinities=True)
         except FileNotFoundError:
             raise ConvertError(f"{str(self.path)!r} has no {CONFIG}; give the folder of a published model") from None
         except ValueError as error:

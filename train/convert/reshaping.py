@@ -258,7 +258,7 @@ def _buffers(reshape: Reshape, old: Blueprint, program: Program, arrays: Arrays)
 def _limit(run: Path) -> int | None:
     """The longest sequence of the published model that a run was made of."""
     path = run / ORIGINALS / PUBLISHED_CONFIG
-    found = read_json(path) if path.is_file() else {}
+    found = read_json(path, infinities=True) if path.is_file() else {}
     return next((one[_LIMIT] for one in (found.get("text_config") or {}, found) if isinstance(one.get(_LIMIT), int)), None)
 
 
@@ -268,7 +268,7 @@ def _lengthen(new: Path, reshape: Reshape) -> None:
     tokens = _limit(new)
     if tokens is None or reshape.longest(tokens) == tokens:
         return
-    found = read_json(path)
+    found = read_json(path, infinities=True)
     (found.get("text_config") or found)[_LIMIT] = reshape.longest(tokens)
     path.write_text(json.dumps(found, indent=2) + "\n")
 

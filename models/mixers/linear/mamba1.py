@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,16 @@ class Mamba1Config(MixerConfig):
     """Taps of the short convolution."""
     norm_eps: Epsilon | None = None
     """Normalises W_1 u, B and C to an RMS of 1 with this epsilon, as Falcon-Mamba does with 1e-6 (arXiv 2410.05355); None does not."""
+    norm_scale: bool = False
+    """Those norms have learned scales (Jamba, 2403.19887)."""
+    use_bias: bool = False
+    """Biases of the projections to x and z and of the output's."""
+    conv_bias: bool = True
+    """Bias of the convolution."""
+
+    def check(self) -> None:
+        if self.norm_scale and self.norm_eps is None:
+            raise ValueError("norm_scale=True has no norm to scale; set norm_eps, or use norm_scale=False")
 
     @classmethod
     def example(cls) -> Mamba1Config:
@@ -56,6 +66,13 @@ class Mamba1Config(MixerConfig):
     def width(self, d_model: int) -> int:
         """Inner channels at width `d_model`."""
         return expanded(self.expand, d_model)
+
+    def rank(self, d_model: int) -> int:
+        """Inner width of the step's projection at width `d_model`."""
+        return self.dt_rank or -(-d_model // 16)
+
+    def settled(self, d_model: int) -> Self:
+        return dataclasses.replace(self, dt_rank=self.rank(d_model))
 
     def build(self, d_model: int, ctx: BuildContext) -> Mamba1:
         return Mamba1(self, d_model, ctx)
@@ -78,21 +95,23 @@ class Mamba1(Channelwise):
     convs = ("conv",)
 
     def __init__(self, config: Mamba1Config, d_model: int, ctx: BuildContext):
-        width, rank = config.width(d_model), config.dt_rank or -(-d_model // 16)
+        width, rank = config.width(d_model), config.rank(d_model)
         self.head_dims = (config.state_dim, width)
-        self.x, self.z = (Dense(ctx, d_model, width, (EMBED, HEADS), role=role) for role in ("matrix", "gate"))
-        self.conv = ShortConv(ctx, width, size=config.conv_size, axis=HEADS, use_bias=True)
+        self.x, self.z = (
+            Dense(ctx, d_model, width, (EMBED, HEADS), role=role, use_bias=config.use_bias) for role in ("matrix", "gate")
+        )
+        self.conv = ShortConv(ctx, width, size=config.conv_size, axis=HEADS, use_bias=config.conv_bias)
         self.dt_down = Dense(ctx, width, rank, (HEADS, None), role="gate")
         self.B, self.C = (Dense(ctx, width, config.state_dim, (HEADS, None)) for _ in range(2))
         uniform = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -(rank**-0.5), rank**-0.5)
         self.dt_up = Dense(ctx, rank, width, (None, HEADS), role="gate", init=uniform)
         self.dt_bias = ctx.param(inverse_softplus_step(floor=1e-4), (width,), (HEADS,), role="decay")
         self.A_log = ctx.param(_s4d_real, self.head_dims, (None, HEADS), role="decay")
-        self.D = ctx.param(jax.nn.initializers.ones, (width,), (HEADS,))
+        self.D = ctx.param(jax.nn.initializers.ones, (width,), (HEADS,), exact=True)
         eps = config.norm_eps
-        norm = lambda dim: RMSNorm(ctx, dim, eps=eps, with_scale=False) if eps else lambda y: y
+        norm = lambda dim: RMSNorm(ctx, dim, eps=eps, with_scale=config.norm_scale) if eps else lambda y: y
         self.dt_norm, self.B_norm, self.C_norm = norm(rank), norm(config.state_dim), norm(config.state_dim)
-        self.o = Dense(ctx, width, d_model, (HEADS, EMBED), init=ctx.residual_init)
+        self.o = Dense(ctx, width, d_model, (HEADS, EMBED), init=ctx.residual_init, use_bias=config.use_bias)
 
     @property
     def A(self) -> jax.Array:

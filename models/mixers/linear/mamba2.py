@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+import functools
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from plait.configs.domains import Channels, Epsilon, Factor, Heads, Taps
+from plait.configs.domains import Channels, Epsilon, Factor, Heads, Positive, Taps
 from plait.models.axes import EMBED, HEADS
 from plait.models.build import BuildContext
 from plait.models.decays import inverse_softplus_step, log_uniform_rate
@@ -18,6 +19,8 @@ from plait.models.mixers.heads import expanded, join_heads, require_divides, spl
 from plait.models.mixers.linear.recurrent import Recurrent
 from plait.models.norms import RMSNorm
 from plait.models.short_conv import ShortConv
+
+_PROJECTIONS = ("z", "x", "B", "C", "dt")
 
 
 @register(
@@ -44,8 +47,16 @@ class Mamba2Config(MixerConfig):
     """Groups of heads that share B and C and are normalised together, a divisor of the number of heads."""
     conv_size: Taps = 4
     """Taps of the short convolutions on x, B and C."""
+    use_bias: bool = False
+    """Biases of the projections."""
+    conv_bias: bool = True
+    """Biases of the convolutions."""
+    norm: Literal["after_gate", "before_gate"] | None = "after_gate"
+    """`norm(y * silu(z))`, `norm(y) * silu(z)`, or `y * silu(z)` (Falcon-H1)."""
     norm_eps: Epsilon = 1e-5
     """Epsilon of the output norm."""
+    multipliers: tuple[Positive, Positive, Positive, Positive, Positive] | None = None
+    """Multiplies the projections to z, x, B, C and dt (Falcon-H1); None for 1."""
 
     @classmethod
     def example(cls) -> Mamba2Config:
@@ -84,22 +95,30 @@ class Mamba2(Recurrent):
         self.config, self.num_heads = config, config.num_heads(d_model)
         self.head_dims = config.state_dim, config.head_dim
         width, shared = self.num_heads * config.head_dim, config.num_groups * config.state_dim
-        self.z, self.x = (Dense(ctx, d_model, width, (EMBED, HEADS), role=role) for role in ("gate", "matrix"))
-        self.B, self.C = (Dense(ctx, d_model, shared, (EMBED, None)) for _ in range(2))
-        self.dt = Dense(ctx, d_model, self.num_heads, (EMBED, HEADS), role="gate")
-        self.x_conv = ShortConv(ctx, width, size=config.conv_size, axis=HEADS, use_bias=True)
-        self.B_conv, self.C_conv = (ShortConv(ctx, shared, size=config.conv_size, axis=None, use_bias=True) for _ in range(2))
+        dense = functools.partial(Dense, ctx, use_bias=config.use_bias)
+        conv = functools.partial(ShortConv, ctx, size=config.conv_size, use_bias=config.conv_bias)
+        self.z, self.x = (dense(d_model, width, (EMBED, HEADS), role=role) for role in ("gate", "matrix"))
+        self.B, self.C = (dense(d_model, shared, (EMBED, None)) for _ in range(2))
+        self.dt = dense(d_model, self.num_heads, (EMBED, HEADS), role="gate")
+        self.x_conv = conv(width, axis=HEADS)
+        self.B_conv, self.C_conv = (conv(shared, axis=None) for _ in range(2))
         self.A_log = ctx.param(log_uniform_rate(1.0, 16.0), (self.num_heads,), (HEADS,), role="decay")
         self.dt_bias = ctx.param(inverse_softplus_step(floor=1e-4), (self.num_heads,), (HEADS,), role="decay")
-        self.D = ctx.param(jax.nn.initializers.ones, (self.num_heads,), (HEADS,))
-        self.norm = RMSNorm(ctx, width, eps=config.norm_eps, axis=HEADS, groups=config.num_groups)
-        self.o = Dense(ctx, width, d_model, (HEADS, EMBED), init=ctx.residual_init)
+        self.D = ctx.param(jax.nn.initializers.ones, (self.num_heads,), (HEADS,), exact=True)
+        norm = lambda: RMSNorm(ctx, width, eps=config.norm_eps, axis=HEADS, groups=config.num_groups)
+        self.norm = None if config.norm is None else norm()
+        self.o = dense(width, d_model, (HEADS, EMBED), init=ctx.residual_init)
+
+    def _projected(self, name: str, x: jax.Array) -> jax.Array:
+        y = getattr(self, name)(x)
+        factors = self.config.multipliers
+        return y if factors is None else y * jnp.asarray(factors[_PROJECTIONS.index(name)], y.dtype)
 
     def project(self, x, *, at, state):
-        streams = {"x_conv": self.x(x), "B_conv": self.B(x), "C_conv": self.C(x)}
+        streams = {f"{name}_conv": self._projected(name, x) for name in ("x", "B", "C")}
         (v, k, q), state = self.convolve(streams, at=at, state=state)
         rate, bias = (p[...].astype(jnp.float32)[None, None] for p in (self.A_log, self.dt_bias))
-        dt = jax.nn.softplus(self.dt(x).astype(jnp.float32) + bias)
+        dt = jax.nn.softplus(self._projected("dt", x).astype(jnp.float32) + bias)
         v, groups = self.heads(v), self.config.num_groups
         return Mamba2Inputs(
             split_heads(q, groups), split_heads(k, groups), (dt[..., None] * v).astype(v.dtype), -jnp.exp(rate) * dt, v
@@ -110,5 +129,9 @@ class Mamba2(Recurrent):
 
     def finish(self, o, inputs, x):
         skip = self.D[...].astype(jnp.float32)[None, None, :, None] * inputs.x
-        y = join_heads((o + skip).astype(o.dtype))
-        return split_heads(self.norm(y * jax.nn.silu(self.z(x))), self.num_heads)
+        y, gate = join_heads((o + skip).astype(o.dtype)), jax.nn.silu(self._projected("z", x))
+        if self.norm is None:
+            y = y * gate
+        else:
+            y = self.norm(y * gate) if self.config.norm == "after_gate" else self.norm(y) * gate
+        return split_heads(y, self.num_heads)

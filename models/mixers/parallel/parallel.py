@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -94,6 +94,9 @@ class ParallelConfig(MixerConfig):
         for index, part in enumerate(self.parts):
             under(f"parts.{index}", part.fit, d_model)
         abstract(self, d_model)  # raises where the parts do not fit together
+
+    def settled(self, d_model: int) -> Self:
+        return dataclasses.replace(self, parts=tuple(part.settled(d_model) for part in self.parts))
 
     def carries(self, d_model: int) -> tuple[CarryUse, ...]:
         return tuple(use for part in self.parts for use in part.carries(d_model))

@@ -17,6 +17,7 @@ from plait.kernels import Tokens
 from plait.kernels.target import target
 from plait.models.build import BuildContext
 from plait.models.channel_mixers.base import CHANNEL_MIXERS, ChannelMixer, ChannelMixerConfig
+from plait.models.channel_mixers.gated_mlp import GatedMLPConfig
 from plait.models.channel_mixers.moe import MoEConfig
 from plait.models.linear import dense_layers
 from plait.tests.models.common import quick_jit
@@ -58,6 +59,8 @@ def _cases() -> dict[str, Case]:
         "moe-biases-clamped": Case(
             MoEConfig(num_experts=4, hidden_dim=32, swiglu_limit=0.2, use_bias=True, router_bias=True, num_shared_experts=1)
         ),
+        "moe-nemotron": Case(dataclasses.replace(deepseek, gated=False, activation="relu2", latent_dim=24, use_bias=True)),
+        "gated_mlp-multiplied": Case(GatedMLPConfig(hidden_dim=48, use_bias=True, multipliers=(0.5, 2.0))),
         "moe-scores-as-gates": Case(dataclasses.replace(MoEConfig.example(), normalize=False)),
     }
 

@@ -77,6 +77,64 @@ DELTA = {  # keys and values of one width, or what transformers saves of OLMo Hy
     "linear_value_head_dim": 3,
     "layer_types": ["linear_attention", "full_attention"] * 2 + ["linear_attention"],
 }
+STATE_SPACE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 24,
+    "num_hidden_layers": 3,
+    "state_size": 5,
+    "use_bias": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+MAMBA2 = {"mamba_n_heads": 6, "mamba_d_head": 8, "mamba_n_groups": 2, "mamba_d_state": 5, "mamba_chunk_size": 8}
+LINEAR = "linear_attention"
+GRANITE = {"embedding_multiplier": 6.0, "logits_scaling": 3.0, "residual_multiplier": 0.22, "attention_multiplier": 0.4}
+GRANITE_HYBRID = {
+    **MAMBA2,
+    "num_hidden_layers": 4,
+    "layer_types": [LINEAR, "full_attention"] * 2,
+    "num_local_experts": 4,
+    "intermediate_size": 12,
+    "shared_intermediate_size": 28,
+}
+NEMOTRON_H = {
+    **{key: value for key, value in BASE.items() if key != "num_hidden_layers"},
+    "head_dim": 6,
+    "mamba_num_heads": 6,
+    "mamba_head_dim": 5,
+    "n_groups": 2,
+    "ssm_state_size": 5,
+    "chunk_size": 8,
+    "use_bias": True,
+    "mamba_proj_bias": True,
+    "mlp_bias": True,
+    "time_step_floor": 0.05,  # time steps above the limit of transformers: see the family
+    "n_routed_experts": 4,
+    "moe_intermediate_size": 12,
+    "moe_shared_expert_intermediate_size": 20,
+    "routed_scaling_factor": 2.5,
+}
+FALCON_H1 = {
+    **BASE,
+    **MAMBA2,
+    "head_dim": 6,
+    "mamba_d_ssm": 30,
+    "mamba_d_head": 5,
+    "mlp_bias": True,
+    "attention_bias": True,
+    "mamba_proj_bias": True,
+    "projectors_bias": True,
+    "key_multiplier": 0.625,
+    "attention_in_multiplier": 0.75,
+    "attention_out_multiplier": 1.5,
+    "ssm_in_multiplier": 1.25,
+    "ssm_out_multiplier": 0.5,
+    "ssm_multipliers": [0.875, 1.125, 0.75, 1.25, 0.5],
+    "mlp_multipliers": [1.375, 0.625],
+    "embedding_multiplier": 5.5,
+    "lm_head_multiplier": 0.3,
+}
 MODELS = {
     "llama": ("LlamaConfig", {**BASE, "head_dim": 6, "attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3}),
     "llama_tied": ("LlamaConfig", {**BASE, "tie_word_embeddings": True}),
@@ -191,6 +249,76 @@ MODELS = {
     "gpt2": ("GPT2Config", {"vocab_size": VOCAB, "n_embd": 24, "n_layer": 3, "n_head": 4, "n_positions": 64}),
     "gpt_neox": ("GPTNeoXConfig", {**HEADS_ALONE, "hidden_size": 32, "num_attention_heads": 4}),
     "gpt_neox_one_after_the_other": ("GPTNeoXConfig", {**HEADS_ALONE, "use_parallel_residual": False, "rotary_pct": 1.0}),
+    "mamba": ("MambaConfig", {**STATE_SPACE, "time_step_rank": 3}),
+    "mamba2": ("Mamba2Config", {**STATE_SPACE, "num_heads": 6, "head_dim": 8, "n_groups": 2, "chunk_size": 8}),
+    "falcon_mamba": ("FalconMambaConfig", {**STATE_SPACE, "mixer_rms_eps": 1e-4, "use_conv_bias": False}),
+    "falcon_h1": ("FalconH1Config", FALCON_H1),
+    "falcon_h1_normalised": (
+        "FalconH1Config",
+        {**FALCON_H1, "mamba_rms_norm": True, "mamba_proj_bias": False, "projectors_bias": False, "tie_word_embeddings": True},
+    ),
+    "bamba": ("BambaConfig", {**BASE, **MAMBA2, "num_hidden_layers": 5, "attn_layer_indices": [1, 3], "mamba_proj_bias": True}),
+    "granite": ("GraniteConfig", {**BASE, **GRANITE, "attention_bias": True, "mlp_bias": True}),
+    "granitemoehybrid": ("GraniteMoeHybridConfig", {**BASE, **GRANITE, **GRANITE_HYBRID}),
+    "granitemoehybrid_dense": (
+        "GraniteMoeHybridConfig",
+        {**BASE, **GRANITE, **GRANITE_HYBRID, "num_local_experts": 0, "position_embedding_type": "rope", "attention_bias": True},
+    ),
+    "jamba": (
+        "JambaConfig",
+        {
+            **BASE,
+            "num_hidden_layers": 5,
+            "intermediate_size": 16,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "expert_layer_offset": 0,
+            "num_experts": 4,
+            "mamba_d_state": 5,
+            "mamba_dt_rank": 3,
+            "mamba_proj_bias": True,
+        },
+    ),
+    "nemotron_h": (
+        "NemotronHConfig",
+        {**NEMOTRON_H, "layers_block_type": [LINEAR, "full_attention", "mlp"] * 2 + [LINEAR]},
+    ),
+    "nemotron_h_experts": (
+        "NemotronHConfig",
+        {
+            **NEMOTRON_H,
+            "layers_block_type": [LINEAR, "moe", "full_attention", "moe"] * 2 + [LINEAR, "mlp"],
+            "use_conv_bias": False,
+            "mlp_bias": False,
+            "moe_latent_size": 16,
+            "n_group": 2,
+            "topk_group": 1,
+        },
+    ),
+    "recurrent_gemma": (
+        "RecurrentGemmaConfig",
+        {
+            **BASE,
+            "num_hidden_layers": 5,
+            "intermediate_size": 56,
+            "block_types": ["recurrent", "attention"],
+            "lru_width": 36,
+            "attention_window_size": 7,
+            "attention_bias": True,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "lfm2": (
+        "Lfm2Config",
+        {
+            **BASE,
+            "num_hidden_layers": 5,
+            "layer_types": ["conv", "full_attention", "conv", "full_attention", "conv"],
+            "conv_L_cache": 4,
+            "conv_bias": True,
+            "block_auto_adjust_ff_dim": False,
+        },
+    ),
 }
 
 

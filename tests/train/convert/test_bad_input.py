@@ -9,7 +9,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from plait.launch import main
-from plait.train.convert.weights import INDEX, ONE
+from plait.train.convert.fitting import Source
+from plait.train.convert.weights import INDEX, ONE, ConvertError
 
 GOLDEN = Path(__file__).parent / "golden" / "llama"
 
@@ -126,6 +127,14 @@ CASES = {
         f"{Q} is in model-1.safetensors and in model-3.safetensors",
     ),
 }
+
+
+@pytest.mark.parametrize("words", [["mlp", "linear_attention"], ["full_attention", "mlp", "moe"]])
+def test_channels_that_are_mixed_before_tokens_are_refused(words, tmp_path):
+    fields = json.loads((GOLDEN.parent / "nemotron_h" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**fields, "layers_block_type": words}))
+    with pytest.raises(ConvertError, match="and the one before it neither linear_attention nor full_attention"):
+        Source.of(tmp_path)
 
 
 DESCRIBED = ("missing tensors", "tensors that", "another shape", "quantised tensors", "has lm_head")

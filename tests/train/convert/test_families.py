@@ -1,5 +1,6 @@
 """Each family against models that `transformers` saved: logits, greedy tokens, and the same bits back."""
 
+import dataclasses
 import importlib.util
 import json
 import shutil
@@ -18,7 +19,7 @@ from plait.kernels import Tokens
 from plait.models.build import Moved
 from plait.models.config import LMConfig
 from plait.models.hf.base import MODEL_TYPES
-from plait.models.lm import LM
+from plait.models.lm import LM, learned_shapes
 from plait.tests.models.common import quick_jit
 from plait.tests.tolerances import assert_close
 from plait.train.convert.arrays import part_of, read_arrays, written
@@ -94,6 +95,13 @@ def test_the_family_is_found_by_what_the_model_is(imported):
     } == set()  # as strict readers want
     found, _ = home(model.config)
     assert found.name != "plait"
+
+
+def test_what_stays_float32_in_files_does_in_models(imported):
+    source, _, lines, _ = imported
+    shapes = learned_shapes(dataclasses.replace(source.model, param_dtype="bfloat16"))
+    kept = {place.path for line in lines if line.float32 for place in line.places}
+    assert {path for path, like in shapes.items() if like.dtype == jnp.float32} == kept
 
 
 def test_several_devices_hold_and_give_the_same(imported):

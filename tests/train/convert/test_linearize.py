@@ -74,7 +74,7 @@ def test_transfer_brings_students_nearer(name, grouped, corpus, compile_cache, t
     ("pattern", "message"),
     [
         ("softmax", "changes no layer"),
-        ("lolcats,retnet,softmax", "gives layer 1 'retnet'; it must be 'softmax', which is there, or one of 'lolcats'"),
+        ("lolcats,retnet,softmax", "gives layer 1 'retnet'; it must be 'softmax', which is there, or one of lolcats"),
     ],
 )
 def test_patterns_that_cannot_be(pattern, message, grouped, tmp_path):

@@ -249,5 +249,5 @@ def test_several_devices_make_the_same_bits(plain, reshape, tmp_path):
 
 
 def test_every_reshape_is_shown_and_documented():
-    assert set(RESHAPES) == {"kv_heads", "moh", "mla", "depth", "window", "vocab", "rope"}
+    assert set(RESHAPES) == {"kv_heads", "moh", "mla", "depth", "window", "vocab", "rope", "linearize", "students"}
     assert main(["list", "reshapes"]) == 0

@@ -57,13 +57,15 @@ def test_dtype_and_shards(compile_cache, tmp_path):
     from plait.train.convert.exporting import export_model
 
     run = tmp_path / "run"
-    do("train", "lm_tiny", *TRAIN.split(), "--model.pattern", "softmax", "--out", run)
+    do("train", "lm_tiny", *TRAIN.split(), "--model.pattern", "gated_deltanet,softmax", "--out", run)
     export_model(run, tmp_path / "whole", dtype="bfloat16")
     export_model(run, tmp_path / "parts", dtype="bfloat16", shard_bytes=20_000)
     whole = load_file(tmp_path / "whole" / "model.safetensors")
     index = json.loads((tmp_path / "parts" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 2 and index["weight_map"].keys() == whole.keys()
-    assert {value.dtype.name for value in whole.values()} == {"bfloat16"}
+    rates = {name for name in whole if name.endswith((".A_log", ".dt_bias"))}
+    assert {name for name, value in whole.items() if value.dtype == np.float32} == rates
+    assert {value.dtype.name for name, value in whole.items() if name not in rates} == {"bfloat16"}
     for name, file in index["weight_map"].items():
         np.testing.assert_array_equal(load_file(tmp_path / "parts" / file)[name], whole[name])
     do("convert", "inspect", tmp_path / "parts")
