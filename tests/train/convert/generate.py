@@ -223,6 +223,18 @@ MODELS = {
     "olmo_hybrid_turned": ("OlmoHybridConfig", {**DELTA, "num_hidden_layers": 2, "layer_types": DELTA["layer_types"][:2]}),
     "qwen3_5_text": ("Qwen3_5TextConfig", {**DELTA, "head_dim": 8, "linear_value_head_dim": 5, "tie_word_embeddings": True}),
     "diffllama": ("DiffLlamaConfig", {**BASE, "num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 6}),
+    "granite_swa": (
+        "GraniteSWAConfig",
+        {
+            **BASE,
+            "num_hidden_layers": 6,
+            "head_dim": 6,
+            "sliding_window": 7,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.4,
+        }
+        | {"attention_multiplier": 0.3, "logits_scaling": 2.5, "layer_rope_theta": [0, 1e4, 5e3, 1e4, 0, 1e4]},
+    ),
     "opt": ("OPTConfig", {**WITHOUT_INNER, "ffn_dim": 40, "num_attention_heads": 4}),
     "opt_bare": ("OPTConfig", {**WITHOUT_INNER, "ffn_dim": 40, "enable_bias": False, "tie_word_embeddings": False}),
     "qwen3_next": (
