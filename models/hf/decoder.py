@@ -227,6 +227,8 @@ class Decoder(Family, abc.ABC):
         if mixer.qk_norm:
             for name in ("q_norm", "k_norm"):
                 yield layer.same(f"{self.attention_names[name]}.weight", f"mixer.{name}.scale")
+        if mixer.sink_logits:
+            yield layer.same("self_attn.sinks", "mixer.sinks")
 
     def query_lines(self, mixer: SoftmaxConfig, width: int, layer: Layer) -> Iterator[Line]:
         """Those of the projection to queries."""

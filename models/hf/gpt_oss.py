@@ -53,10 +53,6 @@ class GPTOSS(Experts):
     def own_values(self, model, mixers):
         return {**super().own_values(model, mixers), **write_windows([mixer.window_size for mixer in mixers])}
 
-    def mixer_lines(self, mixer, width, layer):
-        yield from super().mixer_lines(mixer, width, layer)
-        yield layer.same("self_attn.sinks", "mixer.sinks")
-
     def dense(self, values, depth):
         return [False] * depth
 

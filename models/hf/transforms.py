@@ -84,6 +84,22 @@ class Transposed(Alone):
 
 
 @dataclasses.dataclass(frozen=True)
+class Alternated(Transposed):
+    """`[out, in]`, the outputs of which are two runs of heads, to `[in, out]`, in which a head of one stands beside that of the other."""
+
+    heads: int
+    """Of a run."""
+
+    def read_one(self, tensor):
+        alternated = tensor.reshape(2, self.heads, -1, tensor.shape[-1]).swapaxes(0, 1)
+        return super().read_one(alternated.reshape(tensor.shape))
+
+    def write_one(self, array):
+        rows = super().write_one(array)
+        return rows.reshape(self.heads, 2, -1, rows.shape[-1]).swapaxes(0, 1).reshape(rows.shape)
+
+
+@dataclasses.dataclass(frozen=True)
 class Fused(Transform):
     """One tensor to several arrays that stand beside each other in its output axis: all of one after all of another, or, with `groups`, a
     share of each for every group of channels (heads).

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
-from plait.configs.domains import Length, Positive
+from plait.configs.domains import Length, Positive, Whole
 from plait.kernels import Tokens
 from plait.models.axes import EMBED
 from plait.models.build import BuildContext
@@ -23,6 +24,8 @@ class LearnedConfig(PositionConfig):
 
     max_len: Length = 1024
     """Rows: the longest document, in training and in decoding."""
+    offset: Annotated[int, Whole(0, 2**10)] = 0
+    """Rows of the table before that of the first position, which no token has (OPT: 2)."""
     init_std: Positive = 0.02
     """Standard deviation of the rows at the start."""
 
@@ -45,7 +48,8 @@ class Learned(Position):
     """See `LearnedConfig`."""
 
     def __init__(self, config: LearnedConfig, ctx: BuildContext, width: int):
-        self.table = ctx.param(jax.nn.initializers.normal(config.init_std), (config.max_len, width), (None, EMBED))
+        rows, self.offset = config.offset + config.max_len, config.offset
+        self.table = ctx.param(jax.nn.initializers.normal(config.init_std), (rows, width), (None, EMBED))
 
     def add(self, x: jax.Array, at: Tokens) -> jax.Array:
-        return x + jnp.take(self.table[...].astype(x.dtype), at.positions, axis=0, mode="clip")
+        return x + jnp.take(self.table[...].astype(x.dtype), at.positions + self.offset, axis=0, mode="clip")

@@ -75,6 +75,8 @@ class LayerWeightedConfig(GroupedConfig):
     """Channels of a query and a key of one map; values have twice as many."""
     norm_eps: Epsilon = 1e-5
     """Epsilon of the per-head output norm."""
+    norm_scale: bool = True
+    """A learned gain of that norm; DiffLlama has none."""
 
     def count_heads(self, d_model: int) -> int:
         if self.num_heads is None and d_model % (2 * self.head_dim):
@@ -102,7 +104,7 @@ class LayerWeighted(Differential):
         self.o = self.projection_back(ctx, d_model, value_dim)
         self.vectors = ctx.param(jax.nn.initializers.normal(0.1), (2, 2, config.head_dim), (None, None, None))
         self.start = Buffer(0.8 - 0.6 * jnp.exp(-0.3 * jnp.asarray(ctx.layer_index, jnp.float32)), axes=())
-        self.norm = RMSNorm(ctx, value_dim, eps=config.norm_eps)
+        self.norm = RMSNorm(ctx, value_dim, eps=config.norm_eps, with_scale=config.norm_scale)
 
     @abc.abstractmethod
     def both(self, x: jax.Array) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:

@@ -29,6 +29,7 @@ BASE = {
     "pad_token_id": 0,
 }
 HEADS_ALONE = {key: value for key, value in BASE.items() if key != "num_key_value_heads"}
+WITHOUT_INNER = {key: value for key, value in HEADS_ALONE.items() if key != "intermediate_size"}
 CHOICE = {"num_experts": 6, "num_experts_per_tok": 3}
 EXPERTS = {**CHOICE, "moe_intermediate_size": 12}
 LATENT = {
@@ -221,6 +222,21 @@ MODELS = {
     "olmo_hybrid": ("OlmoHybridConfig", {**DELTA, "rope_parameters": {"rope_theta": None, "rope_type": "default"}}),
     "olmo_hybrid_turned": ("OlmoHybridConfig", {**DELTA, "num_hidden_layers": 2, "layer_types": DELTA["layer_types"][:2]}),
     "qwen3_5_text": ("Qwen3_5TextConfig", {**DELTA, "head_dim": 8, "linear_value_head_dim": 5, "tie_word_embeddings": True}),
+    "diffllama": ("DiffLlamaConfig", {**BASE, "num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 6}),
+    "granite_swa": (
+        "GraniteSWAConfig",
+        {
+            **BASE,
+            "num_hidden_layers": 6,
+            "head_dim": 6,
+            "sliding_window": 7,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.4,
+        }
+        | {"attention_multiplier": 0.3, "logits_scaling": 2.5, "layer_rope_theta": [0, 1e4, 5e3, 1e4, 0, 1e4]},
+    ),
+    "opt": ("OPTConfig", {**WITHOUT_INNER, "ffn_dim": 40, "num_attention_heads": 4}),
+    "opt_bare": ("OPTConfig", {**WITHOUT_INNER, "ffn_dim": 40, "enable_bias": False, "tie_word_embeddings": False}),
     "qwen3_next": (
         "Qwen3NextConfig",
         {

@@ -189,6 +189,15 @@ PUBLISHED = {
                                 "rope_theta": 10000000, "partial_rotary_factor": 0.25})},
         752_393_024,
     ),
+    "opt-125m": (
+        {"model_type": "opt", "architectures": ["OPTForCausalLM"], "_remove_final_layer_norm": False, "activation_dropout": 0.0,
+         "activation_function": "relu", "attention_dropout": 0.0, "bos_token_id": 2, "do_layer_norm_before": True, "dropout": 0.1,
+         "eos_token_id": 2, "ffn_dim": 3072, "hidden_size": 768, "init_std": 0.02, "layerdrop": 0.0,
+         "max_position_embeddings": 2048, "num_attention_heads": 12, "num_hidden_layers": 12, "pad_token_id": 1, "prefix": "</s>",
+         "torch_dtype": "float16", "transformers_version": "4.21.0.dev0", "use_cache": True, "vocab_size": 50272,
+         "word_embed_proj_dim": 768},
+        125_239_296,
+    ),
     "Qwen3-Next-80B-A3B": (
         config("qwen3_next", 2048, 5120, 48, 16, 2, 151936, head_dim=256, hidden_act="silu", rms_norm_eps=1e-6, attention_bias=False,
                decoder_sparse_step=1, full_attention_interval=4, linear_conv_kernel_dim=4, linear_key_head_dim=128,
