@@ -16,7 +16,11 @@ __all__ = ["ContextState", "Layers", "Learned", "empty_context", "memory_context
 
 Array = jax.Array
 
-_op = Op("memory_context", chunked=Implementation(chunked.memory_context), reference=Implementation(reference.memory_context))
+_op = Op(
+    "memory_context",
+    chunked=Implementation(chunked.memory_context, per_device=True),
+    reference=Implementation(reference.memory_context),
+)
 
 
 def memory_context(

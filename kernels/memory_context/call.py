@@ -65,24 +65,25 @@ class ContextState(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class ContextCall(Call):
-    """One call of `plait.kernels.memory_context`."""
+    """One call of `plait.kernels.memory_context`. Rows are divided among devices, heads (a) are not: what attention gives to all of them is
+    what each head's memory learns from."""
 
-    results: ClassVar[tuple[str, ...]] = ("btd", "bthk", "bhio", "bhio", "bhio", "bchk", "bc", "bwd", "b")
+    results: ClassVar[tuple[str, ...]] = ("btd", "btak", "baio", "baio", "baio", "bcak", "bc", "bwd", "b")
 
-    reads: Array = field(metadata=letters("bthk"))
-    q: Array = field(metadata=letters("bthk"))
-    k: Array = field(metadata=letters("bthk"))
-    v: Array = field(metadata=letters("bthk"))
-    persistent_logits: Array = field(metadata=letters("bthp"))
-    persistent_values: Array = field(metadata=letters("phk"))
+    reads: Array = field(metadata=letters("btak"))
+    q: Array = field(metadata=letters("btak"))
+    k: Array = field(metadata=letters("btak"))
+    v: Array = field(metadata=letters("btak"))
+    persistent_logits: Array = field(metadata=letters("btap"))
+    persistent_values: Array = field(metadata=letters("pak"))
     layers: Any = field(metadata=letters(""))
-    initial: Weights = field(metadata=letters("hio"))
+    initial: Weights = field(metadata=letters("aio"))
     segment_ids: Array = field(metadata=letters("bt"))
     positions: Array = field(metadata=letters("bt"))
-    accumulated: Weights = field(metadata=letters("bhio"))
-    speed: Weights = field(metadata=letters("bhio"))
-    opened: Weights = field(metadata=letters("bhio"))
-    slots: tuple[Array, ...] = field(metadata=letters("bchk"))
+    accumulated: Weights = field(metadata=letters("baio"))
+    speed: Weights = field(metadata=letters("baio"))
+    opened: Weights = field(metadata=letters("baio"))
+    slots: tuple[Array, ...] = field(metadata=letters("bcak"))
     filled: Array = field(metadata=letters("bc"))
     convs: tuple[Array, ...] = field(metadata=letters("bwd"))
     chunk: Array = field(metadata=letters("b"))

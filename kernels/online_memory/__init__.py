@@ -16,7 +16,11 @@ __all__ = ["MemoryState", "Rule", "empty_memory", "online_memory"]
 
 Array = jax.Array
 
-_op = Op("online_memory", chunked=Implementation(chunked.online_memory), reference=Implementation(reference.online_memory))
+_op = Op(
+    "online_memory",
+    chunked=Implementation(chunked.online_memory, per_device=True),
+    reference=Implementation(reference.online_memory),
+)
 
 
 def online_memory(
