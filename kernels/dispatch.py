@@ -168,6 +168,6 @@ def called_by(function: Callable[..., Any], *args: Any) -> list["Op"]:
 def registered(*, everywhere: bool = False) -> dict[str, tuple[str, ...]]:
     """The implementations of each op, in the order in which `auto` tries them; with `everywhere`, no accelerator's kernels."""
     return {
-        name: tuple(key for key, implementation in op.implementations.items() if not (everywhere and implementation.per_device))
+        name: tuple(key for key, implementation in op.implementations.items() if not (everywhere and implementation.platform))
         for name, op in _ops.items()
     }

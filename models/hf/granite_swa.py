@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from plait.models.hf.base import Unfit, register
 from plait.models.hf.granite import Granite
@@ -25,7 +26,7 @@ class GraniteSWA(Granite):
         return read_windows(values, depth, default, values.or_null("sliding_window", int, 128))
 
     def layers(self, values, depth, width):
-        layers = super().layers(values, depth, width)
+        layers: Any = super().layers(values, depth, width)
         bases = values("layer_rope_theta", list, [layer.positions.theta for layer in layers])
         if len(bases) != depth:
             raise Unfit(f"config.json: layer_rope_theta has {len(bases)} entries and num_hidden_layers={depth}; give one a layer")
