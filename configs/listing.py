@@ -81,6 +81,11 @@ def fits(config: Any) -> str:
     return ", ".join(word for word, true in found.items() if true)
 
 
+def families(config: type[Any]) -> str:
+    """The published models that have a mixer, as `convert` knows them."""
+    return ", ".join(name for name, family in registry("model type").all().items() if config.name in family.mixers) or "plait"
+
+
 COLUMNS: dict[str, dict[str, Callable[[type[Any]], str]]] = {
     "mixer": {
         "kind": lambda config: config().kind,
@@ -91,6 +96,7 @@ COLUMNS: dict[str, dict[str, Callable[[type[Any]], str]]] = {
         "ops (kernels)": lambda config: kernels_of(config()),
         "takes": lambda config: fits(config()),
         "proof": lambda config: config.proof,
+        "model types": families,
     },
     "channel mixer": {
         "parameters": lambda config: f"{config().num_params(WIDTH) / 1e6:.2f}M",

@@ -20,6 +20,7 @@ class BailingHybrid(KimiLinear):
     """See `KimiLinear`. Layers that predict further ahead are left out."""
 
     architecture = "BailingHybridForCausalLM"
+    mixers = ("kda", "mla")
     around = Fixed({"word_embeddings.weight": "embedding", "norm.weight": "norm.scale"})
     renamed = Fixed({"embed_tokens": "word_embeddings"})
     default_eps = 1e-6

@@ -19,6 +19,7 @@ class Bamba(Hybrid):
     """See `Decoder`."""
 
     architecture = "BambaForCausalLM"
+    mixers = ("mamba2", "softmax")
     default_eps = 1e-5
     around = Fixed({"embed_tokens.weight": "embedding", "final_layernorm.weight": "norm.scale"})
     block = Fixed({"input_layernorm.weight": "mixer_norm.scale", "pre_ff_layernorm.weight": "channel_norm.scale"})

@@ -83,6 +83,8 @@ class Family(Component, abc.ABC):
 
     architecture: ClassVar[str]
     """The class of `transformers` that its causal language models name."""
+    mixers: ClassVar[tuple[str, ...]] = ("softmax",)
+    """Those that its layers can have."""
     base: ClassVar[str] = "model."
     """Before the names of all tensors but the head's; files that were saved without the head lack it."""
     head: ClassVar[str] = "lm_head.weight"

@@ -19,6 +19,7 @@ class DeepSeekV2(Latent):
     """See `Experts`. Gates are the scores times a factor."""
 
     architecture = "DeepseekV2ForCausalLM"
+    mixers = ("mla",)
     ignored = ("model.layers.*.self_attn.rotary_emb.inv_freq",)
     keys = Fixed(
         {

@@ -16,6 +16,7 @@ class DeepSeekV3(Latent):
     """See `Experts`. The layer that predicts the token after the next is left out."""
 
     architecture = "DeepseekV3ForCausalLM"
+    mixers = ("mla",)
     behind = "num_nextn_predict_layers"
     ignored = ("model.layers.*.self_attn.rotary_emb.inv_freq",)
     keys = Fixed(

@@ -15,6 +15,7 @@ class DeltaNet(FLA):
     """See `FLA`."""
 
     architecture = "DeltaNetForCausalLM"
+    mixers = ("deltanet", "softmax")
     mixer_type = DeltaNetConfig
     convolved = "qkv"
 

@@ -18,6 +18,7 @@ class DiffLlama(Decoder):
     """See `Decoder`. The maps of all heads that are taken from come after those that they are taken from; here they alternate."""
 
     architecture = "DiffLlamaForCausalLM"
+    mixers = ("diff",)
 
     def layers(self, values, depth, width):
         values.passed_over(("lambda_std_dev",))

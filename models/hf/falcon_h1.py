@@ -31,6 +31,7 @@ class FalconH1(Decoder):
     """See `Decoder`. What multiplies the keys is part of the scale here."""
 
     architecture = "FalconH1ForCausalLM"
+    mixers = ("parallel",)
     around = Fixed({"embed_tokens.weight": "embedding", "final_layernorm.weight": "norm.scale"})
     default_eps = 1e-5
     block = Fixed({"input_layernorm.weight": "mixer_norm.scale", "pre_ff_layernorm.weight": "channel_norm.scale"})

@@ -16,6 +16,7 @@ class FalconMamba(Mamba):
     """See `SSMStack`."""
 
     architecture = "FalconMambaForCausalLM"
+    mixers = ("mamba1",)
 
     def mixer(self, values, width, eps):
         values.passed_over(("use_falcon_mambapy",))

@@ -16,6 +16,7 @@ class GatedDeltaNet(FLA):
     """See `FLA`."""
 
     architecture = "GatedDeltaNetForCausalLM"
+    mixers = ("gated_deltanet", "softmax")
     mixer_type = GatedDeltaNetConfig
     convolved = "qkv"
 

@@ -17,6 +17,7 @@ class GLA(FLA):
     """See `FLA`."""
 
     architecture = "GLAForCausalLM"
+    mixers = ("gla", "softmax")
     mixer_type = GLAConfig
     renamed = Fixed({"g_norm": "g_norm_swish_gate"})
 

@@ -26,6 +26,7 @@ class GraniteMoEHybrid(Hybrid, Experts, Granite):
     """See `Decoder`. The experts of a layer are one tensor, as are the two projections that an MLP begins with."""
 
     architecture = "GraniteMoeHybridForCausalLM"
+    mixers = ("mamba2", "softmax")
     keys = Fixed(
         {
             "num_experts": Key("num_local_experts", 8),

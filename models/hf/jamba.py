@@ -24,6 +24,7 @@ class Jamba(Hybrid, Experts):
     """See `Decoder`. Layers of a kind are those of a period at an offset."""
 
     architecture = "JambaForCausalLM"
+    mixers = ("mamba1", "softmax")
     around = Fixed({"embed_tokens.weight": "embedding", "final_layernorm.weight": "norm.scale"})
     block = Fixed({"input_layernorm.weight": "mixer_norm.scale", "pre_ff_layernorm.weight": "channel_norm.scale"})
     keys = Fixed(

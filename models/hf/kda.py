@@ -15,6 +15,7 @@ class KDA(FLA):
     """See `FLA`."""
 
     architecture = "KDAForCausalLM"
+    mixers = ("kda", "softmax")
     mixer_type = KDAConfig
     convolved = "qkv"
 

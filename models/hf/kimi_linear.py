@@ -27,6 +27,7 @@ class KimiLinear(Latent):
     """See `Experts`. Published files have the fields of linear layers in `linear_attn_config`, and their dense layer under `mlp`."""
 
     architecture = "KimiLinearForCausalLM"
+    mixers = ("kda", "mla")
     behind = "num_nextn_predict_layers"
     renamed = Fixed({"mlp": "block_sparse_moe"})
     default_eps = 1e-5

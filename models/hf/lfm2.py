@@ -24,6 +24,7 @@ class LFM2(Hybrid):
     """See `Decoder`. Older files number the layers of attention, and say of which width that of the MLP is two thirds, rounded up."""
 
     architecture = "Lfm2ForCausalLM"
+    mixers = ("gated_conv", "softmax")
     ties = True
     eps_key, default_eps = "norm_eps", 1e-5
     around = Fixed({"embed_tokens.weight": "embedding", "embedding_norm.weight": "norm.scale"})

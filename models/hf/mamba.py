@@ -17,6 +17,7 @@ class Mamba(SSMStack):
     `expand` times the other."""
 
     architecture = "MambaForCausalLM"
+    mixers = ("mamba1",)
     ties = True
 
     def mixer(self, values, width, eps):

@@ -16,6 +16,7 @@ class Mamba2(SSMStack):
     """See `SSMStack`."""
 
     architecture = "Mamba2ForCausalLM"
+    mixers = ("mamba2",)
     ties = False
 
     def mixer(self, values, width, eps):

@@ -22,6 +22,7 @@ class MiniMax(Mixtral):
     """See `Experts`. `rotary_dim` says how many channels of a head are turned, as in MiniMax's own code; transformers 5.24 turns all."""
 
     architecture = "MiniMaxForCausalLM"
+    mixers = ("lightning", "softmax")
     ignored = tuple(f"model.layers.*.self_attn.{name}" for name in ("slope_rate", "query_decay", "key_decay", "diagonal_decay"))
 
     def stream(self, values, width):

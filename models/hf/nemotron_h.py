@@ -79,6 +79,7 @@ class NemotronH(Decoder):
     transformers 5.24 raises them to `time_step_min` where it reads more than one token (its pull request 48989)."""
 
     architecture = "NemotronHForCausalLM"
+    mixers = ("mamba2", "softmax")
     base = "backbone."
     around = Fixed({"embeddings.weight": "embedding", "norm_f.weight": "norm.scale"})
     eps_key, default_eps = "layer_norm_epsilon", 1e-5

@@ -22,6 +22,7 @@ class OLMoHybrid(DeltaHybrid, OLMo2):
     where keys and values are not of one width; what it loads is right."""
 
     architecture = "OlmoHybridForCausalLM"
+    mixers = ("gated_deltanet", "softmax")
     renamed = Fixed({"attention_layer_norm": "input_layernorm", "feedforward_layer_norm": "post_attention_layernorm"})
 
     def stream(self, values, width):

@@ -22,6 +22,7 @@ class Plait(Family):
     being rows of one."""
 
     architecture = "PlaitForCausalLM"  # which transformers has not
+    mixers = ()  # all: named by none
     base = ""
     head = "head.kernel"
     around = Fixed({"embedding": "embedding"})

@@ -20,6 +20,7 @@ class Qwen35(DeltaHybrid):
     """See `Decoder`. Heads that predict tokens further ahead (`mtp`) are left out."""
 
     architecture = "Qwen3_5ForCausalLM"
+    mixers = ("gated_deltanet", "softmax")
     ignored = ("mtp.*",)
 
     def stream(self, values, width):

@@ -25,6 +25,7 @@ class RecurrentGemma(Hybrid):
     """See `Decoder`. The width in the config is twice that of the MLP; the scale of the embedding is rounded to bfloat16."""
 
     architecture = "RecurrentGemmaForCausalLM"
+    mixers = ("rg_lru", "softmax")
     ties = True
     activation_key, default_activation = "hidden_activation", "gelu_pytorch_tanh"
     around = Fixed({"embed_tokens.weight": "embedding", "final_norm.weight": "norm.scale"})

@@ -17,6 +17,7 @@ class RetNet(FLA):
     """See `FLA`."""
 
     architecture = "RetNetForCausalLM"
+    mixers = ("retnet", "softmax")
     mixer_type = RetNetConfig
     renamed = Fixed({"g_norm": "g_norm_swish_gate"})
     hidden_ratio = 2

@@ -144,6 +144,14 @@ def test_every_family_has_a_golden_model():
     assert set(MODEL_TYPES.all()) - {"plait"} == shown
 
 
+def test_families_name_the_mixers_that_their_golden_models_have():
+    shown: dict[str, set[str]] = {}
+    for name in NAMES:
+        source = Source.of(GOLDEN / name)
+        shown.setdefault(source.family.name, set()).update(mixer.name for mixer in source.model.layer_mixers)
+    assert {name: set(MODEL_TYPES[name].mixers) for name in shown} == shown
+
+
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers, of the extra oracle")
 def test_transformers_loads_what_goes_out(imported, tmp_path):
     """Without custom code, every tensor in its place, and its logits are the golden ones."""
