@@ -120,6 +120,7 @@ def make_probes(rng, layers, share, *, onset, top, moh):
     }
     if moh:
         arrays |= {"expert_load_most": 1 + 0.5 * share + 0 * residual, "expert_load_least": 0.8 - 0.5 * share + 0 * residual}
+        arrays["transfer_error"] = 0.5 * share + 0 * residual
         arrays["head_load"] = np.where(full, np.clip(0.5 + 0.45 * share * spread + noise, 0, 1), np.nan)
     return arrays
 

@@ -92,7 +92,7 @@ def test_implied_attention_reproduces_the_head_outputs(seen):
     assert_close(jnp.einsum("bhts,bshv->bthv", a, v)[PACKED][REAL], o[PACKED][REAL])
 
 
-@pytest.mark.parametrize("name", [name for name, config in MIXERS.all().items() if name not in ("moh", "parallel")])
+@pytest.mark.parametrize("name", [name for name, config in MIXERS.all().items() if name not in ("moh", "parallel", "transfer")])
 def test_a_model_of_a_direction_that_its_mixer_lacks_is_refused(name):
     config = MIXERS[name].example()
     for causal in (True, False):

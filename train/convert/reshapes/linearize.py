@@ -29,7 +29,7 @@ class Linearize(Reshape):
     `train --init-from` trains the students, and the reshape `students` puts them in place. Without, they are in place at once.
     """
 
-    pattern: Line
+    pattern: Line = "lolcats*3,softmax"
     """The mixer of each layer, as `model.pattern` names them: "lolcats*3,softmax". Layers that keep their own name stay."""
     teach: bool = True
     """Keep the attention beside what is to take its place, until it has learned."""
