@@ -24,6 +24,7 @@ USAGE = """usage: launch.py [--verbose] COMMAND ...
   write-launch gke|slurm|tpu-vm PRESET [train options] --target v5e:16x16 [--slices 2] [--out FOLDER]   (write-launch gke --help lists the rest)
   convert inspect DIR | convert import DIR RUN | convert export RUN DIR                                   (published models: docs/conversion.md)
   convert reshape RUN NEW KIND [--text FILE] [options of the kind]              (another model of a trained one: docs/conversion.md#reshape)
+  convert linearize RUN NEW --pattern "lolcats*3,softmax" [options of train]    (softmax attention made linear: docs/conversion.md#linearise)
   list presets|mixers|channel-mixers|positions|optimizers|tasks|probes|kernels|model-types|reshapes [NAME ...]
 
 Results are written to standard output, all else to standard error. --verbose before COMMAND says more, such as why no other kernel ran.

@@ -10,7 +10,8 @@ A name is `[wrapper+]mixer[/label]`; labels tell apart several configs of one mi
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from plait.configs.domains import DEPTH, choices, shown
 
@@ -169,3 +170,21 @@ def _name(pattern: str, name: str) -> str:
 
 def _wrong(pattern: str, what: str, rule: str) -> PatternError:
     return PatternError(f"pattern={shown(pattern)} {what}; it {rule}")
+
+
+def pattern_of(names: Sequence[str]) -> str:
+    """The shortest pattern that gives a layer each of the names: a period, or else runs."""
+    for period in range(1, len(names)):
+        if all(name == names[i % period] for i, name in enumerate(names)):
+            return _runs(names[:period])
+    return _runs(names)
+
+
+def _runs(names: Sequence[str]) -> str:
+    runs: list[list[Any]] = []
+    for name in names:
+        if runs and runs[-1][0] == name:
+            runs[-1][1] += 1
+        else:
+            runs.append([name, 1])
+    return runs[0][0] if len(runs) == 1 else ",".join(name if count == 1 else f"{name}*{count}" for name, count in runs)

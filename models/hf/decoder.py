@@ -15,6 +15,7 @@ from plait.models.hf.rope import read_rope, write_rope
 from plait.models.hf.values import Values
 from plait.models.mixers.base import MixerConfig
 from plait.models.mixers.full.softmax import SoftmaxConfig
+from plait.models.pattern import pattern_of
 from plait.models.positions.base import PositionConfig
 
 ACTIVATIONS: dict[str, Activation] = {
@@ -45,24 +46,6 @@ def write_activation(activation: Activation) -> str:
 
 WINDOWED = "softmax/window"
 """Pattern name of the layers with a window, where others have none."""
-
-
-def pattern_of(names: Sequence[str]) -> str:
-    """The shortest pattern that gives a layer each of the names: a period, or else runs."""
-    for period in range(1, len(names)):
-        if all(name == names[i % period] for i, name in enumerate(names)):
-            return _runs(names[:period])
-    return _runs(names)
-
-
-def _runs(names: Sequence[str]) -> str:
-    runs: list[list[Any]] = []
-    for name in names:
-        if runs and runs[-1][0] == name:
-            runs[-1][1] += 1
-        else:
-            runs.append([name, 1])
-    return runs[0][0] if len(runs) == 1 else ",".join(name if count == 1 else f"{name}*{count}" for name, count in runs)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

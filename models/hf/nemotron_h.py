@@ -12,13 +12,14 @@ from plait.models.channel_mixers.mlp import MLPConfig
 from plait.models.channel_mixers.moe import MoEConfig
 from plait.models.config import LMConfig
 from plait.models.hf.base import Layer, Unfit, register
-from plait.models.hf.decoder import Decoder, pattern_of, read_activation, write_activation
+from plait.models.hf.decoder import Decoder, read_activation, write_activation
 from plait.models.hf.experts import OF_TRAINING, Key
 from plait.models.hf.ssm import first_of, mamba2_lines, read_mamba2, write_mamba2
 from plait.models.hf.values import Values
 from plait.models.hf.windows import FULL, LINEAR, OLDER
 from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.models.mixers.linear.mamba2 import Mamba2Config
+from plait.models.pattern import pattern_of
 
 MLP, MOE = "mlp", "moe"
 LETTERS = Fixed({"M": LINEAR, "*": FULL, "-": MLP, "E": MOE})

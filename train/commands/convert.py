@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.table import Table
 
-from plait.configs.domains import Counted, Seed, Span
+from plait.configs.domains import Counted, Line, Seed, Span
 from plait.configs.options import split_options
 from plait.configs.words import flag, parse
 from plait.train.console import console, write_text
@@ -23,11 +23,6 @@ USAGE = """usage: launch.py convert inspect DIR|FILE.gguf
        launch.py convert export RUN DIR [--model-type llama] [--dtype bfloat16] [--step N]
        launch.py convert reshape RUN NEW KIND [options of the kind] [--text FILE] [--step N]      (launch.py list reshapes)
        launch.py convert linearize RUN NEW --pattern "lolcats*3,softmax" [--window-size 64] [options of train]"""
-
-
-@dataclasses.dataclass(frozen=True)
-class _NoOptions:
-    """Of which every name with a prefix is taken."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +89,7 @@ class LinearizeArgs:
     """Run folder, which stays as it is."""
     new: Annotated[Path, tyro.conf.Positional]
     """Folder of the runs."""
-    pattern: str
+    pattern: Line
     """The mixer of each layer, as `model.pattern` names them: "lolcats*3,softmax"."""
     window_size: Span = 64
     """Tokens with exact weights, where the new mixer has a window (lolcats)."""
@@ -135,7 +130,7 @@ def _linearize_parsed(words: list[str], prog: str) -> tuple[Any, ...]:
     """The options of linearising, and the words for both trainings and for each."""
     stages = []
     for stage in ("transfer.", "tune."):
-        own, words = split_options(_NoOptions, words, prefix=stage)
+        own, words = split_options(LinearizeArgs, words, prefix=stage)
         stages.append([word.replace(f"--{stage}", "--", 1) for word in own])
     mine, rest = split_options(LinearizeArgs, words)
     folders = [word for word in rest[:2] if not word.startswith("-")]

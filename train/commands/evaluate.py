@@ -13,33 +13,20 @@ from typing import Annotated
 import tyro
 from rich.table import Table
 
-from plait.configs.components import Config, at
 from plait.configs.domains import Counted, Line, Steps
 from plait.configs.options import split_options
 from plait.configs.words import parse as words_of
 from plait.data.config import DataConfig
-from plait.data.loader import Data, Reading, build_data, differences
 from plait.data.tasks.base import TASKS, Task
 from plait.train.console import console
 from plait.train.evaluate import Evaluation, Evaluator
-from plait.train.run import RunError, Trained, opened, write_json
+from plait.train.held_out import OtherText, held_out, is_own
+from plait.train.run import opened, write_json
 
 log = logging.getLogger("plait")
 
 COLUMNS = {"loss": ("loss (nats/token)", ".4f"), "perplexity": ("perplexity", ".2f"), "bits_per_byte": ("bits per byte", ".4f")}
 """How a result is shown, where not by its name."""
-
-
-@dataclasses.dataclass(frozen=True)
-class OtherText(Config):
-    """Text to score in place of what the run held out."""
-
-    source: Line | None = None
-    """A file or folder as for training; where it is not the text of the run, all of it is scored."""
-    text_field: Line | None = None
-    """The field or column that holds a document's text; that of the run by default."""
-    prompt_field: Line | None = None
-    """That of what stands before the text and is not scored; that of the run by default."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +91,7 @@ def run(args: Sequence[str]) -> None:
         for data in every:
             evaluator = Evaluator(trained.program.blueprint, trained.program.mesh, data)
             found = evaluator(trained.params, trained.buffers, data.val, options.batches)
-            other = "" if _is_own(trained, data) else f" on {data.config.source}"
+            other = "" if is_own(trained, data) else f" on {data.config.source}"
             _show(found, f"{options.run} at step {trained.step}{other}")
             results[found.task] = found.to_json()
             if other:
@@ -128,47 +115,6 @@ def _task(own: DataConfig, name: str, words: Mapping[str, list[str]]) -> Task:
     if not words[name]:
         return default
     return words_of(type(default), words[name], default=default, prefix=f"{name}.", prog="launch.py eval RUN")
-
-
-def held_out(trained: Trained, task: Task, text: OtherText, scratch: Path) -> Data:
-    """The rows of a task, as long and as many in a batch as the run's. Raises ValueError where the run's model cannot read them, or
-    where what the run was trained on is no longer there and no other text was asked for."""
-    program, own = trained.program, trained.program.config.data
-    at(task.name, task.fit, own)
-    task.require_causal(program.config.model.causal)
-    config = dataclasses.replace(own, task=task)
-    if task.reads_text:
-        if trained.tokenizer is None:
-            raise ValueError(
-                f"--tasks {task.name} needs a run with a tokenizer, and this one was trained on data.task={own.task.name}; "
-                f"use --tasks {own.task.name}"
-            )
-        config = dataclasses.replace(
-            config,
-            source=text.source or own.source,
-            text_field=text.text_field or own.text_field,
-            prompt_field=text.prompt_field or own.prompt_field,
-        )
-    reading = Reading(tokenizer=trained.tokenizer, corpus=trained.data.get("corpus"), scratch=scratch)
-    data = build_data(config, program.config.folder, rows=program.layout.rows, reading=reading)
-    size = program.config.model.vocab_size
-    if size is not None and data.vocab_size > size:
-        raise ValueError(
-            f"--tasks {task.name} has {data.vocab_size} ids and the model {size}; use options of the task with which it has no more, "
-            "or another run"
-        )
-    if text == OtherText() and not _is_own(trained, data):
-        raise RunError(
-            f"{program.config.folder!r} was trained on other text than data.source={own.source!r} holds now: "
-            f"{differences(data.identity, trained.data)}; bring that text back, or score all that is there now with "
-            f"--data.source {own.source}"
-        )
-    return data
-
-
-def _is_own(trained: Trained, data: Data) -> bool:
-    """Whether rows are of what the run was trained on, or made on the fly."""
-    return data.identity.get("corpus") in (None, trained.data.get("corpus", data.identity.get("corpus")))
 
 
 def _show(found: Evaluation, of: str) -> None:

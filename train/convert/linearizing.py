@@ -12,12 +12,12 @@ from typing import Any
 
 from plait.configs import codec
 from plait.configs.files import read_json
-from plait.train.commands.evaluate import OtherText, held_out
 from plait.train.convert.reshapes.linearize import Linearize
 from plait.train.convert.reshapes.students import Students
 from plait.train.convert.reshaping import reshape_run
 from plait.train.convert.weights import ConvertError
 from plait.train.evaluate import Evaluator
+from plait.train.held_out import OtherText, held_out
 from plait.train.loop import train
 from plait.train.origin import parse_run
 from plait.train.report import write_report

@@ -65,7 +65,7 @@ def test_transfer_brings_students_nearer(name, grouped, corpus, compile_cache, t
     after = opened(tmp_path / "run")
     assert different_arrays(after.buffers, taught.buffers) == []
     losses = series(read_metrics(tmp_path / "run"), f"loss/{LOSS}")[1]
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.9 * losses[0]
     found, _ = reshaped(tmp_path / "run", Students(), "done", text=text)
     assert found.moved.mean_kl < copied.moved.mean_kl
 

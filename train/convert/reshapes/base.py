@@ -12,10 +12,10 @@ import numpy as np
 from plait.configs.components import Component, Registry
 from plait.configs.domains import choices
 from plait.models.config import LMConfig, pattern_name
-from plait.models.hf.decoder import pattern_of
 from plait.models.hf.transforms import Shape
 from plait.models.mixers.base import MixerConfig, WrapperConfig
 from plait.models.mixers.full.softmax import SoftmaxConfig
+from plait.models.pattern import pattern_of
 from plait.train.convert.weights import ConvertError
 
 Layers = tuple[int, ...]

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 from plait.configs.domains import Counted, Line, choices
 from plait.models.config import LMConfig
-from plait.models.hf.decoder import pattern_of
-from plait.models.pattern import expand_pattern
+from plait.models.pattern import expand_pattern, pattern_of
 from plait.train.convert.reshapes.base import Reshape, Subject, register
 from plait.train.convert.weights import ConvertError
 
