@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from plait.configs import codec
 from plait.configs.files import read_json
+from plait.train.convert.reshapes.base import Subject
 from plait.train.convert.reshapes.linearize import Linearize
 from plait.train.convert.reshapes.students import Students
 from plait.train.convert.reshaping import reshape_run
@@ -21,7 +23,8 @@ from plait.train.held_out import OtherText, held_out
 from plait.train.loop import train
 from plait.train.origin import parse_run
 from plait.train.report import write_report
-from plait.train.run import opened, write_json
+from plait.train.run import described, opened, write_json
+from plait.train.run_folder.contents import CONFIG
 
 COPIED, TAUGHT, TRANSFER, HYBRID, TUNED = "copied", "taught", "transfer", "hybrid", "tuned"
 """Run folders: weights copied alone; students beside their teachers, at first and after attention transfer; in place, at first and after
@@ -68,8 +71,11 @@ def linearize(
         ConvertError: the model cannot be linearised so, or `folder` was begun otherwise.
     """
     runs = {name: folder / name for name in (COPIED, TAUGHT, TRANSFER, HYBRID, TUNED)}
+    before, _ = described(source)
+    how.model(Subject(before.model, before.model.vocab_size or 1, before.data.seq_len))  # refuses before anything is written
     _begin(
         folder,
+        runs,
         {"source": str(source.resolve()), "how": codec.encode(how), "words": [*words], TRANSFER: [*transfer], TUNED: [*tune]},
     )
     _once(runs[COPIED], lambda: reshape_run(source, runs[COPIED], dataclasses.replace(how, teach=False)))
@@ -100,18 +106,21 @@ def _left_open(defaults: Sequence[str], given: Sequence[str]) -> list[str]:
     return [word for pair in pairs if pair[0] not in named for word in pair]
 
 
-def _begin(folder: Path, asked: dict[str, Any]) -> None:
-    """Raises ConvertError where the folder is of something else."""
+def _begin(folder: Path, runs: dict[str, Path], asked: dict[str, Any]) -> None:
+    """Raises ConvertError where the folder is of something else. Other options can be given until training has begun."""
     path = folder / ASKED
     if path.is_file():
         before = read_json(path)
-        if before != asked:
+        if before == asked:
+            return
+        if (runs[TRANSFER] / CONFIG).exists():
             changed = ", ".join(name for name in asked if before.get(name) != asked[name])
             raise ConvertError(
                 f"{str(folder)!r} was begun with other options ({changed}: see {path}); give those, or a new folder"
             )
-        return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        for name in (COPIED, TAUGHT):
+            shutil.rmtree(runs[name], ignore_errors=True)
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConvertError(f"{str(folder)!r} is there already and no linearisation; give a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, asked)

@@ -86,6 +86,8 @@ def test_patterns_that_cannot_be(pattern, message, grouped, tmp_path):
 def test_one_line_copies_teaches_and_tunes_and_goes_on(grouped, corpus, compile_cache, tmp_path, capsys):
     words = ["convert", "linearize", str(grouped), str(tmp_path / "all"), "--pattern", "lolcats,softmax*2", "--window-size", "4"]
     words += ["--data.source", str(corpus), "--transfer.steps", "40", "--transfer.optimizer.learning-rate", "3e-2"]
+    assert main([*words[:4], "--pattern", "retnet,softmax*2"]) != 0 and not (tmp_path / "all").exists()
+    assert main([*words, "--data.batch-size", "3"]) != 0  # training is refused, and the right words can follow
     words += ["--tune.steps", "10", "--tune.model.lora.rank", "2", "--data.batch-size", "8"]
     assert main(words) == 0
     found = json.loads((tmp_path / "all" / "linearize.json").read_text())
