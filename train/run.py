@@ -176,14 +176,19 @@ def _mesh_for_reading(config: ExperimentConfig) -> MeshConfig:
         return MeshConfig(data=math.gcd(config.data.batch_size // config.optimizer.accumulate, jax.device_count()))
 
 
-def opened(folder: str | Path, step: int | None = None) -> Trained:
+def opened(folder: str | Path, step: int | None = None, rows_of: ExperimentConfig | None = None) -> Trained:
     """The run in `folder` at its newest whole checkpoint (or that of `step`); nothing is written there, and it may be in training.
+
+    `rows_of` is another experiment, whose rows it is to read, on the mesh of that one.
 
     Raises:
         RunError: no run, or one without its tokenizer.
         CheckpointError: no such checkpoint that is whole.
     """
     config, tokenizer = described(Path(folder))
+    if rows_of is not None:
+        optimizer = dataclasses.replace(config.optimizer, accumulate=rows_of.optimizer.accumulate)
+        config = dataclasses.replace(config, data=rows_of.data, mesh=rows_of.mesh, optimizer=optimizer)
     config = dataclasses.replace(config, mesh=_mesh_for_reading(config))
     program = Program.of(config, make_mesh(config.mesh))
     at, state, extra = restored(Path(folder), program.like, step)

@@ -139,7 +139,7 @@ def _compare(source: Path, runs: dict[str, Path]) -> Linearized:
     with tempfile.TemporaryDirectory(prefix="plait-") as scratch:
         data = held_out(last, last.program.config.data.task, OtherText(), Path(scratch))
         for name, run in {"teacher": source, COPIED: runs[COPIED], HYBRID: runs[HYBRID], TUNED: runs[TUNED]}.items():
-            one = last if name == TUNED else opened(run)
+            one = last if name == TUNED else opened(run, rows_of=last.program.config)
             losses[name] = Evaluator(one.program.blueprint, one.program.mesh, data)(one.params, one.buffers, data.val, None).loss
     stages = {name: opened(runs[name]).program for name in (TRANSFER, TUNED)}
     return Linearized(

@@ -88,14 +88,14 @@ def test_one_line_copies_teaches_and_tunes_and_goes_on(grouped, corpus, compile_
     words += ["--data.source", str(corpus), "--transfer.steps", "40", "--transfer.optimizer.learning-rate", "3e-2"]
     assert main([*words[:4], "--pattern", "retnet,softmax*2"]) != 0 and not (tmp_path / "all").exists()
     assert main([*words, "--data.batch-size", "3"]) != 0  # training is refused, and the right words can follow
-    words += ["--tune.steps", "10", "--tune.model.lora.rank", "2", "--data.batch-size", "8"]
+    words += ["--tune.steps", "10", "--tune.model.lora.rank", "2", "--data.batch-size", "16"]
     assert main(words) == 0
     found = json.loads((tmp_path / "all" / "linearize.json").read_text())
     losses = found["losses"]
     assert losses["hybrid"] < losses["copied"] and losses["tuned"] < losses["hybrid"]
     closed = (losses["copied"] - losses["tuned"]) / (losses["copied"] - losses["teacher"])
     assert found["gap_closed"] == pytest.approx(closed)
-    assert found["tokens"] == {"transfer": 40 * 8 * 16, "tuned": 10 * 8 * 16}
+    assert found["tokens"] == {"transfer": 40 * 16 * 16, "tuned": 10 * 16 * 16}
     assert found["trained"]["transfer"] == HEADS * (2 * WIDTH * WIDTH + 1)
     report = (tmp_path / "all" / "report" / "index.html").read_text()
     assert "Attention transfer" in report
