@@ -110,6 +110,7 @@ COLUMNS: dict[str, dict[str, Callable[[type[Any]], str]]] = {
     "probe": {
         "what it is": summary,
         "statistics": lambda probe: ", ".join(one.name for one in probe.statistics),
+        "runs": lambda probe: "by default" if probe.by_default else "where it is named",
     },
 }
 """What sets the components of a kind apart, where that is more than words."""

@@ -16,7 +16,7 @@ class ProbeConfig(Config):
     path = "probe"
 
     only: Line | None = None
-    """Names of the probes that run, separated by commas; None for all that there are."""
+    """Names of the probes that run, separated by commas: `all` that there are, or `default,NAME` to add one; None is `default`."""
     rows: Span = 32
     """Query positions per sequence whose attention is looked at, evenly spaced (all of them when the sequence is shorter)."""
     sequences: Rows = 4

@@ -25,7 +25,7 @@ from plait.train.probes.base import PROBES, Probe, Probes, chosen, register, sta
 from plait.train.probes.sinks import THRESHOLD
 from plait.train.probes.statistic import Statistic
 
-LENGTH, CONFIG = 40, ProbeConfig(rows=8, sequences=2)
+LENGTH, CONFIG = 40, ProbeConfig(only="all", rows=8, sequences=2)
 SINK = SoftmaxConfig(num_heads=2, head_dim=8, num_kv_heads=1, sink_logits=True)
 MIXERS = {
     **hybrid().model.mixers,
@@ -104,7 +104,10 @@ def test_no_name_is_declared_twice():
 
 def test_only_some_probes_run():
     assert [probe.name for probe in Probes(ProbeConfig(only="sinks, entropy")).probes] == ["sinks", "entropy"]
-    assert [probe.name for probe in Probes(ProbeConfig()).probes] == list(PROBES.all())
+    default = [name for name, probe in PROBES.all().items() if probe.by_default]
+    assert [probe.name for probe in Probes(ProbeConfig()).probes] == default
+    assert [probe.name for probe in Probes(ProbeConfig(only="all")).probes] == list(PROBES.all())
+    assert [probe.name for probe in Probes(ProbeConfig(only="default,sinks")).probes] == default
     with pytest.raises(ValueError, match=r"probe.only='entropi': probe 'entropi' is not registered; did you mean 'entropy'\?"):
         Probes(ProbeConfig(only="entropi"))
 

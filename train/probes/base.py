@@ -27,6 +27,8 @@ class Probe(Component, abc.ABC):
     """Measures looks at layers. Registered classes have no fields; what they need of the run is in `ProbeConfig`."""
 
     statistics: ClassVar[tuple[Statistic, ...]]
+    by_default: ClassVar[bool] = True
+    """Whether it runs where no probes are named: those that cost more, or that few runs need, are asked for."""
 
     @abc.abstractmethod
     def measure(self, look: Look, config: ProbeConfig) -> Mapping[str, jax.Array | None]:
@@ -55,12 +57,17 @@ PROBES: Registry[Probe] = Registry("probe", "plait.train.probes", Probe)
 register = PROBES.register
 
 
-def chosen(only: str | None = None) -> tuple[Probe, ...]:
-    """The probes of these names, separated by commas (None: all). Raises ValueError, naming the nearest, where one does not exist."""
-    if only is None:
-        return tuple(probe() for probe in PROBES.all().values())
+EVERY, DEFAULT = "all", "default"
+
+
+def chosen(only: str = EVERY) -> tuple[Probe, ...]:
+    """The probes of these names, separated by commas, among them `default` and `all`. Raises ValueError, naming the nearest, where one
+    does not exist."""
+    every = PROBES.all()
+    sets = {EVERY: list(every), DEFAULT: [name for name, probe in every.items() if probe.by_default]}
     try:
-        return tuple(PROBES[name.strip()]() for name in only.split(","))
+        names = [one for name in only.split(",") for one in sets.get(name.strip(), [name.strip()])]
+        return tuple(PROBES[name]() for name in dict.fromkeys(names))
     except ValueError as error:
         raise ConfigError(f"probe.only={only!r}: {error}") from None
 
@@ -76,7 +83,7 @@ class Probes:
     def __init__(self, config: ProbeConfig):
         """Raises ValueError where `only` names a probe that does not exist."""
         self.config = config
-        self.probes = chosen(config.only)
+        self.probes = chosen(DEFAULT if config.only is None else config.only)
 
     def pick_sequences(self, batch_size: int) -> slice:
         """An even stride over the batch, so that every data shard contributes."""
