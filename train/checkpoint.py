@@ -46,9 +46,12 @@ class Checkpoints:
         keep_last: int = 1,
         keep_best: int = 0,
         read_only: bool = False,
+        at_once: int | None = None,
         check: Callable[[], None] = lambda: None,
     ):
-        """Args: `read_only` neither makes nor moves anything; `check` raises before a change where the folder is no longer ours."""
+        """Args: `read_only` neither makes nor moves anything; `check` raises before a change where the folder is no longer ours.
+        Of `at_once` gigabytes (the largest array's at least; None: of all) copies are in this host's memory together while they are
+        written."""
         self.folder = Path(folder).resolve()
         self.read_only = read_only
         self._check = check
@@ -65,7 +68,8 @@ class Checkpoints:
             cleanup_tmp_directories=not read_only,
         )
         # Named here, because a checkpoint's metadata is read before anything is restored.
-        handlers = {"state": ocp.StandardCheckpointHandler(), "extra": ocp.JsonCheckpointHandler()}
+        arrays = ocp.PyTreeCheckpointHandler(save_concurrent_gb=at_once, save_device_host_concurrent_gb=at_once)
+        handlers = {"state": arrays, "extra": ocp.JsonCheckpointHandler()}
         if not read_only:
             self.folder.mkdir(parents=True, exist_ok=True)
         there = self.folder.exists()
@@ -88,7 +92,7 @@ class Checkpoints:
         Raises:
             OSError: this checkpoint, or the one before, whose writing went on in the background, cannot be written.
         """
-        items = ocp.args.Composite(state=ocp.args.StandardSave(_tree(state)), extra=ocp.args.JsonSave(extra))
+        items = ocp.args.Composite(state=ocp.args.PyTreeSave(_tree(state)), extra=ocp.args.JsonSave(extra))
         ranked = loss is not None and math.isfinite(loss)
         self._check()
         with self._writing():
@@ -139,11 +143,12 @@ class Checkpoints:
 
     def _read(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         tree, extra = _tree(like), ocp.args.JsonRestore()
+        layout = ocp.checkpoint_utils.construct_restore_args(tree)
         if like.optimizer is not None:
-            items = ocp.args.Composite(state=ocp.args.StandardRestore(tree), extra=extra)
+            items = ocp.args.Composite(state=ocp.args.PyTreeRestore(tree, layout), extra=extra)
             restored = self._manager.restore(step, args=items)
             return TrainState(**{"ema": None, **restored["state"]}), dict(restored["extra"])
-        part = ocp.args.PyTreeRestore(tree, ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True)
+        part = ocp.args.PyTreeRestore(tree, layout, partial_restore=True)
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             state = reader.restore(self._path / str(step) / "state", args=part)
         rest = self._manager.restore(step, args=ocp.args.Composite(extra=extra))

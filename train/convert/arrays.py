@@ -2,49 +2,74 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
 from plait.models.hf.base import Line
 from plait.models.hf.places import Place
-from plait.models.hf.transforms import Shape
 
 
 class _Filling:
-    """The parts of one array that this host's devices hold, being filled."""
+    """The parts of one array that this host's devices hold. What comes entry by entry is gathered in the host's memory for one entry of
+    the first axis, a layer of many, and goes to the devices with the last of it."""
 
     def __init__(self, like: jax.ShapeDtypeStruct, sharding: NamedSharding, stacked: int):
         """Args: `stacked` leading axes, along which the array comes entry by entry."""
         self.like, self.sharding = like, sharding
+        self.layered = stacked > 0
         self.left = math.prod(like.shape[:stacked])
         """Entries yet to come."""
-        self.parts: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
-        self.devices = sharding.addressable_devices_indices_map(like.shape)
-        for index in self.devices.values():
-            bounds = _bounds(index, like.shape)
-            if bounds not in self.parts:
-                self.parts[bounds] = np.empty([stop - start for start, stop in bounds], like.dtype)
+        self.each = math.prod(like.shape[1:stacked])
+        """Entries of one of the first axis."""
+        self.coming: dict[int, dict[tuple[int, ...], np.ndarray]] = {}
+        """By place on the first axis, what has come of it."""
+        where = sharding.addressable_devices_indices_map(like.shape)
+        self.devices = {device: index for device, index in where.items() if index is not None}
+        self.parts: dict[jax.Device, jax.Array] = {}
 
     def put(self, index: tuple[int, ...], value: np.ndarray) -> None:
-        for bounds, part in self.parts.items():
-            lead, inside = bounds[: len(index)], bounds[len(index) :]
-            if all(start <= i < stop for i, (start, stop) in zip(index, lead, strict=True)):
-                own = tuple(i - start for i, (start, _) in zip(index, lead, strict=True))
-                part[own] = value[tuple(slice(*bound) for bound in inside)]
         self.left -= 1
+        if not self.layered:
+            whole = np.asarray(value, self.like.dtype)
+            self.parts = {device: jax.device_put(_cut(whole, at), device) for device, at in self.devices.items()}
+            return
+        first, rest = index[0], index[1:]
+        entries = self.coming.setdefault(first, {})
+        entries[rest] = value
+        if len(entries) == self.each:
+            whole = np.empty(self.like.shape[1:], self.like.dtype)
+            for place, entry in self.coming.pop(first).items():
+                whole[place] = entry
+            self._lay(first, whole)
+
+    def _lay(self, first: int, value: np.ndarray) -> None:
+        """Puts an entry of the first axis on the devices that hold it."""
+        for device, (along, *at) in self.devices.items():
+            start, stop = along.indices(self.like.shape[0])[:2]
+            if start <= first < stop:
+                own = jax.device_put(_cut(value, at), device)
+                if device not in self.parts:
+                    self.parts[device] = jnp.zeros((stop - start, *own.shape), own.dtype, device=device)
+                self.parts[device] = _laid(self.parts[device], own, first - start)
 
     def array(self) -> jax.Array:
-        shards = [jax.device_put(self.parts[_bounds(index, self.like.shape)], device) for device, index in self.devices.items()]
-        return jax.make_array_from_single_device_arrays(self.like.shape, self.sharding, shards)
+        return jax.make_array_from_single_device_arrays(self.like.shape, self.sharding, [self.parts[d] for d in self.devices])
 
 
-def _bounds(index: Any, shape: Shape) -> tuple[tuple[int, int], ...]:
-    return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+@functools.partial(jax.jit, donate_argnums=0)
+def _laid(array: jax.Array, entry: jax.Array, index: int) -> jax.Array:
+    return array.at[index].set(entry)
+
+
+def _cut(whole: np.ndarray, at: Sequence[slice]) -> np.ndarray:
+    """A device's part, in memory of its own."""
+    return np.ascontiguousarray(whole[tuple(at)])
 
 
 def read_arrays(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
@@ -82,7 +83,8 @@ def new_run(run: Path, program: Program, params: Arrays, buffers: Arrays, data: 
         codec.save(program.config, new / CONFIG)
         yield new
         mark(new)
-        checkpoints = Checkpoints(new / CHECKPOINTS)
+        held = (sum(part.data.nbytes for part in array.addressable_shards) for array in params.values())
+        checkpoints = Checkpoints(new / CHECKPOINTS, at_once=math.ceil(max(held) / 1e9))
         try:
             checkpoints.save(0, state, {"data": dict(data)}, loss=None)
         finally:
