@@ -148,6 +148,39 @@ class Widened(Alone):
         return (1,) * self.before + array + (1,) * self.after
 
 
+@dataclasses.dataclass(frozen=True)
+class Rows(Alone):
+    """A vector that the tensor keeps in rows, as one a head."""
+
+    channels: int
+    """Of a row."""
+
+    def read_one(self, tensor):
+        return tensor.reshape(-1)
+
+    def write_one(self, array):
+        return array.reshape(self.shape(array.shape))
+
+    def shape(self, array):
+        return (array[0] // self.channels, self.channels)
+
+
+@dataclasses.dataclass(frozen=True)
+class Unused(Transform):
+    """No tensor to an array that is not used: layers here are alike where those of the family are not."""
+
+    size: Shape
+
+    def read(self, tensors):
+        return [np.zeros(self.size, np.float32)]
+
+    def write(self, arrays):
+        return []
+
+    def shapes(self, arrays):
+        return []
+
+
 class Interleaved(Transform):
     """One tensor to two arrays, whose entries along the last axis take turns in it."""
 
