@@ -85,18 +85,19 @@ class Transposed(Alone):
 
 @dataclasses.dataclass(frozen=True)
 class Alternated(Transposed):
-    """`[out, in]`, the outputs of which are two runs of heads, to `[in, out]`, in which a head of one stands beside that of the other."""
+    """`[out, in]`, the outputs of which are runs of heads, to `[in, out]`, in which a head of one stands beside those of the others."""
 
     heads: int
     """Of a run."""
+    runs: int = 2
 
     def read_one(self, tensor):
-        alternated = tensor.reshape(2, self.heads, -1, tensor.shape[-1]).swapaxes(0, 1)
+        alternated = tensor.reshape(self.runs, self.heads, -1, tensor.shape[-1]).swapaxes(0, 1)
         return super().read_one(alternated.reshape(tensor.shape))
 
     def write_one(self, array):
         rows = super().write_one(array)
-        return rows.reshape(self.heads, 2, -1, rows.shape[-1]).swapaxes(0, 1).reshape(rows.shape)
+        return rows.reshape(self.heads, self.runs, -1, rows.shape[-1]).swapaxes(0, 1).reshape(rows.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,6 +205,19 @@ class Taps(Alone):
 
     def write_one(self, array):
         return array.T[:, None]
+
+    def shape(self, array):
+        return (array[1], 1, array[0])
+
+
+class AlternatedTaps(Alternated):
+    """One whose channels are runs of heads."""
+
+    def read_one(self, tensor):
+        return super().read_one(tensor[:, 0])
+
+    def write_one(self, array):
+        return super().write_one(array)[:, None]
 
     def shape(self, array):
         return (array[1], 1, array[0])

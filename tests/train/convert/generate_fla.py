@@ -48,6 +48,15 @@ MODELS = {
     "gated_deltanet_plain": ("GatedDeltaNet", {**BASE, "num_hidden_layers": 2, "head_dim": 5, "conv_size": 3, "use_gate": False}),
     "retnet": ("RetNet", {**BASE, "attn": ATTENTION}),
     "kda": ("KDA", {**BASE, "head_dim": 5, "attn": ATTENTION}),
+    "gated_deltaproduct": (
+        "GatedDeltaProduct",
+        {**BASE, "head_dim": 4, "expand_v": 1.5, "num_householder": 3, "attn": ATTENTION}
+        | {"allow_neg_eigval": True, "use_forget_gate": True},
+    ),
+    "gated_deltaproduct_plain": (
+        "GatedDeltaProduct",
+        {**BASE, "num_hidden_layers": 2, "head_dim": 5, "num_householder": 2, "use_output_gate": False, "use_short_conv": False},
+    ),
     "hgrn2": ("HGRN2", {**BASE, "expand_ratio": 6, "attn": ATTENTION}),
     "hgrn2_plain": (
         "HGRN2",
@@ -147,7 +156,7 @@ def install() -> None:
     """Puts the references where fla's layers call kernels."""
     sys.meta_path.insert(0, NoTriton())
     from fla import modules
-    from fla.layers import attn, delta_net, gated_deltanet, gla, hgrn2, kda, multiscale_retention, rwkv7
+    from fla.layers import attn, delta_net, gated_deltanet, gated_deltaproduct, gla, hgrn2, kda, multiscale_retention, rwkv7
     from fla.models.rwkv7 import modeling_rwkv7
     from fla.modules import mlp
     from fla.ops.delta_rule.naive import delta_rule_recurrence
@@ -177,6 +186,10 @@ def install() -> None:
         g = -A_log.exp() * F.softplus(g + dt_bias)
         return naive_recurrent_gated_delta_rule(q, k, v, beta.sigmoid() * (1 + allow_neg_eigval), g)
 
+    def delta_product(q, k, v, g, beta, **_):
+        g = torch.zeros_like(beta) if g is None else g
+        return naive_recurrent_gated_delta_rule(unit(q), unit(k), v, beta, g)
+
     def kimi_delta_rule(q, k, v, g, beta, A_log, dt_bias, allow_neg_eigval, lower_bound, **_):
         gate = naive_kda_gate if lower_bound is None else functools.partial(naive_kda_lowerbound_gate, lower_bound=lower_bound)
         return naive_recurrent_kda(unit(q), unit(k), v, gate(g, A_log, dt_bias), beta.sigmoid() * (1 + allow_neg_eigval))
@@ -202,6 +215,7 @@ def install() -> None:
     multiscale_retention.fused_recurrent_retention = lambda q, k, v, **_: by_heads(naive_retention)(q, k, v)
     delta_net.fused_recurrent_delta_rule = delta_rule
     gated_deltanet.fused_recurrent_gated_delta_rule = gated_delta_rule
+    gated_deltaproduct.fused_recurrent_gated_delta_rule = delta_product
     kda.fused_recurrent_kda = kimi_delta_rule
 
 
