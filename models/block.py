@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -12,7 +12,7 @@ from flax import nnx
 from plait.kernels import Tokens
 from plait.models.axes import BATCH, LENGTH, constrain
 from plait.models.build import BuildContext, Norm
-from plait.models.channel_mixers.base import ChannelMixer, ChannelMixerConfig, MixedChannels
+from plait.models.channel_mixers.base import ChannelMixerConfig, MixedChannels
 from plait.models.look import Observer, Statistics, look
 from plait.models.mixers.base import Losses, Mixed, MixerConfig, State
 from plait.models.norms import AnyNorm, make_norm
@@ -43,6 +43,13 @@ def over_microbatches(stacked: Any) -> Any:
         )
 
     return jax.tree.map(one, stacked, is_leaf=lambda x: isinstance(x, Extras))
+
+
+class BlockState(NamedTuple):
+    """Decode memory of a layer."""
+
+    mixer: State
+    channel_mixer: Any
 
 
 class Block(nnx.Module):
@@ -80,7 +87,13 @@ class Block(nnx.Module):
             mixed = self.mixer(x, at=at, carry=carry, observer=observer)
             return mixed.y, mixed.carry, mixed
 
-        stream, mixed, channels = self._through(stream, mix, at)
+        def mix_channels(x: jax.Array) -> tuple[jax.Array, MixedChannels]:
+            assert self.channel_mixer is not None
+            channels = self.channel_mixer(x, at=at)
+            return channels.y, channels
+
+        stream, mixed, channels = self._through(stream, mix, mix_channels)
+        channels = MixedChannels(stream.x) if channels is None else channels  # nothing beside it
         looks = mixed.looks
         statistics: Statistics = {}
         if observer is not None:
@@ -97,25 +110,42 @@ class Block(nnx.Module):
         for name, own in counts.items():
             getattr(self, name).settle(own)
 
-    def prefill(self, stream: Stream, state: State, *, at: Tokens) -> tuple[Stream, State]:
-        """As the call on left-padded prompts, from an empty state; also the state after the last token."""
-        return self._through(stream, lambda x, carry: self.mixer.prefill(x, state, at=at, carry=carry), at)[:2]
+    def init_state(self, batch_size: int, max_len: int) -> BlockState:
+        """Empty decode state for sequences of at most `max_len` tokens."""
+        channels = None if self.channel_mixer is None else self.channel_mixer.init_state(batch_size)
+        return BlockState(self.mixer.init_state(batch_size, max_len), channels)
 
-    def step(self, stream: Stream, state: State, *, at: Tokens) -> tuple[Stream, State]:
+    def prefill(self, stream: Stream, state: BlockState, *, at: Tokens) -> tuple[Stream, BlockState]:
+        """As the call on left-padded prompts, from an empty state; also the state after the last token."""
+        return self._decode(self.mixer.prefill, stream, state, at)
+
+    def step(self, stream: Stream, state: BlockState, *, at: Tokens) -> tuple[Stream, BlockState]:
         """One token."""
-        return self._through(stream, lambda x, carry: self.mixer.step(x, state, at=at, carry=carry), at)[:2]
+        return self._decode(self.mixer.step, stream, state, at)
+
+    def _decode(self, mix: Callable[..., Any], stream: Stream, state: BlockState, at: Tokens) -> tuple[Stream, BlockState]:
+        def mix_channels(x: jax.Array) -> tuple[jax.Array, Any]:
+            assert self.channel_mixer is not None
+            return self.channel_mixer.advance(x, state.channel_mixer, at=at)
+
+        stream, *states = self._through(stream, lambda x, carry: mix(x, state.mixer, at=at, carry=carry), mix_channels)
+        return stream, BlockState(*states)
 
     def _through(
-        self, stream: Stream, mixer: Callable[[jax.Array, Carry], tuple[jax.Array, Carry, Any]], at: Tokens
-    ) -> tuple[Stream, Any, MixedChannels]:
+        self,
+        stream: Stream,
+        mixer: Callable[[jax.Array, Carry], tuple[jax.Array, Carry, Any]],
+        mix_channels: Callable[[jax.Array], tuple[jax.Array, Any]],
+    ) -> tuple[Stream, Any, Any]:
+        """The stream after the block, and what its halves give beside it."""
         read = self._before(stream.x, self.mixer_norm)
         y, carry, out = jax.named_scope(self.scope)(mixer)(read, stream.carry)
         x = self._added(read if self.norm == "input" else stream.x, y, self.mixer_norm, self.mixer_out_norm)
-        channels = MixedChannels(x)  # nothing beside it where there is no channel mixer
+        channels = None
         if self.channel_mixer is not None:
             read = self._before(stream.x if self.parallel else x, self.channel_norm)
-            channels = self._mix_channels(self.channel_mixer, read, at)
-            x = self._added(read if self.norm == "input" else x, channels.y, self.channel_norm, self.channel_out_norm)
+            y, channels = jax.named_scope("layer_channel_mixer")(mix_channels)(read)
+            x = self._added(read if self.norm == "input" else x, y, self.channel_norm, self.channel_out_norm)
         return Stream(constrain(x, (BATCH, LENGTH, None)), carry), out, channels
 
     def _before(self, x: jax.Array, norm: AnyNorm | None) -> jax.Array:
@@ -133,11 +163,6 @@ class Block(nnx.Module):
         if self.stream_scale is not None:
             x = x * self.stream_scale
         return norm(x + y) if norm is not None and self.norm == "post" else x + y
-
-    @staticmethod
-    @jax.named_scope("layer_channel_mixer")
-    def _mix_channels(channel_mixer: ChannelMixer, x: jax.Array, at: Tokens) -> MixedChannels:
-        return channel_mixer(x, at=at)
 
 
 def layer_scope(name: str) -> str:

@@ -15,7 +15,7 @@ from plait.models.lora import LoRAConfig
 from plait.models.mixers.base import MIXERS, Direction, MixerConfig, WrapperConfig
 from plait.models.pattern import Periods, expand_pattern, find_periods, pattern_names, split_name
 from plait.models.positions.base import PositionConfig
-from plait.models.stream import check_carries
+from plait.models.stream import CarryUse, check_carries
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -95,6 +95,8 @@ class LMConfig(Config):
     """Epsilon of the norms of the residual stream."""
     parallel_block: bool = False
     """Mixer and channel mixer read the same stream, `x + f(norm(x)) + g(norm'(x))`, as in GPT-NeoX; only with norm=pre."""
+    embedding_norm: bool = False
+    """Whether a norm stands before the first block (RWKV, BLOOM)."""
     embedding_scale: Positive | None = None
     """What the embedding of a token is multiplied by: sqrt(d_model) in Gemma, a number of its own in Granite."""
     stream_scale: Positive | None = None
@@ -207,6 +209,12 @@ class LMConfig(Config):
     def layer_mixers(self) -> tuple[MixerConfig, ...]:
         """Mixer config of each layer."""
         return tuple(self.mixers[name] for name in self.layers)
+
+    @property
+    def shared(self) -> dict[str, CarryUse]:
+        """What the model holds for layers that read it, by its name in the carry."""
+        uses = (use for mixer in self.mixers.values() for use in mixer.carries(self.d_model))
+        return {use.name: use for use in uses if use.use == "model"}
 
     @property
     def first_layers(self) -> dict[str, int]:

@@ -37,8 +37,8 @@ class LowerBound(nnx.Module):
     """Forget gates above a learned bound that rises with depth: `f = b + (1 - b) sigmoid(y)`, a bound for each channel.
 
     b starts at l / L in layer l = 0, 1, ... of L, as in HGRN (arXiv 2311.04823), and is exactly 0 in the first. There the bounds of all
-    layers are partial sums of one softmax; a layer here has its own, `b = sigmoid(bias + logit(l / L))`, which starts at the same value,
-    and that a later layer's lies above is left to training.
+    layers are partial sums of one softmax (`SharedBounds`); a layer here has its own, `b = sigmoid(bias + logit(l / L))`, which starts
+    at the same value, and that a later layer's lies above is left to training.
     """
 
     def __init__(self, ctx: BuildContext, dim: int):
@@ -51,7 +51,26 @@ class LowerBound(nnx.Module):
         return self.bias[...].astype(jnp.float32) + jnp.log(start) - jnp.log1p(-start)
 
     def __call__(self, y: jax.Array) -> jax.Array:
-        """`log f` of `y [B, T, dim]`, float32 and at most 0; sums of logarithms only, so that no gate rounds to 0."""
-        logit = self.logit()[None, None]
-        log_sigmoid = jax.nn.log_sigmoid
-        return jnp.logaddexp(log_sigmoid(logit), log_sigmoid(-logit) + log_sigmoid(y.astype(jnp.float32)))
+        """`log f` of `y [B, T, dim]`, float32 and at most 0."""
+        return raised(jax.nn.log_sigmoid(y.astype(jnp.float32)), self.logit()[None, None])
+
+
+class SharedBounds(nnx.Module):
+    """The bounds of all layers as HGRN and HGRN2 have them: partial sums of one softmax over the layers, without the share of the first."""
+
+    def __init__(self, ctx: BuildContext, dim: int):
+        self.scores = ctx.param(jax.nn.initializers.zeros, (ctx.num_layers, dim), (None, HEADS), role="decay")
+
+    def __call__(self) -> jax.Array:
+        """The bounds' log-odds `[layers, dim]`: -inf in the first layer."""
+        first, others = jnp.split(self.scores[...].astype(jnp.float32), [1])
+        none = jnp.full_like(first, -jnp.inf)
+        if not len(others):
+            return none
+        behind, ahead = (jax.lax.cumlogsumexp(others, axis=0, reverse=reverse) for reverse in (False, True))
+        return jnp.concatenate([none, behind - jnp.logaddexp(first, jnp.concatenate([ahead[1:], none]))])
+
+
+def raised(g: jax.Array, logit: jax.Array) -> jax.Array:
+    """`log(b + (1 - b) exp(g))`, b having the log-odds `logit`: sums of logarithms only, so that no gate rounds to 0."""
+    return jnp.logaddexp(jax.nn.log_sigmoid(logit), jax.nn.log_sigmoid(-logit) + g)

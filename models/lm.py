@@ -60,6 +60,8 @@ class LM(nnx.Module):
         self.embedding = ctx.param(embed_init, (config.vocab_size, config.d_model), (VOCAB, EMBED), role="embedding")
         positions = config.positions
         self.positions = None if positions is None else under("model.positions", positions.build, ctx, config.d_model, 1)
+        self.embedding_norm = make_norm(ctx, config.d_model, eps=config.norm_eps) if config.embedding_norm else None
+        self.shared = shared_modules(config, ctx)
         self.stack = Stack(config, rngs, context)
         self.norm = make_norm(ctx, config.d_model, eps=config.norm_eps) if config.norm not in ("post", "none") else None
         head = lambda size: Dense(ctx, config.d_model, size, (EMBED, VOCAB), init=embed_init, role="head")
@@ -113,11 +115,19 @@ class LM(nnx.Module):
         if self.config.embedding_scale is not None:
             x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
         x = constrain(x, (BATCH, LENGTH, None))
-        return Stream(x if self.positions is None else self.positions.add(x, at))
+        x = x if self.positions is None else self.positions.add(x, at)
+        for_rows = lambda a: jnp.broadcast_to(a[None, None], (len(x), 1, *a.shape))
+        carry = {name: for_rows(module()) for name, module in self.shared.items()}
+        return Stream(x if self.embedding_norm is None else self.embedding_norm(x), carry)
 
     def _final(self, stream: Stream) -> jax.Array:
         x = stream.x if self.norm is None else self.norm(stream.x)
         return x if self.config.logit_scale is None else x * jnp.asarray(self.config.logit_scale, x.dtype)
+
+
+def shared_modules(config: LMConfig, ctx: BuildContext) -> nnx.Dict:
+    """What gives the carry that the model leaves before the first layer, by name."""
+    return nnx.Dict({name: use.make(ctx) for name, use in config.shared.items() if use.make is not None})
 
 
 def num_params(config: LMConfig) -> int:
@@ -128,11 +138,14 @@ def num_params(config: LMConfig) -> int:
         with unchecked():
             one = dataclasses.replace(config, pattern=name, num_layers=1, mixers={name: config.mixers[name]})
         model = nnx.eval_shape(lambda: LM(one, rngs=nnx.Rngs(0), seq_len=1))
-        every, block = (sum(p.size for p in jax.tree.leaves(nnx.state(m, nnx.Param))) for m in (model, model.stack))
-        return every - block, block
+        every, shared, block = (size(module) for module in (model, model.shared, model.stack))
+        return every - shared - block, block
 
+    size = lambda module: sum(p.size for p in jax.tree.leaves(nnx.state(module, nnx.Param)))
+    ctx = lambda: BuildContext(rngs=nnx.Rngs(0), seq_len=1, num_layers=config.num_layers)
     counts = {name: count(name) for name in config.mixers}
-    return counts[config.layers[0]][0] + sum(counts[name][1] for name in config.layers)
+    shared = size(nnx.eval_shape(lambda: shared_modules(config, ctx())))
+    return counts[config.layers[0]][0] + shared + sum(counts[name][1] for name in config.layers)
 
 
 def learned_shapes(config: LMConfig) -> dict[str, jax.ShapeDtypeStruct]:

@@ -80,9 +80,9 @@ class Stack(nnx.Module):
         stacked = None
         if self.periods is not None:
             graph, variables = nnx.split(self.periods)
-            period = lambda variables: [block.mixer.init_state(batch_size, max_len) for block in nnx.merge(graph, variables)]
+            period = lambda variables: [block.init_state(batch_size, max_len) for block in nnx.merge(graph, variables)]
             stacked = jax.vmap(period, axis_size=self.count)(variables)  # a layer's state may depend on its parameters
-        first, rest = ([block.mixer.init_state(batch_size, max_len) for block in blocks] for blocks in (self.first, self.rest))
+        first, rest = ([block.init_state(batch_size, max_len) for block in blocks] for blocks in (self.first, self.rest))
         return first, stacked, rest
 
     def prefill(self, stream: Stream, state: State, *, at: Tokens) -> tuple[Stream, State]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
+
+if TYPE_CHECKING:
+    from plait.models.build import BuildContext
 
 Carry = Mapping[str, Any]
 """Arrays (or trees of them) by name, batch first."""
@@ -27,10 +30,13 @@ class CarryUse:
     """What a mixer does with one name of the carry."""
 
     name: str
-    use: Literal["first", "write", "read"]
-    """`first`: the first layer that has the name writes it, the others read it; `write`: each layer writes it anew; `read`."""
+    use: Literal["first", "write", "read", "model"]
+    """`first`: the first layer that has the name writes it, the others read it; `write`: each layer writes it anew; `read`; `model`: the
+    model leaves it before the first layer."""
     like: tuple[int, ...]
-    """Its shape behind `[B, T]`, the same for all that share a name."""
+    """Its shape behind `[B, T]`, the same for all that share a name; of `model` behind `[B, 1, layers]`."""
+    make: Callable[[BuildContext], Callable[[], jax.Array]] | None = None
+    """Of `model`: makes the module, a call of which gives `[layers, *like]`."""
 
 
 def check_carries(layers: list[tuple[str, tuple[CarryUse, ...]]]) -> None:
@@ -41,7 +47,7 @@ def check_carries(layers: list[tuple[str, tuple[CarryUse, ...]]]) -> None:
     """
     writers: dict[str, tuple[str, CarryUse]] = {}
     for layer, uses in layers:
-        written_here = [one.name for one in uses if one.use != "read"]
+        written_here = [one.name for one in uses if one.use not in ("read", "model")]
         if twice := [name for name in written_here if written_here.count(name) > 1]:
             raise ValueError(f"mixers.{layer} writes the carry {twice[0]!r} in two of its parts; let one of them write it")
         for one in uses:

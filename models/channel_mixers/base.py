@@ -1,4 +1,5 @@
-"""The channel-mixer contract: the half of a block that acts on each token alone, or on each token where a router sends it."""
+"""The channel-mixer contract: the half of a block that acts on each token alone, on each where a router sends it, or on each and the one
+before."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from plait.configs.components import Component, Registry
@@ -56,14 +58,20 @@ class ChannelMixerConfig(Component, abc.ABC):
         """Forward operations per token, 2 per multiply-add; override where a token does not meet every weight."""
         return products(_abstract(self, d_model))
 
+    def state_bytes(self, d_model: int, dtype: Any) -> int:
+        """Bytes of decode state of one sequence, computed in `dtype`."""
+        state = jax.eval_shape(lambda: _abstract(self, d_model, jnp.dtype(dtype).name).init_state(1))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
 
 CHANNEL_MIXERS: Registry[ChannelMixerConfig] = Registry("channel mixer", "plait.models.channel_mixers", ChannelMixerConfig)
 register = CHANNEL_MIXERS.register
 
 
 @functools.lru_cache(maxsize=64)
-def _abstract(config: ChannelMixerConfig, d_model: int) -> Any:
-    return nnx.eval_shape(lambda: config.build(d_model, BuildContext(rngs=nnx.Rngs(0), seq_len=1)))
+def _abstract(config: ChannelMixerConfig, d_model: int, dtype: str = "float32") -> Any:
+    context = lambda: BuildContext(rngs=nnx.Rngs(0), seq_len=1, compute_dtype=jnp.dtype(dtype))
+    return nnx.eval_shape(lambda: config.build(d_model, context()))
 
 
 Counts = Mapping[str, jax.Array]
@@ -90,7 +98,15 @@ class ChannelMixer(nnx.Module, abc.ABC):
 
     @abc.abstractmethod
     def __call__(self, x: jax.Array, *, at: Tokens) -> MixedChannels:
-        """Training, scoring and decoding alike."""
+        """Training and scoring."""
+
+    def init_state(self, batch_size: int) -> Any:
+        """Empty decode state: a pytree of arrays, batch first; None where a token needs no other."""
+        return None
+
+    def advance(self, x: jax.Array, state: Any, *, at: Tokens) -> tuple[jax.Array, Any]:
+        """Decoding: y of left-padded prompts from the empty state, or of one token each, and the state after the last token."""
+        return self(x, at=at).y, state
 
     def settle(self, counts: Counts) -> None:
         """Moves buffers once a step, after its gradient, by the counts of all its tokens; leading axes are stacked layers."""

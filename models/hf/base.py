@@ -62,10 +62,14 @@ class Layer:
         if bias:
             yield self.line(f"{name}.bias", tuple(f"{path}.bias" for path in paths), transform)
 
+    def entry(self, name: str, path: str, index: int, transform: Transform) -> Line:
+        """Of a tensor that is one entry along the first axis of an array."""
+        place = Place(f"{self.place.path}.{path}", (*self.place.index, index))
+        return Line((self.prefix + name,), (place,), transform)
+
     def expert(self, name: str, path: str, index: int) -> Line:
         """That of the linear map of one expert, of which there is a stack here."""
-        place = Place(f"{self.place.path}.{path}.kernel", (*self.place.index, index))
-        return Line((f"{self.prefix}{name}.weight",), (place,), Transposed())
+        return self.entry(f"{name}.weight", f"{path}.kernel", index, Transposed())
 
     def norm(self, name: str, path: str) -> Iterator[Line]:
         """Those of a norm with a bias."""

@@ -72,6 +72,9 @@ class FLA(Decoder, abc.ABC):
         inner = values("intermediate_size", int, -(-int(width * ratio * 2 / 3) // 256) * 256)
         return GatedMLPConfig(hidden_dim=inner)
 
+    def channel_values(self, model):
+        return {**super().channel_values(model), "hidden_act": "swish"}
+
     def values(self, model):
         linear = {name: mixer for name, mixer in model.mixers.items() if not isinstance(mixer, SoftmaxConfig)}
         for name, mixer in linear.items():
@@ -87,7 +90,6 @@ class FLA(Decoder, abc.ABC):
             "tie_word_embeddings": model.tie_embeddings,
             "fuse_norm": True,
             **self.channel_values(model),
-            "hidden_act": "swish",
             **self.linear_values(next(iter(linear.values())), model.d_model),
             "attn": _specs(model),
         }

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from typing import ClassVar
 
-from plait.models.hf.base import register
+from plait.models.hf.base import Layer, Line, register
 from plait.models.hf.fla import FLA
 from plait.models.mixers.heads import expansion
 from plait.models.mixers.linear.gated_deltanet import GatedDeltaNetConfig
@@ -19,6 +21,7 @@ class GatedDeltaNet(FLA):
     mixers = ("gated_deltanet", "softmax")
     mixer_type = GatedDeltaNetConfig
     convolved = "qkv"
+    gate_key: ClassVar[str] = "use_gate"
 
     def linear(self, values, width):
         values.only("output_gate_activation", "swish", "silu")
@@ -30,7 +33,7 @@ class GatedDeltaNet(FLA):
             head_dim=head_dim,
             expand_v=expansion(round(head_dim * values("expand_v", float, 2.0)), head_dim),
             conv_size=conv_size if values("use_short_conv", bool, True) else None,
-            gate=values("use_gate", bool, True),
+            gate=values(self.gate_key, bool, True),
             negative_eigenvalues=values("allow_neg_eigval", bool, False),
             norm_eps=values("norm_eps", float, 1e-6),
         )
@@ -44,15 +47,21 @@ class GatedDeltaNet(FLA):
             "expand_v": mixer.expand_v,
             "use_short_conv": mixer.conv_size is not None,
             **({} if mixer.conv_size is None else {"conv_size": mixer.conv_size}),
-            "use_gate": mixer.gate,
+            self.gate_key: mixer.gate,
             "allow_neg_eigval": mixer.negative_eigenvalues,
         }
 
     def linear_lines(self, mixer, layer):
-        for name in "qkvabo":
+        for name in "qkvbo":
             yield from layer.dense(f"attn.{name}_proj", f"mixer.{name}")
+        yield from self.gate_lines(mixer, layer)
+
+    def gate_lines(self, mixer: GatedDeltaNetConfig, layer: Layer, *, decay: bool = True) -> Iterator[Line]:
+        """Those of decay, output gate and norm."""
+        if decay:
+            yield from layer.dense("attn.a_proj", "mixer.a")
+            for name in ("A_log", "dt_bias"):
+                yield layer.same(f"attn.{name}", f"mixer.{name}", float32=True)
         if mixer.gate:
             yield from layer.dense("attn.g_proj", "mixer.gate")
-        for name in ("A_log", "dt_bias"):
-            yield layer.same(f"attn.{name}", f"mixer.{name}", float32=True)
         yield layer.same("attn.o_norm.weight", "mixer.norm.scale")

@@ -85,18 +85,19 @@ class Transposed(Alone):
 
 @dataclasses.dataclass(frozen=True)
 class Alternated(Transposed):
-    """`[out, in]`, the outputs of which are two runs of heads, to `[in, out]`, in which a head of one stands beside that of the other."""
+    """`[out, in]`, the outputs of which are runs of heads, to `[in, out]`, in which a head of one stands beside those of the others."""
 
     heads: int
     """Of a run."""
+    runs: int = 2
 
     def read_one(self, tensor):
-        alternated = tensor.reshape(2, self.heads, -1, tensor.shape[-1]).swapaxes(0, 1)
+        alternated = tensor.reshape(self.runs, self.heads, -1, tensor.shape[-1]).swapaxes(0, 1)
         return super().read_one(alternated.reshape(tensor.shape))
 
     def write_one(self, array):
         rows = super().write_one(array)
-        return rows.reshape(self.heads, 2, -1, rows.shape[-1]).swapaxes(0, 1).reshape(rows.shape)
+        return rows.reshape(self.heads, self.runs, -1, rows.shape[-1]).swapaxes(0, 1).reshape(rows.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +149,39 @@ class Widened(Alone):
         return (1,) * self.before + array + (1,) * self.after
 
 
+@dataclasses.dataclass(frozen=True)
+class Rows(Alone):
+    """A vector that the tensor keeps in rows, as one a head."""
+
+    channels: int
+    """Of a row."""
+
+    def read_one(self, tensor):
+        return tensor.reshape(-1)
+
+    def write_one(self, array):
+        return array.reshape(self.shape(array.shape))
+
+    def shape(self, array):
+        return (array[0] // self.channels, self.channels)
+
+
+@dataclasses.dataclass(frozen=True)
+class Unused(Transform):
+    """No tensor to an array that is not used: layers here are alike where those of the family are not."""
+
+    size: Shape
+
+    def read(self, tensors):
+        return [np.zeros(self.size, np.float32)]
+
+    def write(self, arrays):
+        return []
+
+    def shapes(self, arrays):
+        return []
+
+
 class Interleaved(Transform):
     """One tensor to two arrays, whose entries along the last axis take turns in it."""
 
@@ -171,6 +205,19 @@ class Taps(Alone):
 
     def write_one(self, array):
         return array.T[:, None]
+
+    def shape(self, array):
+        return (array[1], 1, array[0])
+
+
+class AlternatedTaps(Alternated):
+    """One whose channels are runs of heads."""
+
+    def read_one(self, tensor):
+        return super().read_one(tensor[:, 0])
+
+    def write_one(self, array):
+        return super().write_one(array)[:, None]
 
     def shape(self, array):
         return (array[1], 1, array[0])

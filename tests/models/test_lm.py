@@ -12,6 +12,7 @@ from flax import nnx
 from plait.configs.probe import ProbeConfig
 from plait.kernels import Tokens
 from plait.models.channel_mixers.gated_mlp import GatedMLPConfig
+from plait.models.channel_mixers.mlp import MLPConfig
 from plait.models.config import LMConfig, pattern_name
 from plait.models.lm import LM, num_params
 from plait.models.look import Observer
@@ -20,6 +21,7 @@ from plait.models.mixers.full.mla import MLAConfig
 from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.models.mixers.linear.gated_deltanet import GatedDeltaNetConfig
 from plait.models.mixers.linear.gla import GLAConfig
+from plait.models.mixers.linear.hgrn2 import HGRN2Config
 from plait.models.mixers.linear.mega import MegaConfig
 from plait.models.mixers.moh import MoHConfig
 from plait.models.mixers.parallel.parallel import ParallelConfig
@@ -140,7 +142,7 @@ def test_long_left_padded_prompts_keep_their_sink_tokens():
         assert_close(prefill(state, dataclasses.replace(left, positions=positions)), whole[:, -1])
 
 
-def _zoo(mixers: dict) -> LM:
+def _zoo(mixers: dict, **options) -> LM:
     return build(
         LMConfig(
             d_model=64,
@@ -149,6 +151,7 @@ def _zoo(mixers: dict) -> LM:
             mixers=mixers,
             channel_mixer=GatedMLPConfig(hidden_dim=48),
             vocab_size=VOCAB,
+            **options,
         ),
         seq_len=LENGTH,
     )
@@ -172,7 +175,10 @@ def zoo(request) -> LM:
             "mla": MLAConfig.example(),
             "mega": MegaConfig.example(),  # whose empty state depends on its parameters
             "parallel": ParallelConfig(parts=(part, GLAConfig.example())),
-        }
+            "hgrn2": HGRN2Config(head_dim=16, lower_bounds="model", conv_size=3),
+        },
+        channel_mixers={"gated_deltanet": MLPConfig(hidden_dim=48, token_shift=True)},
+        embedding_norm=True,
     )
 
 
@@ -231,6 +237,10 @@ def test_packed_documents_equal_separate_ones_through_the_whole_model(zoo):
     shifted = TOKENS.at[0, :11].set(TOKENS[0, 9:20])
     alone, _ = call(zoo, shifted, layout((11,), (20,), length=LENGTH))
     assert_close(packed[0, 9:20], alone[0, :11])
+
+
+def test_parameters_are_counted_wherever_they_are(zoo):
+    assert num_params(zoo.config) == sum(p.size for p in jax.tree.leaves(nnx.state(zoo, nnx.Param)))
 
 
 def test_tied_model_reads_with_its_embedding():

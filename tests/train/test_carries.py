@@ -6,7 +6,9 @@ import pytest
 
 from plait.configs.experiment import ExperimentConfig
 from plait.configs.mesh import MeshConfig
+from plait.models.channel_mixers.mlp import MLPConfig
 from plait.models.mixers.full.softmax import SoftmaxConfig
+from plait.models.mixers.linear.hgrn2 import HGRN2Config
 from plait.tests.train.common import changed, tiny
 from plait.tests.train.test_mesh import SIZES, assert_same_training, two_steps
 
@@ -41,3 +43,17 @@ def test_carries_train_as_on_one_device(name, alone):
 
 def test_recomputed_carries_train_the_same(alone):
     assert_same_training(two_steps(sharing(remat="full")), alone)
+
+
+def bounded() -> ExperimentConfig:
+    """Layers that read what the model holds for all of them, with MLPs that read the token before."""
+    mixers = {"hgrn2": HGRN2Config(head_dim=4, lower_bounds="model")}
+    mlp = MLPConfig(hidden_dim=32, token_shift=True)
+    changes = {"pattern": "hgrn2", "num_layers": 4, "mixers": mixers, "channel_mixer": mlp, "embedding_norm": True}
+    model = dataclasses.replace(tiny().model, **changes)
+    return changed(dataclasses.replace(tiny(), model=model), {**SIZES, "optimizer.accumulate": 2})
+
+
+@pytest.mark.parametrize("name", SHORT[:1])
+def test_what_the_model_leaves_trains_as_on_one_device(name, compile_cache):
+    assert_same_training(two_steps(dataclasses.replace(bounded(), mesh=MeshConfig(**MESHES[name]))), two_steps(bounded()))

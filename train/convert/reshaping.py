@@ -154,7 +154,8 @@ def _num_ids(trained: Trained) -> int:
 
 
 def _state_bytes(model: LMConfig, length: int) -> int:
-    return sum(mixer.state_bytes(model.d_model, length, model.compute_dtype) for mixer in model.layer_mixers)
+    mixers = sum(mixer.state_bytes(model.d_model, length, model.compute_dtype) for mixer in model.layer_mixers)
+    return mixers + sum(one.state_bytes(model.d_model, model.compute_dtype) for one in model.layer_channel_mixers)
 
 
 def _steps(reshape: Reshape, old: Blueprint, new: Blueprint) -> list[Step]:

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from plait.configs.domains import Channels, Epsilon
+from plait.configs.domains import Channels, Epsilon, Taps
 from plait.models.axes import EMBED, HEADS
-from plait.models.build import BuildContext
-from plait.models.decays import LowerBound
+from plait.models.build import Buffer, BuildContext
+from plait.models.decays import LowerBound, SharedBounds, raised
 from plait.models.linear import Dense
 from plait.models.mixers.base import MixerConfig, register
 from plait.models.mixers.heads import whole_heads
 from plait.models.mixers.linear.recurrent import Decayed, Recurrent
+from plait.models.short_conv import ShortConv
+from plait.models.stream import CarryUse
+
+BOUNDS = "lower_bounds"
+"""Name in the carry of the bounds of all layers."""
 
 
 @register(
@@ -35,16 +42,26 @@ class HGRN2Config(MixerConfig):
     """Channels of a key and of a value head, by which each channel's state is expanded; d_model / head_dim heads."""
     norm_eps: Epsilon = 1e-5
     """Epsilon of the output norm."""
+    lower_bounds: Literal["layer", "model"] | None = "layer"
+    """Bounds of a layer's own (`layer`), or as published, partial sums of one softmax over all layers of the model (`model`); None for
+    none."""
+    conv_size: Taps | None = None
+    """Taps of short convolutions after the projections W_q, W_f and W_i; None for none."""
 
     @classmethod
     def example(cls) -> HGRN2Config:
         return cls(head_dim=16)
 
+    def carries(self, d_model: int) -> tuple[CarryUse, ...]:
+        if self.lower_bounds != "model":
+            return ()
+        return (CarryUse(BOUNDS, "model", (d_model,), functools.partial(SharedBounds, dim=d_model)),)
+
     def build(self, d_model: int, ctx: BuildContext) -> HGRN2:
         return HGRN2(self, d_model, ctx)
 
     def mixing_flops(self, d_model: int, seq_len: int) -> float:
-        return 4.0 * d_model * self.head_dim
+        return 4.0 * d_model * self.head_dim + 6.0 * (self.conv_size or 0) * d_model
 
 
 class HGRN2(Recurrent):
@@ -56,10 +73,29 @@ class HGRN2(Recurrent):
             Dense(ctx, d_model, d_model, (EMBED, HEADS), role=role, heads=(1, self.num_heads))
             for role in ("matrix", "gate", "matrix")
         )
-        self.lower_bound = LowerBound(ctx, d_model)
+        self.convs = () if config.conv_size is None else ("q_conv", "f_conv", "i_conv")
+        for name in self.convs:
+            setattr(self, name, ShortConv(ctx, d_model, size=config.conv_size or 1, axis=HEADS, activation=None))
+        self.lower_bound = LowerBound(ctx, d_model) if config.lower_bounds == "layer" else None
+        self.layer = Buffer(jnp.asarray(ctx.layer_index), axes=()) if config.lower_bounds == "model" else None
         self.gated_output(ctx, d_model, norm_eps=config.norm_eps, norm="all", gate=None)
 
     def project(self, x, *, at, state):
-        g = self.heads(self.lower_bound(self.f(x)))
-        q, v = self.heads(jax.nn.silu(self.q(x))), self.heads(self.i(x))
-        return Decayed(q, -jnp.expm1(g).astype(q.dtype), v, g), state
+        q, f, i = self.q(x), self.f(x), self.i(x)
+        if self.convs:
+            (q, f, i), state = self.convolve(dict(zip(self.convs, (q, f, i), strict=True)), at=at, state=state)
+        g = jax.nn.log_sigmoid(f.astype(jnp.float32)) if self.lower_bound is None else self.lower_bound(f)
+        q, v, g = self.heads(jax.nn.silu(q)), self.heads(i), self.heads(g)
+        return Decayed(q, _written(g, q), v, g), state
+
+    def share(self, inputs, carry):
+        """A layer that stands alone is as the first, which has no bound."""
+        if self.layer is None or BOUNDS not in carry:
+            return inputs, carry
+        g = raised(inputs.g, self.heads(carry[BOUNDS][:, :, self.layer[...]]))
+        return inputs._replace(k=_written(g, inputs.q), g=g), carry
+
+
+def _written(g: jax.Array, q: jax.Array) -> jax.Array:
+    """What is forgotten, as queries are."""
+    return -jnp.expm1(g).astype(q.dtype)

@@ -62,6 +62,8 @@ class RWKV7Config(MixerConfig):
     """That of g's; None gives 5 sqrt(d_model) likewise."""
     norm_eps: Epsilon = 64e-5
     """Epsilon of the heads' norm: 1e-5 a channel of the published heads of 64."""
+    unit_eps: Epsilon = 1e-24
+    """What is added to the squared length of `c W_k x` where it is brought to 1; flash-linear-attention's fused norm adds 1e-6."""
 
     @classmethod
     def example(cls) -> RWKV7Config:
@@ -132,7 +134,7 @@ class RWKV7(Recurrent):
 
     def __init__(self, config: RWKV7Config, d_model: int, ctx: BuildContext):
         self.num_heads = config.heads(d_model)
-        self.head_dims = (config.head_dim, config.head_dim)
+        self.head_dims, self.unit_eps = (config.head_dim, config.head_dim), config.unit_eps
         start = Starts(ctx, d_model, config.head_dim)
         self.shift = TokenShift(ctx, d_model)
         self.mixes = ctx.param(start.mix, (len(MIXED), d_model), (None, EMBED))
@@ -162,7 +164,7 @@ class RWKV7(Recurrent):
         mixes = self.mixes[...].astype(x.dtype)
         r, w, k, v, a, g = (x + (before - x) * m[None, None] for m in mixes)
         k, rate = self.heads(self.k(k)), self.heads(jax.nn.sigmoid(self.a(a)))
-        removed = l2_normalize(self._by_channel(self.removed) * k, eps=1e-24)
+        removed = l2_normalize(self._by_channel(self.removed) * k, eps=self.unit_eps)
         replaced = k * (1 + (rate - 1) * self._by_channel(self.replaced))
         same = lambda y: y.astype(k.dtype)
         return RWKV7Inputs(

@@ -18,6 +18,7 @@ from plait.kernels.target import target
 from plait.models.build import BuildContext
 from plait.models.channel_mixers.base import CHANNEL_MIXERS, ChannelMixer, ChannelMixerConfig
 from plait.models.channel_mixers.gated_mlp import GatedMLPConfig
+from plait.models.channel_mixers.mlp import MLPConfig
 from plait.models.channel_mixers.moe import MoEConfig
 from plait.models.linear import dense_layers
 from plait.tests.models.common import quick_jit
@@ -60,6 +61,7 @@ def _cases() -> dict[str, Case]:
             MoEConfig(num_experts=4, hidden_dim=32, swiglu_limit=0.2, use_bias=True, router_bias=True, num_shared_experts=1)
         ),
         "moe-nemotron": Case(dataclasses.replace(deepseek, gated=False, activation="relu2", latent_dim=24, use_bias=True)),
+        "mlp-token_shift": Case(MLPConfig(hidden_dim=48, activation="relu2", use_bias=False, token_shift=True)),
         "gated_mlp-multiplied": Case(GatedMLPConfig(hidden_dim=48, use_bias=True, multipliers=(0.5, 2.0))),
         "moe-scores-as-gates": Case(dataclasses.replace(MoEConfig.example(), normalize=False)),
     }
@@ -127,11 +129,20 @@ def test_batch_of_padding_is_finite(subject):
 
 
 def test_each_token_alone_equals_the_call(subject):
-    """What decoding relies on: a token's output is the same in whatever company."""
+    """What decoding relies on: a token's output is the same in whatever company, but for what the state says of those before."""
     whole, *_ = subject.call(subject.x, WHOLE)
-    step = quick_jit(lambda variables, x: nnx.merge(subject.graph, variables)(x, at=Tokens()).y)
-    for t in range(LENGTH):
-        assert_close(step(subject.variables, subject.x[:, t : t + 1]), whole.y[:, t : t + 1])
+    advance = lambda at: quick_jit(lambda variables, x, state: nnx.merge(subject.graph, variables).advance(x, state, at=at))
+    prompt, new = LENGTH // 2, jnp.zeros((BATCH, 2, WIDTH))
+    padded = jnp.concatenate([new + 50.0, subject.x[:, :prompt]], axis=1)
+    left = Tokens(segment_ids=jnp.broadcast_to(jnp.arange(2 + prompt) >= 2, (BATCH, 2 + prompt)).astype(jnp.int32))
+    empty = subject.mixer.init_state(BATCH)
+    assert sum(a.nbytes for a in jax.tree.leaves(empty)) == BATCH * subject.config.state_bytes(WIDTH, "float32")
+    y, state = advance(left)(subject.variables, padded, empty)
+    assert_close(y[:, 2:], whole.y[:, :prompt])
+    step = advance(Tokens())
+    for t in range(prompt, LENGTH):
+        y, state = step(subject.variables, subject.x[:, t : t + 1], state)
+        assert_close(y, whole.y[:, t : t + 1])
 
 
 def test_gradients_are_finite_in_bfloat16(subject):

@@ -203,7 +203,7 @@ def test_it_leaves_in_the_carry_what_it_says(plain_subject):
     mixed = jax.eval_shape(
         lambda v, x: plain_subject.program.mixer(v)(x, at=layout((LENGTH,)), carry={}).carry, plain_subject.variables, ROWS.x[:1]
     )
-    uses = {use.name: use for use in plain_subject.config.carries(WIDTH)}
+    uses = {use.name: use for use in plain_subject.config.carries(WIDTH) if use.use != "model"}
     assert {name: a.shape for name, a in mixed.items()} == {n: (1, LENGTH, *use.like) for n, use in uses.items()}
 
 

@@ -33,6 +33,7 @@ BASE = {
 }
 ATTENTION = {"layers": [1, 3], "num_heads": 6, "num_kv_heads": 2, "qkv_bias": True, "window_size": 7, "rope_theta": 500.0}
 WHOLE = {"layers": [2], "num_heads": 3, "num_kv_heads": 3, "qkv_bias": False, "window_size": None, "rope_theta": 10000.0}
+RANKS = {"head_dim": 6, "decay_low_rank_dim": 5, "gate_low_rank_dim": 7, "a_low_rank_dim": 4, "v_low_rank_dim": 3}
 MODELS = {
     "gla": ("GLA", {**BASE, "attn": ATTENTION}),
     "delta_net": (
@@ -47,6 +48,27 @@ MODELS = {
     "gated_deltanet_plain": ("GatedDeltaNet", {**BASE, "num_hidden_layers": 2, "head_dim": 5, "conv_size": 3, "use_gate": False}),
     "retnet": ("RetNet", {**BASE, "attn": ATTENTION}),
     "kda": ("KDA", {**BASE, "head_dim": 5, "attn": ATTENTION}),
+    "gated_deltaproduct": (
+        "GatedDeltaProduct",
+        {**BASE, "head_dim": 4, "expand_v": 1.5, "num_householder": 3, "attn": ATTENTION}
+        | {"allow_neg_eigval": True, "use_forget_gate": True},
+    ),
+    "gated_deltaproduct_plain": (
+        "GatedDeltaProduct",
+        {**BASE, "num_hidden_layers": 2, "head_dim": 5, "num_householder": 2, "use_output_gate": False, "use_short_conv": False},
+    ),
+    "hgrn2": ("HGRN2", {**BASE, "expand_ratio": 6, "attn": ATTENTION}),
+    "hgrn2_plain": (
+        "HGRN2",
+        {**BASE, "num_hidden_layers": 2, "num_heads": 3, "expand_ratio": 8, "conv_size": 3}
+        | {"use_lower_bound": False, "use_short_conv": True, "tie_word_embeddings": True},
+    ),
+    "rwkv7": ("RWKV7", {**BASE, **RANKS, "num_hidden_layers": 4}),
+    "rwkv7_plain": (
+        "RWKV7",
+        {**BASE, **RANKS, "num_hidden_layers": 2, "head_dim": 8, "num_heads": 3, "intermediate_size": None, "hidden_ratio": 2}
+        | {"norm_first": False, "fuse_norm": False, "tie_word_embeddings": True},
+    ),
     "kda_bounded": ("KDA", {**BASE, "num_hidden_layers": 2, "head_dim": 5, "safe_gate": True, "lower_bound": -4.0}),
 }
 
@@ -85,6 +107,20 @@ def rms_norm(self, x, residual=None, prenorm=False):
     return (y, x) if prenorm else y
 
 
+def layer_norm(self, x, residual=None, prenorm=False):
+    x = x if residual is None else x + residual
+    y = F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+    return (y, x) if prenorm else y
+
+
+def group_norm(self, x):
+    return F.group_norm(x.flatten(0, -2), self.num_groups, self.weight, self.bias, self.eps).view_as(x)
+
+
+def rms_norm_linear(x, norm_weight, norm_bias, weight, bias, eps=1e-5):
+    return F.linear(F.rms_norm(x, x.shape[-1:], norm_weight, eps), weight, bias)
+
+
 def rms_norm_gated(self, x, gate):
     return rms_norm(self, x) * (gate.sigmoid() if self.activation == "sigmoid" else F.silu(gate))
 
@@ -120,14 +156,19 @@ def install() -> None:
     """Puts the references where fla's layers call kernels."""
     sys.meta_path.insert(0, NoTriton())
     from fla import modules
-    from fla.layers import attn, delta_net, gated_deltanet, gla, kda, multiscale_retention
+    from fla.layers import attn, delta_net, gated_deltanet, gated_deltaproduct, gla, hgrn2, kda, multiscale_retention, rwkv7
+    from fla.models.rwkv7 import modeling_rwkv7
     from fla.modules import mlp
     from fla.ops.delta_rule.naive import delta_rule_recurrence
     from fla.ops.gated_delta_rule.naive import naive_recurrent_gated_delta_rule
+    from fla.ops.generalized_delta_rule.dplr.naive import dplr_recurrence
     from fla.ops.gla.naive import naive_recurrent_gla
     from fla.ops.kda.gate import naive_kda_gate, naive_kda_lowerbound_gate
     from fla.ops.kda.naive import naive_recurrent_kda
     from fla.ops.retention.naive import naive_retention
+    from fla.ops.rwkv7.fused_addcmul import torch_addcmul_rwkv7
+    from fla.ops.rwkv7.fused_k_update import k_update_ref
+    from fla.ops.rwkv7.gate_output_correction import gate_output_correction_ref
 
     def rotary(self, q, k, **_):
         angle = torch.arange(q.shape[1]).float()[:, None, None] * self.inv_freq
@@ -145,18 +186,36 @@ def install() -> None:
         g = -A_log.exp() * F.softplus(g + dt_bias)
         return naive_recurrent_gated_delta_rule(q, k, v, beta.sigmoid() * (1 + allow_neg_eigval), g)
 
+    def delta_product(q, k, v, g, beta, **_):
+        g = torch.zeros_like(beta) if g is None else g
+        return naive_recurrent_gated_delta_rule(unit(q), unit(k), v, beta, g)
+
     def kimi_delta_rule(q, k, v, g, beta, A_log, dt_bias, allow_neg_eigval, lower_bound, **_):
         gate = naive_kda_gate if lower_bound is None else functools.partial(naive_kda_lowerbound_gate, lower_bound=lower_bound)
         return naive_recurrent_kda(unit(q), unit(k), v, gate(g, A_log, dt_bias), beta.sigmoid() * (1 + allow_neg_eigval))
+
+    def token_shift(x, *_, **__):
+        return F.pad(x, (0, 0, 1, -1)) - x, None
+
+    def rwkv(r, w, k, v, kk, a, scale, **_):
+        return by_heads(dplr_recurrence)(r * scale * r.shape[-1] ** 0.5, k, v, -kk, kk * a, w)
 
     modules.RMSNorm.forward, modules.FusedRMSNormGated.forward = rms_norm, rms_norm_gated
     modules.RotaryEmbedding.forward, modules.ShortConvolution.forward = rotary, conv
     mlp.swiglu_linear = lambda gate, up, weight, bias: F.linear(F.silu(gate) * up, weight, bias)
     attn.flash_attn_func, gated_deltanet.causal_conv1d = attention, causal_conv1d
-    gla.fused_recurrent_gla = lambda q, k, v, gk, **_: naive_recurrent_gla(q, k, v, gk)
+    modules.LayerNorm.forward, modules.GroupNorm.forward = layer_norm, group_norm
+    gla.fused_recurrent_gla = hgrn2.fused_recurrent_gla = lambda q, k, v, gk, **_: naive_recurrent_gla(q, k, v, gk)
+    hgrn2.swish, hgrn2.rms_norm_linear = F.silu, rms_norm_linear
+    rwkv7.token_shift = modeling_rwkv7.token_shift = token_shift
+    rwkv7.l2_norm, rwkv7.fused_mul_recurrent_rwkv7 = unit, rwkv
+    rwkv7.fused_addcmul_rwkv7, rwkv7.fused_k_rwkv7 = torch_addcmul_rwkv7, k_update_ref
+    rwkv7.gate_output_correction = gate_output_correction_ref
+    modeling_rwkv7.ACT2FN = {"sqrelu": lambda x: F.relu(x).square()}
     multiscale_retention.fused_recurrent_retention = lambda q, k, v, **_: by_heads(naive_retention)(q, k, v)
     delta_net.fused_recurrent_delta_rule = delta_rule
     gated_deltanet.fused_recurrent_gated_delta_rule = gated_delta_rule
+    gated_deltaproduct.fused_recurrent_gated_delta_rule = delta_product
     kda.fused_recurrent_kda = kimi_delta_rule
 
 

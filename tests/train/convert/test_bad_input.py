@@ -9,6 +9,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from plait.launch import main
+from plait.models.config import LMConfig
+from plait.train.convert.exporting import home
 from plait.train.convert.fitting import Source
 from plait.train.convert.weights import INDEX, ONE, ConvertError
 
@@ -135,6 +137,31 @@ def test_channels_that_are_mixed_before_tokens_are_refused(words, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**fields, "layers_block_type": words}))
     with pytest.raises(ConvertError, match="and the one before it neither linear_attention nor full_attention"):
         Source.of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("rwkv7", {"attn": {"layers": [1], "num_heads": 4}}, r"attn=\{.*\} is not supported"),
+        ("rwkv7", {"norm_bias": False}, "norm_bias=False is not supported; True can be used"),
+        (
+            "rwkv7",
+            {"value_dim": [48] * 4},
+            r"value_dim=\[48, 48, 48, 48\] is not supported; 24 or \[24, 24, 24, 24\] can be used",
+        ),
+        ("hgrn2", {"expand_ratio": 5}, "head_dim=5 must divide d_model=24"),
+    ],
+)
+def test_what_layers_of_fla_cannot_be_here_is_refused(name, change, message, tmp_path):
+    fields = json.loads((GOLDEN.parent / f"fla_{name}" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**fields, **change}))
+    with pytest.raises(ConvertError, match=message):
+        Source.of(tmp_path)
+
+
+def test_bounds_of_each_layer_do_not_go_out():
+    with pytest.raises(ConvertError, match=r"lower_bounds='layer' of hgrn2 are each layer's own; .* lower_bounds='model'"):
+        home(LMConfig(d_model=256, num_layers=2, pattern="hgrn2", vocab_size=64), "hgrn2")
 
 
 DESCRIBED = ("missing tensors", "tensors that", "another shape", "quantised tensors", "has lm_head")

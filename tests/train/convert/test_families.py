@@ -202,6 +202,24 @@ def test_experts_that_lie_in_two_tensors_are_read(tmp_path):
         np.testing.assert_array_equal(one, other)
 
 
+def test_mixes_that_lie_in_one_tensor_are_read(tmp_path):
+    """As older files of RWKV-7 have them."""
+    folder = tmp_path / "model"
+    shutil.copytree(GOLDEN / "fla_rwkv7", folder)
+    tensors = load_file(folder / ONE)
+    for layer in range(4):
+        apart = [tensors.pop(f"model.layers.{layer}.attn.x_{name}")[0] for name in "rwkvag"]
+        tensors[f"model.layers.{layer}.attn.x_x"] = np.concatenate(apart)
+    save_file(tensors, folder / ONE)
+    models = []
+    for found in (examined(folder), examined(GOLDEN / "fla_rwkv7")):
+        found.match.check(folder)
+        models.append(build(found.source.model, found.lines, found.weights, make_mesh(MeshConfig(data=1))))
+        goes_back(models[-1], found.weights, found.lines)
+    for one, other in zip(*(jax.tree.leaves(nnx.state(model)) for model in models), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 @pytest.mark.parametrize(
     ("pattern", "name"),
     {"gated_deltanet*3,softmax": "gated_deltanet", "deltanet,softmax": "delta_net", "kda": "kda", "gla,softmax": "gla"}.items(),

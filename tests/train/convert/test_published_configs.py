@@ -356,6 +356,19 @@ PUBLISHED = {
                router_aux_loss_coef=0.001, sliding_window=None, n_ctx=262144, tie_word_embeddings=False, use_mamba_kernels=True),
         51_570_323_328,
     ),
+    "hgrn2-1.3B-100B": (  # 24 layers of 51,386,368, two embeddings, bounds and a norm
+        config("hgrn2", 2048, None, 24, None, None, 32000, attn_mode="chunk", num_heads=16, expand_ratio=128, use_short_conv=False,
+               conv_size=4, use_lower_bound=True, hidden_ratio=4, hidden_act="swish", elementwise_affine=True, norm_eps=1e-6,
+               max_position_embeddings=2048, fuse_cross_entropy=True, tie_word_embeddings=False),
+        1_364_396_032,
+    ),
+    "rwkv7-191M-world": (  # and the first layer's weights that it does not use
+        config("rwkv7", 768, 3072, 12, None, None, 65536, attn=None, attn_mode="chunk", head_dim=64, num_heads=None,
+               decay_low_rank_dim=64, gate_low_rank_dim=128, a_low_rank_dim=64, v_low_rank_dim=32, hidden_act="sqrelu",
+               hidden_ratio=4.0, norm_first=True, norm_bias=True, norm_eps=1e-5, fuse_norm=False, fuse_cross_entropy=True,
+               value_dim=[768] * 12, tie_word_embeddings=False),
+        191_034_624 + (2 * 32 + 1) * 768,
+    ),
     "recurrentgemma-2b": (
         config("recurrent_gemma", 2560, 15360, 26, 10, 1, 256000, head_dim=256, hidden_activation="gelu_pytorch_tanh",
                rms_norm_eps=1e-6, rope_theta=10000.0, partial_rotary_factor=0.5, attention_bias=False, attention_window_size=2048,

@@ -10,6 +10,7 @@ from plait.configs.mesh import MeshConfig
 from plait.kernels import Tokens
 from plait.launch import main
 from plait.models.mixers.full.diff import DiffConfig
+from plait.models.mixers.linear.hgrn2 import HGRN2Config
 from plait.models.positions.rotary import RotaryConfig
 from plait.models.positions.rotary_yarn import YarnRotaryConfig
 from plait.tests.tolerances import assert_close
@@ -23,6 +24,7 @@ from plait.train.convert.reshapes.moh import MoH
 from plait.train.convert.reshapes.rope import Rope
 from plait.train.convert.reshapes.vocab import Vocab
 from plait.train.convert.reshapes.window import Window
+from plait.train.convert.weights import ConvertError
 from plait.train.run import opened
 
 HEADS, WIDTH = 6, 4
@@ -251,3 +253,10 @@ def test_several_devices_make_the_same_bits(plain, reshape, tmp_path):
 def test_every_reshape_is_shown_and_documented():
     assert set(RESHAPES) == {"kv_heads", "moh", "mla", "depth", "window", "vocab", "rope", "linearize", "students"}
     assert main(["list", "reshapes"]) == 0
+
+
+def test_layers_that_share_bounds_stay(tmp_path):
+    mixers = {"hgrn2": HGRN2Config(head_dim=4, lower_bounds="model")}
+    run = make_run(tmp_path / "run", model_of(pattern="hgrn2", mixers=mixers))
+    with pytest.raises(ConvertError, match="the layers read lower_bounds, which is of all 3 layers together"):
+        reshaped(run, Depth(keep=(0, 1)))

@@ -52,4 +52,9 @@ class Depth(Reshape):
         kept = self.origins(model)
         if len(kept) == model.num_layers:
             return model
+        if model.shared:
+            raise ConvertError(
+                f"the layers read {', '.join(model.shared)}, which is of all {model.num_layers} layers together and would be another; "
+                "keep all layers"
+            )
         return model.with_pattern(pattern_of([model.layers[index] for index in kept]), len(kept))

@@ -44,13 +44,14 @@ def decoding(model: LMConfig, contexts: tuple[int, ...] = CONTEXTS) -> list[Deco
     products += sum(one.flops(model.d_model) for one in model.layer_channel_mixers)
     lookup = 0 if model.tie_embeddings else model.d_model * (model.vocab_size or 0)
     weights = (num_params(model) - lookup) * _BYTES[model.compute_dtype]
+    channels = sum(one.state_bytes(model.d_model, model.compute_dtype) for one in model.layer_channel_mixers)
     found = []
     for context in contexts:
         sizes = [[mixer.state_bytes(model.d_model, n, model.compute_dtype) for n in (context, 2 * context)] for mixer in mixers]
         found.append(
             Decoding(
                 context=context,
-                state=sum(now for now, _ in sizes),
+                state=sum(now for now, _ in sizes) + channels,
                 growing=sum(now for now, later in sizes if later > now),
                 flops=products + sum(mixer.decode_flops(model.d_model, context) for mixer in mixers),
                 weights=weights,

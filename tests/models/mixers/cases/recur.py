@@ -2,11 +2,14 @@
 
 from plait.models.mixers.linear.gated_deltanet import GatedDeltaNetConfig
 from plait.models.mixers.linear.gated_deltaproduct import GatedDeltaProductConfig
+from plait.models.mixers.linear.hgrn2 import HGRN2Config
 from plait.models.mixers.linear.kda import KDAConfig
 from plait.models.mixers.linear.lightnet import LightNetConfig
 from plait.models.mixers.linear.lightning import LightningConfig
 
 CASES = {
+    "hgrn2-convolved": HGRN2Config(head_dim=16, lower_bounds="model", conv_size=3),
+    "hgrn2-unbounded": HGRN2Config(head_dim=16, lower_bounds=None),
     "lightning-transnormer": LightningConfig(
         head_dim=16, slopes="paper", silu_values=False, norm="simple", gate="linear", gate_rank=8, lrpe=True
     ),

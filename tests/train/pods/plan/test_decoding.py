@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from plait.models.channel_mixers.mlp import MLPConfig
 from plait.models.config import LMConfig
 from plait.models.mixers.full.mla import MLAConfig
 from plait.models.mixers.full.softmax import SoftmaxConfig
@@ -24,6 +25,14 @@ def test_softmax_reads_a_key_and_a_value_for_every_token_before_it():
     mixing = 4 * 4 * (4 * 64) * 1001  # layers x (2 for scores, 2 for values) x channels x keys, itself included
     products = 2 * (4 * 4 * 256 * 256 + 256 * 512) + 4 * model("softmax").channel_mixer.flops(256)
     assert one.flops == pytest.approx(mixing + products)
+
+
+def test_an_mlp_that_reads_the_token_before_keeps_it():
+    plain = dataclasses.replace(model("softmax", softmax=SoftmaxConfig(num_heads=4, head_dim=64)), channel_mixer=MLPConfig())
+    shifted = dataclasses.replace(plain, channel_mixer=MLPConfig(token_shift=True))
+    (one,), (other,) = (decoding(config, (1000,)) for config in (plain, shifted))
+    assert other.state - one.state == 4 * 256 * 2
+    assert other.growing == one.growing
 
 
 def test_one_latent_layer_in_four_keeps_a_quarter_of_the_cache():
