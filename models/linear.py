@@ -67,6 +67,12 @@ def leading_vectors(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
     return power_step(kernel, u)
 
 
+def spectral_norm(kernel: jax.Array) -> jax.Array:
+    """The largest singular value of `kernel` `[..., I, O]`, float32, as exact as `leading_vectors`."""
+    _, u = leading_vectors(kernel)
+    return jnp.linalg.norm(jnp.einsum("...io,...o->...i", kernel.astype(jnp.float32), u, **_EXACT), axis=-1)
+
+
 def _uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Between -1 and 1 over the root of the last axis but one. Source: LoRA (arXiv 2106.09685), the authors' code."""
     return jax.random.uniform(key, shape, jnp.float32, -1.0, 1.0) / shape[-2] ** 0.5

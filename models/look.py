@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import jax
 
@@ -16,6 +16,29 @@ if TYPE_CHECKING:
 
 Statistics = Mapping[str, jax.Array]
 """Arrays by name, float32; NaN where a head or layer has no such value."""
+
+
+class GateValues(NamedTuple):
+    """A gate of every token and head, as a mixer's `observe` tells it: `gates` has those of the `output`, of `decay` and of the `write`."""
+
+    values: jax.Array
+    """`[B, T, H]`, or `[B, T, H, C]` where channels have their own."""
+    largest: float | None
+    """What |values| stay below; None where nothing bounds them."""
+
+
+class LogitMap(NamedTuple):
+    """Logits as a form of the layer's input and nothing else, `scale x_i W_q R W_k^T x_j`, as a mixer's `observe` tells it."""
+
+    q: jax.Array
+    """`[D, H, K]`."""
+    k: jax.Array
+    """`[D, Hkv, K]`."""
+    scale: float
+    turned: bool
+    """Whether R turns queries and keys by their positions; it is 1 else."""
+    causal: bool
+    """Whether a query sees the tokens of its document up to itself; all of them else."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

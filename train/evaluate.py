@@ -23,6 +23,8 @@ from plait.train.state import Arrays, Blueprint
 
 LOGITS_AT_ONCE = 1 << 25
 """Logits that judging answers holds at most (128 MiB of float32)."""
+EARLY, LATE = 50, 500
+"""Positions whose losses the in-context score compares. Source: In-context Learning and Induction Heads (2209.11895)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,8 @@ class Evaluation:
     """`[T]`."""
     scores: Mapping[str, float] = dataclasses.field(default_factory=dict)
     """What the task gives by name."""
+    in_context: float | None = None
+    """In-context score: the loss at position `LATE` less that at `EARLY` of the same document, in nats; None without one so long."""
 
     @property
     def loss(self) -> float:
@@ -77,13 +81,17 @@ class Evaluation:
         found = {"loss/val": self.loss}
         if self.bits_per_byte is not None:
             found["loss/bits_per_byte"] = self.bits_per_byte
+            found |= {f"position/{first}": loss for first, _, loss in self.by_position()}
+        if self.in_context is not None:
+            found["loss/in_context"] = self.in_context
         return found | {f"task/{self.task}/{name}": value for name, value in self.scores.items()}
 
     def to_json(self) -> dict[str, Any]:
         """All of it, for a file."""
         rows = [{"first": first, "last": last, "loss": loss} for first, last, loss in self.by_position()]
         sizes = {"num_tokens": self.num_tokens} | ({} if self.num_bytes is None else {"num_bytes": self.num_bytes})
-        return {**self.named, **sizes, "loss_by_position": rows}
+        score = {} if self.in_context is None else {"in_context": self.in_context}
+        return {**self.named, **score, **sizes, "loss_by_position": rows}
 
     def by_position(self) -> list[tuple[int, int, float]]:
         """`(first, last, loss)` of the positions in doubling ranges."""
@@ -110,7 +118,9 @@ class Evaluator:
             mask = batch.loss_mask.astype(jnp.float32)
             num_bytes = None if sizes is None else jnp.where(batch.loss_mask > 0, sizes[batch.targets], 0).sum()
             by_position = lambda values: jnp.zeros(batch.tokens.shape[1], jnp.float32).at[batch.positions].add(values * mask)
-            return by_position(nll), by_position(jnp.ones_like(nll)), num_bytes, (batch, nll, right) if has_answers else None
+            score = None if sizes is None else in_context(nll, batch)
+            judged = (batch, nll, right) if has_answers else None
+            return by_position(nll), by_position(jnp.ones_like(nll)), num_bytes, score, judged
 
         self._score = jax.jit(score, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
@@ -121,12 +131,13 @@ class Evaluator:
         sizes = None if tokenizer is None else tokenizer.bytes_per_token.astype(np.int32)
         nats: Any = 0.0
         counts: Any = 0.0
-        num_bytes = 0
+        num_bytes, in_context = 0, np.zeros(2)
         scores: dict[str, np.ndarray] = {}
         for batch in itertools.islice(iter(batches), limit):
-            by_position, count, size, judged = self._score(params, buffers, self._layout.place(batch), sizes)
+            by_position, count, size, score, judged = self._score(params, buffers, self._layout.place(batch), sizes)
             nats, counts = nats + np.asarray(by_position, np.float64), counts + np.asarray(count, np.float64)
             num_bytes += 0 if size is None else int(size)
+            in_context += 0 if score is None else np.asarray(score, np.float64)
             if judged is not None:
                 for name, sums in task.scores(*jax.tree.map(np.asarray, judged)).items():
                     scores[name] = scores.get(name, np.zeros(2)) + np.asarray(sums, np.float64)
@@ -140,8 +151,16 @@ class Evaluator:
             num_bytes=None if sizes is None else num_bytes,
             nats_by_position=nats,
             tokens_by_position=counts,
+            in_context=float(in_context[0] / in_context[1]) if in_context[1] else None,
             scores={name: float(total / weight) if weight else math.nan for name, (total, weight) in scores.items()},
         )
+
+
+def in_context(nll: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """The in-context score summed over the documents that are long enough, and their number."""
+    back, asked = LATE - EARLY, batch.loss_mask > 0
+    both = (batch.positions == LATE)[:, back:] & asked[:, back:] & asked[:, :-back]
+    return jnp.where(both, nll[:, back:] - nll[:, :-back], 0).sum(), both.sum()
 
 
 def judged_losses(model: LM, batch: Batch) -> tuple[jax.Array, jax.Array]:

@@ -184,8 +184,8 @@ class MoE(ChannelMixer):
             y = y + (shared if self.shared_gate is None else jax.nn.sigmoid(self.shared_gate(x)) * shared)
         counts = chosen.sum((0, 1))
         losses = self._losses(logits, scores, counts, real)
-        load = counts / jnp.maximum(counts.mean(), 1e-9)
-        return MixedChannels(y, losses, {"expert_load": load}, {} if self.bias is None else {"expert": counts})
+        observed = {"expert_load": counts / jnp.maximum(counts.mean(), 1e-9), "expert_share": counts / jnp.maximum(real.sum(), 1)}
+        return MixedChannels(y, losses, observed, {} if self.bias is None else {"expert": counts})
 
     def settle(self, counts):
         """Raises the biases of experts with less than the mean load, lowers those with more. Source: 2408.15664, algorithm 1."""

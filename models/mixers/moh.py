@@ -179,7 +179,7 @@ class MoH(AroundHeads):
     def observe(self, inputs, x, *, at):
         _, mask = self.loads(x, at=at)
         load = jnp.concatenate([jnp.ones(self.num_heads - self.num_routed), mask])
-        return {**self.inner.observe(inputs, x, at=at), "load": load}
+        return {**self.inner.observe(inputs, x, at=at), "load": load, "routed_load": mask}
 
 
 def _query_norms(q: jax.Array) -> jax.Array:

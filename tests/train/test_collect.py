@@ -29,6 +29,7 @@ def statistics():
             "sink_rate": jnp.array([1.0, 0.0, 1.0]),
             "max_logit": jnp.array([7.0, 9.0, 1.0]),
             "head_load": jnp.array([1.0, 0.6, 0.4]),
+            "head_load_most": jnp.array(0.6),
             "residual_top": jnp.array([30.0, 20.0, 10.0]),
             "residual_median": jnp.array(0.5),
         },
@@ -59,9 +60,8 @@ def test_metrics_are_over_the_heads_that_there_are():
     np.testing.assert_allclose([found[k] for k in expected], list(expected.values()), rtol=1e-6)
 
 
-def test_shared_heads_are_no_load():
-    assert probe_metrics({"head_load": np.float32([[1.0, 1.0]])}, chosen()) == {"moh/max_load": 1.0}
-    assert probe_metrics({}, chosen()) == {}
+def test_nothing_measured_is_no_metric():
+    assert probe_metrics({"head_load_most": np.float32([NAN, NAN])}, chosen()) == probe_metrics({}, chosen()) == {}
 
 
 def test_what_no_head_has_is_no_metric():

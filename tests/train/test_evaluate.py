@@ -1,5 +1,6 @@
 """Validation numbers against sums worked out from the logits."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -8,13 +9,14 @@ import jax
 import numpy as np
 import pytest
 
+from plait.data.batch import Batch
 from plait.launch import main
 from plait.tests.tolerances import assert_close
 from plait.tests.train.common import changed, tiny, write_corpus
 from plait.train import run as runs
 from plait.train.checkpoint import CheckpointError, Checkpoints
 from plait.train.commands.evaluate import task_names
-from plait.train.evaluate import Evaluation, Evaluator
+from plait.train.evaluate import Evaluation, Evaluator, in_context
 from plait.train.loop import train
 from plait.train.loss import tokens_of
 
@@ -60,7 +62,8 @@ def test_loss_is_the_mean_over_all_held_out_tokens(scored, by_hand):
 def test_bits_per_byte_is_loss_times_tokens_over_bytes(scored):
     found = scored[-1]
     assert found.bits_per_byte == pytest.approx(found.loss / math.log(2) * found.num_tokens / found.num_bytes, rel=1e-12)
-    assert found.metrics() == {"loss/val": found.loss, "loss/bits_per_byte": found.bits_per_byte}
+    by_position = {f"position/{first}": loss for first, _, loss in found.by_position()}
+    assert found.metrics() == {"loss/val": found.loss, "loss/bits_per_byte": found.bits_per_byte, **by_position}
 
 
 def test_positions_sum_to_the_whole_and_cover_doubling_ranges(scored, by_hand):
@@ -72,6 +75,33 @@ def test_positions_sum_to_the_whole_and_cover_doubling_ranges(scored, by_hand):
     assert [(first, last) for first, last, _ in rows] == [(0, 0), (1, 1), (2, 3), (4, 7), (8, 15)]
     for first, last, loss in rows:
         assert_close(np.float32(loss), nats[(positions >= first) & (positions <= last)].mean(), err_msg=f"{first} to {last}")
+
+
+def test_in_context_score_is_of_documents_that_are_long_enough():
+    """Two documents reach position 500; one of them is not asked at position 50, as a prompt is not."""
+    length = 1200
+    segment_ids, positions = np.zeros((2, length), np.int32), np.zeros((2, length), np.int32)
+    for row, start, size in ((0, 0, 300), (0, 300, 900), (1, 0, 501), (1, 501, 500)):
+        segment_ids[row, start : start + size] = start + 1
+        positions[row, start : start + size] = np.arange(size)
+    nll = np.random.default_rng(0).random((2, length)).astype(np.float32)
+    mask = (segment_ids > 0).astype(np.float32)
+    batch = Batch(segment_ids, segment_ids, segment_ids, positions, mask)
+    differences = [nll[0, 800] - nll[0, 350], nll[1, 500] - nll[1, 50]]
+    total, count = in_context(nll, batch)
+    assert count == 2
+    assert_close(np.float32(total), np.float32(sum(differences)))
+    mask[1, 50] = 0
+    total, count = in_context(nll, batch)
+    assert count == 1
+    assert_close(np.float32(total), np.float32(differences[0]))
+    assert in_context(nll[:, :400], jax.tree.map(lambda a: a[:, :400], batch))[1] == 0
+
+
+def test_in_context_score_is_a_metric_where_there_is_one(scored):
+    assert scored[-1].in_context is None and "in_context" not in scored[-1].to_json()
+    found = dataclasses.replace(scored[-1], in_context=-0.5)
+    assert found.metrics()["loss/in_context"] == found.to_json()["in_context"] == -0.5
 
 
 def test_limit_takes_the_first_batches(scored):

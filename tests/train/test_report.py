@@ -74,7 +74,8 @@ def make_run(run, *, pattern=HYBRID, heads=8, steps=2000, probes=40, seed=0, tok
                 "attn/max_logit": 4 + 20 * share,
             }
             if step % (steps // 10) == 0:
-                values |= {"loss/val": loss + 0.06, "loss/bits_per_byte": (loss + 0.06) / 2.9}
+                values |= {"loss/val": loss + 0.06, "loss/bits_per_byte": (loss + 0.06) / 2.9, "loss/in_context": -0.4 * share}
+                values |= {f"position/{first}": loss + 2 / (1 + 4 * share * first) for first in (0, *(2**i for i in range(11)))}
             writer.write(step, values, tokens=step * 65536, seconds=step * 0.16 + 8)
             writer.write_events(losses.update(step, {"loss/train": loss}))
         for step in np.linspace(0, steps, probes).astype(int):
@@ -105,12 +106,24 @@ def make_probes(rng, layers, share, *, onset, top, moh):
         "sink_rate": np.clip((sink - 0.2) * 3, 0, 1),
         "max_logit": np.where(linear, np.nan, 4 + 70 * share**2 * (1 + 0.3 * spread) * (depth + 1) / len(layers)),
         "value_drain": np.where(full, 1 - 0.9 * np.clip(sink, 0, 1), 1 + noise),
+        "value_norm": np.where(full, 1 + share, 1 + noise),
         "decay_horizon": np.where(linear, np.exp(3 + 2.2 * spread + 1.2 * share), np.nan),
         "write_strength": np.where(linear, 0.5 + 0.2 * share * spread + noise, np.nan),
         "state_norm": np.where(linear, 2 + 6 * share + spread, np.nan),
         "residual_top": residual[:, None] * np.array([1.0, 0.7, 0.4]),
+        "residual_norm": residual / 20,
         "residual_median": np.full(len(layers), 0.4 + 0.2 * share),
         "residual_peak": peak,
+        "state_rank": np.where(linear, 20 - 10 * share + spread, np.nan),
+        "token_similarity": 0.2 + 0.6 * share * (np.arange(len(layers)) + 1) / len(layers),
+        "token_rank": 40 - 20 * share - np.arange(len(layers)),
+        "spectral_norm": 2 + 6 * share + 0 * residual,
+        "spectral_norm_out": 1 + 2 * share + 0 * residual,
+        "logit_norm": np.where(full, 2 + 20 * share + spread, np.nan),
+        "entropy_bound": np.where(full, 1e-3 * (1 - share) + 1e-4 * spread, np.nan),
+        "entropy_bounded": np.where(full, 4 - 2 * share + noise, np.nan),
+        **{f"{kind}_gate": np.where(linear, 0.5 + 0.3 * share * spread, np.nan) for kind in ("output", "decay", "write")},
+        **{f"{kind}_gate_saturated": np.where(linear, 0.1 + np.abs(noise), np.nan) for kind in ("output", "decay", "write")},
         "induction": np.where(linear, 0.02, np.clip(0.7 * share * (spread > 0.7) + np.abs(noise), 0, 1)),
         "previous_token": np.clip(0.1 + noise, 0, 1),
         "massive_activations": np.where(residual > 300, 3.0, 0.0),
@@ -119,6 +132,10 @@ def make_probes(rng, layers, share, *, onset, top, moh):
     }
     if moh:
         arrays |= {"expert_load_most": 1 + 0.5 * share + 0 * residual, "expert_load_least": 0.8 - 0.5 * share + 0 * residual}
+        arrays |= {
+            "expert_concentration": 0.1 + 0.5 * share + 0 * residual,
+            "head_concentration": 0.2 + 0.3 * share + 0 * residual,
+        }
         arrays["transfer_error"] = 0.5 * share + 0 * residual
         arrays["head_load"] = np.where(full, np.clip(0.5 + 0.45 * share * spread + noise, 0, 1), np.nan)
     return arrays
@@ -178,7 +195,7 @@ def test_report_of_a_full_run_is_self_contained_and_small(full_run):
     parsed = Page(text)
     assert all(address.startswith(("#", "data:image/png;base64,")) for address in parsed.addresses)
     assert "url(" not in text and "@import" not in text
-    assert parsed.tags.count("img") == len(list(path.parent.glob("*.png"))) == 15
+    assert parsed.tags.count("img") == len(list(path.parent.glob("*.png"))) == 20
     for part in ("41.3M", "8 × NVIDIA H100", "sink onset", "loss spike", "bits per byte", "decay horizon".capitalize()):
         assert part in text
 

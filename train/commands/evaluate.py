@@ -19,7 +19,7 @@ from plait.configs.words import parse as words_of
 from plait.data.config import DataConfig
 from plait.data.tasks.base import TASKS, Task
 from plait.train.console import console
-from plait.train.evaluate import Evaluation, Evaluator
+from plait.train.evaluate import EARLY, LATE, Evaluation, Evaluator
 from plait.train.held_out import OtherText, held_out, is_own
 from plait.train.run import opened, write_json
 
@@ -132,4 +132,6 @@ def _show(found: Evaluation, of: str) -> None:
     table.add_column("loss", justify="right")
     for first, last, loss in found.by_position():
         table.add_row(f"{first}-{last}" if last > first else str(first), f"{loss:.4f}")
+    if found.num_bytes is not None:
+        table.add_row(f"{LATE} less {EARLY}", "–" if found.in_context is None else f"{found.in_context:.4f}")
     console.print(table)

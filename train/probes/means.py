@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from plait.kernels import Tokens
+
 
 def masked_mean(x: jax.Array, mask: jax.Array, axis: int | tuple[int, ...]) -> jax.Array:
     """The mean of `x` over `axis` where `mask`, of its shape or broadcast to it, holds; 0 where it holds nowhere."""
@@ -20,6 +22,21 @@ def start_ratio(norms: jax.Array, segment_ids: jax.Array, positions: jax.Array) 
     first = masked_mean(norms, real & start, axis=(0, 1))
     rest = masked_mean(norms, real & ~start, axis=(0, 1))
     return first / jnp.maximum(rest, 1e-30)
+
+
+def longest(at: Tokens) -> tuple[jax.Array, jax.Array]:
+    """Where the longest document of each row begins and how many tokens it has, `[B]` int32; (0, 0) of rows of padding."""
+    place = jnp.where(at.segment_ids > 0, at.positions, -1)
+    last = jnp.argmax(place, axis=1)
+    length = place.max(1) + 1
+    return jnp.maximum(last + 1 - length, 0) * (length > 0), length
+
+
+def concentration(load: jax.Array) -> jax.Array:
+    """How far the most used is from even use, of the shares of tokens that use each, `[E]`: 0 where all are used alike, 1 where every
+    token uses it; NaN where every token uses all."""
+    even = load.mean()  # each token uses as many
+    return jnp.where(even < 1, (load.max() - even) / jnp.maximum(1 - even, 1e-6), jnp.nan)
 
 
 def weights(implied: jax.Array) -> jax.Array:

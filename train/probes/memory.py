@@ -11,7 +11,7 @@ from plait.train.probes.base import Probe, register
 from plait.train.probes.means import masked_mean
 from plait.train.probes.statistic import Metric, Panel, Statistic
 
-_SECTION = "Memory of the linear layers"
+SECTION = "Memory of the linear layers"
 
 
 @register("memory", source="here; the statistics of the recurrence kernels")
@@ -26,21 +26,21 @@ class Memory(Probe):
             unit="tokens",
             meaning="tokens after which the state has decayed by e, 1 / mean(-g)",
             metric=Metric(name="attn/decay_horizon", reduce=np.nanmedian, meaning="median over heads and layers"),
-            panel=Panel(title="Decay horizon", section=_SECTION, lines=True, map=True, log=True),
+            panel=Panel(title="Decay horizon", section=SECTION, lines=True, map=True, log=True),
         ),
         Statistic(
             name="write_strength",
             per="head",
             unit="norm of a write to the state",
             meaning="mean Frobenius norm of one token's write to the state",
-            panel=Panel(title="Write strength", section=_SECTION, lines=True, map=True),
+            panel=Panel(title="Write strength", section=SECTION, lines=True, map=True),
         ),
         Statistic(
             name="state_norm",
             per="head",
             unit="Frobenius norm",
             meaning="Frobenius norm of the state at the end of the sequence",
-            panel=Panel(title="State norm", section=_SECTION, lines=True, compared=False),
+            panel=Panel(title="State norm", section=SECTION, lines=True, compared=False),
         ),
     )
 

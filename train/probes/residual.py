@@ -31,6 +31,13 @@ class Residual(Probe):
             panel=Panel(title="Largest |x|", section=_SECTION, lines=True, most=True, log=True),
         ),
         Statistic(
+            name="residual_norm",
+            per="layer",
+            unit="root mean square",
+            meaning="root mean square of the residual stream after the block, mean over tokens that begin no document",
+            panel=Panel(title="Norm", section=_SECTION, lines=True, log=True),
+        ),
+        Statistic(
             name="residual_median",
             per="layer",
             unit="|x|",
@@ -52,6 +59,7 @@ class Residual(Probe):
         top = _largest_three(jnp.where(real[:, :, None], x, 0.0))
         return {
             "residual_top": masked_mean(top, real.any(1)[:, None], axis=0),
+            "residual_norm": masked_mean(norms, real & (look.at.positions > 0), axis=(0, 1)),
             "residual_median": absolute_median(x, real),
             "residual_peak": start_ratio(norms, segment_ids, look.at.positions),
         }

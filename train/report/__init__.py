@@ -52,7 +52,7 @@ def _sections(runs: list[Run]) -> list[tuple[str, str, list[Picture | Markup | s
         pictures += [*heading, attention.pictures(index, run), Markup(page.text_sample(run))]
     return [
         ("Summary", "What happened", [Markup(page.story(runs))]),
-        ("Loss", "Loss", [curves.loss(runs)]),
+        ("Loss", "Loss", [curves.loss(runs), *filter(None, [curves.by_position(runs)])]),
         ("Speed", "Speed and optimisation", [curves.scalars(runs)]),
         *_statistics(runs),
         ("Pictures", "Attention pictures", pictures),

@@ -11,6 +11,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from plait.train.report.run import Run
 from plait.train.report.style import (
     INK,
+    MUTED,
     Picture,
     kind_colour,
     panels,
@@ -70,6 +71,46 @@ def loss(runs: Sequence[Run]) -> Picture | str:
     return picture("loss", figure, caption)
 
 
+def by_position(runs: Sequence[Run]) -> Picture | None:
+    """Validation loss by position in the document: of a single run at up to five validations, of several at their last; None where
+    there is none."""
+    lines = [(index, line) for index, run in enumerate(runs) for line in _by_position(run, most=5 if len(runs) == 1 else 1)]
+    if not lines:
+        return None
+    figure, (ax,) = panels(1, columns=1, height=3.0, margin=(0.36, 0.5))
+    for place, (index, (step, losses)) in enumerate(lines):
+        last = len(runs) > 1 or place == len(lines) - 1
+        style = {"color": run_colour(index) if last else MUTED, "linestyle": run_dash(index), "linewidth": 1.8 if last else 0.9}
+        label = f"step {step:,}" if len(runs) == 1 else runs[index].name.lstrip("_") or "run"
+        ax.plot(
+            [first + 1 for first in losses],
+            list(losses.values()),
+            label=label,
+            alpha=1 if last else 0.3 + 0.5 * place / len(lines),
+            **style,
+        )
+    ax.set(
+        title="Loss by position", ylabel="nats per token", xlabel="position in the document, from 1, logarithmic", xscale="log"
+    )
+    ax.xaxis.set_major_formatter(FuncFormatter(short))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    value_axis(ax)
+    ax.legend(*(part[:12] for part in ax.get_legend_handles_labels()), loc="upper right", handlelength=1.8)
+    return picture("positions", figure, "Validation loss over doubling ranges of positions, drawn at the first of each.")
+
+
+def _by_position(run: Run, *, most: int) -> list[tuple[int, dict[int, float]]]:
+    """Step and losses by the first position of each range, of the last validation and evenly of those before."""
+    found = []
+    for record in run.records:
+        places = {name.removeprefix(POSITIONS): value for name, value in record.items() if name.startswith(POSITIONS)}
+        losses = {int(first): value for first, value in places.items() if first.isdecimal()}
+        if len(losses) > 1:
+            found.append((int(record["step"]), dict(sorted(losses.items()))))
+    picked = np.linspace(len(found) - 1, 0, min(most, len(found))).round().astype(int)
+    return [found[i] for i in picked[::-1]]
+
+
 def _loss_of(ax: Axes, run: Run, index: int, start: float, *, alone: bool) -> list[float]:
     """Draws the losses of one run from a step on; the finite levels of its smooth line and its validation."""
     colour, dash, levels = run_colour(index), run_dash(index), []
@@ -107,16 +148,20 @@ SCALARS = {
     "time/host_max": ("Slowest host's own time, a step", "seconds"),
     "time/host_mean": ("Mean host's own time, a step", "seconds"),
     "time/slowest_host": ("Slowest host", "number"),
+    "loss/in_context": ("In-context score", "nats, token 500 less token 50"),
     "grad/norm": ("Gradient norm, before clipping", "L2 norm"),
     "optimizer/learning_rate": ("Learning rate", "per step"),
 }
 OFTEN = ("loss/train", "loss/val", "loss/bits_per_byte")  # shown elsewhere
+POSITIONS = "position/"  # begins the names of losses by position, shown elsewhere too
 
 
 def scalars(runs: Sequence[Run]) -> Picture | str:
     """Speed, optimisation and whatever else the run logged, one small panel for each name."""
     logged = dict.fromkeys(name for run in runs for record in run.records for name in record if "/" in name)
-    names = [name for name in SCALARS if name in logged] + sorted(set(logged) - set(SCALARS) - set(OFTEN))
+    names = [name for name in SCALARS if name in logged] + sorted(
+        name for name in logged if name not in (*SCALARS, *OFTEN) and not name.startswith(POSITIONS)
+    )
     if not names:
         return "Besides the loss nothing was logged: no speed, no gradient norm."
     shown = names[:24]

@@ -17,6 +17,7 @@ from plait.models.axes import BATCH, EMBED, HEADS, KV_HEADS, LENGTH, constrain
 from plait.models.build import BuildContext
 from plait.models.cache import Slots
 from plait.models.linear import Dense
+from plait.models.look import GateValues
 from plait.models.mixers.base import HeadMixer, MixerConfig, register
 from plait.models.mixers.full.softmax import with_positions
 from plait.models.mixers.heads import join_heads, require_divides, split_heads
@@ -188,7 +189,12 @@ class MLA(HeadMixer):
         return self.slots.empty(batch_size, max_len, entries, self.dtype)
 
     def finish(self, o, inputs, x):
-        return o if self.gate is None else o * jax.nn.sigmoid(split_heads(self.gate(x), self.num_heads))  # [B, T, H, V or 1]
+        gate = self.output_gate(x)
+        return o if gate is None else o * gate
+
+    def output_gate(self, x: jax.Array) -> jax.Array | None:
+        """`[B, T, H, V or 1]`, or None."""
+        return None if self.gate is None else jax.nn.sigmoid(split_heads(self.gate(x), self.num_heads))
 
     def output(self, o):
         return self.o(join_heads(o))
@@ -202,4 +208,5 @@ class MLA(HeadMixer):
         masses = {
             op.__name__: functools.partial(op, inputs.q, inputs.k, stats.lse, **options) for op in (first_masses, column_mass)
         }
-        return {"attention": stats, **masses}
+        gate = self.output_gate(x)
+        return {"attention": stats, **masses, "gates": {} if gate is None else {"output": GateValues(gate, 1.0)}}

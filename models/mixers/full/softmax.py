@@ -20,6 +20,7 @@ from plait.models.axes import BATCH, EMBED, HEADS, KV_HEADS, LENGTH, constrain
 from plait.models.build import Buffer, BuildContext
 from plait.models.cache import Cache, Slots
 from plait.models.linear import Dense
+from plait.models.look import GateValues, LogitMap
 from plait.models.mixers.base import Direction, HeadMixer, MixerConfig, register
 from plait.models.mixers.heads import join_heads, require_divides, resolve_heads, split_heads
 from plait.models.norms import AnyNorm, make_norm
@@ -313,9 +314,12 @@ class Softmax(HeadMixer):
         if self.v_bias is not None:
             v = jnp.repeat(self.v_bias[...], self.num_heads // self.num_kv_heads, axis=0)
             o = o + v.astype(o.dtype)[None, None]
-        if self.gate is None:
-            return o
-        return o * jax.nn.sigmoid(split_heads(self.gate(x), self.num_heads))  # [B, T, H, K or 1]
+        gate = self.output_gate(x)
+        return o if gate is None else o * gate
+
+    def output_gate(self, x: jax.Array) -> jax.Array | None:
+        """`[B, T, H, K or 1]`, or None."""
+        return None if self.gate is None else jax.nn.sigmoid(split_heads(self.gate(x), self.num_heads))
 
     def output(self, o):
         return self.o(join_heads(o))
@@ -331,10 +335,22 @@ class Softmax(HeadMixer):
         _, stats = attention(inputs.q, inputs.k, inputs.v, return_stats=True, **options, **self._normalizer)
         lse = stats.lse
         masses = functools.partial(first_masses, inputs.q, inputs.k, lse, **options, **self._normalizer)
-        found = {"attention": stats, "first_masses": masses}
+        gate = self.output_gate(x)
+        found = {"attention": stats, "first_masses": masses, "logit_map": self.logit_map()}
+        found["gates"] = {} if gate is None else {"output": GateValues(gate, 1.0)}
         if self.config.normalizer == "softmax":
             found["column_mass"] = functools.partial(column_mass, inputs.q, inputs.k, lse, **options)
         return found
+
+    def logit_map(self) -> LogitMap | None:
+        """What the logits are of the input; None where biases, norms, added positions or a window make them more than that."""
+        config, place = self.config, self.config.positions
+        more = config.qkv_bias or config.qk_norm or config.log_n_scale is not None or config.normalizer != "softmax"
+        if more or self.k is None or not self.mask.sees_all or not isinstance(place, RotaryConfig | None):
+            return None
+        q, k = (split_heads(dense.weight(), heads) for dense, heads in ((self.q, self.num_heads), (self.k, self.num_kv_heads)))
+        scale = self.scale * (1.0 if place is None else place.magnitude**2)
+        return LogitMap(q, k, scale, turned=place is not None, causal=self.mask.causal)
 
     def logit_options(self, at: Tokens, kv_at: Tokens | None = None) -> dict[str, Any]:
         """What makes the logits of queries at `at` and keys at `kv_at`, those of the same tokens by default: arguments of the ops."""

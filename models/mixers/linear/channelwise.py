@@ -41,7 +41,7 @@ class Channelwise(Recurrent):
         norm = jnp.linalg.norm(memory, axis=(-2, -1))[:, None]
         horizon = 1 / jnp.maximum(rates, SLOWEST)
         stats = RecurrenceStats(norm, writes, horizon, jnp.broadcast_to(count, norm.shape))  # all tokens are one span
-        return {"memory": memory, "recurrence": stats}
+        return {"memory": memory, "recurrence": stats, "gates": self.gates_told(inputs, x)}
 
 
 class Scanned(Channelwise):

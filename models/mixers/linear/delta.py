@@ -12,6 +12,7 @@ from plait.models.axes import EMBED, HEADS
 from plait.models.build import BuildContext
 from plait.models.decays import inverse_softplus_step, log_uniform_rate
 from plait.models.linear import Dense
+from plait.models.look import GateValues
 from plait.models.mixers.linear.recurrent import Recurrent, RecurrentState
 from plait.models.norms import l2_normalize
 from plait.models.short_conv import ShortConv
@@ -77,6 +78,9 @@ class Delta(Recurrent):
     def write_strength(self, x: jax.Array) -> jax.Array:
         """`beta`, float32 `[B, T, Hv]`."""
         return self.largest_write * jax.nn.sigmoid(self.b(x).astype(jnp.float32))
+
+    def gates_told(self, inputs, x):
+        return {**super().gates_told(inputs, x), "write": GateValues(inputs.beta, self.largest_write)}
 
     def log_decay(self, x: jax.Array) -> jax.Array:
         """`-exp(A_log) softplus(W_a x + dt_bias)`, float32 `[B, T, Hv]`."""

@@ -14,6 +14,7 @@ from plait.models.axes import EMBED, HEADS
 from plait.models.build import BuildContext
 from plait.models.decays import inverse_softplus_step
 from plait.models.linear import Dense
+from plait.models.look import GateValues
 from plait.models.mixers.base import MixerConfig, register
 from plait.models.mixers.heads import expanded
 from plait.models.mixers.linear.channelwise import OPAQUE, Channelwise
@@ -133,9 +134,17 @@ class Mamba1(Channelwise):
         rate = (inputs.dt * -self.A.mean(0)[None, None]).mean(-1, keepdims=True)
         return norm(inputs.dt * inputs.v[:, :, 0]) * norm(inputs.B), rate
 
+    def gates_told(self, inputs, x):
+        """A channel's decay is that of the mean rate of its numbers."""
+        decay = jnp.exp(inputs.dt * self.A.mean(0)[None, None])[:, :, None]
+        return {"decay": GateValues(decay, 1.0), **super().gates_told(inputs, x)}
+
+    def output_gate(self, inputs, x):
+        return jax.nn.silu(self.z(x))[:, :, None]
+
     def finish(self, o, inputs, x):
         skip = self.D[...].astype(jnp.float32)[None, None, None] * inputs.v
-        return (o + skip).astype(o.dtype) * jax.nn.silu(self.z(x))[:, :, None]
+        return (o + skip).astype(o.dtype) * self.output_gate(inputs, x)
 
 
 def _s4d_real(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:

@@ -131,9 +131,12 @@ class Mamba2(Recurrent):
     def _arrays(self, inputs):
         return inputs[:4]
 
+    def output_gate(self, inputs, x):
+        return split_heads(jax.nn.silu(self._projected("z", x)), self.num_heads)
+
     def finish(self, o, inputs, x):
         skip = self.D[...].astype(jnp.float32)[None, None, :, None] * inputs.x
-        y, gate = join_heads((o + skip).astype(o.dtype)), jax.nn.silu(self._projected("z", x))
+        y, gate = join_heads((o + skip).astype(o.dtype)), join_heads(self.output_gate(inputs, x))
         if self.norm is None:
             y = y * gate
         else:

@@ -20,6 +20,7 @@ from plait.kernels.recurrence import RecurrenceStats
 from plait.models.axes import BATCH, EMBED, HEADS, LENGTH, constrain
 from plait.models.build import BuildContext, fan_in_normal
 from plait.models.linear import Dense
+from plait.models.look import GateValues
 from plait.models.mixers.base import HeadMixer, MixerConfig
 from plait.models.mixers.heads import join_heads, resolve_heads, split_heads
 from plait.models.norms import RMSNorm, l2_normalize
@@ -189,4 +190,5 @@ class MemoryHeads(Convolving, HeadMixer):
         mean = lambda y: jnp.where(real, y, 0).sum(1, keepdims=True) / jnp.maximum(count, 1.0)
         norm = jnp.linalg.norm(memory, axis=(-2, -1))[:, None]
         stats = RecurrenceStats(norm, mean(written), 1.0 / jnp.maximum(mean(decay), 1e-9), count)
-        return jax.lax.stop_gradient({"memory": memory, "recurrence": stats})
+        gates = {"decay": GateValues(jnp.exp(inputs.g), 1.0)}
+        return {**jax.lax.stop_gradient({"memory": memory, "recurrence": stats}), "gates": gates}

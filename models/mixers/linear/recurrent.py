@@ -16,6 +16,7 @@ from plait.kernels import decay, decay_rows
 from plait.models.axes import BATCH, EMBED, HEADS, LENGTH, constrain
 from plait.models.build import BuildContext
 from plait.models.linear import Dense
+from plait.models.look import GateValues
 from plait.models.mixers.base import HeadMixer
 from plait.models.mixers.heads import join_heads, split_heads
 from plait.models.norms import RMSNorm
@@ -75,8 +76,10 @@ class Recurrent(Convolving, HeadMixer):
     recur_rows: ClassVar[Callable[..., jax.Array]] = staticmethod(decay_rows)
     scale: float | None = None
     """Multiplies the queries; None for `K^-1/2`."""
-    gate: Any
+    gate: Any = None
     """The output gate's projection; None for no gate."""
+    activation: OutputGate | None = None
+    """What it goes through."""
     norm: Any
     """Of the heads, before the gate."""
 
@@ -132,9 +135,14 @@ class Recurrent(Convolving, HeadMixer):
 
     def finish(self, o, inputs, x):
         y = self.norm(o) if self.norm_over == "head" else split_heads(self.norm(join_heads(o)), self.num_heads)
+        gate = self.output_gate(inputs, x)
+        return y if gate is None else y * gate
+
+    def output_gate(self, inputs: Any, x: jax.Array) -> jax.Array | None:
+        """What multiplies the heads, `[B, T, H, V]`; None where nothing does."""
         if self.gate is None or self.activation is None:
-            return y
-        return y * _ACTIVATIONS[self.activation](split_heads(self.gate(x), self.num_heads))
+            return None
+        return _ACTIVATIONS[self.activation](split_heads(self.gate(x), self.num_heads))
 
     def output(self, o):
         return self.o(join_heads(o))
@@ -145,4 +153,10 @@ class Recurrent(Convolving, HeadMixer):
 
     def observe(self, inputs, x, *, at):
         _, memory, stats = self.recur(*self._arrays(inputs), scale=self.scale, at=at, return_stats=True)
-        return {"memory": memory, "recurrence": stats}
+        return {"memory": memory, "recurrence": stats, "gates": self.gates_told(inputs, x)}
+
+    def gates_told(self, inputs: Any, x: jax.Array) -> dict[str, GateValues]:
+        """The gates that `observe` tells: decays where the inputs have `g`, and the output's."""
+        g, output = getattr(inputs, "g", None), self.output_gate(inputs, x)
+        found = {} if g is None else {"decay": GateValues(jnp.exp(g), 1.0)}
+        return found if output is None else {**found, "output": GateValues(output, 1.0 if self.activation == "sigmoid" else None)}

@@ -109,8 +109,11 @@ class RGLRU(Scanned):
         v = jnp.where(first, 1.0, _sqrt(-jnp.expm1(2 * g))) * i * u
         return RGLRUInputs(v.astype(u.dtype), g), state
 
+    def output_gate(self, inputs, x):
+        return split_heads(jax.nn.gelu(self.y(x), approximate=True), self.num_heads)
+
     def finish(self, o, inputs, x):
-        return o * split_heads(jax.nn.gelu(self.y(x), approximate=True), self.num_heads)
+        return o * self.output_gate(inputs, x)
 
 
 def _by_block(gate: Dense, u: jax.Array) -> jax.Array:

@@ -186,10 +186,13 @@ class RWKV7(Recurrent):
     def _arrays(self, inputs):
         return inputs[:6]
 
+    def output_gate(self, inputs, x):
+        return inputs.gate
+
     def finish(self, o, inputs, x):
         again = (inputs.q * inputs.k * self._by_channel(self.bonus)).sum(-1, keepdims=True) * inputs.v
         y = split_heads(self.group_norm(o.reshape(*o.shape[:2], -1)), self.num_heads)
-        return (y + again).astype(o.dtype) * inputs.gate
+        return (y + again).astype(o.dtype) * self.output_gate(inputs, x)
 
 
 class Starts:
