@@ -334,6 +334,7 @@ class Softmax(HeadMixer):
         found = {"attention": stats, "first_masses": masses}
         if self.config.normalizer == "softmax":
             found["column_mass"] = functools.partial(column_mass, inputs.q, inputs.k, lse, **options)
+            found["logits"] = inputs.q, inputs.k, self.scale
         return found
 
     def logit_options(self, at: Tokens, kv_at: Tokens | None = None) -> dict[str, Any]:
