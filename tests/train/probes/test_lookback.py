@@ -17,11 +17,12 @@ def ratio(weights, documents, predicted):
 
 def test_by_hand():
     """Prompt of three (the last predicts the first of the answer), answer of three, padding: half of the last row's weight on either
-    side is 1/6 a token of both."""
+    side is 1/6 a token of both. The token that predicts the answer's first is given too."""
     first, last = on(8, 0, 0, 0, 0, 0, 0, 0, 0), on(8, 0, 1, 2, 3, 4, 5, 0, 0)
     both = (np.tri(8) / np.arange(1, 9)[:, None])[None, None]
-    found = ratio(np.concatenate([first, last, both], 1), [[6]], [[0, 0, 1, 1, 1, 1, 0, 0]])
-    assert_close(found, np.float32([1, 0, 0.5]))
+    asked = on(8, 0, 1, 2, 2, 2, 2, 0, 0)
+    found = ratio(np.concatenate([first, last, both, asked], 1), [[6]], [[0, 0, 1, 1, 1, 1, 0, 0]])
+    assert_close(found, np.float32([1, 0, 0.5, 1]))
 
 
 def test_where_nothing_is_given_or_nothing_answered_there_is_none():

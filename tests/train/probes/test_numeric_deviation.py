@@ -23,7 +23,7 @@ def test_of_a_model():
 
 
 def test_padding_has_no_part():
-    """What is not finite there does no harm, and single tokens are exact but for the rounding of values."""
+    """A single token's outputs are its values, rounded."""
     found, kept, *_ = dense.measured("numeric_deviation", (1,), length=8)
     v = kept["v"][0, 0].repeat(dense.HEADS // dense.KV_HEADS, axis=0)
     np.testing.assert_allclose(
