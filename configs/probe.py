@@ -23,3 +23,18 @@ class ProbeConfig(Config):
     """Sequences of the batch looked at."""
     first_k: Annotated[int, Whole(1, 64)] = 4
     """Number of leading document positions whose received attention alpha_1..alpha_K is reported."""
+    far: Span = 64
+    """Tokens back from which attention counts as far: that of long-context heads, of the probe `distance`."""
+    waad_window: Span = 10
+    """Distance at which WAAD cuts off, of the probe `waad_fai`. Not confirmed by the paper, as the next two; recorded with the run."""
+    fai_from: Span = 10
+    """Nearest of the later queries whose attention is a token's future attention (FAI),"""
+    fai_to: Span = 50
+    """and the farthest."""
+
+    def check(self) -> None:
+        if self.fai_from > self.fai_to:
+            raise ValueError(
+                f"fai_from={self.fai_from} must be at most fai_to={self.fai_to}, the farthest query that counts; "
+                f"use fai_from={self.fai_to} or less"
+            )

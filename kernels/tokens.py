@@ -32,6 +32,9 @@ class Tokens:
     positions: Any = None
     """How far from its segment's first token each stands, that one at 0; of padding any. None derives them from the segments."""
 
+    predicted: Any = None
+    """bool: of which the target counts in the loss; None where no probe asks. No op reads it."""
+
     def placed(self, batch: int, length: int) -> Tokens:
         """The same with `segment_ids` and `positions` filled in, for [batch, length] tokens."""
         segment_ids, positions = self.segment_ids, self.positions

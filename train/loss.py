@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -22,7 +23,10 @@ def tokens_of(batch: Batch) -> Tokens:
 
 def token_losses(model: LM, batch: Batch, observer: Observer | None = None) -> tuple[jax.Array, jax.Array, list[Extras]]:
     """Negative log-likelihood in nats and log-normaliser of each token, `[B, T]` float32 (0 off the loss mask), and the layers' extras."""
-    hidden, extras = model.hidden(tokens_of(batch), observer=observer)
+    at = tokens_of(batch)
+    if observer is not None:
+        at = dataclasses.replace(at, predicted=batch.loss_mask > 0)
+    hidden, extras = model.hidden(at, observer=observer)
     weight = constrain(
         model.head_weight().astype(hidden.dtype), (EMBED, VOCAB)
     )  # where it lies is rounded, what is sent is small

@@ -13,18 +13,18 @@ import optax
 from plait.data.batch import Batch
 from plait.models.block import Extras, over_microbatches
 from plait.models.linear import power_iterate
-from plait.models.look import Observer
 from plait.train.loss import loss_terms
 from plait.train.mesh import on_mesh
 from plait.train.optimizers.precision import float32
 from plait.train.optimizers.schedule import make_schedule
+from plait.train.probes.base import Probes
 from plait.train.state import Blueprint, TrainState, state_shardings
 
 Metrics = dict[str, Any]
 Step = Callable[..., tuple[TrainState, Metrics]]
 
 
-def make_step(blueprint: Blueprint, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh, observer: Observer | None) -> Step:
+def make_step(blueprint: Blueprint, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh, observer: Probes | None) -> Step:
     """The step `(state, batch[, bounds]) -> (state, metrics)`, traceable; jit it with the state donated.
 
     Metrics are scalars by name, and with `observer` also `"statistics"`, those of each layer. A step whose loss, gradient or
@@ -80,7 +80,7 @@ def make_step(blueprint: Blueprint, tx: optax.GradientTransformation, mesh: jax.
             "tokens": batch.loss_mask.sum(),
         }
         if observer is not None:
-            metrics["statistics"] = [dict(one.statistics) for one in terms["extras"]]
+            metrics["statistics"] = observer.across([one.statistics for one in terms["extras"]])
         return new, metrics
 
     return step

@@ -80,6 +80,8 @@ NEEDS: dict[str, dict[str, Any]] = {
         f"model.lora.{field}": {"init_from": "runs/base", "model.lora": LoRAConfig(rank=2)}
         for field in ("alpha", "scaling", "targets")
     },
+    "probe.far": {"probe.only": "distance"},
+    **{f"probe.{field}": {"probe.only": "waad_fai", "data.seq_len": 64} for field in ("waad_window", "fai_from", "fai_to")},
     "model.causal": {"data.task": MaskedLanguageTask()},
     "data.vocab_size": {"data.tokenizer": "bpe", "data.vocab_size": 300},
     "mamba1.norm_scale": {"norm_eps": 1e-6},

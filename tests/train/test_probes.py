@@ -25,7 +25,7 @@ from plait.train.probes.base import PROBES, Probe, Probes, chosen, register, sta
 from plait.train.probes.sinks import THRESHOLD
 from plait.train.probes.statistic import Statistic
 
-LENGTH, CONFIG = 40, ProbeConfig(only="all", rows=8, sequences=2)
+LENGTH, CONFIG = 40, ProbeConfig(only="all", rows=8, sequences=2, far=8)
 SINK = SoftmaxConfig(num_heads=2, head_dim=8, num_kv_heads=1, sink_logits=True)
 MIXERS = {
     **hybrid().model.mixers,
@@ -290,6 +290,14 @@ def test_induction_by_hand():
     found = measure("induction", look_at(np.concatenate([head, -2 * half, none], 1), [[5, 2]], ids=ids))
     assert_close(found["induction"], np.float32([1, 0.5, 0]))
     assert_close(found["previous_token"], np.float32([2 / 5, 1 / 5, 1]))
+    assert_close(found["duplicate_token"], np.float32([0, 0, 0]))
+
+
+def test_duplicate_tokens_by_hand():
+    """As above: the head that looks at the occurrences, and one that looks at the first of them alone."""
+    ids = [[7, 8, 9, 7, 8, 7, 7, 0]]
+    heads = np.concatenate([on(8, 0, 0, 0, 0, 1, 5, 5, 0), on(8, 0, 0, 0, 0, 4, 5, 5, 0)], 1)
+    assert_close(measure("induction", look_at(heads, [[5, 2]], ids=ids))["duplicate_token"], np.float32([1, 0.5]))
 
 
 def test_induction_takes_the_last_occurrence_of_the_same_document():

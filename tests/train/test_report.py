@@ -10,6 +10,7 @@ import matplotlib
 import numpy as np
 import pytest
 
+from plait.configs.probe import ProbeConfig
 from plait.train.probes.base import chosen, statistics
 from plait.train.report import write_report
 from plait.train.report.attention import choose_heads, head_scores, normalise, shown
@@ -138,6 +139,10 @@ def make_probes(rng, layers, share, *, onset, top, moh):
         }
         arrays["transfer_error"] = 0.5 * share + 0 * residual
         arrays["head_load"] = np.where(full, np.clip(0.5 + 0.45 * share * spread + noise, 0, 1), np.nan)
+        for name, one in statistics().items():  # the others: a value for each panel
+            like = shape if one.per == "head" else shape[:1]
+            size = () if one.size is None else (one.size(ProbeConfig()),)
+            arrays.setdefault(name, np.full((*like, *size), 0.1 + 0.2 * share))
     return arrays
 
 

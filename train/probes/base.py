@@ -34,6 +34,14 @@ class Probe(Component, abc.ABC):
     def measure(self, look: Look, config: ProbeConfig) -> Mapping[str, jax.Array | None]:
         """The statistics of a look: `[H, ...]` for a head each, `[...]` for the layer; None or left out where there is none."""
 
+    def parts(self, looks: tuple[Look, ...], config: ProbeConfig) -> Mapping[str, jax.Array]:
+        """What `across` needs of a layer; it is not recorded."""
+        return {}
+
+    def across(self, layers: Sequence[Mapping[str, jax.Array]], config: ProbeConfig) -> Sequence[Mapping[str, jax.Array]]:
+        """Statistics that take all layers, a mapping each, of the parts of each."""
+        return ()
+
     def watchers(self, layers: Sequence[Mapping[str, Any]]) -> list[Watcher]:
         """What finds its events; more than one threshold says is a watcher of its own. `layers` as in `probes/layers.json`."""
         return [ThresholdWatcher(statistic, layers) for statistic in self.statistics if statistic.event is not None]
@@ -96,7 +104,8 @@ class Probes:
         return jnp.asarray([(i + 1) * length // count - 1 for i in range(count)], jnp.int32)
 
     def measure(self, looks: tuple[Look, ...]) -> dict[str, jax.Array]:
-        """Those of all probes, float32; heads of several looks one after another, NaN where one of them has no such value.
+        """Those of all probes, float32; heads of several looks one after another, NaN where one of them has no such value. What probes
+        need to go on `across` layers is among them, under `PROBE/NAME`.
 
         Raises:
             ValueError: a probe measured what it does not declare.
@@ -115,6 +124,19 @@ class Probes:
                     blank = [jnp.full(statistic.shape(count, self.config), jnp.nan) for count in heads]
                     present = [jnp.concatenate([b if v is None else v for v, b in zip(values, blank, strict=True)])]
                 found[statistic.name] = present[0].astype(jnp.float32)
+            found |= {f"{probe.name}/{name}": value for name, value in probe.parts(looks, self.config).items()}
+        return found
+
+    def across(self, layers: Sequence[Mapping[str, jax.Array]]) -> list[dict[str, jax.Array]]:
+        """The statistics of each layer of a step, from what `measure` gave of them: with those that take all layers."""
+        found = [{name: value for name, value in layer.items() if "/" not in name} for layer in layers]
+        for probe in self.probes:
+            own = f"{probe.name}/"
+            parts = [{name.removeprefix(own): value for name, value in layer.items() if name.startswith(own)} for layer in layers]
+            if any(parts):
+                several = probe.across(parts, self.config)
+                self._check(probe, several, [0] * len(layers))
+                found = [one | dict(more) for one, more in zip(found, several, strict=True)]
         return found
 
     def _check(self, probe: Probe, parts: Sequence[Mapping[str, jax.Array | None]], heads: Sequence[int]) -> None:

@@ -20,7 +20,7 @@ _SECTION = "Induction"
 @register("induction", source="In-context Learning and Induction Heads (2209.11895), prefix matching, on the run's own text here")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Induction(Probe):
-    """Mean weights of the looked-at rows on the token after the query's previous occurrence, and on the token before the query."""
+    """Mean weights of the looked-at rows on the query's previous occurrence, on the token after that, and on the token before the query."""
 
     statistics = (
         Statistic(
@@ -53,6 +53,13 @@ class Induction(Probe):
             meaning="mean weight on the token before the query in the document, by queries that have one",
             panel=Panel(title="Previous token", section=_SECTION, map=True, limits=(0, 1)),
         ),
+        Statistic(
+            name="duplicate_token",
+            per="head",
+            unit="share",
+            meaning="mean weight on the query token's previous occurrence in the document itself, by the queries that `induction` has",
+            panel=Panel(title="Duplicate token", section=_SECTION, map=True, limits=(0, 1)),
+        ),
     )
 
     def measure(self, look, config):
@@ -69,4 +76,8 @@ class Induction(Probe):
             mean = masked_mean((weights(look.implied) * there[:, None]).sum(-1), has, axis=(0, 2))
             return jnp.where(has.any(), mean, jnp.nan)
 
-        return {"induction": score((keys == after) & (after > 0)), "previous_token": score(document & (keys == queries - 1))}
+        return {
+            "induction": score((keys == after) & (after > 0)),
+            "previous_token": score(document & (keys == queries - 1)),
+            "duplicate_token": score((keys == after - 1) & (after > 0)),
+        }

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from plait.kernels import Tokens
+from plait.models.look import Look
 
 
 def masked_mean(x: jax.Array, mask: jax.Array, axis: int | tuple[int, ...]) -> jax.Array:
@@ -45,3 +46,33 @@ def weights(implied: jax.Array) -> jax.Array:
     largest = a.max(-1, keepdims=True)
     a = a / jnp.where(largest > 0, largest, 1.0)  # then the sum of a row is at least 1, however small its weights are
     return a / jnp.maximum(a.sum(-1, keepdims=True), 1.0)
+
+
+def shares(look: Look, implied: jax.Array) -> jax.Array:
+    """Rows `[B, H, R, S]` of the look's implied attention with what a softmax gives to a sink logit left to it; other kinds' as `weights`."""
+    return jnp.abs(implied.astype(jnp.float32)) if "column_mass" in look.observed else weights(implied)
+
+
+def off_sink(look: Look) -> jax.Array | None:
+    """What of their attention the looked-at rows give to other tokens than the first of their document, `[B, H, R]`; None without rows."""
+    if look.implied is None:
+        return None
+    later = look.at.positions > 0  # a token's own document is all that it sees
+    return (shares(look, look.implied) * later[:, None, None, :]).sum(-1)
+
+
+def upto(look: Look) -> jax.Array:
+    """bool `[B, R, S]`: which tokens stand in the document of each looked-at row, up to the row."""
+    documents, index = look.at.numbered(), jnp.arange(look.x.shape[1])
+    same = (documents[:, look.rows, None] == documents[:, None, :]) & (documents[:, None, :] > 0)
+    return same & (index[None, :] <= look.rows[:, None])[None]
+
+
+def looked_at(look: Look, least: int = 1) -> jax.Array:
+    """bool `[B, R]`: which looked-at rows have at least so many tokens before them in their document."""
+    return (look.at.segment_ids[:, look.rows] > 0) & (look.at.positions[:, look.rows] >= least)
+
+
+def mean_of_rows(x: jax.Array, told: jax.Array) -> jax.Array:
+    """The mean `[H]` of `x` `[B, H, R]` over the rows `told` `[B, R]`; NaN where there is none."""
+    return jnp.where(told.any(), masked_mean(x, told[:, None], axis=(0, 2)), jnp.nan)

@@ -184,4 +184,4 @@ class DotProduct(Cached):
         masses = {
             op.__name__: functools.partial(op, inputs.q, inputs.k, stats.lse, **options) for op in (first_masses, column_mass)
         }
-        return {"attention": stats, **masses}
+        return {"attention": stats, "logits": (inputs.q, inputs.k, self.scale), **masses}

@@ -209,4 +209,5 @@ class MLA(HeadMixer):
             op.__name__: functools.partial(op, inputs.q, inputs.k, stats.lse, **options) for op in (first_masses, column_mass)
         }
         gate = self.output_gate(x)
-        return {"attention": stats, **masses, "gates": {} if gate is None else {"output": GateValues(gate, 1.0)}}
+        gates = {} if gate is None else {"output": GateValues(gate, 1.0)}
+        return {"attention": stats, "logits": (inputs.q, inputs.k, self.scale), **masses, "gates": gates}

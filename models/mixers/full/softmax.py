@@ -340,6 +340,7 @@ class Softmax(HeadMixer):
         found["gates"] = {} if gate is None else {"output": GateValues(gate, 1.0)}
         if self.config.normalizer == "softmax":
             found["column_mass"] = functools.partial(column_mass, inputs.q, inputs.k, lse, **options)
+            found["logits"] = inputs.q, inputs.k, self.scale
         return found
 
     def logit_map(self) -> LogitMap | None:
