@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from plait.configs.components import at, unchecked, validate
+from plait.configs.event import with_named
 from plait.configs.exchange import component_flags, exchanged, offers, renamed, take
 from plait.configs.experiment import ExperimentConfig
 from plait.configs.presets import preset
@@ -25,6 +26,7 @@ def parse_experiment(name: str | ExperimentConfig, args: Sequence[str], prog: st
         if (pattern := take("model.pattern", words)) is not None:
             config = dataclasses.replace(config, model=at("model", config.model.with_pattern, pattern))
             at("model", config.model.complete)
+        config = dataclasses.replace(config, event=with_named(config.event, words))
         before = config.model
         config = exchanged(config, words)
         flags = component_flags(config)

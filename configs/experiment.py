@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 from plait.configs.components import Config
 from plait.configs.domains import Counted, Line, Name, Seed, Steps, choices, divisors
+from plait.configs.event import EventConfig
 from plait.configs.mesh import MeshConfig
 from plait.configs.optimizer import OptimizerConfig, optimizer
 from plait.configs.probe import ProbeConfig
 from plait.configs.spike import SpikeConfig
 from plait.data.config import DataConfig
-from plait.models.config import LMConfig
+from plait.models.config import LMConfig, Table
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,8 @@ class ExperimentConfig(Config):
     mesh: MeshConfig = MeshConfig()
     probe: ProbeConfig = ProbeConfig()
     spike: SpikeConfig = SpikeConfig()
+    event: Mapping[str, EventConfig] = dataclasses.field(default_factory=Table)
+    """By kind, what is done about events."""
     seed: Seed = 0
     """Of the parameters; the data has its own, `data.seed`."""
     init_from: Line | None = None
@@ -53,9 +57,15 @@ class ExperimentConfig(Config):
     wandb: Line | None = None
     """Weights & Biases project that also gets the metrics (extra `wandb`)."""
 
+    def complete(self) -> None:
+        object.__setattr__(self, "event", Table(self.event))
+
     def check(self) -> None:
         if self.spike.action == "rewind" and self.spike.sigma is not None and self.checkpoint_every is None:
             raise ValueError("spike.action=rewind needs checkpoints to go back to; set checkpoint_every")
+        for kind, event in self.event.items():
+            if event.action == "rewind" and self.checkpoint_every is None:
+                raise ValueError(f"event.{kind}.action=rewind needs checkpoints to go back to; set checkpoint_every")
         if self.model.lora.rank is not None and self.init_from is None:
             raise ValueError(
                 f"model.lora.rank={self.model.lora.rank} trains adapters of weights that are there, and init_from is None; name their run "

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from plait.configs.components import Component, default_of
+from plait.configs.event import EventConfig
 from plait.configs.experiment import ExperimentConfig
 from plait.configs.listing import KINDS, component_rows, registry
 from plait.configs.mesh import MeshConfig
@@ -28,9 +29,11 @@ from plait.configs.probe import ProbeConfig
 from plait.configs.spike import SpikeConfig
 from plait.data.config import DataConfig
 from plait.kernels import registered
+from plait.models.attention_losses import AttentionLossConfig
 from plait.models.config import LMConfig
 from plait.models.lora import LoRAConfig
 from plait.models.mixers.base import WrapperConfig
+from plait.models.qk_clip import QKClipConfig
 from plait.train.pods.hosts.host import HostsOptions
 from plait.train.probes import docs as probes
 
@@ -182,8 +185,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "data": lambda: options(DataConfig, "data."),
     "optimizer": lambda: options(OptimizerConfig, "optimizer."),
     "mesh": lambda: options(MeshConfig, "mesh."),
+    "attention_loss": lambda: options(AttentionLossConfig, "model.attention-loss."),
+    "qk_clip": lambda: options(QKClipConfig, "model.qk-clip."),
     "lora": lambda: options(LoRAConfig, "model.lora."),
     "spike": lambda: options(SpikeConfig, "spike."),
+    "event": lambda: options(EventConfig, "event.KIND."),
     "hosts": lambda: options(HostsOptions, "hosts."),
     "probe": lambda: options(ProbeConfig, "probe."),
 }

@@ -7,15 +7,18 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from plait.kernels import Tokens
+from plait.models.attention_losses import AttentionLossConfig, attention_losses
 from plait.models.axes import BATCH, LENGTH, constrain
 from plait.models.build import BuildContext, Norm
 from plait.models.channel_mixers.base import ChannelMixerConfig, MixedChannels
-from plait.models.look import Observer, Statistics, look
+from plait.models.look import Everyone, Look, Observer, Statistics, look
 from plait.models.mixers.base import Losses, Mixed, MixerConfig, State
 from plait.models.norms import AnyNorm, make_norm
+from plait.models.qk_clip import QKClipConfig
 from plait.models.stream import Carry, Stream
 
 
@@ -30,16 +33,19 @@ class Extras:
     """Of probe steps."""
     counts: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     """What a step adds up over its tokens for `mixer` or `channel_mixer` to move its buffers by: see their `settle`."""
+    max_logits: jax.Array | None = None
+    """The largest of each head in the step, `[H]`, NaN where unknown; where they are clipped."""
 
 
 def over_microbatches(stacked: Any) -> Any:
     """A tree of `Extras` of one step from those of its micro-batches, stacked: the mean of losses, of statistics the last, counts
-    summed."""
+    summed, logits the largest."""
 
     def one(extras: Extras) -> Extras:
         mean, last, total = lambda a: a.mean(0), lambda a: a[-1], lambda a: a.sum(0)
+        most = None if extras.max_logits is None else extras.max_logits.max(0)
         return Extras(
-            jax.tree.map(mean, extras.losses), jax.tree.map(last, extras.statistics), jax.tree.map(total, extras.counts)
+            jax.tree.map(mean, extras.losses), jax.tree.map(last, extras.statistics), jax.tree.map(total, extras.counts), most
         )
 
     return jax.tree.map(one, stacked, is_leaf=lambda x: isinstance(x, Extras))
@@ -68,9 +74,12 @@ class Block(nnx.Module):
         parallel: bool = False,
         residual_scale: float | None = None,
         stream_scale: float | None = None,
+        qk_clip: QKClipConfig,
+        attention_loss: AttentionLossConfig,
     ):
         """Args: `name` is that of the mixer in the pattern; the others are options of `LMConfig`."""
         self.norm, self.parallel, self.residual_scale, self.stream_scale = norm, parallel, residual_scale, stream_scale
+        self.qk_clip, self.attention_loss = qk_clip, attention_loss
         self.scope = layer_scope(name)
         self.mixer = mixer.build(d_model, ctx)
         self.channel_mixer = None if channel_mixer is None else channel_mixer.build(d_model, ctx)
@@ -82,9 +91,12 @@ class Block(nnx.Module):
 
     def __call__(self, stream: Stream, *, at: Tokens, observer: Observer | None = None) -> tuple[Stream, Extras]:
         """The stream after the block."""
+        clips = self.qk_clip.threshold is not None
+        looked_at = clips or bool(self.attention_loss.asked)
+        watching = Everyone() if looked_at else observer
 
         def mix(x: jax.Array, carry: Carry) -> tuple[jax.Array, Carry, Mixed]:
-            mixed = self.mixer(x, at=at, carry=carry, observer=observer)
+            mixed = self.mixer(x, at=at, carry=carry, observer=watching)
             return mixed.y, mixed.carry, mixed
 
         def mix_channels(x: jax.Array) -> tuple[jax.Array, MixedChannels]:
@@ -94,21 +106,28 @@ class Block(nnx.Module):
 
         stream, mixed, channels = self._through(stream, mix, mix_channels)
         channels = MixedChannels(stream.x) if channels is None else channels  # nothing beside it
-        looks = mixed.looks
         statistics: Statistics = {}
         if observer is not None:
-            looks = looks or (look(observer, at=at, x=stream.x),)
+            looks = mixed.looks or (look(watching or observer, at=at, x=stream.x),)
             residual = jax.lax.stop_gradient(stream.x[observer.pick_sequences(stream.x.shape[0])])
             observed = jax.lax.stop_gradient(channels.observed)
-            looks = tuple(dataclasses.replace(one, residual=residual, channels=observed) for one in looks)
-            statistics = observer.measure(looks)
+            seen = [one.seen_by(observer) for one in looks] if looked_at else looks
+            statistics = observer.measure(tuple(dataclasses.replace(one, residual=residual, channels=observed) for one in seen))
         counts = {name: one.counts for name, one in (("mixer", mixed), ("channel_mixer", channels)) if one.counts}
-        return stream, Extras({**mixed.losses, **channels.losses}, statistics, counts)
+        losses = attention_losses(mixed.looks, self.attention_loss) if self.attention_loss.asked else {}
+        max_logits = _max_logits(mixed.looks, self.mixer.num_heads) if clips else None
+        return stream, Extras({**mixed.losses, **channels.losses, **losses}, statistics, counts, max_logits)
 
     def settle(self, counts: Mapping[str, Mapping[str, Any]]) -> None:
         """Moves buffers once a step by its counts; leading axes are stacked layers."""
         for name, own in counts.items():
             getattr(self, name).settle(own)
+
+    def clip(self, max_logits: jax.Array) -> None:
+        """Scales queries and keys back once a step, by the largest logits of its heads; leading axes are stacked layers."""
+        threshold = jnp.float32(self.qk_clip.threshold)
+        ratio = jnp.where(max_logits > threshold, threshold / max_logits, 1)
+        self.mixer.clip(ratio, self.qk_clip.alpha)
 
     def init_state(self, batch_size: int, max_len: int) -> BlockState:
         """Empty decode state for sequences of at most `max_len` tokens."""
@@ -163,6 +182,13 @@ class Block(nnx.Module):
         if self.stream_scale is not None:
             x = x * self.stream_scale
         return norm(x + y) if norm is not None and self.norm == "post" else x + y
+
+
+def _max_logits(looks: tuple[Look, ...], heads: int) -> jax.Array:
+    """Those of a layer's heads, `[H]`; NaN where unknown."""
+    blank = lambda one: jnp.full(one.mixer.num_heads, jnp.nan)
+    known = [blank(one) if one.max_logits is None else jax.lax.stop_gradient(one.max_logits) for one in looks if one.mixer]
+    return jnp.concatenate(known) if sum(map(len, known)) == heads else jnp.full(heads, jnp.nan)
 
 
 def layer_scope(name: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from plait.configs.components import Config, a, at
 from plait.configs.domains import Coefficient, Depth, Epsilon, Line, Positive, Vocabulary, Width
+from plait.models.attention_losses import AttentionLossConfig
 from plait.models.build import Norm, NormKind, SigmaReparam
 from plait.models.channel_mixers.base import ChannelMixerConfig
 from plait.models.channel_mixers.gated_mlp import GatedMLPConfig
@@ -15,6 +16,7 @@ from plait.models.lora import LoRAConfig
 from plait.models.mixers.base import MIXERS, Direction, MixerConfig, WrapperConfig
 from plait.models.pattern import Periods, expand_pattern, find_periods, pattern_names, split_name
 from plait.models.positions.base import PositionConfig
+from plait.models.qk_clip import QKClipConfig
 from plait.models.stream import CarryUse, check_carries
 
 Dtype = Literal["float32", "bfloat16"]
@@ -112,6 +114,8 @@ class LMConfig(Config):
     sigma_reparam: SigmaReparam | None = None
     """Every projection is gain / sigma(W) W (arXiv 2303.06296); gain starts at sigma(W) ("spectral") or at 1 ("one")."""
     lora: LoRAConfig = LoRAConfig()
+    qk_clip: QKClipConfig = QKClipConfig()
+    attention_loss: AttentionLossConfig = AttentionLossConfig()
     remat: Literal["full", "dots"] | None = None
     """What the backward pass recomputes: all of a period, or all but its weight products; None keeps everything."""
     param_dtype: Dtype = "float32"
@@ -161,6 +165,8 @@ class LMConfig(Config):
                 f"positions={self.positions.name!r} acts on the {self.positions.place} of attention; give it to mixers, or use 'learned' "
                 "or 'sinusoidal' here"
             )
+        if self.qk_clip.threshold is not None:
+            self._check_clipped()
         if self.channel_mixer is not None:
             at("channel_mixer", self.channel_mixer.fit, self.d_model)
         for name, channel_mixer in self.channel_mixers.items():
@@ -171,6 +177,20 @@ class LMConfig(Config):
             if channel_mixer is not None:
                 at(f"channel_mixers.{name}", channel_mixer.fit, self.d_model)
         check_carries([(name, self.mixers[name].carries(self.d_model)) for name in layers])
+
+    def _check_clipped(self) -> None:
+        what = f"qk_clip.threshold={self.qk_clip.threshold:g}"
+        for name in ("sigma_reparam", "lora.rank"):
+            owner, _, leaf = name.rpartition(".")
+            value = getattr(getattr(self, owner) if owner else self, leaf)
+            if value is not None:
+                raise ValueError(
+                    f"{what} scales kernels, and with {name}={value} they do not set the logits alone; leave one of them out"
+                )
+        reasons = {name: mixer.unclipped for name, mixer in self.mixers.items()}
+        if None not in reasons.values():
+            found = "; ".join(f"mixers.{name} {reason}" for name, reason in reasons.items())
+            raise ValueError(f"{what} finds no layer whose logits it could clip: {found}; leave it out")
 
     def open_keys(self) -> Mapping[str, tuple[str, ...]]:
         return {"channel_mixers": tuple(name for name in pattern_names(self.pattern) if name not in self.channel_mixers)}

@@ -155,6 +155,12 @@ class Dense(nnx.Module):
         scale = self.gain[...].astype(jnp.float32) / _sigma(kernel, self.v[...], self.u[...])
         return (kernel * scale[..., None, None]).astype(kernel.dtype)
 
+    def scale_outputs(self, factors: jax.Array) -> None:
+        """Multiplies each output by its factor, `[..., out_dim]` float32, leading axes for stacked layers."""
+        for parameter, by in ((self.kernel, factors[..., None, :]), (self.bias, factors)):
+            if parameter is not None:
+                parameter[...] = (parameter[...].astype(jnp.float32) * by).astype(parameter.dtype)
+
     def power_iterate(self) -> None:
         """Move the singular vectors one power step towards the kernel's leading ones. Nothing to do without sigmaReparam."""
         if self.v is not None and self.u is not None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 
 from plait.kernels import Tokens
 
@@ -43,7 +44,7 @@ class LogitMap(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Look:
-    """The looked-at sequences of a batch in one layer, or in one of the parallel parts of one; gradients are stopped."""
+    """Sequences of a batch in one layer, or in one of the parallel parts of one."""
 
     at: Tokens
     """`[B, T]`, token ids with it."""
@@ -62,6 +63,22 @@ class Look:
 
     channels: Statistics = dataclasses.field(default_factory=dict)
     """What the channel mixer alone can tell of the whole batch."""
+
+    def seen_by(self, observer: Observer) -> Look:
+        """What an observer gets to see of a look at everything; gradients are stopped."""
+        keep = observer.pick_sequences(self.x.shape[0])
+        seen = (self.at, self.x, self.inputs, self.o, self.residual)
+        at, x, inputs, o, residual = jax.lax.stop_gradient(jax.tree.map(lambda a: a[keep], seen))
+        rows, channels = observer.pick_rows(x.shape[1]), jax.lax.stop_gradient(self.channels)
+        return dataclasses.replace(self, at=at, x=x, inputs=inputs, o=o, residual=residual, rows=rows, channels=channels)
+
+    @functools.cached_property
+    def max_logits(self) -> jax.Array | None:
+        """The largest attention logit of each head, `[H]`, all queries; None where the mixer does not tell them."""
+        exact = self.observed.get("attention")
+        if exact is None:
+            return None
+        return jnp.where((self.at.segment_ids > 0)[:, :, None], exact.max_logit, -jnp.inf).max((0, 1))
 
     @functools.cached_property
     def implied(self) -> jax.Array | None:
@@ -87,10 +104,22 @@ class Observer(Protocol):
         """The statistics of a layer, whose heads are those of the looks one after another."""
 
 
+class Everyone:
+    """An observer that looks at all of a layer, gradients included, and measures nothing: what the layer itself needs of its looks."""
+
+    def pick_sequences(self, batch_size: int) -> slice:
+        return slice(None)
+
+    def pick_rows(self, length: int) -> jax.Array:
+        return jnp.arange(length)
+
+    def measure(self, looks: tuple[Look, ...]) -> Statistics:
+        return {}
+
+
 def look(
     observer: Observer, *, at: Tokens, x: jax.Array, mixer: HeadMixer | None = None, inputs: Any = None, o: Any = None
 ) -> Look:
     """What an observer gets to see of a layer's whole batch."""
-    keep = observer.pick_sequences(x.shape[0])
-    at, x, inputs, o = jax.lax.stop_gradient(jax.tree.map(lambda a: a[keep], (at, x, inputs, o)))
-    return Look(at=at, x=x, rows=observer.pick_rows(x.shape[1]), mixer=mixer, inputs=inputs, o=o)
+    whole = Look(at=at, x=x, rows=jnp.arange(x.shape[1]), mixer=mixer, inputs=inputs, o=o)
+    return whole if isinstance(observer, Everyone) else whole.seen_by(observer)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -50,6 +50,8 @@ class Stack(nnx.Module):
                 parallel=config.parallel_block,
                 residual_scale=config.residual_scale,
                 stream_scale=config.stream_scale,
+                qk_clip=config.qk_clip,
+                attention_loss=config.attention_loss,
             )
 
         def period(start: Any, keys: Keys) -> nnx.List:
@@ -69,11 +71,20 @@ class Stack(nnx.Module):
 
     def settle(self, counts: Sequence[Mapping[str, Any]]) -> None:
         """Lets mixers move their buffers by the counts of a step, one mapping a layer."""
+        for block, own in self._each(counts):
+            block.settle(own)
+
+    def clip(self, max_logits: Sequence[jax.Array]) -> None:
+        """Lets mixers scale queries and keys back by the largest logits of a step, those of one layer after another."""
+        for block, own in self._each(max_logits):
+            block.clip(own)
+
+    def _each(self, given: Sequence[Any]) -> Iterator[tuple[Block, Any]]:
+        """The blocks, and what is given to each, stacked where they are."""
         end = self.lead + (self.period * self.count if self.periods is not None else 0)
         for i, block in enumerate(self.periods or ()):
-            block.settle(jax.tree.map(lambda *each: jnp.stack(each), *counts[self.lead + i : end : self.period]))
-        for block, own in zip([*self.first, *self.rest], [*counts[: self.lead], *counts[end:]], strict=True):
-            block.settle(own)
+            yield block, jax.tree.map(lambda *each: jnp.stack(each), *given[self.lead + i : end : self.period])
+        yield from zip([*self.first, *self.rest], [*given[: self.lead], *given[end:]], strict=True)
 
     def init_state(self, batch_size: int, max_len: int) -> State:
         """Empty decode states of every layer."""

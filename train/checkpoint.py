@@ -9,7 +9,7 @@ import logging
 import math
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,23 @@ class CheckpointError(ValueError):
     """No checkpoint that can be used, or one of another model."""
 
 
+class Kept:
+    """Checkpoints of some steps stay."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def should_preserve(self, checkpoints: Sequence[policies.PolicyCheckpointInfo], *, context: Any) -> list[bool]:
+        """As the storage library asks for each."""
+        return [one.step in self.steps for one in checkpoints]
+
+
 class Checkpoints:
     """The checkpoints under `folder`, one numbered folder a step.
 
-    Beside the newest `keep_last` the `keep_best` of lowest validation loss are kept. A checkpoint gets its name only when it is
-    whole and holds a manifest of the size and CRC-32 of its files; `restore` checks it and goes back to the last whole one, setting
-    a damaged one aside under `damaged-STEP`. Several hosts write one checkpoint, each its parts; host 0 checks and chooses for all.
+    Beside the newest `keep_last` the `keep_best` of lowest validation loss and those of `kept.steps` are kept. A checkpoint gets its name
+    only when it is whole and holds a manifest of the size and CRC-32 of its files; `restore` checks it and goes back to the last whole one,
+    setting a damaged one aside under `damaged-STEP`. Several hosts write one checkpoint, each its parts; host 0 checks and chooses for all.
     """
 
     def __init__(
@@ -58,11 +69,12 @@ class Checkpoints:
         self._arrays = 0
         """In the checkpoint that is being written."""
         self._link: tempfile.TemporaryDirectory[str] | None = None
+        self.kept = Kept()
         best = policies.BestN(
             get_metric_fn=lambda metrics: -metrics[_METRIC], n=keep_best, keep_checkpoints_without_metrics=False
         )
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep_last), best]),
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep_last), best, self.kept]),
             async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
             create=not read_only,
             cleanup_tmp_directories=not read_only,

@@ -17,6 +17,7 @@ from plait.configs.experiment import ExperimentConfig
 from plait.kernels.chips import peak_flops
 from plait.train import origin as origins
 from plait.train import run as runs
+from plait.train.actions import Actions, Rewind, watchers_of
 from plait.train.checkpoint import CheckpointError, Checkpoints
 from plait.train.clock import Clock
 from plait.train.evaluate import Evaluator
@@ -32,9 +33,8 @@ from plait.train.run_folder import contents
 from plait.train.run_folder.gaps import gaps
 from plait.train.run_folder.probe_files import ATTENTION
 from plait.train.run_folder.trim import set_aside, trim_metrics
-from plait.train.spikes import LossSpikes, Rewind, SpikeWatch
 from plait.train.state import Arrays, TrainState
-from plait.train.watchers import Event, Watcher, load_states, states
+from plait.train.watchers import Event, load_states, states
 
 log = logging.getLogger("plait")
 
@@ -46,19 +46,22 @@ class Result:
     folder: Path
     step: int
     finished: bool
-    """False when a signal ended it; a resumed run goes on from `step`."""
+    """False when a signal or an event ended it; a resumed run goes on from `step`."""
     metrics: dict[str, float]
     """The last of each metric."""
+    by_event: bool = False
+    """Whether it was an event that ended it."""
 
 
 def train(config: ExperimentConfig) -> Result:
-    """Trains in `config.folder` and returns when the last step is saved, or after saving on SIGTERM.
+    """Trains in `config.folder` and returns when the last step is saved, or after saving on SIGTERM or where an event stops it.
 
     Raises:
         ValueError: the config, data or run folder cannot be used, or it is in use (before anything is compiled).
         TrainingFailed: too many non-finite steps in a row, or another process has taken the run folder over.
     """
     observer = None if config.probe_every is None else Probes(config.probe)
+    watchers_of(config, () if observer is None else observer.probes)
     config = origins.settled(config)
     with runs.claimed(config) as (going_on, check):
         setup = runs.set_up(config)
@@ -87,9 +90,8 @@ class _Loop:
         self.iterator = setup.data.train()
         self.probes = () if self.observer is None else self.observer.probes
         self.layers = describe_layers(config.model)
-        self.spikes = SpikeWatch(config.spike, config.checkpoint_every)
-        of_probes = [watcher for probe in self.probes for watcher in probe.watchers(self.layers)]
-        self.watchers: list[Watcher] = [LossSpikes(), *of_probes, self.spikes]
+        self.watchers, self.spikes = watchers_of(config, self.probes, self.layers)
+        self.actions = Actions(config)
         peak = peak_flops(jax.devices()[0])
         self.step_flops = None if peak is None else 3 * config.model.flops(config.data.seq_len) / (peak * setup.mesh.size)
         self.programs: dict[bool, Any] = {}
@@ -116,7 +118,8 @@ class _Loop:
         finally:
             self.iterator.close()
             self.checkpoints.close()
-        return Result(self.folder, last, last == self.config.steps, self.journal.latest)
+        finished = last == self.config.steps
+        return Result(self.folder, last, finished, self.journal.latest, not finished and last in self.actions.stops)
 
     def _start(self, at: int | None = None) -> tuple[TrainState, int, float]:
         """The state to go on from (the newest, or that of step `at`), its step, and the seconds spent before."""
@@ -131,7 +134,7 @@ class _Loop:
         _, state, extra = restored
         try:
             self.iterator.set_state(extra["data"])
-            load_states(self.watchers, extra)
+            load_states([*self.watchers, self.actions], extra)
             self.tokens, seconds = int(extra["tokens"]), float(extra["seconds"])
         except (AttributeError, KeyError, TypeError) as error:
             raise CheckpointError(
@@ -160,26 +163,26 @@ class _Loop:
     def _compile(self) -> None:
         """Both steps, ahead of time: compiling is then no part of any step's time, and its errors come before training."""
         log.info("compiling a step of %s", self.setup.blueprint.describe())
-        self.programs[False] = self.setup.lower().compile()
+        self.programs[False] = self.setup.lower(controls=self._controls(0)).compile()
         if self.observer is not None:
-            self.programs[True] = self.setup.lower(self.observer).compile()
+            self.programs[True] = self.setup.lower(self.observer, controls=self._controls(0)).compile()
 
     def _until_the_end(self, state: TrainState, step: int) -> tuple[TrainState, int]:
-        """Steps from `step` on, with what has to be done again after spikes."""
+        """Steps from `step` on, with what has to be done again after rewinds."""
         events: list[Event] = []
         while True:
             with self.journal.open(step):
                 self.journal.events(events)
                 try:
                     return self._steps(state, step)
-                except Rewind as spike:
-                    cause, position = spike, spike.step + self.iterator.step - self.dispatched
+                except Rewind as rewind:
+                    cause, position = rewind, rewind.step + self.iterator.step - self.dispatched
             state, step, event = self._rewind(cause, position)
             events = [event]
 
     def _rewind(self, cause: Rewind, position: int) -> tuple[TrainState, int, Event]:
         """The state of the last checkpoint and its step, the batches going on at `position`; and what to say of it."""
-        rewinds = self.spikes.rewinds + 1
+        rewinds = self.actions.rewinds + 1
         if rewinds > self.config.spike.max_rewinds:
             raise TrainingFailed(
                 f"{cause}, after spike.max_rewinds={rewinds - 1} rewinds; lower optimizer.learning_rate in a new run"
@@ -192,41 +195,44 @@ class _Loop:
             state, step, _ = self._start(back)
         skipped = position - self.iterator.step
         self.iterator.set_state({**self.iterator.get_state(), "step": position})
-        self.spikes.rewinds = rewinds
+        self.actions.rewinds = rewinds
         text = f"{cause}: back to step {step:,}, leaving out the {skipped:,} batches since (rewind {rewinds})"
         return state, step, Event(step + 1, "rewind", None, None, float(cause.step), float(rewinds), text)
 
     def _steps(self, state: TrainState, step: int) -> tuple[TrainState, int]:
-        config, pending = self.config, None
+        config, pending, stopping = self.config, None, False
         self.dispatched = step
         self.clock.lap()
-        while step < config.steps and not self.termination.asked:
+        while step < config.steps and not self.termination.asked and not stopping:
             probing = config.probe_every is not None and (step == 0 or _due(step + 1, config.probe_every))
             with self.clock.waiting("data"):
                 batch = next(self.iterator)
-            state, metrics = self.programs[probing](state, self.setup.layout.place(batch), *self._bounds(step + 1))
+            state, metrics = self.programs[probing](state, self.setup.layout.place(batch), **self._controls(step + 1))
             step += 1
             self.dispatched = step
             self._read(pending)
             pending = (step, metrics)
             self.termination.look(step)
-            last = step == config.steps or self.termination.asked
+            stopping = step in self.actions.stops
+            last = step == config.steps or self.termination.asked or stopping
+            saving = last or _due(step, config.checkpoint_every) or step in self.actions.saves
             evaluating = step == config.steps or _due(step, config.eval_every)
-            if last or evaluating or _due(step, config.checkpoint_every):
+            if evaluating or saving:
                 self._read(pending)
                 pending = None
                 with self.clock.paused():
                     loss = self._evaluate(state, step) if evaluating else None
-                    if last or _due(step, config.checkpoint_every):
+                    if saving:
                         self._save(state, step, loss)
         self._read(pending)
         if self.termination.asked:  # it may have come after the step looked, as while validating
             self._save(state, step, None)
         return state, step
 
-    def _bounds(self, step: int) -> list[np.ndarray]:
-        """What the step takes beside state and batch."""
-        return [] if self.config.spike.sigma is None else [self.spikes.bounds(step)]
+    def _controls(self, step: int) -> dict[str, np.ndarray]:
+        """What the step takes beside state and batch, where there is such."""
+        bounds = {} if self.config.spike.sigma is None else {"bounds": self.spikes.bounds(step)}
+        return {**bounds, "rate": self.actions.rate(step)} if self.actions.lowers else bounds
 
     def _read(self, pending: tuple[int, dict[str, Any]] | None) -> None:
         """Takes in the metrics of a step, once the device has them."""
@@ -239,7 +245,8 @@ class _Loop:
         heartbeat.step(step)
         self._count(step, tokens=int(values.pop("tokens")), bad=int(values.pop("bad_steps")))
         arrays = {} if statistics is None else probe_arrays(statistics)
-        self.journal.events([event for watcher in self.watchers for event in watcher.update(step, {**values, **arrays})])
+        found = [event for watcher in self.watchers for event in watcher.update(step, {**values, **arrays})]
+        self.journal.events(self.actions.take(step, found))
         if statistics is not None:
             self.journal.probes(step, arrays)
             values |= probe_metrics(arrays, self.probes)
@@ -266,8 +273,8 @@ class _Loop:
         values |= self.spread.report(step, lap)
         if self.step_flops is not None:
             values["throughput/mfu"] = lap.tokens_per_second * self.step_flops
-        if self.config.spike.sigma is not None:
-            values["optimizer/rewinds"] = float(self.spikes.rewinds)
+        if self.actions.may_rewind:
+            values["optimizer/rewinds"] = float(self.actions.rewinds)
         return values
 
     def _evaluate(self, state: TrainState, step: int) -> float | None:
@@ -288,11 +295,12 @@ class _Loop:
             return
         extra = {
             "data": self.iterator.get_state(),
-            "watchers": states(self.watchers),
+            "watchers": states([*self.watchers, self.actions]),
             "tokens": self.tokens,
             "seconds": self.clock.seconds,
         }
         with heartbeat.phase("save"):
+            self.checkpoints.kept.steps = self.actions.saves
             self.checkpoints.save(step, state, extra, loss=loss)
 
     def _picture(self, state: TrainState, last: int) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -70,20 +73,25 @@ class Program:
         place = lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where)
         return jax.tree.map(place, abstract_state(self.blueprint, self.tx), self.shardings)
 
-    def lower(self, observer: Probes | None = None, generation: str | None = None) -> jax.stages.Lowered:
+    def lower(
+        self,
+        observer: Probes | None = None,
+        generation: str | None = None,
+        controls: Mapping[str, np.ndarray] = MappingProxyType({}),
+    ) -> jax.stages.Lowered:
         """The step, traced with its state donated; `.compile()` runs the real compiler. Metrics come back whole on every host.
 
         Args:
             observer: lowers the step that also returns its statistics.
             generation: what the kernels are traced for, a name of `plait.kernels.chips.CHIPS`; None for what is at hand.
+            controls: like what the step takes beside state and batch.
 
         Raises:
             ValueError: the generation is unknown.
         """
         kinds = Batch(*(jnp.int32,) * 4, jnp.float32)
         batch = Batch(*(jax.ShapeDtypeStruct(self.layout.shape, kind, sharding=self.layout.sharding) for kind in kinds))
-        bounds = [] if self.config.spike.sigma is None else [jax.ShapeDtypeStruct((2,), jnp.float32)]
         everywhere = NamedSharding(self.mesh, PartitionSpec())
         step = make_step(self.blueprint, self.tx, self.mesh, observer)
         with contextlib.nullcontext() if generation is None else target(generation):
-            return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, everywhere)).lower(self.like, batch, *bounds)
+            return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, everywhere)).lower(self.like, batch, **controls)

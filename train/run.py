@@ -35,7 +35,7 @@ from plait.train.run_folder.contents import CHECKPOINTS, CONFIG, RunError, begun
 from plait.train.run_folder.owner import owned
 from plait.train.state import Arrays, TrainState
 
-_FREE_ON_RESUME = ("out", "resume", "mesh", "log_every", "keep_last", "keep_best", "checkpoint_every", "wandb")
+_FREE_ON_RESUME = ("out", "resume", "mesh", "log_every", "keep_last", "keep_best", "checkpoint_every", "wandb", "event")
 
 _OWN_TO_A_HOST = ("data.cache_dir",)
 _CHANGES_PROGRAMS = (

@@ -12,15 +12,8 @@ from plait.train.watchers import Event, Values, Watcher
 
 _MAD_TO_SIGMA = 1.4826  # median absolute deviation of a normal distribution -> its standard deviation
 _LEAST_RISE = 0.1  # share of the median that a spike rises at least: a flat history makes no spike of a ripple
-_LAG = 2  # the metrics of a step are read after the next one is dispatched
-
-
-class Rewind(Exception):
-    """Step `step` spiked and the run shall go back."""
-
-    def __init__(self, step: int, message: str):
-        super().__init__(message)
-        self.step = step
+LAG = 2
+"""Steps until what a step showed can matter: its metrics are read after the next one is dispatched."""
 
 
 def spike_bounds(history: np.ndarray, *, sigma: float, window: int) -> tuple[Any, Any]:
@@ -41,10 +34,11 @@ class LossSpikes(Watcher):
 
     def __init__(self, sigma: float = 6.0, window: int = 32):
         """Args: as in `SpikeConfig`, whose rule this is, over the steps before without a lag."""
-        self.sigma, self.window = sigma, window
+        self.window = window
+        self.limits = {self.name: (sigma,)}
         self.kinds = {
-            self.name: f"the loss is not finite, or above the median of the last {window} by {sigma:g} robust standard deviations and "
-            f"by {_LEAST_RISE:.0%} of it; once until it is back"
+            self.name: f"the loss is not finite, or above the median of the last {window} by as many robust standard deviations as the limit "
+            f"and by {_LEAST_RISE:.0%} of it; once until it is back"
         }
         self.recent: list[float] = []
         self.spiking = False
@@ -55,7 +49,8 @@ class LossSpikes(Watcher):
         if "loss/train" not in values:
             return []
         loss = float(values["loss/train"])
-        median, bound = map(float, spike_bounds(np.asarray(self.recent), sigma=self.sigma, window=self.window))
+        (sigma,) = self.limits[self.name]
+        median, bound = map(float, spike_bounds(np.asarray(self.recent), sigma=sigma, window=self.window))
         count = len(self.recent)
         spiking = not loss <= bound if math.isfinite(loss) else True
         starts, self.spiking = spiking and not self.spiking, spiking
@@ -71,47 +66,43 @@ class LossSpikes(Watcher):
 
 
 class SpikeWatch(Watcher):
-    """The bounds that loss and gradient norm of a step may not exceed, and what `SpikeConfig` wants done about a step that does."""
+    """The bounds that loss and gradient norm of a step may not exceed."""
 
     name = "spikes"
-    fields = ("recent", "rewinds")
+    fields = ("recent",)
+    skipped = "spike_skipped"
+    """The kind of its events."""
 
-    def __init__(self, config: SpikeConfig, checkpoint_every: int | None = None):
-        """Args: a step can rewind only after the first of the checkpoints, which come `checkpoint_every` steps (None: never)."""
+    def __init__(self, config: SpikeConfig):
         self.config = config
         self.kinds = {
-            "spike_skipped": "with `--spike.sigma`: the update of a step was left out; each time",
-            "rewind": "with `--spike.action rewind`: the run went back to a checkpoint; each time",
+            self.skipped: "with `--spike.sigma`: the update of a step was left out; each time",
+            "rewind": "with `--spike.action rewind` or `--event.KIND.action rewind`: the run went back to a checkpoint; each time",
         }
-        self.rewinds = 0
         self.recent: list[list[float]] = []
         """Step, loss and gradient norm of the last finite steps."""
-        self._first = checkpoint_every if config.action == "rewind" else None
 
     def bounds(self, step: int) -> np.ndarray:
         """Largest loss and gradient norm, float32 [2], of step `step`, infinite while too little is known."""
         config = self.config
         if config.sigma is None:
             return np.full(2, np.inf, np.float32)
-        history = np.array([numbers for at, *numbers in self.recent if at <= step - _LAG][-config.window :]).reshape(-1, 2)
+        history = np.array([numbers for at, *numbers in self.recent if at <= step - LAG][-config.window :]).reshape(-1, 2)
         return spike_bounds(history, sigma=config.sigma, window=config.window)[1].astype(np.float32)
 
     def update(self, step: int, values: Values) -> list[Event]:
-        """Raises Rewind where the run shall go back."""
         loss = values["loss/train"]
         spike = self.note(step, loss, values["grad/norm"])
         if spike is None:
             return []
-        if self._first is not None and step > self._first:
-            raise Rewind(step, spike)
-        return [Event(step, "spike_skipped", None, None, loss, float(self.bounds(step)[0]), f"{spike}: its update was left out")]
+        return [Event(step, self.skipped, None, None, loss, float(self.bounds(step)[0]), f"{spike}: its update was left out")]
 
     def note(self, step: int, loss: float, norm: float) -> str | None:
         """Takes in a step; says so where it was a spike. One that is not finite is none: its rule is `optimizer.max_bad_steps`."""
         if not np.isfinite([loss, norm]).all():
             return None
         bounds = self.bounds(step)
-        self.recent = [*self.recent, [step, loss, norm]][-(self.config.window + _LAG) :]
+        self.recent = [*self.recent, [step, loss, norm]][-(self.config.window + LAG) :]
         for name, value, bound in zip(("loss", "gradient norm"), (loss, norm), bounds, strict=True):
             if value > bound:
                 return f"the {name} of step {step:,} was {value:.4g}, above {bound:.4g}"

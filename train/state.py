@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from plait.configs.experiment import ExperimentConfig
 from plait.configs.optimizer import Parameter
+from plait.kernels import Tokens
 from plait.models.axes import EXPERTS, LAYERS, Axes
 from plait.models.build import Adapter, Alone, Role
 from plait.models.lm import LM
@@ -49,7 +50,8 @@ class Blueprint:
     """A model without its arrays: builds it from them, and knows the axes and the kind of each."""
 
     def __init__(self, config: ExperimentConfig):
-        """Args: `config` with the model's vocabulary settled. Raises ValueError where adapters are asked for and no layer has one."""
+        """Args: `config` with the model's vocabulary settled. Raises ValueError where adapters or losses on attention are asked for and no
+        layer has one."""
         self.config = config
         model = nnx.eval_shape(self._create)
         self._graph, state = nnx.split(model)
@@ -67,6 +69,22 @@ class Blueprint:
             raise ValueError(
                 f"model.lora.targets={lora.targets!r} is the role of no dense layer of this model; use one of {', '.join(there)}"
             )
+
+        if config.model.attention_loss.asked:
+            self._check_attention_losses()
+
+    def _check_attention_losses(self) -> None:
+        """Raises ValueError where a loss on attention is asked for and no layer has it."""
+        model, one = self.config.model, jax.ShapeDtypeStruct((1, 8), jnp.int32)
+        params, buffers = self.shapes()
+        hidden = lambda *state: self.build(*state[:2]).hidden(Tokens(*state[2:]))[1]
+        extras = jax.eval_shape(hidden, params, buffers, one, one, one)
+        for name, coefficient in model.attention_loss.asked.items():
+            if not any(f"attention/{name}" in layer.losses for layer in extras):
+                raise ValueError(
+                    f"model.attention_loss.{name}={coefficient:g} is of what no layer of model.pattern={model.pattern!r} tells; use softmax "
+                    "layers of two heads or more, or leave it out"
+                )
 
     def _create(self) -> LM:
         return LM(self.config.model, rngs=nnx.Rngs(self.config.seed), seq_len=self.config.data.seq_len)

@@ -25,10 +25,11 @@ Step = Callable[..., tuple[TrainState, Metrics]]
 
 
 def make_step(blueprint: Blueprint, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh, observer: Probes | None) -> Step:
-    """The step `(state, batch[, bounds]) -> (state, metrics)`, traceable; jit it with the state donated.
+    """The step `(state, batch, **controls) -> (state, metrics)`, traceable; jit it with the state donated.
 
     Metrics are scalars by name, and with `observer` also `"statistics"`, those of each layer. A step whose loss, gradient or
     update is not finite changes nothing but the counts of such steps; so does one whose loss or gradient norm is above `bounds`, float32 [2].
+    The learning rate is `rate` times the schedule's.
     """
     config = blueprint.config
     schedule = make_schedule(config.optimizer, config.steps, config.optimizer.learning_rate)
@@ -37,7 +38,9 @@ def make_step(blueprint: Blueprint, tx: optax.GradientTransformation, mesh: jax.
     layout = blueprint.update_shardings(mesh)
     home = state_shardings(blueprint, tx, mesh).optimizer
 
-    def step(state: TrainState, batch: Batch, bounds: jax.Array | None = None) -> tuple[TrainState, Metrics]:
+    def step(
+        state: TrainState, batch: Batch, bounds: jax.Array | None = None, rate: jax.Array | None = None
+    ) -> tuple[TrainState, Metrics]:
         with on_mesh(mesh, config.optimizer.accumulate):
             buffers = state.buffers if blueprint.alone else _move_singular_vectors(blueprint, state)
             total = jnp.maximum(batch.loss_mask.astype(jnp.float32).sum(), 1.0)
@@ -57,7 +60,11 @@ def make_step(blueprint: Blueprint, tx: optax.GradientTransformation, mesh: jax.
         grads = float32(grads)
         norm = optax.global_norm(grads)
         updates, optimizer = tx.update(grads, state.optimizer, params)
+        if rate is not None:  # updates are in proportion to it
+            updates = jax.tree.map(lambda update: (rate * update).astype(update.dtype), updates)
         params = optax.apply_updates(params, updates)
+        if config.model.qk_clip.threshold is not None:
+            params = _clip_logits(blueprint, params, buffers, terms["extras"])
         ema = state.ema
         keep = config.optimizer.ema
         if ema is not None and keep is not None:
@@ -74,11 +81,14 @@ def make_step(blueprint: Blueprint, tx: optax.GradientTransformation, mesh: jax.
         metrics = {
             **{f"loss/{name}": value for name, value in terms["losses"].items()},
             "grad/norm": norm,
-            "optimizer/learning_rate": schedule(state.step - state.skipped),
+            "optimizer/learning_rate": schedule(state.step - state.skipped) * (1.0 if rate is None else rate),
             "optimizer/skipped_steps": new.skipped,
             "bad_steps": new.bad_steps,
             "tokens": batch.loss_mask.sum(),
         }
+        if (threshold := config.model.qk_clip.threshold) is not None:
+            logits = jnp.concatenate([one.max_logits for one in terms["extras"]])
+            metrics["optimizer/clipped_heads"] = (logits > threshold).sum()
         if observer is not None:
             metrics["statistics"] = observer.across([one.statistics for one in terms["extras"]])
         return new, metrics
@@ -103,6 +113,15 @@ def _settle(
     model = blueprint.build(params, buffers)
     model.stack.settle([one.counts for one in extras])
     return blueprint.split(model)[1]
+
+
+def _clip_logits(
+    blueprint: Blueprint, params: dict[str, jax.Array], buffers: dict[str, jax.Array], extras: Sequence[Extras]
+) -> dict[str, jax.Array]:
+    """The parameters after heads whose logits were too large have had their queries and keys scaled back."""
+    model = blueprint.build(params, buffers)
+    model.stack.clip([one.max_logits for one in extras if one.max_logits is not None])
+    return blueprint.split(model)[0]
 
 
 def _accumulate(grad: Callable, params: dict[str, jax.Array], batch: Batch, parts: int) -> tuple[dict[str, jax.Array], tuple]:

@@ -28,22 +28,16 @@ class Event:
         return dataclasses.asdict(self)
 
 
-class Watcher(abc.ABC):
-    """Fed in step order; what it finds depends on what it was fed alone, so that a resumed run finds the same."""
+class Memory:
+    """What checkpoints keep beside the arrays, so that a resumed run does the same."""
 
     name: str
     """Under which a checkpoint keeps its state."""
-    kinds: Mapping[str, str]
-    """Each kind of its events, and when it happens: the docs' line."""
     fields: ClassVar[tuple[str, ...]]
-    """Its attributes that later updates depend on, numbers, lists and None."""
-
-    @abc.abstractmethod
-    def update(self, step: int, values: Values) -> list[Event]:
-        """The events of a step."""
+    """Its attributes that later steps depend on, numbers, lists and None."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that later updates depend on, as JSON."""
+        """Everything that later steps depend on, as JSON."""
         return {field: getattr(self, field) for field in self.fields}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -52,17 +46,32 @@ class Watcher(abc.ABC):
             setattr(self, field, state[field])
 
 
-def states(watchers: Iterable[Watcher]) -> dict[str, Any]:
-    """The states of watchers, by name."""
-    return {watcher.name: watcher.state_dict() for watcher in watchers}
+class Watcher(Memory, abc.ABC):
+    """Fed in step order; what it finds depends on what it was fed alone, so that a resumed run finds the same."""
+
+    kinds: Mapping[str, str]
+    """Each kind of its events, and when it happens: the docs' line."""
+    limits: Mapping[str, tuple[float, ...]] = {}
+    """Those of its kinds that have some; `--event.KIND.limit` replaces them."""
+
+    @abc.abstractmethod
+    def update(self, step: int, values: Values) -> list[Event]:
+        """The events of a step."""
 
 
-def load_states(watchers: Iterable[Watcher], extra: Mapping[str, Any]) -> None:
-    """Watchers go on from what a checkpoint holds beside its arrays; one that was not there then begins."""
+def states(memories: Iterable[Memory]) -> dict[str, Any]:
+    """The states of watchers and what else remembers, by name."""
+    return {one.name: one.state_dict() for one in memories}
+
+
+def load_states(memories: Iterable[Memory], extra: Mapping[str, Any]) -> None:
+    """They go on from what a checkpoint holds beside its arrays; one that was not there then begins."""
     found = extra["watchers"] if "watchers" in extra else _of_one_detector(extra)
-    for watcher in watchers:
-        if watcher.name in found:
-            watcher.load_state_dict(found[watcher.name])
+    if "actions" not in found and "rewinds" in found.get("spikes", {}):  # from before there were actions but this one
+        found = {**found, "actions": {"saves": [], "stops": [], "rates": [], "rewinds": found["spikes"]["rewinds"]}}
+    for one in memories:
+        if one.name in found:
+            one.load_state_dict(found[one.name])
 
 
 def _of_one_detector(extra: Mapping[str, Any]) -> dict[str, Any]:

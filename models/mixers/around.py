@@ -55,5 +55,8 @@ class AroundHeads(HeadMixer):
     def settle(self, counts):
         self.inner.settle(counts)
 
+    def clip(self, ratio, alpha):
+        self.inner.clip(ratio, alpha)
+
     def init_state(self, batch_size, max_len):
         return self.inner.init_state(batch_size, max_len)

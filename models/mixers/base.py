@@ -46,6 +46,11 @@ class MixerConfig(Component, abc.ABC):
     opaque: ClassVar[str | None] = None
     """Why its heads have no implied attention; None where they have."""
 
+    @property
+    def unclipped(self) -> str | None:
+        """Why QK-clip has nothing to do in it; None where it has."""
+        return "has no heads whose largest logit their projections alone make"
+
     @classmethod
     def example(cls) -> Self:
         """A small config for width 64, for tests and tables; override where the defaults do not fit it."""
@@ -137,6 +142,10 @@ class WrapperConfig(MixerConfig):
         return self.mixer.opaque
 
     @property
+    def unclipped(self) -> str | None:
+        return self.mixer.unclipped
+
+    @property
     def longest(self) -> int | None:
         return self.mixer.longest
 
@@ -203,6 +212,9 @@ class Mixer(nnx.Module, abc.ABC):
 
     def settle(self, counts: Mapping[str, Any]) -> None:
         """Moves buffers once a step, after its gradient, by the counts of all its tokens; leading axes are stacked layers."""
+
+    def clip(self, ratio: jax.Array, alpha: float) -> None:
+        """Multiplies the logits of each head by its `ratio` `[..., H]`, 1 or less, in the projections of queries and keys: see QKClipConfig."""
 
     @abc.abstractmethod
     def __call__(self, x: jax.Array, *, at: Tokens, carry: Carry, observer: Observer | None = None) -> Mixed:

@@ -75,6 +75,10 @@ class TransferConfig(WrapperConfig):
     def longest(self) -> int | None:
         return self.teacher.longest
 
+    @property
+    def unclipped(self) -> str | None:
+        return "has a teacher that is not trained"
+
     def fit(self, d_model: int) -> None:
         for name, mixer in (("mixer", self.mixer), ("teacher", self.teacher)):
             under(name, mixer.fit, d_model)

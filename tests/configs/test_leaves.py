@@ -27,11 +27,13 @@ from plait.configs.listing import registry
 from plait.configs.mesh import MeshConfig
 from plait.data.loader import build_data
 from plait.data.tasks.mlm import MaskedLanguageTask
+from plait.models.attention_losses import AttentionLossConfig
 from plait.models.config import pattern_name
 from plait.models.lora import LoRAConfig
 from plait.models.mixers.base import MixerConfig
 from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.models.mixers.linear.gla import GLAConfig
+from plait.models.qk_clip import QKClipConfig
 from plait.tests.train.common import changed, get_leaf, program_of, random_batch, tiny, write_corpus
 from plait.train.loss import loss_terms
 from plait.train.probes.base import Probes
@@ -82,6 +84,8 @@ NEEDS: dict[str, dict[str, Any]] = {
     },
     "probe.far": {"probe.only": "distance"},
     **{f"probe.{field}": {"probe.only": "waad_fai", "data.seq_len": 64} for field in ("waad_window", "fai_from", "fai_to")},
+    "model.qk_clip.alpha": {"model.qk_clip": QKClipConfig(threshold=1.0)},
+    "model.attention_loss.floor": {"model.attention_loss": AttentionLossConfig(entropy_floor=1.0)},
     "model.causal": {"data.task": MaskedLanguageTask()},
     "data.vocab_size": {"data.tokenizer": "bpe", "data.vocab_size": 300},
     "mamba1.norm_scale": {"norm_eps": 1e-6},
@@ -178,6 +182,12 @@ def step_signs(config: ExperimentConfig) -> Iterator[Callable[[], Any]]:
     yield lambda: text_of(jax.make_jaxpr(make_step(setup.blueprint, setup.tx, setup.mesh, observer))(setup.like, batch))
 
 
+def mixer_signs(config: ExperimentConfig) -> Iterator[Callable[[], Any]]:
+    """What a model or mixer decides, the step last: some move buffers or parameters in it."""
+    yield from model_signs(config)
+    yield from step_signs(config)
+
+
 def mesh_signs(config: ExperimentConfig) -> Iterator[Callable[[], Any]]:
     """The layout on eight devices."""
     yield lambda: str((program_of(config, devices=8).mesh, program_of(config, devices=8).shardings))
@@ -214,7 +224,7 @@ BASE = tiny(
         "optimizer.warmup_steps": 10,
     }
 )
-SIGNS = {"model": model_signs, "optimizer": step_signs, "probe": step_signs, "mesh": mesh_signs}
+SIGNS = {"model": mixer_signs, "optimizer": step_signs, "probe": step_signs, "mesh": mesh_signs}
 TOP_SIGNS = {"name": folder_signs, "seed": model_signs, "steps": step_signs}
 PATHS = dict(leaves(BASE))
 
@@ -314,12 +324,6 @@ PLACES: dict[str, Callable[[Any], ExperimentConfig]] = {
     "task": lambda config: changed(BASE, {"data.task": config}),
 }
 """An experiment with a component in it, by kind."""
-
-
-def mixer_signs(config: ExperimentConfig) -> Iterator[Callable[[], Any]]:
-    """What a mixer decides, the step last: some move buffers in it."""
-    yield from model_signs(config)
-    yield from step_signs(config)
 
 
 def component_leaves() -> list[Any]:

@@ -75,10 +75,10 @@ def test_sink_present_from_the_start_is_no_onset_until_it_has_gone():
 
 def test_sink_rate_of_the_model_is_an_event_without_layer():
     some = probe(sink_rate=[((1, 0), 0.6)])
-    assert feed(Watching(), [(0, probe()), (50, some)]) == [(50, "sink_onset", None, None)]
+    assert feed(Watching(), [(0, probe()), (50, some)]) == [(50, "model_sink_onset", None, None)]
     (event,) = Watching().update(0, some)
     assert (event.kind, event.message) == (
-        "sink_at_start",
+        "model_sink_at_start",
         "15% of (head, document) pairs have a sink, already at the first probe",
     )
 
@@ -90,11 +90,11 @@ def test_low_entropy_alone_concerns_the_head_and_with_a_loss_spike_the_model():
     for step in range(40):
         assert spiked.update(step, loss=3.0) == []
     assert [event.kind for event in spiked.update(40, loss=9.0)] == ["loss_spike"]
-    assert (50, "entropy_collapse", None, None) in feed(spiked, [(45, probe()), (50, low)])
+    assert (50, "model_entropy_collapse", None, None) in feed(spiked, [(45, probe()), (50, low)])
     late = Watching()
     for step in range(41):
         late.update(step, loss=9.0 if step == 40 else 3.0)
-    assert (241, "entropy_collapse", None, None) not in feed(late, [(45, probe()), (241, low)]), "more than 200 steps after"
+    assert (241, "model_entropy_collapse", None, None) not in feed(late, [(45, probe()), (241, low)]), "more than 200 steps after"
 
 
 def test_low_entropy_at_the_first_probe_says_so():
@@ -116,7 +116,7 @@ def test_heads_of_a_parallel_layer_are_what_they_are_themselves():
     spiked = Watching(layers)
     for step in range(41):
         spiked.update(step, loss=9.0 if step == 40 else 3.0)
-    assert feed(spiked, [(42, one(0.15, 0.01)), (45, one(0.09, 0.8))]) == [(45, "entropy_collapse", None, None)]
+    assert feed(spiked, [(42, one(0.15, 0.01)), (45, one(0.09, 0.8))]) == [(45, "model_entropy_collapse", None, None)]
 
 
 def test_collapse_of_a_sink_head_names_the_sink():

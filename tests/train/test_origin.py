@@ -115,7 +115,14 @@ def test_another_tokenizer_is_refused(before, tmp_path):
 
 
 def test_options_of_training_may_differ(before, tmp_path):
-    free = {"model.remat": "full", "model.z_loss": 1e-4, "model.pattern": "softmax*2", "model.mixers.softmax.num_kv_heads": 2}
+    free = {
+        "model.remat": "full",
+        "model.z_loss": 1e-4,
+        "model.qk_clip.threshold": 90.0,
+        "model.attention_loss.entropy": 1e-3,
+        "model.pattern": "softmax*2",
+        "model.mixers.softmax.num_kv_heads": 2,
+    }
     origins.settled(after(before, tmp_path / "run", free))
 
 

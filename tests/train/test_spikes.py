@@ -10,11 +10,12 @@ from plait.configs.spike import SpikeConfig
 from plait.data.loader import DataIterator
 from plait.tests.train.common import changed, different_arrays, tiny
 from plait.tests.train.test_resume import last_state, lines_of, terminating
+from plait.train.actions import Actions, Rewind
 from plait.train.checkpoint import Checkpoints
 from plait.train.loop import train
 from plait.train.pods.hosts.failure import TrainingFailed
 from plait.train.pods.hosts.layout import BatchLayout
-from plait.train.spikes import LossSpikes, Rewind, SpikeWatch
+from plait.train.spikes import LossSpikes, SpikeWatch
 
 
 def watched(losses, **options):
@@ -50,16 +51,18 @@ def test_what_a_watch_does_about_a_spike():
     """Skips it, or goes back where there is a checkpoint before it."""
     usual = [(step, {"loss/train": 3.0, "grad/norm": 1.0}) for step in range(1, 10)]
     spike = (10, {"loss/train": 9.0, "grad/norm": 1.0})
-    for action, every in (("skip", 4), ("rewind", 10), ("rewind", None)):
-        watch = SpikeWatch(SpikeConfig(sigma=5.0, window=8, action=action), every)
+    for action, every in (("skip", 4), ("rewind", 10)):
+        watch = SpikeWatch(SpikeConfig(sigma=5.0, window=8))
         assert [event for item in usual for event in watch.update(*item)] == []
-        (event,) = watch.update(*spike)
+        (event,) = Actions(acting(action, every)).take(10, watch.update(*spike))
         assert (event.kind, event.value, event.threshold) == ("spike_skipped", 9.0, pytest.approx(3.3)), (action, every)
         assert event.message == "the loss of step 10 was 9, above 3.3: its update was left out"
-    watch = SpikeWatch(SpikeConfig(sigma=5.0, window=8, action="rewind"), 9)
-    assert [event for item in usual for event in watch.update(*item)] == []
     with pytest.raises(Rewind, match=r"the loss of step 10 was 9, above 3\.3"):
-        watch.update(*spike)
+        Actions(acting("rewind", 9)).take(10, [event])
+
+
+def acting(action, every):
+    return tiny({"steps": 20, "checkpoint_every": every, "spike.sigma": 5.0, "spike.action": action})
 
 
 def test_reporting_and_leaving_out_follow_one_rule():

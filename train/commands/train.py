@@ -12,7 +12,7 @@ from plait.train.console import console, show_text
 from plait.train.output import outliving_readers
 from plait.train.pods.hosts import heartbeat
 from plait.train.pods.hosts.host import HostsOptions, find_host, host_options
-from plait.train.pods.hosts.supervise import DONE, STOPPED, supervise
+from plait.train.pods.hosts.supervise import DONE, ENDED, STOPPED, supervise
 
 
 def run(args: Sequence[str]) -> int:
@@ -54,6 +54,9 @@ def _train(args: Sequence[str], supervised: bool) -> int:
     with together.together("options"):
         config = parse_run(args)
     result = train(config)
+    if result.by_event:
+        console.print(f"stopped by an event and saved at step {result.step}; --resume goes on", markup=False)
+        return ENDED
     if not result.finished:
         console.print(f"stopped and saved at step {result.step}; --resume goes on", markup=False)
         return STOPPED if supervised else DONE

@@ -41,6 +41,8 @@ _OF_TRAINING = (
     "compute_dtype",
     "sigma_reparam",
     "lora",
+    "qk_clip",
+    "attention_loss",
 )
 """Fields that are compared by layer, or say nothing of the function that a folded model is."""
 _STALE = ("rope_theta", "rope_scaling", "torch_dtype", "text_config")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from plait.configs.spike import SpikeConfig
 from plait.train.probes.base import chosen, statistics
-from plait.train.probes.thresholds import ThresholdWatcher
 from plait.train.spikes import LossSpikes, SpikeWatch
 from plait.train.watchers import Watcher
 
@@ -39,9 +38,6 @@ def event_rows() -> list[list[str]]:
     """Kinds of events, with the limits of those that a threshold makes."""
     rows = []
     for watcher in every_watcher():
-        event = watcher.event if isinstance(watcher, ThresholdWatcher) else None
         for kind, when in watcher.kinds.items():
-            rows.append(
-                [f"`{kind}`", ", ".join(f"{limit:g}" for limit in event.limits) if event and kind == event.kind else "", when]
-            )
+            rows.append([f"`{kind}`", ", ".join(f"{limit:g}" for limit in watcher.limits.get(kind, ())), when])
     return rows

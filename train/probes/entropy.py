@@ -105,10 +105,9 @@ class Entropy(Probe):
         text = "Mean entropy, as a share of log n, went from " + ", ".join(went)
         layer, head = np.unravel_index(np.nanargmin(ratio[-1]), ratio[-1].shape)
         text += f"; the sharpest head at the end is layer {layer} head {head} ({ratio[-1, layer, head]:.2f})"
-        events = run.events_of("entropy_collapse")
-        collapsed = sum(event["layer"] is not None for event in events)
+        collapsed = sum(event["layer"] is not None for event in run.events_of("entropy_collapse"))
         text += f"; {count(collapsed, 'head')} collapsed" if collapsed else "; no head collapsed"
-        whole = any(event["layer"] is None for event in events)
+        whole = run.events_of(ModelCollapse.kind)
         return text + ("; the whole model did, together with a loss spike." if whole else ".")
 
 
@@ -116,8 +115,7 @@ class ModelCollapse(Watcher):
     """Low entropy of the whole model soon after a loss spike, reported once."""
 
     name = "entropy_collapse"
-    threshold = 0.1
-    """Mean share of log n over the heads that attend (over all where none does) below which it is low."""
+    kind = "model_entropy_collapse"
     steps = 200
     """Most steps since the spike."""
 
@@ -125,9 +123,10 @@ class ModelCollapse(Watcher):
         self.layers = layers
         self.losses = LossSpikes()
         self.fired = False
+        self.limits = {self.kind: (0.1,)}
         self.kinds = {
-            self.name: f"for the model: the mean ratio of heads that attend is below {self.threshold}, within {self.steps} steps after a "
-            f"`{LossSpikes.name}`"
+            self.kind: "the mean ratio of the model's heads that attend (of all where none does) is below the limit, within "
+            f"{self.steps} steps after a `{LossSpikes.name}`"
         }
 
     def update(self, step: int, values: Values) -> list[Event]:
@@ -138,11 +137,12 @@ class ModelCollapse(Watcher):
         ratio = np.asarray(values["entropy_ratio"], np.float64)
         attend = heads_of(self.layers, "attention", ratio.shape)
         value = mean(np.where(attend | ~attend.any(), ratio, np.nan))
-        if not value < self.threshold:
+        (limit,) = self.limits[self.kind]
+        if not value < limit:
             return []
         self.fired = True
         text = f"entropy collapse: the mean entropy is {value:.3f} of log n, with a loss spike at step {spike}"
-        return [Event(step, self.name, None, None, value, self.threshold, text)]
+        return [Event(step, self.kind, None, None, value, limit, text)]
 
     def state_dict(self) -> dict[str, Any]:
         return {"losses": self.losses.state_dict(), "fired": self.fired}

@@ -73,12 +73,12 @@ class Sinks(Probe):
             metric=Metric(name="attn/sink_rate", reduce=np.nanmean, meaning="mean over heads and layers"),
             panel=Panel(title="Sink rate", section="Attention over training", limits=(0, 1), compared=False),
             event=Threshold(
-                kind="sink_onset",
+                kind="model_sink_onset",
                 limits=(MODEL_THRESHOLD,),
                 per="model",
-                meaning="for the model: the mean sink rate rises above the limit",
+                meaning="the model's mean sink rate rises above the limit",
                 message="{value:.0%} of (head, document) pairs have a sink",
-                start_kind="sink_at_start",
+                start_kind="model_sink_at_start",
             ),
         ),
         Statistic(

@@ -27,6 +27,7 @@ class ThresholdWatcher(Watcher):
         self.statistic, self.event, self.layers = statistic, statistic.event, layers
         self.name = statistic.name
         self.kinds = {self.event.kind: self.event.meaning}
+        self.limits = {self.event.kind: self.event.limits}
         if self.event.start_kind is not None:
             self.kinds[self.event.start_kind] = (
                 f"the same already at the first probe; no `{self.event.kind}` before it has clearly gone"
@@ -41,10 +42,11 @@ class ThresholdWatcher(Watcher):
         if self.name not in values:
             return []
         event, found = self.event, []
+        limits = self.limits[event.kind]
         first, self.seen = not self.seen, True
         for place, layer, head, value in self._places(np.asarray(values[self.name], np.float64)):
-            for limit in event.limits:
-                key = place if len(event.limits) == 1 else f"{place}/{limit:g}"
+            for limit in limits:
+                key = place if len(limits) == 1 else f"{place}/{limit:g}"
                 above = value < limit if event.below else value > limit
                 gone = value > limit / event.release if event.below else value < limit * event.release
                 if not self._tells(key, above, gone, first):

@@ -80,6 +80,10 @@ class MLAConfig(MixerConfig):
     def example(cls) -> MLAConfig:
         return cls(num_heads=4, kv_rank=24, q_rank=32, nope_head_dim=16, rope_head_dim=8, v_head_dim=12)
 
+    @property
+    def unclipped(self) -> str | None:
+        return None
+
     def build(self, d_model: int, ctx: BuildContext) -> MLA:
         return MLA(self, d_model, ctx)
 
@@ -168,6 +172,12 @@ class MLA(HeadMixer):
     def attend_step(self, inputs, *, at, state):
         o: Any = attention(inputs.q, inputs.k, inputs.v, at=at, kv_at=inputs.kv_at, **self.options)
         return jnp.einsum("btgrc,cgrv->btgrv", self._grouped(o), self._up(self.v_up)).reshape(*o.shape[:3], -1), state
+
+    def clip(self, ratio, alpha):
+        own, rotated = self.config.nope_head_dim, self.config.rope_head_dim
+        factors = [jnp.repeat(by[..., None], width, axis=-1) for by, width in ((ratio**alpha, own), (ratio, rotated))]
+        self.q.scale_outputs(join_heads(jnp.concatenate(factors, axis=-1)))
+        self.k_up.scale_outputs(jnp.repeat(ratio ** (1 - alpha), own, axis=-1))
 
     @property
     def options(self) -> dict[str, Any]:

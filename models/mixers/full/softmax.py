@@ -141,6 +141,14 @@ class SoftmaxConfig(MixerConfig):
     def example(cls) -> SoftmaxConfig:
         return cls(num_heads=4, head_dim=16)
 
+    @property
+    def unclipped(self) -> str | None:
+        if self.qk_norm:
+            return "has qk_norm=True, which sets the size of queries and keys whatever their projections are"
+        if self.logit_soft_cap is not None:
+            return f"has logit_soft_cap={self.logit_soft_cap:g}, which bounds the logits"
+        return None
+
     def heads(self, d_model: int) -> tuple[int, int]:
         """`(num_heads, num_kv_heads)` at width `d_model`."""
         num_heads = resolve_heads(self.num_heads, d_model, self.head_dim)
@@ -352,6 +360,15 @@ class Softmax(HeadMixer):
         q, k = (split_heads(dense.weight(), heads) for dense, heads in ((self.q, self.num_heads), (self.k, self.num_kv_heads)))
         scale = self.scale * (1.0 if place is None else place.magnitude**2)
         return LogitMap(q, k, scale, turned=place is not None, causal=self.mask.causal)
+
+    def clip(self, ratio, alpha):
+        if self.config.unclipped is not None:
+            return
+        if self.k is None or self.num_kv_heads != self.num_heads or self.config.shared_kv is not None:
+            self.q.scale_outputs(jnp.repeat(ratio, self.config.head_dim, axis=-1))
+        else:
+            self.q.scale_outputs(jnp.repeat(ratio**alpha, self.config.head_dim, axis=-1))
+            self.k.scale_outputs(jnp.repeat(ratio ** (1 - alpha), self.config.head_dim, axis=-1))
 
     def logit_options(self, at: Tokens, kv_at: Tokens | None = None) -> dict[str, Any]:
         """What makes the logits of queries at `at` and keys at `kv_at`, those of the same tokens by default: arguments of the ops."""

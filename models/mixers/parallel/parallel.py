@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from typing import Any, Literal, Self
 
 import jax
@@ -89,6 +90,11 @@ class ParallelConfig(MixerConfig):
     @property
     def longest(self) -> int | None:
         return min((part.longest for part in self.parts if part.longest is not None), default=None)
+
+    @property
+    def unclipped(self) -> str | None:
+        reasons = [part.unclipped for part in self.parts]
+        return None if None in reasons else reasons[0]
 
     def fit(self, d_model: int) -> None:
         for index, part in enumerate(self.parts):
@@ -185,6 +191,11 @@ class Parallel(Mixer):
     def settle(self, counts):
         for index, own in counts.items():
             self.parts[int(index)].settle(own)
+
+    def clip(self, ratio, alpha):
+        ends = list(itertools.accumulate(part.num_heads for part in self.parts))
+        for part, own in zip(self.parts, jnp.split(ratio, ends[:-1], axis=-1), strict=True):
+            part.clip(own, alpha)
 
     def init_state(self, batch_size, max_len):
         return [part.init_state(batch_size, max_len) for part in self.parts]

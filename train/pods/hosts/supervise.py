@@ -23,10 +23,10 @@ from plait.train.pods.hosts import heartbeat
 from plait.train.pods.hosts.heartbeat import State
 from plait.train.pods.hosts.host import Host, HostsOptions
 
-DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
-"""Exit statuses of `launch.py train`: done; failed, start again; bad input, do not; saved on a signal before the end (EX_TEMPFAIL),
-start again to go on."""
-ORDERLY = (DONE, BAD_INPUT, STOPPED)
+DONE, FAILED, BAD_INPUT, ENDED, STOPPED = 0, 1, 2, 3, 75
+"""Exit statuses of `launch.py train`: done; failed, start again; bad input, do not; saved where an event stopped it, look first; saved on
+a signal before the end (EX_TEMPFAIL), start again to go on."""
+ORDERLY = (DONE, BAD_INPUT, ENDED, STOPPED)
 """With these all hosts end, each by itself."""
 
 LAUNCH = (sys.executable, "-m", "plait.launch")
@@ -167,7 +167,7 @@ def _watch(children: Sequence[Child], signals: _Signals) -> int:
             cause = min(dead, key=lambda child: (child.process.returncode > 0, child.process.returncode == -signal.SIGABRT))
             _say(f"{cause.name} {cause.death()}; ending the job")
             return FAILED
-        return next(status for status in (BAD_INPUT, STOPPED, DONE) if any(child.status() == status for child in children))
+        return next(status for status in (BAD_INPUT, ENDED, STOPPED, DONE) if any(child.status() == status for child in children))
     finally:
         for child in children:
             child.kill()

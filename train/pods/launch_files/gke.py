@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from plait.train.pods.hosts.host import PORT
-from plait.train.pods.hosts.supervise import BAD_INPUT, STOPPED
+from plait.train.pods.hosts.supervise import BAD_INPUT, ENDED, STOPPED
 from plait.train.pods.launch_files.job import Job
 from plait.train.pods.launch_files.options import GkeOptions, environment
 
@@ -70,7 +70,7 @@ def jobset(options: GkeOptions, job: Job) -> dict[str, Any]:
         "backoffLimit": 0,
         "podFailurePolicy": {
             "rules": [
-                {"action": "FailJob", "onExitCodes": _exit(BAD_INPUT)},
+                {"action": "FailJob", "onExitCodes": _exit(BAD_INPUT, ENDED)},
                 {"action": "Ignore", "onExitCodes": _exit(STOPPED)},
             ]
         },
@@ -102,8 +102,8 @@ def _is_pool(job: Job) -> bool:
     return job.machines.chip.platform == "tpu" and job.machines.hosts_per_slice > 1
 
 
-def _exit(status: int) -> dict[str, Any]:
-    return {"containerName": _CONTAINER, "operator": "In", "values": [status]}
+def _exit(*statuses: int) -> dict[str, Any]:
+    return {"containerName": _CONTAINER, "operator": "In", "values": list(statuses)}
 
 
 def _pod_metadata(options: GkeOptions, labels: dict[str, str]) -> dict[str, Any]:

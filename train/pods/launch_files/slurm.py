@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import shlex
 
-from plait.train.pods.hosts.supervise import BAD_INPUT, DONE, STOPPED
+from plait.train.pods.hosts.supervise import BAD_INPUT, DONE, ENDED, STOPPED
 from plait.train.pods.launch_files.job import Job
 from plait.train.pods.launch_files.options import SlurmOptions, environment
 from plait.train.pods.plan.topology import GPUS_PER_HOST
@@ -102,6 +102,7 @@ def _body(options: SlurmOptions, job: Job) -> list[str]:
         'case "$status" in',
         f"  {DONE}) echo 'done' ;;",
         f"  {BAD_INPUT}) echo 'bad input: see {job.name}-'\"$SLURM_JOB_ID\"'.host*.log' ;;",
+        f"  {ENDED}) echo 'stopped by an event of the run, which is saved' ;;",
         f"  {STOPPED}) again ;;",
         "  *)",
         f'    if (( ${{SLURM_RESTART_COUNT:-0}} < {options.max_restarts} )); then again; else echo "failed too often"; fi',

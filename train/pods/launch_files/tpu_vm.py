@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import shlex
 
-from plait.train.pods.hosts.supervise import BAD_INPUT
+from plait.train.pods.hosts.supervise import BAD_INPUT, ENDED
 from plait.train.pods.launch_files.job import Job
 from plait.train.pods.launch_files.options import TpuVmOptions, environment
 
@@ -36,6 +36,7 @@ def render(options: TpuVmOptions, job: Job) -> str:
         "ZONE": shlex.quote(options.zone),
         "UNIT": shlex.quote(_unit(job)),
         "BAD_INPUT": str(BAD_INPUT),
+        "ENDED": str(ENDED),
     }
     return "#!/bin/bash\n" + _header(options, job) + re.sub("@([A-Z_]+)@", lambda found: values[found[1]], _SCRIPT)
 
@@ -104,7 +105,7 @@ def _start(options: TpuVmOptions, job: Job) -> list[str]:
     properties = {
         "Restart": "on-failure",
         "RestartSec": 15,
-        "RestartPreventExitStatus": BAD_INPUT,
+        "RestartPreventExitStatus": f"{BAD_INPUT} {ENDED}",
         "StartLimitIntervalSec": 0,
         "RemainAfterExit": "yes",
         "KillMode": "mixed",
@@ -226,7 +227,7 @@ watch() { # until the run is done; TPUs that were taken away are asked for again
       ACTIVE)
         now="$(services)"
         case "$now" in
-          *failed*) echo "the services ended: exit status @BAD_INPUT@ is bad input; see logs" >&2; return 1 ;;
+          *failed*) echo "the services ended: exit status @BAD_INPUT@ is bad input, @ENDED@ a stop by an event; see logs" >&2; return 1 ;;
           *dead*) echo "a host was started anew"; { install && start; } || echo "not yet; trying again" ;;
           *start* | *running* | *stop*) ;;
           *exited*) echo "done"; return 0 ;;

@@ -45,6 +45,7 @@ again() {
 case "$status" in
   0) echo 'done' ;;
   2) echo 'bad input: see hybrid-h100-'"$SLURM_JOB_ID"'.host*.log' ;;
+  3) echo 'stopped by an event of the run, which is saved' ;;
   75) again ;;
   *)
     if (( ${SLURM_RESTART_COUNT:-0} < 100 )); then again; else echo "failed too often"; fi

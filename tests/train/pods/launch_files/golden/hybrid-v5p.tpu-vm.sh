@@ -85,7 +85,7 @@ start() {
 set -eu
 sudo systemctl stop plait-hybrid-v5p 2> /dev/null || true
 sudo systemctl reset-failed plait-hybrid-v5p 2> /dev/null || true
-sudo systemd-run --unit=plait-hybrid-v5p --collect --property=Restart=on-failure --property=RestartSec=15 --property=RestartPreventExitStatus=2 --property=StartLimitIntervalSec=0 --property=RemainAfterExit=yes --property=KillMode=mixed --property=TimeoutStopSec=300 --setenv=PLAIT_HOSTS=tpu --uid="$(id -u)" --gid="$(id -g)" --working-directory="$HOME" \
+sudo systemd-run --unit=plait-hybrid-v5p --collect --property=Restart=on-failure --property=RestartSec=15 '--property=RestartPreventExitStatus=2 3' --property=StartLimitIntervalSec=0 --property=RemainAfterExit=yes --property=KillMode=mixed --property=TimeoutStopSec=300 --setenv=PLAIT_HOSTS=tpu --uid="$(id -u)" --gid="$(id -g)" --working-directory="$HOME" \
   "$HOME/plait-env/bin/plait" train hybrid_1b --mesh.fsdp 256 --out /mnt/plait/hybrid-v5p --resume
 REMOTE
   )"
@@ -107,7 +107,7 @@ watch() { # until the run is done; TPUs that were taken away are asked for again
       ACTIVE)
         now="$(services)"
         case "$now" in
-          *failed*) echo "the services ended: exit status 2 is bad input; see logs" >&2; return 1 ;;
+          *failed*) echo "the services ended: exit status 2 is bad input, 3 a stop by an event; see logs" >&2; return 1 ;;
           *dead*) echo "a host was started anew"; { install && start; } || echo "not yet; trying again" ;;
           *start* | *running* | *stop*) ;;
           *exited*) echo "done"; return 0 ;;

@@ -78,7 +78,7 @@ start() {
 set -eu
 sudo systemctl stop plait-tiny-v6e 2> /dev/null || true
 sudo systemctl reset-failed plait-tiny-v6e 2> /dev/null || true
-sudo systemd-run --unit=plait-tiny-v6e --collect --property=Restart=on-failure --property=RestartSec=15 --property=RestartPreventExitStatus=2 --property=StartLimitIntervalSec=0 --property=RemainAfterExit=yes --property=KillMode=mixed --property=TimeoutStopSec=300 --setenv=PLAIT_HOSTS=tpu '--setenv=NOTE=it'"'"'s $HOME' --uid="$(id -u)" --gid="$(id -g)" --working-directory="$HOME" \
+sudo systemd-run --unit=plait-tiny-v6e --collect --property=Restart=on-failure --property=RestartSec=15 '--property=RestartPreventExitStatus=2 3' --property=StartLimitIntervalSec=0 --property=RemainAfterExit=yes --property=KillMode=mixed --property=TimeoutStopSec=300 --setenv=PLAIT_HOSTS=tpu '--setenv=NOTE=it'"'"'s $HOME' --uid="$(id -u)" --gid="$(id -g)" --working-directory="$HOME" \
   "$HOME/plait-env/bin/plait" train lm_tiny --data.batch-size 4096 --data.tokenizer bpe --data.vocab-size 512 --model.pattern 'gated_deltanet*3,softmax' --model.num-layers 4 --out /mnt/plait/tiny-v6e --resume
 REMOTE
   )"
@@ -100,7 +100,7 @@ watch() { # until the run is done; TPUs that were taken away are asked for again
       ACTIVE)
         now="$(services)"
         case "$now" in
-          *failed*) echo "the services ended: exit status 2 is bad input; see logs" >&2; return 1 ;;
+          *failed*) echo "the services ended: exit status 2 is bad input, 3 a stop by an event; see logs" >&2; return 1 ;;
           *dead*) echo "a host was started anew"; { install && start; } || echo "not yet; trying again" ;;
           *start* | *running* | *stop*) ;;
           *exited*) echo "done"; return 0 ;;
