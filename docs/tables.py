@@ -29,6 +29,7 @@ from plait.configs.spike import SpikeConfig
 from plait.data.config import DataConfig
 from plait.kernels import registered
 from plait.models.config import LMConfig
+from plait.models.layer_inputs import LayerInputsConfig
 from plait.models.lora import LoRAConfig
 from plait.models.mixers.base import WrapperConfig
 from plait.train.pods.hosts.host import HostsOptions
@@ -183,6 +184,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "optimizer": lambda: options(OptimizerConfig, "optimizer."),
     "mesh": lambda: options(MeshConfig, "mesh."),
     "lora": lambda: options(LoRAConfig, "model.lora."),
+    "layer_inputs": lambda: options(LayerInputsConfig, "model.layer-inputs."),
     "spike": lambda: options(SpikeConfig, "spike."),
     "hosts": lambda: options(HostsOptions, "hosts."),
     "probe": lambda: options(ProbeConfig, "probe."),

@@ -17,6 +17,7 @@ from plait.models.axes import BATCH, EMBED, LENGTH, VOCAB, constrain
 from plait.models.block import Extras
 from plait.models.build import BuildContext, Keys, Moved
 from plait.models.config import LMConfig
+from plait.models.layer_inputs import LAYER_INPUTS, LayerInputs
 from plait.models.linear import Dense, dense_layers, start_singular_vectors
 from plait.models.look import Observer
 from plait.models.lora import LoRAConfig
@@ -60,6 +61,8 @@ class LM(nnx.Module):
         self.embedding = ctx.param(embed_init, (config.vocab_size, config.d_model), (VOCAB, EMBED), role="embedding")
         positions = config.positions
         self.positions = None if positions is None else under("model.positions", positions.build, ctx, config.d_model, 1)
+        inputs = config.layer_inputs
+        self.layer_inputs = None if inputs.dim is None else LayerInputs(inputs, config, ctx, embed_init)
         self.stack = Stack(config, rngs, context)
         self.norm = make_norm(ctx, config.d_model, eps=config.norm_eps) if config.norm not in ("post", "none") else None
         head = lambda size: Dense(ctx, config.d_model, size, (EMBED, VOCAB), init=embed_init, role="head")
@@ -113,7 +116,8 @@ class LM(nnx.Module):
         if self.config.embedding_scale is not None:
             x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
         x = constrain(x, (BATCH, LENGTH, None))
-        return Stream(x if self.positions is None else self.positions.add(x, at))
+        carry = {} if self.layer_inputs is None else {LAYER_INPUTS: self.layer_inputs(x, at)}
+        return Stream(x if self.positions is None else self.positions.add(x, at), carry)
 
     def _final(self, stream: Stream) -> jax.Array:
         x = stream.x if self.norm is None else self.norm(stream.x)
@@ -121,15 +125,15 @@ class LM(nnx.Module):
 
 
 def num_params(config: LMConfig) -> int:
-    """Trained parameters of a model, from models of one layer for each of its mixers: the time to count does not grow with depth."""
+    """Trained parameters of a model, from models whose layers all have one of its mixers: the time to count does not grow with depth."""
 
     def count(name: str) -> tuple[int, int]:
-        """Outside and inside the one block."""
+        """Outside of the blocks and inside one."""
         with unchecked():
-            one = dataclasses.replace(config, pattern=name, num_layers=1, mixers={name: config.mixers[name]})
+            one = dataclasses.replace(config, pattern=name, mixers={name: config.mixers[name]})
         model = nnx.eval_shape(lambda: LM(one, rngs=nnx.Rngs(0), seq_len=1))
-        every, block = (sum(p.size for p in jax.tree.leaves(nnx.state(m, nnx.Param))) for m in (model, model.stack))
-        return every - block, block
+        every, blocks = (sum(p.size for p in jax.tree.leaves(nnx.state(m, nnx.Param))) for m in (model, model.stack))
+        return every - blocks, blocks // config.num_layers
 
     counts = {name: count(name) for name in config.mixers}
     return counts[config.layers[0]][0] + sum(counts[name][1] for name in config.layers)

@@ -50,6 +50,8 @@ class Stack(nnx.Module):
                 parallel=config.parallel_block,
                 residual_scale=config.residual_scale,
                 stream_scale=config.stream_scale,
+                layer_scalar=config.layer_scalars,
+                layer_inputs=config.layer_inputs,
             )
 
         def period(start: Any, keys: Keys) -> nnx.List:

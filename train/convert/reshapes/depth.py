@@ -52,4 +52,8 @@ class Depth(Reshape):
         kept = self.origins(model)
         if len(kept) == model.num_layers:
             return model
+        if model.layer_inputs.dim is not None:
+            raise ConvertError(
+                f"model.layer_inputs.dim={model.layer_inputs.dim}: inputs of each layer's own lie in one table; keep all layers"
+            )
         return model.with_pattern(pattern_of([model.layers[index] for index in kept]), len(kept))
