@@ -31,6 +31,7 @@ from plait.data.config import DataConfig
 from plait.kernels import registered
 from plait.models.attention_losses import AttentionLossConfig
 from plait.models.config import LMConfig
+from plait.models.layer_inputs import LayerInputsConfig
 from plait.models.lora import LoRAConfig
 from plait.models.mixers.base import WrapperConfig
 from plait.models.qk_clip import QKClipConfig
@@ -188,6 +189,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention_loss": lambda: options(AttentionLossConfig, "model.attention-loss."),
     "qk_clip": lambda: options(QKClipConfig, "model.qk-clip."),
     "lora": lambda: options(LoRAConfig, "model.lora."),
+    "layer_inputs": lambda: options(LayerInputsConfig, "model.layer-inputs."),
     "spike": lambda: options(SpikeConfig, "spike."),
     "event": lambda: options(EventConfig, "event.KIND."),
     "hosts": lambda: options(HostsOptions, "hosts."),

@@ -15,6 +15,7 @@ from plait.models.attention_losses import AttentionLossConfig, attention_losses
 from plait.models.axes import BATCH, LENGTH, constrain
 from plait.models.build import BuildContext, Norm
 from plait.models.channel_mixers.base import ChannelMixerConfig, MixedChannels
+from plait.models.layer_inputs import LayerGate, LayerInputsConfig
 from plait.models.look import Everyone, Look, Observer, Statistics, look
 from plait.models.mixers.base import Losses, Mixed, MixerConfig, State
 from plait.models.norms import AnyNorm, make_norm
@@ -74,6 +75,8 @@ class Block(nnx.Module):
         parallel: bool = False,
         residual_scale: float | None = None,
         stream_scale: float | None = None,
+        layer_scalar: bool = False,
+        layer_inputs: LayerInputsConfig,
         qk_clip: QKClipConfig,
         attention_loss: AttentionLossConfig,
     ):
@@ -85,9 +88,11 @@ class Block(nnx.Module):
         self.channel_mixer = None if channel_mixer is None else channel_mixer.build(d_model, ctx)
         make = lambda wanted: make_norm(ctx, d_model, eps=norm_eps) if wanted else None
         self.mixer_norm = make(norm != "none")
-        self.channel_norm = make(norm != "none" and channel_mixer is not None)
+        self.channel_norm = make(norm != "none" and channel_mixer is not None and not channel_mixer.own_norm)
         self.mixer_out_norm = make(norm == "both")
         self.channel_out_norm = make(norm == "both" and channel_mixer is not None)
+        self.layer_gate = None if layer_inputs.dim is None else LayerGate(layer_inputs, d_model, ctx, eps=norm_eps)
+        self.scalar = ctx.param(jax.nn.initializers.ones, (1,), (None,)) if layer_scalar else None
 
     def __call__(self, stream: Stream, *, at: Tokens, observer: Observer | None = None) -> tuple[Stream, Extras]:
         """The stream after the block."""
@@ -165,6 +170,10 @@ class Block(nnx.Module):
             read = self._before(stream.x if self.parallel else x, self.channel_norm)
             y, channels = jax.named_scope("layer_channel_mixer")(mix_channels)(read)
             x = self._added(read if self.norm == "input" else x, y, self.channel_norm, self.channel_out_norm)
+        if self.layer_gate is not None:
+            x = self.layer_gate(x, carry)
+        if self.scalar is not None:
+            x = x * self.scalar[...].astype(x.dtype)[None, None]
         return Stream(constrain(x, (BATCH, LENGTH, None)), carry), out, channels
 
     def _before(self, x: jax.Array, norm: AnyNorm | None) -> jax.Array:

@@ -12,6 +12,7 @@ from plait.models.attention_losses import AttentionLossConfig
 from plait.models.build import Norm, NormKind, SigmaReparam
 from plait.models.channel_mixers.base import ChannelMixerConfig
 from plait.models.channel_mixers.gated_mlp import GatedMLPConfig
+from plait.models.layer_inputs import LayerInputsConfig
 from plait.models.lora import LoRAConfig
 from plait.models.mixers.base import MIXERS, Direction, MixerConfig, WrapperConfig
 from plait.models.pattern import Periods, expand_pattern, find_periods, pattern_names, split_name
@@ -99,6 +100,9 @@ class LMConfig(Config):
     """Mixer and channel mixer read the same stream, `x + f(norm(x)) + g(norm'(x))`, as in GPT-NeoX; only with norm=pre."""
     embedding_norm: bool = False
     """Whether a norm stands before the first block (RWKV, BLOOM)."""
+    layer_scalars: bool = False
+    """What leaves a block, the whole stream, is multiplied by a number that is learned for each, at first 1 (Gemma 4)."""
+    layer_inputs: LayerInputsConfig = LayerInputsConfig()
     embedding_scale: Positive | None = None
     """What the embedding of a token is multiplied by: sqrt(d_model) in Gemma, a number of its own in Granite."""
     stream_scale: Positive | None = None
@@ -167,6 +171,13 @@ class LMConfig(Config):
             )
         if self.qk_clip.threshold is not None:
             self._check_clipped()
+        for name in dict.fromkeys(layers):
+            one = self.channel_mixer_of(name)
+            if one is not None and one.own_norm and self.norm_of(name) not in ("pre", "both"):
+                raise ValueError(
+                    f"norm={self.norm_of(name)!r} leaves no place for the norms that {one.name} has of its own in layers of {name}; "
+                    "use 'pre' or 'both', or a channel mixer without"
+                )
         if self.channel_mixer is not None:
             at("channel_mixer", self.channel_mixer.fit, self.d_model)
         for name, channel_mixer in self.channel_mixers.items():
@@ -269,4 +280,5 @@ class LMConfig(Config):
         """Forward operations per token at `seq_len` (2 per multiply-add, causal mean, embedding lookup free)."""
         mixers = sum(mixer.flops(self.d_model, seq_len) for mixer in self.layer_mixers)
         channel_mixers = sum(one.flops(self.d_model) for one in self.layer_channel_mixers)
-        return mixers + channel_mixers + 2.0 * self.d_model * (self.vocab_size or 0)
+        layer_inputs = self.layer_inputs.flops(self.d_model, self.num_layers)
+        return mixers + channel_mixers + layer_inputs + 2.0 * self.d_model * (self.vocab_size or 0)

@@ -17,6 +17,7 @@ from plait.models.axes import BATCH, EMBED, LENGTH, VOCAB, constrain
 from plait.models.block import Extras
 from plait.models.build import BuildContext, Keys, Moved
 from plait.models.config import LMConfig
+from plait.models.layer_inputs import LAYER_INPUTS, LayerInputs
 from plait.models.linear import Dense, dense_layers, start_singular_vectors
 from plait.models.look import Observer
 from plait.models.lora import LoRAConfig
@@ -62,6 +63,8 @@ class LM(nnx.Module):
         self.positions = None if positions is None else under("model.positions", positions.build, ctx, config.d_model, 1)
         self.embedding_norm = make_norm(ctx, config.d_model, eps=config.norm_eps) if config.embedding_norm else None
         self.shared = shared_modules(config, ctx)
+        inputs = config.layer_inputs
+        self.layer_inputs = None if inputs.dim is None else LayerInputs(inputs, config, ctx, embed_init)
         self.stack = Stack(config, rngs, context)
         self.norm = make_norm(ctx, config.d_model, eps=config.norm_eps) if config.norm not in ("post", "none") else None
         head = lambda size: Dense(ctx, config.d_model, size, (EMBED, VOCAB), init=embed_init, role="head")
@@ -115,9 +118,12 @@ class LM(nnx.Module):
         if self.config.embedding_scale is not None:
             x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
         x = constrain(x, (BATCH, LENGTH, None))
+        inputs = None if self.layer_inputs is None else self.layer_inputs(x, at)
         x = x if self.positions is None else self.positions.add(x, at)
         for_rows = lambda a: jnp.broadcast_to(a[None, None], (len(x), 1, *a.shape))
         carry = {name: for_rows(module()) for name, module in self.shared.items()}
+        if inputs is not None:
+            carry[LAYER_INPUTS] = inputs
         return Stream(x if self.embedding_norm is None else self.embedding_norm(x), carry)
 
     def _final(self, stream: Stream) -> jax.Array:
@@ -131,15 +137,15 @@ def shared_modules(config: LMConfig, ctx: BuildContext) -> nnx.Dict:
 
 
 def num_params(config: LMConfig) -> int:
-    """Trained parameters of a model, from models of one layer for each of its mixers: the time to count does not grow with depth."""
+    """Trained parameters of a model, from models whose layers all have one of its mixers: the time to count does not grow with depth."""
 
     def count(name: str) -> tuple[int, int]:
-        """Outside and inside the one block."""
+        """Outside of the blocks and inside one."""
         with unchecked():
-            one = dataclasses.replace(config, pattern=name, num_layers=1, mixers={name: config.mixers[name]})
+            one = dataclasses.replace(config, pattern=name, mixers={name: config.mixers[name]})
         model = nnx.eval_shape(lambda: LM(one, rngs=nnx.Rngs(0), seq_len=1))
-        every, shared, block = (size(module) for module in (model, model.shared, model.stack))
-        return every - shared - block, block
+        every, shared, blocks = (size(module) for module in (model, model.shared, model.stack))
+        return every - shared - blocks, blocks // config.num_layers
 
     size = lambda module: sum(p.size for p in jax.tree.leaves(nnx.state(module, nnx.Param)))
     ctx = lambda: BuildContext(rngs=nnx.Rngs(0), seq_len=1, num_layers=config.num_layers)

@@ -52,6 +52,8 @@ class Stack(nnx.Module):
                 stream_scale=config.stream_scale,
                 qk_clip=config.qk_clip,
                 attention_loss=config.attention_loss,
+                layer_scalar=config.layer_scalars,
+                layer_inputs=config.layer_inputs,
             )
 
         def period(start: Any, keys: Keys) -> nnx.List:

@@ -46,6 +46,11 @@ class ChannelMixerConfig(Component, abc.ABC):
         return self.settled(d_model)
 
     @property
+    def own_norm(self) -> bool:
+        """Whether it reads the stream as it is, and normalises it itself."""
+        return False
+
+    @property
     def experts(self) -> int | None:
         """How many experts the mesh axis `expert` must divide; None without any."""
         return None

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 import jax
 import jax.numpy as jnp
 
-from plait.configs.domains import Coefficient, Experts, Positive, Whole, Width
+from plait.configs.domains import Coefficient, Epsilon, Experts, Positive, Whole, Width
 from plait.models.axes import BATCH, EMBED, EXPERTS, LENGTH, MLP
 from plait.models.build import BuildContext, Moved
 from plait.models.channel_mixers.base import ChannelMixer, ChannelMixerConfig, MixedChannels, register
@@ -18,6 +18,7 @@ from plait.models.channel_mixers.mlp import MLPConfig
 from plait.models.divided import Over, divided
 from plait.models.grouped import grouped_dot
 from plait.models.linear import Dense
+from plait.models.norms import make_norm
 
 _TOKENS = (BATCH, LENGTH, None)
 _IN, _OUT = (EXPERTS, EMBED, MLP), (EXPERTS, MLP, EMBED)
@@ -66,6 +67,13 @@ class MoEConfig(ChannelMixerConfig):
     """A token's gates sum to `routed_scale`; otherwise they are `routed_scale` times the scores."""
     routed_scale: Coefficient = 1.0
     """c, the weight of the routed experts beside the shared ones."""
+    expert_scales: bool = False
+    """The gate of each expert is multiplied by a number that is learned, at first 1 (Gemma 4)."""
+    own_norms: bool = False
+    """Routed experts, shared ones and router read norms of their own of the stream x, and what the first two give is normalised before
+    it is added up (Gemma 4): `n'(sum_shared F_i(n(x))) + m'(sum_i g_i F_i(m(x)))`; the router reads `norm(x) / sqrt(d_model)`."""
+    norm_eps: Epsilon = 1e-6
+    """Epsilon of these norms."""
     num_groups: Experts = 1
     """Groups of neighbouring experts of which a token may use those of `top_k_groups` (DeepSeek-V2: of a device each)."""
     top_k_groups: Experts = 1
@@ -107,6 +115,10 @@ class MoEConfig(ChannelMixerConfig):
         return cls(num_experts=4, hidden_dim=32, num_shared_experts=1)
 
     @property
+    def own_norm(self) -> bool:
+        return self.own_norms
+
+    @property
     def experts(self) -> int:
         return self.num_experts
 
@@ -130,6 +142,8 @@ class MoEConfig(ChannelMixerConfig):
         plain = type(self)()
         if self.num_groups == 1:
             found = dataclasses.replace(found, group_score_top_k=plain.group_score_top_k)
+        if not self.own_norms:
+            found = dataclasses.replace(found, norm_eps=plain.norm_eps)
         return found if self.swiglu_limit is not None else dataclasses.replace(found, swiglu_alpha=plain.swiglu_alpha)
 
     def flops(self, d_model: int) -> float:
@@ -160,12 +174,19 @@ class MoE(ChannelMixer):
         shared = mlp(hidden_dim=config.shared_width(d_model) or None, activation=config.activation, use_bias=config.use_bias)
         self.shared = shared.build(d_model, ctx) if config.num_shared_experts else None
         self.shared_gate = Dense(ctx, d_model, 1, (EMBED, None)) if config.shared_gate else None
+        norm = lambda wanted: make_norm(ctx, d_model, eps=config.norm_eps) if config.own_norms and wanted else None
+        self.router_norm, self.routed_norm, self.routed_out_norm = norm(True), norm(True), norm(True)
+        self.shared_norm, self.shared_out_norm = norm(config.num_shared_experts), norm(config.num_shared_experts)
+        self.expert_scale = ctx.param(jax.nn.initializers.ones, lead, (None,)) if config.expert_scales else None
         self.bias = None if config.balance_bias is None else Moved(jnp.zeros(lead, jnp.float32), axes=(None,))
 
     def __call__(self, x, *, at):
         at = at.placed(*x.shape[:2])
         real = at.segment_ids > 0
-        logits = jnp.matmul(x.astype(jnp.float32), self.router.weight().astype(jnp.float32), precision="highest")
+        tokens = x.astype(jnp.float32)
+        if self.router_norm is not None:
+            tokens = self.router_norm(tokens) * x.shape[-1] ** -0.5
+        logits = jnp.matmul(tokens, self.router.weight().astype(jnp.float32), precision="highest")
         if self.router.bias is not None:
             logits = logits + self.router.bias[...].astype(jnp.float32)[None, None, :]
         scores = jax.nn.softmax(logits, axis=-1) if self.config.scores == "softmax" else jax.nn.sigmoid(logits)
@@ -173,15 +194,21 @@ class MoE(ChannelMixer):
         choice = choice if self.config.num_groups == 1 else self._in_best_groups(choice)
         layers = [layer for layer in (self.gate, self.up, self.down) if layer is not None]
         experts = [layer.weight() for layer in layers] + [layer.bias[...] for layer in layers if layer.bias is not None]
+        experts = [array.astype(self.compute_dtype) for array in experts]
         inner = len(layers) - 1
         axes = (*[_IN] * inner, _OUT, *[_BIAS_IN] * inner, _BIAS_OUT)[: len(experts)]
-        read = x if self.latent_in is None else self.latent_in(x)
-        arrays = (read.astype(self.compute_dtype), scores, choice, real, *(a.astype(self.compute_dtype) for a in experts))
-        y, chosen = divided(self._route, arrays, (*[_TOKENS] * 3, _TOKENS[:2], *axes), (_TOKENS, _TOKENS))
-        y = y if self.latent_out is None else self.latent_out(y)
+        scales = [] if self.expert_scale is None else [self.expert_scale[...].astype(jnp.float32)]
+        normed = lambda norm, x: x if norm is None else norm(x)
+        read = normed(self.routed_norm, x)
+        read = read if self.latent_in is None else self.latent_in(read)
+        arrays = (read.astype(self.compute_dtype), scores, choice, real, *scales, *experts)
+        names = (*[_TOKENS] * 3, _TOKENS[:2], *[(None,)] * len(scales), *axes)
+        y, chosen = divided(self._route, arrays, names, (_TOKENS, _TOKENS))
+        y = normed(self.routed_out_norm, y if self.latent_out is None else self.latent_out(y))
         if self.shared is not None:
-            shared = self.shared(x, at=at).y
-            y = y + (shared if self.shared_gate is None else jax.nn.sigmoid(self.shared_gate(x)) * shared)
+            read = normed(self.shared_norm, x)
+            shared = normed(self.shared_out_norm, self.shared(read, at=at).y)
+            y = y + (shared if self.shared_gate is None else jax.nn.sigmoid(self.shared_gate(read)) * shared)
         counts = chosen.sum((0, 1))
         losses = self._losses(logits, scores, counts, real)
         observed = {"expert_load": counts / jnp.maximum(counts.mean(), 1e-9), "expert_share": counts / jnp.maximum(real.sum(), 1)}
@@ -219,17 +246,21 @@ class MoE(ChannelMixer):
     def _route(self, over: Over, x, scores, choice, real, *arrays):
         """What the routed experts give, `[B, T, D]`, and the 0/1 choice `[B, T, E]` float32, for one device's tokens.
 
-        The arrays are the experts' weights, the last of which projects back, and, where there are any, their biases.
+        The arrays are what multiplies the experts' gates, where anything does, their weights, the last of which projects back, and, where
+        there are any, their biases.
         Where `expert` divides both experts and tokens, its devices gather each other's tokens, and what each device's experts make of
         them is added up where the tokens are: no buffer has to fit the worst case of a load, since any load is as large.
         """
         config, shape = self.config, x.shape
         count = 3 if config.gated else 2
+        scales, arrays = (arrays[0], arrays[1:]) if config.expert_scales else (None, arrays)
         weights, biases = arrays[:count], arrays[count:]
         _, ids = jax.lax.top_k(choice, config.top_k)
         gates = jnp.take_along_axis(scores, ids, axis=-1)
         if config.normalize:
             gates = gates / gates.sum(-1, keepdims=True)
+        if scales is not None:
+            gates = gates * scales[ids]
         chosen = jax.nn.one_hot(ids, config.num_experts).sum(-2) * real[..., None]
         tokens = [a.reshape(-1, a.shape[-1]) for a in (x, jnp.where(real[..., None], ids, -1), config.routed_scale * gates)]
         experts, whole = over(EXPERTS), functools.partial(jax.lax.all_gather, tiled=True)

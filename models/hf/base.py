@@ -125,6 +125,10 @@ class Family(Component, abc.ABC):
         if not model.tie_embeddings:
             yield Line((self.head,), (Place("head.kernel"),), Transposed())
 
+    def unread(self, model: LMConfig) -> tuple[str, ...]:
+        """Patterns of tensors that files of a model may hold beside those of the table, and that say nothing."""
+        return self.ignored
+
     @property
     def embedding(self) -> str:
         """The embedding's tensor."""

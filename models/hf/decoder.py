@@ -44,10 +44,6 @@ def write_activation(activation: Activation) -> str:
     return next(word for word, ours in ACTIVATIONS.items() if ours == activation)
 
 
-WINDOWED = "softmax/window"
-"""Pattern name of the layers with a window, where others have none."""
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Decoder(Family, abc.ABC):
     """Names and fields as in Llama; a family overrides what is its own."""
@@ -55,8 +51,12 @@ class Decoder(Family, abc.ABC):
     def model(self, values: Values) -> LMConfig:
         depth, width = values("num_hidden_layers", int), values("hidden_size", int)
         layers, channel_mixers = self.layers(values, depth, width), self.channel_mixers(values, depth)
-        usual = channel_mixers[-1]
-        names = [name if own == usual else _dense(name) for name, own in zip(self._names(layers), channel_mixers, strict=True)]
+        usual, names = channel_mixers[-1], self._names(layers)
+        kinds = set(zip(names, channel_mixers, strict=True))
+        shared = {name for name in names if sum(name == one for one, _ in kinds) > 1}
+        names = [
+            _dense(name) if name in shared and own != usual else name for name, own in zip(names, channel_mixers, strict=True)
+        ]
         return LMConfig(
             d_model=width,
             num_layers=depth,
@@ -204,11 +204,12 @@ class Decoder(Family, abc.ABC):
         """Those of a layer's mixer."""
         assert isinstance(mixer, SoftmaxConfig)
         yield from self.query_lines(mixer, width, layer)
-        for name in "kv":
+        reads = mixer.shared_kv == "read"
+        for name in "" if reads else "k" if mixer.tie_kv else "kv":
             yield from layer.dense(self.attention_names[name], f"mixer.{name}", bias=mixer.qkv_bias)
         yield from layer.dense(self.attention_names["o"], "mixer.o", bias=mixer.o_bias)
         if mixer.qk_norm:
-            for name in ("q_norm", "k_norm"):
+            for name in ("q_norm",) if reads else ("q_norm", "k_norm"):
                 yield layer.same(f"{self.attention_names[name]}.weight", f"mixer.{name}.scale")
         if mixer.sink_logits:
             yield layer.same("self_attn.sinks", "mixer.sinks")
@@ -242,6 +243,6 @@ def _dense(name: str) -> str:
 def _label(mixer: MixerConfig) -> str:
     """A pattern name that says what tells the softmax layers of one model apart."""
     assert isinstance(mixer, SoftmaxConfig)
-    if mixer.window_size is not None:
-        return WINDOWED
-    return "softmax/nope" if mixer.positions is None else "softmax"
+    kind = "window" if mixer.window_size is not None else "nope" if mixer.positions is None else None
+    label = "_".join(word for word in (kind, mixer.shared_kv) if word is not None)
+    return f"softmax/{label}" if label else "softmax"

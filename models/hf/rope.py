@@ -13,6 +13,7 @@ from plait.models.positions.base import PositionConfig
 from plait.models.positions.rotary import RotaryConfig
 from plait.models.positions.rotary_linear import LinearRotaryConfig
 from plait.models.positions.rotary_llama3 import Llama3RotaryConfig
+from plait.models.positions.rotary_proportional import ProportionalRotaryConfig
 from plait.models.positions.rotary_yarn import YarnRotaryConfig
 
 
@@ -64,6 +65,9 @@ def _read(kind: str, common: Mapping[str, Any], fields: Values, max_len: int) ->
         return RotaryConfig(**common)
     if kind == "linear":
         return LinearRotaryConfig(**common, factor=fields("factor", float))
+    if kind == "proportional":
+        fields.only("factor", 1.0)
+        return ProportionalRotaryConfig(**common)
     if kind == "llama3":
         return Llama3RotaryConfig(
             **common,
@@ -83,7 +87,9 @@ def _read(kind: str, common: Mapping[str, Any], fields: Values, max_len: int) ->
             truncate=fields("truncate", bool, True),
             attention_factor=fields("attention_factor", float, None),
         )
-    raise Unfit(f"config.json: rope_type={kind!r} is not supported; 'default', 'linear', 'llama3' or 'yarn' can be used")
+    raise Unfit(
+        f"config.json: rope_type={kind!r} is not supported; 'default', 'linear', 'proportional', 'llama3' or 'yarn' can be used"
+    )
 
 
 def write_rope(positions: PositionConfig | None, *, interleaved: bool = False) -> dict[str, Any]:
@@ -101,6 +107,8 @@ def write_rope(positions: PositionConfig | None, *, interleaved: bool = False) -
         found["partial_rotary_factor"] = positions.fraction
     if isinstance(positions, LinearRotaryConfig):
         found |= {"rope_type": "linear", "factor": positions.factor}
+    elif isinstance(positions, ProportionalRotaryConfig):
+        found["rope_type"] = "proportional"
     elif isinstance(positions, Llama3RotaryConfig):
         found |= {
             "rope_type": "llama3",

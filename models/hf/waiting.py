@@ -2,7 +2,6 @@
 
 WAITING = {
     "doge": "its attention under masks that it makes of its values, and its scaled residuals",
-    "gemma4_text": "its embeddings of each layer, and keys and values of layers that other layers use",
     "deepseek_v32": "its sparse attention by an index",
     "zamba": "layers that share their parameters",
     "zamba2": "layers that share their parameters",

@@ -39,6 +39,10 @@ class RotaryConfig(PositionConfig):
     def build(self, ctx: BuildContext, width: int, num_heads: int) -> Rotary:
         return Rotary(self)
 
+    def turned(self, head_dim: int) -> int:
+        """Channels of a head that are turned."""
+        return int(self.fraction * head_dim)
+
     def frequencies(self, dim: int) -> np.ndarray:
         """The angle of each pair of `dim` channels that one position adds, `[dim / 2]`."""
         return frequencies(dim, self.theta)
@@ -60,5 +64,5 @@ class Rotary(Position):
 
     def turn_by(self, heads: jax.Array, at: Tokens, factor: float = 1.0) -> jax.Array:
         """`turn`, with another factor."""
-        frequency = self.config.frequencies(int(self.config.fraction * heads.shape[-1]))
+        frequency = self.config.frequencies(self.config.turned(heads.shape[-1]))
         return turn(heads, at.positions, frequency, interleaved=self.config.interleaved, factor=factor)

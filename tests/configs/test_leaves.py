@@ -90,6 +90,8 @@ NEEDS: dict[str, dict[str, Any]] = {
     "data.vocab_size": {"data.tokenizer": "bpe", "data.vocab_size": 300},
     "mamba1.norm_scale": {"norm_eps": 1e-6},
     "moe.swiglu_alpha": {"swiglu_limit": 7.0},
+    "moe.norm_eps": {"own_norms": True},
+    "model.layer_inputs.activation": {"model.layer_inputs.dim": 4},
     "moe.top_k_groups": {"num_experts": 8, "num_groups": 4, "top_k_groups": 2},
     "moe.group_score_top_k": {"num_experts": 8, "num_groups": 2},
     "mega_chunk.max_distance": {"bias": "simple"},

@@ -156,7 +156,7 @@ def match(source: Source, weights: Weights, lines: Sequence[Line], shapes: Shape
                 quantised.append(f"{name} is {weights.tensors[name].dtype}")
     family, depth = source.family, source.model.num_layers
     behind = source.fields.get(family.behind or "") or 0
-    ignored = [f"{family.base}{family.layers_name}.{depth + i}.*" for i in range(behind)] + list(family.ignored)
+    ignored = [f"{family.base}{family.layers_name}.{depth + i}.*" for i in range(behind)] + list(family.unread(source.model))
     ignored += [family.head] if source.model.tie_embeddings else []
     left = [name for name in weights if name not in asked and not _any(name, ignored)]
     return Match([name for name in asked if name not in weights], left, misshapen, quantised)

@@ -23,13 +23,14 @@ from plait.models.linear import Dense
 from plait.models.look import GateValues, LogitMap
 from plait.models.mixers.base import Direction, HeadMixer, MixerConfig, register
 from plait.models.mixers.heads import join_heads, require_divides, resolve_heads, split_heads
-from plait.models.norms import AnyNorm, make_norm
+from plait.models.norms import AnyNorm, RMSNorm, make_norm
 from plait.models.positions.base import POSITIONS, PositionConfig
 from plait.models.positions.rotary import RotaryConfig
 from plait.models.stream import CarryUse
 
 VALUES, KV = "values", "kv"
-"""Names in the carry: the first layer's values; keys and values left to later layers, or in decoding the cache that holds them."""
+"""Names in the carry: the first layer's values; keys and values left to later layers, or in decoding the cache that holds them, those of
+layers with a window under a name with its size."""
 _SINK_INIT = jax.nn.initializers.normal(0.02)
 
 
@@ -78,6 +79,10 @@ class SoftmaxConfig(MixerConfig):
     """Whether that is each head by itself, as in Qwen3, or all heads as one, as in OLMo 2."""
     qk_norm_eps: Epsilon = 1e-6
     """Epsilon of that norm."""
+    value_norm: bool = False
+    """Divide the values of each head by their root mean square, as in Gemma 4; its epsilon is `qk_norm_eps`."""
+    tie_kv: bool = False
+    """Values are what keys are projected to, before their norm and positions, as in Gemma 4's layers without a window."""
     window_size: Span | None = None
     """Visible keys of a query, itself included; None for all earlier ones."""
     num_sink_tokens: SomeSpan = 0
@@ -100,8 +105,8 @@ class SoftmaxConfig(MixerConfig):
     value_residual: bool = False
     """Values become `a v + b v_1`, v_1 being those of the first layer that has the option, a and b learned (arXiv 2410.17897)."""
     shared_kv: Literal["write", "read"] | None = None
-    """`write`: leaves keys and values to later layers; `read`: takes the last ones left in place of its own and keeps no cache, as in
-    CLA (arXiv 2405.12981) and YOCO (2405.05254)."""
+    """`write`: leaves keys and values to later layers; `read`: takes the last ones that a layer of the same window left in place of its
+    own and keeps no cache, as in CLA (arXiv 2405.12981), YOCO (2405.05254) and Gemma 3n."""
 
     def check(self) -> None:
         if self.num_sink_tokens and self.window_size is None and self.sees_all:
@@ -118,7 +123,11 @@ class SoftmaxConfig(MixerConfig):
             raise ValueError(
                 "value_residual=True has no values to add to where shared_kv='read' takes those of another layer; leave one of them out"
             )
-
+        for name in ("value_norm", "tie_kv"):
+            if self.shared_kv == "read" and getattr(self, name):
+                raise ValueError(
+                    f"{name}=True has no keys and values of its own where shared_kv='read' takes those of another layer; leave one of them out"
+                )
         if self.sink_bias in ("k", "kv") and self.normalizer != "softmax":
             raise ValueError(
                 f"sink_bias={self.sink_bias!r} needs normalizer='softmax', not {self.normalizer!r}, which has no denominator; use 'v'"
@@ -163,7 +172,12 @@ class SoftmaxConfig(MixerConfig):
     def carries(self, d_model: int) -> tuple[CarryUse, ...]:
         like = (self.heads(d_model)[1], self.head_dim)
         values = (CarryUse(VALUES, "first", like),) if self.value_residual else ()
-        return values if self.shared_kv is None else (*values, CarryUse(KV, self.shared_kv, like))
+        return values if self.shared_kv is None else (*values, CarryUse(self.kv_name, self.shared_kv, like))
+
+    @property
+    def kv_name(self) -> str:
+        """Under which shared keys and values are in the carry."""
+        return KV if self.window_size is None else f"{KV}/{self.window_size}"
 
     def mask(self, causal: bool = True) -> Any:
         """Which tokens of its document a query sees: earlier ones, or, in a window of as many on both sides, all."""
@@ -223,11 +237,12 @@ class Softmax(HeadMixer):
 
         self.q = projection(width, self.num_heads, HEADS)
         self.k = projection(kv_width, self.num_kv_heads, KV_HEADS) if own_kv else None
-        self.v = projection(kv_width, self.num_kv_heads, KV_HEADS) if own_kv else None
+        self.v = projection(kv_width, self.num_kv_heads, KV_HEADS) if own_kv and not config.tie_kv else None
         heads = (0, self.num_heads)
         self.o = Dense(ctx, width, d_model, (HEADS, EMBED), init=ctx.residual_init, heads=heads, use_bias=config.o_bias)
         self.q_norm = norm(width, HEADS)
         self.k_norm = norm(kv_width, KV_HEADS) if own_kv else None
+        self.v_norm = RMSNorm(ctx, config.head_dim, eps=config.qk_norm_eps, with_scale=False) if config.value_norm else None
         gate_width = {"elementwise": width, "headwise": self.num_heads}.get(config.gate or "")
         self.gate = Dense(ctx, d_model, gate_width, (EMBED, HEADS), role="gate") if gate_width else None
         self.positions = (
@@ -245,17 +260,18 @@ class Softmax(HeadMixer):
 
     def project(self, x, *, at, state):
         placed = x if self.positions is None else self.positions.add(x, at)
-        q = self._turned(self._heads(self.q, placed, self.num_heads, HEADS, self.q_norm), at)
+        q = self._turned(self._heads(self.q(placed), self.num_heads, HEADS, self.q_norm), at)
         if self.config.log_n_scale is not None:
             growth = jnp.log(at.positions.astype(jnp.float32) + 1) / math.log(self.config.log_n_scale)
             q = (q * jnp.maximum(growth, 1)[..., None, None]).astype(q.dtype)
-        if self.k is None or self.v is None:
+        if self.k is None:
             return QKV(q, None, None), state  # type: ignore[arg-type]
-        k = self._turned(self._heads(self.k, placed, self.num_kv_heads, KV_HEADS, self.k_norm), at)
-        return QKV(q, k, self._scaled(self._heads(self.v, x, self.num_kv_heads, KV_HEADS, None))), state
+        keys = self.k(placed)
+        k = self._turned(self._heads(keys, self.num_kv_heads, KV_HEADS, self.k_norm), at)
+        values = keys if self.v is None else self.v(x)
+        return QKV(q, k, self._scaled(self._heads(values, self.num_kv_heads, KV_HEADS, None))), state
 
-    def _heads(self, dense: Dense, x: jax.Array, number: int, axis: str, norm: AnyNorm | None) -> jax.Array:
-        y = dense(x)
+    def _heads(self, y: jax.Array, number: int, axis: str, norm: AnyNorm | None) -> jax.Array:
         if norm is not None and self.config.qk_norm_over == "width":
             y = norm(y)
         y = constrain(split_heads(y, number), (BATCH, LENGTH, axis, None))
@@ -265,6 +281,8 @@ class Softmax(HeadMixer):
         return heads if self.positions is None else self.positions.turn(heads, at)
 
     def _scaled(self, v: jax.Array) -> jax.Array:
+        if self.v_norm is not None:
+            v = self.v_norm(v)
         if self.value_scale is None:
             return v
         size = jnp.sum(jnp.square(v.astype(jnp.float32)), axis=-1, keepdims=True)
@@ -280,18 +298,18 @@ class Softmax(HeadMixer):
         if self.k_bias is not None and self.v_bias is not None:
             inputs = inputs._replace(v=inputs.v - self.v_bias[...].astype(inputs.v.dtype)[None, None])
         if self.config.shared_kv == "read":
-            inputs = inputs._replace(k=carry[KV][0], v=carry[KV][1])
+            inputs = inputs._replace(k=carry[self.config.kv_name][0], v=carry[self.config.kv_name][1])
         elif self.config.shared_kv == "write":
-            carry = {**carry, KV: (inputs.k, inputs.v)}
+            carry = {**carry, self.config.kv_name: (inputs.k, inputs.v)}
         return inputs, carry
 
     def recall(self, inputs, carry, *, at, state):
         if self.config.shared_kv == "read":
-            cache = carry[KV]
+            cache = carry[self.config.kv_name]
         else:
             inputs, carry = self.share(inputs, carry)
             cache = state = self.slots.write(state, {"k": inputs.k, "v": inputs.v}, at)
-            carry = {**carry, KV: cache} if self.config.shared_kv == "write" else carry
+            carry = {**carry, self.config.kv_name: cache} if self.config.shared_kv == "write" else carry
         return QKV(inputs.q, cache.entries["k"], cache.entries["v"], cache.at), carry, state
 
     def attend(self, inputs, *, at, state):

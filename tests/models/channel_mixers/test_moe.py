@@ -33,6 +33,8 @@ CONFIGS = {
         SMALL, num_shared_experts=1, shared_hidden_dim=12, shared_gate=True
     ),
     "biases": dataclasses.replace(SMALL, use_bias=True, router_bias=True, num_shared_experts=1),
+    "norms of its own": dataclasses.replace(SMALL, own_norms=True, num_shared_experts=1, shared_hidden_dim=12),
+    "scales of experts": dataclasses.replace(SMALL, expert_scales=True),
     "clamped swiglu": dataclasses.replace(SMALL, use_bias=True, swiglu_limit=0.5),
 }
 GROUPED = MoEConfig(num_experts=12, num_groups=4, top_k_groups=2, top_k=3, hidden_dim=8)
@@ -60,20 +62,35 @@ def chosen_by(choice, k: int):
     return chosen
 
 
+def normed(norm, x):
+    """By the formula; as it is without a norm."""
+    if norm is None:
+        return x
+    return x / jnp.sqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + 1e-6) * norm.scale[...][None, None]
+
+
+def routed(mixer, x):
+    """The router's logits."""
+    return mixer.router(x if mixer.router_norm is None else normed(mixer.router_norm, x) / WIDTH**0.5)
+
+
 def loop(mixer, x, chosen):
     """`sum_e g_e F_e(x)` over every expert, with gates 0 where it is not chosen."""
     config = mixer.config
-    logits = mixer.router(x)
+    logits = routed(mixer, x)
     scores = jax.nn.softmax(logits, -1) if config.scores == "softmax" else jax.nn.sigmoid(logits)
     gates = scores * chosen
     gates = gates / gates.sum(-1, keepdims=True) if config.normalize else gates
+    gates = gates if mixer.expert_scale is None else gates * mixer.expert_scale[...][None, None]
     gates = config.routed_scale * gates * (SEGMENTS > 0)[..., None]
     product = lambda layer, e, x: x @ layer.weight()[e] + (0 if layer.bias is None else layer.bias[...][e][None, None])
-    expert = lambda e: product(mixer.down, e, gated(config, product(mixer.gate, e, x), product(mixer.up, e, x)))
+    read = normed(mixer.routed_norm, x)
+    expert = lambda e: product(mixer.down, e, gated(config, product(mixer.gate, e, read), product(mixer.up, e, read)))
     y = sum(gates[..., e : e + 1] * expert(e) for e in range(config.num_experts))
+    y = normed(mixer.routed_out_norm, y)
     if mixer.shared is None:
         return y
-    shared = mixer.shared(x, at=AT).y
+    shared = normed(mixer.shared_out_norm, mixer.shared(normed(mixer.shared_norm, x), at=AT).y)
     return y + (shared if mixer.shared_gate is None else shared / (1 + jnp.exp(-mixer.shared_gate(x))))
 
 
@@ -105,7 +122,8 @@ def test_output_and_every_gradient_equal_a_loop_over_all_experts(config):
     if mixer.bias is not None:
         mixer.bias[...] = jnp.array([0.3, -0.2, 0.0, 0.1, -0.3])  # they choose, and are no part of a gate
     x = inputs()
-    scores = jax.nn.softmax(mixer.router(x)) if config.scores == "softmax" else jax.nn.sigmoid(mixer.router(x))
+    logits = routed(mixer, x)
+    scores = jax.nn.softmax(logits) if config.scores == "softmax" else jax.nn.sigmoid(logits)
     chosen = chosen_by(scores if mixer.bias is None else scores + mixer.bias[...][None, None], config.top_k)
     graph, state = nnx.split(mixer)
     params, rest = nnx.split_state(state, nnx.Param, ...)

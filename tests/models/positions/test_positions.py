@@ -22,6 +22,7 @@ from plait.models.positions.learned import LearnedConfig
 from plait.models.positions.relative import RelativeConfig
 from plait.models.positions.rotary import RotaryConfig
 from plait.models.positions.rotary_ntk import NTKRotaryConfig
+from plait.models.positions.rotary_proportional import ProportionalRotaryConfig
 from plait.models.positions.rotary_yarn import YarnRotaryConfig
 from plait.models.positions.sinusoidal import SinusoidalConfig
 from plait.models.rope import turn
@@ -75,6 +76,14 @@ def test_partial_rotary_leaves_the_last_channels_and_pairs_as_the_layout_says():
         for (a, b), angle in zip(pairs, (3.0, 0.3)):
             z = (x[0, 0, 0, a] + 1j * x[0, 0, 0, b]) * np.exp(1j * angle)
             np.testing.assert_allclose([y[0, 0, 0, a], y[0, 0, 0, b]], [z.real, z.imag], atol=1e-6)
+
+
+def test_proportional_rotary_turns_the_fastest_pairs_of_the_whole_head():
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 1, 1, 8)), jnp.float32)
+    y = ProportionalRotaryConfig(theta=100.0, fraction=0.5).build(context(), 8, 1).turn(x, at(3))
+    for a, angle in enumerate((3.0, 3 * 100**-0.25, 0.0, 0.0)):
+        z = (x[0, 0, 0, a] + 1j * x[0, 0, 0, a + 4]) * np.exp(1j * angle)
+        np.testing.assert_allclose([y[0, 0, 0, a], y[0, 0, 0, a + 4]], [z.real, z.imag], atol=1e-6)
 
 
 def test_ntk_leaves_the_fastest_pair_and_divides_the_slowest():

@@ -135,6 +135,20 @@ FALCON_H1 = {
     "embedding_multiplier": 5.5,
     "lm_head_multiplier": 0.3,
 }
+GEMMA4 = {  # a period and a half, so that repeated layers are stacked
+    **BASE,
+    "num_hidden_layers": 5,
+    "layer_types": ["sliding_attention", "full_attention"] * 2 + ["full_attention"],
+    "head_dim": 6,
+    "global_head_dim": 8,
+    "sliding_window": 7,
+    "final_logit_softcapping": 3.0,
+    "hidden_size_per_layer_input": 0,
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+        "full_attention": {"rope_type": "proportional", "rope_theta": 90.0, "partial_rotary_factor": 0.5},
+    },
+}
 MODELS = {
     "llama": ("LlamaConfig", {**BASE, "head_dim": 6, "attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3}),
     "llama_tied": ("LlamaConfig", {**BASE, "tie_word_embeddings": True}),
@@ -320,6 +334,46 @@ MODELS = {
             "tie_word_embeddings": False,
         },
     ),
+    "gemma4_text": (
+        "Gemma4TextConfig",
+        {
+            **GEMMA4,
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 3,
+            "attention_bias": True,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "gemma4_text_experts": (
+        "Gemma4TextConfig",
+        {
+            **GEMMA4,
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+            "hidden_size": 20,
+            "intermediate_size": 28,
+            "enable_moe_block": True,
+            "num_experts": 5,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 8,
+        },
+    ),
+    "gemma4_text_small": (
+        "Gemma4TextConfig",
+        {
+            **GEMMA4,
+            "num_hidden_layers": 9,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"] * 2
+            + ["sliding_attention"] * 2
+            + ["full_attention"],
+            "hidden_size": 18,
+            "intermediate_size": 14,
+            "hidden_size_per_layer_input": 6,
+            "vocab_size_per_layer_input": VOCAB,
+            "num_kv_shared_layers": 4,
+            "use_double_wide_mlp": True,
+        },
+    ),
     "lfm2": (
         "Lfm2Config",
         {
@@ -350,7 +404,7 @@ def write(name: str, model: transformers.PreTrainedModel) -> None:
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=draws))
         for path, buffer in model.named_buffers():
-            if path.endswith("e_score_correction_bias"):
+            if path.endswith(("e_score_correction_bias", "layer_scalar")):
                 buffer.add_(0.1 * torch.randn(buffer.shape, generator=draws))
         logits = model(ids).logits
         tokens = ids

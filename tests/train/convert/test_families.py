@@ -139,6 +139,22 @@ def test_layers_behind_the_last_are_left_out_where_the_config_counts_them(tmp_pa
     examined(folder).match.check(folder)
 
 
+def test_keys_and_values_of_layers_that_read_those_of_others_are_left_out(tmp_path):
+    """As the small models of Gemma 4 are published; of other layers they are not."""
+    folder = tmp_path / "model"
+    shutil.copytree(GOLDEN / "gemma4_text_small", folder)
+    tensors = load_file(folder / ONE)
+    extra = {
+        f"model.layers.{index}.self_attn.{name}.weight": np.ones(6, np.float32)
+        for index in (5, 8)
+        for name in ("k_proj", "k_norm")
+    }
+    save_file({**tensors, **extra}, folder / ONE)
+    examined(folder).match.check(folder)
+    save_file({**tensors, "model.layers.0.self_attn.v_norm.weight": np.ones(6, np.float32)}, folder / ONE)
+    assert examined(folder).match.unexpected == ["model.layers.0.self_attn.v_norm.weight"]
+
+
 def test_every_family_has_a_golden_model():
     shown = {Source.of(GOLDEN / name).family.name for name in NAMES}
     assert set(MODEL_TYPES.all()) - {"plait"} == shown

@@ -25,6 +25,11 @@ KIMI_LAYERS = {
 }
 DEEPSEEK_YARN = {"beta_fast": 32, "beta_slow": 1, "factor": 40, "original_max_position_embeddings": 4096, "type": "yarn"}
 
+GEMMA4_ROPE = {
+    "full_attention": {"partial_rotary_factor": 0.25, "rope_theta": 1000000.0, "rope_type": "proportional"},
+    "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
+}
+
 
 def config(model_type, hidden, inner, layers, heads, kv_heads, vocab, **more):
     """The usual fields."""
@@ -45,6 +50,20 @@ def config(model_type, hidden, inner, layers, heads, kv_heads, vocab, **more):
         "eos_token_id": 2,
         **more,
     }
+
+
+def gemma4(hidden, inner, layers, heads, kv_heads, period, **more):
+    """Those of the language model in a config of Gemma 4, of whose layers every `period`th sees all."""
+    kinds = ["full_attention" if (index + 1) % period == 0 else "sliding_attention" for index in range(layers)]
+    usual = {"attention_bias": False, "attention_k_eq_v": False, "dtype": "bfloat16", "enable_moe_block": False,
+             "final_logit_softcapping": 30.0, "global_head_dim": 512, "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh",
+             "hidden_size_per_layer_input": 0, "layer_types": kinds, "max_position_embeddings": 131072,
+             "moe_intermediate_size": None, "num_experts": None, "num_global_key_value_heads": None, "num_kv_shared_layers": 0,
+             "pad_token_id": 0, "rms_norm_eps": 1e-6, "rope_parameters": GEMMA4_ROPE, "sliding_window": 512,
+             "tie_word_embeddings": True, "top_k_experts": None, "use_bidirectional_attention": None,
+             "use_double_wide_mlp": False, "vocab_size_per_layer_input": 262144}  # fmt: skip
+    text = config("gemma4_text", hidden, inner, layers, heads, kv_heads, 262144, **{**usual, **more})
+    return {"model_type": "gemma4", "tie_word_embeddings": True, "text_config": text}
 
 
 PUBLISHED = {
@@ -377,6 +396,25 @@ PUBLISHED = {
                logits_soft_cap=30.0, lru_width=2560, w_init_variance_scale=0.01),
         2_682_862_080,
     ),
+    "gemma-4-31B": (
+        gemma4(5376, 21504, 60, 32, 16, 6, attention_k_eq_v=True, num_global_key_value_heads=4, sliding_window=1024,
+               max_position_embeddings=262144, use_bidirectional_attention="vision"),
+        30_697_345_340,
+    ),
+    "gemma-4-26B-A4B": (
+        gemma4(2816, 2112, 30, 16, 8, 6, attention_k_eq_v=True, num_global_key_value_heads=2, sliding_window=1024,
+               max_position_embeddings=262144, use_bidirectional_attention="vision", enable_moe_block=True, num_experts=128,
+               top_k_experts=8, moe_intermediate_size=704),
+        25_233_141_790,
+    ),
+    "gemma-4-E4B": (
+        gemma4(2560, 10240, 42, 8, 2, 6, hidden_size_per_layer_input=256, num_kv_shared_layers=18),
+        7_463_013_418,
+    ),
+    "gemma-4-E2B": (
+        gemma4(1536, 6144, 35, 8, 1, 5, hidden_size_per_layer_input=256, num_kv_shared_layers=20, use_double_wide_mlp=True),
+        4_628_569_379,
+    ),
 }  # fmt: skip
 
 
@@ -384,6 +422,16 @@ PUBLISHED = {
 def test_it_is_read_and_has_its_parameters(fields, parameters, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(fields))
     assert num_params(Source.of(tmp_path).model) == parameters
+
+
+def test_layers_of_gemma_4_share_keys_and_values_and_stay_what_they_are(tmp_path):
+    """The last of each kind before the readers is what they read."""
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED["gemma-4-E2B"][0]))
+    model = Source.of(tmp_path).model
+    window, whole = "softmax/window", "softmax"
+    own = [*[window] * 4, whole] * 2 + [*[window] * 3, "softmax/window_write", "softmax/write"]
+    assert model.layers == (*own, *[*["softmax/window_read"] * 4, "softmax/read"] * 4)
+    assert [model.channel_mixer_of(name).hidden_dim for name in model.layers] == [6144] * 15 + [12288] * 20
 
 
 def test_older_windows_are_those_of_the_family(tmp_path):

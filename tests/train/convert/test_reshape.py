@@ -9,14 +9,16 @@ import pytest
 from plait.configs.mesh import MeshConfig
 from plait.kernels import Tokens
 from plait.launch import main
+from plait.models.layer_inputs import LayerInputsConfig
 from plait.models.mixers.full.diff import DiffConfig
 from plait.models.mixers.linear.hgrn2 import HGRN2Config
 from plait.models.positions.rotary import RotaryConfig
+from plait.models.positions.rotary_proportional import ProportionalRotaryConfig
 from plait.models.positions.rotary_yarn import YarnRotaryConfig
 from plait.tests.tolerances import assert_close
 from plait.tests.train.common import different_arrays
 from plait.tests.train.convert.reshapes import LENGTH, layer, logits, make_run, model_of, reshaped
-from plait.train.convert.reshapes.base import RESHAPES
+from plait.train.convert.reshapes.base import RESHAPES, Subject
 from plait.train.convert.reshapes.depth import Depth
 from plait.train.convert.reshapes.kv_heads import KVHeads
 from plait.train.convert.reshapes.mla import MLA
@@ -131,6 +133,7 @@ EXACT = {
     "rotary, MQA": ({"num_kv_heads": 1}, None, 8),
     "half of the channels by YaRN, MQA": ({"num_kv_heads": 1, "positions": YARN}, None, 8),
     "neighbours turned, key heads alike": ({"positions": RotaryConfig(interleaved=True)}, equal_in_groups(6), 20),
+    "fastest pairs turned, key heads alike": ({"positions": ProportionalRotaryConfig(fraction=0.5)}, equal_in_groups(6), 20),
 }
 
 
@@ -232,6 +235,15 @@ def test_what_is_said_of_the_logits_is_so(plain):
     written = json.loads((plain.with_name("said") / "reshape.json").read_text())
     assert written["moved"]["mean_kl"] == found.moved.mean_kl and written["reshape"]["num_kv_heads"] == 3
     assert written["parameters"] == [20620, 20620 - 3 * 2 * 20 * 3 * WIDTH]
+
+
+def test_inputs_of_layers_grow_with_the_ids_and_need_all_layers(tmp_path):
+    model = model_of(layer_inputs=LayerInputsConfig(dim=4))
+    run = make_run(tmp_path / "run", model)
+    _, new = reshaped(run, Vocab(vocab_size=300))
+    assert_close(logits(new)[..., :260], logits(opened(run)))
+    with pytest.raises(ConvertError, match=r"model\.layer_inputs\.dim=4: .*; keep all layers"):
+        Depth(pattern="keep,drop,keep").model(Subject(model, 260, LENGTH))
 
 
 def test_sigma_reparam_is_folded(tmp_path):

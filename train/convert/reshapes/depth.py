@@ -57,4 +57,8 @@ class Depth(Reshape):
                 f"the layers read {', '.join(model.shared)}, which is of all {model.num_layers} layers together and would be another; "
                 "keep all layers"
             )
+        if model.layer_inputs.dim is not None:
+            raise ConvertError(
+                f"model.layer_inputs.dim={model.layer_inputs.dim}: inputs of each layer's own lie in one table; keep all layers"
+            )
         return model.with_pattern(pattern_of([model.layers[index] for index in kept]), len(kept))

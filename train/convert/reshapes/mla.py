@@ -76,7 +76,7 @@ class MLA(Reshape):
             nope_head_dim=softmax.head_dim,
             rope_head_dim=turned_channels(softmax),
             v_head_dim=softmax.head_dim,
-            positions=None if positions is None else dataclasses.replace(positions, fraction=1.0),
+            positions=_of_turned(softmax),
             latent_norm=False,
         )
 
@@ -88,10 +88,18 @@ class MLA(Reshape):
         yield Making(tuple(path + name for name in _READ), tuple(path + name for name in _MADE), make)
 
 
+def _of_turned(softmax: SoftmaxConfig) -> RotaryConfig | None:
+    """The rotary embedding of a head that has the turned channels alone."""
+    positions = softmax.positions
+    if not isinstance(positions, RotaryConfig) or turned_channels(softmax) == softmax.head_dim:
+        return positions  # type: ignore[return-value]
+    return dataclasses.replace(positions, fraction=1.0)
+
+
 def turned_channels(softmax: SoftmaxConfig) -> int:
     """Those of a head that have a rotated part, or all where none has."""
     positions = softmax.positions
-    return int(positions.fraction * softmax.head_dim) if isinstance(positions, RotaryConfig) else softmax.head_dim
+    return positions.turned(softmax.head_dim) if isinstance(positions, RotaryConfig) else softmax.head_dim
 
 
 def latent_kernels(

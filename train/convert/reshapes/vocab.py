@@ -11,7 +11,7 @@ from plait.configs.domains import Vocabulary
 from plait.train.convert.reshapes.base import Making, Reshape, Shapes, Subject, register
 from plait.train.convert.weights import ConvertError
 
-_AXES = {"embedding": 0, "head.kernel": 1}
+_AXES = {"embedding": 0, "head.kernel": 1, "layer_inputs.embedding": 0}
 """The axis of the ids."""
 
 
