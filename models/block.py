@@ -75,8 +75,8 @@ class Block(nnx.Module):
         self.channel_norm = make(norm != "none" and channel_mixer is not None and not channel_mixer.own_norm)
         self.mixer_out_norm = make(norm == "both")
         self.channel_out_norm = make(norm == "both" and channel_mixer is not None)
-        with_input = layer_inputs is not None and layer_inputs.dim is not None
-        self.layer_gate = LayerGate(layer_inputs, d_model, ctx, eps=norm_eps) if with_input else None
+        own_input = None if layer_inputs is None or layer_inputs.dim is None else layer_inputs
+        self.layer_gate = None if own_input is None else LayerGate(own_input, d_model, ctx, eps=norm_eps)
         self.scalar = ctx.param(jax.nn.initializers.ones, (1,), (None,)) if layer_scalar else None
 
     def __call__(self, stream: Stream, *, at: Tokens, observer: Observer | None = None) -> tuple[Stream, Extras]:
