@@ -17,6 +17,7 @@ from plait.models.look import Observer, Statistics, look
 from plait.models.mixers.base import Losses, Mixed, MixerConfig, State
 from plait.models.norms import AnyNorm, make_norm
 from plait.models.stream import Carry, Stream
+from plait.models.taps import tapped
 
 
 @jax.tree_util.register_dataclass
@@ -89,6 +90,7 @@ class Block(nnx.Module):
             observed = jax.lax.stop_gradient(channels.observed)
             looks = tuple(dataclasses.replace(one, residual=residual, channels=observed) for one in looks)
             statistics = observer.measure(looks)
+            stream = Stream(tapped(observer, "residual", stream.x, at=at), stream.carry)
         counts = {name: one.counts for name, one in (("mixer", mixed), ("channel_mixer", channels)) if one.counts}
         return stream, Extras({**mixed.losses, **channels.losses}, statistics, counts)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from plait.models.grouped import GROUPED
 from plait.models.look import Observer
 from plait.models.mixers.base import State
 from plait.models.stream import Stream
+from plait.models.taps import Tapped
 
 _SAVE = jax.checkpoint_policies
 _POLICIES = {
@@ -62,17 +64,20 @@ class Stack(nnx.Module):
 
     def __call__(self, stream: Stream, *, at: Tokens, observer: Observer | None = None) -> tuple[Stream, list[Extras]]:
         """The stream after the last block, and what each layer gives beside it."""
-        apply: Apply = lambda block, stream, at, _: block(stream, at=at, observer=observer)
-        stream, (first, stacked, rest) = self._run(apply, stream, at, (None, None, None), flow())
+
+        def apply(block: Block, stream: Stream, at: Tokens, taps: Any) -> tuple[Stream, Extras]:
+            own = dataclasses.replace(observer, taps=taps) if isinstance(observer, Tapped) else observer
+            return block(stream, at=at, observer=own)
+
+        taps = self._by_block(observer.taps) if isinstance(observer, Tapped) else (None, None, None)
+        stream, (first, stacked, rest) = self._run(apply, stream, at, taps, flow())
         layers = [jax.tree.map(lambda a, i=i: a[i], s) for i in range(self.count if stacked else 0) for s in stacked]
         return stream, first + layers + rest
 
     def settle(self, counts: Sequence[Mapping[str, Any]]) -> None:
         """Lets mixers move their buffers by the counts of a step, one mapping a layer."""
-        end = self.lead + (self.period * self.count if self.periods is not None else 0)
-        for i, block in enumerate(self.periods or ()):
-            block.settle(jax.tree.map(lambda *each: jnp.stack(each), *counts[self.lead + i : end : self.period]))
-        for block, own in zip([*self.first, *self.rest], [*counts[: self.lead], *counts[end:]], strict=True):
+        first, stacked, rest = self._by_block(counts)
+        for block, own in zip([*self.first, *(self.periods or ()), *self.rest], [*first, *stacked, *rest], strict=True):
             block.settle(own)
 
     def init_state(self, batch_size: int, max_len: int) -> State:
@@ -92,6 +97,12 @@ class Stack(nnx.Module):
     def step(self, stream: Stream, state: State, *, at: Tokens) -> tuple[Stream, State]:
         """One token."""
         return self._run(lambda block, stream, at, state: block.step(stream, state, at=at), stream, at, state)
+
+    def _by_block(self, layers: Sequence[Any]) -> tuple[Sequence[Any], list, Sequence[Any]]:
+        """Trees, one a layer, as blocks are held: before the repeated periods, stacked in them, and after."""
+        end = self.lead + (self.period * self.count if self.periods is not None else 0)
+        repeated = [layers[self.lead + i : end : self.period] for i in range(len(self.periods or ()))]
+        return layers[: self.lead], [jax.tree.map(lambda *each: jnp.stack(each), *own) for own in repeated], layers[end:]
 
     def _run(
         self, apply: Apply, stream: Stream, at: Tokens, state: tuple[Any, Any, Any], flow: Flow = WHOLE_BATCH

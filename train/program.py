@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from plait.configs.experiment import ExperimentConfig
 from plait.data.batch import Batch
 from plait.kernels.target import target
-from plait.models.look import Observer
+from plait.models.taps import GradientObserver
 from plait.train.optimizers import make_optimizer
 from plait.train.pods.hosts.layout import BatchLayout, batch_layout
 from plait.train.state import Blueprint, TrainState, abstract_state, create_state, state_shardings
@@ -70,7 +70,7 @@ class Program:
         place = lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where)
         return jax.tree.map(place, abstract_state(self.blueprint, self.tx), self.shardings)
 
-    def lower(self, observer: Observer | None = None, generation: str | None = None) -> jax.stages.Lowered:
+    def lower(self, observer: GradientObserver | None = None, generation: str | None = None) -> jax.stages.Lowered:
         """The step, traced with its state donated; `.compile()` runs the real compiler. Metrics come back whole on every host.
 
         Args:

@@ -12,8 +12,9 @@ import optax
 
 from plait.data.batch import Batch
 from plait.models.block import Extras, over_microbatches
+from plait.models.config import LMConfig
 from plait.models.linear import power_iterate
-from plait.models.look import Observer
+from plait.models.taps import GradientObserver, Tapped
 from plait.train.loss import loss_terms
 from plait.train.mesh import on_mesh
 from plait.train.optimizers.precision import float32
@@ -24,7 +25,9 @@ Metrics = dict[str, Any]
 Step = Callable[..., tuple[TrainState, Metrics]]
 
 
-def make_step(blueprint: Blueprint, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh, observer: Observer | None) -> Step:
+def make_step(
+    blueprint: Blueprint, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh, observer: GradientObserver | None
+) -> Step:
     """The step `(state, batch[, bounds]) -> (state, metrics)`, traceable; jit it with the state donated.
 
     Metrics are scalars by name, and with `observer` also `"statistics"`, those of each layer. A step whose loss, gradient or
@@ -42,12 +45,15 @@ def make_step(blueprint: Blueprint, tx: optax.GradientTransformation, mesh: jax.
             buffers = state.buffers if blueprint.alone else _move_singular_vectors(blueprint, state)
             total = jnp.maximum(batch.loss_mask.astype(jnp.float32).sum(), 1.0)
 
-            def loss(params, batch):
-                return loss_terms(blueprint.build(params, buffers), batch, total=total, share=1 / parts, observer=observer)
+            def loss(variables, batch):
+                params, taps = variables
+                seer = None if observer is None else Tapped(observer, taps)
+                return loss_terms(blueprint.build(params, buffers), batch, total=total, share=1 / parts, observer=seer)
 
             # A pipeline adds up its micro-batches' gradients in what it is given.
             params = float32(state.params) if piped else state.params
-            grads, (value, terms) = _accumulate(jax.value_and_grad(loss, has_aux=True), params, batch, parts)
+            taps = () if observer is None else observer.taps(_heads(config.model))
+            (grads, told), (value, terms) = _accumulate(jax.value_and_grad(loss, has_aux=True), (params, taps), batch, parts)
             if not blueprint.alone:
                 buffers = _settle(blueprint, state.params, buffers, terms["extras"])
         if config.mesh.offload is not None:
@@ -80,10 +86,16 @@ def make_step(blueprint: Blueprint, tx: optax.GradientTransformation, mesh: jax.
             "tokens": batch.loss_mask.sum(),
         }
         if observer is not None:
-            metrics["statistics"] = [dict(one.statistics) for one in terms["extras"]]
+            layers = zip(terms["extras"], observer.conclude(told), strict=True)
+            metrics["statistics"] = [{**one.statistics, **of_gradients} for one, of_gradients in layers]
         return new, metrics
 
     return step
+
+
+def _heads(config: LMConfig) -> list[int]:
+    """How many each layer has."""
+    return [len(mixer.head_kinds(config.d_model)) for mixer in config.layer_mixers]
 
 
 def _move_singular_vectors(blueprint: Blueprint, state: TrainState) -> dict[str, jax.Array]:
@@ -105,16 +117,16 @@ def _settle(
     return blueprint.split(model)[1]
 
 
-def _accumulate(grad: Callable, params: dict[str, jax.Array], batch: Batch, parts: int) -> tuple[dict[str, jax.Array], tuple]:
+def _accumulate(grad: Callable, variables: Any, batch: Batch, parts: int) -> tuple[Any, tuple]:
     """Gradients and loss terms summed over `parts` micro-batches, in float32; extras as `over_microbatches` says."""
     if parts == 1:
-        (value, terms), grads = grad(params, batch)
+        (value, terms), grads = grad(variables, batch)
         return grads, (value, terms)
     # Row i goes to micro-batch i % parts, so that every data shard has its part of each.
     micro = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(a.shape[0] // parts, parts, *a.shape[1:]), 1, 0), batch)
 
     def body(carry, batch):
-        (value, terms), grads = grad(params, batch)
+        (value, terms), grads = grad(variables, batch)
         extras = terms.pop("extras")
         sums = (float32(grads), (value, terms))
         return sums if carry is None else jax.tree.map(jnp.add, carry, sums), extras
