@@ -21,6 +21,7 @@ from plait.models.mixers.base import Losses, Mixed, MixerConfig, State
 from plait.models.norms import AnyNorm, make_norm
 from plait.models.qk_clip import QKClipConfig
 from plait.models.stream import Carry, Stream
+from plait.models.taps import tapped
 
 
 @jax.tree_util.register_dataclass
@@ -118,6 +119,7 @@ class Block(nnx.Module):
             observed = jax.lax.stop_gradient(channels.observed)
             seen = [one.seen_by(observer) for one in looks] if looked_at else looks
             statistics = observer.measure(tuple(dataclasses.replace(one, residual=residual, channels=observed) for one in seen))
+            stream = Stream(tapped(observer, "residual", stream.x, at=at), stream.carry)
         counts = {name: one.counts for name, one in (("mixer", mixed), ("channel_mixer", channels)) if one.counts}
         losses = attention_losses(mixed.looks, self.attention_loss) if self.attention_loss.asked else {}
         max_logits = _max_logits(mixed.looks, self.mixer.num_heads) if clips else None

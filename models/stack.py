@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from plait.models.grouped import GROUPED
 from plait.models.look import Observer
 from plait.models.mixers.base import State
 from plait.models.stream import Stream
+from plait.models.taps import Tapped
 
 _SAVE = jax.checkpoint_policies
 _POLICIES = {
@@ -66,27 +68,29 @@ class Stack(nnx.Module):
 
     def __call__(self, stream: Stream, *, at: Tokens, observer: Observer | None = None) -> tuple[Stream, list[Extras]]:
         """The stream after the last block, and what each layer gives beside it."""
-        apply: Apply = lambda block, stream, at, _: block(stream, at=at, observer=observer)
-        stream, (first, stacked, rest) = self._run(apply, stream, at, (None, None, None), flow())
+
+        def apply(block: Block, stream: Stream, at: Tokens, taps: Any) -> tuple[Stream, Extras]:
+            own = dataclasses.replace(observer, taps=taps) if isinstance(observer, Tapped) else observer
+            return block(stream, at=at, observer=own)
+
+        taps = self._by_block(observer.taps) if isinstance(observer, Tapped) else (None, None, None)
+        stream, (first, stacked, rest) = self._run(apply, stream, at, taps, flow())
         layers = [jax.tree.map(lambda a, i=i: a[i], s) for i in range(self.count if stacked else 0) for s in stacked]
         return stream, first + layers + rest
 
     def settle(self, counts: Sequence[Mapping[str, Any]]) -> None:
         """Lets mixers move their buffers by the counts of a step, one mapping a layer."""
-        for block, own in self._each(counts):
-            block.settle(own)
+        self._give(lambda block, own: block.settle(own), counts)
 
     def clip(self, max_logits: Sequence[jax.Array]) -> None:
         """Lets mixers scale queries and keys back by the largest logits of a step, those of one layer after another."""
-        for block, own in self._each(max_logits):
-            block.clip(own)
+        self._give(lambda block, own: block.clip(own), max_logits)
 
-    def _each(self, given: Sequence[Any]) -> Iterator[tuple[Block, Any]]:
-        """The blocks, and what is given to each, stacked where they are."""
-        end = self.lead + (self.period * self.count if self.periods is not None else 0)
-        for i, block in enumerate(self.periods or ()):
-            yield block, jax.tree.map(lambda *each: jnp.stack(each), *given[self.lead + i : end : self.period])
-        yield from zip([*self.first, *self.rest], [*given[: self.lead], *given[end:]], strict=True)
+    def _give(self, to: Callable[[Block, Any], None], each: Sequence[Any]) -> None:
+        """What is of each layer, to its block; stacked where the blocks are."""
+        first, stacked, rest = self._by_block(each)
+        for block, own in zip([*self.first, *(self.periods or ()), *self.rest], [*first, *stacked, *rest], strict=True):
+            to(block, own)
 
     def init_state(self, batch_size: int, max_len: int) -> State:
         """Empty decode states of every layer."""
@@ -105,6 +109,12 @@ class Stack(nnx.Module):
     def step(self, stream: Stream, state: State, *, at: Tokens) -> tuple[Stream, State]:
         """One token."""
         return self._run(lambda block, stream, at, state: block.step(stream, state, at=at), stream, at, state)
+
+    def _by_block(self, layers: Sequence[Any]) -> tuple[Sequence[Any], list, Sequence[Any]]:
+        """Trees, one a layer, as blocks are held: before the repeated periods, stacked in them, and after."""
+        end = self.lead + (self.period * self.count if self.periods is not None else 0)
+        repeated = [layers[self.lead + i : end : self.period] for i in range(len(self.periods or ()))]
+        return layers[: self.lead], [jax.tree.map(lambda *each: jnp.stack(each), *own) for own in repeated], layers[end:]
 
     def _run(
         self, apply: Apply, stream: Stream, at: Tokens, state: tuple[Any, Any, Any], flow: Flow = WHOLE_BATCH

@@ -12,7 +12,9 @@ import optax
 
 from plait.data.batch import Batch
 from plait.models.block import Extras, over_microbatches
+from plait.models.config import LMConfig
 from plait.models.linear import power_iterate
+from plait.models.taps import Tapped
 from plait.train.loss import loss_terms
 from plait.train.mesh import on_mesh
 from plait.train.optimizers.precision import float32
@@ -45,12 +47,15 @@ def make_step(blueprint: Blueprint, tx: optax.GradientTransformation, mesh: jax.
             buffers = state.buffers if blueprint.alone else _move_singular_vectors(blueprint, state)
             total = jnp.maximum(batch.loss_mask.astype(jnp.float32).sum(), 1.0)
 
-            def loss(params, batch):
-                return loss_terms(blueprint.build(params, buffers), batch, total=total, share=1 / parts, observer=observer)
+            def loss(variables, batch):
+                params, taps = variables
+                seer = None if observer is None else Tapped(observer, taps)
+                return loss_terms(blueprint.build(params, buffers), batch, total=total, share=1 / parts, observer=seer)
 
             # A pipeline adds up its micro-batches' gradients in what it is given.
             params = float32(state.params) if piped else state.params
-            grads, (value, terms) = _accumulate(jax.value_and_grad(loss, has_aux=True), params, batch, parts)
+            taps = () if observer is None else observer.taps(_heads(config.model))
+            (grads, told), (value, terms) = _accumulate(jax.value_and_grad(loss, has_aux=True), (params, taps), batch, parts)
             if not blueprint.alone:
                 buffers = _settle(blueprint, state.params, buffers, terms["extras"])
         if config.mesh.offload is not None:
@@ -90,10 +95,16 @@ def make_step(blueprint: Blueprint, tx: optax.GradientTransformation, mesh: jax.
             logits = jnp.concatenate([one.max_logits for one in terms["extras"]])
             metrics["optimizer/clipped_heads"] = (logits > threshold).sum()
         if observer is not None:
-            metrics["statistics"] = observer.across([one.statistics for one in terms["extras"]])
+            layers = zip(observer.across([one.statistics for one in terms["extras"]]), observer.conclude(told), strict=True)
+            metrics["statistics"] = [{**of_looks, **of_gradients} for of_looks, of_gradients in layers]
         return new, metrics
 
     return step
+
+
+def _heads(config: LMConfig) -> list[int]:
+    """How many each layer has."""
+    return [len(mixer.head_kinds(config.d_model)) for mixer in config.layer_mixers]
 
 
 def _move_singular_vectors(blueprint: Blueprint, state: TrainState) -> dict[str, jax.Array]:
@@ -124,16 +135,16 @@ def _clip_logits(
     return blueprint.split(model)[0]
 
 
-def _accumulate(grad: Callable, params: dict[str, jax.Array], batch: Batch, parts: int) -> tuple[dict[str, jax.Array], tuple]:
+def _accumulate(grad: Callable, variables: Any, batch: Batch, parts: int) -> tuple[Any, tuple]:
     """Gradients and loss terms summed over `parts` micro-batches, in float32; extras as `over_microbatches` says."""
     if parts == 1:
-        (value, terms), grads = grad(params, batch)
+        (value, terms), grads = grad(variables, batch)
         return grads, (value, terms)
     # Row i goes to micro-batch i % parts, so that every data shard has its part of each.
     micro = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(a.shape[0] // parts, parts, *a.shape[1:]), 1, 0), batch)
 
     def body(carry, batch):
-        (value, terms), grads = grad(params, batch)
+        (value, terms), grads = grad(variables, batch)
         extras = terms.pop("extras")
         sums = (float32(grads), (value, terms))
         return sums if carry is None else jax.tree.map(jnp.add, carry, sums), extras

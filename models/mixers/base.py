@@ -24,6 +24,7 @@ from plait.kernels.dispatch import Op, called_by
 from plait.models.build import PRODUCTS, BuildContext
 from plait.models.look import Look, Observer, look
 from plait.models.stream import Carry, CarryUse
+from plait.models.taps import tapped
 
 Kind = Literal["full", "linear", "sparse", "parallel"]
 HeadKind = Literal["attention", "state"]
@@ -312,7 +313,7 @@ class HeadMixer(Mixer):
         inputs, _ = self.project(x, at=at, state=None)
         inputs, carry = self.share(inputs, carry)
         o = self.mix(inputs, x, at=at)
-        y = self.output(self.finish(o, inputs, x))
+        y = self.output(tapped(observer, "heads", self.finish(o, inputs, x), at=at))
         looks = () if observer is None else (look(observer, at=at, x=x, mixer=self, inputs=inputs, o=o),)
         return Mixed(y, carry, self.auxiliary_losses(x, at=at), looks, self.counts(inputs, x, at=at))
 

@@ -19,6 +19,7 @@ from plait.models.mixers.around import AroundHeads
 from plait.models.mixers.base import HeadMixer, Mixed, MixerConfig, WrapperConfig, abstract, products, register
 from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.models.mixers.linear.lolcats import LoLCATsConfig
+from plait.models.taps import tapped
 
 LOSS = "transfer"
 
@@ -141,7 +142,7 @@ class Transfer(AroundHeads):
         at = at.placed(*x.shape[:2])
         inputs, _ = self.project(x, at=at, state=None)
         o = self.mix(inputs, x, at=at)
-        heads = self.finish(o, inputs, x)
+        heads = tapped(observer, "heads", self.finish(o, inputs, x), at=at)
         y = self.output(heads)
         target, found = self._pair(heads, x, at)
         error = jnp.square(found - target).reshape(*x.shape[:2], -1).mean(-1)

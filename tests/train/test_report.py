@@ -129,6 +129,10 @@ def make_probes(rng, layers, share, *, onset, top, moh):
         "previous_token": np.clip(0.1 + noise, 0, 1),
         "massive_activations": np.where(residual > 300, 3.0, 0.0),
         "massive_channels": np.where(residual > 300, 1.0, 0.0),
+        "gradient_start": 1 + 4 * share * (depth[:, 0] > 2),
+        "gradient_largest": 0.02 + 0.2 * share + 0 * residual,
+        "gradient_largest_is_first": share + 0 * residual,
+        "head_importance": (1 + 0.5 * spread) / np.linalg.norm(1 + 0.5 * spread, axis=1, keepdims=True),
         "sink_elsewhere": np.where(linear, np.nan, 0.03 + np.abs(noise)),
     }
     if moh:

@@ -174,13 +174,14 @@ def test_step_that_is_not_finite_changes_nothing_but_counts(where, plain, batch)
     assert different_arrays(again.params, healed.params)
 
 
-def test_probing_does_not_change_training(batch, compile_cache):
+@pytest.mark.parametrize("only", [None, "all"])
+def test_probing_does_not_change_training(only, batch, compile_cache):
     """Bit for bit, by the emitters that users get: the probe's arithmetic hangs beside the step's, stopped from flowing back."""
     config = routed()
     older = "use_fusion_emitters=false" in os.environ["XLA_FLAGS"]
     as_users = functools.partial(jax.jit, compiler_options={"xla_cpu_use_fusion_emitters": True} if older else None)
     plain = Trainee(config, jit=as_users)
-    probed = Trainee(config, Probes(ProbeConfig(rows=8, sequences=2)), jit=as_users)
+    probed = Trainee(config, Probes(ProbeConfig(rows=8, sequences=2, only=only)), jit=as_users)
     batches = [batch, random_batch(seed=1)]
     state, metrics = plain.run(*batches)
     seen, more = probed.run(*batches)

@@ -13,7 +13,9 @@ import numpy as np
 
 from plait.configs.components import Component, ConfigError, Registry
 from plait.configs.probe import ProbeConfig
+from plait.kernels import Tokens
 from plait.models.look import Look
+from plait.models.taps import Place, Sums, Taps
 from plait.train.probes.statistic import Statistic
 from plait.train.probes.thresholds import ThresholdWatcher
 from plait.train.watchers import Watcher
@@ -59,6 +61,28 @@ class Probe(Component, abc.ABC):
             if np.isfinite(part[0]).any() and np.isfinite(part[-1]).any()
         ]
         return f"{panel.title} went from {', '.join(went)} ({word}, {statistic.unit})." if went else None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GradientProbe(Probe):
+    """Measures gradients of the loss as they pass layers in the backward pass of the probe step itself, of all its rows and micro-batches.
+    What it reads adds up over micro-batches; its statistics are made of the sums once a step."""
+
+    place: ClassVar[Place]
+    """Whose gradients: see `plait.models.taps`."""
+    width: ClassVar[int]
+    """How many sums of a layer, or of each head."""
+
+    def measure(self, look: Look, config: ProbeConfig) -> Mapping[str, jax.Array | None]:
+        return {}
+
+    @abc.abstractmethod
+    def read(self, gradient: jax.Array, x: jax.Array | None, at: Tokens) -> jax.Array:
+        """`[width]` of a layer or `[H, width]` of heads, float32, of a micro-batch; `x` is that whose gradient it is, of heads."""
+
+    @abc.abstractmethod
+    def conclude(self, sums: jax.Array) -> Mapping[str, jax.Array]:
+        """The statistics of a layer; where all sums are 0 nothing was told, and they are NaN."""
 
 
 PROBES: Registry[Probe] = Registry("probe", "plait.train.probes", Probe)
@@ -138,6 +162,30 @@ class Probes:
                 self._check(probe, several, [0] * len(layers))
                 found = [one | dict(more) for one, more in zip(found, several, strict=True)]
         return found
+
+    def taps(self, heads: Sequence[int]) -> Taps:
+        """See `plait.models.taps.GradientObserver`."""
+
+        def zeros(place: Place, *leading: int) -> dict[str, jax.Array]:
+            return {probe.name: jnp.zeros((*leading, probe.width)) for probe in self._watching(place)}
+
+        return [{"heads": zeros("heads", count), "residual": zeros("residual")} for count in heads]
+
+    def read(self, place: Place, gradient: jax.Array, x: jax.Array | None, at: Tokens) -> Sums:
+        """What probes of gradients read, by probe."""
+        return {probe.name: probe.read(gradient, x, at) for probe in self._watching(place)}
+
+    def conclude(self, told: Taps) -> list[dict[str, jax.Array]]:
+        """Their statistics, of each layer."""
+        found: list[dict[str, jax.Array]] = [{} for _ in told]
+        for layer, own in zip(found, told, strict=True):
+            for place, sums in own.items():
+                for probe in self._watching(place):
+                    layer.update(probe.conclude(sums[probe.name]))
+        return found
+
+    def _watching(self, place: Place) -> list[GradientProbe]:
+        return [probe for probe in self.probes if isinstance(probe, GradientProbe) and probe.place == place]
 
     def _check(self, probe: Probe, parts: Sequence[Mapping[str, jax.Array | None]], heads: Sequence[int]) -> None:
         declared = {statistic.name: statistic for statistic in probe.statistics}

@@ -45,8 +45,8 @@ class MassiveActivations(Probe):
 
     def measure(self, look, config):
         real = look.at.segment_ids > 0
-        x = jnp.where(real[:, :, None], jnp.abs(look.residual.astype(jnp.float32)), 0.0)
-        massive = (x > ACTIVATION) & (x > RATIO * absolute_median(x, real))
+        x = jnp.abs(look.residual.astype(jnp.float32))
+        massive = real[:, :, None] & (x > ACTIVATION) & (x > RATIO * absolute_median(x, real))
         entries = massive.sum().astype(jnp.float32) / jnp.maximum(real.any(1).sum(), 1)
         return {"massive_activations": entries, "massive_channels": massive.any((0, 1)).sum()}
 

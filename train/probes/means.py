@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -13,6 +15,12 @@ def masked_mean(x: jax.Array, mask: jax.Array, axis: int | tuple[int, ...]) -> j
     """The mean of `x` over `axis` where `mask`, of its shape or broadcast to it, holds; 0 where it holds nowhere."""
     weight = jnp.broadcast_to(mask, x.shape).astype(jnp.float32)
     return (x * weight).sum(axis) / jnp.maximum(weight.sum(axis), 1.0)
+
+
+def by_document(values: jax.Array, documents: jax.Array) -> jax.Array:
+    """Sums of `[B, T, ...]` over the documents of a row, numbered from 1 (0 is padding): `[B, T, ...]`, document d at d - 1."""
+    sums = functools.partial(jax.ops.segment_sum, num_segments=documents.shape[1] + 1)
+    return jax.vmap(sums)(values, documents)[:, 1:]
 
 
 def start_ratio(norms: jax.Array, segment_ids: jax.Array, positions: jax.Array) -> jax.Array:

@@ -75,9 +75,26 @@ class Residual(Probe):
 
 
 def absolute_median(x: jax.Array, real: jax.Array) -> jax.Array:
-    """The median of |x|, `[B, T, D]`, over an even sample of the tokens that are `real` `[B, T]`; 0 where there is none."""
+    """The median of |x|, `[B, T, D]` float32, over an even sample of the tokens that are `real` `[B, T]`; 0 where there is none.
+
+    The middle entries are found by counts alone, which halve the range of bit patterns: sorting takes several times as long, and would
+    gather sharded axes."""
     stride = max(1, x.shape[1] // 64)
-    return jnp.nan_to_num(jnp.nanmedian(jnp.where(real[:, ::stride, None], x[:, ::stride], jnp.nan)))
+    x, most = x[:, ::stride], jnp.iinfo(jnp.int32).max
+    there = real[:, ::stride, None] & ~jnp.isnan(x)
+    bits = jnp.where(there, jax.lax.bitcast_convert_type(x, jnp.int32), most)  # in the order of what is not negative
+    count = there.sum()
+
+    def halve(_: int, ends: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = ends
+        middle = low + (high - low) // 2
+        enough = 2 * (bits <= middle).sum() >= count
+        return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
+
+    lower, _ = jax.lax.fori_loop(0, 31, halve, (jnp.int32(0), jnp.int32(most)))
+    upper = jnp.where(2 * (bits <= lower).sum() > count, lower, jnp.where(bits > lower, bits, most).min())
+    ends = jax.lax.bitcast_convert_type(jnp.stack([lower, upper]), jnp.float32)
+    return jnp.where(count > 0, 0.5 * ends[0] + 0.5 * ends[1], 0.0)
 
 
 def _largest_three(x: jax.Array) -> jax.Array:

@@ -24,6 +24,7 @@ from plait.models.mixers.heads import join_heads, split_heads
 from plait.models.mixers.linear.mamba2 import Mamba2Config
 from plait.models.norms import RMSNorm
 from plait.models.stream import CarryUse
+from plait.models.taps import behind
 
 _MOST_PARTS = 16
 
@@ -180,8 +181,10 @@ class Parallel(Mixer):
         losses: dict[str, jax.Array] = {}
         looks: tuple[Look, ...] = ()
         counts: dict[str, Any] = {}
+        heads = 0
         for index, (part, read) in enumerate(zip(self.parts, self._read(x), strict=True)):
-            mixed = part(read, at=at, carry=carry, observer=observer)
+            mixed = part(read, at=at, carry=carry, observer=behind(observer, heads))
+            heads += part.num_heads
             outputs.append(mixed.y)
             carry, looks = mixed.carry, looks + mixed.looks
             losses |= {name: losses.get(name, 0) + value for name, value in mixed.losses.items()}
