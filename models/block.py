@@ -16,12 +16,12 @@ from plait.models.axes import BATCH, LENGTH, constrain
 from plait.models.build import BuildContext, Norm
 from plait.models.channel_mixers.base import ChannelMixerConfig, MixedChannels
 from plait.models.layer_inputs import LayerGate, LayerInputsConfig
-from plait.models.look import Everyone, Look, Observer, Statistics, look
+from plait.models.look import Look, Observer, Statistics, look
 from plait.models.mixers.base import Losses, Mixed, MixerConfig, State
 from plait.models.norms import AnyNorm, make_norm
 from plait.models.qk_clip import QKClipConfig
 from plait.models.stream import Carry, Stream
-from plait.models.taps import tapped
+from plait.models.taps import everything, tapped
 
 
 @jax.tree_util.register_dataclass
@@ -99,7 +99,7 @@ class Block(nnx.Module):
         """The stream after the block."""
         clips = self.qk_clip.threshold is not None
         looked_at = clips or bool(self.attention_loss.asked)
-        watching = Everyone() if looked_at else observer
+        watching = everything(observer) if looked_at else observer
 
         def mix(x: jax.Array, carry: Carry) -> tuple[jax.Array, Carry, Mixed]:
             mixed = self.mixer(x, at=at, carry=carry, observer=watching)

@@ -94,6 +94,10 @@ class Look:
 class Observer(Protocol):
     """Chooses what of a batch is looked at, and makes statistics of it."""
 
+    @property
+    def whole(self) -> bool:
+        """Whether it looks at all of it, gradients included, in place of what it picks."""
+
     def pick_sequences(self, batch_size: int) -> slice:
         """The rows of the batch."""
 
@@ -106,6 +110,8 @@ class Observer(Protocol):
 
 class Everyone:
     """An observer that looks at all of a layer, gradients included, and measures nothing: what the layer itself needs of its looks."""
+
+    whole = True
 
     def pick_sequences(self, batch_size: int) -> slice:
         return slice(None)
@@ -122,4 +128,4 @@ def look(
 ) -> Look:
     """What an observer gets to see of a layer's whole batch."""
     whole = Look(at=at, x=x, rows=jnp.arange(x.shape[1]), mixer=mixer, inputs=inputs, o=o)
-    return whole if isinstance(observer, Everyone) else whole.seen_by(observer)
+    return whole if observer.whole else whole.seen_by(observer)

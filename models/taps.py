@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from plait.kernels import Tokens
-from plait.models.look import Look, Observer, Statistics
+from plait.models.look import Everyone, Look, Observer, Statistics
 
 Place = Literal["heads", "residual"]
 """`heads`: `[B, T, H, V]`, finished, before they are projected; `residual`: `[B, T, D]`, the residual stream after the block."""
@@ -47,6 +47,7 @@ class Tapped:
     taps: Any
     first_head: int = 0
     """Which head of the layer the first one of a part is."""
+    whole: bool = False
 
     def pick_sequences(self, batch_size: int) -> slice:
         return self.observer.pick_sequences(batch_size)
@@ -61,6 +62,11 @@ class Tapped:
 def behind(observer: Observer | None, heads: int) -> Observer | None:
     """The observer, for a part of the layer whose heads come after so many others."""
     return dataclasses.replace(observer, first_head=observer.first_head + heads) if isinstance(observer, Tapped) else observer
+
+
+def everything(observer: Observer | None) -> Observer:
+    """An observer of all of a layer, with the taps of this one."""
+    return dataclasses.replace(observer, whole=True) if isinstance(observer, Tapped) else Everyone()
 
 
 def tapped(observer: Observer | None, place: Place, x: jax.Array, *, at: Tokens) -> jax.Array:

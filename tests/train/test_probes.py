@@ -372,6 +372,7 @@ def test_masses_of_softmax_heads_are_those_of_the_dense_weights():
     class Whole:
         """An observer of everything that keeps what the mixer tells."""
 
+        whole = False
         pick_sequences = staticmethod(lambda batch: slice(0, batch))
         pick_rows = staticmethod(jnp.arange)
 

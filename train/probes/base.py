@@ -112,6 +112,8 @@ def statistics(probes: Sequence[Probe] | None = None) -> dict[str, Statistic]:
 class Probes:
     """The observer of a run: its probes on the part of a batch that `ProbeConfig` names."""
 
+    whole = False
+
     def __init__(self, config: ProbeConfig):
         """Raises ValueError where `only` names a probe that does not exist."""
         self.config = config

@@ -25,6 +25,8 @@ _LENGTH = 64
 class Pictures:
     """An observer of every row of one sequence that keeps the attention itself."""
 
+    whole = False
+
     def pick_sequences(self, batch_size: int) -> slice:
         return slice(0, 1)
 

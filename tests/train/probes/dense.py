@@ -20,6 +20,8 @@ HEADS, KV_HEADS, DIM = 4, 2, 8
 class Keeps:
     """An observer of everything that keeps what a layer has, and what probes measure of it."""
 
+    whole = False
+
     def __init__(self, config: ProbeConfig):
         self.probes = Probes(config)
         self.pick_sequences, self.pick_rows = self.probes.pick_sequences, self.probes.pick_rows

@@ -16,6 +16,7 @@ from plait.models.mixers.linear.base_conv import BaseConvConfig
 from plait.models.mixers.linear.mamba2 import Mamba2Config
 from plait.models.mixers.moh import MoHConfig
 from plait.models.mixers.parallel.parallel import ParallelConfig
+from plait.models.qk_clip import QKClipConfig
 from plait.models.stream import Stream
 from plait.tests.models.common import layout, quick_jit
 from plait.tests.tolerances import assert_close, assert_statistics_close
@@ -169,6 +170,7 @@ def repeated(compile_cache):
     [
         pytest.param({"optimizer.accumulate": 2, "model.remat": "full"}, id="accumulation and recomputation"),
         pytest.param({"mesh": MeshConfig(data=2, fsdp=2, tensor=2)}, id="eight devices"),
+        pytest.param({"model.qk_clip": QKClipConfig(threshold=1e9)}, id="a layer that looks at itself"),
         pytest.param({"mesh": MeshConfig(data=2, pipeline=2), "optimizer.accumulate": 4}, id="pipeline"),
         pytest.param({"mesh": MeshConfig(data=2, context=4)}, marks=pytest.mark.slow, id="context"),
     ],
