@@ -1,4 +1,4 @@
-"""`launch.py convert inspect|import|export|reshape|linearize`."""
+"""`launch.py convert inspect|import|export|reshape|rank|linearize`."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ USAGE = """usage: launch.py convert inspect DIR|FILE.gguf
        launch.py convert import DIR|FILE.gguf RUN [--param-dtype bfloat16] [--seq-len 4096] [--tokenizer FILE] [--mesh.fsdp 8]
        launch.py convert export RUN DIR [--model-type llama] [--dtype bfloat16] [--step N]
        launch.py convert reshape RUN NEW KIND [options of the kind] [--text FILE] [--step N]      (launch.py list reshapes)
+       launch.py convert rank RUN [--by recall|far|entropy] [--keep 8] [--student lolcats] [--text FILE]
        launch.py convert linearize RUN NEW --pattern "lolcats*3,softmax" [--window-size 64] [options of train]"""
 
 
@@ -78,6 +79,27 @@ class ReshapeArgs:
 
 
 @dataclasses.dataclass(frozen=True)
+class RankArgs:
+    """Ranks the layers of softmax attention by how much they need it, and gives the pattern for linearize that keeps the first of them."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder, which stays as it is."""
+    by: Literal["recall", "far", "entropy"] = "recall"
+    """`recall`: the strongest head's weight on what followed the same token before, in random tokens that come twice; `far`: the mean head's
+    weight beyond a window; `entropy`: how spiky the mean head's weights are. The last two are of a text."""
+    keep: Counted | None = None
+    """Layers that stay softmax; None keeps a quarter."""
+    student: Line = "lolcats"
+    """What the others become."""
+    text: Path | None = None
+    """UTF-8 text."""
+    far: Span = 64
+    """Tokens back from which `far` counts."""
+    seed: Seed = 0
+    """Of the choice of ids or text."""
+
+
+@dataclasses.dataclass(frozen=True)
 class LinearizeArgs:
     """Makes a hybrid of a run's softmax attention in two trainings: the new layers learn to give what the attention gives, then the model is
     tuned with them. All of it lies in the folder, and the same line goes on with what is not done.
@@ -100,6 +122,7 @@ ARGS: dict[str, Any] = {
     "import": ImportArgs,
     "export": ExportArgs,
     "reshape": ReshapeArgs,
+    "rank": RankArgs,
     "linearize": LinearizeArgs,
 }
 """The options of each conversion."""
@@ -144,6 +167,7 @@ def run(args: Sequence[str]) -> int:
         "import": _import,
         "export": _export,
         "reshape": _reshape,
+        "rank": _rank,
         "linearize": _linearize,
     }
     if not args or args[0] in ("-h", "--help"):
@@ -179,6 +203,23 @@ def _reshape(options: ReshapeArgs, reshape: Any) -> None:
 
     found = reshape_run(options.run, options.new, reshape, text=options.text, step=options.step, seed=options.seed)
     write_text(f"{options.new}: {options.kind} of {options.run} at step {found.step}\n{found.describe()}")
+
+
+def _rank(options: RankArgs) -> None:
+    from plait.train.convert.ranking import rank
+
+    found = rank(options.run, options.by, text=options.text, far=options.far, seed=options.seed)
+    keep = max(1, len(found.layers) // 4) if options.keep is None else options.keep
+    pattern, kept = found.pattern(keep, options.student), found.kept(keep)
+    table = Table(title=f"{options.run}: need of full attention by {options.by}")
+    for title in ("layer", "need", "strongest head", "becomes"):
+        table.add_column(title, justify="left" if title == "becomes" else "right")
+    for index, need in found.layers.items():
+        heads = [-math.inf if math.isnan(head) else head for head in found.heads[index]]
+        strongest = f"{heads.index(max(heads))} ({max(heads):.3f})"
+        table.add_row(str(index), f"{need:.3f}", strongest, "" if index in kept else options.student)
+    console.print(table)
+    write_text(f'--pattern "{pattern}"')
 
 
 def _linearize(options: LinearizeArgs, words: Sequence[str], transfer: Sequence[str], tune: Sequence[str]) -> int | None:

@@ -95,6 +95,7 @@ def linearize(
         return None
     found = _compare(source, runs)
     write_json(folder / RESULT, found.to_json())
+    write_report([runs[TRANSFER]])  # layer by layer
     write_report([runs[TRANSFER], runs[TUNED]], folder / "report")
     return found
 

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from plait.kernels import Tokens
 from plait.models.axes import BATCH
+from plait.train.convert.sample import pieces
 from plait.train.evaluate import LOGITS_AT_ONCE
 from plait.train.mesh import on_mesh, ways
 from plait.train.state import Arrays, Blueprint
@@ -49,7 +50,7 @@ def moved(old: Model, new: Model, mesh: Mesh, *, num_ids: int, text: np.ndarray 
     accumulate = config.optimizer.accumulate if mesh.shape["pipeline"] > 1 else 1
     rows = ways(mesh, BATCH) * accumulate
     rows *= -(-2 // rows)  # at least two
-    ids = _rows(np.random.default_rng(seed), (rows, config.data.seq_len), num_ids, text)
+    ids = pieces(np.random.default_rng(seed), (rows, config.data.seq_len), num_ids, text)
 
     @jax.jit
     def compare(arrays: tuple[tuple[Arrays, Arrays], ...], ids: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -69,13 +70,3 @@ def moved(old: Model, new: Model, mesh: Mesh, *, num_ids: int, text: np.ndarray 
 
     kl, largest = compare((old[1:], new[1:]), jnp.asarray(ids))
     return Moved(float(kl), float(largest), ids.size, "random ids" if text is None else "tokens of text", seed)
-
-
-def _rows(rng: np.random.Generator, shape: tuple[int, int], num_ids: int, text: np.ndarray | None) -> np.ndarray:
-    """Random ids, or pieces of a text, which is repeated where it is shorter than one."""
-    if text is None:
-        return rng.integers(0, num_ids, shape, np.int32)
-    rows, length = shape
-    whole = np.resize(text, max(len(text), length)).astype(np.int32)
-    starts = rng.integers(0, len(whole) - length + 1, rows)
-    return whole[starts[:, None] + np.arange(length)]

@@ -27,6 +27,7 @@ from plait.train.convert.importing import ORIGINALS, new_run, require_new, untra
 from plait.train.convert.moved import Moved, moved
 from plait.train.convert.reading import CONFIG as PUBLISHED_CONFIG
 from plait.train.convert.reshapes.base import Making, Reshape, Subject
+from plait.train.convert.sample import ids_of, num_ids_of
 from plait.train.convert.weights import ConvertError
 from plait.train.program import Program
 from plait.train.run import Trained, opened, write_json
@@ -88,9 +89,9 @@ def reshape_run(
     """
     require_new(folder)
     trained = opened(run, step)
-    sample = None if text is None else _sample(text, trained)
+    sample = None if text is None else ids_of(text, trained)
     old, params, buffers = _plain(trained)
-    num_ids = _num_ids(trained)
+    num_ids = num_ids_of(trained)
     before = old.config.model
     model = reshape.model(Subject(before, num_ids, _limit(run) or old.config.data.seq_len))
     config = dataclasses.replace(old.config, steps=1, model=model, optimizer=untrained(), out=str(folder), resume=False)
@@ -144,13 +145,6 @@ def _plain(trained: Trained) -> tuple[Blueprint, Arrays, Arrays]:
     model = fold(blueprint.build(trained.params, trained.buffers))
     plain = Blueprint(dataclasses.replace(blueprint.config, model=model.config))
     return plain, *plain.split(model)
-
-
-def _num_ids(trained: Trained) -> int:
-    """The ids that the run's data has."""
-    config, tokenizer = trained.program.config, trained.tokenizer
-    found = config.data.task.vocabulary(config.data) if tokenizer is None else tokenizer.vocab_size + config.data.task.extra_ids
-    return found or config.model.vocab_size or 1
 
 
 def _state_bytes(model: LMConfig, length: int) -> int:
@@ -272,16 +266,3 @@ def _lengthen(new: Path, reshape: Reshape) -> None:
     found = read_json(path, infinities=True)
     (found.get("text_config") or found)[_LIMIT] = reshape.longest(tokens)
     path.write_text(json.dumps(found, indent=2) + "\n")
-
-
-def _sample(path: Path, trained: Trained) -> np.ndarray:
-    """The ids of a text."""
-    if trained.tokenizer is None:
-        raise ConvertError(f"text={str(path)!r} needs a run with a tokenizer, and this one was trained on ids; leave it out")
-    try:
-        ids = trained.tokenizer.encode(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConvertError(f"text={str(path)!r} cannot be read ({error}); give a file of UTF-8 text") from None
-    if not len(ids):
-        raise ConvertError(f"text={str(path)!r} is empty; give a file of UTF-8 text")
-    return ids

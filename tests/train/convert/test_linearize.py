@@ -97,8 +97,8 @@ def test_one_line_copies_teaches_and_tunes_and_goes_on(grouped, corpus, compile_
     assert found["gap_closed"] == pytest.approx(closed)
     assert found["tokens"] == {"transfer": 40 * 16 * 16, "tuned": 10 * 16 * 16}
     assert found["trained"]["transfer"] == HEADS * (2 * WIDTH * WIDTH + 1)
-    report = (tmp_path / "all" / "report" / "index.html").read_text()
-    assert "Attention transfer" in report
+    both, alone = ((tmp_path / "all" / where / "index.html").read_text() for where in ("report", "transfer/report"))
+    assert "Attention transfer" in both and "One line for each layer" in alone
 
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "all").glob("*/checkpoints/*")}
     capsys.readouterr()
