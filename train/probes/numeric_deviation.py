@@ -26,7 +26,7 @@ class NumericDeviation(Probe):
             unit="|Δ| of head outputs",
             meaning="largest difference of a head's outputs in bfloat16 from those in float32 (softmax and sigmoid layers)",
             metric=Metric(name="attn/numeric_deviation", reduce=np.nanmax, meaning="the largest of all heads"),
-            panel=Panel(title="Deviation in bfloat16", section="Extreme values", lines=True, most=True, log=True),
+            panel=Panel(title="Error in bfloat16", section="Extreme values", lines=True, most=True, log=True),
         ),
     )
 

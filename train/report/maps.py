@@ -1,6 +1,6 @@
 """Heat maps of every head: over training steps, and at the end as layer x head."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -36,16 +36,22 @@ def _norm(panel: Panel, arrays: Sequence[np.ndarray]) -> Normalize:
     if panel.limits or not finite.size:
         return Normalize(*(panel.limits or (0, 1)))
     if panel.log and (finite > 0).any():
-        low, high = finite[finite > 0].min(), finite.max()
+        low, high = _leading(finite[finite > 0].min(), np.floor), _leading(finite.max(), np.ceil)
         return LogNorm(low, high if high > low else 2 * low)
     low, high = min(0.0, float(finite.min())), float(finite.max())
     return Normalize(low, high if high > low else low + 1)
 
 
+def _leading(value: float, rounded: Callable[[float], float]) -> float:
+    """A value above 0 with its first digit alone."""
+    unit = 10.0 ** np.floor(np.log10(value))
+    return float(rounded(value / unit) * unit)
+
+
 def _ticks(norm: Normalize) -> list[float] | None:
-    if isinstance(norm, LogNorm):
+    if isinstance(norm, LogNorm) and norm.vmin and norm.vmax:
         decades = 10.0 ** np.arange(np.ceil(np.log10(norm.vmin) - 1e-6), np.floor(np.log10(norm.vmax) + 1e-6) + 1)
-        return list(decades[:: max(1, len(decades) // 4)])
+        return [decades[0], decades[-1]] if len(decades) > 1 else [norm.vmin, norm.vmax]
     return [0, 0.5, 1] if (norm.vmin, norm.vmax) == (0, 1) else None
 
 
@@ -124,7 +130,7 @@ def final(runs: Sequence[Run], shown: Sequence[Statistic]) -> Picture | None:
         return None
     norms = [_norm(one.panel, [a for run in runs if (a := one.of(run)) is not None]) for one in maps]
     cells = [(run, one, norm) for one, norm in zip(maps, norms) for run in runs]
-    columns = len(runs) if several else 5
+    columns = len(runs) if several else 4
     height = float(np.clip((0.11 if several else 0.16) * max(len(run.layers) for run in runs), 0.7, 4.0))
     figure, axes = panels(
         len(cells), columns=columns, height=height, left=0.5, gap=(0.42, 0.62 if several else 0.78), margin=(0.55, 0.42)

@@ -181,6 +181,8 @@ def colour_bar(
     scale.outline.set_visible(False)
     bar.xaxis.set_ticks_position("top")
     bar.xaxis.set_minor_locator(NullLocator())
+    if ticks is None:
+        bar.xaxis.set_major_locator(MaxNLocator(2))
     bar.xaxis.set_major_formatter(FuncFormatter(short))
     bar.tick_params(labelsize=7, pad=1, length=0)
     return bar
