@@ -318,7 +318,7 @@ def test_bfloat16_model_keeps_float32_parameters_and_follows_the_float32_one(att
     assert_close(value, expected, dtype=jnp.bfloat16)
 
 
-OF_LONGER_ROWS = ("induction", "previous_token", "sink_rate", "sink_elsewhere")
+OF_LONGER_ROWS = ("induction", "duplicate_token", "previous_token", "sink_rate", "sink_elsewhere")
 """Statistics of what a document of seven tokens has not got: a token that comes again, queries enough after one."""
 
 

@@ -83,10 +83,10 @@ def test_decode_state_is_divided_over_rows_and_heads(model):
     _, _, (delta, cache) = prefilled(over)
     rows, whole = ("data", "fsdp"), None
     for name, array, spec in [
-        ("memory", delta.memory, P(rows, "tensor", whole, whole)),
-        ("convolution", delta.convs["v_conv"], P(rows, whole, "tensor")),
-        ("keys", cache.entries["k"], P(rows, whole, "tensor", whole)),
-        ("values", cache.entries["v"], P(rows, whole, "tensor", whole)),
+        ("memory", delta.mixer.memory, P(rows, "tensor", whole, whole)),
+        ("convolution", delta.mixer.convs["v_conv"], P(rows, whole, "tensor")),
+        ("keys", cache.mixer.entries["k"], P(rows, whole, "tensor", whole)),
+        ("values", cache.mixer.entries["v"], P(rows, whole, "tensor", whole)),
     ]:
         assert array.sharding.is_equivalent_to(NamedSharding(mesh, spec), array.ndim), f"{name}: {array.sharding}"
 

@@ -69,7 +69,7 @@ def _laid(array: jax.Array, entry: jax.Array, index: int) -> jax.Array:
 
 def _cut(whole: np.ndarray, at: Sequence[slice]) -> np.ndarray:
     """A device's part, in memory of its own."""
-    return np.ascontiguousarray(whole[tuple(at)])
+    return np.asarray(whole[tuple(at)], order="C")
 
 
 def read_arrays(

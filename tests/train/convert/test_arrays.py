@@ -30,6 +30,14 @@ def test_parts_come_in_any_order(stacked, spec):
     assert array.sharding == sharding
 
 
+@pytest.mark.parametrize("shape", [(), (3,)])
+def test_numbers_are_arrays_too(shape):
+    whole = np.arange(3, dtype=np.int32)[: shape[0]] if shape else np.int32(7)
+    parts = [(Place("n", (i,)), whole[i]) for i in range(3)] if shape else [(Place("n"), np.asarray(whole))]
+    like, sharding = jax.ShapeDtypeStruct(shape, np.int32), NamedSharding(mesh(), PartitionSpec())
+    np.testing.assert_array_equal(filled(parts, {"n": like}, {"n": sharding})["n"], whole)
+
+
 def test_one_layer_of_an_array_is_in_the_hosts_memory_at_a_time():
     layers, width = 64, 256
     entry = 4 * width * width

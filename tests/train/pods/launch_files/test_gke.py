@@ -51,7 +51,7 @@ def test_jobset_restarts_after_failures_and_not_after_bad_input(written):
     manifest = yaml.safe_load((written / "tiny-h100.gke.yaml").read_text("utf-8"))
     _, job, pod = pod_of(manifest)
     found = {tuple(rule["onExitCodes"]["values"]): rule["action"] for rule in job["podFailurePolicy"]["rules"]}
-    assert found == {(2,): "FailJob", (75,): "Ignore"} and job["backoffLimit"] == 0
+    assert found == {(2, 3): "FailJob", (75,): "Ignore"} and job["backoffLimit"] == 0
     assert {rule["onExitCodes"]["containerName"] for rule in job["podFailurePolicy"]["rules"]} == {pod["containers"][0]["name"]}
     assert pod["restartPolicy"] == "Never" and pod["terminationGracePeriodSeconds"] >= 60
     policy = manifest["spec"]["failurePolicy"]

@@ -183,7 +183,7 @@ def test_tpu_script_creates_installs_starts_watches_and_deletes(name, nodes, sha
         )
     assert any(re.fullmatch(r"plait\[tpu\] @ \S+", line) for line in (tmp_path / "bin/uv").read_text().splitlines())
     unit = (tmp_path / "bin/unit").read_text().splitlines()
-    assert {"--property=Restart=on-failure", "--property=RestartPreventExitStatus=2"} <= set(unit)
+    assert {"--property=Restart=on-failure", "--property=RestartPreventExitStatus=2 3"} <= set(unit)
     at = next(i for i, word in enumerate(unit) if word.endswith("/plait"))
     config = parse_experiment(unit[at + 2], unit[at + 3 :])
     assert config.resume and config.folder == f"/mnt/plait/{name.split('.')[0]}"
