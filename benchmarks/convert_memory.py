@@ -40,7 +40,7 @@ def tensors(layers: int) -> dict[str, tuple[int, ...]]:
 
 def make(folder: Path, layers: int) -> int:
     """Writes the model; bytes of its largest shard."""
-    folder.mkdir(parents=True)
+    folder.mkdir()
     fields = {"model_type": "llama", "hidden_size": D_MODEL, "intermediate_size": D_FF, "num_attention_heads": HEADS}
     fields |= {"num_hidden_layers": layers, "vocab_size": VOCAB, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
     (folder / "config.json").write_text(json.dumps({**fields, "hidden_act": "silu", "tie_word_embeddings": False}))
@@ -84,13 +84,28 @@ def peak(words: list[str], environment: dict[str, str]) -> tuple[int, float]:
     start, most = time.perf_counter(), 0
     process = subprocess.Popen(words, env={**os.environ, **environment})
     while process.poll() is None:
-        status = Path(f"/proc/{process.pid}/status").read_text()
+        status = Path(f"/proc/{process.pid}/status").read_text()  # there until `poll` has seen the end
         found = [line.split()[1] for line in status.splitlines() if line.startswith("RssAnon")]
         most = max(most, *(1024 * int(kib) for kib in found), 0)
         time.sleep(0.02)
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, words)
     return most, time.perf_counter() - start
+
+
+def measured(folder: Path, layers: int, devices: int) -> str:
+    """A line on the import of a model that is made in `folder`."""
+    model, run = folder / "model", folder / "run"
+    shard = make(model, layers)
+    share = sum(2 * math.prod(shape) for shape in tensors(layers).values())
+    words = [sys.executable, "-m", "plait.launch", "convert", "import", str(model), str(run), "--param-dtype", "bfloat16"]
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    most, seconds = peak([*words, "--mesh.fsdp", str(devices)], {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags})
+    allowed = 1.3 * shard + share
+    return (
+        f"{layers} layers, {share / GB:.2f} GB over {devices} devices, largest shard {shard / GB:.2f} GB: "
+        f"peak {most / GB:.2f} GB, {(most - share) / GB:.2f} GB beyond the devices' share; {allowed / GB:.2f} GB allowed; {seconds:.0f} s"
+    )
 
 
 def main() -> None:
@@ -100,18 +115,11 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--devices", type=int, default=1, help="that the arrays are laid over")
     options = parser.parse_args()
-    model, run = options.folder / "model", options.folder / "run"
-    shard = make(model, options.layers)
-    share = sum(2 * math.prod(shape) for shape in tensors(options.layers).values())
-    words = [sys.executable, "-m", "plait.launch", "convert", "import", str(model), str(run), "--param-dtype", "bfloat16"]
-    flags = f"--xla_force_host_platform_device_count={options.devices}"
-    most, seconds = peak([*words, "--mesh.fsdp", str(options.devices)], {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags})
-    allowed = 1.3 * shard + share
-    print(
-        f"{options.layers} layers, {share / GB:.2f} GB over {options.devices} devices, largest shard {shard / GB:.2f} GB: "
-        f"peak {most / GB:.2f} GB, {(most - share) / GB:.2f} GB beyond the devices' share; {allowed / GB:.2f} GB allowed; {seconds:.0f} s"
-    )
-    shutil.rmtree(options.folder)
+    options.folder.mkdir(parents=True)  # what is there already is not removed at the end
+    try:
+        print(measured(options.folder, options.layers, options.devices))
+    finally:
+        shutil.rmtree(options.folder)
 
 
 if __name__ == "__main__":

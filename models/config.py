@@ -191,9 +191,7 @@ class LMConfig(Config):
 
     def _check_clipped(self) -> None:
         what = f"qk_clip.threshold={self.qk_clip.threshold:g}"
-        for name in ("sigma_reparam", "lora.rank"):
-            owner, _, leaf = name.rpartition(".")
-            value = getattr(getattr(self, owner) if owner else self, leaf)
+        for name, value in {"sigma_reparam": self.sigma_reparam, "lora.rank": self.lora.rank}.items():
             if value is not None:
                 raise ValueError(
                     f"{what} scales kernels, and with {name}={value} they do not set the logits alone; leave one of them out"

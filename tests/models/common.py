@@ -1,5 +1,6 @@
 """What the model tests share."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,6 +11,7 @@ from flax import nnx
 from plait.kernels import Tokens
 from plait.models.config import LMConfig
 from plait.models.lm import LM
+from plait.tests.tolerances import assert_close
 
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 """`jax.jit` that compiles in half the time and runs slower: right for models this small."""
@@ -43,3 +45,22 @@ def build(config: LMConfig, *, seq_len: int, seed: int = 0) -> LM:
     create = lambda: LM(config, rngs=nnx.Rngs(seed), seq_len=seq_len)
     graph, _ = nnx.split(nnx.eval_shape(create))
     return nnx.merge(graph, quick_jit(lambda: nnx.split(create())[1])())
+
+
+def assert_decodes_as_the_call(model: LM, ids: jax.Array, prompts: tuple[int, ...] = (4, 9), new: int = 8) -> None:
+    """Logits of left-padded prompts, the beginnings of the rows of `ids`, and of each token after them are those of the whole rows."""
+    graph, params = nnx.split(model)
+    at, index = left_padded(*prompts)
+    prompt = jnp.take_along_axis(ids, jnp.asarray(index), axis=1)
+    prefill = quick_jit(lambda p, *args: nnx.merge(graph, p).prefill(*args))
+    step = quick_jit(lambda p, *args: nnx.merge(graph, p).step(*args))
+    logits, state = prefill(params, dataclasses.replace(at, ids=prompt), model.init_state(len(prompts), max(prompts) + new))
+    seen = [logits]
+    for i in range(new):
+        position = jnp.asarray(prompts)[:, None] + i
+        logits, state = step(params, Tokens(jnp.take_along_axis(ids, position, axis=1), None, position), state)
+        seen.append(logits)
+    whole = layout(*[(n + new,) for n in prompts], length=ids.shape[1])
+    full = quick_jit(lambda p, at: nnx.merge(graph, p)(at)[0])(params, dataclasses.replace(whole, ids=ids))
+    for row, n in enumerate(prompts):
+        assert_close(jnp.stack(seen)[:, row], full[row, n - 1 : n + new])

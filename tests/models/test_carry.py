@@ -14,7 +14,7 @@ from plait.models.config import LMConfig
 from plait.models.lm import LM
 from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.models.mixers.linear.gla import GLAConfig
-from plait.tests.models.common import build, layout, left_padded, quick_jit
+from plait.tests.models.common import assert_decodes_as_the_call, build, layout, quick_jit
 from plait.tests.tolerances import assert_close
 
 WIDTH, VOCAB, LENGTH = 32, 61, 24
@@ -126,21 +126,7 @@ def test_prefill_and_steps_equal_the_call(window):
     """Of left-padded prompts; with a window, layers share the ring of a cache. A layer without a carry stands between."""
     local = {name: dataclasses.replace(config, window_size=window) for name, config in MIXERS.items()}
     model = lm("softmax,softmax/write,gla,softmax/read", 9, {**local, "gla": GLAConfig(num_heads=2)})
-    prompts, new = (4, 9), 8
-    graph, params = nnx.split(model)
-    at, index = left_padded(*prompts)
-    prompt = jnp.take_along_axis(IDS, jnp.asarray(index), axis=1)
-    prefill = quick_jit(lambda p, *args: nnx.merge(graph, p).prefill(*args))
-    step = quick_jit(lambda p, *args: nnx.merge(graph, p).step(*args))
-    logits, state = prefill(params, dataclasses.replace(at, ids=prompt), model.init_state(2, max(prompts) + new))
-    seen = [logits]
-    for i in range(new):
-        position = jnp.asarray(prompts)[:, None] + i
-        logits, state = step(params, Tokens(jnp.take_along_axis(IDS, position, axis=1), None, position), state)
-        seen.append(logits)
-    full = call(model, at=layout(*[(n + new,) for n in prompts], length=LENGTH))
-    for row, n in enumerate(prompts):
-        assert_close(jnp.stack(seen)[:, row], full[row, n - 1 : n + new])
+    assert_decodes_as_the_call(model, IDS)
 
 
 def test_recomputation_changes_neither_loss_nor_gradients(model):

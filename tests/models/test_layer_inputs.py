@@ -17,7 +17,7 @@ from plait.models.lm import LM, num_params
 from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.models.positions.rotary_proportional import ProportionalRotaryConfig
 from plait.models.stream import Stream
-from plait.tests.models.common import build, layout, left_padded, quick_jit
+from plait.tests.models.common import assert_decodes_as_the_call, build, layout, quick_jit
 from plait.tests.tolerances import assert_close
 
 WIDTH, VOCAB, LENGTH, DIM = 16, 61, 24, 6
@@ -102,21 +102,7 @@ def test_packed_documents_equal_separate_ones(model):
 
 def test_prefill_and_steps_equal_the_call(model):
     """Longer than the window: readers find what layers of their own window keep."""
-    prompts, new = (4, 9), 8
-    graph, params = nnx.split(model)
-    at, index = left_padded(*prompts)
-    prompt = jnp.take_along_axis(IDS, jnp.asarray(index), axis=1)
-    prefill = quick_jit(lambda p, *args: nnx.merge(graph, p).prefill(*args))
-    step = quick_jit(lambda p, *args: nnx.merge(graph, p).step(*args))
-    logits, state = prefill(params, dataclasses.replace(at, ids=prompt), model.init_state(2, max(prompts) + new))
-    seen = [logits]
-    for i in range(new):
-        position = jnp.asarray(prompts)[:, None] + i
-        logits, state = step(params, Tokens(jnp.take_along_axis(IDS, position, axis=1), None, position), state)
-        seen.append(logits)
-    full = call(model, IDS, layout(*[(n + new,) for n in prompts], length=LENGTH))
-    for row, n in enumerate(prompts):
-        assert_close(jnp.stack(seen)[:, row], full[row, n - 1 : n + new])
+    assert_decodes_as_the_call(model, IDS)
 
 
 def test_parameters_are_counted_with_the_tables_of_all_layers(model):

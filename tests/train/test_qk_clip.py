@@ -23,6 +23,7 @@ from plait.models.mixers.linear.gla import GLAConfig
 from plait.models.mixers.moh import MoHConfig
 from plait.models.mixers.parallel.parallel import ParallelConfig
 from plait.models.qk_clip import QKClipConfig
+from plait.tests.tolerances import assert_close, assert_statistics_close
 from plait.tests.train.common import changed, different_arrays, program_of, random_batch, tiny
 from plait.train.probes.base import Probes
 
@@ -63,15 +64,15 @@ def test_heads_of_their_own_share_the_clipping_by_alpha():
     assert set(found) == {"q", "k", "q.bias", "k.bias"}
     for name, power in {"q": 0.25, "k": 0.75}.items():
         expected = np.repeat([0.25**power, 1, 1, 0.16**power], 4)
-        np.testing.assert_allclose(found[name], expected, rtol=1e-5)
-        np.testing.assert_allclose(found[f"{name}.bias"], expected, rtol=1e-5)
+        assert_close(found[name], expected)
+        assert_close(found[f"{name}.bias"], expected)
 
 
 @pytest.mark.parametrize("config", [GROUPED, dataclasses.replace(SOFTMAX, shared_kv="write")])
 def test_a_key_that_others_read_too_is_left_alone(config):
     found = scales(config, 0.5)
     assert set(found) == {"q", "q.bias"}
-    np.testing.assert_allclose(found["q"], np.repeat([0.25, 1, 1, 0.16], 4), rtol=1e-5)
+    assert_close(found["q"], np.repeat([0.25, 1, 1, 0.16], 4))
 
 
 def test_latent_attention_is_clipped_as_published():
@@ -79,8 +80,8 @@ def test_latent_attention_is_clipped_as_published():
     found = scales(LATENT, 0.5)
     assert set(found) == {"q", "k_up"}
     expected = [[own] * 6 + [whole] * 4 for own, whole in ((0.5, 0.25), (1, 1), (1, 1), (0.4, 0.16))]
-    np.testing.assert_allclose(found["q"], np.concatenate(expected), rtol=1e-5)
-    np.testing.assert_allclose(found["k_up"], np.repeat([0.5, 1, 1, 0.4], 6), rtol=1e-5)
+    assert_close(found["q"], np.concatenate(expected))
+    assert_close(found["k_up"], np.repeat([0.5, 1, 1, 0.4], 6))
 
 
 def test_wrappers_and_parts_hand_on_what_is_theirs():
@@ -93,7 +94,7 @@ def test_wrappers_and_parts_hand_on_what_is_theirs():
     both.clip(jnp.concatenate([jnp.full(2, 0.5), RATIO]), 0.5)
     linear, softmax = ({k for k, v in kernels(part).items() if (v != was[k]).any()} for part, was in zip(both.parts, old))
     assert linear == set() and softmax == {"q", "k", "q.bias", "k.bias"}
-    np.testing.assert_allclose(kernels(both.parts[1])["q"][0, :4] / old[1]["q"][0, :4], 0.5, rtol=1e-5)
+    assert_close(kernels(both.parts[1])["q"][0, :4] / old[1]["q"][0, :4], np.full(4, 0.5))
 
 
 BATCH = random_batch(4, 24)
@@ -117,10 +118,10 @@ def test_after_clipping_no_logit_is_above_the_threshold(config):
     mixer = made(config)
     (look,) = mixer(X, at=AT, carry={}, observer=Everyone()).looks
     before = dense_logits(mixer)
-    np.testing.assert_allclose(look.max_logits, before, rtol=1e-4)
+    assert_close(look.max_logits, before)
     threshold = float(np.median(before))
     mixer.clip(jnp.where(look.max_logits > threshold, threshold / look.max_logits, 1), 0.5)
-    np.testing.assert_allclose(dense_logits(mixer), np.minimum(before, threshold), rtol=1e-4)
+    assert_close(dense_logits(mixer), np.minimum(before, threshold), dtype="float32")
     assert (before > 1.01 * threshold).any() and (before < threshold).any()
 
 
@@ -158,7 +159,7 @@ def test_the_step_clips_every_layer_and_nothing_else(stacked):
     moved = different_arrays(old, new)
     assert moved and all(".q.kernel" in name or ".k.kernel" in name for name in moved)
     heads = np.stack([new[name] / old[name] for name in old if ".q.kernel" in name])[0].reshape(4, WIDTH, 2, 8)
-    np.testing.assert_allclose(heads, np.broadcast_to(heads[:, :1, :, :1], heads.shape), rtol=1e-5)
+    assert_close(heads, np.broadcast_to(heads[:, :1, :, :1], heads.shape))
     assert metrics["optimizer/clipped_heads"] == (heads[:, 0, :, 0] < 1).sum() > 0
     assert (heads[:, 0, :, 0] == 1).any(), "a head below the threshold keeps its bits"
 
@@ -172,7 +173,7 @@ def test_the_largest_logit_is_that_of_the_whole_step(changes, devices, stacked):
     _, new, metrics = stepped(clipping(3.3, **{"data.batch_size": 8, **changes}), devices)
     assert metrics["optimizer/clipped_heads"] == stacked[2]["optimizer/clipped_heads"]
     for name, value in stacked[1].items():
-        np.testing.assert_allclose(new[name], value, rtol=2e-5, atol=1e-7, err_msg=name)
+        assert_close(new[name], value, err_msg=name)
 
 
 def test_layers_without_logits_are_left_alone():
@@ -197,7 +198,8 @@ def test_probes_see_the_same_beside_it():
     for plain, beside in zip(shown(None), shown(3.3), strict=True):
         assert plain.max_logits is None and beside.max_logits is not None
         assert plain.statistics.keys() == beside.statistics.keys() >= {"entropy"}
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), plain.statistics, beside.statistics)
+        for name, value in plain.statistics.items():
+            assert_statistics_close(beside.statistics[name], value, err_msg=name)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from plait.configs.domains import Counted, Line, Seed, Span
 from plait.configs.options import split_options
 from plait.configs.words import flag, parse
 from plait.train.console import console, write_text
-from plait.train.convert.options import ImportOptions
+from plait.train.convert.options import By, ImportOptions
 
 USAGE = """usage: launch.py convert inspect DIR|FILE.gguf
        launch.py convert import DIR|FILE.gguf RUN [--param-dtype bfloat16] [--seq-len 4096] [--tokenizer FILE] [--mesh.fsdp 8]
@@ -84,7 +84,7 @@ class RankArgs:
 
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder, which stays as it is."""
-    by: Literal["recall", "far", "entropy"] = "recall"
+    by: By = "recall"
     """`recall`: the strongest head's weight on what followed the same token before, in random tokens that come twice; `far`: the mean head's
     weight beyond a window; `entropy`: how spiky the mean head's weights are. The last two are of a text."""
     keep: Counted | None = None

@@ -64,7 +64,7 @@ class _Filling:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _laid(array: jax.Array, entry: jax.Array, index: int) -> jax.Array:
-    return array.at[index].set(entry)
+    return jax.lax.dynamic_update_index_in_dim(array, entry, index, 0)  # in place; a scatter of bfloat16 is not, on CPU
 
 
 def _cut(whole: np.ndarray, at: Sequence[slice]) -> np.ndarray:

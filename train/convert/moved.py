@@ -10,10 +10,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from plait.kernels import Tokens
-from plait.models.axes import BATCH
-from plait.train.convert.sample import pieces
+from plait.train.convert.sample import pieces, rows_of
 from plait.train.evaluate import LOGITS_AT_ONCE
-from plait.train.mesh import on_mesh, ways
+from plait.train.mesh import on_mesh
 from plait.train.state import Arrays, Blueprint
 
 Model = tuple[Blueprint, Arrays, Arrays]
@@ -47,9 +46,7 @@ def moved(old: Model, new: Model, mesh: Mesh, *, num_ids: int, text: np.ndarray 
         text: ids, of which pieces are chosen; None for random ids.
     """
     config = old[0].config
-    accumulate = config.optimizer.accumulate if mesh.shape["pipeline"] > 1 else 1
-    rows = ways(mesh, BATCH) * accumulate
-    rows *= -(-2 // rows)  # at least two
+    accumulate, rows = rows_of(config, mesh, 2)
     ids = pieces(np.random.default_rng(seed), (rows, config.data.seq_len), num_ids, text)
 
     @jax.jit

@@ -1,13 +1,17 @@
-"""How a model is taken in."""
+"""Options of conversions that their commands share with what they run."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 from plait.configs.domains import Length
 from plait.configs.mesh import MeshConfig
 from plait.models.config import Dtype
+
+By = Literal["recall", "far", "entropy"]
+"""How the need of a layer for full attention is measured: see `plait.train.convert.ranking.NEEDS`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

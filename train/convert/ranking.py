@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,17 +14,16 @@ import numpy as np
 from plait.configs.domains import choices
 from plait.configs.probe import ProbeConfig
 from plait.kernels import Tokens
-from plait.models.axes import BATCH
 from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.models.pattern import pattern_of
-from plait.train.convert.sample import ids_of, num_ids_of, pieces
+from plait.train.convert.options import By
+from plait.train.convert.sample import ids_of, num_ids_of, pieces, rows_of
 from plait.train.convert.students import STUDENTS
 from plait.train.convert.weights import ConvertError
-from plait.train.mesh import on_mesh, ways
+from plait.train.mesh import on_mesh
 from plait.train.probes.base import Probes
 from plait.train.run import Trained, opened
 
-By = Literal["recall", "far", "entropy"]
 _QUERIES, _ROWS = 64, 8
 
 
@@ -94,9 +93,10 @@ def rank(run: Path, by: By, *, text: Path | None, far: int, seed: int) -> Rankin
     trained, need = opened(run), NEEDS[by]
     model, length = trained.program.config.model, trained.program.config.data.seq_len
     softmax = [index for index, mixer in enumerate(model.layer_mixers) if type(mixer) is SoftmaxConfig]
-    if not softmax:
+    if len(softmax) < 2:
         raise ConvertError(
-            f"{str(run)!r} has no layer of plain softmax attention to rank; it has model.pattern={model.pattern!r}"
+            f"{str(run)!r} has {len(softmax)} layers of plain softmax attention, and of two or more some can stay; it has "
+            f"model.pattern={model.pattern!r}"
         )
     if need.reads_text and text is None:
         raise ConvertError(f"by={by} is measured on text; give --text FILE, or use --by recall")
@@ -115,9 +115,7 @@ def _statistics(trained: Trained, need: Need, text: np.ndarray | None, far: int,
     """Those of each layer, by head."""
     program = trained.program
     length, mesh = program.config.data.seq_len, program.mesh
-    accumulate = program.config.optimizer.accumulate if mesh.shape["pipeline"] > 1 else 1
-    rows = ways(mesh, BATCH) * accumulate
-    rows *= -(-_ROWS // rows)
+    accumulate, rows = rows_of(program.config, mesh, _ROWS)
     rng = np.random.default_rng(seed)
     if need.reads_text:
         ids = pieces(rng, (rows, length), num_ids_of(trained), text)

@@ -5,8 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from jax.sharding import Mesh
 
+from plait.configs.experiment import ExperimentConfig
+from plait.models.axes import BATCH
 from plait.train.convert.weights import ConvertError
+from plait.train.mesh import ways
 from plait.train.run import Trained
 
 
@@ -38,3 +42,10 @@ def pieces(rng: np.random.Generator, shape: tuple[int, int], num_ids: int, text:
     whole = np.resize(text, max(len(text), length)).astype(np.int32)
     starts = rng.integers(0, len(whole) - length + 1, rows)
     return whole[starts[:, None] + np.arange(length)]
+
+
+def rows_of(config: ExperimentConfig, mesh: Mesh, least: int) -> tuple[int, int]:
+    """The micro-batches of a pass (of a pipeline), and the rows, `least` or more, that divide over them and the mesh."""
+    accumulate = config.optimizer.accumulate if mesh.shape["pipeline"] > 1 else 1
+    each = ways(mesh, BATCH) * accumulate
+    return accumulate, each * -(-least // each)

@@ -195,6 +195,18 @@ def test_transformers_loads_what_goes_out(imported, tmp_path):
     assert_close(logits, golden["logits"], dtype="float32")
 
 
+def assert_same_model(*folders):
+    """Files of two forms are read as one model, each of whose tensors go back as they were."""
+    models = []
+    for folder in folders:
+        found = examined(folder)
+        found.match.check(folder)
+        models.append(build(found.source.model, found.lines, found.weights, make_mesh(MeshConfig(data=1))))
+        goes_back(models[-1], found.weights, found.lines)
+    for one, other in zip(*(jax.tree.leaves(nnx.state(model)) for model in models), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_experts_that_lie_in_two_tensors_are_read(tmp_path):
     """As Qwen 3.5 is published: in a multimodal model, gate and up of all experts in one tensor, heads that predict further ahead."""
     folder = tmp_path / "model"
@@ -209,13 +221,7 @@ def test_experts_that_lie_in_two_tensors_are_read(tmp_path):
     save_file({**tensors, "mtp.norm.weight": np.ones(4, np.float32)}, folder / ONE)
     fields = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({"model_type": "qwen3_5_moe", "text_config": fields}))
-    models = []
-    for found in (examined(folder), examined(GOLDEN / "qwen3_5_moe_text")):
-        found.match.check(folder)
-        models.append(build(found.source.model, found.lines, found.weights, make_mesh(MeshConfig(data=1))))
-        goes_back(models[-1], found.weights, found.lines)
-    for one, other in zip(*(jax.tree.leaves(nnx.state(model)) for model in models), strict=True):
-        np.testing.assert_array_equal(one, other)
+    assert_same_model(folder, GOLDEN / "qwen3_5_moe_text")
 
 
 def test_mixes_that_lie_in_one_tensor_are_read(tmp_path):
@@ -227,13 +233,7 @@ def test_mixes_that_lie_in_one_tensor_are_read(tmp_path):
         apart = [tensors.pop(f"model.layers.{layer}.attn.x_{name}")[0] for name in "rwkvag"]
         tensors[f"model.layers.{layer}.attn.x_x"] = np.concatenate(apart)
     save_file(tensors, folder / ONE)
-    models = []
-    for found in (examined(folder), examined(GOLDEN / "fla_rwkv7")):
-        found.match.check(folder)
-        models.append(build(found.source.model, found.lines, found.weights, make_mesh(MeshConfig(data=1))))
-        goes_back(models[-1], found.weights, found.lines)
-    for one, other in zip(*(jax.tree.leaves(nnx.state(model)) for model in models), strict=True):
-        np.testing.assert_array_equal(one, other)
+    assert_same_model(folder, GOLDEN / "fla_rwkv7")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import ml_dtypes
 import numpy as np
 
+from plait.tests.tolerances import assert_close
 from plait.tests.train.probes import dense
 
 
@@ -26,6 +27,4 @@ def test_padding_has_no_part():
     """A single token's outputs are its values, rounded."""
     found, kept, *_ = dense.measured("numeric_deviation", (1,), length=8)
     v = kept["v"][0, 0].repeat(dense.HEADS // dense.KV_HEADS, axis=0)
-    np.testing.assert_allclose(
-        found["numeric_deviation"], np.abs(v.astype(ml_dtypes.bfloat16).astype(np.float64) - v).max(-1), rtol=1e-4, atol=1e-9
-    )
+    assert_close(found["numeric_deviation"], np.abs(v.astype(ml_dtypes.bfloat16).astype(np.float64) - v).max(-1))

@@ -8,8 +8,6 @@ from plait.tests.tolerances import assert_close
 from plait.tests.train.test_probes import look_at, measure
 from plait.train.probes.ranks import effective_rank
 
-NEAR = {"rtol": 1e-4, "atol": 1e-4}  # singular values of a Gram matrix in float32
-
 
 def rank(x):
     """exp of the entropy of the singular values, float64."""
@@ -28,7 +26,7 @@ def similarity(x):
 @pytest.mark.parametrize("shape", [(5, 12), (12, 5), (64, 32)])
 def test_effective_rank_is_that_of_the_singular_values(shape):
     x = np.random.default_rng(0).normal(size=(2, *shape)) * np.array([1e-12, 1e12])[:, None, None]
-    np.testing.assert_allclose(effective_rank(jnp.asarray(x, jnp.float32)), [rank(one) for one in x], **NEAR)
+    assert_close(effective_rank(jnp.asarray(x, jnp.float32)), [rank(one) for one in x])
 
 
 def test_effective_rank_of_what_needs_no_computation():
@@ -45,16 +43,16 @@ def test_tokens_are_those_of_each_rows_longest_document_without_its_first():
     documents = [[4, 9, 3], [5, 5], []]
     parts = [x[0, 5:13], x[1, 1:5]]  # the first of documents that are equally long
     found = measure("representations", look_at(np.zeros((3, 1, 20, 20)), documents, residual=x))
-    np.testing.assert_allclose(found["token_similarity"], np.mean([similarity(part) for part in parts]), **NEAR)
-    np.testing.assert_allclose(found["token_rank"], np.mean([rank(part) for part in parts]), **NEAR)
+    assert_close(found["token_similarity"], np.mean([similarity(part) for part in parts]))
+    assert_close(found["token_rank"], np.mean([rank(part) for part in parts]))
 
 
 def test_long_documents_are_sampled_evenly():
     x = np.random.default_rng(2).normal(size=(1, 150, 8))
     found = measure("representations", look_at(np.zeros((1, 1, 150, 150)), [[12, 131]], residual=x))
     part = x[0, 13 + np.arange(64) * 130 // 64]
-    np.testing.assert_allclose(found["token_similarity"], similarity(part), **NEAR)
-    np.testing.assert_allclose(found["token_rank"], rank(part), **NEAR)
+    assert_close(found["token_similarity"], similarity(part))
+    assert_close(found["token_rank"], rank(part))
 
 
 def test_equal_tokens_are_collapse_and_single_ones_tell_nothing():
@@ -72,6 +70,6 @@ def test_state_rank_is_the_mean_over_sequences_that_have_tokens():
     memory = np.random.default_rng(3).normal(size=(3, 2, 4, 6))
     look = look_at(np.zeros((3, 2, 5, 5)), [[5], [3], []], memory=jnp.asarray(memory, jnp.float32))
     expected = [np.mean([rank(memory[row, head]) for row in range(2)]) for head in range(2)]
-    np.testing.assert_allclose(measure("state_rank", look)["state_rank"], expected, **NEAR)
+    assert_close(measure("state_rank", look)["state_rank"], expected)
     row = look_at(np.zeros((1, 2, 5, 5)), [[5]], memory=jnp.ones((1, 2, 1, 9)))
     assert measure("state_rank", row) == {} == measure("state_rank", look_at(np.zeros((1, 2, 5, 5)), [[5]]))

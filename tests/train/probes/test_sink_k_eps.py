@@ -1,7 +1,6 @@
 """The published sink rate."""
 
 import numpy as np
-import pytest
 
 from plait.configs.probe import ProbeConfig
 from plait.tests.tolerances import assert_close
@@ -49,11 +48,10 @@ def test_the_kth_token_is_that_of_later_queries():
     assert_close(rate(weights, [[64]], k=4), np.float32([[100, 0, 100, 0]]))
 
 
-@pytest.mark.parametrize("seed", [0])
-def test_of_a_model(seed):
+def test_of_a_model():
     """Against attention in float64."""
     documents = ((70,), (40, 30), (65, 5), (64,))
-    found, kept, _, at = dense.measured("sink_k_eps", *documents, length=72, seed=seed, first_k=3)
+    found, kept, _, at = dense.measured("sink_k_eps", *documents, length=72, first_k=3)
     a, _ = dense.attention(kept, at)
     alpha = np.stack([a[:, :, k:64, k].mean(-1) for k in range(3)], -1)[[0, 2, 3]]
     assert_close(found["sink_k_eps"], 100 * (alpha > THRESHOLD).mean(0))
