@@ -96,8 +96,7 @@ def claimed(config: ExperimentConfig) -> Iterator[tuple[bool, Callable[[], None]
             return False
 
         going_on = decide("run folder", take)
-        if count() > 1:
-            _share(folder)
+        share(folder)
         yield going_on, check
 
 
@@ -105,8 +104,10 @@ def _nothing() -> None:
     """Hosts other than the first write nothing that the run has once."""
 
 
-def _share(folder: Path) -> None:
+def share(folder: Path) -> None:
     """Raises RunError on every host where some do not see the folder that host 0 sees."""
+    if count() == 1:
+        return
     token = broadcast(f".meeting-{uuid.uuid4().hex[:12]}")
     with together("run folder"):
         if first():
