@@ -17,6 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Protocol
 
 from plait.configs import codec
 from plait.train.pods.hosts import heartbeat
@@ -125,7 +126,7 @@ def supervise(arguments: Sequence[str], host: Host | None, options: HostsOptions
     Args: `resumes` says whether it takes `--resume`, or begins anew.
     """
     command = [*LAUNCH, *arguments]
-    with _Signals() as signals, tempfile.TemporaryDirectory(prefix="plait-") as folder:
+    with Signals() as signals, tempfile.TemporaryDirectory(prefix="plait-") as folder:
         for left in range(options.restarts, -1, -1):
             hosts = [host] if host is not None else _local_hosts(options.local or 1)
             children = [Child(command, each, Path(folder), options) for each in hosts]
@@ -144,7 +145,7 @@ def supervise(arguments: Sequence[str], host: Host | None, options: HostsOptions
     return status
 
 
-def _watch(children: Sequence[Child], signals: _Signals) -> int:
+def _watch(children: Sequence[Child], signals: Signals) -> int:
     """Until all have ended; the first that is dead or hung ends the others. Gives the exit status of the whole."""
     deadline = float("inf")
     try:
@@ -198,14 +199,21 @@ def _say(message: str) -> None:
     print(f"supervisor: {message}", file=sys.stderr, flush=True)
 
 
-class _Signals:
+class Sendable(Protocol):
+    """A process that takes signals."""
+
+    def send(self, number: int) -> None:
+        """Sends it one."""
+
+
+class Signals:
     """Passes SIGTERM, Ctrl-C and the loss of the terminal on as SIGTERM, on which every host saves; a second Ctrl-C ends at once."""
 
     def __init__(self) -> None:
         self.asked = self.killed = False
-        self.children: Sequence[Child] = ()
+        self.children: Sequence[Sendable] = ()
 
-    def __enter__(self) -> _Signals:
+    def __enter__(self) -> Signals:
         self._old = {number: signal.signal(number, self._note) for number in ending_signals()}
         return self
 
