@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from plait.configs.domains import Coefficient
+from plait.kernels.positive_solve import positive_solve
 from plait.kernels.weighted_attention import Rule, Seen, dot_products, softmax
 from plait.models.build import BuildContext
 from plait.models.mixers.base import Direction, register
@@ -38,6 +39,10 @@ class LLAConfig(RuleConfig):
 
     def pair_flops(self) -> float:
         return 2.0 * (self.head_dim**2 + 4 * self.head_dim)
+
+    def mixing_flops(self, d_model: int, seq_len: int) -> float:
+        solve = 2.0 * self.head_dim**3 * self.heads(d_model)[0]
+        return super().mixing_flops(d_model, seq_len) + solve
 
     def build(self, d_model: int, ctx: BuildContext) -> ByRule:
         return ByRule(self, d_model, ctx, LocalRegression(self.ridge))
@@ -82,7 +87,6 @@ class LocalRegression(Rule):
         largest = jnp.max(grouped, axis=-1)[..., None, None]
         ridge = self.ridge * jnp.where(largest > 0, largest, 1)  # a row that sees nothing has no weights
         unit = jnp.eye(k.shape[-1], dtype=p.dtype)[None, None, None]
-        factor = jnp.linalg.cholesky((covariance + jnp.swapaxes(covariance, -1, -2)) / 2 + ridge * unit)
         d = mean.reshape(batch, num_heads, rows, -1) - jnp.swapaxes(q, 1, 2)
-        r = jax.scipy.linalg.cho_solve((factor, True), d.reshape(*mean.shape, 1))
+        r = positive_solve((covariance + jnp.swapaxes(covariance, -1, -2)) / 2 + ridge * unit, d.reshape(mean.shape))
         return jnp.swapaxes(r.reshape(d.shape), 1, 2)

@@ -22,7 +22,7 @@ from plait.kernels.weighted_attention.call import WeightedCall
 ATTENTION = ("attention", "routed_attention")
 """Ops whose operations are the pairs that a query sees, whatever an implementation computes besides."""
 BY_RULE = "weighted_attention"
-"""Such an op, a pair of which costs what one more row of its reference does, over the keys."""
+"""Such an op: a pair costs what one more key adds to one more row of its reference, and a row what it costs without keys."""
 
 
 def count_flops(monkeypatch: pytest.MonkeyPatch, run: Callable, *args: jax.Array) -> float:
@@ -61,16 +61,17 @@ def _by_rule(pairs: list[jax.Array], call: WeightedCall) -> jax.Array:
     """Zeros of the right shape; the operations go into `pairs`."""
     halo, (batch, num_keys, _, num_channels) = call.rule.halo, call.v.shape
 
-    def cost(rows: int) -> float:
-        some = call.on_queries(lambda x: jax.ShapeDtypeStruct((batch, halo + rows, *x.shape[2:]), x.dtype)).replace(
-            own_keys=False
-        )
+    def cost(rows: int, keys: int) -> float:
+        sized = lambda count: lambda x: jax.ShapeDtypeStruct((batch, count, *x.shape[2:]), x.dtype)
+        some = call.on_queries(sized(halo + rows)).on_keys(sized(keys)).replace(own_keys=False)
         jaxpr = jax.make_jaxpr(lambda call: reference.weighed(call, None))(some).jaxpr
         return _products(jaxpr, [True] * len(jaxpr.invars))
 
+    of_row, of_longer_row = (cost(3, keys) - cost(2, keys) for keys in (num_keys, num_keys + 1))
+    of_pair = of_longer_row - of_row
     queries, keys = call.queries, call.keys
     visible = call.mask.dense(queries.positions, keys.positions, queries.segment_ids, keys.segment_ids)[:, halo:]
-    pairs.append((cost(3) - cost(2)) / (batch * num_keys) * visible.sum())
+    pairs.append(of_pair / batch * visible.sum() + (of_row - num_keys * of_pair) * call.length)
     return jnp.zeros((batch, call.length, call.q.shape[2], num_channels), call.q.dtype)
 
 
