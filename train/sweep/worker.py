@@ -45,17 +45,21 @@ def work(folder: Path, number: int = 0, count: int = 1, failures: Mapping[str, i
         for run in (*sweep.runs[first:], *sweep.runs[:first]):
             if worker.is_due(run) and (patient or claims.holder(folder, run) is None) and not worker.take(run):
                 return STOPPED
-    return FAILED if any(claims.status(folder, run) == "failed" for run in sweep.runs) else DONE
+    return FAILED if worker.lost or any(claims.status(folder, run) == "failed" for run in sweep.runs) else DONE
 
 
 class _Worker:
     def __init__(self, folder: Path, sweep: Sweep, failures: Mapping[str, int]):
         self.folder, self.sweep = folder, sweep
-        self.failures = dict(failures)
+        self.failures = failures
         """By run: one that has failed since is for the next command."""
+        self.lost: set[str] = set()
+        """Runs that this worker could not keep track of, as where the disk is full."""
 
     def is_due(self, run: Run) -> bool:
-        """Whether it is not over, and has not failed since this worker began."""
+        """Whether it is not over, and has not failed since."""
+        if run.name in self.lost:
+            return False
         found = claims.outcome(self.folder, run)
         return found is None or (found.status not in OVER and found.failures == self.failures[run.name])
 
@@ -80,7 +84,7 @@ class _Worker:
             log.info("%s is left to another worker: %s", run.name, error)
         except OSError as error:  # of the claim or the outcome: the run is as it was
             log.error("%s cannot be kept track of: %s", run.name, error)
-            self.failures[run.name] = -1
+            self.lost.add(run.name)
         return True
 
     def _train(self, run: Run) -> Outcome | None:
