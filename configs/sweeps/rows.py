@@ -1,8 +1,8 @@
 """Rows of overrides, one a run, and how they are put together.
 
-    product(each("model.d_model", 32, 64), each("optimizer.learning_rate", 1e-3, 3e-3))      # 4 rows
-    zipped(each("seed", 0, 1), each("data.seed", 0, 1))                                      # 2 rows
-    chain(each("model.pattern", "softmax"), each("model.pattern", "gla*3,softmax"))          # 2 rows
+product(each("model.d_model", 32, 64), each("optimizer.learning_rate", 1e-3, 3e-3))      # 4 rows
+zipped(each("seed", 0, 1), each("data.seed", 0, 1))                                      # 2 rows
+chain(each("model.pattern", "softmax"), each("model.pattern", "gla*3,softmax"))          # 2 rows
 """
 
 from __future__ import annotations
