@@ -30,8 +30,10 @@ from plait.train.commands.evaluate import parse as parse_eval
 from plait.train.commands.generate import GenerateArgs
 from plait.train.commands.plan import PlanArgs
 from plait.train.commands.report import ReportArgs
+from plait.train.commands.sweep import SweepArgs
 from plait.train.pods.hosts.host import host_options
 from plait.train.pods.plan.topology import parse_target
+from plait.train.sweep.asked import asked_for
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -93,6 +95,10 @@ def test_command_is_known_and_parses(command):
         from plait.train.pods import launch_files
 
         launch_files.prepare(rest)
+    elif name == "sweep":
+        mine, (preset, *overrides) = split_options(SweepArgs, rest)
+        parse(SweepArgs, mine, prog="launch.py sweep")
+        asked_for(preset, overrides, None)
     elif name == "plan":
         mine, (preset, *overrides) = split_options(PlanArgs, rest)
         options = parse(PlanArgs, mine, prog="launch.py plan")
@@ -141,6 +147,9 @@ def run_readme(place: Path, *, every_training: bool) -> None:
     for command in commands(README):
         args = arguments(command)
         if args is None:
+            continue
+        if args[0] == "sweep":
+            run([*args, *SMALL, "--mesh.data", "1"] if every_training else [*args, "--dry-run"])
             continue
         if args[0] != "train":
             run(args)
@@ -238,6 +247,7 @@ from plait.train.probes.base import Probes
 
 jax.config.update("jax_disable_most_optimizations", True)
 names = {"mixer": "fading", "channel mixer": "squared_relu", "optimizer": "lion", "task": "copying", "probe": "output_norm"}
+names["sweep"] = "depth_or_width"
 for kind, name in names.items():
     assert name in registry(kind), name
     assert main(["list", registry(kind).plural]) == 0

@@ -21,7 +21,8 @@ from plait.configs.experiment import ExperimentConfig
 from plait.configs.sweeps.rows import Rows, each, product, replaced, words
 
 PATTERN = "model.pattern"
-_NAME = str(object())
+_NAME = object()
+"""Stands for the annotation of what takes the name of a component."""
 
 
 def multiplied(start: ExperimentConfig, rows: Rows, args: Sequence[str]) -> Rows:

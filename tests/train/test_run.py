@@ -60,6 +60,13 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(trained):
         runs.claim(changed(config, {"resume": True}))
 
 
+def test_the_cache_may_lie_elsewhere_when_a_run_goes_on(trained):
+    config, _ = trained
+    assert runs.claim(changed(config, {"resume": True, "data.cache_dir": "elsewhere"}))
+    with pytest.raises(runs.RunError, match=r"started with another config: data\.seed: 0 -> 1"):
+        runs.claim(changed(config, {"resume": True, "data.seed": 1}))
+
+
 def test_files_of_others_do_not_make_a_folder_a_run(config):
     folder = setup_folder(config)
     (folder / "checkpoints").mkdir(parents=True)

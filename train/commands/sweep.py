@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -40,7 +42,7 @@ def run(args: Sequence[str]) -> int:
     if WORKER in os.environ:
         from plait.train.sweep.worker import work
 
-        return work(Path(args[0]), *map(int, os.environ[WORKER].split("/")))
+        return work(Path(args[0]), **json.load(sys.stdin))
     if not args or args[0].startswith("-"):
         if {"-h", "--help"} & set(args):
             parse(SweepArgs, ["--help"], prog="launch.py sweep NAME|PRESET|FOLDER [options of train, with lists]")

@@ -12,7 +12,7 @@ from plait.configs.presets import preset, presets
 from plait.configs.sweeps.base import SWEEPS, SweepConfig
 from plait.configs.sweeps.lists import multiplied
 from plait.configs.sweeps.rows import product, seeds
-from plait.configs.words import parse
+from plait.configs.words import flag, parse
 from plait.train.sweep.record import SWEEP, Sweep, asked, check, read
 from plait.train.sweep.runs import SweepError, resolved
 
@@ -41,6 +41,10 @@ def asked_for(name: str, args: Sequence[str], out: Path | None, *, begun_elsewhe
     study, rest = _study(name, args)
     rows = multiplied(preset(study.preset), study.rows(), rest)
     if study.seeds is not None:
+        if given := next((key for row in rows for key in row if key in ("seed", "data.seed")), None):
+            raise SweepError(
+                f"{given} is given, and seeds={study.seeds} numbers the runs of each row; use --seeds None, or leave {flag(given)} out"
+            )
         rows = product(rows, seeds(study.seeds))
     found = asked((name, *args), resolved(study.preset, rows))
     folder = out or Path("sweeps") / name

@@ -9,14 +9,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from plait.configs import codec
 from plait.configs.files import write_atomically
 from plait.train.run_folder.contents import CONFIG
-from plait.train.run_folder.lines import strict
+from plait.train.run_folder.lines import METRICS, read_lines, strict
 from plait.train.run_folder.owner import Record, last_owner
 from plait.train.sweep.runs import Run
 
@@ -67,6 +67,17 @@ def write_outcome(folder: Path, run: Run, found: Outcome) -> None:
     write_atomically(claim(folder, run) / _OUTCOME, json.dumps(strict(codec.encode(found)), indent=1) + "\n")
 
 
+def failures(folder: Path, runs: Sequence[Run]) -> dict[str, int]:
+    """By run, how often each has failed."""
+    found = {run.name: outcome(folder, run) for run in runs}
+    return {name: 0 if one is None else one.failures for name, one in found.items()}
+
+
+def failed(folder: Path, run: Run, error: str) -> Outcome:
+    """The outcome of a run that has failed once more."""
+    return Outcome(status="failed", error=error, failures=failures(folder, [run])[run.name] + 1, **progress(folder, run))
+
+
 def holder(folder: Path, run: Run) -> Record | None:
     """The worker that has the run, as far as that is known here without waiting; None where none has, or it is dead."""
     found = last_owner(claim(folder, run))
@@ -83,3 +94,18 @@ def status(folder: Path, run: Run) -> Status:
     if found is not None:
         return found.status
     return "interrupted" if (run_folder(folder, run) / CONFIG).exists() else "queued"
+
+
+def progress(folder: Path, run: Run) -> dict[str, Any]:
+    """How far a run has come, as its own metrics tell: step and seconds."""
+    last = latest(folder, run)
+    return {"step": int(last.get("step", 0)), "seconds": float(last.get("seconds", 0.0))}
+
+
+def latest(folder: Path, run: Run) -> dict[str, Any]:
+    """The last of each metric of a run, with its last step, tokens and seconds; empty where there is nothing that can be read."""
+    try:
+        lines = read_lines(run_folder(folder, run) / METRICS)[0]
+    except ValueError:
+        return {}
+    return {name: value for _, line in lines for name, value in line.items()}

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import json
 import logging
 import os
 import platform
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from plait.train.pods.hosts.supervise import BAD_INPUT, DONE, FAILED, LAUNCH, STOPPED, Signals
 from plait.train.run_folder.owner import FolderInUse, owned
-from plait.train.sweep import claims, table
-from plait.train.sweep.claims import Outcome
+from plait.train.sweep import claims
 from plait.train.sweep.devices import Share
 from plait.train.sweep.record import Sweep
 from plait.train.sweep.runs import Run
@@ -24,14 +24,14 @@ from plait.train.sweep.runs import Run
 log = logging.getLogger("plait")
 
 WORKER = "PLAIT_SWEEP_WORKER"
-"""Set for a process that is a worker, to its number here and theirs, as `0/2`."""
+"""Set for a process that is a worker; what it must know besides comes by its standard input."""
 MOST_DEATHS = 2
 """Workers that may die in one run before it counts as failed."""
 _POLL_SECONDS = 0.2
 
 
 class _Worker:
-    def __init__(self, folder: Path, number: int, shares: Sequence[Share]):
+    def __init__(self, folder: Path, number: int, shares: Sequence[Share], failures: Mapping[str, int]):
         logs = folder / "logs"
         with contextlib.ExitStack() as stack:
             output = None
@@ -41,12 +41,16 @@ class _Worker:
             self.number = number
             self.process = subprocess.Popen(
                 [*LAUNCH, "sweep", str(folder)],
-                env={**os.environ, **shares[number].variables, WORKER: f"{number}/{len(shares)}"},
-                stdin=subprocess.DEVNULL,
+                env={**os.environ, **shares[number].variables, WORKER: "1"},
+                stdin=subprocess.PIPE,
+                text=True,
                 stdout=output,
                 stderr=output,
                 start_new_session=True,  # a Ctrl-C reaches it through this process only
             )
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError), self.process.stdin as told:
+            json.dump({"number": number, "count": len(shares), "failures": failures}, told)
         if (cores := shares[number].cores) is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.sched_setaffinity(self.process.pid, cores)
@@ -60,8 +64,9 @@ def run_workers(folder: Path, sweep: Sweep, shares: Sequence[Share]) -> int:
     """Until no run is left that nobody has; the exit status of the sweep."""
     deaths: collections.Counter[str] = collections.Counter()
     statuses: list[int] = []
+    failures = claims.failures(folder, sweep.runs)
     with Signals() as signals:
-        workers = [_Worker(folder, number, shares) for number in range(len(shares))]
+        workers = [_Worker(folder, number, shares, failures) for number in range(len(shares))]
         try:
             while workers:
                 signals.children = workers
@@ -76,7 +81,7 @@ def run_workers(folder: Path, sweep: Sweep, shares: Sequence[Share]) -> int:
                     if status in (DONE, FAILED, BAD_INPUT, STOPPED) or signals.asked:
                         statuses.append(status if status in (DONE, FAILED, BAD_INPUT) else STOPPED)
                     elif _outlived(folder, sweep, worker, deaths):
-                        workers.append(_Worker(folder, worker.number, shares))
+                        workers.append(_Worker(folder, worker.number, shares, failures))
                     else:
                         statuses.append(FAILED)
         finally:
@@ -98,12 +103,7 @@ def _outlived(folder: Path, sweep: Sweep, worker: _Worker, deaths: collections.C
     log.warning("worker %d %s in %s; another one takes its place", worker.number, how, run.name)
     if deaths[run.name] >= MOST_DEATHS:
         with contextlib.suppress(FolderInUse), owned(claims.claim(folder, run)):
-            before = claims.outcome(folder, run)
-            failures = 1 + (0 if before is None else before.failures)
-            error = f"its worker {how}, {deaths[run.name]} times"
-            claims.write_outcome(
-                folder, run, Outcome(status="failed", error=error, failures=failures, **table.progress(folder, run))
-            )
+            claims.write_outcome(folder, run, claims.failed(folder, run, f"its worker {how}, {deaths[run.name]} times"))
     return True
 
 

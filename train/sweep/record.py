@@ -69,8 +69,7 @@ def begun(folder: Path, sweep: Sweep) -> Sweep:
                 if not (folder / SWEEP).exists():
                     if changes := hardware.changes():
                         write_atomically(folder / CHANGES, changes)
-                    codec_text = json.dumps(codec.encode(sweep), indent=1) + "\n"
-                    write_atomically(folder / SWEEP, codec_text)
+                    write_atomically(folder / SWEEP, json.dumps(codec.encode(sweep), indent=1) + "\n")
         except FolderInUse:
             time.sleep(0.2)
     found = read(folder)
@@ -102,7 +101,7 @@ def _differences(old: list[Run], new: list[Run]) -> list[str]:
     before, now = ({key(run): run for run in runs} for runs in (old, new))
     found = []
     for name in before.keys() & now.keys():
-        changed = codec.differences(*(_leaves(one[name]) for one in (before, now)))
+        changed = codec.differences(_leaves(before[name]), _leaves(now[name]))
         found += [f"{shown(before[name].overrides)}: {line}" for line in changed]
     found += [f"there and not asked for now: {shown(run.overrides)}" for name, run in before.items() if name not in now]
     found += [f"asked for now and not there: {shown(run.overrides)}" for name, run in now.items() if name not in before]

@@ -6,6 +6,7 @@ import collections
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -21,7 +22,7 @@ from plait.train.sweep import claims
 from plait.train.sweep.claims import OVER
 from plait.train.sweep.record import Sweep
 from plait.train.sweep.runs import Run
-from plait.train.sweep.table import latest, varying
+from plait.train.sweep.table import varying
 
 _TOKENIZER_ELSEWHERE = 32_768  # stands for a vocabulary that only the corpus can tell
 _LIVE_SECONDS = 2.0
@@ -63,7 +64,7 @@ def status_table(folder: Path, sweep: Sweep) -> tuple[Table, bool]:
     return table, all(state in OVER for state in states.values())
 
 
-def tally(counted: Mapping[str, int]) -> str:
+def tally(counted: Mapping[Any, int]) -> str:
     """How many runs stand how, in words."""
     return ", ".join(f"{counted[state]} {state}" for state in _COLOURS if counted.get(state)) or "no runs"
 
@@ -119,7 +120,7 @@ def _rate(runs: Sequence[Run], flops: Sequence[float], folder: Path, presets_run
 
 
 def _standing(folder: Path, run: Run, state: str) -> list[str]:
-    last, steps = latest(folder, run), run.config.steps
+    last, steps = claims.latest(folder, run), run.config.steps
     step, seconds, loss = last.get("step", 0), last.get("seconds", 0.0), last.get("loss/train")
     left = format_seconds(seconds / step * (steps - step)) if state == "running" and step else ""
     ended, record = claims.outcome(folder, run), claims.holder(folder, run)

@@ -13,7 +13,6 @@ import pyarrow.parquet as pq
 
 from plait.configs import codec
 from plait.configs.files import write_atomically
-from plait.train.run_folder.lines import METRICS, read_lines
 from plait.train.sweep import claims
 from plait.train.sweep.record import Sweep
 from plait.train.sweep.runs import Run
@@ -43,7 +42,7 @@ def records(folder: Path, sweep: Sweep) -> list[dict[str, Any]]:
     found = []
     for run in sweep.runs:
         ended = claims.outcome(folder, run)
-        state = claims.status(folder, run)
+        state: str = claims.status(folder, run)
         state = (
             "unfinished" if state in ("running", "interrupted") else state
         )  # which of them changes without a trace in this table
@@ -65,21 +64,6 @@ def varying(runs: tuple[Run, ...]) -> dict[str, dict[str, Any]]:
         values[run.name] = {key: leaves.get(key, run.overrides.get(key)) for key in keys}
     differing = [key for key in next(iter(values.values())) if len({repr(one[key]) for one in values.values()}) > 1]
     return {name: {key: one[key] for key in differing} for name, one in values.items()}
-
-
-def progress(folder: Path, run: Run) -> dict[str, Any]:
-    """How far a run has come, as its own metrics tell: step and seconds."""
-    last = latest(folder, run)
-    return {"step": int(last.get("step", 0)), "seconds": float(last.get("seconds", 0.0))}
-
-
-def latest(folder: Path, run: Run) -> dict[str, Any]:
-    """The last of each metric of a run, with its last step, tokens and seconds; empty where there is nothing that can be read."""
-    try:
-        lines = read_lines(claims.run_folder(folder, run) / METRICS)[0]
-    except ValueError:
-        return {}
-    return {name: value for _, line in lines for name, value in line.items()}
 
 
 def _column(values: list[Any]) -> pa.Array:

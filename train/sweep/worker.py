@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import logging
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -28,32 +29,37 @@ log = logging.getLogger("plait")
 COMPILED, DATA = "compiled", "data"
 
 
-def work(folder: Path, number: int = 0, count: int = 1) -> int:
+def work(folder: Path, number: int = 0, count: int = 1, failures: Mapping[str, int] | None = None) -> int:
     """Trains runs of the sweep in `folder` that nobody has, and gives the exit status: done, failed where one is, or stopped by a signal.
 
     Args:
         number: of this worker among the `count` on this machine, which begin at different runs: neighbours are alike, and the second of
             them finds its program compiled.
+        failures: by run, when the command began; None where that is now.
     """
     sweep = read(folder)
     _share_programs(folder)
-    worker = _Worker(folder, sweep)
+    worker = _Worker(folder, sweep, claims.failures(folder, sweep.runs) if failures is None else failures)
     first = number * len(sweep.runs) // count
     for patient in (False, True):  # what others seem to have is watched at the end, which takes its time
         for run in (*sweep.runs[first:], *sweep.runs[:first]):
             if worker.is_due(run) and (patient or claims.holder(folder, run) is None) and not worker.take(run):
                 return STOPPED
-    return FAILED if any(claims.status(folder, run) == "failed" for run in sweep.runs) else DONE
+    return FAILED if worker.lost or any(claims.status(folder, run) == "failed" for run in sweep.runs) else DONE
 
 
 class _Worker:
-    def __init__(self, folder: Path, sweep: Sweep):
+    def __init__(self, folder: Path, sweep: Sweep, failures: Mapping[str, int]):
         self.folder, self.sweep = folder, sweep
-        self.failures = {run.name: self._failures(run) for run in sweep.runs}
-        """By run, at the start: one that has failed since is for the next command."""
+        self.failures = failures
+        """By run: one that has failed since is for the next command."""
+        self.lost: set[str] = set()
+        """Runs that this worker could not keep track of, as where the disk is full."""
 
     def is_due(self, run: Run) -> bool:
-        """Whether it is not over, and has not failed since this worker began."""
+        """Whether it is not over, and has not failed since."""
+        if run.name in self.lost:
+            return False
         found = claims.outcome(self.folder, run)
         return found is None or (found.status not in OVER and found.failures == self.failures[run.name])
 
@@ -78,7 +84,7 @@ class _Worker:
             log.info("%s is left to another worker: %s", run.name, error)
         except OSError as error:  # of the claim or the outcome: the run is as it was
             log.error("%s cannot be kept track of: %s", run.name, error)
-            self.failures[run.name] = -1
+            self.lost.add(run.name)
         return True
 
     def _train(self, run: Run) -> Outcome | None:
@@ -91,7 +97,7 @@ class _Worker:
             if not (isinstance(error, TrainingFailed | OSError) or (isinstance(error, ValueError) and is_bad_input(error))):
                 log.error("%s", traceback.format_exc())
             message = f"{type(error).__name__}: {error}"[:2000]
-            return Outcome(status="failed", error=message, failures=self._failures(run) + 1, **table.progress(self.folder, run))
+            return claims.failed(self.folder, run, message)
         finally:
             forget_chosen()
             jax.clear_caches()
@@ -101,13 +107,10 @@ class _Worker:
         return self._ended(run, result)
 
     def _ended(self, run: Run, result: Result) -> Outcome:
-        metrics = {name: value for name, value in table.latest(self.folder, run).items() if "/" in name}
+        metrics = {name: value for name, value in claims.latest(self.folder, run).items() if "/" in name}
+        failures = claims.failures(self.folder, [run])[run.name]
         status: Literal["stopped", "done"] = "stopped" if result.by_event else "done"
-        return Outcome(status=status, failures=self._failures(run), metrics=metrics, **table.progress(self.folder, run))
-
-    def _failures(self, run: Run) -> int:
-        found = claims.outcome(self.folder, run)
-        return 0 if found is None else found.failures
+        return Outcome(status=status, failures=failures, metrics=metrics, **claims.progress(self.folder, run))
 
 
 def _placed(config: ExperimentConfig, folder: Path, run: Run) -> ExperimentConfig:
@@ -118,7 +121,7 @@ def _placed(config: ExperimentConfig, folder: Path, run: Run) -> ExperimentConfi
 
 def _share_programs(folder: Path) -> None:
     """Compiled programs are kept in the sweep's folder, or where JAX_COMPILATION_CACHE_DIR says, so that equal ones compile once."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str((folder / COMPILED).absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

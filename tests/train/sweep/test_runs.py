@@ -91,6 +91,7 @@ def test_dry_run_shows_runs_and_starts_none(tmp_path, monkeypatch, capsys):
         ("sweep ration", "'ration' is no study, no preset and no folder with a sweep.json; did you mean 'ratio'?"),
         ("sweep lm_tiny --seed 0,x --dry-run", "row 2: seed=x: seed='x' must be a whole number"),
         ("sweep lm_tiny --seed 0 --status", "holds no sweep.json"),
+        ("sweep ratio --seed 5 --dry-run", "seed is given, and seeds=3 numbers the runs of each row; use --seeds None"),
         ("sweep ratio --mixer glaa --dry-run", "mixer='glaa' must be one of"),
     ],
 )

@@ -36,10 +36,11 @@ def test_runs_end_once_fail_alone_and_are_left_to_who_has_them(tmp_path, corpus,
     assert standing(tmp_path, sweep)[2] == "queued" and not folders[2].exists()
 
     folders[1].unlink()
-    before = (folders[0] / "metrics.jsonl").stat().st_mtime_ns
+    left = [folders[0] / "metrics.jsonl", claims.claim(tmp_path, sweep.runs[0]) / "outcome.json"]
+    before = [path.stat().st_mtime_ns for path in left]
     assert work(tmp_path) == DONE
     assert standing(tmp_path, sweep) == ["done"] * 3 and claims.outcome(tmp_path, sweep.runs[1]).failures == 1
-    assert (folders[0] / "metrics.jsonl").stat().st_mtime_ns == before, "what is done is left as it is"
+    assert [path.stat().st_mtime_ns for path in left] == before, "what is done is left as it is"
     assert work(tmp_path) == DONE
     for folder in folders:
         assert [line["step"] for line in read_metrics(folder) if "loss/train" in line] == [1, 2, 3, 4]
