@@ -28,6 +28,7 @@ from plait.configs.words import parse
 from plait.train.commands import convert
 from plait.train.commands.evaluate import parse as parse_eval
 from plait.train.commands.generate import GenerateArgs
+from plait.train.commands.inspect_run import InspectArgs
 from plait.train.commands.plan import PlanArgs
 from plait.train.commands.report import ReportArgs
 from plait.train.pods.hosts.host import host_options
@@ -107,7 +108,7 @@ def test_command_is_known_and_parses(command):
     elif name == "convert":
         convert.parsed(rest)
     else:
-        parse({"generate": GenerateArgs, "report": ReportArgs}[name], rest, prog=f"launch.py {name}")
+        parse({"generate": GenerateArgs, "report": ReportArgs, "inspect": InspectArgs}[name], rest, prog=f"launch.py {name}")
 
 
 @pytest.fixture(scope="module")
