@@ -93,6 +93,7 @@ def test_the_page_has_figures_and_both_models(inspected):
     page = (out / "index.html").read_text()
     for what in ("plait inspection", "all heads", "without 1.2,2.5", "needle tokens recalled", "Token by token"):
         assert what in page
+    assert "extreme ones of each mixer" not in page, "the named head is pictured"
     names = {path.stem for path in out.glob("*.png")}
     assert {"received", "sizes", "made_of", "attention", "attention_1", "final", "attention-over-training"} <= names
 
