@@ -17,6 +17,8 @@ USAGE = """usage: launch.py [--verbose] COMMAND ...
   train PRESET [--steps 2000] [--model.pattern "gla*3,softmax"] [--out runs/a] [--resume]   (train PRESET --help lists every option)
         [--init-from RUN]                                     (the weights of a run; without PRESET its model too: docs/fine-tuning.md)
         [--hosts.local 2 | --hosts.coordinator HOST:PORT --hosts.count N --hosts.index I]                  on many hosts: docs/reliability.md
+  sweep NAME|PRESET [--optimizer.learning-rate 1e-3,3e-3] [--seed 0,1,2] [--seeds 3] [--out sweeps/lr] [--workers 2] [--dry-run | --status]
+        [any option of train, with several values]                              (many runs, any number of workers: docs/sweeps.md)
   plan PRESET --target v5p:4x8x8 [--slices N] [--search [--compile 2]] [--out plans/a] [any option of train]
   eval RUN [--tasks ppl,mqar] [--step N] [--mqar.num-kv-pairs 16] [--data.source other.txt] [--out FILE]
   generate RUN [--prompt "..."] [--num-tokens 200] [--temperature 0.8] [--top-k 40] [--top-p 0.9]
@@ -27,7 +29,7 @@ USAGE = """usage: launch.py [--verbose] COMMAND ...
   convert inspect DIR | convert import DIR RUN | convert export RUN DIR                                   (published models: docs/conversion.md)
   convert reshape RUN NEW KIND [--text FILE] [options of the kind]              (another model of a trained one: docs/conversion.md#reshape)
   convert linearize RUN NEW --pattern "lolcats*3,softmax" [options of train]    (softmax attention made linear: docs/conversion.md#linearise)
-  list presets|mixers|channel-mixers|positions|optimizers|tasks|probes|kernels|model-types|reshapes [NAME ...]
+  list presets|sweeps|mixers|channel-mixers|positions|optimizers|tasks|probes|kernels|model-types|reshapes [NAME ...]
 
 Results are written to standard output, all else to standard error. --verbose before COMMAND says more, such as why no other kernel ran.
 """
@@ -35,6 +37,7 @@ Results are written to standard output, all else to standard error. --verbose be
 
 COMMANDS = {
     "train": "train",
+    "sweep": "sweep",
     "plan": "plan",
     "eval": "evaluate",
     "generate": "generate",

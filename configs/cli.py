@@ -19,6 +19,11 @@ def parse_experiment(name: str | ExperimentConfig, args: Sequence[str], prog: st
     A new `--model.pattern` is applied first and then the components that are named, so that the options of all of them exist. Raises
     ValueError for bad values and for words that are no options, naming the nearest.
     """
+    return validate(unchecked_experiment(name, args, prog))
+
+
+def unchecked_experiment(name: str | ExperimentConfig, args: Sequence[str], prog: str = "launch.py train") -> ExperimentConfig:
+    """What `parse_experiment` gives, whose values may not go together."""
     words = list(args)
     config = preset(name) if isinstance(name, str) else name
     what, prog = (f"preset {name}", f"{prog} {name}") if isinstance(name, str) else (f"a run from {name.init_from}", prog)
@@ -38,5 +43,4 @@ def parse_experiment(name: str | ExperimentConfig, args: Sequence[str], prog: st
             description=f"Options of {what}. Before they are read, components are exchanged by name:\n\n{offers(flags)}",
             others=[flag for paths in flags.values() for flag in paths],
         )
-        config = dataclasses.replace(config, model=renamed(config.model, before))
-    return validate(config)
+        return dataclasses.replace(config, model=renamed(config.model, before))

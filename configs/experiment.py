@@ -61,11 +61,13 @@ class ExperimentConfig(Config):
         object.__setattr__(self, "event", Table(self.event))
 
     def check(self) -> None:
-        if self.spike.action == "rewind" and self.spike.sigma is not None and self.checkpoint_every is None:
-            raise ValueError("spike.action=rewind needs checkpoints to go back to; set checkpoint_every")
-        for kind, event in self.event.items():
-            if event.action == "rewind" and self.checkpoint_every is None:
-                raise ValueError(f"event.{kind}.action=rewind needs checkpoints to go back to; set checkpoint_every")
+        going_back = ["spike.action"] if self.spike.action == "rewind" and self.spike.sigma is not None else []
+        going_back += [f"event.{kind}.action" for kind, event in self.event.items() if event.action == "rewind"]
+        if going_back and (self.checkpoint_every is None or self.checkpoint_every >= self.steps):
+            raise ValueError(
+                f"{going_back[0]}=rewind needs checkpoints to go back to, not checkpoint_every={self.checkpoint_every} of steps={self.steps}; "
+                "set checkpoint_every, to less than the steps"
+            )
         if self.model.lora.rank is not None and self.init_from is None:
             raise ValueError(
                 f"model.lora.rank={self.model.lora.rank} trains adapters of weights that are there, and init_from is None; name their run "

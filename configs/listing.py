@@ -27,6 +27,7 @@ KINDS = {
     "probe": "plait.train.probes.base",
     "model type": "plait.models.hf.base",
     "reshape": "plait.train.convert.reshapes.base",
+    "sweep": "plait.configs.sweeps.base",
 }
 """The kinds of components, and the module that makes the registry of each."""
 WIDTH, LENGTH = 1024, 4096

@@ -90,6 +90,11 @@ def flag(path: str) -> str:
     return f"--{path.replace('_', '-')}"
 
 
+def hints(config: Any) -> dict[str, Any]:
+    """The annotation, without its domain, of what each flag sets in a config."""
+    return {flag(one.path): one.plain for one in _options(type(config), config)}
+
+
 def _options(schema: type, default: Any) -> Iterator[Option]:
     for field in dataclasses.fields(schema):
         value = default_of(field) if default is None else getattr(default, field.name)

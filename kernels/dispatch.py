@@ -154,6 +154,11 @@ def chosen() -> dict[str, str]:
     return {op: ", ".join(names) for op, names in _chosen.items()}
 
 
+def forget_chosen() -> None:
+    """Begins anew what `chosen` tells, as for another run in this process."""
+    _chosen.clear()
+
+
 def called_by(function: Callable[..., Any], *args: Any) -> list["Op"]:
     """The ops that `function(*args)` calls, by name; it is traced, not run."""
     found: set[Op] = set()

@@ -13,8 +13,8 @@ class QKClipConfig(Config):
     """QK-clip of MuonClip (Kimi K2, 2507.20534), with any optimizer.
 
     A head whose largest logit S in the step is above the threshold t has r = t / S; after the update its query projection is multiplied
-    by r^alpha and its key projection by r^(1 - alpha). A key that several heads share is left alone, and what meets it of the query is
-    multiplied by r: in latent attention the rotated channels, in grouped-query attention the whole head.
+    by r^alpha and its key projection by r^(1 - alpha). A key that several heads share, or that is the value too, is left alone, and what
+    meets it of the query is multiplied by r: in latent attention the rotated channels, in grouped-query attention the whole head.
     """
 
     path = "model.qk_clip"

@@ -106,7 +106,7 @@ def test_command_is_known_and_parses(command):
     elif name == "eval":
         parse_eval(rest)
     elif name == "convert":
-        convert.parsed(rest)
+        convert.parsed(host_options(rest)[1] if rest[0] in convert.ON_HOSTS else rest)
     else:
         parse({"generate": GenerateArgs, "report": ReportArgs, "inspect": InspectArgs}[name], rest, prog=f"launch.py {name}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -69,6 +69,11 @@ class Actions(Memory):
         """Whether rewinds are counted."""
         return any(map(self._rewinds, [SpikeWatch.skipped, *self.config.event]))
 
+    def kept(self, step: int) -> list[int]:
+        """The steps whose checkpoints stay at a step: those that events asked for, and the last one to which the run may go back."""
+        every = self.config.checkpoint_every
+        return [*self.saves, step - step % every] if self.may_rewind and every is not None else self.saves
+
     def rate(self, step: int) -> np.ndarray:
         """What the learning rate of a step is multiplied by."""
         return np.asarray(math.prod(factor for first, factor in self.rates if first <= step), np.float32)
@@ -111,23 +116,50 @@ def watchers_of(
         if not mine:
             raise ConfigError(f"event.{kind} {_missing(config, kind, [name for watcher in watchers for name in watcher.kinds])}")
         if mine == [spikes]:
-            _check_skipped(config, kind)
+            _check_of_spikes(config, kind)
         if one.limit is None:
             continue
-        if not any(kind in watcher.limits for watcher in mine):
+        limited = [watcher for watcher in watchers if kind in watcher.limits]
+        if not limited:
             has = ", ".join(dict.fromkeys(name for watcher in watchers for name in watcher.limits))
             raise ConfigError(
                 f"event.{kind}.limit={one.limit:g} replaces none, as this kind has no limit; leave it out, or use {has}"
             )
-        for watcher in mine:
+        for watcher in limited:
+            least, most = watcher.bounded.get(kind, (0.0, math.inf))
+            if not least < one.limit < most:
+                usual = ", ".join(f"{limit:g}" for limit in watcher.limits[kind])
+                raise ConfigError(
+                    f"event.{kind}.limit={one.limit:g} must be between {least:g} and {most:g}, where what it is of lies; use {usual}"
+                )
             watcher.limits = {**watcher.limits, kind: (one.limit,)}
     return watchers, spikes
 
 
-def _check_skipped(config: ExperimentConfig, kind: str) -> None:
+def check_told(config: ExperimentConfig, watchers: Sequence[Watcher], told: Sequence[Collection[str]]) -> None:
+    """Raises ConfigError where no layer of the model tells what `config.event` is of; `told` are the names of each one's statistics."""
+    for kind in config.event:
+        if not any(watcher.sees(told) for watcher in watchers if kind in watcher.kinds):
+            raise ConfigError(
+                f"event.{kind} would never happen: no layer of model.pattern={config.model.pattern!r} tells what it is of; leave it out, "
+                "or use a mixer that does"
+            )
+
+
+def _check_of_spikes(config: ExperimentConfig, kind: str) -> None:
+    """Raises ConfigError where a run has no skipped steps or rewinds to do something about, or where it is to go back for them."""
+    back = config.event[kind].action == "rewind"
+    if kind != SpikeWatch.skipped:
+        if back:
+            raise ConfigError(f"event.{kind}.action=rewind would go back for having gone back; use lower_rate, or leave it out")
+        if not Actions(config).may_rewind:
+            raise ConfigError(
+                f"event.{kind} is of runs that go back, and this one does not; set --spike.action rewind or --event.KIND.action rewind"
+            )
+        return
     if config.spike.sigma is None:
         raise ConfigError(f"event.{kind} needs a rule of what a spike is, and spike.sigma is None; set --spike.sigma")
-    if config.event[kind].action == "rewind":
+    if back:
         raise ConfigError(f"event.{kind}.action=rewind is what spike.action=rewind says; use --spike.action rewind")
 
 

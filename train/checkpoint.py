@@ -23,6 +23,8 @@ from plait.train.state import TrainState
 
 log = logging.getLogger("plait")
 _METRIC = "loss/val"
+_PART = 2**28
+"""Bytes of an array that are compressed as one: while it is written or read, some of its parts are in memory beside it."""
 _PLAIN = re.compile(r"[\w /.,+=@~-]*")
 """Paths that the storage library takes as they are; it has patterns and schemes in which brackets, backslashes and colons say something."""
 
@@ -104,12 +106,14 @@ class Checkpoints:
         Raises:
             OSError: this checkpoint, or the one before, whose writing went on in the background, cannot be written.
         """
-        items = ocp.args.Composite(state=ocp.args.PyTreeSave(_tree(state)), extra=ocp.args.JsonSave(extra))
+        tree = _tree(state)
+        parts = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_PART), tree)
+        items = ocp.args.Composite(state=ocp.args.PyTreeSave(tree, parts), extra=ocp.args.JsonSave(extra))
         ranked = loss is not None and math.isfinite(loss)
         self._check()
         with self._writing():
             self._manager.wait_until_finished()
-            self._arrays = len(jax.tree.leaves(_tree(state)))
+            self._arrays = len(jax.tree.leaves(tree))
             self._manager.save(step, args=items, metrics={_METRIC: loss} if ranked else None)
 
     def steps(self) -> list[int]:

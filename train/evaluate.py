@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from plait.data.batch import Batch
 from plait.data.loader import Data
 from plait.models.lm import LM
-from plait.train.loss import token_losses, tokens_of
+from plait.train.loss import hidden_losses, tokens_of
 from plait.train.mesh import on_mesh
 from plait.train.pods.hosts.layout import batch_layout
 from plait.train.state import Arrays, Blueprint
@@ -25,6 +25,8 @@ LOGITS_AT_ONCE = 1 << 25
 """Logits that judging answers holds at most (128 MiB of float32)."""
 EARLY, LATE = 50, 500
 """Positions whose losses the in-context score compares. Source: In-context Learning and Induction Heads (2209.11895)."""
+JUDGED = 64
+"""Last positions of a row of text whose likeliest tokens are asked whether they repeat; of answers, all are."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,10 @@ class Evaluation:
     """What the task gives by name."""
     in_context: float | None = None
     """In-context score: the loss at position `LATE` less that at `EARLY` of the same document, in nats; None without one so long."""
+
+    repetition: float | None = None
+    """Share of predicted tokens, each the likeliest, that the next prediction of the document repeats; None without two that follow each
+    other. Source: What Happens During the Loss Plateau? (2506.13688), of what the model predicts of given text here."""
 
     @property
     def loss(self) -> float:
@@ -84,14 +90,17 @@ class Evaluation:
             found |= {f"position/{first}": loss for first, _, loss in self.by_position()}
         if self.in_context is not None:
             found["loss/in_context"] = self.in_context
+        if self.repetition is not None:
+            found["predictions/repetition"] = self.repetition
         return found | {f"task/{self.task}/{name}": value for name, value in self.scores.items()}
 
     def to_json(self) -> dict[str, Any]:
         """All of it, for a file."""
         rows = [{"first": first, "last": last, "loss": loss} for first, last, loss in self.by_position()]
         sizes = {"num_tokens": self.num_tokens} | ({} if self.num_bytes is None else {"num_bytes": self.num_bytes})
-        score = {} if self.in_context is None else {"in_context": self.in_context}
-        return {**self.named, **score, **sizes, "loss_by_position": rows}
+        scores = {"in_context": self.in_context, "repetition": self.repetition}
+        told = {name: value for name, value in scores.items() if value is not None}
+        return {**self.named, **told, **sizes, "loss_by_position": rows}
 
     def by_position(self) -> list[tuple[int, int, float]]:
         """`(first, last, loss)` of the positions in doubling ranges."""
@@ -114,13 +123,20 @@ class Evaluator:
         def score(params: Arrays, buffers: Arrays, batch: Batch, sizes: jax.Array | None) -> tuple[Any, ...]:
             with on_mesh(mesh, blueprint.config.optimizer.accumulate):
                 model = blueprint.build(params, buffers)
-                nll, right = judged_losses(model, batch) if has_answers else (token_losses(model, batch)[0], None)
+                hidden, _ = model.hidden(tokens_of(batch))
+                if has_answers:
+                    nll, likeliest = judged_losses(model, hidden, batch)
+                    repeated = repeats(likeliest, batch)
+                else:
+                    nll, _ = hidden_losses(model, hidden, batch)
+                    last = jax.tree.map(lambda a: a[:, -JUDGED:], batch)
+                    repeated = repeats(judged_losses(model, hidden[:, -JUDGED:], last)[1], last)
             mask = batch.loss_mask.astype(jnp.float32)
             num_bytes = None if sizes is None else jnp.where(batch.loss_mask > 0, sizes[batch.targets], 0).sum()
             by_position = lambda values: jnp.zeros(batch.tokens.shape[1], jnp.float32).at[batch.positions].add(values * mask)
             score = None if sizes is None else in_context(nll, batch)
-            judged = (batch, nll, right) if has_answers else None
-            return by_position(nll), by_position(jnp.ones_like(nll)), num_bytes, score, judged
+            judged = (batch, nll, (likeliest == batch.targets) & (mask > 0)) if has_answers else None
+            return by_position(nll), by_position(jnp.ones_like(nll)), num_bytes, score, repeated, judged
 
         self._score = jax.jit(score, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
@@ -131,13 +147,14 @@ class Evaluator:
         sizes = None if tokenizer is None else tokenizer.bytes_per_token.astype(np.int32)
         nats: Any = 0.0
         counts: Any = 0.0
-        num_bytes, in_context = 0, np.zeros(2)
+        num_bytes, in_context, repetition = 0, np.zeros(2), np.zeros(2)
         scores: dict[str, np.ndarray] = {}
         for batch in itertools.islice(iter(batches), limit):
-            by_position, count, size, score, judged = self._score(params, buffers, self._layout.place(batch), sizes)
+            by_position, count, size, score, repeated, judged = self._score(params, buffers, self._layout.place(batch), sizes)
             nats, counts = nats + np.asarray(by_position, np.float64), counts + np.asarray(count, np.float64)
             num_bytes += 0 if size is None else int(size)
             in_context += 0 if score is None else np.asarray(score, np.float64)
+            repetition += np.asarray(repeated, np.float64)
             if judged is not None:
                 for name, sums in task.scores(*jax.tree.map(np.asarray, judged)).items():
                     scores[name] = scores.get(name, np.zeros(2)) + np.asarray(sums, np.float64)
@@ -152,6 +169,7 @@ class Evaluator:
             nats_by_position=nats,
             tokens_by_position=counts,
             in_context=float(in_context[0] / in_context[1]) if in_context[1] else None,
+            repetition=float(repetition[0] / repetition[1]) if repetition[1] else None,
             scores={name: float(total / weight) if weight else math.nan for name, (total, weight) in scores.items()},
         )
 
@@ -163,19 +181,27 @@ def in_context(nll: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
     return jnp.where(both, nll[:, back:] - nll[:, :-back], 0).sum(), both.sum()
 
 
-def judged_losses(model: LM, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Negative log-likelihood in nats of each target and whether it is the likeliest token, `[B, T]`; 0 and False off the loss mask."""
-    hidden, _ = model.hidden(tokens_of(batch))
+def repeats(likeliest: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """How many of the predicted tokens `[B, T]` the document's next one repeats, and how many have a next one."""
+    asked, segments = batch.loss_mask > 0, batch.segment_ids
+    both = asked[:, :-1] & asked[:, 1:] & (segments[:, :-1] == segments[:, 1:])
+    return (both & (likeliest[:, :-1] == likeliest[:, 1:])).sum(), both.sum()
+
+
+def judged_losses(model: LM, hidden: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Negative log-likelihood in nats of each target, 0 off the loss mask, and the likeliest token of each position, `[B, T]`.
+
+    `hidden` is what the head reads, `[B, T, D]`.
+    """
 
     def judge(one: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         hidden, targets = one  # [B, D], [B]
         logits = model.logits(hidden)
         target = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-        return jax.nn.logsumexp(logits, axis=-1) - target, jnp.argmax(logits, axis=-1) == targets
+        return jax.nn.logsumexp(logits, axis=-1) - target, jnp.argmax(logits, axis=-1)
 
     vocab_size = model.config.vocab_size or 1
     at_once = max(1, LOGITS_AT_ONCE // (hidden.shape[0] * vocab_size))
     columns = (jnp.moveaxis(hidden, 1, 0), jnp.moveaxis(batch.targets, 1, 0))
-    nll, right = (jnp.moveaxis(x, 0, 1) for x in jax.lax.map(judge, columns, batch_size=min(at_once, hidden.shape[1])))
-    asked = batch.loss_mask > 0
-    return jnp.where(asked, nll, 0), right & asked
+    nll, likeliest = (jnp.moveaxis(x, 0, 1) for x in jax.lax.map(judge, columns, batch_size=min(at_once, hidden.shape[1])))
+    return jnp.where(batch.loss_mask > 0, nll, 0), likeliest

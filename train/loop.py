@@ -17,7 +17,7 @@ from plait.configs.experiment import ExperimentConfig
 from plait.kernels.chips import peak_flops
 from plait.train import origin as origins
 from plait.train import run as runs
-from plait.train.actions import Actions, Rewind, watchers_of
+from plait.train.actions import Actions, Rewind, check_told, watchers_of
 from plait.train.checkpoint import CheckpointError, Checkpoints
 from plait.train.clock import Clock
 from plait.train.evaluate import Evaluator
@@ -27,7 +27,7 @@ from plait.train.pods.hosts.failure import TrainingFailed
 from plait.train.pods.hosts.spread import Spread
 from plait.train.pods.hosts.termination import Termination
 from plait.train.probes.base import Probes
-from plait.train.probes.collect import describe_layers, probe_arrays, probe_metrics
+from plait.train.probes.collect import describe_layers, probe_arrays, probe_metrics, told
 from plait.train.probes.pictures import write_pictures
 from plait.train.run_folder import contents
 from plait.train.run_folder.gaps import gaps
@@ -65,6 +65,9 @@ def train(config: ExperimentConfig) -> Result:
     config = origins.settled(config)
     with runs.claimed(config) as (going_on, check):
         setup = runs.set_up(config)
+        if observer is not None and config.event:
+            watchers, _ = watchers_of(config, observer.probes, describe_layers(config.model))
+            check_told(config, watchers, told(setup.blueprint, observer))
         folder = Path(config.folder)
         with together.together("run folder"):
             if together.first():
@@ -182,7 +185,7 @@ class _Loop:
 
     def _rewind(self, cause: Rewind, position: int) -> tuple[TrainState, int, Event]:
         """The state of the last checkpoint and its step, the batches going on at `position`; and what to say of it."""
-        rewinds = self.actions.rewinds + 1
+        rewinds, rates = self.actions.rewinds + 1, self.actions.rates
         if rewinds > self.config.spike.max_rewinds:
             raise TrainingFailed(
                 f"{cause}, after spike.max_rewinds={rewinds - 1} rewinds; lower optimizer.learning_rate in a new run"
@@ -195,9 +198,10 @@ class _Loop:
             state, step, _ = self._start(back)
         skipped = position - self.iterator.step
         self.iterator.set_state({**self.iterator.get_state(), "step": position})
-        self.actions.rewinds = rewinds
+        self.actions.rewinds, self.actions.rates = rewinds, rates  # which are not undone
         text = f"{cause}: back to step {step:,}, leaving out the {skipped:,} batches since (rewind {rewinds})"
-        return state, step, Event(step + 1, "rewind", None, None, float(cause.step), float(rewinds), text)
+        event = Event(step + 1, "rewind", None, None, float(cause.step), float(rewinds), text)
+        return state, step, self.actions.take(event.step, [event])[0]
 
     def _steps(self, state: TrainState, step: int) -> tuple[TrainState, int]:
         config, pending, stopping = self.config, None, False
@@ -300,7 +304,7 @@ class _Loop:
             "seconds": self.clock.seconds,
         }
         with heartbeat.phase("save"):
-            self.checkpoints.kept.steps = self.actions.saves
+            self.checkpoints.kept.steps = self.actions.kept(step)
             self.checkpoints.save(step, state, extra, loss=loss)
 
     def _picture(self, state: TrainState, last: int) -> None:

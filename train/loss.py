@@ -27,11 +27,15 @@ def token_losses(model: LM, batch: Batch, observer: Observer | None = None) -> t
     if observer is not None:
         at = dataclasses.replace(at, predicted=batch.loss_mask > 0)
     hidden, extras = model.hidden(at, observer=observer)
+    return *hidden_losses(model, hidden, batch), extras
+
+
+def hidden_losses(model: LM, hidden: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """The first two of `token_losses`, of what the head reads, `[B, T, D]`."""
     weight = constrain(
         model.head_weight().astype(hidden.dtype), (EMBED, VOCAB)
     )  # where it lies is rounded, what is sent is small
-    nll, lse = cross_entropy(hidden, weight, batch.targets, loss_mask=batch.loss_mask, logit_soft_cap=model.config.logit_soft_cap)
-    return nll, lse, extras
+    return cross_entropy(hidden, weight, batch.targets, loss_mask=batch.loss_mask, logit_soft_cap=model.config.logit_soft_cap)
 
 
 def loss_terms(model: LM, batch: Batch, *, total: jax.Array, share: float, observer: Observer | None) -> tuple[jax.Array, dict]:

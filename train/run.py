@@ -38,6 +38,7 @@ from plait.train.state import Arrays, TrainState
 _FREE_ON_RESUME = ("out", "resume", "mesh", "log_every", "keep_last", "keep_best", "checkpoint_every", "wandb", "event")
 
 _OWN_TO_A_HOST = ("data.cache_dir",)
+"""Leaves that may differ between hosts, and when a run goes on: they say where something lies."""
 _CHANGES_PROGRAMS = (
     "XLA_FLAGS",
     "LIBTPU_INIT_ARGS",
@@ -62,7 +63,8 @@ def claim(config: ExperimentConfig) -> bool:
         return False
     saved = codec.encode(codec.load(ExperimentConfig, folder / CONFIG))
     different = codec.differences(saved, codec.encode(config))
-    changed = [line for line in different if line.split(":")[0].split(".")[0] not in _FREE_ON_RESUME]
+    names = {line: line.split(":")[0] for line in different}
+    changed = [line for line, name in names.items() if name.split(".")[0] not in _FREE_ON_RESUME and name not in _OWN_TO_A_HOST]
     if changed:
         raise RunError(
             f"out={str(folder)!r} was started with another config: {'; '.join(changed)}; resume with the same values, or use another --out"
@@ -96,8 +98,7 @@ def claimed(config: ExperimentConfig) -> Iterator[tuple[bool, Callable[[], None]
             return False
 
         going_on = decide("run folder", take)
-        if count() > 1:
-            _share(folder)
+        share(folder)
         yield going_on, check
 
 
@@ -105,8 +106,10 @@ def _nothing() -> None:
     """Hosts other than the first write nothing that the run has once."""
 
 
-def _share(folder: Path) -> None:
+def share(folder: Path) -> None:
     """Raises RunError on every host where some do not see the folder that host 0 sees."""
+    if count() == 1:
+        return
     token = broadcast(f".meeting-{uuid.uuid4().hex[:12]}")
     with together("run folder"):
         if first():

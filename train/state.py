@@ -16,8 +16,10 @@ from plait.configs.experiment import ExperimentConfig
 from plait.configs.optimizer import Parameter
 from plait.kernels import Tokens
 from plait.models.axes import EXPERTS, LAYERS, Axes
+from plait.models.block import Extras
 from plait.models.build import Adapter, Alone, Role
 from plait.models.lm import LM
+from plait.models.look import Observer
 from plait.models.lora import TARGETS
 from plait.train import mesh as meshes
 from plait.train.optimizers.precision import float32
@@ -75,10 +77,7 @@ class Blueprint:
 
     def _check_attention_losses(self) -> None:
         """Raises ValueError where a loss on attention is asked for and no layer has it."""
-        model, one = self.config.model, jax.ShapeDtypeStruct((1, 8), jnp.int32)
-        params, buffers = self.shapes()
-        hidden = lambda *state: self.build(*state[:2]).hidden(Tokens(*state[2:]))[1]
-        extras = jax.eval_shape(hidden, params, buffers, one, one, one)
+        model, extras = self.config.model, self.extras()
         for name, coefficient in model.attention_loss.asked.items():
             if not any(f"attention/{name}" in layer.losses for layer in extras):
                 raise ValueError(
@@ -147,6 +146,12 @@ class Blueprint:
         """Shapes and dtypes of `(params, buffers)`; unlike an abstract `init`, this traces nothing."""
         every = {name: jax.ShapeDtypeStruct(v.shape, v.dtype) for name, v in self._variables.items()}
         return {k: v for k, v in every.items() if k in self.params}, {k: v for k, v in every.items() if k not in self.params}
+
+    def extras(self, observer: Observer | None = None) -> list[Extras]:
+        """What each layer gives beside the stream, without its arrays."""
+        one = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+        hidden = lambda *state: self.build(*state[:2]).hidden(Tokens(*state[2:]), observer=observer)[1]
+        return jax.eval_shape(hidden, *self.shapes(), one, one, one)
 
     def split(self, model: LM) -> tuple[Arrays, Arrays]:
         """The `(params, buffers)` of a model."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 Values = Mapping[str, Any]
@@ -52,7 +52,13 @@ class Watcher(Memory, abc.ABC):
     kinds: Mapping[str, str]
     """Each kind of its events, and when it happens: the docs' line."""
     limits: Mapping[str, tuple[float, ...]] = {}
-    """Those of its kinds that have some; `--event.KIND.limit` replaces them."""
+    """Those of kinds that have some, its own and others that it looks for; `--event.KIND.limit` replaces them."""
+    bounded: Mapping[str, tuple[float, float]] = {}
+    """Between which two numbers a limit of a kind must lie, where what it is of does."""
+
+    def sees(self, told: Sequence[Collection[str]]) -> bool:
+        """Whether it may find something where layers tell the statistics of these names."""
+        return True
 
     @abc.abstractmethod
     def update(self, step: int, values: Values) -> list[Event]:

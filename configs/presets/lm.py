@@ -2,6 +2,7 @@
 
 from plait.configs.experiment import ExperimentConfig
 from plait.configs.optimizer import optimizer
+from plait.configs.probe import ProbeConfig
 from plait.data.config import DataConfig
 from plait.models.channel_mixers.gated_mlp import GatedMLPConfig
 from plait.models.config import LMConfig
@@ -35,6 +36,7 @@ def lm_quick() -> ExperimentConfig:
         data=DataConfig(source="sotu", tokenizer="bpe", vocab_size=4096, seq_len=256, batch_size=8),
         optimizer=optimizer("adamw", learning_rate=2e-3, warmup_steps=60, schedule="wsd", decay_fraction=0.4, final_ratio=0.02),
         probe_every=20,
+        probe=ProbeConfig(sequences=2),
         eval_every=100,
         eval_batches=8,
         checkpoint_every=100,

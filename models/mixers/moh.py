@@ -89,10 +89,10 @@ class MoHConfig(WrapperConfig):
         top_k = self.top_k if self.top_k is not None else -(-routed // 2)
         if top_k > routed:
             raise ValueError(f"top_k={top_k} must be at most the {routed} routed heads; use {routed} or less")
-        if self.router == "query_norm" and routed < 2:
+        if self.router == "query_norm" and routed < 3:
             raise ValueError(
-                f"num_shared_heads={self.num_shared_heads} must leave two heads of {num_heads} whose queries "
-                f"router='query_norm' compares; use at most {num_heads - 2}"
+                f"num_shared_heads={self.num_shared_heads} must leave three heads of {num_heads}, since router='query_norm' divides by "
+                f"the deviation of their queries, and two always differ by as much; use at most {num_heads - 3}, or router='learned'"
             )
         return routed, top_k
 

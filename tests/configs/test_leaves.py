@@ -96,6 +96,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     "moe.group_score_top_k": {"num_experts": 8, "num_groups": 2},
     "mega_chunk.max_distance": {"bias": "simple"},
     "moh.experts": {"num_shared_heads": 1},
+    "moh.router": {"num_shared_heads": 1},
     "mta.norm": {"depth_scale": False},
     "parallel.shared_output": {"parts": (SoftmaxConfig.example(), GLAConfig.example()), "norm": "heads"},
     "lolcats.qk_norm_over": {"qk_norm": True},

@@ -11,13 +11,16 @@ from plait.configs.event import EventConfig
 from plait.configs.experiment import ExperimentConfig
 from plait.configs.optimizer import optimizer
 from plait.data.loader import DataIterator
+from plait.models.mixers.linear.gla import GLAConfig
 from plait.tests.tolerances import assert_close
 from plait.tests.train.common import changed, different_arrays, program_of, random_batch, tiny
 from plait.tests.train.test_resume import last_state, lines_of, terminating
-from plait.train.actions import Actions, Rewind, watchers_of
+from plait.train.actions import Actions, Rewind, check_told, watchers_of
 from plait.train.loop import Result, train
+from plait.train.optimizers.schedule import make_schedule
 from plait.train.pods.hosts.failure import TrainingFailed
-from plait.train.probes.base import chosen
+from plait.train.probes.base import Probes, chosen
+from plait.train.probes.collect import describe_layers, told
 from plait.train.spikes import LossSpikes
 from plait.train.watchers import Event, load_states, states
 
@@ -91,7 +94,17 @@ def test_a_limit_replaces_those_that_are_declared():
     for step in range(1, 33):
         spikes.update(step, {"loss/train": 3.0 + 0.1 * (step % 2)})
     assert spikes.update(33, {"loss/train": 4.0}) == [], "above 6 deviations, below 50"
-    assert limited("model_entropy_collapse", 0.4).limits == {"model_entropy_collapse": (0.4,)}
+    assert limited("model_entropy_collapse", 0.4).limits["model_entropy_collapse"] == (0.4,)
+
+
+@pytest.mark.parametrize(("limit", "found"), [(None, ["model_entropy_collapse"]), (50.0, [])])
+def test_what_counts_as_a_spike_counts_for_the_collapse_after_one_too(limit, found):
+    config = tiny({"event": {"loss_spike": EventConfig(limit=limit)}, "probe_every": 1})
+    watcher = next(watcher for watcher in watchers_of(config, chosen("entropy"))[0] if "model_entropy_collapse" in watcher.kinds)
+    for step in range(1, 33):
+        watcher.update(step, {"loss/train": 3.0 + 0.1 * (step % 2)})
+    watcher.update(33, {"loss/train": 4.0})
+    assert [event.kind for event in watcher.update(34, {"entropy_ratio": np.array([[0.01, 0.02]])})] == found
 
 
 @pytest.mark.parametrize(
@@ -114,7 +127,31 @@ def test_a_limit_replaces_those_that_are_declared():
         ),
         (
             {"event": {"loss_spike": EventConfig(action="rewind")}},
-            r"event\.loss_spike\.action=rewind needs checkpoints to go back to; set checkpoint_every",
+            r"event\.loss_spike\.action=rewind needs checkpoints to go back to, not checkpoint_every=None of steps=6; set checkpoint_every",
+        ),
+        (
+            {"event": {"loss_spike": EventConfig(action="rewind")}, "checkpoint_every": 6},
+            r"event\.loss_spike\.action=rewind needs .* not checkpoint_every=6 of steps=6; set checkpoint_every, to less than the steps",
+        ),
+        (
+            {"spike.action": "rewind", "spike.sigma": 6.0},
+            r"spike\.action=rewind needs checkpoints to go back to, not checkpoint_every=None",
+        ),
+        (
+            {"event": {"rewind": EventConfig(action="lower_rate")}},
+            r"event\.rewind is of runs that go back, and this one does not",
+        ),
+        (
+            {"event": {kind: EventConfig(action="rewind") for kind in ("rewind", "loss_spike")}, "checkpoint_every": 2},
+            r"event\.rewind\.action=rewind would go back for having gone back; use lower_rate",
+        ),
+        (
+            {"event": {"sink_onset": EventConfig(limit=3.0)}, "probe_every": 5},
+            r"event\.sink_onset\.limit=3 must be between 0 and 1, where what it is of lies; use 0\.3",
+        ),
+        (
+            {"event": {"model_entropy_collapse": EventConfig(limit=1.0)}, "probe_every": 5},
+            r"event\.model_entropy_collapse\.limit=1 must be between 0 and 1",
         ),
     ],
 )
@@ -124,6 +161,28 @@ def test_what_a_run_cannot_have_is_refused_before_anything_starts(changes, messa
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("kind", "pattern"),
+    [("load_collapse", "softmax"), ("logit_growth", "gla"), ("entropy_collapse", "gla")],
+)
+def test_an_event_of_what_no_layer_tells_is_refused(kind, pattern, corpus, tmp_path):
+    """One that some layer tells is not: the same model beside another layer, or another event of it."""
+    mixers = {"gla": GLAConfig(num_heads=2), "softmax": tiny().model.mixers["softmax"]}
+    changes = {"data.source": str(corpus), "out": str(tmp_path / "run"), "probe_every": 5}
+
+    def config(kind, pattern):
+        mine = {name: mixers[name] for name in pattern.split(",")}
+        return changed(tiny(), {**changes, "model.pattern": pattern, "model.mixers": mine, "event": {kind: EventConfig()}})
+
+    with pytest.raises(ValueError, match=rf"event\.{kind} would never happen: no layer of model\.pattern='{pattern}' tells"):
+        train(config(kind, pattern))
+    assert not (tmp_path / "run" / "config.json").exists()
+    for known in (config("entropy_collapse", "gla,softmax"), config("logit_growth", "gla,softmax"), config("sink_onset", "gla")):
+        probes = Probes(known.probe)
+        names = told(program_of(known).blueprint, probes)
+        check_told(known, watchers_of(known, probes.probes, describe_layers(known.model))[0], names)
+
+
 def test_the_table_on_the_command_line_and_in_json():
     config = parse_experiment("lm_tiny", ["--event.sink-onset.action", "stop", "--event.logit_growth.limit=80"])
     assert config.event == {"sink_onset": EventConfig(action="stop"), "logit_growth": EventConfig(limit=80.0)}
@@ -131,6 +190,8 @@ def test_the_table_on_the_command_line_and_in_json():
     for words, message in {
         "--event.sink_onset.action halt": r"event\.sink_onset\.action='halt' must be one of warn, checkpoint, stop, lower_rate",
         "--event.sink_onset.limit -1": r"event\.sink_onset\.limit=-1\.0 must be a finite number above 0",
+        "--event.sink_onset.limit nan": r"event\.sink_onset\.limit=nan must be a finite number above 0",
+        "--event.sink_onset.factor nan": r"event\.sink_onset\.factor=nan must be a finite number above 0",
         "--event.sink_onset.actoin stop": r"did you mean --event\.sink-onset\.action",
         "--event.sink_onset.factor 0.1": r"event\.sink_onset\.factor=0\.1 is of action=lower_rate, not warn",
     }.items():
@@ -222,6 +283,57 @@ def test_rewind_goes_back_and_leaves_out_the_batches_since(jumping, compile_cach
         line["kind"] == "rewind" and line["value"] == AT and "back to step 4, leaving out the 1 batches since" in line["message"]
     )
     assert last_state(tmp_path / "run")[1]["step"] == STEPS + 1
+
+
+def test_a_rate_lowered_for_a_rewind_stays_lowered_by_the_next(jumping, compile_cache, tmp_path, monkeypatch):
+    """The same step is taken three times, the second and third time with lower rates, from one and the same checkpoint on."""
+    lower = EventConfig(action="lower_rate", factor=0.5)
+    config = jumping(tmp_path / "run", "rewind")
+    config = changed(config, {"event": {**config.event, "rewind": lower}, "optimizer.schedule": "constant"})
+    left = [AT, AT]
+    monkeypatch.setattr(LossSpikes, "update", lambda watcher, step, values: [event(left.pop())] if left[-1:] == [step] else [])
+    assert train(config).finished
+    lines = lines_of(tmp_path / "run" / "events.jsonl")
+    assert [line["kind"] for line in lines] == ["rewind"] and "(rewind 2); from step 7 on the learning rate is 0.5" in lines[0][
+        "message"
+    ]
+    top = rates(tmp_path / "run")[3]
+    np.testing.assert_allclose(np.array(rates(tmp_path / "run")[3:]) / top, [1.0] * 3 + [0.25] * 6)
+
+
+def test_a_run_that_no_longer_lowers_its_rate_goes_back_with_the_lower_one(jumping, compile_cache, tmp_path, monkeypatch):
+    """Back beyond the step that lowered it, in a run resumed without that action: the step still takes a rate."""
+    config = changed(jumping(tmp_path / "run", "lower_rate"), {"keep_last": 9})
+    with monkeypatch.context() as patch:
+        patch.setattr(DataIterator, "__next__", terminating(7))
+        assert not train(config).finished
+    left = [8]
+    monkeypatch.setattr(LossSpikes, "update", lambda watcher, step, values: [event(left.pop())] if left == [step] else [])
+    assert train(changed(config, {"resume": True, "event": {"loss_spike": EventConfig(action="rewind")}})).finished
+    (line,) = [line for line in lines_of(tmp_path / "run" / "events.jsonl") if line["kind"] == "rewind"]
+    assert "back to step 4" in line["message"]
+    assert rates(tmp_path / "run")[-1] == pytest.approx(0.5 * rates_of_schedule(config)[-1])
+
+
+def rates_of_schedule(config):
+    """The rate of each step where nothing lowers it."""
+    schedule = make_schedule(config.optimizer, config.steps, config.optimizer.learning_rate)
+    return [float(schedule(step)) for step in range(config.steps)]
+
+
+@pytest.mark.parametrize("stops", [(), (6, 1)], ids=["at once", "stopped twice"])
+def test_the_checkpoint_to_go_back_to_outlives_those_of_signals(stops, jumping, compile_cache, tmp_path, monkeypatch):
+    """With room for one checkpoint only."""
+    config = jumping(tmp_path / "run", "rewind")
+    left = [8]
+    monkeypatch.setattr(LossSpikes, "update", lambda watcher, step, values: [event(left.pop())] if left == [step] else [])
+    for number, stop in enumerate(stops):
+        with monkeypatch.context() as patch:
+            patch.setattr(DataIterator, "__next__", terminating(stop))
+            assert not train(changed(config, {"resume": number > 0})).finished
+    assert train(changed(config, {"resume": bool(stops)})).finished
+    (line,) = lines_of(tmp_path / "run" / "events.jsonl")
+    assert "back to step 4" in line["message"]
 
 
 def test_rewinds_beyond_the_most_end_the_run(jumping, compile_cache, tmp_path, monkeypatch):

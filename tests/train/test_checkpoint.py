@@ -9,6 +9,7 @@ import subprocess
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorstore
 
 from plait.tests.train.common import different_arrays
 from plait.train import checkpoint
@@ -62,6 +63,21 @@ def test_average_is_kept_with_the_rest(tmp_path):
         checkpoints.save(3, state, {}, loss=None)
         checkpoints.wait()
         assert different_arrays(checkpoints.restore(state)[1], state) == []
+
+
+def test_an_array_is_compressed_in_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_PART", 4096)
+    state = state_of(1)
+    saved(tmp_path, [None])
+    with opened(tmp_path, read_only=True) as checkpoints:
+        assert different_arrays(checkpoints.restore(LIKE)[1], state) == []
+    spec = {
+        "driver": "zarr",
+        "kvstore": {"driver": "ocdbt", "base": f"file://{tmp_path}/1/state", "path": "params.a.kernel"},
+    }
+    array = tensorstore.open(spec, open=True).result()
+    assert array.shape == (64, 64)
+    assert 4 * np.prod(array.chunk_layout.write_chunk.shape) == 4096
 
 
 KEPT = {

@@ -16,7 +16,7 @@ from plait.tests.train.common import changed, tiny, write_corpus
 from plait.train import run as runs
 from plait.train.checkpoint import CheckpointError, Checkpoints
 from plait.train.commands.evaluate import task_names
-from plait.train.evaluate import Evaluation, Evaluator, in_context
+from plait.train.evaluate import Evaluation, Evaluator, in_context, repeats
 from plait.train.loop import train
 from plait.train.loss import tokens_of
 
@@ -63,7 +63,8 @@ def test_bits_per_byte_is_loss_times_tokens_over_bytes(scored):
     found = scored[-1]
     assert found.bits_per_byte == pytest.approx(found.loss / math.log(2) * found.num_tokens / found.num_bytes, rel=1e-12)
     by_position = {f"position/{first}": loss for first, _, loss in found.by_position()}
-    assert found.metrics() == {"loss/val": found.loss, "loss/bits_per_byte": found.bits_per_byte, **by_position}
+    of_text = {"loss/bits_per_byte": found.bits_per_byte, "predictions/repetition": found.repetition}
+    assert found.metrics() == {"loss/val": found.loss, **of_text, **by_position}
 
 
 def test_positions_sum_to_the_whole_and_cover_doubling_ranges(scored, by_hand):
@@ -102,6 +103,31 @@ def test_in_context_score_is_a_metric_where_there_is_one(scored):
     assert scored[-1].in_context is None and "in_context" not in scored[-1].to_json()
     found = dataclasses.replace(scored[-1], in_context=-0.5)
     assert found.metrics()["loss/in_context"] == found.to_json()["in_context"] == -0.5
+
+
+def test_repetition_is_of_predictions_that_follow_each_other():
+    """Not across documents, and not of what is given."""
+    likeliest = np.array([[3, 3, 3, 5, 5, 7, 7, 7], [1, 1, 1, 1, 2, 2, 9, 9]])
+    segments = np.array([[1, 1, 2, 2, 2, 2, 2, 2], [1, 1, 1, 1, 1, 1, 0, 0]])
+    mask = (segments > 0).astype(np.float32)
+    mask[1, 0] = 0
+    batch = Batch(segments, segments, segments, segments, mask)
+    same, count = repeats(likeliest, batch)
+    assert (same, count) == (1 + 1 + 2 + 2 + 1, 6 + 4)
+
+
+@pytest.mark.parametrize("columns", [64, 5])
+def test_repetition_is_that_of_the_likeliest_tokens(columns, scored, monkeypatch):
+    setup, params, buffers, _, whole = scored
+    monkeypatch.setattr("plait.train.evaluate.JUDGED", columns)
+    found = Evaluator(setup.blueprint, setup.mesh, setup.data)(params, buffers, setup.data.val) if columns == 5 else whole
+    model, pairs = setup.blueprint.build(params, buffers), []
+    for batch in setup.data.val:
+        likeliest = np.asarray(jax.jit(lambda b: model(tokens_of(b)))(batch)[0]).argmax(-1)
+        for row, segments in zip(likeliest[:, -columns:], batch.segment_ids[:, -columns:], strict=True):
+            pairs += [row[i] == row[i + 1] for i in range(len(row) - 1) if segments[i] == segments[i + 1] > 0]
+    assert found.repetition == pytest.approx(np.mean(pairs)) and 0 < found.repetition < 1
+    assert found.metrics()["predictions/repetition"] == found.to_json()["repetition"] == found.repetition
 
 
 def test_limit_takes_the_first_batches(scored):

@@ -68,7 +68,9 @@ def test_heads_of_their_own_share_the_clipping_by_alpha():
         assert_close(found[f"{name}.bias"], expected)
 
 
-@pytest.mark.parametrize("config", [GROUPED, dataclasses.replace(SOFTMAX, shared_kv="write")])
+@pytest.mark.parametrize(
+    "config", [GROUPED, dataclasses.replace(SOFTMAX, shared_kv="write"), dataclasses.replace(SOFTMAX, tie_kv=True)]
+)
 def test_a_key_that_others_read_too_is_left_alone(config):
     found = scales(config, 0.5)
     assert set(found) == {"q", "q.bias"}

@@ -76,6 +76,7 @@ def make_run(run, *, pattern=HYBRID, heads=8, steps=2000, probes=40, seed=0, tok
             }
             if step % (steps // 10) == 0:
                 values |= {"loss/val": loss + 0.06, "loss/bits_per_byte": (loss + 0.06) / 2.9, "loss/in_context": -0.4 * share}
+                values |= {"predictions/repetition": 0.3 - 0.2 * share}
                 values |= {f"position/{first}": loss + 2 / (1 + 4 * share * first) for first in (0, *(2**i for i in range(11)))}
             writer.write(step, values, tokens=step * 65536, seconds=step * 0.16 + 8)
             writer.write_events(losses.update(step, {"loss/train": loss}))

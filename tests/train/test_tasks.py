@@ -103,7 +103,9 @@ def test_text_run_is_evaluated_on_its_text_and_on_a_task(text_run, capsys):
     assert main(words) == 0
     written = json.loads((text_run / "eval_3.json").read_text())
     assert list(written) == ["step", "ppl", "mqar"] and written["mqar"]["num_tokens"] == 24
-    assert list(written["ppl"]) == ["loss", "perplexity", "bits_per_byte", "num_tokens", "num_bytes", "loss_by_position"]
+    scores = ["loss", "perplexity", "bits_per_byte", "repetition"]
+    assert list(written["ppl"]) == [*scores, "num_tokens", "num_bytes", "loss_by_position"]
+    assert "repetition" in capsys.readouterr().out
 
 
 REFUSED = {
@@ -151,6 +153,16 @@ def test_train_command_ends_with_a_report_and_no_text(words, compile_cache, tmp_
             assert all(text.isdigit() for text in picture["tokens"].tolist())
 
 
+def judged(setup, state, batch):
+    """Losses and likeliest tokens of a batch."""
+
+    def judge(params):
+        model = setup.blueprint.build(params, state.buffers)
+        return judged_losses(model, model.hidden(tokens_of(batch))[0], batch)
+
+    return jax.jit(judge)(state.params)
+
+
 def test_answers_are_judged_by_the_likeliest_token(compile_cache, tmp_path):
     """With a few positions of logits at a time, on one device and on a mesh that cuts rows, tokens and vocabulary."""
     config = recall({"out": str(tmp_path / "run"), "model.logit_soft_cap": 5.0, "data.batch_size": 8})
@@ -159,16 +171,18 @@ def test_answers_are_judged_by_the_likeliest_token(compile_cache, tmp_path):
     batch = setup.data.whole()
     logits = np.asarray(jax.jit(lambda p: setup.blueprint.build(p, state.buffers)(tokens_of(batch))[0])(state.params))
     asked = batch.loss_mask > 0
-    expected = (logits.argmax(-1) == batch.targets) & asked
     losses = jax.jit(lambda p: token_losses(setup.blueprint.build(p, state.buffers), batch)[0])(state.params)
-    nll, right = jax.jit(lambda p: judged_losses(setup.blueprint.build(p, state.buffers), batch))(state.params)
+    nll, likeliest = judged(setup, state, batch)
     assert_close(nll, losses)
-    np.testing.assert_array_equal(right, expected)
+    np.testing.assert_array_equal(likeliest, logits.argmax(-1))
     assert asked.sum() == 24
     whole = Evaluator(setup.blueprint, setup.mesh, setup.data)(state.params, state.buffers, setup.data.val)
     over = runs.set_up(changed(config, {"mesh.data": 2, "mesh.context": 2, "mesh.tensor": 2}))
     params, buffers = jax.device_put((state.params, state.buffers), over.blueprint.shardings(over.mesh))
     cut = Evaluator(over.blueprint, over.mesh, over.data)(params, buffers, over.data.val)
+    right = (logits.argmax(-1) == batch.targets) & asked
+    alone = Evaluator(setup.blueprint, setup.mesh, setup.data)(state.params, state.buffers, [batch])
+    assert alone.scores == {"accuracy": right.sum() / 24}
     assert cut.scores == whole.scores and cut.num_tokens == whole.num_tokens == 30
     assert_close(np.float32(cut.loss), whole.loss)
 
@@ -176,11 +190,11 @@ def test_answers_are_judged_by_the_likeliest_token(compile_cache, tmp_path):
 def test_judging_a_few_positions_at_a_time_is_judging_all(monkeypatch, compile_cache, tmp_path):
     setup = runs.set_up(recall({"out": str(tmp_path / "run")}))
     state, batch = setup.fresh(), setup.data.whole()
-    judge = lambda: jax.jit(lambda p: judged_losses(setup.blueprint.build(p, state.buffers), batch))(state.params)
-    all_at_once = judge()
+    all_at_once = judged(setup, state, batch)
     monkeypatch.setattr("plait.train.evaluate.LOGITS_AT_ONCE", 3 * 4 * 128)  # three columns, which do not divide sixteen
-    assert_close(judge()[0], all_at_once[0])
-    np.testing.assert_array_equal(judge()[1], all_at_once[1])
+    some_at_once = judged(setup, state, batch)
+    assert_close(some_at_once[0], all_at_once[0])
+    np.testing.assert_array_equal(some_at_once[1], all_at_once[1])
 
 
 @pytest.mark.slow

@@ -15,12 +15,15 @@ from rich.table import Table
 from plait.configs.domains import Counted, Line, Seed, Span
 from plait.configs.options import split_options
 from plait.configs.words import flag, parse
+from plait.train.commands.on_hosts import on_hosts
 from plait.train.console import console, write_text
 from plait.train.convert.options import By, ImportOptions
+from plait.train.pods.hosts import heartbeat
+from plait.train.pods.hosts.host import HostsError
 
 USAGE = """usage: launch.py convert inspect DIR|FILE.gguf
-       launch.py convert import DIR|FILE.gguf RUN [--param-dtype bfloat16] [--seq-len 4096] [--tokenizer FILE] [--mesh.fsdp 8]
-       launch.py convert export RUN DIR [--model-type llama] [--dtype bfloat16] [--step N]
+       launch.py convert import DIR|FILE.gguf RUN [--param-dtype bfloat16] [--seq-len 4096] [--tokenizer FILE] [--mesh.fsdp 8] [--hosts.*]
+       launch.py convert export RUN DIR [--model-type llama] [--dtype bfloat16] [--step N] [--hosts.*]
        launch.py convert reshape RUN NEW KIND [options of the kind] [--text FILE] [--step N]      (launch.py list reshapes)
        launch.py convert rank RUN [--by recall|far|entropy] [--keep 8] [--student lolcats] [--text FILE]
        launch.py convert linearize RUN NEW --pattern "lolcats*3,softmax" [--window-size 64] [options of train]"""
@@ -126,6 +129,8 @@ ARGS: dict[str, Any] = {
     "linearize": LinearizeArgs,
 }
 """The options of each conversion."""
+ON_HOSTS = ("import", "export")
+"""Those that several hosts can do together."""
 
 
 def parsed(args: Sequence[str]) -> tuple[Any, ...]:
@@ -175,7 +180,18 @@ def run(args: Sequence[str]) -> int:
         return 0
     if args[0] not in actions:
         raise ValueError(f"convert {args[0]!r} is none of {', '.join(actions)}\n\n{USAGE}")
-    return actions[args[0]](*parsed(args)) or 0
+    work = lambda rest: actions[args[0]](*parsed([args[0], *rest])) or 0
+    if args[0] in ON_HOSTS:
+        return on_hosts("convert", args, lambda words, _: _watched(work, words[1:]), resumes=False)
+    if any(word.startswith("--hosts.") for word in args):
+        raise HostsError(f"convert {args[0]} runs in one process, {' and '.join(ON_HOSTS)} on several hosts; leave --hosts out")
+    return work(args[1:])
+
+
+def _watched(work: Callable[[Sequence[str]], int], words: Sequence[str]) -> int:
+    """Reading and writing may take as long as that of weights does."""
+    with heartbeat.phase("weights"):
+        return work(words)
 
 
 def _inspect(options: InspectArgs) -> None:
@@ -188,14 +204,22 @@ def _import(options: ImportArgs) -> None:
     from plait.train.convert.importing import import_model
 
     model = import_model(options.folder, options.run, options).model
-    console.print(f"{options.run}: {model.num_layers} layers of {model.pattern}; try launch.py eval {options.run}", markup=False)
+    _say(f"{options.run}: {model.num_layers} layers of {model.pattern}; try launch.py eval {options.run}")
 
 
 def _export(options: ExportArgs) -> None:
     from plait.train.convert.exporting import export_model
 
     family = export_model(options.run, options.folder, model_type=options.model_type, dtype=options.dtype, step=options.step)
-    console.print(f"{options.folder}: {family.architecture}", markup=False)
+    _say(f"{options.folder}: {family.architecture}")
+
+
+def _say(line: str) -> None:
+    """Once, whatever the number of hosts."""
+    from plait.train.pods.hosts.together import first
+
+    if first():
+        console.print(line, markup=False)
 
 
 def _reshape(options: ReshapeArgs, reshape: Any) -> None:

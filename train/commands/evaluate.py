@@ -121,7 +121,8 @@ def _show(found: Evaluation, of: str) -> None:
     tokens = "held-out tokens" if found.num_bytes is not None else f"answers of {found.task}"
     table = Table(title=f"{of}: {found.num_tokens:,} {tokens}")
     cells = []
-    for name, value in found.named.items():
+    repetition = {} if found.repetition is None else {"repetition": found.repetition}
+    for name, value in {**found.named, **repetition}.items():
         title, form = COLUMNS.get(name, (name.replace("_", " "), ".4f"))
         table.add_column(title, justify="right")
         cells.append(f"{value:{form}}")

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 from collections.abc import Sequence
 
-from plait.train.commands.status import exit_status
+from plait.train.commands.on_hosts import on_hosts
 from plait.train.console import console, show_text
 from plait.train.output import outliving_readers
-from plait.train.pods.hosts import heartbeat
-from plait.train.pods.hosts.host import HostsOptions, find_host, host_options
-from plait.train.pods.hosts.supervise import DONE, ENDED, STOPPED, supervise
+from plait.train.pods.hosts.supervise import DONE, ENDED, STOPPED
 
 
 def run(args: Sequence[str]) -> int:
@@ -22,24 +19,7 @@ def run(args: Sequence[str]) -> int:
             "train needs a preset first, as in 'launch.py train lm_quick', or --init-from RUN; 'launch.py list presets' shows presets"
         )
     with outliving_readers():
-        return _run(args)
-
-
-def _run(args: Sequence[str]) -> int:
-    options, rest = host_options(args)
-    supervised = heartbeat.VARIABLE in os.environ
-    if not supervised and options.local:
-        return supervise(["train", *args], None, options)
-    host = find_host(HostsOptions() if options.local else options)
-    if host is not None and not supervised:
-        return supervise(["train", *args], host, options)
-    heartbeat.start()
-    if host is None:
-        return _train(rest, supervised)
-    from plait.train.pods.hosts import together
-
-    with together.joined(host, options.connect_seconds) as leave:
-        return leave(exit_status(lambda: _train(rest, supervised)))
+        return on_hosts("train", args, _train, resumes=True)
 
 
 def _train(args: Sequence[str], supervised: bool) -> int:

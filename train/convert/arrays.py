@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from plait.models.hf.base import Line
 from plait.models.hf.places import Place
@@ -23,10 +22,9 @@ class _Filling:
         """Args: `stacked` leading axes, along which the array comes entry by entry."""
         self.like, self.sharding = like, sharding
         self.layered = stacked > 0
-        self.left = math.prod(like.shape[:stacked])
+        self.held = _held(like, sharding, stacked)
+        self.left = int(self.held.sum())
         """Entries yet to come."""
-        self.each = math.prod(like.shape[1:stacked])
-        """Entries of one of the first axis."""
         self.coming: dict[int, dict[tuple[int, ...], np.ndarray]] = {}
         """By place on the first axis, what has come of it."""
         where = sharding.addressable_devices_indices_map(like.shape)
@@ -34,6 +32,8 @@ class _Filling:
         self.parts: dict[jax.Device, jax.Array] = {}
 
     def put(self, index: tuple[int, ...], value: np.ndarray) -> None:
+        if not self.held[index]:
+            return
         self.left -= 1
         if not self.layered:
             whole = np.asarray(value, self.like.dtype)
@@ -42,7 +42,7 @@ class _Filling:
         first, rest = index[0], index[1:]
         entries = self.coming.setdefault(first, {})
         entries[rest] = value
-        if len(entries) == self.each:
+        if len(entries) == self.held[first].sum():
             whole = np.empty(self.like.shape[1:], self.like.dtype)
             for place, entry in self.coming.pop(first).items():
                 whole[place] = entry
@@ -67,6 +67,14 @@ def _laid(array: jax.Array, entry: jax.Array, index: int) -> jax.Array:
     return jax.lax.dynamic_update_index_in_dim(array, entry, index, 0)  # in place; a scatter of bfloat16 is not, on CPU
 
 
+def _held(like: jax.ShapeDtypeStruct, sharding: NamedSharding, stacked: int) -> np.ndarray:
+    """Of which entries along the first `stacked` axes this host's devices hold a part."""
+    found = np.zeros(like.shape[:stacked], bool)
+    for index in sharding.addressable_devices_indices_map(like.shape).values():
+        found[(index or ())[:stacked]] = True
+    return found
+
+
 def _cut(whole: np.ndarray, at: Sequence[slice]) -> np.ndarray:
     """A device's part, in memory of its own."""
     return np.asarray(whole[tuple(at)], order="C")
@@ -78,14 +86,23 @@ def read_arrays(
     shapes: Mapping[str, jax.ShapeDtypeStruct],
     shardings: Mapping[str, NamedSharding],
 ) -> dict[str, jax.Array]:
-    """The parameters that `lines` make of tensors; those of one array should stand together.
+    """The parameters that `lines` make of tensors; those of one array should stand together. On several hosts, each reads the tensors of which
+    its devices hold something.
 
     Args:
         read: gives the tensor of a name.
         shapes: of the parameters, by path, with the dtypes that they get.
         shardings: of the parameters.
     """
-    made = (zip(line.places, line.transform.read([read(name) for name in line.tensors]), strict=True) for line in lines)
+    held: dict[str, np.ndarray] = {}
+
+    def here(place: Place) -> bool:
+        if place.path not in held:
+            held[place.path] = _held(shapes[place.path], shardings[place.path], len(place.index))
+        return bool(held[place.path][place.index])
+
+    own = (line for line in lines if any(map(here, line.places)))
+    made = (zip(line.places, line.transform.read([read(name) for name in line.tensors]), strict=True) for line in own)
     return filled((part for parts in made for part in parts), shapes, shardings)
 
 
@@ -107,8 +124,18 @@ def filled(
 
 
 def part_of(array: jax.Array, place: Place) -> np.ndarray:
-    """What lies at a place, on this host."""
-    return np.asarray(array[place.index])
+    """What lies at a place, on this host. Where several hosts hold the array, all of them must ask for it together."""
+    if array.is_fully_addressable:
+        return np.asarray(array[place.index])
+    assert isinstance(array.sharding, NamedSharding)
+    return np.asarray(_gathered(array.sharding.mesh)(array, place.index))
+
+
+@functools.cache
+def _gathered(mesh: Mesh) -> Callable[[jax.Array, tuple[int, ...]], jax.Array]:
+    """What lays an entry of an array on every device."""
+    entry = lambda array, index: array.at[index].get(mode="promise_in_bounds")
+    return jax.jit(entry, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def written(lines: Sequence[Line]) -> Iterator[tuple[str, Line, int]]:

@@ -22,6 +22,7 @@ from plait.train.convert.fitting import check_lines, part_shape
 from plait.train.convert.importing import ORIGINALS, appearing, require_new
 from plait.train.convert.reading import BESIDE, CONFIG
 from plait.train.convert.weights import ConvertError, Planned, write_weights
+from plait.train.pods.hosts.together import first, together
 from plait.train.run import Trained, opened
 from plait.train.state import Blueprint
 
@@ -107,12 +108,14 @@ def export_model(
     step: int | None = None,
     shard_bytes: int = 5 * 10**9,
 ) -> Family:
-    """Writes the model of a run folder to `folder`, which appears when it is whole; the family that it is now of.
+    """Writes the model of a run folder to `folder`, which appears when it is whole; the family that it is now of. Several hosts that hold the
+    model give their parts, one array at a time, and the first writes.
 
     Raises:
         ConvertError: `folder` holds something, or the model is none of `model_type`.
     """
-    require_new(folder)
+    with together("model"):
+        require_new(folder)
     trained = opened(run, step)
     model = fold(trained.program.blueprint.build(trained.params, trained.buffers))
     family, fields = home(model.config, model_type)
@@ -132,8 +135,10 @@ def export_model(
         tensors.append(Planned(name, shape, np.dtype(np.float32) if line.float32 else kept, make))
     with appearing(folder) as new:
         write_weights(new, sorted(tensors, key=lambda tensor: tensor.name), shard_bytes)
-        _write_config(new, run, trained, {**fields, "dtype": kept.name}, family.stale)
-        _write_tokenizer(new, run, trained)
+        with together("run folder"):
+            if first():
+                _write_config(new, run, trained, {**fields, "dtype": kept.name}, family.stale)
+                _write_tokenizer(new, run, trained)
     return family
 
 

@@ -7,7 +7,8 @@ import dataclasses
 import math
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,9 @@ from plait.train.convert.options import ImportOptions
 from plait.train.convert.reading import CONFIG as CONFIG_FILE
 from plait.train.convert.weights import ConvertError, Weights
 from plait.train.mesh import make_mesh
+from plait.train.pods.hosts.together import agree, broadcast, first, together
 from plait.train.program import Program
+from plait.train.run import share
 from plait.train.run_folder.contents import CHECKPOINTS, CONFIG, mark
 from plait.train.state import Arrays, TrainState
 
@@ -38,29 +41,38 @@ ORIGINALS = "published"
 
 
 def import_model(folder: Path, run: Path, options: ImportOptions) -> ExperimentConfig:
-    """Makes the run folder `run` of the published model in `folder`, which may be a GGUF file; it appears when it is whole.
+    """Makes the run folder `run` of the published model in `folder`, which may be a GGUF file; it appears when it is whole. Several hosts make
+    it together, of a model that each of them sees.
 
     Raises:
         ConvertError: what is there cannot be taken in, or `run` holds something; nothing is written.
     """
-    require_new(run)
-    found = examined(folder)
-    found.match.check(folder)
-    source, weights = found.source, found.weights
-    _check_tied(source, weights)
-    tokenizer = _tokenizer(source, options)
-    config = _config(source, run, options)
-    program = Program.of(config, make_mesh(config.mesh))
+    with together("model"):
+        require_new(run)
+        found = examined(folder)
+        found.match.check(folder)
+        source, weights = found.source, found.weights
+        _check_tied(source, weights)
+        tokenizer = _tokenizer(source, options)
+        config = _config(source, run, options)
+        program = Program.of(config, make_mesh(config.mesh))
+    headers = sorted((name, tensor.shape, tensor.dtype) for name, tensor in weights.tensors.items())
+    facts = {"tensors": zlib.crc32(repr(headers).encode()), "tokenizer": tokenizer.fingerprint}
+    agree("config", {**codec.leaves(codec.encode(config)), **facts})
     (shapes, other), (shardings, others) = program.blueprint.shapes(), program.blueprint.shardings(program.mesh)
-    arrays = read_arrays(found.lines, weights.read, {**shapes, **other}, {**shardings, **others})
+    with together("weights"):
+        arrays = read_arrays(found.lines, weights.read, {**shapes, **other}, {**shardings, **others})
     params = {name: array for name, array in arrays.items() if name in program.blueprint.params}
     buffers = jax.jit(lambda: program.blueprint.init()[1], out_shardings=program.shardings.buffers)()
     buffers |= {name: array for name, array in arrays.items() if name in buffers}
-    with new_run(run, program, params, buffers, {"tokenizer": tokenizer.fingerprint}) as new:
+
+    def beside(new: Path) -> None:
         tokenizer.save(new / "tokenizer", tokenizer=str(folder))
         (new / ORIGINALS).mkdir()
         for name, content in source.reader.beside():
             (new / ORIGINALS / name).write_bytes(content)
+
+    new_run(run, program, params, buffers, {"tokenizer": tokenizer.fingerprint}, beside)
     return config
 
 
@@ -70,19 +82,24 @@ def require_new(folder: Path) -> None:
         raise ConvertError(f"{str(folder)!r} is there already; give a new folder")
 
 
-@contextlib.contextmanager
-def new_run(run: Path, program: Program, params: Arrays, buffers: Arrays, data: Mapping[str, Any]) -> Iterator[Path]:
-    """A run folder at step 0 with these arrays; what else it holds is written to the path inside the block, at whose end it appears.
+def new_run(
+    run: Path, program: Program, params: Arrays, buffers: Arrays, data: Mapping[str, Any], beside: Callable[[Path], None]
+) -> None:
+    """Makes a run folder at step 0 with these arrays; it appears when it is whole.
 
     Args:
         data: the identity of what the model was trained on.
+        beside: writes what else it holds to a path.
     """
-    zero = jnp.zeros((), jnp.int32)
-    state = TrainState(zero, params, buffers, jax.jit(program.tx.init)(params), None, zero, zero)
+    zero = jax.jit(lambda: jnp.zeros((), jnp.int32), out_shardings=program.shardings.step)()
+    optimizer_state = jax.jit(program.tx.init, out_shardings=program.shardings.optimizer)(params)
+    state = TrainState(zero, params, buffers, optimizer_state, None, zero, zero)
     with appearing(run) as new:
-        codec.save(program.config, new / CONFIG)
-        yield new
-        mark(new)
+        with together("run folder"):
+            if first():
+                codec.save(program.config, new / CONFIG)
+                beside(new)
+                mark(new)
         held = (sum(part.data.nbytes for part in array.addressable_shards) for array in params.values())
         checkpoints = Checkpoints(new / CHECKPOINTS, at_once=math.ceil(max(held) / 1e9))
         try:
@@ -93,17 +110,23 @@ def new_run(run: Path, program: Program, params: Arrays, buffers: Arrays, data: 
 
 @contextlib.contextmanager
 def appearing(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` that takes its place when all has been written there, and that is removed where something fails."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.tmp")
-    new.mkdir()
+    """A folder beside `folder`, one for all hosts, that takes its place when all has been written there, and that is removed where something
+    fails."""
+    new = folder.with_name(broadcast(f".{folder.name}.{uuid.uuid4().hex[:12]}.tmp"))
     try:
+        with together("run folder"):
+            if first():
+                new.mkdir(parents=True)
+        share(new)
         yield new
-        if folder.exists():
-            folder.rmdir()  # empty, or this fails
-        new.rename(folder)
+        with together("run folder"):
+            if first():
+                if folder.exists():
+                    folder.rmdir()  # empty, or this fails
+                new.rename(folder)
     finally:
-        shutil.rmtree(new, ignore_errors=True)
+        if first():
+            shutil.rmtree(new, ignore_errors=True)
 
 
 def untrained() -> OptimizerConfig:

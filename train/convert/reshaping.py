@@ -113,12 +113,15 @@ def reshape_run(
         ),
     )
     identity = {name: value for name, value in trained.data.items() if name != "step"}
-    with new_run(folder, program, made, kept, identity) as new:
+
+    def beside(new: Path) -> None:
         for name in ("tokenizer", ORIGINALS):
             if (run / name).is_dir():
                 shutil.copytree(run / name, new / name)
         _lengthen(new, reshape)
         write_json(new / REPORT, found.to_json())
+
+    new_run(folder, program, made, kept, identity, beside)
     return found
 
 

@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from plait.configs.files import read_json
 from plait.models.hf.transforms import Shape, size_of
+from plait.train.pods.hosts.together import first, together
 
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = ("F32", "F16", "BF16", "F64")
@@ -189,7 +190,7 @@ class Planned:
 
 def write_weights(folder: Path, tensors: Sequence[Planned], shard_bytes: int = _SHARD_BYTES) -> None:
     """Writes tensors to `folder` in files of at most `shard_bytes` where a tensor allows, with an index where there are several; one file's
-    tensors are in memory at a time."""
+    tensors are in memory at a time. Of several hosts, each makes the tensors and the first writes."""
     shards: list[list[Planned]] = [[]]
     filled = 0
     for tensor in tensors:
@@ -201,9 +202,15 @@ def write_weights(folder: Path, tensors: Sequence[Planned], shard_bytes: int = _
         filled += size
     names = [ONE] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for name, shard in zip(names, shards, strict=True):
-        arrays = {tensor.name: np.ascontiguousarray(tensor.make().astype(tensor.dtype)) for tensor in shard}
-        save_file(arrays, folder / name, metadata={"format": "pt"})
-    if len(shards) > 1:
+        arrays = {}
+        for tensor in shard:
+            made = tensor.make()  # on every host: it may lie on several
+            if first():
+                arrays[tensor.name] = np.ascontiguousarray(made.astype(tensor.dtype))
+        with together("weights"):
+            if first():
+                save_file(arrays, folder / name, metadata={"format": "pt"})
+    if len(shards) > 1 and first():
         total = sum(size_of(tensor.shape, tensor.dtype.itemsize) for tensor in tensors)
         table: dict[str, Any] = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(table.items()))}

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 
 from plait.models.config import LMConfig
-from plait.train.probes.base import Probe, statistics
+from plait.train.probes.base import GradientProbe, Probe, Probes, statistics
+from plait.train.state import Blueprint
 
 
 def probe_arrays(layers: Sequence[Mapping[str, jax.Array]]) -> dict[str, np.ndarray]:
@@ -21,6 +22,13 @@ def probe_arrays(layers: Sequence[Mapping[str, jax.Array]]) -> dict[str, np.ndar
         shape = tuple(np.max([v.shape for v in values if v is not None], axis=0).astype(int))
         arrays[name] = padded_layers(values, shape)
     return arrays
+
+
+def told(blueprint: Blueprint, observer: Probes) -> list[set[str]]:
+    """The names of the statistics that each layer of a model tells; those of gradients are of all."""
+    layers = jax.eval_shape(observer.across, [one.statistics for one in blueprint.extras(observer)])
+    of_gradients = statistics([probe for probe in observer.probes if isinstance(probe, GradientProbe)])
+    return [{*layer, *of_gradients} for layer in layers]
 
 
 def probe_metrics(arrays: Mapping[str, np.ndarray], probes: Sequence[Probe]) -> dict[str, float]:

@@ -123,13 +123,15 @@ class ModelCollapse(Watcher):
         self.layers = layers
         self.losses = LossSpikes()
         self.fired = False
-        self.limits = {self.kind: (0.1,)}
+        self.limits = {self.kind: (0.1,), **self.losses.limits}
+        self.bounded = {self.kind: (0.0, 1.0)}
         self.kinds = {
             self.kind: "the mean ratio of the model's heads that attend (of all where none does) is below the limit, within "
             f"{self.steps} steps after a `{LossSpikes.name}`"
         }
 
     def update(self, step: int, values: Values) -> list[Event]:
+        self.losses.limits = {LossSpikes.name: self.limits[LossSpikes.name]}
         self.losses.update(step, values)
         spike = self.losses.last
         if "entropy_ratio" not in values or spike is None or step - spike > self.steps or self.fired:

@@ -79,7 +79,7 @@ def absolute_median(x: jax.Array, real: jax.Array) -> jax.Array:
 
     The middle entries are found by counts alone, which halve the range of bit patterns: sorting takes several times as long, and would
     gather sharded axes."""
-    stride = max(1, x.shape[1] // 64)
+    stride = max(1, x.shape[1] // 16)
     x, most = x[:, ::stride], jnp.iinfo(jnp.int32).max
     there = real[:, ::stride, None] & ~jnp.isnan(x)
     bits = jnp.where(there, jax.lax.bitcast_convert_type(x, jnp.int32), most)  # in the order of what is not negative

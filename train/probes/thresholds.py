@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,8 @@ class ThresholdWatcher(Watcher):
         self.name = statistic.name
         self.kinds = {self.event.kind: self.event.meaning}
         self.limits = {self.event.kind: self.event.limits}
+        if statistic.panel is not None and statistic.panel.limits is not None:
+            self.bounded = {self.event.kind: statistic.panel.limits}
         if self.event.start_kind is not None:
             self.kinds[self.event.start_kind] = (
                 f"the same already at the first probe; no `{self.event.kind}` before it has clearly gone"
@@ -37,6 +39,11 @@ class ThresholdWatcher(Watcher):
         self.fired: list[str] = []
         self.held: list[str] = []
         """What has held since the first probe."""
+
+    def sees(self, told: Sequence[Collection[str]]) -> bool:
+        heads = self.event.heads
+        layers = self.layers or [{"head_kinds": [heads]}] * len(told)
+        return any(self.name in names and (heads is None or heads in layer["head_kinds"]) for names, layer in zip(told, layers))
 
     def update(self, step: int, values: Values) -> list[Event]:
         if self.name not in values:

@@ -149,6 +149,7 @@ SCALARS = {
     "time/host_mean": ("Mean host's own time, a step", "seconds"),
     "time/slowest_host": ("Slowest host", "number"),
     "loss/in_context": ("In-context score", "nats, token 500 less token 50"),
+    "predictions/repetition": ("Repetition of predicted tokens", "share that the next one repeats"),
     "grad/norm": ("Gradient norm, before clipping", "L2 norm"),
     "optimizer/learning_rate": ("Learning rate", "per step"),
 }

@@ -84,6 +84,12 @@ def owned(folder: Path) -> Iterator[Callable[[], None]]:
         owner.leave()
 
 
+def last_owner(folder: Path) -> Record | None:
+    """Who has taken the folder last, as far as that can be read now; nobody is waited for."""
+    numbers = _numbers(folder / OWNER)
+    return _read(folder / OWNER / _name(numbers[-1])) if numbers else None
+
+
 class _Owner:
     """A folder taken by this process under `number`."""
 

@@ -382,7 +382,8 @@ class Softmax(HeadMixer):
     def clip(self, ratio, alpha):
         if self.config.unclipped is not None:
             return
-        if self.k is None or self.num_kv_heads != self.num_heads or self.config.shared_kv is not None:
+        shared = self.num_kv_heads != self.num_heads or self.config.shared_kv is not None or self.config.tie_kv
+        if self.k is None or shared:
             self.q.scale_outputs(jnp.repeat(ratio, self.config.head_dim, axis=-1))
         else:
             self.q.scale_outputs(jnp.repeat(ratio**alpha, self.config.head_dim, axis=-1))

@@ -153,11 +153,11 @@ def test_all_heads_chosen_whole_are_the_layer_without_moh():
     assert_close(moh(x, at=AT, carry={}).y, moh.inner(x, at=AT, carry={}).y)
 
 
-def test_query_norms_need_queries_and_two_heads():
+def test_query_norms_need_queries_and_three_heads():
     with pytest.raises(ValueError, match="needs the queries of softmax attention, and mixer=gla is another"):
         MoHConfig(mixer=INNER["gla"], router="query_norm")
-    with pytest.raises(ValueError, match="num_shared_heads=7 must leave two heads of 8"):
-        by_queries(num_shared_heads=7)
+    with pytest.raises(ValueError, match="num_shared_heads=6 must leave three heads of 8"):
+        by_queries(num_shared_heads=6)
 
 
 def test_output_is_the_gated_sum_of_the_heads():

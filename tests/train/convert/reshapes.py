@@ -68,8 +68,8 @@ def make_run(folder: Path, model: LMConfig, edit: Any = None, mesh: MeshConfig =
     }
     buffers = jax.jit(lambda: program.blueprint.init()[1], out_shardings=program.shardings.buffers)()
     tokenizer = ByteTokenizer()
-    with new_run(folder, program, placed, buffers, {"tokenizer": tokenizer.fingerprint}) as new:
-        tokenizer.save(new / "tokenizer", tokenizer="byte")
+    beside = lambda new: tokenizer.save(new / "tokenizer", tokenizer="byte")
+    new_run(folder, program, placed, buffers, {"tokenizer": tokenizer.fingerprint}, beside)
     return folder
 
 

@@ -106,7 +106,7 @@ CASES = {
     "no such layer": ("plain", "window --window-size 4 --layers 0,7", "layers.1=7 is not there (num_layers=3)"),
     "no layers": ("plain", "window --window-size 4 --layers x", "layers='x' must be values with commas between them"),
     "too many heads": ("plain", "moh --top-k 5", "top_k=5 must be at most the 3 routed heads; use 3 or less"),
-    "one routed head": ("plain", "moh --num-shared-heads 5", "num_shared_heads=5 must leave two heads of 6"),
+    "two routed heads or fewer": ("plain", "moh --num-shared-heads 5", "num_shared_heads=5 must leave three heads of 6"),
     "a mixture already": ("mixture", "moh", "has no layer with softmax attention that is no mixture"),
     "rank too high": ("plain", "mla --kv-rank 21", "kv_rank=21 must be at most 20"),
     "norms in MLA": ("normed", "mla --kv-rank 4", "model.mixers.softmax.qk_norm=True, which MLA has not"),

@@ -93,6 +93,34 @@ def test_two_hosts_train_as_one_with_two_devices(words, undisturbed, compile_cac
     assert len(spread) == STEPS - 1 and all(line["time/slowest_host"] in (0, 1) for line in spread)
 
 
+LOOKING = [
+    *("--model.num-layers", "2", "--model.qk-clip.threshold", "2", "--optimizer.accumulate", "2", "--model.remat", "full"),
+    *("--model.attention-loss.entropy-floor", "1", "--model.attention-loss.floor", "0.9"),
+    *("--model.attention-loss.head-balance", "1", "--model.attention-loss.head-diversity", "0.1"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["data", "pipeline", "context"])
+def test_layers_that_look_at_themselves_do_so_on_two_hosts(mesh, words, compile_cache, tmp_path):
+    """QK-clip and the losses on attention."""
+    words = [
+        *words,
+        *LOOKING,
+        "--mesh.data",
+        "2" if mesh == "data" else "1",
+        *([] if mesh == "data" else [f"--mesh.{mesh}", "2"]),
+    ]
+    for name, hosts in (("two", 2), ("one", 1)):
+        results = Pod(hosts, *words, "--out", tmp_path / name, devices=2 // hosts, cache=compile_cache).finish()
+        assert statuses(results) == [0] * hosts, results
+    assert_like(tmp_path / "two", tmp_path / "one")
+    first = lines_of(tmp_path / "two")[0]
+    assert first["optimizer/clipped_heads"] > 0 and all(
+        f"loss/attention/{name}" in first for name in ("entropy_floor", "head_balance")
+    )
+
+
 def test_one_killed_ends_both_within_a_minute_and_both_go_on(words, undisturbed, compile_cache, tmp_path):
     out = tmp_path / "run"
     pod = Pod(2, *words, "--out", out, cache=compile_cache)

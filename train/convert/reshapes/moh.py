@@ -27,7 +27,7 @@ class MoH(Reshape):
     """
 
     num_shared_heads: SomeHeads | None = None
-    """Leading heads that every token uses; None gives half of them."""
+    """Leading heads that every token uses; None gives half of them, or fewer where norms choose, which need three to compare."""
     top_k: Heads | None = None
     """Of the other heads, how many a token uses; None gives half of them, rounded up."""
     router: Literal["query_norm", "learned"] = "query_norm"
@@ -44,9 +44,10 @@ class MoH(Reshape):
         for index in chosen(model, self.layers, plain, "softmax attention that is no mixture"):
             mixer = model.layer_mixers[index]
             heads = mixer.head_count(model.d_model)
+            half = heads // 2 if self.router == "learned" else max(0, min(heads // 2, heads - 3))
             config = MoHConfig(
                 mixer=mixer,
-                num_shared_heads=heads // 2 if self.num_shared_heads is None else self.num_shared_heads,
+                num_shared_heads=half if self.num_shared_heads is None else self.num_shared_heads,
                 top_k=self.top_k,
                 router=self.router,
                 balance=self.balance,

@@ -38,14 +38,21 @@ def environment() -> dict[str, Any]:
 
 def commit() -> str | None:
     """The commit of this source tree, None where it is installed without one."""
+    return (_git("describe", "--always", "--dirty") or "").strip() or None
+
+
+def changes() -> str:
+    """What differs from that commit, as `git diff` writes it; empty where nothing does."""
+    return _git("diff", "HEAD", "--no-color", "--no-ext-diff") or ""
+
+
+def _git(*words: str) -> str | None:
+    """What git says of this source tree; None where there is none, or no git."""
+    root = str(Path(__file__).parents[3])
     try:
         done = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
+            ["git", "-C", root, *words], capture_output=True, encoding="utf-8", errors="replace", timeout=10, check=True
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() or None
+    return done.stdout

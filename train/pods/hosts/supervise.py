@@ -17,6 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Protocol
 
 from plait.configs import codec
 from plait.train.pods.hosts import heartbeat
@@ -32,7 +33,7 @@ ORDERLY = (DONE, BAD_INPUT, ENDED, STOPPED)
 LAUNCH = (sys.executable, "-m", "plait.launch")
 SILENCE_SECONDS = 30.0
 """A process whose heartbeat has not changed for so long is stopped, or stuck where no thread of it can run."""
-PHASE_SECONDS: Mapping[str, float] = {"data": 6 * 3600, "compile": 3600, "step": 600}
+PHASE_SECONDS: Mapping[str, float] = {"data": 6 * 3600, "weights": 6 * 3600, "compile": 3600, "step": 600}
 """Longest time in a phase; `step` is the first one, which also loads the program. Others: half an hour."""
 _OTHER_SECONDS = 1800.0
 _LEAVE_SECONDS = 30.0
@@ -119,10 +120,13 @@ class Child:
         return PHASE_SECONDS.get(state.phase, _OTHER_SECONDS)
 
 
-def supervise(arguments: Sequence[str], host: Host | None, options: HostsOptions) -> int:
-    """Runs `launch.py ARGUMENTS` as the training process of `host`, or `options.local` of them here; gives the exit status."""
+def supervise(arguments: Sequence[str], host: Host | None, options: HostsOptions, *, resumes: bool = True) -> int:
+    """Runs `launch.py ARGUMENTS` as the training process of `host`, or `options.local` of them here; gives the exit status.
+
+    Args: `resumes` says whether it takes `--resume`, or begins anew.
+    """
     command = [*LAUNCH, *arguments]
-    with _Signals() as signals, tempfile.TemporaryDirectory(prefix="plait-") as folder:
+    with Signals() as signals, tempfile.TemporaryDirectory(prefix="plait-") as folder:
         for left in range(options.restarts, -1, -1):
             hosts = [host] if host is not None else _local_hosts(options.local or 1)
             children = [Child(command, each, Path(folder), options) for each in hosts]
@@ -132,15 +136,16 @@ def supervise(arguments: Sequence[str], host: Host | None, options: HostsOptions
                 break
             if host is not None:
                 time.sleep(_SETTLE_SECONDS)  # until the coordinator of this attempt has ended everywhere
-            if "--resume" not in command:
+            if resumes and "--resume" not in command:
                 command.append("--resume")
             _say(f"starting again, {left - 1} restarts left")
     if status == FAILED:
-        _say("the job has failed; what was saved before stays, and the same command with --resume goes on from it")
+        again = "what was saved before stays, and the same command with --resume goes on from it"
+        _say(f"the job has failed; {again if resumes else 'the same command begins anew'}")
     return status
 
 
-def _watch(children: Sequence[Child], signals: _Signals) -> int:
+def _watch(children: Sequence[Child], signals: Signals) -> int:
     """Until all have ended; the first that is dead or hung ends the others. Gives the exit status of the whole."""
     deadline = float("inf")
     try:
@@ -194,14 +199,21 @@ def _say(message: str) -> None:
     print(f"supervisor: {message}", file=sys.stderr, flush=True)
 
 
-class _Signals:
+class Sendable(Protocol):
+    """A process that takes signals."""
+
+    def send(self, number: int) -> None:
+        """Sends it one."""
+
+
+class Signals:
     """Passes SIGTERM, Ctrl-C and the loss of the terminal on as SIGTERM, on which every host saves; a second Ctrl-C ends at once."""
 
     def __init__(self) -> None:
         self.asked = self.killed = False
-        self.children: Sequence[Child] = ()
+        self.children: Sequence[Sendable] = ()
 
-    def __enter__(self) -> _Signals:
+    def __enter__(self) -> Signals:
         self._old = {number: signal.signal(number, self._note) for number in ending_signals()}
         return self
 

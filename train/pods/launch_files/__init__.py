@@ -16,7 +16,8 @@ from plait.configs.words import parse
 from plait.train.pods.launch_files import gke, slurm, tpu_vm
 from plait.train.pods.launch_files.job import Job, checked_experiment
 from plait.train.pods.launch_files.machines import machines
-from plait.train.pods.launch_files.options import GkeOptions, LaunchOptions, SlurmOptions, TpuVmOptions, check_label
+from plait.train.pods.launch_files.options import GkeOptions, LaunchOptions, SlurmOptions, SweepOptions, TpuVmOptions, check_label
+from plait.train.pods.launch_files.sweep import sweep_job
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,8 @@ KINDS = {
 
 
 def write_launch(args: Sequence[str]) -> tuple[Path, Job]:
-    """Writes the file of `KIND PRESET [train overrides] --target TOPOLOGY [options]` and returns its path and what it starts.
+    """Writes the file of `KIND PRESET [train overrides] --target TOPOLOGY [options]`, or of `KIND --sweep NAME ...`; returns its path and
+    what it starts.
 
     Raises:
         ValueError: bad values; an experiment that does not fit the machines; a file that is there already.
@@ -56,21 +58,34 @@ def prepare(args: Sequence[str]) -> tuple[LaunchOptions, Job, str]:
     kind = KINDS[args[0]]
     preset, rest = (args[1], args[2:]) if len(args) > 1 and not args[1].startswith("-") else (None, args[1:])
     mine, overrides = split_options(kind.options, rest)
-    _check_names(kind.options, overrides)
     prog = f"launch.py write-launch {args[0]} {preset or 'PRESET'} [train overrides]"
-    options = parse(kind.options, mine, prog=prog)  # --help ends here
-    if preset is None:
+    options, written_by = _options(kind, mine, overrides, prog), ("python", "launch.py", "write-launch", *args)
+    there = machines(options.target, options.slices)
+    if isinstance(options, SweepOptions) and options.sweep is not None:
+        if preset is not None:
+            raise ValueError(f"sweep={options.sweep!r} says what is trained, and so does {preset!r}; leave one out")
+        job = sweep_job(options.sweep, overrides, there, name=options.name, elements=options.elements, written_by=written_by)
+    elif preset is None:
         raise ValueError(f"write-launch {args[0]} needs a preset next, as in 'write-launch {args[0]} hybrid_1b'")
-    job = Job(
-        name=options.name or preset.replace("_", "-"),
-        machines=machines(options.target, options.slices),
-        preset=preset,
-        overrides=tuple(overrides),
-        written_by=("python", "launch.py", "write-launch", *args),
-    )
+    else:
+        job = Job(
+            name=options.name or preset.replace("_", "-"),
+            machines=there,
+            preset=preset,
+            overrides=tuple(overrides),
+            written_by=written_by,
+        )
+        checked_experiment(preset, overrides, job.machines)
     check_label("name", job.name)
-    checked_experiment(preset, overrides, job.machines)
     return options, job, kind.render(options, job)
+
+
+def _options(kind: Kind, mine: Sequence[str], overrides: Sequence[str], prog: str) -> LaunchOptions:
+    """The options of the file; `--help` ends here. Raises ValueError for flags that are neither of it nor of what it starts."""
+    sweeps = any(word.partition("=")[0] == "--sweep" for word in mine)  # whose flags are looked at with its rows
+    if not sweeps:
+        _check_names(kind.options, overrides)
+    return parse(kind.options, mine, prog=prog)
 
 
 def _check_names(options: type[LaunchOptions], overrides: Sequence[str]) -> None:

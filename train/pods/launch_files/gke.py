@@ -1,7 +1,8 @@
 """A JobSet for Google Kubernetes Engine: one pod a host, one child Job a TPU slice; every restart goes on from the newest checkpoint.
 
 Exit statuses decide what happens to a pod (Kubernetes' podFailurePolicy): bad input ends the JobSet; a run that was told to stop and has
-saved is started again without counting; any other failure restarts all hosts, `max_restarts` times.
+saved is started again without counting; any other failure restarts all hosts, `max_restarts` times. A sweep is an Indexed Job, each pod
+of which takes runs until none is left.
 
 Sources: JobSet's API (jobset.sigs.k8s.io/docs/reference/jobset.v1alpha2) and its page on TPU slices (docs/tasks/tpu_multislice); Google's pages
 kubernetes-engine/docs/how-to/tpu-multislice, how-to/cloud-storage-fuse-csi-driver-ephemeral and concepts/plan-tpus.
@@ -16,7 +17,7 @@ from typing import Any
 import yaml
 
 from plait.train.pods.hosts.host import PORT
-from plait.train.pods.hosts.supervise import BAD_INPUT, ENDED, STOPPED
+from plait.train.pods.hosts.supervise import BAD_INPUT, ENDED, FAILED, STOPPED
 from plait.train.pods.launch_files.job import Job
 from plait.train.pods.launch_files.options import GkeOptions, environment
 
@@ -28,7 +29,8 @@ _NODES_COME_WITHIN = 3600  # seconds: a pod waits so long for those whose nodes 
 
 def render(options: GkeOptions, job: Job) -> str:
     """The manifest with its commands on top. Raises ValueError where names of pods would be too long."""
-    return _header(options, job) + yaml.dump(jobset(options, job), Dumper=_Dumper, sort_keys=False, width=1000)
+    manifest = indexed_job(options, job) if job.elements else jobset(options, job)
+    return _header(options, job) + yaml.dump(manifest, Dumper=_Dumper, sort_keys=False, width=1000)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -57,10 +59,7 @@ def jobset(options: GkeOptions, job: Job) -> dict[str, Any]:
             f"name={job.name!r} makes names of pods of {len(longest)} characters ({longest}), of which there may be 63; "
             f"use at most {63 - (len(longest) - len(job.name))} characters"
         )
-    labels = {"app.kubernetes.io/name": "plait", "app.kubernetes.io/instance": job.name}
-    metadata: dict[str, Any] = {"name": job.name, "namespace": options.namespace, "labels": dict(labels)}
-    if options.queue is not None:
-        metadata["labels"]["kueue.x-k8s.io/queue-name"] = options.queue
+    labels, metadata = _labels(job), _metadata(options, job)
     if _is_pool(job):  # two slices share no node pool
         metadata["annotations"] = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
     template = {
@@ -90,6 +89,44 @@ def jobset(options: GkeOptions, job: Job) -> dict[str, Any]:
             "replicatedJobs": [{"name": group, "replicas": machines.slices, "template": {"spec": template}}],
         },
     }
+
+
+def indexed_job(options: GkeOptions, job: Job) -> dict[str, Any]:
+    """The Job of a sweep as plain data: a pod that has failed runs left is not started again, one that died is."""
+    longest = f"{job.name}-{job.elements - 1}{_ADDED_TO_NAMES}"
+    if len(longest) > 63:
+        raise ValueError(
+            f"name={job.name!r} makes names of pods of {len(longest)} characters, of which there may be 63; use a shorter one"
+        )
+    rules = [
+        {"action": "FailJob", "onExitCodes": _exit(BAD_INPUT)},
+        {"action": "FailIndex", "onExitCodes": _exit(FAILED)},
+        {"action": "Ignore", "onExitCodes": _exit(STOPPED)},
+    ]
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": _metadata(options, job),
+        "spec": {
+            "parallelism": job.elements,
+            "completions": job.elements,
+            "completionMode": "Indexed",
+            "backoffLimitPerIndex": options.max_restarts,
+            "podFailurePolicy": {"rules": rules},
+            "template": {"metadata": _pod_metadata(options, _labels(job)), "spec": _pod(options, job)},
+        },
+    }
+
+
+def _labels(job: Job) -> dict[str, str]:
+    return {"app.kubernetes.io/name": "plait", "app.kubernetes.io/instance": job.name}
+
+
+def _metadata(options: GkeOptions, job: Job) -> dict[str, Any]:
+    metadata: dict[str, Any] = {"name": job.name, "namespace": options.namespace, "labels": _labels(job)}
+    if options.queue is not None:
+        metadata["labels"]["kueue.x-k8s.io/queue-name"] = options.queue
+    return metadata
 
 
 def _group(job: Job) -> str:
@@ -172,6 +209,8 @@ def _command(options: GkeOptions, job: Job) -> list[str]:
 
 def _environment(options: GkeOptions, job: Job) -> list[dict[str, Any]]:
     """What tells a host who it is; Kubernetes adds JOB_COMPLETION_INDEX, and GKE what TPUs need."""
+    if job.elements:
+        return [{"name": name, "value": _literal(value)} for name, value in environment(options.env).items()]
     machines = job.machines
     own = {
         "PLAIT_HOSTS": "kubernetes",
@@ -208,15 +247,21 @@ def _header(options: GkeOptions, job: Job) -> str:
     if _is_pool(job):
         pool += f", one node pool of {machines.hosts_per_slice} with topology {machines.topology} for each slice"
     kubectl = f"kubectl --namespace {options.namespace}"
-    first = f"jobset.sigs.k8s.io/jobset-name={job.name},jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0"
+    kind = "job" if job.elements else "jobset"
+    resumes = "it takes the runs that are left" if job.elements else "it goes on from the newest whole checkpoint"
+    first = (
+        f"job-name={job.name}"
+        if job.elements
+        else f"jobset.sigs.k8s.io/jobset-name={job.name},jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0"
+    )
     lines = [
-        f"{job.name}: {machines.describe()}; needs {pool}",
+        f"{job.name}: {job.describe()}; needs {pool}",
         f"written by: {shlex.join(job.written_by)}",
         "",
         f"submit:     kubectl apply --filename {shlex.quote(file)}",
         f"watch:      {kubectl} logs --follow --selector {first}",
-        f"state:      {kubectl} describe jobset {job.name}",
-        f"stop, save: {kubectl} delete jobset {job.name}",
-        f"resume:     submit again; it goes on from the newest whole checkpoint in {run_folder(options, job)}",
+        f"state:      {kubectl} describe {kind} {job.name}",
+        f"stop, save: {kubectl} delete {kind} {job.name}",
+        f"resume:     submit again; {resumes} in {run_folder(options, job)}",
     ]
     return "".join(f"# {line}".rstrip() + "\n" for line in lines)

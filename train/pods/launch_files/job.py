@@ -30,13 +30,22 @@ class Job:
     name: str
     machines: Machines
     preset: str
+    """Or the name of a sweep."""
     overrides: tuple[str, ...]
     """Of the config, as given."""
     written_by: tuple[str, ...]
     """The command that wrote the file, to be pasted."""
+    elements: int = 0
+    """Hosts that share the runs of a sweep, each by itself; 0 for one run on all machines."""
+
+    def describe(self) -> str:
+        """The machines in words."""
+        return f"{self.elements} x {self.machines.describe()}" if self.elements else self.machines.describe()
 
     def command(self, entry: str, run_folder: str) -> list[str]:
         """What each host runs, watched by its supervisor; the first start and every restart are the same."""
+        if self.elements:
+            return [*shlex.split(entry), "sweep", self.preset, *self.overrides, "--out", run_folder]
         alone = ["--hosts.local", "1"] if self.machines.hosts == 1 else []
         return [*shlex.split(entry), "train", self.preset, *self.overrides, "--out", run_folder, "--resume", *alone]
 

@@ -104,7 +104,22 @@ class LaunchOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GkeOptions(LaunchOptions):
+class SweepOptions(LaunchOptions):
+    """What kinds have that can start a sweep."""
+
+    sweep: Line | None = None
+    """Study, preset or folder of a sweep, in place of the preset of one run; then come its lists of values and --workers."""
+    elements: Annotated[int, Whole(1, 10_000)] | None = None
+    """With `sweep`: hosts that share its runs; None takes as many as there are runs for their workers."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.elements is not None and self.sweep is None:
+            raise ValueError(f"elements={self.elements} is of a sweep; give --sweep NAME as well, or leave it out")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GkeOptions(SweepOptions):
     """A JobSet for Google Kubernetes Engine."""
 
     image: Line
@@ -158,7 +173,7 @@ class GkeOptions(LaunchOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SlurmOptions(LaunchOptions):
+class SlurmOptions(SweepOptions):
     """A batch script for SLURM; a task is a host with all its GPUs."""
 
     run_folder: Line

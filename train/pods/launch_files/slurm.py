@@ -2,7 +2,7 @@
 
 srun tells each task who it is; plait reads that from SLURM_PROCID and SLURM_STEP_NODELIST. The time limit and preemption send SIGTERM to the
 tasks, which save and end with a status of their own; the script then queues itself again, as it does after a failure, but not
-after bad input, nor when the job was cancelled.
+after bad input, nor when the job was cancelled. A sweep is an array of such jobs, each of which takes runs until none is left.
 
 Source: SLURM's pages for sbatch, srun and scontrol (slurm.schedmd.com/sbatch.html, srun.html, scontrol.html).
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import shlex
 
-from plait.train.pods.hosts.supervise import BAD_INPUT, DONE, ENDED, STOPPED
+from plait.train.pods.hosts.supervise import BAD_INPUT, DONE, ENDED, FAILED, STOPPED
 from plait.train.pods.launch_files.job import Job
 from plait.train.pods.launch_files.options import SlurmOptions, environment
 from plait.train.pods.plan.topology import GPUS_PER_HOST
@@ -32,20 +32,22 @@ def render(options: SlurmOptions, job: Job) -> str:
 
 def _head(options: SlurmOptions, job: Job) -> list[str]:
     file, machines = shlex.quote(f"{job.name}.{SUFFIX}"), job.machines
+    resumes = "it takes the runs that are left" if job.elements else "it goes on from the newest whole checkpoint"
     comments = [
-        f"{job.name}: {machines.describe()}",
+        f"{job.name}: {job.describe()}",
         f"written by: {shlex.join(job.written_by)}",
         "",
         f"check:      sbatch --test-only {file}",
         f"submit:     sbatch {file}",
-        f"watch:      tail --follow=name --retry {job.name}-JOBID.host0.log",
+        f"watch:      tail --follow=name --retry {job.name}-JOBID{'_ELEMENT' if job.elements else ''}.host0.log",
         f"state:      squeue --name {job.name}; sacct --duplicates --name {job.name}",
         "stop, save: scancel JOBID    (saves within the cluster's KillWait, 30 s by default; for longer:",
         "            scontrol update JobId=JOBID Requeue=0; scancel --signal=TERM JOBID)",
-        f"resume:     submit again; it goes on from the newest whole checkpoint in {options.run_folder}",
+        f"resume:     submit again; {resumes} in {options.run_folder}",
     ]
     directives = {
         "job-name": job.name,
+        "array": f"0-{job.elements - 1}" if job.elements else None,
         "nodes": machines.hosts,
         "ntasks-per-node": 1,
         "gpus-per-node": machines.chips_per_host,
@@ -60,7 +62,7 @@ def _head(options: SlurmOptions, job: Job) -> list[str]:
         "signal": f"TERM@{options.grace_seconds}",
         "requeue": "",
         "open-mode": "append",
-        "output": f"{job.name}-%j.log",
+        "output": f"{job.name}-{_id(job)}.log",
     }
     lines = [
         f"#SBATCH --{name}" + (f"={value}" if value != "" else "") for name, value in directives.items() if value is not None
@@ -68,10 +70,15 @@ def _head(options: SlurmOptions, job: Job) -> list[str]:
     return ["#!/bin/bash", *lines, "#", *(f"# {line}".rstrip() for line in comments)]
 
 
+def _id(job: Job) -> str:
+    """The part of names of logs by which SLURM tells jobs, and elements of an array, apart."""
+    return "%A_%a" if job.elements else "%j"
+
+
 def _body(options: SlurmOptions, job: Job) -> list[str]:
     command = job.command(options.entry, options.run_folder)
     # Without --kill-on-bad-exit: the first host that has saved would end the others, which save still.
-    step = ["srun", f"--wait={_LEAVE_SECONDS}", "--open-mode=append", f"--output={job.name}-%j.host%t.log"]
+    step = ["srun", f"--wait={_LEAVE_SECONDS}", "--open-mode=append", f"--output={job.name}-{_id(job)}.host%t.log"]
     step.append("--cpu-bind=none" if options.cpus is None else f"--cpus-per-task={options.cpus}")
     if options.image is not None:
         step.append(f"--container-image={options.image}")
@@ -81,11 +88,12 @@ def _body(options: SlurmOptions, job: Job) -> list[str]:
         command = ["bash", "-c", f"{options.setup}\nif (( $? )); then exit 1; fi\nexec {shlex.join(command)}"]
     variables = [f"export {name}={shlex.quote(value)}" for name, value in environment(options.env).items()]
     gpus = ",".join(str(i) for i in range(job.machines.chips_per_host))
+    number = "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if job.elements else "$SLURM_JOB_ID"
     return [
         "set -uo pipefail",
         "trap : TERM  # the tasks get it too; they save, and this script goes on",
         "",
-        f"export JAX_LOCAL_DEVICE_IDS={gpus}  # a task owns all GPUs of its host",
+        *([] if job.elements else [f"export JAX_LOCAL_DEVICE_IDS={gpus}  # a task owns all GPUs of its host"]),
         *variables,
         "",
         shlex.join(step) + " \\",
@@ -101,7 +109,8 @@ def _body(options: SlurmOptions, job: Job) -> list[str]:
         "",
         'case "$status" in',
         f"  {DONE}) echo 'done' ;;",
-        f"  {BAD_INPUT}) echo 'bad input: see {job.name}-'\"$SLURM_JOB_ID\"'.host*.log' ;;",
+        f"  {BAD_INPUT}) echo 'bad input: see {job.name}-'\"{number}\"'.host*.log' ;;",
+        *([f"  {FAILED}) echo 'runs have failed: see results.csv in the folder of the sweep' ;;"] if job.elements else []),
         f"  {ENDED}) echo 'stopped by an event of the run, which is saved' ;;",
         f"  {STOPPED}) again ;;",
         "  *)",

@@ -43,5 +43,5 @@ CASES = {
     "mla-plain_latents": mla(num_latents=2, latent_norm=False),
     "mla-gated": mla(gate="headwise"),
     "moh+softmax-gqa-routed": MoHConfig(mixer=softmax(num_kv_heads=2), num_shared_heads=0, top_k=3),
-    "moh+softmax-query_norm": MoHConfig(mixer=softmax(num_kv_heads=2), num_shared_heads=2, top_k=1, router="query_norm"),
+    "moh+softmax-query_norm": MoHConfig(mixer=softmax(num_kv_heads=2), num_shared_heads=1, top_k=1, router="query_norm"),
 }

@@ -25,13 +25,16 @@ CASES = {
     "tiny-b200.slurm.sh": f"slurm {TINY} --name tiny-b200 --model.pattern 'gated_deltanet*3,softmax' --model.num-layers 4 --cpus 96 "
     "--target b200:2x8 --run-folder /shared/runs/tiny --image nvcr.io#team/plait:0.1.0 --mount /shared/corpus "
     '--env NOTE="it\'s $HOME" --env NCCL_DEBUG=INFO',
+    "ratio.slurm.sh": "slurm --sweep ratio --preset lm_quick --workers 8 --target h100:1x8 --run-folder /shared/sweeps/ratio",
+    "rates.gke.yaml": "gke --sweep lm_tiny --optimizer.learning-rate 1e-3,3e-3 --seed 0,1,2 --workers 4 --name rates --target v6e:2x2 "
+    f"{IMAGE} --claim runs --queue research --elements 3",
     "hybrid-v5p.tpu-vm.sh": "tpu-vm hybrid_1b --name hybrid-v5p --mesh.fsdp 256 --target v5p:4x8x8 --project lab --zone us-east5-a "
     "--package 'plait[tpu] @ git+https://example.com/plait@v0.1.0' --bucket runs-bucket --reserved",
     "tiny-v6e.tpu-vm.sh": f"tpu-vm {TINY} --name tiny-v6e --model.pattern 'gated_deltanet*3,softmax' --model.num-layers 4 "
     "--target v6e:4x4 --slices 2 --project lab --zone us-east5-b --package 'plait[tpu] @ https://example.com/plait-0.1.0-py3-none-any.whl' "
     '--nfs 10.0.0.2:/runs --spot --network training --env NOTE="it\'s $HOME"',
 }
-GKE = [name for name in CASES if name.endswith("yaml")]
+GKE = [name for name in CASES if name.endswith("yaml") and "--sweep" not in CASES[name]]
 SCRIPTS = [name for name in CASES if name.endswith("sh")]
 
 

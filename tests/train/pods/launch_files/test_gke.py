@@ -81,3 +81,22 @@ def test_jobset_tells_each_host_who_it_is(name, written):
     assert count == 1 or sorted(seen) == list(range(count))
     given, rest = hosts.host_options(pod["containers"][0]["command"])
     assert given.connect_seconds == (300 if count == 1 else 3600) and "--resume" in rest
+
+
+def test_a_sweep_is_an_indexed_job_whose_pods_run_the_same_line(written):
+    manifest = yaml.safe_load((written / "rates.gke.yaml").read_text("utf-8"))
+    assert (manifest["apiVersion"], manifest["kind"]) == ("batch/v1", "Job")
+    assert manifest["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "research"
+    job = manifest["spec"]
+    jsonschema = pytest.importorskip("jsonschema", reason="needs jsonschema (extra `test`)")
+    schema = json.loads((HERE / "jobset_schema.json").read_text("utf-8"))
+    for name in ("spec", "replicatedJobs", "items", "template", "spec"):
+        schema = schema["items"] if name == "items" else schema["properties"][name]
+    jsonschema.Draft202012Validator(strict(schema)).validate(job)
+    assert job["parallelism"] == job["completions"] == 3 and job["completionMode"] == "Indexed"
+    found = {tuple(rule["onExitCodes"]["values"]): rule["action"] for rule in job["podFailurePolicy"]["rules"]}
+    assert found == {(2,): "FailJob", (1,): "FailIndex", (75,): "Ignore"} and job["backoffLimitPerIndex"] == 100
+    (container,) = job["template"]["spec"]["containers"]
+    words = ["plait", "sweep", "lm_tiny", "--optimizer.learning-rate", "1e-3,3e-3", "--seed", "0,1,2", "--workers", "4"]
+    assert container["command"] == [*words, "--out", "/runs/rates"]
+    assert container["env"] == [], "each host is on its own"

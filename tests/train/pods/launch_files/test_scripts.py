@@ -112,6 +112,27 @@ def test_batch_script_is_queued_again_when_it_should(status, state, restarts, qu
     assert config.resume and config.folder == "/shared/runs/tiny" and config.model.pattern == "gated_deltanet*3,softmax"
 
 
+@pytest.mark.parametrize(("status", "queued"), [(0, False), (1, False), (2, False), (75, True), (137, True)])
+def test_elements_of_a_sweep_are_queued_again_unless_runs_have_failed(status, queued, written, tmp_path):
+    env = fake(
+        tmp_path / "bin",
+        srun=f'printf "%s\\n" "${{JAX_LOCAL_DEVICE_IDS-none}}" "$@" > "$OUT/args"; exit {status}',
+        squeue="echo RUNNING",
+        scontrol='echo "$@" > "$OUT/queued"',
+    )
+    env |= {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "1"}
+    script = written / "ratio.slurm.sh"
+    assert "#SBATCH --array=0-1\n" in script.read_text(), "fifteen runs, eight at a time"
+    done = subprocess.run(["bash", script], env=env, cwd=tmp_path, check=False, capture_output=True, text=True)
+    assert done.returncode == status and (tmp_path / "bin/queued").exists() == queued
+    assert ("runs have failed" in done.stdout) == (status == 1)
+    devices, *args = (tmp_path / "bin/args").read_text().splitlines()
+    assert devices == "none", "workers share them out"
+    assert args[args.index("plait") :] == [
+        *("plait", "sweep", "ratio", "--preset", "lm_quick", "--workers", "8", "--out", "/shared/sweeps/ratio")
+    ]
+
+
 def test_batch_script_outlives_sigterm(written, tmp_path):
     """The tasks are told to save; the script waits for them and queues itself again."""
     env = fake(

@@ -29,6 +29,7 @@ def test_header_says_how_to_submit_watch_and_resume(name, written):
 
 TO_GKE = f"--target v5e:4x4 {IMAGE} --claim runs"
 TO_SLURM = "--target h100:2x8 --run-folder /runs/a"
+TO_SWEEP = "--target h100:1x8 --run-folder /runs/a"
 TO_TPU = "--target v5e:4x4 --project p --zone us-east5-b --package plait==0.1.0 --bucket b-1"
 BAD = {
     "no kind": ("", "needs one of gke, slurm, tpu-vm"),
@@ -57,6 +58,12 @@ BAD = {
     "two lines": (f"gke lm_tiny {TO_GKE} --model.pattern 'softmax\nkubectl delete'", "must be on one line"),
     "grace": (f"gke lm_tiny {TO_GKE} --grace-seconds 5", "grace_seconds=5 must be a whole number from 60"),
     "relative folder": ("slurm lm_tiny --target h100:2x8 --run-folder runs/a", "must be an absolute path"),
+    "sweep and preset": (f"slurm lm_tiny --sweep ratio {TO_SLURM}", "sweep='ratio' says what is trained, and so does 'lm_tiny'"),
+    "sweep of no name": (f"slurm --sweep ration {TO_SWEEP}", "did you mean 'ratio'?"),
+    "sweep over hosts": (f"slurm --sweep ratio {TO_SLURM}", "a run of a sweep is trained by one host"),
+    "sweep with a folder": (f"slurm --sweep ratio --dry-run {TO_SWEEP}", "--dry-run cannot be given to a launch file"),
+    "sweep with a bad row": (f"slurm --sweep lm_tiny --seed 0,x {TO_SWEEP}", "row 2: seed=x: seed='x' must be"),
+    "elements of no sweep": (f"slurm lm_tiny {TO_SWEEP} --elements 2", "elements=2 is of a sweep"),
     "TPU on SLURM": ("slurm lm_tiny --data.batch-size 16 --target v5e:4x4 --run-folder /runs/a", "use 'write-launch gke'"),
     "time": (f"slurm lm_tiny {TO_SLURM} --time tomorrow", "time='tomorrow' must be"),
     "GPU as TPU VM": (f"tpu-vm lm_tiny --data.batch-size 16 {TO_TPU} --target h100:2x8", "is no TPU"),

@@ -1,0 +1,1 @@
+"""Studies: which runs answer a question. One file each, found by its registered name."""

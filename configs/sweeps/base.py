@@ -1,0 +1,29 @@
+"""What a sweep is: a frozen config in one file, found by its registered name, that says which runs there are."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated
+
+from plait.configs.components import Component, Registry
+from plait.configs.domains import Name, Whole
+from plait.configs.sweeps.rows import Rows
+
+Seeds = Annotated[int, Whole(1, 1000)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SweepConfig(Component):
+    """A preset and rows of overrides. Its fields are options of `launch.py sweep NAME`."""
+
+    preset: Name = "lm_tiny"
+    """What the overrides of a row are of."""
+    seeds: Seeds | None = None
+    """Runs of each row, with `seed` and `data.seed` from 0 on; None runs each once, with the preset's own."""
+
+    def rows(self) -> Rows:
+        """The overrides, without those of `seeds`."""
+        return ({},)
+
+
+SWEEPS: Registry[SweepConfig] = Registry("sweep", "plait.configs.sweeps", SweepConfig)

@@ -1,0 +1,58 @@
+"""A sweep's folder holds one sweep, whoever comes and when."""
+
+import json
+import threading
+
+import pytest
+
+from plait.tests.train.sweep.common import small
+from plait.train.sweep import record
+from plait.train.sweep.runs import SweepError
+
+
+def test_of_many_that_begin_at_once_all_find_one_sweep(tmp_path, corpus):
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(small(tmp_path, corpus, "--seed", "0,1"))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4 and all(one == found[0] for one in found)
+    saved = json.loads((tmp_path / record.SWEEP).read_text())
+    assert saved["command"][0] == "lm_tiny" and len(saved["runs"]) == 2 and "jax" in saved["versions"] and "commit" in saved
+    if str(saved["commit"]).endswith("-dirty"):
+        assert (tmp_path / record.CHANGES).read_text().startswith("diff --git")
+
+
+def test_another_command_is_refused_with_the_difference(tmp_path, corpus):
+    small(tmp_path, corpus, "--seed", "0,1")
+    small(tmp_path, corpus, "--seed", "1,0")  # the same runs
+    with pytest.raises(
+        SweepError, match=r"holds another sweep, begun with 'lm_tiny .*' ?; use that command, or another --out"
+    ) as error:
+        small(tmp_path, corpus, "--seed", "0,2")
+    assert "asked for now and not there: " in str(error.value) and "seed=2" in str(error.value)
+    assert "there and not asked for now: " in str(error.value) and "seed=1" in str(error.value)
+
+
+def test_a_preset_that_changed_under_a_sweep_is_refused(tmp_path, corpus):
+    small(tmp_path, corpus, "--seed", "0,1")
+    saved = json.loads((tmp_path / record.SWEEP).read_text())
+    saved["runs"][1]["config"]["optimizer"]["b1"] = 0.5
+    (tmp_path / record.SWEEP).write_text(json.dumps(saved))
+    with pytest.raises(SweepError, match=r"seed=1.*: optimizer\.b1: 0\.5 -> 0\.9"):
+        small(tmp_path, corpus, "--seed", "0,1")
+
+
+def test_other_code_is_said(tmp_path, corpus, caplog):
+    small(tmp_path, corpus)
+    saved = json.loads((tmp_path / record.SWEEP).read_text())
+    (tmp_path / record.SWEEP).write_text(json.dumps({**saved, "versions": {**saved["versions"], "jax": "0.1"}}))
+    small(tmp_path, corpus)
+    assert 'was begun with other code: jax: "0.1" -> ' in caplog.text
+
+
+def test_a_folder_that_is_none(tmp_path, corpus):
+    (tmp_path / "file").touch()
+    with pytest.raises(SweepError, match="is a file; give a folder"):
+        small(tmp_path / "file", corpus)

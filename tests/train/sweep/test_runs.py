@@ -1,0 +1,99 @@
+"""Rows become runs, or all that is wrong with them is said."""
+
+import re
+
+import pytest
+
+from plait.configs.sweeps.rows import each, product, zipped
+from plait.launch import main
+from plait.train.sweep import runs
+from plait.train.sweep.runs import SweepError, resolved
+
+
+def test_a_run_is_named_by_what_differs_and_what_it_is():
+    found = resolved("lm_tiny", product(each("optimizer.learning_rate", 1e-3, 3e-3), each("seed", 0, 1), each("steps", 20)))
+    assert all(re.fullmatch(r"learning_rate=0\.00[13],seed=[01]-[0-9a-f]{10}", run.name) for run in found) and len(found) == 4
+    assert len({run.content for run in found}) == 4
+    (same,) = resolved("lm_tiny", ({"steps": "20", "seed": "1", "optimizer.learning_rate": "0.003"},))
+    assert same.content == found[3].content and same.name == f"lm_tiny-{same.content}", "of the config, not of how it is written"
+
+
+def test_keys_of_one_last_word_are_told_apart_and_patterns_make_names():
+    found = resolved("lm_tiny", zipped(each("seed", 0, 1), each("data.seed", 0, 1)))
+    assert found[1].name.startswith("seed=1,data.seed=1-")
+    found = resolved("lm_tiny", each("model.pattern", "gated_deltanet@0; softmax", "softmax"))
+    assert found[0].name.startswith("pattern=gated_deltanet-0-softmax-")
+    assert resolved("lm_tiny", each("data.source", "a/b", "c/d"))[0].name.startswith("source=a-b-")
+
+
+def test_where_a_run_keeps_its_data_is_not_what_it_is():
+    one, other = (resolved("lm_tiny", ({"data.cache_dir": folder},))[0] for folder in ("a", "b"))
+    assert one.content == other.content
+
+
+def test_rows_that_make_one_run_count_once(caplog):
+    assert len(resolved("lm_tiny", each("optimizer.learning_rate", "1e-3", "0.001", "2e-3"))) == 2
+    assert "row 2 (optimizer.learning_rate=0.001) makes the same run as another" in caplog.text
+
+
+def test_all_that_is_wrong_is_said_with_row_and_key():
+    rows = product(each("steps", 20, "x"), each("optimizer.learning_rate", -1, 1e-3), each("model.widht", 5))
+    with pytest.raises(SweepError) as error:
+        resolved("lm_tiny", (*rows, {"steps": 5}, {"steps": 30}))
+    lines = str(error.value).splitlines()
+    assert lines[0] == "5 of 6 rows of overrides of lm_tiny cannot be used, and nothing was started:"
+    assert any(line.startswith("  rows 1, 2, 3, 4: model.widht=5: '--model.widht=5' is not an option") for line in lines)
+    assert any(line.startswith("  rows 1, 3: optimizer.learning_rate=-1: optimizer.learning_rate=-1.0 must be") for line in lines)
+    assert any(line.startswith("  rows 3, 4: steps=x: steps='x' must be") for line in lines)
+    assert any(line.startswith("  row 5: steps=5: optimizer.warmup_steps=10 must be below steps=5") for line in lines)
+    assert len(lines) == 5
+
+
+def test_values_that_hang_on_each_other_are_not_blamed():
+    """With twenty steps of warm-up, ten steps are wrong; the row's own five make them right, and only the bad key is named."""
+    with pytest.raises(SweepError) as error:
+        resolved("lm_tiny", ({"steps": 8, "optimizer.warmup_steps": 5, "seed": -1},))
+    assert str(error.value).count("\n") == 1 and "row 1: seed=-1" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"out": "a"}, "out cannot be given to a sweep: the sweep gives each run a folder"),
+        ({"resume": True}, "resume cannot be given to a sweep"),
+        ({"event.sink_formed.action": "stop", "probe_every": None}, "event.sink_formed"),
+        ({"init_from": "nowhere"}, "init_from='nowhere' must be a run folder"),
+        ({"model.vocab_size": 5}, "vocab_size"),
+    ],
+)
+def test_what_a_run_would_refuse_is_refused_before(row, message):
+    with pytest.raises(SweepError, match=message):
+        resolved("lm_tiny", (row,))
+
+
+def test_a_missing_extra_is_named(monkeypatch):
+    monkeypatch.setattr(runs.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SweepError, match=r"needs the package wandb, which is not installed; pip install 'plait\[wandb\]'"):
+        resolved("lm_tiny", ({"wandb": "project"},))
+
+
+def test_dry_run_shows_runs_and_starts_none(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["sweep", "lm_tiny", "--optimizer.learning-rate", "1e-3,3e-3", "--seeds", "2", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "4 runs; no time: nothing was measured yet" in shown and "45.6K" in shown and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("sweep", "sweep needs a study, a preset or the folder of a sweep first"),
+        ("sweep ration", "'ration' is no study, no preset and no folder with a sweep.json; did you mean 'ratio'?"),
+        ("sweep lm_tiny --seed 0,x --dry-run", "row 2: seed=x: seed='x' must be a whole number"),
+        ("sweep lm_tiny --seed 0 --status", "holds no sweep.json"),
+        ("sweep ratio --mixer glaa --dry-run", "mixer='glaa' must be one of"),
+    ],
+)
+def test_bad_commands(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(words.split()) == 2 and message in capsys.readouterr().err and list(tmp_path.iterdir()) == []

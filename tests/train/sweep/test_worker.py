@@ -1,0 +1,79 @@
+"""Workers: each run is trained once, by one, and fails alone."""
+
+import csv
+import dataclasses
+import json
+import os
+
+import pyarrow.parquet as pq
+
+from plait.tests.train.sweep.common import small
+from plait.train.pods.hosts.supervise import DONE, FAILED
+from plait.train.run_folder import owner
+from plait.train.run_folder.lines import read_metrics
+from plait.train.run_folder.owner import owned
+from plait.train.sweep import claims
+from plait.train.sweep.table import CSV, PARQUET
+from plait.train.sweep.worker import work
+
+
+def standing(folder, sweep):
+    return [claims.status(folder, run) for run in sweep.runs]
+
+
+def test_runs_end_once_fail_alone_and_are_left_to_who_has_them(tmp_path, corpus, compile_cache, caplog):
+    sweep = small(tmp_path, corpus, "--seed", "0,1,2", "--steps", "4")
+    folders = [claims.run_folder(tmp_path, run) for run in sweep.runs]
+    folders[1].parent.mkdir()
+    folders[1].touch()  # where its folder cannot be made
+    with owned(claims.claim(tmp_path, sweep.runs[2])):
+        assert standing(tmp_path, sweep) == ["queued", "queued", "running"]
+        assert work(tmp_path) == FAILED
+        assert standing(tmp_path, sweep) == ["done", "failed", "running"]
+    first = claims.outcome(tmp_path, sweep.runs[0])
+    assert first.step == 4 and first.metrics["loss/val"] > 0 and first.failures == 0
+    assert "is a file; give a folder" in claims.outcome(tmp_path, sweep.runs[1]).error
+    assert standing(tmp_path, sweep)[2] == "queued" and not folders[2].exists()
+
+    folders[1].unlink()
+    before = (folders[0] / "metrics.jsonl").stat().st_mtime_ns
+    assert work(tmp_path) == DONE
+    assert standing(tmp_path, sweep) == ["done"] * 3 and claims.outcome(tmp_path, sweep.runs[1]).failures == 1
+    assert (folders[0] / "metrics.jsonl").stat().st_mtime_ns == before, "what is done is left as it is"
+    assert work(tmp_path) == DONE
+    for folder in folders:
+        assert [line["step"] for line in read_metrics(folder) if "loss/train" in line] == [1, 2, 3, 4]
+        assert not (folder / "data").exists(), "the tokens are those of the sweep"
+    losses = [claims.outcome(tmp_path, run).metrics["loss/train"] for run in sweep.runs]
+    assert len(set(losses)) == 3
+
+    rows = list(csv.DictReader((tmp_path / CSV).open()))
+    assert [row["seed"] for row in rows] == ["0", "1", "2"] and {row["status"] for row in rows} == {"done"}
+    assert [float(row["loss/train"]) for row in rows] == losses and "steps" not in rows[0], "keys that differ"
+    table = pq.read_table(tmp_path / PARQUET).to_pydict()
+    assert table["seed"] == [0, 1, 2] and table["loss/train"] == losses and table["run"] == [run.name for run in sweep.runs]
+
+
+def test_a_run_of_a_dead_worker_is_interrupted_and_free(tmp_path, corpus):
+    (run,) = small(tmp_path, corpus, "--steps", "4").runs
+    with owned(claims.claim(tmp_path, run)):
+        record = owner.last_owner(claims.claim(tmp_path, run))
+        assert record.pid == os.getpid() and claims.holder(tmp_path, run) == record
+    path = claims.claim(tmp_path, run) / "owner" / "00000001.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(dataclasses.asdict(dataclasses.replace(record, born="before"))))
+    assert claims.holder(tmp_path, run) is None and claims.status(tmp_path, run) == "queued"
+    claims.run_folder(tmp_path, run).mkdir(parents=True)
+    (claims.run_folder(tmp_path, run) / "config.json").write_text("{}")
+    assert claims.status(tmp_path, run) == "interrupted"
+    with owned(claims.claim(tmp_path, run)):
+        assert claims.status(tmp_path, run) == "running"
+
+
+def test_a_worker_on_another_machine_is_taken_to_live_until_it_is_watched(tmp_path, corpus):
+    (run,) = small(tmp_path, corpus, "--steps", "4").runs
+    path = claims.claim(tmp_path, run) / "owner" / "00000001.json"
+    path.parent.mkdir(parents=True)
+    record = owner.Record(host="another", machine="another", pid=1, born="1", since="now")
+    path.write_text(json.dumps(dataclasses.asdict(record)))
+    assert claims.status(tmp_path, run) == "running" and claims.holder(tmp_path, run).host == "another"

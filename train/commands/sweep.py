@@ -1,0 +1,78 @@
+"""`launch.py sweep NAME|PRESET|FOLDER [--KEY VALUE,VALUE ...]`."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+from plait.configs.domains import Whole
+from plait.configs.options import split_options
+from plait.configs.words import parse
+from plait.train.console import console
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepArgs:
+    """Trains every run of a study, or of a preset and lists of values: `--optimizer.learning-rate 1e-3,3e-3 --seed 0,1,2`.
+
+    Every option of `train PRESET` may follow, with several values where commas part them. A pattern and other texts have commas of their
+    own: write their flag several times. The same command again goes on: runs that are done stay, others are trained by whoever is free.
+    """
+
+    out: Path | None = None
+    """Folder of the sweep; sweeps/NAME by default."""
+    workers: Annotated[int, Whole(1, 1024)] = 1
+    """Processes on this machine, which share its devices out; each trains one run after another."""
+    dry_run: bool = False
+    """Shows the runs and what they take, and starts none."""
+    status: bool = False
+    """Shows how the runs stand, on a terminal until they are over, and starts none."""
+
+
+def run(args: Sequence[str]) -> int:
+    """Trains, or shows, the runs of a sweep; or is one of its workers."""
+    from plait.train.sweep.pool import WORKER
+
+    if WORKER in os.environ:
+        from plait.train.sweep.worker import work
+
+        return work(Path(args[0]), *map(int, os.environ[WORKER].split("/")))
+    if not args or args[0].startswith("-"):
+        if {"-h", "--help"} & set(args):
+            parse(SweepArgs, ["--help"], prog="launch.py sweep NAME|PRESET|FOLDER [options of train, with lists]")
+        raise ValueError(
+            "sweep needs a study, a preset or the folder of a sweep first, as in 'launch.py sweep lm_tiny --seed 0,1,2'; "
+            "'launch.py list sweeps' shows studies"
+        )
+    return _run(args)
+
+
+def _run(args: Sequence[str]) -> int:
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # accelerators are the workers'
+    from plait.train.sweep import claims, show
+    from plait.train.sweep.asked import asked_for
+    from plait.train.sweep.devices import shares
+    from plait.train.sweep.pool import run_workers
+    from plait.train.sweep.record import begun, read
+
+    mine, rest = split_options(SweepArgs, args[1:])
+    options = parse(SweepArgs, mine, prog=f"launch.py sweep {args[0]} [options of train, with lists]")
+    wanted = asked_for(args[0], rest, options.out)
+    if options.dry_run:
+        console.print(show.plan_table(wanted.sweep.runs, wanted.folder, Path("runs") / wanted.sweep.runs[0].config.name))
+        return 0
+    if options.status:
+        show.watch(wanted.folder, read(wanted.folder), console)
+        return 0
+    parts = shares(options.workers)
+    sweep = begun(wanted.folder, wanted.sweep)
+    status = run_workers(wanted.folder, sweep, parts)
+    counted = collections.Counter(claims.status(wanted.folder, one) for one in sweep.runs)
+    console.print(f"{wanted.folder}: {show.tally(counted)}; results: {wanted.folder / 'results.csv'}", markup=False)
+    return status

@@ -1,0 +1,85 @@
+"""Which worker has which run, and how runs ended: a folder a run, on any file system that the workers share.
+
+claims/NAME/owner/         the worker, its process and machine, renewed while it lives (`plait.train.run_folder.owner`)
+claims/NAME/outcome.json   how the run ended the last time, written by its worker
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from plait.configs import codec
+from plait.configs.files import write_atomically
+from plait.train.run_folder.contents import CONFIG
+from plait.train.run_folder.lines import strict
+from plait.train.run_folder.owner import Record, last_owner
+from plait.train.sweep.runs import Run
+
+CLAIMS, RUNS = "claims", "runs"
+_OUTCOME = "outcome.json"
+
+Status = Literal["queued", "running", "interrupted", "failed", "stopped", "done"]
+"""`interrupted` has no worker and goes on from its checkpoint; `failed` is tried again by the same command; an event ended what is
+`stopped`, and it stays so."""
+OVER = ("done", "stopped")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a run ended."""
+
+    status: Literal["done", "stopped", "failed"]
+    error: str | None = None
+    """Why it failed."""
+    failures: int = 0
+    """How often it has, this time included."""
+    step: int = 0
+    seconds: float = 0.0
+    """Of training, in all its sessions."""
+    host: str = dataclasses.field(default_factory=platform.node)
+    metrics: Mapping[str, float | None] = dataclasses.field(default_factory=dict)
+    """The last of each."""
+
+
+def claim(folder: Path, run: Run) -> Path:
+    """The folder to be owned by the worker that has the run."""
+    return folder / CLAIMS / run.name
+
+
+def run_folder(folder: Path, run: Run) -> Path:
+    """Where the run itself is."""
+    return folder / RUNS / run.name
+
+
+def outcome(folder: Path, run: Run) -> Outcome | None:
+    """How the run ended the last time; None where it has not."""
+    path = claim(folder, run) / _OUTCOME
+    return codec.load(Outcome, path) if path.exists() else None
+
+
+def write_outcome(folder: Path, run: Run, found: Outcome) -> None:
+    """Says how the run ended. To be called by its owner."""
+    write_atomically(claim(folder, run) / _OUTCOME, json.dumps(strict(codec.encode(found)), indent=1) + "\n")
+
+
+def holder(folder: Path, run: Run) -> Record | None:
+    """The worker that has the run, as far as that is known here without waiting; None where none has, or it is dead."""
+    found = last_owner(claim(folder, run))
+    return None if found is None or found.left or found.dead else found
+
+
+def status(folder: Path, run: Run) -> Status:
+    """How it stands with the run."""
+    found = outcome(folder, run)
+    if found is not None and found.status in OVER:
+        return found.status
+    if holder(folder, run) is not None:
+        return "running"
+    if found is not None:
+        return found.status
+    return "interrupted" if (run_folder(folder, run) / CONFIG).exists() else "queued"

@@ -1,0 +1,113 @@
+"""`sweep.json`: what a sweep is, written once, which every further worker must want too."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from plait.configs import codec
+from plait.configs.components import validate
+from plait.configs.files import write_atomically
+from plait.configs.sweeps.rows import shown
+from plait.train.pods.hosts import hardware
+from plait.train.run_folder.owner import FolderInUse, owned
+from plait.train.sweep.runs import Run, SweepError
+
+log = logging.getLogger("plait")
+
+SWEEP, CHANGES = "sweep.json", "changes.diff"
+_MOST = 10
+"""Differences that an error lists."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """What `sweep.json` holds."""
+
+    command: tuple[str, ...]
+    """Words after `launch.py sweep` that began it."""
+    since: str
+    commit: str | None
+    """Of plait's source, with `-dirty` where `changes.diff` stands beside this file."""
+    versions: Mapping[str, str]
+    runs: tuple[Run, ...]
+
+
+def asked(command: tuple[str, ...], runs: tuple[Run, ...]) -> Sweep:
+    """A sweep that is to be begun here and now."""
+    since = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    return Sweep(command=command, since=since, commit=hardware.commit(), versions=hardware.versions(), runs=runs)
+
+
+def read(folder: Path) -> Sweep:
+    """The sweep in `folder`. Raises SweepError where there is none."""
+    if not (folder / SWEEP).exists():
+        raise SweepError(f"{str(folder)!r} holds no {SWEEP}; give the --out of a sweep that was begun")
+    found = codec.load(Sweep, folder / SWEEP)
+    for index, run in enumerate(found.runs):
+        validate(run.config, f"{SWEEP}: runs.{index}.config")
+    return found
+
+
+def begun(folder: Path, sweep: Sweep) -> Sweep:
+    """The sweep in `folder`, which is begun where there is none yet, by one of all that try.
+
+    Raises:
+        SweepError: there is another one; the message says in what it differs.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise SweepError(f"out={str(folder)!r} is a file; give a folder")
+    while not (folder / SWEEP).exists():
+        try:
+            with owned(folder):
+                if not (folder / SWEEP).exists():
+                    if changes := hardware.changes():
+                        write_atomically(folder / CHANGES, changes)
+                    codec_text = json.dumps(codec.encode(sweep), indent=1) + "\n"
+                    write_atomically(folder / SWEEP, codec_text)
+        except FolderInUse:
+            time.sleep(0.2)
+    found = read(folder)
+    check(folder, found, sweep)
+    return found
+
+
+def check(folder: Path, old: Sweep, new: Sweep) -> None:
+    """Raises SweepError where the runs of two sweeps differ; says where their code does."""
+    before, now = ({run.content: run for run in one.runs} for one in (old, new))
+    if before.keys() != now.keys():
+        found = _differences(
+            [before[one] for one in before.keys() - now.keys()], [now[one] for one in now.keys() - before.keys()]
+        )
+        more = f"\n  and {len(found) - _MOST} more" if len(found) > _MOST else ""
+        lines = "".join(f"\n  {line}" for line in found[:_MOST])
+        raise SweepError(
+            f"out={str(folder)!r} holds another sweep, begun with {' '.join(old.command)!r}; use that command, or another --out. "
+            f"It differs in:{lines}{more}"
+        )
+    if (old.commit, old.versions) != (new.commit, new.versions):
+        code = codec.differences({"commit": old.commit, **old.versions}, {"commit": new.commit, **new.versions})
+        log.warning("%s was begun with other code: %s", folder, "; ".join(code))
+
+
+def _differences(old: list[Run], new: list[Run]) -> list[str]:
+    """In what runs differ that are in one of two sweeps: a config changed under the same overrides, else runs that came or went."""
+    key = lambda run: json.dumps(codec.encode(dict(run.overrides)), sort_keys=True)
+    before, now = ({key(run): run for run in runs} for runs in (old, new))
+    found = []
+    for name in before.keys() & now.keys():
+        changed = codec.differences(*(_leaves(one[name]) for one in (before, now)))
+        found += [f"{shown(before[name].overrides)}: {line}" for line in changed]
+    found += [f"there and not asked for now: {shown(run.overrides)}" for name, run in before.items() if name not in now]
+    found += [f"asked for now and not there: {shown(run.overrides)}" for name, run in now.items() if name not in before]
+    return sorted(found)
+
+
+def _leaves(run: Run) -> dict[str, Any]:
+    return codec.leaves(codec.encode(run.config))

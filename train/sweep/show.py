@@ -1,0 +1,134 @@
+"""What a sweep will take, and how it stands, as tables for people."""
+
+from __future__ import annotations
+
+import collections
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from plait.configs.files import read_json
+from plait.configs.vocabulary import with_vocabulary
+from plait.models.lm import num_params
+from plait.train.progress import format_seconds
+from plait.train.run_folder.contents import ENVIRONMENT
+from plait.train.run_folder.lines import METRICS, read_lines
+from plait.train.sweep import claims
+from plait.train.sweep.claims import OVER
+from plait.train.sweep.record import Sweep
+from plait.train.sweep.runs import Run
+from plait.train.sweep.table import latest, varying
+
+_TOKENIZER_ELSEWHERE = 32_768  # stands for a vocabulary that only the corpus can tell
+_LIVE_SECONDS = 2.0
+_COLOURS = {"running": "cyan", "done": "green", "failed": "red", "stopped": "yellow", "interrupted": "yellow", "queued": "dim"}
+
+
+def plan_table(runs: Sequence[Run], folder: Path, presets_run: Path) -> Table:
+    """Each run with its size and work, and the time that it takes where the rate is known from runs that were done here.
+
+    Args:
+        folder: of the sweep, whether it has begun or not.
+        presets_run: where a run of the preset alone may lie.
+    """
+    sizes = [_size(run) for run in runs]
+    rate, source = _rate(runs, [size["FLOPs"] for size in sizes], folder, presets_run)
+    table = Table(title=f"{len(runs)} runs; {source}")
+    keys = _head(table, runs, ["parameters", "tokens", "FLOPs", "time"])
+    for number, (run, size) in enumerate(zip(runs, sizes), start=1):
+        seconds = "–" if rate is None else format_seconds(size["FLOPs"] / rate)
+        table.add_row(
+            str(number), *keys[run.name], *(_quantity(size[name]) for name in ("parameters", "tokens", "FLOPs")), seconds
+        )
+    work = sum(size["FLOPs"] for size in sizes)
+    table.add_section()
+    blank = [""] * len(keys[runs[0].name])
+    together = "–" if rate is None else format_seconds(work / rate)
+    table.add_row("all", *blank, "", _quantity(sum(size["tokens"] for size in sizes)), _quantity(work), together)
+    return table
+
+
+def status_table(folder: Path, sweep: Sweep) -> tuple[Table, bool]:
+    """How each run stands, and whether all are over."""
+    states = {run.name: claims.status(folder, run) for run in sweep.runs}
+    counted = collections.Counter(states.values())
+    table = Table(title=f"{folder}: {tally(counted)}")
+    keys = _head(table, sweep.runs, ["status", "step", "loss", "left", "host"])
+    for number, run in enumerate(sweep.runs, start=1):
+        table.add_row(str(number), *keys[run.name], *_standing(folder, run, states[run.name]), style=_COLOURS[states[run.name]])
+    return table, all(state in OVER for state in states.values())
+
+
+def tally(counted: Mapping[str, int]) -> str:
+    """How many runs stand how, in words."""
+    return ", ".join(f"{counted[state]} {state}" for state in _COLOURS if counted.get(state)) or "no runs"
+
+
+def watch(folder: Path, sweep: Sweep, console: Console) -> None:
+    """Shows the table, on a terminal until all runs are over."""
+    table, over = status_table(folder, sweep)
+    if not console.is_terminal:
+        console.print(table)
+        return
+    with Live(table, console=console, auto_refresh=False) as live:
+        while not over:
+            time.sleep(_LIVE_SECONDS)
+            table, over = status_table(folder, sweep)
+            live.update(table, refresh=True)
+
+
+def _head(table: Table, runs: Sequence[Run], more: Sequence[str]) -> dict[str, list[str]]:
+    """Adds the columns, and gives the cells of the keys in which runs differ."""
+    varied = varying(tuple(runs))
+    table.add_column("run", justify="right")
+    for key in next(iter(varied.values())):
+        table.add_column(key, overflow="fold")
+    for name in more:
+        table.add_column(name, justify="right", overflow="fold")
+    return {name: ["–" if value is None else str(value) for value in values.values()] for name, values in varied.items()}
+
+
+def _size(run: Run) -> dict[str, float]:
+    config = with_vocabulary(run.config, elsewhere=_TOKENIZER_ELSEWHERE)
+    tokens = config.steps * config.data.batch_size * config.data.seq_len
+    return {
+        "parameters": num_params(config.model),
+        "tokens": tokens,
+        "FLOPs": 3 * tokens * config.model.flops(config.data.seq_len),
+    }
+
+
+def _rate(runs: Sequence[Run], flops: Sequence[float], folder: Path, presets_run: Path) -> tuple[float | None, str]:
+    """FLOPs a second with all that a run does besides, and where that is known from."""
+    ended = [(work, found) for run, work in zip(runs, flops) if (found := claims.outcome(folder, run)) and found.status == "done"]
+    if ended:
+        return sum(work for work, _ in ended) / sum(
+            found.seconds for _, found in ended
+        ), f"time one by one, as the {len(ended)} done took"
+    try:
+        facts = read_json(presets_run / ENVIRONMENT)
+        last = {name: value for _, line in read_lines(presets_run / METRICS)[0] for name, value in line.items()}
+        rate = 3 * facts["flops_per_token"] * last["tokens"] / last["seconds"]
+        return rate, f"time one by one, at the rate of {presets_run} ({facts['devices']['count']} x {facts['devices']['kind']})"
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
+        return None, f"no time: nothing was measured yet, neither here nor in {presets_run}"
+
+
+def _standing(folder: Path, run: Run, state: str) -> list[str]:
+    last, steps = latest(folder, run), run.config.steps
+    step, seconds, loss = last.get("step", 0), last.get("seconds", 0.0), last.get("loss/train")
+    left = format_seconds(seconds / step * (steps - step)) if state == "running" and step else ""
+    ended, record = claims.outcome(folder, run), claims.holder(folder, run)
+    host = record.host if record is not None else "" if ended is None else ended.host
+    return [state, f"{step:,}/{steps:,}", "" if loss is None else f"{loss:.4f}", left, host]
+
+
+def _quantity(value: float) -> str:
+    for size, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K")):
+        if value >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"

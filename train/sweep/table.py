@@ -1,0 +1,92 @@
+"""The table of a sweep: a line a run, with the keys in which runs differ, how it stands, and its last metrics."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from plait.configs import codec
+from plait.configs.files import write_atomically
+from plait.train.run_folder.lines import METRICS, read_lines
+from plait.train.sweep import claims
+from plait.train.sweep.record import Sweep
+from plait.train.sweep.runs import Run
+
+CSV, PARQUET = "results.csv", "results.parquet"
+
+
+def write(folder: Path, sweep: Sweep) -> None:
+    """Writes `results.csv` and `results.parquet`, again where a run ended meanwhile: then the table of the last writer holds all."""
+    written = None
+    while (found := records(folder, sweep)) != written:
+        columns = {name: [record.get(name) for record in found] for name in dict.fromkeys(name for one in found for name in one)}
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values()))
+        write_atomically(folder / CSV, text.getvalue(), durable=False)
+        buffer = io.BytesIO()
+        pq.write_table(pa.table({name: _column(values) for name, values in columns.items()}), buffer)
+        write_atomically(folder / PARQUET, buffer.getvalue(), durable=False)
+        written = found
+
+
+def records(folder: Path, sweep: Sweep) -> list[dict[str, Any]]:
+    """The lines; what has no value is None."""
+    varied = varying(sweep.runs)
+    found = []
+    for run in sweep.runs:
+        ended = claims.outcome(folder, run)
+        state = claims.status(folder, run)
+        state = (
+            "unfinished" if state in ("running", "interrupted") else state
+        )  # which of them changes without a trace in this table
+        facts = {"step": None, "seconds": None, "host": None, "failures": 0, "error": None}
+        metrics: Mapping[str, Any] = {}
+        if ended is not None:
+            facts = {name: getattr(ended, name) for name in facts}
+            metrics = ended.metrics
+        found.append({"run": run.name, **varied[run.name], "status": state, **facts, **metrics})
+    return found
+
+
+def varying(runs: tuple[Run, ...]) -> dict[str, dict[str, Any]]:
+    """By run, its values of the overrides in which runs differ; None where it has no such key."""
+    values: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        leaves = codec.leaves(codec.encode(run.config))
+        keys = dict.fromkeys(key for other in runs for key in other.overrides)
+        values[run.name] = {key: leaves.get(key, run.overrides.get(key)) for key in keys}
+    differing = [key for key in next(iter(values.values())) if len({repr(one[key]) for one in values.values()}) > 1]
+    return {name: {key: one[key] for key in differing} for name, one in values.items()}
+
+
+def progress(folder: Path, run: Run) -> dict[str, Any]:
+    """How far a run has come, as its own metrics tell: step and seconds."""
+    last = latest(folder, run)
+    return {"step": int(last.get("step", 0)), "seconds": float(last.get("seconds", 0.0))}
+
+
+def latest(folder: Path, run: Run) -> dict[str, Any]:
+    """The last of each metric of a run, with its last step, tokens and seconds; empty where there is nothing that can be read."""
+    try:
+        lines = read_lines(claims.run_folder(folder, run) / METRICS)[0]
+    except ValueError:
+        return {}
+    return {name: value for _, line in lines for name, value in line.items()}
+
+
+def _column(values: list[Any]) -> pa.Array:
+    """Numbers as numbers, truth values as such, all else as text."""
+    kinds = {type(value) for value in values if value is not None}
+    if kinds <= {int, float} and float in kinds:
+        return pa.array(values, pa.float64())
+    if len(kinds) == 1 and kinds <= {int, bool, str}:
+        return pa.array(values)
+    return pa.array([None if value is None else str(value) for value in values], pa.string())

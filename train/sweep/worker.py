@@ -1,0 +1,124 @@
+"""A worker: one process that trains one run after another until none is left to claim."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import logging
+import traceback
+from pathlib import Path
+from typing import Literal
+
+import jax
+
+from plait.configs.errors import is_bad_input
+from plait.configs.experiment import ExperimentConfig
+from plait.kernels import forget_chosen
+from plait.train.loop import Result, train
+from plait.train.pods.hosts.failure import TrainingFailed
+from plait.train.pods.hosts.supervise import DONE, FAILED, STOPPED
+from plait.train.run_folder.owner import FolderInUse, FolderLost, owned
+from plait.train.sweep import claims, table
+from plait.train.sweep.claims import OVER, Outcome
+from plait.train.sweep.record import Sweep, read
+from plait.train.sweep.runs import Run
+
+log = logging.getLogger("plait")
+
+COMPILED, DATA = "compiled", "data"
+
+
+def work(folder: Path, number: int = 0, count: int = 1) -> int:
+    """Trains runs of the sweep in `folder` that nobody has, and gives the exit status: done, failed where one is, or stopped by a signal.
+
+    Args:
+        number: of this worker among the `count` on this machine, which begin at different runs: neighbours are alike, and the second of
+            them finds its program compiled.
+    """
+    sweep = read(folder)
+    _share_programs(folder)
+    worker = _Worker(folder, sweep)
+    first = number * len(sweep.runs) // count
+    for patient in (False, True):  # what others seem to have is watched at the end, which takes its time
+        for run in (*sweep.runs[first:], *sweep.runs[:first]):
+            if worker.is_due(run) and (patient or claims.holder(folder, run) is None) and not worker.take(run):
+                return STOPPED
+    return FAILED if any(claims.status(folder, run) == "failed" for run in sweep.runs) else DONE
+
+
+class _Worker:
+    def __init__(self, folder: Path, sweep: Sweep):
+        self.folder, self.sweep = folder, sweep
+        self.failures = {run.name: self._failures(run) for run in sweep.runs}
+        """By run, at the start: one that has failed since is for the next command."""
+
+    def is_due(self, run: Run) -> bool:
+        """Whether it is not over, and has not failed since this worker began."""
+        found = claims.outcome(self.folder, run)
+        return found is None or (found.status not in OVER and found.failures == self.failures[run.name])
+
+    def take(self, run: Run) -> bool:
+        """Trains the run unless another worker has it; False where a signal ended that."""
+        try:
+            with owned(claims.claim(self.folder, run)) as check:
+                if not self.is_due(run):
+                    return True
+                where = self.sweep.runs.index(run) + 1
+                log.info("run %d of %d: %s", where, len(self.sweep.runs), run.name)
+                found = self._train(run)
+                if found is None:
+                    return False
+                check()
+                claims.write_outcome(self.folder, run, found)
+                table.write(self.folder, self.sweep)
+                log.info(
+                    "run %d of %d is %s%s", where, len(self.sweep.runs), found.status, f": {found.error}" if found.error else ""
+                )
+        except (FolderInUse, FolderLost) as error:
+            log.info("%s is left to another worker: %s", run.name, error)
+        except OSError as error:  # of the claim or the outcome: the run is as it was
+            log.error("%s cannot be kept track of: %s", run.name, error)
+            self.failures[run.name] = -1
+        return True
+
+    def _train(self, run: Run) -> Outcome | None:
+        """How the run ended; None where a signal stopped it."""
+        try:
+            result = train(_placed(run.config, self.folder, run))
+        except (FolderInUse, FolderLost):
+            raise
+        except Exception as error:  # of this run alone, whatever it is
+            if not (isinstance(error, TrainingFailed | OSError) or (isinstance(error, ValueError) and is_bad_input(error))):
+                log.error("%s", traceback.format_exc())
+            message = f"{type(error).__name__}: {error}"[:2000]
+            return Outcome(status="failed", error=message, failures=self._failures(run) + 1, **table.progress(self.folder, run))
+        finally:
+            forget_chosen()
+            jax.clear_caches()
+            gc.collect()
+        if not result.finished and not result.by_event:
+            return None
+        return self._ended(run, result)
+
+    def _ended(self, run: Run, result: Result) -> Outcome:
+        metrics = {name: value for name, value in table.latest(self.folder, run).items() if "/" in name}
+        status: Literal["stopped", "done"] = "stopped" if result.by_event else "done"
+        return Outcome(status=status, failures=self._failures(run), metrics=metrics, **table.progress(self.folder, run))
+
+    def _failures(self, run: Run) -> int:
+        found = claims.outcome(self.folder, run)
+        return 0 if found is None else found.failures
+
+
+def _placed(config: ExperimentConfig, folder: Path, run: Run) -> ExperimentConfig:
+    """The run in its folder, going on with what is there, on the tokens that all runs of the sweep share."""
+    data = dataclasses.replace(config.data, cache_dir=config.data.cache_dir or str(folder / DATA))
+    return dataclasses.replace(config, out=str(claims.run_folder(folder, run)), resume=True, data=data)
+
+
+def _share_programs(folder: Path) -> None:
+    """Compiled programs are kept in the sweep's folder, or where JAX_COMPILATION_CACHE_DIR says, so that equal ones compile once."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str((folder / COMPILED).absolute()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
