@@ -1,20 +1,23 @@
 """`launch.py inspect`: losses and statistics of the text's rows, the page and its numbers, and what cannot be inspected."""
 
+import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from plait.data.tasks.mqar import MQARTask
 from plait.data.tokenizer import ByteTokenizer
 from plait.launch import main
 from plait.models.mixers.linear.base_conv import BaseConvConfig
 from plait.models.mixers.linear.gla import GLAConfig
 from plait.tests.tolerances import assert_close
-from plait.tests.train.common import tiny
 from plait.tests.train.convert.reshapes import LENGTH, logits, make_run, model_of
+from plait.train.inspection import inspecting
 from plait.train.inspection.inspecting import rows_of_text
-from plait.train.loop import train
+from plait.train.report import attention
+from plait.train.report.run import Attention
+from plait.train.report.style import Picture
 from plait.train.run import opened
 
 NEEDLE = ["--needle.prompts", "2", "--needle.cue", "2", "--needle.answer", "2", "--needle.length", "24"]
@@ -98,6 +101,15 @@ def test_the_page_has_figures_and_both_models(inspected):
     assert {"received", "sizes", "made_of", "attention", "attention_1", "final", "attention-over-training"} <= names
 
 
+def test_named_heads_are_pictured_in_place_of_the_telling_ones(monkeypatch):
+    monkeypatch.setattr(attention, "choose_heads", None)  # nobody chooses
+    maps = np.tile(np.tri(4) / np.arange(1, 5)[:, None], (2, 2, 1, 1))
+    maps[1, 1] = np.nan
+    run = SimpleNamespace(name="a", attention=Attention(maps, list("text"), 0), layers=[{"mixer": "softmax", "kind": "full"}] * 2)
+    assert isinstance(attention.pictures(0, run, [(1, 0), (1, 1)]), Picture)
+    assert "hold no finite head" in attention.pictures(0, run, [(1, 1)])
+
+
 def test_layers_of_other_kinds_show_what_they_have_and_random_heads_are_left_out(tmp_path, text):
     mixers = {"gla": GLAConfig(num_heads=2, expand_k=0.6, expand_v=0.6), "base_conv": BaseConvConfig(), **model_of().mixers}
     run = make_run(tmp_path / "run", model_of(pattern="gla,softmax,base_conv", mixers=mixers))
@@ -165,18 +177,14 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_what_cannot_be_inspected(case, run, text, capsys, monkeypatch):
     words, message = BAD[case]
-    monkeypatch.setattr("plait.train.inspection.inspecting.probing", None)  # nothing has started
+    monkeypatch.setattr(inspecting, "probing", None)  # nothing has started
     given = words(run, text)
     assert main(["inspect", *given, *([] if "--text" in given else ["--text", str(text)])]) == 2
     assert message in capsys.readouterr().err
     assert not (run / "inspect_0").exists()
 
 
-def test_a_run_without_a_tokenizer_is_refused(tmp_path, text, capsys):
-    train(
-        tiny({"data.task": MQARTask(), "steps": 1, "optimizer.warmup_steps": 0, "out": str(tmp_path / "run"), "data.seq_len": 64})
-    )
-    assert main(["inspect", str(tmp_path / "run"), "--text", str(text)]) == 2
-    assert (
-        "was trained on data.task=mqar, whose tokens are no text; give a run that was trained on text" in capsys.readouterr().err
-    )
+def test_a_run_without_a_tokenizer_is_refused(run, text, monkeypatch, capsys):
+    monkeypatch.setattr(inspecting, "opened", lambda *words: dataclasses.replace(opened(*words), tokenizer=None))
+    assert main(["inspect", str(run), "--text", str(text)]) == 2
+    assert "whose tokens are no text; give a run that was trained on text" in capsys.readouterr().err
