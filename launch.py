@@ -23,6 +23,8 @@ USAGE = """usage: launch.py [--verbose] COMMAND ...
   eval RUN [--tasks ppl,mqar] [--step N] [--mqar.num-kv-pairs 16] [--data.source other.txt] [--out FILE]
   generate RUN [--prompt "..."] [--num-tokens 200] [--temperature 0.8] [--top-k 40] [--top-p 0.9]
   report RUN [RUN ...] [--out FOLDER]
+  inspect RUN|CHECKPOINT --text FILE [--probe.only all] [--heads 3.1,12.0] [--mask-heads retrieval|random|3.1,12.0 --mask-count 12]
+        [--rows 4 --length 512 --needle.prompts 16]                     (probes, tokens, needles of a text: docs/inspection.md)
   write-launch gke|slurm|tpu-vm PRESET [train options] --target v5e:16x16 [--slices 2] [--out FOLDER]   (write-launch gke --help lists the rest)
   convert inspect DIR | convert import DIR RUN | convert export RUN DIR                                   (published models: docs/conversion.md)
   convert reshape RUN NEW KIND [--text FILE] [options of the kind]              (another model of a trained one: docs/conversion.md#reshape)
@@ -40,6 +42,7 @@ COMMANDS = {
     "eval": "evaluate",
     "generate": "generate",
     "report": "report",
+    "inspect": "inspect_run",
     "write-launch": "write_launch",
     "list": "list_names",
     "convert": "convert",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -43,8 +43,10 @@ class GradientObserver(Observer, Protocol):
 class Tapped:
     """An observer with its taps: of all layers for the stack, of one for a block."""
 
-    observer: GradientObserver
+    observer: Observer
+    """A `GradientObserver`, where there are taps."""
     taps: Any
+    """Beside them, where heads are left out, which of the layer's are `kept`, bool `[H]`: the others give zeros to what projects them."""
     first_head: int = 0
     """Which head of the layer the first one of a part is."""
     whole: bool = False
@@ -70,13 +72,18 @@ def everything(observer: Observer | None) -> Observer:
 
 
 def tapped(observer: Observer | None, place: Place, x: jax.Array, *, at: Tokens) -> jax.Array:
-    """`x`, whose gradient the observer will see."""
-    if not isinstance(observer, Tapped) or not observer.taps[place]:
+    """`x`, whose gradient the observer will see; of heads those that it keeps."""
+    if not isinstance(observer, Tapped):
         return x
     taps = observer.taps[place]
     if place == "heads":
-        taps = jax.tree.map(lambda a: a[observer.first_head : observer.first_head + x.shape[2]], taps)
-    return _tap(functools.partial(observer.observer.read, place), place == "heads", x, taps, at)
+        own = slice(observer.first_head, observer.first_head + x.shape[2])
+        taps = jax.tree.map(lambda a: a[own], taps)
+        if "kept" in observer.taps:
+            x = jnp.where(observer.taps["kept"][own][None, None, :, None], x, 0)
+    if not taps:
+        return x
+    return _tap(functools.partial(cast(GradientObserver, observer.observer).read, place), place == "heads", x, taps, at)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -28,6 +28,7 @@ from plait.configs.words import parse
 from plait.train.commands import convert
 from plait.train.commands.evaluate import parse as parse_eval
 from plait.train.commands.generate import GenerateArgs
+from plait.train.commands.inspect_run import InspectArgs
 from plait.train.commands.plan import PlanArgs
 from plait.train.commands.report import ReportArgs
 from plait.train.commands.sweep import SweepArgs
@@ -113,7 +114,7 @@ def test_command_is_known_and_parses(command):
     elif name == "convert":
         convert.parsed(host_options(rest)[1] if rest[0] in convert.ON_HOSTS else rest)
     else:
-        parse({"generate": GenerateArgs, "report": ReportArgs}[name], rest, prog=f"launch.py {name}")
+        parse({"generate": GenerateArgs, "report": ReportArgs, "inspect": InspectArgs}[name], rest, prog=f"launch.py {name}")
 
 
 @pytest.fixture(scope="module")

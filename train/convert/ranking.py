@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -20,7 +19,7 @@ from plait.train.convert.options import By
 from plait.train.convert.sample import ids_of, num_ids_of, pieces, rows_of
 from plait.train.convert.students import STUDENTS
 from plait.train.convert.weights import ConvertError
-from plait.train.mesh import on_mesh
+from plait.train.inspection.looking import looking
 from plait.train.probes.base import Probes
 from plait.train.run import Trained, opened
 
@@ -114,20 +113,13 @@ def rank(run: Path, by: By, *, text: Path | None, far: int, seed: int) -> Rankin
 def _statistics(trained: Trained, need: Need, text: np.ndarray | None, far: int, seed: int) -> Sequence[np.ndarray]:
     """Those of each layer, by head."""
     program = trained.program
-    length, mesh = program.config.data.seq_len, program.mesh
-    accumulate, rows = rows_of(program.config, mesh, _ROWS)
+    length = program.config.data.seq_len
+    _, rows = rows_of(program.config, program.mesh, _ROWS)
     rng = np.random.default_rng(seed)
     if need.reads_text:
         ids = pieces(rng, (rows, length), num_ids_of(trained), text)
     else:
         ids = np.tile(pieces(rng, (rows, -(-length // 2)), num_ids_of(trained), None), 2)[:, :length]
     observer = Probes(ProbeConfig(only=need.probe, rows=_QUERIES, sequences=rows, far=far))
-
-    @jax.jit
-    def look(params: Any, buffers: Any, ids: jax.Array) -> list[jax.Array]:
-        with on_mesh(mesh, accumulate):
-            _, extras = program.blueprint.build(params, buffers).hidden(Tokens(ids), observer=observer)
-        layers = observer.across([one.statistics for one in extras])
-        return [layer.get(need.statistic, jnp.full(1, jnp.nan)) for layer in layers]
-
-    return [np.asarray(layer) for layer in look(trained.params, trained.buffers, jnp.asarray(ids, jnp.int32))]
+    _, layers = looking(trained, observer)(Tokens(jnp.asarray(ids, jnp.int32)))
+    return [np.asarray(layer.get(need.statistic, np.full(1, np.nan))) for layer in observer.across(layers)]

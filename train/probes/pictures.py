@@ -19,7 +19,8 @@ from plait.train.probes.collect import padded_layers
 from plait.train.run_folder.probe_files import write_attention
 from plait.train.state import Arrays, Blueprint
 
-_LENGTH = 64
+LENGTH = 64
+"""Tokens of a picture at most."""
 
 
 class Pictures:
@@ -60,7 +61,7 @@ def write_pictures(
     Every host computes it, on the same whole `batch`; host 0 writes.
     """
     row, start, length = _longest_piece(np.asarray(batch.segment_ids))
-    length = min(length, _LENGTH)
+    length = min(length, LENGTH)
     tokens = np.asarray(batch.tokens)[row, start : start + length]
 
     @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))

@@ -16,6 +16,12 @@ from plait.train.probes.statistic import Metric, Panel, Statistic
 _SECTION = "Attention rollout"
 
 
+def with_residual(attention: jax.Array) -> jax.Array:
+    """What each token of a layer's output is made of, `[..., T, T]`, of its attention: half of it is the token itself."""
+    mixed = attention + jnp.broadcast_to(jnp.eye(attention.shape[-1]), attention.shape)
+    return mixed / mixed.sum(-1, keepdims=True)
+
+
 @register("rollout", source="Quantifying Attention Flow in Transformers (2005.00928)")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rollout(Probe):
@@ -57,8 +63,7 @@ class Rollout(Probe):
         for part in layers:
             if not part:
                 break  # what a layer without attention mixes is not known, nor what comes after it
-            mixed = part["map"] + jnp.eye(TOKENS)[None]
-            rolled = (mixed / mixed.sum(-1, keepdims=True)) @ rolled
+            rolled = with_residual(part["map"]) @ rolled
             row = rolled[:, -1]
             tokens = jnp.exp(-jax.scipy.special.xlogy(row, row).sum(-1))
             mean = lambda x, whole=part["whole"]: jnp.where(whole.any(), masked_mean(x, whole, axis=0), jnp.nan)

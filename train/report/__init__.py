@@ -1,5 +1,7 @@
 """The report: one self-contained page about one run or several, read from run folders only."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -28,16 +30,20 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
     out = Path(out) if out is not None else (first if len(loaded) == 1 else first.parent) / "report"
     with matplotlib.rc_context(RC):
         sections = _sections(loaded)
+    names = ", ".join(run.name for run in loaded)
+    return write_page(out, f"plait report: {names}", page.header(loaded), sections, "from the run folders alone")
+
+
+def write_page(out: Path, title: str, head: str, sections: Sequence[Section], made: str) -> Path:
+    """The path of a new `index.html` of sections, with their figures beside it."""
     html = []
-    for short, title, items in sections:
+    for short, name, items in sections:
         for item in items:
             if isinstance(item, Picture):
                 write_atomically(out / f"{item.name}.png", item.png)
-        html.append((short, title, "".join(item if isinstance(item, Markup) else page.show(item) for item in items)))
-    names = ", ".join(run.name for run in loaded)
-    foot = "Written by plait from the run folders alone; the figures are also PNG files beside this page."
-    text = page.page(f"plait report: {names}", page.header(loaded), html, foot)
-    write_atomically(out / "index.html", text)
+        html.append((short, name, "".join(item if isinstance(item, Markup) else page.show(item) for item in items)))
+    foot = f"Written by plait {made}; the figures are also PNG files beside this page."
+    write_atomically(out / "index.html", page.page(title, head, html, foot))
     return out / "index.html"
 
 
@@ -45,7 +51,11 @@ class Markup(str):
     """HTML that `page` made and escaped; any other string is a sentence still to be escaped."""
 
 
-def _sections(runs: list[Run]) -> list[tuple[str, str, list[Picture | Markup | str]]]:
+Section = tuple[str, str, list[Picture | Markup | str]]
+"""Its short name in the navigation, its title, and what stands in it."""
+
+
+def _sections(runs: list[Run]) -> list[Section]:
     pictures: list[Picture | Markup | str] = []
     for index, run in enumerate(runs[:MOST_MAPS]):
         heading = [Markup(page.heading(index, run))] if len(runs) > 1 else []
@@ -62,7 +72,7 @@ def _sections(runs: list[Run]) -> list[tuple[str, str, list[Picture | Markup | s
     ]
 
 
-def _statistics(runs: list[Run]) -> Iterator[tuple[str, str, list[Picture | Markup | str]]]:
+def _statistics(runs: list[Run]) -> Iterator[Section]:
     """A section for each that panels name and some run has values for, and every head at the end."""
     known = {name: one for run in runs for name, one in run.statistics.items() if one.panel is not None}
     there = {name: one for name, one in known.items() if any(run.by_head(name) is not None for run in runs)}

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator
 
-from plait.train.report.run import Attention, Run
+from plait.train.report.run import Run
 from plait.train.report.style import MUTED, SIGNED_MAP, SIGNED_ROOT, Picture, colour_bar, kind_colour, panels, picture
 
 PANELS = 4  # heads shown for each mixer
@@ -56,35 +56,38 @@ def choose_heads(scores: dict[str, np.ndarray], layers: Sequence[int], count: in
     return chosen[:count]
 
 
-def pictures(index: int, run: Run) -> Picture | str:
-    """For each mixer of the run a row of its most telling heads, queries down and keys across."""
+def pictures(index: int, run: Run, heads: Sequence[tuple[int, int]] = ()) -> Picture | str:
+    """For each mixer of the run a row of its most telling heads, or rows of the named ones; queries down and keys across."""
     if run.attention is None:
         return f"{run.name}: no attention pictures were written (probes/attention.npz is missing)."
     maps = normalise(run.attention.maps)
     layers = run.layers[: maps.shape[0]] or [{"mixer": "unknown", "kind": "unknown"}] * maps.shape[0]
     scores = head_scores(maps)
     mixers = dict.fromkeys(layer["mixer"] for layer in layers)
-    grid = [choose_heads(scores, [i for i, layer in enumerate(layers) if layer["mixer"] == mixer]) for mixer in mixers]
+    if heads:
+        grid = [row for mixer in mixers for row in _named([one for one in heads if layers[one[0]]["mixer"] == mixer], maps)]
+    else:
+        grid = [choose_heads(scores, [i for i, layer in enumerate(layers) if layer["mixer"] == mixer]) for mixer in mixers]
     grid = [row for row in grid if row]
     if not grid:
         return f"{run.name}: the attention pictures hold no finite head."
     figure, axes = panels(len(grid) * PANELS, columns=PANELS, height=2.42, left=0.72, gap=(0.2, 0.72), margin=(0.72, 0.62))
     upper = np.triu(np.ones(maps.shape[-2:], bool), 1)
     image = None
-    for row, heads in enumerate(grid):
+    for row, members in enumerate(grid):
         cells = axes[row * PANELS : (row + 1) * PANELS]
         for column, ax in enumerate(cells):
-            if column >= len(heads):
+            if column >= len(members):
                 ax.set_axis_off()
                 continue
-            layer, head, reason, score = heads[column]
+            layer, head, reason, score = members[column]
             picture_of = np.where(upper, np.nan, maps[layer, head])
             image = ax.imshow(picture_of, cmap=SIGNED_MAP, norm=SIGNED_ROOT, interpolation="nearest", aspect="auto")
             detail = f" {score:.2f}" if reason in ("most on first token", "most negative") else ""
             ax.set_title(f"layer {layer}, head {head}", fontsize=8.5, pad=4)
             ax.text(1, 1.025, reason + detail, transform=ax.transAxes, ha="right", va="bottom", fontsize=7.5, color=MUTED)
-            _token_axes(ax, run.attention, keys=row == len(grid) - 1, queries=column == 0)
-        mixer = layers[heads[0][0]]
+            token_axes(ax, run.attention.tokens, keys=row == len(grid) - 1, queries=column == 0)
+        mixer = layers[members[0][0]]
         cells[0].text(
             0, 1.14, mixer["mixer"], transform=cells[0].transAxes, color=kind_colour(mixer["kind"]), fontsize=10, weight="bold"
         )
@@ -98,15 +101,21 @@ def pictures(index: int, run: Run) -> Picture | str:
         f"Implied attention{step}, each row (query) divided by its sum of absolute weights. "
         "Blue is positive, red negative, pale grey zero; colour grows with the square root of the weight, so weak weights stay "
         "visible. Keys run across, queries down. "
-        "The heads shown are the extreme ones of each mixer, not typical ones."
     )
+    caption += "" if heads else "The heads shown are the extreme ones of each mixer, not typical ones."
     return picture(f"attention_{index}" if index else "attention", figure, caption)
 
 
-def _token_axes(ax: Axes, attention: Attention, *, keys: bool, queries: bool) -> None:
-    """Token labels as densely as they stay readable; every labelled token is where its tick is."""
-    names = [shown(token) for token in attention.tokens]
-    stride = max(1, math.ceil(len(names) / 26))
+def _named(heads: Sequence[tuple[int, int]], maps: np.ndarray) -> list[list[tuple[int, int, str, float]]]:
+    """Rows of named heads of a mixer, those without attention left out."""
+    there = [(layer, head, "", math.nan) for layer, head in heads if np.isfinite(maps[layer, head]).all()]
+    return [there[i : i + PANELS] for i in range(0, len(there), PANELS)]
+
+
+def token_axes(ax: Axes, tokens: Sequence[str], *, keys: bool, queries: bool, most: int = 26) -> None:
+    """Token labels as densely as they stay readable, `most` of them; every labelled token is where its tick is."""
+    names = [shown(token) for token in tokens]
+    stride = max(1, math.ceil(len(names) / most))
     places = list(range(0, len(names), stride))
     for axis, wanted in ((ax.xaxis, keys), (ax.yaxis, queries)):
         axis.set_major_locator(FixedLocator(places))

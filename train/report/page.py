@@ -116,11 +116,15 @@ def header(runs: Sequence[Run]) -> str:
     """Names, facts and the layer strip of one run, or the number of runs compared."""
     if len(runs) > 1:
         return f"<small>plait training report</small><h1>{len(runs)} runs compared</h1>" + strip(runs)
-    told = facts(runs[0])
+    return titled("plait training report", runs[0].name, facts(runs[0])) + strip(runs)
+
+
+def titled(what: str, name: str, told: dict[str, str]) -> str:
+    """The name, and facts as tiles, under them the pattern."""
     pattern = told.pop("pattern")
     tiles = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in told.items())
-    title = f"<small>plait training report</small><h1>{escape(runs[0].name)}</h1>"
-    return f'{title}<dl class="facts">{tiles}</dl><p class="pattern">{escape("" if pattern == "–" else pattern)}</p>{strip(runs)}'
+    title = f"<small>{escape(what)}</small><h1>{escape(name)}</h1>"
+    return f'{title}<dl class="facts">{tiles}</dl><p class="pattern">{escape("" if pattern == "–" else pattern)}</p>'
 
 
 def _lane(index: int, run: Run) -> str:

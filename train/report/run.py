@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,8 @@ class Run:
     attention: Attention | None
     notes: list[str]
     """Sentences about what is missing or was ignored."""
+    beside: Mapping[str, Statistic] = field(default_factory=dict)
+    """Statistics of the run that no probe declares, by name."""
 
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps and values of the metrics lines that carry `name`."""
@@ -66,11 +68,9 @@ class Run:
 
     @functools.cached_property
     def statistics(self) -> dict[str, Statistic]:
-        """By name what the probes declare, then what the run holds of probes that are gone."""
-        return {
-            **statistics(),
-            **{name: undeclared(name, a) for name, a in self.probes.arrays.items() if name not in statistics()},
-        }
+        """By name what the probes declare and what is beside, then what the run holds of probes that are gone."""
+        declared = {**statistics(), **self.beside}
+        return {**declared, **{name: undeclared(name, a) for name, a in self.probes.arrays.items() if name not in declared}}
 
     def events_of(self, kind: str) -> list[dict[str, Any]]:
         """The events of a kind in the order of their steps."""
@@ -148,7 +148,7 @@ def load_run(path: Path, name: str) -> Run:
     if (path / EVENTS).exists():
         events = read_events(path)
     else:
-        events = _derive_events(probes)
+        events = derived_events(probes)
         notes.append(f"{EVENTS} is missing; the events shown were derived from the probe files")
     attention = _read_attention(path / ATTENTION, notes)
     return Run(path, name, config, environment, read_metrics(path), events, probes, attention, notes)
@@ -197,7 +197,8 @@ def undeclared(name: str, values: np.ndarray) -> Statistic:
     return Statistic(name=name, per=per, unit="", meaning="as a probe measured that is not here", panel=panel, **entries)
 
 
-def _derive_events(probes: ProbeSeries) -> list[dict[str, Any]]:
+def derived_events(probes: ProbeSeries) -> list[dict[str, Any]]:
+    """What the probes' own thresholds say of their numbers."""
     watchers = [watcher for probe in chosen() for watcher in probe.watchers(probes.layers)]
     events = []
     for index, step in enumerate(probes.steps):

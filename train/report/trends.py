@@ -75,8 +75,8 @@ def of_layers(name: str, runs: Sequence[Run], shown: Sequence[Statistic]) -> Pic
             if len(runs) == 1:
                 _layers(ax, run, statistic, panel)
             else:
-                level = [_level(step, panel) for step in values]
-                ax.plot(run.probes.steps, level, color=run_colour(index), linestyle=run_dash(index), marker=_marker(level))
+                line = [level(step, panel) for step in values]
+                ax.plot(run.probes.steps, line, color=run_colour(index), linestyle=run_dash(index), marker=_marker(line))
         ax.set_title(panel.title, fontsize=8.5)
         ax.set_ylabel(statistic.unit + (f", {'max' if panel.most else 'median'}" if len(runs) > 1 else ""), fontsize=7.5)
         value_axis(ax, log=panel.log and all(np.nanmin(line.get_ydata()) > 0 for line in ax.lines))
@@ -97,7 +97,7 @@ def _layers(ax: Axes, run: Run, statistic: Statistic, panel: Panel) -> None:
     for group, values in run.by_group(statistic.name).items():
         for layer, colour in enumerate(colours):
             if np.isfinite(values[:, layer]).any():
-                line = [_level(step, panel) for step in values[:, layer]]
+                line = [level(step, panel) for step in values[:, layer]]
                 style = {
                     "linestyle": group_dash(group) if _has_both(run, layer) else "-",
                     "linewidth": 1.3,
@@ -112,7 +112,8 @@ def _has_both(run: Run, layer: int) -> bool:
     return len(set(run.layers[layer]["head_kinds"])) > 1
 
 
-def _level(values: np.ndarray, panel: Panel) -> float:
+def level(values: np.ndarray, panel: Panel) -> float:
+    """What stands for a layer's heads."""
     values = values[np.isfinite(values)]
     return float((np.max if panel.most else np.median)(values)) if values.size else math.nan
 
