@@ -20,7 +20,7 @@ USAGE = """usage: launch.py [--verbose] COMMAND ...
   plan PRESET --target v5p:4x8x8 [--slices N] [--search [--compile 2]] [--out plans/a] [any option of train]
   eval RUN [--tasks ppl,mqar] [--step N] [--mqar.num-kv-pairs 16] [--data.source other.txt] [--out FILE]
   generate RUN [--prompt "..."] [--num-tokens 200] [--temperature 0.8] [--top-k 40] [--top-p 0.9]
-  report RUN [RUN ...] [--out FOLDER]
+  report RUN [RUN ...] [--out FOLDER] [--watch [--every 30]]
   write-launch gke|slurm|tpu-vm PRESET [train options] --target v5e:16x16 [--slices 2] [--out FOLDER]   (write-launch gke --help lists the rest)
   convert inspect DIR | convert import DIR RUN | convert export RUN DIR                                   (published models: docs/conversion.md)
   convert reshape RUN NEW KIND [--text FILE] [options of the kind]              (another model of a trained one: docs/conversion.md#reshape)
