@@ -2,9 +2,11 @@
 
 import json
 
+import matplotlib
 import numpy as np
 import pytest
 
+from plait.train.probes.base import statistics
 from plait.train.report import MOST_OPEN, write_report
 from plait.train.report.curves import thin
 from plait.train.report.maps import MOST_ROWS, folded
@@ -55,25 +57,24 @@ def test_many_probe_steps_are_drawn_evenly_and_those_of_events(tmp_path):
     run = make_run(tmp_path / "run", layers=1, heads=1)
     for step in range(30, 10_000, 10):
         write_probes(run, step, {"sink": np.full((1, 1, 4), 0.1)})
+    left_out = int(np.setdiff1d(np.arange(10, 10_000, 10), load_run(run, "run").probes.steps)[300])
     event = {"kind": "sink_onset", "layer": 0, "head": 0, "value": 1.0, "threshold": 0.5, "message": ""}
     with MetricsWriter(run, tensorboard=False) as writer:
-        writer.write_events([{"step": 5_120, **event}])
+        writer.write_events([{"step": left_out, **event}])
     loaded = load_run(run, "run")
     steps = loaded.probes.steps
-    assert len(steps) == MOST_PROBES and steps[0] == 10 and steps[-1] == 9_990 and 5_120 in steps
+    assert len(steps) == MOST_PROBES and steps[0] == 10 and steps[-1] == 9_990 and left_out in steps
     assert np.diff(steps).max() <= 60 and any("400 of 999 probe steps are drawn" in note for note in loaded.notes)
 
 
-@pytest.mark.parametrize("text", ["Sink", "Where the first token has the largest", "W" * 50])
+@pytest.mark.parametrize("text", ["Sink", "Where the first token has the largest"])
 def test_titles_stay_left_of_the_scale_beside_them(text):
-    import matplotlib
-
     with matplotlib.rc_context(RC):
         figure, axes = panels(4, columns=4, height=1.5, left=0.5, gap=(0.42, 0.8))
         title(axes[0], text, size=8.5, beside=0.38)
         width = axes[0].get_window_extent().width
         extent = axes[0]._left_title.get_window_extent(figure.canvas.get_renderer())
-    assert extent.width <= (1 - 0.38) * width or text[0] == "W"
+    assert extent.width <= (1 - 0.38) * width
     assert len(axes[0].get_title("left").splitlines()) <= 2
 
 
@@ -81,17 +82,10 @@ def test_a_page_of_many_sections_has_contents_and_is_folded(tmp_path):
     run = make_run(tmp_path / "run")
     text = write_report([run]).read_text()
     assert 'class="contents"' not in text and "<details><summary><h2>Attention over training" not in text
-    names = [f"part_{i}" for i in range(MOST_OPEN)]
-    from plait.train.probes.base import statistics
-
     sections = {one.panel.section: one for one in statistics().values() if one.panel is not None and one.panel.lines}
-    assert len(sections) > len(names)
-    arrays = {one.name: np.ones((2,) if one.per == "layer" else (2, 2), np.float32) for one in sections.values()}
-    arrays = {
-        name: array if sections_of.size is None else array[..., None].repeat(4, -1)
-        for (name, array), sections_of in zip(arrays.items(), sections.values())
-    }
-    write_probes(run, 30, arrays)
+    assert len(sections) > MOST_OPEN
+    shapes = {one.name: (2,) * (1 + (one.per == "head")) + (4,) * (one.size is not None) for one in sections.values()}
+    write_probes(run, 30, {name: np.ones(shape) for name, shape in shapes.items()})
     text = write_report([run]).read_text()
     assert 'class="contents"' in text
     for title_of in sections:
