@@ -384,7 +384,7 @@ def test_chosen_heads_are_the_extreme_ones_and_differ():
     normal = normalise(maps)
     assert np.allclose(np.abs(normal).sum(-1), 1)
     chosen = {reason: head for _, head, reason, _ in choose_heads(head_scores(normal), [0])}
-    assert chosen == {"most on first token": 0, "most local": 1, "sharpest": 2}
+    assert chosen == {"most on first": 0, "most local": 1, "sharpest": 2}
 
 
 def test_head_that_a_layer_does_not_have_is_never_chosen():

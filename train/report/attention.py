@@ -32,7 +32,7 @@ def head_scores(maps: np.ndarray) -> dict[str, np.ndarray]:
     distance = (weights * np.maximum(rows - columns, 0)).sum(-1) / np.arange(1, size)
     negative = np.clip(-maps[..., 1:, :], 0, None).sum(-1)
     scores = {
-        "most on first token": weights[..., 0].mean(-1),
+        "most on first": weights[..., 0].mean(-1),
         "most local": 1 - distance.mean(-1),
         "sharpest": 1 - entropy.mean(-1),
         "most negative": negative.mean(-1),
@@ -83,7 +83,7 @@ def pictures(index: int, run: Run, heads: Sequence[tuple[int, int]] = ()) -> Pic
             layer, head, reason, score = members[column]
             picture_of = np.where(upper, np.nan, maps[layer, head])
             image = ax.imshow(picture_of, cmap=SIGNED_MAP, norm=SIGNED_ROOT, interpolation="nearest", aspect="auto")
-            detail = f" {score:.2f}" if reason in ("most on first token", "most negative") else ""
+            detail = f" {score:.2f}" if reason in ("most on first", "most negative") else ""
             ax.set_title(f"layer {layer}, head {head}", fontsize=8.5, pad=4)
             ax.text(1, 1.025, reason + detail, transform=ax.transAxes, ha="right", va="bottom", fontsize=7.5, color=MUTED)
             token_axes(ax, run.attention.tokens, keys=row == len(grid) - 1, queries=column == 0)
@@ -91,7 +91,7 @@ def pictures(index: int, run: Run, heads: Sequence[tuple[int, int]] = ()) -> Pic
         cells[0].text(
             0, 1.14, mixer["mixer"], transform=cells[0].transAxes, color=kind_colour(mixer["kind"]), fontsize=10, weight="bold"
         )
-        width = 0.12 + 0.078 * len(mixer["mixer"])
+        width = 0.12 + 0.088 * len(mixer["mixer"])
         place = {"transform": cells[0].transAxes, "fontsize": 8.5, "color": MUTED}
         cells[0].text(width / 2.5, 1.14, f"{mixer['kind']} layers", **place)
     bar = colour_bar(axes[PANELS - 1], image, ticks=[-1, -0.25, 0, 0.25, 1], width=0.6, lift=0.36)

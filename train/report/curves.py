@@ -20,6 +20,7 @@ from plait.train.report.style import (
     run_dash,
     short,
     step_axis,
+    title,
     value_axis,
 )
 
@@ -38,6 +39,21 @@ def smooth(values: np.ndarray, share: float = 0.02) -> np.ndarray:
         if weight:
             smoothed[index] = mean / weight
     return smoothed
+
+
+def thin(steps: np.ndarray, values: np.ndarray, most: int = 2000, *, log: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """At most so many of the points, in order: the lowest and the highest of each even part of the (logarithmic) axis of steps."""
+    if len(values) <= most:
+        return steps, values
+    places = np.log(np.maximum(steps, 1)) if log else steps.astype(float)
+    part = ((places - places[0]) / max(places[-1] - places[0], 1e-9) * (most // 2 - 1)).astype(int)
+    finite = np.isfinite(values)
+    low, high = np.where(finite, values, np.inf), np.where(finite, values, -np.inf)
+    kept = set()
+    for points in np.split(np.arange(len(values)), np.flatnonzero(np.diff(part)) + 1):
+        kept |= {int(points[np.argmin(low[points])]), int(points[np.argmax(high[points])])}
+    at = np.array(sorted(kept))
+    return steps[at], values[at]
 
 
 def loss(runs: Sequence[Run]) -> Picture | str:
@@ -95,7 +111,7 @@ def by_position(runs: Sequence[Run]) -> Picture | None:
     ax.xaxis.set_major_formatter(FuncFormatter(short))
     ax.xaxis.set_minor_formatter(NullFormatter())
     value_axis(ax)
-    ax.legend(*(part[:12] for part in ax.get_legend_handles_labels()), loc="upper right", handlelength=1.8)
+    ax.legend(*(part[:12] for part in ax.get_legend_handles_labels()), loc="best", handlelength=1.8)
     return picture("positions", figure, "Validation loss over doubling ranges of positions, drawn at the first of each.")
 
 
@@ -117,10 +133,10 @@ def _loss_of(ax: Axes, run: Run, index: int, start: float, *, alone: bool) -> li
     (steps, values), (val_steps, val) = run.series("loss/train"), run.series("loss/val")
     smoothed, late, val_late = smooth(values), steps >= start, val_steps >= start
     if late.sum() > 8:
-        ax.plot(steps[late], values[late], color=colour, linewidth=0.6, alpha=0.25 if alone else 0.1)
+        ax.plot(*thin(steps[late], values[late], log=start <= 1), color=colour, linewidth=0.6, alpha=0.25 if alone else 0.1)
     if late.any():
         marker = "o" if late.sum() == 1 else None
-        ax.plot(steps[late], smoothed[late], color=colour, linestyle=dash, marker=marker, markersize=4)
+        ax.plot(*thin(steps[late], smoothed[late], log=start <= 1), color=colour, linestyle=dash, marker=marker, markersize=4)
         levels += list(smoothed[late])
     if val_late.any():
         style = {"marker": "o", "markersize": 4.2, "markerfacecolor": "white", "markeredgewidth": 1.2}
@@ -158,25 +174,30 @@ POSITIONS = "position/"  # begins the names of losses by position, shown elsewhe
 
 
 def scalars(runs: Sequence[Run]) -> Picture | str:
-    """Speed, optimisation and whatever else the run logged, one small panel for each name."""
+    """Speed, optimisation and whatever else the run logged that no probe draws, one small panel for each name."""
     logged = dict.fromkeys(name for run in runs for record in run.records for name in record if "/" in name)
+    told = [one for run in runs for one in run.statistics.values() if one.name in run.probes.arrays]
+    drawn = {
+        one.metric.name for one in told if one.metric and one.panel and (one.panel.lines or one.panel.map or one.panel.trends)
+    }
     names = [name for name in SCALARS if name in logged] + sorted(
-        name for name in logged if name not in (*SCALARS, *OFTEN) and not name.startswith(POSITIONS)
+        name for name in logged if name not in (*SCALARS, *OFTEN, *drawn) and not name.startswith(POSITIONS)
     )
     if not names:
         return "Besides the loss nothing was logged: no speed, no gradient norm."
     shown = names[:24]
-    figure, axes = panels(len(shown), columns=min(4, max(2, len(shown))), height=1.65, gap=(0.62, 0.78), margin=(0.36, 0.48))
+    figure, axes = panels(len(shown), columns=min(4, max(2, len(shown))), height=1.65, gap=(0.72, 0.78), margin=(0.4, 0.48))
     for ax, name in zip(axes, shown):
-        title, unit = SCALARS.get(name, (name, ""))
+        words, unit = SCALARS.get(name, (name, ""))
         for index, run in enumerate(runs):
             steps, values = run.series(name)
             if steps.size > 1:
-                ax.plot(steps, values, color=run_colour(index), linewidth=0.5, alpha=0.25)
+                ax.plot(*thin(steps, values), color=run_colour(index), linewidth=0.5, alpha=0.25)
             if steps.size:
                 marker = "o" if steps.size == 1 else None
-                ax.plot(steps, smooth(values), color=run_colour(index), linestyle=run_dash(index), marker=marker, linewidth=1.3)
-        ax.set_title(title, fontsize=8.5)
+                line = thin(steps, smooth(values))
+                ax.plot(*line, color=run_colour(index), linestyle=run_dash(index), marker=marker, linewidth=1.3)
+        title(ax, words, size=8.5)
         ax.set_ylabel(unit, fontsize=7.5)
         lines = [line.get_ydata() for line in ax.lines]
         values = np.concatenate([np.asarray(line, float) for line in lines]) if lines else np.array([])
@@ -200,15 +221,20 @@ def timeline(runs: Sequence[Run]) -> Picture | str:
     if not lanes:
         return "No event was recorded: nothing that is watched left its bounds."
     figure, (ax,) = panels(1, columns=1, height=0.4 * len(lanes) + 0.05, left=1.55, margin=(0.3, 0.5))
+    marks: dict[tuple[str, str], list[tuple[int, float]]] = {}
     for index, run in enumerate(runs):
         for event in run.events:
             layer = event.get("layer")
             known = layer is not None and layer < len(run.layers)
             kind = run.layers[layer]["kind"] if known else "model"
             colour = run_colour(index) if len(runs) > 1 else kind_colour(kind) if known else INK
-            depth = 0.5 * (layer / max(1, len(run.layers) - 1) - 0.5) if known else 0.0
-            style = {"marker": "o" if layer is not None else "D", "markersize": 6.5, "markeredgecolor": "white"}
-            ax.plot(event["step"], lanes.index(event["kind"]) + depth, color=colour, markeredgewidth=0.7, linestyle="", **style)
+            depth = 0.7 * (layer / max(1, len(run.layers) - 1) - 0.5) if known else 0.0
+            place = event["step"], lanes.index(event["kind"]) + depth
+            marks.setdefault((colour, "D" if layer is None else "o"), []).append(place)
+    size = 6.5 if sum(map(len, marks.values())) <= 200 else 4
+    for (colour, marker), places in marks.items():
+        style = {"marker": marker, "markersize": size, "markeredgecolor": "white", "markeredgewidth": 0.1 * size}
+        ax.plot(*zip(*places), color=colour, linestyle="", **style)
     end = max((run.records[-1]["step"] for run in runs if run.records), default=1)
     ax.set(ylim=(len(lanes) - 0.5, -0.5), xlim=(-0.01 * end, 1.01 * end))
     ax.set_yticks(range(len(lanes)), [event_title(lane) for lane in lanes])

@@ -10,8 +10,8 @@ from matplotlib.ticker import MaxNLocator
 from plait.train.probes.statistic import Statistic
 from plait.train.report.curves import legend
 from plait.train.report.run import Run
-from plait.train.report.style import INK, MUTED, Picture, panels, picture, run_colour, run_dash, value_axis
-from plait.train.report.trends import level
+from plait.train.report.style import INK, MUTED, Picture, panels, picture, run_colour, run_dash, title, value_axis
+from plait.train.report.trends import levels
 
 
 def by_depth(name: str, runs: Sequence[Run], shown: Sequence[Statistic]) -> Picture:
@@ -28,9 +28,9 @@ def by_depth(name: str, runs: Sequence[Run], shown: Sequence[Statistic]) -> Pict
             if len(runs) == 1 and statistic.per == "head":
                 ax.plot(layers, values[-1], ".", color=MUTED, alpha=0.35, markersize=4, markeredgewidth=0)
             colour = INK if len(runs) == 1 else run_colour(index)
-            line = [level(layer, panel) for layer in values[-1]]
+            line = levels(values[-1].reshape(values.shape[1], -1), panel)
             ax.plot(layers, line, color=colour, linestyle=run_dash(index), marker="o", markersize=2.5)
-        ax.set_title(panel.title, fontsize=8.5)
+        title(ax, panel.title, size=8.5)
         of_heads = f", {'max' if panel.most else 'median'}" if statistic.per == "head" else ""
         ax.set_ylabel(statistic.unit + of_heads, fontsize=7.5)
         value_axis(ax, log=panel.log and all(np.nanmin(one.get_ydata()) > 0 for one in ax.lines))

@@ -64,15 +64,19 @@ def _sections(found: Inspection, runs: list[Run]) -> list[Section]:
     there = [one for one in declared if any(run.by_head(one.name) is not None for run in runs)]
     sections = dict.fromkeys(one.panel.section for one in there if one.panel is not None)
     by_layer: list[Section] = [
-        (title, title, [by_depth(page.anchor(title), runs, [one for one in there if one.panel and one.panel.section == title])])
+        Section(
+            title, title, [by_depth(page.anchor(title), runs, [one for one in there if one.panel and one.panel.section == title])]
+        )
         for title in sections
     ]
     final = maps.final(runs, there)
     pictures = [attention.pictures(index, run, found.heads) for index, run in enumerate(runs)]
     return [
-        ("Summary", "What the model does on the text", [Markup(_summary(found))]),
-        ("Tokens", "Token by token", [tokens.received(names, first), tokens.sizes(names, first), tokens.made_of(names, first)]),
-        (
+        Section("Summary", "What the model does on the text", [Markup(_summary(found))]),
+        Section(
+            "Tokens", "Token by token", [tokens.received(names, first), tokens.sizes(names, first), tokens.made_of(names, first)]
+        ),
+        Section(
             "Pictures",
             "Attention pictures",
             [
@@ -83,10 +87,12 @@ def _sections(found: Inspection, runs: list[Run]) -> list[Section]:
             + [Markup(_losses(found))],
         ),
         *by_layer,
-        ("Heads", "Every head", [] if final is None else [final]),
-        ("Events", "What stands out", [Markup(page.events_table(runs)) or "Nothing that is watched is out of its bounds."]),
-        ("Definitions", "Definitions", [Markup(page.definitions(runs[:1]))]),
-        ("Settings", "Settings", [Markup(page.sources(runs[:1]))]),
+        Section("Heads", "Every head", [] if final is None else [final]),
+        Section(
+            "Events", "What stands out", [Markup(page.events_table(runs)) or "Nothing that is watched is out of its bounds."]
+        ),
+        Section("Definitions", "Definitions", [Markup(page.definitions(runs[:1]))]),
+        Section("Settings", "Settings", [Markup(page.sources(runs[:1]))]),
     ]
 
 

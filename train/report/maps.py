@@ -1,5 +1,6 @@
 """Heat maps of every head: over training steps, and at the end as layer x head."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,12 +18,18 @@ from plait.train.report.style import (
     Picture,
     blank,
     colour_bar,
+    head_of,
     kind_strip,
     panels,
     picture,
     run_colour,
     step_axis,
+    title,
 )
+
+TALLEST = 8.0  # inches of a map
+MOST_ROWS = 480  # of a map, so that each is two pixels high and more
+LABEL = 0.11  # inches of a line of small type
 
 
 def _colours(panel: Panel) -> Colormap:
@@ -57,29 +64,37 @@ def _ticks(norm: Normalize) -> list[float] | None:
 
 def over_time(name: str, cells: Sequence[tuple[Run, Statistic]]) -> Picture | None:
     """A heat map for each (run, statistic) that there is: steps on x, heads on y grouped by layer, onsets of its event marked."""
-    shown = [(run, one, one.panel, values) for run, one in cells if one.panel and (values := run.by_head(one.name)) is not None]
+    shown = [
+        (run, one, one.panel, *folded(values, least=one.panel.low_is_dark))
+        for run, one in cells
+        if one.panel and (values := run.by_head(one.name)) is not None
+    ]
     if not shown:
         return None
     several = len({run.name for run, *_ in shown}) > 1
-    places = [_rows(values) for *_, values in shown]
-    height = float(np.clip(0.075 * max(map(len, places)), 0.3 * max(len({layer for layer, _ in rows}) for rows in places), 12.0))
+    places = [_rows(values) for *_, values, _ in shown]
+    deepest = max(len({layer for layer, _ in rows}) for rows in places)
+    height = float(np.clip(0.075 * max(map(len, places)), min(0.3 * deepest, TALLEST), TALLEST))
     same = len({tuple((layer["mixer"], layer["num_heads"]) for layer in run.layers) for run, *_ in shown}) == 1
     widest = max((len(layer["mixer"]) for run, *_ in shown for layer in run.layers), default=4)
     left = 0.55 + 0.068 * widest
     columns = min(3, max(len(shown), 1))
     gap = (0.42 if same else left, 0.8)
-    figure, axes = panels(len(shown), columns=columns, height=max(height, 0.7), left=left, gap=gap, margin=(0.5, 0.5))
-    norms = {one.name: _norm(panel, [v for _, other, _, v in shown if other.name == one.name]) for _, one, panel, _ in shown}
-    for position, (ax, (run, one, panel, values)) in enumerate(zip(axes, shown)):
-        mesh = _heat(ax, run, one, values, norms[one.name], labels=position % columns == 0 or not same)
-        ax.set_title(run.name if several else panel.title, fontsize=9 if several else 9.5)
-        if not several or position in (columns - 1, len(shown) - 1):
+    figure, axes = panels(len(shown), columns=columns, height=max(height, 0.7), left=left, gap=gap, margin=(0.55, 0.5))
+    norms = {one.name: _norm(panel, [v for _, other, _, v, _ in shown if other.name == one.name]) for _, one, panel, *_ in shown}
+    for position, (ax, (run, one, panel, values, together)) in enumerate(zip(axes, shown)):
+        mesh = _heat(ax, run, one, values, together, norms[one.name], labels=position % columns == 0 or not same)
+        barred = not several or position in (columns - 1, len(shown) - 1)
+        title(ax, run.name if several else panel.title, size=9 if several else 9.5, beside=0.34 if barred else 0)
+        if barred:
             colour_bar(ax, mesh, ticks=_ticks(norms[one.name]), width=0.3)
-    title = f"{shown[0][2].title}, one panel for each run. " if several else ""
+    whose = f"{shown[0][2].title}, one panel for each run. " if several else ""
     parts = [
-        f"{title}Each row is a head, grouped by layer from the first (top) to the last; the strip is coloured by layer kind."
+        f"{whose}Each row is a head, grouped by layer from the first (top) to the last; the strip is coloured by layer kind."
     ]
-    parts += [f"{panel.title}: {one.meaning}." for one, panel in {one.name: (one, panel) for _, one, panel, _ in shown}.values()]
+    if (most := max(together for *_, together in shown)) > 1:
+        parts.append(f"Up to {most} neighbouring heads of a layer share a row, which shows the strongest colour among them.")
+    parts += [f"{panel.title}: {one.meaning}." for one, panel in {one.name: (one, panel) for _, one, panel, *_ in shown}.values()]
     if any(_onsets(run, one) for run, one, *_ in shown):
         parts.append("Triangles mark the step of a head's event, such as that at which it became a sink.")
     return picture(name, figure, " ".join(parts))
@@ -96,7 +111,21 @@ def _rows(array: np.ndarray) -> list[tuple[int, int]]:
     return [(layer, head) for layer, head in np.ndindex(array.shape[1:3]) if np.isfinite(array[:, layer, head]).any()]
 
 
-def _heat(ax: Axes, run: Run, statistic: Statistic, array: np.ndarray, norm: Normalize, *, labels: bool) -> Any:
+def folded(array: np.ndarray, *, least: bool = False) -> tuple[np.ndarray, int]:
+    """Values `[N, L, H]` with so many neighbouring heads of a layer in one that rows stay visible, and how many those are: of each the
+    largest, or the least."""
+    steps, layers, heads = array.shape
+    together = math.ceil(layers * heads / MOST_ROWS)
+    if together == 1:
+        return array, 1
+    blank = np.inf if least else -np.inf
+    padded = np.pad(np.where(np.isfinite(array), array, blank), ((0, 0), (0, 0), (0, -heads % together)), constant_values=blank)
+    strongest = (np.min if least else np.max)(padded.reshape(steps, layers, -1, together), axis=-1)
+    return np.where(np.isfinite(strongest), strongest, np.nan), together
+
+
+def _heat(ax: Axes, run: Run, statistic: Statistic, array: np.ndarray, together: int, norm: Normalize, *, labels: bool) -> Any:
+    """Draws values `[N, L, H]`, so many heads `together` in each."""
     rows, steps = _rows(array), run.probes.steps.astype(float)
     middles = (steps[1:] + steps[:-1]) / 2
     first, last = (steps[1] - steps[0], steps[-1] - steps[-2]) if steps.size > 1 else (1.0, 1.0)
@@ -105,16 +134,20 @@ def _heat(ax: Axes, run: Run, statistic: Statistic, array: np.ndarray, norm: Nor
     mesh = ax.pcolormesh(edges, np.arange(len(rows) + 1), matrix, cmap=_colours(statistic.panel), norm=norm, rasterized=True)
     ax.set_ylim(len(rows), 0)
     starts = [i for i, (layer, _) in enumerate(rows) if i == 0 or rows[i - 1][0] != layer] + [len(rows)]
-    ax.hlines(starts[1:], *edges[[0, -1]], color=PAPER, linewidth=1.6)
+    inches = ax.get_position().height * ax.figure.get_figheight() / (len(starts) - 1)  # of a layer
+    ax.hlines(starts[1:], *edges[[0, -1]], color=PAPER, linewidth=min(1.6, 8 * inches))
     kind_strip(ax, [(start + 0.1, end - 0.1, run.layers[rows[start][0]]["kind"]) for start, end in pairwise(starts)])
     centres = [(start + end) / 2 for start, end in pairwise(starts)]
     names = [f"{rows[start][0]}  {run.layers[rows[start][0]]['mixer']}" for start in starts[:-1]]
-    ax.set_yticks(centres, names if labels else [])
-    ax.tick_params(axis="y", labelsize=8 if len(names) <= 24 else 6.5)
-    for event in _onsets(run, statistic):
-        if (event["layer"], event["head"]) in rows:
-            y = rows.index((event["layer"], event["head"])) + 0.5
-            ax.plot(event["step"], y, ">", color="#ee7733", markersize=5, markeredgecolor=PAPER, markeredgewidth=0.6)
+    every = max(1, math.ceil(LABEL / inches))
+    ax.set_yticks(centres[::every], names[::every] if labels else [])
+    ax.tick_params(axis="y", labelsize=8 if every == 1 and inches > 0.16 else 6.5)
+    at = {row: index + 0.5 for index, row in enumerate(rows)}
+    heads = [(event["step"], event["layer"], event["head"] // together) for event in _onsets(run, statistic)]
+    onsets = [(step, at[layer, head]) for step, layer, head in heads if (layer, head) in at]
+    size = 5 if len(onsets) <= 100 else 3
+    style = {"color": "#ee7733", "markersize": size, "markeredgecolor": PAPER, "markeredgewidth": 0.12 * size}
+    ax.plot([step for step, _ in onsets], [row for _, row in onsets], ">", **style)
     step_axis(ax)
     return mesh
 
@@ -131,9 +164,14 @@ def final(runs: Sequence[Run], shown: Sequence[Statistic]) -> Picture | None:
     norms = [_norm(one.panel, [a for run in runs if (a := one.of(run)) is not None]) for one in maps]
     cells = [(run, one, norm) for one, norm in zip(maps, norms) for run in runs]
     columns = len(runs) if several else 4
-    height = float(np.clip((0.11 if several else 0.16) * max(len(run.layers) for run in runs), 0.7, 4.0))
+    height = float(np.clip(0.16 * max(len(run.layers) for run in runs), 0.7, 2.0 if several else 4.0))
     figure, axes = panels(
-        len(cells), columns=columns, height=height, left=0.5, gap=(0.42, 0.62 if several else 0.78), margin=(0.55, 0.42)
+        len(cells),
+        columns=columns,
+        height=height,
+        left=0.5,
+        gap=(0.42, 0.72 if several else 0.85),
+        margin=(0.78 if several else 0.62, 0.42),
     )
     for index, (ax, (run, one, norm)) in enumerate(zip(axes, cells)):
         first = index % columns == 0
@@ -142,15 +180,13 @@ def final(runs: Sequence[Run], shown: Sequence[Statistic]) -> Picture | None:
             blank(ax, "none in this run")
         else:
             image = ax.imshow(matrix, aspect="auto", cmap=_colours(one.panel), norm=norm, interpolation="nearest")
-            _cells(ax, run, matrix, first=first, label="entry" if one.entries else "head")
+            layer_by_head(ax, run, matrix, first=first, label="entry" if one.entries else "head")
             if not several or index % columns == columns - 1:
                 colour_bar(ax, image, ticks=_ticks(norm))
         if first or not several:
-            ax.set_title(one.title, fontsize=8.5)
+            title(ax, one.title, size=8.5, beside=0 if several or matrix is None else 0.38)
         if several and index < columns:
-            inch = 1 / (ax.get_position().height * figure.get_figheight())
-            colour = run_colour(index)
-            ax.text(0, 1 + 0.32 * inch, run.name, transform=ax.transAxes, color=colour, weight="bold", fontsize=9.5)
+            head_of(ax, run.name, run_colour(index))
     steps = ", ".join(dict.fromkeys(f"{run.probes.steps[-1]:,}" for run in runs if run.probes.steps.size))
     caption = f"At step {steps}. Rows are layers, columns heads; blank where a layer has no such value. "
     caption += "One column for each run and one colour scale for each row; " if several else ""
@@ -184,7 +220,8 @@ class _Map:
         return last if last is not None and np.isfinite(last).any() else None
 
 
-def _cells(ax: Axes, run: Run, matrix: np.ndarray, *, first: bool, label: str) -> None:
+def layer_by_head(ax: Axes, run: Run, matrix: np.ndarray, *, first: bool, label: str) -> None:
+    """Axes and layer kinds of a picture whose rows are layers and whose columns are heads, or what `label` says."""
     layers, heads = matrix.shape
     ax.set_xticks(range(0, heads, max(1, heads // 4)))
     if label == "entry":

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from plait.train.probes.base import chosen, statistics
 from plait.train.probes.statistic import Panel, Statistic
 from plait.train.progress import format_seconds
 from plait.train.run_folder.lines import EVENTS, METRICS, read_events, read_lines, read_metrics, series
-from plait.train.run_folder.probe_files import ATTENTION, ProbeSeries, read_npz, read_probes
+from plait.train.run_folder.probe_files import ATTENTION, ProbeSeries, probe_files, read_npz, read_probes, step_of
 
 KINDS = ("full", "sparse", "linear", "parallel")
 """Kinds of layers in the order in which they are told of."""
+MOST_PROBES = 400
+"""Probe steps of a run that are drawn; a panel has no more pixels for them."""
 
 
 @dataclass(frozen=True)
@@ -140,18 +143,33 @@ def load_run(path: Path, name: str) -> Run:
       ValueError: the folder holds no `metrics.jsonl`.
     """
     if not (path / METRICS).is_file():
-        raise ValueError(f"{path} is not a run: a run folder holds {METRICS}; give the folder that was passed to train as --out")
+        why = "is not a run" if path.is_dir() else "is no folder" if path.exists() else "does not exist, so it is not a run"
+        raise ValueError(f"{path} {why}: a run folder holds {METRICS}; give the folder that was passed to train as --out")
     notes = [note for name_ in (METRICS, EVENTS) if (note := read_lines(path / name_)[1])]
     config, environment = (_read_tree(path / f"{file}.json", notes) for file in ("config", "environment"))
-    probes = _with_layers(read_probes(path))
+    events = read_events(path)
+    files = probe_files(path)
+    shown = _spread(files, {event["step"] for event in events})
+    probes = _with_layers(read_probes(path, shown))
     notes += probes.notes
-    if (path / EVENTS).exists():
-        events = read_events(path)
-    else:
+    if len(shown) < len(files):
+        notes.append(f"{len(shown)} of {len(files):,} probe steps are drawn, evenly spread, those of events first")
+    if not (path / EVENTS).exists():
         events = derived_events(probes)
         notes.append(f"{EVENTS} is missing; the events shown were derived from the probe files")
     attention = _read_attention(path / ATTENTION, notes)
     return Run(path, name, config, environment, read_metrics(path), events, probes, attention, notes)
+
+
+def _spread(files: Sequence[Path], telling: Set[int]) -> list[Path]:
+    """At most `MOST_PROBES` of the files of probe steps: the first, the last, and of each even part between them one of a telling step,
+    its last where it has none."""
+    if len(files) <= MOST_PROBES:
+        return list(files)
+    edges = np.linspace(1, len(files) - 1, MOST_PROBES - 1).astype(int)
+    parts = [files[start:end] for start, end in pairwise(edges)]
+    picked = [next((path for path in part if step_of(path) in telling), part[-1]) for part in parts]
+    return [files[0], *picked, files[-1]]
 
 
 def _read_tree(path: Path, notes: list[str]) -> dict[str, Any]:

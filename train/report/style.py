@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+import textwrap
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -186,6 +187,22 @@ def colour_bar(
     bar.xaxis.set_major_formatter(FuncFormatter(short))
     bar.tick_params(labelsize=7, pad=1, length=0)
     return bar
+
+
+def title(ax: Axes, text: str, *, size: float = 9.5, beside: float = 0.0) -> None:
+    """The title of a panel, on two lines and smaller as need be to stay left of what takes the right share `beside` of its width."""
+    room = (1 - beside) * ax.get_position().width * ax.figure.get_figwidth() - 0.08 * (beside > 0)
+    across = max(1, int(room / (0.0086 * size)))  # letters of bold type in a line
+    lines = textwrap.wrap(text, max(across, math.ceil(0.55 * len(text)))) or [""]
+    size *= min(1.0, across / max(map(len, lines)))
+    ax.set_title("\n".join(lines), fontsize=max(size, 6.5), linespacing=1.1)
+
+
+def head_of(ax: Axes, name: str, colour: str) -> None:
+    """The name of a run over the title of its panel, smaller as need be."""
+    width, height = ax.get_position().width * ax.figure.get_figwidth(), ax.get_position().height * ax.figure.get_figheight()
+    size = min(9.5, width / (0.0086 * max(1, len(name))))
+    ax.text(0, 1 + 0.44 / height, name, transform=ax.transAxes, color=colour, weight="bold", fontsize=size)
 
 
 def kind_strip(ax: Axes, spans: Sequence[tuple[float, float, str]]) -> None:

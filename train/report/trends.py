@@ -24,6 +24,7 @@ from plait.train.report.style import (
     run_colour,
     run_dash,
     step_axis,
+    title,
     value_axis,
 )
 
@@ -44,7 +45,8 @@ def of_kinds(name: str, runs: Sequence[Run], shown: Sequence[Statistic]) -> Pict
             ax.axhline(trend.limit, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
         limits = statistic.panel.limits if statistic.panel is not None else None
         room = 0.02 * (limits[1] - limits[0]) if limits else 0
-        ax.set(title=trend.title, ylabel=trend.unit, **({"ylim": (limits[0] - room, limits[1] + room)} if limits else {}))
+        title(ax, trend.title)
+        ax.set(ylabel=trend.unit, **({"ylim": (limits[0] - room, limits[1] + room)} if limits else {}))
         value_axis(ax)
         step_axis(ax)
     ink = kind_colour if len(runs) == 1 else (lambda kind: MUTED)
@@ -75,9 +77,9 @@ def of_layers(name: str, runs: Sequence[Run], shown: Sequence[Statistic]) -> Pic
             if len(runs) == 1:
                 _layers(ax, run, statistic, panel)
             else:
-                line = [level(step, panel) for step in values]
+                line = levels(values.reshape(len(values), -1), panel)
                 ax.plot(run.probes.steps, line, color=run_colour(index), linestyle=run_dash(index), marker=_marker(line))
-        ax.set_title(panel.title, fontsize=8.5)
+        title(ax, panel.title, size=8.5, beside=0.37 if len(runs) == 1 else 0)
         ax.set_ylabel(statistic.unit + (f", {'max' if panel.most else 'median'}" if len(runs) > 1 else ""), fontsize=7.5)
         value_axis(ax, log=panel.log and all(np.nanmin(line.get_ydata()) > 0 for line in ax.lines))
         step_axis(ax)
@@ -86,7 +88,7 @@ def of_layers(name: str, runs: Sequence[Run], shown: Sequence[Statistic]) -> Pic
         caption = "One line for each run: over all layers and heads, the median or the maximum as the axis says."
         return picture(name, figure, caption)
     largest = [panel.title.lower() for statistic, panel in lines if panel.most and statistic.per == "head"]
-    caption = "One line for each layer, dark for deep: the median over its heads"
+    caption = "One line for each layer, coloured by depth: the median over its heads"
     caption += f", for {' and '.join(largest)} the maximum. " if largest else ". "
     caption += "A layer with heads of both kinds has a line for each, those that read a state dotted."
     return picture(name, figure, caption)
@@ -97,7 +99,7 @@ def _layers(ax: Axes, run: Run, statistic: Statistic, panel: Panel) -> None:
     for group, values in run.by_group(statistic.name).items():
         for layer, colour in enumerate(colours):
             if np.isfinite(values[:, layer]).any():
-                line = [level(step, panel) for step in values[:, layer]]
+                line = levels(values[:, layer], panel)
                 style = {
                     "linestyle": group_dash(group) if _has_both(run, layer) else "-",
                     "linewidth": 1.3,
@@ -112,11 +114,14 @@ def _has_both(run: Run, layer: int) -> bool:
     return len(set(run.layers[layer]["head_kinds"])) > 1
 
 
-def level(values: np.ndarray, panel: Panel) -> float:
-    """What stands for a layer's heads."""
-    values = values[np.isfinite(values)]
-    return float((np.max if panel.most else np.median)(values)) if values.size else math.nan
+def levels(values: np.ndarray, panel: Panel) -> np.ndarray:
+    """The largest or the median of the finite values `[N, n]` at each of N steps, NaN where there is none."""
+    finite = np.where(np.isfinite(values), values, np.nan)
+    some = np.isfinite(finite).any(1)
+    found = np.full(len(values), np.nan)
+    found[some] = (np.nanmax if panel.most else np.nanmedian)(finite[some], axis=1)
+    return found
 
 
-def _marker(line: Sequence[float]) -> str | None:
+def _marker(line: Sequence[float] | np.ndarray) -> str | None:
     return "o" if len(line) == 1 else None

@@ -136,6 +136,13 @@ class _Owner:
                 self._sure = _now()
 
 
+def newest(folder: Path) -> Record | None:
+    """Who took the folder last; None where nobody has."""
+    ledger = folder / OWNER
+    last = max(_numbers(ledger), default=None)
+    return None if last is None else _read(ledger / _name(last))
+
+
 def _take(folder: Path) -> tuple[int, Record]:
     """The number under which this process has taken the folder, and what it wrote there."""
     ledger = folder / OWNER

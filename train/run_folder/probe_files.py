@@ -76,33 +76,30 @@ class Layers:
     first_k: int = 0
 
 
-def read_probes(run: Path) -> ProbeSeries:
-    """Every probe file of a run, stacked over steps; a file that cannot be read, or is not like the others, is left out and named in
-    `notes`."""
-    run, notes, files = Path(run), [], {}
-    for path in probe_files(run):
+def read_probes(run: Path, files: Sequence[Path] | None = None) -> ProbeSeries:
+    """Every probe file of a run, or those given, stacked over steps; a file that cannot be read, or is not like the others, is left out
+    and named in `notes`."""
+    run, notes, read = Path(run), [], {}
+    for path in probe_files(run) if files is None else files:
         try:
             arrays = read_npz(path)
             if any(array.dtype.kind not in "fiu" for array in arrays.values()):
                 raise ValueError(f"{path.name} holds what are no numbers")
-            files[step_of(path)] = {name: array.astype(np.float32) for name, array in arrays.items()}
+            read[step_of(path)] = {name: array.astype(np.float32) for name, array in arrays.items()}
         except ValueError as error:
             notes.append(f"{error} and was ignored")
-    ranks = {
-        name: Counter(a[name].ndim for a in files.values() if name in a).most_common(1)[0][0]
-        for a in files.values()
-        for name in a
-    }
-    for step, arrays in list(files.items()):
+    names = dict.fromkeys(name for arrays in read.values() for name in arrays)
+    ranks = {name: Counter(a[name].ndim for a in read.values() if name in a).most_common(1)[0][0] for name in names}
+    for step, arrays in list(read.items()):
         if any(array.ndim != ranks[name] or array.ndim < 1 for name, array in arrays.items()):
             notes.append(f"{probe_path(run, step).name} holds arrays of another shape and was ignored")
-            del files[step]
+            del read[step]
     layers, first_k = _read_layers(run / LAYERS, notes)
     for note in notes:
         log.warning("%s: %s", run, note)
-    names = dict.fromkeys(name for arrays in files.values() for name in arrays)
-    stacked = {name: _stack([arrays.get(name) for arrays in files.values()]) for name in names}
-    return ProbeSeries(np.asarray(list(files), np.int64), stacked, layers, first_k, notes)
+    names = dict.fromkeys(name for arrays in read.values() for name in arrays)
+    stacked = {name: _stack([arrays.pop(name, None) for arrays in read.values()]) for name in names}
+    return ProbeSeries(np.asarray(list(read), np.int64), stacked, layers, first_k, notes)
 
 
 def _read_layers(path: Path, notes: list[str]) -> tuple[list[dict[str, Any]], int]:
