@@ -96,8 +96,9 @@ class Actions(Memory):
             self.stops = [*self.stops, after]
             return f"; the run stops after step {after:,}"
         if one.action == "lower_rate":
-            self.rates = [*self.rates, [event.step + LAG, one.factor]]
-            return f"; from step {event.step + LAG:,} on the learning rate is {one.factor:g} times what it was"
+            first = event.step + (0 if event.kind == SpikeWatch.rewound else LAG)
+            self.rates = [*self.rates, [first, one.factor]]
+            return f"; from step {first:,} on the learning rate is {one.factor:g} times what it was"
         return ""
 
 

@@ -33,6 +33,7 @@ from plait.train.run_folder import contents
 from plait.train.run_folder.gaps import gaps
 from plait.train.run_folder.probe_files import ATTENTION
 from plait.train.run_folder.trim import set_aside, trim_metrics
+from plait.train.spikes import SpikeWatch
 from plait.train.state import Arrays, TrainState
 from plait.train.watchers import Event, load_states, states
 
@@ -200,7 +201,7 @@ class _Loop:
         self.iterator.set_state({**self.iterator.get_state(), "step": position})
         self.actions.rewinds, self.actions.rates = rewinds, rates  # which are not undone
         text = f"{cause}: back to step {step:,}, leaving out the {skipped:,} batches since (rewind {rewinds})"
-        event = Event(step + 1, "rewind", None, None, float(cause.step), float(rewinds), text)
+        event = Event(step + 1, SpikeWatch.rewound, None, None, float(cause.step), float(rewinds), text)
         return state, step, self.actions.take(event.step, [event])[0]
 
     def _steps(self, state: TrainState, step: int) -> tuple[TrainState, int]:

@@ -71,13 +71,15 @@ class SpikeWatch(Watcher):
     name = "spikes"
     fields = ("recent",)
     skipped = "spike_skipped"
-    """The kind of its events."""
+    """The kind of its events,"""
+    rewound = "rewind"
+    """and of those of a run that has gone back, the next step of which is not dispatched yet."""
 
     def __init__(self, config: SpikeConfig):
         self.config = config
         self.kinds = {
             self.skipped: "with `--spike.sigma`: the update of a step was left out; each time",
-            "rewind": "with `--spike.action rewind` or `--event.KIND.action rewind`: the run went back to a checkpoint; each time",
+            self.rewound: "with `--spike.action rewind` or `--event.KIND.action rewind`: the run went back to a checkpoint; each time",
         }
         self.recent: list[list[float]] = []
         """Step, loss and gradient norm of the last finite steps."""

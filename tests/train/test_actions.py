@@ -294,11 +294,11 @@ def test_a_rate_lowered_for_a_rewind_stays_lowered_by_the_next(jumping, compile_
     monkeypatch.setattr(LossSpikes, "update", lambda watcher, step, values: [event(left.pop())] if left[-1:] == [step] else [])
     assert train(config).finished
     lines = lines_of(tmp_path / "run" / "events.jsonl")
-    assert [line["kind"] for line in lines] == ["rewind"] and "(rewind 2); from step 7 on the learning rate is 0.5" in lines[0][
+    assert [line["kind"] for line in lines] == ["rewind"] and "(rewind 2); from step 5 on the learning rate is 0.5" in lines[0][
         "message"
     ]
     top = rates(tmp_path / "run")[3]
-    np.testing.assert_allclose(np.array(rates(tmp_path / "run")[3:]) / top, [1.0] * 3 + [0.25] * 6)
+    np.testing.assert_allclose(np.array(rates(tmp_path / "run")[3:]) / top, [1.0] + [0.25] * 8)
 
 
 def test_a_run_that_no_longer_lowers_its_rate_goes_back_with_the_lower_one(jumping, compile_cache, tmp_path, monkeypatch):
