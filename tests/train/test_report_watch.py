@@ -115,7 +115,7 @@ def test_what_is_half_written_is_left_out_and_damage_keeps_the_page(tmp_path, mo
     world = World(monkeypatch, lambda: append('{"step": 3, "lo'), lambda: append("\ndamage\n{}\n"), lambda: own(run, left=True))
     with pytest.raises(ValueError, match=r"metrics\.jsonl:3"):
         watch([run], None, 5.0, world.said.append)
-    assert len(world.pages) == 2 and "line 3 is unfinished" in world.pages[1]
+    assert not world.then and len(world.pages) == 2 and "line 3 is unfinished" in world.pages[1]
     assert "over 2 steps" in (run / "report/index.html").read_text()
 
 
@@ -157,3 +157,15 @@ def test_time_without_sense_is_an_error(tmp_path, options):
     with pytest.raises(ValueError, match="every="):
         command.run([str(tmp_path / "run"), *options])
     assert not (tmp_path / "run/report").exists()
+
+
+def test_command_watches(tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    write(run, 1)
+    own(run)
+    world = World(monkeypatch, lambda: (write(run, 2, 3), own(run, left=True)))
+    command.run([str(run), "--watch", "--every", "7"])
+    assert world.now == 7 and len(world.pages) == 2
+    assert (
+        capsys.readouterr().out == f"report: {run}/report/index.html, looked at every 7 s until training ends (Ctrl-C ends it)\n"
+    )
