@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from plait.configs.domains import DEPTH
 from plait.models.config import LMConfig
 from plait.models.hf.base import MODEL_TYPES, Family, Line, Unfit
 from plait.models.hf.places import Place
@@ -57,6 +58,9 @@ class Source:
             raise ConvertError(
                 f"{folder / CONFIG} has a quantization_config: quantised weights cannot be trained on; give the model as it was before"
             )
+        depth = fields.get("num_hidden_layers")
+        if isinstance(depth, int) and not 1 <= depth <= DEPTH.most:  # families make lists of so many
+            raise ConvertError(f"{folder / CONFIG}: num_hidden_layers={depth} must be from 1 to {DEPTH.most}; restore the file")
         family = _family(fields.get("model_type"), folder)
         values = Values(fields)
         try:

@@ -188,6 +188,13 @@ class Planned:
     make: Callable[[], np.ndarray]
 
 
+def _save(arrays: dict[str, np.ndarray], path: Path) -> None:
+    try:
+        save_file(arrays, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # in which the library hides what the disk says
+        raise OSError(f"{path} cannot be written ({error}); make room or mend the disk, then begin anew") from None
+
+
 def write_weights(folder: Path, tensors: Sequence[Planned], shard_bytes: int = _SHARD_BYTES) -> None:
     """Writes tensors to `folder` in files of at most `shard_bytes` where a tensor allows, with an index where there are several; one file's
     tensors are in memory at a time. Of several hosts, each makes the tensors and the first writes."""
@@ -209,7 +216,7 @@ def write_weights(folder: Path, tensors: Sequence[Planned], shard_bytes: int = _
                 arrays[tensor.name] = np.ascontiguousarray(made.astype(tensor.dtype))
         with together("weights"):
             if first():
-                save_file(arrays, folder / name, metadata={"format": "pt"})
+                _save(arrays, folder / name)
     if len(shards) > 1 and first():
         total = sum(size_of(tensor.shape, tensor.dtype.itemsize) for tensor in tensors)
         table: dict[str, Any] = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}

@@ -75,6 +75,10 @@ CASES = {
         "rope_type='longrope' is not supported",
     ),
     "unknown activation": (lambda f: edit_config(f, hidden_act="mish"), "hidden_act='mish' is not supported"),
+    "layers without end": (
+        lambda f: edit_config(f, num_hidden_layers=10**9),
+        "num_hidden_layers=1000000000 must be from 1 to 4096",
+    ),
     "quantised": (lambda f: edit_config(f, quantization_config={"bits": 4}), "quantised weights cannot be trained on"),
     "heads that do not divide": (lambda f: edit_config(f, num_key_value_heads=4), "num_kv_heads=4 must divide num_heads=6"),
     "missing tensor": (lambda f: edit_weights(f, **{Q: None}), f"missing tensors: {Q}"),

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from plait.configs.mesh import MeshConfig
@@ -12,6 +13,7 @@ from plait.data.tokenizer import ByteTokenizer
 from plait.launch import main
 from plait.models.lm import learned_shapes
 from plait.tests.train.common import different_arrays, launch
+from plait.train.convert import weights
 from plait.train.convert.exporting import export_model
 from plait.train.convert.fitting import Source, part_shape
 from plait.train.convert.importing import import_model
@@ -117,6 +119,19 @@ def test_what_is_wrong_with_a_model_ends_all_hosts(published, hosts, tmp_path):
     status, said = hosts("import", folder, tmp_path / "run", "--mesh.fsdp", 2)
     assert status == 2 and "missing tensors: model.layers.3." in said and "Traceback" not in said, said
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_ends_an_export_with_nothing_written(published, tmp_path, monkeypatch, capsys):
+    import_model(published("llama"), tmp_path / "run", ImportOptions(mesh=ALONE))
+
+    def full(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(weights, "save_file", full)
+    assert main(["convert", "export", str(tmp_path / "run"), str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert "model.safetensors cannot be written (" in error and "No space left on device" in error and "Traceback" not in error
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_other_conversions_say_that_they_run_in_one_process(capsys):
