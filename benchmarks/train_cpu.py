@@ -4,13 +4,15 @@
 
 FOLDER is a checkout of github.com/google-deepmind/nanodo (its model and attention run in a jitted AdamW step; needs nothing but flax and
 optax). Steps are timed in turn, round by round, so that all see the same machine; the table gives the median and the middle half.
-Each variant's peak memory is read from a process of its own that takes three steps.
+A step's memory is what its program takes, arguments, results and all in between; the peak is that of a process of its own that compiles
+and takes three steps.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import re
 import subprocess
 import sys
@@ -48,22 +50,40 @@ def batch(config: ExperimentConfig) -> Batch:
     return Batch(tokens, np.roll(tokens, -1, 1), np.ones(shape, np.int32), positions, np.ones(shape, np.float32))
 
 
-def plait(config: ExperimentConfig, probe: bool = False) -> tuple[Stepper, int]:
-    """Our step and the model's parameter count."""
+@dataclasses.dataclass
+class Variant:
+    """What is measured."""
+
+    run: Stepper
+    num_params: int
+    program_bytes: int
+
+
+def compiled(step: Any, *args: Any) -> tuple[Any, int]:
+    """A jitted step for these arguments, and the memory of its program."""
+    program = step.lower(*args).compile()
+    used = program.memory_analysis()
+    taken = used.temp_size_in_bytes + used.argument_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes
+    return program, taken
+
+
+def plait(config: ExperimentConfig, probes: str | None = None) -> Variant:
+    """Our step, which looks as the probes of these names do."""
     config = dataclasses.replace(config, model=config.model.with_vocab(VOCAB))
     blueprint = Blueprint(config)
     tx = make_optimizer(config.optimizer, config.steps, blueprint.parameters())
     mesh = make_mesh(MeshConfig())
     state = jax.jit(lambda: create_state(blueprint, tx))()
-    step = jax.jit(make_step(blueprint, tx, mesh, Probes(config.probe) if probe else None), donate_argnums=0)
+    observer = None if probes is None else Probes(dataclasses.replace(config.probe, only=probes))
     rows = batch(config)
+    step, size = compiled(jax.jit(make_step(blueprint, tx, mesh, observer), donate_argnums=0), state, rows)
 
     def run() -> Any:
         nonlocal state
         state, metrics = step(state, rows)
         return metrics["loss/train"]
 
-    return run, blueprint.num_params
+    return Variant(run, blueprint.num_params, size)
 
 
 def transformer() -> ExperimentConfig:
@@ -73,7 +93,7 @@ def transformer() -> ExperimentConfig:
     return dataclasses.replace(config, model=model)
 
 
-def nanodo(folder: Path) -> tuple[Stepper, int]:
+def nanodo(folder: Path) -> Variant:
     """nanodo's decoder of the same width, depth, heads and channel-mixer parameters, in an AdamW step."""
     sys.path.insert(0, str(folder))
     from nanodo.model import DoConfig, TransformerDo
@@ -86,7 +106,6 @@ def nanodo(folder: Path) -> tuple[Stepper, int]:
     params = model.init(jax.random.key(0), jnp.asarray(rows.tokens))["params"]
     state = (params, tx.init(params))
 
-    @jax.jit
     def step(state: Any, rows: Batch) -> Any:
         def loss(params: Any) -> jax.Array:
             logits = model.apply({"params": params}, rows.tokens)
@@ -96,20 +115,25 @@ def nanodo(folder: Path) -> tuple[Stepper, int]:
         updates, optimizer = tx.update(grads, state[1], state[0])
         return (optax.apply_updates(state[0], updates), optimizer), value
 
+    program, size = compiled(jax.jit(step, donate_argnums=0), state, rows)
+
     def run() -> Any:
         nonlocal state
-        state, value = step(state, rows)
+        state, value = program(state, rows)
         return value
 
-    return run, sum(p.size for p in jax.tree.leaves(params))
+    return Variant(run, sum(p.size for p in jax.tree.leaves(params)), size)
 
 
-def variants(folder: Path | None) -> dict[str, Callable[[], tuple[Stepper, int]]]:
+PLAIN, PROBES = "plait lm_quick (hybrid)", {"default": "the default probes", "all": "all probes"}
+
+
+def variants(folder: Path | None) -> dict[str, Callable[[], Variant]]:
     """What is measured."""
     quick = preset("lm_quick")
     out = {
-        "plait lm_quick (hybrid)": lambda: plait(quick),
-        "plait lm_quick, probes in every step": lambda: plait(quick, probe=True),
+        PLAIN: lambda: plait(quick),
+        **{f"a step with {words}": functools.partial(plait, quick, only) for only, words in PROBES.items()},
         "plait softmax only": lambda: plait(transformer()),
     }
     if folder is not None:
@@ -125,7 +149,7 @@ def main() -> None:
     parser.add_argument("--one")
     args = parser.parse_args()
     if args.one:
-        run, _ = variants(args.nanodo)[args.one]()
+        run = variants(args.nanodo)[args.one]().run
         for _ in range(3):
             jax.block_until_ready(run())
         print(int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024)
@@ -133,27 +157,28 @@ def main() -> None:
     built = {name: make() for name, make in variants(args.nanodo).items()}
     times: dict[str, list[float]] = {name: [] for name in built}
     for _ in range(args.rounds + 2):
-        for name, (run, _) in built.items():
+        for name, variant in built.items():
             start = time.perf_counter()
-            jax.block_until_ready(run())
+            jax.block_until_ready(variant.run())
             times[name].append(time.perf_counter() - start)
     quick = preset("lm_quick")
     tokens = quick.data.batch_size * quick.data.seq_len
     print(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}, {tokens} tokens a step, {args.rounds} rounds\n")
-    print("| variant | parameters | step, median (middle half) | tokens/s | peak memory |\n|---|---|---|---|---|")
-    medians = {}
-    for name, (_, num_params) in built.items():
+    print("| variant | parameters | step, median (middle half) | tokens/s | memory of a step | peak |\n|---|---|---|---|---|---|")
+    for name, variant in built.items():
         low, mid, high = np.percentile(times[name][2:], [25, 50, 75])
-        medians[name] = mid
         command = [sys.executable, __file__, "--one", name, *(["--nanodo", str(args.nanodo)] if args.nanodo else [])]
-        memory = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+        peak = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
         print(
-            f"| {name} | {num_params / 1e6:.2f}M | {mid:.3f} s ({low:.3f}-{high:.3f}) | {tokens / mid:,.0f} | {memory:,.0f} MiB |"
+            f"| {name} | {variant.num_params / 1e6:.2f}M | {mid:.3f} s ({low:.3f}-{high:.3f}) | {tokens / mid:,.0f} | "
+            f"{variant.program_bytes / 2**20:,.0f} MiB | {peak:,.0f} MiB |"
         )
-    plain, probing = medians["plait lm_quick (hybrid)"], medians["plait lm_quick, probes in every step"]
-    for every in (1, 50):
+    for words in PROBES.values():
+        ratio = np.asarray(times[f"a step with {words}"][2:]) / np.asarray(times[PLAIN][2:])
+        low, mid, high = np.percentile(ratio, [25, 50, 75])
         print(
-            f"\nprobe_every={every}: {(plain * (every - 1) + probing) / every / plain:.3f} of the time of a step without probes"
+            f"\n{words}: {mid:.3f} ({low:.3f}-{high:.3f}) of the time of a step without, round by round; "
+            f"with --probe-every 50 {1 + (mid - 1) / 50:.4f}"
         )
 
 
