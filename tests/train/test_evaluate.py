@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from plait.data.batch import Batch
+from plait.data.tasks.base import TASKS
 from plait.launch import main
 from plait.tests.tolerances import assert_close
 from plait.tests.train.common import changed, tiny, write_corpus
@@ -154,13 +155,16 @@ def test_perplexity_of_a_diverged_model_is_infinite():
     assert found.perplexity == math.inf and found.by_position() == []
 
 
+EVERY_TASK = ", ".join(TASKS.all())
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "must name tasks among backcopy, copying, mlm, mqar, ppl"),
-        (",", "must name tasks among backcopy, copying, mlm, mqar, ppl"),
+        ("", f"must name tasks among {EVERY_TASK}"),
+        (",", f"must name tasks among {EVERY_TASK}"),
         ("pppl", "--tasks 'pppl': task 'pppl' is not registered; did you mean 'ppl'"),
-        ("ppl,nothing", "task 'nothing' is not registered; there are backcopy, copying, mlm, mqar, ppl"),
+        ("ppl,nothing", f"task 'nothing' is not registered; there are {EVERY_TASK}"),
     ],
 )
 def test_unknown_tasks_are_refused(text, message):
