@@ -131,10 +131,10 @@ def test_perplexity_of_a_diverged_model_is_infinite():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "must name tasks among copying, flip_flop, mlm, mqar, ppl"),
-        (",", "must name tasks among copying, flip_flop, mlm, mqar, ppl"),
+        ("", "must name tasks among copying, flip_flop, mlm, moving_window, mqar, ppl"),
+        (",", "must name tasks among copying, flip_flop, mlm, moving_window, mqar, ppl"),
         ("pppl", "--tasks 'pppl': task 'pppl' is not registered; did you mean 'ppl'"),
-        ("ppl,nothing", "task 'nothing' is not registered; there are copying, flip_flop, mlm, mqar, ppl"),
+        ("ppl,nothing", "task 'nothing' is not registered; there are copying, flip_flop, mlm, moving_window, mqar, ppl"),
     ],
 )
 def test_unknown_tasks_are_refused(text, message):
