@@ -157,10 +157,10 @@ def test_perplexity_of_a_diverged_model_is_infinite():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "must name tasks among copying, mlm, mqar, needle, ppl, state_tracking"),
-        (",", "must name tasks among copying, mlm, mqar, needle, ppl, state_tracking"),
+        ("", "must name tasks among copying, listops, mlm, mqar, needle, ppl, state_tracking"),
+        (",", "must name tasks among copying, listops, mlm, mqar, needle, ppl, state_tracking"),
         ("pppl", "--tasks 'pppl': task 'pppl' is not registered; did you mean 'ppl'"),
-        ("ppl,nothing", "task 'nothing' is not registered; there are copying, mlm, mqar, needle, ppl, state_tracking"),
+        ("ppl,nothing", "task 'nothing' is not registered; there are copying, listops, mlm, mqar, needle, ppl, state_tracking"),
     ],
 )
 def test_unknown_tasks_are_refused(text, message):
