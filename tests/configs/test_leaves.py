@@ -324,7 +324,7 @@ PLACES: dict[str, Callable[[Any], ExperimentConfig]] = {
     "position": lambda config: with_mixer(dataclasses.replace(SoftmaxConfig.example(), positions=config)),
     "channel mixer": lambda config: changed(BASE, {"model.d_model": 64, "model.channel_mixer": config}),
     "optimizer": lambda config: changed(BASE, {"optimizer": dataclasses.replace(config, warmup_steps=10)}),
-    "task": lambda config: changed(BASE, {"data.task": config}),
+    "task": lambda config: changed(BASE, {"data.task": config, "data.seq_len": 512}),
 }
 """An experiment with a component in it, by kind."""
 
