@@ -13,7 +13,7 @@ def lm_sinks() -> ExperimentConfig:
     """An attention sink emerges: three softmax layers of one head on Bigram-Backcopy, the task on which sinks were studied (2410.13835).
 
     Command: `python launch.py train lm_sinks`. Device: 2 CPU cores, about 3 minutes.
-    Expected: the head of the first layer becomes a sink near step 480 (with `--seed 1` it does not: docs/reproductions.md); all copies are right.
+    Expected: the head of the first layer becomes a sink near step 480, all copies are right (other seeds: docs/reproductions.md).
     """
     return ExperimentConfig(
         name="lm_sinks",
