@@ -170,7 +170,7 @@ class Evaluator:
             tokens_by_position=counts,
             in_context=float(in_context[0] / in_context[1]) if in_context[1] else None,
             repetition=float(repetition[0] / repetition[1]) if repetition[1] else None,
-            scores={name: float(total / weight) if weight else math.nan for name, (total, weight) in scores.items()},
+            scores={name: float(total / weight) if weight else math.nan for name, (total, weight) in sorted(scores.items())},
         )
 
 

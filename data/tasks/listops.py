@@ -37,8 +37,8 @@ class Level(NamedTuple):
     digit: np.ndarray
     is_list: np.ndarray
     operator: np.ndarray
-    count: np.ndarray
-    """Arguments, 0 of a digit."""
+    num_args: np.ndarray
+    """0 of a digit."""
 
 
 @TASKS.register("listops", source="ListOps (1804.06028) with the generator of Long Range Arena (2011.04006)")
@@ -94,7 +94,7 @@ class ListOpsTask(GeneratedTask):
     def _grow(self, roots: np.ndarray) -> tuple[list[Level], np.ndarray]:
         """The trees of these keys, each a list, level by level, and their tokens; what is too long already grows no further."""
         keys, tree = roots, np.arange(len(roots))
-        lengths, levels = np.zeros(len(roots), np.int64), []
+        lengths, levels = np.zeros(len(roots), np.int64), list[Level]()
         while len(keys):
             own, depth = Draws(keys, "listops"), len(levels) + 1
             is_list = (own.uniform(1)[:, 0] < LIST_SHARE) & (depth < self.max_depth) | (depth == 1)
@@ -114,7 +114,7 @@ def evaluate(levels: list[Level]) -> tuple[np.ndarray, list[np.ndarray]]:
     values, sizes = np.zeros(0, np.int64), [np.zeros(0, np.int64)]
     for level in reversed(levels):
         own, own_sizes = level.digit.copy(), np.ones_like(level.digit)
-        lists, count = np.flatnonzero(level.is_list), level.count[level.is_list]
+        lists, count = np.flatnonzero(level.is_list), level.num_args[level.is_list]
         if len(lists):
             starts = np.cumsum(count) - count
             ordered = values[np.lexsort((values, np.repeat(lists, count)))]
@@ -134,8 +134,8 @@ def write(tokens: np.ndarray, levels: list[Level], sizes: list[np.ndarray]) -> N
         lists = level.is_list
         tokens[level.tree[lists], places[lists] + size[lists] - 1] = CLOSE
         before = np.cumsum(below) - below  # tokens of the nodes before it in the level below
-        parent = np.repeat(np.arange(len(size)), level.count)
-        first = (np.cumsum(level.count) - level.count)[parent]
+        parent = np.repeat(np.arange(len(size)), level.num_args)
+        first = (np.cumsum(level.num_args) - level.num_args)[parent]
         places = places[parent] + 1 + before - before[first]
 
 

@@ -100,7 +100,7 @@ class NeedleTask(GeneratedTask):
         parts = np.minimum(DEPTHS * before // max(self._filler(batch.tokens.shape[1]), 1), DEPTHS - 1)
         for part in np.unique(parts[asked]).tolist():
             here = asked & (parts == part)
-            sums[f"found_at_{100 * part // DEPTHS}_to_{100 * (part + 1) // DEPTHS}"] = (
+            sums[f"found_at_{100 * part // DEPTHS:02d}_to_{100 * (part + 1) // DEPTHS}"] = (
                 float(found[here].sum()),
                 float(here.sum()),
             )

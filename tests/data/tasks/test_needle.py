@@ -102,7 +102,7 @@ def test_scores_by_depth(tmp_path):
     for part in range(10):
         here = (depths >= part / 10) & ((depths < (part + 1) / 10) | ((part == 9) & (depths == 1)))
         want = sum(told & here) - here[slip]
-        assert scores.get(f"found_at_{10 * part}_to_{10 * part + 10}", (0, 0)) == (want, here.sum())
+        assert scores.get(f"found_at_{10 * part:02d}_to_{10 * part + 10}", (0, 0)) == (want, here.sum())
     assert sum(weight for name, (_, weight) in scores.items() if "_at_" in name) == 60
 
 
