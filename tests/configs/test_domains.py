@@ -133,7 +133,7 @@ BASES = {
     "moh": "--model.pattern moh+softmax,softmax/wide --model.d-model 128",
     **{name: f"--model.channel-mixer {name}" for name in registry("channel mixer").all()},
     **{name: f"--optimizer {name} --optimizer.warmup-steps 3" for name in registry("optimizer").all()},
-    **{name: f"--data.task {name}" for name in registry("task").all()},
+    **{name: f"--data.task {name} --data.seq-len 512" for name in registry("task").all()},
     "all that is optional": "--spike.sigma 9 --optimizer.ema 0.9 --model.z-loss 1e-4 --data.tokenizer bpe --data.vocab-size 300 "
     "--event.loss-spike.limit 9 --event.loss-spike.action lower_rate --model.qk-clip.threshold 100 --model.attention-loss.entropy 1e-3 "
     "--model.attention-loss.entropy-floor 1 --model.attention-loss.head-diversity 1 --model.attention-loss.head-balance 1",
