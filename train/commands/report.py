@@ -60,7 +60,11 @@ def run(args: Sequence[str]) -> None:
         from plait.train.report.sweeps import write_sweep
 
         by = tuple(key.strip().replace("-", "_") for key in options.by.split(",")) if options.by else ()
-        found = write_sweep(options.runs[0], options.out, by=by, metric=options.metric or "loss/val", baseline=options.baseline)
+        key, equals, value = (options.baseline or "").partition("=")
+        if options.baseline is not None and not (key and equals):
+            raise ValueError(f"baseline={options.baseline!r} must be KEY=VALUE, as in --baseline model.pattern=softmax")
+        baseline = f"{key.replace('-', '_')}={value}" if equals else None
+        found = write_sweep(options.runs[0], options.out, by=by, metric=options.metric or "loss/val", baseline=baseline)
         say(f"report: {found}")
         return
     for name in ("by", "metric", "baseline"):

@@ -46,7 +46,7 @@ def write_sweep(
     sweep = read(folder)
     out = folder / "report" if out is None else out
     check_page(out)
-    found = arms(folder, sweep, by, metric)
+    found = arms(folder, sweep, by, metric, () if baseline is None else (baseline.partition("=")[0],))
     with matplotlib.rc_context(RC):
         sections = list(_sections(folder, sweep, found, metric, baseline))
     name = folder.resolve().name
@@ -58,7 +58,7 @@ def write_sweep(
 
 def _sections(folder: Path, sweep: Sweep, found: list[Arm], metric: str, baseline: str | None) -> Iterator[Section]:
     yield Section("Results", f"{metric} at the end", [_by_key(found, metric), Markup(_table(found, metric, baseline))])
-    if found[0].keys.get(RATE) is not None and metric.startswith("loss/"):
+    if RATE in found[0].keys and metric.startswith("loss/"):
         yield Section("Sensitivity", "Learning-rate sensitivity", [Markup(_sensitivity(folder, found))])
     yield Section(
         "Loss", "Loss of all runs", [_curves(folder, found, {"loss/train": ("Training loss", "nats per token")}, "loss")]
@@ -73,19 +73,22 @@ def _sections(folder: Path, sweep: Sweep, found: list[Arm], metric: str, baselin
 def _by_key(found: Sequence[Arm], metric: str) -> Picture | str:
     """The metric on the first key; a line for each value of the others."""
     drawn = [arm for arm in found if arm.values]
+    if not drawn:
+        return f"No run that is over has {metric} as a finite number."
     if not drawn[0].keys:
         return "No key but the seed varies."
     key = next(iter(drawn[0].keys))
     figure, (ax,) = panels(1, columns=1, height=3.4, margin=(0.36, 0.6))
-    place = _axis(ax, key, [arm.keys[key] for arm in drawn])
+    place, numeric = _axis(ax, [arm.keys[key] for arm in drawn])
     lines = {label: [arm for arm in drawn if _label(arm, 1) == label] for label in dict.fromkeys(_label(a, 1) for a in drawn)}
     for index, (label, members) in enumerate(lines.items()):
         points = sorted(((place[repr(arm.keys[key])], arm.estimate, arm) for arm in members), key=lambda point: point[0])
-        x, y = [one[0] for one in points], [one[1].mean for one in points]
+        aside = 0.0 if numeric else 0.5 * ((index + 0.5) / len(lines) - 0.5)
+        x, y = [one[0] + aside for one in points], [one[1].mean for one in points]
         half = [0.0 if math.isnan(one[1].half) else one[1].half for one in points]
-        style = {"color": run_colour(index), "linestyle": run_dash(index), "marker": "o", "markersize": 5}
+        style = {"color": run_colour(index), "linestyle": run_dash(index) if numeric else "", "marker": "o", "markersize": 5}
         ax.errorbar(x, y, half, capsize=3, label=label if index < MOST_NAMED else "_", **style)
-        seeds = [(at, value) for at, _, arm in points for value in arm.values.values()]
+        seeds = [(at + aside, value) for at, _, arm in points for value in arm.values.values()]
         ax.plot(*zip(*seeds), linestyle="", marker=".", markersize=4, alpha=0.35, color=run_colour(index))
     ax.set(xlabel=key, ylabel=metric, title=f"{metric} by {key}")
     value_axis(ax)
@@ -97,19 +100,19 @@ def _by_key(found: Sequence[Arm], metric: str) -> Picture | str:
     return picture("metric", figure, caption + (" Where n = 1 there is no interval." if counts[0] == 1 else ""))
 
 
-def _axis(ax: Axes, key: str, values: Sequence[Any]) -> dict[str, float]:
-    """Where each value stands: numbers by value, on a logarithmic axis where they span a factor of ten, else one after another."""
+def _axis(ax: Axes, values: Sequence[Any]) -> tuple[dict[str, float], bool]:
+    """Where each value stands, and whether all are numbers: these by value, others in order."""
     numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
     there = list({repr(value): value for value in values}.items())
     if not numeric:
         ax.set_xticks(range(len(there)), [str(value) for _, value in there])
-        return {name: float(index) for index, (name, _) in enumerate(there)}
+        return {name: float(index) for index, (name, _) in enumerate(there)}, False
     if min(values) > 0 and max(values) >= 10 * min(values):
         ax.set_xscale("log")
     ax.set_xticks(sorted({float(value) for value in values}))
     ax.xaxis.set_major_formatter(FuncFormatter(short))
     ax.xaxis.set_minor_formatter(NullFormatter())
-    return {name: float(value) for name, value in there}
+    return {name: float(value) for name, value in there}, True
 
 
 def _table(found: Sequence[Arm], metric: str, baseline: str | None) -> str:
@@ -118,10 +121,15 @@ def _table(found: Sequence[Arm], metric: str, baseline: str | None) -> str:
     numbers = range(len(found[0].keys), len(head) + 2)
     if baseline is not None:
         head += [f"less {baseline}", "pairs"]
-    rows = []
+    rows: list[list[str | tuple[str, str]]] = []
     for arm, base in zip(found, beside):
         mean = arm.estimate
-        row = [*map(str, arm.keys.values()), f"{mean.count} of {len(arm.runs)}", _number(mean.mean), _interval(mean)]
+        row: list[str | tuple[str, str]] = [
+            *map(str, arm.keys.values()),
+            f"{mean.count} of {len(arm.runs)}",
+            _number(mean.mean),
+            _interval(mean),
+        ]
         if baseline is not None:
             apart = None if base is None or base is arm else difference(arm, base)
             row += ["baseline", ""] if base is arm else ["–", "0"] if apart is None else [_difference(apart), str(apart.count)]
@@ -176,14 +184,18 @@ def _curves(folder: Path, found: Sequence[Arm], names: dict[str, tuple[str, str]
                     continue
                 steps = np.array([step for step, _ in pairs])
                 values = np.array([math.nan if value is None else value for _, value in pairs])
-                line = thin(steps, smooth(values))
+                line = thin(steps, np.where(np.isfinite(values), smooth(values), math.nan))
                 ax.plot(*line, color=run_colour(index), linestyle=run_dash(index), linewidth=0.9, alpha=0.8)
         ax.set(title=words, ylabel=unit)
         value_axis(ax)
         step_axis(ax)
     lines = [Line2D([], [], color=run_colour(i), linestyle=run_dash(i)) for i in range(len(labels))]
     axes[0].legend(lines[:MOST_NAMED], labels[:MOST_NAMED], loc="best")
-    return picture(name, figure, "A line for each run that logged any, failed and unfinished ones too: its exponential mean.")
+    return picture(
+        name,
+        figure,
+        "A line for each run that logged any, failed and unfinished ones too: its exponential mean, which ends where the run diverged.",
+    )
 
 
 def _first(arm: Arm) -> str:

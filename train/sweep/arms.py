@@ -62,21 +62,24 @@ def difference(arm: Arm, baseline: Arm) -> Estimate:
     return estimate(arm.values[seeds] - baseline.values[seeds] for seeds in arm.values if seeds in baseline.values)
 
 
-def arms(folder: Path, sweep: Sweep, first: Sequence[str], metric: str) -> list[Arm]:
-    """All arms, by the keys that vary: those of `first`, then the learning rate, then the others. A key that varies only together with
-    one before it is left out, as the width of a layer that follows the width of a model.
+def arms(folder: Path, sweep: Sweep, first: Sequence[str], metric: str, also: Sequence[str] = ()) -> list[Arm]:
+    """All arms, by the keys that vary: those of `first`, then the learning rate, those of `also`, the others. A key that varies only
+    together with one before it is left out unless it is named, as the width of a layer that follows the width of a model.
 
     Raises:
-        SweepError: no run is over, no run has the metric, or a key of `first` does not vary.
+        SweepError: no run is over, no run has the metric, or a named key does not vary.
     """
     varied = varying(sweep.runs)
     known = [key for key in next(iter(varied.values())) if key not in SEEDS]
-    for key in first:
+    named = (*first, *also)
+    for key in named:
+        if key in SEEDS:
+            raise SweepError(f"{key!r} is a seed, and runs that differ in seeds alone are one arm; give another key")
         if key not in known:
             raise SweepError(f"{key!r} does not vary in this sweep{_near(key, known)}")
     keys: list[str] = []
-    for key in dict.fromkeys([*first, *(key for key in known if key == RATE), *known]):
-        if not any(_together(key, before, varied) for before in keys if key not in first):
+    for key in dict.fromkeys([*first, *(key for key in known if key == RATE), *also, *known]):
+        if key in named or not any(_together(key, before, varied) for before in keys):
             keys.append(key)
     ended = {run.name: claims.outcome(folder, run) for run in sweep.runs}
     over = {name: one.metrics for name, one in ended.items() if one is not None and one.status in claims.OVER}
@@ -98,10 +101,12 @@ def arms(folder: Path, sweep: Sweep, first: Sequence[str], metric: str) -> list[
 
 
 def baselines(found: Sequence[Arm], wanted: str) -> list[Arm | None]:
-    """For each arm the one that has the wanted KEY=VALUE and is otherwise the same. Raises SweepError where no arm has it."""
+    """For each arm the one that has the wanted KEY=VALUE, of a key of the arms, and is otherwise the same.
+
+    Raises:
+        SweepError: no arm has it.
+    """
     key, _, value = wanted.partition("=")
-    if key not in found[0].keys:
-        raise SweepError(f"baseline={wanted!r}: {key!r} does not vary in this sweep{_near(key, list(found[0].keys))}")
     there = list(dict.fromkeys(str(arm.keys[key]) for arm in found))
     if not any(_is(arm.keys[key], value) for arm in found):
         raise SweepError(f"baseline={wanted!r}: {key} is never {value!r}; it is {', '.join(there)}")

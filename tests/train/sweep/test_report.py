@@ -85,6 +85,20 @@ def test_the_page_holds_all_runs(folder):
     assert "http://" not in page and "https://" not in page
 
 
+def test_a_key_that_follows_another_is_left_out_unless_named(folder):
+    path, sweep = folder
+    beside = {1e-3: 16, 1e-2: 32, 1e-1: 64}
+    runs = []
+    for run in sweep.runs:
+        model = dataclasses.replace(run.config.model, d_model=beside[run.overrides[RATE]])
+        overrides = {"model.d_model": model.d_model, **run.overrides}
+        runs.append(dataclasses.replace(run, overrides=overrides, config=dataclasses.replace(run.config, model=model)))
+    sweep = dataclasses.replace(sweep, runs=tuple(runs))
+    assert list(arms(path, sweep, [], "loss/val")[0].keys) == [RATE]
+    assert list(arms(path, sweep, ["model.d_model"], "loss/val")[0].keys) == ["model.d_model"]
+    assert list(arms(path, sweep, [], "loss/val", ["model.d_model"])[0].keys) == [RATE, "model.d_model"]
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -92,6 +106,7 @@ def test_the_page_holds_all_runs(folder):
             {"by": ["optimizer.learning_rat"]},
             "'optimizer.learning_rat' does not vary in this sweep; did you mean 'optimizer.learning_rate'",
         ),
+        ({"by": ["seed"]}, "'seed' is a seed, and runs that differ in seeds alone are one arm"),
         ({"by": ["steps"]}, "'steps' does not vary in this sweep; there are optimizer.learning_rate"),
         ({"metric": "loss/vall"}, "metric='loss/vall' is of no run that is over; did you mean 'loss/val'"),
         ({"baseline": "steps=1"}, "'steps' does not vary"),
@@ -112,6 +127,8 @@ def test_a_sweep_without_results(folder):
 
 
 def test_the_command(folder, capsys):
-    assert not main(["report", str(folder[0]), "--by", "optimizer.learning-rate"])
+    assert not main(["report", str(folder[0]), "--by", "optimizer.learning-rate", "--baseline", "optimizer.learning-rate=1e-3"])
+    assert main(["report", str(folder[0]), "--baseline", "steps"]) == 2 and "must be KEY=VALUE" in capsys.readouterr().err
+    assert main(["report", str(folder[0]), str(folder[0])]) == 2 and "a page of its own" in capsys.readouterr().err
     assert main(["report", str(folder[0] / "runs" / "0.001-0"), "--metric", "loss/val"]) == 2
     assert "is for the folder of a sweep" in capsys.readouterr().err
