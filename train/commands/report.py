@@ -1,4 +1,4 @@
-"""`launch.py report RUN...`."""
+"""`launch.py report RUN...` and `launch.py report SWEEP`."""
 
 from __future__ import annotations
 
@@ -18,16 +18,22 @@ EVERY = 30.0
 
 @dataclasses.dataclass(frozen=True)
 class ReportArgs:
-    """Writes the page that shows one or several runs."""
+    """Writes the page that shows one or several runs, or a sweep."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Run folders."""
+    """Run folders, or the folder of a sweep."""
     out: Path | None = None
     """Folder of the page; `report/` in the run, or beside the first of several, by default."""
     watch: bool = False
     """Write it again, and have it reload itself, until all runs have ended."""
     every: float | None = None
     """Seconds between looks at the runs, with --watch; 30 by default."""
+    by: str | None = None
+    """Of a sweep, KEY or KEY,KEY: on the axis, and as colour. By default the learning rate where it varies, then the others."""
+    metric: str | None = None
+    """Of a sweep: the metric shown, of the end of each run; loss/val by default."""
+    baseline: str | None = None
+    """Of a sweep, KEY=VALUE: every arm is compared with the one that has it and is otherwise the same, seed by seed."""
 
 
 def run(args: Sequence[str]) -> None:
@@ -46,6 +52,24 @@ def run(args: Sequence[str]) -> None:
     def say(text: str) -> None:
         console.print(text, markup=False)
 
+    from plait.train.sweep.record import SWEEP
+
+    if any((folder / SWEEP).exists() for folder in options.runs):
+        if len(options.runs) > 1 or options.watch:
+            raise ValueError(f"{options.runs[0]} is among others or watched; a sweep has a page of its own, written once")
+        from plait.train.report.sweeps import write_sweep
+
+        by = tuple(key.strip().replace("-", "_") for key in options.by.split(",")) if options.by else ()
+        key, equals, value = (options.baseline or "").partition("=")
+        if options.baseline is not None and not (key and equals):
+            raise ValueError(f"baseline={options.baseline!r} must be KEY=VALUE, as in --baseline model.pattern=softmax")
+        baseline = f"{key.replace('-', '_')}={value}" if equals else None
+        found = write_sweep(options.runs[0], options.out, by=by, metric=options.metric or "loss/val", baseline=baseline)
+        say(f"report: {found}")
+        return
+    for name in ("by", "metric", "baseline"):
+        if (value := getattr(options, name)) is not None:
+            raise ValueError(f"{name}={value!r} is for the folder of a sweep, which holds {SWEEP}; leave it out for runs")
     if options.watch:
         from plait.train.report.watch import watch
 

@@ -32,7 +32,7 @@ def write_report(runs: Sequence[Path], out: Path | None = None, *, reload: float
     loaded = load_runs(runs)
     first = loaded[0].path
     out = Path(out) if out is not None else (first if len(loaded) == 1 else first.parent) / "report"
-    _check_page(out)
+    check_page(out)
     with matplotlib.rc_context(RC):
         sections = list(_sections(loaded))
     title = f"plait report: {', '.join(run.name for run in loaded)}"
@@ -51,7 +51,8 @@ def write_page(out: Path, title: str, head: str, sections: Sequence[Section], ma
     return out / PAGE
 
 
-def _check_page(out: Path) -> None:
+def check_page(out: Path) -> None:
+    """Raises ValueError where a page in `out` would take the place of something that is no report."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; give a folder as --out")
     there = out / PAGE

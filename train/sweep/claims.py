@@ -109,3 +109,12 @@ def latest(folder: Path, run: Run) -> dict[str, Any]:
     except ValueError:
         return {}
     return {name: value for _, line in lines for name, value in line.items()}
+
+
+def logged(folder: Path, run: Run, name: str) -> list[tuple[int, float | None]]:
+    """Steps and values of a metric of a run, None where it was no number; empty where there is nothing that can be read."""
+    try:
+        lines = read_lines(run_folder(folder, run) / METRICS)[0]
+    except ValueError:
+        return []
+    return [(int(line["step"]), line[name]) for _, line in lines if name in line]
