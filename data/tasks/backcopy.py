@@ -28,7 +28,7 @@ from plait.data.tasks.generated import GeneratedTask
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BackcopyTask(GeneratedTask):
-    """Bigram-Backcopy: accuracy of what is copied, and the loss of what the chain draws."""
+    """Bigram-Backcopy: accuracy and loss of what is copied, and the loss of what the chain draws."""
 
     num_symbols: Annotated[int, Whole(8, 4096)] = 64
     """Symbols, ids 1, 2, ..., the most frequent first; 0 is the start `<s>` of each row."""
@@ -57,9 +57,10 @@ class BackcopyTask(GeneratedTask):
 
     def scores(self, batch: Batch, nll: np.ndarray, right: np.ndarray) -> Mapping[str, tuple[float, float]]:
         copied = batch.loss_mask * ((batch.tokens > 0) & (batch.tokens <= self.num_triggers))
-        drawn = batch.loss_mask - copied
+        drawn = batch.loss_mask * (batch.tokens > self.num_triggers)  # the first symbol is not the chain's
         return {
             "copy_accuracy": (float((right * copied).sum()), float(copied.sum())),
+            "copy_loss": (float((nll * copied).sum()), float(copied.sum())),
             "chain_loss": (float((nll * drawn).sum()), float(drawn.sum())),
         }
 
