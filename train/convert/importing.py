@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import math
 import shutil
+import signal
+import sys
+import threading
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -36,6 +40,8 @@ from plait.train.run import share
 from plait.train.run_folder.contents import CHECKPOINTS, CONFIG, mark
 from plait.train.state import Arrays, TrainState
 
+log = logging.getLogger("plait")
+
 ORIGINALS = "published"
 """Folder in a run folder that keeps the files beside the weights, for an export."""
 
@@ -62,6 +68,8 @@ def import_model(folder: Path, run: Path, options: ImportOptions) -> ExperimentC
     (shapes, other), (shardings, others) = program.blueprint.shapes(), program.blueprint.shardings(program.mesh)
     with together("weights"):
         arrays = read_arrays(found.lines, weights.read, {**shapes, **other}, {**shardings, **others})
+    if spoilt := [name for name, array in arrays.items() if not _finite(array)]:
+        log.warning("%s: %s has numbers that are not finite, and so will what the model says", folder, ", ".join(spoilt))
     params = {name: array for name, array in arrays.items() if name in program.blueprint.params}
     buffers = jax.jit(lambda: program.blueprint.init()[1], out_shardings=program.shardings.buffers)()
     buffers |= {name: array for name, array in arrays.items() if name in buffers}
@@ -74,6 +82,11 @@ def import_model(folder: Path, run: Path, options: ImportOptions) -> ExperimentC
 
     new_run(run, program, params, buffers, {"tokenizer": tokenizer.fingerprint}, beside)
     return config
+
+
+@jax.jit
+def _finite(array: jax.Array) -> jax.Array:
+    return jnp.isfinite(array).all()
 
 
 def require_new(folder: Path) -> None:
@@ -111,22 +124,36 @@ def new_run(
 @contextlib.contextmanager
 def appearing(folder: Path) -> Iterator[Path]:
     """A folder beside `folder`, one for all hosts, that takes its place when all has been written there, and that is removed where something
-    fails."""
+    fails or ends the process."""
     new = folder.with_name(broadcast(f".{folder.name}.{uuid.uuid4().hex[:12]}.tmp"))
+    with _unwinding():
+        try:
+            with together("run folder"):
+                if first():
+                    new.mkdir(parents=True)
+            share(new)
+            yield new
+            with together("run folder"):
+                if first():
+                    if folder.exists():
+                        folder.rmdir()  # empty, or this fails
+                    new.rename(folder)
+        finally:
+            if first():
+                shutil.rmtree(new, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _unwinding() -> Iterator[None]:
+    """SIGTERM leaves the block as an exception does, with its usual exit status."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        with together("run folder"):
-            if first():
-                new.mkdir(parents=True)
-        share(new)
-        yield new
-        with together("run folder"):
-            if first():
-                if folder.exists():
-                    folder.rmdir()  # empty, or this fails
-                new.rename(folder)
+        yield
     finally:
-        if first():
-            shutil.rmtree(new, ignore_errors=True)
+        signal.signal(signal.SIGTERM, before)
 
 
 def untrained() -> OptimizerConfig:

@@ -14,6 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from plait.configs.domains import is_line, shown
 from plait.configs.files import read_json
 from plait.models.hf.transforms import Shape, size_of
 from plait.train.pods.hosts.together import first, together
@@ -41,6 +42,10 @@ class Tensor:
     shape: Shape
     dtype: str
     """As the file names it."""
+
+    def __post_init__(self) -> None:
+        if not is_line(self.name):
+            raise ConvertError(f"{self.file} has a tensor named {shown(self.name)}, with control characters; do not trust it")
 
 
 class Weights(abc.ABC):
@@ -134,6 +139,8 @@ def _files(folder: Path) -> list[Path]:
         return files
     if (folder / ONE).is_file():
         return [folder / ONE]
+    if (folder / ONE).exists():
+        raise ConvertError(f"{folder / ONE} is a folder, and a file of that name is wanted; give the folder of a published model")
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
     if pickles:
         raise ConvertError(

@@ -2,16 +2,19 @@
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from plait.data.tokenizer import ByteTokenizer
 from plait.launch import main
 from plait.models.config import LMConfig
 from plait.train.convert.exporting import home
 from plait.train.convert.fitting import Source
+from plait.train.convert.importing import appearing
 from plait.train.convert.weights import INDEX, ONE, ConvertError
 
 GOLDEN = Path(__file__).parent / "golden" / "llama"
@@ -53,6 +56,14 @@ Q = "model.layers.1.self_attn.q_proj.weight"
 EMBED = "model.embed_tokens.weight"
 CASES = {
     "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
+    "control characters in a name": (
+        lambda f: edit_weights(f, **{"model.\x1b[31m\nred": np.zeros(2, np.float32)}),
+        r"has a tensor named 'model.\x1b[31m\nred', with control characters; do not trust it",
+    ),
+    "a folder of that name": (
+        lambda f: ((f / ONE).unlink(), (f / ONE).mkdir()),
+        "is a folder, and a file of that name is wanted",
+    ),
     "broken config": (lambda f: (f / "config.json").write_text("{"), "is not JSON that can be used"),
     "unknown type": (lambda f: edit_config(f, model_type="lama"), "'lama' is not registered; did you mean 'llama'"),
     "a type that waits": (
@@ -208,3 +219,24 @@ def test_a_folder_that_is_there_is_not_overwritten(folder, tmp_path, capsys):
 def test_wrong_words_are_refused(words, capsys):
     assert main(["convert", *words]) == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_numbers_that_are_not_finite_are_said(folder, tmp_path, caplog):
+    weights = load_file(folder / ONE)
+    weights[Q][1, 2] = np.nan
+    wide = {name: np.resize(w, (264, w.shape[1])) for name, w in weights.items() if name in (EMBED, "lm_head.weight")}
+    edit_weights(folder, **{Q: weights[Q]}, **wide)
+    edit_config(folder, vocab_size=264)
+    ByteTokenizer().save(folder)
+    assert main(["convert", "import", str(folder), str(tmp_path / "run")]) == 0
+    (said,) = (record.getMessage() for record in caplog.records if "not finite" in record.getMessage())
+    assert "mixer.q.kernel has numbers" in said
+
+
+def test_a_signal_leaves_nothing_behind(tmp_path):
+    with pytest.raises(SystemExit) as left, appearing(tmp_path / "run") as new:
+        (new / "half").write_text("made")
+        signal.raise_signal(signal.SIGTERM)
+    assert left.value.code == 128 + signal.SIGTERM
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
