@@ -208,6 +208,11 @@ def described(folder: Path) -> tuple[ExperimentConfig, Tokenizer | None]:
         RunError: no run, or one without its tokenizer.
         CheckpointError: it has no checkpoint.
     """
+    if not (folder / CHECKPOINTS).exists() and (folder.suffix == ".gguf" or any(folder.glob("*.safetensors"))):
+        raise RunError(
+            f"{str(folder)!r} is a published model and no run folder; make one of it first: "
+            f"launch.py convert import {folder} runs/{folder.stem}"
+        )
     if not (folder / CONFIG).exists():
         raise RunError(f"{str(folder)!r} is not a run folder: it has no {CONFIG}; give the --out of a training run")
     config = dataclasses.replace(codec.load(ExperimentConfig, folder / CONFIG), out=str(folder))

@@ -11,14 +11,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from plait.configs.codec import encode
+from plait.configs.codec import encode, leaves
 from plait.configs.files import read_json
 from plait.models.config import LMConfig
 from plait.models.hf.base import MODEL_TYPES, Family, Unfit
 from plait.models.hf.values import Values
 from plait.models.lm import fold, learned_shapes
 from plait.train.convert.arrays import part_of, written
-from plait.train.convert.fitting import check_lines, part_shape
+from plait.train.convert.fitting import check_lines, part_shape, some
 from plait.train.convert.importing import ORIGINALS, appearing, require_new
 from plait.train.convert.reading import BESIDE, CONFIG
 from plait.train.convert.weights import ConvertError, Planned, write_weights
@@ -90,12 +90,16 @@ def _values(family: Family, model: LMConfig) -> dict[str, Any]:
     """The fields of a family's config for a model. Raises Unfit unless they give that very model."""
     fields = {"architectures": [family.architecture], "model_type": family.name, **family.values(model)}
     try:
-        there, here = function_of(family.model(Values(fields))), function_of(model)
+        there, here = (leaves(function_of(one)) for one in (family.model(Values(fields)), model))
     except ValueError as error:
         raise Unfit(str(error)) from None
-    different = [f"{key}: {here[key]!r} here, {there[key]!r} there" for key in here if here[key] != there[key]]
-    if different:
-        raise Unfit("; ".join(different)[:600])
+    missing = "nothing"
+    if different := [
+        f"{key} is {here.get(key, missing)} here and {there.get(key, missing)} there"
+        for key in {**here, **there}
+        if here.get(key, missing) != there.get(key, missing)
+    ]:
+        raise Unfit(some(different, "; "))
     return fields
 
 

@@ -68,7 +68,7 @@ class Source:
             values.finish()
         except Unfit as error:
             raise ConvertError(f"{folder}: {error}") from None
-        except ValueError as error:
+        except (ValueError, ZeroDivisionError) as error:
             raise ConvertError(f"{folder / CONFIG} makes no model of this family: {error}") from None
         return cls(folder, reader, fields, family, model)
 
@@ -174,5 +174,9 @@ def _refuse(what: str, problems: Mapping[str, Sequence[str]]) -> None:
     found = {kind: sorted(names) for kind, names in problems.items() if names}
     if not found:
         return
-    shown = lambda names: ", ".join(names[:_MOST]) + (f" and {len(names) - _MOST} more" if len(names) > _MOST else "")
-    raise ConvertError(f"{what}: " + "; ".join(f"{kind}: {shown(names)}" for kind, names in found.items()))
+    raise ConvertError(f"{what}: " + "; ".join(f"{kind}: {some(names)}" for kind, names in found.items()))
+
+
+def some(names: Sequence[str], between: str = ", ") -> str:
+    """The first of them in a message, and how many more there are."""
+    return between.join(names[:_MOST]) + (f" and {len(names) - _MOST} more" if len(names) > _MOST else "")

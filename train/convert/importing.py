@@ -90,7 +90,9 @@ def _finite(array: jax.Array) -> jax.Array:
 
 
 def require_new(folder: Path) -> None:
-    """Raises ConvertError where `folder` is there and holds something."""
+    """Raises ConvertError where `folder` is there and holds something, or is a link."""
+    if folder.is_symlink():
+        raise ConvertError(f"{str(folder)!r} is a link, which would be replaced; give the folder that it names, or another")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConvertError(f"{str(folder)!r} is there already; give a new folder")
 

@@ -139,6 +139,8 @@ def _files(folder: Path) -> list[Path]:
         return files
     if (folder / ONE).is_file():
         return [folder / ONE]
+    if (folder / ONE).is_symlink():
+        raise ConvertError(f"{folder / ONE} is a link to {(folder / ONE).readlink()}, which is no file; download again")
     if (folder / ONE).exists():
         raise ConvertError(f"{folder / ONE} is a folder, and a file of that name is wanted; give the folder of a published model")
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)

@@ -168,16 +168,11 @@ def rows_of_text(ids: np.ndarray, rows: int, length: int, start: int | None, end
 
 
 def _checkpoint(path: Path, step: int | None) -> tuple[Path, int | None]:
-    """The run folder and the step that a path means: a run, or one of its checkpoints. Raises InspectError for a published model."""
+    """The run folder and the step that a path means: a run, or one of its checkpoints. Raises InspectError where they differ."""
     if path.parent.name == CHECKPOINTS and path.name.isdecimal():
         if step not in (None, int(path.name)):
             raise InspectError(f"step={step} is another than that of the checkpoint {str(path)!r}; leave one of them out")
         return path.parent.parent, int(path.name)
-    published = path.suffix == ".gguf" or any(path.glob("*.safetensors"))
-    if published and not (path / CHECKPOINTS).exists():
-        raise InspectError(
-            f"{str(path)!r} is a published model and no run folder; make one of it first: launch.py convert import {path} runs/{path.stem}"
-        )
     return path, step
 
 

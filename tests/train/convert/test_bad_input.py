@@ -64,6 +64,11 @@ CASES = {
         lambda f: ((f / ONE).unlink(), (f / ONE).mkdir()),
         "is a folder, and a file of that name is wanted",
     ),
+    "a link to nothing": (
+        lambda f: ((f / ONE).unlink(), (f / ONE).symlink_to("nowhere")),
+        "model.safetensors is a link to nowhere, which is no file; download again",
+    ),
+    "no heads": (lambda f: edit_config(f, num_attention_heads=0, head_dim=None), "makes no model of this family"),
     "broken config": (lambda f: (f / "config.json").write_text("{"), "is not JSON that can be used"),
     "unknown type": (lambda f: edit_config(f, model_type="lama"), "'lama' is not registered; did you mean 'llama'"),
     "a type that waits": (
@@ -213,6 +218,23 @@ def test_a_folder_that_is_there_is_not_overwritten(folder, tmp_path, capsys):
     (tmp_path / "run" / "notes.txt").write_text("mine")
     assert main(["convert", "import", str(folder), str(tmp_path / "run")]) == 2
     assert "is there already" in capsys.readouterr().err and (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
+def test_a_link_is_not_replaced(folder, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    assert main(["convert", "import", str(folder), str(tmp_path / "link")]) == 2
+    assert "is a link, which would be replaced" in capsys.readouterr().err and (tmp_path / "link").is_symlink()
+
+
+def test_a_published_model_is_no_run(folder, tmp_path, capsys):
+    assert main(["convert", "export", str(folder), str(tmp_path / "out")]) == 2
+    assert "is a published model and no run folder; make one of it first" in capsys.readouterr().err
+
+
+def test_what_keeps_a_model_from_a_family_is_said_field_by_field(folder):
+    with pytest.raises(ConvertError, match=r"the model is no qwen3: mixers\.0\.\w+ is \w+ here and \w+ there"):
+        home(Source.of(folder).model, "qwen3")
 
 
 @pytest.mark.parametrize("words", [["exprt"], ["inspect"], ["import", "a"], ["export", "a", "b", "--model-typ", "llama"]])
