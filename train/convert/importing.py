@@ -127,6 +127,7 @@ def new_run(
 def appearing(folder: Path) -> Iterator[Path]:
     """A folder beside `folder`, one for all hosts, that takes its place when all has been written there, and that is removed where something
     fails or ends the process."""
+    folder = folder.resolve()
     new = folder.with_name(broadcast(f".{folder.name}.{uuid.uuid4().hex[:12]}.tmp"))
     with _unwinding():
         try:

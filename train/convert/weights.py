@@ -161,7 +161,7 @@ def _index(path: Path) -> dict[str, str]:
     except ValueError as error:
         raise ConvertError(str(error)) from None
     table = found.get("weight_map") if isinstance(found, dict) else None
-    if not isinstance(table, dict) or not all(isinstance(value, str) for value in table.values()):
+    if not isinstance(table, dict) or not table or not all(isinstance(value, str) for value in table.values()):
         raise ConvertError(f"{path} has no weight_map of tensors to files; download it again")
     return table
 

@@ -64,6 +64,10 @@ CASES = {
         lambda f: ((f / ONE).unlink(), (f / ONE).mkdir()),
         "is a folder, and a file of that name is wanted",
     ),
+    "an empty index": (
+        lambda f: ((f / ONE).unlink(), (f / INDEX).write_text('{"weight_map": {}}')),
+        "has no weight_map of tensors to files",
+    ),
     "a link to nothing": (
         lambda f: ((f / ONE).unlink(), (f / ONE).symlink_to("nowhere")),
         "model.safetensors is a link to nowhere, which is no file; download again",
