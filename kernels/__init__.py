@@ -6,7 +6,7 @@ from plait.kernels.attention.routed import routed_attention
 from plait.kernels.cross_entropy import cross_entropy
 from plait.kernels.decay import decay, decay_rows
 from plait.kernels.delta_rule import delta_rule, delta_rule_rows
-from plait.kernels.dispatch import chosen, forget_chosen, registered
+from plait.kernels.dispatch import chosen, registered
 from plait.kernels.dplr import dplr, dplr_rows
 from plait.kernels.linear_scan import linear_scan
 from plait.kernels.masks import BlockTable, Mask, PowerMask
@@ -39,7 +39,6 @@ __all__ = [
     "dplr",
     "dplr_rows",
     "first_masses",
-    "forget_chosen",
     "linear_scan",
     "memory_context",
     "online_memory",

@@ -14,7 +14,7 @@ import jax
 
 from plait.configs.errors import is_bad_input
 from plait.configs.experiment import ExperimentConfig
-from plait.kernels import forget_chosen
+from plait.kernels.dispatch import forget_chosen
 from plait.train.loop import Result, train
 from plait.train.pods.hosts.failure import TrainingFailed
 from plait.train.pods.hosts.supervise import DONE, FAILED, STOPPED
