@@ -30,12 +30,11 @@ def test_solution_and_gradients_are_those_of_lapack(size):
         assert_close(gradient, np.float32(expected))
 
 
-def test_an_ill_conditioned_system_is_solved_nearly_as_well_as_by_lapack():
+def test_an_ill_conditioned_system_is_solved_by_the_rule():
     a, b = map(np.float32, systems(64, size=16, spread=1e5))
     exact = np.linalg.solve(np.float64(a), np.float64(b)[..., None])[..., 0]
-    error = lambda x: np.linalg.norm(np.asarray(x) - exact)
     by_lapack = jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(a), True), b[..., None])[..., 0]
-    assert error(quick_jit(positive_solve)(a, b)) < 4 * error(by_lapack)
+    assert_close(quick_jit(positive_solve)(a, b), exact, plain=by_lapack)
 
 
 def test_devices_solve_at_once():

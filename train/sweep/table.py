@@ -43,9 +43,8 @@ def records(folder: Path, sweep: Sweep) -> list[dict[str, Any]]:
     for run in sweep.runs:
         ended = claims.outcome(folder, run)
         state: str = claims.status(folder, run)
-        state = (
-            "unfinished" if state in ("running", "interrupted") else state
-        )  # which of them changes without a trace in this table
+        if state in ("running", "interrupted"):  # one becomes the other without a trace here
+            state = "unfinished"
         facts = {"step": None, "seconds": None, "host": None, "failures": 0, "error": None}
         metrics: Mapping[str, Any] = {}
         if ended is not None:
