@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 
 import pytest
 
@@ -20,8 +21,8 @@ class World:
 
     def __init__(self, monkeypatch, *then):
         self.now, self.then, self.pages, self.said = 0.0, list(then), [], []
-        monkeypatch.setattr(module.time, "monotonic", lambda: self.now)
-        monkeypatch.setattr(module.time, "sleep", self.sleep)
+        # not those of the module `time`, which threads that other tests left behind use as well
+        monkeypatch.setattr(module, "time", types.SimpleNamespace(monotonic=lambda: self.now, sleep=self.sleep))
         monkeypatch.setattr(module, "write_report", self.write)
 
     def sleep(self, seconds):
