@@ -1,4 +1,4 @@
-"""How far the tiles that the TPU attention kernel visits follow the density that a mask, a block table or routed heads promise.
+"""How far the tiles that the TPU attention kernel visits follow the density that a mask, selected blocks or routed heads promise.
 
     python benchmarks/sparsity.py [--seq-len 32768] [--generation v5e]
 
@@ -16,18 +16,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from plait.kernels import BlockTable, Mask, PowerMask, Tokens
+from plait.kernels import Mask, PowerMask, SelectedBlocks, Tokens
 from plait.kernels.attention.pallas_tpu import choose_tiles
 from plait.kernels.attention.visits import FULL, MASKED, Layout, plan_visits
 
 MASKED_COST = 1.36
 
 
-def work(mask: Mask, queries: Tokens, length: int, block: int, *, own: bool = True, table: BlockTable | None = None) -> float:
-    """Tiles' worth of work, in units of query-key pairs, of each query head that `queries` [1, H, T] or the table have."""
+def work(
+    mask: Mask, queries: Tokens, length: int, block: int, *, own: bool = True, selected: SelectedBlocks | None = None
+) -> float:
+    """Tiles' worth of work, in units of query-key pairs, of each query head that `queries` [1, H, T] or the selection have."""
     keys = Tokens(None, jnp.ones((1, 1, length), jnp.int32), jnp.arange(length, dtype=jnp.int32)[None, None])
     layout = Layout(mask, length, length, own_keys=own, packed=not own)
-    by_query, _ = plan_visits(layout, queries, keys, block, block, keep_first=False, table=table)
+    by_query, _ = plan_visits(layout, queries, keys, block, block, keep_first=False, selected=selected)
     kinds = np.asarray(by_query.entries) & 3
     return float(((kinds == FULL).sum() + MASKED_COST * (kinds == MASKED).sum()) * block**2 / kinds.shape[1])
 
@@ -61,13 +63,14 @@ def main() -> None:
     for block in (1024, 512, 256, 128):
         count = length // block
         for share in (0.25, 0.125, 0.0625):
-            visible = np.zeros((count, count), bool)
+            indices = np.full((count, max(1, round(share * count))), -1, np.int32)
             for i in range(count):
                 keep = max(1, round(share * (i + 1)))
-                visible[i, rng.choice(i, keep - 1, replace=False)] = visible[i, i] = True
-            density = (visible.sum() - count / 2) * block**2 / causal
-            table = BlockTable(visible=jnp.asarray(visible[None, None]), block_q=block, block_kv=block)
-            show(f"top-k of blocks of {block}", density, work(Mask(), everyone, length, min(tile, block), table=table))
+                indices[i, :keep] = [i, *rng.choice(i, keep - 1, replace=False)]
+            density = ((indices >= 0).sum() - count / 2) * block**2 / causal
+            together = jnp.repeat(jnp.asarray(indices), block, axis=0)[None, :, None]  # a block of queries selects as one
+            selected = SelectedBlocks(indices=together, block_size=block, num_blocks=count)
+            show(f"top-k of blocks of {block}", density, work(Mask(), everyone, length, min(tile, block), selected=selected))
     for share in (0.75, 0.5):
         active = rng.random((1, 4, length)) < share
         order = jnp.argsort(~jnp.asarray(active), axis=-1, stable=True)

@@ -9,24 +9,27 @@ from plait.kernels.delta_rule import delta_rule, delta_rule_rows
 from plait.kernels.dispatch import chosen, registered
 from plait.kernels.dplr import dplr, dplr_rows
 from plait.kernels.linear_scan import linear_scan
-from plait.kernels.masks import BlockTable, Mask, PowerMask
+from plait.kernels.masks import Mask, PowerMask
 from plait.kernels.memory_context import memory_context
 from plait.kernels.online_memory import online_memory
+from plait.kernels.selected_blocks import SelectedBlocks
 from plait.kernels.selective_scan import selective_scan
 from plait.kernels.short_conv import short_conv
 from plait.kernels.tokens import Tokens
 from plait.kernels.topk_blocks import topk_blocks
 from plait.kernels.weighted_attention import weighted_attention, weighted_rows
+from plait.kernels.whole_blocks import WholeBlocks, whole_blocks
 
 __all__ = [
     "AttentionStats",
     "Bias",
-    "BlockTable",
     "DistanceBias",
     "LowRankBias",
     "Mask",
     "PowerMask",
+    "SelectedBlocks",
     "Tokens",
+    "WholeBlocks",
     "attention",
     "attention_rows",
     "chosen",
@@ -49,4 +52,5 @@ __all__ = [
     "topk_blocks",
     "weighted_attention",
     "weighted_rows",
+    "whole_blocks",
 ]

@@ -1,4 +1,4 @@
-"""The mask of attention: which keys a query may see, by position, segment and, on request, a table of blocks."""
+"""The mask of attention: which keys a query may see, by position and segment."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ class PowerMask(Mask):
     def reaches(self, q_positions: Array, kv_positions: Array) -> Array:
         """See `Mask.reaches`."""
         distance = q_positions - kv_positions
-        back = self._block(q_positions) - self._block(kv_positions)
+        back = block_number(q_positions, self.block_size) - block_number(kv_positions, self.block_size)
         near = (back & (back - 1)) == 0  # 0 or a power of two, given that it is not negative
         if self.window_size is not None:
             near |= distance < self.window_size
@@ -190,44 +190,12 @@ class PowerMask(Mask):
         """See `Mask.reach_back`."""
         return None
 
-    def _block(self, positions: Array) -> Array:
-        if self.block_size & (self.block_size - 1) == 0:
-            return positions >> (self.block_size.bit_length() - 1)
-        return jax.lax.div(positions, jnp.full_like(positions, self.block_size))
 
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class BlockTable:
-    """Which blocks of keys each block of queries may see, by head; intersected with the mask. The mask sees positions, this indices."""
-
-    visible: Array
-    """bool [B, H or 1, ceil(T / block_q), ceil(S / block_kv)]."""
-    block_q: int = dataclasses.field(metadata={"static": True})
-    """Queries a block; 1 selects for every query on its own."""
-    block_kv: int = dataclasses.field(metadata={"static": True})
-    """Keys a block."""
-
-    def dense(self, num_queries: int, num_keys: int) -> Array:
-        """bool [B, H or 1, T, S]."""
-        return self.at(jnp.arange(num_queries), jnp.arange(num_keys)[None, :])
-
-    def at(self, queries: Array, keys: Array) -> Array:
-        """bool [B, H or 1, T, S] of query indices [T] and key indices [B or 1, S]."""
-        rows = jnp.take(self.visible, queries // self.block_q, axis=2)
-        return jnp.take_along_axis(rows, (keys // self.block_kv)[:, None, None, :], axis=3)
-
-    def bits(self, tile_kv: int, num_queries: int) -> Array:
-        """int32 [B, H or 1, ceil(S / tile_kv), 1, num_queries]: each query's view of a tile of keys, a bit for every block in it."""
-        count = self.visible.shape[3]
-        per_tile = max(1, tile_kv // self.block_kv)
-        tiles = -(-count * self.block_kv // tile_kv)
-        first = jnp.arange(tiles) * tile_kv // self.block_kv
-        at = first[:, None] + jnp.arange(per_tile)[None, :]
-        entries = jnp.take(self.visible, at, axis=3, mode="fill", fill_value=False)  # [B, H, NQ, tiles, per_tile]
-        packed = jnp.sum(jnp.where(entries, 1 << jnp.arange(per_tile, dtype=jnp.int32), 0), axis=-1, dtype=jnp.int32)
-        rows = jnp.repeat(jnp.moveaxis(packed, 3, 2), self.block_q, axis=3)[..., :num_queries]
-        return jnp.pad(rows, [(0, 0)] * 3 + [(0, num_queries - rows.shape[3])])[:, :, :, None]
+def block_number(positions: Array, block_size: int) -> Array:
+    """The block of each position, none negative; in kernels too."""
+    if block_size & (block_size - 1) == 0:
+        return positions >> (block_size.bit_length() - 1)
+    return jax.lax.div(positions, jnp.full_like(positions, block_size))
 
 
 _FAR = 1 << 29

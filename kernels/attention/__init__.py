@@ -11,7 +11,8 @@ from plait.kernels.attention.implied import attention_rows
 from plait.kernels.attention.reference import AttentionStats
 from plait.kernels.context.attention import CONTEXT
 from plait.kernels.dispatch import Implementation, Op, kernel
-from plait.kernels.masks import BlockTable, Mask
+from plait.kernels.masks import Mask
+from plait.kernels.selected_blocks import SelectedBlocks
 from plait.kernels.tokens import Tokens
 
 __all__ = ["AttentionStats", "Bias", "DistanceBias", "LowRankBias", "attention", "attention_rows"]
@@ -37,7 +38,7 @@ def attention(
     mask: Mask,
     at: Tokens | None = None,
     kv_at: Tokens | None = None,
-    block_table: BlockTable | None = None,
+    selected: SelectedBlocks | None = None,
     scale: float | None = None,
     sinks: Array | None = None,
     normalizer: Literal["softmax", "sigmoid"] = "softmax",
@@ -61,7 +62,7 @@ def attention(
       at: what is known of the tokens; those of one segment see each other. None is one segment from position 0.
       kv_at: of the keys, where they are not the queries' own tokens, such as a cache; segment id 0 is an empty entry. The order of
         the entries does not matter then, only their positions.
-      block_table: blocks of keys that each block of queries may see, intersected with the mask (block top-k selection).
+      selected: blocks of its document that each query sees, intersected with the mask; see `topk_blocks`.
       scale: multiplies the logits; None is K^-1/2.
       sinks: logits that join the denominator only, [H] or, of each query, [B, T, H]; softmax only.
       normalizer: "softmax" or "sigmoid".
@@ -89,7 +90,7 @@ def attention(
         mask=mask,
         at=at,
         kv_at=kv_at,
-        block_table=block_table,
+        selected=selected,
         scale=scale,
         sinks=sinks,
         normalizer=normalizer,

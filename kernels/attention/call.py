@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from plait.kernels.attention.bias import Bias, LowRankBias
 from plait.kernels.call import OPTION, Call, letters
-from plait.kernels.masks import BlockTable, Mask
+from plait.kernels.masks import Mask
+from plait.kernels.selected_blocks import SelectedBlocks
 from plait.kernels.shapes import (
     accumulation_dtype,
     check_divides,
@@ -41,7 +42,8 @@ class AttentionCall(Call):
     """`Tokens`, or None for one segment from position 0."""
     kv_at: Any = field(metadata=letters("bt"), default=None)
     """`Tokens`, or None where the keys are the queries' own tokens."""
-    block_table: Any = field(metadata=letters("bhqk"), default=None)
+    selected: Any = field(metadata=letters("bth"), default=None)
+    """`SelectedBlocks`, or None where the mask says all."""
     sinks: Any = field(metadata=letters("h"), default=None)
     """[H], or None."""
     query_sinks: Any = field(metadata=letters("bth"), default=None)
@@ -126,7 +128,8 @@ class AttentionCall(Call):
 
     def on_queries(self, function: Callable[[Array], Array]) -> Self:
         """The call with `function(x)` in place of each x [B, T, ...] that belongs to the queries."""
-        return self.replace(q=function(self.q), **jax.tree.map(function, {"at": self.at, "query_sinks": self.query_sinks}))
+        others = {name: getattr(self, name) for name in ("at", "query_sinks", "selected")}
+        return self.replace(q=function(self.q), **jax.tree.map(function, others))
 
     def _check(self, op: str) -> None:
         q, k, v = self.q, self.k, self.v
@@ -146,7 +149,7 @@ class AttentionCall(Call):
                 f"{op}: k has S={num_keys} tokens and q has T={length}; they must be equal unless kv_at says what the keys are; "
                 "pass it"
             )
-        _check_table(op, q, k, self.block_table)
+        _check_selected(op, q, self.selected)
         if self.sinks is not None:
             check_shape(op, "sinks", self.sinks, (num_heads,), "[H]")
         if self.query_sinks is not None:
@@ -197,6 +200,10 @@ class MassCall(AttentionCall):
 
     lse: Array = field(metadata=letters("bth"))
 
+    def on_queries(self, function: Callable[[Array], Array]) -> Self:
+        """See `AttentionCall.on_queries`."""
+        return super().on_queries(function).replace(lse=function(self.lse))
+
     def _check(self, op: str) -> None:
         super()._check(op)
         check_shape(op, "lse", self.lse, self.q.shape[:3], "[B, T, H] of q")
@@ -210,16 +217,18 @@ def _known(tokens: Tokens | None) -> Tokens | None:
     return Tokens(segment_ids=tokens.segment_ids, positions=tokens.positions)
 
 
-def _check_table(op: str, q: Array, k: Array, table: BlockTable | None) -> None:
-    if table is None:
+def _check_selected(op: str, q: Array, selected: SelectedBlocks | None) -> None:
+    if selected is None:
         return
-    for name, size in (("block_q", table.block_q), ("block_kv", table.block_kv)):
-        if size < 1:
-            raise ValueError(f"{op}: block_table.{name}={size} must be at least 1; use 64 or 128")
-    visible, heads = table.visible, q.shape[2]
-    check_rank(op, "block_table.visible", visible, "[B, H, NQ, NK]")
-    if visible.dtype != bool:
-        raise ValueError(f"{op}: block_table.visible.dtype={visible.dtype} must be bool; compare it with 0")
-    count = (-(-q.shape[1] // table.block_q), -(-k.shape[1] // table.block_kv))
-    expected = (q.shape[0], 1 if visible.shape[1] == 1 else heads, *count)
-    check_shape(op, "block_table.visible", visible, expected, "[B, H or 1, ceil(T / block_q), ceil(S / block_kv)]")
+    for name in ("block_size", "num_blocks"):
+        if (value := getattr(selected, name)) < 1:
+            raise ValueError(
+                f"{op}: selected.{name}={value} must be at least 1; use 64 tokens, and as many as the longest segment has"
+            )
+    indices, heads = selected.indices, q.shape[2]
+    check_rank(op, "selected.indices", indices, "[B, T, Hs, N]")
+    if indices.dtype != jnp.int32:
+        raise ValueError(f"{op}: selected.indices.dtype={indices.dtype} must be int32; cast it")
+    expected = (*q.shape[:2], *indices.shape[2:])
+    check_shape(op, "selected.indices", indices, expected, "[B, T, Hs, N] with B and T of q")
+    check_divides(op, "the number of selecting heads", indices.shape[2], "the number of q heads", heads)

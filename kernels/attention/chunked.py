@@ -30,11 +30,11 @@ MAX_GROUPS = 4
 
 def attention(call: AttentionCall) -> tuple[Array, AttentionStats | None]:
     """See `plait.kernels.attention`; always a pair here."""
-    q, mask, block_table = call.q, call.mask, call.block_table
+    q, mask = call.q, call.mask
     length, num_keys = q.shape[1], call.k.shape[1]
     queries, keys = call.sides
     if length == 1 or length * num_keys <= DENSE_TILE:
-        return _rows(call, queries, keys, None if block_table is None else block_table.dense(length, num_keys))
+        return _rows(call, queries, keys)
 
     block = min(BLOCK_SIZE, max(8, MAX_TILE // num_keys))
     ranges = [mask.key_range(i, i + block, num_keys) if call.own_keys else (0, num_keys) for i in range(0, length, block)]
@@ -43,23 +43,21 @@ def attention(call: AttentionCall) -> tuple[Array, AttentionStats | None]:
     anchors = mask.num_sink_tokens if call.own_keys else 0
     starts: Any = queries.starts() if anchors else None
 
-    def run_block(block: tuple[Array, Array | None, Tokens, Array, Array, Array | None], k: Array, v: Array, *, width: int):
-        q, sinks, queries, at, low, start = block
+    def run_block(block: tuple[dict[str, Any], Tokens, Array, Array | None], k: Array, v: Array, *, width: int):
+        of_queries, queries, low, start = block
         cut = lambda x: jax.lax.dynamic_slice_in_dim(x, low, width, axis=1)
         near_k, near_v, near = cut(k), cut(v), jax.tree.map(cut, keys)
-        indices = low + jnp.arange(width)[None, :]
         if start is not None:
             index = start[:, None] + jnp.arange(anchors, dtype=start.dtype)[None, :]  # [B, anchors]
             far_k, far_v, far = _anchors(k, v, keys, index, low)
             join = lambda far, near: jnp.concatenate([far, near], axis=1)
             near_k, near_v, near = join(far_k, near_k), join(far_v, near_v), jax.tree.map(join, far, near)
-            indices = join(index, jnp.broadcast_to(indices, (index.shape[0], width)))
-        shown = None if block_table is None else block_table.at(at, jnp.minimum(indices, num_keys - 1))
-        return _rows(call.replace(q=q, k=near_k, v=near_v, query_sinks=sinks), queries, near, shown)
+        return _rows(call.replace(k=near_k, v=near_v, **of_queries), queries, near)
 
     blocks = lambda x: jnp.moveaxis(_pad(x, -length % block).reshape(x.shape[0], -1, block, *x.shape[2:]), 1, 0)
-    q_blocks, sink_blocks, query_blocks = jax.tree.map(blocks, (q, call.query_sinks, queries))
-    indices = jnp.minimum(jnp.arange(q_blocks.shape[0] * block), length - 1).reshape(-1, block)
+    of_queries, query_blocks = jax.tree.map(
+        blocks, ({name: getattr(call, name) for name in ("q", "query_sinks", "selected")}, queries)
+    )
     outputs = []
     for first, last in _groups(ranges):
         width = max(high - low for low, high in ranges[first:last])
@@ -67,16 +65,16 @@ def attention(call: AttentionCall) -> tuple[Array, AttentionStats | None]:
         of_block = starts[:, first * block : last * block : block].T if anchors and lows.max() > 0 else None
         body = jax.checkpoint(partial(run_block, width=width))
         cut = lambda x, some=slice(first, last): x[some]
-        per_block = (*jax.tree.map(cut, (q_blocks, sink_blocks, query_blocks)), indices[first:last], jnp.asarray(lows), of_block)
+        per_block = (*jax.tree.map(cut, (of_queries, query_blocks)), jnp.asarray(lows), of_block)
         outputs.append(jax.lax.map(lambda x, body=body: body(x, k, v), per_block))
     whole = jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :length], whole)
 
 
-def _rows(call: AttentionCall, queries: Tokens, keys: Tokens, shown: Array | None) -> tuple[Array, AttentionStats | None]:
+def _rows(call: AttentionCall, queries: Tokens, keys: Tokens) -> tuple[Array, AttentionStats | None]:
     """Whole rows of attention for the call's queries over its keys."""
     q, precision = call.q, matmul_precision(call.q.dtype)
-    p, factor, stats = relative_weights(call, queries, keys, shown, precision)
+    p, factor, stats = relative_weights(call, queries, keys, precision)
     factor = jnp.moveaxis(factor, 3, 1).reshape(*q.shape[:3], 1)
     return (apply(p, call.v, precision) * factor).astype(q.dtype), stats
 

@@ -28,8 +28,6 @@ def attention_rows(q: Array, k: Array, rows: Array, **options: Any) -> Array:
     """
     call = AttentionCall.of("attention_rows", q=q, k=k, **options)
     queries, keys = call.sides
-    table = call.block_table
-    shown = None if table is None else table.at(rows, jnp.arange(k.shape[1])[None, :])
     chosen = lambda x: x[:, rows]
-    weights, _ = attention_weights(call.on_queries(chosen), jax.tree.map(chosen, queries), keys, shown)
+    weights, _ = attention_weights(call.on_queries(chosen), jax.tree.map(chosen, queries), keys)
     return weights.reshape(q.shape[0], q.shape[2], rows.shape[0], k.shape[1]).astype(jnp.float32)

@@ -12,6 +12,7 @@ from plait.kernels.attention.reference import MASKED as HIDDEN
 from plait.kernels.attention.reference import grouped_heads, logits, visible_pairs
 from plait.kernels.dispatch import Implementation, Op, kernel
 from plait.kernels.masks import Mask
+from plait.kernels.selected_blocks import SelectedBlocks
 from plait.kernels.shapes import accumulation_dtype, matmul_precision
 from plait.kernels.tokens import Tokens
 
@@ -56,6 +57,7 @@ def column_mass(
     scale: float | None = None,
     logit_soft_cap: float | None = None,
     bias: Bias | None = None,
+    selected: SelectedBlocks | None = None,
     implementation: str = "auto",
 ) -> Array:
     """What each key receives: the sum of its softmax weights over all queries. Half the products of a forward pass, no gradient.
@@ -64,7 +66,7 @@ def column_mass(
       q: [B, T, H, K], float32 or bfloat16.
       k: [B, T, Hkv, K].
       lse: [B, T, H], as `attention` returns it with `return_stats` for the same arguments; sink logits are in it where there are any.
-      mask, at, scale, logit_soft_cap, bias: as in `attention`.
+      mask, at, scale, logit_soft_cap, bias, selected: as in `attention`.
       implementation: "auto", "pallas_tpu", "chunked" or "reference".
 
     Returns:
@@ -75,7 +77,18 @@ def column_mass(
       NotImplementedError: the named implementation does not support the call.
     """
     q, k, lse, bias = jax.lax.stop_gradient((q, k, lse, bias))
-    call = MassCall.of("column_mass", q=q, k=k, lse=lse, mask=mask, at=at, scale=scale, logit_soft_cap=logit_soft_cap, bias=bias)
+    call = MassCall.of(
+        "column_mass",
+        q=q,
+        k=k,
+        lse=lse,
+        mask=mask,
+        at=at,
+        scale=scale,
+        logit_soft_cap=logit_soft_cap,
+        bias=bias,
+        selected=selected,
+    )
     return _op(implementation, call)
 
 
@@ -105,12 +118,13 @@ def _chunked(call: MassCall) -> Array:
         x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(x.shape[0], -1, block, *x.shape[2:]), 1, 0)
 
-    def add(total: Array, part: tuple[Array, Array, Tokens]) -> tuple[Array, None]:
-        q, lse, queries = part
-        return total + _received(call.replace(q=q, lse=lse), queries, keys, matmul_precision(q.dtype)), None
+    def add(total: Array, part: tuple[dict[str, Any], Tokens]) -> tuple[Array, None]:
+        of_queries, queries = part
+        return total + _received(call.replace(**of_queries), queries, keys, matmul_precision(q.dtype)), None
 
+    parts = jax.tree.map(cut, ({name: getattr(call, name) for name in ("q", "lse", "selected")}, queries))
     shape = (q.shape[0], k.shape[2], q.shape[2] // k.shape[2], length)
-    total, _ = jax.lax.scan(add, jnp.zeros(shape, accumulation_dtype(q, k)), (cut(q), cut(call.lse), jax.tree.map(cut, queries)))
+    total, _ = jax.lax.scan(add, jnp.zeros(shape, accumulation_dtype(q, k)), parts)
     return jnp.swapaxes(total.reshape(shape[0], -1, length), 1, 2)
 
 

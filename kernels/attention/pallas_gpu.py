@@ -61,13 +61,13 @@ def unsupported(call: AttentionCall) -> str | None:
         return "it has no bias by distance, only one of low rank"
     if scale <= 0:
         return f"the scale {scale} is not a positive number"
-    if call.block_table is not None:
-        tiles, own = _tiles(call), call.block_table.block_kv
+    if call.selected is not None:
+        if not call.own_keys:
+            return "blocks are selected among keys that are not the queries' own tokens"
+        tiles = _tiles(call)
         for size in (tiles.block_kv, tiles.block_kv_dq, BLOCK):
-            if (size % own and own % size) or size > 32 * own:
-                return (
-                    f"block_table.block_kv={own} is no multiple of a tile of {size} keys, nor a divisor of at least {size // 32}"
-                )
+            if reason := call.selected.unfit(size):
+                return reason
     return None
 
 
@@ -86,7 +86,6 @@ def _shared_memory(key_dim: int, value_dim: int) -> int:
 def _problem(call: AttentionCall, layout: Layout) -> Problem:
     """Args: `layout` of the sides before they are padded."""
     length, num_keys = (-(-n // BLOCK) * BLOCK for n in (layout.num_queries, layout.num_keys))
-    table = call.block_table
     return Problem(
         layout=layout._replace(num_queries=length, num_keys=num_keys),
         num_keys=layout.num_keys,
@@ -95,7 +94,7 @@ def _problem(call: AttentionCall, layout: Layout) -> Problem:
         sigmoid=call.sigmoid,
         stats=call.return_stats,
         soft_cap=call.logit_soft_cap,
-        table_blocks=None if table is None else (table.block_q, table.block_kv),
+        block_size=None if call.selected is None else call.selected.block_size,
     )
 
 
@@ -105,9 +104,9 @@ def attention(call: AttentionCall) -> tuple[Array, AttentionStats | None]:
     layout, queries, keys = laid_out(call)
     queries, keys = jax.tree.map(lambda x: _pad(x)[:, None], (queries, keys))
     bias = jnp.zeros(num_heads, jnp.float32) if call.sigmoid_bias is None else call.sigmoid_bias.astype(jnp.float32)
-    table = None if call.block_table is None else call.block_table.visible
+    selected = jax.tree.map(_pad, call.selected)
     q, k, v = (_pad(x) for x in (call.q, call.k, call.v))
-    o, rows = _flash(_problem(call, layout), Operands(q, k, v, bias, queries, keys, table))
+    o, rows = _flash(_problem(call, layout), Operands(q, k, v, bias, queries, keys, selected))
     o, stats = o[:, :length], [jnp.swapaxes(x, 1, 2)[:, :length] for x in rows]
     if call.sink_logits is not None:
         o, stats = with_sinks(o, stats, call.sink_logits)

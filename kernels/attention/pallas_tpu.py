@@ -46,7 +46,7 @@ def choose_tiles(generation: str, key_dim: int, value_dim: int, dtype: Any) -> T
 
 def unsupported(call: AttentionCall) -> str | None:
     """Why this kernel cannot serve a call, or None."""
-    return _unsupported(call, 1 if call.block_table is None else call.block_table.visible.shape[1])
+    return _unsupported(call, _visiting_heads(call))
 
 
 def routed_unsupported(call: RoutedCall) -> str | None:
@@ -56,12 +56,17 @@ def routed_unsupported(call: RoutedCall) -> str | None:
 
 def column_mass_unsupported(call: MassCall) -> str | None:
     """Why this kernel cannot serve a call of `column_mass`, or None."""
-    return _unsupported(call, 1)
+    return _unsupported(call, _visiting_heads(call))
+
+
+def _visiting_heads(call: AttentionCall) -> int:
+    """How many heads have tiles of their own to visit."""
+    return 1 if call.selected is None or call.selected.indices.shape[2] == 1 else call.q.shape[2]
 
 
 def _unsupported(call: AttentionCall, heads: int) -> str | None:
     """Args: `heads` of the table of visits."""
-    q, k, block_table = call.q, call.k, call.block_table
+    q, k = call.q, call.k
     v = k if call.v is None else call.v
     if reason := not_on("tpu"):
         return reason
@@ -77,13 +82,12 @@ def _unsupported(call: AttentionCall, heads: int) -> str | None:
     if call.scale <= 0:
         return f"the scale {call.scale} is not above 0"
     tiles = _tiles(call)
-    if block_table is not None:
-        own = block_table.block_kv
+    if call.selected is not None:
+        if not call.own_keys:
+            return "blocks are selected among keys that are not the queries' own tokens"
         for size in (tiles.block_kv, tiles.block_kv_dq, tiles.block_kv_dkv):
-            if (size % own and own % size) or size > 32 * own:
-                return (
-                    f"block_table.block_kv={own} is no multiple of a tile of {size} keys, nor a divisor of at least {size // 32}"
-                )
+            if reason := call.selected.unfit(size):
+                return reason
     blocks = -(-q.shape[1] // tiles.block_q_dkv) * -(-k.shape[1] // tiles.block_kv_dkv)
     if blocks * q.shape[0] * heads > MAX_TABLE:
         return f"{q.shape[0]} x {heads} x {blocks} tiles exceed the {MAX_TABLE} that scalar memory holds"
@@ -91,22 +95,22 @@ def _unsupported(call: AttentionCall, heads: int) -> str | None:
 
 
 def _tiles(call: AttentionCall) -> Tiles:
-    """The tiles of a call. Where blocks are hidden, none is larger than a block (of 128 at least), so that they are hidden tiles;
+    """The tiles of a call. Where blocks are selected, none has more keys than a block (of 128 at
+    least), nor more than 128 queries, which select apart;
     a window of less than four tiles of keys gets smaller ones, which waste less at its ends."""
-    q, k, mask, table = call.q, call.k, call.mask, call.block_table
+    q, k, mask = call.q, call.k, call.mask
     here = current()
     generation = "v5e" if here is None else here.generation
     reach = mask.reach_back()
     most = 512 if reach is not None and reach < 4096 else 1024
     if mask.alignment > 1:
         most = min(most, max(LANES, mask.alignment))
-    sizes = [most, most] if table is None else [min(most, max(LANES, x)) for x in (table.block_q, table.block_kv)]
+    sizes = [most, most] if call.selected is None else [LANES, min(most, max(LANES, call.selected.block_size))]
     tiles = choose_tiles(generation, q.shape[-1], (k if call.v is None else call.v).shape[-1], q.dtype)
     return tiles.fit(min(sizes[0], q.shape[1]), min(sizes[1], k.shape[1]))
 
 
 def _problem(call: AttentionCall, layout: Layout) -> Problem:
-    table = call.block_table
     return Problem(
         layout=layout,
         tiles=_tiles(call),
@@ -114,7 +118,7 @@ def _problem(call: AttentionCall, layout: Layout) -> Problem:
         sigmoid=call.sigmoid,
         stats=call.return_stats,
         soft_cap=call.logit_soft_cap,
-        table_blocks=None if table is None else (table.block_q, table.block_kv),
+        block_size=None if call.selected is None else call.selected.block_size,
     )
 
 
@@ -123,10 +127,9 @@ def attention(call: AttentionCall) -> tuple[Array, AttentionStats | None]:
     layout, queries, keys = laid_out(call)
     problem = _problem(call, layout)
     bias = jnp.zeros(call.q.shape[2], jnp.float32) if call.sigmoid_bias is None else call.sigmoid_bias.astype(jnp.float32)
-    table = None if call.block_table is None else call.block_table.visible
     q_side, k_side = jax.tree.map(lambda x: x[:, None], (queries, keys))
     q_heads, k_heads, v_heads = (jnp.swapaxes(x, 1, 2) for x in (call.q, call.k, call.v))
-    o, rows = _flash(problem, Operands(q_heads, k_heads, v_heads, bias, q_side, k_side, table))
+    o, rows = _flash(problem, Operands(q_heads, k_heads, v_heads, bias, q_side, k_side, call.selected))
     o, stats = jnp.moveaxis(o, 3, 1), [jnp.moveaxis(x, 2, 1) for x in rows]  # [B, H, V, T] and [B, H, T] to token-major
     if call.return_stats:
         stats.append(first_mass(call, stats[0], queries, keys))
@@ -162,7 +165,9 @@ def column_mass(call: MassCall) -> Array:
     q_side, k_side = jax.tree.map(lambda x: x[:, None], (queries, keys))
     q, k, lse = (jnp.swapaxes(x, 1, 2) for x in (call.q, call.k, jnp.where(call.lse > HIDDEN / 2, call.lse, -HIDDEN)))
     bias = jnp.zeros(q.shape[1], jnp.float32)
-    return jnp.swapaxes(kernels.column_mass(_problem(call, layout), Operands(q, k, None, bias, q_side, k_side), lse), 1, 2)
+    return jnp.swapaxes(
+        kernels.column_mass(_problem(call, layout), Operands(q, k, None, bias, q_side, k_side, call.selected), lse), 1, 2
+    )
 
 
 @jax.custom_vjp

@@ -61,7 +61,7 @@ def first_mass(call: AttentionCall, lse: Array, queries: Tokens, keys: Tokens, *
       queries: where the queries are, int32 [B or 1, T]; one row is one segment where the keys are their own tokens.
       keys: likewise, [B or 1, S].
     """
-    q, k, block_table = call.q, call.k, call.block_table
+    q, k = call.q, call.k
     index = _keys_at(position, queries, keys, call.own_keys)  # [B or 1, T]
     at = jnp.broadcast_to(index, (k.shape[0], index.shape[1]))[:, :, None, None]
     first = jnp.take_along_axis(k, at, axis=1)  # [B, T, Hkv, K]
@@ -76,11 +76,9 @@ def first_mass(call: AttentionCall, lse: Array, queries: Tokens, keys: Tokens, *
         (ids == queries.segment_ids) & (ids != 0) & (positions == position) & call.mask.reaches(queries.positions, positions)
     )
     visible = visible[:, :, None] & (lse > HIDDEN / 2)
-    if block_table is not None:
-        blocks = jnp.arange(q.shape[1]) // block_table.block_q
-        rows = jnp.take(block_table.visible, blocks, axis=2)  # [B, H or 1, T, NK]
-        entry = jnp.broadcast_to(index[:, None, :, None] // block_table.block_kv, (*rows.shape[:3], 1))
-        visible &= jnp.swapaxes(jnp.take_along_axis(rows, entry, axis=3)[..., 0], 1, 2)
+    if call.selected is not None:
+        shown = call.selected.shows(position)
+        visible &= jnp.repeat(shown, q.shape[2] // shown.shape[2], axis=2)
     if call.sigmoid:
         z = jax.nn.log_sigmoid(z + call.sigmoid_bias.reshape(1, 1, -1))
     return jnp.where(visible, jnp.exp(jnp.where(visible, z - lse, 0)), 0)

@@ -49,8 +49,14 @@ def capped(z: Array, soft_cap: float | None) -> Array:
 
 
 def visible_pairs(call: AttentionCall, queries: Tokens, keys: Tokens) -> Array:
-    """bool [B, 1, 1, T, S]: what the mask shows."""
-    return call.mask.dense(queries.positions, keys.positions, queries.segment_ids, keys.segment_ids)[:, None, None]
+    """bool [B, Hkv or 1, R or 1, T, S]: what the mask shows of what is selected."""
+    visible = call.mask.dense(queries.positions, keys.positions, queries.segment_ids, keys.segment_ids)[:, None, None]
+    if call.selected is None:
+        return visible
+    shown, num_heads = call.selected.shown(keys.positions), call.q.shape[2]
+    if shown.shape[1] > 1:
+        shown = jnp.repeat(shown, num_heads // shown.shape[1], axis=1)
+    return visible & grouped_heads(shown, call.k.shape[2])
 
 
 def grouped_heads(x: Array, num_kv_heads: int) -> Array:
@@ -75,19 +81,17 @@ def apply(weights: Array, v: Array, precision: jax.lax.PrecisionLike) -> Array:
 
 
 def relative_weights(
-    call: AttentionCall, queries: Tokens, keys: Tokens, shown: Array | None, precision: jax.lax.PrecisionLike
+    call: AttentionCall, queries: Tokens, keys: Tokens, precision: jax.lax.PrecisionLike
 ) -> tuple[Array, Array, AttentionStats | None]:
     """The weights [B, Hkv, R, T, S] relative to the largest of their row, what multiplies each row [B, Hkv, R, T, 1], and the statistics,
     of the call's q and k, which are at `queries` and `keys`.
 
-    `shown` is one more mask, [B, H or 1, T, S]. Gradients are finite in rows that see nothing.
+    Gradients are finite in rows that see nothing.
     """
     z = logits(call, queries, keys, precision)
     per_head = lambda x: jnp.asarray(x, z.dtype).reshape(1, *z.shape[1:3], 1, 1)
     sinks = None if call.sink_logits is None else by_group(call.sink_logits.astype(z.dtype), z.shape[1])
     visible = visible_pairs(call, queries, keys)
-    if shown is not None:
-        visible &= grouped_heads(shown, z.shape[1])
     z = jnp.where(visible, z, MASKED)
     highest = jax.lax.stop_gradient(jnp.max(z, axis=-1, keepdims=True, initial=MASKED))
     exponents = z
@@ -121,17 +125,13 @@ def _largest(z: Array) -> Array:
 
 def attention(call: AttentionCall) -> tuple[Array, AttentionStats | None]:
     """See `plait.kernels.attention`; always a pair here."""
-    table = call.block_table
-    shown = None if table is None else table.dense(call.q.shape[1], call.k.shape[1])
-    weights, stats = attention_weights(call, *call.sides, shown)
+    weights, stats = attention_weights(call, *call.sides)
     return apply(weights, call.v.astype(weights.dtype), "highest").astype(call.q.dtype), stats
 
 
-def attention_weights(
-    call: AttentionCall, queries: Tokens, keys: Tokens, shown: Array | None
-) -> tuple[Array, AttentionStats | None]:
+def attention_weights(call: AttentionCall, queries: Tokens, keys: Tokens) -> tuple[Array, AttentionStats | None]:
     """The weights [B, Hkv, R, T, S] and the statistics; arguments as in `relative_weights`."""
     dtype = accumulation_dtype(call.q, call.k)
     call = call.replace(q=call.q.astype(dtype), k=call.k.astype(dtype))
-    p, factor, stats = relative_weights(call, queries, keys, shown, "highest")
+    p, factor, stats = relative_weights(call, queries, keys, "highest")
     return p * factor, stats

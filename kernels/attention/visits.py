@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from plait.kernels.attention.call import AttentionCall
-from plait.kernels.masks import BlockTable, Mask, Span
+from plait.kernels.masks import Mask, Span
+from plait.kernels.selected_blocks import SelectedBlocks
 from plait.kernels.tokens import Tokens
 
 Array = jax.Array
@@ -103,12 +104,14 @@ def plan_visits(
     block_kv: int,
     *,
     keep_first: bool,
-    table: BlockTable | None = None,
+    selected: SelectedBlocks | None = None,
+    num_heads: int = 1,
 ) -> tuple[Visits, Visits]:
     """What query blocks visit, and what key blocks visit.
 
     Tokens are padded to whole blocks, int32 [B or 1, H or 1, T or S], and renumbered where the keys are the queries' own. With
     `keep_first` no tile that holds a segment's first key is FULL. A tile is left out only if nothing in it is visible.
+    `selected` has indices for all of the padded queries, and `num_heads` is how many heads share them.
     """
     mask = layout.mask
     q, k = (_summary(x, block) for x, block in ((queries, block_q), (keys, block_kv)))
@@ -121,9 +124,11 @@ def plan_visits(
     whole = (q.segment == k.segment) & (q.segment > 0) & every
     if keep_first:
         whole &= k.low_position > 0
-    if table is not None:
-        shown, all_shown = _tiles_of_table(table, (block_q, block_kv), near.shape)
-        visible, whole = visible & shown, whole & all_shown
+    if selected is not None:
+        shown = selected.tiles(segment_starts(queries), block_q, block_kv, near.shape[1])
+        if shown.shape[1] > 1:
+            shown = jnp.repeat(shown, num_heads // shown.shape[1], axis=1)
+        visible, whole = visible & shown, False
     kinds = jnp.where(visible, jnp.where(whole, FULL, MASKED), SKIP)
     rows, columns = layout.widths(block_q, block_kv)
     return _ordered(kinds, rows), _ordered(jnp.swapaxes(kinds, 2, 3), columns)
@@ -152,16 +157,9 @@ def _indices(length: int, block: int) -> Span:
     return Span(low, np.minimum(low + block, length) - 1)
 
 
-def _tiles_of_table(table: BlockTable, blocks: tuple[int, int], count: tuple[int, int]) -> tuple[Array, Array]:
-    """Whether some, and whether every, entry of the table that a tile touches is visible, [B, H or 1, NQ, NK]."""
-    some = every = table.visible
-    for axis, own, block, n in zip((2, 3), (table.block_q, table.block_kv), blocks, count):
-        first = np.arange(n) * block // own
-        last = np.minimum(((np.arange(n) + 1) * block - 1) // own, some.shape[axis] - 1)
-        at = np.minimum(first[:, None] + np.arange((last - first).max() + 1), last[:, None])  # [n, entries]
-        take = lambda x, at=at, axis=axis: jnp.take(x, at, axis=axis)
-        some, every = take(some).any(axis + 1), take(every).all(axis + 1)
-    return some, every
+def segment_starts(tokens: Tokens) -> Array:
+    """int32 [B or 1, T]: where in the row the segment of each token begins; of padding anything. Tokens [B or 1, 1, T] in order."""
+    return jnp.arange(tokens.positions.shape[2], dtype=jnp.int32)[None] - tokens.positions[:, 0]
 
 
 def _ordered(kinds: Array, width: int) -> Visits:

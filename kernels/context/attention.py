@@ -19,9 +19,7 @@ Array = jax.Array
 
 
 def _unsupported(count: int, call: AttentionCall) -> str | None:
-    if not call.own_keys:
-        return "the keys are not the queries' own tokens"
-    return None if call.block_table is None else "it has a table of blocks"
+    return None if call.own_keys else "the keys are not the queries' own tokens"
 
 
 def _run(op: Callable[[AttentionCall], Any], parts: Parts, call: AttentionCall) -> Any:

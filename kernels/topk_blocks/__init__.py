@@ -2,9 +2,10 @@
 
 import jax
 
+from plait.kernels.context.topk_blocks import CONTEXT
 from plait.kernels.dispatch import Implementation, Op
-from plait.kernels.masks import BlockTable
-from plait.kernels.shapes import check_divides, check_rank, check_shape, check_tokens
+from plait.kernels.selected_blocks import SelectedBlocks
+from plait.kernels.shapes import check_divides, check_floating, check_rank, check_shape, check_tokens
 from plait.kernels.tokens import Tokens
 from plait.kernels.topk_blocks import chunked, reference
 from plait.kernels.topk_blocks.call import TopkCall
@@ -15,6 +16,7 @@ Array = jax.Array
 
 _op = Op(
     "topk_blocks",
+    CONTEXT,
     chunked=Implementation(chunked.topk_blocks),
     reference=Implementation(reference.topk_blocks),
 )
@@ -22,38 +24,42 @@ _op = Op(
 
 def topk_blocks(
     q: Array,
-    k: Array,
+    blocks: Array,
     *,
+    blocks_at: Tokens,
     top_k: int,
-    block_kv: int = 64,
-    block_q: int = 1,
+    block_size: int,
+    num_blocks: int,
     num_local: int = 1,
     num_first: int = 0,
     by_group: bool = False,
+    scale: float | None = None,
     at: Tokens | None = None,
     implementation: str = "auto",
-) -> BlockTable:
-    """The `top_k` key blocks that each query, or each block of queries, gives the largest scores; a table for `attention`.
+) -> SelectedBlocks:
+    """The `top_k` blocks of its document that each query gives the largest scores, for `attention`.
 
-    s_in = q_i . mean_{j in block n} k_j over blocks that end before the query (its block of queries) begins; of those in its
-    segment the largest are taken, after the `num_local` blocks up to its own and the `num_first` of its segment, which count.
-    A block's mean is over the tokens of its last segment, the only one that later queries can share, so no document sees another.
-    A block of queries chooses by its first query, since a mean would look ahead. Nothing here has a gradient, as in MoBA.
+    s_in = q_i . c_n over the blocks n of the query's segment that come before its own; of those the largest are taken, after the
+    `num_local` blocks up to its own and the `num_first` of its segment, which count. Of equal scores the later block is taken. Blocks are
+    counted from the start of the segment, and a block that is past is whole, so no query sees ahead and no document sees another.
+    Nothing here has a gradient.
 
     Args:
       q: [B, T, H, K], float32 or bfloat16.
-      k: [B, T, Hkv, K]; Hkv divides H.
+      blocks: c, [B, N, Hkv, K]: what stands for each block's keys, such as `whole_blocks(...).mean(k)`; Hkv divides H.
+      blocks_at: the segment of each block (0 where there is none) and, as `positions`, its number in it, int32 [B, N].
       top_k: blocks a query sees, at least num_local + num_first.
-      block_kv: keys a block.
-      block_q: queries that choose together, 1 or more; must not exceed block_kv, which it divides.
+      block_size: tokens a block.
+      num_blocks: blocks that the longest segment may have.
       num_local: blocks up to and with the query's own, at least 1; causality inside them is the mask's part.
       num_first: leading blocks of the segment.
-      by_group: the heads of one group of k choose together, by their summed scores (NSA).
-      at: what is known of the tokens; padding chooses its own block only. None is one segment.
+      by_group: the heads of one group of blocks choose together, by the sum of their scores (NSA).
+      scale: scores are softmax_n(scale q_i . c_n) of each head, as the sums of NSA; None for the products themselves.
+      at: what is known of the queries; padding selects nothing. None is one segment.
       implementation: "auto", "chunked" or "reference".
 
     Returns:
-      `BlockTable` of bool [B, H, ceil(T / block_q), ceil(T / block_kv)], to be used with a causal mask.
+      `SelectedBlocks` of int32 [B, T, H, min(top_k, N + 1)], or of Hkv heads with `by_group`, to be used with a causal mask.
 
     Raises:
       ValueError: a shape, count or known segment id does not fit, or the implementation is unknown.
@@ -62,25 +68,33 @@ def topk_blocks(
     """
     op = "topk_blocks"
     check_rank(op, "q", q, "[B, T, H, K]")
-    check_rank(op, "k", k, "[B, T, Hkv, K]")
-    check_shape(op, "k", k, (*q.shape[:2], k.shape[2], q.shape[3]), "[B, T, Hkv, K] with B, T and K of q")
-    check_divides(op, "the number of k heads", k.shape[2], "the number of q heads", q.shape[2])
-    check_divides(op, "block_q", block_q, "block_kv", block_kv)
+    check_rank(op, "blocks", blocks, "[B, N, Hkv, K]")
+    check_floating(op, q=q, blocks=blocks)
+    check_shape(op, "blocks", blocks, (q.shape[0], *blocks.shape[1:3], q.shape[3]), "[B, N, Hkv, K] with B and K of q")
+    check_divides(op, "the number of block heads", blocks.shape[2], "the number of q heads", q.shape[2])
     check_tokens(op, "at", at, *q.shape[:2])
+    for name in ("segment_ids", "positions"):
+        check_shape(op, f"blocks_at.{name}", getattr(blocks_at, name), blocks.shape[:2], "[B, N] of blocks")
+    for name, value in (("block_size", block_size), ("num_blocks", num_blocks)):
+        if value < 1:
+            raise ValueError(f"{op}: {name}={value} must be at least 1; use 64 tokens, and as many as the longest segment has")
     if num_local < 1 or num_first < 0 or top_k < num_local + num_first:
         raise ValueError(
             f"{op}: top_k={top_k} must hold num_local={num_local} (at least 1) and num_first={num_first} (at least 0); "
             f"use at least {max(num_local, 1) + max(num_first, 0)}"
         )
+    q, blocks = jax.lax.stop_gradient((q, blocks))
+    places = (at or Tokens()).placed(*q.shape[:2])
     call = TopkCall(
-        q=jax.lax.stop_gradient(q),
-        k=jax.lax.stop_gradient(k),
-        segment_ids=None if at is None else at.segment_ids,
+        q=q,
+        blocks=blocks,
+        at=Tokens(segment_ids=places.segment_ids, positions=places.positions),
+        blocks_at=Tokens(segment_ids=blocks_at.segment_ids, positions=blocks_at.positions),
         top_k=top_k,
-        block_kv=block_kv,
-        block_q=block_q,
+        block_size=block_size,
         num_local=num_local,
         num_first=num_first,
         by_group=by_group,
+        scale=scale,
     )
-    return BlockTable(visible=_op(implementation, call), block_q=block_q, block_kv=block_kv)
+    return SelectedBlocks(indices=_op(implementation, call), block_size=block_size, num_blocks=num_blocks)

@@ -15,16 +15,19 @@ Array = jax.Array
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class TopkCall(Call):
-    """One call of `plait.kernels.topk_blocks`."""
+    """One call of `plait.kernels.topk_blocks`, which says what the fields mean."""
 
-    results: ClassVar[tuple[str, ...]] = ("bhqk",)
+    results: ClassVar[tuple[str, ...]] = ("bth",)
 
     q: Array = field(metadata=letters("bthk"))
-    k: Array = field(metadata=letters("bthk"))
-    segment_ids: Any = field(metadata=letters("bt"))
+    blocks: Array = field(metadata=letters("bjhk"))
+    at: Any = field(metadata=letters("bt"))
+    """`Tokens`, placed."""
+    blocks_at: Any = field(metadata=letters("bj"))
+    """`Tokens`, with numbers of blocks as positions."""
     top_k: int = field(metadata=OPTION)
-    block_kv: int = field(metadata=OPTION)
-    block_q: int = field(metadata=OPTION)
+    block_size: int = field(metadata=OPTION)
     num_local: int = field(metadata=OPTION)
     num_first: int = field(metadata=OPTION)
     by_group: bool = field(metadata=OPTION)
+    scale: float | None = field(metadata=OPTION)

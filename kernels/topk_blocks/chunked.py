@@ -1,14 +1,10 @@
 """Block selection for some queries at a time, so that the scores of all never exist at once."""
 
-from functools import partial
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
-from plait.kernels.tokens import Tokens
+from plait.kernels.topk_blocks import reference
 from plait.kernels.topk_blocks.call import TopkCall
-from plait.kernels.topk_blocks.reference import key_blocks, query_blocks, select
 
 Array = jax.Array
 
@@ -17,22 +13,16 @@ MAX_SCORES = 1 << 24
 
 
 def topk_blocks(call: TopkCall) -> Array:
-    """See `plait.kernels.topk_blocks`; the table's array."""
-    side = Tokens(segment_ids=call.segment_ids).placed(*call.q.shape[:2])
-    blocks = key_blocks(call, side)
-    choose: Any = partial(select, call=call, blocks=blocks)
-    q, first, ids, positions = query_blocks(call, side)
-    rows = first.shape[0]
-    at_a_time = max(1, MAX_SCORES // (q.shape[0] * q.shape[2] * blocks.start.shape[0]))
-    if at_a_time >= rows:
-        return choose(q, first, ids, positions)
-    padding = -rows % at_a_time
+    """See `plait.kernels.topk_blocks`; the indices."""
+    batch, length, heads = call.q.shape[:3]
+    at_a_time = max(1, MAX_SCORES // max(1, batch * heads * call.blocks.shape[1]))
+    if at_a_time >= length:
+        return reference.topk_blocks(call)
 
-    def cut(x: Array, axis: int) -> Array:
-        x = jnp.pad(x, [(0, padding if i == axis else 0) for i in range(x.ndim)])
-        return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, at_a_time, *x.shape[axis + 1 :]), axis, 0)
+    def cut(x: Array) -> Array:
+        x = jnp.pad(x, [(0, 0), (0, -length % at_a_time)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(batch, -1, at_a_time, *x.shape[2:]), 1, 0)
 
-    parts: Any = (cut(q, 1), cut(first, 0), cut(ids, 1), cut(positions, 1))
-    visible = jax.lax.map(lambda part: choose(*part), parts)  # [parts, B, H, M, N]
-    visible = jnp.moveaxis(visible, 0, 2)
-    return visible.reshape(*visible.shape[:2], -1, visible.shape[-1])[:, :, :rows]
+    parts = jax.tree.map(cut, (call.q, call.at))
+    indices = jax.lax.map(lambda part: reference.topk_blocks(call.replace(q=part[0], at=part[1])), parts)
+    return jnp.moveaxis(indices, 0, 1).reshape(batch, -1, *indices.shape[3:])[:, :length]

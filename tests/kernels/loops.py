@@ -32,11 +32,22 @@ def sees(mask: Any, i: int, j: int) -> bool:
 
 
 def attention(
-    q: Any, k: Any, v: Any, ids: Any, mask: Any, *, sinks=None, sigmoid_bias=None, soft_cap=None, bias=None, table=None, first_k=3
+    q: Any,
+    k: Any,
+    v: Any,
+    ids: Any,
+    mask: Any,
+    *,
+    sinks=None,
+    sigmoid_bias=None,
+    soft_cap=None,
+    bias=None,
+    selected=None,
+    first_k=3,
 ) -> dict[str, np.ndarray]:
     """All that the attention ops give, by name: o, the statistics, `weights` [B, H, T, T], `first_masses` and `column_mass`.
 
-    `sinks` and `sigmoid_bias` are [H], `bias` is a pair [B, T, H, R], and `table` is (visible, block_q, block_kv).
+    `sinks` and `sigmoid_bias` are [H], `bias` is a pair [B, T, H, R], and `selected` is (indices [B, T, Hs, N], block size).
     """
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     (batch, length, heads, dim), group = q.shape, q.shape[2] // k.shape[2]
@@ -51,7 +62,7 @@ def attention(
         for j in range(length):
             if ids[b][i] == 0 or ids[b][j] != ids[b][i] or not sees(mask, place[i], place[j]):
                 continue
-            if table is None or table[0][b, h % table[0].shape[1], i // table[1], j // table[2]]:
+            if selected is None or place[j] // selected[1] in selected[0][b, i, h // (heads // selected[0].shape[2])]:
                 seen.append(j)
         z = q[b, i, h] @ k[b, seen, h // group].T / dim**0.5
         if bias is not None:
@@ -125,35 +136,28 @@ def recurrence(
 
 
 def topk_blocks(
-    q: Any,
-    k: Any,
-    ids: Any,
-    *,
-    top_k: int,
-    block_kv: int,
-    block_q: int = 1,
-    num_local: int = 1,
-    num_first: int = 0,
-    by_group=False,
-) -> np.ndarray:
-    """bool [B, H, M, N]: the blocks of keys that each block of queries chooses."""
+    q: Any, k: Any, ids: Any, *, top_k: int, block_size: int, num_local: int = 1, num_first: int = 0, by_group=False, scale=None
+) -> list:
+    """The set of blocks of its segment that each head of each query chooses, by row of the batch."""
     q, k, ids = np.asarray(q, np.float64), np.asarray(k, np.float64), np.asarray(ids)
     (batch, length, heads, _), group = q.shape, q.shape[2] // k.shape[2]
-    table = np.zeros((batch, heads, -(-length // block_q), -(-length // block_kv)), bool)
-    for b, h, m in np.ndindex(*table.shape[:3]):
-        i = m * block_q
-        own = i // block_kv
-        scores, forced = {}, {own}
-        for n in range(own):
-            tokens = [j for j in range(n * block_kv, (n + 1) * block_kv) if ids[b, j]]
-            if not ids[b, i] or not tokens or ids[b, tokens[-1]] != ids[b, i]:
-                continue
-            mean = np.mean([k[b, j, h // group] for j in tokens if ids[b, j] == ids[b, i]], axis=0)
-            who = range(h // group * group, h // group * group + group) if by_group else (h,)
-            scores[n] = sum(q[b, i, head] @ mean for head in who)
-            start = ids[b].tolist().index(ids[b, i]) // block_kv
-            if n > own - num_local or n < start + num_first:
-                forced.add(n)
-        best = sorted((n for n in scores if n not in forced), key=lambda n: -scores[n])[: max(0, top_k - len(forced))]
-        table[b, h, m, [*forced, *best]] = True
-    return table
+    chosen = [[[set() for _ in range(heads)] for _ in range(length)] for _ in range(batch)]
+    for b, i, h in np.ndindex(batch, length, heads):
+        if not ids[b, i]:
+            continue
+        place = positions(ids[b])
+        own = place[i] // block_size
+        tokens = lambda n, b=b, i=i, place=place: [
+            j for j in range(length) if ids[b, j] == ids[b, i] and place[j] // block_size == n
+        ]
+        means = {n: np.mean([k[b, j, h // group] for j in tokens(n)], axis=0) for n in range(own + 1) if tokens(n)}
+        past, scores = [n for n in means if n < own], dict.fromkeys(means, 0.0)
+        for head in range(h // group * group, h // group * group + group) if by_group else (h,):
+            z = {n: q[b, i, head] @ mean for n, mean in means.items() if scale is None or (n + 1) * block_size <= place[i] + 1}
+            total = 1.0 if scale is None else sum(np.exp(scale * x) for x in z.values())
+            for n, x in z.items():
+                scores[n] += x if scale is None else np.exp(scale * x) / total
+        forced = {own, *(n for n in past if n > own - num_local or n < num_first)}
+        best = sorted((n for n in past if n not in forced), key=lambda n: -scores[n])[: max(0, top_k - len(forced))]
+        chosen[b][i][h] = {*forced, *best}
+    return chosen

@@ -13,7 +13,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from plait import kernels
 from plait.kernels import Mask, gpu
-from plait.kernels.masks import BlockTable, PowerMask
+from plait.kernels.masks import PowerMask
+from plait.kernels.selected_blocks import SelectedBlocks
 from plait.kernels.target import target
 from plait.tests.kernels.gpu_targets import TARGETS
 
@@ -112,17 +113,17 @@ def test_attention_with_other_masks_compiles(mask: Mask):
 
 
 @pytest.mark.parametrize("block_size", [64, 5])
-def test_attention_with_power_mask_and_table_compiles(block_size: int):
-    _compile_forward(PowerMask(block_size=block_size, window_size=5, num_sink_tokens=3), (1, 32))
+def test_attention_with_power_mask_and_selected_blocks_compiles(block_size: int):
+    _compile_forward(PowerMask(block_size=block_size, window_size=5, num_sink_tokens=3), 32)
 
 
-def _compile_forward(mask: Mask, blocks: tuple[int, int] | None) -> None:
+def _compile_forward(mask: Mask, size: int | None) -> None:
     x = jax.ShapeDtypeStruct((1, 512, 2, 64), jnp.bfloat16, sharding=_on("h100"))
-    visible = None if blocks is None else jnp.ones((1, 2, *(512 // block for block in blocks)), bool)
+    indices = jnp.zeros((1, 512, 1, 3), jnp.int32)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        table = None if blocks is None else BlockTable(visible=visible, block_q=blocks[0], block_kv=blocks[1])
-        return kernels.attention(q, k, v, mask=mask, block_table=table, implementation="pallas_gpu")
+        selected = None if size is None else SelectedBlocks(indices=indices, block_size=size, num_blocks=512 // size)
+        return kernels.attention(q, k, v, mask=mask, selected=selected, implementation="pallas_gpu")
 
     with target("h100"):
         jax.jit(attend).lower(x, x, x).compile()

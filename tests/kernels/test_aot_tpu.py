@@ -10,7 +10,7 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from plait.kernels import BlockTable, Mask, PowerMask, Tokens, attention, column_mass, routed_attention
+from plait.kernels import Mask, PowerMask, SelectedBlocks, Tokens, attention, column_mass, routed_attention
 from plait.kernels.target import target
 
 pytest.importorskip("libtpu", reason="compiling for TPU needs libtpu: pip install 'plait[aot]'")
@@ -93,13 +93,13 @@ def test_masks_compile(mask: Mask, head_dim: int, options: dict[str, Any]):
     _check(compiled_kernels("v5e", loss, *_inputs(4096, head_dim)))
 
 
-def test_block_table_compiles():
-    def loss(q, k, v, segment_ids, visible):
-        table = BlockTable(visible=visible, block_q=1, block_kv=64)
-        o = attention(q, k, v, mask=Mask(), at=Tokens(None, segment_ids), block_table=table, implementation="pallas_tpu")
+def test_selected_blocks_compile():
+    def loss(q, k, v, segment_ids, indices):
+        selected = SelectedBlocks(indices=indices, block_size=64, num_blocks=64)
+        o = attention(q, k, v, mask=Mask(), at=Tokens(None, segment_ids), selected=selected, implementation="pallas_tpu")
         return jnp.sum(o.astype(jnp.float32))
 
-    _check(compiled_kernels("v5e", loss, *_inputs(4096, 128), ((1, 4, 4096, 64), jnp.bool_)))
+    _check(compiled_kernels("v5e", loss, *_inputs(4096, 128), ((1, 4096, 2, 16), jnp.int32)))
 
 
 def test_routed_attention_compiles():

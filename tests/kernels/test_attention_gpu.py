@@ -12,7 +12,8 @@ from plait import kernels
 from plait.kernels import DistanceBias, LowRankBias, Mask, Tokens, dispatch, gpu
 from plait.kernels.attention import pallas_gpu, reference
 from plait.kernels.attention.call import AttentionCall
-from plait.kernels.masks import BlockTable, PowerMask
+from plait.kernels.masks import PowerMask
+from plait.kernels.selected_blocks import SelectedBlocks
 from plait.kernels.target import target
 from plait.tests.kernels import cases
 from plait.tests.tolerances import assert_tree_close, in_float64
@@ -34,7 +35,8 @@ class Case(NamedTuple):
     bias: bool = False
     low: bool = False
     """The keys' weights are tiny; outputs, which then are nothing, are left out."""
-    table: tuple[int, int] | None = None
+    selected: tuple[int, int] | None = None
+    """Tokens a block, and heads that select."""
 
 
 SINKS = Mask(window_size=9, num_sink_tokens=3)
@@ -48,7 +50,8 @@ CASES = {
     "segments": Case(segments="several", length=65, dims=(192, 128)),
     "hidden": Case(segments="none", length=65, sinks=True),
     "power": Case(mask=PowerMask(block_size=16, window_size=5, num_sink_tokens=3), segments="long", length=160, stats=False),
-    "table": Case(heads=(2, 1), table=(64, 32), length=192),
+    "selected": Case(heads=(4, 2), selected=(32, 2), length=192),
+    "selected-segments": Case(selected=(24, 1), segments="several", length=140, stats=False),
     "left-padding": Case(mask=SINKS, segments="left", sinks=True, length=140),
     "low-sinks": Case(segments="left", sinks=True, low=True, length=65),
     "low-sigmoid": Case(segments="several", sigmoid=True, low=True, length=140),
@@ -86,12 +89,13 @@ def _segments(case: Case) -> jax.Array | None:
     return cases.segments(case.length, case.segments)
 
 
-def _table(case: Case) -> BlockTable | None:
-    if case.table is None:
+def _selected(case: Case, batch: int) -> SelectedBlocks | None:
+    if case.selected is None:
         return None
-    rng, (block_q, block_kv) = np.random.default_rng(1), case.table
-    shape = (1, case.heads[0], -(-case.length // block_q), -(-case.length // block_kv))
-    return BlockTable(visible=jnp.asarray(rng.random(shape) < 0.5), block_q=block_q, block_kv=block_kv)
+    size, heads = case.selected
+    count = -(-case.length // size)
+    indices = np.random.default_rng(1).integers(-1, count, (batch, case.length, heads, 2), np.int32)
+    return SelectedBlocks(indices=jnp.asarray(indices), block_size=size, num_blocks=count)
 
 
 def _run(implementation: Any, case: Case, inputs: dict[str, jax.Array], tokens: dict[str, Any]) -> Any:
@@ -101,7 +105,12 @@ def _run(implementation: Any, case: Case, inputs: dict[str, jax.Array], tokens: 
         normalizer = "sigmoid" if case.sigmoid else "softmax"
         options = inputs | tokens | {"logit_soft_cap": case.soft_cap}
         call = AttentionCall.of(
-            "attention", mask=case.mask, normalizer=normalizer, return_stats=case.stats, block_table=_table(case), **options
+            "attention",
+            mask=case.mask,
+            normalizer=normalizer,
+            return_stats=case.stats,
+            selected=_selected(case, inputs["q"].shape[0]),
+            **options,
         )
         o, stats = implementation.attention(call)
         found = {f: jnp.where(x > -1e29, x, 0) for f, x in (stats._asdict() if stats else {}).items()}
@@ -191,8 +200,8 @@ def test_unsupported_says_why():
         assert "1 queries" in _reason(_shapes(length=1))
         assert "scale" in _reason(_shapes(), scale=-1.0)
         assert "by distance" in _reason(_shapes(), bias=DistanceBias(slopes=jnp.ones(4)))
-        table = BlockTable(visible=jnp.ones((1, 1, 128, 3), bool), block_q=1, block_kv=48)
-        assert "block_kv=48" in _reason(_shapes(), block_table=table)
+        selected = SelectedBlocks(indices=jnp.ones((1, 128, 1, 3), jnp.int32), block_size=2, num_blocks=64)
+        assert "block_size=2 puts more than 32 blocks" in _reason(_shapes(), selected=selected)
 
 
 @needs_interpreter

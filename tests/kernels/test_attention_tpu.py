@@ -11,7 +11,17 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from plait.kernels import BlockTable, DistanceBias, LowRankBias, Mask, PowerMask, Tokens, attention, column_mass, routed_attention
+from plait.kernels import (
+    DistanceBias,
+    LowRankBias,
+    Mask,
+    PowerMask,
+    SelectedBlocks,
+    Tokens,
+    attention,
+    column_mass,
+    routed_attention,
+)
 from plait.kernels.attention import pallas_tpu, reference
 from plait.kernels.attention.call import AttentionCall
 from plait.kernels.attention.tpu import tiling
@@ -154,13 +164,13 @@ def test_kernel_matches_reference_with_shuffled_keys():
     _assert_matches(case, inputs | {"k": longer["k"], "v": longer["v"]}, tokens)
 
 
-@pytest.mark.parametrize("blocks", [(1, 16), (64, 128), (200, 32)], ids=str)
-def test_kernel_matches_reference_with_block_table(blocks: tuple[int, int]):
-    case = Case(heads=(2, 1), segments="several", stats=blocks[0] == 1)
-    rng, count = np.random.default_rng(0), [-(-case.length // block) for block in blocks]
-    visible = jnp.asarray(rng.random((cases.BATCH, 1 if blocks[0] == 64 else 2, *count)) < 0.4)
-    table = BlockTable(visible=visible, block_q=blocks[0], block_kv=blocks[1])
-    _assert_matches(case, _inputs(case), _own(_segments(case)) | {"block_table": table})
+@pytest.mark.parametrize(("size", "heads"), [(16, 4), (128, 1), (24, 2), (200, 2)], ids=str)
+def test_kernel_matches_reference_with_selected_blocks(size: int, heads: int):
+    case = Case(heads=(4, 2), segments="several", stats=size == 16)
+    count = -(-case.length // size)
+    indices = np.random.default_rng(0).integers(-1, count, (cases.BATCH, case.length, heads, 2), np.int32)
+    selected = SelectedBlocks(indices=jnp.asarray(indices), block_size=size, num_blocks=count)
+    _assert_matches(case, _inputs(case), _own(_segments(case)) | {"selected": selected})
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])

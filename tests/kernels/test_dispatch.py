@@ -70,7 +70,7 @@ def test_exceptions_propagate():
         broken("auto", DemoCall(1))
 
 
-TABLE = kernels.BlockTable(visible=jnp.ones((2, 2, 2, 2), bool), block_q=3, block_kv=2)
+SELECTED = kernels.SelectedBlocks(indices=jnp.ones((2, 5, 2, 2), jnp.int32), block_size=3, num_blocks=2)
 QK, V, G, STATE = jnp.zeros((2, 6, 2, 8)), jnp.zeros((2, 6, 4, 3)), jnp.zeros((2, 6, 4)), jnp.zeros((2, 4, 8, 3))
 
 
@@ -90,8 +90,8 @@ QK, V, G, STATE = jnp.zeros((2, 6, 2, 8)), jnp.zeros((2, 6, 4, 3)), jnp.zeros((2
         (lambda: kernels.decay(QK.astype(int), QK, V, G), "q.dtype=int32 must be a floating-point type"),
         (lambda: kernels.attention(QK, QK, QK.astype(bool), mask=Mask()), "v.dtype=bool must be a floating-point type"),
         (
-            lambda: kernels.attention(QK, QK, QK, mask=Mask(), block_table=TABLE),
-            "block_table.visible.shape=(2, 2, 2, 2) must be [B, H or 1, ceil(T / block_q), ceil(S / block_kv)] = (2, 2, 2, 3)",
+            lambda: kernels.attention(QK, QK, QK, mask=Mask(), selected=SELECTED),
+            "selected.indices.shape=(2, 5, 2, 2) must be [B, T, Hs, N] with B and T of q = (2, 6, 2, 2)",
         ),
         (
             lambda: kernels.routed_attention(QK, QK, QK, QK[..., 0], mask=Mask()),

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from plait.kernels import (
-    BlockTable,
     LowRankBias,
     Mask,
     PowerMask,
+    SelectedBlocks,
     Tokens,
     attention,
     attention_rows,
@@ -21,7 +21,6 @@ from plait.kernels import (
     first_masses,
     routed_attention,
     short_conv,
-    topk_blocks,
 )
 from plait.tests.kernels import cases, loops
 from plait.tests.tolerances import assert_close
@@ -60,11 +59,12 @@ KINDS: dict[str, tuple[Mask, dict[str, Any]]] = {
     "power": (PowerMask(block_size=3, window_size=2, num_sink_tokens=1), {"soft_cap": 1.5}),
     "sigmoid": (SINKS, {"sigmoid_bias": np.float32([-3, -1])}),
     "bias": (Mask(), {"bias": BIAS, "soft_cap": 2.0}),
-    "table": (Mask(), {"table": (np.random.default_rng(1).random((2, HEADS, 10, 5)) < 0.5, 3, 6)}),
-    "table-sinks": (
+    "selected": (Mask(), {"selected": (np.random.default_rng(1).integers(-1, 6, (2, LENGTH, HEADS, 3), np.int32), 3)}),
+    "selected-sinks": (
         SINKS,
-        {"table": (np.random.default_rng(2).random((2, 1, 30, 8)) < 0.7, 1, 4), "sinks": np.float32([0.5, -1])},
+        {"selected": (np.random.default_rng(2).integers(-1, 9, (2, LENGTH, 1, 4), np.int32), 4), "sinks": np.float32([0.5, -1])},
     ),
+    "selected-tokens": (Mask(), {"selected": (np.random.default_rng(3).integers(-1, LENGTH, (2, LENGTH, 1, 9), np.int32), 1)}),
 }
 INPUTS = tuple(_random(2, LENGTH, heads, DIM, seed=seed) for seed, heads in enumerate((HEADS, KV_HEADS, KV_HEADS)))
 ACTIVE = np.random.default_rng(3).random((2, LENGTH, HEADS)) < 0.5
@@ -91,9 +91,9 @@ def _attention(kind: str, implementation: str) -> Any:
     bias = given.get("bias")
     if "sigmoid_bias" in given:
         options |= {"normalizer": "sigmoid", "sigmoid_bias": given["sigmoid_bias"]}
-    if "table" in given:
-        visible, block_q, block_kv = given["table"]
-        options["block_table"] = BlockTable(visible=jnp.asarray(visible), block_q=block_q, block_kv=block_kv)
+    if "selected" in given:
+        indices, size = given["selected"]
+        options["selected"] = SelectedBlocks(indices=jnp.asarray(indices), block_size=size, num_blocks=-(-LENGTH // size))
     sinks = {"sinks": jnp.asarray(given["sinks"])} if "sinks" in given else {}
 
     @cases.quick_jit
@@ -105,8 +105,9 @@ def _attention(kind: str, implementation: str) -> Any:
         o, stats = attention(q, k, v, return_stats=True, implementation=implementation, **named, **sinks)
         found = {"o": o, **stats._asdict(), "first_masses": first_masses(q, k, stats.lse, first_k=3, **named)}
         found["weights"] = attention_rows(q, k, jnp.arange(LENGTH), **named, **sinks)
-        if "table" not in given and "sigmoid_bias" not in given:
+        if "sigmoid_bias" not in given:
             found["column_mass"] = column_mass(q, k, stats.lse, implementation=implementation, **named)
+        if "selected" not in given and "sigmoid_bias" not in given:
             found["routed"] = routed_attention(q, k, v, jnp.asarray(ACTIVE), implementation=implementation, **named, **sinks)
         return found
 
@@ -152,15 +153,6 @@ def test_long_prompts_keep_their_sink_tokens_behind_left_padding(implementation:
             np.where(ids[..., None] == 0, 0, expected[name].reshape(3, 640, -1)),
             err_msg=name,
         )
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("implementation", ["reference", "chunked"])
-def test_topk_blocks_are_the_loop_s(implementation: str, layout: str):
-    q, k, _ = INPUTS
-    options: dict[str, Any] = {"top_k": 3, "block_q": 2, "num_local": 1, "num_first": 1}
-    table = topk_blocks(q, k, block_kv=4, at=Tokens(None, _ids(layout)), implementation=implementation, **options)
-    np.testing.assert_array_equal(table.visible, loops.topk_blocks(q, k, _ids(layout), block_kv=4, **options))
 
 
 @cache

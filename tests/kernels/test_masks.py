@@ -1,5 +1,6 @@
 """The mask object: its dense form against the rule in plain Python, its key range against its dense form, its errors."""
 
+import dataclasses
 from functools import partial
 
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plait.kernels import BlockTable, Mask, PowerMask, Tokens, attention
+from plait.kernels import Mask, PowerMask, SelectedBlocks, Tokens, attention
 from plait.kernels.attention import chunked
 from plait.kernels.attention.visits import FULL, SKIP, Layout, plan_visits
 from plait.tests.kernels import loops
@@ -50,23 +51,26 @@ def test_dense_follows_the_rule(mask: Mask, row: tuple[np.ndarray, np.ndarray]):
 
 
 @settings(max_examples=1000, deadline=None)
-@given(masks(), packed(), st.sampled_from([3, 8]), st.sampled_from([3, 8]), st.booleans(), st.randoms(use_true_random=False))
-def test_visits_follow_the_rule(mask: Mask, row, block_q: int, block_kv: int, with_table: bool, rng):
+@given(masks(), packed(), st.sampled_from([3, 8]), st.sampled_from([3, 8]), st.sampled_from([None, 1, 6, 10]), st.integers(0, 9))
+def test_visits_follow_the_rule(mask: Mask, row, block_q: int, block_kv: int, size: int | None, seed: int):
     """Every visible tile is visited, no tile is taken for wholly visible that is not, by queries and by keys."""
     ids, positions = row
     length = len(ids)
     dense = np.array(_visible(mask, ids, positions))
-    table = None
-    if with_table:
-        own = (3, 6)
-        shown = np.array([[rng.random() < 0.5 for _ in range(-(-length // own[1]))] for _ in range(-(-length // own[0]))])
-        table = BlockTable(visible=jnp.asarray(shown[None, None]), block_q=own[0], block_kv=own[1])
-        dense &= np.asarray(table.dense(length, length))[0, 0]
+    selected = None
+    if size is not None:
+        count = -(-length // size)
+        indices = np.random.default_rng(seed).integers(-1, count, (1, length, 1, 2), np.int32)
+        selected = SelectedBlocks(indices=jnp.asarray(indices), block_size=size, num_blocks=count)
+        dense &= np.asarray(selected.shown(jnp.asarray(positions)[None]))[0, 0]
+        selected = dataclasses.replace(
+            selected, indices=jnp.pad(selected.indices, [(0, 0), (0, -length % block_q), (0, 0), (0, 0)])
+        )
     sides = [
         Tokens(None, *(jnp.asarray(np.pad(x, (0, -length % block)))[None, None] for x in row)) for block in (block_q, block_kv)
     ]
     layout = Layout(mask, length, length, own_keys=True, packed=True)
-    by_query, by_key = plan_visits(layout, *sides, block_q, block_kv, keep_first=True, table=table)
+    by_query, by_key = plan_visits(layout, *sides, block_q, block_kv, keep_first=True, selected=selected)
     for side, seen, blocks in ((by_query, dense, (block_q, block_kv)), (by_key, dense.T, (block_kv, block_q))):
         entries = np.asarray(side.entries)[0, 0]
         padded = np.pad(seen, [(0, -length % block) for block in blocks])

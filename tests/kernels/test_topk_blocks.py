@@ -1,11 +1,11 @@
-"""Block selection against its rule in plain Python, its causality, and its use as attention's table."""
+"""Block selection against its rule in plain Python, its causality, its equality wherever a document stands, and attention over it."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from plait.kernels import Mask, Tokens, attention, topk_blocks
+from plait.kernels import Mask, SelectedBlocks, Tokens, attention, topk_blocks, whole_blocks
 from plait.kernels.topk_blocks import chunked
 from plait.tests.kernels import loops
 from plait.tests.tolerances import assert_close
@@ -19,51 +19,107 @@ def _inputs(seed: int = 0) -> tuple[jax.Array, jax.Array]:
 
 
 def _segments() -> np.ndarray:
+    """Several documents, padding before, between, inside and after them, one shorter than a block."""
     ids = np.ones((BATCH, LENGTH), np.int32)
     ids[0, 19:43], ids[0, 43:], ids[0, 85:] = 2, 3, 0
+    ids[0, [22, 26, 51, 60, 61]] = 0
     ids[1, :13], ids[1, 50:57], ids[1, 57:] = 0, 0, 900
     return ids
 
 
+def _select(q: jax.Array, k: jax.Array, at: Tokens, block_size: int = BLOCK, **options) -> SelectedBlocks:
+    at = at.placed(*q.shape[:2])
+    blocks = whole_blocks(at, block_size)
+    return topk_blocks(
+        q, blocks.mean(k), blocks_at=blocks.at, at=at, block_size=block_size, num_blocks=-(-LENGTH // block_size), **options
+    )
+
+
 @pytest.mark.parametrize("implementation", ["reference", "chunked"])
 @pytest.mark.parametrize(
-    ("block_q", "num_local", "num_first", "by_group", "packed"),
-    [(1, 1, 0, False, True), (1, 2, 1, True, True), (4, 1, 1, False, False), (8, 2, 0, True, False)],
+    ("num_local", "num_first", "by_group", "scale", "packed"),
+    [(1, 0, False, None, True), (2, 1, True, None, True), (1, 1, True, 0.4, True), (2, 0, False, 0.4, False)],
 )
-def test_selection_follows_the_rule(implementation, block_q, num_local, num_first, by_group, packed, monkeypatch):
+def test_selection_follows_the_rule(implementation, num_local, num_first, by_group, scale, packed, monkeypatch):
     monkeypatch.setattr(chunked, "MAX_SCORES", 2000)
-    options = {"top_k": 4, "block_q": block_q, "num_local": num_local, "num_first": num_first, "by_group": by_group}
+    options = {"top_k": 4, "num_local": num_local, "num_first": num_first, "by_group": by_group, "scale": scale}
     (q, k), ids = _inputs(), _segments() if packed else np.ones((BATCH, LENGTH), np.int32)
-    table = topk_blocks(q, k, block_kv=BLOCK, at=Tokens(None, jnp.asarray(ids)), implementation=implementation, **options)
-    assert (np.asarray(table.visible) == loops.topk_blocks(q, k, ids, block_kv=BLOCK, **options)).all()
+    found = np.asarray(_select(q, k, Tokens(None, jnp.asarray(ids)), implementation=implementation, **options).indices)
+    assert found.shape == (BATCH, LENGTH, KV_HEADS if by_group else HEADS, 4)
+    expected = loops.topk_blocks(q, k, ids, block_size=BLOCK, **options)
+    for b, t, h in np.ndindex(BATCH, LENGTH, HEADS):
+        got = [n for n in found[b, t, h * found.shape[2] // HEADS] if n >= 0]
+        assert set(got) == expected[b][t][h] and len(got) == len(set(got)), (b, t, h)
 
 
-@pytest.mark.parametrize("block_q", [1, 4])
-def test_no_query_sees_its_future(block_q):
+def test_no_query_sees_its_future():
     (q, k), (q2, k2), t = _inputs(), _inputs(1), 50
     later = lambda a, b: jnp.concatenate([a[:, :t], b[:, t:]], axis=1)
 
     def run(q, k):
-        table = topk_blocks(q, k, top_k=3, block_kv=BLOCK, block_q=block_q)
-        return attention(q, k, k, mask=Mask(), block_table=table)
+        return attention(q, k, k, mask=Mask(), selected=_select(q, k, Tokens(), top_k=3))
 
     assert (np.asarray(run(q, k))[:, :t] == np.asarray(run(later(q, q2), later(k, k2)))[:, :t]).all()
 
 
+@pytest.mark.parametrize("shift", [0, 3, 17])
+def test_a_document_selects_the_same_wherever_it_stands(shift):
+    """Behind padding and behind another document."""
+    (q, k), length = _inputs(), LENGTH - 17
+    alone = attention(
+        *(x[:, :length] for x in (q, k, k)), mask=Mask(), selected=_select(q[:, :length], k[:, :length], Tokens(), top_k=3)
+    )
+    for before in (0, 7):
+        ids = np.zeros((BATCH, LENGTH), np.int32)
+        ids[:, :shift], ids[:, shift : shift + length] = before, 2
+        at = Tokens(None, jnp.asarray(ids)).placed(BATCH, LENGTH)
+        placed = [jnp.roll(x, shift, axis=1) for x in (q, k)]
+        o = attention(placed[0], placed[1], placed[1], mask=Mask(), at=at, selected=_select(*placed, at, top_k=3))
+        assert_close(o[:, shift : shift + length], alone)
+
+
+def test_tokens_one_by_one_from_a_cache_select_the_same():
+    (q, k), size = _inputs(), BLOCK
+    whole = attention(q, k, k, mask=Mask(), selected=_select(q, k, Tokens(), top_k=3))
+    place = jnp.broadcast_to(jnp.arange(LENGTH), (BATCH, LENGTH))
+    for t in (0, 7, 8, 41, LENGTH - 1):
+        cached = Tokens(None, (place <= t).astype(jnp.int32), jnp.where(place <= t, place, -1))
+        blocks, at = whole_blocks(cached, size), Tokens(None, jnp.ones((BATCH, 1), jnp.int32), place[:, t : t + 1])
+        keys = jnp.where((place <= t)[..., None, None], k, jnp.nan)
+        keys = jnp.where(jnp.isnan(keys), 0, keys)
+        selected = topk_blocks(
+            q[:, t : t + 1],
+            blocks.mean(keys),
+            blocks_at=blocks.at,
+            at=at,
+            top_k=3,
+            block_size=size,
+            num_blocks=-(-LENGTH // size),
+        )
+        o = attention(q[:, t : t + 1], keys, keys, mask=Mask(), at=at, kv_at=cached, selected=selected)
+        assert_close(o[:, 0], whole[:, t])
+
+
 def test_all_blocks_are_dense_attention():
-    q, k = _inputs()
-    table = topk_blocks(q, k, top_k=12, block_kv=BLOCK, at=Tokens(None, jnp.asarray(_segments())))
-    options = {"mask": Mask(), "at": Tokens(None, jnp.asarray(_segments()))}
-    assert_close(attention(q, k, k, block_table=table, **options), attention(q, k, k, **options))
+    (q, k), at = _inputs(), Tokens(None, jnp.asarray(_segments()))
+    selected = _select(q, k, at, top_k=12)
+    assert_close(attention(q, k, k, mask=Mask(), at=at, selected=selected), attention(q, k, k, mask=Mask(), at=at))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"top_k": 1, "num_local": 2}, "top_k=1 must hold num_local=2"),
-        ({"top_k": 2, "block_q": 3}, "block_q=3 must divide block_kv=8"),
+        ({"top_k": 2, "block_size": 0}, "block_size=0 must be at least 1"),
+        ({"top_k": 2, "num_blocks": 0}, "num_blocks=0 must be at least 1"),
+        (
+            {"top_k": 2, "blocks_at": Tokens(None, *[jnp.ones((BATCH, 3), jnp.int32)] * 2)},
+            r"blocks_at.segment_ids.shape=\(2, 3\) must be",
+        ),
     ],
 )
-def test_bad_counts_are_refused(options, message):
+def test_bad_arguments_are_refused(options, message):
+    q, k = _inputs()
+    blocks = whole_blocks(Tokens().placed(BATCH, LENGTH), BLOCK)
     with pytest.raises(ValueError, match=message):
-        topk_blocks(*_inputs(), block_kv=BLOCK, **options)
+        topk_blocks(q, blocks.mean(k), **{"blocks_at": blocks.at, "block_size": BLOCK, "num_blocks": 12} | options)

@@ -16,8 +16,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from plait.kernels import gpu
 from plait.kernels.attention.reference import MASKED as HIDDEN
-from plait.kernels.attention.visits import MASKED, Layout, Visits, plan_visits
-from plait.kernels.masks import BlockTable
+from plait.kernels.attention.visits import MASKED, Layout, Visits, plan_visits, segment_starts
+from plait.kernels.masks import block_number
 
 Array = jax.Array
 
@@ -67,8 +67,8 @@ class Problem(NamedTuple):
     sigmoid: bool
     stats: bool
     soft_cap: float | None = None
-    table_blocks: tuple[int, int] | None = None
-    """Queries and keys a block of the block table, if there is one."""
+    block_size: int | None = None
+    """Keys a block of those that the queries select, if they do."""
 
 
 class Operands(NamedTuple):
@@ -86,8 +86,8 @@ class Operands(NamedTuple):
     """`Tokens`, int32 [B or 1, H or 1, T]"""
     keys: Any
     """`Tokens`, int32 [B or 1, 1, S]"""
-    table: Any = None
-    """bool [B, H or 1, NQ, NK], or None."""
+    selected: Any = None
+    """`SelectedBlocks`, or None."""
 
 
 class Plan:
@@ -98,10 +98,16 @@ class Plan:
         self.batch, self.length, self.num_heads, self.key_dim = x.q.shape
         self.num_keys, self.num_kv_heads, self.value_dim = x.v.shape[1:]
         self.group = self.num_heads // self.num_kv_heads
-        table = None
-        if problem.table_blocks is not None:
-            table = BlockTable(visible=x.table, block_q=problem.table_blocks[0], block_kv=problem.table_blocks[1])
-        pair = plan_visits(problem.layout, x.queries, x.keys, block_q, block_kv, keep_first=problem.stats, table=table)
+        pair = plan_visits(
+            problem.layout,
+            x.queries,
+            x.keys,
+            block_q,
+            block_kv,
+            keep_first=problem.stats,
+            selected=x.selected,
+            num_heads=self.num_heads,
+        )
         self.visits: Visits = pair[0] if over == "q" else pair[1]
         self.inputs: dict[str, Array] = {"q": x.q, "k": x.k, "v": x.v, "entries": self.visits.flat()}
         self.inputs["counts"] = self.visits.counts().reshape(-1)
@@ -109,8 +115,8 @@ class Plan:
             self.inputs["bias"] = x.bias * LOG2E
         if problem.layout.packed:
             self.inputs |= {"query_tokens": x.queries.stacked(), "key_tokens": x.keys.stacked()}
-        if table is not None:
-            self.inputs["bits"] = table.bits(block_kv, self.length)
+        if x.selected is not None:
+            self.inputs["bits"] = x.selected.bits(segment_starts(x.queries), block_kv, self.num_keys // block_kv)
 
     def run(
         self,
@@ -192,8 +198,8 @@ class Tile(NamedTuple):
             seen &= (self._tokens("query", 0) == ids) & (ids != 0)
         elif problem.num_keys != self.plan.num_keys:
             seen &= keys < problem.num_keys
-        if problem.table_blocks is not None:
-            seen &= self._in_table(problem.table_blocks[1])
+        if problem.block_size is not None:
+            seen &= self._selected(keys, problem.block_size)
         return seen
 
     def _positions(self, side: str) -> Array:
@@ -204,17 +210,18 @@ class Tile(NamedTuple):
         array = self.refs.query_tokens if side == "query" else self.refs.key_tokens
         return self._spread(array, lambda b, h: (b, h, which), side)
 
-    def _in_table(self, block: int) -> Array:
+    def _selected(self, positions: Array, block_size: int) -> Array:
         size = self.plan.blocks["kv"]
         tile = jax.lax.div(self.first[1], jnp.int32(size))
         bits = self._spread(self.refs.bits, lambda b, h: (b, h, tile, 0), "query")
         first = self._start("key") - tile * size  # of this warpgroup's part of the tile
-        entry = jax.lax.div(self._indices("key") + first, jnp.full(self.shape, min(block, size), jnp.int32))
+        begin = jnp.maximum(positions - self._indices("key") - first, 0)
+        entry = block_number(positions, block_size) - block_number(begin, block_size)
         return (jax.lax.shift_right_logical(bits, entry) & 1) == 1
 
     def _spread(self, array: Any, at: Callable[[Any, Any], tuple[Any, ...]], side: str) -> Array:
-        """int32 of one side's tokens from an array [B or 1, H or 1, ..., T or S]."""
-        b, h = (x if n > 1 else 0 for x, n in zip((self.b, self.head), array.shape))
+        """int32 of one side's tokens from an array [B or 1, Hs, ..., T or S]."""
+        b, h = self.b if array.shape[0] > 1 else 0, self.head // (self.plan.num_heads // array.shape[1])
         axis = self._axis(side)
         source = array.at[(*at(b, h), pl.ds(self._start(side), self.shape[axis]))]
         return jax.lax.broadcast_in_dim(gpu.load(source, axis), self.shape, (axis,))

@@ -11,6 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from plait.kernels.attention.reference import MASKED as HIDDEN
 from plait.kernels.attention.tpu.tiling import Operands, Problem, Tiling
 from plait.kernels.attention.visits import FULL, MASKED, Visits
+from plait.kernels.masks import block_number
 from plait.kernels.shapes import matmul_precision
 
 Array = jax.Array
@@ -68,15 +69,16 @@ def _key_parts(tokens: Sequence[Any], masked: bool, size: int) -> Iterator[_Keys
 def _visible(problem: Problem, tokens: Sequence[Any], keys: _Keys, queries: slice) -> Array:
     """bool [N, M]: which keys a query sees.
 
-    `tokens` are (segments, positions) of queries and keys, [2, tile] each; where a block table is used, a third array int32
-    [1, tile] holds, for each query, a bit for every block that the tile's keys span.
+    `tokens` are (segments, positions) of queries and keys, [2, tile] each; where queries select blocks, a third array int32
+    [1, tile] holds the bits of `SelectedBlocks.bits`.
     """
     q_ids, q_positions = tokens[0][0, 0, 0:1, queries], tokens[0][0, 0, 1:2, queries]
     visible = (q_ids == keys.ids) & (keys.ids != 0) & problem.layout.mask.reaches(q_positions, keys.positions)
-    if problem.table_blocks is not None:
-        block, tile = problem.table_blocks[1], tokens[1].shape[3]
-        key = keys.at.start + jax.lax.broadcasted_iota(jnp.int32, visible.shape, 0)
-        entry = jax.lax.div(key, jnp.full_like(key, block)) if block < tile else jnp.zeros_like(key)
+    if problem.block_size is not None:
+        at = keys.positions
+        begin = jnp.maximum(at - keys.at.start - jax.lax.broadcasted_iota(jnp.int32, at.shape, 0), 0)
+        size = problem.block_size
+        entry = jnp.broadcast_to(block_number(at, size) - block_number(begin, size), visible.shape)
         bits = jnp.broadcast_to(tokens[2][0, 0, 0, :, queries], visible.shape)
         visible &= (jax.lax.shift_right_logical(bits, entry) & 1) == 1
     return visible
@@ -135,7 +137,7 @@ def _gradient_rows(problem: Problem, rows: Sequence[Array]) -> Array:
 
 def _forward_kernel(problem: Problem, visits: Visits, table: Any, bias: Any, *refs: Any) -> None:
     q, k, v, *rest = refs
-    num_tokens = 2 if problem.table_blocks is None else 3
+    num_tokens = 2 if problem.block_size is None else 3
     tokens, (o, rows, acc, *state) = rest[:num_tokens], rest[num_tokens:]
     b, h, i, step = (pl.program_id(axis) for axis in range(4))
     peak, total, *extra = state  # each [1, M]: the largest q . k, l and, with statistics, u in bits

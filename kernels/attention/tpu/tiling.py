@@ -1,6 +1,6 @@
 """How attention for TPU is cut into tiles: their sizes, and a kernel's grid over those that are visited."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -9,8 +9,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from plait.kernels.attention.visits import Layout, Visits, plan_visits
-from plait.kernels.masks import BlockTable
+from plait.kernels.attention.visits import Layout, Visits, plan_visits, segment_starts
 
 Array = jax.Array
 
@@ -54,8 +53,8 @@ class Problem(NamedTuple):
     sigmoid: bool
     stats: bool
     soft_cap: float | None = None
-    table_blocks: tuple[int, int] | None = None
-    """Queries and keys a block of the block table, if there is one."""
+    block_size: int | None = None
+    """Keys a block of those that the queries select, if they do."""
 
 
 class Operands(NamedTuple):
@@ -73,8 +72,8 @@ class Operands(NamedTuple):
     """`Tokens`, int32 [B or 1, H or 1, T]"""
     keys: Any
     """`Tokens`, int32 [B or 1, 1, S]"""
-    table: Any = None
-    """bool [B, H or 1, NQ, NK], or None."""
+    selected: Any = None
+    """`SelectedBlocks`, or None."""
 
 
 _Inputs = tuple[tuple[Array, str, int], ...]
@@ -94,12 +93,21 @@ class Tiling:
             side: jax.tree.map(partial(self._pad, side=side, axis=2), both) for side, both in (("q", x.queries), ("kv", x.keys))
         }
         self.count = {side: both.positions.shape[2] // self.blocks[side] for side, both in self.tokens.items()}
-        table = None
-        if problem.table_blocks is not None:
-            table = BlockTable(visible=x.table, block_q=problem.table_blocks[0], block_kv=problem.table_blocks[1])
-        self.bits = None if table is None else table.bits(block_kv, self.count["q"] * block_q)
+        selected = x.selected
+        if selected is not None:
+            selected = replace(selected, indices=self._pad(selected.indices, "q", 1))
+            self.bits = selected.bits(segment_starts(self.tokens["q"]), block_kv, self.count["kv"])
+        else:
+            self.bits = None
         self.by_query, self.by_key = plan_visits(
-            problem.layout, self.tokens["q"], self.tokens["kv"], block_q, block_kv, keep_first=False, table=table
+            problem.layout,
+            self.tokens["q"],
+            self.tokens["kv"],
+            block_q,
+            block_kv,
+            keep_first=False,
+            selected=selected,
+            num_heads=self.num_heads,
         )
 
     def over_queries(self, kernel: Any, name: str, *, extra: _Inputs = (), outputs: _Outputs, scratch: list[Any]) -> list[Array]:

@@ -48,8 +48,8 @@ def _attention(pairs: list[jax.Array], with_stats: bool, call: AttentionCall) ->
     """Zeros of the right shape; the operations go into `pairs`."""
     queries, keys = call.sides
     visible = call.mask.dense(queries.positions, keys.positions, queries.segment_ids, keys.segment_ids)[:, None]
-    if call.block_table is not None:
-        visible = visible & call.block_table.dense(call.q.shape[1], call.k.shape[1])
+    if call.selected is not None:
+        visible = visible & call.selected.shown(keys.positions)
     heads = call.q.shape[2] // visible.shape[1]
     pairs.append(2 * (call.q.shape[3] + call.v.shape[3]) * heads * visible.sum())
     o = jnp.zeros((*call.q.shape[:3], call.v.shape[3]), call.q.dtype)
