@@ -34,8 +34,8 @@ def show(found: Mapping[int, Evaluation], of: str, *, by_length: bool) -> None:
     for name in whole:
         table.add_column(COLUMNS.get(name, (name.replace("_", " "),))[0], justify="right")
     for size, one in found.items():
-        first = (f"{size:,}", f"{one.num_tokens:,}") if by_length else ()
-        table.add_row(*first, *(_cell(results[size].get(name), name) for name in whole))
+        sizes = (f"{size:,}", f"{one.num_tokens:,}") if by_length else ()
+        table.add_row(*sizes, *(_cell(results[size].get(name), name) for name in whole))
     console.print(table)
     if parts:
         rows = {name.replace("_", " "): [_cell(results[size].get(name), name) for size in found] for name in parts}
