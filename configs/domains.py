@@ -131,7 +131,8 @@ Span = Annotated[int, Whole(1, 2**30)]
 """Tokens of a window, a block or a look."""
 SomeSpan = Annotated[int, Whole(0, 2**30)]
 """Tokens, or none."""
-Length = Annotated[int, Whole(1, 2**24)]
+LENGTH = Whole(1, 2**24)
+Length = Annotated[int, LENGTH]
 """Tokens of a row."""
 Rows = Annotated[int, Whole(1, 2**20)]
 """Rows of a batch."""

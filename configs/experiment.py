@@ -73,11 +73,8 @@ class ExperimentConfig(Config):
                 f"model.lora.rank={self.model.lora.rank} trains adapters of weights that are there, and init_from is None; name their run "
                 "with --init-from RUN"
             )
-        limits = {f"mixers.{name}": mixer.longest for name, mixer in self.model.mixers.items()}
-        if self.model.positions is not None:
-            limits["positions"] = self.model.positions.longest
-        for name, longest in limits.items():
-            if longest is not None and self.data.seq_len > longest:
+        for name, longest in self.model.longest.items():
+            if self.data.seq_len > longest:
                 raise ValueError(
                     f"data.seq_len={self.data.seq_len} must be at most the {longest} tokens of model.{name}; "
                     "use shorter rows, or raise what limits it"

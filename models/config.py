@@ -274,6 +274,14 @@ class LMConfig(Config):
             raise ValueError(f"model.vocab_size={size} is smaller than the data's {tokenizer_size}; leave it None or raise it")
         return dataclasses.replace(self, vocab_size=size)
 
+    @property
+    def longest(self) -> dict[str, int]:
+        """Tokens of the longest row that each part which has a limit can take, by its path from here."""
+        limits = {f"mixers.{name}": mixer.longest for name, mixer in self.mixers.items()}
+        if self.positions is not None:
+            limits["positions"] = self.positions.longest
+        return {name: most for name, most in limits.items() if most is not None}
+
     def flops(self, seq_len: int) -> float:
         """Forward operations per token at `seq_len` (2 per multiply-add, causal mean, embedding lookup free)."""
         mixers = sum(mixer.flops(self.d_model, seq_len) for mixer in self.layer_mixers)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -77,10 +78,12 @@ class Evaluation:
         return {"loss": self.loss, "perplexity": self.perplexity, "bits_per_byte": self.bits_per_byte, **self.scores}
 
     def describe(self) -> str:
-        """The loss and what says more than it does, for a line of progress."""
+        """The loss and what says more than it does, for a line of progress; of scores by part, how many there are."""
         if self.bits_per_byte is not None:
             return f"loss {self.loss:.4f}, {self.bits_per_byte:.4f} bits per byte"
-        return ", ".join(f"{name} {value:.4f}" for name, value in self.named.items())
+        parts = set(filter(is_part, self.named))
+        told = ", ".join(f"{name} {value:.4f}" for name, value in self.named.items() if name not in parts)
+        return f"{told} and {len(parts)} parts" if parts else told
 
     def metrics(self) -> dict[str, float]:
         """The metrics of a validation."""
@@ -117,7 +120,7 @@ class Evaluator:
     """Scores batches of some data with a model; compiled once."""
 
     def __init__(self, blueprint: Blueprint, mesh: Mesh, data: Data):
-        self._layout, self._data = batch_layout(blueprint.config, mesh), data
+        self._layout, self._data = batch_layout(blueprint.config, mesh, data.config), data
         has_answers = data.config.task.has_answers
 
         def score(params: Arrays, buffers: Arrays, batch: Batch, sizes: jax.Array | None) -> tuple[Any, ...]:
@@ -135,7 +138,7 @@ class Evaluator:
             num_bytes = None if sizes is None else jnp.where(batch.loss_mask > 0, sizes[batch.targets], 0).sum()
             by_position = lambda values: jnp.zeros(batch.tokens.shape[1], jnp.float32).at[batch.positions].add(values * mask)
             score = None if sizes is None else in_context(nll, batch)
-            judged = (batch, nll, (likeliest == batch.targets) & (mask > 0)) if has_answers else None
+            judged = (batch, nll, (likeliest == batch.targets) & (mask > 0), likeliest) if has_answers else None
             return by_position(nll), by_position(jnp.ones_like(nll)), num_bytes, score, repeated, judged
 
         self._score = jax.jit(score, out_shardings=NamedSharding(mesh, PartitionSpec()))
@@ -156,7 +159,8 @@ class Evaluator:
             in_context += 0 if score is None else np.asarray(score, np.float64)
             repetition += np.asarray(repeated, np.float64)
             if judged is not None:
-                for name, sums in task.scores(*jax.tree.map(np.asarray, judged)).items():
+                rows, nll, right, likeliest = jax.tree.map(np.asarray, judged)
+                for name, sums in {**task.scores(rows, nll, right), **task.distances(rows, likeliest)}.items():
                     scores[name] = scores.get(name, np.zeros(2)) + np.asarray(sums, np.float64)
         if not np.sum(counts):
             fix = "data.val_fraction or data.source" if task.reads_text else "data.task.val_rows"
@@ -170,8 +174,21 @@ class Evaluator:
             tokens_by_position=counts,
             in_context=float(in_context[0] / in_context[1]) if in_context[1] else None,
             repetition=float(repetition[0] / repetition[1]) if repetition[1] else None,
-            scores={name: float(total / weight) if weight else math.nan for name, (total, weight) in sorted(scores.items())},
+            scores={
+                name: float(total / weight) if weight else math.nan
+                for name, (total, weight) in sorted(scores.items(), key=_order)
+            },
         )
+
+
+def is_part(name: str) -> bool:
+    """Whether a score is of a part of the answers, which its name numbers."""
+    return any(char.isdecimal() for char in name)
+
+
+def _order(item: tuple[str, object]) -> list[tuple[int, str]]:
+    """Names by letter, but for the numbers in them."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split("([0-9]+)", item[0])]
 
 
 def in_context(nll: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:

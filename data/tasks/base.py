@@ -30,6 +30,8 @@ class Task(Component, abc.ABC):
     """Whether its targets are all of a text, so that their loss is one per byte of it."""
     leaks_to_the_past: ClassVar[bool] = True
     """Whether its rows hold what is asked for at a later place, so that a model must be causal."""
+    reads_bytes: ClassVar[bool] = False
+    """Whether its ids are the bytes of a text, so that a run on text can be asked where its tokens are bytes too."""
     extra_ids: ClassVar[int] = 0
     """Ids of text beyond those of the tokenizer."""
 
@@ -60,6 +62,15 @@ class Task(Component, abc.ABC):
             right: whether the target is the likeliest token, bool [B, T]; False off the loss mask.
         """
         return {"accuracy": (float(right.sum()), float(batch.loss_mask.sum()))}
+
+    def distances(self, batch: Batch, likeliest: np.ndarray) -> Mapping[str, tuple[float, float]]:
+        """Further sums as those of `scores`, of answers that are near or far rather than right or wrong; by default none.
+
+        Args:
+            batch: as in `scores`.
+            likeliest: the likeliest token of each position, int [B, T], also of those off the loss mask.
+        """
+        return {}
 
 
 TASKS: Registry[Task] = Registry("task", "plait.data.tasks", Task)

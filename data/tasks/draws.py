@@ -35,6 +35,11 @@ class Draws:
         """Numbers below `stop`, int64 [R, count]."""
         return (self.uniform(count) * stop).astype(np.int64)
 
+    def normal(self, count: int) -> np.ndarray:
+        """Numbers of the standard normal distribution, float64 [R, count]."""
+        radius, turn = np.split(self.uniform(2 * count), 2, axis=1)
+        return np.sqrt(-2 * np.log1p(-radius)) * np.cos(2 * np.pi * turn)
+
     def distinct(self, stop: int, count: int) -> np.ndarray:
         """Different numbers below `stop`, each set and each order of it as likely as any other, int64 [R, count]."""
         at_most = np.arange(stop - count, stop)  # Floyd's algorithm: what is taken already gives way to the largest

@@ -44,6 +44,8 @@ def _ids(text: str) -> np.ndarray:
 class NeedleTask(GeneratedTask):
     """A pass key in a haystack: the share of digits told, of keys told whole, and the same by depth."""
 
+    reads_bytes = True
+
     filler: SomeSpan | None = None
     """Bytes of repeated text around the needle; None fills the row."""
     depth: Share | None = None

@@ -11,22 +11,19 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.table import Table
 
-from plait.configs.domains import Counted, Line, Steps
+from plait.configs.domains import LENGTH, Counted, Line, Steps
 from plait.configs.options import split_options
 from plait.configs.words import parse as words_of
 from plait.data.config import DataConfig
+from plait.data.loader import Data
 from plait.data.tasks.base import TASKS, Task
-from plait.train.console import console
-from plait.train.evaluate import EARLY, LATE, Evaluation, Evaluator
+from plait.train.evaluate import Evaluation, Evaluator
 from plait.train.held_out import OtherText, held_out, is_own
-from plait.train.run import opened, write_json
+from plait.train.run import Trained, opened, write_json
+from plait.train.scoreboard import show
 
 log = logging.getLogger("plait")
-
-COLUMNS = {"loss": ("loss (nats/token)", ".4f"), "perplexity": ("perplexity", ".2f"), "bits_per_byte": ("bits per byte", ".4f")}
-"""How a result is shown, where not by its name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +36,15 @@ class EvalArgs:
     """Comma-separated; `list tasks` shows them. By default what the run was trained on: its text, as ppl, or its task."""
     step: Counted | None = None
     """Checkpoint; the newest by default."""
+    seq_len: Line | None = None
+    """Comma-separated lengths of rows in tokens, beyond that of training too, as 512,1024,2048; by default that of training."""
     batches: Steps | None = None
     """Batches of held-out rows; all by default."""
     data: OtherText = OtherText()
     """Other text than the run's."""
     out: Path | None = None
-    """File of the results; eval_STEP.json in the run folder by default, eval_STEP_NAME.json for other text."""
+    """File of the results; eval_STEP.json in the run folder by default, eval_STEP_NAME.json for other text, and eval_STEP_lengths.json
+    for several lengths."""
 
 
 def parse(args: Sequence[str]) -> tuple[EvalArgs, dict[str, list[str]]]:
@@ -75,9 +75,21 @@ def task_names(text: str) -> tuple[str, ...]:
     return names
 
 
+def lengths(text: str) -> tuple[int, ...]:
+    """The lengths of a comma-separated list, ascending. Raises ValueError for what is no length."""
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not words:
+        raise ValueError(f"--seq-len {text!r} must name lengths of rows; use 512,1024")
+    for word in words:
+        if not (word.isascii() and word.isdecimal() and len(word) < 10 and int(word) in LENGTH):
+            raise ValueError(f"--seq-len {text!r} has {word!r}, and a length must be {LENGTH.rule}; use 512,1024")
+    return tuple(sorted({int(word) for word in words}))
+
+
 def run(args: Sequence[str]) -> None:
     """Scores a run on tasks, shows the results and writes them to a file. The run folder gets nothing else."""
     options, words = parse(args)
+    sizes = (None,) if options.seq_len is None else lengths(options.seq_len)
     trained = opened(options.run, options.step)
     own = trained.program.config.data
     names = (own.task.name,) if options.tasks is None else task_names(options.tasks)
@@ -86,18 +98,24 @@ def run(args: Sequence[str]) -> None:
         raise ValueError(f"--data.source is text, and {', '.join(names)} reads none; add ppl to --tasks")
     with tempfile.TemporaryDirectory(prefix="plait-") as scratch:
         results: dict[str, object] = {"step": trained.step}
-        file = f"eval_{trained.step}.json"
-        every = [held_out(trained, task, options.data, Path(scratch)) for task in tasks]
-        for data in every:
-            evaluator = Evaluator(trained.program.blueprint, trained.program.mesh, data)
-            found = evaluator(trained.params, trained.buffers, data.val, options.batches)
+        file = f"eval_{trained.step}"
+        every = [[held_out(trained, task, options.data, Path(scratch), size) for size in sizes] for task in tasks]
+        for datas in every:
+            data = datas[0]
+            found = {one.config.seq_len: _score(trained, one, options.batches) for one in datas}
             other = "" if is_own(trained, data) else f" on {data.config.source}"
-            _show(found, f"{options.run} at step {trained.step}{other}")
-            results[found.task] = found.to_json()
+            show(found, f"{options.run} at step {trained.step}{other}", by_length=options.seq_len is not None)
+            rows = [{"seq_len": size, **one.to_json()} for size, one in found.items()]
+            results[data.config.task.name] = rows if options.seq_len is not None else found[data.config.seq_len].to_json()
             if other:
                 results |= {"source": data.config.source, "corpus": data.identity["corpus"]}
-                file = f"eval_{trained.step}_{re.sub(r'[^A-Za-z0-9.-]+', '_', Path(data.config.source).name)}.json"
-    _write(options, file, results)
+                file = f"eval_{trained.step}_{re.sub(r'[^A-Za-z0-9.-]+', '_', Path(data.config.source).name)}"
+    _write(options, f"{file}.json" if options.seq_len is None else f"{file}_lengths.json", results)
+
+
+def _score(trained: Trained, data: Data, batches: int | None) -> Evaluation:
+    evaluator = Evaluator(trained.program.blueprint, trained.program.mesh, data)
+    return evaluator(trained.params, trained.buffers, data.val, batches)
 
 
 def _write(options: EvalArgs, file: str, results: Mapping[str, object]) -> None:
@@ -115,24 +133,3 @@ def _task(own: DataConfig, name: str, words: Mapping[str, list[str]]) -> Task:
     if not words[name]:
         return default
     return words_of(type(default), words[name], default=default, prefix=f"{name}.", prog="launch.py eval RUN")
-
-
-def _show(found: Evaluation, of: str) -> None:
-    tokens = "held-out tokens" if found.num_bytes is not None else f"answers of {found.task}"
-    table = Table(title=f"{of}: {found.num_tokens:,} {tokens}")
-    cells = []
-    repetition = {} if found.repetition is None else {"repetition": found.repetition}
-    for name, value in {**found.named, **repetition}.items():
-        title, form = COLUMNS.get(name, (name.replace("_", " "), ".4f"))
-        table.add_column(title, justify="right")
-        cells.append(f"{value:{form}}")
-    table.add_row(*cells)
-    console.print(table)
-    table = Table(title="loss by position in the document")
-    table.add_column("positions", justify="right")
-    table.add_column("loss", justify="right")
-    for first, last, loss in found.by_position():
-        table.add_row(f"{first}-{last}" if last > first else str(first), f"{loss:.4f}")
-    if found.num_bytes is not None:
-        table.add_row(f"{LATE} less {EARLY}", "–" if found.in_context is None else f"{found.in_context:.4f}")
-    console.print(table)

@@ -52,6 +52,14 @@ def test_uniform_is_uniform():
     assert_shares(counted((found * 4).astype(int)), dict.fromkeys(itertools.product(range(4), range(4)), 1 / 16))
 
 
+def test_normal_is_normal():
+    """Shares beyond points of both tails, of pairs that know nothing of each other."""
+    found = draws().normal(2)
+    for bound, share in ((-1.0, 0.1586553), (0.0, 0.5), (2.0, 0.9772499)):
+        assert np.abs((found < bound).mean(0) - share).max() < 5 * math.sqrt(share * (1 - share) / ROWS)
+    assert abs(np.corrcoef(found.T)[0, 1]) < 5 / math.sqrt(ROWS) and np.isfinite(found).all()
+
+
 def test_integers_cover_their_range():
     assert_shares(counted(draws().integers(3, 1)), {(i,): 1 / 3 for i in range(3)})
 

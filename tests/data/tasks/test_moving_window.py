@@ -31,5 +31,7 @@ def test_numbers_are_uniform():
 
 
 def test_more_than_half_a_row_is_refused():
-    with pytest.raises(ValueError, match=r"data\.task\.length=9 must be at most half of data\.seq_len=16; use 8 or less"):
+    with pytest.raises(
+        ValueError, match=r"data\.task\.length=9 needs rows of at least 18 tokens, not data\.seq_len=16; use 8 or less"
+    ):
         DataConfig(task=MovingWindowTask(length=9), seq_len=16)

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from plait.configs.experiment import ExperimentConfig
 from plait.data.batch import Batch
+from plait.data.config import DataConfig
 from plait.train.mesh import batch_sharding
 
 
@@ -44,8 +45,8 @@ class BatchLayout:
         )
 
 
-def batch_layout(config: ExperimentConfig, mesh: Mesh) -> BatchLayout:
-    """The layout of this experiment's batches. Raises ValueError where they do not divide over the mesh."""
-    data = config.data
+def batch_layout(config: ExperimentConfig, mesh: Mesh, data: DataConfig | None = None) -> BatchLayout:
+    """The layout of this experiment's batches, or of those of other data. Raises ValueError where they do not divide over the mesh."""
+    data = data or config.data
     sharding = batch_sharding(mesh, data.batch_size, data.seq_len, config.optimizer.accumulate)
     return BatchLayout(sharding, (data.batch_size, data.seq_len))
