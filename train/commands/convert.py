@@ -17,7 +17,7 @@ from plait.configs.options import split_options
 from plait.configs.words import flag, parse
 from plait.train.commands.on_hosts import on_hosts
 from plait.train.console import console, write_text
-from plait.train.convert.options import By, ImportOptions
+from plait.train.convert.options import By, GatesConfig, ImportOptions
 from plait.train.pods.hosts import heartbeat
 from plait.train.pods.hosts.host import HostsError
 
@@ -25,8 +25,8 @@ USAGE = """usage: launch.py convert inspect DIR|FILE.gguf
        launch.py convert import DIR|FILE.gguf RUN [--param-dtype bfloat16] [--seq-len 4096] [--tokenizer FILE] [--mesh.fsdp 8] [--hosts.*]
        launch.py convert export RUN DIR [--model-type llama] [--dtype bfloat16] [--step N] [--hosts.*]
        launch.py convert reshape RUN NEW KIND [options of the kind] [--text FILE] [--step N]      (launch.py list reshapes)
-       launch.py convert rank RUN [--by recall|far|entropy] [--keep 8] [--student lolcats] [--text FILE]
-       launch.py convert linearize RUN NEW --pattern "lolcats*3,softmax" [--window-size 64] [options of train]"""
+       launch.py convert rank RUN [--by recall|far|entropy|gates] [--keep 8 | --keep-heads 20] [--student lolcats] [--text FILE]
+       launch.py convert linearize RUN NEW --pattern "lolcats*3,softmax" [--heads 3.1,12.0] [--window-size 64] [options of train]"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,21 +83,26 @@ class ReshapeArgs:
 
 @dataclasses.dataclass(frozen=True)
 class RankArgs:
-    """Ranks the layers of softmax attention by how much they need it, and gives the pattern for linearize that keeps the first of them."""
+    """Ranks the layers of softmax attention by how much they need it, and gives the options of linearize that keep the first of them."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder, which stays as it is."""
     by: By = "recall"
     """`recall`: the strongest head's weight on what followed the same token before, in random tokens that come twice; `far`: the mean head's
-    weight beyond a window; `entropy`: how spiky the mean head's weights are. The last two are of a text."""
+    weight beyond a window; `entropy`: how spiky the mean head's weights are; `gates`: how open the mean head's trained gate stays between all
+    tokens and a window, where keys are asked for that lie far back. `far` and `entropy` are of a text, `gates` of one or the run's task."""
     keep: Counted | None = None
-    """Layers that stay softmax; None keeps a quarter."""
+    """Layers that stay softmax; None keeps a quarter, or none where heads are kept."""
+    keep_heads: Counted | None = None
+    """Heads that stay softmax, in place of layers."""
     student: Line = "lolcats"
     """What the others become."""
     text: Path | None = None
     """UTF-8 text."""
     far: Span = 64
-    """Tokens back from which `far` counts."""
+    """Tokens back from which `far` counts, and of the window of `gates`."""
+    gates: GatesConfig = GatesConfig()
+    """How gates are trained."""
     seed: Seed = 0
     """Of the choice of ids or text."""
 
@@ -116,6 +121,8 @@ class LinearizeArgs:
     """Folder of the runs."""
     pattern: Line
     """The mixer of each layer, as `model.pattern` names them: "lolcats*3,softmax"."""
+    heads: Line | None = None
+    """Heads that stay softmax in layers that change, as LAYER.HEAD from 0: "3.1,12.0"."""
     window_size: Span = 64
     """Tokens with exact weights, where the new mixer has a window (lolcats)."""
 
@@ -232,25 +239,33 @@ def _reshape(options: ReshapeArgs, reshape: Any) -> None:
 def _rank(options: RankArgs) -> None:
     from plait.train.convert.ranking import rank
 
-    found = rank(options.run, options.by, text=options.text, far=options.far, seed=options.seed)
-    keep = max(1, len(found.layers) // 4) if options.keep is None else options.keep
-    pattern, kept = found.pattern(keep, options.student), found.kept(keep)
+    if options.keep is not None and options.keep_heads is not None:
+        raise ValueError(f"keep={options.keep} layers and keep_heads={options.keep_heads} cannot both be; give one of them")
+    found = rank(options.run, options.by, text=options.text, far=options.far, seed=options.seed, gates=options.gates)
+    if options.keep_heads is None:
+        kept, heads = found.kept(max(1, len(found.layers) // 4) if options.keep is None else options.keep), []
+    else:
+        kept, heads = found.kept_heads(options.keep_heads)
+    pattern = found.pattern(kept, options.student)
     table = Table(title=f"{options.run}: need of full attention by {options.by}")
     for title in ("layer", "need", "strongest head", "becomes"):
         table.add_column(title, justify="left" if title == "becomes" else "right")
     for index, need in found.layers.items():
-        heads = [-math.inf if math.isnan(head) else head for head in found.heads[index]]
-        strongest = f"{heads.index(max(heads))} ({max(heads):.3f})"
-        table.add_row(str(index), f"{need:.3f}", strongest, "" if index in kept else options.student)
+        needs = [-math.inf if math.isnan(head) else head for head in found.heads[index]]
+        strongest = f"{needs.index(max(needs))} ({max(needs):.3f})"
+        own = [str(head) for layer, head in heads if layer == index]
+        becomes = f"{options.student}, but for {', '.join(own)}" if own else options.student
+        table.add_row(str(index), f"{need:.3f}", strongest, "" if index in kept else becomes)
     console.print(table)
-    write_text(f'--pattern "{pattern}"')
+    named = ",".join(f"{layer}.{head}" for layer, head in heads)
+    write_text(f'--pattern "{pattern}"' + (f" --heads {named}" if named else ""))
 
 
 def _linearize(options: LinearizeArgs, words: Sequence[str], transfer: Sequence[str], tune: Sequence[str]) -> int | None:
     from plait.train.convert.linearizing import linearize
     from plait.train.convert.reshapes.linearize import Linearize
 
-    how = Linearize(pattern=options.pattern, window_size=options.window_size)
+    how = Linearize(pattern=options.pattern, heads=options.heads, window_size=options.window_size)
     found = linearize(options.run, options.new, how, words, transfer, tune)
     if found is None:
         console.print("stopped and saved; the same line goes on", markup=False)
