@@ -41,7 +41,7 @@ class ImportOptions:
     compute_dtype: Dtype = "float32"
     """In which the model computes."""
     seq_len: Length | None = None
-    """Tokens of a row where the run is scored; by default 2,048, or the model's own limit where that is less."""
+    """Tokens of a row where the run is scored; by default 2048, or the model's own limit where that is less."""
     tokenizer: Path | None = None
     """A tokenizer.json, or its folder, where the model's folder has none."""
     mesh: MeshConfig = MeshConfig(data=1)

@@ -87,7 +87,8 @@ def test_patterns_that_cannot_be(pattern, message, grouped, tmp_path):
 
 
 def test_one_line_copies_teaches_and_tunes_and_goes_on(grouped, corpus, compile_cache, tmp_path, capsys):
-    words = ["convert", "linearize", str(grouped), str(tmp_path / "all"), "--pattern", "lolcats,softmax*2", "--window-size", "4"]
+    words = ["convert", "linearize", str(grouped), str(tmp_path / "all"), "--pattern", "lolcats*2,softmax", "--window-size", "4"]
+    words += ["--heads", "0.0,0.1,0.2"]
     words += ["--data.source", str(corpus), "--transfer.steps", "40", "--transfer.optimizer.learning-rate", "3e-2"]
     assert main([*words[:4], "--pattern", "retnet,softmax*2"]) != 0 and not (tmp_path / "all").exists()
     assert main([*words, "--data.batch-size", "3"]) != 0  # training is refused, and the right words can follow
@@ -99,7 +100,7 @@ def test_one_line_copies_teaches_and_tunes_and_goes_on(grouped, corpus, compile_
     closed = (losses["copied"] - losses["tuned"]) / (losses["copied"] - losses["teacher"])
     assert found["gap_closed"] == pytest.approx(closed)
     assert found["tokens"] == {"transfer": 40 * 16 * 16, "tuned": 10 * 16 * 16}
-    assert found["trained"]["transfer"] == HEADS * (2 * WIDTH * WIDTH + 1)
+    assert found["trained"]["transfer"] == (HEADS + 3) * (2 * WIDTH * WIDTH + 1)
     both, alone = ((tmp_path / "all" / where / "index.html").read_text() for where in ("report", "transfer/report"))
     assert "Attention transfer" in both and "One line for each layer" in alone
 
