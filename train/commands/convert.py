@@ -269,7 +269,7 @@ def _rank(options: RankArgs) -> None:
         strongest = f"{needs.index(max(needs))} ({max(needs):.3f})"
         own = [str(head) for layer, head in heads if layer == index]
         becomes = f"{options.student}, but for {', '.join(own)}" if own else options.student
-        table.add_row(str(index), f"{need:.3f}", strongest, "" if index in kept else becomes)
+        table.add_row(str(index), f"{need:.3f}", strongest, "stays" if index in kept else becomes)
     console.print(table)
     named = ",".join(f"{layer}.{head}" for layer, head in heads)
     write_lines(f'--pattern "{pattern}"' + (f" --heads {named}" if named else ""))

@@ -1,5 +1,6 @@
 """Softmax attention to other mixers: what they inherit, what attention transfer trains, and that it brings them nearer."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -58,12 +59,14 @@ def test_a_teacher_gives_what_it_gave(grouped):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", STUDENTS)
-def test_transfer_brings_students_nearer(name, grouped, corpus, compile_cache, tmp_path):
-    pattern, text = f"{name},softmax*2", next(path for path in corpus.rglob("*") if path.is_file())
-    copied, _ = reshaped(grouped, Linearize(window_size=4, pattern=pattern, teach=False), f"only_copied_{name}", text=text)
-    _, taught = reshaped(grouped, Linearize(window_size=4, pattern=pattern), f"to_be_taught_{name}")
-    words = ["--init-from", str(grouped.with_name(f"to_be_taught_{name}")), "--data.source", str(corpus), "--steps", "300"]
+@pytest.mark.parametrize(("name", "heads"), [*((name, None) for name in STUDENTS), ("lolcats", "0.0,0.1,0.2")])
+def test_transfer_brings_students_nearer(name, heads, grouped, corpus, compile_cache, tmp_path):
+    text = next(path for path in corpus.rglob("*") if path.is_file())
+    how = Linearize(window_size=4, pattern=f"{name},softmax*2", heads=heads)
+    own = f"{name}_{heads}"
+    copied, _ = reshaped(grouped, dataclasses.replace(how, teach=False), f"only_copied_{own}", text=text)
+    _, taught = reshaped(grouped, how, f"to_be_taught_{own}")
+    words = ["--init-from", str(grouped.with_name(f"to_be_taught_{own}")), "--data.source", str(corpus), "--steps", "300"]
     train(parse_run([*words, "--optimizer.learning-rate", "3e-2", "--out", str(tmp_path / "run")]))
     after = opened(tmp_path / "run")
     assert different_arrays(after.buffers, taught.buffers) == []
@@ -87,8 +90,7 @@ def test_patterns_that_cannot_be(pattern, message, grouped, tmp_path):
 
 
 def test_one_line_copies_teaches_and_tunes_and_goes_on(grouped, corpus, compile_cache, tmp_path, capsys):
-    words = ["convert", "linearize", str(grouped), str(tmp_path / "all"), "--pattern", "lolcats*2,softmax", "--window-size", "4"]
-    words += ["--heads", "0.0,0.1,0.2"]
+    words = ["convert", "linearize", str(grouped), str(tmp_path / "all"), "--pattern", "lolcats,softmax*2", "--window-size", "4"]
     words += ["--data.source", str(corpus), "--transfer.steps", "40", "--transfer.optimizer.learning-rate", "3e-2"]
     assert main([*words[:4], "--pattern", "retnet,softmax*2"]) != 0 and not (tmp_path / "all").exists()
     assert main([*words, "--data.batch-size", "3"]) != 0  # training is refused, and the right words can follow
@@ -100,7 +102,7 @@ def test_one_line_copies_teaches_and_tunes_and_goes_on(grouped, corpus, compile_
     closed = (losses["copied"] - losses["tuned"]) / (losses["copied"] - losses["teacher"])
     assert found["gap_closed"] == pytest.approx(closed)
     assert found["tokens"] == {"transfer": 40 * 16 * 16, "tuned": 10 * 16 * 16}
-    assert found["trained"]["transfer"] == (HEADS + 3) * (2 * WIDTH * WIDTH + 1)
+    assert found["trained"]["transfer"] == HEADS * (2 * WIDTH * WIDTH + 1)
     both, alone = ((tmp_path / "all" / where / "index.html").read_text() for where in ("report", "transfer/report"))
     assert "Attention transfer" in both and "One line for each layer" in alone
 
