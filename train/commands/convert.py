@@ -256,8 +256,9 @@ def _rank(options: RankArgs) -> None:
     if options.keep is not None and options.keep_heads is not None:
         raise ValueError(f"keep={options.keep} layers and keep_heads={options.keep_heads} cannot both be; give one of them")
     found = rank(options.run, options.by, text=options.text, far=options.far, seed=options.seed, gates=options.gates)
+    heads: list[tuple[int, int]] = []
     if options.keep_heads is None:
-        kept, heads = found.kept(max(1, len(found.layers) // 4) if options.keep is None else options.keep), []
+        kept = found.kept(max(1, len(found.layers) // 4) if options.keep is None else options.keep)
     else:
         kept, heads = found.kept_heads(options.keep_heads)
     pattern = found.pattern(kept, options.student)

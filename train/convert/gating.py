@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,7 +32,9 @@ _RAMP = 5
 
 class Gated(AroundHeads):
     """Softmax attention of which a key head's queries give `g` of what all tokens give and `1 - g` of what a window and the first tokens
-    give. Source: DuoAttention (arXiv 2410.10819), equation 1, and the authors' code, which has a gate for each key head."""
+    give. Source: DuoAttention (arXiv 2410.10819) and the authors' code, which has a gate for each key head."""
+
+    inner: Softmax
 
     def __init__(self, inner: Softmax, gates: jax.Array, window: Mask):
         """Args: `gates` `[Hkv]`, or of stacked layers `[..., Hkv]`."""
@@ -40,7 +43,8 @@ class Gated(AroundHeads):
 
     def mix(self, inputs, x, *, at):
         options = {**self.inner.options(inputs, at), "mask": self.window}
-        far, near = self.inner.mix(inputs, x, at=at), attention(*inputs[:3], at=at, **options)
+        far: Any = self.inner.mix(inputs, x, at=at)
+        near: Any = attention(*inputs[:3], at=at, **options)
         gates = jnp.repeat(self.gates[...], self.num_heads // self.gates.shape[-1], axis=-1)[None, None, :, None]
         return (gates * far + (1 - gates) * near).astype(far.dtype)
 
@@ -103,15 +107,16 @@ def trained_gates(
     rate = lambda step: config.learning_rate * jnp.minimum(1, jnp.minimum(step + 1, config.steps - step) / ramp)
     optimizer = optax.adam(rate)
 
-    @jax.jit
+    everywhere = NamedSharding(program.mesh, PartitionSpec())
+
+    @functools.partial(jax.jit, out_shardings=everywhere)
     def step(gates: Any, moments: Any, *batch: Any) -> tuple[Any, Any, jax.Array]:
         value, slopes = jax.value_and_grad(loss)(gates, *batch)
         changes, moments = optimizer.update(slopes, moments)
         return jax.tree.map(lambda g, change: jnp.clip(g + change, 0, 1), gates, changes), moments, value
 
-    everywhere = NamedSharding(program.mesh, PartitionSpec())
     gates = jax.device_put([jnp.ones(kv_heads) for _, kv_heads in counts], everywhere)
-    moments = jax.jit(optimizer.init)(gates)
+    moments = jax.jit(optimizer.init, out_shardings=everywhere)(gates)
     line = ProgressLine(config.steps)
     try:
         for number in range(config.steps):

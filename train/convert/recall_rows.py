@@ -68,8 +68,8 @@ def recalling(trained: Trained, rows: int, text: np.ndarray | None, seed: int) -
 
 
 def _with_keys(rng: np.random.Generator, hay: np.ndarray, own: np.ndarray, count: int) -> np.ndarray:
-    """A piece of text with keys in it, and the same keys in another order after it. Source: DuoAttention (arXiv 2410.10819), section 2.3,
-    whose keys are words that a question names; here a key begins with what is asked, so that no instruction needs to be understood."""
+    """A piece of text with keys in it, and the same keys in another order after it. Source: DuoAttention (arXiv 2410.10819), whose
+    keys are words that a question names; here a key begins with what is asked, so that no instruction needs to be understood."""
     keys = np.stack([rng.choice(own, _SIZE, replace=False) for _ in range(count)]).astype(np.int32)
     places = np.sort(rng.integers(0, len(hay) + 1, count))
     return np.concatenate([np.insert(hay, np.repeat(places, _SIZE), keys.ravel()), keys[rng.permutation(count)].ravel()])
