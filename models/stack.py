@@ -80,14 +80,14 @@ class Stack(nnx.Module):
 
     def settle(self, counts: Sequence[Mapping[str, Any]]) -> None:
         """Lets mixers move their buffers by the counts of a step, one mapping a layer."""
-        self._give(lambda block, own: block.settle(own), counts)
+        self.give(lambda block, own: block.settle(own), counts)
 
     def clip(self, max_logits: Sequence[jax.Array]) -> None:
         """Lets mixers scale queries and keys back by the largest logits of a step, those of one layer after another."""
-        self._give(lambda block, own: block.clip(own), max_logits)
+        self.give(lambda block, own: block.clip(own), max_logits)
 
-    def _give(self, to: Callable[[Block, Any], None], each: Sequence[Any]) -> None:
-        """What is of each layer, to its block; stacked where the blocks are."""
+    def give(self, to: Callable[[Block, Any], None], each: Sequence[Any]) -> None:
+        """What is of each layer, to its block; stacked where the blocks are: `to` sees those of a period once."""
         first, stacked, rest = self._by_block(each)
         for block, own in zip([*self.first, *(self.periods or ()), *self.rest], [*first, *stacked, *rest], strict=True):
             to(block, own)

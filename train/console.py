@@ -51,6 +51,11 @@ def write_text(text: str) -> None:
     sys.stdout.write(text)
 
 
+def write_lines(text: str) -> None:
+    """Writes lines to standard output, the last one ended too."""
+    write_text(text if sys.stdout.isatty() else f"{text}\n")
+
+
 def show_text(text: str) -> None:
     """Prints a text, a control character as `\\x1b`."""
     print(_CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text))

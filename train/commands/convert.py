@@ -16,24 +16,38 @@ from plait.configs.domains import Counted, Line, Seed, Span
 from plait.configs.options import split_options
 from plait.configs.words import flag, parse
 from plait.train.commands.on_hosts import on_hosts
-from plait.train.console import console, write_text
-from plait.train.convert.options import By, ImportOptions
+from plait.train.console import console, write_lines
+from plait.train.convert.options import By, GatesConfig, ImportOptions
 from plait.train.pods.hosts import heartbeat
 from plait.train.pods.hosts.host import HostsError
 
 USAGE = """usage: launch.py convert inspect DIR|FILE.gguf
-       launch.py convert import DIR|FILE.gguf RUN [--param-dtype bfloat16] [--seq-len 4096] [--tokenizer FILE] [--mesh.fsdp 8] [--hosts.*]
-       launch.py convert export RUN DIR [--model-type llama] [--dtype bfloat16] [--step N] [--hosts.*]
-       launch.py convert reshape RUN NEW KIND [options of the kind] [--text FILE] [--step N]      (launch.py list reshapes)
-       launch.py convert rank RUN [--by recall|far|entropy] [--keep 8] [--student lolcats] [--text FILE]
-       launch.py convert linearize RUN NEW --pattern "lolcats*3,softmax" [--window-size 64] [options of train]"""
+       launch.py convert import DIR|FILE.gguf RUN [--seq-len 4096]
+           [--param-dtype bfloat16] [--tokenizer FILE] [--mesh.fsdp 8] [--hosts.*]
+       launch.py convert export RUN DIR [--model-type llama] [--dtype bfloat16]
+           [--step N] [--hosts.*]
+       launch.py convert reshape RUN NEW KIND [--text FILE] [--step N]
+           [options of the kind]                      (launch.py list reshapes)
+       launch.py convert rank RUN [--by recall|far|entropy|gates] [--text FILE]
+           [--keep 8 | --keep-heads 20] [--student lolcats]
+       launch.py convert linearize RUN NEW --pattern "lolcats*3,softmax"
+           [--heads 3.1,12.0] [--window-size 64] [options of train]
+       launch.py convert KIND --help                      says what each is for"""
+
+
+_Model = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR|FILE.gguf")]
+_Folder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+_Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+_New = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="NEW")]
+_Kind = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="KIND")]
+"""As USAGE has them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class InspectArgs:
     """Says what a published model is, and how its tensors go with the model here; reads no weights."""
 
-    folder: Annotated[Path, tyro.conf.Positional]
+    folder: _Model
     """With config.json and safetensors files; or a GGUF file."""
 
 
@@ -41,9 +55,9 @@ class InspectArgs:
 class ImportArgs(ImportOptions):
     """Makes a run folder of a published model."""
 
-    folder: Annotated[Path, tyro.conf.Positional]
+    folder: _Model
     """With config.json, safetensors files and tokenizer.json; or a GGUF file."""
-    run: Annotated[Path, tyro.conf.Positional]
+    run: _Run
     """Run folder to be made."""
 
 
@@ -51,9 +65,9 @@ class ImportArgs(ImportOptions):
 class ExportArgs:
     """Writes the model of a run as a published one."""
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: _Run
     """Run folder."""
-    folder: Annotated[Path, tyro.conf.Positional]
+    folder: _Folder
     """To be made."""
     model_type: str | None = None
     """The family; by default one that has such models, or else the project's own."""
@@ -67,11 +81,11 @@ class ExportArgs:
 class ReshapeArgs:
     """Makes a run folder of a run's model changed, and says by how much its logits move. Each kind has options of its own."""
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: _Run
     """Run folder, which stays as it is."""
-    new: Annotated[Path, tyro.conf.Positional]
+    new: _New
     """Run folder to be made."""
-    kind: Annotated[str, tyro.conf.Positional]
+    kind: _Kind
     """What is changed; `launch.py list reshapes` shows what can be."""
     text: Path | None = None
     """UTF-8 text on which logits are compared; random ids by default."""
@@ -83,21 +97,26 @@ class ReshapeArgs:
 
 @dataclasses.dataclass(frozen=True)
 class RankArgs:
-    """Ranks the layers of softmax attention by how much they need it, and gives the pattern for linearize that keeps the first of them."""
+    """Ranks the layers of softmax attention by how much they need it, and gives the options of linearize that keep the first of them."""
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: _Run
     """Run folder, which stays as it is."""
     by: By = "recall"
     """`recall`: the strongest head's weight on what followed the same token before, in random tokens that come twice; `far`: the mean head's
-    weight beyond a window; `entropy`: how spiky the mean head's weights are. The last two are of a text."""
+    weight beyond a window; `entropy`: how spiky the mean head's weights are; `gates`: how open the mean head's trained gate stays between all
+    tokens and a window, where keys are asked for that lie far back. `far` and `entropy` are of a text, `gates` of one or the run's task."""
     keep: Counted | None = None
-    """Layers that stay softmax; None keeps a quarter."""
+    """Layers that stay softmax; None keeps a quarter, or none where heads are kept."""
+    keep_heads: Counted | None = None
+    """Heads that stay softmax, in place of layers."""
     student: Line = "lolcats"
     """What the others become."""
     text: Path | None = None
     """UTF-8 text."""
     far: Span = 64
-    """Tokens back from which `far` counts."""
+    """Tokens back from which `far` counts, and of the window of `gates`."""
+    gates: GatesConfig = GatesConfig()
+    """How gates are trained."""
     seed: Seed = 0
     """Of the choice of ids or text."""
 
@@ -110,12 +129,14 @@ class LinearizeArgs:
     Options of `train` hold for both trainings, with `--transfer.` or `--tune.` before them for one: `--transfer.steps 500`.
     """
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: _Run
     """Run folder, which stays as it is."""
-    new: Annotated[Path, tyro.conf.Positional]
+    new: _New
     """Folder of the runs."""
     pattern: Line
     """The mixer of each layer, as `model.pattern` names them: "lolcats*3,softmax"."""
+    heads: Line | None = None
+    """Heads that stay softmax in layers that change, as LAYER.HEAD from 0: "3.1,12.0"."""
     window_size: Span = 64
     """Tokens with exact weights, where the new mixer has a window (lolcats)."""
 
@@ -176,7 +197,7 @@ def run(args: Sequence[str]) -> int:
         "linearize": _linearize,
     }
     if not args or args[0] in ("-h", "--help"):
-        write_text(USAGE)
+        write_lines(USAGE)
         return 0
     if args[0] not in actions:
         raise ValueError(f"convert {args[0]!r} is none of {', '.join(actions)}\n\n{USAGE}")
@@ -197,7 +218,7 @@ def _watched(work: Callable[[Sequence[str]], int], words: Sequence[str]) -> int:
 def _inspect(options: InspectArgs) -> None:
     from plait.train.convert.inspecting import describe
 
-    write_text(describe(options.folder))
+    write_lines(describe(options.folder))
 
 
 def _import(options: ImportArgs) -> None:
@@ -226,31 +247,40 @@ def _reshape(options: ReshapeArgs, reshape: Any) -> None:
     from plait.train.convert.reshaping import reshape_run
 
     found = reshape_run(options.run, options.new, reshape, text=options.text, step=options.step, seed=options.seed)
-    write_text(f"{options.new}: {options.kind} of {options.run} at step {found.step}\n{found.describe()}")
+    write_lines(f"{options.new}: {options.kind} of {options.run} at step {found.step}\n{found.describe()}")
 
 
 def _rank(options: RankArgs) -> None:
     from plait.train.convert.ranking import rank
 
-    found = rank(options.run, options.by, text=options.text, far=options.far, seed=options.seed)
-    keep = max(1, len(found.layers) // 4) if options.keep is None else options.keep
-    pattern, kept = found.pattern(keep, options.student), found.kept(keep)
+    if options.keep is not None and options.keep_heads is not None:
+        raise ValueError(f"keep={options.keep} layers and keep_heads={options.keep_heads} cannot both be; give one of them")
+    found = rank(options.run, options.by, text=options.text, far=options.far, seed=options.seed, gates=options.gates)
+    heads: list[tuple[int, int]] = []
+    if options.keep_heads is None:
+        kept = found.kept(max(1, len(found.layers) // 4) if options.keep is None else options.keep)
+    else:
+        kept, heads = found.kept_heads(options.keep_heads)
+    pattern = found.pattern(kept, options.student)
     table = Table(title=f"{options.run}: need of full attention by {options.by}")
     for title in ("layer", "need", "strongest head", "becomes"):
         table.add_column(title, justify="left" if title == "becomes" else "right")
     for index, need in found.layers.items():
-        heads = [-math.inf if math.isnan(head) else head for head in found.heads[index]]
-        strongest = f"{heads.index(max(heads))} ({max(heads):.3f})"
-        table.add_row(str(index), f"{need:.3f}", strongest, "" if index in kept else options.student)
+        needs = [-math.inf if math.isnan(head) else head for head in found.heads[index]]
+        strongest = f"{needs.index(max(needs))} ({max(needs):.3f})"
+        own = [str(head) for layer, head in heads if layer == index]
+        becomes = f"{options.student}, but for {', '.join(own)}" if own else options.student
+        table.add_row(str(index), f"{need:.3f}", strongest, "stays" if index in kept else becomes)
     console.print(table)
-    write_text(f'--pattern "{pattern}"')
+    named = ",".join(f"{layer}.{head}" for layer, head in heads)
+    write_lines(f'--pattern "{pattern}"' + (f" --heads {named}" if named else ""))
 
 
 def _linearize(options: LinearizeArgs, words: Sequence[str], transfer: Sequence[str], tune: Sequence[str]) -> int | None:
     from plait.train.convert.linearizing import linearize
     from plait.train.convert.reshapes.linearize import Linearize
 
-    how = Linearize(pattern=options.pattern, window_size=options.window_size)
+    how = Linearize(pattern=options.pattern, heads=options.heads, window_size=options.window_size)
     found = linearize(options.run, options.new, how, words, transfer, tune)
     if found is None:
         console.print("stopped and saved; the same line goes on", markup=False)

@@ -21,7 +21,7 @@ def describe(folder: Path) -> str:
         "family": f"{source.family.name} ({source.family.architecture})",
         "model": f"{model.num_layers} layers of {model.pattern}, width {model.d_model}, {model.vocab_size} ids",
         "parameters": f"{num_params(model) / 1e6:,.1f}M",
-        "tensors": f"{len(weights.tensors)} in {len(weights.files)} files, {size / 1e9:,.2f} GB, "
+        "tensors": f"{len(weights.tensors)} in {len(weights.files)} {'file' if len(weights.files) == 1 else 'files'}, {size / 1e9:,.2f} GB, "
         + ", ".join(f"{count} {dtype}" for dtype, count in dtypes.items()),
     }
     for what, names in {
@@ -29,7 +29,7 @@ def describe(folder: Path) -> str:
         "read by nothing": found.unexpected,
         "of another shape": found.misshapen,
         "quantised": found.quantised,
-        "beside": weights.other,
+        "of other parts": weights.other,
     }.items():
         rows[what] = ", ".join(sorted(names)) or "none"
     width = max(map(len, rows))

@@ -73,11 +73,9 @@ def linearize(
     runs = {name: folder / name for name in (COPIED, TAUGHT, TRANSFER, HYBRID, TUNED)}
     before, _ = described(source)
     how.model(Subject(before.model, before.model.vocab_size or 1, before.data.seq_len))  # refuses before anything is written
-    _begin(
-        folder,
-        runs,
-        {"source": str(source.resolve()), "how": codec.encode(how), "words": [*words], TRANSFER: [*transfer], TUNED: [*tune]},
-    )
+    options = {name: value for name, value in codec.encode(how).items() if value is not None}
+    asked = {"source": str(source.resolve()), "how": options, "words": [*words], TRANSFER: [*transfer], TUNED: [*tune]}
+    _begin(folder, runs, asked)
     _once(runs[COPIED], lambda: reshape_run(source, runs[COPIED], dataclasses.replace(how, teach=False)))
     _once(runs[TAUGHT], lambda: reshape_run(source, runs[TAUGHT], dataclasses.replace(how, teach=True)))
     stages = {TRANSFER: (TAUGHT, TRANSFER_WORDS, transfer), TUNED: (HYBRID, TUNE_WORDS, tune)}

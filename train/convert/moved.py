@@ -66,4 +66,5 @@ def moved(old: Model, new: Model, mesh: Mesh, *, num_ids: int, text: np.ndarray 
         return kl.mean(), largest.max()
 
     kl, largest = compare((old[1:], new[1:]), jnp.asarray(ids))
+    kl = np.maximum(kl, 0)  # below by rounding alone
     return Moved(float(kl), float(largest), ids.size, "random ids" if text is None else "tokens of text", seed)

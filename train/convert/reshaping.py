@@ -180,7 +180,7 @@ def _steps(reshape: Reshape, old: Blueprint, new: Blueprint) -> list[Step]:
     for origin, target, mixer in zip(reshape.origins(was), layer_places(now), now.layer_mixers, strict=True):
         source, shapes = places[origin], (_inside(before, places[origin]), _inside(after, target))
         same = was.layer_mixers[origin] == mixer
-        add(() if same else reshape.layer(was.layer_mixers[origin], mixer, *shapes), source, target, *shapes)
+        add(() if same else reshape.layer(was.layer_mixers[origin], mixer, *shapes, origin), source, target, *shapes)
     order = {path: index for index, path in enumerate(dict.fromkeys(step[1][0].path for step in steps))}
     return sorted(steps, key=lambda step: order[step[1][0].path])
 

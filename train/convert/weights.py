@@ -198,8 +198,11 @@ class Planned:
 
 
 def _save(arrays: dict[str, np.ndarray], path: Path) -> None:
+    path.touch()
+    mode = path.stat().st_mode  # the library's own is for its user alone
     try:
         save_file(arrays, path, metadata={"format": "pt"})
+        path.chmod(mode)
     except SafetensorError as error:  # in which the library hides what the disk says
         raise OSError(f"{path} cannot be written ({error}); make room or mend the disk, then begin anew") from None
 

@@ -46,13 +46,13 @@ def model_of(**changes: Any) -> LMConfig:
     return LMConfig(**{**base, **{key: value for key, value in changes.items() if key in own}})
 
 
-def make_run(folder: Path, model: LMConfig, edit: Any = None, mesh: MeshConfig = ONE_DEVICE) -> Path:
+def make_run(folder: Path, model: LMConfig, edit: Any = None, mesh: MeshConfig = ONE_DEVICE, *, length: int = LENGTH) -> Path:
     """A run folder on bytes at step 0; `edit(params)` changes its arrays, which are NumPy's, by dotted path."""
     config = ExperimentConfig(
         name="small",
         steps=1,
         model=model,
-        data=DataConfig(tokenizer="byte", seq_len=LENGTH, batch_size=8),
+        data=DataConfig(tokenizer="byte", seq_len=length, batch_size=8),
         optimizer=untrained(),
         mesh=mesh,
         out=str(folder),

@@ -7,6 +7,7 @@ from plait.launch import main
 from plait.models.mixers.linear.gla import GLAConfig
 from plait.tests.tolerances import assert_close
 from plait.tests.train.convert.reshapes import LENGTH, make_run, model_of
+from plait.train.convert.options import GatesConfig
 from plait.train.convert.ranking import rank
 from plait.train.convert.sample import num_ids_of
 from plait.train.convert.weights import ConvertError
@@ -34,7 +35,7 @@ def text(tmp_path_factory):
 
 
 def ranked(run, by, text=None, **options):
-    return rank(run, by, text=text, **{"far": FAR, "seed": 0, **options})
+    return rank(run, by, text=text, **{"far": FAR, "seed": 0, "gates": GatesConfig(), **options})
 
 
 def test_far_is_the_share_beyond_the_window(run, text):
@@ -49,7 +50,7 @@ def test_weights_that_are_alike_are_the_least_spiky(run, text):
     assert_close(np.float32(found.heads[FLAT]), np.zeros(6, np.float32))
     assert list(found.layers)[-1] == FLAT and sorted(found.layers) == [0, 1, 2]
     assert list(found.layers.values()) == sorted(found.layers.values(), reverse=True)
-    assert found.pattern(2, "lolcats") == "softmax,lolcats" and found.kept(1) == [next(iter(found.layers))]
+    assert found.pattern(found.kept(2), "lolcats") == "softmax,lolcats" and found.kept(1) == [next(iter(found.layers))]
 
 
 def test_recall_is_of_the_strongest_head_in_tokens_that_come_twice(run):
@@ -70,7 +71,7 @@ def test_recall_is_of_the_strongest_head_in_tokens_that_come_twice(run):
             lambda run: ranked(run, "recall").kept(3),
             "keep=3 of 3 layers of softmax attention; it must be at least 1 and leave one",
         ),
-        (lambda run: ranked(run, "recall").pattern(1, "retnet"), "student='retnet' cannot take the place of softmax attention"),
+        (lambda run: ranked(run, "recall").pattern([0], "retnet"), "student='retnet' cannot take the place of softmax attention"),
     ],
 )
 def test_what_cannot_be_ranked(ask, message, run):
@@ -87,7 +88,7 @@ def test_linear_layers_stay_and_a_model_of_them_is_refused(tmp_path):
     mixers = {"gla": GLAConfig(num_heads=2, expand_k=0.6, expand_v=0.6), **model_of().mixers}
     hybrid = make_run(tmp_path / "hybrid", model_of(pattern="gla,softmax,softmax", mixers=mixers))
     found = ranked(hybrid, "recall")
-    assert sorted(found.layers) == [1, 2] and found.pattern(1, "lolcats").startswith("gla,")
+    assert sorted(found.layers) == [1, 2] and found.pattern(found.kept(1), "lolcats").startswith("gla,")
     linear = make_run(tmp_path / "linear", model_of(pattern="gla", mixers={"gla": mixers["gla"]}))
     with pytest.raises(ConvertError, match="has 0 layers of plain softmax attention"):
         ranked(linear, "recall")

@@ -28,6 +28,7 @@ def test_out_and_in_again(options, model_type, compile_cache, tmp_path, capsys):
     do("train", "lm_tiny", *TRAIN.split(), *options.split(), "--out", run)
     do("convert", "export", run, folder)
     assert json.loads((folder / "config.json").read_text())["model_type"] == model_type
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1  # who may read one file may read all
     do("convert", "inspect", folder)
     do("convert", "import", folder, again)
     do("convert", "export", again, back)

@@ -57,8 +57,8 @@ class Reshape(Component, abc.ABC):
         """The old layer that each new one was."""
         return range(model.num_layers)
 
-    def layer(self, old: MixerConfig, new: MixerConfig, before: Shapes, after: Shapes) -> Iterator[Making]:
-        """What is made in a layer whose mixer is another now."""
+    def layer(self, old: MixerConfig, new: MixerConfig, before: Shapes, after: Shapes, index: int) -> Iterator[Making]:
+        """What is made in a layer, by its number in the old model, whose mixer is another now."""
         return iter(())
 
     def outside(self, before: Shapes, after: Shapes) -> Iterator[Making]:

@@ -77,7 +77,7 @@ class KVHeads(Reshape):
             positions=softmax.positions,
         )
 
-    def layer(self, old: MixerConfig, new: MixerConfig, before: Shapes, after: Shapes) -> Iterator[Making]:
+    def layer(self, old: MixerConfig, new: MixerConfig, before: Shapes, after: Shapes, index: int) -> Iterator[Making]:
         softmax, path = core(old), core_path(new)
         assert isinstance(softmax, SoftmaxConfig)
         for name, axis in (_AXES | (_OVER_WIDTH if softmax.qk_norm_over == "width" else {})).items():

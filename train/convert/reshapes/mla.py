@@ -80,7 +80,7 @@ class MLA(Reshape):
             latent_norm=False,
         )
 
-    def layer(self, old: MixerConfig, new: MixerConfig, before: Shapes, after: Shapes) -> Iterator[Making]:
+    def layer(self, old: MixerConfig, new: MixerConfig, before: Shapes, after: Shapes, index: int) -> Iterator[Making]:
         softmax, path = core(old), core_path(new)
         assert isinstance(softmax, SoftmaxConfig)
         heads, kv_heads = softmax.heads(before[path + "q.kernel"][0])

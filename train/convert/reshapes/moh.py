@@ -56,7 +56,7 @@ class MoH(Reshape):
             found[index] = config
         return with_mixers(model, found, "mixture")
 
-    def layer(self, old: MixerConfig, new: MixerConfig, before: Shapes, after: Shapes) -> Iterator[Making]:
+    def layer(self, old: MixerConfig, new: MixerConfig, before: Shapes, after: Shapes, index: int) -> Iterator[Making]:
         for path, shape in after.items():
             if path.startswith(_INNER):
                 yield Making((_OUTER + path.removeprefix(_INNER),), (path,), lambda x: [x])
