@@ -25,6 +25,7 @@ class Spectral(Probe):
     """Largest singular values of the mixer's projections, sigmaReparam and adapters with them, and what follows for entropy."""
 
     by_default = False
+    title = "Spectral norms"
     statistics = (
         Statistic(
             name="spectral_norm",
