@@ -63,7 +63,7 @@ def test_losses_are_those_of_the_rows(run, text, inspected):
     whole, masked = found["models"]
     assert_close(np.float32(whole["loss"]), np.float32(expected.mean()))
     assert (found["read"], found["tokens"], found["length"]) == (2 * LENGTH, text.stat().st_size, LENGTH)
-    told = whole["first_tokens"]
+    told = whole["token_by_token"]
     assert told["loss"][0] is None, "nothing predicts the start token"
     assert_close(np.float32(told["loss"][1:]), np.float32(expected[0, :-1]))
     assert masked["masked"] == ["1.2", "2.5"] and abs(masked["loss"] - whole["loss"]) > 1e-3
@@ -72,7 +72,7 @@ def test_losses_are_those_of_the_rows(run, text, inspected):
 def test_attention_of_the_named_head_is_there_token_by_token(inspected):
     _, found = inspected
     for one in found["models"]:
-        told = one["first_tokens"]
+        told = one["token_by_token"]
         (attention,) = told["attention"].values()
         rows = np.asarray(attention)
         assert list(told["attention"]) == ["1.2"] and rows.shape == (LENGTH, LENGTH)
@@ -119,7 +119,7 @@ def test_layers_of_other_kinds_show_what_they_have_and_random_heads_are_left_out
     whole, masked = found["models"]
     layers = [int(head.partition(".")[0]) for head in masked["masked"]]
     assert len(set(masked["masked"])) == 3 and set(layers) <= {0, 1}, "a convolution has no heads to be left out"
-    received = whole["first_tokens"]["received"]
+    received = whole["token_by_token"]["received"]
     assert None not in received[0][:-1] + received[1][:-1] and set(received[2]) == {None}
     assert (run / "inspect_0" / "index.html").is_file()
 
@@ -170,6 +170,10 @@ BAD = {
         "mask_count=10 must be from 1 to 9, as the model has 18 heads and as many others are compared",
     ),
     "an option of training": (lambda run, text: [str(run), "--probe.sequences", "2"], "probe.sequences=2 is of training"),
+    "a window that is not in the text": (
+        lambda run, text: [str(run), "--tokens", "100:120"],
+        "tokens='100:120' must begin before",
+    ),
     "a row that is no row": (lambda run, text: [str(run), "--needle.length", "8"], "needle.length=8 must leave"),
 }
 

@@ -1,5 +1,6 @@
 """The report: written from run folders alone, whole, escaped, and clear about what is missing."""
 
+import dataclasses
 import html
 import itertools
 import json
@@ -12,10 +13,11 @@ import pytest
 
 from plait.configs.probe import ProbeConfig
 from plait.train.probes.base import chosen, statistics
-from plait.train.report import write_report
+from plait.train.report import curves, write_report
 from plait.train.report.attention import choose_heads, head_scores, normalise, shown
 from plait.train.report.curves import smooth
 from plait.train.report.run import load_run
+from plait.train.report.style import panels
 from plait.train.run_folder.probe_files import write_attention, write_layers, write_probes
 from plait.train.run_folder.writer import MetricsWriter
 from plait.train.spikes import LossSpikes
@@ -308,6 +310,7 @@ def test_every_string_of_a_run_is_escaped(tmp_path):
         parsed = Page(text)
         assert "script" not in parsed.tags and "<script" not in text and "&lt;script&gt;" in text
         assert all(address.startswith(("#", "data:image/png;base64,")) for address in parsed.addresses)
+    assert "Sink rate as published" in {probe.topic() for probe in chosen()} and "Sink k eps" not in text
 
 
 def test_every_panel_is_drawn_and_every_statistic_and_event_defined(full_run):
@@ -370,9 +373,31 @@ def test_report_leaves_no_style_behind(full_run, tmp_path):
     assert dict(matplotlib.rcParams) == before
 
 
-def test_smooth_starts_unbiased_and_skips_nan():
-    values = np.r_[10.0, np.nan, np.full(98, 10.0)]
-    assert np.allclose(smooth(values), 10.0)
+def test_smooth_starts_unbiased_and_has_gaps_where_nothing_is_known():
+    values = np.r_[10.0, np.nan, np.full(98, 10.0), np.full(20, np.inf)]
+    found = smooth(values)
+    assert np.array_equal(np.isfinite(found), np.isfinite(values)) and np.allclose(found[np.isfinite(values)], 10.0)
+
+
+def test_losses_that_are_not_finite_are_marked(tmp_path):
+    """No line goes on after the last finite loss, and each step without one has its cross, of many an even part."""
+    values = np.r_[np.linspace(4, 3, 50), np.nan, np.full(49, 3.0), np.full(900, np.nan)]
+    records = [{"step": step, "loss/train": value} for step, value in enumerate(values, 1)]
+    run = dataclasses.replace(
+        load_run(make_run(tmp_path / "run", pattern=("softmax",), heads=2, steps=20, probes=2), "run"), records=records
+    )
+    _, axes = panels(1, columns=1, height=2)
+    curves._loss_of(axes[0], run, 0, 1, alone=True)
+    *lines, crosses = axes[0].lines
+    assert (
+        [int(at) for at in crosses.get_xdata()[:1]] == [51]
+        and len(crosses.get_xdata()) == 200
+        and crosses.get_xdata()[-1] == 1000
+    )
+    for line in lines:
+        x, y = line.get_data()
+        assert not np.isfinite(np.asarray(y, float)[np.asarray(x) > 100]).any()
+    assert "a cross is on the upper edge" in curves.loss([run]).caption
 
 
 def test_chosen_heads_are_the_extreme_ones_and_differ():

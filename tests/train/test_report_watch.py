@@ -63,6 +63,9 @@ def test_page_is_written_when_there_is_something_new_and_at_the_end(tmp_path, mo
     watch([run], None, 5.0, world.said.append)
     assert len(world.pages) == 3 and world.now == 25
     assert [RELOAD in page for page in world.pages] == [True, True, False]
+    assert all(page.count("<script>") == 1 and "sessionStorage" in page for page in world.pages), (
+        "the last one keeps what was open too"
+    )
     assert "over 2 steps" in world.pages[1] and "over 3 steps" in world.pages[2]
     assert len(world.said) == 1 and str(run / "report/index.html") in world.said[0]
 

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import tyro
 from rich.table import Table
+from rich.text import Text
 
 from plait.configs.words import parse
 from plait.train.console import console
@@ -30,7 +31,7 @@ def run(args: Sequence[str]) -> None:
     from plait.train.inspection.needles import TITLES
 
     found, page = inspect(options.run, options)
-    table = Table(title=f"{found.run} at step {found.trained.step}: {found.read:,} of {found.of:,} tokens of {options.text}")
+    table = Table(title=Text(f"{found.run} at step {found.trained.step}: {found.part} tokens of {options.text}"))
     for title in ("model", "loss (nats/token)", *TITLES):
         table.add_column(title, justify="left" if title == "model" else "right")
     for one in found.models:

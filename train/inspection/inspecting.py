@@ -22,9 +22,9 @@ from plait.train.inspection.looking import probing
 from plait.train.inspection.needles import Recall, needles_of, recalling
 from plait.train.inspection.options import InspectOptions
 from plait.train.inspection.tokens import TokenByToken, token_by_token
+from plait.train.inspection.window import Window, window_of
 from plait.train.probes.base import Probes
 from plait.train.probes.collect import padded_layers, probe_arrays
-from plait.train.probes.pictures import LENGTH
 from plait.train.run import Trained, opened
 from plait.train.run_folder.contents import CHECKPOINTS
 from plait.train.run_folder.lines import strict
@@ -59,7 +59,7 @@ class Found:
             "perplexity": math.exp(self.loss) if self.loss < 700 else math.inf,
             "needles": needles,
             "statistics": {name: values.tolist() for name, values in self.statistics.items()},
-            "first_tokens": self.tokens.to_json(heads),
+            "token_by_token": self.tokens.to_json(heads),
         }
 
 
@@ -76,12 +76,19 @@ class Inspection:
     """and that it has."""
     length: int
     """Tokens of a row."""
+    window: Window
+    """What is looked at token by token."""
     needles: int
     prompt_length: int
     heads: tuple[Head, ...]
     """Whose attention is shown, where some were named."""
     models: list[Found]
     """The model as it is, then without heads."""
+
+    @property
+    def part(self) -> str:
+        """How much of the text was read, in words."""
+        return f"all {self.of:,}" if self.read >= self.of else f"the first {self.read:,} of {self.of:,}"
 
     def to_json(self) -> dict[str, Any]:
         """For a file."""
@@ -124,10 +131,10 @@ def inspect(run: Path, options: InspectOptions) -> tuple[Inspection, Path]:
     needles = needles_of(trained, text, options.needle, options.needle.length or length, start, options.seed)
     _, rows = rows_of(config, trained.program.mesh, min(options.rows, -(-(len(text) + 1) // length)))
     batch = rows_of_text(text, rows, length, start, trained.tokenizer.eos_id)
-    first = batch.tokens[0, : min(LENGTH, length)]
+    window = window_of(options.tokens, text, length, start)
 
     probe, recall = probing(trained, observer), recalling(trained, needles)
-    look = token_by_token(trained, first, trained.tokenizer.token_strings(first))
+    look = token_by_token(trained, window, trained.tokenizer.token_strings(window.ids[window.before :]))
 
     def found(masking: Masking) -> Found:
         log.info("looking at %s", masking.name)
@@ -136,13 +143,12 @@ def inspect(run: Path, options: InspectOptions) -> tuple[Inspection, Path]:
         recalled = recall(kept)
         widest = max(map(len, recalled.scores))
         arrays = {**probe_arrays(layers), "retrieval": padded_layers(recalled.scores, (widest,))}
-        losses = np.concatenate([[np.nan], np.where(batch.loss_mask[0] > 0, nll[0], np.nan)])[: len(first)]
-        return Found(masking, float(nll.sum() / batch.loss_mask.sum()), recalled, arrays, look(kept, losses))
+        return Found(masking, float(nll.sum() / batch.loss_mask.sum()), recalled, arrays, look(kept))
 
     models = [found(Masking("all heads"))]
     models += [found(masking) for masking in _maskings(options, trained, models[0].recall)]
-    read, prompts, size = int(batch.loss_mask.sum()), *needles.ids.shape
-    inspection = Inspection(run, trained, options, read, len(text), length, prompts, size, heads, models)
+    read, (prompts, size) = min(rows * length, len(text)), needles.ids.shape
+    inspection = Inspection(run, trained, options, read, len(text), length, window, prompts, size, heads, models)
     write_atomically(out / RESULTS, json.dumps(strict(inspection.to_json())) + "\n")
     from plait.train.report.inspection import write_inspection
 

@@ -22,6 +22,8 @@ class InspectOptions:
     """Rows of the text."""
     length: Length | None = None
     """Tokens of a row; by default those of the run's, at most 512, or the text's where it has fewer."""
+    tokens: Line | None = None
+    """Tokens of the text that are shown one by one, FIRST:END from 0, at most 64; by default the first ones."""
     heads: Line | None = None
     """Heads whose attention is shown, as LAYER.HEAD from 0: "3.1,12.0"; by default the telling ones of each mixer."""
     mask_heads: Line | None = None

@@ -31,6 +31,13 @@ class Probe(Component, abc.ABC):
     statistics: ClassVar[tuple[Statistic, ...]]
     by_default: ClassVar[bool] = True
     """Whether it runs where no probes are named: those that cost more, or that few runs need, are asked for."""
+    title: ClassVar[str | None] = None
+    """As the report calls it, where its name in words is not what it is called."""
+
+    @classmethod
+    def topic(cls) -> str:
+        """As the report calls it."""
+        return cls.title or cls.name.replace("_", " ").capitalize()
 
     @abc.abstractmethod
     def measure(self, look: Look, config: ProbeConfig) -> Mapping[str, jax.Array | None]:

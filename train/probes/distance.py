@@ -23,6 +23,7 @@ class Distance(Probe):
     """The looked-at rows' weights by how far back they look, and by where in its document a token stands."""
 
     by_default = False
+    title = "Distance of attention"
     statistics = (
         Statistic(
             name="attention_distance",

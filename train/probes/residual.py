@@ -13,6 +13,7 @@ from plait.train.probes.means import masked_mean, start_ratio
 from plait.train.probes.statistic import Metric, Panel, Statistic
 
 _SECTION = "Extreme values"
+_SAMPLE = 16  # tokens of a row
 
 
 @register("residual", source="Massive Activations (2402.17762); residual peaks (2410.13835)")
@@ -41,7 +42,7 @@ class Residual(Probe):
             name="residual_median",
             per="layer",
             unit="|x|",
-            meaning="median |x| of the residual stream after the block, of an even sample of tokens",
+            meaning=f"median |x| of the residual stream after the block, of an even sample of {_SAMPLE} tokens a sequence, padding left out",
         ),
         Statistic(
             name="residual_peak",
@@ -75,13 +76,17 @@ class Residual(Probe):
 
 
 def absolute_median(x: jax.Array, real: jax.Array) -> jax.Array:
-    """The median of |x|, `[B, T, D]` float32, over an even sample of the tokens that are `real` `[B, T]`; 0 where there is none.
+    """The median of |x|, `[B, T, D]` float32, over an even sample of each row's tokens that are `real` `[B, T]`, 16 of them or all where
+    there are fewer; 0 where there is none.
 
     The middle entries are found by counts alone, which halve the range of bit patterns: sorting takes several times as long, and would
     gather sharded axes."""
-    stride = max(1, x.shape[1] // 16)
-    x, most = x[:, ::stride], jnp.iinfo(jnp.int32).max
-    there = real[:, ::stride, None] & ~jnp.isnan(x)
+    count, every = real.sum(1)[:, None], jnp.arange(_SAMPLE)[None]
+    number = every * jnp.maximum(count, _SAMPLE) // _SAMPLE  # among the real tokens of the row
+    upto = jnp.cumsum(real, axis=1)[:, None]
+    place = jnp.argmax(upto > number[..., None], axis=-1)
+    x, most = jnp.take_along_axis(x, place[..., None], axis=1), jnp.iinfo(jnp.int32).max
+    there = (every < count)[..., None] & ~jnp.isnan(x)
     bits = jnp.where(there, jax.lax.bitcast_convert_type(x, jnp.int32), most)  # in the order of what is not negative
     count = there.sum()
 

@@ -20,6 +20,7 @@ class SinkKEps(Probe):
     """The published sink rate: of the first 64 tokens of each probed sequence that begins with so long a piece, all rows."""
 
     by_default = False
+    title = "Sink rate as published"
     statistics = (
         Statistic(
             name="sink_k_eps",

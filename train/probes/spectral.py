@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from plait.kernels.singular_values import lower_triangle
 from plait.models.axes import EMBED
 from plait.models.linear import dense_layers, spectral_norm
 from plait.models.look import LogitMap
@@ -24,6 +25,7 @@ class Spectral(Probe):
     """Largest singular values of the mixer's projections, sigmaReparam and adapters with them, and what follows for entropy."""
 
     by_default = False
+    title = "Spectral norms"
     statistics = (
         Statistic(
             name="spectral_norm",
@@ -99,8 +101,8 @@ def logit_norm(form: LogitMap) -> jax.Array:
     group = q.shape[0] // k.shape[0]
     if form.turned:
         return form.scale * spectral_norm(q) * jnp.repeat(spectral_norm(k), group)
-    r = jnp.linalg.qr(k, mode="r")  # keys' norm in each direction of the head
-    return form.scale * spectral_norm(jnp.einsum("hdk,hjk->hdj", q, jnp.repeat(r, group, axis=0), precision="highest"))
+    sizes = lower_triangle(jnp.swapaxes(k, 1, 2))  # of keys in each direction of the head
+    return form.scale * spectral_norm(jnp.einsum("hdk,hkj->hdj", q, jnp.repeat(sizes, group, axis=0), precision="highest"))
 
 
 def least_entropy(norm: jax.Array, tokens: jax.Array) -> jax.Array:

@@ -25,6 +25,7 @@ class WaadFai(Probe):
     """Windowed average attention distance of the model's local heads, and future attention influence in its global ones."""
 
     by_default = False
+    title = "WAAD and FAI"
     statistics = (
         Statistic(
             name="waad",

@@ -25,7 +25,7 @@ def write_report(runs: Sequence[Path], out: Path | None = None, *, reload: float
     Args:
       runs: run folders; several are overlaid in one page.
       out: folder for the page; `report/` in the run folder, or beside the first run when there are several.
-      reload: seconds after which a browser loads the page again; None: never.
+      reload: as for `page.page`.
     Raises:
       ValueError: a folder is not a run, `runs` is empty, or `out` holds files that are of no report.
     """

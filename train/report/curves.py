@@ -24,9 +24,12 @@ from plait.train.report.style import (
     value_axis,
 )
 
+CROSSES = 200  # at most, of losses that are not finite
+
 
 def smooth(values: np.ndarray, share: float = 0.02) -> np.ndarray:
-    """An exponential mean over about `share` of the points, and over no more than a tenth of those so far; NaN are skipped.
+    """An exponential mean over about `share` of the points, and over no more than a tenth of those so far; NaN where a point is not finite,
+    without a part in the mean.
 
     The second bound keeps the line from lagging behind the steep start of a loss.
     """
@@ -36,7 +39,6 @@ def smooth(values: np.ndarray, share: float = 0.02) -> np.ndarray:
         decay = 1 - 1 / max(1.0, min(share * len(values), 0.1 * (index + 1)))
         if math.isfinite(value):
             mean, weight = decay * mean + (1 - decay) * value, decay * weight + (1 - decay)
-        if weight:
             smoothed[index] = mean / weight
     return smoothed
 
@@ -84,6 +86,8 @@ def loss(runs: Sequence[Run]) -> Picture | str:
     caption = "Faint: every logged training loss. Solid: its exponential mean over 2% of the points. Circles: validation loss."
     if any(event["kind"] == "loss_spike" for run in runs for event in run.events):
         caption += " Triangles on the upper edge mark loss spikes."
+    if any(not np.isfinite(run.series("loss/train")[1]).all() for run in runs):
+        caption += " Where a training loss is not finite, the line has a gap, and a cross is on the upper edge."
     return picture("loss", figure, caption)
 
 
@@ -145,6 +149,16 @@ def _loss_of(ax: Axes, run: Run, index: int, start: float, *, alone: bool) -> li
     spikes = [event["step"] for event in run.events if event["kind"] == "loss_spike" and event["step"] >= start]
     place = {"transform": ax.get_xaxis_transform(), "clip_on": False, "linestyle": "", "markeredgewidth": 0}
     ax.plot(spikes, [1.015] * len(spikes), marker="v", color=INK if alone else colour, markersize=6, **place)
+    broken = steps[late & ~np.isfinite(values)]
+    broken = broken[np.linspace(0, len(broken) - 1, min(len(broken), CROSSES)).astype(int)]
+    ax.plot(
+        broken,
+        [1.015] * len(broken),
+        marker="x",
+        color=INK if alone else colour,
+        markersize=5,
+        **place | {"markeredgewidth": 1.2},
+    )
     return [level for level in levels if math.isfinite(level)]
 
 

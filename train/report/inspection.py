@@ -74,12 +74,16 @@ def _sections(found: Inspection, runs: list[Run]) -> list[Section]:
     return [
         Section("Summary", "What the model does on the text", [Markup(_summary(found))]),
         Section(
-            "Tokens", "Token by token", [tokens.received(names, first), tokens.sizes(names, first), tokens.made_of(names, first)]
+            "Tokens",
+            "Token by token",
+            [Markup(page.lead(_shown(found)))]
+            + [draw(names, first, found.window.told) for draw in (tokens.received, tokens.sizes, tokens.made_of)],
         ),
         Section(
             "Pictures",
             "Attention pictures",
-            [
+            [Markup(page.lead(_shown(found)))]
+            + [
                 item
                 for index, run in enumerate(runs)
                 for item in ([Markup(page.heading(index, run))] if len(runs) > 1 else []) + [pictures[index]]
@@ -108,18 +112,24 @@ def _summary(found: Inspection) -> str:
         for one in found.models
     ]
     head = ["model", "heads left out", "loss (nats/token)", *TITLES]
-    of = "all" if found.read >= found.of else f"{found.read:,} of {found.of:,}"
     needle = found.options.needle
     text = (
-        f"Read: {of} tokens of {found.options.text.name}, in rows of {found.length}. Needles: {found.needles} of {needle.cue + needle.answer} "
-        f"tokens drawn from the text's own, in prompts of {found.prompt_length} tokens; after its first {needle.cue} the model is to say the "
-        f"other {needle.answer}."
+        f"Read: {found.part} tokens of {found.options.text.name}, in rows of {found.length}. Needles: {found.needles} of "
+        f"{needle.cue + needle.answer} tokens drawn from the text's own, in prompts of {found.prompt_length} tokens; after its first "
+        f"{needle.cue} the model is to say the other {needle.answer}."
     )
     return page.lead(text) + page.table(head, rows, numbers=range(2, len(head)))
 
 
+def _shown(found: Inspection) -> str:
+    window = found.window
+    return f"Of {window.words}" + (
+        f", read after {window.before} before them, which stand as one, {window.name}." if window.before else "."
+    )
+
+
 def _losses(found: Inspection) -> str:
-    """The first tokens with their loss, folded."""
+    """The tokens that are shown, with their loss, folded."""
     head = ["token", *(f"loss, {one.masking.name}" for one in found.models)]
     losses = [one.tokens.losses for one in found.models]
     rows = [

@@ -9,6 +9,7 @@ from typing import Any
 
 from plait.train.probes.docs import every_watcher
 from plait.train.report.curves import event_title
+from plait.train.report.kept import SCRIPT
 from plait.train.report.run import Run, facts
 from plait.train.report.sheet import CSS
 from plait.train.report.style import Picture, kind_colour, run_colour
@@ -39,16 +40,23 @@ class Section:
 
 
 def page(title: str, head: str, sections: Sequence[Section], *, made: str, reload: float | None) -> str:
-    """The whole page; a browser loads it again after so many seconds. Args: `title` begins as `MARK` does; `made` says of what it is made."""
+    """The whole page.
+
+    Args:
+      title: begins as `MARK` does.
+      made: says of what it is made.
+      reload: seconds after which a browser loads it again, with what was open; 0: it is the last of such pages; None: it never was one.
+    """
     links = "".join(f'<a href="#{anchor(one.short)}">{escape(one.short)}</a>' for one in sections)
     body = (_contents(sections) if len(sections) > MANY else "") + "".join(_section(one) for one in sections)
     foot = f"Written by plait {made}; the figures are also PNG files beside this page."
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f"<title>{escape(title)}</title>{'' if reload is None else _reload(reload)}"
+        f"<title>{escape(title)}</title>{_reload(reload) if reload else ''}"
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>{CSS}</style></head><body>"
-        f"<header><div>{head}</div></header><nav><div>{links}</div></nav><main>{body}</main><footer>{foot}</footer></body></html>\n"
+        f"<header><div>{head}</div></header><nav><div>{links}</div></nav><main>{body}</main><footer>{foot}</footer>"
+        f"{'' if reload is None else SCRIPT}</body></html>\n"
     )
 
 
@@ -93,7 +101,8 @@ def show(item: Picture | str) -> str:
     if isinstance(item, str):
         return f'<p class="none">{escape(item)}</p>'
     alt = escape(item.caption, quote=True)
-    image = f'<img src="{item.source}" alt="{alt}" loading="lazy">'
+    width, height = item.size
+    image = f'<img src="{item.source}" alt="{alt}" width="{width}" height="{height}" loading="lazy">'
     return f"<figure><div>{image}</div><figcaption>{escape(item.caption)}</figcaption></figure>"
 
 

@@ -100,6 +100,11 @@ class Picture:
     width: float
 
     @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels, as the PNG's first chunk has them: with these a page keeps its places before pictures are there."""
+        return int.from_bytes(self.png[16:20], "big"), int.from_bytes(self.png[20:24], "big")
+
+    @property
     def source(self) -> str:
         """The image as a data URL."""
         return "data:image/png;base64," + base64.b64encode(self.png).decode()

@@ -14,7 +14,7 @@ from plait.train.spikes import LossSpikes
 def summary(run: Run) -> dict[str, str]:
     """A sentence or two for each topic the data tells of: loss, stability, what each probe says, speed."""
     tellers = {"Loss": _loss, "Stability": _stability}
-    tellers |= {probe.name.replace("_", " ").capitalize(): probe.summary for probe in chosen()}
+    tellers |= {probe.topic(): probe.summary for probe in chosen()}
     tellers["Speed"] = _speed
     return {topic: sentence[0].upper() + sentence[1:] for topic, tell in tellers.items() if (sentence := tell(run))}
 

@@ -13,20 +13,20 @@ from plait.train.inspection.tokens import TokenByToken
 from plait.train.report.attention import token_axes
 from plait.train.report.style import AMOUNT_MAP, Picture, blank, colour_bar, panels, picture, run_colour, value_axis
 
-_LABELS = 64
+_LABELS = 65
 
 
-def received(names: Sequence[str], found: Sequence[TokenByToken]) -> Picture:
-    """Layer x token of each model: the share that later tokens give to one."""
+def received(names: Sequence[str], found: Sequence[TokenByToken], told: str) -> Picture:
+    """Layer x token of each model: the share that later tokens give to one; `told` ends the caption."""
     norm = Normalize(0, 1)
     caption = (
         "Layer (down) by token (across): the mean share of attention that a later token gives to this one, over the heads of the layer. A dark "
         "column is a sink. Of the model without heads it is what the masked heads would give too."
     )
-    return _maps("received", names, found, [one.received for one in found], norm, caption)
+    return _maps("received", names, found, [one.received for one in found], norm, caption + told)
 
 
-def sizes(names: Sequence[str], found: Sequence[TokenByToken]) -> Picture:
+def sizes(names: Sequence[str], found: Sequence[TokenByToken], told: str) -> Picture:
     """Layer x token of each model: the largest entry of the residual stream over the median one."""
     values = [one.largest / np.maximum(one.median, 1e-30)[:, None] for one in found]
     low, high = np.nanmin(values), np.nanmax(values)
@@ -34,19 +34,19 @@ def sizes(names: Sequence[str], found: Sequence[TokenByToken]) -> Picture:
         "Layer by token: the largest |x| of the residual stream after the layer over the layer's median |x|. Above 1000 (and |x| above 100) an "
         "activation is called massive."
     )
-    return _maps("sizes", names, found, values, LogNorm(low, max(high, 2 * low)), caption)
+    return _maps("sizes", names, found, values, LogNorm(low, max(high, 2 * low)), caption + told)
 
 
-def made_of(names: Sequence[str], found: Sequence[TokenByToken]) -> Picture | str:
+def made_of(names: Sequence[str], found: Sequence[TokenByToken], told: str) -> Picture | str:
     """The tokens of which the last one is made, by rollout and by flow."""
-    told = [one.made_of for one in found]
-    if not told[0]:
+    shares = [one.made_of for one in found]
+    if not shares[0]:
         return "The first layer has no attention, so what the last token is made of is not known."
     tokens = found[0].names
     figure, axes = panels(2, columns=1, height=1.5, left=0.72, gap=(0, 0.95), margin=(0.36, 0.75))
     width = 0.8 / len(found)
     for ax, name in zip(axes, ("rollout", "flow")):
-        for index, own in enumerate(told):
+        for index, own in enumerate(shares):
             ax.bar(np.arange(len(tokens)) + (index - (len(found) - 1) / 2) * width, own[name], width, color=run_colour(index))
         token_axes(ax, tokens, keys=True, queries=False, most=_LABELS)
         ax.set_xlabel("")
@@ -58,7 +58,7 @@ def made_of(names: Sequence[str], found: Sequence[TokenByToken]) -> Picture | st
         "Of what the last token is made, over all layers that have attention, if each mixed tokens by the mean of its heads and a residual "
         "of the same size. Rollout multiplies layers; flow takes them for pipes, whose narrowest part counts."
     )
-    return picture("made_of", figure, caption)
+    return picture("made_of", figure, caption + told)
 
 
 def _maps(

@@ -46,7 +46,7 @@ def watch(runs: Sequence[Path], out: Path | None, every: float, say: Callable[[s
                     say("waiting for the first metrics")
             elif new != seen or not goes_on:
                 try:
-                    page_of = write_report(folders, out, reload=every if goes_on else None)
+                    page_of = write_report(folders, out, reload=every if goes_on else 0)
                     if written is None:
                         say(
                             f"report: {page_of}"

@@ -29,11 +29,33 @@ def test_effective_rank_is_that_of_the_singular_values(shape):
     assert_close(effective_rank(jnp.asarray(x, jnp.float32)), [rank(one) for one in x])
 
 
+def made_of(values):
+    """A square matrix with these singular values."""
+    rng = np.random.default_rng(len(values))
+    left, right = (np.linalg.qr(rng.normal(size=(len(values),) * 2))[0] for _ in range(2))
+    return jnp.asarray((left * values) @ right, jnp.float32)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        made_of(np.logspace(0, -4, 24)),
+        made_of([2.0] * 12 + [1.0] * 12),
+        jnp.asarray(np.random.default_rng(4).normal(size=(24, 2)) @ np.random.default_rng(5).normal(size=(2, 16)), jnp.float32),
+        jnp.asarray(np.random.default_rng(6).normal(size=(24, 16)), jnp.bfloat16),
+    ],
+    ids=["conditioned badly", "repeated", "of low rank", "bfloat16"],
+)
+def test_effective_rank_keeps_to_the_rule_whatever_the_singular_values(x):
+    assert_close(effective_rank(x), np.float32(rank(np.asarray(x, np.float64))))
+
+
 def test_effective_rank_of_what_needs_no_computation():
     ones, diagonal = np.ones((64, 32)), np.diag([3.0, 3.0, 0, 3.0])
     assert_close(effective_rank(jnp.asarray(ones)), np.float32(1))
     assert_close(effective_rank(jnp.asarray(diagonal)), np.float32(3))
     assert_close(effective_rank(jnp.zeros((3, 3))), np.float32(0))
+    assert np.isnan(effective_rank(jnp.full((3, 3), jnp.inf)))
 
 
 def test_tokens_are_those_of_each_rows_longest_document_without_its_first():
