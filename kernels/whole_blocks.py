@@ -14,7 +14,7 @@ Array = jax.Array
 
 
 class WholeBlocks(NamedTuple):
-    """The blocks of a row that have come to their end, in order; at most T // block_size, however many documents there are."""
+    """The blocks of a row that have come to their end, in order: N from 1 to T // block_size, however many documents there are."""
 
     index: Array
     """int32 [B, N, C], where each block's tokens stand in the row."""
@@ -36,16 +36,17 @@ class WholeBlocks(NamedTuple):
         return total / jnp.maximum(real.sum(2), 1).astype(total.dtype)
 
 
-def whole_blocks(at: Tokens, block_size: int) -> WholeBlocks:
+def whole_blocks(at: Tokens, block_size: int, span: int | None = None) -> WholeBlocks:
     """The blocks of `block_size` tokens that have ended: their last token is there, or a later one of the segment.
 
     Args:
       at: segments and positions filled in, [B, T]; the tokens of each segment in order.
       block_size: tokens a block, from the segment's start.
+      span: tokens C that are given of each, from the block's first one on, those of later blocks too; None is block_size.
     """
     ids, positions = at.segment_ids, at.positions
     batch, length = ids.shape
-    count = length // block_size
+    count = max(1, length // block_size)
     real, number = ids != 0, positions // block_size
     here = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), ids.shape)
     after = jax.lax.cummin(jnp.where(real, here, length), axis=1, reverse=True)
@@ -58,8 +59,8 @@ def whole_blocks(at: Tokens, block_size: int) -> WholeBlocks:
     of = lambda x: jnp.take_along_axis(x, last, axis=1)
     own = Tokens(segment_ids=jnp.where(found, of(ids), 0), positions=jnp.where(found, of(number), 0))
     begin = last - (of(positions) - own.positions * block_size)  # a block takes up its places, padding included
-    index = begin[:, :, None] + jnp.arange(block_size, dtype=jnp.int32)[None, None]
-    index = jnp.clip(index, 0, length - 1)
+    offset = jnp.arange(span or block_size, dtype=jnp.int32)[None, None]
+    index = jnp.clip(begin[:, :, None] + offset, 0, length - 1)
     flat = lambda x: jnp.take_along_axis(x, index.reshape(batch, -1), axis=1).reshape(index.shape)
-    same = (flat(ids) == own.segment_ids[..., None]) & (flat(number) == own.positions[..., None])
+    same = (flat(ids) == own.segment_ids[..., None]) & (flat(positions) == own.positions[..., None] * block_size + offset)
     return WholeBlocks(index, same & found[..., None], own)

@@ -58,9 +58,7 @@ class Slots:
     def write(self, cache: Cache, new: Mapping[str, jax.Array], at: Tokens) -> Cache:
         """The cache with `new` `[B, T, ...]` of the tokens in the last token's segment."""
         positions, slots = at.positions, at.positions
-        keep = jnp.ones_like(positions, bool)
-        if at.segment_ids is not None:
-            keep = (at.segment_ids > 0) & (at.segment_ids == at.segment_ids[:, -1:])
+        keep = current(at)
         if self.window_size is not None:
             sinks = self.num_sink_tokens
             slots = jnp.where(positions < sinks, positions, sinks + (positions - sinks) % self.window_size)
@@ -72,3 +70,10 @@ class Slots:
             return old.at[row, slots].set(new.astype(old.dtype), mode="drop")
 
         return Cache({name: put(cache.entries[name], new[name]) for name in cache.entries}, put(cache.positions, positions))
+
+
+def current(at: Tokens) -> jax.Array:
+    """bool `[B, T]`: the tokens in the last token's segment, which decoding goes on with."""
+    if at.segment_ids is None:
+        return jnp.ones_like(at.positions, bool)
+    return (at.segment_ids > 0) & (at.segment_ids == at.segment_ids[:, -1:])

@@ -34,6 +34,8 @@ def topk_blocks(
     num_first: int = 0,
     by_group: bool = False,
     scale: float | None = None,
+    stride: int | None = None,
+    span: int | None = None,
     at: Tokens | None = None,
     implementation: str = "auto",
 ) -> SelectedBlocks:
@@ -51,20 +53,26 @@ def topk_blocks(
       top_k: blocks a query sees, at least num_local + num_first.
       block_size: tokens a block.
       num_blocks: blocks that the longest segment may have.
-      num_local: blocks up to and with the query's own, at least 1; causality inside them is the mask's part.
+      num_local: blocks up to and with the query's own, at least 1; causality inside them is the mask's part. With a block_size of 1 it may
+        be 0: the query's own token has a score like others.
       num_first: leading blocks of the segment.
       by_group: the heads of one group of blocks choose together, by the sum of their scores (NSA).
       scale: scores are softmax_n(scale q_i . c_n) of each head, as the sums of NSA; None for the products themselves.
+      stride: what is scored in place of the blocks are runs of `span` tokens that begin every `stride`, numbered in their segment; a
+        block's score is the sum of those of the runs over it, as often as they have strides in it. It divides span and block_size.
+        None is blocks themselves.
+      span: tokens of such a run; a query has scores for the runs whose last token it sees.
       at: what is known of the queries; padding selects nothing. None is one segment.
       implementation: "auto", "chunked" or "reference".
 
     Returns:
-      `SelectedBlocks` of int32 [B, T, H, min(top_k, N + 1)], or of Hkv heads with `by_group`, to be used with a causal mask.
+      `SelectedBlocks` of int32 [B, T, H, min(top_k, N + 1)], or of Hkv heads with `by_group`, to be used with a causal mask; with
+      `stride` num_blocks stands for N.
 
     Raises:
       ValueError: a shape, count or known segment id does not fit, or the implementation is unknown.
 
-    Source: MoBA, arXiv 2502.13189, equations 5 to 7; group scores, first and local blocks of NSA, 2502.11089.
+    Source: MoBA, arXiv 2502.13189, equations 5 to 7; NSA, 2502.11089, equations 8 to 10, first and local blocks.
     """
     op = "topk_blocks"
     check_rank(op, "q", q, "[B, T, H, K]")
@@ -78,10 +86,17 @@ def topk_blocks(
     for name, value in (("block_size", block_size), ("num_blocks", num_blocks)):
         if value < 1:
             raise ValueError(f"{op}: {name}={value} must be at least 1; use 64 tokens, and as many as the longest segment has")
-    if num_local < 1 or num_first < 0 or top_k < num_local + num_first:
+    least = 0 if block_size == 1 else 1
+    if num_local < least or num_first < 0 or top_k < max(num_local + num_first, 1):
         raise ValueError(
-            f"{op}: top_k={top_k} must hold num_local={num_local} (at least 1) and num_first={num_first} (at least 0); "
+            f"{op}: top_k={top_k} must hold num_local={num_local} (at least {least}) and num_first={num_first} (at least 0); "
             f"use at least {max(num_local, 1) + max(num_first, 0)}"
+        )
+    if (stride is None) != (span is None):
+        raise ValueError(f"{op}: stride={stride} and span={span} are of one thing; give both, or None for both")
+    if stride is not None and span is not None and (stride < 1 or span < stride or span % stride or block_size % stride):
+        raise ValueError(
+            f"{op}: stride={stride} must be at least 1 and divide span={span} and block_size={block_size}; use 16 for 32 and 64"
         )
     q, blocks = jax.lax.stop_gradient((q, blocks))
     places = (at or Tokens()).placed(*q.shape[:2])
@@ -96,5 +111,8 @@ def topk_blocks(
         num_first=num_first,
         by_group=by_group,
         scale=scale,
+        num_blocks=num_blocks,
+        stride=stride,
+        span=span,
     )
     return SelectedBlocks(indices=_op(implementation, call), block_size=block_size, num_blocks=num_blocks)

@@ -31,3 +31,8 @@ class TopkCall(Call):
     num_first: int = field(metadata=OPTION)
     by_group: bool = field(metadata=OPTION)
     scale: float | None = field(metadata=OPTION)
+    num_blocks: int = field(metadata=OPTION)
+    stride: Any = field(metadata=OPTION, default=None)
+    """int, or None where blocks are scored themselves."""
+    span: Any = field(metadata=OPTION, default=None)
+    """int with a stride, or None."""

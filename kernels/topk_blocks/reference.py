@@ -1,4 +1,4 @@
-"""Block selection as written: all scores of all queries with all key blocks."""
+"""Block selection as written: all scores of all queries with all that is scored."""
 
 import jax
 import jax.numpy as jnp
@@ -13,26 +13,70 @@ _FORCED, _NEVER = 1e30, -1e30
 
 def topk_blocks(call: TopkCall) -> Array:
     """See `plait.kernels.topk_blocks`; the indices."""
-    ids, blocks, blocks_at = call.at.segment_ids, call.blocks, call.blocks_at
+    ids, blocks = call.at.segment_ids, call.blocks
     dtype, num_kv_heads = accumulation_dtype(call.q, blocks), blocks.shape[2]
-    own = jnp.where(ids != 0, call.at.positions // call.block_size, -1)[:, :, None]  # [B, T, 1]
-    number = blocks_at.positions[:, None, :]  # [B, 1, N]
-    same = (blocks_at.segment_ids[:, None, :] == ids[:, :, None]) & (ids != 0)[:, :, None]
-    past = same & (number < own)
+    own = _own(call)
+    number = call.blocks_at.positions[:, None, :]  # [B, 1, N]
+    seen = scored(call)
     grouped = call.q.astype(dtype).reshape(*call.q.shape[:2], num_kv_heads, -1, call.q.shape[-1])
     scores = jnp.einsum("btgrk,bngk->btgrn", grouped, blocks.astype(dtype), precision="highest")
     if call.scale is not None:
-        whole = (number + 1) * call.block_size <= call.at.positions[
-            :, :, None
-        ] + 1  # at its last token a query's own block is, too
-        seen = ((past | (number == own)) & whole & same)[:, :, None, None]
-        scores = jnp.where(seen, jax.nn.softmax(jnp.where(seen, call.scale * scores, _NEVER), axis=-1), 0)
+        scores = jax.nn.softmax(jnp.where(seen[:, :, None, None], call.scale * scores, _NEVER), axis=-1)
+    scores = jnp.where(seen[:, :, None, None], scores, 0)
     scores = scores.sum(3) if call.by_group else scores.reshape(*scores.shape[:2], -1, scores.shape[-1])  # [B, T, Hs, N]
+    if call.stride is None:
+        past = _same(call) & _before(call, number, own)
+    else:
+        scores, number = _of_blocks(call, scores), jnp.arange(call.num_blocks, dtype=jnp.int32)[None, None]
+        past = (ids != 0)[:, :, None] & _before(call, number, own)
     forced = past & ((number > own - call.num_local) | (number < call.num_first))
     scores = jnp.where(past[:, :, None], scores, _NEVER)
     scores = jnp.where(forced[:, :, None], _FORCED, scores)
     count = scores.shape[-1]
-    best, at = jax.lax.top_k(scores[..., ::-1], min(call.top_k - 1, count))  # of equal scores the later block counts more
+    best, at = jax.lax.top_k(
+        scores[..., ::-1], min(call.top_k - (call.num_local > 0), count)
+    )  # of equal scores the later block counts more
     numbers = jnp.take_along_axis(jnp.broadcast_to(number[:, :, None], scores.shape), count - 1 - at, axis=-1)
     chosen = jnp.where(best > _NEVER / 2, numbers, -1)
+    if not call.num_local:
+        return chosen.astype(jnp.int32)
     return jnp.concatenate([jnp.broadcast_to(own[:, :, None], (*chosen.shape[:3], 1)), chosen], axis=-1).astype(jnp.int32)
+
+
+def scored(call: TopkCall) -> Array:
+    """bool [B, T, N]: what each query has a score for."""
+    number = call.blocks_at.positions[:, None, :]
+    if call.scale is None and call.stride is None:
+        return _same(call) & _before(call, number, _own(call))
+    stride, span = (call.block_size,) * 2 if call.stride is None else (call.stride, call.span)
+    # at its last token a query's own block is whole, too
+    return _same(call) & (number * stride + span <= call.at.positions[:, :, None] + 1)
+
+
+def _before(call: TopkCall, number: Array, own: Array) -> Array:
+    """Whether a block may be chosen by its score: one before the query's own, or, of tokens that are not always chosen, it too."""
+    return number < own if call.num_local else number <= own
+
+
+def _own(call: TopkCall) -> Array:
+    """The number [B, T, 1] of each query's own block; -1 of padding."""
+    return jnp.where(call.at.segment_ids != 0, call.at.positions // call.block_size, -1)[:, :, None]
+
+
+def _same(call: TopkCall) -> Array:
+    """bool [B, T, N]: what is of each query's own segment."""
+    ids = call.at.segment_ids[:, :, None]
+    return (call.blocks_at.segment_ids[:, None, :] == ids) & (ids != 0)
+
+
+def _of_blocks(call: TopkCall, scores: Array) -> Array:
+    """Scores [B, T, Hs, num_blocks] of the blocks of each query's segment, by number, of those [B, T, Hs, N] of the runs over them."""
+    step, reach = call.block_size // call.stride, call.span // call.stride
+    runs = jnp.zeros((*scores.shape[:3], call.num_blocks * step), scores.dtype)
+    runs = jax.vmap(lambda runs, number, score: runs.at[..., number].add(score, mode="drop"))(
+        runs, call.blocks_at.positions, scores
+    )
+    runs = jnp.pad(runs, ((0, 0),) * 3 + ((reach - 1, 0),))  # the first are from `reach - 1` runs before the first block
+    shares = [sum(0 <= m < step for m in range(first, first + reach)) for first in range(1 - reach, step)]
+    last = (call.num_blocks - 1) * step + 1
+    return sum((share * runs[..., i : i + last : step] for i, share in enumerate(shares)), jnp.zeros((), scores.dtype))

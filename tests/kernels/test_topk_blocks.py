@@ -112,6 +112,8 @@ def test_all_blocks_are_dense_attention():
         ({"top_k": 1, "num_local": 2}, "top_k=1 must hold num_local=2"),
         ({"top_k": 2, "block_size": 0}, "block_size=0 must be at least 1"),
         ({"top_k": 2, "num_blocks": 0}, "num_blocks=0 must be at least 1"),
+        ({"top_k": 2, "stride": 4}, "stride=4 and span=None are of one thing; give both"),
+        ({"top_k": 2, "stride": 3, "span": 6}, "stride=3 must be at least 1 and divide span=6 and block_size=8"),
         (
             {"top_k": 2, "blocks_at": Tokens(None, *[jnp.ones((BATCH, 3), jnp.int32)] * 2)},
             r"blocks_at.segment_ids.shape=\(2, 3\) must be",

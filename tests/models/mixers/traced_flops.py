@@ -16,11 +16,15 @@ from plait.kernels import dispatch
 from plait.kernels.attention import AttentionStats
 from plait.kernels.attention.call import AttentionCall
 from plait.kernels.dispatch import Implementation
+from plait.kernels.topk_blocks import reference as topk
+from plait.kernels.topk_blocks.call import TopkCall
 from plait.kernels.weighted_attention import reference
 from plait.kernels.weighted_attention.call import WeightedCall
 
 ATTENTION = ("attention", "routed_attention")
 """Ops whose operations are the pairs that a query sees, whatever an implementation computes besides."""
+SELECTION = "topk_blocks"
+"""Such an op, whose pairs are a query and a block that it scores."""
 BY_RULE = "weighted_attention"
 """Such an op: a pair costs what one more key adds to one more row of its reference, and a row what it costs without keys."""
 
@@ -32,6 +36,8 @@ def count_flops(monkeypatch: pytest.MonkeyPatch, run: Callable, *args: jax.Array
         chosen = {"reference": op.implementations["reference"]}
         if name in ATTENTION:
             chosen = {"reference": Implementation(functools.partial(_attention, pairs, name == "attention"))}
+        elif name == SELECTION:
+            chosen = {"reference": Implementation(functools.partial(_selection, pairs))}
         elif name == BY_RULE:
             chosen = {"reference": Implementation(functools.partial(_by_rule, pairs))}
         monkeypatch.setattr(op, "implementations", chosen)
@@ -55,6 +61,13 @@ def _attention(pairs: list[jax.Array], with_stats: bool, call: AttentionCall) ->
     o = jnp.zeros((*call.q.shape[:3], call.v.shape[3]), call.q.dtype)
     stats = AttentionStats(*[jnp.zeros(o.shape[:3])] * len(AttentionStats._fields))
     return (o, stats) if with_stats else o
+
+
+def _selection(pairs: list[jax.Array], call: TopkCall) -> jax.Array:
+    """The choice itself, on which other pairs depend; the scores that it has no use for are taken off its traced product."""
+    (batch, length, heads, channels), count = call.q.shape, call.blocks.shape[1]
+    pairs.append(2 * channels * heads * (topk.scored(call).sum() - batch * length * count))
+    return topk.topk_blocks(call)
 
 
 def _by_rule(pairs: list[jax.Array], call: WeightedCall) -> jax.Array:
