@@ -160,6 +160,9 @@ BAD = {
         lambda run, text: [str(run), "--mask-heads", "9.0"],
         "mask_heads='9.0': 9.0 is in layer 9",
     ),
+    "digits of another script": (lambda run, text: [str(run), "--heads", "٠.1"], "'٠.1' is no head; write LAYER.HEAD"),
+    "heads by a wrong name": (lambda run, text: [str(run), "--mask-heads", "retreival"], "is no head; did you mean 'retrieval'?"),
+    "no needle": (lambda run, text: [str(run), "--needle.prompts", "0"], "needle.prompts=0 must be a whole number from 1"),
     "a probe that is not there": (lambda run, text: [str(run), "--probe.only", "entropi"], "did you mean 'entropy'"),
     "a count without heads": (
         lambda run, text: [str(run), "--mask-count", "2"],

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -37,13 +38,15 @@ class Masking:
         return kept
 
 
-def named_heads(option: str, text: str, model: LMConfig) -> tuple[Head, ...]:
-    """The heads of `L.H,L.H`. Raises InspectError for what names none of the model."""
+def named_heads(option: str, text: str, model: LMConfig, others: Sequence[str] = ()) -> tuple[Head, ...]:
+    """The heads of `L.H,L.H`. Raises InspectError for what names none of the model; `others` are words that the option knows besides."""
     counts = num_heads(model)
     found = []
     for word in filter(None, (part.strip() for part in text.split(","))):
-        if not re.fullmatch(r"\d+\.\d+", word):
-            raise InspectError(f"{option}={text!r}: {word!r} is no head; write LAYER.HEAD, both from 0, as 3.1,12.0")
+        if not re.fullmatch(r"[0-9]{1,18}\.[0-9]{1,18}", word):
+            near = difflib.get_close_matches(word.lower(), others, 1)
+            fix = f"did you mean {near[0]!r}?" if near else "write LAYER.HEAD, both from 0, as 3.1,12.0"
+            raise InspectError(f"{option}={text!r}: {word!r} is no head; {fix}")
         layer, head = map(int, word.split("."))
         if layer >= len(counts):
             raise InspectError(f"{option}={text!r}: {word} is in layer {layer}, and the layers are 0 to {len(counts) - 1}")

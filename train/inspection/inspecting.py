@@ -35,6 +35,7 @@ RESULTS = "inspection.json"
 _LENGTH = 512
 _SHARE = 0.05
 _EVERY = 2**20
+_SETS = ("retrieval", "random")  # of heads that are left out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,14 +204,14 @@ def _count(options: InspectOptions, there: int) -> int:
 def _check_masks(options: InspectOptions, trained: Trained) -> None:
     """Raises InspectError where heads are to be left out that cannot be."""
     asked, model = options.mask_heads, trained.program.config.model
-    if asked not in ("retrieval", "random"):
+    if asked not in _SETS:
         if options.mask_count is not None:
             raise InspectError(
                 f"mask_count={options.mask_count} is of --mask-heads retrieval or random; "
                 + ("name one of them" if asked is None else "leave it out, or name as many heads")
             )
         if asked is not None:
-            check_maskable("mask_heads", asked, named_heads("mask_heads", asked, model), model)
+            check_maskable("mask_heads", asked, named_heads("mask_heads", asked, model, _SETS), model)
         return
     there = len(maskable(model))
     most = there // 2 if asked == "retrieval" else there
@@ -231,8 +232,8 @@ def _maskings(options: InspectOptions, trained: Trained, recall: Recall) -> Iter
     asked, model = options.mask_heads, trained.program.config.model
     if asked is None:
         return
-    if asked not in ("retrieval", "random"):
-        heads = named_heads("mask_heads", asked, model)
+    if asked not in _SETS:
+        heads = named_heads("mask_heads", asked, model, _SETS)
         yield Masking(f"without {asked}" if len(heads) <= 4 else f"without {len(heads)} named heads", heads)
         return
     there, rng = maskable(model), np.random.default_rng(options.seed)

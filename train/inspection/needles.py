@@ -40,6 +40,7 @@ STATISTIC = Statistic(
 class NeedleConfig(Config):
     """Tokens hidden in pieces of the text, and asked for at their end."""
 
+    path = "needle"
     prompts: Rows = 16
     """Needles, at depths spread evenly over their pieces."""
     length: Length | None = None
