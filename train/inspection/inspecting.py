@@ -129,10 +129,10 @@ def inspect(run: Path, options: InspectOptions) -> tuple[Inspection, Path]:
     text = ids_of(options.text, trained)
     start = trained.tokenizer.bos_id if config.data.document_start else None
     length = _row_length(options, trained, len(text))
+    window = window_of(options.tokens, text, length, start)
     needles = needles_of(trained, text, options.needle, options.needle.length or length, start, options.seed)
     _, rows = rows_of(config, trained.program.mesh, min(options.rows, -(-(len(text) + 1) // length)))
     batch = rows_of_text(text, rows, length, start, trained.tokenizer.eos_id)
-    window = window_of(options.tokens, text, length, start)
 
     probe, recall = probing(trained, observer), recalling(trained, needles)
     look = token_by_token(trained, window, trained.tokenizer.token_strings(window.ids[window.before :]))
