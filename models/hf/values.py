@@ -102,8 +102,8 @@ class Values:
         self._asked.add(name)
         value = self._fields.get(name)
         if value is not None and value not in allowed:
-            rest = f"; {' or '.join(map(repr, allowed))} can be used" if allowed else ""
-            raise Unfit(f"{self._where}: {name}={value!r} is not supported{rest}")
+            rest = " or ".join(map(repr, allowed)) or "null"
+            raise Unfit(f"{self._where}: {name}={value!r} is not supported; {rest} can be used")
 
     def passed_over(self, names: Iterable[str]) -> None:
         """Fields that say nothing of the function in this family."""
