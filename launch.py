@@ -21,6 +21,7 @@ USAGE = """usage: launch.py [--verbose] COMMAND ...
         [any option of train, with several values]                              (many runs, any number of workers: docs/sweeps.md)
   plan PRESET --target v5p:4x8x8 [--slices N] [--search [--compile 2]] [--out plans/a] [any option of train]
   eval RUN [--tasks ppl,mqar] [--step N] [--mqar.num-kv-pairs 16] [--data.source other.txt] [--out FILE]
+  eval RUN --lm-eval TASK[,TASK] [--include-path FOLDER] [--limit 100] [--chat]    (lm-evaluation-harness: docs/lm-eval.md)
   generate RUN [--prompt "..."] [--num-tokens 200] [--temperature 0.8] [--top-k 40] [--top-p 0.9]
   report RUN [RUN ...] [--out FOLDER] [--watch [--every 30]]
   report SWEEP [--by KEY[,KEY]] [--metric loss/val] [--baseline KEY=VALUE] [--out FOLDER]              (of a sweep: docs/sweeps.md)
