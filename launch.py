@@ -21,9 +21,10 @@ USAGE = """usage: launch.py [--verbose] COMMAND ...
         [any option of train, with several values]                              (many runs, any number of workers: docs/sweeps.md)
   plan PRESET --target v5p:4x8x8 [--slices N] [--search [--compile 2]] [--out plans/a] [any option of train]
   eval RUN [--tasks ppl,mqar] [--step N] [--mqar.num-kv-pairs 16] [--data.source other.txt] [--out FILE]
+  eval RUN --lm-eval TASK[,TASK] [--include-path FOLDER] [--limit 100] [--chat]    (lm-evaluation-harness: docs/lm-eval.md)
   generate RUN [--prompt "..."] [--num-tokens 200] [--temperature 0.8] [--top-k 40] [--top-p 0.9]
   report RUN [RUN ...] [--out FOLDER] [--watch [--every 30]]
-  report SWEEP [--by KEY[,KEY]] [--metric loss/val] [--baseline KEY=VALUE] [--out FOLDER]              (of a sweep: docs/sweeps.md)
+  report SWEEP [--by KEY[,KEY]] [--metric loss/val] [--baseline KEY=VALUE] [--better higher] [--out FOLDER]    (of a sweep: docs/sweeps.md)
   inspect RUN|CHECKPOINT --text FILE [--probe.only all] [--heads 3.1,12.0] [--mask-heads retrieval|random|3.1,12.0 --mask-count 12]
         [--rows 4 --length 512 --needle.prompts 16]                     (probes, tokens, needles of a text: docs/inspection.md)
   write-launch gke|slurm|tpu-vm PRESET [train options] --target v5e:16x16 [--slices 2] [--out FOLDER]   (write-launch gke --help lists the rest)

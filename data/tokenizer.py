@@ -104,6 +104,10 @@ class Tokenizer(ABC):
         """Ids of one text, int32 [n]."""
         return self.encode_batch([text])[0]
 
+    @abstractmethod
+    def encode_special(self, text: str) -> np.ndarray:
+        """Ids of one text in which the names of special tokens stand for them, as in a chat from a template, int32 [n]."""
+
     def num_bytes(self, ids: np.ndarray) -> int:
         """Bytes of text behind these ids."""
         return int(self.bytes_per_token[np.asarray(ids, np.int64)].sum())
@@ -133,6 +137,10 @@ class ByteTokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32) for text in texts]
+
+    def encode_special(self, text: str) -> np.ndarray:
+        parts = [self.encode(part) for part in text.split(END_OF_TEXT)]
+        return np.concatenate([parts[0], *([self.eos_id, *part] for part in parts[1:])]).astype(np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
         return bytes(token for token in map(int, ids) if token < 256).decode("utf-8", errors="replace")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -94,6 +95,15 @@ class JsonTokenizer(Tokenizer):
         encodings = self._library("cannot read a text", lambda: self._tok.encode_batch_fast(flat, add_special_tokens=False))
         ids = iter([np.array(encoding.ids, np.int32) for encoding in encodings])
         return [np.concatenate([next(ids) for _ in text]) for text in pieces]
+
+    def encode_special(self, text: str) -> np.ndarray:
+        encoding = self._library("cannot read a text", lambda: self._with_special.encode(text, add_special_tokens=False))
+        return np.array(encoding.ids, np.int32)
+
+    @functools.cached_property
+    def _with_special(self) -> tokenizers.Tokenizer:
+        """The library's tokenizer, where it recognises special tokens."""
+        return tokenizers.Tokenizer.from_str(self._tok.to_str())
 
     def decode(self, ids: Iterable[int]) -> str:
         kept = [token for token in map(int, ids) if token not in self._special]

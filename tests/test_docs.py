@@ -25,7 +25,7 @@ from plait.configs.cli import parse_experiment
 from plait.configs.options import split_options
 from plait.configs.presets import presets
 from plait.configs.words import parse
-from plait.train.commands import convert
+from plait.train.commands import convert, lm_eval
 from plait.train.commands.evaluate import parse as parse_eval
 from plait.train.commands.generate import GenerateArgs
 from plait.train.commands.inspect_run import InspectArgs
@@ -109,6 +109,8 @@ def test_command_is_known_and_parses(command):
         from plait.configs import listing
 
         assert len(rest) == 1 and rest[0] in listing.TABLES
+    elif name == "eval" and lm_eval.is_asked(rest):
+        parse(lm_eval.LmEvalArgs, rest, prog="launch.py eval")
     elif name == "eval":
         parse_eval(rest)
     elif name == "convert":

@@ -16,6 +16,7 @@ from plait.configs.domains import COLDEST, Part, Temperature, Vocabulary, check_
 from plait.data.tokenizer import Tokenizer
 from plait.kernels import Tokens
 from plait.models.lm import LM
+from plait.models.mixers.base import State
 from plait.train.mesh import on_mesh
 
 
@@ -76,16 +77,22 @@ def generate_tokens(
         raise ValueError("prompt is empty after tokenising; give at least one token to go on from")
     if num_tokens < 1:
         raise ValueError(f"num_tokens={num_tokens} must be at least 1")
-    lengths = np.array([len(p) for p in prompts], np.int32)
-    width = -(-int(lengths.max()) // 64) * 64  # few distinct shapes to compile
-    tokens = np.zeros((len(prompts), width), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[width - len(prompt) :] = prompt
-    start = (width - lengths)[:, None]
-    column = np.arange(width, dtype=np.int32)[None, :]
-    at = Tokens(tokens, (column >= start).astype(np.int32), np.maximum(column - start, 0).astype(np.int32))
+    width = -(-max(map(len, prompts)) // 64) * 64  # few distinct shapes to compile
+    at, lengths = padded(prompts, width, len(prompts))
     keys = jax.random.split(jax.random.key(seed), num_tokens)
     return np.asarray(_continue(model, at, lengths, keys, vocab_size=vocab_size, sampling=sampling, mesh=mesh))
+
+
+def padded(texts: Sequence[Sequence[int]], width: int, rows: int) -> tuple[Tokens, np.ndarray]:
+    """Texts of at most `width` tokens that end where their row ends, `[rows, width]`, and their lengths `[rows]`; rows without one are
+    padding."""
+    ids, lengths = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32)
+    for row, text in enumerate(texts):
+        lengths[row] = len(text)
+        ids[row, width - len(text) :] = text
+    start = (width - lengths)[:, None]
+    column = np.arange(width, dtype=np.int32)[None, :]
+    return Tokens(ids, (column >= start).astype(np.int32), np.maximum(column - start, 0).astype(np.int32)), lengths
 
 
 @functools.partial(jax.jit, static_argnames=("vocab_size", "sampling", "mesh"))
@@ -100,16 +107,25 @@ def _continue(
 def _decode(model: LM, at: Tokens, lengths: jax.Array, keys: jax.Array, vocab_size: int, sampling: Sampling) -> jax.Array:
     batch_size, width = at.ids.shape
     logits, state = model.prefill(at, model.init_state(batch_size, width + len(keys)))
+    return written(model, (logits, state, lengths), keys, vocab_size, sampling)[1]
 
-    def body(carry, key):
-        logits, state, position = carry
+
+Place = tuple[jax.Array, State, jax.Array]
+"""Where texts stand: logits `[B, V]` of what comes next, the decode state, and the position `[B]` of what comes next."""
+
+
+def written(model: LM, place: Place, keys: jax.Array, vocab_size: int, sampling: Sampling) -> tuple[Place, jax.Array]:
+    """One token `[B]` for each of N keys, after `place`: where the texts stand then, and `[B, N]` (traceable)."""
+
+    def body(place: Place, key: jax.Array) -> tuple[Place, jax.Array]:
+        logits, state, position = place
         legal = jnp.arange(logits.shape[-1])[None, :] < vocab_size
         token = sampling.draw(jnp.where(legal, logits, -jnp.inf), key)
         logits, state = model.step(Tokens(token[:, None], None, position[:, None]), state)
         return (logits, state, position + 1), token
 
-    _, out = jax.lax.scan(body, (logits, state, lengths), keys)
-    return out.T
+    place, out = jax.lax.scan(body, place, keys)
+    return place, out.T
 
 
 def generate_text(

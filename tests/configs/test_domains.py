@@ -33,6 +33,7 @@ from plait.models.config import LMConfig
 from plait.models.mixers.base import WrapperConfig
 from plait.train.commands.evaluate import EvalArgs
 from plait.train.commands.generate import GenerateArgs
+from plait.train.commands.lm_eval import LmEvalArgs
 from plait.train.commands.plan import PlanArgs
 from plait.train.commands.sweep import SweepArgs
 from plait.train.pods.hosts.host import HostsOptions
@@ -41,10 +42,10 @@ from plait.train.pods.launch_files import KINDS as LAUNCH_FILES
 SCHEMAS = [
     *(ExperimentConfig, LMConfig, DataConfig, OptimizerConfig, MeshConfig, ProbeConfig, SpikeConfig),
     *(one for kind in KINDS for one in registry(kind).all().values()),
-    *(EvalArgs, GenerateArgs, PlanArgs, SweepArgs, HostsOptions),
+    *(EvalArgs, LmEvalArgs, GenerateArgs, PlanArgs, SweepArgs, HostsOptions),
     *(kind.options for kind in LAUNCH_FILES.values()),
 ]
-FREE = {"GenerateArgs.prompt"}
+FREE = {"GenerateArgs.prompt", "LmEvalArgs.system"}
 """Texts that may be any."""
 
 

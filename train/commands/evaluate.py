@@ -18,6 +18,7 @@ from plait.configs.words import parse as words_of
 from plait.data.config import DataConfig
 from plait.data.loader import Data
 from plait.data.tasks.base import TASKS, Task
+from plait.train.commands import lm_eval
 from plait.train.evaluate import Evaluation, Evaluator
 from plait.train.held_out import OtherText, held_out, is_own
 from plait.train.run import Trained, opened, write_json
@@ -28,7 +29,8 @@ log = logging.getLogger("plait")
 
 @dataclasses.dataclass(frozen=True)
 class EvalArgs:
-    """Scores a run on held-out rows. `--TASK.OPTION` sets an option of a task, as `--mqar.num-kv-pairs 16`."""
+    """Scores a run on held-out rows. `--TASK.OPTION` sets an option of a task, as `--mqar.num-kv-pairs 16`. With `--lm-eval TASK` in place of
+    `--tasks` it is scored by lm-evaluation-harness, which has other options: `eval --lm-eval TASK --help`."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder."""
@@ -88,6 +90,8 @@ def lengths(text: str) -> tuple[int, ...]:
 
 def run(args: Sequence[str]) -> None:
     """Scores a run on tasks, shows the results and writes them to a file. The run folder gets nothing else."""
+    if lm_eval.is_asked(args):
+        return lm_eval.run(args)
     options, words = parse(args)
     sizes = (None,) if options.seq_len is None else lengths(options.seq_len)
     trained = opened(options.run, options.step)

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -34,6 +34,8 @@ class ReportArgs:
     """Of a sweep: the metric shown, of the end of each run; loss/val by default."""
     baseline: str | None = None
     """Of a sweep, KEY=VALUE: every arm is compared with the one that has it and is otherwise the same, seed by seed."""
+    better: Literal["lower", "higher"] | None = None
+    """Of a sweep: whether less of the metric is better, or more; by its name by default."""
 
 
 def run(args: Sequence[str]) -> None:
@@ -64,10 +66,12 @@ def run(args: Sequence[str]) -> None:
         if options.baseline is not None and not (key and equals):
             raise ValueError(f"baseline={options.baseline!r} must be KEY=VALUE, as in --baseline model.pattern=softmax")
         baseline = f"{key.replace('-', '_')}={value}" if equals else None
-        found = write_sweep(options.runs[0], options.out, by=by, metric=options.metric or "loss/val", baseline=baseline)
+        found = write_sweep(
+            options.runs[0], options.out, by=by, metric=options.metric or "loss/val", baseline=baseline, better=options.better
+        )
         say(f"report: {found}")
         return
-    for name in ("by", "metric", "baseline"):
+    for name in ("by", "metric", "baseline", "better"):
         if (value := getattr(options, name)) is not None:
             raise ValueError(f"{name}={value!r} is for the folder of a sweep, which holds {SWEEP}; leave it out for runs")
     if options.watch:

@@ -15,10 +15,11 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from plait.train.report import check_page, write_page
+from plait.train.report.costs import of_costs
 from plait.train.report.curves import smooth, thin
 from plait.train.report.page import Markup, Section, lead, table
 from plait.train.report.style import RC, Picture, panels, picture, run_colour, run_dash, short, step_axis, value_axis
-from plait.train.sweep import claims
+from plait.train.sweep import claims, fronts
 from plait.train.sweep.arms import LEVEL, RATE, Arm, Estimate, arms, baselines, difference, sensitivities
 from plait.train.sweep.record import Sweep, read
 
@@ -30,7 +31,13 @@ MOST_NAMED = 12
 
 
 def write_sweep(
-    folder: Path, out: Path | None = None, *, by: Sequence[str] = (), metric: str = "loss/val", baseline: str | None = None
+    folder: Path,
+    out: Path | None = None,
+    *,
+    by: Sequence[str] = (),
+    metric: str = "loss/val",
+    baseline: str | None = None,
+    better: fronts.Better | None = None,
 ) -> Path:
     """The path of the new page about the sweep in `folder`, in its `report/` by default.
 
@@ -40,6 +47,7 @@ def write_sweep(
       by: keys of the axis and of the colour.
       metric: of the end of each run.
       baseline: KEY=VALUE of the arms that others are compared with.
+      better: whether less of the metric is better, or more; by its name if None.
     Raises:
       ValueError: a key, the metric or the baseline is unknown, no run is over, or `out` holds files that are of no report.
     """
@@ -48,7 +56,7 @@ def write_sweep(
     check_page(out)
     found = arms(folder, sweep, by, metric, () if baseline is None else (baseline.partition("=")[0],))
     with matplotlib.rc_context(RC):
-        sections = list(_sections(folder, sweep, found, metric, baseline))
+        sections = list(_sections(folder, sweep, found, metric, baseline, better or fronts.better(metric)))
     name = folder.resolve().name
     over = sum(claims.status(folder, run) in claims.OVER for run in sweep.runs)
     told = f"{over} of {len(sweep.runs)} runs are over; {len(found)} arms; {metric}"
@@ -56,8 +64,13 @@ def write_sweep(
     return write_page(out, f"plait sweep: {name}", head, sections, "from the folder of the sweep alone")
 
 
-def _sections(folder: Path, sweep: Sweep, found: list[Arm], metric: str, baseline: str | None) -> Iterator[Section]:
-    yield Section("Results", f"{metric} at the end", [_by_key(found, metric), Markup(_table(found, metric, baseline))])
+def _sections(
+    folder: Path, sweep: Sweep, found: list[Arm], metric: str, baseline: str | None, better: fronts.Better
+) -> Iterator[Section]:
+    results = Markup(_table(folder, found, metric, baseline, better))
+    yield Section("Results", f"{metric} at the end", [_by_key(found, metric), results])
+    if (picture := of_costs(found, metric, better)) is not None:
+        yield Section("Cost", f"{metric} by what it costs", [picture])
     if RATE in found[0].keys and metric.startswith("loss/"):
         yield Section("Sensitivity", "Learning-rate sensitivity", [Markup(_sensitivity(folder, found))])
     yield Section(
@@ -115,12 +128,12 @@ def _axis(ax: Axes, values: Sequence[Any]) -> tuple[dict[str, float], bool]:
     return {name: float(value) for name, value in there}, True
 
 
-def _table(found: Sequence[Arm], metric: str, baseline: str | None) -> str:
+def _table(folder: Path, found: Sequence[Arm], metric: str, baseline: str | None, better: fronts.Better) -> str:
     beside = [None] * len(found) if baseline is None else baselines(found, baseline)
     head = [*found[0].keys, "n", metric, f"{LEVEL:.0%} interval"]
-    numbers = range(len(found[0].keys), len(head) + 2)
+    numbers = range(len(found[0].keys), len(head) + 3)
     if baseline is not None:
-        head += [f"less {baseline}", "pairs"]
+        head += [f"less {baseline}", "pairs", "effective speed-up"]
     rows: list[list[str | tuple[str, str]]] = []
     for arm, base in zip(found, beside):
         mean = arm.estimate
@@ -133,10 +146,16 @@ def _table(found: Sequence[Arm], metric: str, baseline: str | None) -> str:
         if baseline is not None:
             apart = None if base is None or base is arm else difference(arm, base)
             row += ["baseline", ""] if base is arm else ["–", "0"] if apart is None else [_difference(apart), str(apart.count)]
+            row.append("" if base is None or base is arm else _speed_up(fronts.speed_up(folder, arm, base, metric, better)))
         rows.append(row)
     note = f"Means over seeds, with {LEVEL:.0%} intervals by Student's t; of a single seed there is none."
     if baseline is not None:
         note += " Differences are of runs with the same seeds, from the arm that is otherwise the same, with the interval of their mean."
+        note += (
+            " The effective speed-up is the FLOPs after which the baseline is as good as the arm at its end, over those of the arm: the "
+            "geometric mean over seeds. With > the baseline never was, and all of its training is counted. Before its end a schedule has not "
+            "brought the baseline as far as a shorter one would have, so that the speed-up of what is a little better is too large."
+        )
     return lead(note) + table(head, rows, numbers=numbers, style="dense")
 
 
@@ -154,6 +173,17 @@ def _difference(one: Estimate) -> str | tuple[str, str]:
     if one.count < 2:
         return _number(one.mean, "+")
     return _number(one.mean, "+"), f" {_number(one.mean - one.half, '+')} to {_number(one.mean + one.half, '+')}"
+
+
+def _speed_up(one: fronts.SpeedUp) -> str | tuple[str, str]:
+    """Factors, with their interval."""
+    found, sign = one.factor, "> " if one.at_least else ""
+    if not found.count:
+        return "–"
+    mean = f"{sign}{math.exp(found.mean):.2f}×"
+    if found.count < 2 or one.at_least:
+        return mean
+    return mean, f" {math.exp(found.mean - found.half):.2f} to {math.exp(found.mean + found.half):.2f}"
 
 
 def _sensitivity(folder: Path, found: Sequence[Arm]) -> str:

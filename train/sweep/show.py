@@ -13,18 +13,15 @@ from rich.live import Live
 from rich.table import Table
 
 from plait.configs.files import read_json
-from plait.configs.vocabulary import with_vocabulary
-from plait.models.lm import num_params
 from plait.train.progress import format_seconds
 from plait.train.run_folder.contents import ENVIRONMENT
 from plait.train.run_folder.lines import METRICS, read_lines
-from plait.train.sweep import claims
+from plait.train.sweep import claims, fronts
 from plait.train.sweep.claims import OVER
 from plait.train.sweep.record import Sweep
 from plait.train.sweep.runs import Run
 from plait.train.sweep.table import varying
 
-_TOKENIZER_ELSEWHERE = 32_768  # stands for a vocabulary that only the corpus can tell
 _LIVE_SECONDS = 2.0
 _COLOURS = {"running": "cyan", "done": "green", "failed": "red", "stopped": "yellow", "interrupted": "yellow", "queued": "dim"}
 
@@ -43,13 +40,13 @@ def plan_table(runs: Sequence[Run], folder: Path, presets_run: Path) -> Table:
     for number, (run, size) in enumerate(zip(runs, sizes), start=1):
         seconds = "–" if rate is None else format_seconds(size["FLOPs"] / rate)
         table.add_row(
-            str(number), *keys[run.name], *(_quantity(size[name]) for name in ("parameters", "tokens", "FLOPs")), seconds
+            str(number), *keys[run.name], *(quantity(size[name]) for name in ("parameters", "tokens", "FLOPs")), seconds
         )
     work = sum(size["FLOPs"] for size in sizes)
     table.add_section()
     blank = [""] * len(keys[runs[0].name])
     together = "–" if rate is None else format_seconds(work / rate)
-    table.add_row("all", *blank, "", _quantity(sum(size["tokens"] for size in sizes)), _quantity(work), together)
+    table.add_row("all", *blank, "", quantity(sum(size["tokens"] for size in sizes)), quantity(work), together)
     return table
 
 
@@ -94,12 +91,11 @@ def _head(table: Table, runs: Sequence[Run], more: Sequence[str]) -> dict[str, l
 
 
 def _size(run: Run) -> dict[str, float]:
-    config = with_vocabulary(run.config, elsewhere=_TOKENIZER_ELSEWHERE)
-    tokens = config.steps * config.data.batch_size * config.data.seq_len
+    config = run.config
     return {
-        "parameters": num_params(config.model),
-        "tokens": tokens,
-        "FLOPs": 3 * tokens * config.model.flops(config.data.seq_len),
+        "parameters": fronts.params(config),
+        "tokens": config.steps * config.data.batch_size * config.data.seq_len,
+        "FLOPs": fronts.flops(config),
     }
 
 
@@ -128,7 +124,8 @@ def _standing(folder: Path, run: Run, state: str) -> list[str]:
     return [state, f"{step:,}/{steps:,}", "" if loss is None else f"{loss:.4f}", left, host]
 
 
-def _quantity(value: float) -> str:
+def quantity(value: float, _: object = None) -> str:
+    """A large number, also of an axis: 20, 1.5K, 2M, 3.1T."""
     for size, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K")):
         if value >= size:
             return f"{value / size:.3g}{unit}"

@@ -4,8 +4,11 @@ import csv
 import dataclasses
 import json
 import os
+import subprocess
+from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
 
 from plait.tests.train.sweep.common import small
 from plait.train.pods.hosts.supervise import DONE, FAILED
@@ -78,3 +81,36 @@ def test_a_worker_on_another_machine_is_taken_to_live_until_it_is_watched(tmp_pa
     record = owner.Record(host="another", machine="another", pid=1, born="1", since="now")
     path.write_text(json.dumps(dataclasses.asdict(record)))
     assert claims.status(tmp_path, run) == "running" and claims.holder(tmp_path, run).host == "another"
+
+
+@pytest.fixture
+def full(tmp_path):
+    """A function that lets a folder have too little room for a checkpoint; another gives it back."""
+    mounted: list[Path] = []
+
+    def fill(folder):
+        folder.mkdir(parents=True)
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48k", "tmpfs", str(folder)], capture_output=True, check=False)
+        if done.returncode:
+            pytest.skip("this process may not mount a tmpfs to fill")
+        mounted.append(folder)
+
+    def free():
+        while mounted:
+            subprocess.run(["umount", "-l", str(mounted.pop())], check=True)
+
+    yield fill, free
+    free()
+
+
+@pytest.mark.slow
+def test_a_full_disk_in_one_run_harms_no_other(tmp_path, corpus, compile_cache, full):
+    sweep = small(tmp_path, corpus, "--seed", "0,1", "--steps", "2")
+    fill, free = full
+    fill(claims.run_folder(tmp_path, sweep.runs[0]))
+    assert work(tmp_path) == FAILED
+    assert standing(tmp_path, sweep) == ["failed", "done"]
+    assert "make room or mend the disk" in claims.outcome(tmp_path, sweep.runs[0]).error
+    assert {row["status"] for row in csv.DictReader((tmp_path / CSV).open())} == {"failed", "done"}
+    free()
+    assert work(tmp_path) == DONE and standing(tmp_path, sweep) == ["done", "done"]

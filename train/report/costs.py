@@ -1,0 +1,49 @@
+"""A sweep's metric by what its arms cost, with the front of those that no other beats."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from plait.train.report.style import INK, MUTED, Picture, panels, picture, run_colour, value_axis
+from plait.train.sweep.arms import Arm
+from plait.train.sweep.fronts import COSTS, Better, cost, front
+from plait.train.sweep.show import quantity
+
+_MOST_NAMED = 14
+
+
+def of_costs(found: Sequence[Arm], metric: str, better: Better) -> Picture | None:
+    """A panel for each cost in which the arms differ; None where they differ in none, or fewer than two have the metric."""
+    drawn = [arm for arm in found if arm.values]
+    costs = {kind: [cost(arm, kind) for arm in drawn] for kind in COSTS}
+    differing = {kind: values for kind, values in costs.items() if len(set(values)) > 1}
+    if not differing:
+        return None
+    figure, axes = panels(len(differing), columns=len(differing), height=3.2, margin=(0.36, 0.6))
+    firsts = list(dict.fromkeys(_first(arm) for arm in drawn))
+    for ax, (kind, values) in zip(axes, differing.items()):
+        points = [(value, arm.estimate.mean) for value, arm in zip(values, drawn)]
+        best = front(points, better)
+        ax.plot(*zip(*(points[i] for i in best)), color=MUTED, linewidth=1.2, drawstyle="steps-post", zorder=1)
+        for i, (arm, (x, y)) in enumerate(zip(drawn, points)):
+            half = 0.0 if math.isnan(arm.estimate.half) else arm.estimate.half
+            colour = run_colour(firsts.index(_first(arm)))
+            ax.errorbar(x, y, half, color=colour, marker="o" if i in best else ".", markersize=6 if i in best else 5, capsize=2)
+        for i in range(len(drawn)) if len(drawn) <= _MOST_NAMED else best[:_MOST_NAMED]:
+            label = ", ".join(str(value) for value in drawn[i].keys.values())
+            ax.annotate(label, points[i], xytext=(5, 5), textcoords="offset points", fontsize=7, color=INK)
+        if min(values) > 0 and max(values) >= 4 * min(values):
+            ax.set_xscale("log")
+        ax.xaxis.set_major_formatter(FuncFormatter(quantity))
+        ax.xaxis.set_minor_formatter(NullFormatter())
+        ax.set(xlabel=COSTS[kind][1], ylabel=metric, title=f"{metric} by {COSTS[kind][1]}")
+        value_axis(ax)
+    told = f"The line is the front: {better} is better, and no arm on it is beaten by one that costs no more."
+    return picture("cost", figure, f"Means over seeds, coloured by the first key. {told}")
+
+
+def _first(arm: Arm) -> str:
+    return next((repr(value) for value in arm.keys.values()), "")

@@ -1,0 +1,135 @@
+"""What the arms of a sweep cost: fronts of the best for their cost, and the compute that a baseline would need for the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from plait.configs.experiment import ExperimentConfig
+from plait.configs.vocabulary import with_vocabulary
+from plait.models.config import LMConfig
+from plait.models.lm import num_params
+from plait.train.sweep import claims
+from plait.train.sweep.arms import Arm, Estimate, estimate
+from plait.train.sweep.runs import Run
+
+TOKENIZER_ELSEWHERE = 32_768
+"""Stands for a vocabulary that only the corpus can tell."""
+Cost = Literal["flops", "state", "params"]
+Better = Literal["lower", "higher"]
+_LOWER = ("loss", "perplexity", "bits_per_byte", "glitch_rate", "error")
+"""Ends of the names of metrics of which less is better."""
+
+
+def better(metric: str) -> Better:
+    """Whether a metric is better lower or higher, by its name."""
+    group, _, name = metric.rpartition("/")
+    return "lower" if group in ("loss", "position") or name.endswith(_LOWER) else "higher"
+
+
+def settled(config: ExperimentConfig) -> ExperimentConfig:
+    """The config with its vocabulary settled."""
+    return with_vocabulary(config, elsewhere=TOKENIZER_ELSEWHERE)
+
+
+def step_flops(config: ExperimentConfig) -> float:
+    """Of a training step: three times those of the forward pass."""
+    data = config.data
+    return 3 * data.batch_size * data.seq_len * _flops(settled(config).model, data.seq_len)
+
+
+def flops(config: ExperimentConfig) -> float:
+    """Of training, all steps."""
+    return config.steps * step_flops(config)
+
+
+def state(config: ExperimentConfig) -> float:
+    """Bytes of the decode state of one sequence as long as a row."""
+    return _state(settled(config).model, config.data.seq_len)
+
+
+def params(config: ExperimentConfig) -> float:
+    """Parameters of the model."""
+    return _params(settled(config).model)
+
+
+_flops = functools.lru_cache(LMConfig.flops)  # of a sweep's runs many have one model
+_params = functools.lru_cache(num_params)
+
+
+@functools.lru_cache
+def _state(model: LMConfig, length: int) -> float:
+    mixers = sum(one.state_bytes(model.d_model, length, model.compute_dtype) for one in model.layer_mixers)
+    return mixers + sum(one.state_bytes(model.d_model, model.compute_dtype) for one in model.layer_channel_mixers)
+
+
+COSTS: Mapping[Cost, tuple[Callable[[ExperimentConfig], float], str]] = {
+    "flops": (flops, "training FLOPs"),
+    "state": (state, "bytes of decode state for a row"),
+    "params": (params, "parameters"),
+}
+"""What each is, and its words."""
+
+
+def cost(arm: Arm, kind: Cost) -> float:
+    """That of a run of the arm: seeds change none."""
+    return float(COSTS[kind][0](next(iter(arm.runs.values())).config))
+
+
+def front(points: Sequence[tuple[float, float]], sense: Better) -> list[int]:
+    """The points (cost, value) that no other beats: none costs less or as much and is better, nor costs less and is as good. By rising cost."""
+    sign = 1 if sense == "lower" else -1
+    order = sorted(range(len(points)), key=lambda i: (points[i][0], sign * points[i][1]))
+    kept: list[int] = []
+    best = math.inf
+    for i in order:
+        value = sign * points[i][1]
+        same = bool(kept) and points[kept[-1]] == points[i]
+        if value < best or same:
+            kept.append(i)
+            best = value
+    return kept
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeedUp:
+    """Of an arm over its baseline: the FLOPs that the baseline takes to be as good as the arm is at its end, over those of the arm."""
+
+    factor: Estimate
+    """Geometric mean over the seeds of both, `half` of its logarithm."""
+    at_least: bool
+    """Whether the baseline of some seed never was so good, and the FLOPs that it did take stand for those that it would."""
+
+
+def speed_up(folder: Path, arm: Arm, baseline: Arm, metric: str, sense: Better) -> SpeedUp:
+    """Over the seeds of both, from the curves that the baseline's runs logged."""
+    run, other = (next(iter(one.runs.values())).config for one in (arm, baseline))
+    ratio = step_flops(other) / flops(run)
+    logs, bounded = [], False
+    for seeds, value in arm.values.items():
+        if seeds in baseline.values:
+            steps, reached = _needed(folder, baseline.runs[seeds], metric, value, sense)
+            if steps:
+                logs.append(math.log(steps * ratio))
+                bounded |= not reached
+    return SpeedUp(estimate(logs), bounded)
+
+
+def _needed(folder: Path, run: Run, metric: str, value: float, sense: Better) -> tuple[float, bool]:
+    """Steps after which a run first had a metric as good as `value`, and whether it had; else those that it took. Between two logged values it
+    falls in a straight line over the logarithm of the steps, and it counts as no better before the first. 0 where none was logged."""
+    sign = 1 if sense == "lower" else -1
+    curve = [(step, sign * one) for step, one in claims.logged(folder, run, metric) if one is not None and step > 0]
+    before: tuple[int, float] | None = None
+    for step, one in curve:
+        if one <= sign * value:
+            if before is None:
+                return float(step), True
+            share = (before[1] - sign * value) / (before[1] - one)
+            return math.exp(math.log(before[0]) + share * math.log(step / before[0])), True
+        before = step, one
+    return (float(curve[-1][0]) if curve else 0.0), False
