@@ -16,7 +16,7 @@ Array = jax.Array
 class WholeBlocks(NamedTuple):
     """The blocks of a row that have come to their end, in order: N from 1 to T // block_size, however many documents there are."""
 
-    index: Array
+    index: Array  # type: ignore[assignment]
     """int32 [B, N, C], where each block's tokens stand in the row."""
     real: Array
     """bool [B, N, C]; False for padding and where there is no block."""

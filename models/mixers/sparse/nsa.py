@@ -101,14 +101,11 @@ class NSAConfig(SelectingConfig):
 
     def mixing_flops(self, d_model: int, seq_len: int) -> float:
         runs = self.heads(d_model)[1] * max(1, seq_len // self.stride) / seq_len
-        return self._pairs(d_model, seq_len) + runs * self._network_flops(d_model)
+        return self._pairs(d_model, seq_len) + (runs - 1) * self._network_flops(d_model)  # one is counted with the projections
 
     def decode_flops(self, d_model: int, context: int) -> float:
         through = lambda length: length * self._pairs(d_model, length)
-        return through(context + 1) - through(context) + self.heads(d_model)[1] * self._network_flops(d_model)
-
-    def product_flops(self, d_model: int) -> float:
-        return super().product_flops(d_model) - self._network_flops(d_model)  # which sees runs, not tokens
+        return through(context + 1) - through(context) + (self.heads(d_model)[1] - 1) * self._network_flops(d_model)
 
     def _pairs(self, d_model: int, seq_len: int) -> float:
         """Of queries and keys, and of the scores."""
@@ -231,9 +228,10 @@ class NSA(DotProduct):
         return tuple((kv, {**options, "at": at, "kv_at": kv.at, "scale": self.scale}) for kv, options in every)
 
     def weigh(self, inputs, *, at):
-        heads = [attention(inputs.q, kv.k, kv.v, **options) for kv, options in self.branches(inputs, at)]
+        heads: list[Any] = [attention(inputs.q, kv.k, kv.v, **options) for kv, options in self.branches(inputs, at)]
         gates = jnp.moveaxis(inputs.gates, -1, 0)[..., None]
-        return sum(gate * o.astype(gate.dtype) for gate, o in zip(gates, heads, strict=True)).astype(inputs.q.dtype)
+        total: Any = sum(gate * o.astype(gate.dtype) for gate, o in zip(gates, heads, strict=True))
+        return total.astype(inputs.q.dtype)
 
     def attend_active(self, inputs, active, *, at):
         return self.weigh(inputs, at=at)
