@@ -14,8 +14,8 @@ from plait.models.positions.sinusoidal import SinusoidalConfig
 def lm_sinks() -> ExperimentConfig:
     """An attention sink emerges with each of three seeds: one softmax head beside an MLP on Bigram-Backcopy (2410.13835).
 
-    The MLP reads what the head reads (`parallel_block`), so that it cannot undo what the head copies, and positions are added to queries and
-    keys, so that a head with nothing to copy has no cheaper place of rest than the first token.
+    The MLP reads what the head reads (`parallel_block`), so that it cannot undo what the head copies, and positions are added to what queries
+    and keys are projected from, so that a head with nothing to copy does not rest on the query itself as easily.
 
     Command: `python launch.py train lm_sinks`. Device: 2 CPU cores, about a minute.
     Expected: the head becomes a sink near step 100, and copies rightly (seeds and other kinds of attention: docs/reproductions.md).

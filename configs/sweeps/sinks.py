@@ -8,15 +8,15 @@ from plait.configs.domains import Name
 from plait.configs.sweeps.base import SWEEPS, Seeds, SweepConfig
 from plait.configs.sweeps.rows import Rows, chain, each
 
-SOFTMAX = "model.mixers.softmax"
+SOFTMAX, RELU = "model.mixers.softmax", "model.mixers.relu_attention"
 
 
 @SWEEPS.register("sinks", source="When Attention Sink Emerges in Language Models (2410.10781)")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SinksSweep(SweepConfig):
-    """The sink of `lm_sinks` beside sigmoid attention, an output gate, learned key biases, a window, and more or no weight decay.
+    """The sink of `lm_sinks` beside sigmoid and ReLU attention, output gates, a learned key, a window, and other weight decay.
 
-    Command: `python launch.py sweep sinks --out sweeps/sinks`. 24 runs.
+    Command: `python launch.py sweep sinks --out sweeps/sinks --workers 2`. 27 runs.
     """
 
     preset: Name = "lm_sinks"
@@ -25,9 +25,11 @@ class SinksSweep(SweepConfig):
     """Runs of each row, with `seed` and `data.seed` from 0 on; None runs each once, with the preset's own."""
 
     def rows(self) -> Rows:
+        relu = {"model.pattern": "relu_attention", f"{RELU}.num_heads": 1, f"{RELU}.positions": "sinusoidal"}
         return chain(
             ({},),
             each(f"{SOFTMAX}.normalizer", "sigmoid"),
+            (relu,),
             each(f"{SOFTMAX}.gate", "headwise", "elementwise"),
             each(f"{SOFTMAX}.sink_bias", "kv"),
             each(f"{SOFTMAX}.window_size", 16),
