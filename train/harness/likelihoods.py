@@ -133,6 +133,6 @@ class Likelihoods:
         at = self._shapes.place(chunk.texts, chunk.width, chunk.rows)
         nll, right = self._score(self._trained.params, self._trained.buffers, at, place(row), place(targets), place(mask))
         sums = -np.asarray(nll, np.float64).sum(-1)
-        every = np.asarray(right).all(-1).tolist()
+        every: Any = np.asarray(right).all(-1).tolist()
         for slot in range(len(chunk.asked)):
             yield Likelihood(float(sums[slot]), every[slot])
