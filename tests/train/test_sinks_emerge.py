@@ -7,6 +7,7 @@ from plait.configs.cli import parse_experiment
 from plait.tests.train.test_resume import lines_of
 from plait.train.loop import train
 from plait.train.probes.sinks import THRESHOLD
+from plait.train.report import write_report
 from plait.train.run_folder.probe_files import read_probes
 
 pytestmark = pytest.mark.slow
@@ -24,10 +25,8 @@ def test_a_sink_emerges_and_the_report_tells_its_onset(compile_cache, tmp_path):
     assert alpha[0] < 0.15 and alpha[-5:].mean() > THRESHOLD
     onset = next(event for event in events if event["kind"] == "sink_onset")
     assert onset["step"] > 1
-    assert (
-        f"onset was layer {onset['layer']} head {onset['head']} at step {onset['step']:,}"
-        in (tmp_path / "run/report/index.html").read_text()
-    )
+    told = f"onset was layer {onset['layer']} head {onset['head']} at step {onset['step']:,}"
+    assert told in write_report([tmp_path / "run"]).read_text()
 
 
 RELU = (
