@@ -6,11 +6,13 @@ import jax
 
 from plait.kernels.attention import chunked, reference
 from plait.kernels.attention.bias import Bias, DistanceBias, LowRankBias
+from plait.kernels.attention.by_head import each_mask
 from plait.kernels.attention.call import AttentionCall
 from plait.kernels.attention.implied import attention_rows
 from plait.kernels.attention.reference import AttentionStats
 from plait.kernels.context.attention import CONTEXT
 from plait.kernels.dispatch import Implementation, Op, kernel
+from plait.kernels.head_masks import HeadMasks
 from plait.kernels.masks import Mask
 from plait.kernels.selected_blocks import SelectedBlocks
 from plait.kernels.tokens import Tokens
@@ -30,12 +32,13 @@ _op = Op(
 )
 
 
+@each_mask()
 def attention(
     q: Array,
     k: Array,
     v: Array,
     *,
-    mask: Mask,
+    mask: Mask | HeadMasks,
     at: Tokens | None = None,
     kv_at: Tokens | None = None,
     selected: SelectedBlocks | None = None,
@@ -58,7 +61,7 @@ def attention(
       q: [B, T, H, K], float32 or bfloat16.
       k: [B, S, Hkv, K]; Hkv divides H, and head h uses k and v of head h // (H / Hkv).
       v: [B, S, Hkv, V].
-      mask: which positions a query sees in its segment.
+      mask: which positions a query sees in its segment; `HeadMasks` where that differs by head.
       at: what is known of the tokens; those of one segment see each other. None is one segment from position 0.
       kv_at: of the keys, where they are not the queries' own tokens, such as a cache; segment id 0 is an empty entry. The order of
         the entries does not matter then, only their positions.

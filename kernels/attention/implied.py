@@ -5,12 +5,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from plait.kernels.attention.by_head import each_mask
 from plait.kernels.attention.call import AttentionCall
 from plait.kernels.attention.reference import attention_weights
 
 Array = jax.Array
 
 
+@each_mask(axis=1)
 def attention_rows(q: Array, k: Array, rows: Array, **options: Any) -> Array:
     """Rows of the attention matrix: A with `o[:, rows] = A @ v` for `plait.kernels.attention`. Costs O(R S K).
 

@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 
 from plait.kernels.attention.bias import Bias
+from plait.kernels.attention.by_head import each_mask
 from plait.kernels.attention.call import MassCall
 from plait.kernels.attention.per_query import first_mass
 from plait.kernels.attention.reference import MASKED as HIDDEN
 from plait.kernels.attention.reference import grouped_heads, logits, visible_pairs
 from plait.kernels.dispatch import Implementation, Op, kernel
+from plait.kernels.head_masks import HeadMasks
 from plait.kernels.masks import Mask
 from plait.kernels.selected_blocks import SelectedBlocks
 from plait.kernels.shapes import accumulation_dtype, matmul_precision
@@ -22,6 +24,7 @@ MAX_TILE = 1 << 22
 """Weights a head that exist at a time in the chunked form."""
 
 
+@each_mask()
 @jax.named_scope("attention_masses")
 def first_masses(q: Array, k: Array, lse: Array, *, first_k: int = 4, **options: Any) -> Array:
     """The weights of every query on the first tokens of its segment; `first_k` scores a query, and no pass over the keys.
@@ -46,13 +49,14 @@ def first_masses(q: Array, k: Array, lse: Array, *, first_k: int = 4, **options:
     return jnp.stack([first_mass(call, lse, *sides, position=p) for p in range(first_k)], axis=-1)
 
 
+@each_mask()
 @jax.named_scope("attention_masses")
 def column_mass(
     q: Array,
     k: Array,
     lse: Array,
     *,
-    mask: Mask,
+    mask: Mask | HeadMasks,
     at: Tokens | None = None,
     scale: float | None = None,
     logit_soft_cap: float | None = None,

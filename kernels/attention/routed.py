@@ -8,9 +8,11 @@ import jax.numpy as jnp
 
 from plait.kernels.attention import chunked, reference
 from plait.kernels.attention.bias import Bias
+from plait.kernels.attention.by_head import each_mask
 from plait.kernels.attention.call import AttentionCall, RoutedCall
 from plait.kernels.context.attention import CONTEXT
 from plait.kernels.dispatch import Implementation, Op, kernel
+from plait.kernels.head_masks import HeadMasks
 from plait.kernels.masks import Mask
 from plait.kernels.tokens import Tokens
 
@@ -32,13 +34,14 @@ _op = Op(
 )
 
 
+@each_mask()
 def routed_attention(
     q: Array,
     k: Array,
     v: Array,
     active: Array,
     *,
-    mask: Mask,
+    mask: Mask | HeadMasks,
     at: Tokens | None = None,
     scale: float | None = None,
     sinks: Array | None = None,

@@ -22,6 +22,11 @@ def sees(mask: Any, i: int, j: int) -> bool:
         return False
     if j <= i and j < mask.num_sink_tokens:
         return True
+    if hasattr(mask, "num_global_tokens") and min(i, j) < mask.num_global_tokens:
+        return True
+    if hasattr(mask, "chunk_size"):
+        place, kv_place = i + mask.shift, j + mask.kv_shift
+        return place // mask.chunk_size == kv_place // mask.chunk_size and (place - kv_place) % (mask.dilation or 1) == 0
     if hasattr(mask, "block_size"):
         back = i // mask.block_size - j // mask.block_size
         return back == 0 or back.bit_count() == 1 or (mask.window_size is not None and i - j < mask.window_size)

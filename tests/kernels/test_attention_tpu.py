@@ -12,7 +12,9 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from plait.kernels import (
+    ChunkMask,
     DistanceBias,
+    GlobalMask,
     LowRankBias,
     Mask,
     PowerMask,
@@ -61,6 +63,10 @@ CASES = {
     "window-sinks-segments-bfloat16": Case(mask=SINKS, segments="several", sinks=True, dtype="bfloat16"),
     "segments": Case(segments="several", length=256, heads=(1, 1), dims=(24, 8)),
     "power": Case(mask=PowerMask(block_size=32, window_size=9, num_sink_tokens=2), segments="several", heads=(1, 1), length=300),
+    "chunk": Case(
+        mask=ChunkMask(chunk_size=48, shift=24, kv_shift=24, num_sink_tokens=2), segments="several", heads=(1, 1), length=300
+    ),
+    "global": Case(mask=GlobalMask(window_size=9, num_global_tokens=2), segments="several", heads=(1, 1), stats=False),
     "dilated": Case(mask=Mask(window_size=6, dilation=20, num_sink_tokens=1), segments="long", stats=False, dtype="bfloat16"),
     "hidden": Case(segments="none", length=65, sinks=True, heads=(1, 1)),
     "left-padding": Case(mask=SINKS, segments="left", heads=(1, 1), sinks=True),
@@ -220,6 +226,10 @@ MASKS = (
     PowerMask(block_size=8),
     PowerMask(block_size=16, window_size=5, num_sink_tokens=3),
     PowerMask(block_size=5),
+    ChunkMask(chunk_size=32),
+    ChunkMask(chunk_size=40, shift=20, kv_shift=20, num_sink_tokens=3),
+    ChunkMask(causal=False, chunk_size=24, kv_shift=9),
+    GlobalMask(window_size=9, num_global_tokens=2),
 )
 
 

@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from plait.kernels import DistanceBias, LowRankBias, Mask, Tokens, attention, routed_attention, short_conv
+from plait.kernels.chunk_mask import ChunkMask
 from plait.kernels.masks import PowerMask
 from plait.kernels.sharding import splitting
 from plait.tests.kernels import cases
@@ -136,6 +137,7 @@ MASKS = {
     "dilated": Mask(window_size=4, dilation=2),
     "two-sided": Mask(causal=False, window_size=6, right_window_size=3),
     "power": PowerMask(block_size=4, window_size=8),
+    "chunk": ChunkMask(chunk_size=6, shift=2, kv_shift=4),
 }
 
 

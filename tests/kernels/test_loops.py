@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from plait.kernels import (
+    ChunkMask,
+    GlobalMask,
     LowRankBias,
     Mask,
     PowerMask,
@@ -57,6 +59,9 @@ KINDS: dict[str, tuple[Mask, dict[str, Any]]] = {
     "two-sided": (Mask(causal=False, window_size=5, right_window_size=2, num_sink_tokens=2), {}),
     "dilated": (Mask(window_size=3, dilation=4, num_sink_tokens=1), {}),
     "power": (PowerMask(block_size=3, window_size=2, num_sink_tokens=1), {"soft_cap": 1.5}),
+    "chunk": (ChunkMask(chunk_size=7, shift=3, kv_shift=5, num_sink_tokens=1), {}),
+    "chunk-dilated": (ChunkMask(causal=False, chunk_size=9, kv_shift=2, dilation=2), {}),
+    "global": (GlobalMask(window_size=3, num_global_tokens=2), {}),
     "sigmoid": (SINKS, {"sigmoid_bias": np.float32([-3, -1])}),
     "bias": (Mask(), {"bias": BIAS, "soft_cap": 2.0}),
     "selected": (Mask(), {"selected": (np.random.default_rng(1).integers(-1, 6, (2, LENGTH, HEADS, 3), np.int32), 3)}),

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plait.kernels import Mask, PowerMask, SelectedBlocks, Tokens, attention
+from plait.kernels import ChunkMask, GlobalMask, Mask, PowerMask, SelectedBlocks, Tokens, attention
 from plait.kernels.attention import chunked
 from plait.kernels.attention.visits import FULL, SKIP, Layout, plan_visits
 from plait.tests.kernels import loops
@@ -19,8 +19,18 @@ from plait.tests.tolerances import assert_close
 
 @st.composite
 def masks(draw: st.DrawFn) -> Mask:
-    window_size = draw(st.none() | st.integers(1, 12))
-    if draw(st.booleans()):
+    window_size, kind = draw(st.none() | st.integers(1, 12)), draw(st.sampled_from(["power", "chunk", "global", "plain"]))
+    if kind == "chunk":
+        size = draw(st.integers(1, 9))
+        shift, kv_shift = (draw(st.integers(0, size - 1)) for _ in range(2))
+        chunk = {"chunk_size": size, "shift": shift, "kv_shift": kv_shift, "dilation": draw(st.none() | st.integers(1, 5))}
+        return ChunkMask(causal=draw(st.booleans()), num_sink_tokens=draw(st.integers(0, 4)), **chunk)
+    if kind == "global":
+        window = {"window_size": window_size, "dilation": draw(st.none() | st.integers(1, 5))}
+        return GlobalMask(
+            num_global_tokens=draw(st.integers(1, 4)), right_window_size=draw(st.none() | st.integers(1, 12)), **window
+        )
+    if kind == "power":
         return PowerMask(block_size=draw(st.integers(1, 7)), window_size=window_size, num_sink_tokens=draw(st.integers(0, 4)))
     causal, dilation = draw(st.booleans()), draw(st.none() | st.integers(1, 5))
     right = None if causal else draw(st.none() | st.integers(1, 12))

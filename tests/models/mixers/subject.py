@@ -36,6 +36,7 @@ FAMILIES = ("softmax", "gla", "gated_deltanet")
 
 COSTLY = frozenset(
     {
+        "dilated-gqa-uneven",
         "gated_deltanet-bare",
         "gated_deltanet-grouped",
         "gated_deltanet-negative",
@@ -50,6 +51,9 @@ COSTLY = frozenset(
         "mega_chunk-laplace-simple",
         "mla-groups",
         "parallel-three",
+        "scca-dilated",
+        "scca-flow-gqa",
+        "shifted-sinks",
         "titans_mag-linear",
     }
 )
