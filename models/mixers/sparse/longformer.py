@@ -50,10 +50,10 @@ class LongformerConfig(MaskedConfig):
         return HeadMasks((plain,) * (num_heads - dilated) + (wide,) * dilated) if dilated else plain
 
     def _of_head(self, causal: bool, dilation: int | None) -> Mask:
-        window = {"window_size": self.window_size, "dilation": dilation}
-        if causal or not self.num_global_tokens:
-            return Mask(causal=causal, num_sink_tokens=self.num_global_tokens, **window)
-        return GlobalMask(num_global_tokens=self.num_global_tokens, **window)
+        size, count = self.window_size, self.num_global_tokens
+        if causal or not count:
+            return Mask(causal=causal, window_size=size, dilation=dilation, num_sink_tokens=count)
+        return GlobalMask(window_size=size, dilation=dilation, num_global_tokens=count)
 
     def slots(self) -> Slots:
         stride = self.dilation if self.num_dilated_heads else 1

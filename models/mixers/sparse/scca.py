@@ -54,8 +54,8 @@ class SCCAConfig(MaskedConfig):
             shifts = [h * self.chunk_size // num_heads for h in range(num_heads)]
         else:
             shifts = [self.chunk_size // 2 if 2 * h >= num_heads else 0 for h in range(num_heads)]
-        chunk = {"causal": causal, "chunk_size": self.chunk_size, "dilation": self.dilation}
-        return HeadMasks(tuple(ChunkMask(kv_shift=shift, **chunk) for shift in shifts))
+        chunk = ChunkMask(causal=causal, chunk_size=self.chunk_size, dilation=self.dilation)
+        return HeadMasks(tuple(dataclasses.replace(chunk, kv_shift=shift) for shift in shifts))
 
     def slots(self) -> Slots:
         return Slots(2 * self.chunk_size)

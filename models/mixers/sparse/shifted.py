@@ -46,8 +46,8 @@ class ShiftedConfig(MaskedConfig):
         if moved > num_heads:
             raise ValueError(f"num_shifted_heads={moved} must be at most num_heads={num_heads}; use {num_heads // 2}")
         shifts = [0] * (num_heads - moved) + [self.group_size // 2] * moved
-        group = {"causal": causal, "chunk_size": self.group_size, "num_sink_tokens": self.num_sink_tokens}
-        return HeadMasks(tuple(ChunkMask(shift=shift, kv_shift=shift, **group) for shift in shifts))
+        group = ChunkMask(causal=causal, chunk_size=self.group_size, num_sink_tokens=self.num_sink_tokens)
+        return HeadMasks(tuple(dataclasses.replace(group, shift=shift, kv_shift=shift) for shift in shifts))
 
     def slots(self) -> Slots:
         return Slots(self.group_size, self.num_sink_tokens)
