@@ -145,7 +145,8 @@ def candidates(kind: Any, value: Any) -> list[Any]:
     if typing.get_origin(kind) is Literal:
         return list(typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
-        return [(0.5, 2.0), (0.5, 2.0, 1.0, 1.0, 1.0), tuple(2 * one for one in value if isinstance(one, int))]
+        doubled = [tuple(2 * one for one in value)] if value else []
+        return [(0.5, 2.0), (0.5, 2.0, 1.0, 1.0, 1.0), *doubled]
     if isinstance(kind, type) and issubclass(kind, Component):
         return [config() for config in getattr(registry_of(kind), "all", dict)().values()]
     if kind is bool:
