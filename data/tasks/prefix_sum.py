@@ -1,8 +1,4 @@
-"""Sums of all numbers so far, modulo a prime.
-
-tokens    x1 x2 x3 .. xn  |   y1 y2 ..  (filled up with the separator)
-targets    .  .  .     .  y1  y2 y3 ..  yi = x1 + .. + xi modulo 17
-"""
+"""Sums of all numbers so far, modulo a prime: yi = x1 + .. + xi modulo 17."""
 
 from __future__ import annotations
 
@@ -10,29 +6,14 @@ import dataclasses
 
 import numpy as np
 
-from plait.configs.domains import Length
-from plait.data.config import DataConfig
 from plait.data.tasks.base import TASKS
-from plait.data.tasks.draws import Draws
-from plait.data.tasks.questions import QuestionTask
-
-MODULUS = SEPARATOR = 17
+from plait.data.tasks.sums import SumsTask
 
 
 @TASKS.register("prefix_sum", source="What Happens During the Loss Plateau? (2506.13688), prefix sum")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PrefixSumTask(QuestionTask):
+class PrefixSumTask(SumsTask):
     """Sums of all numbers so far modulo 17: the share of them that is right."""
 
-    length: Length = 16
-    """Numbers of 1 to 16, and sums."""
-
-    def vocabulary(self, data: DataConfig) -> int:
-        return MODULUS + 1
-
-    def num_tokens(self, size: int) -> int:
-        return 2 * size
-
-    def ask(self, draws: Draws) -> tuple[np.ndarray, np.ndarray]:
-        numbers = 1 + draws.integers(MODULUS - 1, self.length)
-        return np.pad(numbers, ((0, 0), (0, 1)), constant_values=SEPARATOR), np.cumsum(numbers, axis=1) % MODULUS
+    def sums(self, numbers: np.ndarray) -> np.ndarray:
+        return np.cumsum(numbers, axis=1)
