@@ -15,7 +15,7 @@ from plait.models.mixers.sparse.masked import MaskedConfig
 @register(
     "shifted",
     kind="sparse",
-    source="LongLoRA: Efficient Fine-tuning of Long-Context Large Language Models (2309.12307), S^2-Attn; SinkLoRA (2406.05678), SF-Attn",
+    source="S^2-Attn of LongLoRA (2309.12307); SF-Attn of SinkLoRA (2406.05678)",
     proof="the authors' roll, groups and roll back in float64, what wraps around left out",
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
