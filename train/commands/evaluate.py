@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -19,12 +18,11 @@ from plait.data.config import DataConfig
 from plait.data.loader import Data
 from plait.data.tasks.base import TASKS, Task
 from plait.train.commands import lm_eval
+from plait.train.commands.results import keep
 from plait.train.evaluate import Evaluation, Evaluator
 from plait.train.held_out import OtherText, held_out, is_own
-from plait.train.run import Trained, opened, write_json
+from plait.train.run import Trained, opened
 from plait.train.scoreboard import show
-
-log = logging.getLogger("plait")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,21 +112,12 @@ def run(args: Sequence[str]) -> None:
             if other:
                 results |= {"source": data.config.source, "corpus": data.identity["corpus"]}
                 file = f"eval_{trained.step}_{re.sub(r'[^A-Za-z0-9.-]+', '_', Path(data.config.source).name)}"
-    _write(options, f"{file}.json" if options.seq_len is None else f"{file}_lengths.json", results)
+    keep(results, options.out, options.run / (f"{file}.json" if options.seq_len is None else f"{file}_lengths.json"))
 
 
 def _score(trained: Trained, data: Data, batches: int | None) -> Evaluation:
     evaluator = Evaluator(trained.program.blueprint, trained.program.mesh, data)
     return evaluator(trained.params, trained.buffers, data.val, batches)
-
-
-def _write(options: EvalArgs, file: str, results: Mapping[str, object]) -> None:
-    try:
-        write_json(options.out or options.run / file, results)
-    except OSError as error:
-        if options.out is not None:
-            raise
-        log.warning("%s cannot be written (%s): the results are shown only; --out FILE keeps them", options.run / file, error)
 
 
 def _task(own: DataConfig, name: str, words: Mapping[str, list[str]]) -> Task:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,11 +15,10 @@ from rich.table import Table
 from plait.configs.domains import Counted, Length, Line, Seed, Steps
 from plait.configs.files import write_atomically
 from plait.configs.words import parse
+from plait.train.commands.results import keep
 from plait.train.console import console
 from plait.train.harness.asking import Asked, AskOptions
-from plait.train.run import opened, write_json
-
-log = logging.getLogger("plait")
+from plait.train.run import opened
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,7 +99,7 @@ def run(args: Sequence[str]) -> None:
     results |= {"document_start": asked.texts.document_start, "chat": options.chat}
     if options.samples is not None:
         write_atomically(options.samples, "".join(_lines(found["samples"])))
-    _write(options, f"eval_{trained.step}_lm-eval.json", results)
+    keep(results, options.out, options.run / f"eval_{trained.step}_lm-eval.json")
 
 
 def _kept(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,15 +112,6 @@ def _lines(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[str]:
     for task, every in samples.items():
         for one in every:
             yield json.dumps({"task": task, **one}, default=str) + "\n"
-
-
-def _write(options: LmEvalArgs, file: str, results: Mapping[str, Any]) -> None:
-    try:
-        write_json(options.out or options.run / file, results)
-    except OSError as error:
-        if options.out is not None:
-            raise
-        log.warning("%s cannot be written (%s): the results are shown only; --out FILE keeps them", options.run / file, error)
 
 
 def _show(found: Mapping[str, Any], title: str) -> None:
