@@ -6,7 +6,7 @@ import datetime
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 from plait.configs.files import read_json
 from plait.data.tokenizer import Tokenizer
@@ -97,7 +97,7 @@ def _generation() -> Any:
     from jinja2.ext import Extension
 
     class Generation(Extension):
-        tags: ClassVar[set[str]] = {"generation"}
+        tags: set[str] = {"generation"}  # noqa: RUF012 (jinja2 declares it as an instance's)
 
         def parse(self, parser: Any) -> Any:
             next(parser.stream)
