@@ -3,25 +3,21 @@
 from plait.kernels.attention import AttentionStats, Bias, DistanceBias, LowRankBias, attention, attention_rows
 from plait.kernels.attention.masses import column_mass, first_masses
 from plait.kernels.attention.routed import routed_attention
-from plait.kernels.chunk_mask import ChunkMask
 from plait.kernels.cross_entropy import cross_entropy
 from plait.kernels.decay import decay, decay_rows
 from plait.kernels.delta_rule import delta_rule, delta_rule_rows
 from plait.kernels.dispatch import chosen, registered
 from plait.kernels.dplr import dplr, dplr_rows
-from plait.kernels.global_mask import GlobalMask
-from plait.kernels.head_masks import HeadMasks
 from plait.kernels.linear_scan import linear_scan
-from plait.kernels.masks import Mask, PowerMask
+from plait.kernels.masks import ChunkMask, GlobalMask, HeadMasks, Mask, PowerMask, SelectedBlocks
 from plait.kernels.memory_context import memory_context
 from plait.kernels.online_memory import online_memory
-from plait.kernels.selected_blocks import SelectedBlocks
 from plait.kernels.selective_scan import selective_scan
 from plait.kernels.short_conv import short_conv
 from plait.kernels.tokens import Tokens
 from plait.kernels.topk_blocks import topk_blocks
+from plait.kernels.topk_blocks.whole_blocks import WholeBlocks, whole_blocks
 from plait.kernels.weighted_attention import weighted_attention, weighted_rows
-from plait.kernels.whole_blocks import WholeBlocks, whole_blocks
 
 __all__ = [
     "AttentionStats",

@@ -12,9 +12,7 @@ from plait.kernels.attention.implied import attention_rows
 from plait.kernels.attention.reference import AttentionStats
 from plait.kernels.context.attention import CONTEXT
 from plait.kernels.dispatch import Implementation, Op, kernel
-from plait.kernels.head_masks import HeadMasks
-from plait.kernels.masks import Mask
-from plait.kernels.selected_blocks import SelectedBlocks
+from plait.kernels.masks import HeadMasks, Mask, SelectedBlocks
 from plait.kernels.tokens import Tokens
 
 __all__ = ["AttentionStats", "Bias", "DistanceBias", "LowRankBias", "attention", "attention_rows"]

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from plait.kernels.attention.bias import DistanceBias, LowRankBias
-from plait.kernels.head_masks import HeadGroup, HeadMasks
-from plait.kernels.selected_blocks import SelectedBlocks
+from plait.kernels.masks import HeadGroup, HeadMasks, SelectedBlocks
 
 _HEADS = {"q": 2, "active": 2, "lse": 2, "sinks": -1, "sigmoid_bias": -1}
 """Arguments with an axis of query heads, and which it is; `k` and `v` have one of key heads."""

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 
 from plait.kernels.attention.bias import Bias, LowRankBias
 from plait.kernels.call import OPTION, Call, letters
-from plait.kernels.masks import Mask
-from plait.kernels.selected_blocks import SelectedBlocks
+from plait.kernels.masks import Mask, SelectedBlocks
 from plait.kernels.shapes import (
     accumulation_dtype,
     check_divides,

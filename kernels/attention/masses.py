@@ -12,9 +12,7 @@ from plait.kernels.attention.per_query import first_mass
 from plait.kernels.attention.reference import MASKED as HIDDEN
 from plait.kernels.attention.reference import grouped_heads, logits, visible_pairs
 from plait.kernels.dispatch import Implementation, Op, kernel
-from plait.kernels.head_masks import HeadMasks
-from plait.kernels.masks import Mask
-from plait.kernels.selected_blocks import SelectedBlocks
+from plait.kernels.masks import HeadMasks, Mask, SelectedBlocks
 from plait.kernels.shapes import accumulation_dtype, matmul_precision
 from plait.kernels.tokens import Tokens
 

@@ -12,8 +12,7 @@ from plait.kernels.attention.by_head import each_mask
 from plait.kernels.attention.call import AttentionCall, RoutedCall
 from plait.kernels.context.attention import CONTEXT
 from plait.kernels.dispatch import Implementation, Op, kernel
-from plait.kernels.head_masks import HeadMasks
-from plait.kernels.masks import Mask
+from plait.kernels.masks import HeadMasks, Mask
 from plait.kernels.tokens import Tokens
 
 Array = jax.Array

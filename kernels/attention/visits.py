@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from plait.kernels.attention.call import AttentionCall
-from plait.kernels.masks import Mask, Span
-from plait.kernels.selected_blocks import SelectedBlocks
+from plait.kernels.masks import Mask, SelectedBlocks, Span
 from plait.kernels.tokens import Tokens
 
 Array = jax.Array

@@ -4,7 +4,7 @@ import jax
 
 from plait.kernels.context.topk_blocks import CONTEXT
 from plait.kernels.dispatch import Implementation, Op
-from plait.kernels.selected_blocks import SelectedBlocks
+from plait.kernels.masks import SelectedBlocks
 from plait.kernels.shapes import check_divides, check_floating, check_rank, check_shape, check_tokens
 from plait.kernels.tokens import Tokens
 from plait.kernels.topk_blocks import chunked, reference

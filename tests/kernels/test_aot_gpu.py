@@ -13,8 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from plait import kernels
 from plait.kernels import Mask, gpu
-from plait.kernels.masks import PowerMask
-from plait.kernels.selected_blocks import SelectedBlocks
+from plait.kernels.masks import PowerMask, SelectedBlocks
 from plait.kernels.target import target
 from plait.tests.kernels.gpu_targets import TARGETS
 

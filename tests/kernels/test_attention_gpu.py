@@ -12,8 +12,7 @@ from plait import kernels
 from plait.kernels import DistanceBias, LowRankBias, Mask, Tokens, dispatch, gpu
 from plait.kernels.attention import pallas_gpu, reference
 from plait.kernels.attention.call import AttentionCall
-from plait.kernels.masks import PowerMask
-from plait.kernels.selected_blocks import SelectedBlocks
+from plait.kernels.masks import PowerMask, SelectedBlocks
 from plait.kernels.target import target
 from plait.tests.kernels import cases
 from plait.tests.tolerances import assert_tree_close, in_float64

@@ -10,8 +10,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from plait.kernels import DistanceBias, LowRankBias, Mask, Tokens, attention, routed_attention, short_conv
-from plait.kernels.chunk_mask import ChunkMask
-from plait.kernels.masks import PowerMask
+from plait.kernels.masks import ChunkMask, PowerMask
 from plait.kernels.sharding import splitting
 from plait.tests.kernels import cases
 from plait.tests.tolerances import assert_close

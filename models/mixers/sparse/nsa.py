@@ -12,7 +12,7 @@ from flax import nnx
 from plait.configs.domains import Channels, Heads, Span, Whole
 from plait.kernels import Mask, SelectedBlocks, Tokens, attention, attention_rows, topk_blocks, whole_blocks
 from plait.kernels.shapes import accumulation_dtype
-from plait.kernels.whole_blocks import WholeBlocks
+from plait.kernels.topk_blocks.whole_blocks import WholeBlocks
 from plait.models.axes import EMBED, HEADS, KV_HEADS
 from plait.models.build import BuildContext
 from plait.models.cache import Cache, Slots

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from plait.kernels.masks import Mask, Span, block_number
+from plait.kernels.masks.mask import Mask, Span, block_number
 
 Array = jax.Array
 

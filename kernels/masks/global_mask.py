@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from plait.kernels.masks import _FAR, Mask, Span
+from plait.kernels.masks.mask import FAR, Mask, Span
 
 Array = jax.Array
 
@@ -37,7 +37,7 @@ class GlobalMask(Mask):
     @property
     def alignment(self) -> int:
         """See `Mask.alignment`: the rule knows the first tokens from all others."""
-        return _FAR
+        return FAR
 
     def reaches(self, q_positions: Array, kv_positions: Array) -> Array:
         """See `Mask.reaches`."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from plait.kernels.masks import Mask
+from plait.kernels.masks.mask import Mask
 
 
 class HeadGroup(NamedTuple):
