@@ -215,9 +215,15 @@ def folder_signs(config: ExperimentConfig) -> Iterator[Callable[[], Any]]:
     yield lambda: config.folder
 
 
+@functools.lru_cache(maxsize=64)
+def signs_once(signs: Callable[..., Iterator], config: Any) -> list[Callable[[], Any]]:
+    """The signs of a config, each worked out once: leaves of one component have one base."""
+    return [functools.cache(sign) for sign in signs(config)]
+
+
 def notices(signs: Callable[..., Iterator], base: Any, other: Any) -> bool:
     """Whether any sign differs between two configs."""
-    return any(left() != right() for left, right in zip(signs(base), signs(other), strict=True))
+    return any(left() != right() for left, right in zip(signs_once(signs, base), signs(other), strict=True))
 
 
 BASE = tiny(
