@@ -32,32 +32,7 @@ SEGMENTS = (20, 33, 12)  # documents of the packed row; the rest of it is paddin
 MESH = MeshConfig(data=1, fsdp=2, context=2, tensor=2)
 PROBES = Probes(ProbeConfig(rows=16, sequences=4, first_k=3))
 FAMILIES = ("softmax", "gla", "gated_deltanet")
-"""A mixer of each family base: wrapped and reparametrised in the default suite, as the others are in the slow one."""
-
-COSTLY = frozenset(
-    {
-        "dilated-gqa-uneven",
-        "gated_deltanet-bare",
-        "gated_deltanet-grouped",
-        "gated_deltanet-negative",
-        "gated_deltaproduct-three",
-        "inline_attention-no_residual",
-        "kda-bounded",
-        "lightnet-positions",
-        "linear-hadamard",
-        "mamba1-normalised",
-        "mamba2-one_group",
-        "mega-laplace",
-        "mega_chunk-laplace-simple",
-        "mla-groups",
-        "parallel-three",
-        "scca-dilated",
-        "scca-flow-gqa",
-        "shifted-sinks",
-        "titans_mag-linear",
-    }
-)
-"""Options whose programs take long to compile: in the slow suite."""
+"""A mixer of each family base: wrapped, reparametrised and with its options in the default suite, as the others are in the slow one."""
 
 layout = functools.partial(layout, length=LENGTH)
 WHOLE, PACKED = (LENGTH,), SEGMENTS
@@ -122,12 +97,11 @@ def _param(name: str, case: Case, usual: bool) -> Any:
 
 
 def case_params(*, options: bool = True) -> list[Any]:
-    """The cases, slow ones marked: every example, what goes around it, and options, which are slow too if costly or not `options`."""
-    assert OPTIONS.keys() >= COSTLY
+    """The cases, slow ones marked: every example, what goes around it, and its options, all of which are slow if not `options`."""
     plain = [_param(name, Case(config), True) for name, config in EXAMPLES.items()]
     return [
         *plain,
-        *(_param(name, Case(config), options and name not in COSTLY) for name, config in OPTIONS.items()),
+        *(_param(name, Case(config), options and name.partition("-")[0] in FAMILIES) for name, config in OPTIONS.items()),
         *(_param(name, case, of_family) for name, case, of_family in _around()),
     ]
 
