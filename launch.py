@@ -20,6 +20,7 @@ USAGE = """usage: launch.py [--verbose] COMMAND ...
   sweep NAME|PRESET [--optimizer.learning-rate 1e-3,3e-3] [--seed 0,1,2] [--seeds 3] [--out sweeps/lr] [--workers 2] [--dry-run | --status]
         [any option of train, with several values]                              (many runs, any number of workers: docs/sweeps.md)
   plan PRESET --target v5p:4x8x8 [--slices N] [--search [--compile 2]] [--out plans/a] [any option of train]
+  verify [--only agreement,speed] [--ops attention] [--out FOLDER] [any option of train]      (the devices at hand, tried: docs/verify.md)
   eval RUN [--tasks ppl,mqar] [--step N] [--mqar.num-kv-pairs 16] [--data.source other.txt] [--out FILE]
   eval RUN --lm-eval TASK[,TASK] [--include-path FOLDER] [--limit 100] [--chat]    (lm-evaluation-harness: docs/lm-eval.md)
   generate RUN [--prompt "..."] [--num-tokens 200] [--temperature 0.8] [--top-k 40] [--top-p 0.9]
@@ -41,6 +42,7 @@ COMMANDS = {
     "train": "train",
     "sweep": "sweep",
     "plan": "plan",
+    "verify": "verify",
     "eval": "evaluate",
     "generate": "generate",
     "report": "report",

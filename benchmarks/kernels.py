@@ -5,8 +5,8 @@
 
 Timed on the machine at hand: each cell is the median of several calls and their interquartile range. The implementations of an op
 take turns, call by call, so that a busy machine hits all alike; `x` is the first implementation's time over this one's. The roofline
-is the larger of FLOPs / peak and bytes / bandwidth of what the op must do (see `rooflines.least`), by the chip's data sheet, and on a
-CPU by this machine's own best matrix product and sum.
+is the larger of FLOPs / peak and bytes / bandwidth of what the op must do (`least` of `plait.train.verify.rooflines`), by the chip's
+data sheet, and on a CPU by this machine's own best matrix product and sum.
 
 With --target nothing runs: the program is compiled for that TPU and the cycles are the compiler's own static estimates. **These are
 no measurements.** Their limits: values loaded from memory count as 0, so attention is estimated with a fixed table of tiles, all
@@ -20,10 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
-import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -74,82 +71,58 @@ def show(rows: list[dict[str, Any]], title: str) -> None:
 def timings(args: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
     """Rows of the table, one for each op, pass, shape and implementation."""
     import jax
-    import kernel_cases as cases
-    from rooflines import PEAKS, Shape, least, measured_peak
+    from torch_peers import torch_peers
 
     from plait.kernels.target import current
+    from plait.train.verify.devices import peak_here
+    from plait.train.verify.peers import peers
+    from plait.train.verify.rooflines import Shape, least
+    from plait.train.verify.speed import implementations, prepared
+    from plait.train.verify.timing import timed
+    from plait.train.verify.trials import TIMED
 
     cpu, here = jax.default_backend() == "cpu", current()
     dtype = args.dtype or ("float32" if cpu else "bfloat16")
     sizes = args.shapes or ("1x2048x4x64" if cpu else "4x4096x16x128,1x16384x16x64")
     vocabulary = args.vocabulary or (8192 if cpu else 32_768)
-    peak = PEAKS[here.generation] if here is not None else measured_peak(dtype)
+    peak = peak_here(dtype)
     rows = []
-    for op in (args.ops or ",".join(cases.OPS)).split(","):
+    for op in (args.ops or ",".join(TIMED)).split(","):
         for size in sizes.split(","):
             shape = Shape(*map(int, size.split("x")), vocabulary)
             print(f"# {op}, {shape}", file=sys.stderr)
-            x, fixed = cases.inputs(op, shape, dtype)
-            names = args.implementations.split(",") if args.implementations else cases.implementations(op)
-            functions = {name: cases.ours(op, name) for name in names} | cases.jax_peers(op)
+            x = TIMED[op].draw(shape, dtype)
+            functions = implementations(TIMED[op])
+            if args.implementations:
+                functions = {name: functions[name] for name in args.implementations.split(",")}
+            functions |= peers(op)
             for backward in (False, True):
-                calls = {name: prepared(f, x, fixed, backward) for name, f in functions.items()}
-                calls |= {name: partial(f, backward) for name, f in cases.torch_peers(op, x).items()}
+                calls = {name: prepared(f, x, backward) for name, f in functions.items()}
+                calls |= {name: partial(f, backward) for name, f in torch_peers(op, x).items()}
                 bound = peak.seconds(*least(op, shape, jax.numpy.dtype(dtype).itemsize, backward=backward))
-                found = timed(calls, args.repeats)
-                for name, seconds in found.items():
-                    low, middle, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
-                    first = statistics.median(next(iter(found.values())))
+                first = None
+                for name, taken in timed(calls, args.repeats).items():
+                    if isinstance(taken, NotImplementedError):
+                        if "backend is" not in str(taken):
+                            print(f"# {name}: {taken}", file=sys.stderr)
+                        continue
+                    if isinstance(taken, Exception):
+                        raise taken
+                    first = first or taken.middle
                     rows.append(
                         {
                             "op": op,
                             "shape": str(shape),
                             "pass": "forward + backward" if backward else "forward",
                             "implementation": name,
-                            "ms": 1e3 * middle,
-                            "IQR ms": f"{1e3 * low:.3g} - {1e3 * high:.3g}",
-                            "x": first / middle,
-                            "% of roofline": 100 * bound / middle,
+                            "ms": 1e3 * taken.middle,
+                            "IQR ms": f"{1e3 * taken.low:.3g} - {1e3 * taken.high:.3g}",
+                            "x": first / taken.middle,
+                            "% of roofline": 100 * bound / taken.middle,
                         }
                     )
     where = here.generation if here is not None else f"{jax.devices()[0].device_kind}, {peak.flops / 1e9:.0f} GFLOP/s measured"
     return rows, f"{where}, JAX {jax.__version__}, {dtype}"
-
-
-def prepared(function: Callable[..., Any], x: dict[str, Any], fixed: dict[str, Any], backward: bool) -> Callable[[], Any]:
-    """The compiled call; with `backward` also the gradients of every array in x, for a cotangent of ones."""
-    import jax
-    import jax.numpy as jnp
-
-    def both(x: dict[str, Any], fixed: dict[str, Any]) -> Any:
-        out, pullback = jax.vjp(lambda x: function(x, fixed), x)
-        return out, pullback(jnp.ones_like(out))
-
-    compiled = jax.jit(both if backward else function)
-    return lambda: jax.block_until_ready(compiled(x, fixed))
-
-
-def timed(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each call, the calls taking turns; one that is refused is named and left out."""
-    number: dict[str, int] = {}
-    for name, call in calls.items():
-        try:
-            call()
-        except NotImplementedError as error:
-            if " because " not in str(error) and "backend is" not in str(error):
-                print(f"# {name}: {error}", file=sys.stderr)
-            continue
-        start = time.perf_counter()
-        call()
-        number[name] = max(1, int(0.02 / (time.perf_counter() - start)))
-    seconds: dict[str, list[float]] = {name: [] for name in number}
-    for _ in range(repeats):
-        for name, count in number.items():
-            start = time.perf_counter()
-            for _ in range(count):
-                calls[name]()
-            seconds[name].append((time.perf_counter() - start) / count)
-    return seconds
 
 
 if __name__ == "__main__":

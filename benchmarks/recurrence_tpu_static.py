@@ -24,7 +24,7 @@ OPS = ("scalar_decay", "vector_decay", "deltanet", "gated_deltanet", "kda")
 
 def roofline(op: str, kernel: str, width: int, generation: str) -> tuple[float, float]:
     """Least cycles a token by FLOPs and by bytes, in chunks of 128: triangles as halves, no recomputation, nothing stored twice."""
-    from rooflines import PEAKS
+    from plait.train.verify.rooflines import PEAKS
 
     delta, by_channel = op not in ("scalar_decay", "vector_decay"), op in ("vector_decay", "kda")
     products = 2 * width * width + 64 * width * 2  # read and write the state; scores and their product with v

@@ -23,12 +23,12 @@ KERNELS = {"forward": 2, "query_gradients": 3, "key_gradients": 4}
 
 def estimates(args: Any) -> tuple[list[dict[str, Any]], str]:
     """Rows of the table, and its title."""
-    from kernel_cases import OPS
-    from rooflines import PEAKS, Shape, least
+    from plait.train.verify.rooflines import PEAKS, Shape, least
+    from plait.train.verify.trials import TIMED
 
     peak, rows = PEAKS[args.target], []
     dtype = args.dtype or "bfloat16"
-    for op in (args.ops or ",".join(OPS)).split(","):
+    for op in (args.ops or ",".join(TIMED)).split(","):
         for size in (args.shapes or SHAPES.get(op, "1x2048x1x128")).split(","):
             shape = Shape(*map(int, size.split("x")), args.vocabulary or 8192)
             default = ",".join((*ATTENTION, "chunked")) if op == "attention" else "pallas_tpu,chunked"
@@ -152,17 +152,19 @@ def _public(job: dict[str, Any], array: Callable[..., Any]) -> tuple[Callable[..
     """The op's public function, with the gradients of all its arrays if they are wanted."""
     import jax
     import jax.numpy as jnp
-    from kernel_cases import ours, shapes
-    from rooflines import Shape
 
-    operands = tuple(
-        {name: array(*size, dtype=dtype) for name, (size, dtype) in named.items()}
-        for named in shapes(job["op"], Shape(*job["shape"]), job["dtype"])
-    )
-    call = ours(job["op"], job["name"])
+    from plait.train.verify.rooflines import Shape
+    from plait.train.verify.speed import implementations
+    from plait.train.verify.trials import TIMED, differentiable
 
-    def both(x: Any, fixed: Any) -> Any:
-        out, pullback = jax.vjp(lambda x: call(x, fixed), x)
+    trial = TIMED[job["op"]]
+    shapes = trial.shapes(Shape(*job["shape"]), job["dtype"])
+    operands = ({name: array(*x.shape, dtype=x.dtype.name) for name, x in shapes.items()},)
+    call = implementations(trial)[job["name"]]
+
+    def both(x: Any) -> Any:
+        learned = differentiable(x)
+        out, pullback = jax.vjp(lambda learned: call({**x, **learned}), learned)
         return out, pullback(jnp.cos(out))
 
     return both if job["backward"] else call, operands
@@ -178,7 +180,7 @@ def _attention_kernel(job: dict[str, Any], array: Callable[..., Any]) -> tuple[C
     from plait.kernels.attention.tpu import kernels, tiling
     from plait.kernels.attention.visits import FULL, MASKED, Layout
 
-    _, length, _, width, _ = job["shape"]
+    _, length, _, width, *_ = job["shape"]
     tiles = pallas_tpu.choose_tiles(job["target"], width, width, jnp.dtype(job["dtype"]))
     if job["block"]:
         tiles = tiling.Tiles(**dict.fromkeys(vars(tiles), job["block"]))
@@ -218,7 +220,7 @@ def _splash(job: dict[str, Any], array: Callable[..., Any]) -> tuple[Callable[..
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
     from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
-    _, length, _, width, _ = job["shape"]
+    _, length, _, width, *_ = job["shape"]
     names = [f"block_{a}{b}" for a in ("q", "kv") for b in ("", "_dq", "_dkv")] + ["block_kv_compute", "block_kv_dkv_compute"]
     sizes = kernels.BlockSizes(**dict.fromkeys(names, job["block"] or 512))
     everything = MaskInfo(None, None, None, None, None)

@@ -37,6 +37,7 @@ from plait.models.mixers.base import WrapperConfig
 from plait.models.qk_clip import QKClipConfig
 from plait.train.pods.hosts.host import HostsOptions
 from plait.train.probes import docs as probes
+from plait.train.verify.agreement import PART as AGREEMENT
 
 FOLDER = Path(__file__).resolve().parent
 PAGES = (FOLDER.parent / "README.md", *sorted(FOLDER.glob("*.md")))
@@ -55,7 +56,6 @@ SHARED: dict[str, type] = {"optimizer": OptimizerConfig}
 PROOFS = {
     "interpreter": "agrees with the reference in an interpreter",
     "compiled": "compiled ahead of time, forward and backward",
-    "hardware": "run on hardware",
 }
 _MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end table -->)", re.DOTALL)
 
@@ -143,8 +143,21 @@ def proofs() -> str:
             raise ValueError(
                 f"docs/proofs.json lists {listed} for {op}, the registry has {sorted(names)}; describe what is there"
             )
-        rows += [[f"`{op}`", f"`{name}`", *(known[op][name][key] for key in PROOFS)] for name in names]
-    return markdown(("op", "implementation", *PROOFS.values()), rows)
+        rows += [[f"`{op}`", f"`{name}`", *(known[op][name][key] for key in PROOFS), on_hardware(op, name)] for name in names]
+    return markdown(("op", "implementation", *PROOFS.values(), "run on hardware"), rows)
+
+
+def on_hardware(op: str, implementation: str, folder: Path = FOLDER / "hardware") -> str:
+    """What the files that `launch.py verify` wrote, kept in a folder, say of an implementation: device, date and result of each."""
+    told = []
+    for file in sorted(folder.glob("*.json")):
+        facts = json.loads(file.read_text("utf-8"))
+        agreed = [one for one in facts["findings"] if one["part"] == AGREEMENT and one["status"] in ("passed", "failed")]
+        tried = [one["status"] for one in agreed if (one["op"], one["by"]) == (op, implementation)]
+        if tried:
+            where = f"{facts['devices']['kind']}, JAX {facts['versions']['jax']}, {facts['at'][:10]}"
+            told.append(f"{where}: {tried.count('passed')} of {len(tried)} trials pass")
+    return "; ".join(told) or "not yet"
 
 
 def preset_table() -> str:

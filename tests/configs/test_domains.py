@@ -36,13 +36,14 @@ from plait.train.commands.generate import GenerateArgs
 from plait.train.commands.lm_eval import LmEvalArgs
 from plait.train.commands.plan import PlanArgs
 from plait.train.commands.sweep import SweepArgs
+from plait.train.commands.verify import VerifyArgs
 from plait.train.pods.hosts.host import HostsOptions
 from plait.train.pods.launch_files import KINDS as LAUNCH_FILES
 
 SCHEMAS = [
     *(ExperimentConfig, LMConfig, DataConfig, OptimizerConfig, MeshConfig, ProbeConfig, SpikeConfig),
     *(one for kind in KINDS for one in registry(kind).all().values()),
-    *(EvalArgs, LmEvalArgs, GenerateArgs, PlanArgs, SweepArgs, HostsOptions),
+    *(EvalArgs, LmEvalArgs, GenerateArgs, PlanArgs, SweepArgs, VerifyArgs, HostsOptions),
     *(kind.options for kind in LAUNCH_FILES.values()),
 ]
 FREE = {"GenerateArgs.prompt", "LmEvalArgs.system"}

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from plait.configs.codec import decode, encode
+from plait.kernels.tolerances import bound
 from plait.models.mixers.base import HeadMixer, MixerConfig
 from plait.models.mixers.moh import MoHConfig
 from plait.tests.models import common
@@ -33,7 +34,7 @@ from plait.tests.models.mixers.subject import (
     program,
 )
 from plait.tests.models.mixers.traced_flops import count_flops
-from plait.tests.tolerances import assert_close, bound
+from plait.tests.tolerances import assert_close
 from plait.train import mesh as meshes
 
 

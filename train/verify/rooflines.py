@@ -59,6 +59,13 @@ class Shape(NamedTuple):
     heads: int
     dim: int
     vocabulary: int
+    group: int = 1
+    """Heads that share a key head."""
+
+    @property
+    def kv_heads(self) -> int:
+        """Key heads."""
+        return self.heads // self.group
 
     def __str__(self) -> str:
         return f"B {self.batch}, T {self.length}, H {self.heads}, D {self.dim}"
@@ -78,7 +85,7 @@ def least(op: str, shape: Shape, itemsize: int, *, backward: bool) -> tuple[floa
     state at the keys and inverts a triangle. A product costs twice its FLOPs again in the backward pass. With `backward`, both passes
     count.
     """
-    b, t, h, d, v = shape
+    b, t, h, d, v, _ = shape
     tokens, wide = b * t, b * t * h * d * itemsize  # one array [B, T, H, D]
     passes = 3 if backward else 1
     if op == "attention":
@@ -88,7 +95,7 @@ def least(op: str, shape: Shape, itemsize: int, *, backward: bool) -> tuple[floa
     if op == "cross_entropy":
         width = h * d
         return passes * 2 * tokens * width * v, (1 + 2 * backward) * (tokens * width + width * v) * itemsize
-    flops = 4 * d * d + 2 * CHUNK * d
+    flops: float = 4 * d * d + 2 * CHUNK * d
     if op not in ("scalar_decay", "vector_decay"):
         flops += 2 * d * d + 2 * CHUNK * d + CHUNK * CHUNK / 3
     gates = 4 * tokens * h * (d if op in ("vector_decay", "kda") else 1)

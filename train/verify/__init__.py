@@ -1,0 +1,1 @@
+"""`launch.py verify`: whether the devices at hand compute what they should, and how fast."""

@@ -1,0 +1,100 @@
+"""The whole verification: its parts in order, the table and the file."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jax
+
+from plait.kernels.chips import chip_of
+from plait.train.console import console, notes
+from plait.train.mesh import make_mesh
+from plait.train.pods.hosts import hardware, together
+from plait.train.run import write_json
+from plait.train.verify.agreement import agreement, known
+from plait.train.verify.collectives import collectives
+from plait.train.verify.devices import devices, peak_here
+from plait.train.verify.findings import Finding, as_json, failed, show
+from plait.train.verify.rooflines import Shape
+from plait.train.verify.speed import speed
+from plait.train.verify.training import training, training_config
+from plait.train.verify.trials import TIMED
+
+if TYPE_CHECKING:
+    from plait.train.commands.verify import VerifyArgs
+
+FILE = "verify.json"
+TRIED = {"cpu": Shape(2, 160, 4, 32, 512, group=2), "accelerator": Shape(2, 512, 4, 128, 4096, group=2)}
+"""Of the calls that are held against the reference, which runs on the CPU, token by token."""
+TIMED_AT = {"cpu": Shape(1, 1024, 4, 64, 8192), "accelerator": Shape(4, 4096, 16, 128, 32_768)}
+
+
+def verify(options: VerifyArgs, words: Sequence[str]) -> list[str]:
+    """What failed, on any host; nothing where all is well.
+
+    Args:
+        options: of the command.
+        words: options of `train`.
+
+    Raises:
+        ValueError: an option does not fit; before anything is tried.
+    """
+    began, at = time.monotonic(), datetime.datetime.now(datetime.UTC)
+    device, kind = jax.devices()[0], "cpu" if jax.default_backend() == "cpu" else "accelerator"
+    chip = chip_of(device.device_kind)
+    name = chip.generation if chip is not None else device.platform
+    trials = known(_listed(options.ops))
+    folder = options.out or Path("verify") / f"{name}-{at:%Y%m%d-%H%M%S}"
+    folder = Path(together.broadcast(str(folder)) if together.count() > 1 else folder)
+    config = training_config(options.preset, words, folder / "training", options.steps)
+    mesh = make_mesh(config.mesh)
+    dtypes = ("float32",) if kind == "cpu" else ("bfloat16", "float32")
+    parts: dict[str, Callable[[], Iterator[Finding]]] = {
+        "devices": lambda: devices(dtypes[0]),
+        "agreement": lambda: agreement(trials, TRIED[kind], dtypes),
+        "speed": lambda: speed(
+            {name: trial for name, trial in trials.items() if name in TIMED},
+            TIMED_AT[kind],
+            dtypes[0],
+            peak_here(dtypes[0]),
+            options.repeats,
+        ),
+        "collectives": lambda: collectives(mesh, options.repeats),
+        "training": lambda: training(config),
+    }
+    for part in (asked := _listed(options.only) or tuple(parts)):
+        if part not in parts:
+            raise ValueError(f"only={part!r} is no part; use some of {', '.join(parts)}")
+    together.decide("folder", lambda: _make(folder))
+    if chip is None and kind == "accelerator":
+        notes.print(f"{device.device_kind!r} is a device that plait does not know: kernels are declined, rooflines are measured")
+    found = []
+    for part in asked:
+        for finding in parts[part]():
+            found.append(finding)
+            notes.print(f"{time.monotonic() - began:6.1f} s  {finding.status:8} {finding.what}  {finding.by}")
+    problems = [f"{one.what}, {one.by}: {one.detail}" for one in failed(found)]
+    if together.first():
+        show(found, console)
+        facts = {"at": at.isoformat(timespec="seconds"), "seconds": time.monotonic() - began, **hardware.environment()}
+        write_json(folder / FILE, {**facts, "findings": as_json(found)})
+        console.print(f"{len(found)} findings, {len(problems)} failed; written to {folder / FILE}", markup=False)
+    for problem in problems:
+        notes.print(f"failed: {problem}", style="red")
+    elsewhere = together.any_of("; ".join(problems) or None)
+    return problems or ([elsewhere] if elsewhere else [])
+
+
+def _listed(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(word.strip() for word in text.split(","))
+
+
+def _make(folder: Path) -> None:
+    """Makes the folder. Raises ValueError where it is there and holds something: nothing is overwritten."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"out={str(folder)!r} is there already; give a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
