@@ -12,6 +12,7 @@ import jax
 from plait.configs.cli import parse_experiment
 from plait.configs.experiment import ExperimentConfig
 from plait.kernels import chosen
+from plait.kernels.dispatch import forget_chosen
 from plait.train.loop import train
 from plait.train.run_folder.lines import METRICS
 from plait.train.verify.findings import Finding
@@ -45,6 +46,7 @@ def training_config(preset: str | None, words: Sequence[str], out: Path, steps: 
 
 def training(config: ExperimentConfig) -> Iterator[Finding]:
     """One finding: failed where the loss is not finite or does not fall."""
+    forget_chosen()
     train(config)
     lines = [json.loads(line) for line in (Path(config.folder) / METRICS).read_text("utf-8").splitlines()]
     losses = [line["loss/train"] for line in lines if "loss/train" in line]
