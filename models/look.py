@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from plait.kernels import Tokens
+from plait.kernels import SelectedBlocks, Tokens
 
 if TYPE_CHECKING:
     from plait.models.mixers.base import HeadMixer
@@ -40,6 +40,26 @@ class LogitMap(NamedTuple):
     """Whether R turns queries and keys by their positions; it is 1 else."""
     causal: bool
     """Whether a query sees the tokens of its document up to itself; all of them else."""
+
+
+class Selection(NamedTuple):
+    """What queries choose to see, as a mixer's `observe` tells it as `selection`; a mixer that chooses nothing tells none."""
+
+    blocks: SelectedBlocks
+    """Of the queries, among their own tokens."""
+    dense: Callable[[jax.Array], jax.Array]
+    """Rows `[B, H, R, S]` of attention with the same logits to all that the mask shows, of query positions `[R]`."""
+
+
+class DocumentRanks(NamedTuple):
+    """What the ends of a prompt's query attend to among its documents, as a mixer's `observe` tells it as `document_ranks`."""
+
+    shares: jax.Array
+    """float32 `[B, T, N]`: of each document, over the documents of the prompt they sum to 1."""
+    documents: jax.Array
+    """bool `[B, T, N]`: which there are."""
+    right: jax.Array
+    """bool `[B, T, N]`: which are right; none where no query ends, or its answer is no document."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

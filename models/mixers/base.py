@@ -65,6 +65,10 @@ class MixerConfig(Component, abc.ABC):
     def mixing_flops(self, d_model: int, seq_len: int) -> float:
         """Forward operations per token besides the projections: 2 per multiply-add, the mean over a causal `seq_len`."""
 
+    def between_flops(self, d_model: int, seq_len: int) -> float:
+        """Of `mixing_flops` those of a token with others: all, unless a mixer has products with weights among them."""
+        return self.mixing_flops(d_model, seq_len)
+
     def decode_flops(self, d_model: int, context: int) -> float:
         """Operations besides the projections of the token after `context` others: what it adds to those of a causal sequence, unless
         decoding works otherwise."""

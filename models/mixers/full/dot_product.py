@@ -18,6 +18,7 @@ from plait.kernels.attention.bias import folded_columns
 from plait.models.axes import BATCH, EMBED, HEADS, KV_HEADS, LENGTH, constrain
 from plait.models.build import BuildContext
 from plait.models.linear import Dense
+from plait.models.look import Selection
 from plait.models.mixers.base import Direction, MixerConfig
 from plait.models.mixers.full.weighted import Cached, mean_keys
 from plait.models.mixers.heads import join_heads, require_divides, resolve_heads, split_heads
@@ -184,4 +185,7 @@ class DotProduct(Cached):
         masses = {
             op.__name__: functools.partial(op, inputs.q, inputs.k, stats.lse, **options) for op in (first_masses, column_mass)
         }
-        return {"attention": stats, "logits": (inputs.q, inputs.k, self.scale), **masses}
+        found = {"attention": stats, "logits": (inputs.q, inputs.k, self.scale), **masses}
+        if (selected := options.pop("selected", None)) is not None:
+            found["selection"] = Selection(selected, functools.partial(attention_rows, inputs.q, inputs.k, **options))
+        return found

@@ -17,7 +17,7 @@ from plait.models.axes import EMBED, HEADS, KV_HEADS
 from plait.models.build import BuildContext
 from plait.models.cache import Cache, Slots
 from plait.models.linear import Dense
-from plait.models.look import GateValues
+from plait.models.look import GateValues, Selection
 from plait.models.mixers.base import abstract, products, register
 from plait.models.mixers.full.dot_product import DotProduct
 from plait.models.mixers.heads import split_heads
@@ -101,14 +101,15 @@ class NSAConfig(SelectingConfig):
 
     def mixing_flops(self, d_model: int, seq_len: int) -> float:
         runs = self.heads(d_model)[1] * max(1, seq_len // self.stride) / seq_len
-        return self._pairs(d_model, seq_len) + (runs - 1) * self._network_flops(d_model)  # one is counted with the projections
+        return self.between_flops(d_model, seq_len) + (runs - 1) * self._network_flops(
+            d_model
+        )  # one is counted with the projections
 
     def decode_flops(self, d_model: int, context: int) -> float:
-        through = lambda length: length * self._pairs(d_model, length)
+        through = lambda length: length * self.between_flops(d_model, length)
         return through(context + 1) - through(context) + (self.heads(d_model)[1] - 1) * self._network_flops(d_model)
 
-    def _pairs(self, d_model: int, seq_len: int) -> float:
-        """Of queries and keys, and of the scores."""
+    def between_flops(self, d_model: int, seq_len: int) -> float:
         runs, most = mean_past(seq_len, self.stride, self.span), min(seq_len, self.window_size)
         seen = runs + self.mean_keys(seq_len) + most - most * (most - 1) / 2 / seq_len
         return self.pair_flops(d_model) * seen + 2.0 * self.count_heads(d_model) * self.head_dim * runs
@@ -246,7 +247,9 @@ class NSA(DotProduct):
         return sum(gate * a for gate, a in zip(gates, shown, strict=True))
 
     def observe(self, inputs, x, *, at):
-        return {"gates": {"output": GateValues(inputs.gates, 1.0)}}
+        q, k = inputs.q, inputs.selected.k
+        dense = lambda rows: attention_rows(q, k, rows=rows, at=at, mask=self.mask, scale=self.scale)
+        return {"gates": {"output": GateValues(inputs.gates, 1.0)}, "selection": Selection(self.select(inputs, at), dense)}
 
     def init_state(self, batch_size, max_len):
         self.config.fit_length(max_len)
