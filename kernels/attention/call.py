@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -103,6 +103,12 @@ class AttentionCall(Call):
     def own_keys(self) -> bool:
         """The keys are the queries' own tokens, in order."""
         return self.kv_at is None
+
+    def arrays(self) -> Iterator[tuple[str, str, Any]]:
+        """See `Call.arrays`. Keys that are not the queries' own tokens are no part of their sequence: every device has all."""
+        for name, axes, value in super().arrays():
+            foreign = name in ("k", "v", "kv_at") and not self.own_keys
+            yield name, axes.replace("t", "j") if foreign else axes, value
 
     @property
     def packed(self) -> bool:

@@ -154,6 +154,23 @@ def test_attention(mask: str, segments: str, count: int):
     assert_same(outputs, inputs, mesh_of(context=count))
 
 
+@pytest.mark.parametrize(("segments", "count"), CUTS)
+def test_attention_to_other_keys(segments: str, count: int):
+    """Such as compressed ones: every device has all of them, and answers its own queries only."""
+    tokens = Tokens(None, segment_ids(SEGMENTS[segments])).placed(2, LENGTH)
+    kv_at = Tokens(None, tokens.segment_ids[:, 3::4], tokens.positions[:, 3::4])
+
+    def outputs(inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return {"o": attention(**inputs, mask=Mask(), at=tokens, kv_at=kv_at)}
+
+    inputs = arrays(q=(2, LENGTH, 4, 8), k=(2, LENGTH // 4, 2, 8), v=(2, LENGTH // 4, 2, 6))
+    assert_same(outputs, inputs, mesh_of(context=count))
+    products = [line for line in compiled_text(outputs, inputs, count).splitlines() if " dot(" in line]
+    assert products and not any(f"[2,{LENGTH}," in line or f",{LENGTH}," in line for line in products), (
+        "no device has all queries"
+    )
+
+
 def test_sigmoid_attention():
     def outputs(inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
         return {"o": attention(**inputs, mask=Mask(), normalizer="sigmoid", at=Tokens(None, segment_ids(SEGMENTS["packed"])))}
