@@ -37,15 +37,25 @@ class AttentionLossConfig(Config):
     """Of the mean cosine of the outputs of any two heads at a token, itself among them (disagreement on outputs, 1810.10183)."""
     head_balance: Coefficient | None = None
     """Of the squared coefficient of variation, over heads, of the mean of 1 - m: a head does as much as it leaves the sink (2602.01203)."""
+    document_ranking: Coefficient | None = None
+    """Of mean -log of what right documents have of softmax(s / `temperature`), s being what the end of a query attends to in each document:
+    the contrastive loss of BlockRank (2510.05396), in `blockrank` layers with an `answer_id`."""
+    temperature: Annotated[float, Number(above=0, least=1e-3, most=1e3)] = 0.05
+    """That of `document_ranking`."""
 
     def check(self) -> None:
         if self.floor != type(self).floor and self.entropy_floor is None:
             raise ValueError(f"floor={self.floor} is of entropy_floor, which is None; set entropy_floor, or leave floor out")
+        if self.temperature != type(self).temperature and self.document_ranking is None:
+            raise ValueError(
+                f"temperature={self.temperature} is of document_ranking, which is None; set document_ranking, or leave temperature out"
+            )
 
     @property
     def asked(self) -> dict[str, float]:
         """The coefficients of the losses that are there, by name."""
-        every = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "floor"}
+        every = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        every = {name: value for name, value in every.items() if name not in ("floor", "temperature")}
         return {name: coefficient for name, coefficient in every.items() if coefficient is not None}
 
 
@@ -70,6 +80,12 @@ def _of_part(look: Look, config: AttentionLossConfig) -> Mapping[str, jax.Array]
         found["entropy_floor"] = _mean(jax.nn.relu(config.floor - ratio), sees).mean()
         found["entropy"] = -_mean(exact.entropy, sees).mean()
         found["head_balance"] = jnp.square(active - active.mean()).mean() / (jnp.square(active.mean()) + _SMALL)
+    if (ranks := look.observed.get("document_ranks")) is not None:
+        z = ranks.shares / config.temperature
+        over = lambda which: jax.nn.logsumexp(jnp.where(which, z, -1e30), axis=-1)
+        told = ranks.right.any(-1)
+        loss = jnp.where(told, over(ranks.documents) - over(ranks.right), 0)
+        found["document_ranking"] = loss.sum() / jnp.maximum(told.sum(), 1)
     return found
 
 

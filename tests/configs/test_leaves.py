@@ -33,6 +33,7 @@ from plait.models.lora import LoRAConfig
 from plait.models.mixers.base import MixerConfig
 from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.models.mixers.linear.gla import GLAConfig
+from plait.models.mixers.sparse.blockrank import BlockRankConfig
 from plait.models.qk_clip import QKClipConfig
 from plait.tests.train.common import changed, get_leaf, program_of, random_batch, tiny, write_corpus
 from plait.train.loss import loss_terms
@@ -72,6 +73,8 @@ TEXTS = {
 }
 """Other values of the leaves that are free text."""
 
+RANKING: dict[str, Any] = {"model.pattern": "blockrank", "model.mixers": {"blockrank": BlockRankConfig.example()}}
+
 NEEDS: dict[str, dict[str, Any]] = {
     "mega.max_distance": {"bias": "simple"},
     "optimizer.decay_fraction": {"optimizer.schedule": "wsd"},
@@ -86,6 +89,8 @@ NEEDS: dict[str, dict[str, Any]] = {
     **{f"probe.{field}": {"probe.only": "waad_fai", "data.seq_len": 64} for field in ("waad_window", "fai_from", "fai_to")},
     "model.qk_clip.alpha": {"model.qk_clip": QKClipConfig(threshold=1.0)},
     "model.attention_loss.floor": {"model.attention_loss": AttentionLossConfig(entropy_floor=1.0)},
+    "model.attention_loss.document_ranking": RANKING,
+    "model.attention_loss.temperature": {**RANKING, "model.attention_loss": AttentionLossConfig(document_ranking=1.0)},
     "model.causal": {"data.task": MaskedLanguageTask()},
     "data.vocab_size": {"data.tokenizer": "bpe", "data.vocab_size": 300},
     "mamba1.norm_scale": {"norm_eps": 1e-6},
@@ -114,7 +119,7 @@ NEEDS: dict[str, dict[str, Any]] = {
 }
 """What must hold for a leaf to work; of a component's leaf by `name.field`, within the component."""
 
-FOLLOWS = {"optimised.num_heads": "head_dim", "titans_mac.num_heads": "head_dim"}
+FOLLOWS = {"moa.plan": "alphas", "moa.layer": "plan", "optimised.num_heads": "head_dim", "titans_mac.num_heads": "head_dim"}
 """Leaves that have one valid value beside another."""
 
 BEFORE: dict[str, dict[str, Any]] = {

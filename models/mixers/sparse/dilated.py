@@ -36,7 +36,7 @@ class DilatedConfig(MaskedConfig):
     directions: ClassVar[tuple[Direction, ...]] = ("causal", "bidirectional")
 
     segment_lengths: tuple[Annotated[int, Whole(1, 2**30)], ...] = (2048, 4096, 8192, 16384, 32768)
-    """Tokens a segment, w, of each pair, counted from the start of the document."""
+    """Tokens a segment, w, of each pair, counted from the start of the document; the paper's, as its dilations."""
     dilations: tuple[Annotated[int, Whole(1, 2**20)], ...] = (1, 2, 4, 6, 12)
     """Of as many tokens of a segment one takes part, r, of each pair."""
 

@@ -24,10 +24,35 @@ Blocks = Annotated[int, Whole(1, 2**20)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SelectingConfig(GroupedConfig):
-    """Of one width, whose keys and values are shared by groups of heads, and whose queries see chosen blocks of their document."""
+class BlocksConfig(GroupedConfig, abc.ABC):
+    """Of one width, whose keys and values are shared by groups of heads, and whose queries see blocks of their document, their own and
+    whole ones before it."""
 
     directions = ("causal",)
+
+    block_size: Span = 64
+    """Tokens a block, counted from the start of the document."""
+
+    @abc.abstractmethod
+    def whole_blocks(self, own: np.ndarray) -> np.ndarray:
+        """How many blocks before its own a query sees, of the numbers of their own blocks."""
+
+    def pair_flops(self, d_model: int) -> float:
+        """Operations of a query and a key, all heads."""
+        maps, keys, values = self.maps(d_model)
+        return 2.0 * maps * (keys + values)
+
+    def mean_keys(self, seq_len: int) -> float:
+        """Keys that a query sees, the mean over a sequence."""
+        block = np.arange(-(-seq_len // self.block_size))
+        tokens = np.minimum(seq_len - block * self.block_size, self.block_size)
+        whole = self.whole_blocks(block) * self.block_size
+        return float((tokens * (tokens + 1) / 2 + tokens * whole).sum()) / seq_len
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SelectingConfig(BlocksConfig):
+    """Whose queries choose those blocks by scores."""
 
     block_size: Span = 512
     """Tokens a block, counted from the start of the document."""
@@ -41,17 +66,8 @@ class SelectingConfig(GroupedConfig):
                 f"positions={self.positions.name} adds to the logits, and the scores by which blocks are chosen have none; use 'rotary'"
             )
 
-    def pair_flops(self, d_model: int) -> float:
-        """Operations of a query and a key, all heads."""
-        maps, keys, values = self.maps(d_model)
-        return 2.0 * maps * (keys + values)
-
-    def mean_keys(self, seq_len: int) -> float:
-        """Keys that a query sees in the blocks it chooses, the mean over a sequence."""
-        block = np.arange(-(-seq_len // self.block_size))
-        tokens = np.minimum(seq_len - block * self.block_size, self.block_size)
-        whole = np.minimum(self.top_k - 1, block) * self.block_size
-        return float((tokens * (tokens + 1) / 2 + tokens * whole).sum()) / seq_len
+    def whole_blocks(self, own: np.ndarray) -> np.ndarray:
+        return np.minimum(self.top_k - 1, own)
 
 
 def mean_past(seq_len: int, stride: int, span: int) -> float:
@@ -74,7 +90,7 @@ class BlockCache(NamedTuple):
     """What decoding keeps: tokens, and of each block the sum of its keys."""
 
     tokens: Cache
-    sums: jax.Array  # [B, N, Hkv, K] float32
+    sums: jax.Array  # [B, N, Hs, K] float32
 
 
 class Selecting(DotProduct):
@@ -95,7 +111,15 @@ class Selecting(DotProduct):
         if inputs.blocks is not None:
             return inputs.blocks
         blocks = whole_blocks(at.placed(*inputs.k.shape[:2]), self.config.block_size)
-        return blocks.mean(inputs.k), blocks.at
+        return blocks.mean(self.summed(inputs)), blocks.at
+
+    def summed(self, inputs: Any) -> jax.Array:
+        """`[B, T, Hs, K]`, the means of which stand for blocks: the keys."""
+        return inputs.k
+
+    def sums_shape(self) -> tuple[int, int]:
+        """`(Hs, K)` of that."""
+        return self.num_kv_heads, self.config.head_dim
 
     def options(self, inputs, at):
         return {**super().options(inputs, at), "selected": self.select(inputs, at)}
@@ -104,8 +128,9 @@ class Selecting(DotProduct):
         return self.weigh(inputs, at=at)  # which tiles a query visits is its blocks' to say
 
     def init_state(self, batch_size, max_len):
-        shape = (batch_size, -(-max_len // self.config.block_size), self.num_kv_heads, self.config.head_dim)
-        sums = constrain(jnp.zeros(shape, jnp.float32), (BATCH, None, KV_HEADS, None))
+        shape = (batch_size, -(-max_len // self.config.block_size), *self.sums_shape())
+        axis = KV_HEADS if shape[2] == self.num_kv_heads else None
+        sums = constrain(jnp.zeros(shape, jnp.float32), (BATCH, None, axis, None))
         return BlockCache(super().init_state(batch_size, max_len), sums)
 
     def attend(self, inputs, *, at, state):
@@ -117,7 +142,7 @@ class Selecting(DotProduct):
         tokens = self.slots.write(state.tokens, self.kept(inputs), at)
         number = jnp.where(current(at), at.positions // self.config.block_size, state.sums.shape[1])  # out of range: dropped
         row = jnp.arange(number.shape[0])[:, None]
-        added = inputs.k.astype(tokens.entries["k"].dtype).astype(state.sums.dtype)
+        added = self.summed(inputs).astype(tokens.entries["k"].dtype).astype(state.sums.dtype)
         return BlockCache(tokens, state.sums.at[row, number].add(added, mode="drop"))
 
     def recall(self, inputs, carry, *, at, state):

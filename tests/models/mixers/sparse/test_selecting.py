@@ -12,6 +12,8 @@ from plait.kernels import Tokens, whole_blocks
 from plait.models.build import BuildContext
 from plait.models.mixers.base import MixerConfig
 from plait.models.mixers.sparse.dma import DMAConfig, DMAInputs
+from plait.models.mixers.sparse.hcam import HCAMConfig
+from plait.models.mixers.sparse.landmark import LandmarkConfig
 from plait.models.mixers.sparse.moba import MoBAConfig
 from plait.models.mixers.sparse.nsa import KV, NSAConfig, NSAInputs
 from plait.models.mixers.sparse.selecting import Selectable
@@ -179,8 +181,10 @@ def dma_heads():
         lambda: layer(dataclasses.replace(MoBAConfig.example(), positions=None)),
         lambda: layer(dataclasses.replace(NSAConfig.example(), positions=None)),
         dma_heads,
+        lambda: layer(dataclasses.replace(HCAMConfig.example(), positions=None)),
+        lambda: layer(dataclasses.replace(LandmarkConfig.example(), positions=None)),
     ],
-    ids=["moba", "nsa", "dma"],
+    ids=["moba", "nsa", "dma", "hcam", "landmark"],
 )
 def test_gradients_are_finite_differences(make):
     """In float64, in everything at once; of what chooses too, which learns by what it attends to."""
