@@ -13,13 +13,14 @@ from plait.configs.experiment import ExperimentConfig
 from plait.configs.vocabulary import with_vocabulary
 from plait.models.config import LMConfig
 from plait.models.lm import num_params
+from plait.models.mixers.full.weighted import mean_keys
 from plait.train.sweep import claims
 from plait.train.sweep.arms import Arm, Estimate, estimate
 from plait.train.sweep.runs import Run
 
 TOKENIZER_ELSEWHERE = 32_768
 """Stands for a vocabulary that only the corpus can tell."""
-Cost = Literal["flops", "state", "params"]
+Cost = Literal["flops", "state", "params", "density"]
 Better = Literal["lower", "higher"]
 _LOWER = ("loss", "perplexity", "bits_per_byte", "glitch_rate", "error")
 """Ends of the names of metrics of which less is better."""
@@ -57,6 +58,13 @@ def params(config: ExperimentConfig) -> float:
     return _params(settled(config).model)
 
 
+def density(config: ExperimentConfig) -> float:
+    """Forward operations of tokens with others in full and sparse layers, scores by which some choose them included, over those of softmax
+    attention to all with as many heads of their width; 0 where there is no such layer."""
+    model, length = settled(config).model, config.data.seq_len
+    return _density(model, length)
+
+
 _flops = functools.lru_cache(LMConfig.flops)  # of a sweep's runs many have one model
 _params = functools.lru_cache(num_params)
 
@@ -67,10 +75,18 @@ def _state(model: LMConfig, length: int) -> float:
     return mixers + sum(one.state_bytes(model.d_model, model.compute_dtype) for one in model.layer_channel_mixers)
 
 
+@functools.lru_cache
+def _density(model: LMConfig, length: int) -> float:
+    layers = [one for one in model.layer_mixers if one.kind in ("full", "sparse") and hasattr(one, "head_dim")]
+    full = sum(4.0 * one.head_count(model.d_model) * getattr(one, "head_dim") * mean_keys(length) for one in layers)  # noqa: B009
+    return sum(one.between_flops(model.d_model, length) for one in layers) / full if layers else 0.0
+
+
 COSTS: Mapping[Cost, tuple[Callable[[ExperimentConfig], float], str]] = {
     "flops": (flops, "training FLOPs"),
     "state": (state, "bytes of decode state for a row"),
     "params": (params, "parameters"),
+    "density": (density, "density of attention"),
 }
 """What each is, and its words."""
 

@@ -9,6 +9,7 @@ import pytest
 from plait.configs import codec
 from plait.configs.presets import preset
 from plait.launch import main
+from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.train.report.sweeps import _speed_up as shown
 from plait.train.run_folder.lines import METRICS
 from plait.train.sweep import claims, fronts
@@ -119,6 +120,13 @@ def test_costs_are_those_of_the_model():
     assert fronts.state(config) == pytest.approx(kept[0]) and fronts.state(longer) > fronts.state(config) > kept[1]
     assert fronts.flops(config) == STEPS * fronts.step_flops(config)
     assert fronts.params(changed(128, 0)) > fronts.params(config)
+    attends = lambda **options: dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, mixers={**config.model.mixers, "softmax": SoftmaxConfig(num_heads=2, **options)}),
+    )
+    assert fronts.density(attends()) == 1, "the linear layer has none"
+    seen = sum(min(i + 1, 8) for i in range(config.data.seq_len)) / sum(i + 1 for i in range(config.data.seq_len))
+    assert fronts.density(attends(window_size=8)) == pytest.approx(seen)
 
 
 def test_the_page_shows_both(folder, capsys):
