@@ -64,7 +64,7 @@ class SelectionProbe(Probe):
             return {}
         seen, past = chosen(look, selection), upto(look)
         rows = leaves_out(seen, past)
-        heads = look.mixer.num_heads  # type: ignore[union-attr]
+        heads = look.mixer.num_heads
         each = lambda values: jnp.repeat(values, heads // values.shape[0])  # heads of a group choose together
         dense = selection.dense(look.rows)
         kept = (dense * jnp.repeat(seen, heads // seen.shape[1], axis=1)).sum(-1) / jnp.maximum(dense.sum(-1), 1e-30)

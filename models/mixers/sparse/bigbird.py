@@ -77,8 +77,7 @@ def blocks_of(config: BigBirdConfig, num_kv_heads: int, num_blocks: int) -> np.n
         between = config.between(own)
         for head in range(num_kv_heads):
             draw = np.random.default_rng((config.seed, head, own))
-            drawn = draw.choice(between, min(config.num_random_blocks, len(between)), replace=False) if between else []
-            seen = [*fixed, *drawn]
+            seen = [*fixed, *draw.permutation(len(between))[: config.num_random_blocks] + config.num_global_blocks]
             table[own, head, : len(seen)] = seen
     return table
 

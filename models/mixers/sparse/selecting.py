@@ -106,7 +106,7 @@ class Selecting(DotProduct):
     def select(self, inputs: Any, at: Tokens) -> SelectedBlocks:
         """The blocks that each query sees."""
 
-    def mean_keys(self, inputs: Selectable, at: Tokens) -> tuple[jax.Array, Tokens]:
+    def mean_keys(self, inputs: Any, at: Tokens) -> tuple[jax.Array, Tokens]:
         """The mean key of each block that has come to its end, and where those stand."""
         if inputs.blocks is not None:
             return inputs.blocks
