@@ -97,6 +97,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     "moe.swiglu_alpha": {"swiglu_limit": 7.0},
     "moe.norm_eps": {"own_norms": True},
     "model.layer_inputs.activation": {"model.layer_inputs.dim": 4},
+    "moa.num_heads": {"alphas": None, "betas": None},
     "moe.top_k_groups": {"num_experts": 8, "num_groups": 4, "top_k_groups": 2},
     "moe.group_score_top_k": {"num_experts": 8, "num_groups": 2},
     "mega_chunk.max_distance": {"bias": "simple"},
@@ -119,8 +120,15 @@ NEEDS: dict[str, dict[str, Any]] = {
 }
 """What must hold for a leaf to work; of a component's leaf by `name.field`, within the component."""
 
-FOLLOWS = {"moa.plan": "alphas", "moa.layer": "plan", "optimised.num_heads": "head_dim", "titans_mac.num_heads": "head_dim"}
-"""Leaves that have one valid value beside another."""
+FOLLOWS = {
+    "blockrank.answer_id": "model.attention_loss.document_ranking",
+    "blockrank.num_documents": "model.attention_loss.document_ranking",
+    "moa.plan": "a file",
+    "moa.layer": "a file",
+    "optimised.num_heads": "head_dim",
+    "titans_mac.num_heads": "head_dim",
+}
+"""Leaves that have one valid value beside another, or work beside what is no field of the component, as its own tests show."""
 
 BEFORE: dict[str, dict[str, Any]] = {
     "softmax.shared_kv": {"shared_kv": "write"},
