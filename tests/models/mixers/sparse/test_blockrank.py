@@ -38,7 +38,7 @@ def blocks(text: list[int]) -> np.ndarray:
 
 @pytest.mark.proves("blockrank")
 def test_the_mask_and_the_loss_are_the_papers():
-    """Two texts in a row and padding; heads, then the loss and its gradient in the scale of queries."""
+    """Two texts in a row and padding; heads, then the loss and its gradient in the scale of what the layer reads."""
     layer = CONFIG.build(WIDTH, BuildContext(rngs=nnx.Rngs(0), seq_len=LENGTH))
     ids = np.zeros((1, LENGTH), np.int32)
     ids[0, : len(TEXT) + len(OTHER)] = TEXT + OTHER
@@ -49,8 +49,7 @@ def test_the_mask_and_the_loss_are_the_papers():
 
     def run(state, x, size):
         layer = nnx.merge(graph, state)
-        layer.q.kernel[...] = size * layer.q.kernel[...]
-        mixed = layer(x, at=at, carry={}, observer=Everyone())
+        mixed = layer(size * x, at=at, carry={}, observer=Everyone())
         loss = attention_losses(mixed.looks, AttentionLossConfig(document_ranking=2.0))["attention/document_ranking"]
         return loss, mixed.y
 
@@ -71,7 +70,7 @@ def test_the_mask_and_the_loss_are_the_papers():
         in_documents, scores = number > 0, np.zeros(2)
         for i in (end - 1, end):
             for h in range(HEADS):
-                z = np.where(in_documents, size * q[i, h] @ k[: len(TEXT), h].T / HEAD_DIM**0.5, -np.inf)
+                z = np.where(in_documents, size**2 * q[i, h] @ k[: len(TEXT), h].T / HEAD_DIM**0.5, -np.inf)
                 share = np.exp(z) / np.exp(z).sum()
                 scores += np.array([share[number == n].sum() for n in (1, 2)]) / HEADS / 2
         e = np.exp(scores / 0.05)
