@@ -28,12 +28,12 @@ class DataConfig(Config):
     """What to train on: `ppl` is the text of `source`; the others are generated."""
 
     source: Line = "sotu"
-    """The corpus: a name (`sotu`), or the path of a .txt, .jsonl, .json or .parquet file, or of a folder searched for them recursively.
-    A .txt file is one document; .jsonl and .json have one a record and .parquet one a row. All but the last may be packed (.gz, .bz2,
-    .xz, .zst)."""
+    """The corpus: a name (`sotu`), the path of a file, of a folder searched recursively, a pattern of paths (`web/*.jsonl.zst`), or a
+    folder that `launch.py prepare` has made. A .txt file is one document; .jsonl and .json have one a record, .parquet and .arrow one
+    a row; those of text may be packed (.gz, .bz2, .xz, .zst). An .idx with its .bin holds the ids of Megatron-LM."""
 
     text_field: Line = "text"
-    """The field (.jsonl, .json) or column (.parquet) that holds a document's text."""
+    """The field (.jsonl, .json) or column (.parquet, .arrow) that holds a document's text, or its ids."""
 
     prompt_field: Line | None = None
     """The field or column of what stands before a document's text and is given: the loss is then of the text alone, where its prompt is in
@@ -59,7 +59,10 @@ class DataConfig(Config):
     Without it no row needs to begin with the same token, and the first token of a document is not predicted."""
 
     seed: Seed = 0
-    """Decides which documents are held out and the order of documents and rows in each epoch."""
+    """Decides the order of documents and rows in each epoch and, without `split_seed`, which documents are held out."""
+
+    split_seed: Seed | None = None
+    """Decides which documents are held out, so that orders can differ beside one held-out set; None is `seed`."""
 
     cache_dir: Line | None = None
     """Folder that keeps tokenised corpora and trained tokenizers, to be shared by runs; None is inside the run folder."""
@@ -90,6 +93,16 @@ class DataConfig(Config):
                 f"use batch_size={INT32 // self.seq_len} or less"
             )
         at("task", self.task.fit, self)
+
+    @property
+    def seed_of_split(self) -> int:
+        """What decides which documents are held out."""
+        return self.seed if self.split_seed is None else self.split_seed
+
+    @property
+    def size_to_learn(self) -> int | None:
+        """The size of the vocabulary to learn; None where none is."""
+        return self.bpe_vocab_size if self.tokenizer == "bpe" else None
 
     @property
     def bpe_vocab_size(self) -> int:

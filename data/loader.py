@@ -124,7 +124,9 @@ class Data:
     read_val: ReadRows
     """Held-out rows, in one fixed random order."""
     num_val_rows: int
-    rows: np.ndarray | None
+    num_train_rows: int | None = None
+    """Rows of an epoch; None where no row comes twice."""
+    rows: np.ndarray | None = None
     """Those of each batch that are read here, ascending numbers in `range(batch_size)`; None for all."""
     identity: Mapping[str, object]
     """What the order of rows depends on; JSON."""
