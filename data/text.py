@@ -212,8 +212,11 @@ def keep_prepared_tokenizer(config: DataConfig, prepared: Prepared, folder: Path
     return tokenizer
 
 
-def prepare_tokenizer(config: DataConfig, source: Source, folder: Path, cache: Path) -> Tokenizer:
+def prepare_tokenizer(config: DataConfig, source: Source, folder: Path, cache: Path, *, of_many: bool = False) -> Tokenizer:
     """The run's tokenizer: the one kept in `folder`, or a new one, which is then kept there.
+
+    Args:
+        of_many: whether `source` is several, none of which it is learned from alone.
 
     Raises:
         DataError: the one kept there is not the one the config asks for, or none can be made.
@@ -237,7 +240,7 @@ def prepare_tokenizer(config: DataConfig, source: Source, folder: Path, cache: P
         tokenizer, fingerprint = _learned(shared) or _learn(config, source, shared)
         if tokenizer.vocab_size < config.bpe_vocab_size:
             log.warning("the corpus gives %d tokens of data.vocab_size=%d", tokenizer.vocab_size, config.bpe_vocab_size)
-    tokenizer.save(folder, corpus=fingerprint, tokenizer=config.tokenizer, vocab_size=size)
+    tokenizer.save(folder, corpus=None if of_many else fingerprint, tokenizer=config.tokenizer, vocab_size=size)
     return tokenizer
 
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
+import logging
 import math
 import os
 import sys
@@ -34,6 +35,8 @@ from plait.train.program import Program
 from plait.train.run_folder.contents import CHECKPOINTS, CONFIG, RunError, begun
 from plait.train.run_folder.owner import owned
 from plait.train.state import Arrays, TrainState
+
+log = logging.getLogger("plait")
 
 _FREE_ON_RESUME = ("out", "resume", "mesh", "log_every", "keep_last", "keep_best", "checkpoint_every", "wandb", "event")
 
@@ -149,10 +152,28 @@ def set_up(config: ExperimentConfig) -> Setup:
         with together("data"):
             if reading:
                 data = build_data(config.data, config.folder, rows=layout.rows)
+                check_steps(data, config.steps)
     agree("data", {f"data {name}": value for name, value in data.identity.items()})
     with together("model"):
         config = dataclasses.replace(config, model=config.model.with_vocab(data.vocab_size))
         return Setup.of(config, mesh, data=data)
+
+
+def check_steps(data: Data, steps: int) -> None:
+    """Says what a mixture gives a run of so many steps. Raises RunError where its sources are used up before."""
+    if data.schedule is None:
+        return
+    rows, there = steps * data.config.batch_size, data.schedule.num_rows
+    if there is not None and there < rows:
+        raise RunError(
+            f"steps={steps} of data.batch_size={data.config.batch_size} rows are more than the {there} that data.sources give within "
+            f"their max_epochs; use steps={there // data.config.batch_size} or less, or raise a max_epochs"
+        )
+    for (name, part), own in zip(data.parts.items(), data.schedule.counts(rows), strict=True):
+        again = "" if part.num_train_rows is None else f", {own / part.num_train_rows:.3g} epochs"
+        log.info("source %s: %.4g%% of the rows%s", name, 100 * own / rows, again)
+        if not own:
+            log.warning("data.sources.%s gives this run no row; raise its weight", name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,8 +244,7 @@ def described(folder: Path) -> tuple[ExperimentConfig, Tokenizer | None]:
         if not (folder / "tokenizer" / TOKENIZER_FILE).exists():
             raise RunError(f"{str(folder)!r} has no tokenizer/{TOKENIZER_FILE}; put back the one it was trained with")
         tokenizer = load_tokenizer(folder / "tokenizer")
-    task = config.data.task
-    vocab_size = task.vocabulary(config.data) if tokenizer is None else tokenizer.vocab_size + task.extra_ids
+    vocab_size = config.data.vocabulary(None if tokenizer is None else tokenizer.vocab_size)
     if vocab_size is not None:
         config = dataclasses.replace(config, model=config.model.with_vocab(vocab_size))
     return config, tokenizer

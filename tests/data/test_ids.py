@@ -48,7 +48,9 @@ def test_ids_are_documents_between_end_tokens(kind, tmp_path):
 def test_ids_that_the_tokenizer_does_not_have_are_refused(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": [1, 2, 300]}')
     config = DataConfig(source=str(tmp_path / "a.jsonl"), tokenizer="byte", seq_len=2, val_fraction=0)
-    with pytest.raises(DataError, match="holds the id 300, and the 257 ids of data.tokenizer end at 256; give the tokenizer that made"):
+    with pytest.raises(
+        DataError, match=r"holds the id 300, and the 257 ids of data\.tokenizer end at 256; give the tokenizer that made"
+    ):
         build_data(config, tmp_path / "run")
     with pytest.raises(DataError, match=r"holds ids, and data\.tokenizer=bpe is learned from text; give the tokenizer that made"):
         build_data(DataConfig(source=str(tmp_path / "a.jsonl"), seq_len=2), tmp_path / "run2")
