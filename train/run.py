@@ -24,11 +24,12 @@ from plait.configs.files import write_atomically
 from plait.configs.mesh import MeshConfig
 from plait.configs.vocabulary import check_vocabulary
 from plait.data.loader import Data, build_data
+from plait.data.progress import heard
 from plait.data.tokenizer import META_FILE, TOKENIZER_FILE, Tokenizer
 from plait.data.tokenizer_files import load_tokenizer
 from plait.train.checkpoint import CheckpointError, Checkpoints
 from plait.train.mesh import batch_sharding, make_mesh
-from plait.train.pods.hosts import hardware
+from plait.train.pods.hosts import hardware, heartbeat
 from plait.train.pods.hosts.layout import batch_layout
 from plait.train.pods.hosts.together import agree, broadcast, count, decide, first, together
 from plait.train.program import Program
@@ -151,7 +152,8 @@ def set_up(config: ExperimentConfig) -> Setup:
     for reading in (first(), not first()):  # where the hosts share a cache, host 0 fills it and the others find it
         with together("data"):
             if reading:
-                data = build_data(config.data, config.folder, rows=layout.rows)
+                with heard(heartbeat.advance):
+                    data = build_data(config.data, config.folder, rows=layout.rows)
                 check_steps(data, config.steps)
     agree("data", {f"data {name}": value for name, value in data.identity.items()})
     with together("model"):
