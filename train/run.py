@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 import time
 import uuid
@@ -41,8 +42,8 @@ log = logging.getLogger("plait")
 
 _FREE_ON_RESUME = ("out", "resume", "mesh", "log_every", "keep_last", "keep_best", "checkpoint_every", "wandb", "event")
 
-_OWN_TO_A_HOST = ("data.cache_dir",)
-"""Leaves that may differ between hosts, and when a run goes on: they say where something lies."""
+_A_PLACE = re.compile(r"data\.(cache_dir|source|sources\.[^.]+\.source)")
+"""Leaves that may differ between hosts, and when a run goes on: they say where something lies. What lies there is told by its fingerprint."""
 _CHANGES_PROGRAMS = (
     "XLA_FLAGS",
     "LIBTPU_INIT_ARGS",
@@ -68,7 +69,7 @@ def claim(config: ExperimentConfig) -> bool:
     saved = codec.encode(codec.load(ExperimentConfig, folder / CONFIG))
     different = codec.differences(saved, codec.encode(config))
     names = {line: line.split(":")[0] for line in different}
-    changed = [line for line, name in names.items() if name.split(".")[0] not in _FREE_ON_RESUME and name not in _OWN_TO_A_HOST]
+    changed = [line for line, name in names.items() if name.split(".")[0] not in _FREE_ON_RESUME and not _A_PLACE.fullmatch(name)]
     if changed:
         raise RunError(
             f"out={str(folder)!r} was started with another config: {'; '.join(changed)}; resume with the same values, or use another --out"
@@ -86,7 +87,7 @@ def claimed(config: ExperimentConfig) -> Iterator[tuple[bool, Callable[[], None]
         ValueError: on every host, where hosts differ, or where the folder cannot be used or is in use.
     """
     code = {**hardware.versions(), "plait commit": hardware.commit()}
-    leaves = {name: value for name, value in codec.leaves(codec.encode(config)).items() if name not in _OWN_TO_A_HOST}
+    leaves = {name: value for name, value in codec.leaves(codec.encode(config)).items() if not _A_PLACE.fullmatch(name)}
     agree("config", {**leaves, **code, **{name: os.environ.get(name) for name in _CHANGES_PROGRAMS}})
     folder, check = Path(config.folder), _nothing
     with contextlib.ExitStack() as stack:

@@ -20,12 +20,12 @@ from plait.data.shards.shard import make_shard, name_of, read_shard
 from plait.data.sources import open_source
 from plait.data.tokenizer import ByteTokenizer
 from plait.launch import main
+from plait.tests.data.conftest import make_texts
 from plait.train.pods.hosts.supervise import LAUNCH
 from plait.train.prepare.job import claim
 from plait.train.prepare.pool import prepare
 from plait.train.run_folder.contents import RunError
 from plait.train.run_folder.owner import last_owner
-from tests.data.conftest import make_texts
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(lines, tmp_path):
     assert_same(tmp_path / "one", tmp_path / "two")
 
 
-def test_what_cannot_be_prepared_is_said(lines, tmp_path):
+def test_what_cannot_be_prepared_is_said(lines, tmp_path, capsys):
     config = DataConfig(source=str(lines), tokenizer="byte")
     with (lines / "1.jsonl").open("a") as file:
         file.write("no json\n")
@@ -104,5 +104,12 @@ def test_what_cannot_be_prepared_is_said(lines, tmp_path):
     assert read_shard(tmp_path / "out" / name_of(0)) is not None and not (tmp_path / "out" / "prepared.json").exists()
     with pytest.raises(RunError, match=r"prepares something else: data\.text_field: \"text\" -> \"body\"; use the same options"):
         prepare(DataConfig(source=str(lines), tokenizer="byte", text_field="body"), tmp_path / "out", workers=1, shard_mib=1)
+    command = ["prepare", "lm_tiny", "--out", str(tmp_path / "two")]
+    assert (
+        main([*command, "--data.sources.a.weight", "1"]) == 2
+        and main([*command, "--data.task", "mqar", "--data.seq-len", "512"]) == 2
+    )
+    said = capsys.readouterr().err
+    assert "prepare each with --data.source and the same --data.tokenizer" in said and "reads no text" in said
     with pytest.raises(RunError, match="has other files; give a new folder"):
         prepare(config, lines, workers=1, shard_mib=1)

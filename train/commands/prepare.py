@@ -52,6 +52,12 @@ def run(args: Sequence[str]) -> int:
         config = parse_experiment(what, rest[1:], prog="launch.py prepare")
     if not config.data.task.reads_text:
         raise ValueError(f"data.task={config.data.task.name} reads no text, so that there is nothing to prepare; train at once")
+    if config.data.sources:
+        named = ", ".join(config.data.sources)
+        raise ValueError(
+            f"data.sources={named} are several, and a folder is of one; prepare each with --data.source and the same --data.tokenizer, "
+            "which may be the first folder made"
+        )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     found = prepare(config.data, options.out, workers=options.workers or cores, shard_mib=options.shard_mib)
     if found is None:

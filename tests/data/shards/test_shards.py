@@ -9,7 +9,7 @@ import pytest
 from plait.data.batch import Batch
 from plait.data.config import DataConfig, DataError
 from plait.data.corpus import INDEX, TOKENS
-from plait.data.loader import build_data
+from plait.data.loader import Reading, build_data
 from plait.data.shards import rows as rows_module
 from plait.data.shards.pieces import cut
 from plait.data.shards.prepared import open_prepared, write_prepared
@@ -71,6 +71,20 @@ def test_an_epoch_has_every_document_once(prepared, tmp_path, monkeypatch):
     alone = joined([data.read_train(np.array([i])) for i in one])
     for a, b in zip(data.read_train(one), alone):
         np.testing.assert_array_equal(a, b)
+
+
+def test_readers_of_a_run_see_what_it_held_out(prepared, lines, tmp_path):
+    trained = build(prepared, tmp_path / "run")
+    look = lambda source, corpus: build_data(
+        trained.config if source == prepared else dataclasses.replace(trained.config, source=str(source)),
+        tmp_path / "run",
+        reading=Reading(tokenizer=trained.tokenizer, corpus=corpus, scratch=tmp_path / "scratch"),
+    )
+    again = look(prepared, trained.identity["corpus"])
+    for one, other in zip(trained.val[0], again.val[0], strict=True):
+        np.testing.assert_array_equal(one, other)
+    other = look(prepared, "0" * 16)  # other text than the run's is held out whole
+    assert other.facts["num_val_tokens"] == trained.facts["num_train_tokens"] + trained.facts["num_val_tokens"]
 
 
 def test_what_is_held_out_hangs_on_split_seed_alone(prepared, lines, tmp_path):
