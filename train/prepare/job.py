@@ -20,6 +20,7 @@ from plait.data.sources import open_source
 from plait.data.tokenizer import Tokenizer
 from plait.data.tokenizer_files import load_tokenizer, read_meta
 from plait.train.run_folder.contents import RunError
+from plait.train.run_folder.owner import last_owner
 
 JOB, CLAIMS = "job.json", "claims"
 
@@ -82,3 +83,9 @@ def is_made(folder: Path, number: int, piece: Piece) -> bool:
 def claim(folder: Path, what: str) -> Path:
     """The folder to be owned by who makes a shard, or the tokenizer."""
     return folder / CLAIMS / what
+
+
+def is_held(folder: Path, number: int) -> bool:
+    """Whether a worker has a shard, as far as that is known here without waiting."""
+    found = last_owner(claim(folder, name_of(number)))
+    return found is not None and not found.left and not found.dead

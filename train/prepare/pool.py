@@ -27,7 +27,7 @@ from plait.data.tokenizer import Tokenizer
 from plait.data.tokenizer_files import read_meta
 from plait.train.pods.hosts.failure import TrainingFailed
 from plait.train.pods.hosts.supervise import Signals
-from plait.train.prepare.job import CLAIMS, Job, claim, is_made, read_job
+from plait.train.prepare.job import CLAIMS, Job, claim, is_held, is_made, read_job
 from plait.train.progress import format_seconds
 from plait.train.run_folder.owner import FolderInUse, FolderLost, owned
 
@@ -38,6 +38,7 @@ _SAY_SECONDS = 10.0
 _RECENT_SECONDS = 120.0
 """Over which speed and the time left are reckoned."""
 _LEAVE_SECONDS = 10.0
+_WAIT_SECONDS = 5.0
 
 
 def prepare(data: DataConfig, folder: Path, *, workers: int, shard_mib: int) -> PreparedMeta | None:
@@ -54,12 +55,17 @@ def prepare(data: DataConfig, folder: Path, *, workers: int, shard_mib: int) -> 
     sweep(folder)
     _settle_tokenizer(job, folder)
     _, tokenizer, pieces = read_job(folder)
-    missing = [number for number, piece in enumerate(pieces) if not is_made(folder, number, piece)]
-    if missing:
+    left = lambda: [number for number, piece in enumerate(pieces) if not is_made(folder, number, piece)]
+    while missing := left():
         (folder / PREPARED).unlink(missing_ok=True)  # of a source that has changed
         pool = _Pool(folder, pieces, missing, token_dtype(tokenizer).itemsize)
         if not pool.run(min(workers, len(missing))):
             return None
+        if still := left():
+            if not any(is_held(folder, number) for number in still):
+                raise TrainingFailed(f"{folder} has {len(pieces) - len(still)} of {len(pieces)} shards; the same command goes on")
+            log.info("waiting for %d shards that other machines make", len(still))
+            time.sleep(_WAIT_SECONDS)
     return _finish(job, folder, tokenizer, pieces)
 
 
@@ -76,8 +82,6 @@ def _settle_tokenizer(job: Job, folder: Path) -> None:
 def _finish(job: Job, folder: Path, tokenizer: Tokenizer, pieces: Sequence[Piece]) -> PreparedMeta:
     shards = [read_shard(folder / name_of(number)) for number in range(len(pieces))]
     whole = [shard for shard in shards if shard is not None]
-    if len(whole) < len(pieces):
-        raise TrainingFailed(f"{folder} has {len(whole)} of {len(pieces)} shards; the same command goes on")
     for path in folder.glob("shard-*"):  # of a source that had more
         if path.name not in {name_of(number) for number in range(len(pieces))}:
             shutil.rmtree(path, ignore_errors=True)

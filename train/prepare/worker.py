@@ -15,8 +15,8 @@ from plait.data.progress import heard
 from plait.data.shards.pieces import Piece
 from plait.data.shards.shard import make_shard, name_of
 from plait.data.tokenizer import Tokenizer
-from plait.train.prepare.job import claim, is_made, read_job
-from plait.train.run_folder.owner import FolderInUse, FolderLost, last_owner, owned
+from plait.train.prepare.job import claim, is_held, is_made, read_job
+from plait.train.run_folder.owner import FolderInUse, FolderLost, owned
 
 
 def work(folder: Path, number: int, count: int) -> None:
@@ -41,17 +41,12 @@ def work(folder: Path, number: int, count: int) -> None:
             for turn in turns:
                 if turn in bad or is_made(folder, turn, pieces[turn]):
                     continue
-                if patient or not _held(folder, turn):
+                if patient or not is_held(folder, turn):
                     try:
                         _make(folder, turn, pieces[turn], tokenizer)
                     except DataError as error:
                         bad.add(turn)
                         _tell({"error": str(error)})
-
-
-def _held(folder: Path, number: int) -> bool:
-    found = last_owner(claim(folder, name_of(number)))
-    return found is not None and not found.left and not found.dead
 
 
 def _make(folder: Path, number: int, piece: Piece, tokenizer: Tokenizer) -> None:
