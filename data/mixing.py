@@ -44,7 +44,10 @@ def open_mixture(config: DataConfig, folder: Path, rows: np.ndarray | None, read
     }
     parts = {name: dataclasses.replace(data, rows=rows, **shifted(name, data)) for name, data in opened.items()}
     schedule = Schedule(_shares(config, parts), config.seed)
-    identities = {name: dict(data.identity) for name, data in parts.items()}
+    of_rows = ("seq_len", "batch_size")  # which readers may choose
+    identities = {
+        name: {key: value for key, value in data.identity.items() if key not in of_rows} for name, data in parts.items()
+    }
     order = {name: [one.weight, one.curriculum, one.max_epochs] for name, one in config.sources.items()}
     text = json.dumps([identities, sorted(identities)], sort_keys=True)
     return Data(

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from plait.launch import main
 from plait.tests.train.common import write_corpus
 from plait.tests.train.pods.pod import SMALL, Pod, statuses
 from plait.tests.train.pods.test_pods import assert_like
@@ -27,5 +28,6 @@ def test_a_mixture_goes_on_with_another_number_of_hosts(compile_cache, tmp_path)
     results = Pod(2, *words, "--out", tmp_path / "run", "--resume", cache=compile_cache).finish()
     assert statuses(results) == [0, 0], results
     assert_like(tmp_path / "run", tmp_path / "whole")
+    assert main(["eval", str(tmp_path / "run"), "--batches", "1", "--seq-len", "32,16"]) == 0  # every source of its own
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["step"] == 12 and {"loss/val_source/web", "loss/val_source/copy"} <= last.keys()
