@@ -136,7 +136,8 @@ class DataConfig(Config):
 
     def with_ids(self, text_size: int) -> tuple[dict[str, int], int]:
         """Of a mixture: the first id of each source, and the number of all ids, where those of text are `text_size`."""
-        firsts, size = {}, text_size if self.task.reads_text else 0
+        firsts: dict[str, int] = {}
+        size = text_size if self.task.reads_text else 0
         for name, part in self.parts.items():
             shared = part.task.reads_text or (part.task.reads_bytes and self.tokenizer == "byte")
             own = part.task.vocabulary(part) or 0

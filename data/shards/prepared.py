@@ -118,17 +118,10 @@ def open_prepared(source: str, field: str = "data.source") -> Prepared:
 def check_asked(prepared: Prepared, config: DataConfig, field: str = "data.source") -> None:
     """Raises DataError where the shards are not those that the config asks for."""
     meta = read_meta(prepared.folder / TOKENIZER)
+    theirs = (None, None) if meta is None else (meta.tokenizer, meta.vocab_size)
     if config.tokenizer in ("byte", "bpe"):
-        size = config.bpe_vocab_size if config.tokenizer == "bpe" else None
-        mine = (config.tokenizer, size)
-        theirs = (
-            ("byte" if meta is not None and meta.kind == "byte" else None, None)
-            if meta is None
-            else (meta.tokenizer, meta.vocab_size)
-        )
-        same = mine == theirs
+        same = (config.tokenizer, config.size_to_learn) == theirs
     else:
-        theirs = (None, None) if meta is None else (meta.tokenizer, meta.vocab_size)
         same = load_tokenizer(config.tokenizer).fingerprint == prepared.meta.tokenizer
     if not same:
         shown = f"data.tokenizer={theirs[0]!r}" + (f", data.vocab_size={theirs[1]}" if theirs[1] is not None else "")
