@@ -56,6 +56,9 @@ def test_an_epoch_has_every_document_once(prepared, tmp_path, monkeypatch):
     monkeypatch.setattr(rows_module, "WINDOW_TOKENS", open_prepared(str(prepared)).meta.num_tokens // 2)  # several windows
     data = build(prepared, tmp_path / "run")
     assert len(open_prepared(str(prepared)).meta.shards) >= 4 and data.num_val_rows
+    for number in range(len(open_prepared(str(prepared)).meta.shards)):  # what is held out is found by searching them
+        hashes = open_prepared(str(prepared)).open(number)[1]["hash"]
+        assert (hashes[1:] >= hashes[:-1]).all()
     epoch = data.num_train_rows
     seen = [data.read_train(np.arange(n * epoch, (n + 1) * epoch)) for n in (0, 1)]
     assert not np.array_equal(seen[0].tokens, seen[1].tokens)
