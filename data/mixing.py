@@ -7,7 +7,7 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy as np
 from plait.data.batch import Batch
 from plait.data.config import DataConfig, DataError
 from plait.data.loader import Data, Reading, ReadRows
+from plait.data.readers import Document
 from plait.data.schedule import Schedule, Share
 from plait.data.shards.prepared import Prepared, check_asked, is_prepared, open_prepared
 from plait.data.sources import Source, open_source
@@ -38,11 +39,10 @@ def open_mixture(config: DataConfig, folder: Path, rows: np.ndarray | None, read
     tokenizer = next((data.tokenizer for data in opened.values() if data.tokenizer is not None), None)
     vocab_size = max([data.vocab_size for data in opened.values() if data.tokenizer is not None], default=0)
     firsts, vocab_size = config.with_ids(vocab_size)
-    shifted = lambda name, data: {
-        "read_train": _shifted(data.read_train, firsts[name]),
-        "read_val": _shifted(data.read_val, firsts[name]),
-    }
-    parts = {name: dataclasses.replace(data, rows=rows, **shifted(name, data)) for name, data in opened.items()}
+    parts: dict[str, Data] = {}
+    for name, data in opened.items():
+        train, val = (_shifted(read, firsts[name]) for read in (data.read_train, data.read_val))
+        parts[name] = dataclasses.replace(data, rows=rows, read_train=train, read_val=val)
     schedule = Schedule(_shares(config, parts), config.seed)
     of_rows = ("seq_len", "batch_size")  # which readers may choose
     identities = {
@@ -168,5 +168,5 @@ class _Together(Source):
     def signature(self) -> str:
         return hashlib.sha256("".join(one.signature() for one in self.sources).encode()).hexdigest()
 
-    def documents(self):  # type: ignore[no-untyped-def]
+    def documents(self) -> Iterator[Document]:
         return itertools.chain.from_iterable(one.documents() for one in self.sources)

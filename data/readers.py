@@ -318,7 +318,8 @@ def _made(values: Sequence[object], names: Sequence[str], where: str) -> Documen
     """The document of these fields: a text, or the ids of one."""
     ids = _ids(values[0])
     if ids is None:
-        return Document(*(_text(value, name, where) for value, name in zip(values, names, strict=True)))
+        texts = [_text(value, name, where) for value, name in zip(values, names, strict=True)]
+        return Document(texts[0], texts[1] if len(texts) > 1 else "")
     if len(values) > 1:
         raise DataError(f"{where}: {names[0]!r} holds ids, which have no prompt; leave data.prompt_field out")
     return Document("", ids=ids)

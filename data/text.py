@@ -142,7 +142,7 @@ def _read_source(config: DataConfig, folder: Path, reading: Reading | None) -> t
         Rows(documents, config, tokenizer, name) for documents, name in ((train_documents, "train"), (val_documents, "val"))
     )
     num_val_bytes = val_documents.num_bytes(tokenizer.bytes_per_token)
-    facts = {
+    facts: dict[str, object] = {
         **_facts(corpus.meta, train, val),
         "num_train_bytes": corpus.meta.num_token_bytes - num_val_bytes,
         "num_val_bytes": num_val_bytes,

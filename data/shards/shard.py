@@ -122,6 +122,7 @@ def _write_ordered(folder: Path, index: np.ndarray, order: np.ndarray, dtype: np
         if len(index):
             raw = np.memmap(folder / _RAW, dtype, "r")
             for begin, end in zip(begins[order].tolist(), ends[order].tolist()):
-                content.update(raw[begin:end])
-                file.write(raw[begin:end])
+                part = raw[begin:end].tobytes()
+                content.update(part)
+                file.write(part)
     return content.hexdigest()
