@@ -19,6 +19,7 @@ USAGE = """usage: launch.py [--verbose] COMMAND ...
         [--hosts.local 2 | --hosts.coordinator HOST:PORT --hosts.count N --hosts.index I]                  on many hosts: docs/reliability.md
   sweep NAME|PRESET [--optimizer.learning-rate 1e-3,3e-3] [--seed 0,1,2] [--seeds 3] [--out sweeps/lr] [--workers 2] [--dry-run | --status]
         [any option of train, with several values]                              (many runs, any number of workers: docs/sweeps.md)
+  prepare PRESET --out tokens/web [--workers 64] [--shard-mib 128] [any data option of train]     (tokens for many runs: docs/data.md#prepare)
   plan PRESET --target v5p:4x8x8 [--slices N] [--search [--compile 2]] [--out plans/a] [any option of train]
   verify [--only agreement,speed] [--ops attention] [--out FOLDER] [any option of train]      (the devices at hand, tried: docs/verify.md)
   eval RUN [--tasks ppl,mqar] [--step N] [--mqar.num-kv-pairs 16] [--data.source other.txt] [--out FILE]
@@ -41,6 +42,7 @@ Results are written to standard output, all else to standard error. --verbose be
 COMMANDS = {
     "train": "train",
     "sweep": "sweep",
+    "prepare": "prepare",
     "plan": "plan",
     "verify": "verify",
     "eval": "evaluate",

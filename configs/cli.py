@@ -11,6 +11,7 @@ from plait.configs.exchange import component_flags, exchanged, offers, renamed, 
 from plait.configs.experiment import ExperimentConfig
 from plait.configs.presets import preset
 from plait.configs.words import parse
+from plait.data.mixture import with_named_sources
 
 
 def parse_experiment(name: str | ExperimentConfig, args: Sequence[str], prog: str = "launch.py train") -> ExperimentConfig:
@@ -32,6 +33,8 @@ def unchecked_experiment(name: str | ExperimentConfig, args: Sequence[str], prog
             config = dataclasses.replace(config, model=at("model", config.model.with_pattern, pattern))
             at("model", config.model.complete)
         config = dataclasses.replace(config, event=with_named(config.event, words))
+        sources = with_named_sources(config.data.sources, words)
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=sources))
         before = config.model
         config = exchanged(config, words)
         flags = component_flags(config)

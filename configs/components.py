@@ -61,6 +61,18 @@ class Config:
         return {}
 
 
+class Table(dict[str, Any]):
+    """Configs by name; cannot be changed, so that configs stay hashable."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+    def _frozen(self, *_: Any, **__: Any) -> None:
+        raise TypeError("a table of configs is final; build a new config with dataclasses.replace")
+
+    __setitem__ = __delitem__ = __ior__ = update = clear = pop = popitem = setdefault = _frozen  # type: ignore[assignment]
+
+
 C = TypeVar("C", bound=Config)
 
 

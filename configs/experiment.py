@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from plait.configs.components import Config
+from plait.configs.components import Config, Table
 from plait.configs.domains import Counted, Line, Name, Seed, Steps, choices, divisors
 from plait.configs.event import EventConfig
 from plait.configs.mesh import MeshConfig
@@ -13,7 +13,7 @@ from plait.configs.optimizer import OptimizerConfig, optimizer
 from plait.configs.probe import ProbeConfig
 from plait.configs.spike import SpikeConfig
 from plait.data.config import DataConfig
-from plait.models.config import LMConfig, Table
+from plait.models.config import LMConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

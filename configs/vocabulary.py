@@ -18,7 +18,7 @@ def with_vocabulary(config: ExperimentConfig, elsewhere: int | None = None) -> E
         ValueError: the size is in such a file only, or the model's is smaller than the data's.
     """
     data = config.data
-    size = data.task.vocabulary(data) or config.model.vocab_size or elsewhere
+    size = data.vocabulary() or config.model.vocab_size or elsewhere
     if size is None:
         raise ValueError(
             f"model.vocab_size=None is not known from data.tokenizer={data.tokenizer!r} here; give --model.vocab_size"

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -17,18 +17,16 @@ from plait.data.bpe import train_bpe
 from plait.data.cache import checksum, making
 from plait.data.config import DataError
 from plait.data.packing import Documents, shuffled_order
-from plait.data.readers import Document, short
+from plait.data.progress import advance
+from plait.data.readers import Document
 from plait.data.sources import Source
+from plait.data.tokenising import INDEX_DTYPE, PROMPTED_DTYPE, TOKEN_DTYPES, digest_of, say_changes, token_dtype, tokenise
 from plait.data.tokenizer import Tokenizer
 
 log = logging.getLogger("plait.data")
 
 FORMAT = 1
 META, TOKENS, INDEX = "meta.json", "tokens.bin", "documents.npy"
-TOKEN_DTYPES = ("<u2", "<u4")
-INDEX_DTYPE = np.dtype([("end", "<i8"), ("hash", "<u8")])  # one past the document's last token; hash of its text
-PROMPTED_DTYPE = np.dtype([*INDEX_DTYPE.descr, ("given", "<i8")])  # also how many tokens the prompt has
-ENCODE_CHARS = 4 << 20  # text encoded at a time
 TRAIN_BYTES = 64 << 20  # text a vocabulary is learned from; of a larger corpus, a sample of documents
 VERIFY_BYTES = 1 << 30  # token files up to this size are read and hashed before they are used again
 
@@ -69,12 +67,22 @@ def train_tokenizer(source: Source, vocab_size: int) -> tuple[Tokenizer, str]:
 
     def sample() -> Iterator[str]:
         for document in source.documents():
-            digest = _hash(document)
+            digest, text = digest_of(document), learnable(document, source.name)
             fingerprint.update(digest)
+            advance(0, len(text))
             if int.from_bytes(digest, "little") < keep:
-                yield document.prompt + document.text
+                yield text
 
     return train_bpe(sample(), vocab_size), fingerprint.hexdigest()
+
+
+def learnable(document: Document, name: str) -> str:
+    """What a vocabulary is learned from. Raises DataError for ids, which have one."""
+    if document.ids is not None:
+        raise DataError(
+            f"data.source={name!r} holds ids, and data.tokenizer=bpe is learned from text; give the tokenizer that made the ids"
+        )
+    return document.prompt + document.text
 
 
 def load_corpus(source: Source, tokenizer: Tokenizer, cache: Path) -> Corpus:
@@ -132,89 +140,29 @@ def split(documents: Documents, val_fraction: float, seed: int) -> tuple[Documen
 
 
 def _tokenise(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
-    dtype = np.dtype(TOKEN_DTYPES[tokenizer.vocab_size > 1 << 16])
-    content, fingerprint = hashlib.sha256(), hashlib.sha256()
-    ends, hashes, given = [], [], []
-    num_tokens = num_bytes = num_token_bytes = 0
+    prompted = source.fields.prompt is not None
     with (folder / TOKENS).open("wb") as file:
-        for documents in _groups(source.documents()):
-            digests = [_hash(document) for document in documents]
-            answers = tokenizer.encode_batch([document.text for document in documents])
-            prompts = _prompts(source, tokenizer, documents)
-            for document, digest, before, answer in zip(documents, digests, prompts, answers):
-                if len(answer) == 0:  # a tokenizer that normalises can leave nothing of a text
-                    continue
-                text, ids = document.prompt + document.text, np.concatenate([before, answer])
-                if tokenizer.eos_id in ids:
-                    raise DataError(
-                        f"data.source={source.name!r}: a text holds the end token {tokenizer.token_name(tokenizer.eos_id)!r} as a word "
-                        f"({short(text)!r}); name another token as eos_token in tokenizer_config.json"
-                    )
-                raw = ids.astype(dtype).tobytes()
-                file.write(raw)
-                content.update(raw)
-                num_tokens += len(ids)
-                num_bytes += len(text.encode("utf-8"))
-                num_token_bytes += tokenizer.num_bytes(ids)
-                ends.append(num_tokens)
-                hashes.append(int.from_bytes(digest, "little"))
-                given.append(len(before))
-            fingerprint.update(b"".join(digests))
-    if not ends:
+        found = tokenise(source.documents(), source.name, tokenizer, file, prompted=prompted)
+    if not len(found.index):
         raise DataError(
             f"data.source={source.name!r}: the tokenizer ({tokenizer.changes}) leaves nothing of its text; use another"
         )
-    if tokenizer.changes:
-        share = num_token_bytes / num_bytes
-        log.warning(
-            "the tokenizer changes the text (%s): its tokens stand for %.4f of the bytes, and bits per byte counts those of the tokens",
-            tokenizer.changes,
-            share,
-        )
-    elif num_bytes != num_token_bytes:
-        raise DataError(
-            f"data.source={source.name!r}: {num_token_bytes} bytes of tokens stand for {num_bytes} bytes of text, so that the tokenizer "
-            "adds to the text or drops some; use another"
-        )
-    index = np.empty(len(ends), INDEX_DTYPE if source.fields.prompt is None else PROMPTED_DTYPE)
-    index["end"], index["hash"] = ends, np.array(hashes, np.uint64)
-    if source.fields.prompt is not None:
-        index["given"] = given
-    np.save(folder / INDEX, index)
+    say_changes(tokenizer, found.num_bytes, found.num_token_bytes)
+    np.save(folder / INDEX, found.index)
     meta = CorpusMeta(
         format=FORMAT,
         source=source.name,
-        fingerprint=fingerprint.hexdigest(),
+        fingerprint=found.fingerprint,
         tokenizer=tokenizer.fingerprint,
-        dtype=dtype.str,
-        num_documents=len(ends),
-        num_tokens=num_tokens,
-        num_bytes=num_bytes,
-        num_token_bytes=num_token_bytes,
-        tokens_sha256=content.hexdigest(),
-        index_sha256=_sha256(folder / INDEX),
+        dtype=token_dtype(tokenizer).str,
+        num_documents=len(found.index),
+        num_tokens=found.num_tokens,
+        num_bytes=found.num_bytes,
+        num_token_bytes=found.num_token_bytes,
+        tokens_sha256=found.tokens_sha256,
+        index_sha256=sha256_of(folder / INDEX),
     )
     (folder / META).write_text(json.dumps(asdict(replace(meta, check=checksum(meta))), indent=1), "utf-8")
-
-
-def _prompts(source: Source, tokenizer: Tokenizer, documents: Sequence[Document]) -> list[np.ndarray]:
-    """Ids of each document's prompt."""
-    if source.fields.prompt is None:
-        return [np.zeros(0, np.int32)] * len(documents)
-    return tokenizer.encode_batch([document.prompt for document in documents])
-
-
-def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Lists of documents of about ENCODE_CHARS characters."""
-    group, size = [], 0
-    for document in documents:
-        group.append(document)
-        size += len(document.prompt) + len(document.text)
-        if size >= ENCODE_CHARS:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
 
 
 def _folder(source: Source, tokenizer: Tokenizer, cache: Path) -> Path:
@@ -233,9 +181,9 @@ def _open(folder: Path, tokenizer: Tokenizer) -> Corpus:
         size, expected = (folder / TOKENS).stat().st_size, meta.num_tokens * np.dtype(meta.dtype).itemsize
         if size != expected:
             raise DataError(f"{TOKENS} has {size} bytes instead of {expected}")
-        if _sha256(folder / INDEX) != meta.index_sha256:
+        if sha256_of(folder / INDEX) != meta.index_sha256:
             raise DataError(f"{INDEX} has changed")
-        if size <= VERIFY_BYTES and _sha256(folder / TOKENS) != meta.tokens_sha256:
+        if size <= VERIFY_BYTES and sha256_of(folder / TOKENS) != meta.tokens_sha256:
             raise DataError(f"{TOKENS} has changed")
         tokens = np.asarray(np.memmap(folder / TOKENS, np.dtype(meta.dtype), "r"))
         index = np.load(folder / INDEX, allow_pickle=False)
@@ -259,11 +207,7 @@ def _open(folder: Path, tokenizer: Tokenizer) -> Corpus:
     return Corpus(meta, Documents(tokens, ends - lengths, lengths, index["hash"].astype(np.uint64), given))
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _hash(document: Document) -> bytes:
-    whole = f"{document.prompt}\0{document.text}" if document.prompt else document.text
-    return hashlib.blake2b(whole.encode("utf-8"), digest_size=8).digest()

@@ -13,6 +13,7 @@ import numpy as np
 
 from plait.data.batch import Batch
 from plait.data.config import DataConfig, DataError
+from plait.data.schedule import Schedule
 from plait.data.tokenizer import Tokenizer
 
 PREFETCH = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)  # batches made ahead of the step, in one thread
@@ -124,7 +125,13 @@ class Data:
     read_val: ReadRows
     """Held-out rows, in one fixed random order."""
     num_val_rows: int
-    rows: np.ndarray | None
+    num_train_rows: int | None = None
+    """Rows of an epoch; None where no row comes twice."""
+    parts: Mapping[str, Data] = dataclasses.field(default_factory=dict)
+    """Of a mixture, by name: what each source is alone."""
+    schedule: Schedule | None = None
+    """Of a mixture: the source of each row."""
+    rows: np.ndarray | None = None
     """Those of each batch that are read here, ascending numbers in `range(batch_size)`; None for all."""
     identity: Mapping[str, object]
     """What the order of rows depends on; JSON."""
@@ -141,6 +148,13 @@ class Data:
         first = lambda step: step * self.config.batch_size
         steps = grain.MapDataset.range(sys.maxsize).map(lambda step: self.read_train(first(step) + self._held))
         return DataIterator(steps, self.identity)
+
+    def sources(self, batch: int) -> np.ndarray | None:
+        """The number of each row's source in a training batch, int32 [B], whatever rows are read here; None without a mixture."""
+        if self.schedule is None:
+            return None
+        first = batch * self.config.batch_size
+        return self.schedule.sources(np.arange(first, first + self.config.batch_size)).astype(np.int32)
 
     def whole(self) -> Batch:
         """All rows of the first held-out batch, or of the first training batch where nothing is held out."""
@@ -173,4 +187,8 @@ def build_data(config: DataConfig, folder: str | Path, *, rows: np.ndarray | Non
     Raises:
         DataError: what is to be read is not usable.
     """
+    if config.sources:
+        from plait.data.mixing import open_mixture  # with the readers of files, which a task may not need
+
+        return open_mixture(config, Path(folder), rows, reading)
     return config.task.open(config, Path(folder), rows, reading)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import glob
 import hashlib
 import importlib.util
+import itertools
 import json
 import logging
 from collections import Counter
@@ -13,10 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plait.data.config import DataError
-from plait.data.readers import FORMATS, Document, Fields, documents, ending
+from plait.data.readers import FORMATS, Document, Fields, Span, documents, ending
 
 log = logging.getLogger("plait.data")
 
+PREPARED = "prepared.json"
+"""The file that tells a folder of shards (`plait.data.shards`)."""
 MAX_REPORTED = 10  # bad files named in one error
 MAX_SCANNED = 256 << 20  # bytes read after the first bad file in search of more
 
@@ -30,12 +34,16 @@ class Source:
         root: the folder (or the one file) that file names are relative to.
         files: sorted by relative path.
         fields: those of a document.
+        spans: of each file the part that is read; empty for all of all.
+        may_be_empty: whether it is no error to hold no text.
     """
 
     name: str
     root: Path
     files: tuple[Path, ...]
     fields: Fields
+    spans: tuple[Span | None, ...] = ()
+    may_be_empty: bool = False
 
     @property
     def num_bytes(self) -> int:
@@ -57,14 +65,14 @@ class Source:
         """
         errors: list[DataError] = []
         count, empty, scanned = 0, 0, 0
-        for file in self.files:
+        for file, span in zip(self.files, self.spans or (None,) * len(self.files), strict=True):
             if len(errors) == MAX_REPORTED or scanned > MAX_SCANNED:
                 break
             found = 0
             try:
                 scanned += file.stat().st_size if errors else 0
-                for document in documents(file, self.fields):
-                    if document.text:
+                for document in documents(file, self.fields, *([] if span is None else [span])):
+                    if document.text or document.ids is not None:
                         found += 1
                         if not errors:
                             yield document
@@ -73,16 +81,16 @@ class Source:
             except DataError as error:
                 errors.append(error)
             except OSError as error:
-                errors.append(_unreadable(file, error))
+                errors.append(unreadable(file, error))
             else:
-                if not found and not errors:
+                if not found and not errors and span is None:
                     log.warning("%s holds no text and is left out", file)
             count += found
         if errors:
             raise _together(self.name, errors)
         if empty and count:
             log.warning("data.source=%r: %d empty documents are left out", self.name, empty)
-        if not count:
+        if not count and not self.may_be_empty:
             raise DataError(f"data.source={self.name!r} ({self.root}) holds no text in {len(self.files)} file(s); give it some")
 
 
@@ -91,7 +99,7 @@ def open_source(source: str, text_field: str, prompt_field: str | None = None) -
 
     Args:
         source: `sotu`, or a path to a file or to a folder that is searched recursively, linked folders too (names starting with a
-            dot are not).
+            dot are not), or a pattern of paths.
         text_field: field or column of the text.
         prompt_field: that of what stands before it and is given; None for nothing.
 
@@ -102,6 +110,8 @@ def open_source(source: str, text_field: str, prompt_field: str | None = None) -
         root = NAMED[source]()
     else:
         root = Path(source).expanduser()
+        if not root.exists() and glob.has_magic(source):
+            return _matching(source, Fields(text_field, prompt_field))
         if not root.exists():
             near = difflib.get_close_matches(source, NAMED, n=1)
             hint = f"did you mean {near[0]!r}?" if near else "check the path"
@@ -124,6 +134,17 @@ def open_source(source: str, text_field: str, prompt_field: str | None = None) -
     return Source(source, root, tuple(sorted(files, key=lambda file: _relative(file, root))), Fields(text_field, prompt_field))
 
 
+def _matching(pattern: str, fields: Fields) -> Source:
+    """The files that a pattern names, `**` for folders in folders."""
+    whole = Path(pattern).expanduser()
+    fixed = list(itertools.takewhile(lambda part: not glob.has_magic(part), whole.parts))
+    root = Path(*fixed)
+    files = [path for path in root.glob(str(Path(*whole.parts[len(fixed) :]))) if path.is_file() and ending(path)]
+    if not files:
+        raise DataError(f"data.source={pattern!r} matches no file that is read; use {FORMATS}, or another pattern")
+    return Source(pattern, root, tuple(sorted(files, key=lambda file: _relative(file, root))), fields)
+
+
 _OF_A_RUN = ("config.json", "environment.json")
 """Files that tell a run folder, whose own files are no corpus."""
 
@@ -143,6 +164,9 @@ def _search(root: Path) -> tuple[list[Path], Counter[str], list[DataError]]:
             if all((folder / name).is_file() for name in _OF_A_RUN):
                 others["run folder"] += 1
                 continue
+            if (folder / PREPARED).is_file():
+                others["prepared folder"] += 1
+                continue
             for entry in sorted(folder.iterdir()):
                 if entry.name.startswith("."):
                     others["hidden"] += 1
@@ -155,7 +179,7 @@ def _search(root: Path) -> tuple[list[Path], Counter[str], list[DataError]]:
                 else:
                     files.append(entry)
         except OSError as error:
-            errors.append(_unreadable(folder, error))
+            errors.append(unreadable(folder, error))
     return files, others, errors
 
 
@@ -173,7 +197,8 @@ def _relative(file: Path, root: Path) -> str:
     return file.relative_to(root).as_posix() if file != root else file.name
 
 
-def _unreadable(path: Path, error: OSError) -> DataError:
+def unreadable(path: Path, error: OSError) -> DataError:
+    """What to raise for a file or folder that the system does not let us read."""
     return DataError(f"{path} cannot be read: {error.strerror or error}; make it readable, or take it away")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import shutil
 from functools import lru_cache
@@ -12,9 +13,11 @@ import numpy as np
 from plait.data.batch import Batch
 from plait.data.cache import making, sweep
 from plait.data.config import DataConfig, DataError
-from plait.data.corpus import Corpus, find_corpus, load_corpus, split, train_tokenizer
+from plait.data.corpus import Corpus, CorpusMeta, find_corpus, load_corpus, split, train_tokenizer
 from plait.data.loader import Data, Reading
 from plait.data.packing import Documents, Packing, shuffled_order
+from plait.data.shards.prepared import Prepared, PreparedMeta, check_asked, is_prepared, open_prepared
+from plait.data.shards.rows import Arc, ShardRows
 from plait.data.sources import Source, open_source
 from plait.data.tokenizer import META_FILE, ByteTokenizer, Tokenizer
 from plait.data.tokenizer_files import load_tokenizer, read_meta
@@ -59,6 +62,16 @@ class Rows:
         return packing, shuffled_order(np.arange(packing.num_rows), *self._salt, "rows", epoch)
 
 
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """What is read of a corpus."""
+
+    train: Rows | ShardRows
+    val: Rows | ShardRows
+    fingerprint: str
+    facts: dict[str, object]
+
+
 def open_text(config: DataConfig, folder: Path, rows: np.ndarray | None, reading: Reading | None) -> Data:
     """Tokenises the corpus where that has not been done, and gives its batches.
 
@@ -72,8 +85,46 @@ def open_text(config: DataConfig, folder: Path, rows: np.ndarray | None, reading
     Raises:
         DataError: the corpus, tokenizer or cache is not usable, or too small for `seq_len`.
     """
-    kept = folder / "tokenizer"
-    cache = Path(config.cache_dir).expanduser() if config.cache_dir else folder / "data"
+    read = _read_prepared if is_prepared(config.source) else _read_source
+    tokenizer, text = read(config, folder, reading)
+    if reading is None and text.train.num_targets < config.seq_len:
+        raise DataError(
+            f"data.seq_len={config.seq_len} is more than the {text.train.num_targets} tokens there are to train on "
+            f"({text.facts['num_documents']} documents, {text.facts['num_tokens']} tokens, {text.val.num_targets} held out); "
+            f"use more text, or data.seq_len={max(text.train.num_targets, 1)} or less"
+        )
+    if reading is None and text.train.num_rows < config.batch_size:
+        log.warning(
+            "data.batch_size=%d is more than the %d rows of an epoch: a batch repeats rows",
+            config.batch_size,
+            text.train.num_rows,
+        )
+    return Data(
+        config=config,
+        vocab_size=tokenizer.vocab_size,
+        tokenizer=tokenizer,
+        read_train=text.train.read,
+        read_val=text.val.read,
+        num_val_rows=text.val.num_rows,
+        num_train_rows=text.train.num_rows,
+        rows=rows,
+        identity={
+            "corpus": text.fingerprint,
+            "tokenizer": tokenizer.fingerprint,
+            "seq_len": config.seq_len,
+            "batch_size": config.batch_size,
+            "val_fraction": config.val_fraction,
+            "document_start": config.document_start,
+            "seed": config.seed,
+            **({} if config.split_seed is None else {"split_seed": config.split_seed}),
+        },
+        facts=text.facts,
+    )
+
+
+def _read_source(config: DataConfig, folder: Path, reading: Reading | None) -> tuple[Tokenizer, Text]:
+    """Files of text, tokenised into the cache."""
+    kept, cache = folder / "tokenizer", cache_of(config, folder)
     source = open_source(config.source, config.text_field, config.prompt_field)
     if reading is None:
         sweep(cache)
@@ -86,62 +137,91 @@ def open_text(config: DataConfig, folder: Path, rows: np.ndarray | None, reading
     if reading is not None and reading.corpus not in (None, corpus.meta.fingerprint):
         train_documents, val_documents = corpus.documents.take(np.arange(0)), corpus.documents
     else:
-        train_documents, val_documents = split(corpus.documents, config.val_fraction, config.seed)
+        train_documents, val_documents = split(corpus.documents, config.val_fraction, config.seed_of_split)
     train, val = (
         Rows(documents, config, tokenizer, name) for documents, name in ((train_documents, "train"), (val_documents, "val"))
     )
-    meta = corpus.meta
-    if reading is None and train.num_targets < config.seq_len:
-        raise DataError(
-            f"data.seq_len={config.seq_len} is more than the {train.num_targets} tokens there are to train on "
-            f"({meta.num_documents} documents, {meta.num_tokens} tokens, {val_documents.num_tokens} held out); "
-            f"use more text, or data.seq_len={max(train.num_targets, 1)} or less"
-        )
-    if reading is None and train.num_rows < config.batch_size:
-        log.warning(
-            "data.batch_size=%d is more than the %d rows of an epoch: a batch repeats rows", config.batch_size, train.num_rows
-        )
     num_val_bytes = val_documents.num_bytes(tokenizer.bytes_per_token)
-    return Data(
-        config=config,
-        vocab_size=tokenizer.vocab_size,
-        tokenizer=tokenizer,
-        read_train=train.read,
-        read_val=val.read,
-        num_val_rows=val.num_rows,
-        rows=rows,
-        identity={
-            "corpus": meta.fingerprint,
-            "tokenizer": tokenizer.fingerprint,
-            "seq_len": config.seq_len,
-            "batch_size": config.batch_size,
-            "val_fraction": config.val_fraction,
-            "document_start": config.document_start,
-            "seed": config.seed,
-        },
-        facts={
-            "source": meta.source,
-            "num_documents": meta.num_documents,
-            "num_tokens": meta.num_tokens,
-            "num_bytes": meta.num_bytes,
-            "bytes_per_token": round(meta.num_bytes / meta.num_tokens, 4),
-            "num_train_rows": train.num_rows,
-            "num_train_tokens": train.num_targets,
-            "num_val_tokens": val.num_targets,
-            "num_train_bytes": meta.num_token_bytes - num_val_bytes,
-            "num_val_bytes": num_val_bytes,
-            **({} if corpus.documents.given is None else {"num_prompt_tokens": int(corpus.documents.given.sum())}),
-        },
-    )
+    facts: dict[str, object] = {
+        **_facts(corpus.meta, train, val),
+        "num_train_bytes": corpus.meta.num_token_bytes - num_val_bytes,
+        "num_val_bytes": num_val_bytes,
+        **({} if corpus.documents.given is None else {"num_prompt_tokens": int(corpus.documents.given.sum())}),
+    }
+    return tokenizer, Text(train, val, corpus.meta.fingerprint, facts)
 
 
-def prepare_tokenizer(config: DataConfig, source: Source, folder: Path, cache: Path) -> Tokenizer:
+def _read_prepared(config: DataConfig, folder: Path, reading: Reading | None) -> tuple[Tokenizer, Text]:
+    """Shards, which are only read."""
+    prepared, kept = open_prepared(config.source), folder / "tokenizer"
+    if reading is None:
+        tokenizer = keep_prepared_tokenizer(config, prepared, kept)
+    else:
+        tokenizer = reading.tokenizer or load_tokenizer(kept)
+        if tokenizer.fingerprint != prepared.meta.tokenizer:
+            raise DataError(
+                f"data.source={config.source!r} has shards of another tokenizer than the run's; give the text they were made of"
+            )
+    everything = reading is not None and reading.corpus not in (None, prepared.meta.fingerprint)
+    held = Arc.everything() if everything else Arc.held_out(config.val_fraction, config.seed_of_split)
+    train, val = (ShardRows(prepared, arc, config, tokenizer, name) for arc, name in ((held.others, "train"), (held, "val")))
+    if config.val_fraction and not val.num_rows:
+        log.warning(
+            "data.val_fraction=%g holds out none of the %d documents of %s, so that there is no validation",
+            config.val_fraction,
+            prepared.meta.num_documents,
+            config.source,
+        )
+    facts = {**_facts(prepared.meta, train, val), "num_shards": len(prepared.meta.shards)}
+    return tokenizer, Text(train, val, prepared.meta.fingerprint, facts)
+
+
+def _facts(meta: CorpusMeta | PreparedMeta, train: Rows | ShardRows, val: Rows | ShardRows) -> dict[str, object]:
+    return {
+        "source": meta.source,
+        "num_documents": meta.num_documents,
+        "num_tokens": meta.num_tokens,
+        "num_bytes": meta.num_bytes,
+        "bytes_per_token": round(meta.num_bytes / meta.num_tokens, 4),
+        "num_train_rows": train.num_rows,
+        "num_train_tokens": train.num_targets,
+        "num_val_tokens": val.num_targets,
+    }
+
+
+def cache_of(config: DataConfig, folder: Path) -> Path:
+    """Where tokens are kept that a run makes itself."""
+    return Path(config.cache_dir).expanduser() if config.cache_dir else folder / "data"
+
+
+def keep_prepared_tokenizer(config: DataConfig, prepared: Prepared, folder: Path) -> Tokenizer:
+    """The tokenizer of shards, which `folder` keeps from now on.
+
+    Raises:
+        DataError: it is not the one that the config asks for, or `folder` keeps another one.
+    """
+    meta = read_meta(folder)
+    if meta is None:
+        check_asked(prepared, config)
+        tokenizer = prepared.tokenizer()
+        tokenizer.save(folder, tokenizer=config.tokenizer, vocab_size=config.size_to_learn)
+        return tokenizer
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.fingerprint != prepared.meta.tokenizer:
+        raise DataError(f"{folder} keeps another tokenizer than that of the shards in {prepared.folder}; use another run folder")
+    return tokenizer
+
+
+def prepare_tokenizer(config: DataConfig, source: Source, folder: Path, cache: Path, *, of_many: bool = False) -> Tokenizer:
     """The run's tokenizer: the one kept in `folder`, or a new one, which is then kept there.
+
+    Args:
+        of_many: whether `source` is several, none of which it is learned from alone.
 
     Raises:
         DataError: the one kept there is not the one the config asks for, or none can be made.
     """
-    size = config.bpe_vocab_size if config.tokenizer == "bpe" else None
+    size = config.size_to_learn
     meta = read_meta(folder)
     if meta is not None:
         if (meta.tokenizer, meta.vocab_size) != (config.tokenizer, size):
@@ -160,7 +240,7 @@ def prepare_tokenizer(config: DataConfig, source: Source, folder: Path, cache: P
         tokenizer, fingerprint = _learned(shared) or _learn(config, source, shared)
         if tokenizer.vocab_size < config.bpe_vocab_size:
             log.warning("the corpus gives %d tokens of data.vocab_size=%d", tokenizer.vocab_size, config.bpe_vocab_size)
-    tokenizer.save(folder, corpus=fingerprint, tokenizer=config.tokenizer, vocab_size=size)
+    tokenizer.save(folder, corpus=None if of_many else fingerprint, tokenizer=config.tokenizer, vocab_size=size)
     return tokenizer
 
 

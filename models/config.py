@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
-from plait.configs.components import Config, a, at
+from plait.configs.components import Config, Table, a, at
 from plait.configs.domains import Coefficient, Depth, Epsilon, Line, Positive, Vocabulary, Width
 from plait.models.attention_losses import AttentionLossConfig
 from plait.models.build import Norm, NormKind, SigmaReparam
@@ -21,18 +21,6 @@ from plait.models.qk_clip import QKClipConfig
 from plait.models.stream import CarryUse, check_carries
 
 Dtype = Literal["float32", "bfloat16"]
-
-
-class Table(dict[str, Any]):
-    """Configs by pattern name; cannot be changed, so that configs stay hashable."""
-
-    def __hash__(self) -> int:  # type: ignore[override]
-        return hash(frozenset(self.items()))
-
-    def _frozen(self, *_: Any, **__: Any) -> None:
-        raise TypeError("a table of configs is final; build a new config with dataclasses.replace")
-
-    __setitem__ = __delitem__ = __ior__ = update = clear = pop = popitem = setdefault = _frozen  # type: ignore[assignment]
 
 
 def default_mixer(name: str) -> MixerConfig:

@@ -55,6 +55,11 @@ class Evaluation:
     """Share of predicted tokens, each the likeliest, that the next prediction of the document repeats; None without two that follow each
     other. Source: What Happens During the Loss Plateau? (2506.13688), of what the model predicts of given text here."""
 
+    text_nats: float | None = None
+    """Of a mixture, that part of `nats` that `num_bytes` belong to; None where it is all."""
+    sources: Mapping[str, Evaluation] = dataclasses.field(default_factory=dict)
+    """Of a mixture, by name: that of each source."""
+
     @property
     def loss(self) -> float:
         """Nats per token."""
@@ -68,7 +73,8 @@ class Evaluation:
     @property
     def bits_per_byte(self) -> float | None:
         """Bits per byte of text: comparable between tokenizers and with compressors. None where the tokens are no text."""
-        return None if self.num_bytes is None else self.nats / math.log(2) / self.num_bytes
+        nats = self.nats if self.text_nats is None else self.text_nats
+        return None if self.num_bytes is None else nats / math.log(2) / self.num_bytes
 
     @property
     def named(self) -> dict[str, float]:
@@ -95,7 +101,10 @@ class Evaluation:
             found["loss/in_context"] = self.in_context
         if self.repetition is not None:
             found["predictions/repetition"] = self.repetition
-        return found | {f"task/{self.task}/{name}": value for name, value in self.scores.items()}
+        found |= {f"loss/val_source/{name}": one.loss for name, one in self.sources.items()}
+        for name, one in (*self.sources.items(), (self.task, self)):
+            found |= {f"task/{name}/{score}": value for score, value in one.scores.items()}
+        return found
 
     def to_json(self) -> dict[str, Any]:
         """All of it, for a file."""
@@ -103,7 +112,8 @@ class Evaluation:
         sizes = {"num_tokens": self.num_tokens} | ({} if self.num_bytes is None else {"num_bytes": self.num_bytes})
         scores = {"in_context": self.in_context, "repetition": self.repetition}
         told = {name: value for name, value in scores.items() if value is not None}
-        return {**self.named, **told, **sizes, "loss_by_position": rows}
+        parts = {"sources": {name: one.to_json() for name, one in self.sources.items()}} if self.sources else {}
+        return {**self.named, **told, **sizes, "loss_by_position": rows, **parts}
 
     def by_position(self) -> list[tuple[int, int, float]]:
         """`(first, last, loss)` of the positions in doubling ranges."""

@@ -41,7 +41,8 @@ def held_out(trained: Trained, task: Task, text: OtherText, scratch: Path, seq_l
     if seq_len is not None:
         _require_length(trained, seq_len)
     with unchecked():
-        config = dataclasses.replace(own, task=task)
+        mixed = task.name == own.task.name and text.source is None
+        config = dataclasses.replace(own, task=task, **({} if mixed else {"sources": {}, "temperature": 1.0}))
         if seq_len is not None:
             config = dataclasses.replace(config, seq_len=seq_len, batch_size=_rows(program, seq_len))
     at(task.name, task.fit, config)

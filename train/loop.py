@@ -18,9 +18,9 @@ from plait.kernels.chips import peak_flops
 from plait.train import origin as origins
 from plait.train import run as runs
 from plait.train.actions import Actions, Rewind, check_told, watchers_of
+from plait.train.by_source import Meter, Validation, told_by_source
 from plait.train.checkpoint import CheckpointError, Checkpoints
 from plait.train.clock import Clock
-from plait.train.evaluate import Evaluator
 from plait.train.journal import Journal
 from plait.train.pods.hosts import heartbeat, together
 from plait.train.pods.hosts.failure import TrainingFailed
@@ -35,7 +35,7 @@ from plait.train.run_folder.probe_files import ATTENTION
 from plait.train.run_folder.trim import set_aside, trim_metrics
 from plait.train.spikes import SpikeWatch
 from plait.train.state import Arrays, TrainState
-from plait.train.watchers import Event, load_states, states
+from plait.train.watchers import Event, Memory, load_states, states
 
 log = logging.getLogger("plait")
 
@@ -90,7 +90,8 @@ class _Loop:
         self.checkpoints = Checkpoints(
             self.folder / contents.CHECKPOINTS, keep_last=config.keep_last, keep_best=config.keep_best, check=check
         )
-        self.evaluator = Evaluator(setup.blueprint, setup.mesh, setup.data)
+        self.validation = Validation(setup.blueprint, setup.mesh, setup.data)
+        self.meter = Meter(tuple(setup.data.parts))
         self.iterator = setup.data.train()
         self.probes = () if self.observer is None else self.observer.probes
         self.layers = describe_layers(config.model)
@@ -138,7 +139,7 @@ class _Loop:
         _, state, extra = restored
         try:
             self.iterator.set_state(extra["data"])
-            load_states([*self.watchers, self.actions], extra)
+            load_states(self._memories, extra)
             self.tokens, seconds = int(extra["tokens"]), float(extra["seconds"])
         except (AttributeError, KeyError, TypeError) as error:
             raise CheckpointError(
@@ -167,9 +168,9 @@ class _Loop:
     def _compile(self) -> None:
         """Both steps, ahead of time: compiling is then no part of any step's time, and its errors come before training."""
         log.info("compiling a step of %s", self.setup.blueprint.describe())
-        self.programs[False] = self.setup.lower(controls=self._controls(0)).compile()
+        self.programs[False] = self.setup.lower(controls=self._controls(0, 0)).compile()
         if self.observer is not None:
-            self.programs[True] = self.setup.lower(self.observer, controls=self._controls(0)).compile()
+            self.programs[True] = self.setup.lower(self.observer, controls=self._controls(0, 0)).compile()
 
     def _until_the_end(self, state: TrainState, step: int) -> tuple[TrainState, int]:
         """Steps from `step` on, with what has to be done again after rewinds."""
@@ -210,9 +211,10 @@ class _Loop:
         self.clock.lap()
         while step < config.steps and not self.termination.asked and not stopping:
             probing = config.probe_every is not None and (step == 0 or _due(step + 1, config.probe_every))
+            controls = self._controls(step + 1, self.iterator.step)
             with self.clock.waiting("data"):
                 batch = next(self.iterator)
-            state, metrics = self.programs[probing](state, self.setup.layout.place(batch), **self._controls(step + 1))
+            state, metrics = self.programs[probing](state, self.setup.layout.place(batch), **controls)
             step += 1
             self.dispatched = step
             self._read(pending)
@@ -234,10 +236,19 @@ class _Loop:
             self._save(state, step, None)
         return state, step
 
-    def _controls(self, step: int) -> dict[str, np.ndarray]:
-        """What the step takes beside state and batch, where there is such."""
-        bounds = {} if self.config.spike.sigma is None else {"bounds": self.spikes.bounds(step)}
-        return {**bounds, "rate": self.actions.rate(step)} if self.actions.lowers else bounds
+    @property
+    def _memories(self) -> list[Memory]:
+        """What checkpoints keep beside the arrays."""
+        return [*self.watchers, self.actions, *([self.meter] if self.setup.data.parts else [])]
+
+    def _controls(self, step: int, position: int) -> dict[str, np.ndarray]:
+        """What a step takes beside its state and the batch of number `position`, where there is such."""
+        controls = {} if self.config.spike.sigma is None else {"bounds": self.spikes.bounds(step)}
+        if self.actions.lowers:
+            controls["rate"] = self.actions.rate(step)
+        if (sources := self.setup.data.sources(position)) is not None:
+            controls["sources"] = sources
+        return controls
 
     def _read(self, pending: tuple[int, dict[str, Any]] | None) -> None:
         """Takes in the metrics of a step, once the device has them."""
@@ -246,6 +257,8 @@ class _Loop:
         step, metrics = pending
         statistics = metrics.pop("statistics", None)
         with self.clock.waiting("devices"):
+            if (sums := told_by_source(metrics)) is not None:
+                self.meter.count(sums)
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         heartbeat.step(step)
         self._count(step, tokens=int(values.pop("tokens")), bad=int(values.pop("bad_steps")))
@@ -256,7 +269,7 @@ class _Loop:
             self.journal.probes(step, arrays)
             values |= probe_metrics(arrays, self.probes)
         if logging_now := _due(step, self.config.log_every) or step == self.config.steps:
-            values |= self._speed(step)
+            values |= {**self._speed(step), **self.meter.lap()}
         if logging_now or statistics is not None:
             self.journal.metrics(step, values, tokens=self.tokens, seconds=self.clock.seconds)
             self.journal.stand(step)
@@ -288,7 +301,7 @@ class _Loop:
         if not len(data.val):
             return None
         with heartbeat.phase("evaluate"):
-            found = self.evaluator(_averaged(state), state.buffers, data.val, self.config.eval_batches)
+            found = self.validation(_averaged(state), state.buffers, self.config.eval_batches)
         self.journal.metrics(step, found.metrics(), tokens=self.tokens, seconds=self.clock.seconds)
         asked, every = self.config.eval_batches, len(data.val)
         sample = "" if asked is None or asked >= every else f" ({asked} of {every:,} batches)"
@@ -300,7 +313,7 @@ class _Loop:
             return
         extra = {
             "data": self.iterator.get_state(),
-            "watchers": states([*self.watchers, self.actions]),
+            "watchers": states(self._memories),
             "tokens": self.tokens,
             "seconds": self.clock.seconds,
         }

@@ -38,13 +38,16 @@ def hidden_losses(model: LM, hidden: jax.Array, batch: Batch) -> tuple[jax.Array
     return cross_entropy(hidden, weight, batch.targets, loss_mask=batch.loss_mask, logit_soft_cap=model.config.logit_soft_cap)
 
 
-def loss_terms(model: LM, batch: Batch, *, total: jax.Array, share: float, observer: Observer | None) -> tuple[jax.Array, dict]:
+def loss_terms(
+    model: LM, batch: Batch, *, total: jax.Array, share: float, observer: Observer | None, by_row: bool = False
+) -> tuple[jax.Array, dict]:
     """This micro-batch's part of the step's loss, and its named parts.
 
     Args:
         total: number of predicted tokens in the whole step, so that the parts of all micro-batches add up to the mean.
         share: this micro-batch's share of the step, for losses that are means over layers.
         observer: to whom the layers show themselves, or None.
+        by_row: also gives `"rows"`: negative log-likelihood and number of predicted tokens of each row, float32 `[B, 2]`.
 
     Returns:
         The loss and `{"losses", "extras"}`: its parts by name, `train` for the cross-entropy alone, `z` (arXiv 2204.02311 section 5) and the
@@ -56,7 +59,8 @@ def loss_terms(model: LM, batch: Batch, *, total: jax.Array, share: float, obser
     if model.config.z_loss is not None:
         losses["z"] = model.config.z_loss * (jnp.square(lse) * mask).sum() / total
     losses |= {name: share * loss for name, loss in auxiliary_losses(extras).items()}
-    return sum(losses.values()), {"losses": losses, "extras": extras}
+    rows = {"rows": jnp.stack([(nll * mask).sum(1), mask.sum(1)], 1)} if by_row else {}
+    return sum(losses.values()), {"losses": losses, "extras": extras, **rows}
 
 
 def auxiliary_losses(extras: Sequence[Extras]) -> dict[str, jax.Array]:

@@ -6,8 +6,10 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
+import logging
 import math
 import os
+import re
 import sys
 import time
 import uuid
@@ -23,11 +25,12 @@ from plait.configs.files import write_atomically
 from plait.configs.mesh import MeshConfig
 from plait.configs.vocabulary import check_vocabulary
 from plait.data.loader import Data, build_data
+from plait.data.progress import heard
 from plait.data.tokenizer import META_FILE, TOKENIZER_FILE, Tokenizer
 from plait.data.tokenizer_files import load_tokenizer
 from plait.train.checkpoint import CheckpointError, Checkpoints
 from plait.train.mesh import batch_sharding, make_mesh
-from plait.train.pods.hosts import hardware
+from plait.train.pods.hosts import hardware, heartbeat
 from plait.train.pods.hosts.layout import batch_layout
 from plait.train.pods.hosts.together import agree, broadcast, count, decide, first, together
 from plait.train.program import Program
@@ -35,10 +38,12 @@ from plait.train.run_folder.contents import CHECKPOINTS, CONFIG, RunError, begun
 from plait.train.run_folder.owner import owned
 from plait.train.state import Arrays, TrainState
 
+log = logging.getLogger("plait")
+
 _FREE_ON_RESUME = ("out", "resume", "mesh", "log_every", "keep_last", "keep_best", "checkpoint_every", "wandb", "event")
 
-_OWN_TO_A_HOST = ("data.cache_dir",)
-"""Leaves that may differ between hosts, and when a run goes on: they say where something lies."""
+_A_PLACE = re.compile(r"data\.(cache_dir|source|sources\.[^.]+\.source)")
+"""Leaves that may differ between hosts, and when a run goes on: they say where something lies. What lies there is told by its fingerprint."""
 _CHANGES_PROGRAMS = (
     "XLA_FLAGS",
     "LIBTPU_INIT_ARGS",
@@ -64,7 +69,7 @@ def claim(config: ExperimentConfig) -> bool:
     saved = codec.encode(codec.load(ExperimentConfig, folder / CONFIG))
     different = codec.differences(saved, codec.encode(config))
     names = {line: line.split(":")[0] for line in different}
-    changed = [line for line, name in names.items() if name.split(".")[0] not in _FREE_ON_RESUME and name not in _OWN_TO_A_HOST]
+    changed = [line for line, name in names.items() if name.split(".")[0] not in _FREE_ON_RESUME and not _A_PLACE.fullmatch(name)]
     if changed:
         raise RunError(
             f"out={str(folder)!r} was started with another config: {'; '.join(changed)}; resume with the same values, or use another --out"
@@ -82,7 +87,7 @@ def claimed(config: ExperimentConfig) -> Iterator[tuple[bool, Callable[[], None]
         ValueError: on every host, where hosts differ, or where the folder cannot be used or is in use.
     """
     code = {**hardware.versions(), "plait commit": hardware.commit()}
-    leaves = {name: value for name, value in codec.leaves(codec.encode(config)).items() if name not in _OWN_TO_A_HOST}
+    leaves = {name: value for name, value in codec.leaves(codec.encode(config)).items() if not _A_PLACE.fullmatch(name)}
     agree("config", {**leaves, **code, **{name: os.environ.get(name) for name in _CHANGES_PROGRAMS}})
     folder, check = Path(config.folder), _nothing
     with contextlib.ExitStack() as stack:
@@ -148,11 +153,30 @@ def set_up(config: ExperimentConfig) -> Setup:
     for reading in (first(), not first()):  # where the hosts share a cache, host 0 fills it and the others find it
         with together("data"):
             if reading:
-                data = build_data(config.data, config.folder, rows=layout.rows)
+                with heard(heartbeat.advance):
+                    data = build_data(config.data, config.folder, rows=layout.rows)
+                check_steps(data, config.steps)
     agree("data", {f"data {name}": value for name, value in data.identity.items()})
     with together("model"):
         config = dataclasses.replace(config, model=config.model.with_vocab(data.vocab_size))
         return Setup.of(config, mesh, data=data)
+
+
+def check_steps(data: Data, steps: int) -> None:
+    """Says what a mixture gives a run of so many steps. Raises RunError where its sources are used up before."""
+    if data.schedule is None:
+        return
+    rows, there = steps * data.config.batch_size, data.schedule.num_rows
+    if there is not None and there < rows:
+        raise RunError(
+            f"steps={steps} of data.batch_size={data.config.batch_size} rows are more than the {there} that data.sources give within "
+            f"their max_epochs; use steps={there // data.config.batch_size} or less, or raise a max_epochs"
+        )
+    for (name, part), own in zip(data.parts.items(), data.schedule.counts(rows), strict=True):
+        again = "" if part.num_train_rows is None else f", {own / part.num_train_rows:.3g} epochs"
+        log.info("source %s: %.4g%% of the rows%s", name, 100 * own / rows, again)
+        if not own:
+            log.warning("data.sources.%s gives this run no row; raise its weight", name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,8 +247,7 @@ def described(folder: Path) -> tuple[ExperimentConfig, Tokenizer | None]:
         if not (folder / "tokenizer" / TOKENIZER_FILE).exists():
             raise RunError(f"{str(folder)!r} has no tokenizer/{TOKENIZER_FILE}; put back the one it was trained with")
         tokenizer = load_tokenizer(folder / "tokenizer")
-    task = config.data.task
-    vocab_size = task.vocabulary(config.data) if tokenizer is None else tokenizer.vocab_size + task.extra_ids
+    vocab_size = config.data.vocabulary(None if tokenizer is None else tokenizer.vocab_size)
     if vocab_size is not None:
         config = dataclasses.replace(config, model=config.model.with_vocab(vocab_size))
     return config, tokenizer

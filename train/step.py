@@ -15,6 +15,7 @@ from plait.models.block import Extras, over_microbatches
 from plait.models.config import LMConfig
 from plait.models.linear import power_iterate
 from plait.models.taps import Tapped
+from plait.train.by_source import sums_by_source
 from plait.train.loss import loss_terms
 from plait.train.mesh import on_mesh
 from plait.train.optimizers.precision import float32
@@ -31,7 +32,8 @@ def make_step(blueprint: Blueprint, tx: optax.GradientTransformation, mesh: jax.
 
     Metrics are scalars by name, and with `observer` also `"statistics"`, those of each layer. A step whose loss, gradient or
     update is not finite changes nothing but the counts of such steps; so does one whose loss or gradient norm is above `bounds`, float32 [2].
-    The learning rate is `rate` times the schedule's.
+    The learning rate is `rate` times the schedule's. With `sources`, the number of each row's source in a mixture, int32 [B], metrics have
+    `"sources"`: the sums of `sums_by_source`.
     """
     config = blueprint.config
     schedule = make_schedule(config.optimizer, config.steps, config.optimizer.learning_rate)
@@ -41,7 +43,11 @@ def make_step(blueprint: Blueprint, tx: optax.GradientTransformation, mesh: jax.
     home = state_shardings(blueprint, tx, mesh).optimizer
 
     def step(
-        state: TrainState, batch: Batch, bounds: jax.Array | None = None, rate: jax.Array | None = None
+        state: TrainState,
+        batch: Batch,
+        bounds: jax.Array | None = None,
+        rate: jax.Array | None = None,
+        sources: jax.Array | None = None,
     ) -> tuple[TrainState, Metrics]:
         with on_mesh(mesh, config.optimizer.accumulate):
             buffers = state.buffers if blueprint.alone else _move_singular_vectors(blueprint, state)
@@ -50,7 +56,8 @@ def make_step(blueprint: Blueprint, tx: optax.GradientTransformation, mesh: jax.
             def loss(variables, batch):
                 params, taps = variables
                 seer = None if observer is None else Tapped(observer, taps)
-                return loss_terms(blueprint.build(params, buffers), batch, total=total, share=1 / parts, observer=seer)
+                model, by_row = blueprint.build(params, buffers), sources is not None
+                return loss_terms(model, batch, total=total, share=1 / parts, observer=seer, by_row=by_row)
 
             # A pipeline adds up its micro-batches' gradients in what it is given.
             params = float32(state.params) if piped else state.params
@@ -94,6 +101,8 @@ def make_step(blueprint: Blueprint, tx: optax.GradientTransformation, mesh: jax.
         if (threshold := config.model.qk_clip.threshold) is not None:
             logits = jnp.concatenate([one.max_logits for one in terms["extras"]])
             metrics["optimizer/clipped_heads"] = (logits > threshold).sum()
+        if sources is not None:
+            metrics["sources"] = sums_by_source(terms["rows"], sources, len(config.data.sources))
         if observer is not None:
             layers = zip(observer.across([one.statistics for one in terms["extras"]]), observer.conclude(told), strict=True)
             metrics["statistics"] = [{**of_looks, **of_gradients} for of_looks, of_gradients in layers]
@@ -145,11 +154,12 @@ def _accumulate(grad: Callable, variables: Any, batch: Batch, parts: int) -> tup
 
     def body(carry, batch):
         (value, terms), grads = grad(variables, batch)
-        extras = terms.pop("extras")
+        extras, rows = terms.pop("extras"), terms.pop("rows", None)
         sums = (float32(grads), (value, terms))
-        return sums if carry is None else jax.tree.map(jnp.add, carry, sums), extras
+        return sums if carry is None else jax.tree.map(jnp.add, carry, sums), (extras, rows)
 
     shapes, _ = jax.eval_shape(lambda b: body(None, jax.tree.map(lambda a: a[0], b)), micro)
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
-    (grads, (value, terms)), extras = jax.lax.scan(body, zeros, micro)
-    return grads, (value, {**terms, "extras": over_microbatches(extras)})
+    (grads, (value, terms)), (extras, rows) = jax.lax.scan(body, zeros, micro)
+    by_row = {} if rows is None else {"rows": jnp.moveaxis(rows, 0, 1).reshape(-1, rows.shape[-1])}
+    return grads, (value, {**terms, "extras": over_microbatches(extras), **by_row})

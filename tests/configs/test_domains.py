@@ -28,6 +28,7 @@ from plait.configs.probe import ProbeConfig
 from plait.configs.spike import SpikeConfig
 from plait.configs.words import flag
 from plait.data.config import DataConfig
+from plait.data.mixture import SourceConfig
 from plait.launch import main
 from plait.models.config import LMConfig
 from plait.models.mixers.base import WrapperConfig
@@ -35,6 +36,7 @@ from plait.train.commands.evaluate import EvalArgs
 from plait.train.commands.generate import GenerateArgs
 from plait.train.commands.lm_eval import LmEvalArgs
 from plait.train.commands.plan import PlanArgs
+from plait.train.commands.prepare import PrepareArgs
 from plait.train.commands.sweep import SweepArgs
 from plait.train.commands.verify import VerifyArgs
 from plait.train.pods.hosts.host import HostsOptions
@@ -43,7 +45,7 @@ from plait.train.pods.launch_files import KINDS as LAUNCH_FILES
 SCHEMAS = [
     *(ExperimentConfig, LMConfig, DataConfig, OptimizerConfig, MeshConfig, ProbeConfig, SpikeConfig),
     *(one for kind in KINDS for one in registry(kind).all().values()),
-    *(EvalArgs, LmEvalArgs, GenerateArgs, PlanArgs, SweepArgs, VerifyArgs, HostsOptions),
+    *(SourceConfig, EvalArgs, LmEvalArgs, GenerateArgs, PlanArgs, PrepareArgs, SweepArgs, VerifyArgs, HostsOptions),
     *(kind.options for kind in LAUNCH_FILES.values()),
 ]
 FREE = {"GenerateArgs.prompt", "LmEvalArgs.system"}

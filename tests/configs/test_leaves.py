@@ -26,6 +26,7 @@ from plait.configs.experiment import ExperimentConfig
 from plait.configs.listing import registry
 from plait.configs.mesh import MeshConfig
 from plait.data.loader import build_data
+from plait.data.mixture import SourceConfig
 from plait.data.tasks.mlm import MaskedLanguageTask
 from plait.models.attention_losses import AttentionLossConfig
 from plait.models.config import pattern_name
@@ -79,6 +80,11 @@ NEEDS: dict[str, dict[str, Any]] = {
     "mega.max_distance": {"bias": "simple"},
     "optimizer.decay_fraction": {"optimizer.schedule": "wsd"},
     "data.text_field": {"data.source": "{lines}"},
+    "data.split_seed": {"data.source": "{lines}"},
+    "data.temperature": {
+        "data.source": "{lines}",
+        "data.sources": {"a": SourceConfig(weight=9.0), "b": SourceConfig(weight=1.0, text_field="body")},
+    },
     "data.prompt_field": {"data.source": "{lines}"},
     "model.lora.rank": {"init_from": "runs/base"},
     **{

@@ -55,7 +55,8 @@ def test_a_prompt_is_a_field_of_its_own(tmp_path):
     records = [{"q": "one ", "a": "1"}, {"q": "", "a": "2"}, {"q": "three", "a": ""}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
     pq.write_table(pa.table({"a": ["x"], "other": [1], "q": ["y "]}), tmp_path / "b.parquet")
-    assert list(open_source(str(tmp_path), "a", "q").documents()) == [("1", "one "), ("2", ""), ("x", "y ")]
+    found = [document[:2] for document in open_source(str(tmp_path), "a", "q").documents()]
+    assert found == [("1", "one "), ("2", ""), ("x", "y ")]
     with pytest.raises(
         DataError, match=r"a\.jsonl, line 1 has no field 'p'; set data\.prompt_field to the one with the prompt \(q, a\)"
     ):

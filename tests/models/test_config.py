@@ -8,9 +8,9 @@ import pytest
 from flax import nnx
 
 from plait.configs.codec import decode, encode
-from plait.configs.components import ConfigError, unchecked, validate
+from plait.configs.components import ConfigError, Table, unchecked, validate
 from plait.models.channel_mixers.gated_mlp import GatedMLPConfig
-from plait.models.config import LMConfig, Table, default_mixer
+from plait.models.config import LMConfig, default_mixer
 from plait.models.lm import LM, num_params
 from plait.models.mixers.base import MIXERS, MixerConfig, register
 from plait.models.mixers.full.softmax import SoftmaxConfig

@@ -60,9 +60,9 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(trained):
         runs.claim(changed(config, {"resume": True}))
 
 
-def test_the_cache_may_lie_elsewhere_when_a_run_goes_on(trained):
+def test_cache_and_data_may_lie_elsewhere_when_a_run_goes_on(trained, tmp_path):
     config, _ = trained
-    assert runs.claim(changed(config, {"resume": True, "data.cache_dir": "elsewhere"}))
+    assert runs.claim(changed(config, {"resume": True, "data.cache_dir": "elsewhere", "data.source": "moved"}))
     with pytest.raises(runs.RunError, match=r"started with another config: data\.seed: 0 -> 1"):
         runs.claim(changed(config, {"resume": True, "data.seed": 1}))
 

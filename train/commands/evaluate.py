@@ -17,9 +17,10 @@ from plait.configs.words import parse as words_of
 from plait.data.config import DataConfig
 from plait.data.loader import Data
 from plait.data.tasks.base import TASKS, Task
+from plait.train.by_source import Validation
 from plait.train.commands import lm_eval
 from plait.train.commands.results import keep
-from plait.train.evaluate import Evaluation, Evaluator
+from plait.train.evaluate import Evaluation
 from plait.train.held_out import OtherText, held_out, is_own
 from plait.train.run import Trained, opened
 from plait.train.scoreboard import show
@@ -116,8 +117,8 @@ def run(args: Sequence[str]) -> None:
 
 
 def _score(trained: Trained, data: Data, batches: int | None) -> Evaluation:
-    evaluator = Evaluator(trained.program.blueprint, trained.program.mesh, data)
-    return evaluator(trained.params, trained.buffers, data.val, batches)
+    validation = Validation(trained.program.blueprint, trained.program.mesh, data)
+    return validation(trained.params, trained.buffers, batches)
 
 
 def _task(own: DataConfig, name: str, words: Mapping[str, list[str]]) -> Task:

@@ -30,7 +30,7 @@ def ids_of(path: Path, trained: Trained) -> np.ndarray:
 def num_ids_of(trained: Trained) -> int:
     """The ids that the run's data has."""
     config, tokenizer = trained.program.config, trained.tokenizer
-    found = config.data.task.vocabulary(config.data) if tokenizer is None else tokenizer.vocab_size + config.data.task.extra_ids
+    found = config.data.vocabulary(None if tokenizer is None else tokenizer.vocab_size)
     return found or config.model.vocab_size or 1
 
 

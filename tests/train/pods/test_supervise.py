@@ -193,3 +193,12 @@ def alive(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
         return False
+
+
+def test_a_phase_that_gets_on_is_no_hang(run, monkeypatch):
+    """However long it takes; a corpus may have any size."""
+    monkeypatch.setattr(supervising, "PHASE_SECONDS", {"data": 2.5})
+    reading = "with heartbeat.phase('data'):\n    for _ in range(5):\n        time.sleep(1)\n        "
+    assert run(reading + "heartbeat.advance(1, 1)")[0] == 0
+    status, _, said = run(reading + "pass")
+    assert status == 1 and "has been in phase 'data' for" in said

@@ -36,7 +36,7 @@ class State:
     slowest: float = 0.0
     """Seconds of the slowest step."""
     age: float = 0.0
-    """Seconds since the phase or step began, those left out in which the whole process was stopped."""
+    """Seconds since the phase or step began or got on, those left out in which the whole process was stopped."""
     beat: int = 0
     """Counts the writes."""
 
@@ -67,6 +67,10 @@ class Heartbeat:
         if self._phase == "step":
             self._slowest = max(self._slowest, now - self._since)
         self._phase, self._step, self._since = "step", step, now
+
+    def advance(self) -> None:
+        """What the phase does has got on."""
+        self._since = self._now()
 
     def _now(self) -> float:
         return time.monotonic() - self._stopped
@@ -112,6 +116,12 @@ def phase(name: str) -> Iterator[None]:
         yield
     finally:
         _current.enter(before)
+
+
+def advance(*_: object) -> None:
+    """The phase has got on: its limit is one of silence, not of length."""
+    if _current is not None:
+        _current.advance()
 
 
 def step(number: int) -> None:

@@ -33,8 +33,9 @@ ORDERLY = (DONE, BAD_INPUT, ENDED, STOPPED)
 LAUNCH = (sys.executable, "-m", "plait.launch")
 SILENCE_SECONDS = 30.0
 """A process whose heartbeat has not changed for so long is stopped, or stuck where no thread of it can run."""
-PHASE_SECONDS: Mapping[str, float] = {"data": 6 * 3600, "weights": 6 * 3600, "compile": 3600, "step": 600}
-"""Longest time in a phase; `step` is the first one, which also loads the program. Others: half an hour."""
+PHASE_SECONDS: Mapping[str, float] = {"data": 1800, "wait": float("inf"), "weights": 6 * 3600, "compile": 3600, "step": 600}
+"""Longest time in a phase in which nothing gets on; `step` is the first one, which also loads the program. Text that is tokenised gets on
+with every few MiB, however much there is. Who waits for another host is ended by the supervisor of that one. Others: half an hour."""
 _OTHER_SECONDS = 1800.0
 _LEAVE_SECONDS = 30.0
 _POLL_SECONDS = 0.2

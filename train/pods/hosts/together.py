@@ -125,8 +125,9 @@ def together(stage: str) -> Iterator[None]:
                 raise
             error = raised
         text = "" if error is None else f"{'failed' if isinstance(error, OSError) else 'input'}:{_message(error)}"
-        reports = gather(text)
-        verdict = broadcast(_verdict(reports) if first() else "")
+        with heartbeat.phase("wait") if stage == "data" else contextlib.nullcontext():
+            reports = gather(text)
+            verdict = broadcast(_verdict(reports) if first() else "")
         if not verdict:
             return
         kind, _, message = verdict.partition(":")

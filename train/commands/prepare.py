@@ -1,0 +1,71 @@
+"""`launch.py prepare PRESET|CONFIG --out FOLDER [overrides]`. Needs no accelerator."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+from plait.configs.domains import Whole
+from plait.configs.options import split_options
+from plait.configs.words import parse
+from plait.train.console import console
+from plait.train.pods.hosts.supervise import DONE, STOPPED
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareArgs:
+    """Tokenises what a preset trains on into shards, which its runs then only read.
+
+    By many processes and, with the same command on each, on many machines that share the folder. The same command goes on after an end.
+    Every data option of `train PRESET` may follow.
+    """
+
+    out: Path
+    """Folder of the shards: a new one, or one to go on with."""
+    workers: Annotated[int, Whole(1, 4096)] | None = None
+    """Processes on this machine; None for one a core."""
+    shard_mib: Annotated[int, Whole(1, 1 << 20)] = 128
+    """MiB of files that a shard is made of, about."""
+
+
+def run(args: Sequence[str]) -> int:
+    """Prepares the data of a preset, or of the config or run folder at a path."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    if not args or (args[0].startswith("-") and args[0] not in ("-h", "--help")):
+        raise ValueError("prepare needs a preset or a config.json first, as in 'launch.py prepare lm_quick --out tokens/sotu'")
+    mine, rest = split_options(PrepareArgs, args)
+    options = parse(PrepareArgs, mine, prog="launch.py prepare PRESET [train overrides]")  # --help ends here
+    from plait.configs import codec
+    from plait.configs.cli import parse_experiment
+    from plait.configs.experiment import ExperimentConfig
+    from plait.train.prepare.pool import prepare
+    from plait.train.run_folder.contents import CONFIG
+
+    what, path = rest[0], Path(rest[0])
+    if path.exists():
+        config = parse_experiment(codec.load(ExperimentConfig, path / CONFIG if path.is_dir() else path), rest[1:])
+    else:
+        config = parse_experiment(what, rest[1:], prog="launch.py prepare")
+    if not config.data.task.reads_text:
+        raise ValueError(f"data.task={config.data.task.name} reads no text, so that there is nothing to prepare; train at once")
+    if config.data.sources:
+        named = ", ".join(config.data.sources)
+        raise ValueError(
+            f"data.sources={named} are several, and a folder is of one; prepare each with --data.source and the same --data.tokenizer, "
+            "which may be the first folder made"
+        )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    found = prepare(config.data, options.out, workers=options.workers or cores, shard_mib=options.shard_mib)
+    if found is None:
+        console.print("stopped; the same command goes on")
+        return STOPPED
+    tokenizer = config.data.tokenizer if config.data.tokenizer in ("byte", "bpe") else str(options.out)
+    console.print(
+        f"{options.out}: {found.num_tokens:,} tokens of {found.num_documents:,} documents in {len(found.shards)} shards; train on it with\n"
+        f"  launch.py train {shlex.quote(what)} --data.source {shlex.quote(str(options.out))} --data.tokenizer {shlex.quote(tokenizer)}"
+    )
+    return DONE
