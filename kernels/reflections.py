@@ -43,7 +43,7 @@ def orthonormal_rows(x: jax.Array) -> jax.Array:
         return mirrored(rows, jax.lax.dynamic_index_in_dim(normals, size - 1 - i, -2, keepdims=False))
 
     signs = jnp.where(jnp.diagonal(triangle, axis1=-2, axis2=-1) < 0, -1.0, 1.0)
-    return jax.lax.fori_loop(0, size, undo, jnp.broadcast_to(jnp.eye(*x.shape[-2:]), x.shape)) * signs[..., None]
+    return jax.lax.fori_loop(0, size, undo, jnp.broadcast_to(jnp.eye(size, x.shape[-1]), x.shape)) * signs[..., None]
 
 
 def mirror(x: jax.Array, row: jax.Array | int, column: jax.Array | int) -> jax.Array:
