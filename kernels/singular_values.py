@@ -1,12 +1,11 @@
-"""Singular values of many small matrices, in plain operations.
-
-LAPACK's calls share one pool of threads among the devices of a CPU and wait in it for each other: several devices at once can stand still.
-"""
+"""Singular values of many small matrices, in plain operations, for the reason that `reflections` gives."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+
+from plait.kernels.reflections import lower_triangle, mirror, mirrored
 
 _WAYS = 32
 """Parts into which a round of `_bisected` cuts an interval."""
@@ -29,53 +28,17 @@ def singular_values(x: jax.Array) -> jax.Array:
     return _bisected(diagonal, below) * largest[..., 0]
 
 
-def lower_triangle(x: jax.Array) -> jax.Array:
-    """The lower triangle L `[..., N, R]` float32, R = min(N, M), of `x` `[..., N, M]` `= L Q` with orthonormal rows Q `[R, M]`; a column's
-    sign is free. Whatever is multiplied from the left, `x` and L then have the same singular values. Not to be differentiated."""
-    x = jax.lax.stop_gradient(x).astype(jnp.float32)
-    size = min(x.shape[-2:])
-
-    def next_row(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        x = _mirrored(*carry)
-        return x, _mirror(x, i + 1, i + 1)
-
-    made, _ = jax.lax.fori_loop(0, size, next_row, (x, _mirror(x, 0, 0)))
-    return jnp.tril(made[..., :size])
-
-
 def _bidiagonal(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Diagonal `[..., N]` and what is below it `[..., N - 1]` of a matrix that has entries nowhere else and the singular values of `x`
     `[..., N, N]`: in turn a row is emptied from the right, and a column from below, which is a row of the transpose."""
 
     def turn(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        x = jnp.swapaxes(_mirrored(*carry), -1, -2)
+        x = jnp.swapaxes(mirrored(*carry), -1, -2)
         row = (i + 1) // 2
-        return x, _mirror(x, row, row + (i + 1) % 2)
+        return x, mirror(x, row, row + (i + 1) % 2)
 
-    x, _ = jax.lax.fori_loop(0, 2 * x.shape[-1], turn, (x, _mirror(x, 0, 0)))
+    x, _ = jax.lax.fori_loop(0, 2 * x.shape[-1], turn, (x, mirror(x, 0, 0)))
     return jnp.diagonal(x, axis1=-2, axis2=-1), jnp.diagonal(x, offset=-1, axis1=-2, axis2=-1)
-
-
-def _mirror(x: jax.Array, row: jax.Array | int, column: jax.Array | int) -> jax.Array:
-    """The normal `[..., M]` of the reflection of rows of `x` `[..., N, M]` that leaves what is before `column`, and moves all of `row` from
-    there on into it.
-
-    Loops carry it from where it is found to where it is used: a row of roundings, computed twice in another order, is not the same, and
-    what it is divided by would not be its norm."""
-    own = jax.lax.dynamic_index_in_dim(x, row, -2, keepdims=False)
-    columns = jax.lax.broadcasted_iota(jnp.int32, own.shape, own.ndim - 1)
-    rest = jnp.where(columns >= column, own, 0.0)
-    largest = jnp.abs(rest).max(-1, keepdims=True)
-    rest = rest / jnp.where(largest > 0, largest, 1.0)  # the squares of small rows would be 0
-    head = jnp.where(columns == column, rest, 0.0).sum(-1, keepdims=True)
-    norm = jnp.sqrt(jnp.square(rest).sum(-1, keepdims=True))
-    return rest + jnp.where(columns == column, jnp.where(head < 0, -norm, norm), 0.0)
-
-
-def _mirrored(x: jax.Array, mirror: jax.Array) -> jax.Array:
-    square = jnp.square(mirror).sum(-1, keepdims=True)
-    share = mirror * jnp.where(square > 0, 2 / jnp.where(square > 0, square, 1.0), 0.0)
-    return x - (x * mirror[..., None, :]).sum(-1, keepdims=True) * share[..., None, :]
 
 
 def _bisected(diagonal: jax.Array, below: jax.Array) -> jax.Array:

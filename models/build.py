@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from plait.kernels.reflections import orthonormal_rows
 from plait.models.axes import Axes
 
 if TYPE_CHECKING:
@@ -33,6 +34,19 @@ def fan_in_normal(gain: float = 1.0) -> Initializer:
     def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         std = gain / shape[-2] ** 0.5 / 0.87962566  # the standard deviation of a unit normal cut at two sigmas
         return (std * jax.random.truncated_normal(key, -2.0, 2.0, shape, jnp.float32)).astype(dtype)
+
+    return init
+
+
+def orthogonal(gain: float = 1.0) -> Initializer:
+    """`gain` times a matrix with orthonormal columns, or rows where it is wider than tall, uniform among all such.
+
+    Equal to `jax.nn.initializers.orthogonal` of the same key up to rounding, without LAPACK.
+    """
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        rows = orthonormal_rows(jax.random.normal(key, (max(shape), min(shape)), jnp.float32).T)
+        return (gain * (rows if shape[0] < shape[1] else rows.T)).astype(dtype)
 
     return init
 

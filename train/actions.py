@@ -169,7 +169,9 @@ def _missing(config: ExperimentConfig, kind: str, there: Sequence[str]) -> str:
     every = {name: probe.name for probe in chosen() for watcher in probe.watchers(()) for name in watcher.kinds}
     if kind not in every:
         near = difflib.get_close_matches(kind, [*there, *every], n=1)
-        return "is no kind of event; " + (f"did you mean {near[0]!r}?" if near else f"use one of {', '.join([*there, *every])}")
+        return "is no kind of event; " + (
+            f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(dict.fromkeys([*there, *every]))}"
+        )
     if config.probe_every is None:
         return f"is found by the probe {every[kind]!r}, and probe_every=None runs none; set probe_every"
     only = config.probe.only or "default"

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from plait.kernels.singular_values import lower_triangle, singular_values
+from plait.kernels.singular_values import singular_values
 from plait.tests.models.common import quick_jit
 from plait.tests.tolerances import assert_close
 
@@ -46,15 +46,6 @@ def test_values_are_those_of_float64(name):
     for one, want in zip(got.reshape(-1, got.shape[-1]), exact.reshape(-1, got.shape[-1]), strict=True):
         assert_close(one, want)
         assert (np.diff(one) <= 0).all()
-
-
-@pytest.mark.parametrize("shape", [(5, 12), (12, 5), (6, 6)])
-def test_triangle_has_the_products_of_the_rows(shape):
-    x = drawn(2, *shape)
-    made = quick_jit(lower_triangle)(x)
-    assert made.shape == (2, shape[0], min(shape)) and not np.triu(made, 1).any()
-    exact = np.float64(x)
-    assert_close(np.float32(np.float64(made) @ np.float64(made).swapaxes(1, 2)), exact @ exact.swapaxes(1, 2))
 
 
 def test_what_is_not_finite_stays_so():

@@ -174,20 +174,25 @@ def test_step_that_is_not_finite_changes_nothing_but_counts(where, plain, batch)
     assert different_arrays(again.params, healed.params)
 
 
-@pytest.mark.parametrize("only", [None, "all"])
-def test_probing_does_not_change_training(only, batch, compile_cache):
-    """Bit for bit, by the emitters that users get: the probe's arithmetic hangs beside the step's, stopped from flowing back."""
-    config = routed()
+@pytest.mark.parametrize(
+    ("make", "sets", "steps"),
+    [(routed, ["all"], 2), pytest.param(hybrid, ["default", "all"], 50, marks=pytest.mark.slow)],
+    ids=["routed", "hybrid"],
+)
+def test_probing_does_not_change_training(make, sets, steps, compile_cache):
+    """Bit for bit, by the emitters that users get: what probes compute hangs beside the step, stopped from flowing back."""
     older = "use_fusion_emitters=false" in os.environ["XLA_FLAGS"]
     as_users = functools.partial(jax.jit, compiler_options={"xla_cpu_use_fusion_emitters": True} if older else None)
-    plain = Trainee(config, jit=as_users)
-    probed = Trainee(config, Probes(ProbeConfig(rows=8, sequences=2, only=only)), jit=as_users)
-    batches = [batch, random_batch(seed=1)]
-    state, metrics = plain.run(*batches)
-    seen, more = probed.run(*batches)
-    assert more.keys() - metrics.keys() == {"statistics"}
-    assert [layer["entropy"].shape for layer in more["statistics"]] == [(4,)]
-    assert different_arrays(seen, state) == []
+    batches = [random_batch(seed=step % 5) for step in range(steps)]
+    state, metrics = Trainee(make(), jit=as_users).run(*batches)
+    for only in sets:
+        probed = Trainee(make(), Probes(ProbeConfig(rows=8, sequences=2, only=only)), jit=as_users)
+        seen, more = probed.run(*batches)
+        assert more.keys() - metrics.keys() == {"statistics"}
+        heads = [len(mixer.head_kinds(make().model.d_model)) for mixer in make().model.layer_mixers]
+        assert [layer["entropy"].shape for layer in more["statistics"]] == [(count,) for count in heads]
+        assert different_arrays(seen, state) == [], only
+    assert {"token_rank", "spectral_norm", "gradient_start"} <= more["statistics"][0].keys()
 
 
 def test_singular_vectors_move_once_a_step_whatever_the_accumulation(batch):

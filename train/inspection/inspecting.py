@@ -128,9 +128,10 @@ def inspect(run: Path, options: InspectOptions) -> tuple[Inspection, Path]:
     _check_masks(options, trained)
     text = ids_of(options.text, trained)
     start = trained.tokenizer.bos_id if config.data.document_start else None
-    length = _row_length(options, trained, len(text))
+    whole = _row_length(options, trained)
+    length = options.length or min(whole, len(text) + 1)
     window = window_of(options.tokens, text, length, start)
-    needles = needles_of(trained, text, options.needle, options.needle.length or length, start, options.seed)
+    needles = needles_of(trained, text, options.needle, options.needle.length or whole, start, options.seed)
     _, rows = rows_of(config, trained.program.mesh, min(options.rows, -(-(len(text) + 1) // length)))
     batch = rows_of_text(text, rows, length, start, trained.tokenizer.eos_id)
 
@@ -183,8 +184,8 @@ def _checkpoint(path: Path, step: int | None) -> tuple[Path, int | None]:
     return path, step
 
 
-def _row_length(options: InspectOptions, trained: Trained, size: int) -> int:
-    """Tokens of a row. Raises InspectError where the model has no places for so many."""
+def _row_length(options: InspectOptions, trained: Trained) -> int:
+    """Tokens of a row of a text that has so many. Raises InspectError where the model has no places for so many."""
     config = trained.program.config
     positions = config.model.positions
     longest = [mixer.longest for mixer in config.model.layer_mixers] + ([] if positions is None else [positions.longest])
@@ -194,7 +195,7 @@ def _row_length(options: InspectOptions, trained: Trained, size: int) -> int:
             raise InspectError(
                 f"{name}={asked} is more than the {most} tokens that the model has positions for; use {most} or less"
             )
-    return options.length or min(config.data.seq_len, _LENGTH, size + 1)
+    return options.length or min(config.data.seq_len, _LENGTH)
 
 
 def _count(options: InspectOptions, there: int) -> int:

@@ -44,7 +44,7 @@ class NeedleConfig(Config):
     prompts: Rows = 16
     """Needles, at depths spread evenly over their pieces."""
     length: Length | None = None
-    """Tokens of a prompt; by default those of a row."""
+    """Tokens of a prompt; by default those of a row, for which a shorter text is repeated."""
     cue: Annotated[int, Whole(1, 1024)] = 4
     """First tokens of a needle, which are repeated at the end,"""
     answer: Annotated[int, Whole(1, 1024)] = 8

@@ -36,7 +36,7 @@ def _statistics(kind: str) -> tuple[Statistic, Statistic]:
             per="head",
             unit="share of gates",
             meaning=f"share of {title}s within {_NEAR:g} of 0 or, where they have a largest value, within that share of it",
-            panel=Panel(title=f"{kind.capitalize()}, saturated", section=_SECTION, lines=True, limits=(0, 1), compared=False),
+            panel=Panel(title=f"{kind.capitalize()} gate saturated", section=_SECTION, lines=True, limits=(0, 1), compared=False),
         ),
     )
 

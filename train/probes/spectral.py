@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from plait.kernels.singular_values import lower_triangle
+from plait.kernels.reflections import lower_triangle
 from plait.models.axes import EMBED
 from plait.models.linear import dense_layers, spectral_norm
 from plait.models.look import LogitMap

@@ -105,7 +105,7 @@ def _statistics(runs: list[Run]) -> Iterator[Section]:
             holds = [one.panel.title for one in members]
             yield Section(title, title, items, holds, folded=many)
     lost = sorted({one.panel.title.lower() for name, one in known.items() if name not in there})
-    notes = [f"Not recorded, as no layer of these runs has it or no probe measured it: {', '.join(lost)}."] if lost else []
+    notes = [f"Not recorded, as no layer of these runs has it or no probe measured it: {'; '.join(lost)}."] if lost else []
     if len(runs) > MOST_MAPS:
         notes.append(f"Maps and pictures are shown for the first {MOST_MAPS} of {len(runs)} runs.")
     heads = maps.final(shown, list(there.values()))

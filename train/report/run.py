@@ -271,7 +271,7 @@ def facts(run: Run) -> dict[str, str]:
     devices = lookup(run.environment, "devices")
     if isinstance(devices, dict):
         count, kind = devices.get("count", 1), devices.get("kind", "?")
-        devices = f"{count} × {kind}" if count > 1 else kind
+        devices = f"{count} × {kind}" if isinstance(count, int) and count > 1 else kind
     speed = run.series("throughput/tokens_per_second")[1]
     speed = speed[np.isfinite(speed)]
     mfu = run.last("throughput/mfu")

@@ -45,9 +45,9 @@ dl.facts dd { margin: 0; font-size: 17px; font-variant-numeric: tabular-nums; ov
 .key { color: var(--muted); font-size: 12.5px; margin: 7px 0 0; }
 .key i { display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin: 0 6px 0 14px; vertical-align: baseline; }
 .key i:first-child { margin-left: 0; }
-dl.story { display: grid; grid-template-columns: 148px 1fr; margin: 10px 0 0; }
+dl.story { display: grid; grid-template-columns: minmax(148px, max-content) 1fr; margin: 10px 0 0; }
 dl.story dt, dl.story dd { padding: 8px 0; margin: 0; border-top: 1px solid var(--line); }
-dl.story dt { color: var(--muted); }
+dl.story dt { color: var(--muted); padding-right: 14px; }
 dl.story dd { padding-right: 10%; }
 .lane { display: grid; grid-template-columns: 200px 1fr; align-items: center; margin-top: 8px; }
 .lane .strip { margin: 0; }

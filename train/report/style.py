@@ -45,7 +45,7 @@ def _even(name: str, low: float = 0.0, high: float = 1.0) -> Colormap:
 
 
 AMOUNT_MAP = _even("BuPu")  # pale: little, dark: much
-DEPTH_MAP = _even("viridis_r", 0.15, 1.0)  # pale: first layer, dark: last
+DEPTH_MAP = _even("viridis_r", 0.4, 1.0)  # light: first layer, dark: last; its light end stands out from white as 3 to 1
 SIGNED_MAP = matplotlib.colormaps["RdBu"]  # red: negative, white: 0, blue: positive
 SIGNED_ROOT = FuncNorm((lambda x: np.sign(x) * np.sqrt(np.abs(x)), lambda y: np.sign(y) * np.square(y)), vmin=-1, vmax=1)
 
@@ -162,7 +162,7 @@ def value_axis(ax: Axes, *, log: bool = False) -> None:
         low, high = ax.get_ylim()
         decades = math.log10(high / low) if low > 0 else 3
         subs = (1.0,) if decades > 2.5 else (1.0, 2.0, 5.0) if decades > 0.7 else tuple(range(1, 10))
-        ax.yaxis.set_major_locator(LogLocator(subs=subs))
+        ax.yaxis.set_major_locator(LogLocator(subs=subs) if decades > 0.3 else MaxNLocator(5, steps=ROUND))
         ax.yaxis.set_minor_locator(NullLocator())
         ax.yaxis.set_minor_formatter(NullFormatter())
     else:

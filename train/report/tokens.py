@@ -20,8 +20,8 @@ def received(names: Sequence[str], found: Sequence[TokenByToken], told: str) -> 
     """Layer x token of each model: the share that later tokens give to one; `told` ends the caption."""
     norm = Normalize(0, 1)
     caption = (
-        "Layer (down) by token (across): the mean share of attention that a later token gives to this one, over the heads of the layer. A dark "
-        "column is a sink. Of the model without heads it is what the masked heads would give too."
+        "Layer (down) by token (across): the mean share of attention that a later token gives to this one, over the heads of the layer. A "
+        "column that stands out is a sink. Of the model without heads it is what the masked heads would give too."
     )
     return _maps("received", names, found, [one.received for one in found], norm, caption + told)
 
@@ -29,7 +29,9 @@ def received(names: Sequence[str], found: Sequence[TokenByToken], told: str) -> 
 def sizes(names: Sequence[str], found: Sequence[TokenByToken], told: str) -> Picture:
     """Layer x token of each model: the largest entry of the residual stream over the median one."""
     values = [one.largest / np.maximum(one.median, 1e-30)[:, None] for one in found]
-    low, high = np.nanmin(values), np.nanmax(values)
+    seen = np.stack(values)
+    seen = seen[np.isfinite(seen) & (seen > 0)]
+    low, high = (seen.min(), seen.max()) if seen.size else (1.0, 1.0)
     caption = (
         "Layer by token: the largest |x| of the residual stream after the layer over the layer's median |x|. Above 1000 (and |x| above 100) an "
         "activation is called massive."
@@ -68,7 +70,7 @@ def _maps(
     figure, axes = panels(len(found), columns=1, height=height, left=0.72, gap=(0, 0.42), margin=(0.42, 0.75))
     for index, (ax, matrix) in enumerate(zip(axes, values)):
         if not np.isfinite(matrix).any():
-            blank(ax, "no attention in this model")
+            blank(ax, "no finite value in this model")
             continue
         image = ax.imshow(matrix, aspect="auto", cmap=AMOUNT_MAP, norm=norm, interpolation="nearest")
         _axes(ax, found[index].names, len(matrix), last=index == len(found) - 1)
@@ -78,9 +80,10 @@ def _maps(
 
 
 def _ticks(norm: Normalize) -> list[float]:
-    """The ends of a scale, or the powers of ten in it."""
+    """The powers of ten in a scale, or its ends where there are fewer than two."""
     low, high = norm.vmin or 0.0, norm.vmax or 1.0
-    return [10.0**n for n in range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)] if low > 0 else [low, high]
+    powers = [10.0**n for n in range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)] if low > 0 else []
+    return powers if len(powers) > 1 else [low, high]
 
 
 def _axes(ax: Axes, tokens: Sequence[str], depth: int, *, last: bool) -> None:

@@ -14,7 +14,7 @@ from flax import nnx
 from plait.configs.domains import Channels, Epsilon
 from plait.kernels import dplr, dplr_rows
 from plait.models.axes import EMBED, HEADS
-from plait.models.build import Buffer, BuildContext, Initializer
+from plait.models.build import Buffer, BuildContext, Initializer, orthogonal
 from plait.models.linear import Dense
 from plait.models.mixers.base import MixerConfig, register
 from plait.models.mixers.heads import split_heads, whole_heads
@@ -114,8 +114,7 @@ class LowRank(nnx.Module):
     ):
         self.activation = activation
         self.down = Dense(ctx, dim, rank, (EMBED, None), role="gate", init=_zeros(ctx))
-        orthogonal = jax.nn.initializers.orthogonal(0.1 * max(rank / dim, 1.0) ** 0.5)
-        self.up = Dense(ctx, rank, dim, (None, HEADS), role="gate", init=orthogonal)
+        self.up = Dense(ctx, rank, dim, (None, HEADS), role="gate", init=orthogonal(0.1 * max(rank / dim, 1.0) ** 0.5))
         self.bias = None if bias is None else ctx.param(bias, (dim,), (HEADS,), role="decay")
 
     def __call__(self, x: jax.Array) -> jax.Array:
