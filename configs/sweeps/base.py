@@ -8,6 +8,7 @@ from typing import Annotated
 from plait.configs.components import Component, Registry
 from plait.configs.domains import Name, Whole
 from plait.configs.sweeps.rows import Rows
+from plait.configs.sweeps.stopping import StopConfig
 
 Seeds = Annotated[int, Whole(1, 1000)]
 
@@ -20,6 +21,7 @@ class SweepConfig(Component):
     """What the overrides of a row are of."""
     seeds: Seeds | None = None
     """Runs of each row, with `seed` and `data.seed` from 0 on; None runs each once, with the preset's own."""
+    stop: StopConfig = StopConfig()
 
     def rows(self) -> Rows:
         """The overrides, without those of `seeds`."""

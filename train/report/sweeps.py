@@ -78,7 +78,7 @@ def _sections(
     )
     if any(claims.logged(folder, run, name) for arm in found for run in arm.runs.values() for name in PROBED):
         yield Section("Attention", "Sinks and entropy of all runs", [_curves(folder, found, PROBED, "attention")])
-    yield Section("Runs", "Runs that are not over", [_missing(folder, sweep)])
+    yield Section("Runs", "Runs without a result", [_missing(folder, sweep)])
     command = f"launch.py sweep {' '.join(sweep.command)}"
     yield Section("Settings", "Settings", [f"Begun {sweep.since} at commit {sweep.commit or 'unknown'} with: {command}"])
 
@@ -240,8 +240,8 @@ def _missing(folder: Path, sweep: Sweep) -> str:
     rows = []
     for run in sweep.runs:
         state, ended = claims.status(folder, run), claims.outcome(folder, run)
-        if state not in claims.OVER:
-            rows.append([run.name, state, (ended and ended.error) or ""])
+        if state not in claims.ENDED:
+            rows.append([run.name, state, "" if ended is None else ended.error or ended.why or ""])
     if not rows:
-        return "All runs are over."
+        return "All runs have one."
     return Markup(table(["run", "status", "why"], rows))

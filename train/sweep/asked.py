@@ -12,9 +12,11 @@ from plait.configs.presets import preset, presets
 from plait.configs.sweeps.base import SWEEPS, SweepConfig
 from plait.configs.sweeps.lists import multiplied
 from plait.configs.sweeps.rows import product, seeds
+from plait.configs.sweeps.stopping import StopConfig
 from plait.configs.words import flag, parse
 from plait.train.sweep.record import SWEEP, Sweep, asked, check, read
 from plait.train.sweep.runs import SweepError, resolved
+from plait.train.sweep.stopping import check as check_stopping
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +48,9 @@ def asked_for(name: str, args: Sequence[str], out: Path | None, *, begun_elsewhe
                 f"{given} is given, and seeds={study.seeds} numbers the runs of each row; use --seeds None, or leave {flag(given)} out"
             )
         rows = product(rows, seeds(study.seeds))
-    found = asked((name, *args), resolved(study.preset, rows))
+    runs = resolved(study.preset, rows)
+    check_stopping(study.stop, runs)
+    found = asked((name, *args), runs, study.stop)
     folder = out or Path("sweeps") / name
     if not begun_elsewhere and (folder / SWEEP).exists():
         check(folder, read(folder), found)
@@ -66,4 +70,5 @@ def _study(name: str, args: Sequence[str]) -> tuple[SweepConfig, list[str]]:
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {', '.join([*known, *presets()])}"
         raise SweepError(f"{name!r} is no study, no preset and no folder with a {SWEEP}; {hint}")
     mine, rest = split_options(type(start), args)
-    return parse(type(start), mine, default=start, prog=f"launch.py sweep {name}"), rest
+    of_rule, rest = split_options(StopConfig, rest, "stop.")
+    return parse(type(start), [*mine, *of_rule], default=start, prog=f"launch.py sweep {name}"), rest

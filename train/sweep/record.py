@@ -15,6 +15,7 @@ from plait.configs import codec
 from plait.configs.components import validate
 from plait.configs.files import write_atomically
 from plait.configs.sweeps.rows import shown
+from plait.configs.sweeps.stopping import StopConfig
 from plait.train.pods.hosts import hardware
 from plait.train.run_folder.owner import FolderInUse, owned
 from plait.train.sweep.runs import Run, SweepError
@@ -37,12 +38,16 @@ class Sweep:
     """Of plait's source, with `-dirty` where `changes.diff` stands beside this file."""
     versions: Mapping[str, str]
     runs: tuple[Run, ...]
+    stop: StopConfig = StopConfig()
+    """When runs end early."""
 
 
-def asked(command: tuple[str, ...], runs: tuple[Run, ...]) -> Sweep:
+def asked(command: tuple[str, ...], runs: tuple[Run, ...], stop: StopConfig | None = None) -> Sweep:
     """A sweep that is to be begun here and now."""
     since = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-    return Sweep(command=command, since=since, commit=hardware.commit(), versions=hardware.versions(), runs=runs)
+    return Sweep(
+        command=command, since=since, commit=hardware.commit(), versions=hardware.versions(), runs=runs, stop=stop or StopConfig()
+    )
 
 
 def read(folder: Path) -> Sweep:
@@ -89,6 +94,11 @@ def check(folder: Path, old: Sweep, new: Sweep) -> None:
         raise SweepError(
             f"out={str(folder)!r} holds another sweep, begun with {' '.join(old.command)!r}; use that command, or another --out. "
             f"It differs in:{lines}{more}"
+        )
+    if old.stop != new.stop:
+        found = codec.differences(codec.encode(old.stop), codec.encode(new.stop), "stop")
+        raise SweepError(
+            f"out={str(folder)!r} holds a sweep that ends runs by another rule: {'; '.join(found)}; use that, or another --out"
         )
     if (old.commit, old.versions) != (new.commit, new.versions):
         code = codec.differences({"commit": old.commit, **old.versions}, {"commit": new.commit, **new.versions})

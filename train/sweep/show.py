@@ -23,7 +23,15 @@ from plait.train.sweep.runs import Run
 from plait.train.sweep.table import varying
 
 _LIVE_SECONDS = 2.0
-_COLOURS = {"running": "cyan", "done": "green", "failed": "red", "stopped": "yellow", "interrupted": "yellow", "queued": "dim"}
+_COLOURS = {
+    "running": "cyan",
+    "done": "green",
+    "failed": "red",
+    "stopped": "yellow",
+    "pruned": "magenta",
+    "interrupted": "yellow",
+    "queued": "dim",
+}
 
 
 def plan_table(runs: Sequence[Run], folder: Path, presets_run: Path) -> Table:

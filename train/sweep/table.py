@@ -45,7 +45,7 @@ def records(folder: Path, sweep: Sweep) -> list[dict[str, Any]]:
         state: str = claims.status(folder, run)
         if state in ("running", "interrupted"):  # one becomes the other without a trace here
             state = "unfinished"
-        facts = {"step": None, "seconds": None, "host": None, "failures": 0, "error": None}
+        facts = {"step": None, "seconds": None, "host": None, "failures": 0, "error": None, "why": None}
         metrics: Mapping[str, Any] = {}
         if ended is not None:
             facts = {name: getattr(ended, name) for name in facts}

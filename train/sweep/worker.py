@@ -15,7 +15,7 @@ import jax
 from plait.configs.errors import is_bad_input
 from plait.configs.experiment import ExperimentConfig
 from plait.kernels.dispatch import forget_chosen
-from plait.train.loop import Result, train
+from plait.train.loop import train
 from plait.train.pods.hosts.failure import TrainingFailed
 from plait.train.pods.hosts.supervise import DONE, FAILED, STOPPED
 from plait.train.run_folder.owner import FolderInUse, FolderLost, owned
@@ -23,6 +23,7 @@ from plait.train.sweep import claims, table
 from plait.train.sweep.claims import OVER, Outcome
 from plait.train.sweep.record import Sweep, read
 from plait.train.sweep.runs import Run
+from plait.train.sweep.stopping import Judge
 
 log = logging.getLogger("plait")
 
@@ -78,7 +79,11 @@ class _Worker:
                 claims.write_outcome(self.folder, run, found)
                 table.write(self.folder, self.sweep)
                 log.info(
-                    "run %d of %d is %s%s", where, len(self.sweep.runs), found.status, f": {found.error}" if found.error else ""
+                    "run %d of %d is %s%s",
+                    where,
+                    len(self.sweep.runs),
+                    found.status,
+                    f": {told}" if (told := found.error or found.why) else "",
                 )
         except (FolderInUse, FolderLost) as error:
             log.info("%s is left to another worker: %s", run.name, error)
@@ -89,8 +94,11 @@ class _Worker:
 
     def _train(self, run: Run) -> Outcome | None:
         """How the run ended; None where a signal stopped it."""
+        judge = None if self.sweep.stop.rule is None else Judge(self.folder, self.sweep, run)
+        if judge is not None and judge.told is not None:  # by a worker that was killed before it could say so
+            return self._ended(run, "pruned", judge.told)
         try:
-            result = train(_placed(run.config, self.folder, run))
+            result = train(_placed(run.config, self.folder, run), judge)
         except (FolderInUse, FolderLost):
             raise
         except Exception as error:  # of this run alone, whatever it is
@@ -102,15 +110,16 @@ class _Worker:
             forget_chosen()
             jax.clear_caches()
             gc.collect()
+        if result.judged is not None:
+            return self._ended(run, "pruned", result.judged)
         if not result.finished and not result.by_event:
             return None
-        return self._ended(run, result)
+        return self._ended(run, "stopped" if result.by_event else "done")
 
-    def _ended(self, run: Run, result: Result) -> Outcome:
+    def _ended(self, run: Run, status: Literal["done", "stopped", "pruned"], why: str | None = None) -> Outcome:
         metrics = {name: value for name, value in claims.latest(self.folder, run).items() if "/" in name}
         failures = claims.failures(self.folder, [run])[run.name]
-        status: Literal["stopped", "done"] = "stopped" if result.by_event else "done"
-        return Outcome(status=status, failures=failures, metrics=metrics, **claims.progress(self.folder, run))
+        return Outcome(status=status, why=why, failures=failures, metrics=metrics, **claims.progress(self.folder, run))
 
 
 def _placed(config: ExperimentConfig, folder: Path, run: Run) -> ExperimentConfig:
