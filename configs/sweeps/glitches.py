@@ -14,9 +14,9 @@ from plait.configs.sweeps.rows import Rows, chain, each, product
 class GlitchesSweep(SweepConfig):
     """Flip-flop glitches by mixer and by weight decay and QK-norm; or induction, by mixer and depth, with keys and values that are shifted.
 
-    Claimed: recurrent models read the last bit without error, and attention glitches now and then, by seed, whatever regularises it (2306.00946,
-    whose attention sharpening and dropout are not there); one layer cannot copy what follows a repeated token, unless its keys and values
-    hold the token before (2411.19574). Test sets with other gaps: `python launch.py eval RUN --tasks flip_flop --flip-flop.ignore 0.98`.
+    Claimed: recurrent models read the last bit without error, and attention glitches now and then, by seed, whatever regularises it
+    (2306.00946, whose attention sharpening and dropout are not there); one layer cannot copy what follows a repeated token unless its keys
+    and values hold the token before (2411.19574). With other gaps: `python launch.py eval RUN --tasks flip_flop --flip-flop.ignore 0.98`.
 
     Command: `python launch.py sweep glitches --out sweeps/glitches`, 21 runs, and with `--on induction`, into another folder, 15 runs.
     """

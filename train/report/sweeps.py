@@ -21,6 +21,8 @@ from plait.train.report.page import Markup, Section, lead, table
 from plait.train.report.style import RC, Picture, panels, picture, run_colour, run_dash, short, step_axis, value_axis
 from plait.train.sweep import claims, fronts
 from plait.train.sweep.arms import LEVEL, RATE, Arm, Estimate, arms, baselines, difference, sensitivities
+from plait.train.sweep.better import Better
+from plait.train.sweep.better import better as better_of
 from plait.train.sweep.record import Sweep, read
 
 PROBED = {
@@ -37,7 +39,7 @@ def write_sweep(
     by: Sequence[str] = (),
     metric: str = "loss/val",
     baseline: str | None = None,
-    better: fronts.Better | None = None,
+    better: Better | None = None,
 ) -> Path:
     """The path of the new page about the sweep in `folder`, in its `report/` by default.
 
@@ -56,7 +58,7 @@ def write_sweep(
     check_page(out)
     found = arms(folder, sweep, by, metric, () if baseline is None else (baseline.partition("=")[0],))
     with matplotlib.rc_context(RC):
-        sections = list(_sections(folder, sweep, found, metric, baseline, better or fronts.better(metric)))
+        sections = list(_sections(folder, sweep, found, metric, baseline, better or better_of(metric)))
     name = folder.resolve().name
     over = sum(claims.status(folder, run) in claims.OVER for run in sweep.runs)
     told = f"{over} of {len(sweep.runs)} runs are over; {len(found)} arms; {metric}"
@@ -65,7 +67,7 @@ def write_sweep(
 
 
 def _sections(
-    folder: Path, sweep: Sweep, found: list[Arm], metric: str, baseline: str | None, better: fronts.Better
+    folder: Path, sweep: Sweep, found: list[Arm], metric: str, baseline: str | None, better: Better
 ) -> Iterator[Section]:
     results = Markup(_table(folder, found, metric, baseline, better))
     yield Section("Results", f"{metric} at the end", [_by_key(found, metric), results])
@@ -128,7 +130,7 @@ def _axis(ax: Axes, values: Sequence[Any]) -> tuple[dict[str, float], bool]:
     return {name: float(value) for name, value in there}, True
 
 
-def _table(folder: Path, found: Sequence[Arm], metric: str, baseline: str | None, better: fronts.Better) -> str:
+def _table(folder: Path, found: Sequence[Arm], metric: str, baseline: str | None, better: Better) -> str:
     beside = [None] * len(found) if baseline is None else baselines(found, baseline)
     head = [*found[0].keys, "n", metric, f"{LEVEL:.0%} interval"]
     numbers = range(len(found[0].keys), len(head) + 3)

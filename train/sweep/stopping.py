@@ -18,9 +18,10 @@ from plait.configs import codec
 from plait.configs.components import ConfigError
 from plait.configs.files import write_atomically
 from plait.configs.sweeps.stopping import StopConfig
-from plait.train.sweep import claims, fronts
+from plait.train.sweep import claims
 from plait.train.sweep.arms import seeds_of
-from plait.train.sweep.record import Sweep
+from plait.train.sweep.better import better
+from plait.train.sweep.record import Sweep, read
 from plait.train.sweep.runs import Run
 
 COMPARED = "compared.json"
@@ -57,8 +58,8 @@ class Judge:
     def __init__(self, folder: Path, sweep: Sweep, run: Run):
         self.folder, self.run, self.stop = folder, run, sweep.stop
         self.steps = frozenset(self.stop.compared(run.config.steps))
-        self._others = [one for one in sweep.runs if seeds_of(one) == seeds_of(run) and one.name != run.name]
-        self._sign = 1.0 if (self.stop.better or fronts.better(self.stop.metric)) == "lower" else -1.0
+        self._sweep = sweep
+        self._sign = 1.0 if (self.stop.better or better(self.stop.metric)) == "lower" else -1.0
 
     @property
     def told(self) -> str | None:
@@ -85,10 +86,14 @@ class Judge:
         write_atomically(path, json.dumps({str(at): one for at, one in sorted(mine.items())}) + "\n")
         return why
 
+    def _others(self) -> list[Run]:
+        sweep = self._sweep if self._sweep.search is None else read(self.folder)  # with what was proposed meanwhile
+        return [one for one in sweep.runs if seeds_of(one) == seeds_of(self.run) and one.name != self.run.name]
+
     def _why(self, step: int, mine: _Compared) -> str | None:
         where = f"at step {step:,}: {self.stop.metric} {_shown(mine[step][0])}"
         if self.stop.rule == "median":
-            done = [one for one in self._others if (found := claims.outcome(self.folder, one)) and found.status == "done"]
+            done = [one for one in self._others() if (found := claims.outcome(self.folder, one)) and found.status == "done"]
             others = [self._values(_read(self.folder, one), step) for one in done]
             bar = past_median(self._values(mine, step), others, self.stop.least)
             return (
@@ -96,7 +101,9 @@ class Judge:
                 if bar is None
                 else f"{where}, its best so far worse than {_shown(self._sign * bar)}, the median of {len(done)}"
             )
-        there = [self._values({step: found[step]}, step)[0] for one in self._others if step in (found := _read(self.folder, one))]
+        there = [
+            self._values({step: found[step]}, step)[0] for one in self._others() if step in (found := _read(self.folder, one))
+        ]
         bar = past_best(self._values({step: mine[step]}, step)[0], there, self.stop.factor)
         if bar is None:
             return None

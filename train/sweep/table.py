@@ -61,7 +61,7 @@ def varying(runs: tuple[Run, ...]) -> dict[str, dict[str, Any]]:
         leaves = codec.leaves(codec.encode(run.config))
         keys = dict.fromkeys(key for other in runs for key in other.overrides)
         values[run.name] = {key: leaves.get(key, run.overrides.get(key)) for key in keys}
-    differing = [key for key in next(iter(values.values())) if len({repr(one[key]) for one in values.values()}) > 1]
+    differing = [key for key in next(iter(values.values()), ()) if len({repr(one[key]) for one in values.values()}) > 1]
     return {name: {key: one[key] for key in differing} for name, one in values.items()}
 
 

@@ -24,6 +24,7 @@ from plait.train.sweep.claims import OVER, Outcome
 from plait.train.sweep.record import Sweep, read
 from plait.train.sweep.runs import Run
 from plait.train.sweep.stopping import Judge
+from plait.train.sweep.trials import propose
 
 log = logging.getLogger("plait")
 
@@ -43,10 +44,18 @@ def work(folder: Path, number: int = 0, count: int = 1, failures: Mapping[str, i
     worker = _Worker(folder, sweep, claims.failures(folder, sweep.runs) if failures is None else failures)
     first = number * len(sweep.runs) // count
     for patient in (False, True):  # what others seem to have is watched at the end, which takes its time
-        for run in (*sweep.runs[first:], *sweep.runs[:first]):
-            if worker.is_due(run) and (patient or claims.holder(folder, run) is None) and not worker.take(run):
-                return STOPPED
-    return FAILED if worker.lost or any(claims.status(folder, run) == "failed" for run in sweep.runs) else DONE
+        while True:
+            runs = worker.sweep.runs
+            for run in (*runs[first:], *runs[:first]):
+                if worker.is_due(run) and (patient or claims.holder(folder, run) is None) and not worker.take(run):
+                    return STOPPED
+            if sweep.search is None:
+                break
+            more = propose(folder, sweep.search, sweep.runs)
+            worker.sweep = read(folder)
+            if not more and len(worker.sweep.runs) == len(runs):
+                break
+    return FAILED if worker.lost or any(claims.status(folder, run) == "failed" for run in worker.sweep.runs) else DONE
 
 
 class _Worker:
@@ -62,7 +71,7 @@ class _Worker:
         if run.name in self.lost:
             return False
         found = claims.outcome(self.folder, run)
-        return found is None or (found.status not in OVER and found.failures == self.failures[run.name])
+        return found is None or (found.status not in OVER and found.failures == self.failures.get(run.name, 0))
 
     def take(self, run: Run) -> bool:
         """Trains the run unless another worker has it; False where a signal ended that."""
