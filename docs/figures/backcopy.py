@@ -66,7 +66,7 @@ def main(folder: Path) -> None:
         axes[3].yaxis.set_minor_formatter(NullFormatter())
         handles = {text: line for line, text in zip(*axes[0].get_legend_handles_labels())}
         axes[0].legend(handles.values(), handles.keys(), frameon=False)
-        figure.savefig(OUT, dpi=150)
+        figure.savefig(OUT, dpi=110)
     print(OUT)
     for run in sorted(runs, key=lambda run: (run.config.model.num_layers, ARMS.index(arm(run)), run.config.seed)):
         print(run.config.model.num_layers, arm(run), run.config.seed, told(folder, run))
