@@ -57,9 +57,10 @@ def main(folder: Path) -> None:
             ax.set_title(title, color=INK, loc="left")
             ax.set(xlabel="step", xlim=(0, None))
             ax.grid(color=FAINT)
-        axes[1].set_yscale("log")
+        axes[1].set(yscale="log")
+        axes[1].yaxis.set_major_formatter("{x:g}")
         axes[0].set(ylim=(0, 1))
-        axes[0].legend(frameon=False, ncols=2, fontsize=8)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(labels), frameon=False)
         for one in found:
             warm = one.keys[WARMUP]
             place = labels.index(named(one.keys)) + (0.15 if warm else -0.15)
