@@ -59,8 +59,9 @@ class Result:
 class Judge(Protocol):
     """Says whether a run goes on, by what is known outside it."""
 
-    steps: Collection[int]
-    """Those after which it is asked."""
+    @property
+    def steps(self) -> Collection[int]:
+        """Those after which it is asked."""
 
     def __call__(self, step: int, metrics: Mapping[str, float], /) -> str | None:
         """Why the run ends after a step; None where it goes on. `metrics` are the last of each."""

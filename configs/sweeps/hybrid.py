@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from plait.configs.sweeps.base import SWEEPS, Seeds, SweepConfig
 from plait.configs.sweeps.rows import Rows, chain, product
 
-OPTIONS = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "hgrn": {},
     "hgrn2": {"head_dim": 16},
     "retnet": {"num_heads": 2, "expand_v": 1.0},

@@ -43,7 +43,7 @@ def space_table(search: Search) -> Table:
     )
     table.add_column("key")
     table.add_column("from", overflow="fold")
-    for key, one in (search.space | search.fixed).items():
+    for key, one in {**search.space, **search.fixed}.items():
         table.add_row(key, str(one))
     return table
 

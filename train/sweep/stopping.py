@@ -101,9 +101,7 @@ class Judge:
                 if bar is None
                 else f"{where}, its best so far worse than {_shown(self._sign * bar)}, the median of {len(done)}"
             )
-        there = [
-            self._values({step: found[step]}, step)[0] for one in self._others() if step in (found := _read(self.folder, one))
-        ]
+        there = [self._values({step: had[step]}, step)[0] for one in self._others() if step in (had := _read(self.folder, one))]
         bar = past_best(self._values({step: mine[step]}, step)[0], there, self.stop.factor)
         if bar is None:
             return None

@@ -160,7 +160,9 @@ def _told(folder: Path, trial: Trial, space: Mapping[str, Between | Choice], met
     """A trial as the sampler takes it: running ones too, near which it then proposes nothing."""
     from optuna.trial import TrialState, create_trial
 
-    params = {key: space[key].values.index(one) if isinstance(space[key], Choice) else one for key, one in trial.values.items()}
+    params = {
+        key: of.values.index(trial.values[key]) if isinstance(of, Choice) else trial.values[key] for key, of in space.items()
+    }
     ended = [claims.outcome(folder, run) for run in trial.runs]
     state, told, between = TrialState.RUNNING, value(folder, trial, metric), {}
     if told is not None:
@@ -183,8 +185,9 @@ def _distribution(dimension: Between | Choice) -> Any:
 
     if isinstance(dimension, Choice):
         return CategoricalDistribution(range(len(dimension.values)))
-    whole = isinstance(dimension.low, int) and isinstance(dimension.high, int)
-    return (IntDistribution if whole else FloatDistribution)(dimension.low, dimension.high, log=dimension.log)
+    if isinstance(dimension.low, int) and isinstance(dimension.high, int):
+        return IntDistribution(dimension.low, dimension.high, log=dimension.log)
+    return FloatDistribution(dimension.low, dimension.high, log=dimension.log)
 
 
 def _drawn(dimension: Between | Choice, found: Any) -> Any:
