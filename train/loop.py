@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -52,10 +52,26 @@ class Result:
     """The last of each metric."""
     by_event: bool = False
     """Whether it was an event that ended it."""
+    judged: str | None = None
+    """Why the judge ended it, where it has."""
 
 
-def train(config: ExperimentConfig) -> Result:
-    """Trains in `config.folder` and returns when the last step is saved, or after saving on SIGTERM or where an event stops it.
+class Judge(Protocol):
+    """Says whether a run goes on, by what is known outside it."""
+
+    @property
+    def steps(self) -> Collection[int]:
+        """Those after which it is asked."""
+
+    def __call__(self, step: int, metrics: Mapping[str, float], /) -> str | None:
+        """Why the run ends after a step; None where it goes on. `metrics` are the last of each."""
+
+
+def train(config: ExperimentConfig, judge: Judge | None = None) -> Result:
+    """Trains in `config.folder` and returns when the last step is saved, or after saving on SIGTERM or where an event or the judge stops it.
+
+    Args:
+        judge: asked on each host; it must tell all the same.
 
     Raises:
         ValueError: the config, data or run folder cannot be used, or it is in use (before anything is compiled).
@@ -76,14 +92,16 @@ def train(config: ExperimentConfig) -> Result:
                 if not going_on:
                     codec.save(config, folder / contents.CONFIG)
         with Termination() as termination:
-            return _Loop(setup, observer, termination, check).run()
+            return _Loop(setup, observer, termination, check, judge).run()
 
 
 class _Loop:
     """A run in progress. Metrics of step n are read after step n + 1 is dispatched, so that reading never stalls the device."""
 
-    def __init__(self, setup: runs.Setup, observer: Probes | None, termination: Termination, check: Callable[[], None]):
-        self.setup, self.observer, self.termination, self.check = setup, observer, termination, check
+    def __init__(
+        self, setup: runs.Setup, observer: Probes | None, termination: Termination, check: Callable[[], None], judge: Judge | None
+    ):
+        self.setup, self.observer, self.termination, self.check, self.judge = setup, observer, termination, check, judge
         config = self.config = setup.config
         self.folder = Path(config.folder)
         self.journal, self.clock, self.spread = Journal(config, check), Clock(), Spread()
@@ -105,6 +123,8 @@ class _Loop:
         """Predicted so far."""
         self.dispatched = 0
         """The last step that was sent to the devices."""
+        self.judged: str | None = None
+        """Why the judge has ended it."""
 
     def run(self) -> Result:
         state, first, seconds = self._start()
@@ -124,7 +144,7 @@ class _Loop:
             self.iterator.close()
             self.checkpoints.close()
         finished = last == self.config.steps
-        return Result(self.folder, last, finished, self.journal.latest, not finished and last in self.actions.stops)
+        return Result(self.folder, last, finished, self.journal.latest, not finished and last in self.actions.stops, self.judged)
 
     def _start(self, at: int | None = None) -> tuple[TrainState, int, float]:
         """The state to go on from (the newest, or that of step `at`), its step, and the seconds spent before."""
@@ -224,11 +244,14 @@ class _Loop:
             last = step == config.steps or self.termination.asked or stopping
             saving = last or _due(step, config.checkpoint_every) or step in self.actions.saves
             evaluating = step == config.steps or _due(step, config.eval_every)
-            if evaluating or saving:
+            judging = self.judge is not None and step in self.judge.steps
+            if evaluating or saving or judging:
                 self._read(pending)
                 pending = None
                 with self.clock.paused():
                     loss = self._evaluate(state, step) if evaluating else None
+                    if self.judge is not None and judging and (why := self.judge(step, self.journal.latest)) is not None:
+                        self.judged, stopping, saving = why, True, True
                     if saving:
                         self._save(state, step, loss)
         self._read(pending)

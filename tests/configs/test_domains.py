@@ -26,6 +26,8 @@ from plait.configs.mesh import MeshConfig
 from plait.configs.optimizer import OptimizerConfig
 from plait.configs.probe import ProbeConfig
 from plait.configs.spike import SpikeConfig
+from plait.configs.sweeps.search import SearchConfig
+from plait.configs.sweeps.stopping import StopConfig
 from plait.configs.words import flag
 from plait.data.config import DataConfig
 from plait.data.mixture import SourceConfig
@@ -43,7 +45,7 @@ from plait.train.pods.hosts.host import HostsOptions
 from plait.train.pods.launch_files import KINDS as LAUNCH_FILES
 
 SCHEMAS = [
-    *(ExperimentConfig, LMConfig, DataConfig, OptimizerConfig, MeshConfig, ProbeConfig, SpikeConfig),
+    *(ExperimentConfig, LMConfig, DataConfig, OptimizerConfig, MeshConfig, ProbeConfig, SpikeConfig, StopConfig, SearchConfig),
     *(one for kind in KINDS for one in registry(kind).all().values()),
     *(SourceConfig, EvalArgs, LmEvalArgs, GenerateArgs, PlanArgs, PrepareArgs, SweepArgs, VerifyArgs, HostsOptions),
     *(kind.options for kind in LAUNCH_FILES.values()),

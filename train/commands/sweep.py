@@ -67,7 +67,10 @@ def _run(args: Sequence[str]) -> int:
     options = parse(SweepArgs, mine, prog=f"launch.py sweep {args[0]} [options of train, with lists]")
     wanted = asked_for(args[0], rest, options.out)
     if options.dry_run:
-        console.print(show.plan_table(wanted.sweep.runs, wanted.folder, Path("runs") / wanted.sweep.runs[0].config.name))
+        if wanted.sweep.search is not None:
+            console.print(show.space_table(wanted.sweep.search))
+        if wanted.sweep.runs:
+            console.print(show.plan_table(wanted.sweep.runs, wanted.folder, Path("runs") / wanted.sweep.runs[0].config.name))
         return 0
     if options.status:
         show.watch(wanted.folder, read(wanted.folder), console)
@@ -75,6 +78,6 @@ def _run(args: Sequence[str]) -> int:
     parts = shares(options.workers)
     sweep = begun(wanted.folder, wanted.sweep)
     status = run_workers(wanted.folder, sweep, parts)
-    counted = collections.Counter(claims.status(wanted.folder, one) for one in sweep.runs)
+    counted = collections.Counter(claims.status(wanted.folder, one) for one in read(wanted.folder).runs)
     console.print(f"{wanted.folder}: {show.tally(counted)}; results: {wanted.folder / 'results.csv'}", markup=False)
     return status

@@ -9,7 +9,8 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from plait.train.report.style import INK, MUTED, Picture, panels, picture, run_colour, value_axis
 from plait.train.sweep.arms import Arm
-from plait.train.sweep.fronts import COSTS, Better, cost, front
+from plait.train.sweep.better import Better
+from plait.train.sweep.fronts import COSTS, cost, front
 from plait.train.sweep.show import quantity
 
 _MOST_NAMED = 14

@@ -21,6 +21,8 @@ from plait.train.report.page import Markup, Section, lead, table
 from plait.train.report.style import RC, Picture, panels, picture, run_colour, run_dash, short, step_axis, value_axis
 from plait.train.sweep import claims, fronts
 from plait.train.sweep.arms import LEVEL, RATE, Arm, Estimate, arms, baselines, difference, sensitivities
+from plait.train.sweep.better import Better
+from plait.train.sweep.better import better as better_of
 from plait.train.sweep.record import Sweep, read
 
 PROBED = {
@@ -37,7 +39,7 @@ def write_sweep(
     by: Sequence[str] = (),
     metric: str = "loss/val",
     baseline: str | None = None,
-    better: fronts.Better | None = None,
+    better: Better | None = None,
 ) -> Path:
     """The path of the new page about the sweep in `folder`, in its `report/` by default.
 
@@ -56,7 +58,7 @@ def write_sweep(
     check_page(out)
     found = arms(folder, sweep, by, metric, () if baseline is None else (baseline.partition("=")[0],))
     with matplotlib.rc_context(RC):
-        sections = list(_sections(folder, sweep, found, metric, baseline, better or fronts.better(metric)))
+        sections = list(_sections(folder, sweep, found, metric, baseline, better or better_of(metric)))
     name = folder.resolve().name
     over = sum(claims.status(folder, run) in claims.OVER for run in sweep.runs)
     told = f"{over} of {len(sweep.runs)} runs are over; {len(found)} arms; {metric}"
@@ -65,7 +67,7 @@ def write_sweep(
 
 
 def _sections(
-    folder: Path, sweep: Sweep, found: list[Arm], metric: str, baseline: str | None, better: fronts.Better
+    folder: Path, sweep: Sweep, found: list[Arm], metric: str, baseline: str | None, better: Better
 ) -> Iterator[Section]:
     results = Markup(_table(folder, found, metric, baseline, better))
     yield Section("Results", f"{metric} at the end", [_by_key(found, metric), results])
@@ -78,7 +80,7 @@ def _sections(
     )
     if any(claims.logged(folder, run, name) for arm in found for run in arm.runs.values() for name in PROBED):
         yield Section("Attention", "Sinks and entropy of all runs", [_curves(folder, found, PROBED, "attention")])
-    yield Section("Runs", "Runs that are not over", [_missing(folder, sweep)])
+    yield Section("Runs", "Runs without a result", [_missing(folder, sweep)])
     command = f"launch.py sweep {' '.join(sweep.command)}"
     yield Section("Settings", "Settings", [f"Begun {sweep.since} at commit {sweep.commit or 'unknown'} with: {command}"])
 
@@ -128,7 +130,7 @@ def _axis(ax: Axes, values: Sequence[Any]) -> tuple[dict[str, float], bool]:
     return {name: float(value) for name, value in there}, True
 
 
-def _table(folder: Path, found: Sequence[Arm], metric: str, baseline: str | None, better: fronts.Better) -> str:
+def _table(folder: Path, found: Sequence[Arm], metric: str, baseline: str | None, better: Better) -> str:
     beside = [None] * len(found) if baseline is None else baselines(found, baseline)
     head = [*found[0].keys, "n", metric, f"{LEVEL:.0%} interval"]
     numbers = range(len(found[0].keys), len(head) + 3)
@@ -240,8 +242,8 @@ def _missing(folder: Path, sweep: Sweep) -> str:
     rows = []
     for run in sweep.runs:
         state, ended = claims.status(folder, run), claims.outcome(folder, run)
-        if state not in claims.OVER:
-            rows.append([run.name, state, (ended and ended.error) or ""])
+        if state not in claims.ENDED:
+            rows.append([run.name, state, "" if ended is None else ended.error or ended.why or ""])
     if not rows:
-        return "All runs are over."
+        return "All runs have one."
     return Markup(table(["run", "status", "why"], rows))

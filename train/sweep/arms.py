@@ -82,9 +82,9 @@ def arms(folder: Path, sweep: Sweep, first: Sequence[str], metric: str, also: Se
         if key in named or not any(_together(key, before, varied) for before in keys):
             keys.append(key)
     ended = {run.name: claims.outcome(folder, run) for run in sweep.runs}
-    over = {name: one.metrics for name, one in ended.items() if one is not None and one.status in claims.OVER}
+    over = {name: one.metrics for name, one in ended.items() if one is not None and one.status in claims.ENDED}
     if not over:
-        raise SweepError(f"{str(folder)!r} has no run that is over; see 'launch.py sweep {folder} --status'")
+        raise SweepError(f"{str(folder)!r} has no run that is over with a result; see 'launch.py sweep {folder} --status'")
     names = {name for metrics in over.values() for name in metrics}
     if metric not in names:
         raise SweepError(f"metric={metric!r} is of no run that is over{_near(metric, sorted(names))}")
@@ -93,7 +93,7 @@ def arms(folder: Path, sweep: Sweep, first: Sequence[str], metric: str, also: Se
         grouped.setdefault(tuple(repr(varied[run.name][key]) for key in keys), []).append(run)
     found = []
     for runs in grouped.values():
-        by_seed = {_seeds(run): run for run in runs}
+        by_seed = {seeds_of(run): run for run in runs}
         values = {seeds: over.get(run.name, {}).get(metric) for seeds, run in by_seed.items()}
         finite = {seeds: float(value) for seeds, value in values.items() if value is not None and math.isfinite(value)}
         found.append(Arm({key: varied[runs[0].name][key] for key in keys}, by_seed, finite))
@@ -157,7 +157,8 @@ def _diverged(folder: Path, run: Run) -> bool:
     return ended is not None and claims.latest(folder, run).get("loss/train", 0.0) is None
 
 
-def _seeds(run: Run) -> tuple[Any, ...]:
+def seeds_of(run: Run) -> tuple[Any, ...]:
+    """What runs that are compared in pairs have alike."""
     leaves = codec.leaves(codec.encode(run.config))
     return tuple(leaves[key] for key in SEEDS)
 

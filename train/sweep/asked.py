@@ -11,10 +11,14 @@ from plait.configs.options import split_options
 from plait.configs.presets import preset, presets
 from plait.configs.sweeps.base import SWEEPS, SweepConfig
 from plait.configs.sweeps.lists import multiplied
-from plait.configs.sweeps.rows import product, seeds
+from plait.configs.sweeps.rows import Rows, product, replaced, seeds
+from plait.configs.sweeps.search import Choice, SearchConfig, ranges
+from plait.configs.sweeps.stopping import StopConfig
 from plait.configs.words import flag, parse
 from plait.train.sweep.record import SWEEP, Sweep, asked, check, read
 from plait.train.sweep.runs import SweepError, resolved
+from plait.train.sweep.stopping import check as check_stopping
+from plait.train.sweep.trials import Search, searched
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,18 +43,36 @@ def asked_for(name: str, args: Sequence[str], out: Path | None, *, begun_elsewhe
             raise SweepError(f"{name!r} holds a sweep, whose runs stand in its {SWEEP}; leave out {' '.join(args) or '--out'}")
         return Asked(Path(name), read(Path(name)))
     study, rest = _study(name, args)
-    rows = multiplied(preset(study.preset), study.rows(), rest)
+    search, rows = None, study.rows()
+    if study.search.sampler is None:
+        rows = multiplied(preset(study.preset), rows, rest)
+    else:
+        search, rows = _searched(study, rest)
     if study.seeds is not None:
         if given := next((key for row in rows for key in row if key in ("seed", "data.seed")), None):
             raise SweepError(
                 f"{given} is given, and seeds={study.seeds} numbers the runs of each row; use --seeds None, or leave {flag(given)} out"
             )
         rows = product(rows, seeds(study.seeds))
-    found = asked((name, *args), resolved(study.preset, rows))
+    runs = resolved(study.preset, rows)
+    check_stopping(study.stop, runs or resolved(study.preset, search.rows(search.first)[:1]) if search else runs)
+    found = asked((name, *args), runs, study.stop, search)
     folder = out or Path("sweeps") / name
     if not begun_elsewhere and (folder / SWEEP).exists():
         check(folder, read(folder), found)
     return Asked(folder, found)
+
+
+def _searched(study: SweepConfig, args: Sequence[str]) -> tuple[Search, Rows]:
+    """What the trials of a study draw from, and the rows that are trained beside them."""
+    between, rest = ranges(args)
+    listed = multiplied(preset(study.preset), ({},), rest)
+    given = {key: tuple(dict.fromkeys(row[key] for row in listed)) for key in listed[0]}
+    known = {key: one for key, one in study.space().items() if key.partition("[")[0] not in given}
+    space = {**known, **{key: Choice(one) if len(one) > 1 else one[0] for key, one in given.items()}, **between}
+    rows = () if study.rows() == ({},) else study.rows()
+    single = {key: one[0] for key, one in given.items() if len(one) == 1}
+    return searched(study.search, study.preset, study.seeds, space), replaced(rows, single)
 
 
 def _study(name: str, args: Sequence[str]) -> tuple[SweepConfig, list[str]]:
@@ -66,4 +88,6 @@ def _study(name: str, args: Sequence[str]) -> tuple[SweepConfig, list[str]]:
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {', '.join([*known, *presets()])}"
         raise SweepError(f"{name!r} is no study, no preset and no folder with a {SWEEP}; {hint}")
     mine, rest = split_options(type(start), args)
-    return parse(type(start), mine, default=start, prog=f"launch.py sweep {name}"), rest
+    of_rule, rest = split_options(StopConfig, rest, "stop.")
+    of_search, rest = split_options(SearchConfig, rest, "search.")
+    return parse(type(start), [*mine, *of_rule, *of_search], default=start, prog=f"launch.py sweep {name}"), rest

@@ -23,19 +23,24 @@ from plait.train.sweep.runs import Run
 CLAIMS, RUNS = "claims", "runs"
 _OUTCOME = "outcome.json"
 
-Status = Literal["queued", "running", "interrupted", "failed", "stopped", "done"]
+Status = Literal["queued", "running", "interrupted", "failed", "stopped", "pruned", "done"]
 """`interrupted` has no worker and goes on from its checkpoint; `failed` is tried again by the same command; an event ended what is
-`stopped`, and it stays so."""
-OVER = ("done", "stopped")
+`stopped`, and others' results what is `pruned`, and they stay so."""
+OVER = ("done", "stopped", "pruned")
+"""Nothing more is done about these."""
+ENDED = ("done", "stopped")
+"""These have results that can be compared with others'; a pruned run's are of a step before the end."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outcome:
     """How a run ended."""
 
-    status: Literal["done", "stopped", "failed"]
+    status: Literal["done", "stopped", "pruned", "failed"]
     error: str | None = None
     """Why it failed."""
+    why: str | None = None
+    """What others had reached, where that ended it."""
     failures: int = 0
     """How often it has, this time included."""
     step: int = 0

@@ -16,20 +16,12 @@ from plait.models.lm import num_params
 from plait.models.mixers.full.weighted import mean_keys
 from plait.train.sweep import claims
 from plait.train.sweep.arms import Arm, Estimate, estimate
+from plait.train.sweep.better import Better
 from plait.train.sweep.runs import Run
 
 TOKENIZER_ELSEWHERE = 32_768
 """Stands for a vocabulary that only the corpus can tell."""
 Cost = Literal["flops", "state", "params", "density"]
-Better = Literal["lower", "higher"]
-_LOWER = ("loss", "perplexity", "bits_per_byte", "glitch_rate", "error")
-"""Ends of the names of metrics of which less is better."""
-
-
-def better(metric: str) -> Better:
-    """Whether a metric is better lower or higher, by its name."""
-    group, _, name = metric.rpartition("/")
-    return "lower" if group in ("loss", "position") or name.endswith(_LOWER) else "higher"
 
 
 def settled(config: ExperimentConfig) -> ExperimentConfig:

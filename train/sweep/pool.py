@@ -18,7 +18,7 @@ from plait.train.pods.hosts.supervise import BAD_INPUT, DONE, FAILED, LAUNCH, ST
 from plait.train.run_folder.owner import FolderInUse, owned
 from plait.train.sweep import claims
 from plait.train.sweep.devices import Share
-from plait.train.sweep.record import Sweep
+from plait.train.sweep.record import Sweep, read
 from plait.train.sweep.runs import Run
 
 log = logging.getLogger("plait")
@@ -95,7 +95,7 @@ def _outlived(folder: Path, sweep: Sweep, worker: _Worker, deaths: collections.C
     """Whether a worker is to follow one that died: it had a run, which goes on, or has failed where that has killed several."""
     status = worker.process.returncode
     how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-    run = next((run for run in sweep.runs if _had(folder, run, worker.process.pid)), None)
+    run = next((run for run in read(folder).runs if _had(folder, run, worker.process.pid)), None)
     if run is None:
         log.error("worker %d %s before it had a run", worker.number, how)
         return False

@@ -15,9 +15,11 @@ from plait.configs import codec
 from plait.configs.components import validate
 from plait.configs.files import write_atomically
 from plait.configs.sweeps.rows import shown
+from plait.configs.sweeps.stopping import StopConfig
 from plait.train.pods.hosts import hardware
 from plait.train.run_folder.owner import FolderInUse, owned
 from plait.train.sweep.runs import Run, SweepError
+from plait.train.sweep.trials import Search, trials
 
 log = logging.getLogger("plait")
 
@@ -37,22 +39,43 @@ class Sweep:
     """Of plait's source, with `-dirty` where `changes.diff` stands beside this file."""
     versions: Mapping[str, str]
     runs: tuple[Run, ...]
+    stop: StopConfig = StopConfig()
+    """When runs end early."""
+    search: Search | None = None
+    """What is proposed beside `runs`."""
+
+    @property
+    def planned(self) -> int:
+        """Runs there are to be, those of trials that were not proposed yet among them."""
+        own = sum(run.trial is None for run in self.runs)
+        return own if self.search is None else own + self.search.options.trials * (self.search.seeds or 1)
 
 
-def asked(command: tuple[str, ...], runs: tuple[Run, ...]) -> Sweep:
+def asked(command: tuple[str, ...], runs: tuple[Run, ...], stop: StopConfig | None = None, search: Search | None = None) -> Sweep:
     """A sweep that is to be begun here and now."""
     since = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-    return Sweep(command=command, since=since, commit=hardware.commit(), versions=hardware.versions(), runs=runs)
+    return Sweep(
+        command=command,
+        since=since,
+        commit=hardware.commit(),
+        versions=hardware.versions(),
+        runs=runs,
+        stop=stop or StopConfig(),
+        search=search,
+    )
 
 
 def read(folder: Path) -> Sweep:
-    """The sweep in `folder`. Raises SweepError where there is none."""
+    """The sweep in `folder`, with the runs of all trials so far. Raises SweepError where there is none."""
     if not (folder / SWEEP).exists():
         raise SweepError(f"{str(folder)!r} holds no {SWEEP}; give the --out of a sweep that was begun")
     found = codec.load(Sweep, folder / SWEEP)
     for index, run in enumerate(found.runs):
         validate(run.config, f"{SWEEP}: runs.{index}.config")
-    return found
+    if found.search is None:
+        return found
+    every = {run.name: run for run in found.runs} | {run.name: run for trial in trials(folder) for run in trial.runs}
+    return dataclasses.replace(found, runs=tuple(every.values()))
 
 
 def begun(folder: Path, sweep: Sweep) -> Sweep:
@@ -79,7 +102,7 @@ def begun(folder: Path, sweep: Sweep) -> Sweep:
 
 def check(folder: Path, old: Sweep, new: Sweep) -> None:
     """Raises SweepError where the runs of two sweeps differ; says where their code does."""
-    before, now = ({run.content: run for run in one.runs} for one in (old, new))
+    before, now = ({run.content: run for run in one.runs if run.trial is None} for one in (old, new))
     if before.keys() != now.keys():
         found = _differences(
             [before[one] for one in before.keys() - now.keys()], [now[one] for one in now.keys() - before.keys()]
@@ -89,6 +112,14 @@ def check(folder: Path, old: Sweep, new: Sweep) -> None:
         raise SweepError(
             f"out={str(folder)!r} holds another sweep, begun with {' '.join(old.command)!r}; use that command, or another --out. "
             f"It differs in:{lines}{more}"
+        )
+    if old.search != new.search:
+        found = codec.differences(codec.encode(old.search), codec.encode(new.search), "search")
+        raise SweepError(f"out={str(folder)!r} holds another search: {'; '.join(found[:_MOST])}; use that, or another --out")
+    if old.stop != new.stop:
+        found = codec.differences(codec.encode(old.stop), codec.encode(new.stop), "stop")
+        raise SweepError(
+            f"out={str(folder)!r} holds a sweep that ends runs by another rule: {'; '.join(found)}; use that, or another --out"
         )
     if (old.commit, old.versions) != (new.commit, new.versions):
         code = codec.differences({"commit": old.commit, **old.versions}, {"commit": new.commit, **new.versions})

@@ -49,6 +49,8 @@ class Run:
     overrides: Mapping[str, Any]
     """Of the preset, as given."""
     config: ExperimentConfig
+    trial: int | None = None
+    """Of the search that proposed it."""
 
     @property
     def content(self) -> str:

@@ -18,12 +18,34 @@ from plait.train.run_folder.contents import ENVIRONMENT
 from plait.train.run_folder.lines import METRICS, read_lines
 from plait.train.sweep import claims, fronts
 from plait.train.sweep.claims import OVER
-from plait.train.sweep.record import Sweep
+from plait.train.sweep.record import Sweep, read
 from plait.train.sweep.runs import Run
 from plait.train.sweep.table import varying
+from plait.train.sweep.trials import Search, trials
 
 _LIVE_SECONDS = 2.0
-_COLOURS = {"running": "cyan", "done": "green", "failed": "red", "stopped": "yellow", "interrupted": "yellow", "queued": "dim"}
+_COLOURS = {
+    "running": "cyan",
+    "done": "green",
+    "failed": "red",
+    "stopped": "yellow",
+    "pruned": "magenta",
+    "interrupted": "yellow",
+    "queued": "dim",
+}
+
+
+def space_table(search: Search) -> Table:
+    """What the trials of a search draw from."""
+    options, each = search.options, search.seeds or 1
+    table = Table(
+        title=f"{options.trials} trials of {each} run{'s' * (each > 1)}, proposed by {options.sampler} for {options.metric}"
+    )
+    table.add_column("key")
+    table.add_column("from", overflow="fold")
+    for key, one in {**search.space, **search.fixed}.items():
+        table.add_row(key, str(one))
+    return table
 
 
 def plan_table(runs: Sequence[Run], folder: Path, presets_run: Path) -> Table:
@@ -54,11 +76,17 @@ def status_table(folder: Path, sweep: Sweep) -> tuple[Table, bool]:
     """How each run stands, and whether all are over."""
     states = {run.name: claims.status(folder, run) for run in sweep.runs}
     counted = collections.Counter(states.values())
-    table = Table(title=f"{folder}: {tally(counted)}")
+    table = Table(title=f"{folder}: {tally(counted)}{_yet(folder, sweep)}")
     keys = _head(table, sweep.runs, ["status", "step", "loss", "left", "host"])
     for number, run in enumerate(sweep.runs, start=1):
         table.add_row(str(number), *keys[run.name], *_standing(folder, run, states[run.name]), style=_COLOURS[states[run.name]])
-    return table, all(state in OVER for state in states.values())
+    return table, all(state in OVER for state in states.values()) and not _yet(folder, sweep)
+
+
+def _yet(folder: Path, sweep: Sweep) -> str:
+    """Of a search, how many trials are still to be proposed."""
+    left = 0 if sweep.search is None else sweep.search.options.trials - len(trials(folder))
+    return f"; {left} trials to be proposed" if left else ""
 
 
 def tally(counted: Mapping[Any, int]) -> str:
@@ -75,7 +103,7 @@ def watch(folder: Path, sweep: Sweep, console: Console) -> None:
     with Live(table, console=console, auto_refresh=False) as live:
         while not over:
             time.sleep(_LIVE_SECONDS)
-            table, over = status_table(folder, sweep)
+            table, over = status_table(folder, read(folder) if sweep.search is not None else sweep)
             live.update(table, refresh=True)
 
 
@@ -83,7 +111,7 @@ def _head(table: Table, runs: Sequence[Run], more: Sequence[str]) -> dict[str, l
     """Adds the columns, and gives the cells of the keys in which runs differ."""
     varied = varying(tuple(runs))
     table.add_column("run", justify="right")
-    for key in next(iter(varied.values())):
+    for key in next(iter(varied.values()), ()):
         table.add_column(key, overflow="fold")
     for name in more:
         table.add_column(name, justify="right", overflow="fold")

@@ -45,7 +45,7 @@ def records(folder: Path, sweep: Sweep) -> list[dict[str, Any]]:
         state: str = claims.status(folder, run)
         if state in ("running", "interrupted"):  # one becomes the other without a trace here
             state = "unfinished"
-        facts = {"step": None, "seconds": None, "host": None, "failures": 0, "error": None}
+        facts = {"step": None, "seconds": None, "host": None, "failures": 0, "error": None, "why": None}
         metrics: Mapping[str, Any] = {}
         if ended is not None:
             facts = {name: getattr(ended, name) for name in facts}
@@ -61,7 +61,7 @@ def varying(runs: tuple[Run, ...]) -> dict[str, dict[str, Any]]:
         leaves = codec.leaves(codec.encode(run.config))
         keys = dict.fromkeys(key for other in runs for key in other.overrides)
         values[run.name] = {key: leaves.get(key, run.overrides.get(key)) for key in keys}
-    differing = [key for key in next(iter(values.values())) if len({repr(one[key]) for one in values.values()}) > 1]
+    differing = [key for key in next(iter(values.values()), ()) if len({repr(one[key]) for one in values.values()}) > 1]
     return {name: {key: one[key] for key in differing} for name, one in values.items()}
 
 

@@ -15,7 +15,7 @@ import jax
 from plait.configs.errors import is_bad_input
 from plait.configs.experiment import ExperimentConfig
 from plait.kernels.dispatch import forget_chosen
-from plait.train.loop import Result, train
+from plait.train.loop import train
 from plait.train.pods.hosts.failure import TrainingFailed
 from plait.train.pods.hosts.supervise import DONE, FAILED, STOPPED
 from plait.train.run_folder.owner import FolderInUse, FolderLost, owned
@@ -23,6 +23,8 @@ from plait.train.sweep import claims, table
 from plait.train.sweep.claims import OVER, Outcome
 from plait.train.sweep.record import Sweep, read
 from plait.train.sweep.runs import Run
+from plait.train.sweep.stopping import Judge
+from plait.train.sweep.trials import propose
 
 log = logging.getLogger("plait")
 
@@ -42,10 +44,18 @@ def work(folder: Path, number: int = 0, count: int = 1, failures: Mapping[str, i
     worker = _Worker(folder, sweep, claims.failures(folder, sweep.runs) if failures is None else failures)
     first = number * len(sweep.runs) // count
     for patient in (False, True):  # what others seem to have is watched at the end, which takes its time
-        for run in (*sweep.runs[first:], *sweep.runs[:first]):
-            if worker.is_due(run) and (patient or claims.holder(folder, run) is None) and not worker.take(run):
-                return STOPPED
-    return FAILED if worker.lost or any(claims.status(folder, run) == "failed" for run in sweep.runs) else DONE
+        while True:
+            runs = worker.sweep.runs
+            for run in (*runs[first:], *runs[:first]):
+                if worker.is_due(run) and (patient or claims.holder(folder, run) is None) and not worker.take(run):
+                    return STOPPED
+            if sweep.search is None:
+                break
+            more = propose(folder, sweep.search, sweep.runs)
+            worker.sweep = read(folder)
+            if not more and len(worker.sweep.runs) == len(runs):
+                break
+    return FAILED if worker.lost or any(claims.status(folder, run) == "failed" for run in worker.sweep.runs) else DONE
 
 
 class _Worker:
@@ -61,7 +71,7 @@ class _Worker:
         if run.name in self.lost:
             return False
         found = claims.outcome(self.folder, run)
-        return found is None or (found.status not in OVER and found.failures == self.failures[run.name])
+        return found is None or (found.status not in OVER and found.failures == self.failures.get(run.name, 0))
 
     def take(self, run: Run) -> bool:
         """Trains the run unless another worker has it; False where a signal ended that."""
@@ -78,7 +88,11 @@ class _Worker:
                 claims.write_outcome(self.folder, run, found)
                 table.write(self.folder, self.sweep)
                 log.info(
-                    "run %d of %d is %s%s", where, len(self.sweep.runs), found.status, f": {found.error}" if found.error else ""
+                    "run %d of %d is %s%s",
+                    where,
+                    len(self.sweep.runs),
+                    found.status,
+                    f": {told}" if (told := found.error or found.why) else "",
                 )
         except (FolderInUse, FolderLost) as error:
             log.info("%s is left to another worker: %s", run.name, error)
@@ -89,8 +103,11 @@ class _Worker:
 
     def _train(self, run: Run) -> Outcome | None:
         """How the run ended; None where a signal stopped it."""
+        judge = None if self.sweep.stop.rule is None else Judge(self.folder, self.sweep, run)
+        if judge is not None and judge.told is not None:  # by a worker that was killed before it could say so
+            return self._ended(run, "pruned", judge.told)
         try:
-            result = train(_placed(run.config, self.folder, run))
+            result = train(_placed(run.config, self.folder, run), judge)
         except (FolderInUse, FolderLost):
             raise
         except Exception as error:  # of this run alone, whatever it is
@@ -102,15 +119,16 @@ class _Worker:
             forget_chosen()
             jax.clear_caches()
             gc.collect()
+        if result.judged is not None:
+            return self._ended(run, "pruned", result.judged)
         if not result.finished and not result.by_event:
             return None
-        return self._ended(run, result)
+        return self._ended(run, "stopped" if result.by_event else "done")
 
-    def _ended(self, run: Run, result: Result) -> Outcome:
+    def _ended(self, run: Run, status: Literal["done", "stopped", "pruned"], why: str | None = None) -> Outcome:
         metrics = {name: value for name, value in claims.latest(self.folder, run).items() if "/" in name}
         failures = claims.failures(self.folder, [run])[run.name]
-        status: Literal["stopped", "done"] = "stopped" if result.by_event else "done"
-        return Outcome(status=status, failures=failures, metrics=metrics, **claims.progress(self.folder, run))
+        return Outcome(status=status, why=why, failures=failures, metrics=metrics, **claims.progress(self.folder, run))
 
 
 def _placed(config: ExperimentConfig, folder: Path, run: Run) -> ExperimentConfig:

@@ -14,6 +14,7 @@ from plait.train.report.sweeps import _speed_up as shown
 from plait.train.run_folder.lines import METRICS
 from plait.train.sweep import claims, fronts
 from plait.train.sweep.arms import arms, baselines, estimate
+from plait.train.sweep.better import better
 from plait.train.sweep.record import SWEEP, Sweep
 from plait.train.sweep.runs import Run
 
@@ -84,8 +85,8 @@ def test_the_way_of_a_metric_follows_from_its_name():
         "task/flip_flop/glitch_rate",
         "position/4",
     ]
-    assert {fronts.better(name) for name in lower} == {"lower"}
-    assert {fronts.better(name) for name in ("task/mqar/accuracy", "task/needle/found", "attn/entropy_ratio")} == {"higher"}
+    assert {better(name) for name in lower} == {"lower"}
+    assert {better(name) for name in ("task/mqar/accuracy", "task/needle/found", "attn/entropy_ratio")} == {"higher"}
 
 
 def test_speed_up_is_the_steps_that_the_baseline_needs(folder):

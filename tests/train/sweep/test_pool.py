@@ -95,3 +95,40 @@ def test_a_worker_that_dies_is_followed_and_a_run_that_kills_two_fails_alone(tmp
     _, said = process.communicate(timeout=120)
     assert process.returncode == 75, said
     assert claims.status(tmp_path, other) == "interrupted", "stopped and saved"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks processes up in /proc")
+def test_a_search_of_two_workers_that_are_killed_twice_proposes_each_trial_once(tmp_path, corpus):
+    pytest.importorskip("optuna")
+    words = ["--search.sampler", "random", "--search.trials", "5", "--seeds", "2", "--optimizer.weight-decay", "0.0..1.0"]
+    words += ["--stop.rule", "halving", "--stop.first", "10", "--stop.metric", "loss/train", "--steps", str(STEPS)]
+    words += ["--checkpoint-every", "5", "--workers", "2"]
+    seen: dict[str, int] = {}
+    for wanted in (1, 4):
+        process = started(tmp_path, corpus, *words)
+        deadline = time.monotonic() + 600
+        while len(over(tmp_path)) < wanted and time.monotonic() < deadline:
+            time.sleep(0.3)
+        for pid in [*children(process.pid), process.pid]:
+            os.kill(pid, signal.SIGKILL)
+        process.communicate()
+        now = over(tmp_path)
+        assert now.items() >= seen.items() and len(now) < 10, "what was over is done again"
+        seen = now
+    proposed = {path.name: path.read_text() for path in (tmp_path / "trials").glob("*.json")}
+    process = started(tmp_path, corpus, *words)
+    _, said = process.communicate(timeout=1200)
+    assert process.returncode == 0, said
+    after = {path.name: path.read_text() for path in (tmp_path / "trials").glob("*.json")}
+    assert sorted(after) == [f"{n:05}.json" for n in range(5)] and after.items() >= proposed.items()
+    assert len(over(tmp_path)) == 10 and over(tmp_path).items() >= seen.items()
+    states = [claims.status(tmp_path, run) for run in read(tmp_path).runs]
+    assert set(states) == {"done", "pruned"}, states
+
+
+def over(folder: Path) -> dict[str, int]:
+    """When the runs that are over were found to be."""
+    runs = read(folder).runs if (folder / SWEEP).exists() else ()
+    ended = [run for run in runs if claims.status(folder, run) in claims.OVER]
+    return {run.name: (claims.claim(folder, run) / "outcome.json").stat().st_mtime_ns for run in ended}

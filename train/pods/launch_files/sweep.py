@@ -37,12 +37,12 @@ def sweep_job(
         if rest:
             raise ValueError(f"{sweep!r} holds a sweep, whose runs stand in its {SWEEP}; leave out {' '.join(rest)}")
         sweep, *rest = read(Path(sweep)).command
-    runs = asked_for(sweep, rest, None, begun_elsewhere=True).sweep.runs
+    runs = asked_for(sweep, rest, None, begun_elsewhere=True).sweep.planned
     return Job(
         name=name or sweep.replace("_", "-"),
         machines=machines,
         preset=sweep,
         overrides=(*rest, *own),
         written_by=written_by,
-        elements=elements or min(math.ceil(len(runs) / options.workers), _MOST_ELEMENTS),
+        elements=elements or min(math.ceil(runs / options.workers), _MOST_ELEMENTS),
     )
