@@ -80,7 +80,7 @@ CASES = {
         "model_type='zamba' waits for layers that share their parameters, which is not here yet",
     ),
     "experts that wait": (
-        lambda f: edit_config(f, model_type="doge", is_moe=True),
+        lambda f: edit_config(f, model_type="doge", is_moe=True, attention_bias=False),
         "is_moe=True has cross-domain experts, which wait for a channel mixer that retrieves experts by product keys",
     ),
     "indexers that wait": (
