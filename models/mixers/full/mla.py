@@ -102,7 +102,7 @@ class MLAInputs(NamedTuple):
     latent: jax.Array  # [B, T, G, kv_rank]
     k_rope: jax.Array  # [B, T, rope]
     kv_at: Tokens | None = None  # where the keys stand, when they are a cache's
-    index: Any = None  # type: ignore[assignment]  # what chooses among the keys, where something does
+    index: Any = None  # what chooses among the keys, where something does
     selected: SelectedBlocks | None = None  # the keys that each query sees, where not all
 
 
@@ -111,7 +111,7 @@ class Latents(NamedTuple):
     q_rope: jax.Array  # [B, T, H, rope]
     latent: jax.Array  # [B, T, G, kv_rank]
     k_rope: jax.Array  # [B, T, rope], the key that all heads share
-    index: Any = None  # type: ignore[assignment]  # as above
+    index: Any = None  # as above
 
 
 class MLA(HeadMixer):
