@@ -8,6 +8,7 @@ from plait.kernels.decay import decay, decay_rows
 from plait.kernels.delta_rule import delta_rule, delta_rule_rows
 from plait.kernels.dispatch import chosen, registered
 from plait.kernels.dplr import dplr, dplr_rows
+from plait.kernels.index_divergence import index_divergence
 from plait.kernels.linear_scan import linear_scan
 from plait.kernels.masks import ChunkMask, GlobalMask, HeadMasks, Mask, PowerMask, SelectedBlocks
 from plait.kernels.memory_context import memory_context
@@ -44,6 +45,7 @@ __all__ = [
     "dplr",
     "dplr_rows",
     "first_masses",
+    "index_divergence",
     "linear_scan",
     "memory_context",
     "online_memory",

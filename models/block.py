@@ -76,6 +76,7 @@ class Block(nnx.Module):
         parallel: bool = False,
         residual_scale: float | None = None,
         stream_scale: float | None = None,
+        stream_gains: bool = False,
         layer_scalar: bool = False,
         layer_inputs: LayerInputsConfig,
         qk_clip: QKClipConfig,
@@ -92,6 +93,8 @@ class Block(nnx.Module):
         self.channel_norm = make(norm != "none" and channel_mixer is not None and not channel_mixer.own_norm)
         self.mixer_out_norm = make(norm == "both")
         self.channel_out_norm = make(norm == "both" and channel_mixer is not None)
+        gain = lambda wanted: ctx.param(jax.nn.initializers.ones, (d_model,), (None,)) if wanted and stream_gains else None
+        self.mixer_gain, self.channel_gain = gain(True), gain(channel_mixer is not None)
         self.layer_gate = None if layer_inputs.dim is None else LayerGate(layer_inputs, d_model, ctx, eps=norm_eps)
         self.scalar = ctx.param(jax.nn.initializers.ones, (1,), (None,)) if layer_scalar else None
 
@@ -166,12 +169,12 @@ class Block(nnx.Module):
         """The stream after the block, and what its halves give beside it."""
         read = self._before(stream.x, self.mixer_norm)
         y, carry, out = jax.named_scope(self.scope)(mixer)(read, stream.carry)
-        x = self._added(read if self.norm == "input" else stream.x, y, self.mixer_norm, self.mixer_out_norm)
+        x = self._added(read if self.norm == "input" else stream.x, y, self.mixer_norm, self.mixer_out_norm, self.mixer_gain)
         channels = None
         if self.channel_mixer is not None:
             read = self._before(stream.x if self.parallel else x, self.channel_norm)
             y, channels = jax.named_scope("layer_channel_mixer")(mix_channels)(read)
-            x = self._added(read if self.norm == "input" else x, y, self.channel_norm, self.channel_out_norm)
+            x = self._added(read if self.norm == "input" else x, y, self.channel_norm, self.channel_out_norm, self.channel_gain)
         if self.layer_gate is not None:
             x = self.layer_gate(x, carry)
         if self.scalar is not None:
@@ -182,7 +185,7 @@ class Block(nnx.Module):
         """What a half of the block reads."""
         return norm(x) if norm is not None and self.norm in ("pre", "both", "input") else x
 
-    def _added(self, x: jax.Array, y: jax.Array, norm: AnyNorm | None, out_norm: AnyNorm | None) -> jax.Array:
+    def _added(self, x: jax.Array, y: jax.Array, norm: AnyNorm | None, out_norm: AnyNorm | None, gain: Any) -> jax.Array:
         """The stream with what a half of the block gives."""
         if norm is not None and self.norm == "output":
             y = norm(y)
@@ -192,6 +195,8 @@ class Block(nnx.Module):
             y = y * self.residual_scale
         if self.stream_scale is not None:
             x = x * self.stream_scale
+        if gain is not None:
+            x = x * gain[...].astype(x.dtype)[None, None]
         return norm(x + y) if norm is not None and self.norm == "post" else x + y
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Container, Mapping
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import jax
@@ -65,6 +66,17 @@ class Alone(nnx.Param):
 
 class Adapter(Alone):
     """Part of a low-rank adapter."""
+
+
+def train_alone(module: Any, but: Container[Any] = ()) -> None:
+    """Makes the parameters of a module those that are trained, but for the parts named in `but`."""
+    for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Param)):
+        *above, name = path
+        if path[0] not in but:
+            owner = functools.reduce(
+                lambda found, key: found[key] if isinstance(key, int) else getattr(found, str(key)), above, module
+            )
+            setattr(owner, str(name), Alone(variable[...], **variable.get_metadata()))
 
 
 class Keys(Protocol):

@@ -88,6 +88,8 @@ class LMConfig(Config):
     """Mixer and channel mixer read the same stream, `x + f(norm(x)) + g(norm'(x))`, as in GPT-NeoX; only with norm=pre."""
     embedding_norm: bool = False
     """Whether a norm stands before the first block (RWKV, BLOOM)."""
+    stream_gains: bool = False
+    """Each channel of the stream is multiplied by a number that is learned, at first 1, before a half of a block is added to it (Doge)."""
     layer_scalars: bool = False
     """What leaves a block, the whole stream, is multiplied by a number that is learned for each, at first 1 (Gemma 4)."""
     layer_inputs: LayerInputsConfig = LayerInputsConfig()

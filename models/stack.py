@@ -52,6 +52,7 @@ class Stack(nnx.Module):
                 parallel=config.parallel_block,
                 residual_scale=config.residual_scale,
                 stream_scale=config.stream_scale,
+                stream_gains=config.stream_gains,
                 qk_clip=config.qk_clip,
                 attention_loss=config.attention_loss,
                 layer_scalar=config.layer_scalars,

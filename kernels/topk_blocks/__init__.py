@@ -1,4 +1,4 @@
-"""Selection of key blocks for trained sparse attention (MoBA, NSA)."""
+"""Selection of key blocks, or tokens, for trained sparse attention (MoBA, NSA, DSA)."""
 
 import jax
 
@@ -8,7 +8,7 @@ from plait.kernels.masks import SelectedBlocks
 from plait.kernels.shapes import check_divides, check_floating, check_rank, check_shape, check_tokens
 from plait.kernels.tokens import Tokens
 from plait.kernels.topk_blocks import chunked, reference
-from plait.kernels.topk_blocks.call import TopkCall
+from plait.kernels.topk_blocks.call import TogetherCall, TopkCall
 
 __all__ = ["topk_blocks"]
 
@@ -36,6 +36,7 @@ def topk_blocks(
     scale: float | None = None,
     stride: int | None = None,
     span: int | None = None,
+    weights: Array | None = None,
     at: Tokens | None = None,
     implementation: str = "auto",
 ) -> SelectedBlocks:
@@ -62,6 +63,8 @@ def topk_blocks(
         block's score is the sum of those of the runs over it, as often as they have strides in it. It divides span and block_size.
         None is blocks themselves.
       span: tokens of such a run; a query has scores for the runs whose last token it sees.
+      weights: [B, T, H] floating: scores are weights_ih relu(q_ih . c_n), as those of DSA's lightning indexer, and the heads of a group choose
+        together; `by_group` and no `scale`.
       at: what is known of the queries; padding selects nothing. None is one segment.
       implementation: "auto", "chunked" or "reference".
 
@@ -72,7 +75,7 @@ def topk_blocks(
     Raises:
       ValueError: a shape, count or known segment id does not fit, or the implementation is unknown.
 
-    Source: MoBA, arXiv 2502.13189, equations 5 to 7; NSA, 2502.11089, equations 8 to 10, first and local blocks.
+    Source: MoBA, arXiv 2502.13189, equations 5 to 7; NSA, 2502.11089, equations 8 to 10, first and local blocks; DSA, 2512.02556, equation 1.
     """
     op = "topk_blocks"
     check_rank(op, "q", q, "[B, T, H, K]")
@@ -98,9 +101,18 @@ def topk_blocks(
         raise ValueError(
             f"{op}: stride={stride} must be at least 1 and divide span={span} and block_size={block_size}; use 16 for 32 and 64"
         )
-    q, blocks = jax.lax.stop_gradient((q, blocks))
+    if weights is not None:
+        check_shape(op, "weights", weights, q.shape[:3], "[B, T, H] of q")
+        check_floating(op, weights=weights)
+        if not by_group or scale is not None:
+            raise ValueError(
+                f"{op}: by_group={by_group} and scale={scale} with weights, which are of heads that choose together and leave nothing to a "
+                "softmax; use by_group=True and scale=None"
+            )
+    q, blocks, weights = jax.lax.stop_gradient((q, blocks, weights))
     places = (at or Tokens()).placed(*q.shape[:2])
-    call = TopkCall(
+    together = by_group and blocks.shape[2] == 1
+    call = (TogetherCall if together else TopkCall)(
         q=q,
         blocks=blocks,
         at=Tokens(segment_ids=places.segment_ids, positions=places.positions),
@@ -114,5 +126,6 @@ def topk_blocks(
         num_blocks=num_blocks,
         stride=stride,
         span=span,
+        weights=weights,
     )
     return SelectedBlocks(indices=_op(implementation, call), block_size=block_size, num_blocks=num_blocks)

@@ -36,3 +36,17 @@ class TopkCall(Call):
     """int, or None where blocks are scored themselves."""
     span: Any = field(metadata=OPTION, default=None)
     """int with a stride, or None."""
+    weights: Any = field(metadata=letters("bth"), default=None)
+    """[B, T, H], or None where scores are the products themselves."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class TogetherCall(TopkCall):
+    """One whose heads all choose together: no device has some of them alone."""
+
+    results: ClassVar[tuple[str, ...]] = ("bt",)
+
+    q: Array = field(metadata=letters("bt"))
+    blocks: Array = field(metadata=letters("bj"))
+    weights: Any = field(metadata=letters("bt"), default=None)

@@ -23,6 +23,6 @@ def topk_blocks(call: TopkCall) -> Array:
         x = jnp.pad(x, [(0, 0), (0, -length % at_a_time)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(batch, -1, at_a_time, *x.shape[2:]), 1, 0)
 
-    parts = jax.tree.map(cut, (call.q, call.at))
-    indices = jax.lax.map(lambda part: reference.topk_blocks(call.replace(q=part[0], at=part[1])), parts)
+    parts = jax.tree.map(cut, {name: getattr(call, name) for name in ("q", "at", "weights")})
+    indices = jax.lax.map(lambda part: reference.topk_blocks(call.replace(**part)), parts)
     return jnp.moveaxis(indices, 0, 1).reshape(batch, -1, *indices.shape[3:])[:, :length]

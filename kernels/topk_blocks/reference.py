@@ -20,6 +20,9 @@ def topk_blocks(call: TopkCall) -> Array:
     seen = scored(call)
     grouped = call.q.astype(dtype).reshape(*call.q.shape[:2], num_kv_heads, -1, call.q.shape[-1])
     scores = jnp.einsum("btgrk,bngk->btgrn", grouped, blocks.astype(dtype), precision="highest")
+    if call.weights is not None:
+        weights = call.weights.astype(dtype).reshape(*scores.shape[:-1], 1)
+        scores = weights * jax.nn.relu(scores)
     if call.scale is not None:
         scores = jax.nn.softmax(jnp.where(seen[:, :, None, None], call.scale * scores, _NEVER), axis=-1)
     scores = jnp.where(seen[:, :, None, None], scores, 0)

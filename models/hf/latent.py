@@ -57,6 +57,8 @@ class Latent(Experts, abc.ABC):
 
     mixer_name: ClassVar[str] = "self_attn"
     """What the tensors of a layer's mixer are under."""
+    latent_config: ClassVar[type[MLAConfig]] = MLAConfig
+    """What latent attention is here."""
     o_name: ClassVar[str] = "o_proj"
     """The projection from its heads."""
 
@@ -87,8 +89,8 @@ class Latent(Experts, abc.ABC):
         """The layers of latent attention. Raises Unfit where one is something else that may not be."""
         found = []
         for name, mixer in zip(model.layers, model.layer_mixers, strict=True):
-            if not isinstance(mixer, MLAConfig):
-                raise Unfit(f"mixers.{name} is {mixer.name}, not mla")
+            if type(mixer) is not self.latent_config:
+                raise Unfit(f"mixers.{name} is {mixer.name}, not {self.latent_config.name}")
             found.append(mixer)
         return found
 

@@ -46,8 +46,8 @@ class AroundHeads(HeadMixer):
     def observe(self, inputs, x, *, at):
         return self.inner.observe(inputs, x, at=at)
 
-    def auxiliary_losses(self, x, *, at):
-        return self.inner.auxiliary_losses(x, at=at)
+    def auxiliary_losses(self, inputs, x, *, at):
+        return self.inner.auxiliary_losses(inputs, x, at=at)
 
     def counts(self, inputs, x, *, at):
         return self.inner.counts(inputs, x, at=at)

@@ -83,6 +83,10 @@ class MixerConfig(Component, abc.ABC):
         """This config with what it leaves to follow from the width written out."""
         return self
 
+    def function(self, d_model: int) -> Self:
+        """This config, settled, without what says how it is trained: configs of which these are equal compute the same."""
+        return self.settled(d_model)
+
     def carries(self, d_model: int) -> tuple[CarryUse, ...]:
         """What the mixer reads and writes of `Stream.carry`."""
         return ()
@@ -304,7 +308,7 @@ class HeadMixer(Mixer):
         """What the mixer alone can tell of looked-at sequences, for probes to read by name (see `plait.models.look`)."""
         return {}
 
-    def auxiliary_losses(self, x: jax.Array, *, at: Tokens) -> Losses:
+    def auxiliary_losses(self, inputs: Any, x: jax.Array, *, at: Tokens) -> Losses:
         """Losses of this layer's own (routing balance), coefficients applied."""
         return {}
 
@@ -319,7 +323,7 @@ class HeadMixer(Mixer):
         o = self.mix(inputs, x, at=at)
         y = self.output(tapped(observer, "heads", self.finish(o, inputs, x), at=at))
         looks = () if observer is None else (look(observer, at=at, x=x, mixer=self, inputs=inputs, o=o),)
-        return Mixed(y, carry, self.auxiliary_losses(x, at=at), looks, self.counts(inputs, x, at=at))
+        return Mixed(y, carry, self.auxiliary_losses(inputs, x, at=at), looks, self.counts(inputs, x, at=at))
 
     def prefill(self, x: jax.Array, state: State, *, at: Tokens, carry: Carry) -> tuple[jax.Array, Carry, State]:
         at = at.placed(*x.shape[:2])

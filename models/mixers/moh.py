@@ -161,23 +161,22 @@ class MoH(AroundHeads):
     def finish(self, o, inputs, x):
         return self.inner.finish(o, inputs, x) * self.gates(x, inputs)[..., None].astype(o.dtype)
 
-    def loads(self, x: jax.Array, *, at: Tokens) -> tuple[jax.Array, jax.Array]:
+    def loads(self, inputs: Any, x: jax.Array, *, at: Tokens) -> tuple[jax.Array, jax.Array]:
         """Mean probability of each routed head and the share of tokens that use it, `[num_routed]`, padding left out."""
         real = (at.segment_ids > 0).astype(jnp.float32)[..., None]
-        inputs = None if self.config.router == "learned" else self.inner.project(x, at=at, state=None)[0]
         p, mask = ((y * real).sum((0, 1)) / jnp.maximum(real.sum(), 1.0) for y in self.routing(x, inputs))
         return p, mask
 
-    def auxiliary_losses(self, x, *, at):
+    def auxiliary_losses(self, inputs, x, *, at):
         """Those of the inner mixer and `E sum_e mean_t(p_e) mean_t(m_e)`, whose balanced value is top_k, times the coefficient."""
-        inner = self.inner.auxiliary_losses(x, at=at)
+        inner = self.inner.auxiliary_losses(inputs, x, at=at)
         if self.config.experts == "all_but_one":
             return inner
-        p, mask = self.loads(x, at=at)
+        p, mask = self.loads(inputs, x, at=at)
         return {**inner, "balance/moh": self.config.balance * self.num_routed * (p * mask).sum()}
 
     def observe(self, inputs, x, *, at):
-        _, mask = self.loads(x, at=at)
+        _, mask = self.loads(inputs, x, at=at)
         load = jnp.concatenate([jnp.ones(self.num_heads - self.num_routed), mask])
         return {**self.inner.observe(inputs, x, at=at), "load": load, "routed_load": mask}
 

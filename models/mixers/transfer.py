@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ from flax import nnx
 from plait.configs.components import at as under
 from plait.configs.domains import Positive
 from plait.kernels import Tokens
-from plait.models.build import Alone, BuildContext
+from plait.models.build import BuildContext, train_alone
 from plait.models.look import look
 from plait.models.mixers.around import AroundHeads
 from plait.models.mixers.base import HeadMixer, Mixed, MixerConfig, WrapperConfig, abstract, products, register
@@ -136,7 +135,7 @@ class Transfer(AroundHeads):
                     f"{theirs[1]}; give both the same, or use match='outputs'"
                 )
         known = {path[0] for path, _ in nnx.to_flat_state(nnx.state(self.inner, nnx.Param))} if config.trains == "new" else set()
-        _train_alone(self.student, known)
+        train_alone(self.student, known)
 
     def __call__(self, x, *, at, carry, observer=None):
         at = at.placed(*x.shape[:2])
@@ -148,7 +147,7 @@ class Transfer(AroundHeads):
         error = jnp.square(found - target).reshape(*x.shape[:2], -1).mean(-1)
         losses = {LOSS: self.config.coefficient * _mean(error, at)}
         looks = () if observer is None else (look(observer, at=at, x=x, mixer=self, inputs=inputs, o=o),)
-        return Mixed(y, carry, {**self.auxiliary_losses(x, at=at), **losses}, looks, self.counts(inputs, x, at=at))
+        return Mixed(y, carry, {**self.auxiliary_losses(inputs, x, at=at), **losses}, looks, self.counts(inputs, x, at=at))
 
     def observe(self, inputs, x, *, at):
         heads = self.finish(self.mix(inputs, x, at=at), inputs, x)
@@ -164,17 +163,6 @@ class Transfer(AroundHeads):
         if self.config.match == "outputs":
             heads, found = jax.lax.stop_gradient(self.output(heads)), self.student.output(found)
         return heads.astype(jnp.float32), found.astype(jnp.float32)
-
-
-def _train_alone(module: Any, but: set[Any]) -> None:
-    """Makes the parameters of a module those that are trained, but for the parts named in `but`."""
-    for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Param)):
-        *above, name = path
-        if path[0] not in but:
-            owner = functools.reduce(
-                lambda found, key: found[key] if isinstance(key, int) else getattr(found, str(key)), above, module
-            )
-            setattr(owner, str(name), Alone(variable[...], **variable.get_metadata()))
 
 
 def _head_shape(mixer: HeadMixer, d_model: int, ctx: BuildContext) -> tuple[int, ...]:

@@ -52,6 +52,37 @@ def test_selection_follows_the_rule(implementation, num_local, num_first, by_gro
         assert set(got) == expected[b][t][h] and len(got) == len(set(got)), (b, t, h)
 
 
+@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+def test_tokens_by_a_lightning_indexer_are_those_of_its_scores(implementation, monkeypatch):
+    """Packed and padded; of equal scores, as the many that are 0, the later; padding and the start of a document have fewer."""
+    monkeypatch.setattr(chunked, "MAX_SCORES", 2000)
+    random, ids, top_k = np.random.default_rng(2), _segments(), 6
+    q, k, w = (random.normal(size=(BATCH, LENGTH, *rest)).astype(np.float32) for rest in ((2, DIM), (1, DIM), (2,)))
+    at = Tokens(None, jnp.asarray(ids)).placed(BATCH, LENGTH)
+    found = topk_blocks(
+        *(jnp.asarray(x) for x in (q, k)),
+        weights=jnp.asarray(w),
+        blocks_at=at,
+        at=at,
+        top_k=top_k,
+        block_size=1,
+        num_blocks=LENGTH,
+        num_local=0,
+        by_group=True,
+        implementation=implementation,
+    )
+    assert found.indices.shape == (BATCH, LENGTH, 1, top_k)
+    scores = np.einsum("bth,bths->bts", w.astype(np.float64), np.maximum(np.einsum("bthk,bsk->bths", q, k[:, :, 0]), 0))
+    zeros = 0
+    for b, t in np.ndindex(BATCH, LENGTH):
+        got = [n for n in np.asarray(found.indices)[b, t, 0] if n >= 0]
+        visible = [s for s in range(t + 1) if ids[b, s] == ids[b, t] != 0]
+        best = sorted(visible, key=lambda s: (scores[b, t, s] + 0.0, s), reverse=True)[:top_k]
+        zeros += sum(scores[b, t, s] == 0 for s in best)
+        assert sorted(got) == sorted(np.asarray(at.positions)[b, best].tolist()), (b, t)
+    assert zeros > 20, "ties were to be seen"
+
+
 def test_no_query_sees_its_future():
     (q, k), (q2, k2), t = _inputs(), _inputs(1), 50
     later = lambda a, b: jnp.concatenate([a[:, :t], b[:, t:]], axis=1)
@@ -111,6 +142,7 @@ def test_all_blocks_are_dense_attention():
     [
         ({"top_k": 1, "num_local": 2}, "top_k=1 must hold num_local=2"),
         ({"top_k": 2, "block_size": 0}, "block_size=0 must be at least 1"),
+        ({"top_k": 2, "weights": jnp.ones((BATCH, LENGTH, HEADS))}, "by_group=False and scale=None with weights"),
         ({"top_k": 2, "num_blocks": 0}, "num_blocks=0 must be at least 1"),
         ({"top_k": 2, "stride": 4}, "stride=4 and span=None are of one thing; give both"),
         ({"top_k": 2, "stride": 3, "span": 6}, "stride=3 must be at least 1 and divide span=6 and block_size=8"),

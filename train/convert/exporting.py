@@ -53,7 +53,7 @@ _STALE = ("rope_theta", "rope_scaling", "torch_dtype", "text_config")
 def function_of(model: LMConfig) -> dict[str, Any]:
     """What a model computes, in fields that are equal where that is equal."""
     found = {key: value for key, value in encode(model).items() if key not in _OF_TRAINING}
-    mixers = [encode(mixer.settled(model.d_model)) for mixer in model.layer_mixers]
+    mixers = [encode(mixer.function(model.d_model)) for mixer in model.layer_mixers]
     channel_mixers = [
         None if one is None else encode(one.function(model.d_model)) for one in map(model.channel_mixer_of, model.layers)
     ]

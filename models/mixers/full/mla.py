@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from plait.configs.components import at as under
 from plait.configs.domains import Channels, Epsilon, Heads
-from plait.kernels import Mask, Tokens, attention, attention_rows, column_mass, first_masses
+from plait.kernels import Mask, SelectedBlocks, Tokens, attention, attention_rows, column_mass, first_masses
 from plait.models.axes import BATCH, EMBED, HEADS, KV_HEADS, LENGTH, constrain
 from plait.models.build import BuildContext
 from plait.models.cache import Slots
@@ -102,6 +102,16 @@ class MLAInputs(NamedTuple):
     latent: jax.Array  # [B, T, G, kv_rank]
     k_rope: jax.Array  # [B, T, rope]
     kv_at: Tokens | None = None  # where the keys stand, when they are a cache's
+    index: Any = None  # what chooses among the keys, where something does
+    selected: SelectedBlocks | None = None  # the keys that each query sees, where not all
+
+
+class Latents(NamedTuple):
+    q_nope: jax.Array  # [B, T, H, nope]
+    q_rope: jax.Array  # [B, T, H, rope]
+    latent: jax.Array  # [B, T, G, kv_rank]
+    k_rope: jax.Array  # [B, T, rope], the key that all heads share
+    index: Any = None  # as above
 
 
 class MLA(HeadMixer):
@@ -129,8 +139,8 @@ class MLA(HeadMixer):
         self.gate = Dense(ctx, d_model, gate_width, (EMBED, HEADS), role="gate") if gate_width else None
         self.slots = Slots()
 
-    def _latents(self, x: jax.Array, at: Tokens) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """Queries without and with position `[B, T, H, .]`, the latents `[B, T, G, .]` and the shared rotated key `[B, T, .]`."""
+    def latents(self, x: jax.Array, at: Tokens) -> Latents:
+        """What queries, keys and values are made of."""
         queries = x if self.q_down is None or self.q_norm is None else self.q_norm(self.q_down(x))
         q = constrain(split_heads(self.q(queries), self.num_heads), (BATCH, LENGTH, HEADS, None))
         q_nope, q_rope = jnp.split(q, [self.config.nope_head_dim], axis=-1)
@@ -139,10 +149,15 @@ class MLA(HeadMixer):
             q_rope, k_rope = (self.rotary.turn_by(y, at) for y in (q_rope, k_rope))
         latents = self.kv_down(x)
         latents = latents if self.kv_norm is None else self.kv_norm(latents)
-        return q_nope, q_rope, split_heads(latents, self.config.num_latents), k_rope[:, :, 0]
+        index = self.index(x, queries, at)
+        return Latents(q_nope, q_rope, split_heads(latents, self.config.num_latents), k_rope[:, :, 0], index)
+
+    def index(self, x: jax.Array, queries: jax.Array, at: Tokens) -> Any:
+        """What chooses among the keys, of the layer's input and of what the heads' queries are projections of; None by default."""
+        return None
 
     def project(self, x, *, at, state):
-        q_nope, q_rope, latent, k_rope = self._latents(x, at)
+        q_nope, q_rope, latent, k_rope, index = self.latents(x, at)
         k_nope, v = (
             constrain(
                 jnp.einsum("btgc,cgrk->btgrk", latent, self._up(dense)).reshape(*latent.shape[:2], self.num_heads, -1),
@@ -152,25 +167,26 @@ class MLA(HeadMixer):
         )
         shared = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], k_rope.shape[-1]))
         q, k = jnp.concatenate([q_nope, q_rope], -1), jnp.concatenate([k_nope, shared], -1)
-        return MLAInputs(q, k, v, latent, k_rope), state
+        return MLAInputs(q, k, v, latent, k_rope, index=index), state
 
     def project_step(self, x, *, at, state):
-        q_nope, q_rope, latent, k_rope = self._latents(x, at)
+        new = self.latents(x, at)
+        q_nope, q_rope, latent, k_rope, index = new
         q = jnp.einsum("btgrk,cgrk->btgrc", self._grouped(q_nope), self._up(self.k_up)).reshape(*q_nope.shape[:3], -1)
-        state = self.slots.write(state, {"latent": latent, "k_rope": k_rope}, at)
+        state = self.slots.write(state, self.kept(new), at)
         latents, shared = state.entries["latent"], state.entries["k_rope"][:, :, None]
         shared = jnp.broadcast_to(shared, (*latents.shape[:3], shared.shape[-1]))
         k = jnp.concatenate([latents, shared], -1)
-        return MLAInputs(jnp.concatenate([q, q_rope], -1), k, latents, latent, k_rope, state.at), state
+        return MLAInputs(jnp.concatenate([q, q_rope], -1), k, latents, latent, k_rope, state.at, index), state
 
     def attend(self, inputs, *, at, state):
-        o = attention(inputs.q, inputs.k, inputs.v, at=at, **self.options)
+        o = attention(inputs.q, inputs.k, inputs.v, at=at, **self.options(inputs))
         if state is not None:
-            state = self.slots.write(state, {"latent": inputs.latent, "k_rope": inputs.k_rope}, at)
+            state = self.slots.write(state, self.kept(inputs), at)
         return o, state
 
     def attend_step(self, inputs, *, at, state):
-        o: Any = attention(inputs.q, inputs.k, inputs.v, at=at, kv_at=inputs.kv_at, **self.options)
+        o: Any = attention(inputs.q, inputs.k, inputs.v, at=at, kv_at=inputs.kv_at, **self.options(inputs))
         return jnp.einsum("btgrc,cgrv->btgrv", self._grouped(o), self._up(self.v_up)).reshape(*o.shape[:3], -1), state
 
     def clip(self, ratio, alpha):
@@ -179,10 +195,9 @@ class MLA(HeadMixer):
         self.q.scale_outputs(join_heads(jnp.concatenate(factors, axis=-1)))
         self.k_up.scale_outputs(jnp.repeat(ratio ** (1 - alpha), own, axis=-1))
 
-    @property
-    def options(self) -> dict[str, Any]:
+    def options(self, inputs: MLAInputs) -> dict[str, Any]:
         """What makes the weights: arguments of the op."""
-        return {"mask": self.mask, "scale": self.scale}
+        return {"mask": self.mask, "scale": self.scale, "selected": inputs.selected}
 
     def _up(self, dense: Dense) -> jax.Array:
         """`[kv_rank, G, H / G, .]` in the compute dtype."""
@@ -193,10 +208,17 @@ class MLA(HeadMixer):
         """`[B, T, H, .]` to `[B, T, G, H / G, .]`."""
         return heads.reshape(*heads.shape[:2], self.config.num_latents, -1, heads.shape[-1])
 
-    def init_state(self, batch_size, max_len):
+    def entries(self) -> dict[str, tuple[tuple[int, ...], str | None]]:
+        """What the cache keeps of a token: shape, and the logical axis of its first dimension."""
         latents = ((self.config.num_latents, self.config.kv_rank), KV_HEADS)
-        entries = {"latent": latents, "k_rope": ((self.config.rope_head_dim,), None)}
-        return self.slots.empty(batch_size, max_len, entries, self.dtype)
+        return {"latent": latents, "k_rope": ((self.config.rope_head_dim,), None)}
+
+    def kept(self, new: MLAInputs | Latents) -> dict[str, jax.Array]:
+        """What the cache keeps of new tokens."""
+        return {"latent": new.latent, "k_rope": new.k_rope}
+
+    def init_state(self, batch_size, max_len):
+        return self.slots.empty(batch_size, max_len, self.entries(), self.dtype)
 
     def finish(self, o, inputs, x):
         gate = self.output_gate(x)
@@ -210,10 +232,10 @@ class MLA(HeadMixer):
         return self.o(join_heads(o))
 
     def implied(self, inputs, rows, *, at):
-        return attention_rows(inputs.q, inputs.k, rows=rows, at=at, **self.options)
+        return attention_rows(inputs.q, inputs.k, rows=rows, at=at, **self.options(inputs))
 
     def observe(self, inputs, x, *, at):
-        options = {**self.options, "at": at}
+        options = {**self.options(inputs), "at": at}
         _, stats = attention(inputs.q, inputs.k, inputs.v, return_stats=True, **options)
         masses = {
             op.__name__: functools.partial(op, inputs.q, inputs.k, stats.lse, **options) for op in (first_masses, column_mass)

@@ -81,7 +81,7 @@ def test_gates_of_two_tokens_worked_by_hand():
     # p = (1/8, 2/8, 5/8) and (6/10, 3/10, 1/10); both keep head 1, one head 2, one head 0.
     p, load = np.array([29 / 80, 22 / 80, 29 / 80]), np.array([1 / 2, 1, 1 / 2])
     expected = moh.config.balance * 3 * (p * load).sum()
-    assert_close(moh.auxiliary_losses(tokens, at=layout((2,), length=2))["balance/moh"], np.float32(expected))
+    assert_close(moh.auxiliary_losses(None, tokens, at=layout((2,), length=2))["balance/moh"], np.float32(expected))
 
 
 @pytest.mark.proves("moh")
@@ -118,7 +118,7 @@ def test_the_norms_of_queries_choose_heads_whole():
     np.testing.assert_array_equal(moh.gates(x, read), np.concatenate([np.ones((2, LENGTH, 4)), largest], axis=-1))
     real = np.asarray(AT.segment_ids > 0)[..., None]
     mean = lambda y: (np.asarray(y) * real).sum((0, 1)) / real.sum()
-    assert_close(moh.auxiliary_losses(x, at=AT)["balance/moh"], np.float32(0.01 * 4 * (mean(p) * mean(chosen)).sum()))
+    assert_close(moh.auxiliary_losses(read, x, at=AT)["balance/moh"], np.float32(0.01 * 4 * (mean(p) * mean(chosen)).sum()))
 
 
 def test_the_gradient_of_whole_gates_is_that_of_the_probabilities():
@@ -183,7 +183,7 @@ def test_balance_loss_is_larger_for_skewed_routing():
     moh = build(MoHConfig(mixer=SOFTMAX, num_shared_heads=0, top_k=2, balance=1.0))
     x = inputs().at[..., 0].set(1.0)
     moh.routed_router.kernel[...] = jnp.zeros((WIDTH, 8)).at[0, :2].set(20.0)  # every token takes the same two heads
-    assert_close(moh.auxiliary_losses(x, at=AT)["balance/moh"], np.float32(8 * 2 * 0.5))  # E sum_e p_e m_e
+    assert_close(moh.auxiliary_losses(None, x, at=AT)["balance/moh"], np.float32(8 * 2 * 0.5))  # E sum_e p_e m_e
 
 
 def test_balance_loss_spreads_a_skewed_load():
@@ -196,11 +196,11 @@ def test_balance_loss_spreads_a_skewed_load():
 
     @quick_jit
     def step(params, opt, x):
-        grads = jax.grad(lambda p: nnx.merge(graph, p).auxiliary_losses(x, at=AT)["balance/moh"])(params)
+        grads = jax.grad(lambda p: nnx.merge(graph, p).auxiliary_losses(None, x, at=AT)["balance/moh"])(params)
         updates, opt = tx.update(grads, opt, params)
         return optax.apply_updates(params, updates), opt
 
-    load = lambda params: np.asarray(nnx.merge(graph, params).loads(x, at=AT)[1])
+    load = lambda params: np.asarray(nnx.merge(graph, params).loads(None, x, at=AT)[1])
     before, opt = load(params), tx.init(params)
     for _ in range(50):
         params, opt = step(params, opt, x)

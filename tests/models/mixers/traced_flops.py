@@ -25,6 +25,8 @@ ATTENTION = ("attention", "routed_attention")
 """Ops whose operations are the pairs that a query sees, whatever an implementation computes besides."""
 SELECTION = "topk_blocks"
 """Such an op, whose pairs are a query and a block that it scores."""
+OF_LOSS = "index_divergence"
+"""Such an op, of a loss, which does not count."""
 BY_RULE = "weighted_attention"
 """Such an op: a pair costs what one more key adds to one more row of its reference, and a row what it costs without keys."""
 
@@ -38,6 +40,8 @@ def count_flops(monkeypatch: pytest.MonkeyPatch, run: Callable, *args: jax.Array
             chosen = {"reference": Implementation(functools.partial(_attention, pairs, name == "attention"))}
         elif name == SELECTION:
             chosen = {"reference": Implementation(functools.partial(_selection, pairs))}
+        elif name == OF_LOSS:
+            chosen = {"reference": Implementation(lambda call: jnp.zeros(call.q.shape[:2]))}
         elif name == BY_RULE:
             chosen = {"reference": Implementation(functools.partial(_by_rule, pairs))}
         monkeypatch.setattr(op, "implementations", chosen)

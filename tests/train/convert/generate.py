@@ -8,11 +8,14 @@ Every parameter is moved off its initial value, so that zeros, ones and equal en
 from __future__ import annotations
 
 import sys
+import types
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from safetensors.torch import save_file
+from transformers.models.doge import modeling_doge
 
 GOLDEN = Path(__file__).parent / "golden"
 VOCAB, LENGTH, STEPS = 62, 24, 8
@@ -40,6 +43,7 @@ LATENT = {
     "qk_rope_head_dim": 4,
     "v_head_dim": 8,
 }
+INDEX = {"index_topk": 7, "index_n_heads": 9, "index_head_dim": 6}
 GROUPS = {
     "n_routed_experts": 8,
     "n_shared_experts": 2,
@@ -183,6 +187,28 @@ MODELS = {
         "DeepseekV3Config",
         {**BASE, **LATENT, **GROUPS, "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1, "norm_topk_prob": False}
         | {"q_lora_rank": None, "rope_interleave": False, "tie_word_embeddings": True},
+    ),
+    "deepseek_v32": (
+        "DeepseekV32Config",
+        {
+            **HEADS_ALONE,
+            **LATENT,
+            **GROUPS,
+            **INDEX,
+            "num_hidden_layers": 4,
+            "mlp_layer_types": ["dense", "sparse", "dense", "sparse"],
+            "rope_parameters": {**YARN, **SHARPER},
+        },
+    ),
+    "glm_moe_dsa": (
+        "GlmMoeDsaConfig",
+        {**BASE, **LATENT, **GROUPS, **INDEX, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e3}, "tie_word_embeddings": True},
+    ),
+    "doge": ("DogeConfig", {**BASE, "head_dim": 6, "keep_window_size": 9, "mlp_bias": True}),
+    "doge_tied": (
+        "DogeConfig",
+        {**BASE, "num_key_value_heads": 6, "keep_window_size": 5, "rope_parameters": YARN, "tie_word_embeddings": True},
     ),
     "deepseek_v2": ("DeepseekV2Config", {**BASE, **LATENT, **GROUPS, "topk_method": "group_limited_greedy"}),
     "deepseek_v2_lite": (
@@ -396,10 +422,19 @@ def generate(name: str) -> None:
     write(name, transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval())
 
 
+def later_of_equals(x: torch.Tensor, k: int, **options: Any) -> types.SimpleNamespace:
+    """`torch.topk`, which takes any of equal ones: tokens that come again in what the model says."""
+    best = torch.sort(x.flip(-1), dim=-1, descending=True, stable=True)
+    return types.SimpleNamespace(indices=x.shape[-1] - 1 - best.indices[..., :k])
+
+
 def write(name: str, model: transformers.PreTrainedModel) -> None:
     """Writes the folder of a model, its parameters moved."""
     draws = torch.Generator().manual_seed(1)
     ids = torch.randint(3, VOCAB, (2, LENGTH), generator=draws)
+    if name.startswith("doge"):  # which chooses tokens by what they are
+        ids = torch.stack([3 + torch.randperm(VOCAB - 3, generator=draws)[:LENGTH] for _ in ids])
+        modeling_doge.torch = types.SimpleNamespace(**{**vars(torch), "topk": later_of_equals})
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=draws))

@@ -76,8 +76,16 @@ CASES = {
     "broken config": (lambda f: (f / "config.json").write_text("{"), "is not JSON that can be used"),
     "unknown type": (lambda f: edit_config(f, model_type="lama"), "'lama' is not registered; did you mean 'llama'"),
     "a type that waits": (
-        lambda f: edit_config(f, model_type="deepseek_v32"),
-        "model_type='deepseek_v32' waits for its sparse attention by an index, which is not here yet",
+        lambda f: edit_config(f, model_type="zamba"),
+        "model_type='zamba' waits for layers that share their parameters, which is not here yet",
+    ),
+    "experts that wait": (
+        lambda f: edit_config(f, model_type="doge", is_moe=True, attention_bias=False),
+        "is_moe=True has cross-domain experts, which wait for a channel mixer that retrieves experts by product keys",
+    ),
+    "indexers that wait": (
+        lambda f: edit_config(f, model_type="glm_moe_dsa", indexer_types=["full", "shared"]),
+        "indexer_types=['full', 'shared'] has layers that share a choice of tokens, which wait for one that travels between layers",
     ),
     "factors that differ by half": (
         lambda f: edit_config(f, model_type="minimax", mlp_alpha_factor=3.5, num_local_experts=2),

@@ -113,6 +113,16 @@ PUBLISHED = {
                tie_word_embeddings=False, max_position_embeddings=163840),
         671_026_404_352,  # and 14,848 balancing biases, which no gradient moves
     ),
+    "DeepSeek-V3.2": (
+        config("deepseek_v32", 7168, 18432, 61, 128, 128, 129280, hidden_act="silu", rms_norm_eps=1e-6, rope_theta=10000,
+               rope_scaling={**DEEPSEEK_YARN, "mscale": 1.0, "mscale_all_dim": 1.0}, ep_size=1, first_k_dense_replace=3,
+               index_head_dim=128, index_n_heads=64, index_topk=2048, kv_lora_rank=512, moe_intermediate_size=2048,
+               moe_layer_freq=1, n_group=8, n_routed_experts=256, n_shared_experts=1, norm_topk_prob=True, num_experts_per_tok=8,
+               num_nextn_predict_layers=1, q_lora_rank=1536, qk_nope_head_dim=128, qk_rope_head_dim=64,
+               routed_scaling_factor=2.5, scoring_func="sigmoid", topk_group=4, topk_method="noaux_tc", v_head_dim=128,
+               attention_bias=False, tie_word_embeddings=False, max_position_embeddings=163840),
+        671_026_404_352 + 61 * (1536 * 64 * 128 + 7168 * 128 + 2 * 128 + 7168 * 64),  # an indexer beside each layer of V3
+    ),
     "DeepSeek-V2-Lite": (
         config("deepseek_v2", 2048, 10944, 27, 16, 16, 102400, hidden_act="silu", rms_norm_eps=1e-6, rope_theta=10000,
                rope_scaling={**DEEPSEEK_YARN, "mscale": 0.707, "mscale_all_dim": 0.707}, aux_loss_alpha=0.001, ep_size=1,

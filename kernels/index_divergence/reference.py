@@ -1,0 +1,35 @@
+"""The divergence as written: all scores and all weights of all queries."""
+
+import jax
+import jax.numpy as jnp
+
+from plait.kernels.attention.call import AttentionCall
+from plait.kernels.attention.reference import MASKED, relative_weights, visible_pairs
+from plait.kernels.index_divergence.call import DivergenceCall
+from plait.kernels.shapes import accumulation_dtype
+
+Array = jax.Array
+
+
+def index_divergence(call: DivergenceCall) -> Array:
+    """See `plait.kernels.index_divergence`."""
+    wide = call.replace(q=call.q.astype(accumulation_dtype(call.q)), k=call.k.astype(accumulation_dtype(call.k)))
+    return divergence(wide, "highest")
+
+
+def divergence(call: DivergenceCall, precision: jax.lax.PrecisionLike) -> Array:
+    """The rows [B, T] of the call's queries; `precision` is of the attention's logits."""
+    attention = AttentionCall(q=call.q, k=call.k, mask=call.mask, scale=call.scale, selected=call.selected)
+    visible = visible_pairs(attention, call.at, call.kv_at)[:, 0, 0]  # [B, T, S]
+    p, factor, _ = relative_weights(attention, call.at, call.kv_at, precision)
+    target = (p * factor).sum((1, 2)) / call.q.shape[2]
+    log_share = jax.nn.log_softmax(jnp.where(visible, scores(call), MASKED), axis=-1)
+    some = visible & (target > 0)
+    return jnp.where(some, target * (jnp.log(jnp.where(some, target, 1)) - log_share), 0).sum(-1)
+
+
+def scores(call: DivergenceCall) -> Array:
+    """The indexer's scores [B, T, S] in the accumulation dtype."""
+    dtype = accumulation_dtype(call.index_q, call.index_k)
+    z = jnp.einsum("bthk,bsk->bths", call.index_q.astype(dtype), call.index_k.astype(dtype), precision="highest")
+    return jnp.einsum("bth,bths->bts", call.weights.astype(dtype), jax.nn.relu(z), precision="highest")
