@@ -42,7 +42,9 @@ def held_out(trained: Trained, task: Task, text: OtherText, scratch: Path, seq_l
         _require_length(trained, seq_len)
     with unchecked():
         mixed = task.name == own.task.name and text.source is None
-        config = dataclasses.replace(own, task=task, **({} if mixed else {"sources": {}, "temperature": 1.0}))
+        config = dataclasses.replace(own, task=task)
+        if not mixed:
+            config = dataclasses.replace(config, sources={}, temperature=1.0)
         if seq_len is not None:
             config = dataclasses.replace(config, seq_len=seq_len, batch_size=_rows(program, seq_len))
     at(task.name, task.fit, config)

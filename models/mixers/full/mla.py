@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from plait.models.build import BuildContext
 from plait.models.cache import Slots
 from plait.models.linear import Dense
 from plait.models.look import GateValues
-from plait.models.mixers.base import HeadMixer, MixerConfig, register
+from plait.models.mixers.base import Direction, HeadMixer, MixerConfig, register
 from plait.models.mixers.full.softmax import with_positions
 from plait.models.mixers.heads import join_heads, require_divides, split_heads
 from plait.models.norms import RMSNorm
@@ -42,7 +42,7 @@ class MLAConfig(MixerConfig):
     one for all. With YaRN the logits are multiplied by the square of its factor, and turned channels are not, as in DeepSeek.
     """
 
-    directions = ("causal", "bidirectional")
+    directions: ClassVar[tuple[Direction, ...]] = ("causal", "bidirectional")
 
     num_heads: Heads = 16
     """Heads."""
