@@ -11,7 +11,7 @@ from plait.configs.exchange import component_flags, exchanged, offers, renamed, 
 from plait.configs.experiment import ExperimentConfig
 from plait.configs.presets import preset
 from plait.configs.words import parse
-from plait.data.mixture import with_named_sources
+from plait.data.mixture.config import with_named_sources
 
 
 def parse_experiment(name: str | ExperimentConfig, args: Sequence[str], prog: str = "launch.py train") -> ExperimentConfig:

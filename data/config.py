@@ -8,7 +8,7 @@ from typing import Annotated
 
 from plait.configs.components import Config, Table, at, unchecked
 from plait.configs.domains import INT32, Length, Line, Number, Rows, Seed, Vocabulary
-from plait.data.mixture import SourceConfig, check_sources
+from plait.data.mixture.config import SourceConfig, check_sources
 from plait.data.tasks.base import Task
 from plait.data.tasks.ppl import PerplexityTask
 

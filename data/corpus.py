@@ -13,15 +13,15 @@ from pathlib import Path
 import numpy as np
 
 from plait.configs import codec
-from plait.data.bpe import train_bpe
 from plait.data.cache import checksum, making
 from plait.data.config import DataError
 from plait.data.packing import Documents, shuffled_order
 from plait.data.progress import advance
-from plait.data.readers import Document
-from plait.data.sources import Source
+from plait.data.sources.readers import Document
+from plait.data.sources.source import Source
 from plait.data.tokenising import INDEX_DTYPE, PROMPTED_DTYPE, TOKEN_DTYPES, digest_of, say_changes, token_dtype, tokenise
-from plait.data.tokenizer import Tokenizer
+from plait.data.tokenizers.bpe import train_bpe
+from plait.data.tokenizers.tokenizer import Tokenizer
 
 log = logging.getLogger("plait.data")
 

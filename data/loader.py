@@ -13,8 +13,8 @@ import numpy as np
 
 from plait.data.batch import Batch
 from plait.data.config import DataConfig, DataError
-from plait.data.schedule import Schedule
-from plait.data.tokenizer import Tokenizer
+from plait.data.mixture.schedule import Schedule
+from plait.data.tokenizers.tokenizer import Tokenizer
 
 PREFETCH = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)  # batches made ahead of the step, in one thread
 
@@ -188,7 +188,7 @@ def build_data(config: DataConfig, folder: str | Path, *, rows: np.ndarray | Non
         DataError: what is to be read is not usable.
     """
     if config.sources:
-        from plait.data.mixing import open_mixture  # with the readers of files, which a task may not need
+        from plait.data.mixture.mixing import open_mixture  # with the readers of files, which a task may not need
 
         return open_mixture(config, Path(folder), rows, reading)
     return config.task.open(config, Path(folder), rows, reading)

@@ -18,9 +18,9 @@ from plait.data.loader import Data, Reading
 from plait.data.packing import Documents, Packing, shuffled_order
 from plait.data.shards.prepared import Prepared, PreparedMeta, check_asked, is_prepared, open_prepared
 from plait.data.shards.rows import Arc, ShardRows
-from plait.data.sources import Source, open_source
-from plait.data.tokenizer import META_FILE, ByteTokenizer, Tokenizer
-from plait.data.tokenizer_files import load_tokenizer, read_meta
+from plait.data.sources.source import Source, open_source
+from plait.data.tokenizers.files import load_tokenizer, read_meta
+from plait.data.tokenizers.tokenizer import META_FILE, ByteTokenizer, Tokenizer
 
 log = logging.getLogger("plait.data")
 

@@ -12,8 +12,8 @@ import numpy as np
 
 from plait.data.config import DataError
 from plait.data.progress import advance
-from plait.data.readers import Document, short
-from plait.data.tokenizer import Tokenizer
+from plait.data.sources.readers import Document, short
+from plait.data.tokenizers.tokenizer import Tokenizer
 
 log = logging.getLogger("plait.data")
 

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from plait.configs.domains import COLDEST, Part, Temperature, Vocabulary, check_leaves
-from plait.data.tokenizer import Tokenizer
+from plait.data.tokenizers.tokenizer import Tokenizer
 from plait.kernels import Tokens
 from plait.models.lm import LM
 from plait.models.mixers.base import State

@@ -9,7 +9,7 @@ from plait.configs.components import Config, at, unchecked, validate
 from plait.configs.domains import Line
 from plait.data.loader import Data, Reading, build_data, differences
 from plait.data.tasks.base import Task
-from plait.data.tokenizer import ByteTokenizer
+from plait.data.tokenizers.tokenizer import ByteTokenizer
 from plait.models.axes import BATCH
 from plait.train.mesh import ways
 from plait.train.pods.hosts.layout import batch_layout

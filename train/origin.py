@@ -20,8 +20,8 @@ from plait.configs.experiment import ExperimentConfig
 from plait.configs.files import read_json
 from plait.configs.optimizer import optimizer
 from plait.data.config import DataConfig
-from plait.data.tokenizer import ByteTokenizer, Tokenizer
-from plait.data.tokenizer_files import load_tokenizer
+from plait.data.tokenizers.files import load_tokenizer
+from plait.data.tokenizers.tokenizer import ByteTokenizer, Tokenizer
 from plait.models.config import LMConfig
 from plait.models.linear import start_singular_vectors
 from plait.models.lm import LM, fold

@@ -26,8 +26,8 @@ from plait.configs.mesh import MeshConfig
 from plait.configs.vocabulary import check_vocabulary
 from plait.data.loader import Data, build_data
 from plait.data.progress import heard
-from plait.data.tokenizer import META_FILE, TOKENIZER_FILE, Tokenizer
-from plait.data.tokenizer_files import load_tokenizer
+from plait.data.tokenizers.files import load_tokenizer
+from plait.data.tokenizers.tokenizer import META_FILE, TOKENIZER_FILE, Tokenizer
 from plait.train.checkpoint import CheckpointError, Checkpoints
 from plait.train.mesh import batch_sharding, make_mesh
 from plait.train.pods.hosts import hardware, heartbeat

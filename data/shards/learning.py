@@ -6,14 +6,14 @@ import dataclasses
 from collections.abc import Iterator
 
 from plait.data import corpus
-from plait.data.bpe import train_bpe
 from plait.data.config import DataConfig
 from plait.data.corpus import learnable
 from plait.data.progress import advance
 from plait.data.shards.pieces import cut
-from plait.data.sources import Source
-from plait.data.tokenizer import ByteTokenizer, Tokenizer
-from plait.data.tokenizer_files import load_tokenizer
+from plait.data.sources.source import Source
+from plait.data.tokenizers.bpe import train_bpe
+from plait.data.tokenizers.files import load_tokenizer
+from plait.data.tokenizers.tokenizer import ByteTokenizer, Tokenizer
 
 LOOKS = 256
 """Places of a corpus from which a vocabulary is learned."""

@@ -8,8 +8,8 @@ import json
 from pathlib import Path
 
 from plait.data.config import DataError
-from plait.data.readers import Span, spans
-from plait.data.sources import Source, unreadable
+from plait.data.sources.readers import Span, spans
+from plait.data.sources.source import Source, unreadable
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,9 +16,9 @@ from plait.data.cache import checksum
 from plait.data.config import DataConfig, DataError
 from plait.data.corpus import TOKENS, VERIFY_BYTES, sha256_of
 from plait.data.shards.shard import ShardMeta, damaged, name_of, open_shard
-from plait.data.sources import PREPARED
-from plait.data.tokenizer import Tokenizer
-from plait.data.tokenizer_files import load_tokenizer, read_meta
+from plait.data.sources.source import PREPARED
+from plait.data.tokenizers.files import load_tokenizer, read_meta
+from plait.data.tokenizers.tokenizer import Tokenizer
 
 FORMAT = 1
 TOKENIZER = "tokenizer"

@@ -20,7 +20,7 @@ from plait.data.packing import Documents, Packing, shuffled_order
 from plait.data.shards.prepared import Prepared
 from plait.data.shards.shard import damaged, name_of
 from plait.data.splitmix import salted
-from plait.data.tokenizer import Tokenizer
+from plait.data.tokenizers.tokenizer import Tokenizer
 
 WINDOW_TOKENS = 1 << 31
 """Tokens of a window, about: rows are far apart in the text that are near in time, and its index fits into memory."""

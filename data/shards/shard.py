@@ -15,7 +15,7 @@ from plait.data.config import DataError
 from plait.data.corpus import INDEX, TOKENS, sha256_of
 from plait.data.shards.pieces import Piece
 from plait.data.tokenising import INDEX_DTYPE, PROMPTED_DTYPE, token_dtype, tokenise
-from plait.data.tokenizer import Tokenizer
+from plait.data.tokenizers.tokenizer import Tokenizer
 
 META = "shard.json"
 _RAW = "tokens.raw"

@@ -30,7 +30,7 @@ from plait.configs.sweeps.search import SearchConfig
 from plait.configs.sweeps.stopping import StopConfig
 from plait.configs.words import flag
 from plait.data.config import DataConfig
-from plait.data.mixture import SourceConfig
+from plait.data.mixture.config import SourceConfig
 from plait.launch import main
 from plait.models.config import LMConfig
 from plait.models.mixers.base import WrapperConfig

@@ -26,7 +26,7 @@ from plait.configs.experiment import ExperimentConfig
 from plait.configs.listing import registry
 from plait.configs.mesh import MeshConfig
 from plait.data.loader import build_data
-from plait.data.mixture import SourceConfig
+from plait.data.mixture.config import SourceConfig
 from plait.data.tasks.mlm import MaskedLanguageTask
 from plait.models.attention_losses import AttentionLossConfig
 from plait.models.config import pattern_name

@@ -18,7 +18,7 @@ TOKENISE = """
 import sys, time
 from plait.data.config import DataConfig
 from plait.data.loader import build_data
-from plait.data.tokenizer import ByteTokenizer
+from plait.data.tokenizers.tokenizer import ByteTokenizer
 encode = ByteTokenizer.encode_batch
 def slow(self, texts):
     print("tokenising", flush=True)

@@ -9,9 +9,9 @@ import pytest
 from plait.data.config import DataError
 from plait.data.corpus import INDEX, META, TOKENS, load_corpus, split, train_tokenizer
 from plait.data.packing import Documents
-from plait.data.sources import open_source
-from plait.data.tokenizer import ByteTokenizer
-from plait.data.tokenizer_json import JsonTokenizer
+from plait.data.sources.source import open_source
+from plait.data.tokenizers.tokenizer import ByteTokenizer
+from plait.data.tokenizers.tokenizer_json import JsonTokenizer
 from tests.data.conftest import make_texts
 
 

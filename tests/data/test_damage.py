@@ -10,13 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from plait.data.bpe import train_bpe
 from plait.data.config import DataConfig, DataError
 from plait.data.corpus import INDEX, META, TOKENS
 from plait.data.loader import build_data
-from plait.data.sources import open_source
-from plait.data.tokenizer import META_FILE, TOKENIZER_FILE
-from plait.data.tokenizer_files import load_tokenizer
+from plait.data.sources.source import open_source
+from plait.data.tokenizers.bpe import train_bpe
+from plait.data.tokenizers.files import load_tokenizer
+from plait.data.tokenizers.tokenizer import META_FILE, TOKENIZER_FILE
 from tests.data.conftest import make_texts
 
 ROUNDS = [pytest.param(range(12), id="few"), pytest.param(range(12, 400), id="many", marks=pytest.mark.slow)]

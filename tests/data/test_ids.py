@@ -11,8 +11,8 @@ import pytest
 from plait.data.config import DataConfig, DataError
 from plait.data.corpus import load_corpus
 from plait.data.loader import build_data
-from plait.data.sources import open_source
-from plait.data.tokenizer import ByteTokenizer
+from plait.data.sources.source import open_source
+from plait.data.tokenizers.tokenizer import ByteTokenizer
 
 TEXTS = ["ab", "cde", "f"]
 IDS = [[256, *b"ab", 256], [*b"cde", 256, *b"f"]]  # a start and an end; a stream of two

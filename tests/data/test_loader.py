@@ -9,7 +9,7 @@ import pytest
 
 from plait.data.config import DataConfig, DataError
 from plait.data.loader import build_data
-from plait.data.tokenizer_files import load_tokenizer
+from plait.data.tokenizers.files import load_tokenizer
 from tests.data.conftest import make_texts
 
 

@@ -8,8 +8,8 @@ import pytest
 
 from plait.data.config import DataConfig, DataError
 from plait.data.loader import build_data
-from plait.data.mixture import SourceConfig
-from plait.data.schedule import Schedule, Share
+from plait.data.mixture.config import SourceConfig
+from plait.data.mixture.schedule import Schedule, Share
 from plait.data.tasks.base import TASKS
 from tests.data.conftest import make_texts
 
@@ -161,12 +161,12 @@ def test_what_does_not_go_together_is_said(texts, sources, message):
 
 
 def test_sources_of_different_tokenizers_are_refused(texts):
-    from plait.data.bpe import train_bpe
     from plait.data.shards.pieces import cut
     from plait.data.shards.prepared import write_prepared
     from plait.data.shards.shard import make_shard, name_of, read_shard
-    from plait.data.sources import open_source
-    from plait.data.tokenizer import ByteTokenizer
+    from plait.data.sources.source import open_source
+    from plait.data.tokenizers.bpe import train_bpe
+    from plait.data.tokenizers.tokenizer import ByteTokenizer
 
     for name, tokenizer in (("web", ByteTokenizer()), ("code", train_bpe(make_texts(20), 260))):
         folder = texts / f"{name}.jsonl.shards"

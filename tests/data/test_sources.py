@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from plait.data.config import DataError
-from plait.data.sources import open_source
+from plait.data.sources.source import open_source
 
 
 def read(path, text_field="text"):
@@ -283,7 +283,7 @@ def test_unreadable_files_are_all_named(tmp_path, monkeypatch):
     def refuse(file, fields):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("plait.data.sources.documents", refuse)
+    monkeypatch.setattr("plait.data.sources.source.documents", refuse)
     with pytest.raises(DataError, match=r"(?s)a\.txt cannot be read: Permission denied; make it readable.*b\.txt cannot be read"):
         read(tmp_path)
 

@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
-from plait.data.bpe import train_bpe
 from plait.data.config import DataError
-from plait.data.tokenizer import BYTE_CHARS, END_OF_TEXT, ByteTokenizer
-from plait.data.tokenizer_files import load_tokenizer, read_meta
-from plait.data.tokenizer_json import JsonTokenizer, split_long
+from plait.data.tokenizers.bpe import train_bpe
+from plait.data.tokenizers.files import load_tokenizer, read_meta
+from plait.data.tokenizers.tokenizer import BYTE_CHARS, END_OF_TEXT, ByteTokenizer
+from plait.data.tokenizers.tokenizer_json import JsonTokenizer, split_long
 from tests.data.conftest import make_texts
 
 TEXTS = [

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from plait.data.loader import build_data
-from plait.data.mixture import SourceConfig
+from plait.data.mixture.config import SourceConfig
 from plait.data.tasks.base import TASKS
 from plait.tests.models.common import quick_jit
 from plait.tests.tolerances import assert_close

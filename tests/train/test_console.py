@@ -14,7 +14,7 @@ import pytest
 from plait.configs import listing
 from plait.configs.components import at
 from plait.configs.errors import is_bad_input
-from plait.data.sources import open_source
+from plait.data.sources.source import open_source
 from plait.launch import main
 from plait.tests.train.common import ROOT
 from plait.train import console

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from plait.data.tokenizer import ByteTokenizer
+from plait.data.tokenizers.tokenizer import ByteTokenizer
 from plait.launch import main
 from plait.models.mixers.linear.base_conv import BaseConvConfig
 from plait.models.mixers.linear.gla import GLAConfig

@@ -17,8 +17,8 @@ from plait.data.loader import build_data
 from plait.data.shards.pieces import cut
 from plait.data.shards.prepared import write_prepared
 from plait.data.shards.shard import make_shard, name_of, read_shard
-from plait.data.sources import open_source
-from plait.data.tokenizer import ByteTokenizer
+from plait.data.sources.source import open_source
+from plait.data.tokenizers.tokenizer import ByteTokenizer
 from plait.launch import main
 from plait.tests.data.conftest import make_texts
 from plait.train.pods.hosts.supervise import LAUNCH

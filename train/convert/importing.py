@@ -24,8 +24,8 @@ from plait.configs import codec
 from plait.configs.experiment import ExperimentConfig
 from plait.configs.optimizer import OptimizerConfig, optimizer
 from plait.data.config import DataConfig, DataError
-from plait.data.tokenizer import Tokenizer
-from plait.data.tokenizer_files import load_tokenizer
+from plait.data.tokenizers.files import load_tokenizer
+from plait.data.tokenizers.tokenizer import Tokenizer
 from plait.models.config import LMConfig
 from plait.train.checkpoint import Checkpoints
 from plait.train.convert.arrays import read_arrays

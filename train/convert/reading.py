@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from plait.configs.files import read_json
-from plait.data.tokenizer import TOKENIZER_FILE, Tokenizer
-from plait.data.tokenizer_files import load_tokenizer
+from plait.data.tokenizers.files import load_tokenizer
+from plait.data.tokenizers.tokenizer import TOKENIZER_FILE, Tokenizer
 from plait.train.convert.weights import ConvertError, FolderWeights, Weights
 
 CONFIG, TEMPLATE = "config.json", "chat_template.jinja"

@@ -14,8 +14,8 @@ import tokenizers
 from plait.configs.components import at as under
 from plait.configs.domains import Length
 from plait.configs.files import read_json
-from plait.data.tokenizer import Tokenizer
-from plait.data.tokenizer_files import CONFIG_FILE
+from plait.data.tokenizers.files import CONFIG_FILE
+from plait.data.tokenizers.tokenizer import Tokenizer
 from plait.train.console import notes
 from plait.train.convert.importing import ORIGINALS
 from plait.train.harness.answers import Answers, Wanted

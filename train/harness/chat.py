@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from plait.configs.files import read_json
-from plait.data.tokenizer import Tokenizer
-from plait.data.tokenizer_files import CONFIG_FILE
+from plait.data.tokenizers.files import CONFIG_FILE
+from plait.data.tokenizers.tokenizer import Tokenizer
 from plait.train.convert.importing import ORIGINALS
 from plait.train.convert.reading import TEMPLATE
 

@@ -16,9 +16,9 @@ from plait.data.shards.learning import tokenizer_for
 from plait.data.shards.pieces import Piece, cut
 from plait.data.shards.prepared import TOKENIZER
 from plait.data.shards.shard import name_of, read_shard
-from plait.data.sources import open_source
-from plait.data.tokenizer import Tokenizer
-from plait.data.tokenizer_files import load_tokenizer, read_meta
+from plait.data.sources.source import open_source
+from plait.data.tokenizers.files import load_tokenizer, read_meta
+from plait.data.tokenizers.tokenizer import Tokenizer
 from plait.train.run_folder.contents import RunError
 from plait.train.run_folder.owner import last_owner
 

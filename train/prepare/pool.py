@@ -21,10 +21,10 @@ from plait.data.config import DataConfig, DataError
 from plait.data.shards.pieces import Piece
 from plait.data.shards.prepared import TOKENIZER, PreparedMeta, write_prepared
 from plait.data.shards.shard import name_of, read_shard
-from plait.data.sources import MAX_REPORTED, PREPARED
+from plait.data.sources.source import MAX_REPORTED, PREPARED
 from plait.data.tokenising import token_dtype
-from plait.data.tokenizer import Tokenizer
-from plait.data.tokenizer_files import read_meta
+from plait.data.tokenizers.files import read_meta
+from plait.data.tokenizers.tokenizer import Tokenizer
 from plait.train.pods.hosts.failure import TrainingFailed
 from plait.train.pods.hosts.supervise import Signals
 from plait.train.prepare.job import CLAIMS, Job, claim, is_held, is_made, read_job

@@ -14,7 +14,7 @@ from plait.data.config import DataError
 from plait.data.progress import heard
 from plait.data.shards.pieces import Piece
 from plait.data.shards.shard import make_shard, name_of
-from plait.data.tokenizer import Tokenizer
+from plait.data.tokenizers.tokenizer import Tokenizer
 from plait.train.prepare.job import claim, is_held, is_made, read_job
 from plait.train.run_folder.owner import FolderInUse, FolderLost, owned
 

@@ -15,8 +15,8 @@ from plait.data.shards.pieces import cut
 from plait.data.shards.prepared import open_prepared, write_prepared
 from plait.data.shards.rows import Arc
 from plait.data.shards.shard import make_shard, name_of, read_shard
-from plait.data.sources import open_source
-from plait.data.tokenizer import ByteTokenizer
+from plait.data.sources.source import open_source
+from plait.data.tokenizers.tokenizer import ByteTokenizer
 from tests.data.conftest import make_texts
 
 

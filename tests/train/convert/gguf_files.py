@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from plait.data.tokenizer import BYTE_CHARS
+from plait.data.tokenizers.tokenizer import BYTE_CHARS
 
 TYPES = {"float32": 0, "float16": 1, "bfloat16": 30}
 

@@ -13,7 +13,7 @@ import numpy as np
 from plait.configs.experiment import ExperimentConfig
 from plait.configs.mesh import MeshConfig
 from plait.data.config import DataConfig
-from plait.data.tokenizer import ByteTokenizer
+from plait.data.tokenizers.tokenizer import ByteTokenizer
 from plait.kernels import Tokens
 from plait.models.channel_mixers.gated_mlp import GatedMLPConfig
 from plait.models.config import LMConfig

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from plait.data.tokenizer import ByteTokenizer
+from plait.data.tokenizers.tokenizer import ByteTokenizer
 from plait.launch import main
 from plait.models.config import LMConfig
 from plait.train.convert.exporting import home

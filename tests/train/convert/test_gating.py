@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from plait.data.tokenizer import ByteTokenizer
+from plait.data.tokenizers.tokenizer import ByteTokenizer
 from plait.kernels import Tokens
 from plait.launch import main
 from plait.models.build import BuildContext

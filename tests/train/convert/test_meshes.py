@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from plait.configs.mesh import MeshConfig
-from plait.data.tokenizer import ByteTokenizer
+from plait.data.tokenizers.tokenizer import ByteTokenizer
 from plait.launch import main
 from plait.models.lm import learned_shapes
 from plait.tests.train.common import different_arrays, launch

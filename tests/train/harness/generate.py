@@ -20,7 +20,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from plait.data.tokenizer import ByteTokenizer
+from plait.data.tokenizers.tokenizer import ByteTokenizer
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 MODEL, TASKS = GOLDEN / "llama", GOLDEN / "tasks"

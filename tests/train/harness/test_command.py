@@ -6,7 +6,7 @@ import json
 import pytest
 
 from plait.data.tasks.base import TASKS
-from plait.data.tokenizer import ByteTokenizer
+from plait.data.tokenizers.tokenizer import ByteTokenizer
 from plait.launch import main
 from plait.tests.train.common import program_of, tiny
 from plait.train.harness.asking import Asked, AskOptions

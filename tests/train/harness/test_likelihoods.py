@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from plait.configs.mesh import MeshConfig
-from plait.data.tokenizer import ByteTokenizer
+from plait.data.tokenizers.tokenizer import ByteTokenizer
 from plait.kernels import Tokens
 from plait.tests.models.common import quick_jit
 from plait.tests.tolerances import assert_close

@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from plait.data.bpe import train_bpe
-from plait.data.tokenizer import END_OF_TEXT, ByteTokenizer
+from plait.data.tokenizers.bpe import train_bpe
+from plait.data.tokenizers.tokenizer import END_OF_TEXT, ByteTokenizer
 from plait.tests.data.conftest import make_texts
 from plait.train.harness.answers import Wanted
 from plait.train.harness.texts import Ends, Texts

@@ -12,9 +12,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from plait.data.tokenizer import TOKENIZER_FILE, Tokenizer
-from plait.data.tokenizer_files import CONFIG_FILE
-from plait.data.tokenizer_json import JsonTokenizer
+from plait.data.tokenizers.files import CONFIG_FILE
+from plait.data.tokenizers.tokenizer import TOKENIZER_FILE, Tokenizer
+from plait.data.tokenizers.tokenizer_json import JsonTokenizer
 from plait.train.convert.gguf.file import TYPES, Entry, GGUFFile
 from plait.train.convert.gguf.names import FREQUENCIES, architecture_of, config_of, tensor_name
 from plait.train.convert.gguf.tokenizer import tokenizer_files

@@ -8,7 +8,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
-from plait.data.tokenizer import byte_level
+from plait.data.tokenizers.tokenizer import byte_level
 from plait.train.convert.gguf.names import ENDS
 from plait.train.convert.weights import ConvertError
 

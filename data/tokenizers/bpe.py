@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from tokenizers import models, pre_tokenizers, trainers
 
 from plait.data.config import BYTE_VOCAB, DataError
-from plait.data.tokenizer import BYTE_CHARS, END_OF_TEXT, byte_level
-from plait.data.tokenizer_json import JsonTokenizer, split_long
+from plait.data.tokenizers.tokenizer import BYTE_CHARS, END_OF_TEXT, byte_level
+from plait.data.tokenizers.tokenizer_json import JsonTokenizer, split_long
 
 WORD_BYTES = 256
 """Longer words (text without spaces, as some scripts, base64 or DNA are) are learned from in parts: learning is quadratic in their length."""

@@ -10,8 +10,8 @@ from plait.configs.components import ConfigError
 from plait.configs.files import read_json
 from plait.data.cache import checksum
 from plait.data.config import DataError
-from plait.data.tokenizer import META_FILE, TOKENIZER_FILE, ByteTokenizer, Tokenizer, TokenizerMeta
-from plait.data.tokenizer_json import JsonTokenizer
+from plait.data.tokenizers.tokenizer import META_FILE, TOKENIZER_FILE, ByteTokenizer, Tokenizer, TokenizerMeta
+from plait.data.tokenizers.tokenizer_json import JsonTokenizer
 
 CONFIG_FILE = "tokenizer_config.json"
 """In which published tokenizers name their end token."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plait.data.config import DataError
-from plait.data.readers import FORMATS, Document, Fields, Span, documents, ending
+from plait.data.sources.readers import FORMATS, Document, Fields, Span, documents, ending
 
 log = logging.getLogger("plait.data")
 

@@ -15,10 +15,10 @@ import numpy as np
 from plait.data.batch import Batch
 from plait.data.config import DataConfig, DataError
 from plait.data.loader import Data, Reading, ReadRows
-from plait.data.readers import Document
-from plait.data.schedule import Schedule, Share
+from plait.data.mixture.schedule import Schedule, Share
 from plait.data.shards.prepared import Prepared, check_asked, is_prepared, open_prepared
-from plait.data.sources import Source, open_source
+from plait.data.sources.readers import Document
+from plait.data.sources.source import Source, open_source
 from plait.data.text import cache_of, keep_prepared_tokenizer, prepare_tokenizer
 
 

@@ -17,8 +17,8 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from plait.data import megatron
 from plait.data.config import DataError
+from plait.data.sources import megatron
 
 _PIECE = 1 << 16
 _BOM = b"\xef\xbb\xbf"

@@ -14,7 +14,7 @@ import tokenizers
 
 from plait.configs.files import parse_json
 from plait.data.config import DataError
-from plait.data.tokenizer import BYTE_CHARS, END_OF_TEXT, TOKENIZER_FILE, Tokenizer
+from plait.data.tokenizers.tokenizer import BYTE_CHARS, END_OF_TEXT, TOKENIZER_FILE, Tokenizer
 
 T = TypeVar("T")
 
