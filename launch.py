@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from plait.train.commands.status import exit_status
-from plait.train.console import Lines, prepare_streams
+from plait.train.terminal.console import Lines, prepare_streams
 
 USAGE = """usage: launch.py [--verbose] COMMAND ...
 

@@ -14,7 +14,7 @@ from plait.configs.components import Component, Registry, registries
 from plait.configs.presets import presets
 from plait.configs.vocabulary import with_vocabulary
 from plait.kernels import registered
-from plait.models.linear import dense_layers
+from plait.models.layers.linear import dense_layers
 from plait.models.lm import num_params
 from plait.models.mixers.base import HeadMixer, WrapperConfig, abstract
 

@@ -31,8 +31,8 @@ from plait.data.config import DataConfig
 from plait.kernels import registered
 from plait.models.attention_losses import AttentionLossConfig
 from plait.models.config import LMConfig
-from plait.models.layer_inputs import LayerInputsConfig
-from plait.models.lora import LoRAConfig
+from plait.models.layers.layer_inputs import LayerInputsConfig
+from plait.models.layers.lora import LoRAConfig
 from plait.models.mixers.base import WrapperConfig
 from plait.models.qk_clip import QKClipConfig
 from plait.train.pods.hosts.host import HostsOptions

@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
 MULTIPLE = 8.0
@@ -26,7 +25,7 @@ CHAINED = {"float64": 2.0**-46, "float32": 2.0**-18, "bfloat16": 2.0**-7}
 
 def one_rounding(dtype: Any) -> float:
     """The RMS relative error of rounding once to `dtype`."""
-    return float(ml_dtypes.finfo(dtype).eps) / 4
+    return float(jnp.finfo(dtype).eps) / 4
 
 
 def rms_error(actual: Any, exact: Any) -> float:

@@ -15,7 +15,7 @@ from plait.kernels.reflections import orthonormal_rows
 from plait.models.axes import Axes
 
 if TYPE_CHECKING:
-    from plait.models.lora import LoRAConfig
+    from plait.models.layers.lora import LoRAConfig
 
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 SigmaReparam = Literal["spectral", "one"]

@@ -12,8 +12,8 @@ from plait.models.attention_losses import AttentionLossConfig
 from plait.models.build import Norm, NormKind, SigmaReparam
 from plait.models.channel_mixers.base import ChannelMixerConfig
 from plait.models.channel_mixers.gated_mlp import GatedMLPConfig
-from plait.models.layer_inputs import LayerInputsConfig
-from plait.models.lora import LoRAConfig
+from plait.models.layers.layer_inputs import LayerInputsConfig
+from plait.models.layers.lora import LoRAConfig
 from plait.models.mixers.base import MIXERS, Direction, MixerConfig, WrapperConfig
 from plait.models.pattern import Periods, expand_pattern, find_periods, pattern_names, split_name
 from plait.models.positions.base import PositionConfig

@@ -17,12 +17,12 @@ from plait.models.axes import BATCH, EMBED, LENGTH, VOCAB, constrain
 from plait.models.block import Extras
 from plait.models.build import BuildContext, Keys, Moved
 from plait.models.config import LMConfig
-from plait.models.layer_inputs import LAYER_INPUTS, LayerInputs
-from plait.models.linear import Dense, dense_layers, start_singular_vectors
+from plait.models.layers.layer_inputs import LAYER_INPUTS, LayerInputs
+from plait.models.layers.linear import Dense, dense_layers, start_singular_vectors
+from plait.models.layers.lora import LoRAConfig
+from plait.models.layers.norms import make_norm
 from plait.models.look import Observer
-from plait.models.lora import LoRAConfig
 from plait.models.mixers.base import State
-from plait.models.norms import make_norm
 from plait.models.stack import Stack
 from plait.models.stream import Stream
 

@@ -16,7 +16,7 @@ from plait.models.block import Block, Extras
 from plait.models.build import BuildContext, Keys, NumberedKeys
 from plait.models.config import LMConfig
 from plait.models.flow import WHOLE_BATCH, Flow, flow
-from plait.models.grouped import GROUPED
+from plait.models.layers.grouped import GROUPED
 from plait.models.look import Observer
 from plait.models.mixers.base import State
 from plait.models.stream import Stream

@@ -21,10 +21,10 @@ import jax
 import pytest
 
 from plait import launch
-from plait.configs.cli import parse_experiment
-from plait.configs.options import split_options
+from plait.configs.command_line.cli import parse_experiment
+from plait.configs.command_line.options import split_options
+from plait.configs.command_line.words import parse
 from plait.configs.presets import presets
-from plait.configs.words import parse
 from plait.train.commands import convert, lm_eval
 from plait.train.commands.evaluate import parse as parse_eval
 from plait.train.commands.generate import GenerateArgs
@@ -241,7 +241,7 @@ for file in map(pathlib.Path, sys.argv[1:]):
 
 import jax, jax.numpy as jnp
 from flax import nnx
-from plait.configs.cli import parse_experiment
+from plait.configs.command_line.cli import parse_experiment
 from plait.configs.listing import registry
 from plait.kernels import Tokens
 from plait.launch import main

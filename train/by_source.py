@@ -11,9 +11,9 @@ from jax import Array
 from jax.sharding import Mesh
 
 from plait.data.loader import Data
-from plait.train.evaluate import Evaluation, Evaluator
+from plait.train.scoring.evaluate import Evaluation, Evaluator
 from plait.train.state import Arrays, Blueprint
-from plait.train.watchers import Memory
+from plait.train.watching.watchers import Memory
 
 
 def sums_by_source(rows: Array, sources: Array, count: int) -> Array:

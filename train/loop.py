@@ -17,11 +17,9 @@ from plait.configs.experiment import ExperimentConfig
 from plait.kernels.chips import peak_flops
 from plait.train import origin as origins
 from plait.train import run as runs
-from plait.train.actions import Actions, Rewind, check_told, watchers_of
 from plait.train.by_source import Meter, Validation, told_by_source
 from plait.train.checkpoint import CheckpointError, Checkpoints
 from plait.train.clock import Clock
-from plait.train.journal import Journal
 from plait.train.pods.hosts import heartbeat, together
 from plait.train.pods.hosts.failure import TrainingFailed
 from plait.train.pods.hosts.spread import Spread
@@ -33,9 +31,11 @@ from plait.train.run_folder import contents
 from plait.train.run_folder.gaps import gaps
 from plait.train.run_folder.probe_files import ATTENTION
 from plait.train.run_folder.trim import set_aside, trim_metrics
-from plait.train.spikes import SpikeWatch
 from plait.train.state import Arrays, TrainState
-from plait.train.watchers import Event, Memory, load_states, states
+from plait.train.watching.actions import Actions, Rewind, check_told, watchers_of
+from plait.train.watching.journal import Journal
+from plait.train.watching.spikes import SpikeWatch
+from plait.train.watching.watchers import Event, Memory, load_states, states
 
 log = logging.getLogger("plait")
 

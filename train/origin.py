@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from plait.configs import codec
-from plait.configs.cli import parse_experiment
-from plait.configs.exchange import take
+from plait.configs.command_line.cli import parse_experiment
+from plait.configs.command_line.exchange import take
 from plait.configs.experiment import ExperimentConfig
 from plait.configs.files import read_json
 from plait.configs.optimizer import optimizer
@@ -23,7 +23,7 @@ from plait.data.config import DataConfig
 from plait.data.tokenizers.files import load_tokenizer
 from plait.data.tokenizers.tokenizer import ByteTokenizer, Tokenizer
 from plait.models.config import LMConfig
-from plait.models.linear import start_singular_vectors
+from plait.models.layers.linear import start_singular_vectors
 from plait.models.lm import LM, fold
 from plait.train.convert.importing import ORIGINALS
 from plait.train.pods.hosts.together import decide, first, together

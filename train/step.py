@@ -13,7 +13,7 @@ import optax
 from plait.data.batch import Batch
 from plait.models.block import Extras, over_microbatches
 from plait.models.config import LMConfig
-from plait.models.linear import power_iterate
+from plait.models.layers.linear import power_iterate
 from plait.models.taps import Tapped
 from plait.train.by_source import sums_by_source
 from plait.train.loss import loss_terms

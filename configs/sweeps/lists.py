@@ -12,11 +12,11 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from plait.configs import words as options
-from plait.configs.cli import unchecked_experiment
+from plait.configs.command_line import words as options
+from plait.configs.command_line.cli import unchecked_experiment
+from plait.configs.command_line.exchange import component_flags
 from plait.configs.domains import shown
 from plait.configs.event import with_named
-from plait.configs.exchange import component_flags
 from plait.configs.experiment import ExperimentConfig
 from plait.configs.sweeps.rows import Rows, each, product, replaced, words
 

@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from plait.configs.words import flag
+from plait.configs.command_line.words import flag
 
 Row = Mapping[str, Any]
 """Values by the dotted key of `launch.py train`; a text is read as it would be there."""

@@ -14,7 +14,7 @@ from plait.configs.domains import Positive, Width
 from plait.models.axes import EMBED, MLP
 from plait.models.build import BuildContext
 from plait.models.channel_mixers.base import ChannelMixer, ChannelMixerConfig, MixedChannels, register
-from plait.models.linear import Dense
+from plait.models.layers.linear import Dense
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,

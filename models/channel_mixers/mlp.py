@@ -12,8 +12,8 @@ from plait.models.axes import EMBED, MLP
 from plait.models.build import BuildContext
 from plait.models.channel_mixers.base import ChannelMixer, ChannelMixerConfig, MixedChannels, register
 from plait.models.channel_mixers.gated_mlp import ACTIVATIONS, Activation
-from plait.models.linear import Dense
-from plait.models.token_shift import TokenShift
+from plait.models.layers.linear import Dense
+from plait.models.layers.token_shift import TokenShift
 
 
 @register("mlp", source="Attention Is All You Need (1706.03762); squared relu: Primer (2109.08668)")

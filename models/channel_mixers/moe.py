@@ -16,9 +16,9 @@ from plait.models.channel_mixers.base import ChannelMixer, ChannelMixerConfig, M
 from plait.models.channel_mixers.gated_mlp import ACTIVATIONS, Activation, GatedMLPConfig
 from plait.models.channel_mixers.mlp import MLPConfig
 from plait.models.divided import Over, divided
-from plait.models.grouped import grouped_dot
-from plait.models.linear import Dense
-from plait.models.norms import make_norm
+from plait.models.layers.grouped import grouped_dot
+from plait.models.layers.linear import Dense
+from plait.models.layers.norms import make_norm
 
 _TOKENS = (BATCH, LENGTH, None)
 _IN, _OUT = (EXPERTS, EMBED, MLP), (EXPERTS, MLP, EMBED)

@@ -18,7 +18,7 @@ from plait.models.hf.rope import read_rope, write_rope
 from plait.models.hf.transforms import Halves, Same, Transposed
 from plait.models.hf.values import Values
 from plait.models.hf.windows import FULL, WINDOW, read_windows, write_windows
-from plait.models.layer_inputs import LayerInputsConfig
+from plait.models.layers.layer_inputs import LayerInputsConfig
 from plait.models.positions.rotary import RotaryConfig
 from plait.models.positions.rotary_proportional import ProportionalRotaryConfig
 

@@ -16,7 +16,7 @@ from plait.configs.domains import Heads, SomeCoefficient, SomeHeads
 from plait.kernels import Tokens
 from plait.models.axes import EMBED
 from plait.models.build import BuildContext
-from plait.models.linear import Dense
+from plait.models.layers.linear import Dense
 from plait.models.mixers.around import AroundHeads
 from plait.models.mixers.base import HeadMixer, MixerConfig, WrapperConfig, abstract, register
 from plait.models.mixers.full.softmax import SoftmaxConfig

@@ -12,7 +12,7 @@ from plait.configs.domains import Base, Number
 from plait.kernels import Tokens
 from plait.models.build import BuildContext
 from plait.models.positions.base import Position, PositionConfig, register
-from plait.models.rope import frequencies, turn
+from plait.models.positions.rope import frequencies, turn
 
 
 @register("rotary", source="RoFormer (2104.09864)")

@@ -9,8 +9,8 @@ import numpy as np
 
 from plait.configs.domains import Number
 from plait.models.positions.base import register
+from plait.models.positions.rope import frequencies
 from plait.models.positions.rotary import RotaryConfig
-from plait.models.rope import frequencies
 
 
 @register("rotary_ntk", source="NTK-aware scaled RoPE, section 3.1 of YaRN (2309.00071)")

@@ -11,7 +11,7 @@ from plait.configs.domains import Base
 from plait.kernels import Tokens
 from plait.models.build import BuildContext
 from plait.models.positions.base import Position, PositionConfig, register
-from plait.models.rope import frequencies
+from plait.models.positions.rope import frequencies
 
 
 @register("sinusoidal", source="Attention Is All You Need (1706.03762)")

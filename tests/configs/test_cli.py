@@ -2,8 +2,8 @@
 
 import pytest
 
-from plait.configs.cli import parse_experiment
 from plait.configs.codec import decode, encode, leaves
+from plait.configs.command_line.cli import parse_experiment
 from plait.configs.experiment import ExperimentConfig
 from plait.configs.listing import TABLES
 from plait.configs.presets import preset

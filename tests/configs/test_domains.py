@@ -17,7 +17,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from plait.configs import codec
-from plait.configs.cli import parse_experiment
+from plait.configs.command_line.cli import parse_experiment
+from plait.configs.command_line.words import flag
 from plait.configs.components import Config, ConfigError, children
 from plait.configs.domains import Domain, Number, Text, Whole, check_leaves, choices, divisors, domain_of, hints_of, shown
 from plait.configs.experiment import ExperimentConfig
@@ -28,7 +29,6 @@ from plait.configs.probe import ProbeConfig
 from plait.configs.spike import SpikeConfig
 from plait.configs.sweeps.search import SearchConfig
 from plait.configs.sweeps.stopping import StopConfig
-from plait.configs.words import flag
 from plait.data.config import DataConfig
 from plait.data.mixture.config import SourceConfig
 from plait.launch import main

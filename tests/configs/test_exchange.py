@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from plait.configs.command_line.exchange import component_flags, exchanged, offers, take
 from plait.configs.components import unchecked
-from plait.configs.exchange import component_flags, exchanged, offers, take
 from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.models.mixers.linear.gla import GLAConfig
 from plait.tests.configs.gadgets.deeper.winch import WinchConfig

@@ -30,7 +30,7 @@ from plait.data.mixture.config import SourceConfig
 from plait.data.tasks.mlm import MaskedLanguageTask
 from plait.models.attention_losses import AttentionLossConfig
 from plait.models.config import pattern_name
-from plait.models.lora import LoRAConfig
+from plait.models.layers.lora import LoRAConfig
 from plait.models.mixers.base import MixerConfig
 from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.models.mixers.linear.gla import GLAConfig

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from plait.configs.options import split_options
+from plait.configs.command_line.options import split_options
 
 
 @dataclasses.dataclass

@@ -7,7 +7,7 @@ import jax
 import pytest
 from flax import nnx
 
-from plait.configs.cli import parse_experiment
+from plait.configs.command_line.cli import parse_experiment
 from plait.configs.presets import preset, presets
 from plait.data.batch import Batch
 from plait.models.lm import LM, num_params

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from plait.configs.cli import parse_experiment
+from plait.configs.command_line.cli import parse_experiment
 from plait.configs.experiment import ExperimentConfig
 from plait.configs.presets import preset, presets
 from plait.configs.sweeps.base import SWEEPS

@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 import pytest
 import tyro
 
+from plait.configs.command_line.words import parse
 from plait.configs.components import Config
 from plait.configs.domains import Heads, Line, Number
-from plait.configs.words import parse
 from plait.launch import main
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from plait.kernels import Tokens
-from plait.models.cache import Cache, Slots
+from plait.models.layers.cache import Cache, Slots
 from plait.tests.models.common import left_padded
 
 

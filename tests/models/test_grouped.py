@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from plait.models.grouped import _BLOCK, _blocks, _ragged
+from plait.models.layers.grouped import _BLOCK, _blocks, _ragged
 from plait.tests.models.common import quick_jit
 from plait.tests.tolerances import assert_tree_close, in_float64
 

@@ -12,7 +12,7 @@ from plait.kernels import Tokens
 from plait.models.channel_mixers.gated_mlp import GatedMLPConfig
 from plait.models.channel_mixers.moe import MoEConfig
 from plait.models.config import LMConfig
-from plait.models.layer_inputs import LayerInputsConfig
+from plait.models.layers.layer_inputs import LayerInputsConfig
 from plait.models.lm import LM, num_params
 from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.models.positions.rotary_proportional import ProportionalRotaryConfig

@@ -12,7 +12,7 @@ from flax import nnx
 from plait.models.build import BuildContext
 from plait.models.channel_mixers.gated_mlp import GatedMLPConfig
 from plait.models.config import LMConfig
-from plait.models.linear import Dense, SpectralVector, dense_layers, leading_vectors, power_iterate, power_step
+from plait.models.layers.linear import Dense, SpectralVector, dense_layers, leading_vectors, power_iterate, power_step
 from plait.models.lm import LM, fold
 from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.models.mixers.moh import MoHConfig

@@ -7,8 +7,8 @@ import pytest
 from flax import nnx
 
 from plait.models.build import BuildContext
-from plait.models.linear import Dense
-from plait.models.lora import LoRAConfig
+from plait.models.layers.linear import Dense
+from plait.models.layers.lora import LoRAConfig
 from plait.tests.tolerances import assert_close
 
 IN, OUT, RANK = 24, 40, 5

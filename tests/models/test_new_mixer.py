@@ -12,8 +12,8 @@ import optax
 import pytest
 from flax import nnx
 
-from plait.configs.cli import parse_experiment
 from plait.configs.codec import decode, encode
+from plait.configs.command_line.cli import parse_experiment
 from plait.configs.probe import ProbeConfig
 from plait.kernels import Tokens
 from plait.models import mixers
@@ -35,10 +35,10 @@ import jax.numpy as jnp
 
 from plait.kernels import decay, decay_rows
 from plait.models.axes import EMBED, HEADS
-from plait.models.linear import Dense
+from plait.models.layers.linear import Dense
 from plait.models.mixers.base import HeadMixer, MixerConfig, register
 from plait.models.mixers.heads import join_heads, split_heads
-from plait.models.norms import RMSNorm
+from plait.models.layers.norms import RMSNorm
 
 
 @register("elu_attention", kind="linear", source="Transformers are RNNs (2006.16236)")

@@ -11,7 +11,7 @@ from flax import nnx
 from plait.kernels import Tokens
 from plait.models.build import BuildContext
 from plait.models.config import LMConfig
-from plait.models.decays import SharedBounds
+from plait.models.layers.decays import SharedBounds
 from plait.models.mixers.linear.hgrn2 import HGRN2Config
 from plait.models.mixers.moh import MoHConfig
 from plait.tests.models.common import build, quick_jit

@@ -14,12 +14,12 @@ from plait.tests.models.common import quick_jit
 from plait.tests.tolerances import assert_close
 from plait.tests.train.common import changed, program_of, random_batch, tiny, write_corpus
 from plait.train.checkpoint import Checkpoints
-from plait.train.evaluate import Evaluator
 from plait.train.loop import train
 from plait.train.loss import token_losses
 from plait.train.run import RunError, opened
 from plait.train.run_folder.contents import CHECKPOINTS
 from plait.train.run_folder.lines import METRICS
+from plait.train.scoring.evaluate import Evaluator
 from plait.train.step import make_step
 
 

@@ -94,7 +94,7 @@ def good(corpus, tmp_path):
 
 def assert_next_try_begins(words, capsys):
     """The folder is as free as a new one: the good command would start there without --resume, whatever its tokenizer."""
-    from plait.configs.cli import parse_experiment
+    from plait.configs.command_line.cli import parse_experiment
 
     for tokenizer in ([], ["--data.tokenizer", "bpe", "--data.vocab-size", "280"]):
         config = parse_experiment(words[1], [*words[2:], *tokenizer])
@@ -159,7 +159,7 @@ def test_broken_config_of_a_run_is_named(good, capsys):
 
 
 def test_run_without_a_checkpoint_is_named(good, capsys):
-    from plait.configs.cli import parse_experiment
+    from plait.configs.command_line.cli import parse_experiment
 
     words, out = good
     out.mkdir()
@@ -171,7 +171,7 @@ def test_run_without_a_checkpoint_is_named(good, capsys):
 
 
 def test_config_with_a_field_of_another_version_is_named(good, capsys):
-    from plait.configs.cli import parse_experiment
+    from plait.configs.command_line.cli import parse_experiment
 
     words, out = good
     out.mkdir()

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from plait.configs.cli import parse_experiment
+from plait.configs.command_line.cli import parse_experiment
 from plait.configs.spike import SpikeConfig
 from plait.launch import main
 from plait.models.lm import num_params
@@ -25,7 +25,7 @@ from plait.train.probes.base import chosen, statistics
 from plait.train.run_folder import seal
 from plait.train.run_folder.lines import read_metrics, series
 from plait.train.run_folder.probe_files import probe_files
-from plait.train.spikes import SpikeWatch
+from plait.train.watching.spikes import SpikeWatch
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from safetensors.numpy import load_file
 from plait.kernels import Tokens
 from plait.launch import main
 from plait.models.channel_mixers.moe import MoEConfig
+from plait.models.layers.lora import LoRAConfig
 from plait.models.lm import fold
-from plait.models.lora import LoRAConfig
 from plait.tests.models.common import quick_jit
 from plait.tests.tolerances import assert_close
 from plait.tests.train.common import changed, different_arrays, hybrid, program_of, random_batch, tiny

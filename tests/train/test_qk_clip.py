@@ -14,9 +14,9 @@ from plait.configs.probe import ProbeConfig
 from plait.kernels import Tokens
 from plait.models.build import BuildContext
 from plait.models.config import LMConfig
-from plait.models.linear import dense_layers
+from plait.models.layers.linear import dense_layers
+from plait.models.layers.lora import LoRAConfig
 from plait.models.look import Everyone
-from plait.models.lora import LoRAConfig
 from plait.models.mixers.full.mla import MLAConfig
 from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.models.mixers.linear.gla import GLAConfig

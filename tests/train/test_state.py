@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from plait.models.linear import SpectralVector
+from plait.models.layers.linear import SpectralVector
 from plait.tests.train.common import changed, different_arrays, program_of, routed, tiny
 from plait.train.state import create_state
 

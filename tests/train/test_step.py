@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from plait.configs.probe import ProbeConfig
-from plait.models.linear import power_step
+from plait.models.layers.linear import power_step
 from plait.tests.models.common import quick_jit
 from plait.tests.tolerances import assert_close
 from plait.tests.train.common import changed, different_arrays, hybrid, program_of, random_batch, routed, tiny

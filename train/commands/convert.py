@@ -12,14 +12,14 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.table import Table
 
+from plait.configs.command_line.options import split_options
+from plait.configs.command_line.words import flag, parse
 from plait.configs.domains import Counted, Line, Seed, Span
-from plait.configs.options import split_options
-from plait.configs.words import flag, parse
 from plait.train.commands.on_hosts import on_hosts
-from plait.train.console import console, write_lines
 from plait.train.convert.options import By, GatesConfig, ImportOptions
 from plait.train.pods.hosts import heartbeat
 from plait.train.pods.hosts.host import HostsError
+from plait.train.terminal.console import console, write_lines
 
 USAGE = """usage: launch.py convert inspect DIR|FILE.gguf
        launch.py convert import DIR|FILE.gguf RUN [--seq-len 4096]
@@ -251,7 +251,7 @@ def _reshape(options: ReshapeArgs, reshape: Any) -> None:
 
 
 def _rank(options: RankArgs) -> None:
-    from plait.train.convert.ranking import rank
+    from plait.train.convert.linearize.ranking import rank
 
     if options.keep is not None and options.keep_heads is not None:
         raise ValueError(f"keep={options.keep} layers and keep_heads={options.keep_heads} cannot both be; give one of them")
@@ -277,7 +277,7 @@ def _rank(options: RankArgs) -> None:
 
 
 def _linearize(options: LinearizeArgs, words: Sequence[str], transfer: Sequence[str], tune: Sequence[str]) -> int | None:
-    from plait.train.convert.linearizing import linearize
+    from plait.train.convert.linearize.linearizing import linearize
     from plait.train.convert.reshapes.linearize import Linearize
 
     how = Linearize(pattern=options.pattern, heads=options.heads, window_size=options.window_size)

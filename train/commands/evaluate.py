@@ -11,19 +11,19 @@ from typing import Annotated
 
 import tyro
 
+from plait.configs.command_line.options import split_options
+from plait.configs.command_line.words import parse as words_of
 from plait.configs.domains import LENGTH, Counted, Line, Steps
-from plait.configs.options import split_options
-from plait.configs.words import parse as words_of
 from plait.data.config import DataConfig
 from plait.data.loader import Data
 from plait.data.tasks.base import TASKS, Task
 from plait.train.by_source import Validation
 from plait.train.commands import lm_eval
 from plait.train.commands.results import keep
-from plait.train.evaluate import Evaluation
-from plait.train.held_out import OtherText, held_out, is_own
 from plait.train.run import Trained, opened
-from plait.train.scoreboard import show
+from plait.train.scoring.evaluate import Evaluation
+from plait.train.scoring.held_out import OtherText, held_out, is_own
+from plait.train.watching.scoreboard import show
 
 
 @dataclasses.dataclass(frozen=True)

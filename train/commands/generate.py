@@ -9,9 +9,9 @@ from typing import Annotated
 
 import tyro
 
+from plait.configs.command_line.words import parse
 from plait.configs.domains import Counted, Length, Part, Seed, Temperature, Vocabulary
-from plait.configs.words import parse
-from plait.train.console import write_text
+from plait.train.terminal.console import write_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +43,8 @@ def run(args: Sequence[str]) -> None:
 
 def continued(options: GenerateArgs) -> str:
     """The prompt and its continuation. Raises ValueError for a run that was not trained on text, or a prompt that is none."""
-    from plait.train.generate import Sampling, generate_text
     from plait.train.run import opened
+    from plait.train.scoring.generate import Sampling, generate_text
 
     sampling = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
     trained = opened(options.run, options.step)

@@ -11,9 +11,9 @@ import tyro
 from rich.table import Table
 from rich.text import Text
 
-from plait.configs.words import parse
-from plait.train.console import console
+from plait.configs.command_line.words import parse
 from plait.train.inspection.options import InspectOptions
+from plait.train.terminal.console import console
 
 
 @dataclasses.dataclass(frozen=True)

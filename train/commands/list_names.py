@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from plait.configs import listing
-from plait.train.console import console, notes
+from plait.train.terminal.console import console, notes
 
 _WIDE = 160
 """Columns from which a terminal gets every column of a wide table."""

@@ -12,13 +12,13 @@ from typing import Annotated, Any
 import tyro
 from rich.table import Table
 
+from plait.configs.command_line.words import parse
 from plait.configs.domains import Counted, Length, Line, Seed, Steps
 from plait.configs.files import write_atomically
-from plait.configs.words import parse
 from plait.train.commands.results import keep
-from plait.train.console import console
 from plait.train.harness.asking import Asked, AskOptions
 from plait.train.run import opened
+from plait.train.terminal.console import console
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
+from plait.configs.command_line.options import split_options
+from plait.configs.command_line.words import parse
 from plait.configs.domains import Name, Whole
-from plait.configs.options import split_options
-from plait.configs.words import parse
-from plait.train.console import console
+from plait.train.terminal.console import console
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ def run(args: Sequence[str]) -> None:
     if not {"-h", "--help"} & set(mine) and not any(word.split("=")[0] == "--target" for word in mine):
         raise ValueError(f"plan needs a --target\nknown targets:\n{KNOWN}")
     options = parse(PlanArgs, mine, prog="launch.py plan PRESET [train overrides]")  # --help ends here
-    from plait.configs.cli import parse_experiment
+    from plait.configs.command_line.cli import parse_experiment
     from plait.train.pods.plan.command import run_plan
 
     config = parse_experiment(rest[0], rest[1:], prog="launch.py plan")

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
+from plait.configs.command_line.options import split_options
+from plait.configs.command_line.words import parse
 from plait.configs.domains import Whole
-from plait.configs.options import split_options
-from plait.configs.words import parse
-from plait.train.console import console
 from plait.train.pods.hosts.supervise import DONE, STOPPED
+from plait.train.terminal.console import console
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ def run(args: Sequence[str]) -> int:
     mine, rest = split_options(PrepareArgs, args)
     options = parse(PrepareArgs, mine, prog="launch.py prepare PRESET [train overrides]")  # --help ends here
     from plait.configs import codec
-    from plait.configs.cli import parse_experiment
+    from plait.configs.command_line.cli import parse_experiment
     from plait.configs.experiment import ExperimentConfig
     from plait.train.prepare.pool import prepare
     from plait.train.run_folder.contents import CONFIG

@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from plait.configs.words import parse
-from plait.train.console import console
+from plait.configs.command_line.words import parse
+from plait.train.terminal.console import console
 
 EVERY = 30.0
 

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
+from plait.configs.command_line.options import split_options
+from plait.configs.command_line.words import parse
 from plait.configs.domains import Whole
-from plait.configs.options import split_options
-from plait.configs.words import parse
-from plait.train.console import console
+from plait.train.terminal.console import console
 
 
 @dataclasses.dataclass(frozen=True)

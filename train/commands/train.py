@@ -7,9 +7,9 @@ import re
 from collections.abc import Sequence
 
 from plait.train.commands.on_hosts import on_hosts
-from plait.train.console import console, show_text
-from plait.train.output import outliving_readers
 from plait.train.pods.hosts.supervise import DONE, ENDED, STOPPED
+from plait.train.terminal.console import console, show_text
+from plait.train.terminal.output import outliving_readers
 
 
 def run(args: Sequence[str]) -> int:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
+from plait.configs.command_line.options import split_options
+from plait.configs.command_line.words import parse
 from plait.configs.domains import Line, Name, Whole
-from plait.configs.options import split_options
-from plait.configs.words import parse
 from plait.train.commands.on_hosts import on_hosts
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from plait.train.console import console
+from plait.train.terminal.console import console
 
 
 def run(args: Sequence[str]) -> None:

@@ -11,8 +11,8 @@ from jax.sharding import Mesh
 
 from plait.kernels import Tokens
 from plait.train.convert.sample import pieces, rows_of
-from plait.train.evaluate import LOGITS_AT_ONCE
 from plait.train.mesh import on_mesh
+from plait.train.scoring.evaluate import LOGITS_AT_ONCE
 from plait.train.state import Arrays, Blueprint
 
 Model = tuple[Blueprint, Arrays, Arrays]

@@ -12,7 +12,7 @@ from plait.configs.mesh import MeshConfig
 from plait.models.config import Dtype
 
 By = Literal["recall", "far", "entropy", "gates"]
-"""How the need of a layer for full attention is measured: see `plait.train.convert.ranking`."""
+"""How the need of a layer for full attention is measured: see `plait.train.convert.linearize.ranking`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,11 +13,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from plait.configs.components import at as under
 from plait.kernels import Tokens
-from plait.train.generate import Place, Sampling, written
 from plait.train.harness.shapes import Shapes
 from plait.train.harness.texts import Ends
 from plait.train.mesh import on_mesh
 from plait.train.run import Trained
+from plait.train.scoring.generate import Place, Sampling, written
 from plait.train.state import Arrays
 
 _AT_ONCE = 32

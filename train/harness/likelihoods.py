@@ -14,10 +14,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from plait.data.batch import Batch
 from plait.kernels import Tokens
-from plait.train.evaluate import judged_losses
 from plait.train.harness.shapes import Shapes
 from plait.train.mesh import on_mesh
 from plait.train.run import Trained
+from plait.train.scoring.evaluate import judged_losses
 from plait.train.state import Arrays
 
 Pair = tuple[Sequence[int], Sequence[int]]

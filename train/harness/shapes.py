@@ -15,8 +15,8 @@ from plait.configs.experiment import ExperimentConfig
 from plait.kernels import Tokens
 from plait.models.axes import BATCH, LENGTH
 from plait.train.convert.sample import rows_of
-from plait.train.generate import padded
 from plait.train.mesh import spec, ways
+from plait.train.scoring.generate import padded
 
 _UNIT = 64
 """Tokens of the shortest row."""

@@ -28,8 +28,8 @@ from plait.data.tokenizers.tokenizer import Tokenizer
 from plait.train.pods.hosts.failure import TrainingFailed
 from plait.train.pods.hosts.supervise import Signals
 from plait.train.prepare.job import CLAIMS, Job, claim, is_held, is_made, read_job
-from plait.train.progress import format_seconds
 from plait.train.run_folder.owner import FolderInUse, FolderLost, owned
+from plait.train.terminal.progress import format_seconds
 
 log = logging.getLogger("plait")
 

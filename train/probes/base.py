@@ -18,7 +18,7 @@ from plait.models.look import Look
 from plait.models.taps import Place, Sums, Taps
 from plait.train.probes.statistic import Statistic
 from plait.train.probes.thresholds import ThresholdWatcher
-from plait.train.watchers import Watcher
+from plait.train.watching.watchers import Watcher
 
 if TYPE_CHECKING:
     from plait.train.report.run import Run

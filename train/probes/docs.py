@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from plait.configs.spike import SpikeConfig
 from plait.train.probes.base import chosen, statistics
-from plait.train.spikes import LossSpikes, SpikeWatch
-from plait.train.watchers import Watcher
+from plait.train.watching.spikes import LossSpikes, SpikeWatch
+from plait.train.watching.watchers import Watcher
 
 STATISTIC_HEAD = ("statistic", "of each", "unit", "meaning")
 METRIC_HEAD = ("metric", "definition")

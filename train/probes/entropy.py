@@ -15,8 +15,8 @@ from plait.train.probes.means import masked_mean, weights
 from plait.train.probes.statistic import Metric, Panel, Statistic, Threshold, Trend
 from plait.train.probes.thresholds import heads_of, mean
 from plait.train.probes.words import count
-from plait.train.spikes import LossSpikes
-from plait.train.watchers import Event, Values, Watcher
+from plait.train.watching.spikes import LossSpikes
+from plait.train.watching.watchers import Event, Values, Watcher
 
 THRESHOLD = 0.05
 """Share of log n below which the entropy of a head counts as collapsed."""

@@ -11,7 +11,7 @@ from plait.train.probes.base import Probe, register
 from plait.train.probes.residual import absolute_median
 from plait.train.probes.statistic import Metric, Panel, Statistic
 from plait.train.probes.words import ranges
-from plait.train.watchers import Event, Values, Watcher
+from plait.train.watching.watchers import Event, Values, Watcher
 
 ACTIVATION = 100.0
 """|x| above which an entry may be massive,"""

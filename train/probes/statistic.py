@@ -10,7 +10,7 @@ import numpy as np
 
 from plait.configs.probe import ProbeConfig
 from plait.models.mixers.base import HeadKind
-from plait.train.watchers import Values
+from plait.train.watching.watchers import Values
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

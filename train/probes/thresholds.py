@@ -9,7 +9,7 @@ import numpy as np
 
 from plait.models.mixers.base import HeadKind
 from plait.train.probes.statistic import Statistic
-from plait.train.watchers import Event, Values, Watcher
+from plait.train.watching.watchers import Event, Values, Watcher
 
 
 class ThresholdWatcher(Watcher):

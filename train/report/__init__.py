@@ -9,8 +9,9 @@ import matplotlib
 
 from plait.configs.files import write_atomically
 from plait.train.probes.statistic import Statistic
-from plait.train.report import attention, compared, curves, differences, maps, page, trends
+from plait.train.report import compared, page
 from plait.train.report.page import Markup, Section
+from plait.train.report.panels import attention, curves, differences, maps, trends
 from plait.train.report.run import Run, load_runs
 from plait.train.report.style import RC, Picture
 

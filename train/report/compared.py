@@ -4,8 +4,8 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from plait.train.report.curves import POSITIONS, SCALARS
 from plait.train.report.page import sentences, story, table
+from plait.train.report.panels.curves import POSITIONS, SCALARS
 from plait.train.report.run import Run, facts
 from plait.train.report.style import run_colour
 from plait.train.report.summary import columns, comparison, differences

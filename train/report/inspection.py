@@ -11,8 +11,9 @@ from plait.configs import codec
 from plait.train.inspection.inspecting import RESULTS, Found, Inspection
 from plait.train.inspection.needles import STATISTIC, TITLES
 from plait.train.probes.collect import describe_layers
-from plait.train.report import Markup, Section, attention, maps, page, tokens, write_page
-from plait.train.report.depth import by_depth
+from plait.train.report import Markup, Section, page, write_page
+from plait.train.report.panels import attention, maps, tokens
+from plait.train.report.panels.depth import by_depth
 from plait.train.report.run import Attention, Run, derived_events, quantity
 from plait.train.report.style import RC
 from plait.train.run_folder.probe_files import ProbeSeries

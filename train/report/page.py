@@ -8,8 +8,8 @@ from html import escape
 from typing import Any
 
 from plait.train.probes.docs import every_watcher
-from plait.train.report.curves import event_title
 from plait.train.report.kept import SCRIPT
+from plait.train.report.panels.curves import event_title
 from plait.train.report.run import Run, facts
 from plait.train.report.sheet import CSS
 from plait.train.report.style import Picture, kind_colour, run_colour

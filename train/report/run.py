@@ -15,9 +15,9 @@ import numpy as np
 from plait.configs.files import read_json
 from plait.train.probes.base import chosen, statistics
 from plait.train.probes.statistic import Panel, Statistic
-from plait.train.progress import format_seconds
 from plait.train.run_folder.lines import EVENTS, METRICS, read_events, read_lines, read_metrics, series
 from plait.train.run_folder.probe_files import ATTENTION, ProbeSeries, probe_files, read_npz, read_probes, step_of
+from plait.train.terminal.progress import format_seconds
 
 KINDS = ("full", "sparse", "linear", "parallel")
 """Kinds of layers in the order in which they are told of."""

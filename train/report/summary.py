@@ -8,7 +8,7 @@ import numpy as np
 from plait.train.probes.base import chosen, statistics
 from plait.train.probes.words import count
 from plait.train.report.run import Run, facts, final_loss, flatten, quantity
-from plait.train.spikes import LossSpikes
+from plait.train.watching.spikes import LossSpikes
 
 
 def summary(run: Run) -> dict[str, str]:

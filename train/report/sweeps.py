@@ -15,9 +15,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from plait.train.report import check_page, write_page
-from plait.train.report.costs import of_costs
-from plait.train.report.curves import smooth, thin
 from plait.train.report.page import Markup, Section, lead, table
+from plait.train.report.panels.costs import of_costs
+from plait.train.report.panels.curves import smooth, thin
 from plait.train.report.style import RC, Picture, panels, picture, run_colour, run_dash, short, step_axis, value_axis
 from plait.train.sweep import claims, fronts
 from plait.train.sweep.arms import LEVEL, RATE, Arm, Estimate, arms, baselines, difference, sensitivities

@@ -7,14 +7,14 @@ import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
-from plait.configs.options import split_options
+from plait.configs.command_line.options import split_options
+from plait.configs.command_line.words import flag, parse
 from plait.configs.presets import preset, presets
 from plait.configs.sweeps.base import SWEEPS, SweepConfig
 from plait.configs.sweeps.lists import multiplied
 from plait.configs.sweeps.rows import Rows, product, replaced, seeds
 from plait.configs.sweeps.search import Choice, SearchConfig, ranges
 from plait.configs.sweeps.stopping import StopConfig
-from plait.configs.words import flag, parse
 from plait.train.sweep.record import SWEEP, Sweep, asked, check, read
 from plait.train.sweep.runs import SweepError, resolved
 from plait.train.sweep.stopping import check as check_stopping

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from plait.configs import codec
-from plait.configs.cli import parse_experiment
+from plait.configs.command_line.cli import parse_experiment
 from plait.configs.components import ConfigError
 from plait.configs.errors import is_bad_input
 from plait.configs.experiment import ExperimentConfig
@@ -21,9 +21,9 @@ from plait.configs.presets import preset
 from plait.configs.sweeps.lists import PATTERN
 from plait.configs.sweeps.rows import Row, Rows, shown, words
 from plait.configs.vocabulary import check_vocabulary
-from plait.train.actions import watchers_of
 from plait.train.origin import settled
 from plait.train.probes.base import Probes
+from plait.train.watching.actions import watchers_of
 
 log = logging.getLogger("plait")
 

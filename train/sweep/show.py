@@ -13,7 +13,6 @@ from rich.live import Live
 from rich.table import Table
 
 from plait.configs.files import read_json
-from plait.train.progress import format_seconds
 from plait.train.run_folder.contents import ENVIRONMENT
 from plait.train.run_folder.lines import METRICS, read_lines
 from plait.train.sweep import claims, fronts
@@ -22,6 +21,7 @@ from plait.train.sweep.record import Sweep, read
 from plait.train.sweep.runs import Run
 from plait.train.sweep.table import varying
 from plait.train.sweep.trials import Search, trials
+from plait.train.terminal.progress import format_seconds
 
 _LIVE_SECONDS = 2.0
 _COLOURS = {

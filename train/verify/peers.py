@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable
 from functools import partial
@@ -32,9 +33,7 @@ def peers(name: str) -> dict[str, Peer]:
 
 
 def _jla(kind: str, form: str, x: Arrays) -> jax.Array:
-    from jla.ops import linear_attention
-
-    return linear_attention(kind, **x, impl=form)[0]
+    return importlib.import_module("jla.ops").linear_attention(kind, **x, impl=form)[0]
 
 
 def _jax_nn() -> dict[str, Peer]:

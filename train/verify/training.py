@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 
-from plait.configs.cli import parse_experiment
+from plait.configs.command_line.cli import parse_experiment
 from plait.configs.experiment import ExperimentConfig
 from plait.kernels import chosen
 from plait.kernels.dispatch import forget_chosen

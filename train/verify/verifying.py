@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import jax
 
 from plait.kernels.chips import chip_of
-from plait.train.console import console, notes
 from plait.train.mesh import make_mesh
 from plait.train.pods.hosts import hardware, together
 from plait.train.run import write_json
+from plait.train.terminal.console import console, notes
 from plait.train.verify.agreement import agreement, known
 from plait.train.verify.collectives import collectives
 from plait.train.verify.devices import devices, peak_here

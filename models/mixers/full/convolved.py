@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import jax
 
-from plait.models.cache import Cache
+from plait.models.layers.cache import Cache
+from plait.models.layers.short_conv import Convolving
 from plait.models.mixers.full.dot_product import DotProduct
-from plait.models.short_conv import Convolving
 
 
 class ConvolvedState(NamedTuple):

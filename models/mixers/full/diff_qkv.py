@@ -15,7 +15,7 @@ from plait.configs.domains import Channels, Factor, Heads
 from plait.kernels import Tokens
 from plait.models.axes import EMBED, HEADS, KV_HEADS, MLP
 from plait.models.build import BuildContext
-from plait.models.linear import Dense
+from plait.models.layers.linear import Dense
 from plait.models.mixers.base import register
 from plait.models.mixers.full.dot_product import DotProduct, PlacedConfig
 from plait.models.mixers.heads import expanded, require_divides

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from plait.models.axes import EMBED, HEADS, KV_HEADS
 from plait.models.build import BuildContext
-from plait.models.linear import Dense
+from plait.models.layers.linear import Dense
 from plait.models.mixers.base import register
 from plait.models.mixers.full.differential import Differential, Pairs
 from plait.models.mixers.full.dot_product import GroupedConfig

@@ -13,9 +13,9 @@ from plait.configs.domains import Channels, Epsilon, Heads
 from plait.kernels import Tokens, attention, attention_rows
 from plait.models.axes import KV_HEADS
 from plait.models.build import Buffer, BuildContext
+from plait.models.layers.norms import RMSNorm
 from plait.models.mixers.base import HeadMixer
 from plait.models.mixers.full.dot_product import DotProduct, GroupedConfig
-from plait.models.norms import RMSNorm
 
 
 class Pairs(NamedTuple):

@@ -17,7 +17,7 @@ from plait.kernels import Tokens, attention, attention_rows, column_mass, first_
 from plait.kernels.attention.bias import folded_columns
 from plait.models.axes import BATCH, EMBED, HEADS, KV_HEADS, LENGTH, constrain
 from plait.models.build import BuildContext
-from plait.models.linear import Dense
+from plait.models.layers.linear import Dense
 from plait.models.look import Selection
 from plait.models.mixers.base import Direction, MixerConfig
 from plait.models.mixers.full.weighted import Cached, mean_keys

@@ -14,7 +14,7 @@ from plait.kernels import Tokens, attention, attention_rows
 from plait.kernels.attention.bias import folded_columns
 from plait.models.axes import EMBED, HEADS, KV_HEADS
 from plait.models.build import BuildContext
-from plait.models.linear import Dense
+from plait.models.layers.linear import Dense
 from plait.models.mixers.base import HeadMixer, register
 from plait.models.mixers.full.dot_product import DotProduct, DotProductConfig
 from plait.models.mixers.full.weighted import mean_keys

@@ -10,7 +10,7 @@ from plait.configs.components import at as under
 from plait.kernels import Tokens
 from plait.models.axes import EMBED
 from plait.models.build import BuildContext
-from plait.models.linear import Dense
+from plait.models.layers.linear import Dense
 from plait.models.mixers.base import register
 from plait.models.mixers.full.dot_product import DotProduct, PositionsConfig
 from plait.models.mixers.full.weighted import QKV

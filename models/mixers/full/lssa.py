@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from plait.configs.domains import Whole
 from plait.kernels.weighted_attention import Rule, dot_products, over_sum
 from plait.models.build import BuildContext
+from plait.models.layers.norms import l2_normalize
 from plait.models.mixers.base import register
 from plait.models.mixers.full.by_rule import ByRule, RuleConfig
-from plait.models.norms import l2_normalize
 
 EARLY = 3
 """Rows from which nothing is subtracted: of so few keys none may stand out from the mean."""

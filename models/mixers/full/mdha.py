@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from plait.configs.domains import Taps
 from plait.models.axes import HEADS, KV_HEADS
 from plait.models.build import BuildContext
+from plait.models.layers.short_conv import ShortConv
 from plait.models.mixers.base import Direction, register
 from plait.models.mixers.full.convolved import Convolved
 from plait.models.mixers.full.dot_product import GroupedConfig
 from plait.models.mixers.full.weighted import QKV
-from plait.models.short_conv import ShortConv
 
 
 def near_identity(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:

@@ -11,7 +11,7 @@ import jax
 from plait.kernels import Tokens
 from plait.models.axes import EMBED, HEADS
 from plait.models.build import BuildContext
-from plait.models.linear import Dense
+from plait.models.layers.linear import Dense
 from plait.models.mixers.base import register
 from plait.models.mixers.full.dot_product import DotProduct, PlacedConfig
 

@@ -15,13 +15,13 @@ from plait.configs.domains import Channels, Epsilon, Heads
 from plait.kernels import Mask, SelectedBlocks, Tokens, attention, attention_rows, column_mass, first_masses
 from plait.models.axes import BATCH, EMBED, HEADS, KV_HEADS, LENGTH, constrain
 from plait.models.build import BuildContext
-from plait.models.cache import Slots
-from plait.models.linear import Dense
+from plait.models.layers.cache import Slots
+from plait.models.layers.linear import Dense
+from plait.models.layers.norms import RMSNorm
 from plait.models.look import GateValues
 from plait.models.mixers.base import Direction, HeadMixer, MixerConfig, register
 from plait.models.mixers.full.softmax import with_positions
 from plait.models.mixers.heads import join_heads, require_divides, split_heads
-from plait.models.norms import RMSNorm
 from plait.models.positions.rotary import RotaryConfig
 
 

@@ -14,12 +14,12 @@ from plait.kernels import Tokens
 from plait.kernels.weighted_attention import Rule, Seen, dot_products, softmax
 from plait.models.axes import BATCH, HEADS, LENGTH, constrain
 from plait.models.build import Buffer, BuildContext
-from plait.models.cache import Cache, Slots
-from plait.models.linear import Dense
+from plait.models.layers.cache import Cache, Slots
+from plait.models.layers.linear import Dense
+from plait.models.layers.norms import RMSNorm
 from plait.models.mixers.base import register
 from plait.models.mixers.full.by_rule import ByRule, RuleConfig
 from plait.models.mixers.heads import require_divides
-from plait.models.norms import RMSNorm
 from plait.models.positions.base import PositionConfig
 from plait.models.positions.rotary import RotaryConfig
 

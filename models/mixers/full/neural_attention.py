@@ -12,7 +12,7 @@ from plait.configs.domains import Channels
 from plait.kernels.weighted_attention import Rule, softmax
 from plait.models.axes import KV_HEADS
 from plait.models.build import BuildContext
-from plait.models.linear import Dense
+from plait.models.layers.linear import Dense
 from plait.models.mixers.base import Direction, register
 from plait.models.mixers.full.by_rule import ByRule, RuleConfig
 from plait.models.positions.base import PositionConfig

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from plait.kernels.weighted_attention import Rule, dot_products, softmax
 from plait.models.axes import EMBED, HEADS
 from plait.models.build import BuildContext
-from plait.models.linear import Dense
+from plait.models.layers.linear import Dense
+from plait.models.layers.norms import RMSNorm
 from plait.models.mixers.base import Direction, register
 from plait.models.mixers.full.by_rule import ByRule, RuleConfig
 from plait.models.mixers.full.lla import corrected
-from plait.models.norms import RMSNorm
 
 
 @register(

@@ -10,7 +10,7 @@ from flax import nnx
 from plait.configs.domains import Channels
 from plait.models.axes import EMBED, HEADS, KV_HEADS
 from plait.models.build import BuildContext
-from plait.models.linear import Dense
+from plait.models.layers.linear import Dense
 from plait.models.mixers.base import register
 from plait.models.mixers.full.differential import LayerWeighted, LayerWeightedConfig
 

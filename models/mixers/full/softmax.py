@@ -18,12 +18,12 @@ from plait.kernels.attention.bias import folded_columns
 from plait.kernels.attention.reference import capped
 from plait.models.axes import BATCH, EMBED, HEADS, KV_HEADS, LENGTH, constrain
 from plait.models.build import Buffer, BuildContext
-from plait.models.cache import Cache, Slots
-from plait.models.linear import Dense
+from plait.models.layers.cache import Cache, Slots
+from plait.models.layers.linear import Dense
+from plait.models.layers.norms import AnyNorm, RMSNorm, make_norm
 from plait.models.look import GateValues, LogitMap
 from plait.models.mixers.base import Direction, HeadMixer, MixerConfig, register
 from plait.models.mixers.heads import join_heads, require_divides, resolve_heads, split_heads
-from plait.models.norms import AnyNorm, RMSNorm, make_norm
 from plait.models.positions.base import POSITIONS, PositionConfig
 from plait.models.positions.rotary import RotaryConfig
 from plait.models.stream import CarryUse

@@ -10,7 +10,7 @@ import jax
 
 from plait.kernels import Mask, Tokens
 from plait.models.build import BuildContext
-from plait.models.cache import Cache, Slots
+from plait.models.layers.cache import Cache, Slots
 from plait.models.mixers.base import HeadMixer
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from plait.configs.domains import Channels, Heads
 from plait.models.axes import BATCH, EMBED, HEADS, constrain
 from plait.models.build import BuildContext
-from plait.models.linear import Dense
+from plait.models.layers.linear import Dense
 from plait.models.mixers.base import MixerConfig, register
 from plait.models.mixers.heads import resolve_heads
 from plait.models.mixers.linear.lightnet import NOTHING, share_of_sum

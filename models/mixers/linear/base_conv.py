@@ -11,9 +11,9 @@ from plait.configs.domains import Taps, Whole
 from plait.kernels import Tokens
 from plait.models.axes import BATCH, EMBED, HEADS, LENGTH, constrain
 from plait.models.build import BuildContext
-from plait.models.linear import Dense
+from plait.models.layers.linear import Dense
+from plait.models.layers.short_conv import ShortConv
 from plait.models.mixers.base import Mixed, Mixer, MixerConfig, register
-from plait.models.short_conv import ShortConv
 
 
 @register(

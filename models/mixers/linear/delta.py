@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from plait.kernels import Tokens, delta_rule, delta_rule_rows
 from plait.models.axes import EMBED, HEADS
 from plait.models.build import BuildContext
-from plait.models.decays import inverse_softplus_step, log_uniform_rate
-from plait.models.linear import Dense
+from plait.models.layers.decays import inverse_softplus_step, log_uniform_rate
+from plait.models.layers.linear import Dense
+from plait.models.layers.norms import l2_normalize
+from plait.models.layers.short_conv import ShortConv
 from plait.models.look import GateValues
 from plait.models.mixers.linear.recurrent import Recurrent, RecurrentState
-from plait.models.norms import l2_normalize
-from plait.models.short_conv import ShortConv
 
 
 class DeltaInputs(NamedTuple):

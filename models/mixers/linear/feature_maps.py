@@ -11,8 +11,8 @@ from flax import nnx
 
 from plait.models.axes import HEADS
 from plait.models.build import BuildContext
-from plait.models.linear import Dense
-from plait.models.norms import GroupNorm
+from plait.models.layers.linear import Dense
+from plait.models.layers.norms import GroupNorm
 
 MapName = Literal["elu", "identity", "relu", "dpfp", "rebased", "hadamard"]
 SIGNED: tuple[MapName, ...] = ("identity", "hadamard")

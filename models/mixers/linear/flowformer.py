@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from plait.configs.domains import Epsilon, Heads
 from plait.models.axes import EMBED, HEADS
 from plait.models.build import BuildContext
-from plait.models.linear import Dense
+from plait.models.layers.linear import Dense
 from plait.models.mixers.base import register
 from plait.models.mixers.heads import require_divides
 from plait.models.mixers.linear.feature_attention import FeatureAttention, FeatureConfig, Features, Weights

@@ -10,10 +10,10 @@ import jax
 from plait.configs.domains import Taps
 from plait.models.axes import EMBED, HEADS
 from plait.models.build import BuildContext
-from plait.models.linear import Dense
+from plait.models.layers.linear import Dense
+from plait.models.layers.short_conv import ShortConv
 from plait.models.mixers.base import HeadKind, HeadMixer, MixerConfig, register
 from plait.models.mixers.linear.channelwise import OPAQUE
-from plait.models.short_conv import ShortConv
 
 
 @register(

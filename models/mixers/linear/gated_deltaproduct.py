@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from plait.configs.domains import Whole
 from plait.kernels import Tokens
 from plait.models.build import BuildContext
+from plait.models.layers.norms import l2_normalize
 from plait.models.mixers.base import register
 from plait.models.mixers.linear.delta import Delta
 from plait.models.mixers.linear.gated_deltanet import GatedDeltaNetConfig
-from plait.models.norms import l2_normalize
 
 
 @register(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from plait.configs.domains import Channels, Coefficient, Epsilon, Factor, Heads
 from plait.models.axes import EMBED, HEADS
 from plait.models.build import BuildContext
-from plait.models.linear import Dense
+from plait.models.layers.linear import Dense
 from plait.models.mixers.base import MixerConfig, register
 from plait.models.mixers.heads import expanded, require_divides
 from plait.models.mixers.linear.recurrent import Decayed, Recurrent

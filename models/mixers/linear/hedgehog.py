@@ -8,12 +8,12 @@ from typing import Literal
 from plait.configs.domains import Base, Channels, Heads
 from plait.models.axes import EMBED, HEADS
 from plait.models.build import BuildContext
-from plait.models.linear import Dense
+from plait.models.layers.linear import Dense
 from plait.models.mixers.base import register
 from plait.models.mixers.heads import resolve_heads
 from plait.models.mixers.linear.feature_attention import FeatureAttention, FeatureConfig, Features
 from plait.models.mixers.linear.feature_maps import SoftmaxMap
-from plait.models.rope import rotate
+from plait.models.positions.rope import rotate
 
 
 @register(

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from plait.configs.domains import Epsilon, Factor
 from plait.models.axes import EMBED, HEADS
 from plait.models.build import BuildContext
-from plait.models.decays import LowerBound
-from plait.models.linear import Dense
+from plait.models.layers.decays import LowerBound
+from plait.models.layers.linear import Dense
 from plait.models.mixers.base import MixerConfig, register
 from plait.models.mixers.heads import expanded
 from plait.models.mixers.linear.channelwise import OPAQUE, Scanned

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from plait.configs.domains import Channels, Epsilon, Taps
 from plait.models.axes import EMBED, HEADS
 from plait.models.build import Buffer, BuildContext
-from plait.models.decays import LowerBound, SharedBounds, raised
-from plait.models.linear import Dense
+from plait.models.layers.decays import LowerBound, SharedBounds, raised
+from plait.models.layers.linear import Dense
+from plait.models.layers.short_conv import ShortConv
 from plait.models.mixers.base import MixerConfig, register
 from plait.models.mixers.heads import whole_heads
 from plait.models.mixers.linear.recurrent import Decayed, Recurrent
-from plait.models.short_conv import ShortConv
 from plait.models.stream import CarryUse
 
 BOUNDS = "lower_bounds"

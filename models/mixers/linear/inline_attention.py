@@ -12,7 +12,7 @@ from plait.configs.domains import Heads, Taps
 from plait.kernels import Tokens
 from plait.models.axes import EMBED, HEADS
 from plait.models.build import BuildContext
-from plait.models.linear import Dense
+from plait.models.layers.linear import Dense
 from plait.models.mixers.base import register
 from plait.models.mixers.heads import join_heads, require_divides
 from plait.models.mixers.linear.feature_attention import FeatureAttention, FeatureConfig, Weights

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from plait.configs.domains import Channels, Epsilon, Heads, Number, Taps
 from plait.models.axes import EMBED, HEADS
 from plait.models.build import BuildContext
-from plait.models.decays import inverse_softplus_step, log_uniform_rate
-from plait.models.linear import Dense
+from plait.models.layers.decays import inverse_softplus_step, log_uniform_rate
+from plait.models.layers.linear import Dense
 from plait.models.mixers.base import MixerConfig, register
 from plait.models.mixers.heads import resolve_heads
 from plait.models.mixers.linear.delta import Delta, DeltaInputs

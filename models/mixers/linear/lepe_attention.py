@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from plait.configs.domains import Base, Channels, Heads, Taps
 from plait.models.axes import EMBED, HEADS
 from plait.models.build import BuildContext
-from plait.models.linear import Dense
+from plait.models.layers.linear import Dense
 from plait.models.mixers.heads import join_heads, resolve_heads, split_heads
 from plait.models.mixers.linear.feature_attention import FeatureAttention, FeatureConfig
 from plait.models.mixers.linear.feature_maps import elu
 from plait.models.mixers.linear.local_conv import Lepe
-from plait.models.rope import rotate
+from plait.models.positions.rope import rotate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,12 +14,12 @@ from plait.configs.domains import Channels, Epsilon, Heads
 from plait.kernels import Tokens, chunking, decay
 from plait.models.axes import BATCH, EMBED, HEADS, constrain
 from plait.models.build import BuildContext
-from plait.models.linear import Dense
+from plait.models.layers.linear import Dense
+from plait.models.layers.norms import RMSNorm
 from plait.models.mixers.base import MixerConfig, register
 from plait.models.mixers.heads import join_heads, resolve_heads, split_heads
 from plait.models.mixers.linear.lrpe import Lrpe
 from plait.models.mixers.linear.recurrent import Decayed, Recurrent
-from plait.models.norms import RMSNorm
 
 NOTHING = -1e30
 """The logarithm of an empty sum; finite, so that differences and their gradients are."""

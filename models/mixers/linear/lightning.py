@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from plait.configs.domains import Channels, Epsilon, Heads
 from plait.models.axes import EMBED, HEADS
 from plait.models.build import Buffer, BuildContext
-from plait.models.linear import Dense
+from plait.models.layers.linear import Dense
 from plait.models.mixers.base import MixerConfig, register
 from plait.models.mixers.heads import resolve_heads
 from plait.models.mixers.linear.lrpe import Lrpe

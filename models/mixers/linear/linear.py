@@ -8,12 +8,12 @@ from typing import Literal
 from plait.configs.domains import Epsilon, Factor, Heads
 from plait.models.axes import EMBED, HEADS
 from plait.models.build import BuildContext
-from plait.models.linear import Dense
+from plait.models.layers.linear import Dense
+from plait.models.layers.norms import RMSNorm
 from plait.models.mixers.base import register
 from plait.models.mixers.heads import expanded, require_divides
 from plait.models.mixers.linear.feature_attention import FeatureAttention, FeatureConfig, Features
 from plait.models.mixers.linear.feature_maps import SIGNED, FeatureMap, MapName
-from plait.models.norms import RMSNorm
 
 
 @register(

@@ -14,7 +14,7 @@ from plait.kernels import Mask, attention, attention_rows, decay
 from plait.kernels.recurrence import with_ones
 from plait.models.axes import BATCH, HEADS, constrain
 from plait.models.build import BuildContext
-from plait.models.cache import Cache
+from plait.models.layers.cache import Cache
 from plait.models.mixers.base import HeadMixer, register
 from plait.models.mixers.full.dot_product import GroupedConfig
 from plait.models.mixers.full.softmax import QKV, Softmax, SoftmaxConfig

@@ -12,14 +12,14 @@ from plait.configs.domains import Channels, Epsilon, Factor, Taps
 from plait.kernels import selective_scan
 from plait.models.axes import EMBED, HEADS
 from plait.models.build import BuildContext
-from plait.models.decays import inverse_softplus_step
-from plait.models.linear import Dense
+from plait.models.layers.decays import inverse_softplus_step
+from plait.models.layers.linear import Dense
+from plait.models.layers.norms import RMSNorm
+from plait.models.layers.short_conv import ShortConv
 from plait.models.look import GateValues
 from plait.models.mixers.base import MixerConfig, register
 from plait.models.mixers.heads import expanded
 from plait.models.mixers.linear.channelwise import OPAQUE, Channelwise
-from plait.models.norms import RMSNorm
-from plait.models.short_conv import ShortConv
 
 
 @register(

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 from plait.configs.domains import Channels, Epsilon, Factor, Heads, Positive, Taps
 from plait.models.axes import EMBED, HEADS
 from plait.models.build import BuildContext
-from plait.models.decays import inverse_softplus_step, log_uniform_rate
-from plait.models.linear import Dense
+from plait.models.layers.decays import inverse_softplus_step, log_uniform_rate
+from plait.models.layers.linear import Dense
+from plait.models.layers.norms import RMSNorm
+from plait.models.layers.short_conv import ShortConv
 from plait.models.mixers.base import MixerConfig, register
 from plait.models.mixers.heads import expanded, join_heads, require_divides, split_heads
 from plait.models.mixers.linear.recurrent import Recurrent
-from plait.models.norms import RMSNorm
-from plait.models.short_conv import ShortConv
 
 _PROJECTIONS = ("z", "x", "B", "C", "dt")
 

@@ -16,11 +16,11 @@ from plait.configs.domains import Channels, Factor, Span
 from plait.kernels import LowRankBias, Mask, Tokens, attention, selective_scan
 from plait.models.axes import BATCH, EMBED, HEADS, LENGTH, constrain
 from plait.models.build import BuildContext
-from plait.models.cache import Cache, Slots
-from plait.models.linear import Dense
+from plait.models.layers.cache import Cache, Slots
+from plait.models.layers.linear import Dense
 from plait.models.mixers.base import HeadKind, HeadMixer, MixerConfig, register
 from plait.models.mixers.heads import expanded
-from plait.models.rope import rotate
+from plait.models.positions.rope import rotate
 
 THETA = 10_000.0
 """Base of the rotary bias."""

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 
 from plait.configs.domains import Epsilon
 from plait.models.build import BuildContext
+from plait.models.layers.norms import GroupNorm
 from plait.models.mixers.base import register
 from plait.models.mixers.heads import join_heads, split_heads
 from plait.models.mixers.linear.feature_attention import Weights
 from plait.models.mixers.linear.lepe_attention import LepeAttention, LepeConfig
-from plait.models.norms import GroupNorm
 
 
 @register(

@@ -19,12 +19,12 @@ from plait.kernels.online_memory import MemoryState, Rule, empty_memory
 from plait.kernels.recurrence import RecurrenceStats
 from plait.models.axes import BATCH, EMBED, HEADS, LENGTH, constrain
 from plait.models.build import BuildContext, fan_in_normal
-from plait.models.linear import Dense
+from plait.models.layers.linear import Dense
+from plait.models.layers.norms import RMSNorm, l2_normalize
+from plait.models.layers.short_conv import Convolving, ShortConv
 from plait.models.look import GateValues
 from plait.models.mixers.base import HeadMixer, MixerConfig
 from plait.models.mixers.heads import join_heads, resolve_heads, split_heads
-from plait.models.norms import RMSNorm, l2_normalize
-from plait.models.short_conv import Convolving, ShortConv
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

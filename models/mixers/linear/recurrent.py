@@ -15,12 +15,12 @@ from flax import nnx
 from plait.kernels import decay, decay_rows
 from plait.models.axes import BATCH, EMBED, HEADS, LENGTH, constrain
 from plait.models.build import BuildContext
-from plait.models.linear import Dense
+from plait.models.layers.linear import Dense
+from plait.models.layers.norms import RMSNorm
+from plait.models.layers.short_conv import Convolving
 from plait.models.look import GateValues
 from plait.models.mixers.base import HeadMixer
 from plait.models.mixers.heads import join_heads, split_heads
-from plait.models.norms import RMSNorm
-from plait.models.short_conv import Convolving
 
 OutputGate = Literal["silu", "sigmoid", "linear"]
 _ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {

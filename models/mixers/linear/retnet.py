@@ -10,11 +10,11 @@ import numpy as np
 from plait.configs.domains import Base, Epsilon, Factor, Heads
 from plait.models.axes import EMBED, HEADS
 from plait.models.build import BuildContext
-from plait.models.linear import Dense
+from plait.models.layers.linear import Dense
 from plait.models.mixers.base import MixerConfig, register
 from plait.models.mixers.heads import expanded, require_divides
 from plait.models.mixers.linear.recurrent import Decayed, Recurrent
-from plait.models.rope import rotate
+from plait.models.positions.rope import rotate
 
 
 @register(

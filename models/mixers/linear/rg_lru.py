@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from plait.configs.domains import Channels, Factor, Taps
 from plait.models.axes import EMBED, HEADS
 from plait.models.build import BuildContext
-from plait.models.linear import Dense
+from plait.models.layers.linear import Dense
+from plait.models.layers.short_conv import ShortConv
 from plait.models.mixers.base import MixerConfig, register
 from plait.models.mixers.heads import expanded, require_divides, split_heads
 from plait.models.mixers.linear.channelwise import OPAQUE, Scanned
-from plait.models.short_conv import ShortConv
 
 SHARPNESS = 8.0
 """c of the decay `a^(c r)`."""

@@ -15,13 +15,13 @@ from plait.configs.domains import Channels, Epsilon
 from plait.kernels import dplr, dplr_rows
 from plait.models.axes import EMBED, HEADS
 from plait.models.build import Buffer, BuildContext, Initializer, orthogonal
-from plait.models.linear import Dense
+from plait.models.layers.linear import Dense
+from plait.models.layers.norms import GroupNorm, l2_normalize
+from plait.models.layers.token_shift import TokenShift
 from plait.models.mixers.base import MixerConfig, register
 from plait.models.mixers.heads import split_heads, whole_heads
 from plait.models.mixers.linear.recurrent import Recurrent
-from plait.models.norms import GroupNorm, l2_normalize
 from plait.models.stream import CarryUse
-from plait.models.token_shift import TokenShift
 
 FIRST_VALUES = "rwkv7_values"
 """Name in the carry of the first layer's values."""

@@ -14,14 +14,14 @@ from plait.kernels.chunking import dot
 from plait.kernels.online_memory import Rule
 from plait.models.axes import BATCH, EMBED, HEADS, LENGTH, constrain
 from plait.models.build import BuildContext
-from plait.models.cache import Slots
-from plait.models.linear import Dense
+from plait.models.layers.cache import Slots
+from plait.models.layers.linear import Dense
+from plait.models.layers.norms import RMSNorm
 from plait.models.mixers.base import HeadKind, HeadMixer
 from plait.models.mixers.full.softmax import QKV
 from plait.models.mixers.heads import join_heads, split_heads
 from plait.models.mixers.linear.neural_memory import Gate, MemoryConfig, MemoryHeads
-from plait.models.norms import RMSNorm
-from plait.models.rope import rotate
+from plait.models.positions.rope import rotate
 
 TITLE = "Titans: Learning to Memorize at Test Time (2501.00663)"
 

@@ -13,13 +13,13 @@ from plait.kernels.chunking import dot
 from plait.kernels.memory_context import Learned, empty_context
 from plait.models.axes import EMBED, HEADS
 from plait.models.build import BuildContext
-from plait.models.linear import Dense
+from plait.models.layers.linear import Dense
+from plait.models.layers.norms import l2_normalize
 from plait.models.look import look
 from plait.models.mixers.base import HeadKind, Mixed, Mixer, register
 from plait.models.mixers.heads import join_heads, split_heads
 from plait.models.mixers.linear.titans import TITLE, MemoryGate, TitansConfig, TitansMemory
-from plait.models.norms import l2_normalize
-from plait.models.rope import rotate
+from plait.models.positions.rope import rotate
 
 
 @register("titans_mac", kind="linear", source=TITLE, proof="token by token in float64; the delta rule; three tokens by hand")

@@ -7,7 +7,7 @@ import dataclasses
 from plait.configs.domains import Span
 from plait.models.axes import EMBED, HEADS
 from plait.models.build import BuildContext
-from plait.models.linear import Dense
+from plait.models.layers.linear import Dense
 from plait.models.look import Look, look
 from plait.models.mixers.base import Mixed, Mixer, register
 from plait.models.mixers.heads import join_heads

@@ -15,14 +15,14 @@ from plait.configs.components import at as under
 from plait.configs.domains import Epsilon, Positive
 from plait.models.axes import EMBED, HEADS
 from plait.models.build import BuildContext
-from plait.models.linear import Dense
+from plait.models.layers.linear import Dense
+from plait.models.layers.norms import RMSNorm
 from plait.models.look import Look
 from plait.models.mixers.around import AroundHeads
 from plait.models.mixers.base import HeadKind, HeadMixer, Mixed, Mixer, MixerConfig, abstract, register
 from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.models.mixers.heads import join_heads, split_heads
 from plait.models.mixers.linear.mamba2 import Mamba2Config
-from plait.models.norms import RMSNorm
 from plait.models.stream import CarryUse
 from plait.models.taps import behind
 

@@ -8,7 +8,7 @@ from flax import nnx
 
 from plait.kernels.shapes import accumulation_dtype
 from plait.models.build import BuildContext
-from plait.models.linear import Dense
+from plait.models.layers.linear import Dense
 
 _PLACE_INIT = jax.nn.initializers.normal(0.02)
 

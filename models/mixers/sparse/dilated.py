@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from plait.configs.domains import Whole
 from plait.kernels import ChunkMask, Tokens, attention, attention_rows
 from plait.models.build import BuildContext
-from plait.models.cache import Slots
+from plait.models.layers.cache import Slots
 from plait.models.mixers.base import Direction, register
 from plait.models.mixers.sparse.masked import Masked, MaskedConfig
 from plait.models.positions.base import Position

@@ -13,12 +13,12 @@ from plait.kernels import LowRankBias, SelectedBlocks, Tokens, topk_blocks
 from plait.kernels.attention.bias import folded_columns
 from plait.models.axes import HEADS, KV_HEADS
 from plait.models.build import BuildContext
-from plait.models.linear import Dense
+from plait.models.layers.linear import Dense
+from plait.models.layers.norms import RMSNorm
 from plait.models.mixers.base import register
 from plait.models.mixers.full.dot_product import DotProduct, GroupedConfig
 from plait.models.mixers.heads import join_heads
 from plait.models.mixers.sparse.selecting import mean_past
-from plait.models.norms import RMSNorm
 
 
 @register(

@@ -12,9 +12,9 @@ from plait.kernels import SelectedBlocks, Tokens, index_divergence, topk_blocks
 from plait.kernels.shapes import accumulation_dtype
 from plait.models.axes import EMBED
 from plait.models.build import BuildContext, fan_in_normal, train_alone
-from plait.models.linear import Dense
+from plait.models.layers.linear import Dense
+from plait.models.layers.norms import GroupNorm
 from plait.models.mixers.heads import split_heads
-from plait.models.norms import GroupNorm
 from plait.models.positions.rotary import Rotary
 
 NORM_EPS = 1e-6

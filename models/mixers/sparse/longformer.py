@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 
 from plait.configs.domains import SomeSpan, Span, Whole
 from plait.kernels import GlobalMask, HeadMasks, Mask
-from plait.models.cache import Slots
+from plait.models.layers.cache import Slots
 from plait.models.mixers.base import Direction, register
 from plait.models.mixers.sparse.masked import MaskedConfig
 

@@ -15,7 +15,7 @@ import numpy as np
 from plait.kernels import ChunkMask, HeadMasks, Mask
 from plait.models.axes import HEADS, KV_HEADS
 from plait.models.build import BuildContext
-from plait.models.cache import Slots
+from plait.models.layers.cache import Slots
 from plait.models.mixers.full.dot_product import DotProduct, GroupedConfig
 from plait.models.mixers.full.weighted import QKV
 

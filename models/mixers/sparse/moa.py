@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Self
 
 from plait.configs.domains import Line, Number, SomeSpan, Span, Whole
 from plait.kernels import HeadMasks, Mask
-from plait.models.cache import Slots
+from plait.models.layers.cache import Slots
 from plait.models.mixers.base import Direction, register
 from plait.models.mixers.sparse.masked import MaskedConfig
 

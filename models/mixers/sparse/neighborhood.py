@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from plait.configs.domains import Span
 from plait.kernels import Mask, Tokens, attention, attention_rows
 from plait.models.build import BuildContext
-from plait.models.cache import Slots
+from plait.models.layers.cache import Slots
 from plait.models.mixers.base import Direction, register
 from plait.models.mixers.sparse.documents import document_lengths
 from plait.models.mixers.sparse.masked import Masked, MaskedConfig

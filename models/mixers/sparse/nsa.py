@@ -15,8 +15,8 @@ from plait.kernels.shapes import accumulation_dtype
 from plait.kernels.topk_blocks.whole_blocks import WholeBlocks
 from plait.models.axes import EMBED, HEADS, KV_HEADS
 from plait.models.build import BuildContext
-from plait.models.cache import Cache, Slots
-from plait.models.linear import Dense
+from plait.models.layers.cache import Cache, Slots
+from plait.models.layers.linear import Dense
 from plait.models.look import GateValues, Selection
 from plait.models.mixers.base import abstract, products, register
 from plait.models.mixers.full.dot_product import DotProduct

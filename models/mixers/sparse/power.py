@@ -7,7 +7,7 @@ import functools
 
 from plait.configs.domains import SomeSpan, Span
 from plait.kernels import PowerMask
-from plait.models.cache import Slots
+from plait.models.layers.cache import Slots
 from plait.models.mixers.base import register
 from plait.models.mixers.full.softmax import SoftmaxConfig
 

@@ -16,7 +16,7 @@ from plait.configs.domains import Span, Whole
 from plait.kernels import SelectedBlocks, Tokens, whole_blocks
 from plait.models.axes import BATCH, KV_HEADS, constrain
 from plait.models.build import BuildContext
-from plait.models.cache import Cache, current
+from plait.models.layers.cache import Cache, current
 from plait.models.mixers.full.dot_product import DotProduct, GroupedConfig
 
 Blocks = Annotated[int, Whole(1, 2**20)]

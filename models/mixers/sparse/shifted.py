@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from plait.configs.domains import Heads, SomeSpan, Span
 from plait.kernels import ChunkMask, HeadMasks
-from plait.models.cache import Slots
+from plait.models.layers.cache import Slots
 from plait.models.mixers.base import Direction, register
 from plait.models.mixers.sparse.masked import MaskedConfig
 

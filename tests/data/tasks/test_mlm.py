@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from plait.configs.cli import parse_experiment
+from plait.configs.command_line.cli import parse_experiment
 from plait.data.config import DataConfig
 from plait.data.loader import build_data
 from plait.data.tasks.mlm import MaskedLanguageTask

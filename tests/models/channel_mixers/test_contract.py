@@ -20,7 +20,7 @@ from plait.models.channel_mixers.base import CHANNEL_MIXERS, ChannelMixer, Chann
 from plait.models.channel_mixers.gated_mlp import GatedMLPConfig
 from plait.models.channel_mixers.mlp import MLPConfig
 from plait.models.channel_mixers.moe import MoEConfig
-from plait.models.linear import dense_layers
+from plait.models.layers.linear import dense_layers
 from plait.tests.models.common import quick_jit
 from plait.tests.tolerances import assert_close
 from plait.train import mesh as meshes

@@ -20,12 +20,12 @@ from plait.models.positions.alibi import ALiBiConfig, slopes
 from plait.models.positions.base import POSITIONS, PositionConfig
 from plait.models.positions.learned import LearnedConfig
 from plait.models.positions.relative import RelativeConfig
+from plait.models.positions.rope import turn
 from plait.models.positions.rotary import RotaryConfig
 from plait.models.positions.rotary_ntk import NTKRotaryConfig
 from plait.models.positions.rotary_proportional import ProportionalRotaryConfig
 from plait.models.positions.rotary_yarn import YarnRotaryConfig
 from plait.models.positions.sinusoidal import SinusoidalConfig
-from plait.models.rope import turn
 from plait.tests.models.common import layout, quick_jit
 from plait.tests.tolerances import assert_close
 

@@ -15,10 +15,10 @@ from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.tests.models.common import quick_jit
 from plait.tests.tolerances import assert_close
 from plait.tests.train.convert.reshapes import make_run, model_of
-from plait.train.convert.gating import Gated, streaming
+from plait.train.convert.linearize.gating import Gated, streaming
+from plait.train.convert.linearize.ranking import rank
+from plait.train.convert.linearize.recall_rows import ANSWER, CUE, recalling
 from plait.train.convert.options import GatesConfig
-from plait.train.convert.ranking import rank
-from plait.train.convert.recall_rows import ANSWER, CUE, recalling
 from plait.train.convert.weights import ConvertError
 from plait.train.run import opened
 

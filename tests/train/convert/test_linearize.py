@@ -13,10 +13,10 @@ from plait.models.positions.alibi import ALiBiConfig
 from plait.tests.tolerances import assert_close
 from plait.tests.train.common import different_arrays
 from plait.tests.train.convert.reshapes import layer, logits, make_run, model_of, reshaped
-from plait.train.convert.head_parts import head_parts
+from plait.train.convert.linearize.head_parts import head_parts
+from plait.train.convert.linearize.students import STUDENTS
 from plait.train.convert.reshapes.linearize import Linearize
 from plait.train.convert.reshapes.students import Students
-from plait.train.convert.students import STUDENTS
 from plait.train.convert.weights import ConvertError
 from plait.train.loop import train
 from plait.train.origin import parse_run

@@ -7,8 +7,8 @@ from plait.launch import main
 from plait.models.mixers.linear.gla import GLAConfig
 from plait.tests.tolerances import assert_close
 from plait.tests.train.convert.reshapes import LENGTH, make_run, model_of
+from plait.train.convert.linearize.ranking import rank
 from plait.train.convert.options import GatesConfig
-from plait.train.convert.ranking import rank
 from plait.train.convert.sample import num_ids_of
 from plait.train.convert.weights import ConvertError
 from plait.train.run import opened

@@ -9,7 +9,7 @@ import pytest
 from plait.configs.mesh import MeshConfig
 from plait.kernels import Tokens
 from plait.launch import main
-from plait.models.layer_inputs import LayerInputsConfig
+from plait.models.layers.layer_inputs import LayerInputsConfig
 from plait.models.mixers.full.diff import DiffConfig
 from plait.models.mixers.linear.hgrn2 import HGRN2Config
 from plait.models.positions.rotary import RotaryConfig

@@ -12,11 +12,11 @@ from plait.kernels import Tokens
 from plait.tests.models.common import quick_jit
 from plait.tests.tolerances import assert_close
 from plait.tests.train.common import hybrid, program_of, tiny
-from plait.train.generate import Sampling, generate_tokens
 from plait.train.harness.answers import Answers, Wanted
 from plait.train.harness.likelihoods import Likelihoods
 from plait.train.harness.shapes import Shapes
 from plait.train.run import Trained
+from plait.train.scoring.generate import Sampling, generate_tokens
 
 LONGEST = 40
 

@@ -10,7 +10,7 @@ from plait.kernels import Tokens
 from plait.tests.models.common import quick_jit
 from plait.tests.tolerances import assert_close
 from plait.tests.train.convert.reshapes import make_run, model_of
-from plait.tests.train.test_probes import look_at
+from plait.tests.train.probes.test_probes import look_at
 from plait.train.inspection.heads import InspectError, Masking
 from plait.train.inspection.looking import looking
 from plait.train.inspection.needles import Copying, NeedleConfig, Needles, Recall, needles_of, recalling

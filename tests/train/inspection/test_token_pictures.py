@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from plait.train.inspection.tokens import TokenByToken
-from plait.train.report import tokens
+from plait.train.report.panels import tokens
 from plait.train.report.style import RC
 
 

@@ -7,7 +7,7 @@ import pytest
 from plait.configs.probe import ProbeConfig
 from plait.tests.tolerances import assert_close
 from plait.tests.train.common import program_of, random_batch, tiny
-from plait.tests.train.test_probes import look_at
+from plait.tests.train.probes.test_probes import look_at
 from plait.train.probes.base import Probes, statistics
 from plait.train.step import make_step
 

@@ -18,7 +18,7 @@ from plait.models.mixers.linear.kda import KDAConfig
 from plait.models.mixers.moh import MoHConfig
 from plait.tests.models.common import layout
 from plait.tests.tolerances import assert_close
-from plait.tests.train.test_probes import look_at, measure
+from plait.tests.train.probes.test_probes import look_at, measure
 
 D_MODEL = 64
 

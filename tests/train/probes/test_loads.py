@@ -14,7 +14,7 @@ from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.models.mixers.moh import MoHConfig
 from plait.tests.models.common import layout
 from plait.tests.tolerances import assert_close
-from plait.tests.train.test_probes import look_at, measure
+from plait.tests.train.probes.test_probes import look_at, measure
 from plait.train.probes.base import PROBES
 from plait.train.probes.collect import probe_metrics
 from plait.train.probes.expert_load import COLLAPSE

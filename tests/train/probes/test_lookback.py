@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from plait.tests.tolerances import assert_close
-from plait.tests.train.test_probes import look_at, measure, on
+from plait.tests.train.probes.test_probes import look_at, measure, on
 
 
 def ratio(weights, documents, predicted):

@@ -3,7 +3,7 @@
 import numpy as np
 
 from plait.tests.tolerances import assert_close
-from plait.tests.train.test_probes import look_at, measure
+from plait.tests.train.probes.test_probes import look_at, measure
 
 
 def test_norms_by_hand():

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from plait.tests.tolerances import assert_close
-from plait.tests.train.test_probes import look_at, measure
+from plait.tests.train.probes.test_probes import look_at, measure
 from plait.train.probes.ranks import effective_rank
 
 

@@ -17,7 +17,7 @@ from plait.models.mixers.sparse.moba import MoBAConfig
 from plait.models.mixers.sparse.nsa import NSAConfig
 from plait.tests.models.common import layout, quick_jit
 from plait.tests.tolerances import assert_close
-from plait.tests.train.test_probes import look_at, measure, on
+from plait.tests.train.probes.test_probes import look_at, measure, on
 from plait.train.probes.base import Probes
 
 LENGTH = 6

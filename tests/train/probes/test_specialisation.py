@@ -4,7 +4,7 @@ import numpy as np
 
 from plait.tests.tolerances import assert_close
 from plait.tests.train.probes import dense
-from plait.tests.train.test_probes import look_at, measure, on
+from plait.tests.train.probes.test_probes import look_at, measure, on
 
 
 def test_by_hand():

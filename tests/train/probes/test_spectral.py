@@ -10,7 +10,7 @@ from flax import nnx
 
 from plait.configs.probe import ProbeConfig
 from plait.models.build import BuildContext
-from plait.models.linear import dense_layers, power_iterate, spectral_norm
+from plait.models.layers.linear import dense_layers, power_iterate, spectral_norm
 from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.models.mixers.linear.gated_deltanet import GatedDeltaNetConfig
 from plait.models.positions.alibi import ALiBiConfig

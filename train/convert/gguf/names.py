@@ -11,8 +11,8 @@ import numpy as np
 from plait.models.hf.base import Unfit
 from plait.models.hf.rope import write_rope
 from plait.models.hf.values import Values
+from plait.models.positions.rope import frequencies
 from plait.models.positions.rotary_llama3 import Llama3RotaryConfig
-from plait.models.rope import frequencies
 from plait.train.convert.gguf.file import GGUFFile
 from plait.train.convert.weights import ConvertError
 

@@ -15,9 +15,9 @@ from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.models.mixers.parallel.parallel import ParallelConfig
 from plait.models.mixers.transfer import TransferConfig
 from plait.models.pattern import expand_pattern
-from plait.train.convert.head_parts import HeadPart, head_parts
+from plait.train.convert.linearize.head_parts import HeadPart, head_parts
+from plait.train.convert.linearize.students import STUDENTS, Student
 from plait.train.convert.reshapes.base import Making, Reshape, Shapes, Subject, register, with_mixers
-from plait.train.convert.students import STUDENTS, Student
 from plait.train.convert.weights import ConvertError
 from plait.train.inspection.heads import named_heads
 

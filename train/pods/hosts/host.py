@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
+from plait.configs.command_line.options import split_options
+from plait.configs.command_line.words import parse
 from plait.configs.domains import Counted, Devices, Line, Seconds, Whole, check_leaves
-from plait.configs.options import split_options
-from plait.configs.words import parse
 
 PORT = 8476
 """The coordinator's, unless one is given."""

@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from plait.configs.command_line.options import split_options
+from plait.configs.command_line.words import parse
 from plait.configs.domains import is_line, shown
 from plait.configs.experiment import ExperimentConfig
 from plait.configs.files import write_atomically
-from plait.configs.options import split_options
-from plait.configs.words import parse
 from plait.train.pods.launch_files import gke, slurm, tpu_vm
 from plait.train.pods.launch_files.job import Job, checked_experiment
 from plait.train.pods.launch_files.machines import machines

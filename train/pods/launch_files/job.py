@@ -7,7 +7,7 @@ import itertools
 import shlex
 from collections.abc import Sequence
 
-from plait.configs.cli import parse_experiment
+from plait.configs.command_line.cli import parse_experiment
 from plait.configs.experiment import ExperimentConfig
 from plait.configs.vocabulary import with_vocabulary
 from plait.train.mesh import make_mesh

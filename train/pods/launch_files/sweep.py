@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from plait.configs.options import split_options
-from plait.configs.words import parse
+from plait.configs.command_line.options import split_options
+from plait.configs.command_line.words import parse
 from plait.train.commands.sweep import SweepArgs
 from plait.train.pods.launch_files.job import Job
 from plait.train.pods.launch_files.machines import Machines

@@ -10,7 +10,8 @@ from flax import nnx
 
 from plait.kernels import Tokens
 from plait.models.build import PRODUCTS, Buffer, BuildContext
-from plait.models.decays import LowerBound, log_uniform_rate
+from plait.models.layers.decays import LowerBound, log_uniform_rate
+from plait.models.layers.norms import l2_normalize
 from plait.models.mixers.linear.deltanet import DeltaNetConfig
 from plait.models.mixers.linear.gated_deltanet import GatedDeltaNetConfig
 from plait.models.mixers.linear.gated_deltaproduct import GatedDeltaProductConfig
@@ -20,7 +21,6 @@ from plait.models.mixers.linear.kda import KDAConfig
 from plait.models.mixers.linear.lightnet import LightNetConfig
 from plait.models.mixers.linear.lightning import LightningConfig
 from plait.models.mixers.linear.mamba2 import Mamba2Config
-from plait.models.norms import l2_normalize
 from plait.tests.models.common import layout, quick_jit
 from plait.tests.models.mixers.linear.layers import (
     AT,

@@ -9,7 +9,7 @@ import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from plait.configs.words import flag
+from plait.configs.command_line.words import flag
 from plait.tests.train.pods.launch_files.cases import IMAGE
 from plait.train.pods import launch_files
 from plait.train.pods.launch_files import gke

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from plait.configs.cli import parse_experiment
+from plait.configs.command_line.cli import parse_experiment
 from plait.tests.train.pods.launch_files.cases import SCRIPTS
 
 # Long options of sbatch, SLURM 22.05 to 25.05 (slurm.schedmd.com/sbatch.html).

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from plait.configs.cli import parse_experiment
+from plait.configs.command_line.cli import parse_experiment
 from plait.train.pods.plan.memory import saved_activations
 from plait.train.state import Blueprint
 
@@ -15,7 +15,7 @@ import threading, time
 from pathlib import Path
 import jax
 import numpy as np
-from plait.configs.cli import parse_experiment
+from plait.configs.command_line.cli import parse_experiment
 from plait.tests.train.common import random_batch
 from plait.train.program import Program
 from plait.train.mesh import batch_sharding, make_mesh

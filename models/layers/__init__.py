@@ -1,0 +1,1 @@
+"""Parts that layers are made of: projections, norms, convolutions, gates, caches."""
