@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.metadata
 import logging
 import os
 import sys
@@ -36,6 +37,7 @@ USAGE = """usage: launch.py [--verbose] COMMAND ...
   list presets|sweeps|mixers|channel-mixers|positions|optimizers|tasks|probes|kernels|model-types|reshapes [NAME ...]
 
 Results are written to standard output, all else to standard error. --verbose before COMMAND says more, such as why no other kernel ran.
+--version says which plait, jax and flax these are.
 """
 
 
@@ -69,6 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax's running commentary
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
+        return 0
+    if argv[0] == "--version":
+        print(", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("plait", "jax", "flax")))
         return 0
     name, rest = argv[0], argv[1:]
     if name not in COMMANDS:

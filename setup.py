@@ -19,5 +19,6 @@ folders = find_namespace_packages(include=[pattern for root in ROOTS for pattern
 setup(
     packages=["plait", *(f"plait.{name}" for name in folders if any(Path(*name.split(".")).glob("*.py")))],
     package_dir={"plait": "."},
+    package_data={"plait": ["py.typed"]},
     cmdclass={"build_py": BuildWithoutSetup},
 )

@@ -72,6 +72,14 @@ WRONG = {
         "x --rate 1",
         "'--rate' is not an option of 'p'; did you mean --inner.rate or --parts.0.rate or --parts.1.rate?",
     ),
+    "initials": (
+        "x --nh 3",
+        "'--nh' is not an option of 'p'; did you mean --inner.num-heads or --parts.0.num-heads or --parts.1.num-heads?",
+    ),
+    "a part of a name": (
+        "x --heads 3",
+        "'--heads' is not an option of 'p'; did you mean --inner.num-heads or --parts.0.num-heads",
+    ),
     "far from all": ("x --qqqq 1", "'--qqqq' is not an option of 'p'; 'p --help' lists them"),
     "no value": ("x --size", "size has no value; write one after --size, or --size=VALUE"),
     "a flag for a value": ("x --size --mode slow", "size has no value; write one after --size, or --size=VALUE"),
@@ -122,3 +130,12 @@ def test_every_command_answers_with_one_line_and_status_2(command, wrong, capsys
     printed = capsys.readouterr()
     assert printed.err.startswith("error: ") and printed.err.count("\n") == 1 and ";" in printed.err and not printed.out
     assert not any(tmp_path.iterdir())
+
+
+def test_version_and_the_help_of_train_need_no_preset(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("plait ")
+    with pytest.raises(SystemExit) as end:
+        main(["train", "--help"])
+    assert end.value.code == 0
+    assert "--optimizer.learning-rate" in capsys.readouterr().out

@@ -11,9 +11,14 @@ from plait.train.pods.hosts.supervise import DONE, ENDED, STOPPED
 from plait.train.terminal.console import console, show_text
 from plait.train.terminal.output import outliving_readers
 
+USUAL = "lm_quick"
+"""The preset of `make train`."""
+
 
 def run(args: Sequence[str]) -> int:
     """Trains here, or as one of several hosts in a process of its own that is watched."""
+    if args and args[0] in ("-h", "--help"):
+        args = [USUAL, "--help"]  # the options are those of every preset, the defaults its own
     if not args or (args[0].startswith("-") and not any(re.match("--init[-_]from(=|$)", word) for word in args)):
         raise ValueError(
             "train needs a preset first, as in 'launch.py train lm_quick', or --init-from RUN; 'launch.py list presets' shows presets"
