@@ -49,6 +49,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     Raises:
         ValueError: the axes do not multiply to the device count, or the slices do not divide the outermost axes.
     """
+    seen = devices is None
     devices = list(jax.devices() if devices is None else devices)
     sizes = {name: getattr(config, name) for name in AXES}
     rest = math.prod(size for size in sizes.values() if size is not None)
@@ -56,9 +57,24 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     used = math.prod(sizes.values())
     if used != len(devices) and not (config.data is not None and used < len(devices) and jax.process_count() == 1):
         product = " x ".join(f"mesh.{name}={getattr(config, name)}" for name in AXES)
-        raise ValueError(f"{product} must multiply to the {len(devices)} devices; leave mesh.data=None to fill them")
+        raise ValueError(
+            f"{product} must multiply to the {len(devices)} devices; leave mesh.data=None to fill them{_seen() if seen else ''}"
+        )
     grid = _torus(devices, sizes) if devices[0].platform == "tpu" and used == len(devices) else _line(devices[:used], sizes)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _seen() -> str:
+    """What JAX sees, and why that may be fewer devices than there are."""
+    device, hosts = jax.devices()[0], jax.process_count()
+    why = {
+        "cpu": "without the extra tpu or cuda, or its driver, JAX takes the CPU, of which "
+        "XLA_FLAGS=--xla_force_host_platform_device_count=8 makes 8",
+    }.get(device.platform, "CUDA_VISIBLE_DEVICES and the like hide devices" if device.platform == "gpu" else "")
+    joined = "" if hosts > 1 else "--hosts.* joins those of other hosts"
+    return f". JAX sees {len(jax.devices())} of kind {device.device_kind!r} on {hosts} host{'s' * (hosts > 1)}: " + "; ".join(
+        part for part in (why, joined) if part
+    )
 
 
 def _line(devices: Sequence[Any], sizes: Mapping[str, int]) -> np.ndarray:
