@@ -290,7 +290,7 @@ class _Loop:
         self.journal.events(self.actions.take(step, found))
         if statistics is not None:
             self.journal.probes(step, arrays)
-            values |= probe_metrics(arrays, self.probes)
+            values |= probe_metrics(arrays, self.probes, [layer["kind"] for layer in self.layers])
         if logging_now := _due(step, self.config.log_every) or step == self.config.steps:
             values |= {**self._speed(step), **self.meter.lap()}
         if logging_now or statistics is not None:

@@ -61,7 +61,10 @@ def shorter_than_a_row(folder):
 CORPORA = [empty, binary, latin, no_files, cut_parquet, broken_lines, other_field, shorter_than_a_row]
 FLAGS = {
     "batch that the mesh does not divide": ("--mesh.data 8 --data.batch-size 6", "must be a multiple of mesh data=8"),
-    "mesh that is not the devices": ("--mesh.data None --mesh.fsdp 3", "multiply to the 8 devices; leave mesh.data=None to fill them. JAX sees 8"),
+    "mesh that is not the devices": (
+        "--mesh.data None --mesh.fsdp 3",
+        "leave mesh.data=None to fill them. JAX sees 8",
+    ),
     "width that the mesh does not divide": ("--mesh.data 1 --mesh.fsdp 8 --model.d-model 36", "which mesh fsdp=8 must divide"),
     "vocabulary smaller than the tokenizer's": (
         "--model.vocab-size 100",

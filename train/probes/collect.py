@@ -31,11 +31,34 @@ def told(blueprint: Blueprint, observer: Probes) -> list[set[str]]:
     return [{*layer, *of_gradients} for layer in layers]
 
 
-def probe_metrics(arrays: Mapping[str, np.ndarray], probes: Sequence[Probe]) -> dict[str, float]:
-    """The metrics of the probes' statistics that have a value."""
+def probe_metrics(arrays: Mapping[str, np.ndarray], probes: Sequence[Probe], kinds: Sequence[str] = ()) -> dict[str, float]:
+    """The metrics of the probes' statistics that have a value.
+
+    Args:
+        arrays: of each statistic, `[L, ...]`.
+        probes: which declare them.
+        kinds: of each layer's mixer: where there are several, those of `attn/` are also told for the layers of each, as
+            `attn/linear/entropy_mean`.
+    """
     declared = statistics(probes)
-    metrics = {declared[name].metric: values for name, values in arrays.items() if not np.isnan(values).all()}
-    return {metric.name: float(metric.reduce(values)) for metric, values in metrics.items() if metric is not None}
+    metrics = {metric: arrays[name] for name, one in declared.items() if name in arrays and (metric := one.metric) is not None}
+    whole = {metric.name: (metric, values) for metric, values in metrics.items()}
+    by_kind = {
+        kind_name(metric.name, kind): (metric, values[[index for index, one in enumerate(kinds) if one == kind]])
+        for metric, values in metrics.items()
+        for kind in (sorted(set(kinds)) if len(set(kinds)) > 1 and metric.name.startswith(ATTENTION) else ())
+    }
+    there = {name: one for name, one in (whole | by_kind).items() if not np.isnan(one[1]).all()}
+    return {name: float(metric.reduce(values)) for name, (metric, values) in there.items()}
+
+
+ATTENTION = "attn/"
+"""Begins the names of metrics of what attention does."""
+
+
+def kind_name(metric: str, kind: str) -> str:
+    """The metric's name for the layers of a kind."""
+    return f"{ATTENTION}{kind}/{metric.removeprefix(ATTENTION)}"
 
 
 def describe_layers(config: LMConfig) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from plait.models.mixers.linear.mamba2 import Mamba2Config
 from plait.models.mixers.parallel.parallel import ParallelConfig
@@ -58,6 +59,19 @@ def test_metrics_are_over_the_heads_that_there_are():
     }
     assert found.keys() == expected.keys()
     np.testing.assert_allclose([found[k] for k in expected], list(expected.values()), rtol=1e-6)
+
+
+def test_layers_of_several_kinds_are_told_apart():
+    arrays = probe_arrays(statistics())
+    found = probe_metrics(arrays, chosen(), ["linear", "full"])
+    assert found.items() >= probe_metrics(arrays, chosen()).items()
+    assert found["attn/linear/entropy_mean"] == 2.0
+    assert found["attn/full/entropy_mean"] == pytest.approx(11 / 3)
+    assert found["attn/full/max_logit"] == 9.0
+    assert {name for name in found if "/linear/" in name} == {
+        f"attn/linear/{name}" for name in ("entropy_mean", "sink_rate", "decay_horizon")
+    }
+    assert probe_metrics(arrays, chosen(), ["full", "full"]) == probe_metrics(arrays, chosen())
 
 
 def test_nothing_measured_is_no_metric():

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from plait.train.probes.collect import ATTENTION, kind_name
 from plait.train.report.run import Run
 from plait.train.report.style import (
     INK,
@@ -194,6 +195,8 @@ def scalars(runs: Sequence[Run]) -> Picture | str:
     drawn = {
         one.metric.name for one in told if one.metric and one.panel and (one.panel.lines or one.panel.map or one.panel.trends)
     }
+    kinds = {layer["kind"] for run in runs for layer in run.layers}
+    drawn |= {kind_name(name, kind) for name in drawn if name.startswith(ATTENTION) for kind in kinds}  # panels tell kinds apart
     names = [name for name in SCALARS if name in logged] + sorted(
         name for name in logged if name not in (*SCALARS, *OFTEN, *drawn) and not name.startswith(POSITIONS)
     )
