@@ -30,8 +30,10 @@ from plait.train.commands.evaluate import parse as parse_eval
 from plait.train.commands.generate import GenerateArgs
 from plait.train.commands.inspect_run import InspectArgs
 from plait.train.commands.plan import PlanArgs
+from plait.train.commands.prepare import PrepareArgs
 from plait.train.commands.report import ReportArgs
 from plait.train.commands.sweep import SweepArgs
+from plait.train.commands.verify import VerifyArgs
 from plait.train.pods.hosts.host import host_options
 from plait.train.pods.plan.topology import parse_target
 from plait.train.sweep.asked import asked_for
@@ -105,6 +107,12 @@ def test_command_is_known_and_parses(command):
         options = parse(PlanArgs, mine, prog="launch.py plan")
         parse_experiment(preset, overrides)
         parse_target(options.target, options.slices)
+    elif name in ("prepare", "verify"):
+        options = {"prepare": PrepareArgs, "verify": VerifyArgs}[name]
+        mine, overrides = split_options(options, rest)
+        parse(options, mine, prog=f"launch.py {name}")
+        preset = overrides.pop(0) if name == "prepare" else "lm_tiny"
+        parse_experiment(preset, overrides)
     elif name == "list":
         from plait.configs import listing
 
