@@ -1,5 +1,6 @@
 """`prepare`: the same shards from any number of workers, whatever is killed; clear errors before and after."""
 
+import contextlib
 import filecmp
 import json
 import os
@@ -76,24 +77,34 @@ def test_shards_are_the_same_from_any_workers(lines, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_killed_again_and_again_it_ends_with_the_same_bytes(lines, tmp_path):
-    command = [*LAUNCH, "prepare", "lm_tiny", "--data.source", str(lines), "--out", str(tmp_path / "two"), "--shard-mib", "1"]
-    rng = random.Random(0)
+    command = [*LAUNCH, "prepare", "lm_tiny", "--data.source", str(lines), "--data.tokenizer", "bpe"]
+    command += ["--out", str(tmp_path / "two"), "--shard-mib", "1"]
+    rng, unfinished = random.Random(0), 0
     for turn in range(5):
         process = subprocess.Popen([*command, "--workers", str(1 + turn % 2)])
-        deadline = time.monotonic() + rng.uniform(4, 14)
-        while time.monotonic() < deadline and process.poll() is None:
-            time.sleep(0.1)
-            owners = [last_owner(claim(tmp_path / "two", name_of(number))) for number in range(6)]
-            if turn % 2 and (living := [owner for owner in owners if owner is not None and not owner.left and not owner.dead]):
-                os.kill(living[0].pid, signal.SIGKILL)  # a worker, which the others follow
-                break
+        deadline = time.monotonic() + 60
+        while not (living := making(tmp_path / "two")) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(rng.uniform(0, 2))
+        if turn % 2 and living:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(living[0].pid, signal.SIGKILL)  # a worker, which the other follows
+            time.sleep(rng.uniform(0, 2))
         process.kill()
         process.wait()
+        unfinished += not (tmp_path / "two" / "prepared.json").exists()
+    assert unfinished >= 3, "else nothing was killed in the middle"
     both = [subprocess.Popen(command) for _ in range(2)]  # as two machines
     assert [process.wait() for process in both] == [0, 0]
     once = [str(tmp_path / "one") if word == str(tmp_path / "two") else word for word in command]
     subprocess.run([*once, "--workers", "1"], check=True)
     assert_same(tmp_path / "one", tmp_path / "two")
+
+
+def making(folder):
+    """Who makes a shard now."""
+    owners = [last_owner(claim(folder, name_of(number))) for number in range(6)]
+    return [owner for owner in owners if owner is not None and not owner.left and not owner.dead]
 
 
 def test_what_cannot_be_prepared_is_said(lines, tmp_path, capsys):

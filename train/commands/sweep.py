@@ -70,7 +70,8 @@ def _run(args: Sequence[str]) -> int:
         if wanted.sweep.search is not None:
             console.print(show.space_table(wanted.sweep.search))
         if wanted.sweep.runs:
-            console.print(show.plan_table(wanted.sweep.runs, wanted.folder, Path("runs") / wanted.sweep.runs[0].config.name))
+            alone = Path("runs") / wanted.sweep.runs[0].config.name
+            console.print(show.plan_table(wanted.sweep.runs, wanted.folder, alone, console.width))
         return 0
     if options.status:
         show.watch(wanted.folder, read(wanted.folder), console)

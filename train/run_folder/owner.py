@@ -62,6 +62,11 @@ class Record:
     left: bool = False
 
     @property
+    def whose(self) -> tuple[str, ...]:
+        """The same for every record of one owner."""
+        return (self.host, self.machine, str(self.pid), self.born, self.since)
+
+    @property
     def dead(self) -> bool | None:
         """Whether the process is gone, None where that cannot be known from here."""
         if self.machine != _machine():
@@ -125,12 +130,15 @@ class _Owner:
             self._renew()
 
     def _renew(self, *, left: bool = False) -> None:
-        """Says that the owner lives (or has left), unless another has followed."""
+        """Says that the owner lives (or has left), unless another has followed, or begun in a folder of the same name."""
         with self._renewing, contextlib.suppress(OSError):  # what cannot be seen now is looked at again before the next write
             found = max(_numbers(self._path.parent), default=None)
-            if self._lost is None and found != self._number:
-                self._lost = "is gone" if found is None else f"now belongs to {_whose(self._path.with_name(_name(found)))}"
-            if self._lost is None:
+            there = None if found is None else _read(self._path.with_name(_name(found)))
+            if found is None:
+                self._lost = self._lost or "is gone"
+            elif found != self._number or (there is not None and there.whose != self._record.whose):  # or removed and begun anew
+                self._lost = self._lost or f"now belongs to {_whose(self._path.with_name(_name(found)))}"
+            if self._lost is None and there is not None:
                 self._record = dataclasses.replace(self._record, beat=self._record.beat + 1, left=left)
                 write_atomically(self._path, _text(self._record), durable=False)
                 self._sure = _now()

@@ -16,7 +16,7 @@ from plait.configs import codec
 from plait.train.sweep import claims
 from plait.train.sweep.record import Sweep
 from plait.train.sweep.runs import Run, SweepError
-from plait.train.sweep.table import varying
+from plait.train.sweep.table import together, varying
 
 SEEDS = ("seed", "data.seed")
 RATE = "optimizer.learning_rate"
@@ -79,7 +79,7 @@ def arms(folder: Path, sweep: Sweep, first: Sequence[str], metric: str, also: Se
             raise SweepError(f"{key!r} does not vary in this sweep{_near(key, known)}")
     keys: list[str] = []
     for key in dict.fromkeys([*first, *(key for key in known if key == RATE), *also, *known]):
-        if key in named or not any(_together(key, before, varied) for before in keys):
+        if key in named or not any(together(key, before, varied) for before in keys):
             keys.append(key)
     ended = {run.name: claims.outcome(folder, run) for run in sweep.runs}
     over = {name: one.metrics for name, one in ended.items() if one is not None and one.status in claims.ENDED}
@@ -161,11 +161,6 @@ def seeds_of(run: Run) -> tuple[Any, ...]:
     """What runs that are compared in pairs have alike."""
     leaves = codec.leaves(codec.encode(run.config))
     return tuple(leaves[key] for key in SEEDS)
-
-
-def _together(one: str, other: str, varied: Mapping[str, Mapping[str, Any]]) -> bool:
-    pairs = {(repr(values[one]), repr(values[other])) for values in varied.values()}
-    return len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs})
 
 
 def _is(value: Any, text: str) -> bool:

@@ -78,6 +78,15 @@ def read(folder: Path) -> Sweep:
     return dataclasses.replace(found, runs=tuple(every.values()))
 
 
+def mark(folder: Path) -> tuple[int, int] | None:
+    """Another one where the folder was removed and a sweep begun there anew; None where it holds none."""
+    try:
+        found = (folder / SWEEP).stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size
+
+
 def begun(folder: Path, sweep: Sweep) -> Sweep:
     """The sweep in `folder`, which is begun where there is none yet, by one of all that try.
 

@@ -6,8 +6,10 @@ import collections
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -19,7 +21,7 @@ from plait.train.sweep import claims, fronts
 from plait.train.sweep.claims import OVER
 from plait.train.sweep.record import Sweep, read
 from plait.train.sweep.runs import Run
-from plait.train.sweep.table import varying
+from plait.train.sweep.table import apart, varying
 from plait.train.sweep.trials import Search, trials
 from plait.train.terminal.progress import format_seconds
 
@@ -48,38 +50,37 @@ def space_table(search: Search) -> Table:
     return table
 
 
-def plan_table(runs: Sequence[Run], folder: Path, presets_run: Path) -> Table:
+def plan_table(runs: Sequence[Run], folder: Path, presets_run: Path, width: int | None = None) -> Table:
     """Each run with its size and work, and the time that it takes where the rate is known from runs that were done here.
 
     Args:
         folder: of the sweep, whether it has begun or not.
         presets_run: where a run of the preset alone may lie.
+        width: columns of the terminal; None for as many as the table needs.
     """
-    sizes = [_size(run) for run in runs]
-    rate, source = _rate(runs, [size["FLOPs"] for size in sizes], folder, presets_run)
-    table = Table(title=f"{len(runs)} runs; {source}")
-    keys = _head(table, runs, ["parameters", "tokens", "FLOPs", "time"])
-    for number, (run, size) in enumerate(zip(runs, sizes), start=1):
-        seconds = "–" if rate is None else format_seconds(size["FLOPs"] / rate)
-        table.add_row(
-            str(number), *keys[run.name], *(quantity(size[name]) for name in ("parameters", "tokens", "FLOPs")), seconds
-        )
-    work = sum(size["FLOPs"] for size in sizes)
+    sizes = {run.name: _size(run) for run in runs}
+    work = sum(size["FLOPs"] for size in sizes.values())
+    rate, source = _rate(runs, [size["FLOPs"] for size in sizes.values()], folder, presets_run)
+    time_of = lambda flops: "–" if rate is None else format_seconds(flops / rate)
+    cells = {
+        name: [*(quantity(size[key]) for key in ("parameters", "tokens", "FLOPs")), time_of(size["FLOPs"])]
+        for name, size in sizes.items()
+    }
+    table = _table(f"{len(runs)} runs; {source}", runs, ["parameters", "tokens", "FLOPs", "time"], cells, width)
     table.add_section()
-    blank = [""] * len(keys[runs[0].name])
-    together = "–" if rate is None else format_seconds(work / rate)
-    table.add_row("all", *blank, "", quantity(sum(size["tokens"] for size in sizes)), quantity(work), together)
+    together = [quantity(sum(size["tokens"] for size in sizes.values())), quantity(work), time_of(work)]
+    table.add_row("all", *[""] * (len(table.columns) - 4), *together)
     return table
 
 
-def status_table(folder: Path, sweep: Sweep) -> tuple[Table, bool]:
-    """How each run stands, and whether all are over."""
+def status_table(folder: Path, sweep: Sweep, width: int | None = None) -> tuple[Table, bool]:
+    """How each run stands, in so many columns, and whether all are over."""
     states = {run.name: claims.status(folder, run) for run in sweep.runs}
     counted = collections.Counter(states.values())
-    table = Table(title=f"{folder}: {tally(counted)}{_yet(folder, sweep)}")
-    keys = _head(table, sweep.runs, ["status", "step", "loss", "left", "host"])
-    for number, run in enumerate(sweep.runs, start=1):
-        table.add_row(str(number), *keys[run.name], *_standing(folder, run, states[run.name]), style=_COLOURS[states[run.name]])
+    cells = {run.name: _standing(folder, run, states[run.name]) for run in sweep.runs}
+    styles = {name: _COLOURS[state] for name, state in states.items()}
+    title = f"{folder}: {tally(counted)}{_yet(folder, sweep)}"
+    table = _table(title, sweep.runs, ["status", "step", "loss", "left", "host"], cells, width, styles)
     return table, all(state in OVER for state in states.values()) and not _yet(folder, sweep)
 
 
@@ -96,26 +97,43 @@ def tally(counted: Mapping[Any, int]) -> str:
 
 def watch(folder: Path, sweep: Sweep, console: Console) -> None:
     """Shows the table, on a terminal until all runs are over."""
-    table, over = status_table(folder, sweep)
+    table, over = status_table(folder, sweep, console.width)
     if not console.is_terminal:
         console.print(table)
         return
     with Live(table, console=console, auto_refresh=False) as live:
         while not over:
             time.sleep(_LIVE_SECONDS)
-            table, over = status_table(folder, read(folder) if sweep.search is not None else sweep)
+            table, over = status_table(folder, read(folder) if sweep.search is not None else sweep, console.width)
             live.update(table, refresh=True)
 
 
-def _head(table: Table, runs: Sequence[Run], more: Sequence[str]) -> dict[str, list[str]]:
-    """Adds the columns, and gives the cells of the keys in which runs differ."""
+def _table(
+    title: str,
+    runs: Sequence[Run],
+    more: Sequence[str],
+    cells: Mapping[str, Sequence[str]],
+    width: int | None,
+    styles: Mapping[str, str] = MappingProxyType({}),
+) -> Table:
+    """A line a run, by name: the keys in which runs differ, a column each or, where that is too wide, in one; then cells of `more`."""
     varied = varying(tuple(runs))
-    table.add_column("run", justify="right")
-    for key in next(iter(varied.values()), ()):
+    keys = list(next(iter(varied.values()), ()))
+    values = {name: ["–" if value is None else str(value) for value in found.values()] for name, found in varied.items()}
+    lines = [["run", *keys, *more], *([str(n), *values[run.name], *cells[run.name]] for n, run in enumerate(runs, start=1))]
+    if width is not None and sum(max(map(cell_len, column)) + 3 for column in zip(*lines)) + 1 > width:
+        told = apart(runs)
+        keys = ["what differs"]
+        lines[1:] = [[line[0], ", ".join(told[run.name]), *cells[run.name]] for line, run in zip(lines[1:], runs)]
+    table = Table(title=title)
+    table.add_column("run", justify="right", no_wrap=True)
+    for key in keys:
         table.add_column(key, overflow="fold")
     for name in more:
         table.add_column(name, justify="right", overflow="fold")
-    return {name: ["–" if value is None else str(value) for value in values.values()] for name, values in varied.items()}
+    for line, run in zip(lines[1:], runs):
+        table.add_row(*line, style=styles.get(run.name))
+    return table
 
 
 def _size(run: Run) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,28 @@ def varying(runs: tuple[Run, ...]) -> dict[str, dict[str, Any]]:
         values[run.name] = {key: leaves.get(key, run.overrides.get(key)) for key in keys}
     differing = [key for key in next(iter(values.values()), ()) if len({repr(one[key]) for one in values.values()}) > 1]
     return {name: {key: one[key] for key in differing} for name, one in values.items()}
+
+
+def apart(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """By run, which of its overrides set it apart, as `top_k=4`: without keys that vary only together with one before them."""
+    varied = varying(tuple(runs))
+    keys: list[str] = []
+    for key in next(iter(varied.values()), ()):
+        if not any(together(key, before, varied) for before in keys):
+            keys.append(key)
+    found = {}
+    for run in runs:
+        there = {key: varied[run.name][key] for key in keys if key in run.overrides}
+        last = [key.rpartition(".")[2] for key in there]
+        short = [key if last.count(end) > 1 else end for key, end in zip(there, last)]
+        found[run.name] = [f"{key}={value}" for key, value in zip(short, there.values())]
+    return found
+
+
+def together(one: str, other: str, varied: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether two keys change at the same runs."""
+    pairs = {(repr(values[one]), repr(values[other])) for values in varied.values()}
+    return len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs})
 
 
 def _column(values: list[Any]) -> pa.Array:

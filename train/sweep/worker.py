@@ -21,7 +21,7 @@ from plait.train.pods.hosts.supervise import DONE, FAILED, STOPPED
 from plait.train.run_folder.owner import FolderInUse, FolderLost, owned
 from plait.train.sweep import claims, table
 from plait.train.sweep.claims import OVER, Outcome
-from plait.train.sweep.record import Sweep, read
+from plait.train.sweep.record import Sweep, mark, read
 from plait.train.sweep.runs import Run
 from plait.train.sweep.stopping import Judge
 from plait.train.sweep.trials import propose
@@ -32,25 +32,30 @@ COMPILED, DATA = "compiled", "data"
 
 
 def work(folder: Path, number: int = 0, count: int = 1, failures: Mapping[str, int] | None = None) -> int:
-    """Trains runs of the sweep in `folder` that nobody has, and gives the exit status: done, failed where one is, or stopped by a signal.
+    """Trains runs of the sweep in `folder` that nobody has, and gives the exit status: done, failed where one is (or where the sweep is
+    gone from the folder), or stopped by a signal.
 
     Args:
         number: of this worker among the `count` on this machine, which begin at different runs: neighbours are alike, and the second of
             them finds its program compiled.
         failures: by run, when the command began; None where that is now.
     """
-    sweep = read(folder)
+    begun, sweep = mark(folder), read(folder)
     _share_programs(folder)
-    worker = _Worker(folder, sweep, claims.failures(folder, sweep.runs) if failures is None else failures)
+    worker = _Worker(folder, sweep, begun, claims.failures(folder, sweep.runs) if failures is None else failures)
     first = number * len(sweep.runs) // count
     for patient in (False, True):  # what others seem to have is watched at the end, which takes its time
         while True:
             runs = worker.sweep.runs
             for run in (*runs[first:], *runs[:first]):
+                if worker.is_lost():
+                    return FAILED
                 if worker.is_due(run) and (patient or claims.holder(folder, run) is None) and not worker.take(run):
                     return STOPPED
             if sweep.search is None:
                 break
+            if worker.is_lost():
+                return FAILED
             more = propose(folder, sweep.search, sweep.runs)
             worker.sweep = read(folder)
             if not more and len(worker.sweep.runs) == len(runs):
@@ -59,12 +64,19 @@ def work(folder: Path, number: int = 0, count: int = 1, failures: Mapping[str, i
 
 
 class _Worker:
-    def __init__(self, folder: Path, sweep: Sweep, failures: Mapping[str, int]):
-        self.folder, self.sweep = folder, sweep
+    def __init__(self, folder: Path, sweep: Sweep, begun: tuple[int, int] | None, failures: Mapping[str, int]):
+        self.folder, self.sweep, self._begun = folder, sweep, begun
         self.failures = failures
         """By run: one that has failed since is for the next command."""
         self.lost: set[str] = set()
         """Runs that this worker could not keep track of, as where the disk is full."""
+
+    def is_lost(self) -> bool:
+        """Whether the folder was removed, or another sweep begun there: nothing more may be written."""
+        if mark(self.folder) == self._begun:
+            return False
+        log.error("%s was removed, or begun anew; this worker ends", self.folder)
+        return True
 
     def is_due(self, run: Run) -> bool:
         """Whether it is not over, and has not failed since."""

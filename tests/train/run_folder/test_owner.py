@@ -215,3 +215,14 @@ def test_a_folder_that_was_removed_is_lost(monkeypatch, tmp_path):
         with pytest.raises(FolderLost, match="is gone"):
             check()
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_was_removed_and_begun_anew_is_lost_though_numbers_are_the_same(monkeypatch, tmp_path):
+    monkeypatch.setattr(owning, "SURE_SECONDS", 0.0)
+    with owned(tmp_path / "run") as check:
+        check()
+        (tmp_path / "run").rename(tmp_path / "moved")
+        path, record = elsewhere(tmp_path / "run")
+        with pytest.raises(FolderLost, match="now belongs to process 7 on far"):
+            check()
+    assert json.loads(path.read_text()) == dataclasses.asdict(record)

@@ -47,7 +47,7 @@ def test_twelve_runs_of_two_workers_that_are_killed_three_times_are_done_once_ea
         process = started(tmp_path, corpus, *words)
         before = len(seen)
         deadline = time.monotonic() + 600
-        while len(seen) < before + chance.randint(1, 2) and time.monotonic() < deadline:
+        while len(seen) < before + chance.randint(1, 2) and time.monotonic() < deadline and process.poll() is None:
             time.sleep(chance.random())
             now = finished(tmp_path)
             assert now.items() >= seen.items(), "what was done is done again"
@@ -108,7 +108,7 @@ def test_a_search_of_two_workers_that_are_killed_twice_proposes_each_trial_once(
     for wanted in (1, 4):
         process = started(tmp_path, corpus, *words)
         deadline = time.monotonic() + 600
-        while len(over(tmp_path)) < wanted and time.monotonic() < deadline:
+        while len(over(tmp_path)) < wanted and time.monotonic() < deadline and process.poll() is None:
             time.sleep(0.3)
         for pid in [*children(process.pid), process.pid]:
             os.kill(pid, signal.SIGKILL)

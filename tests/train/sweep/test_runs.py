@@ -6,7 +6,8 @@ import pytest
 
 from plait.configs.sweeps.rows import each, product, zipped
 from plait.launch import main
-from plait.train.sweep import runs
+from plait.tests.train.sweep.common import small
+from plait.train.sweep import runs, show
 from plait.train.sweep.runs import SweepError, resolved
 
 
@@ -82,6 +83,16 @@ def test_dry_run_shows_runs_and_starts_none(tmp_path, monkeypatch, capsys):
     assert main(["sweep", "lm_tiny", "--optimizer.learning-rate", "1e-3,3e-3", "--seeds", "2", "--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert "4 runs; no time: nothing was measured yet" in shown and "45.6K" in shown and list(tmp_path.iterdir()) == []
+
+
+def test_a_narrow_terminal_shows_in_one_column_what_sets_runs_apart(tmp_path, corpus):
+    rows = ["--optimizer.learning-rate", "1e-3,3e-3", "--model.mixers.softmax.num-heads", "1,2", "--seeds", "2"]
+    sweep = small(tmp_path, corpus, *rows)
+    narrow, _ = show.status_table(tmp_path, sweep, 80)
+    assert [column.header for column in narrow.columns] == ["run", "what differs", "status", "step", "loss", "left", "host"]
+    assert [*narrow.columns[1].cells][3] == "learning_rate=0.001, num_heads=2, seed=1"
+    wide, _ = show.status_table(tmp_path, sweep, 200)
+    assert "optimizer.learning_rate" in [column.header for column in wide.columns]
 
 
 @pytest.mark.parametrize(

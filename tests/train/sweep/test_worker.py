@@ -15,7 +15,7 @@ from plait.train.pods.hosts.supervise import DONE, FAILED
 from plait.train.run_folder import owner
 from plait.train.run_folder.lines import read_metrics
 from plait.train.run_folder.owner import owned
-from plait.train.sweep import claims
+from plait.train.sweep import claims, worker
 from plait.train.sweep.table import CSV, PARQUET
 from plait.train.sweep.worker import work
 
@@ -81,6 +81,20 @@ def test_a_worker_on_another_machine_is_taken_to_live_until_it_is_watched(tmp_pa
     record = owner.Record(host="another", machine="another", pid=1, born="1", since="now")
     path.write_text(json.dumps(dataclasses.asdict(record)))
     assert claims.status(tmp_path, run) == "running" and claims.holder(tmp_path, run).host == "another"
+
+
+def test_a_worker_whose_sweep_was_removed_and_begun_anew_writes_nothing_there(tmp_path, corpus, monkeypatch):
+    folder = tmp_path / "sweep"
+    small(folder, corpus, "--seed", "0,1,2", "--steps", "4")
+
+    def trained(config, judge):
+        folder.rename(tmp_path / "old")
+        small(folder, corpus, "--seed", "3,4", "--steps", "4")
+        raise owner.FolderLost("is gone")
+
+    monkeypatch.setattr(worker, "train", trained)
+    assert work(folder) == FAILED
+    assert not (folder / "runs").exists() and list((folder / "claims").glob("*")) == []
 
 
 @pytest.fixture

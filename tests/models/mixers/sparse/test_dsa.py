@@ -85,6 +85,12 @@ def test_in_the_warm_up_indexers_alone_are_trained():
     assert alone("sparse") == set() and alone("warm_up") == {"indexer"}
 
 
+def test_a_warm_up_goes_on_as_the_sparse_stage_and_with_no_other_attention():
+    config = DSAConfig.example()
+    weights = lambda **changes: dataclasses.replace(config, **changes).weights(48)
+    assert weights(stage="warm_up", index_loss=0.5) == weights() != weights(top_k=9)
+
+
 def divergence_inputs(length: int, dtype=jnp.float32) -> list[jax.Array]:
     random = np.random.default_rng(5)
     shapes = ((2, length, 3, 6), (2, length, 6), (2, length, 3), (2, length, 4, 8), (2, length, 2, 8))
