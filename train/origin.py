@@ -256,7 +256,7 @@ def _knows_its_length(model: LMConfig, lengths: Sequence[int]) -> bool:
 
 def _settled(model: LMConfig) -> dict[str, Any]:
     """A model's config with what follows from its width written out, and what training alone knows of mixers left out."""
-    mixers = {name: mixer.weights(model.d_model) for name, mixer in model.mixers.items()}
+    mixers = {name: mixer.from_weights(model.d_model) for name, mixer in model.mixers.items()}
     settled = lambda one: None if one is None else one.settled(model.d_model)
     channel_mixers = {name: settled(one) for name, one in model.channel_mixers.items()}
     return codec.encode(

@@ -87,7 +87,7 @@ class MixerConfig(Component, abc.ABC):
         """This config, settled, without what says how it is trained: configs of which these are equal compute the same."""
         return self.settled(d_model)
 
-    def weights(self, d_model: int) -> Self:
+    def from_weights(self, d_model: int) -> Self:
         """This config, settled, with what a run from its weights (`init_from`) may set otherwise at one value."""
         return self.settled(d_model)
 

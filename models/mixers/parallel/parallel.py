@@ -105,8 +105,8 @@ class ParallelConfig(MixerConfig):
     def settled(self, d_model: int) -> Self:
         return dataclasses.replace(self, parts=tuple(part.settled(d_model) for part in self.parts))
 
-    def weights(self, d_model: int) -> Self:
-        return dataclasses.replace(self, parts=tuple(part.weights(d_model) for part in self.parts))
+    def from_weights(self, d_model: int) -> Self:
+        return dataclasses.replace(self, parts=tuple(part.from_weights(d_model) for part in self.parts))
 
     def carries(self, d_model: int) -> tuple[CarryUse, ...]:
         return tuple(use for part in self.parts for use in part.carries(d_model))

@@ -67,8 +67,8 @@ class DSAConfig(MLAConfig):
     def function(self, d_model: int) -> DSAConfig:
         return dataclasses.replace(super().function(d_model), index_loss=1.0)
 
-    def weights(self, d_model: int) -> DSAConfig:
-        return dataclasses.replace(super().weights(d_model), stage="sparse", index_loss=1.0)
+    def from_weights(self, d_model: int) -> DSAConfig:
+        return dataclasses.replace(super().from_weights(d_model), stage="sparse", index_loss=1.0)
 
     def build(self, d_model: int, ctx: BuildContext) -> DSA:
         return DSA(self, d_model, ctx)

@@ -87,7 +87,7 @@ def test_in_the_warm_up_indexers_alone_are_trained():
 
 def test_a_warm_up_goes_on_as_the_sparse_stage_and_with_no_other_attention():
     config = DSAConfig.example()
-    weights = lambda **changes: dataclasses.replace(config, **changes).weights(48)
+    weights = lambda **changes: dataclasses.replace(config, **changes).from_weights(48)
     assert weights(stage="warm_up", index_loss=0.5) == weights() != weights(top_k=9)
 
 
