@@ -25,6 +25,7 @@ from plait.train.probes.base import chosen, statistics
 from plait.train.run_folder import seal
 from plait.train.run_folder.lines import read_metrics, series
 from plait.train.run_folder.probe_files import probe_files
+from plait.train.scoring.evaluate import Evaluator
 from plait.train.watching.spikes import SpikeWatch
 
 
@@ -341,7 +342,7 @@ def test_sigterm_while_validating_or_saving_still_saves(where, base, tmp_path, m
     """Whenever the signal comes, the step that `stopped and saved at step N` names is on disk."""
     from plait.train import loop
 
-    target = {"validation": (loop.Evaluator, "__call__"), "checkpoint": (loop.Checkpoints, "save")}[where]
+    target = {"validation": (Evaluator, "__call__"), "checkpoint": (loop.Checkpoints, "save")}[where]
     original = getattr(*target)
 
     def signalling(*args, **options):
