@@ -63,13 +63,14 @@ class Validation:
     """Scores what is held out, of a mixture each source alone; compiled once a source."""
 
     def __init__(self, blueprint: Blueprint, mesh: Mesh, data: Data):
-        self._parts = {name: part for name, part in (data.parts or {"": data}).items() if len(part.val)}
+        parts = data.parts or {"": data}
+        self._parts = {name: part for name, part in parts.items() if len(part.val)} or parts  # of nothing the evaluator says so
         self._evaluators = {name: Evaluator(blueprint, mesh, part) for name, part in self._parts.items()}
         self._mixed, self._task = bool(data.parts), data.config.task.name
 
     def __call__(self, params: Arrays, buffers: Arrays, limit: int | None = None) -> Evaluation:
         """Scores the first `limit` batches (all by default), of a mixture so many of all sources in proportion, one at least of each."""
-        total = sum(len(part.val) for part in self._parts.values())
+        total = sum(len(part.val) for part in self._parts.values()) or 1
         found: dict[str, Evaluation] = {}
         for name, part in self._parts.items():
             most = None if limit is None else max(1, round(limit * len(part.val) / total))

@@ -208,7 +208,7 @@ def test_report_of_a_full_run_is_self_contained_and_small(full_run):
     parsed = Page(text)
     assert all(address.startswith(("#", "data:image/png;base64,")) for address in parsed.addresses)
     assert "url(" not in text and "@import" not in text
-    assert parsed.tags.count("img") == len(list(path.parent.glob("*.png"))) == 29
+    assert parsed.tags.count("img") == len(list(path.parent.glob("*.png"))) == 31
     for part in ("41.3M", "8 × NVIDIA H100", "sink onset", "loss spike", "bits per byte", "decay horizon".capitalize()):
         assert part in text
 
