@@ -10,8 +10,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from plait.train.commands.status import exit_status
 from plait.train.terminal.console import Lines, prepare_streams
+from plait.train.terminal.status import exit_status
 
 USAGE = """usage: launch.py [--verbose] COMMAND ...
 

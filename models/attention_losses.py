@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from plait.configs.components import Config
 from plait.configs.domains import Coefficient, Number
-from plait.models.look import Look
+from plait.models.looks.look import Look
 
 _SMALL = 1e-12
 """Keeps gradients finite where a head's output, or what all heads do, is zero."""

@@ -17,11 +17,11 @@ from plait.models.build import BuildContext, Norm
 from plait.models.channel_mixers.base import ChannelMixerConfig, MixedChannels
 from plait.models.layers.layer_inputs import LayerGate, LayerInputsConfig
 from plait.models.layers.norms import AnyNorm, make_norm
-from plait.models.look import Look, Observer, Statistics, look
+from plait.models.looks.look import Look, Observer, Statistics, look
+from plait.models.looks.taps import everything, tapped
 from plait.models.mixers.base import Losses, Mixed, MixerConfig, State
 from plait.models.qk_clip import QKClipConfig
 from plait.models.stream import Carry, Stream
-from plait.models.taps import everything, tapped
 
 
 @jax.tree_util.register_dataclass

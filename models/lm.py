@@ -21,7 +21,7 @@ from plait.models.layers.layer_inputs import LAYER_INPUTS, LayerInputs
 from plait.models.layers.linear import Dense, dense_layers, start_singular_vectors
 from plait.models.layers.lora import LoRAConfig
 from plait.models.layers.norms import make_norm
-from plait.models.look import Observer
+from plait.models.looks.look import Observer
 from plait.models.mixers.base import State
 from plait.models.stack import Stack
 from plait.models.stream import Stream

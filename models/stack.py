@@ -17,10 +17,10 @@ from plait.models.build import BuildContext, Keys, NumberedKeys
 from plait.models.config import LMConfig
 from plait.models.flow import WHOLE_BATCH, Flow, flow
 from plait.models.layers.grouped import GROUPED
-from plait.models.look import Observer
+from plait.models.looks.look import Observer
+from plait.models.looks.taps import Tapped
 from plait.models.mixers.base import State
 from plait.models.stream import Stream
-from plait.models.taps import Tapped
 
 _SAVE = jax.checkpoint_policies
 _POLICIES = {

@@ -13,7 +13,7 @@ from plait.kernels import Tokens, cross_entropy
 from plait.models.axes import EMBED, VOCAB, constrain
 from plait.models.block import Extras
 from plait.models.lm import LM
-from plait.models.look import Observer
+from plait.models.looks.look import Observer
 
 
 def tokens_of(batch: Batch) -> Tokens:

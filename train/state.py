@@ -20,7 +20,7 @@ from plait.models.block import Extras
 from plait.models.build import Adapter, Alone, Role
 from plait.models.layers.lora import TARGETS
 from plait.models.lm import LM
-from plait.models.look import Observer
+from plait.models.looks.look import Observer
 from plait.train import mesh as meshes
 from plait.train.optimizers.precision import float32
 

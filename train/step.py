@@ -14,7 +14,7 @@ from plait.data.batch import Batch
 from plait.models.block import Extras, over_microbatches
 from plait.models.config import LMConfig
 from plait.models.layers.linear import power_iterate
-from plait.models.taps import Tapped
+from plait.models.looks.taps import Tapped
 from plait.train.by_source import sums_by_source
 from plait.train.loss import loss_terms
 from plait.train.mesh import on_mesh

@@ -24,9 +24,9 @@ from plait.train.probes.pictures import Pictures
 from plait.train.report.style import FAINT, INK, PAPER, RC, RUN_COLOURS
 from plait.train.run import opened
 from plait.train.run_folder.probe_files import read_probes
-from plait.train.sweep import claims
 from plait.train.sweep.record import read
 from plait.train.sweep.runs import Run
+from plait.train.sweep.workers import claims
 
 OUT = Path(__file__).with_suffix(".png")
 ROWS = 32

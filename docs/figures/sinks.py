@@ -17,8 +17,8 @@ from plait.train.probes.sinks import THRESHOLD
 from plait.train.report.style import FAINT, INK, MUTED, PAPER, RC, RUN_COLOURS
 from plait.train.run_folder.lines import EVENTS, read_lines
 from plait.train.run_folder.probe_files import read_probes
-from plait.train.sweep import claims
 from plait.train.sweep.record import read
+from plait.train.sweep.workers import claims
 
 OUT = Path(__file__).with_suffix(".png")
 PANELS = {

@@ -16,9 +16,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from plait.train.report.style import FAINT, INK, PAPER, RC, RUN_COLOURS
-from plait.train.sweep import claims
 from plait.train.sweep.arms import Arm, arms
 from plait.train.sweep.record import read
+from plait.train.sweep.workers import claims
 
 OUT = Path(__file__).with_suffix(".png")
 WARMUP = "optimizer.warmup_steps"

@@ -7,13 +7,13 @@ from typing import Any
 
 import jax
 
-from plait.kernels.masks.mask import Mask, Span, block_number
+from plait.kernels.masks.mask import BlockRule, Span, block_number
 
 Array = jax.Array
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChunkMask(Mask):
+class ChunkMask(BlockRule):
     """Keys of the query's own chunk, besides the sink tokens: `floor((i + shift) / C) == floor((j + kv_shift) / C)`.
 
     Chunks are counted from the segment's start. A shift moves their borders, so that the first chunk has `C - shift` tokens and nothing
@@ -43,11 +43,6 @@ class ChunkMask(Mask):
         if self.window_size is not None or self.right_window_size is not None:
             raise ValueError("ChunkMask has chunks for a window: leave window_size=None and right_window_size=None")
         super().__post_init__()
-
-    @property
-    def sees_all(self) -> bool:
-        """Nothing but causality hides a key."""
-        return False
 
     @property
     def alignment(self) -> int:

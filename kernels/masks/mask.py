@@ -131,6 +131,15 @@ class Mask:
         return (kv_positions < self.num_sink_tokens) & (distance >= 0)
 
 
+class BlockRule(Mask):
+    """Base of masks whose rule goes by blocks of tokens, counted from the segment's start."""
+
+    @property
+    def sees_all(self) -> bool:
+        """Nothing but causality hides a key."""
+        return False
+
+
 def block_number(positions: Array, block_size: int) -> Array:
     """The block of each position, none negative; in kernels too."""
     if block_size & (block_size - 1) == 0:

@@ -7,13 +7,13 @@ from typing import Any
 
 import jax
 
-from plait.kernels.masks.mask import Mask, Span, block_number
+from plait.kernels.masks.mask import BlockRule, Span, block_number
 
 Array = jax.Array
 
 
 @dataclass(frozen=True, kw_only=True)
-class PowerMask(Mask):
+class PowerMask(BlockRule):
     """PowerAttention: keys whose block lies 0 or a power of two blocks back, besides the window and the sink tokens.
 
     Blocks are counted from the segment's start. A query sees O(log T) blocks, and d layers reach every token less than 2^d blocks
@@ -31,11 +31,6 @@ class PowerMask(Mask):
         if not self.causal or self.dilation is not None or self.right_window_size is not None:
             raise ValueError("PowerMask looks back only: leave causal=True, dilation=None and right_window_size=None")
         super().__post_init__()
-
-    @property
-    def sees_all(self) -> bool:
-        """Nothing but causality hides a key."""
-        return False
 
     @property
     def alignment(self) -> int:

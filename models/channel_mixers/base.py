@@ -17,7 +17,7 @@ from flax import nnx
 from plait.configs.components import Component, Registry
 from plait.kernels import Tokens
 from plait.models.build import BuildContext
-from plait.models.look import Statistics
+from plait.models.looks.look import Statistics
 from plait.models.mixers.base import Losses, products
 
 

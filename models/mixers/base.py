@@ -22,9 +22,9 @@ from plait.configs.components import Component, Registry, at
 from plait.kernels import Tokens
 from plait.kernels.dispatch import Op, called_by
 from plait.models.build import PRODUCTS, BuildContext
-from plait.models.look import Look, Observer, look
+from plait.models.looks.look import Look, Observer, look
+from plait.models.looks.taps import tapped
 from plait.models.stream import Carry, CarryUse
-from plait.models.taps import tapped
 
 Kind = Literal["full", "linear", "sparse", "parallel"]
 HeadKind = Literal["attention", "state"]
@@ -309,7 +309,7 @@ class HeadMixer(Mixer):
         return self.attend(inputs, at=at, state=None)[0]
 
     def observe(self, inputs: Any, x: jax.Array, *, at: Tokens) -> dict[str, Any]:
-        """What the mixer alone can tell of looked-at sequences, for probes to read by name (see `plait.models.look`)."""
+        """What the mixer alone can tell of looked-at sequences, for probes to read by name (see `plait.models.looks.look`)."""
         return {}
 
     def auxiliary_losses(self, inputs: Any, x: jax.Array, *, at: Tokens) -> Losses:

@@ -13,12 +13,12 @@ from plait.configs.components import at as under
 from plait.configs.domains import Positive
 from plait.kernels import Tokens
 from plait.models.build import BuildContext, train_alone
-from plait.models.look import look
+from plait.models.looks.look import look
+from plait.models.looks.taps import tapped
 from plait.models.mixers.around import AroundHeads
 from plait.models.mixers.base import HeadMixer, Mixed, MixerConfig, WrapperConfig, abstract, products, register
 from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.models.mixers.linear.lolcats import LoLCATsConfig
-from plait.models.taps import tapped
 
 LOSS = "transfer"
 

@@ -8,30 +8,21 @@ A field that changes nothing fails.
 
 import dataclasses
 import functools
-import hashlib
 import json
-import re
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
-from flax import nnx
 
 from plait.configs.components import Component, children, registry_of
 from plait.configs.experiment import ExperimentConfig
 from plait.configs.listing import registry
 from plait.configs.mesh import MeshConfig
-from plait.data.loader import build_data
 from plait.data.mixture.config import SourceConfig
 from plait.data.tasks.mlm import MaskedLanguageTask
-from plait.kernels import Tokens
 from plait.models.attention_losses import AttentionLossConfig
-from plait.models.build import BuildContext
 from plait.models.config import pattern_name
 from plait.models.layers.lora import LoRAConfig
 from plait.models.mixers.base import MixerConfig
@@ -39,10 +30,18 @@ from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.models.mixers.linear.gla import GLAConfig
 from plait.models.mixers.sparse.blockrank import BlockRankConfig
 from plait.models.qk_clip import QKClipConfig
-from plait.tests.train.common import changed, get_leaf, program_of, random_batch, tiny, write_corpus
-from plait.train.loss import loss_terms
-from plait.train.probes.base import Probes
-from plait.train.step import make_step
+from plait.tests.configs.signs import (
+    SEQ_LEN,
+    data_signs,
+    folder_signs,
+    mesh_signs,
+    mixer_signs,
+    model_signs,
+    notices,
+    seen_alone,
+    step_signs,
+)
+from plait.tests.train.common import changed, get_leaf, tiny, write_corpus
 
 LOOP = {
     "init_from",
@@ -145,8 +144,6 @@ BEFORE: dict[str, dict[str, Any]] = {
 }
 """Options of a layer of the same mixer that must come before, by `mixer.field`."""
 
-SEQ_LEN, VOCAB = 32, 128
-
 
 def leaves(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """`(dotted path, annotated type)` of every leaf below a config dataclass; mixers and their like are walked on their own."""
@@ -178,92 +175,6 @@ def candidates(kind: Any, value: Any) -> list[Any]:
     if kind is float:
         return [0.5, 4.0, -1.0] if value is None else [value * 2, value / 2, value * 0.9, 0.5]
     return []
-
-
-def text_of(jaxpr: Any) -> str:
-    """A traced program as text without addresses, its constants by their bytes."""
-    constants = [hashlib.sha256(np.asarray(c).tobytes()).hexdigest() for c in jaxpr.consts if hasattr(c, "shape")]
-    return re.sub(r"0x[0-9a-f]+", "", str(jaxpr)) + "".join(constants)
-
-
-def model_signs(config: ExperimentConfig) -> Iterator[Callable[[], Any]]:
-    """What a model config decides, cheapest first."""
-    setup = program_of(config, VOCAB)
-    batch = random_batch(config.data.batch_size, config.data.seq_len, VOCAB)
-    like = setup.like
-
-    def loss(params, buffers):
-        return loss_terms(setup.blueprint.build(params, buffers), batch, total=jnp.float32(1), share=1.0, observer=None)[0]
-
-    yield lambda: str(jax.tree.map(lambda a: (a.shape, str(a.dtype)), like))
-    yield lambda: text_of(jax.make_jaxpr(loss)(like.params, like.buffers))
-    yield lambda: text_of(jax.make_jaxpr(setup.blueprint.init)())
-
-
-def alone_signs(mixer: MixerConfig) -> Iterator[Callable[[], Any]]:
-    """What a mixer decides in a layer of its own, which takes a fraction of the time of a model."""
-    causal = mixer.directions[0] == "causal"
-    ctx = lambda: BuildContext(layer_index=0, num_layers=1, rngs=nnx.Rngs(0), seq_len=SEQ_LEN, causal=causal)
-    graph, variables = nnx.split(nnx.eval_shape(lambda: mixer.build(64, ctx())))
-    at, x = Tokens(segment_ids=jnp.ones((1, SEQ_LEN), jnp.int32)), jnp.zeros((1, SEQ_LEN, 64))
-    yield lambda: str(jax.tree.map(lambda a: (a.shape, str(a.dtype)), variables))
-    yield lambda: text_of(jax.make_jaxpr(lambda v, x: nnx.merge(graph, v)(x, at=at, carry={}).y)(variables, x))
-
-
-def seen_alone(base: MixerConfig, other: MixerConfig) -> bool:
-    """Whether a layer alone tells two configs apart; where it cannot be built alone, a model must."""
-    try:
-        return notices(alone_signs, base, other)
-    except (KeyError, TypeError, ValueError):
-        return False
-
-
-def step_signs(config: ExperimentConfig) -> Iterator[Callable[[], Any]]:
-    """What the optimizer and probe configs decide."""
-    setup = program_of(config, VOCAB)
-    batch = random_batch(config.data.batch_size, config.data.seq_len, VOCAB)
-    observer = Probes(config.probe) if config.probe_every is not None else None
-    yield lambda: text_of(jax.make_jaxpr(make_step(setup.blueprint, setup.tx, setup.mesh, observer))(setup.like, batch))
-
-
-def mixer_signs(config: ExperimentConfig) -> Iterator[Callable[[], Any]]:
-    """What a model or mixer decides, the step last: some move buffers or parameters in it."""
-    yield from model_signs(config)
-    yield from step_signs(config)
-
-
-def mesh_signs(config: ExperimentConfig) -> Iterator[Callable[[], Any]]:
-    """The layout on eight devices."""
-    yield lambda: str((program_of(config, devices=8).mesh, program_of(config, devices=8).shardings))
-
-
-def data_signs(config: ExperimentConfig, folder: Any) -> Iterator[Callable[[], Any]]:
-    """The first rows of either side."""
-
-    def rows() -> list[bytes]:
-        key = hashlib.sha256(repr(config.data).encode()).hexdigest()[:12]
-        data = build_data(config.data, folder / key)
-        iterator = data.train()
-        batches = [next(iterator), next(iterator), *(data.val[i] for i in range(len(data.val)))]
-        iterator.close()
-        return [array.tobytes() for batch in batches for array in batch]
-
-    yield rows
-
-
-def folder_signs(config: ExperimentConfig) -> Iterator[Callable[[], Any]]:
-    yield lambda: config.folder
-
-
-@functools.lru_cache(maxsize=64)
-def signs_once(signs: Callable[..., Iterator], config: Any) -> list[Callable[[], Any]]:
-    """The signs of a config, each worked out once: leaves of one component have one base."""
-    return [functools.cache(sign) for sign in signs(config)]
-
-
-def notices(signs: Callable[..., Iterator], base: Any, other: Any) -> bool:
-    """Whether any sign differs between two configs."""
-    return any(left() != right() for left, right in zip(signs_once(signs, base), signs(other), strict=True))
 
 
 BASE = tiny(

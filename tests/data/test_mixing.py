@@ -101,7 +101,8 @@ def test_shares_over_an_epoch_and_each_row_is_of_its_source(texts):
     np.testing.assert_array_equal(code, alone.targets)
     plain = build(texts, sources={"web": {}, "code": {}})  # in proportion to their tokens
     sizes = [part.num_train_rows for part in plain.parts.values()]
-    np.testing.assert_allclose(np.array(plain.schedule.counts(4000)) / 4000, np.array(sizes) / sum(sizes), atol=2e-3)
+    off = np.array(plain.schedule.counts(4000)) - 4000 * np.array(sizes) / sum(sizes)
+    assert np.abs(off).max() <= 12  # rows; one for each of the 12 bits of 4,000 at most, by the places of van der Corput
     hot = build(texts, sources={"web": {}, "code": {}}, temperature=100.0)
     assert abs(hot.schedule.counts(1000)[0] - 500) < 10
 

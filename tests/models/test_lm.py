@@ -15,7 +15,7 @@ from plait.models.channel_mixers.gated_mlp import GatedMLPConfig
 from plait.models.channel_mixers.mlp import MLPConfig
 from plait.models.config import LMConfig, pattern_name
 from plait.models.lm import LM, num_params
-from plait.models.look import Observer
+from plait.models.looks.look import Observer
 from plait.models.mixers.base import MIXERS, WrapperConfig
 from plait.models.mixers.full.mla import MLAConfig
 from plait.models.mixers.full.softmax import SoftmaxConfig

@@ -9,7 +9,7 @@ from flax import nnx
 from plait.kernels import Tokens
 from plait.models.attention_losses import AttentionLossConfig, attention_losses
 from plait.models.build import BuildContext
-from plait.models.look import Everyone
+from plait.models.looks.look import Everyone
 from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.models.mixers.linear.gla import GLAConfig
 from plait.models.mixers.linear.mamba2 import Mamba2Config

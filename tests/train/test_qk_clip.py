@@ -16,7 +16,7 @@ from plait.models.build import BuildContext
 from plait.models.config import LMConfig
 from plait.models.layers.linear import dense_layers
 from plait.models.layers.lora import LoRAConfig
-from plait.models.look import Everyone
+from plait.models.looks.look import Everyone
 from plait.models.mixers.full.mla import MLAConfig
 from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.models.mixers.linear.gla import GLAConfig

@@ -15,10 +15,10 @@ from rich.table import Table
 from plait.configs.command_line.options import split_options
 from plait.configs.command_line.words import flag, parse
 from plait.configs.domains import Counted, Line, Seed, Span
-from plait.train.commands.on_hosts import on_hosts
 from plait.train.convert.options import By, GatesConfig, ImportOptions
 from plait.train.pods.hosts import heartbeat
 from plait.train.pods.hosts.host import HostsError
+from plait.train.pods.hosts.on_hosts import on_hosts
 from plait.train.terminal.console import console, write_lines
 
 USAGE = """usage: launch.py convert inspect DIR|FILE.gguf

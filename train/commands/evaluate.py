@@ -19,10 +19,10 @@ from plait.data.loader import Data
 from plait.data.tasks.base import TASKS, Task
 from plait.train.by_source import Validation
 from plait.train.commands import lm_eval
-from plait.train.commands.results import keep
 from plait.train.run import Trained, opened
 from plait.train.scoring.evaluate import Evaluation
 from plait.train.scoring.held_out import OtherText, held_out, is_own
+from plait.train.terminal.results import keep
 from plait.train.watching.scoreboard import show
 
 

@@ -15,10 +15,10 @@ from rich.table import Table
 from plait.configs.command_line.words import parse
 from plait.configs.domains import Counted, Length, Line, Seed, Steps
 from plait.configs.files import write_atomically
-from plait.train.commands.results import keep
 from plait.train.harness.asking import Asked, AskOptions
 from plait.train.run import opened
 from plait.train.terminal.console import console
+from plait.train.terminal.results import keep
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -37,10 +37,10 @@ class SweepArgs:
 
 def run(args: Sequence[str]) -> int:
     """Trains, or shows, the runs of a sweep; or is one of its workers."""
-    from plait.train.sweep.pool import WORKER
+    from plait.train.sweep.workers.pool import WORKER
 
     if WORKER in os.environ:
-        from plait.train.sweep.worker import work
+        from plait.train.sweep.workers.worker import work
 
         return work(Path(args[0]), **json.load(sys.stdin))
     if not args or args[0].startswith("-"):
@@ -57,11 +57,12 @@ def _run(args: Sequence[str]) -> int:
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # accelerators are the workers'
-    from plait.train.sweep import claims, show
+    from plait.train.sweep import show
     from plait.train.sweep.asked import asked_for
-    from plait.train.sweep.devices import shares
-    from plait.train.sweep.pool import run_workers
     from plait.train.sweep.record import begun, read
+    from plait.train.sweep.workers import claims
+    from plait.train.sweep.workers.devices import shares
+    from plait.train.sweep.workers.pool import run_workers
 
     mine, rest = split_options(SweepArgs, args[1:])
     options = parse(SweepArgs, mine, prog=f"launch.py sweep {args[0]} [options of train, with lists]")

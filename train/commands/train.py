@@ -6,7 +6,7 @@ import logging
 import re
 from collections.abc import Sequence
 
-from plait.train.commands.on_hosts import on_hosts
+from plait.train.pods.hosts.on_hosts import on_hosts
 from plait.train.pods.hosts.supervise import DONE, ENDED, STOPPED
 from plait.train.terminal.console import console, show_text
 from plait.train.terminal.output import outliving_readers

@@ -10,7 +10,7 @@ from typing import Annotated
 from plait.configs.command_line.options import split_options
 from plait.configs.command_line.words import parse
 from plait.configs.domains import Line, Name, Whole
-from plait.train.commands.on_hosts import on_hosts
+from plait.train.pods.hosts.on_hosts import on_hosts
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,8 +13,8 @@ from plait.data.batch import Batch
 from plait.kernels import Tokens
 from plait.models.config import LMConfig
 from plait.models.lm import LM
-from plait.models.look import Observer
-from plait.models.taps import Tapped
+from plait.models.looks.look import Observer
+from plait.models.looks.taps import Tapped
 from plait.train.convert.sample import rows_of
 from plait.train.loss import token_losses
 from plait.train.mesh import on_mesh

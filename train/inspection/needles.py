@@ -14,7 +14,7 @@ from plait.configs.components import Config
 from plait.configs.domains import Length, Rows, Whole
 from plait.kernels import Tokens
 from plait.models.lm import LM
-from plait.models.look import Look
+from plait.models.looks.look import Look
 from plait.train.convert.sample import pieces, rows_of
 from plait.train.inspection.heads import InspectError
 from plait.train.inspection.looking import Kept, looking

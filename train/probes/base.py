@@ -14,8 +14,8 @@ import numpy as np
 from plait.configs.components import Component, ConfigError, Registry
 from plait.configs.probe import ProbeConfig
 from plait.kernels import Tokens
-from plait.models.look import Look
-from plait.models.taps import Place, Sums, Taps
+from plait.models.looks.look import Look
+from plait.models.looks.taps import Place, Sums, Taps
 from plait.train.probes.statistic import Statistic
 from plait.train.probes.thresholds import ThresholdWatcher
 from plait.train.watching.watchers import Watcher
@@ -76,7 +76,7 @@ class GradientProbe(Probe):
     What it reads adds up over micro-batches; its statistics are made of the sums once a step."""
 
     place: ClassVar[Place]
-    """Whose gradients: see `plait.models.taps`."""
+    """Whose gradients: see `plait.models.looks.taps`."""
     width: ClassVar[int]
     """How many sums of a layer, or of each head."""
 
@@ -173,7 +173,7 @@ class Probes:
         return found
 
     def taps(self, heads: Sequence[int]) -> Taps:
-        """See `plait.models.taps.GradientObserver`."""
+        """See `plait.models.looks.taps.GradientObserver`."""
 
         def zeros(place: Place, *leading: int) -> dict[str, jax.Array]:
             return {probe.name: jnp.zeros((*leading, probe.width)) for probe in self._watching(place)}

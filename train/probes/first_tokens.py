@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from plait.models.look import Look
+from plait.models.looks.look import Look
 from plait.train.probes.means import shares
 
 TOKENS = 64

@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from plait.models.look import GateValues
+from plait.models.looks.look import GateValues
 from plait.train.probes.base import Probe, register
 from plait.train.probes.means import masked_mean
 from plait.train.probes.statistic import Panel, Statistic

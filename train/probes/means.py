@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from plait.kernels import Tokens
-from plait.models.look import Look
+from plait.models.looks.look import Look
 
 
 def masked_mean(x: jax.Array, mask: jax.Array, axis: int | tuple[int, ...]) -> jax.Array:

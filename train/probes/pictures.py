@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from plait.data.batch import Batch
 from plait.kernels import Tokens
-from plait.models.look import Look
+from plait.models.looks.look import Look
 from plait.train.pods.hosts.together import first
 from plait.train.probes.collect import padded_layers
 from plait.train.run_folder.probe_files import write_attention

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from plait.models.look import Look, Selection
+from plait.models.looks.look import Look, Selection
 from plait.train.probes.base import Probe, register
 from plait.train.probes.means import mean_of_rows, upto
 from plait.train.probes.statistic import Metric, Panel, Statistic

@@ -11,7 +11,7 @@ import numpy as np
 from plait.kernels.reflections import lower_triangle
 from plait.models.axes import EMBED
 from plait.models.layers.linear import dense_layers, spectral_norm
-from plait.models.look import LogitMap
+from plait.models.looks.look import LogitMap
 from plait.train.probes.base import Probe, register
 from plait.train.probes.means import longest, masked_mean
 from plait.train.probes.statistic import Metric, Panel, Statistic

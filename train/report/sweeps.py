@@ -19,11 +19,12 @@ from plait.train.report.page import Markup, Section, lead, table
 from plait.train.report.panels.costs import of_costs
 from plait.train.report.panels.curves import smooth, thin
 from plait.train.report.style import RC, Picture, panels, picture, run_colour, run_dash, short, step_axis, value_axis
-from plait.train.sweep import claims, fronts
+from plait.train.sweep import fronts
 from plait.train.sweep.arms import LEVEL, RATE, Arm, Estimate, arms, baselines, difference, sensitivities
 from plait.train.sweep.better import Better
 from plait.train.sweep.better import better as better_of
 from plait.train.sweep.record import Sweep, read
+from plait.train.sweep.workers import claims
 
 PROBED = {
     "attn/sink_rate": ("Sink rate", "share of documents"),

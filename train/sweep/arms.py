@@ -13,10 +13,10 @@ import numpy as np
 from scipy import stats
 
 from plait.configs import codec
-from plait.train.sweep import claims
 from plait.train.sweep.record import Sweep
 from plait.train.sweep.runs import Run, SweepError
 from plait.train.sweep.table import together, varying
+from plait.train.sweep.workers import claims
 
 SEEDS = ("seed", "data.seed")
 RATE = "optimizer.learning_rate"

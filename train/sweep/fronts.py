@@ -14,10 +14,10 @@ from plait.configs.vocabulary import with_vocabulary
 from plait.models.config import LMConfig
 from plait.models.lm import num_params
 from plait.models.mixers.full.weighted import mean_keys
-from plait.train.sweep import claims
 from plait.train.sweep.arms import Arm, Estimate, estimate
 from plait.train.sweep.better import Better
 from plait.train.sweep.runs import Run
+from plait.train.sweep.workers import claims
 
 TOKENIZER_ELSEWHERE = 32_768
 """Stands for a vocabulary that only the corpus can tell."""

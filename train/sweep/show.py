@@ -17,12 +17,13 @@ from rich.table import Table
 from plait.configs.files import read_json
 from plait.train.run_folder.contents import ENVIRONMENT
 from plait.train.run_folder.lines import METRICS, read_lines
-from plait.train.sweep import claims, fronts
-from plait.train.sweep.claims import OVER
+from plait.train.sweep import fronts
 from plait.train.sweep.record import Sweep, read
 from plait.train.sweep.runs import Run
 from plait.train.sweep.table import apart, varying
 from plait.train.sweep.trials import Search, trials
+from plait.train.sweep.workers import claims
+from plait.train.sweep.workers.claims import OVER
 from plait.train.terminal.progress import format_seconds
 
 _LIVE_SECONDS = 2.0

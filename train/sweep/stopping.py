@@ -18,11 +18,11 @@ from plait.configs import codec
 from plait.configs.components import ConfigError
 from plait.configs.files import write_atomically
 from plait.configs.sweeps.stopping import StopConfig
-from plait.train.sweep import claims
 from plait.train.sweep.arms import seeds_of
 from plait.train.sweep.better import better
 from plait.train.sweep.record import Sweep, read
 from plait.train.sweep.runs import Run
+from plait.train.sweep.workers import claims
 
 COMPARED = "compared.json"
 

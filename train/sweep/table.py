@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 
 from plait.configs import codec
 from plait.configs.files import write_atomically
-from plait.train.sweep import claims
 from plait.train.sweep.record import Sweep
 from plait.train.sweep.runs import Run
+from plait.train.sweep.workers import claims
 
 CSV, PARQUET = "results.csv", "results.parquet"
 

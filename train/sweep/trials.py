@@ -23,9 +23,9 @@ from plait.configs.files import write_atomically
 from plait.configs.sweeps.rows import Rows, product, seeds
 from plait.configs.sweeps.search import Between, Choice, Dimension, SearchConfig, Space, placed, probes
 from plait.train.run_folder.owner import FolderInUse, owned
-from plait.train.sweep import claims
 from plait.train.sweep.better import better
 from plait.train.sweep.runs import Run, SweepError, resolved
+from plait.train.sweep.workers import claims
 
 TRIALS = "trials"
 _DIGITS = 4  # of a proposed number that are kept

@@ -18,7 +18,7 @@ from plait.kernels.attention.bias import folded_columns
 from plait.models.axes import BATCH, EMBED, HEADS, KV_HEADS, LENGTH, constrain
 from plait.models.build import BuildContext
 from plait.models.layers.linear import Dense
-from plait.models.look import Selection
+from plait.models.looks.look import Selection
 from plait.models.mixers.base import Direction, MixerConfig
 from plait.models.mixers.full.weighted import Cached, mean_keys
 from plait.models.mixers.heads import join_heads, require_divides, resolve_heads, split_heads

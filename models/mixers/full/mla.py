@@ -18,7 +18,7 @@ from plait.models.build import BuildContext
 from plait.models.layers.cache import Slots
 from plait.models.layers.linear import Dense
 from plait.models.layers.norms import RMSNorm
-from plait.models.look import GateValues
+from plait.models.looks.look import GateValues
 from plait.models.mixers.base import Direction, HeadMixer, MixerConfig, register
 from plait.models.mixers.full.softmax import with_positions
 from plait.models.mixers.heads import join_heads, require_divides, split_heads

@@ -21,7 +21,7 @@ from plait.models.build import Buffer, BuildContext
 from plait.models.layers.cache import Cache, Slots
 from plait.models.layers.linear import Dense
 from plait.models.layers.norms import AnyNorm, RMSNorm, make_norm
-from plait.models.look import GateValues, LogitMap
+from plait.models.looks.look import GateValues, LogitMap
 from plait.models.mixers.base import Direction, HeadMixer, MixerConfig, register
 from plait.models.mixers.heads import join_heads, require_divides, resolve_heads, split_heads
 from plait.models.positions.base import POSITIONS, PositionConfig

@@ -14,7 +14,7 @@ from plait.models.layers.decays import inverse_softplus_step, log_uniform_rate
 from plait.models.layers.linear import Dense
 from plait.models.layers.norms import l2_normalize
 from plait.models.layers.short_conv import ShortConv
-from plait.models.look import GateValues
+from plait.models.looks.look import GateValues
 from plait.models.mixers.linear.recurrent import Recurrent, RecurrentState
 
 

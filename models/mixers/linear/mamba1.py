@@ -16,7 +16,7 @@ from plait.models.layers.decays import inverse_softplus_step
 from plait.models.layers.linear import Dense
 from plait.models.layers.norms import RMSNorm
 from plait.models.layers.short_conv import ShortConv
-from plait.models.look import GateValues
+from plait.models.looks.look import GateValues
 from plait.models.mixers.base import MixerConfig, register
 from plait.models.mixers.heads import expanded
 from plait.models.mixers.linear.channelwise import OPAQUE, Channelwise

@@ -22,7 +22,7 @@ from plait.models.build import BuildContext, fan_in_normal
 from plait.models.layers.linear import Dense
 from plait.models.layers.norms import RMSNorm, l2_normalize
 from plait.models.layers.short_conv import Convolving, ShortConv
-from plait.models.look import GateValues
+from plait.models.looks.look import GateValues
 from plait.models.mixers.base import HeadMixer, MixerConfig
 from plait.models.mixers.heads import join_heads, resolve_heads, split_heads
 

@@ -18,7 +18,7 @@ from plait.models.build import BuildContext
 from plait.models.layers.linear import Dense
 from plait.models.layers.norms import RMSNorm
 from plait.models.layers.short_conv import Convolving
-from plait.models.look import GateValues
+from plait.models.looks.look import GateValues
 from plait.models.mixers.base import HeadMixer
 from plait.models.mixers.heads import join_heads, split_heads
 

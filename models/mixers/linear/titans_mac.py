@@ -15,7 +15,7 @@ from plait.models.axes import EMBED, HEADS
 from plait.models.build import BuildContext
 from plait.models.layers.linear import Dense
 from plait.models.layers.norms import l2_normalize
-from plait.models.look import look
+from plait.models.looks.look import look
 from plait.models.mixers.base import HeadKind, Mixed, Mixer, register
 from plait.models.mixers.heads import join_heads, split_heads
 from plait.models.mixers.linear.titans import TITLE, MemoryGate, TitansConfig, TitansMemory

@@ -6,7 +6,7 @@ import dataclasses
 
 from plait.configs.domains import Span
 from plait.models.build import BuildContext
-from plait.models.look import look
+from plait.models.looks.look import look
 from plait.models.mixers.base import Mixed, Mixer, register
 from plait.models.mixers.heads import join_heads
 from plait.models.mixers.linear.titans import TITLE, MemoryGate, PersistentAttention, TitansConfig, TitansMemory, mean_keys

@@ -8,7 +8,7 @@ from plait.configs.domains import Span
 from plait.models.axes import EMBED, HEADS
 from plait.models.build import BuildContext
 from plait.models.layers.linear import Dense
-from plait.models.look import Look, look
+from plait.models.looks.look import Look, look
 from plait.models.mixers.base import Mixed, Mixer, register
 from plait.models.mixers.heads import join_heads
 from plait.models.mixers.linear.titans import TITLE, PersistentAttention, TitansConfig, TitansMemory, mean_keys

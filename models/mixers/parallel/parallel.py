@@ -17,14 +17,14 @@ from plait.models.axes import EMBED, HEADS
 from plait.models.build import BuildContext
 from plait.models.layers.linear import Dense
 from plait.models.layers.norms import RMSNorm
-from plait.models.look import Look
+from plait.models.looks.look import Look
+from plait.models.looks.taps import behind
 from plait.models.mixers.around import AroundHeads
 from plait.models.mixers.base import HeadKind, HeadMixer, Mixed, Mixer, MixerConfig, abstract, register
 from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.models.mixers.heads import join_heads, split_heads
 from plait.models.mixers.linear.mamba2 import Mamba2Config
 from plait.models.stream import CarryUse
-from plait.models.taps import behind
 
 _MOST_PARTS = 16
 

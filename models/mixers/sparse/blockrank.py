@@ -13,7 +13,7 @@ from plait.configs.domains import INT32, Whole
 from plait.kernels import Tokens, attention, attention_rows
 from plait.models.build import BuildContext
 from plait.models.layers.cache import Cache, current
-from plait.models.look import DocumentRanks
+from plait.models.looks.look import DocumentRanks
 from plait.models.mixers.base import register
 from plait.models.mixers.full.by_rule import MultiHead
 from plait.models.mixers.full.dot_product import GroupedConfig

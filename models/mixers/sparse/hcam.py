@@ -14,7 +14,7 @@ from plait.kernels import ChunkMask, SelectedBlocks, Tokens, attention, attentio
 from plait.kernels.shapes import accumulation_dtype
 from plait.models.axes import KV_HEADS
 from plait.models.build import BuildContext
-from plait.models.look import Selection
+from plait.models.looks.look import Selection
 from plait.models.mixers.base import register
 from plait.models.mixers.sparse.selecting import Blocks, Selecting, SelectingConfig, mean_past
 

@@ -17,7 +17,7 @@ from plait.models.axes import EMBED, HEADS, KV_HEADS
 from plait.models.build import BuildContext
 from plait.models.layers.cache import Cache, Slots
 from plait.models.layers.linear import Dense
-from plait.models.look import GateValues, Selection
+from plait.models.looks.look import GateValues, Selection
 from plait.models.mixers.base import abstract, products, register
 from plait.models.mixers.full.dot_product import DotProduct
 from plait.models.mixers.heads import split_heads

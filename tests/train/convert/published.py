@@ -2,13 +2,8 @@
 
 import math
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 32.0,
-    "high_freq_factor": 4.0,
-    "low_freq_factor": 1.0,
-    "original_max_position_embeddings": 8192,
-}
+LLAMA3 = {"rope_type": "llama3", "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0}
+LLAMA3["original_max_position_embeddings"] = 8192
 
 KIMI_LAYERS = {
     "full_attn_layers": [4, 8, 12, 16, 20, 24, 27],
@@ -48,7 +43,7 @@ def config(model_type, hidden, inner, layers, heads, kv_heads, vocab, **more):
 
 def gemma4(hidden, inner, layers, heads, kv_heads, period, **more):
     """Those of the language model in a config of Gemma 4, of whose layers every `period`th sees all."""
-    kinds = ["full_attention" if (index + 1) % period == 0 else "sliding_attention" for index in range(layers)]
+    kinds = ["sliding_attention" if (index + 1) % period else "full_attention" for index in range(layers)]
     usual = {"attention_bias": False, "attention_k_eq_v": False, "dtype": "bfloat16", "enable_moe_block": False,
              "final_logit_softcapping": 30.0, "global_head_dim": 512, "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh",
              "hidden_size_per_layer_input": 0, "layer_types": kinds, "max_position_embeddings": 131072,

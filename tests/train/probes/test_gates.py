@@ -8,7 +8,7 @@ from flax import nnx
 
 from plait.kernels import Tokens
 from plait.models.build import BuildContext
-from plait.models.look import GateValues
+from plait.models.looks.look import GateValues
 from plait.models.mixers.base import MIXERS, HeadMixer
 from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.models.mixers.linear.deltanet import DeltaNetConfig

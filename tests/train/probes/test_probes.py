@@ -13,7 +13,7 @@ from plait.configs.probe import ProbeConfig
 from plait.kernels import AttentionStats
 from plait.kernels.recurrence import RecurrenceStats
 from plait.models.lm import LM
-from plait.models.look import Look
+from plait.models.looks.look import Look
 from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.models.mixers.linear.mamba2 import Mamba2Config
 from plait.models.mixers.parallel.parallel import ParallelConfig

@@ -11,7 +11,7 @@ from flax import nnx
 from plait.configs.probe import ProbeConfig
 from plait.kernels import SelectedBlocks
 from plait.models.build import BuildContext
-from plait.models.look import Look, Selection
+from plait.models.looks.look import Look, Selection
 from plait.models.mixers.sparse.dma import DMAConfig
 from plait.models.mixers.sparse.moba import MoBAConfig
 from plait.models.mixers.sparse.nsa import NSAConfig

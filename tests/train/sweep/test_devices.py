@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from plait.train.sweep import devices
+from plait.train.sweep.workers import devices
 
 
 @pytest.fixture

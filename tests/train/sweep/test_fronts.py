@@ -12,11 +12,12 @@ from plait.launch import main
 from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.train.report.sweeps import _speed_up as shown
 from plait.train.run_folder.lines import METRICS
-from plait.train.sweep import claims, fronts
+from plait.train.sweep import fronts
 from plait.train.sweep.arms import arms, baselines, estimate
 from plait.train.sweep.better import better
 from plait.train.sweep.record import SWEEP, Sweep
 from plait.train.sweep.runs import Run
+from plait.train.sweep.workers import claims
 
 STEPS = 100
 CURVES = {

@@ -12,8 +12,8 @@ import pytest
 
 from plait.tests.train.sweep.common import SMALL
 from plait.train.run_folder.lines import read_metrics
-from plait.train.sweep import claims
 from plait.train.sweep.record import SWEEP, read
+from plait.train.sweep.workers import claims
 
 STEPS, RUNS = 30, 12
 

@@ -11,10 +11,10 @@ from plait.configs.presets import preset
 from plait.launch import main
 from plait.train.report.sweeps import write_sweep
 from plait.train.run_folder.lines import METRICS
-from plait.train.sweep import claims
 from plait.train.sweep.arms import RATE, arms, baselines, difference, estimate, sensitivities
 from plait.train.sweep.record import SWEEP, Sweep
 from plait.train.sweep.runs import Run, SweepError
+from plait.train.sweep.workers import claims
 
 LOSSES = {(1e-3, 0): 2.0, (1e-3, 1): 2.2, (1e-3, 2): 2.4, (1e-2, 0): 1.9, (1e-2, 1): 2.0, (1e-2, 2): 2.4, (1e-1, 0): 9.0}
 """By learning rate and seed; seed 1 of the last diverged, seed 2 of it was not begun."""

@@ -11,11 +11,12 @@ from plait.configs.components import ConfigError
 from plait.tests.train.sweep.common import SMALL
 from plait.train.pods.hosts.supervise import DONE
 from plait.train.report.sweeps import write_sweep
-from plait.train.sweep import claims, show, worker
+from plait.train.sweep import show
 from plait.train.sweep.asked import asked_for
 from plait.train.sweep.record import SweepError, begun
 from plait.train.sweep.stopping import Judge, past_best, past_median
 from plait.train.sweep.table import CSV
+from plait.train.sweep.workers import claims, worker
 
 
 def looked_at(folder, corpus, *words):

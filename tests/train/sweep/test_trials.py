@@ -10,11 +10,12 @@ import pytest
 from plait.configs.sweeps.search import Between, placed, ranges
 from plait.tests.train.sweep.common import SMALL, small
 from plait.train.pods.hosts.supervise import DONE
-from plait.train.sweep import claims, show, trials, worker
+from plait.train.sweep import show, trials
 from plait.train.sweep.asked import asked_for
-from plait.train.sweep.claims import Outcome
 from plait.train.sweep.record import SweepError, begun, read
 from plait.train.sweep.table import CSV
+from plait.train.sweep.workers import claims, worker
+from plait.train.sweep.workers.claims import Outcome
 
 optuna = pytest.importorskip("optuna")
 SPACE = ["--optimizer.learning-rate", "1e-4..1e-1:log", "--data.batch-size", "2..6", "--model.tie-embeddings", "True,False"]

@@ -15,9 +15,9 @@ from plait.train.pods.hosts.supervise import DONE, FAILED
 from plait.train.run_folder import owner
 from plait.train.run_folder.lines import read_metrics
 from plait.train.run_folder.owner import owned
-from plait.train.sweep import claims, worker
 from plait.train.sweep.table import CSV, PARQUET
-from plait.train.sweep.worker import work
+from plait.train.sweep.workers import claims, worker
+from plait.train.sweep.workers.worker import work
 
 
 def standing(folder, sweep):

@@ -17,9 +17,9 @@ from plait.configs.errors import is_bad_input
 from plait.data.sources.source import open_source
 from plait.launch import main
 from plait.tests.train.common import ROOT
-from plait.train.commands.status import exit_status
 from plait.train.scoring.generate import Sampling
 from plait.train.terminal import console
+from plait.train.terminal.status import exit_status
 
 TABLES = ["presets", "mixers", "optimizers", "tasks", "probes"]
 

@@ -13,7 +13,7 @@ from flax import nnx
 from plait.models.attention_losses import AttentionLossConfig, attention_losses
 from plait.models.build import BuildContext
 from plait.models.config import LMConfig
-from plait.models.look import Everyone
+from plait.models.looks.look import Everyone
 from plait.models.mixers.sparse.blockrank import BlockRankConfig
 from plait.tests.models.common import assert_decodes_as_the_call, build, layout, quick_jit
 from plait.tests.models.mixers.sparse.test_masked import HEAD_DIM, HEADS, LENGTH, SMALL, WIDTH, softmax

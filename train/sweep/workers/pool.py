@@ -16,10 +16,10 @@ from pathlib import Path
 
 from plait.train.pods.hosts.supervise import BAD_INPUT, DONE, FAILED, LAUNCH, STOPPED, Signals
 from plait.train.run_folder.owner import FolderInUse, owned
-from plait.train.sweep import claims
-from plait.train.sweep.devices import Share
 from plait.train.sweep.record import Sweep, read
 from plait.train.sweep.runs import Run
+from plait.train.sweep.workers import claims
+from plait.train.sweep.workers.devices import Share
 
 log = logging.getLogger("plait")
 

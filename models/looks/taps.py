@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from plait.kernels import Tokens
-from plait.models.look import Everyone, Look, Observer, Statistics
+from plait.models.looks.look import Everyone, Look, Observer, Statistics
 
 Place = Literal["heads", "residual"]
 """`heads`: `[B, T, H, V]`, finished, before they are projected; `residual`: `[B, T, D]`, the residual stream after the block."""

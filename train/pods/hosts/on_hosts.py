@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 
-from plait.train.commands.status import exit_status
 from plait.train.pods.hosts import heartbeat
 from plait.train.pods.hosts.host import HostsOptions, find_host, host_options
 from plait.train.pods.hosts.supervise import supervise
+from plait.train.terminal.status import exit_status
 
 
 def on_hosts(name: str, args: Sequence[str], work: Callable[[Sequence[str], bool], int], *, resumes: bool) -> int:

@@ -19,12 +19,13 @@ from plait.train.loop import train
 from plait.train.pods.hosts.failure import TrainingFailed
 from plait.train.pods.hosts.supervise import DONE, FAILED, STOPPED
 from plait.train.run_folder.owner import FolderInUse, FolderLost, owned
-from plait.train.sweep import claims, table
-from plait.train.sweep.claims import OVER, Outcome
+from plait.train.sweep import table
 from plait.train.sweep.record import Sweep, mark, read
 from plait.train.sweep.runs import Run
 from plait.train.sweep.stopping import Judge
 from plait.train.sweep.trials import propose
+from plait.train.sweep.workers import claims
+from plait.train.sweep.workers.claims import OVER, Outcome
 
 log = logging.getLogger("plait")
 
