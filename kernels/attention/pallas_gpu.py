@@ -17,7 +17,7 @@ from plait.kernels import gpu
 from plait.kernels.attention.call import AttentionCall, RoutedCall
 from plait.kernels.attention.gpu import gradients, kernels
 from plait.kernels.attention.gpu.kernels import BLOCK, Operands, Problem, Tiles
-from plait.kernels.attention.per_query import gradient_rows, with_sinks
+from plait.kernels.attention.per_query import gradient_rows, with_bias, with_sinks
 from plait.kernels.attention.reference import AttentionStats
 from plait.kernels.attention.visits import Layout, laid_out
 from plait.kernels.tokens import Tokens
@@ -154,19 +154,19 @@ def _pad(x: Array) -> Array:
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _flash(problem: Problem, x: Operands) -> tuple[Array, tuple[Array, ...]]:
     """`kernels.forward` with its gradients."""
-    return kernels.forward(problem, x)
+    return _flash_forward(problem, x)[0]
 
 
 def _flash_forward(problem: Problem, x: Operands) -> Any:
     o, rows = kernels.forward(problem, x)
-    return (o, rows), (x, o, rows)
+    return (o, with_bias(rows, x.bias) if problem.sigmoid and problem.stats else rows), (x, o, rows)
 
 
 def _flash_backward(problem: Problem, saved: Any, cotangents: tuple[Array, tuple[Array, ...]]) -> Any:
     x, o, rows = saved
     d_o, d_rows = cotangents
     delta = jnp.einsum("bthv,bthv->bht", d_o.astype(jnp.float32), o.astype(jnp.float32))
-    read = gradient_rows(rows, d_rows, delta, sigmoid=problem.sigmoid)
+    read = gradient_rows(rows, d_rows, delta, sigmoid_bias=x.bias if problem.sigmoid else None)
     rows = gradients.in_units(rows, read, sigmoid=problem.sigmoid)
     if problem.sigmoid and problem.stats:
         d_o = (d_o * jnp.swapaxes(read[-1], 1, 2)[..., None]).astype(d_o.dtype)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from plait.kernels.attention.call import AttentionCall, MassCall, RoutedCall
-from plait.kernels.attention.per_query import first_mass, gradient_rows, with_sinks
+from plait.kernels.attention.per_query import first_mass, gradient_rows, with_bias, with_sinks
 from plait.kernels.attention.reference import MASKED as HIDDEN
 from plait.kernels.attention.reference import AttentionStats
 from plait.kernels.attention.tpu import kernels
@@ -185,19 +185,19 @@ _permuted.defvjp(
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _flash(problem: Problem, x: Operands) -> tuple[Array, tuple[Array, ...]]:
     """`kernels.forward` with its gradients."""
-    return kernels.forward(problem, x)
+    return _flash_forward(problem, x)[0]
 
 
 def _flash_forward(problem: Problem, x: Operands) -> Any:
     o, rows = kernels.forward(problem, x)
-    return (o, rows), (x, o, rows)
+    return (o, with_bias(rows, x.bias) if problem.sigmoid and problem.stats else rows), (x, o, rows)
 
 
 def _flash_backward(problem: Problem, saved: Any, cotangents: tuple[Array, tuple[Array, ...]]) -> Any:
     x, o, rows = saved
     d_o, d_rows = cotangents
     delta = jnp.sum(d_o.astype(jnp.float32) * o, axis=2)
-    rows = gradient_rows(rows, d_rows, delta, sigmoid=problem.sigmoid)
+    rows = gradient_rows(rows, d_rows, delta, sigmoid_bias=x.bias if problem.sigmoid else None)
     if problem.sigmoid and problem.stats:
         d_o = (d_o * rows[-1][:, :, None]).astype(d_o.dtype)
     d_o = jnp.swapaxes(d_o, 2, 3)

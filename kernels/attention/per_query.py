@@ -5,7 +5,8 @@ The backward kernels recompute the weights A from lse and need one form for all 
 The rows c1, c, dfirst and dmax are made here.
 
 The sigmoid's weights may be too small for float32 where their shares are not. With statistics its kernels therefore keep
-W_j = A_j / a, with a the row sum where that is below 1, else 1; they read a do in place of do, and
+W_j = A_j / a, with a the row sum where that is below 1, else 1, and logarithms less the bias, beside which they would be rounded; they
+read a do in place of do, and
   dz_j = (1 - a W_j) W_j (a do . v_j + [j is first] dfirst + c1 - c log W_j) + [z_j = max] dmax
 """
 
@@ -26,22 +27,30 @@ _TIES = 1e-6
 """Logits this close to the row's maximum, relatively, get its gradient."""
 
 
-def gradient_rows(rows: Sequence[Array], d_rows: Sequence[Array], delta: Array, *, sigmoid: bool) -> list[Array]:
-    """The rows that the backward kernels read: lse (of the sigmoid with statistics log a), c1 and, with statistics, c, dfirst, dmax, the
-    logit from which dmax applies and, for the sigmoid, a.
+def with_bias(rows: Sequence[Array], bias: Array) -> tuple[Array, ...]:
+    """The rows of a sigmoid's kernel with statistics, [B, H, T], the lse no more less the bias [H]."""
+    lse = rows[0]
+    return jnp.where(lse > HIDDEN / 2, lse + bias[None, :, None], HIDDEN), *rows[1:]
+
+
+def gradient_rows(
+    rows: Sequence[Array], d_rows: Sequence[Array], delta: Array, *, sigmoid_bias: Array | None = None
+) -> list[Array]:
+    """The rows that the backward kernels read: lse (of the sigmoid with statistics log a, less the bias), c1 and, with statistics, c,
+    dfirst, dmax, the logit from which dmax applies and, for the sigmoid, a.
 
     Args:
-      rows: what the forward kernel gave, all of one shape: lse and, with statistics, maximum, entropy and perhaps first mass,
-        without which dfirst is left out.
+      rows: what the forward kernel gave, [B, H, T] each: lse (of the sigmoid with statistics less the bias) and, with statistics,
+        maximum, entropy and perhaps first mass, without which dfirst is left out.
       d_rows: their cotangents.
       delta: sum of do o over the values of each row.
-      sigmoid: the weights are not normalised.
+      sigmoid_bias: [H], of the sigmoid, whose weights are not normalised.
     """
-    lse, d_lse = rows[0], d_rows[0]
+    lse, d_lse, sigmoid = rows[0], d_rows[0], sigmoid_bias is not None
     if len(rows) == 1:
         return [lse, jnp.zeros_like(lse) if sigmoid else d_lse - delta]
     seen = lse > HIDDEN / 2
-    base = jnp.minimum(lse, 0) if sigmoid else lse
+    base = lse if sigmoid_bias is None else jnp.minimum(lse, -sigmoid_bias[None, :, None])
     inverse = jnp.where(seen, jnp.exp(base - lse), 0)
     c1 = d_lse * inverse if sigmoid else d_lse - delta  # only a normalised row subtracts delta_i = sum_j A_ij do_i . v_j
     peak, entropy, *firsts = rows[1:]
@@ -49,7 +58,15 @@ def gradient_rows(rows: Sequence[Array], d_rows: Sequence[Array], delta: Array, 
     c, d_firsts = d_entropy * inverse, [d * inverse for d in d_firsts]
     c1 += jnp.where(seen, c * (lse - base - entropy) - sum(d * first for d, first in zip(d_firsts, firsts)), 0)
     edge = jnp.where(seen, peak - _TIES * abs(peak), -HIDDEN)
-    return [base, c1, c, *d_firsts, d_peak, edge, *([jnp.exp(base)] if sigmoid else [])]
+    return [
+        base,
+        c1,
+        c,
+        *d_firsts,
+        d_peak,
+        edge,
+        *([] if sigmoid_bias is None else [jnp.exp(base + sigmoid_bias[None, :, None])]),
+    ]
 
 
 def first_mass(call: AttentionCall, lse: Array, queries: Tokens, keys: Tokens, *, position: int = 0) -> Array:

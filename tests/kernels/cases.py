@@ -11,6 +11,7 @@ import numpy as np
 
 from plait import kernels
 from plait.kernels import Tokens
+from plait.kernels.tolerances import wave
 
 BATCH, NUM_QK_HEADS, NUM_HEADS, KEY_DIM, VALUE_DIM = 2, 1, 2, 8, 4
 
@@ -149,5 +150,4 @@ def values_and_gradients(name: str, implementation: str, chunk_size: int = 64) -
 def with_gradients(outputs: Callable[..., Any], *args: Any) -> Any:
     """The outputs and, for cotangents that are a fixed wave over each output, the gradients of all arguments."""
     values, pullback = jax.vjp(outputs, *args)
-    wave = lambda x: jnp.cos(jnp.arange(x.size) % 97 * 1.7).reshape(x.shape).astype(x.dtype)
     return {"value": values, "gradient": pullback(jax.tree.map(wave, values))}

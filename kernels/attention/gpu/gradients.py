@@ -84,9 +84,8 @@ def _weights(tile: Tile, kind: Array, z: Array, row: Callable[[int], Array]) -> 
 
     z, terms = jax.lax.cond(kind == MASKED, masked, lambda z: (z, row(C1)), capped(problem, z))
     z *= problem.scale * LOG2E
-    e = log2_sigmoid(z + tile.refs.bias[tile.head]) if problem.sigmoid else z
-    if problem.stats or not problem.sigmoid:
-        e -= row(LSE)
+    e = log2_sigmoid(z, tile.refs.bias[tile.head]) if problem.sigmoid else z
+    e = e - row(LSE) if problem.stats or not problem.sigmoid else e + tile.refs.bias[tile.head]
     if problem.stats:
         terms -= row(C) * e
     if problem.stats and not problem.sigmoid:

@@ -257,13 +257,14 @@ def where_masked(kind: Array, change: Callable[[Array], Array], x: Array) -> Arr
     return jax.lax.cond(kind == MASKED, change, lambda x: x, x)
 
 
-def log2_sigmoid(x: Array) -> Array:
-    """log2 of the sigmoid whose logit is x log 2; its power of two is as exact as the sigmoid itself where that is tiny."""
-    return jnp.minimum(x, 0) - jnp.log2(1 + jnp.exp2(-abs(x)))
+def log2_sigmoid(x: Array, bias: Array) -> Array:
+    """log2 of the sigmoid whose logit is (x + bias) log 2, less the bias, beside a large one of which x would be lost."""
+    return x - jnp.maximum(x + bias, 0) - jnp.log2(1 + jnp.exp2(-abs(x + bias)))
 
 
 def forward(problem: Problem, x: Operands) -> tuple[Array, tuple[Array, ...]]:
-    """o [B, T, H, V] in q's dtype, and rows [B, H, T] float32: lse and, with statistics, maximum, entropy and first mass."""
+    """o [B, T, H, V] in q's dtype, and rows [B, H, T] float32: lse, of the sigmoid with statistics less the bias, and, with
+    statistics, maximum, entropy and first mass."""
     size, stages = problem.tiles.block_kv, problem.tiles.stages
     plan = Plan(problem, x, BLOCK, size, over="q")
     num_rows, dtype = 4 if problem.stats else 1, x.q.dtype
@@ -332,8 +333,8 @@ def _forward_rows(plan: Plan, refs: Any, b: Array, h: Array, i: Array, wg: Array
     weights = None if refs.weights is None else refs.weights.at[wg]
     relative = problem.stats or not problem.sigmoid  # weights are kept relative to the largest
 
-    def log_weight(z: Array) -> Array:  # log2 of the weight of a logit
-        return log2_sigmoid(z + refs.bias[h]) if problem.sigmoid else z
+    def log_weight(z: Array) -> Array:  # log2 of the weight of a logit, less the sigmoid's bias
+        return log2_sigmoid(z, refs.bias[h]) if problem.sigmoid else z
 
     def swap_turns() -> None:  # the two warpgroups take turns: one multiplies while the other takes exponentials
         plgpu.barrier_arrive(refs.turn)
@@ -356,6 +357,8 @@ def _forward_rows(plan: Plan, refs: Any, b: Array, h: Array, i: Array, wg: Array
             rise = log_weight(peak) - log_weight(old)
             keep = jnp.exp2(-rise)
             acc, total = acc * gpu.rows_to(keep, plan.value_dim), total * keep
+        else:
+            exponents += refs.bias[h]
         p = jnp.exp2(exponents)
         if problem.stats:
             spread, first_mass = extra
@@ -391,7 +394,7 @@ def _forward_rows(plan: Plan, refs: Any, b: Array, h: Array, i: Array, wg: Array
         rows.append(first_mass * inverse)
     o_tile = q_tile if refs.o_tile is None else refs.o_tile.at[wg]
     if relative:
-        acc *= gpu.rows_to(jnp.exp2(log_weight(peak)) if problem.sigmoid else inverse, plan.value_dim)
+        acc *= gpu.rows_to(jnp.exp2(log_weight(peak) + refs.bias[h]) if problem.sigmoid else inverse, plan.value_dim)
     o_tile[...] = acc.astype(refs.o.dtype)
     for r, row in enumerate(rows):
         refs.row_tile.at[wg, r][...] = row

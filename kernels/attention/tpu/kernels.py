@@ -36,8 +36,9 @@ def _products(problem: Problem, k: Array, q: Array) -> Array:
     return unit * jnp.tanh(z * (1 / unit))
 
 
-def _log_sigmoid(x: Array) -> Array:
-    return jnp.minimum(x, 0) - jnp.log1p(jnp.exp(-abs(x)))
+def _log_sigmoid(x: Array, bias: Array) -> Array:
+    """log sigmoid(x + bias) - bias, which does not lose x beside a large bias."""
+    return x - jnp.maximum(x + bias, 0) - jnp.log1p(jnp.exp(-abs(x + bias)))
 
 
 class _Keys(NamedTuple):
@@ -104,7 +105,7 @@ def _weights_and_gradient(
     if problem.sigmoid and not problem.stats:
         weights = jax.nn.sigmoid(problem.scale * z + bias)
     else:
-        e = _LOG2_E * _log_sigmoid(problem.scale * z + bias) if problem.sigmoid else (problem.scale * _LOG2_E) * z
+        e = _LOG2_E * _log_sigmoid(problem.scale * z, bias) if problem.sigmoid else (problem.scale * _LOG2_E) * z
         bits = e - rows[0:1]
         weights = jnp.exp2(bits)
     if masked:
@@ -144,7 +145,7 @@ def _forward_kernel(problem: Problem, visits: Visits, table: Any, bias: Any, *re
     relative = problem.stats or not problem.sigmoid  # weights are kept relative to the largest
 
     def log_weight(z: Array) -> Array:
-        return _log_sigmoid(problem.scale * z + bias[h]) if problem.sigmoid else problem.scale * z
+        return _log_sigmoid(problem.scale * z, bias[h]) if problem.sigmoid else problem.scale * z
 
     def bits_above(z: Array, low: Array) -> Array:
         """log2 of the ratio of the weights of two logits."""
@@ -195,7 +196,7 @@ def _forward_kernel(problem: Problem, visits: Visits, table: Any, bias: Any, *re
         log_mass, highest = jnp.log(mass), log_weight(peak[...])
         values = acc[...]
         if relative:
-            values = values * jnp.exp(highest) if problem.sigmoid else values / mass
+            values = values * jnp.exp(highest + bias[h]) if problem.sigmoid else values / mass
         o[0, 0] = values.astype(o.dtype)
         rows[0, 0, 0:1] = jnp.where(some, log_mass + highest if relative else log_mass, HIDDEN)
         if problem.stats:
@@ -204,7 +205,8 @@ def _forward_kernel(problem: Problem, visits: Visits, table: Any, bias: Any, *re
 
 
 def forward(problem: Problem, x: Operands) -> tuple[Array, tuple[Array, ...]]:
-    """o [B, H, V, T] in q's dtype, and rows [B, H, T]: lse and, with statistics, maximum and entropy."""
+    """o [B, H, V, T] in q's dtype, and rows [B, H, T]: lse, of the sigmoid with statistics less the bias, and, with statistics,
+    maximum and entropy."""
     tiles, length, value_dim = problem.tiles, x.q.shape[2], x.v.shape[3]
     tiling = Tiling(problem, x, tiles.block_q, tiles.block_kv)
     num_rows = 3 if problem.stats else 1
