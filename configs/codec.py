@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import types
 import typing
@@ -198,9 +199,12 @@ def _tag(config: Component, path: str) -> dict[str, str]:
     return {registry.tag: config.name}
 
 
+_hints = functools.cache(typing.get_type_hints)
+
+
 def _dataclass(schema: type[T], fields: Mapping[str, Any], path: str) -> T:
     fields = schema.upgraded(fields) if issubclass(schema, Config) else fields
-    hints = typing.get_type_hints(schema)
+    hints = _hints(schema)
     known = {f.name: f for f in dataclasses.fields(schema)}  # type: ignore[arg-type]
     for key in fields:
         if key not in known:

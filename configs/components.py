@@ -160,6 +160,7 @@ class Registry(Generic[R]):
         """
         self.kind, self.package, self.base = kind, package, base
         self._known: dict[str, type[R]] = {}
+        self._searched: tuple[str, ...] = ()
         registries[kind] = self
 
     @property
@@ -202,13 +203,19 @@ class Registry(Generic[R]):
         self._known.pop(name, None)
 
     def all(self) -> dict[str, type[R]]:
-        """Every component by name, sorted; imports each module of the package once.
+        """Every component by name, sorted; imports each module of the package once, and looks into its folders once.
 
         Raises:
             ConfigError: a module cannot be imported; the message begins with its file.
         """
-        package = importlib.import_module(self.package)
-        for folder in map(Path, package.__path__):
+        folders = tuple(importlib.import_module(self.package).__path__)
+        if folders != self._searched:
+            self._import(folders)
+            self._searched = folders
+        return dict(sorted(self._known.items()))
+
+    def _import(self, folders: tuple[str, ...]) -> None:
+        for folder in map(Path, folders):
             for file in sorted(folder.rglob("*.py")):
                 parts = file.relative_to(folder).with_suffix("").parts
                 if parts[-1] != "__init__" and all(part.isidentifier() for part in parts):
@@ -219,7 +226,6 @@ class Registry(Generic[R]):
                         raise ConfigError(
                             f"{file} cannot be imported ({what}); correct it, or take it out of the folder"
                         ) from error
-        return dict(sorted(self._known.items()))
 
     def __iter__(self) -> Iterator[str]:
         """The names, sorted."""

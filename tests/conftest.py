@@ -20,6 +20,7 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
+gc.set_threshold(200_000, 50, 1000)  # tracing leaves much that lives on, through which each collection goes: a tenth of the time
 
 
 _MOST_MAPS = 30_000

@@ -278,9 +278,12 @@ def test_many_values_outside_are_refused_by_file_and_by_command_line(case, tmp_p
 
 def test_an_outside_value_of_every_leaf_is_refused_in_one_line():
     """Each leaf that there is, once, through its file."""
+    shown_already = set()
     for name in BASES:
         encoded = codec.encode(base(name))
-        for path, domain in leaf_domains(base(name)).items():
+        new = leaf_domains(base(name)).items() - shown_already
+        shown_already |= new
+        for path, domain in new:
             value = {Whole: 10**20, Number: math.nan, Text: "a\0b"}[type(domain)]
             _, refused = said(codec.decode, ExperimentConfig, put(encoded, path, value))
             assert refused.startswith(f"config.{path}=") and "; " in refused, refused

@@ -21,6 +21,7 @@ from plait.configs.experiment import ExperimentConfig
 from plait.configs.listing import registry
 from plait.configs.mesh import MeshConfig
 from plait.data.mixture.config import SourceConfig
+from plait.data.tasks.generated import GeneratedTask
 from plait.data.tasks.mlm import MaskedLanguageTask
 from plait.models.attention_losses import AttentionLossConfig
 from plait.models.config import pattern_name
@@ -313,7 +314,8 @@ def example(schema: Any) -> Any:
 
 @pytest.mark.parametrize(("kind", "name", "field", "hint"), component_leaves())
 def test_leaf_of_a_component_is_noticed(kind, name, field, hint, tmp_path):
-    config = dataclasses.replace(example(registry(kind)[name]), **NEEDS.get(f"{name}.{field}", {}))
+    few = {"val_rows": 16} if issubclass(registry(kind)[name], GeneratedTask) else {}
+    config = dataclasses.replace(example(registry(kind)[name]), **few, **NEEDS.get(f"{name}.{field}", {}))
     place = PLACES[kind]
     if before := BEFORE.get(f"{name}.{field}"):
         place = functools.partial(with_mixer, before=dataclasses.replace(config, **before))

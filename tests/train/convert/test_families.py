@@ -50,7 +50,8 @@ def build(config, lines, weights, mesh) -> LM:
     shapes = {name: jax.ShapeDtypeStruct(v.shape, v.dtype) for name, (_, v) in flat.items()}
     arrays = read_arrays(lines, weights.read, shapes, layouts)
     filled = nnx.from_flat_state([(path, variable.replace(arrays[name])) for name, (path, variable) in flat.items()])
-    buffers = nnx.split(LM(config, rngs=nnx.Rngs(0), seq_len=64), LEARNED, ...)[2] if jax.tree.leaves(rest) else rest
+    made = jax.jit(lambda: nnx.split(LM(config, rngs=nnx.Rngs(0), seq_len=64), LEARNED, ...)[2])
+    buffers = made() if jax.tree.leaves(rest) else rest
     return nnx.merge(graph, filled, buffers)
 
 
@@ -104,6 +105,13 @@ def test_what_stays_float32_in_files_does_in_models(imported):
     assert {path for path, like in shapes.items() if like.dtype == jnp.float32} == kept
 
 
+SPREAD = {"llama", "gpt2", "deepseek_v3", "qwen3_moe", "qwen3_next", "mamba2", "falcon_h1", "gemma3_text"}
+"""Families that are laid over several devices by default: of each way that tensors are joined, split or turned. The rest are slow."""
+
+
+@pytest.mark.parametrize(
+    "imported", [pytest.param(name, marks=() if name in SPREAD else pytest.mark.slow) for name in NAMES], indirect=True
+)
 def test_several_devices_hold_and_give_the_same(imported):
     source, weights, lines, model = imported
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
