@@ -119,6 +119,8 @@ class BuildContext:
     """The adapters that dense layers have."""
     defer_vectors: bool = False
     """Whether `start_singular_vectors` of the whole model will find those of sigmaReparam, in place of each layer its own."""
+    shapes_only: bool = False
+    """Whether values are of no account, so that parameters need not be drawn."""
     first_layers: Mapping[str, int] = dataclasses.field(default_factory=dict)
     """The first layer that uses each name of the carry."""
 
@@ -140,7 +142,8 @@ class BuildContext:
             split: axis, counted from the end, and sizes of the independent matrices that a fused projection holds, as one a head.
         """
         dtype = jnp.float32 if exact or role == "decay" else self.param_dtype
-        return nnx.Param(init(self.rngs.params(), shape, jnp.float32).astype(dtype), axes=axes, role=role, split=split)
+        value = jnp.zeros(shape) if self.shapes_only else init(self.rngs.params(), shape, jnp.float32)
+        return nnx.Param(value.astype(dtype), axes=axes, role=role, split=split)
 
     @property
     def residual_init(self) -> Initializer:

@@ -123,8 +123,7 @@ class MixerConfig(Component, abc.ABC):
 
     def ops(self, d_model: int) -> list[Op]:
         """The ops of `plait.kernels` that a training pass calls."""
-        x, number = jax.ShapeDtypeStruct((1, 8, d_model), jnp.float32), jax.ShapeDtypeStruct((1, 8), jnp.int32)
-        return called_by(lambda x, at: _create(self, d_model)(x, at=at, carry={}).y, x, Tokens(None, number, number))
+        return list(_ops(self, d_model))
 
     def state_bytes(self, d_model: int, max_len: int, dtype: Any) -> int:
         """Bytes of decode state of one sequence, caches kept in `dtype`."""
@@ -183,16 +182,20 @@ MIXERS: Registry[MixerConfig] = Registry("mixer", "plait.models.mixers", MixerCo
 register = MIXERS.register
 
 
-def _create(config: MixerConfig, d_model: int, dtype: str = "float32") -> Mixer:
-    """A module of a config, in the first of its directions."""
+@functools.lru_cache(maxsize=256)
+def abstract(config: MixerConfig, d_model: int, dtype: str = "float32") -> Any:
+    """A module of a config without arrays, in the first of its directions."""
     causal = config.directions[0] == "causal"
-    return config.build(d_model, BuildContext(rngs=nnx.Rngs(0), seq_len=1, compute_dtype=jnp.dtype(dtype), causal=causal))
+    ctx = lambda: BuildContext(rngs=nnx.Rngs(0), seq_len=1, compute_dtype=jnp.dtype(dtype), causal=causal, shapes_only=True)
+    return nnx.eval_shape(lambda: config.build(d_model, ctx()))
 
 
 @functools.lru_cache(maxsize=256)
-def abstract(config: MixerConfig, d_model: int, dtype: str = "float32") -> Any:
-    """The same without arrays."""
-    return nnx.eval_shape(lambda: _create(config, d_model, dtype))
+def _ops(config: MixerConfig, d_model: int) -> tuple[Op, ...]:
+    x, number = jax.ShapeDtypeStruct((1, 8, d_model), jnp.float32), jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    graph, variables = nnx.split(abstract(config, d_model))
+    run = lambda variables, x, at: nnx.merge(graph, variables)(x, at=at, carry={}).y
+    return tuple(called_by(run, variables, x, Tokens(None, number, number)))
 
 
 def products(module: nnx.Module) -> float:

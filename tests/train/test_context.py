@@ -112,6 +112,7 @@ def test_what_linear_layers_and_windows_send_does_not_depend_on_the_length(short
     assert total(long) == 4 * total(short)  # keys and values of all tokens
 
 
+@pytest.mark.slow
 def test_statistics_send_little(short):
     """A probing step sends no token's activations for linear layers; attention's weights need the keys of the looked-at rows (`masses`)."""
     probed = sent(512, Probes(ProbeConfig()))

@@ -67,6 +67,7 @@ def probed(config):
     return step(setup.fresh(), jax.device_put(random_batch(8), rows))[1]["statistics"]
 
 
+@pytest.mark.slow
 def test_layers_show_the_same_statistics(compile_cache):
     config = mixture(LAYER_OVER)
     found, expected = probed(in_stages(config, fsdp=2)), probed(config)

@@ -168,7 +168,8 @@ def terminating(count: int):
     return reading
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 11))])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(11))
 def test_killed_at_a_random_moment(seed, config, undisturbed, compile_cache, tmp_path):
     rng, out = random.Random(seed), tmp_path / "run"
     words = flags(config, out)
@@ -197,6 +198,7 @@ def test_sigterm_saves_exits_0_and_goes_on(light, light_undisturbed, compile_cac
     assert_same_run(out, light_undisturbed)
 
 
+@pytest.mark.slow
 def test_a_terminal_that_is_gone_ends_nothing_unsaved(light, light_undisturbed, compile_cache, tmp_path):
     """First nobody reads what is printed any more, as under `| head`, then SIGHUP comes."""
     out = tmp_path / "run"
@@ -214,6 +216,7 @@ def test_a_terminal_that_is_gone_ends_nothing_unsaved(light, light_undisturbed, 
     assert_same_run(out, light_undisturbed)
 
 
+@pytest.mark.slow
 def test_stopped_twice_and_resumed_twice(light, light_undisturbed, tmp_path, monkeypatch):
     again = stopped_at(light, tmp_path / "run", 3, monkeypatch)
     with monkeypatch.context() as patch:

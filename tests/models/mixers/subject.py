@@ -96,12 +96,12 @@ def _param(name: str, case: Case, usual: bool) -> Any:
     return pytest.param(case, id=name, marks=[] if usual else [pytest.mark.slow])
 
 
-def case_params(*, options: bool = True) -> list[Any]:
-    """The cases, slow ones marked: every example, what goes around it, and its options, all of which are slow if not `options`."""
-    plain = [_param(name, Case(config), True) for name, config in EXAMPLES.items()]
+def case_params(*, thorough: bool = True) -> list[Any]:
+    """The cases, slow ones marked: every example, its options and what goes around it, of bases of families only where not `thorough`."""
+    family = lambda name: name.partition("-")[0] in FAMILIES
     return [
-        *plain,
-        *(_param(name, Case(config), options and name.partition("-")[0] in FAMILIES) for name, config in OPTIONS.items()),
+        *(_param(name, Case(config), thorough or family(name)) for name, config in EXAMPLES.items()),
+        *(_param(name, Case(config), thorough and family(name)) for name, config in OPTIONS.items()),
         *(_param(name, case, of_family) for name, case, of_family in _around()),
     ]
 

@@ -55,8 +55,8 @@ def plain_subject(subject) -> Subject:
     return subject
 
 
-of_examples = pytest.mark.parametrize("subject", case_params(options=False), indirect=True)
-"""What options of a mixer are not likely to change, and costs programs of its own: of options in the slow suite."""
+of_families = pytest.mark.parametrize("subject", case_params(thorough=False), indirect=True)
+"""What costs programs of its own, and lies more in the layers that mixers are made of: of the bases of families, the rest slow."""
 
 
 def finite(*trees) -> bool:
@@ -154,7 +154,7 @@ def test_implied_attention_reproduces_the_head_outputs(plain_subject):
     assert not np.moveaxis(np.asarray(a), 1, -1)[~visible].any()
 
 
-@of_examples
+@of_families
 def test_eight_devices_equal_one(subject):
     mesh, placed = meshes.make_mesh(MESH), []
     for path, variable in nnx.to_flat_state(subject.variables):
@@ -191,7 +191,7 @@ def test_config_survives_json_and_is_hashable(plain_subject):
     assert hash(again) == hash(plain_subject.config)
 
 
-@of_examples
+@of_families
 def test_gradients_are_finite_in_bfloat16(subject):
     half = program(subject.case.graph("bfloat16"))
     x = ROWS.x[:2, :24].astype(jnp.bfloat16)
@@ -221,6 +221,8 @@ def test_probe_shows_finite_statistics_of_the_right_shape_and_changes_nothing(pl
         if name == "head_concentration" and np.all(shown["head_load"] == 1):
             assert np.isnan(value), "there is none where every token uses all"
             continue
+        if name.startswith("selection_") and np.isnan(value).all():
+            continue  # there is none where no row that is looked at leaves tokens out
         assert np.isfinite(value).all() if simple else np.isfinite(value).any() and not np.isinf(value).any(), name
     if simple:
         assert {"entropy", "entropy_ratio", "sink", "sink_rate", "value_drain"} <= set(shown)

@@ -89,6 +89,7 @@ def test_patterns_that_cannot_be(pattern, message, grouped, tmp_path):
     assert not grouped.with_name("refused").exists()
 
 
+@pytest.mark.slow
 def test_one_line_copies_teaches_and_tunes_and_goes_on(grouped, corpus, compile_cache, tmp_path, capsys):
     words = ["convert", "linearize", str(grouped), str(tmp_path / "all"), "--pattern", "lolcats,softmax*2", "--window-size", "4"]
     words += ["--data.source", str(corpus), "--transfer.steps", "40", "--transfer.optimizer.learning-rate", "3e-2"]

@@ -93,6 +93,7 @@ TWO_HOSTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case", [case if case == "experts" else pytest.param(case, marks=pytest.mark.slow) for case in TWO_HOSTS]
 )

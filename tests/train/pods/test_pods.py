@@ -121,6 +121,7 @@ def test_layers_that_look_at_themselves_do_so_on_two_hosts(mesh, words, compile_
     )
 
 
+@pytest.mark.slow
 def test_one_killed_ends_both_within_a_minute_and_both_go_on(words, undisturbed, compile_cache, tmp_path):
     out = tmp_path / "run"
     pod = Pod(2, *words, "--out", out, cache=compile_cache)

@@ -76,6 +76,7 @@ def test_workers_that_propose_at_once_propose_different_trials(tmp_path, corpus)
     assert [one.number for one in found] == list(range(12)) and len({json.dumps(dict(one.values)) for one in found}) == 12
 
 
+@pytest.mark.slow
 def test_a_search_is_trained_to_its_end_and_goes_on_where_it_was(tmp_path, corpus, compile_cache):
     words = ["--optimizer.weight-decay", "0.0,0.1", "--seeds", "2", "--search.sampler", "random"]
     kept = [*SMALL, "--data.source", str(corpus), "--steps", "2"]
