@@ -204,7 +204,7 @@ _hints = functools.cache(typing.get_type_hints)
 
 def _dataclass(schema: type[T], fields: Mapping[str, Any], path: str) -> T:
     fields = schema.upgraded(fields) if issubclass(schema, Config) else fields
-    hints = _hints(schema)
+    hints = _hints(schema)  # type: ignore[arg-type]
     known = {f.name: f for f in dataclasses.fields(schema)}  # type: ignore[arg-type]
     for key in fields:
         if key not in known:
