@@ -17,6 +17,7 @@ USAGE = """usage: launch.py [--verbose] COMMAND ...
 
   train PRESET [--steps 2000] [--model.pattern "gla*3,softmax"] [--out runs/a] [--resume]   (train PRESET --help lists every option)
         [--init-from RUN]                                     (the weights of a run; without PRESET its model too: docs/fine-tuning.md)
+        [--branch RUN/checkpoints/STEP --out NEW --steps N]   (goes on from there as another run: docs/reliability.md#longer-runs-and-branches)
         [--hosts.local 2 | --hosts.coordinator HOST:PORT --hosts.count N --hosts.index I]                  on many hosts: docs/reliability.md
   sweep NAME|PRESET [--optimizer.learning-rate 1e-3,3e-3] [--seed 0,1,2] [--seeds 3] [--out sweeps/lr] [--workers 2] [--dry-run | --status]
         [any option of train, with several values]                              (many runs, any number of workers: docs/sweeps.md)

@@ -22,6 +22,7 @@ import pytest
 
 from plait import launch
 from plait.configs.command_line.cli import parse_experiment
+from plait.configs.command_line.exchange import take
 from plait.configs.command_line.options import split_options
 from plait.configs.command_line.words import parse
 from plait.configs.presets import presets
@@ -93,6 +94,7 @@ def test_command_is_known_and_parses(command):
         if "--help" not in rest:
             alone = rest[0].startswith("-")  # its model is that of the run it begins with, which is not here
             start = dataclasses.replace(presets()["lm_tiny"](), init_from="runs/a") if alone else rest.pop(0)
+            take("branch", rest)
             parse_experiment(start, host_options(rest)[1])
     elif name == "write-launch":
         from plait.train.pods import launch_files

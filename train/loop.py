@@ -91,6 +91,9 @@ def train(config: ExperimentConfig, judge: Judge | None = None) -> Result:
                 contents.mark(folder)
                 if not going_on:
                     codec.save(config, folder / contents.CONFIG)
+                elif (saved := codec.load(ExperimentConfig, folder / contents.CONFIG)).steps != config.steps:
+                    log.info("%s goes on to step %d, where it was to end at %d", folder, config.steps, saved.steps)
+                    codec.save(dataclasses.replace(saved, steps=config.steps), folder / contents.CONFIG)
         with Termination() as termination:
             return _Loop(setup, observer, termination, check, judge).run()
 

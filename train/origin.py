@@ -29,6 +29,7 @@ from plait.train.convert.importing import ORIGINALS
 from plait.train.pods.hosts.together import decide, first, together
 from plait.train.program import Program
 from plait.train.run import described, restored, write_json
+from plait.train.run_folder.branch import Fork
 from plait.train.run_folder.contents import CHECKPOINTS, CONFIG, ORIGIN, RunError
 from plait.train.state import Arrays, Blueprint, TrainState, begin_with
 
@@ -105,21 +106,42 @@ class Origin:
 
 
 def parse_run(words: Sequence[str]) -> ExperimentConfig:
-    """The experiment of `PRESET ...` or of `--init-from RUN ...`, whose model and data are then those of the run.
+    """The experiment of `PRESET ...`; of `--init-from RUN ...`, whose model and data are then those of the run; or of
+    `--branch CHECKPOINT ...`, which is all that its run was, and whose folder is made here where there is none to go on with.
 
     Raises:
         ValueError: bad words or values.
     """
+    if (text := take("branch", words := list(words))) is not None:
+        return _branched(text, words)
     if words and not words[0].startswith("-"):
         return parse_experiment(words[0], words[1:])
     text = take("init_from", list(words))
     if text is None:
-        raise ValueError("train needs a preset first, as in 'launch.py train lm_quick', or --init-from RUN")
+        raise ValueError(
+            "train needs a preset first, as in 'launch.py train lm_quick', or --init-from RUN, or --branch RUN/checkpoints/STEP"
+        )
     out = take("out", list(words))
     own = None if out is None or "--resume" not in words else Path(out) / CONFIG
     if own is not None and own.exists():
         return parse_experiment(codec.load(ExperimentConfig, own), words)
     return parse_experiment(tuning(Origin.of(text)), words)
+
+
+def _branched(text: str, words: Sequence[str]) -> ExperimentConfig:
+    if words and not words[0].startswith("-"):
+        raise RunError(f"branch={text!r} says which experiment it is; leave {words[0]!r} out")
+    out = take("out", list(words))
+    if out is None:
+        raise RunError(f"branch={text!r} needs a folder of its own; give --out")
+    own = Path(out) / CONFIG
+    if "--resume" in words and decide("run folder", own.exists):
+        return parse_experiment(codec.load(ExperimentConfig, own), words)
+    fork = Fork.of(text)
+    config = dataclasses.replace(parse_experiment(fork.config, words), resume=True)
+    if first():
+        fork.make(config)
+    return config
 
 
 def tuning(origin: Origin) -> ExperimentConfig:

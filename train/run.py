@@ -9,7 +9,6 @@ import json
 import logging
 import math
 import os
-import re
 import sys
 import time
 import uuid
@@ -35,15 +34,12 @@ from plait.train.pods.hosts.layout import batch_layout
 from plait.train.pods.hosts.together import agree, broadcast, count, decide, first, together
 from plait.train.program import Program
 from plait.train.run_folder.contents import CHECKPOINTS, CONFIG, RunError, begun
+from plait.train.run_folder.going_on import A_PLACE, check_goes_on, checkpoint_steps
 from plait.train.run_folder.owner import owned
 from plait.train.state import Arrays, TrainState
 
 log = logging.getLogger("plait")
 
-_FREE_ON_RESUME = ("out", "resume", "mesh", "log_every", "keep_last", "keep_best", "checkpoint_every", "wandb", "event")
-
-_A_PLACE = re.compile(r"data\.(cache_dir|source|sources\.[^.]+\.source)")
-"""Leaves that may differ between hosts, and when a run goes on: they say where something lies. What lies there is told by its fingerprint."""
 _CHANGES_PROGRAMS = (
     "XLA_FLAGS",
     "LIBTPU_INIT_ARGS",
@@ -66,14 +62,8 @@ def claim(config: ExperimentConfig) -> bool:
         raise RunError(f"out={str(folder)!r} already holds a run; use --resume to go on with it, or another --out")
     if not begun(folder):
         return False
-    saved = codec.encode(codec.load(ExperimentConfig, folder / CONFIG))
-    different = codec.differences(saved, codec.encode(config))
-    names = {line: line.split(":")[0] for line in different}
-    changed = [line for line, name in names.items() if name.split(".")[0] not in _FREE_ON_RESUME and not _A_PLACE.fullmatch(name)]
-    if changed:
-        raise RunError(
-            f"out={str(folder)!r} was started with another config: {'; '.join(changed)}; resume with the same values, or use another --out"
-        )
+    saved = codec.load(ExperimentConfig, folder / CONFIG)
+    check_goes_on(saved, config, max(checkpoint_steps(folder), default=0), folder)
     return True
 
 
@@ -87,7 +77,7 @@ def claimed(config: ExperimentConfig) -> Iterator[tuple[bool, Callable[[], None]
         ValueError: on every host, where hosts differ, or where the folder cannot be used or is in use.
     """
     code = {**hardware.versions(), "plait commit": hardware.commit()}
-    leaves = {name: value for name, value in codec.leaves(codec.encode(config)).items() if not _A_PLACE.fullmatch(name)}
+    leaves = {name: value for name, value in codec.leaves(codec.encode(config)).items() if not A_PLACE.fullmatch(name)}
     agree("config", {**leaves, **code, **{name: os.environ.get(name) for name in _CHANGES_PROGRAMS}})
     folder, check = Path(config.folder), _nothing
     with contextlib.ExitStack() as stack:

@@ -27,7 +27,9 @@ def unchecked_experiment(name: str | ExperimentConfig, args: Sequence[str], prog
     """What `parse_experiment` gives, whose values may not go together."""
     words = list(args)
     config = preset(name) if isinstance(name, str) else name
-    what, prog = (f"preset {name}", f"{prog} {name}") if isinstance(name, str) else (f"a run from {name.init_from}", prog)
+    what, prog = (
+        (f"preset {name}", f"{prog} {name}") if isinstance(name, str) else (f"a run from {name.init_from or name.folder}", prog)
+    )
     with unchecked():
         if (pattern := take("model.pattern", words)) is not None:
             config = dataclasses.replace(config, model=at("model", config.model.with_pattern, pattern))

@@ -19,9 +19,10 @@ def run(args: Sequence[str]) -> int:
     """Trains here, or as one of several hosts in a process of its own that is watched."""
     if args and args[0] in ("-h", "--help"):
         args = [USUAL, "--help"]  # the options are those of every preset, the defaults its own
-    if not args or (args[0].startswith("-") and not any(re.match("--init[-_]from(=|$)", word) for word in args)):
+    if not args or (args[0].startswith("-") and not any(re.match("--(init[-_]from|branch)(=|$)", word) for word in args)):
         raise ValueError(
-            "train needs a preset first, as in 'launch.py train lm_quick', or --init-from RUN; 'launch.py list presets' shows presets"
+            "train needs a preset first, as in 'launch.py train lm_quick', or --init-from RUN, or --branch RUN/checkpoints/STEP; "
+            "'launch.py list presets' shows presets"
         )
     with outliving_readers():
         return on_hosts("train", args, _train, resumes=True)

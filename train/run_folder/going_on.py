@@ -1,0 +1,57 @@
+"""What may be otherwise when a run goes on: where it runs and what it keeps, and its number of steps as long as none that is done changes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+
+from plait.configs import codec
+from plait.configs.experiment import ExperimentConfig
+from plait.train.optimizers.schedule import make_schedule
+from plait.train.run_folder.contents import CHECKPOINTS, RunError
+
+_FREE = ("out", "resume", "mesh", "log_every", "keep_last", "keep_best", "checkpoint_every", "wandb", "event")
+A_PLACE = re.compile(r"data\.(cache_dir|source|sources\.[^.]+\.source)")
+"""Leaves that may differ between hosts, and when a run goes on: they say where something lies. What lies there is told by its fingerprint."""
+
+
+def check_goes_on(saved: ExperimentConfig, config: ExperimentConfig, step: int, run: Path) -> None:
+    """Raises RunError where the steps up to checkpoint `step` of `run`, made with `saved`, are not those that `config` would have made."""
+    lines = {line: line.split(":")[0] for line in codec.differences(codec.encode(saved), codec.encode(config))}
+    free = lambda name: name == "steps" or name.split(".")[0] in _FREE or A_PLACE.fullmatch(name)
+    if changed := [line for line, name in lines.items() if not free(name)]:
+        raise RunError(
+            f"out={str(run)!r} was started with another config: {'; '.join(changed)}; resume with the same values, or use another --out"
+        )
+    if saved.steps == config.steps:
+        return
+    if config.steps < step:
+        raise RunError(f"steps={config.steps} is below the {step} that {str(run)!r} has done; use --steps {step} or more")
+    if (same := steps_alike(saved, config, step)) < step:
+        there = [one for one in checkpoint_steps(run) if one <= same]
+        fix = (
+            f"--branch {run}/{CHECKPOINTS}/{there[-1]} goes on from there in another --out"
+            if there
+            else f"no checkpoint up to there is kept (--keep-last); use --steps {saved.steps}"
+        )
+        raise RunError(
+            f"steps={config.steps} gives another learning rate than steps={saved.steps} from step {same + 1} on "
+            f"(optimizer.schedule={config.optimizer.schedule!r}), and the checkpoint is of step {step}; {fix}"
+        )
+
+
+def steps_alike(one: ExperimentConfig, other: ExperimentConfig, most: int) -> int:
+    """How many of the first `most` steps have the same learning rate under two numbers of steps."""
+    rate = lambda config: np.asarray(
+        make_schedule(config.optimizer, config.steps, config.optimizer.learning_rate)(np.arange(most))
+    )
+    differ = np.flatnonzero(np.broadcast_to(rate(one) != rate(other), most))
+    return int(differ[0]) if len(differ) else most
+
+
+def checkpoint_steps(run: Path) -> list[int]:
+    """Steps of the checkpoints that a run folder holds, ascending."""
+    folder = run / CHECKPOINTS
+    return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdecimal()) if folder.is_dir() else []
