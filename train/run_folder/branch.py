@@ -18,13 +18,12 @@ from plait.train.run_folder.contents import CHECKPOINTS, CONFIG, ORIGIN, RunErro
 from plait.train.run_folder.going_on import check_goes_on, checkpoint_steps
 from plait.train.run_folder.lines import EVENTS, METRICS
 from plait.train.run_folder.probe_files import PROBES
-from plait.train.run_folder.trim import trim_metrics
 
 log = logging.getLogger("plait")
 
 BRANCH = "branch.json"
 _TAKEN = (ORIGIN, METRICS, EVENTS, PROBES, "tokenizer", ORIGINALS)
-"""What goes along beside the config and the checkpoint; what is made of these, as the report, is made anew."""
+"""What goes along beside the config and the checkpoint. Numbers of later steps go when the new run goes on from it; the report is made anew."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Fork:
         return cls(run, int(path.name), codec.load(ExperimentConfig, run / CONFIG))
 
     def make(self, config: ExperimentConfig) -> None:
-        """Makes the run folder of `config`, whole or not at all, as that of the other run was at the step.
+        """Makes the run folder of `config`, whole or not at all, with what the other run had at the step.
 
         Raises:
             RunError: the folder is used, or `config` would have made other steps up to there.
@@ -72,7 +71,6 @@ class Fork:
                     shutil.copytree(self.run / name, beside / name)
                 elif (self.run / name).exists():
                     shutil.copy2(self.run / name, beside / name)
-            trim_metrics(beside, self.step)
             write_atomically(beside / BRANCH, json.dumps({"run": str(self.run.resolve()), "step": self.step}, indent=2) + "\n")
             codec.save(dataclasses.replace(config, resume=False), beside / CONFIG)
             beside.rename(new)
