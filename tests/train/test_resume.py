@@ -327,7 +327,7 @@ REFUSED = {
         r"model.mixers.moh\+softmax.top_k: null -> 1",
     ),
     "another data seed": ({"data.seed": 5}, "data.seed: 0 -> 5"),
-    "another length": ({"steps": 80}, "steps: 40 -> 80"),
+    "another length, under a cosine": ({"steps": 80}, "steps=80 gives another learning rate than steps=40 from step 3 on"),
 }
 
 
