@@ -31,6 +31,7 @@ from plait.train.program import Program
 from plait.train.run import described, restored, write_json
 from plait.train.run_folder.branch import Fork
 from plait.train.run_folder.contents import CHECKPOINTS, CONFIG, ORIGIN, RunError
+from plait.train.run_folder.going_on import checkpoint_steps
 from plait.train.state import Arrays, Blueprint, TrainState, begin_with
 
 log = logging.getLogger("plait")
@@ -66,10 +67,8 @@ class Origin:
                 "a run, or make one of a published model with launch.py convert import DIR RUN"
             )
         if step is not None and not (path / CHECKPOINTS / str(step)).is_dir():
-            there = sorted(int(entry.name) for entry in (path / CHECKPOINTS).iterdir() if entry.name.isdecimal())
-            raise RunError(
-                f"init_from={text!r} has no checkpoint of step {step}; use one of {', '.join(map(str, there)) or 'another run'}"
-            )
+            there = ", ".join(map(str, checkpoint_steps(path)))
+            raise RunError(f"init_from={text!r} has no checkpoint of step {step}; use one of {there or 'another run'}")
         return cls(text, path, step, *described(path))
 
     def check(self, config: ExperimentConfig) -> None:
