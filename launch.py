@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from plait.train.program_cache import keep_programs
 from plait.train.terminal.console import Lines, prepare_streams
 from plait.train.terminal.status import exit_status
 
@@ -81,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         print(f"error: {name!r} is not a command{f'; did you mean {near[0]!r}?' if near else ''}\n\n{USAGE}", file=sys.stderr)
         return 2
+    keep_programs()
     return exit_status(lambda: importlib.import_module(f"plait.train.commands.{COMMANDS[name]}").run(rest))
 
 

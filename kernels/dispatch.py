@@ -13,7 +13,7 @@ import jax
 from plait.kernels.call import Call
 from plait.kernels.context import ContextRule, Parts
 from plait.kernels.sharding import Shards, parts_of_sequence
-from plait.kernels.target import current, not_on
+from plait.kernels.target import Outdated, current, not_on
 
 _log = logging.getLogger("plait")
 _ops: dict[str, "Op"] = {}
@@ -103,17 +103,23 @@ class Op:
             if reason is None:
                 self._log_choice(name, declined)
                 return name
-            declined[name] = f"not {name} because {reason}"
-        raise NotImplementedError(f"{self.name}: no implementation supports this call: {'; '.join(declined.values())}")
+            declined[name] = reason
+        raise NotImplementedError(f"{self.name}: no implementation supports this call: {_words(declined)}")
 
     def _log_choice(self, name: str, declined: dict[str, str]) -> None:
-        """Says once what was chosen and why no other of this backend; those of other backends are details."""
-        here = [reason for other, reason in declined.items() if not self.implementations[other].absent]
+        """Says once what was chosen and why no other of this backend, as a warning where only the installation is in the way; those of
+        other backends are details."""
+        here = {other: reason for other, reason in declined.items() if not self.implementations[other].absent}
         if here or current() is not None:
-            _log_once(self.name, f"chose {name}", "; ".join(here))
+            outdated = any(isinstance(reason, Outdated) for reason in here.values())
+            _log_once(self.name, f"chose {name}", _words(here), logging.WARNING if outdated else logging.INFO)
         else:
             _log_once("kernels", "plain JAX", f"there are none for the backend {jax.default_backend()} (--verbose says more)")
-            _log_once(self.name, f"chose {name}", "; ".join(declined.values()), logging.DEBUG)
+            _log_once(self.name, f"chose {name}", _words(declined), logging.DEBUG)
+
+
+def _words(declined: dict[str, str]) -> str:
+    return "; ".join(f"not {name} because {reason}" for name, reason in declined.items())
 
 
 def in_parts(rule: ContextRule, function: Callable[[Any], Any]) -> Callable[[Any], Any]:

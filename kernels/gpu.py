@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from plait.kernels.chips import CHIPS
-from plait.kernels.target import current, not_on
+from plait.kernels.target import Outdated, current, not_on
 
 Array = jax.Array
 
@@ -40,7 +40,8 @@ def unavailable() -> str | None:
     if here is not None and here.generation not in GENERATIONS:
         return f"the target is {here.generation}, and wgmma exists on {' and '.join(GENERATIONS)} only"
     if jax.__version_info__ < MIN_JAX:
-        return f"it needs JAX >= {'.'.join(map(str, MIN_JAX))} and this is {jax.__version__}"
+        needed = ".".join(map(str, MIN_JAX))
+        return Outdated(f"it needs JAX >= {needed} and this is {jax.__version__}; install plait[cuda] with Python 3.12 or newer")
     return None
 
 

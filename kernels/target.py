@@ -9,6 +9,11 @@ import jax
 
 from plait.kernels.chips import CHIPS, Chip, chip_of
 
+
+class Outdated(str):
+    """Why a kernel cannot be traced here where another installation could: not a fact of the call, and worth a warning."""
+
+
 _target: contextvars.ContextVar[Chip | None] = contextvars.ContextVar("plait_target", default=None)
 
 

@@ -4,6 +4,7 @@ import gc
 import importlib.metadata
 import os
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ _FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_le
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     _FLAGS += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()
+
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers have it from who started them
+    _cache = tempfile.TemporaryDirectory(prefix="plait-cache-")  # programs of commands that tests start, which share them
+    os.environ["XDG_CACHE_HOME"] = _cache.name
 
 import jax
 import pytest

@@ -61,11 +61,16 @@ class Program:
 
     def fresh(self) -> TrainState:
         """The state at step 0."""
-        return self.lower_fresh().compile()()
+        return self.lower_fresh().compile()(self._seed)
 
     def lower_fresh(self) -> jax.stages.Lowered:
-        """What `fresh` runs, traced."""
-        return jax.jit(lambda: create_state(self.blueprint, self.tx), out_shardings=self.shardings).lower()
+        """What `fresh` runs, traced: of a seed, so that runs which differ in it share the program."""
+        create = lambda seed: create_state(self.blueprint, self.tx, seed)
+        return jax.jit(create, out_shardings=self.shardings).lower(self._seed)
+
+    @property
+    def _seed(self) -> np.uint32:
+        return np.uint32(self.config.seed)
 
     @functools.cached_property
     def like(self) -> TrainState:

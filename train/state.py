@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
 
 from plait.configs.experiment import ExperimentConfig
 from plait.configs.optimizer import Parameter
@@ -85,8 +86,9 @@ class Blueprint:
                     "layers of two heads or more, or leave it out"
                 )
 
-    def _create(self) -> LM:
-        return LM(self.config.model, rngs=nnx.Rngs(self.config.seed), seq_len=self.config.data.seq_len)
+    def _create(self, seed: ArrayLike | None = None) -> LM:
+        key = jax.random.key(self.config.seed if seed is None else seed)
+        return LM(self.config.model, rngs=nnx.Rngs(key), seq_len=self.config.data.seq_len)
 
     @property
     def learned(self) -> set[str]:
@@ -134,9 +136,10 @@ class Blueprint:
         adapters = {"adapters": {"of": having, "not_of": without}} if self.adapters else {}
         return {"num_trained_params": self.num_trained, **adapters} if self.alone else {}
 
-    def init(self) -> tuple[Arrays, Arrays]:
-        """Fresh `(params, buffers)`, the same for a seed on any mesh."""
-        return self.split(self._create())
+    def init(self, seed: ArrayLike | None = None) -> tuple[Arrays, Arrays]:
+        """Fresh `(params, buffers)`, the same for a seed on any mesh; None is the config's seed. One that is traced leaves the program to
+        other seeds too."""
+        return self.split(self._create(seed))
 
     def axes(self, name: str) -> Axes:
         """Logical axes of an array of the model."""
@@ -191,9 +194,9 @@ class Blueprint:
         return found
 
 
-def create_state(blueprint: Blueprint, tx: optax.GradientTransformation) -> TrainState:
-    """The state at step 0 (traceable)."""
-    return begin_with(blueprint, tx, *blueprint.init())
+def create_state(blueprint: Blueprint, tx: optax.GradientTransformation, seed: ArrayLike | None = None) -> TrainState:
+    """The state at step 0 (traceable, and so is the seed; None is the config's)."""
+    return begin_with(blueprint, tx, *blueprint.init(seed))
 
 
 def begin_with(blueprint: Blueprint, tx: optax.GradientTransformation, params: Arrays, buffers: Arrays) -> TrainState:

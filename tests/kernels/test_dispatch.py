@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from plait import kernels
-from plait.kernels import Mask, Tokens, dispatch
+from plait.kernels import Mask, Tokens, dispatch, gpu
 from plait.kernels.call import OPTION, Call
 from plait.kernels.target import target
 
@@ -51,6 +51,18 @@ def test_kernels_of_other_backends_are_details(op: dispatch.Op, caplog: pytest.L
         with target("v5e"):
             ops[0]("auto", DemoCall(1))
     assert caplog.messages[1:] == ["one: chose plain; not tpu because x is large"]
+
+
+def test_an_old_installation_on_its_accelerator_is_a_warning(op: dispatch.Op, caplog: pytest.LogCaptureFixture, monkeypatch):
+    """Where the call itself is in the way it is not."""
+    monkeypatch.setattr(gpu, "MIN_JAX", (99, 0, 0))
+    kernel = dispatch.Implementation(None, lambda call: gpu.unavailable(), platform="gpu")
+    other = dispatch.Implementation(None, lambda call: dispatch.not_on("gpu") or "x is large", platform="gpu")
+    with caplog.at_level(logging.INFO, logger="plait"), target("h100"):
+        dispatch.Op("one", gpu=kernel, plain=op.implementations["plain"])("auto", DemoCall(1))
+        dispatch.Op("two", gpu=other, plain=op.implementations["plain"])("auto", DemoCall(1))
+    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
+    assert "not gpu because it needs JAX >= 99.0.0 and this is" in caplog.messages[0] and "plait[cuda]" in caplog.messages[0]
 
 
 def test_named_is_taken_or_refused(op: dispatch.Op):

@@ -23,6 +23,7 @@ from plait.configs.files import parse_json
 from plait.train.pods.hosts import heartbeat
 from plait.train.pods.hosts.host import Host, HostsError
 from plait.train.pods.hosts.supervise import FAILED, ORDERLY
+from plait.train.program_cache import is_usual
 
 HEARTBEAT_SECONDS = 10
 """Silence after which the coordinator counts a process as dead and ends the others."""
@@ -37,6 +38,8 @@ def joined(host: Host, seconds: float) -> Iterator[Callable[[int], int]]:
     Gives the function that leaves with an exit status: with an orderly one once every host does, so that none takes the end of another
     for its death; with any other, or on an error that nobody caught, at once and without a word to them.
     """
+    if is_usual():  # host 0 alone writes there: one host would read what the others compile, which on GPUs is done together
+        jax.config.update("jax_enable_compilation_cache", False)
     with heartbeat.phase("connect"):
         jax.distributed.initialize(
             host.coordinator,

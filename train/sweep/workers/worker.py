@@ -18,6 +18,7 @@ from plait.kernels.dispatch import forget_chosen
 from plait.train.loop import train
 from plait.train.pods.hosts.failure import TrainingFailed
 from plait.train.pods.hosts.supervise import DONE, FAILED, STOPPED
+from plait.train.program_cache import is_usual
 from plait.train.run_folder.owner import FolderInUse, FolderLost, owned
 from plait.train.sweep import table
 from plait.train.sweep.record import Sweep, mark, read
@@ -152,7 +153,7 @@ def _placed(config: ExperimentConfig, folder: Path, run: Run) -> ExperimentConfi
 
 def _share_programs(folder: Path) -> None:
     """Compiled programs are kept in the sweep's folder, or where JAX_COMPILATION_CACHE_DIR says, so that equal ones compile once."""
-    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
+    if is_usual() or jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str((folder / COMPILED).absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
