@@ -14,6 +14,7 @@ from plait.train.report.page import Markup, Section
 from plait.train.report.panels import attention, curves, differences, maps, trends
 from plait.train.report.run import Run, load_runs
 from plait.train.report.style import RC, Picture
+from plait.train.report.variants import by_variant
 
 PAGE = "index.html"
 MOST_MAPS = 6  # runs whose maps and pictures are shown in a comparison; curves and tables hold every run
@@ -30,7 +31,7 @@ def write_report(runs: Sequence[Path], out: Path | None = None, *, reload: float
     Raises:
       ValueError: a folder is not a run, `runs` is empty, or `out` holds files that are of no report.
     """
-    loaded = load_runs(runs)
+    loaded = by_variant(load_runs(runs))
     first = loaded[0].path
     out = Path(out) if out is not None else (first if len(loaded) == 1 else first.parent) / "report"
     check_page(out)
@@ -73,12 +74,12 @@ def _sections(runs: list[Run]) -> Iterator[Section]:
     yield from _statistics(runs)
     pictures: list[Picture | str] = []
     for index, run in enumerate(runs[:MOST_MAPS]):
-        heading = [Markup(page.heading(index, run))] if several else []
+        heading = [Markup(page.heading(run))] if several else []
         pictures += [*heading, attention.pictures(index, run), Markup(page.text_sample(run))]
-    yield Section("Pictures", "Attention pictures", pictures)
-    yield Section("Events", "Events", [curves.timeline(runs), Markup(page.events_table(runs))])
+    yield Section("Pictures", "Attention pictures", pictures, folded=several)
+    yield Section("Events", "Events", [curves.timeline(runs), Markup(page.events_table(runs))], folded=several)
     yield Section("Definitions", "Definitions", [Markup(page.definitions(runs))], folded=True)
-    yield Section("Settings", "Settings", [Markup(page.sources(runs))])
+    yield Section("Settings", "Settings", [Markup(page.sources(runs))], folded=several)
 
 
 def _statistics(runs: list[Run]) -> Iterator[Section]:
@@ -94,7 +95,7 @@ def _statistics(runs: list[Run]) -> Iterator[Section]:
     sections: dict[str, list[Statistic]] = {}
     for one in there.values():
         sections.setdefault(one.panel.section, []).append(one)
-    many = len(sections) > MOST_OPEN
+    many = len(sections) > MOST_OPEN or len(runs) > 1
     for title, members in sections.items():
         name = page.anchor(title)
         figures = [trends.of_kinds(f"{name}-kinds", runs, members), trends.of_layers(f"{name}-layers", runs, members)]

@@ -21,7 +21,7 @@ from plait.train.run_folder.probe_files import ProbeSeries
 
 def write_inspection(found: Inspection, out: Path) -> Path:
     """The path of the new `index.html` in `out`."""
-    runs = [_run(found, one, out) for one in found.models]
+    runs = [_run(found, one, place, out) for place, one in enumerate(found.models)]
     with matplotlib.rc_context(RC):
         sections = _sections(found, runs)
     config = found.trained.program.config
@@ -39,7 +39,7 @@ def write_inspection(found: Inspection, out: Path) -> Path:
     return write_page(out, f"plait inspection: {found.run.name}", head, sections, made)
 
 
-def _run(found: Inspection, one: Found, out: Path) -> Run:
+def _run(found: Inspection, one: Found, place: int, out: Path) -> Run:
     """What a model does, as a run of one probe step."""
     config, step = found.trained.program.config, found.trained.step
     series = {name: values[None] for name, values in one.statistics.items()}
@@ -55,6 +55,7 @@ def _run(found: Inspection, one: Found, out: Path) -> Run:
         attention=Attention(one.tokens.maps, one.tokens.names, step),
         notes=[],
         beside={STATISTIC.name: STATISTIC},
+        place=place,
     )
 
 
@@ -87,7 +88,7 @@ def _sections(found: Inspection, runs: list[Run]) -> list[Section]:
             + [
                 item
                 for index, run in enumerate(runs)
-                for item in ([Markup(page.heading(index, run))] if len(runs) > 1 else []) + [pictures[index]]
+                for item in ([Markup(page.heading(run))] if len(runs) > 1 else []) + [pictures[index]]
             ]
             + [Markup(_losses(found))],
         ),

@@ -12,11 +12,14 @@ from plait.train.report.kept import SCRIPT
 from plait.train.report.panels.curves import event_title
 from plait.train.report.run import Run, facts
 from plait.train.report.sheet import CSS
+from plait.train.report.sorting import SCRIPT as SORTING
 from plait.train.report.style import Picture, kind_colour, run_colour
 from plait.train.report.summary import summary
+from plait.train.report.variants import variants
 
 MARK = "<title>plait "
 """Stands at the beginning of every page."""
+TABLE_SORTS = 'class="dense sorts"'
 MANY = 12  # sections that do without a table of contents
 
 
@@ -56,7 +59,7 @@ def page(title: str, head: str, sections: Sequence[Section], *, made: str, reloa
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>{CSS}</style></head><body>"
         f"<header><div>{head}</div></header><nav><div>{links}</div></nav><main>{body}</main><footer>{foot}</footer>"
-        f"{'' if reload is None else SCRIPT}</body></html>\n"
+        f"{SORTING if TABLE_SORTS in body else ''}{'' if reload is None else SCRIPT}</body></html>\n"
     )
 
 
@@ -106,9 +109,9 @@ def show(item: Picture | str) -> str:
     return f"<figure><div>{image}</div><figcaption>{escape(item.caption)}</figcaption></figure>"
 
 
-def heading(index: int, run: Run) -> str:
+def heading(run: Run) -> str:
     """The name of one of several runs, in its colour."""
-    return f'<h3><i class="dot" style="background:{run_colour(index)}"></i>{escape(run.name)}</h3>'
+    return f'<h3><i class="dot" style="background:{run_colour(run.place)}"></i>{escape(run.name)}</h3>'
 
 
 def header(runs: Sequence[Run]) -> str:
@@ -126,17 +129,17 @@ def titled(what: str, name: str, told: dict[str, str]) -> str:
     return f'{title}<dl class="facts">{tiles}</dl><p class="pattern">{escape("" if pattern == "–" else pattern)}</p>'
 
 
-def _lane(index: int, run: Run) -> str:
-    dot = f'<i class="dot" style="background:{run_colour(index)}"></i>'
-    return f'<div class="lane"><span>{dot}{escape(run.name)}</span><div class="strip">{_blocks(run)}</div></div>'
+def _lane(name: str, run: Run) -> str:
+    dot = f'<i class="dot" style="background:{run_colour(run.place)}"></i>'
+    return f'<div class="lane"><span>{dot}{escape(name)}</span><div class="strip">{_blocks(run)}</div></div>'
 
 
 def strip(runs: Sequence[Run]) -> str:
-    """The layers of each run as a row of coloured blocks, first to last, with one key."""
+    """The layers of each variant as a row of coloured blocks, first to last, with one key."""
     if len(runs) == 1:
         lanes = f'<div class="strip">{_blocks(runs[0])}</div>'
     else:
-        lanes = "".join(_lane(index, run) for index, run in enumerate(runs))
+        lanes = "".join(_lane(one.name, one.runs[0]) for one in variants(runs))
     mixers: dict[str, dict[str, int]] = {}
     for run in runs:
         for layer in run.layers:

@@ -50,6 +50,10 @@ class Run:
     """Sentences about what is missing or was ignored."""
     beside: Mapping[str, Statistic] = field(default_factory=dict)
     """Statistics of the run that no probe declares, by name."""
+    place: int = 0
+    """Number of its variant among the runs of the page, which its colour follows."""
+    repeats: int = 1
+    """How many runs that variant has."""
 
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps and values of the metrics lines that carry `name`."""

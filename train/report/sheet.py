@@ -23,6 +23,7 @@ nav > div { white-space: nowrap; overflow-x: auto; scrollbar-width: thin; }
 nav a { display: inline-block; padding: 9px 17px 9px 0; color: var(--muted); text-decoration: none; font-size: 13.5px; }
 nav a:hover { color: var(--accent); }
 section { background: var(--paper); border: 1px solid var(--line); border-radius: 10px; padding: 20px 26px; margin: 20px 0; }
+section:has(> details:not([open])) { padding: 9px 26px; margin: 8px 0; }
 section > details { margin: 0; }
 section > details > summary { color: inherit; }
 section > details > summary h2 { display: inline; }
@@ -67,6 +68,10 @@ td small { color: var(--muted); margin-left: 8px; }
 td { max-width: 360px; overflow-wrap: anywhere; }
 td:first-child { white-space: nowrap; }
 table.dense { font-size: 12.5px; }
+table.sorts th { cursor: pointer; }
+table.sorts th[aria-sort]::after { content: " ↑"; }
+table.sorts th[aria-sort="descending"]::after { content: " ↓"; }
+td.n small { display: block; }
 table.dense th, table.dense td { padding-right: 12px; }
 table.dense td:nth-child(2) { overflow-wrap: anywhere; min-width: 150px; }
 .dot { display: inline-block; width: 9px; height: 9px; border-radius: 50%; margin-right: 7px; }

@@ -137,6 +137,23 @@ def panels(
     return figure, axes
 
 
+def legend_above(figure: Any, handles: Sequence[Any], labels: Sequence[str]) -> None:
+    """Adds a legend in rows of their own, above all panels."""
+    wide = max((0.065 * len(label) + 0.55 for label in labels), default=1.0)  # inches
+    columns = max(1, min(len(labels), int((WIDTH - 0.3) / wide)))
+    width, height = figure.get_size_inches()
+    more = 0.22 * math.ceil(len(labels) / columns) + 0.06
+    figure.set_size_inches(width, height + more)
+    for ax in figure.axes:
+        place = ax.get_position()
+        share = height / (height + more)
+        ax.set_position((place.x0, place.y0 * share, place.width, place.height * share))
+    top = 1 - 0.04 / (height + more)
+    figure.legend(
+        handles, labels, loc="upper left", bbox_to_anchor=(0.3 / width, top), ncols=columns, handlelength=1.8, borderaxespad=0
+    )
+
+
 def picture(name: str, figure: Figure, caption: str) -> Picture:
     """The figure rendered to PNG."""
     buffer = io.BytesIO()

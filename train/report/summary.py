@@ -7,7 +7,7 @@ import numpy as np
 
 from plait.train.probes.base import chosen, statistics
 from plait.train.probes.words import count
-from plait.train.report.run import Run, facts, final_loss, flatten, quantity
+from plait.train.report.run import Run, facts, final_loss, quantity
 from plait.train.watching.spikes import LossSpikes
 
 
@@ -61,38 +61,19 @@ def _speed(run: Run) -> str | None:
     return f"{told['speed']} in the median{mfu}; {told['wall time']} in all."
 
 
-def comparison(runs: Sequence[Run]) -> dict[str, str]:
-    """What sets the runs apart: the lowest validation loss (training loss where no run has one), and the fastest run."""
-    told = {}
-    name = next((n for n in ("loss/val", "loss/train") if sum(math.isfinite(run.last(n)) for run in runs) > 1), None)
-    if name:
-        ranked = sorted((run.last(name), run.name) for run in runs if math.isfinite(run.last(name)))
-        which = "validation" if name == "loss/val" else "training"
-        (best, winner), (second, _), (worst, loser) = ranked[0], ranked[1], ranked[-1]
-        text = f"{winner} has the lowest {which} loss, {best:.3f}, {second - best:.3f} below the next"
-        told["Loss"] = text + (f" and {worst - best:.3f} below the last, {loser}." if len(ranked) > 2 else f", {loser}.")
-    ends = {run.records[-1].get("tokens") for run in runs if run.records}
-    if len(ends) > 1:
-        told["Tokens"] = "The runs did not see the same number of tokens; compare their losses at equal steps, in the curves."
-    return told
-
-
-def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """The config fields whose values differ between the runs, with the value of each run; a dash where a run lacks it."""
-    flat = [{name: str(value) for name, value in flatten(run.config).items()} for run in runs]
-    names = dict.fromkeys(name for fields in flat for name in fields)
-    rows = {name: [fields.get(name, "–") for fields in flat] for name in names}
-    return {name: row for name, row in rows.items() if len(set(row)) > 1 and name.split(".")[-1] not in ("out", "resume")}
-
-
 def columns(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """By heading, what the table of a comparison says of each run's statistics at the end; a dash where it has no value."""
-    found = {}
+    """By heading, what the table of a comparison says of each run's statistics at the end, for each kind of head apart where there are
+    several; a dash where it has no value."""
+    found: dict[str, list[str]] = {}
     for name, one in statistics().items():
-        if one.panel is not None and one.panel.column is not None:
-            heading, text = one.panel.column
-            ends = [None if (values := run.by_head(name)) is None else values[-1] for run in runs]
-            found[heading] = ["–" if end is None or not np.isfinite(end).any() else text(end) for end in ends]
+        if one.panel is None or one.panel.column is None:
+            continue
+        heading, text = one.panel.column
+        ends = [{group.words: values[-1] for group, values in run.by_group(name).items()} for run in runs]
+        kinds = dict.fromkeys(words for end in ends for words in end)
+        for words in kinds:
+            title = f"{heading}, {words}" if len(kinds) > 1 else heading
+            found[title] = [text(end[words]) if words in end and np.isfinite(end[words]).any() else "–" for end in ends]
     return found
 
 

@@ -1,5 +1,6 @@
 """Curves over training steps: loss, speed, what else was logged, and the events on the same axis."""
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -9,6 +10,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from plait.train.probes.collect import ATTENTION, kind_name
+from plait.train.report.panels import seeds
 from plait.train.report.run import Run
 from plait.train.report.style import (
     INK,
@@ -24,6 +26,7 @@ from plait.train.report.style import (
     title,
     value_axis,
 )
+from plait.train.report.variants import variants
 
 CROSSES = 200  # at most, of losses that are not finite
 
@@ -66,9 +69,11 @@ def loss(runs: Sequence[Run]) -> Picture | str:
     end = max((run.records[-1]["step"] for run in runs if run.records), default=1)
     whole, half = (1 if end > 1 else 0), end / 2  # a logarithmic axis has no step 0
     figure, axes = panels(2, columns=2, height=3.3, gap=(0.75, 0), margin=(0.36, 0.5))
-    seen = [level for index, run in enumerate(runs) for level in _loss_of(axes[1], run, index, half, alone=len(runs) == 1)]
-    for index, run in enumerate(runs):
-        _loss_of(axes[0], run, index, whole, alone=len(runs) == 1)
+    seen = [level for run in runs for level in _loss_of(axes[1], run, half, alone=len(runs) == 1)]
+    for run in runs:
+        _loss_of(axes[0], run, whole, alone=len(runs) == 1)
+    for ax, start in zip(axes, (whole, half), strict=True):
+        _smooth_losses(ax, runs, start)
     axes[0].set(title="Whole run", ylabel="nats per token", xlabel="step, logarithmic")
     axes[1].set(title="Second half, enlarged", ylabel="nats per token")
     if end > 1:
@@ -83,7 +88,7 @@ def loss(runs: Sequence[Run]) -> Picture | str:
         value_axis(ax)
     validation = [Line2D([], [], color=INK, marker="o", markerfacecolor="white", linewidth=0.8)]
     validated = any(run.series("loss/val")[0].size for run in runs)
-    legend(axes[0], runs, validation if validated else [], ["validation"] if validated else [])
+    seeds.legend(axes[0], runs, validation if validated else [], ["validation"] if validated else [])
     caption = "Faint: every logged training loss. Solid: its exponential mean over 2% of the points. Circles: validation loss."
     if any(event["kind"] == "loss_spike" for run in runs for event in run.events):
         caption += " Triangles on the upper edge mark loss spikes."
@@ -99,15 +104,19 @@ def by_position(runs: Sequence[Run]) -> Picture | None:
     if not lines:
         return None
     figure, (ax,) = panels(1, columns=1, height=3.0, margin=(0.36, 0.5))
-    for place, (index, (step, losses)) in enumerate(lines):
-        last = len(runs) > 1 or place == len(lines) - 1
-        style = {"color": run_colour(index) if last else MUTED, "linestyle": run_dash(index), "linewidth": 1.8 if last else 0.9}
-        label = f"step {step:,}" if len(runs) == 1 else runs[index].name.lstrip("_") or "run"
+    for order, (index, (step, losses)) in enumerate(lines):
+        last = len(runs) > 1 or order == len(lines) - 1
+        place = runs[index].place
+        style = {
+            "color": run_colour(place) if last else MUTED,
+            "linestyle": run_dash(place),
+            "linewidth": 0.9 if not last or runs[index].repeats > 1 else 1.8,
+        }
         ax.plot(
             [first + 1 for first in losses],
             list(losses.values()),
-            label=label,
-            alpha=1 if last else 0.3 + 0.5 * place / len(lines),
+            label=f"step {step:,}",
+            alpha=1 if last else 0.3 + 0.5 * order / len(lines),
             **style,
         )
     ax.set(
@@ -116,7 +125,10 @@ def by_position(runs: Sequence[Run]) -> Picture | None:
     ax.xaxis.set_major_formatter(FuncFormatter(short))
     ax.xaxis.set_minor_formatter(NullFormatter())
     value_axis(ax)
-    ax.legend(*(part[:12] for part in ax.get_legend_handles_labels()), loc="best", handlelength=1.8)
+    if len(runs) > 1:
+        seeds.legend(ax, runs)
+    else:
+        ax.legend(*(part[:12] for part in ax.get_legend_handles_labels()), loc="best", handlelength=1.8)
     return picture("positions", figure, "Validation loss over doubling ranges of positions, drawn at the first of each.")
 
 
@@ -132,21 +144,22 @@ def _by_position(run: Run, *, most: int) -> list[tuple[int, dict[int, float]]]:
     return [found[i] for i in picked[::-1]]
 
 
-def _loss_of(ax: Axes, run: Run, index: int, start: float, *, alone: bool) -> list[float]:
-    """Draws the losses of one run from a step on; the finite levels of its smooth line and its validation."""
-    colour, dash, levels = run_colour(index), run_dash(index), []
+def _loss_of(ax: Axes, run: Run, start: float, *, alone: bool) -> list[float]:
+    """Draws the losses of one run as logged from a step on, its validation and its spikes; the finite levels of its smooth line and its
+    validation."""
+    colour, dash, levels = run_colour(run.place), run_dash(run.place), []
     (steps, values), (val_steps, val) = run.series("loss/train"), run.series("loss/val")
     smoothed, late, val_late = smooth(values), steps >= start, val_steps >= start
     if late.sum() > 8:
-        ax.plot(*thin(steps[late], values[late], log=start <= 1), color=colour, linewidth=0.6, alpha=0.25 if alone else 0.1)
+        faint = {"linewidth": 0.6, "alpha": 0.25 if alone else 0.1}
+        if run.repeats == 1:
+            ax.plot(*thin(steps[late], values[late], log=start <= 1), color=colour, **faint)
     if late.any():
-        marker = "o" if late.sum() == 1 else None
-        ax.plot(*thin(steps[late], smoothed[late], log=start <= 1), color=colour, linestyle=dash, marker=marker, markersize=4)
         levels += list(smoothed[late])
-    if val_late.any():
+    if val_late.any() and run.repeats == 1:
         style = {"marker": "o", "markersize": 4.2, "markerfacecolor": "white", "markeredgewidth": 1.2}
         ax.plot(val_steps[val_late], val[val_late], color=INK if alone else colour, linewidth=0.8, linestyle=dash, **style)
-        levels += list(val[val_late])
+    levels += list(val[val_late])
     spikes = [event["step"] for event in run.events if event["kind"] == "loss_spike" and event["step"] >= start]
     place = {"transform": ax.get_xaxis_transform(), "clip_on": False, "linestyle": "", "markeredgewidth": 0}
     ax.plot(spikes, [1.015] * len(spikes), marker="v", color=INK if alone else colour, markersize=6, **place)
@@ -163,11 +176,20 @@ def _loss_of(ax: Axes, run: Run, index: int, start: float, *, alone: bool) -> li
     return [level for level in levels if math.isfinite(level)]
 
 
-def legend(ax: Axes, runs: Sequence[Run], handles: list[Line2D], labels: list[str], *, place: str = "upper right") -> None:
-    """One entry for each run, then the others; in a panel of its own colour order, so the same in every figure."""
-    lines = [Line2D([], [], color=run_colour(i), linestyle=run_dash(i), linewidth=2) for i in range(len(runs))]
-    names = ["training"] if len(runs) == 1 else [run.name for run in runs]
-    ax.legend(lines[:12] + handles, [name.lstrip("_") or "run" for name in names[:12]] + labels, loc=place, handlelength=1.8)
+def _smooth_losses(ax: Axes, runs: Sequence[Run], start: float) -> None:
+    """Draws the smooth training losses of the runs from a step on, and the mean validation of variants of several seeds."""
+    lines = {}
+    for index, run in enumerate(runs):
+        steps, values = run.series("loss/train")
+        if (late := steps >= start).any():
+            lines[index] = steps[late], smooth(values)[late]
+    seeds.draw(ax, runs, lines, functools.partial(thin, log=start <= 1), markersize=4)
+    for place, one in enumerate(variants(runs)):
+        held = [run.series("loss/val") for run in one.runs] if len(one.runs) > 1 else []
+        if held := [line for line in held if line[0].size]:
+            steps, values = seeds.mean(held)
+            style = {"marker": "o", "markersize": 4.2, "markerfacecolor": "white", "markeredgewidth": 1.2}
+            ax.plot(steps[steps >= start], values[steps >= start], color=run_colour(place), linewidth=0.8, **style)
 
 
 SCALARS = {
@@ -206,14 +228,11 @@ def scalars(runs: Sequence[Run]) -> Picture | str:
     figure, axes = panels(len(shown), columns=min(4, max(2, len(shown))), height=1.65, gap=(0.72, 0.78), margin=(0.4, 0.48))
     for ax, name in zip(axes, shown):
         words, unit = SCALARS.get(name, (name, ""))
-        for index, run in enumerate(runs):
-            steps, values = run.series(name)
-            if steps.size > 1:
-                ax.plot(*thin(steps, values), color=run_colour(index), linewidth=0.5, alpha=0.25)
-            if steps.size:
-                marker = "o" if steps.size == 1 else None
-                line = thin(steps, smooth(values))
-                ax.plot(*line, color=run_colour(index), linestyle=run_dash(index), marker=marker, linewidth=1.3)
+        found = {index: line for index, run in enumerate(runs) if (line := run.series(name))[0].size}
+        for index, (steps, values) in found.items():
+            if steps.size > 1 and runs[index].repeats == 1:
+                ax.plot(*thin(steps, values), color=run_colour(runs[index].place), linewidth=0.5, alpha=0.25)
+        seeds.draw(ax, runs, {index: (steps, smooth(values)) for index, (steps, values) in found.items()}, thin)
         title(ax, words, size=8.5)
         ax.set_ylabel(unit, fontsize=7.5)
         lines = [line.get_ydata() for line in ax.lines]
@@ -239,12 +258,12 @@ def timeline(runs: Sequence[Run]) -> Picture | str:
         return "No event was recorded: nothing that is watched left its bounds."
     figure, (ax,) = panels(1, columns=1, height=0.4 * len(lanes) + 0.05, left=1.55, margin=(0.3, 0.5))
     marks: dict[tuple[str, str], list[tuple[int, float]]] = {}
-    for index, run in enumerate(runs):
+    for run in runs:
         for event in run.events:
             layer = event.get("layer")
             known = layer is not None and layer < len(run.layers)
             kind = run.layers[layer]["kind"] if known else "model"
-            colour = run_colour(index) if len(runs) > 1 else kind_colour(kind) if known else INK
+            colour = run_colour(run.place) if len(runs) > 1 else kind_colour(kind) if known else INK
             depth = 0.7 * (layer / max(1, len(run.layers) - 1) - 0.5) if known else 0.0
             place = event["step"], lanes.index(event["kind"]) + depth
             marks.setdefault((colour, "D" if layer is None else "o"), []).append(place)

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from plait.train.probes.statistic import Statistic
-from plait.train.report.panels.curves import legend
+from plait.train.report.panels.seeds import legend
 from plait.train.report.panels.trends import levels
 from plait.train.report.run import Run
 from plait.train.report.style import INK, MUTED, Picture, panels, picture, run_colour, run_dash, title, value_axis
@@ -20,16 +20,16 @@ def by_depth(name: str, runs: Sequence[Run], shown: Sequence[Statistic]) -> Pict
     for ax, statistic in zip(axes, shown):
         panel = statistic.panel
         assert panel is not None
-        for index, run in enumerate(runs):
+        for run in runs:
             values = run.by_head(statistic.name)
             if values is None:
                 continue
             layers = np.arange(values.shape[1])
             if len(runs) == 1 and statistic.per == "head":
                 ax.plot(layers, values[-1], ".", color=MUTED, alpha=0.35, markersize=4, markeredgewidth=0)
-            colour = INK if len(runs) == 1 else run_colour(index)
+            colour = INK if len(runs) == 1 else run_colour(run.place)
             line = levels(values[-1].reshape(values.shape[1], -1), panel)
-            ax.plot(layers, line, color=colour, linestyle=run_dash(index), marker="o", markersize=2.5)
+            ax.plot(layers, line, color=colour, linestyle=run_dash(run.place), marker="o", markersize=2.5)
         title(ax, panel.title, size=8.5)
         of_heads = f", {'max' if panel.most else 'median'}" if statistic.per == "head" else ""
         ax.set_ylabel(statistic.unit + of_heads, fontsize=7.5)
@@ -37,7 +37,7 @@ def by_depth(name: str, runs: Sequence[Run], shown: Sequence[Statistic]) -> Pict
         ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         ax.set_xlabel("layer")
     if len(runs) > 1:
-        legend(axes[0], runs, [], [], place="best")
+        legend(axes[0], runs)
     dots = " Dots are heads." if len(runs) == 1 and any(one.per == "head" for one in shown) else ""
     return picture(
         name,

@@ -47,14 +47,14 @@ def of_heads(runs: Sequence[Run], shown: Sequence[Statistic]) -> Picture | str |
         gap=(0.42, 1.0 if several else 0.85),
         margin=(0.78 if several else 0.62, 0.42),
     )
-    for position, (ax, (index, run, one, change)) in enumerate(zip(axes, cells)):
+    for position, (ax, (_, run, one, change)) in enumerate(zip(axes, cells)):
         end = largest[one.name]
         image = ax.imshow(change, aspect="auto", cmap=SIGNED_MAP, norm=Normalize(-end, end), interpolation="nearest")
         layer_by_head(ax, run, change, first=position % columns == 0, label="head")
         colour_bar(ax, image, ticks=[-end, 0, end])
         title(ax, one.panel.title, size=8.5, beside=0.34)
         if several:
-            head_of(ax, run.name, run_colour(index))
+            head_of(ax, run.name, run_colour(run.place))
     whose = "its run" if several else runs[cells[0][0]].name
     caption = f"Each head at the last probe step of {whose}, less the same head of {first.name}: blue is more, red is less. "
     caption += "Rows are layers, columns heads; the ends of each scale are the largest difference of that statistic."

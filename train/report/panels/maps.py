@@ -186,7 +186,7 @@ def final(runs: Sequence[Run], shown: Sequence[Statistic]) -> Picture | None:
         if first or not several:
             title(ax, one.title, size=8.5, beside=0 if several or matrix is None else 0.38)
         if several and index < columns:
-            head_of(ax, run.name, run_colour(index))
+            head_of(ax, run.name, run_colour(run.place))
     steps = ", ".join(dict.fromkeys(f"{run.probes.steps[-1]:,}" for run in runs if run.probes.steps.size))
     caption = f"At step {steps}. Rows are layers, columns heads; blank where a layer has no such value. "
     caption += "One column for each run and one colour scale for each row; " if several else ""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from plait.train.probes.statistic import Panel, Statistic, Trend
-from plait.train.report.panels.curves import legend
+from plait.train.probes.statistic import Panel, Statistic
+from plait.train.report.panels import seeds
 from plait.train.report.run import Group, Run
 from plait.train.report.style import (
     MUTED,
@@ -21,8 +21,6 @@ from plait.train.report.style import (
     kind_colour,
     panels,
     picture,
-    run_colour,
-    run_dash,
     step_axis,
     title,
     value_axis,
@@ -37,10 +35,13 @@ def of_kinds(name: str, runs: Sequence[Run], shown: Sequence[Statistic]) -> Pict
     figure, axes = panels(len(trends), columns=min(3, max(2, len(trends))), height=2.5, gap=(0.72, 0.8))
     present: dict[str, Group] = {}
     for ax, (statistic, trend) in zip(axes, trends):
+        lines: dict[str, dict[int, np.ndarray]] = {}
         for index, run in enumerate(runs):
             for group, values in run.by_group(statistic.name).items():
                 present.setdefault(group.words, group)
-                _trend(ax, run, values, trend, kind_colour(group.kind) if len(runs) == 1 else run_colour(index), group)
+                line = [trend.reduce(step[np.isfinite(step)]) if np.isfinite(step).any() else math.nan for step in values]
+                lines.setdefault(group.words, {})[index] = np.array(line)
+        _by_kind(ax, runs, lines, present)
         if trend.limit is not None:
             ax.axhline(trend.limit, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
         limits = statistic.panel.limits if statistic.panel is not None else None
@@ -52,15 +53,18 @@ def of_kinds(name: str, runs: Sequence[Run], shown: Sequence[Statistic]) -> Pict
     ink = kind_colour if len(runs) == 1 else (lambda kind: MUTED)
     handles = [Line2D([], [], color=ink(group.kind), linestyle=group_dash(group), linewidth=1.8) for group in present.values()]
     if len(runs) > 1:
-        legend(axes[0], runs, handles, list(present), place="best")
+        seeds.legend(axes[0], runs, handles, list(present))
     else:
         axes[0].legend(handles, list(present), loc="best", handlelength=2.2)
     return picture(name, figure, "Every kind of head on one scale; dotted, the threshold of an event.")
 
 
-def _trend(ax: Axes, run: Run, values: np.ndarray, trend: Trend, colour: str, group: Group) -> None:
-    line = [trend.reduce(step[np.isfinite(step)]) if np.isfinite(step).any() else math.nan for step in values]
-    ax.plot(run.probes.steps, line, color=colour, linestyle=group_dash(group), marker=_marker(line))
+def _by_kind(ax: Axes, runs: Sequence[Run], lines: Mapping[str, Mapping[int, np.ndarray]], present: Mapping[str, Group]) -> None:
+    """Lines of runs for each kind of head: the dashes are the kind's, and so is the colour where there is one run."""
+    for words, of in lines.items():
+        group = present[words]
+        style = {"linestyle": group_dash(group), **({"color": kind_colour(group.kind)} if len(runs) == 1 else {})}
+        seeds.draw(ax, runs, {index: (np.asarray(runs[index].probes.steps), line) for index, line in of.items()}, **style)
 
 
 def of_layers(name: str, runs: Sequence[Run], shown: Sequence[Statistic]) -> Picture | None:
@@ -69,23 +73,26 @@ def of_layers(name: str, runs: Sequence[Run], shown: Sequence[Statistic]) -> Pic
     if not lines:
         return None
     figure, axes = panels(len(lines), columns=min(4, max(2, len(lines))), height=2.3, gap=(0.66, 0.8), margin=(0.45, 0.5))
+    present: dict[str, Group] = {}
     for ax, (statistic, panel) in zip(axes, lines):
-        for index, run in enumerate(runs):
-            values = run.by_head(statistic.name)
-            if values is None:
-                continue
-            if len(runs) == 1:
-                _layers(ax, run, statistic, panel)
-            else:
-                line = levels(values.reshape(len(values), -1), panel)
-                ax.plot(run.probes.steps, line, color=run_colour(index), linestyle=run_dash(index), marker=_marker(line))
+        if len(runs) == 1:
+            _layers(ax, runs[0], statistic, panel)
+        else:
+            drawn: dict[str, dict[int, np.ndarray]] = {}
+            for index, run in enumerate(runs):
+                for group, values in run.by_group(statistic.name).items():
+                    present.setdefault(group.words, group)
+                    drawn.setdefault(group.words, {})[index] = levels(values.reshape(len(values), -1), panel)
+            _by_kind(ax, runs, drawn, present)
         title(ax, panel.title, size=8.5, beside=0.37 if len(runs) == 1 else 0)
         ax.set_ylabel(statistic.unit + (f", {'max' if panel.most else 'median'}" if len(runs) > 1 else ""), fontsize=7.5)
         value_axis(ax, log=panel.log and all(np.nanmin(line.get_ydata()) > 0 for line in ax.lines))
         step_axis(ax)
     if len(runs) > 1:
-        legend(axes[0], runs, [], [], place="best")
-        caption = "One line for each run: over all layers and heads, the median or the maximum as the axis says."
+        kinds = {words: group for words, group in present.items() if words}
+        handles = [Line2D([], [], color=MUTED, linestyle=group_dash(group), linewidth=1.8) for group in kinds.values()]
+        seeds.legend(axes[0], runs, handles, list(kinds))
+        caption = "One line for each run and kind of head: the median or the maximum over its layers and heads, as the axis says."
         return picture(name, figure, caption)
     largest = [panel.title.lower() for statistic, panel in lines if panel.most and statistic.per == "head"]
     caption = "One line for each layer, coloured by depth: the median over its heads"

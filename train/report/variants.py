@@ -1,0 +1,121 @@
+"""Runs that differ in seeds alone are one variant: one colour, one mean, and what the seeds differ by."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
+
+import numpy as np
+
+from plait.train.report.run import Run, flatten
+from plait.train.sweep.arms import SEEDS, Estimate, estimate
+
+PLACES = ("out", "resume", "data.cache_dir")
+"""Settings that say where a run lies and not what it is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """Runs that differ in seeds alone."""
+
+    name: str
+    runs: tuple[Run, ...]
+
+    def ends(self, metric: str) -> dict[str, float]:
+        """The last finite values of a metric, by seeds."""
+        found = {seeds(run): run.last(metric) for run in self.runs}
+        return {seed: value for seed, value in found.items() if math.isfinite(value)}
+
+    def mean(self, metric: str) -> float:
+        """Over the runs that have the metric, NaN where none has."""
+        ends = list(self.ends(metric).values())
+        return float(np.mean(ends)) if ends else math.nan
+
+
+def settings(run: Run) -> dict[str, str]:
+    """What was configured by dotted key, without seeds and places."""
+    return {key: str(value) for key, value in flatten(run.config).items() if key not in (*SEEDS, *PLACES)}
+
+
+def seeds(run: Run) -> str:
+    """What tells a run from the others of its variant."""
+    config = flatten(run.config)
+    return ", ".join(str(config.get(key, "–")) for key in SEEDS)
+
+
+def by_variant(runs: Sequence[Run]) -> list[Run]:
+    """The runs in the same order, each with the number of its variant and how many runs that has. A run without a config is one by itself,
+    and so is one with the seeds of another."""
+    keys: dict[tuple[tuple[str, str], ...], list[int]] = {}
+    for index, run in enumerate(runs):
+        told = tuple(sorted(settings(run).items())) or (("", str(index)),)
+        taken = {seeds(runs[other]) for other in keys.get(told, ())}
+        keys.setdefault((*told, ("", str(index))) if seeds(run) in taken else told, []).append(index)
+    places = {index: (place, len(group)) for place, group in enumerate(keys.values()) for index in group}
+    return [dataclasses.replace(run, place=places[index][0], repeats=places[index][1]) for index, run in enumerate(runs)]
+
+
+def variants(runs: Sequence[Run]) -> list[Variant]:
+    """Those of runs that know theirs, by number."""
+    found: dict[int, list[Run]] = {}
+    for run in runs:
+        found.setdefault(run.place, []).append(run)
+    return [Variant(_name(found[place]), tuple(found[place])) for place in sorted(found)]
+
+
+def _name(runs: Sequence[Run]) -> str:
+    if len(runs) == 1:
+        return runs[0].name
+    same = takewhile(lambda letters: len(set(letters)) == 1, zip(*(run.name for run in runs)))
+    common = "".join(letters[0] for letters in same).rstrip("-_/. =0123456789")
+    common = common.removesuffix("seed").rstrip("-_/. ")
+    return f"{common or runs[0].name} ({len(runs)} seeds)"
+
+
+def differing(found: Sequence[Variant]) -> dict[str, list[str]]:
+    """By dotted key, the settings in which the variants differ, of each. Options of a component that not all have follow from the key
+    that chose it, and are left out where any other key differs."""
+    told = [settings(variant.runs[0]) for variant in found]
+    names = dict.fromkeys(name for one in told for name in one)
+    rows = {name: [one.get(name, "–") for one in told] for name in names}
+    rows = {name: row for name, row in rows.items() if len(set(row)) > 1}
+    return {name: row for name, row in rows.items() if "–" not in row} or rows
+
+
+def difference(one: Variant, other: Variant, metric: str) -> Estimate:
+    """Of the means, `one` less `other`: over the seeds that both have where these are two or more, else with an unknown interval."""
+    ours, theirs = one.ends(metric), other.ends(metric)
+    paired = estimate(ours[seed] - theirs[seed] for seed in ours if seed in theirs)
+    if paired.count > 1:
+        return paired
+    return Estimate(one.mean(metric) - other.mean(metric), math.nan, paired.count)
+
+
+def verdict(found: Sequence[Variant], metric: str, words: str) -> str | None:
+    """Which variant ends lowest, and whether that is more than noise; None where fewer than two have the metric."""
+    ranked: list[Variant] = sorted((one for one in found if math.isfinite(one.mean(metric))), key=lambda one: one.mean(metric))
+    if len(ranked) < 2:
+        return None
+    best, second, last = ranked[0], ranked[1], ranked[-1]
+    lead = difference(second, best, metric)
+    if not math.isfinite(lead.half):
+        text = f"{best.name} has the lowest {words}, {best.mean(metric):.3f}, {lead.mean:.3f} below the next, {second.name}"
+        doubt = "; whether that is more than noise is not known without two seeds or more of both."
+    elif lead.half >= lead.mean:
+        text = f"No variant has the lowest {words} beyond the noise: {best.name}, {best.mean(metric):.3f} in the mean"
+        doubt = (
+            f", is {lead.mean:.3f} below {second.name}, with a 95% interval of ±{lead.half:.3f} over {lead.count} pairs of seeds."
+        )
+    else:
+        text = f"{best.name} has the lowest {words}, {best.mean(metric):.3f} in the mean, {lead.mean:.3f} below the next, {second.name}"
+        doubt = f" (95% interval ±{lead.half:.3f} over {lead.count} pairs of seeds)."
+    if len(ranked) > 2:
+        doubt += f" The last, {last.name}, is {last.mean(metric) - best.mean(metric):.3f} above it."
+    return text + doubt
+
+
+def by_runs(found: Sequence[Variant], values: Mapping[str, str]) -> list[str]:
+    """Values of runs by name as one of each variant: those that differ beside each other."""
+    return [", ".join(dict.fromkeys(values[run.name] for run in variant.runs)) for variant in found]
