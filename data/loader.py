@@ -85,6 +85,11 @@ class DataIterator(Iterator[Batch]):
         """What `set_state` needs to go on after the last batch returned, on any number of hosts; small, and JSON."""
         return {"step": self.step, **self._identity}
 
+    def other(self, state: dict[str, object]) -> str:
+        """In what a saved state is of other data with the same tokens, in words; empty where `set_state` takes it or tokens differ."""
+        same = self._identity.get("tokenizer") == state.get("tokenizer")
+        return differences(self._identity, state) if same else ""
+
     def set_state(self, state: dict[str, object]) -> None:
         """Goes on where `state` was taken.
 

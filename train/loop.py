@@ -28,6 +28,7 @@ from plait.train.probes.base import Probes
 from plait.train.probes.collect import describe_layers, probe_arrays, probe_metrics, told
 from plait.train.probes.pictures import write_pictures
 from plait.train.run_folder import contents
+from plait.train.run_folder.branch import begins_other_data
 from plait.train.run_folder.gaps import gaps
 from plait.train.run_folder.probe_files import ATTENTION
 from plait.train.run_folder.trim import set_aside, trim_metrics
@@ -161,7 +162,7 @@ class _Loop:
             return self._fresh(), 0, 0.0
         _, state, extra = restored
         try:
-            self.iterator.set_state(extra["data"])
+            self._place_data(extra["data"], step)
             load_states(self._memories, extra)
             self.tokens, seconds = int(extra["tokens"]), float(extra["seconds"])
         except (AttributeError, KeyError, TypeError) as error:
@@ -171,6 +172,14 @@ class _Loop:
             ) from error
         log.info("%s goes on from step %d", self.folder, step)
         return state, step, seconds
+
+    def _place_data(self, state: dict[str, object], step: int) -> None:
+        """Goes on with the batches after those of a checkpoint, or with the first ones of the other data that a branch was given there."""
+        other = together.decide("branch", lambda: begins_other_data(self.folder, step))
+        if other and (changed := self.iterator.other(state)):
+            log.info("%s begins with the first batch of other data: %s", self.folder, changed)
+            return
+        self.iterator.set_state(state)
 
     def _fresh(self) -> TrainState:
         """The state at step 0: with new weights, or those of another run."""

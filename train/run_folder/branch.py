@@ -11,11 +11,11 @@ from pathlib import Path
 
 from plait.configs import codec
 from plait.configs.experiment import ExperimentConfig
-from plait.configs.files import write_atomically
+from plait.configs.files import read_json, write_atomically
 from plait.train.convert.importing import ORIGINALS
 from plait.train.run_folder import seal
 from plait.train.run_folder.contents import CHECKPOINTS, CONFIG, ORIGIN, RunError, mark
-from plait.train.run_folder.going_on import check_goes_on, checkpoint_steps
+from plait.train.run_folder.going_on import check_goes_on, checkpoint_steps, has_other_data
 from plait.train.run_folder.lines import EVENTS, METRICS
 from plait.train.run_folder.probe_files import PROBES
 
@@ -58,7 +58,7 @@ class Fork:
             RunError: the folder is used, or `config` would have made other steps up to there.
         """
         new = Path(config.folder)
-        check_goes_on(self.config, config, self.step, self.run)
+        check_goes_on(self.config, config, self.step, self.run, other_data=True)
         if new.exists() and (not new.is_dir() or any(new.iterdir())):
             raise RunError(f"out={str(new)!r} is used; give a new folder, or go on in it with --resume")
         beside = new.with_name(f".{new.name[:100]}-{uuid.uuid4().hex[:8]}")
@@ -71,7 +71,8 @@ class Fork:
                     shutil.copytree(self.run / name, beside / name)
                 elif (self.run / name).exists():
                     shutil.copy2(self.run / name, beside / name)
-            write_atomically(beside / BRANCH, json.dumps({"run": str(self.run.resolve()), "step": self.step}, indent=2) + "\n")
+            facts = {"run": str(self.run.resolve()), "step": self.step, "other_data": has_other_data(self.config, config)}
+            write_atomically(beside / BRANCH, json.dumps(facts, indent=2) + "\n")
             codec.save(dataclasses.replace(config, resume=False), beside / CONFIG)
             beside.rename(new)
         except OSError as error:
@@ -79,3 +80,11 @@ class Fork:
         finally:
             shutil.rmtree(beside, ignore_errors=True)
         log.info("%s branches from %s at step %d", new, self.run, self.step)
+
+
+def begins_other_data(folder: Path, step: int) -> bool:
+    """Whether a run folder is a branch at `step`, to which other data was given."""
+    if not (folder / BRANCH).exists():
+        return False
+    facts = read_json(folder / BRANCH)
+    return isinstance(facts, dict) and facts.get("other_data") is True and facts.get("step") == step

@@ -14,12 +14,16 @@ _FREE = ("out", "resume", "mesh", "log_every", "keep_last", "keep_best", "checkp
 A_PLACE = re.compile(r"data\.(cache_dir|source|sources\.[^.]+\.source)")
 """Leaves that may differ between hosts, and when a run goes on: they say where something lies. What lies there is told by its fingerprint."""
 
+_TOKENS = ("data.tokenizer", "data.vocab_size")
 
-def check_goes_on(saved: ExperimentConfig, config: ExperimentConfig, step: int, run: Path) -> None:
-    """Raises RunError where the steps up to checkpoint `step` of `run`, made with `saved`, are not those that `config` would have made."""
-    lines = {line: line.split(":")[0] for line in codec.differences(codec.encode(saved), codec.encode(config))}
+
+def check_goes_on(saved: ExperimentConfig, config: ExperimentConfig, step: int, run: Path, *, other_data: bool = False) -> None:
+    """Raises RunError where the steps up to checkpoint `step` of `run`, made with `saved`, are not those that `config` would have made;
+    with `other_data`, on the data of `saved` and in its tokens."""
     free = lambda name: name == "steps" or name.split(".")[0] in _FREE or A_PLACE.fullmatch(name)
-    if changed := [line for line, name in lines.items() if not free(name)]:
+    lines = [line for line in codec.differences(codec.encode(saved), codec.encode(config)) if not free(_key(line))]
+    read = lambda key: key.startswith("data.") and key not in _TOKENS
+    if changed := [line for line in lines if not (other_data and read(_key(line)))]:
         raise RunError(
             f"out={str(run)!r} was started with another config: {'; '.join(changed)}; resume with the same values, or use another --out"
         )
@@ -38,6 +42,17 @@ def check_goes_on(saved: ExperimentConfig, config: ExperimentConfig, step: int, 
             f"steps={config.steps} gives another learning rate than steps={saved.steps} from step {same + 1} on "
             f"(optimizer.schedule={config.optimizer.schedule!r}), and the checkpoint is of step {step}; {fix}"
         )
+
+
+def has_other_data(saved: ExperimentConfig, config: ExperimentConfig) -> bool:
+    """Whether what is read, or how, was set to something else: it may still turn out to be the same data elsewhere."""
+    keys = map(_key, codec.differences(codec.encode(saved), codec.encode(config)))
+    return any(key.startswith("data.") and key != "data.cache_dir" for key in keys)
+
+
+def _key(line: str) -> str:
+    """The dotted path of a difference."""
+    return line.split(":", maxsplit=1)[0]
 
 
 def steps_alike(one: ExperimentConfig, other: ExperimentConfig, most: int) -> int:

@@ -17,6 +17,7 @@ from plait.train.optimizers.schedule import make_schedule
 from plait.train.run_folder.branch import Fork
 from plait.train.run_folder.contents import RunError
 from plait.train.run_folder.going_on import check_goes_on, steps_alike
+from plait.train.run_folder.lines import read_metrics
 
 SHORT, LONG, FORK = 16, 28, 8
 
@@ -76,6 +77,34 @@ def test_a_run_that_stopped_on_its_plateau_goes_on_to_more_steps(config, short, 
     train(changed(config, {"steps": LONG, "out": str(out), "resume": True}))
     assert_same_run(out, long)
     assert codec.load(ExperimentConfig, out / "config.json").steps == LONG
+
+
+def test_a_branch_reads_other_data_from_its_beginning(config, short, tmp_path, capsys, caplog):
+    """With weights and optimizer as they were; killed before its first checkpoint it begins so again."""
+    other = tmp_path / "other.txt"
+    other.write_text("The house is old, and the river is high. " * 400)
+    rows = ["--data.source", str(other), "--data.seq-len", "24", "--steps", str(SHORT)]
+    words = ["train", "--branch", f"{short}/checkpoints/{FORK}", *rows, "--out", str(tmp_path / "new")]
+    assert main(words) == 0
+    new, old = ({line["step"]: line for line in read_metrics(folder)} for folder in (tmp_path / "new", short))
+    assert all(new[step] == old[step] for step in old if step <= FORK) and max(new) == SHORT
+    first = FORK + 2
+    assert new[first]["loss/train"] != old[first]["loss/train"]
+    assert new[first]["optimizer/learning_rate"] == old[first]["optimizer/learning_rate"]
+    assert new[SHORT]["tokens"] - new[FORK]["tokens"] <= (SHORT - FORK) * config.data.batch_size * 24
+    again = tmp_path / "again"
+    shutil.copytree(tmp_path / "new", again)
+    for step in (12, 16):
+        shutil.rmtree(again / "checkpoints" / str(step))
+    assert main([*words[:-1], str(again), "--resume"]) == 0
+    assert_same_run(again, tmp_path / "new")
+    capsys.readouterr()
+    foreign = [*words[:-1], str(tmp_path / "foreign"), "--data.tokenizer", "bpe"]
+    assert (
+        main(foreign) == 2
+        and "data.tokenizer" in capsys.readouterr().err
+        and not (tmp_path / "foreign").exists()
+    )
 
 
 def test_steps_that_are_done_do_not_change(config, short):
