@@ -13,6 +13,7 @@ from plait.configs.optimizer import OptimizerConfig, optimizer
 from plait.configs.probe import ProbeConfig
 from plait.configs.spike import SpikeConfig
 from plait.data.config import DataConfig
+from plait.data.remote.address import written
 from plait.models.config import LMConfig
 
 
@@ -37,7 +38,7 @@ class ExperimentConfig(Config):
     init_from: Line | None = None
     """Run, imported or trained, whose weights this one begins with, or one of its checkpoints as RUN/checkpoints/STEP; None draws new ones."""
     out: Line | None = None
-    """Run folder; None gives runs/NAME."""
+    """Run folder, or its address as s3://BUCKET/RUN (extra `remote`); None gives runs/NAME."""
     resume: bool = False
     """Go on with the run in the run folder."""
     log_every: Steps = 10
@@ -106,5 +107,5 @@ class ExperimentConfig(Config):
 
     @property
     def folder(self) -> str:
-        """The run folder."""
-        return self.out or f"runs/{self.name}"
+        """The run folder on this machine; what is written there is pushed to `out` where that is an address."""
+        return f"runs/{self.name}" if self.out is None else str(written(self.out))

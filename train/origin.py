@@ -20,17 +20,19 @@ from plait.configs.experiment import ExperimentConfig
 from plait.configs.files import read_json
 from plait.configs.optimizer import optimizer
 from plait.data.config import DataConfig
+from plait.data.remote.address import Address
 from plait.data.tokenizers.files import load_tokenizer
 from plait.data.tokenizers.tokenizer import ByteTokenizer, Tokenizer
 from plait.models.config import LMConfig
 from plait.models.layers.linear import start_singular_vectors
 from plait.models.lm import LM, fold
-from plait.train.convert.importing import ORIGINALS
 from plait.train.pods.hosts.together import decide, first, together
 from plait.train.program import Program
+from plait.train.remote.reading import run_here
+from plait.train.remote.session import config_of
 from plait.train.run import described, restored, write_json
 from plait.train.run_folder.branch import Fork
-from plait.train.run_folder.contents import CHECKPOINTS, CONFIG, ORIGIN, RunError
+from plait.train.run_folder.contents import CHECKPOINTS, CONFIG, ORIGIN, ORIGINALS, RunError
 from plait.train.run_folder.going_on import checkpoint_steps
 from plait.train.state import Arrays, Blueprint, TrainState, begin_with
 
@@ -58,7 +60,7 @@ class Origin:
     @classmethod
     def of(cls, text: str) -> Self:
         """The run RUN, or that of RUN/checkpoints/STEP. Raises ValueError where there is none."""
-        path, step = Path(text).expanduser(), None
+        path, step = run_here(text, "init_from").expanduser(), None
         if path.parent.name == CHECKPOINTS and path.name.isdecimal():
             path, step = path.parent.parent, int(path.name)
         if not (path / CHECKPOINTS).is_dir() or not (path / CONFIG).is_file():
@@ -70,6 +72,14 @@ class Origin:
             there = ", ".join(map(str, checkpoint_steps(path)))
             raise RunError(f"init_from={text!r} has no checkpoint of step {step}; use one of {there or 'another run'}")
         return cls(text, path, step, *described(path))
+
+    @property
+    def named(self) -> str:
+        """Where the run is: its address, or its path on this machine."""
+        address = Address.of(self.text)
+        if address is None:
+            return str(self.folder)
+        return str(address.parent.parent if self.step is not None else address)
 
     def check(self, config: ExperimentConfig) -> None:
         """Raises RunError where the model of `config` is another, or reads other tokens."""
@@ -121,7 +131,7 @@ def parse_run(words: Sequence[str]) -> ExperimentConfig:
             "train needs a preset first, as in 'launch.py train lm_quick', or --init-from RUN, or --branch RUN/checkpoints/STEP"
         )
     out = take("out", list(words))
-    own = None if out is None or "--resume" not in words else Path(out) / CONFIG
+    own = None if out is None or "--resume" not in words else config_of(out)
     if own is not None and own.exists():
         return parse_experiment(codec.load(ExperimentConfig, own), words)
     return parse_experiment(tuning(Origin.of(text)), words)
@@ -133,7 +143,7 @@ def _branched(text: str, words: Sequence[str]) -> ExperimentConfig:
     out = take("out", list(words))
     if out is None:
         raise RunError(f"branch={text!r} needs a folder of its own; give --out")
-    own = Path(out) / CONFIG
+    own = config_of(out)
     if "--resume" in words and decide("run folder", own.exists):
         return parse_experiment(codec.load(ExperimentConfig, own), words)
     fork = Fork.of(text)
@@ -147,7 +157,7 @@ def tuning(origin: Origin) -> ExperimentConfig:
     """The experiment of a run from `origin` alone: its model and data, and a low rate without warm-up or decay of weights."""
     data: DataConfig = origin.config.data
     if data.task.reads_text:
-        data = dataclasses.replace(data, tokenizer=str(origin.folder), vocab_size=None)
+        data = dataclasses.replace(data, tokenizer=origin.named, vocab_size=None)
     return ExperimentConfig(
         name=f"{origin.folder.resolve().name[:90]}_tuned",
         steps=1000,
@@ -169,7 +179,7 @@ def settled(config: ExperimentConfig) -> ExperimentConfig:
     if config.init_from is None:
         return config
     with together("init_from"):
-        own = Path(config.folder) / CONFIG
+        own = config_of(config.out or config.folder) if config.resume else Path(config.folder) / CONFIG
         if config.resume and own.exists():
             model = codec.load(ExperimentConfig, own).model
         else:
@@ -204,7 +214,8 @@ def begin(setup: Program, text: str) -> TrainState:
         raise RunError(f"init_from={text!r} has another tokenizer/ than it was trained with; put that one back")
     with together("run folder"):
         if first():
-            facts = {"run": str(origin.folder.resolve()), "step": step, "tokenizer": known}
+            run = str(origin.folder.resolve()) if Address.of(text) is None else origin.named
+            facts = {"run": run, "step": step, "tokenizer": known}
             write_json(folder / ORIGIN, facts)
             if (origin.folder / ORIGINALS).is_dir():
                 shutil.copytree(origin.folder / ORIGINALS, folder / ORIGINALS, dirs_exist_ok=True)

@@ -25,6 +25,7 @@ from plait.configs.mesh import MeshConfig
 from plait.configs.vocabulary import check_vocabulary
 from plait.data.loader import Data, build_data
 from plait.data.progress import heard
+from plait.data.remote.address import cache
 from plait.data.tokenizers.files import load_tokenizer
 from plait.data.tokenizers.tokenizer import META_FILE, TOKENIZER_FILE, Tokenizer
 from plait.train.checkpoint import CheckpointError, Checkpoints
@@ -33,6 +34,7 @@ from plait.train.pods.hosts import hardware, heartbeat
 from plait.train.pods.hosts.layout import batch_layout
 from plait.train.pods.hosts.together import agree, broadcast, count, decide, first, together
 from plait.train.program import Program
+from plait.train.remote.session import held
 from plait.train.run_folder.contents import CHECKPOINTS, CONFIG, RunError, begun
 from plait.train.run_folder.going_on import A_PLACE, check_goes_on, checkpoint_steps
 from plait.train.run_folder.owner import owned
@@ -84,13 +86,16 @@ def claimed(config: ExperimentConfig) -> Iterator[tuple[bool, Callable[[], None]
 
         def take() -> bool:
             nonlocal check
+            there, push = stack.enter_context(held(config.out, resume=config.resume))
             claim(config)  # a folder that cannot be used is left as it is
-            check = stack.enter_context(owned(folder))
-            if claim(config):
-                return True
-            for name in (META_FILE, TOKENIZER_FILE):  # of a try that failed before it began: it must not bind this one
-                (folder / "tokenizer" / name).unlink(missing_ok=True)
-            return False
+            here = stack.enter_context(owned(folder))
+            check = lambda: (here(), there())[0]
+            going_on = claim(config)
+            if not going_on:
+                for name in (META_FILE, TOKENIZER_FILE):  # of a try that failed before it began: it must not bind this one
+                    (folder / "tokenizer" / name).unlink(missing_ok=True)
+            push()
+            return going_on
 
         going_on = decide("run folder", take)
         share(folder)
@@ -116,6 +121,7 @@ def share(folder: Path) -> None:
             if time.monotonic() > deadline:
                 raise RunError(
                     f"out={str(folder)!r} is not the folder that host 0 sees there; give one on a file system that all hosts share"
+                    + (", as PLAIT_CACHE where --out is an address" if folder.is_relative_to(cache()) else "")
                 )
             time.sleep(0.5)
     if first():

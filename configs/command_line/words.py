@@ -10,7 +10,7 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -18,6 +18,7 @@ import tyro
 
 from plait.configs.components import Component, Config, at, default_of
 from plait.configs.domains import check_leaves, domain_of, fix, hints_of, shown
+from plait.data.remote.address import Address
 
 T = TypeVar("T")
 _WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text", Path: "a path"}
@@ -55,6 +56,7 @@ def parse(
     prefix: str = "",
     description: str | None = None,
     others: Iterable[str] = (),
+    addresses: Collection[str] = (),
 ) -> T:
     """`words` as a `schema`: `default` with what they set, or a new one. `--help` prints the options and exits with status 0.
 
@@ -62,6 +64,7 @@ def parse(
         prog: the command, for the help.
         prefix: what every flag begins with, as `hosts.`.
         others: flags that somebody else reads, to be suggested too.
+        addresses: options of a path that take the address of a store, too.
 
     Raises:
         ValueError: a word that is no option, has no value or a wrong one; a required option that is not there.
@@ -82,6 +85,12 @@ def parse(
         made = _replaced(schema(**own), {path: value for path, value in found.items() if path not in own})
     if not isinstance(made, Config):
         at(prefix.rstrip("."), check_leaves, made)
+        for field in dataclasses.fields(made):  # type: ignore[arg-type]
+            value = getattr(made, field.name)
+            if isinstance(value, Path) and field.name not in addresses and (address := Address.of(value)) is not None:
+                raise ValueError(
+                    f"{prefix}{field.name}={str(address)!r} must be on this machine; give a path, and copy what is there"
+                )
     return made
 
 

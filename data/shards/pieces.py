@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 from plait.data.config import DataError
+from plait.data.remote.store import StoreLost
 from plait.data.sources.readers import Span, spans
 from plait.data.sources.source import Source, unreadable
 
@@ -50,6 +51,8 @@ def cut(source: Source, shard_bytes: int, tokenizer: str) -> list[Piece]:
         try:
             size = file.stat().st_size
             parts = spans(file, shard_bytes) if size > shard_bytes else []
+        except StoreLost:
+            raise
         except OSError as error:
             raise unreadable(file, error) from None
         if len(parts) > 1:

@@ -14,7 +14,8 @@ from plait.configs import codec
 from plait.configs.files import write_atomically
 from plait.data.cache import checksum
 from plait.data.config import DataConfig, DataError
-from plait.data.corpus import TOKENS, VERIFY_BYTES, sha256_of
+from plait.data.corpus import INDEX, TOKENS, VERIFY_BYTES, sha256_of
+from plait.data.remote.tree import fetch, fetched, local
 from plait.data.shards.shard import ShardMeta, damaged, name_of, open_shard
 from plait.data.sources.source import PREPARED
 from plait.data.tokenizers.files import load_tokenizer, read_meta
@@ -59,9 +60,9 @@ class Prepared:
             )
         return found
 
-    def open(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and index of a shard, memory-mapped. Raises DataError where it is not whole."""
-        return open_shard(self.folder / name_of(number), self.meta.shards[number])
+    def open(self, number: int, *, tokens: bool = True) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens (where they are asked for) and index of a shard, memory-mapped. Raises DataError where it is not whole."""
+        return open_shard(self.folder / name_of(number), self.meta.shards[number], tokens=tokens)
 
 
 def write_prepared(folder: Path, source: str, tokenizer: Tokenizer, shards: Sequence[ShardMeta]) -> PreparedMeta:
@@ -87,7 +88,7 @@ def write_prepared(folder: Path, source: str, tokenizer: Tokenizer, shards: Sequ
 
 def is_prepared(source: str) -> bool:
     """Whether a source is a folder of shards, ready or begun."""
-    folder = Path(source).expanduser()
+    folder = local(source, "data.source")
     return (folder / PREPARED).is_file() or ((folder / TOKENIZER).is_dir() and any(folder.glob("shard-*")))
 
 
@@ -97,19 +98,21 @@ def open_prepared(source: str, field: str = "data.source") -> Prepared:
     Raises:
         DataError: it is not whole or not ready.
     """
-    folder = Path(source).expanduser()
+    folder = local(source, field)
     if not (folder / PREPARED).is_file():
         raise DataError(f"{field}={source!r} is not ready: it has shards and no {PREPARED}; let `launch.py prepare` go on there")
     try:
-        meta = codec.load(PreparedMeta, folder / PREPARED)
+        meta = codec.load(PreparedMeta, fetched(folder / PREPARED, field))
     except ValueError as error:
         raise DataError(f"{error}; prepare again") from None
     if meta.format != FORMAT or meta.check != checksum(meta):
         raise DataError(f"{folder / PREPARED} is of another format, or has changed; prepare again, which keeps the shards")
     found = Prepared(folder, meta)
     small = meta.num_tokens * 4 <= VERIFY_BYTES
+    names = [name for name in (INDEX, TOKENS) if small or name == INDEX]
+    fetch([folder / name_of(number) / name for number in range(len(meta.shards)) for name in names], field)
     for number, shard in enumerate(meta.shards):
-        found.open(number)
+        found.open(number, tokens=False)
         if small and sha256_of(folder / name_of(number) / TOKENS) != shard.tokens_sha256:
             raise damaged(folder / name_of(number), f"{TOKENS} has changed")
     return found

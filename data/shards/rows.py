@@ -102,7 +102,7 @@ class ShardRows:
 
     def _size(self, number: int) -> tuple[int, int]:
         """Documents and tokens of a shard that lie in the arc."""
-        _, index = self._prepared.open(number)
+        _, index = self._prepared.open(number, tokens=False)
         ends, ranges = index["end"], self._arc.ranges(index["hash"])
         tokens = sum(int(ends[stop - 1]) - (int(ends[first - 1]) if first else 0) for first, stop in ranges)
         return sum(stop - first for first, stop in ranges), tokens

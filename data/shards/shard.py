@@ -13,6 +13,8 @@ from plait.configs import codec
 from plait.data.cache import checksum, making
 from plait.data.config import DataError
 from plait.data.corpus import INDEX, TOKENS, sha256_of
+from plait.data.remote.store import StoreError, StoreLost
+from plait.data.remote.tree import fetch
 from plait.data.shards.pieces import Piece
 from plait.data.tokenising import INDEX_DTYPE, PROMPTED_DTYPE, token_dtype, tokenise
 from plait.data.tokenizers.tokenizer import Tokenizer
@@ -87,8 +89,9 @@ def read_shard(folder: Path) -> ShardMeta | None:
     return meta if meta.format == FORMAT and meta.check == checksum(meta) else None
 
 
-def open_shard(folder: Path, meta: ShardMeta) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and index of a shard, memory-mapped; the tokens are not looked at.
+def open_shard(folder: Path, meta: ShardMeta, *, tokens: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and index of a shard, memory-mapped; the tokens are not looked at. Without `tokens` there are none of them, and where they lie
+    elsewhere they are not fetched.
 
     Raises:
         DataError: it is cut short, or not what was written there.
@@ -97,15 +100,17 @@ def open_shard(folder: Path, meta: ShardMeta) -> tuple[np.ndarray, np.ndarray]:
         size, expected = (folder / TOKENS).stat().st_size, meta.num_tokens * np.dtype(meta.dtype).itemsize
         if size != expected:
             raise damaged(folder, f"{TOKENS} has {size} bytes instead of {expected}")
+        fetch([folder / INDEX, *([folder / TOKENS] if tokens else [])])
         index = np.load(folder / INDEX, mmap_mode="r", allow_pickle=False)
-        tokens = np.memmap(folder / TOKENS, np.dtype(meta.dtype), "r") if size else np.zeros(0, np.dtype(meta.dtype))
-    except DataError:
+        dtype = np.dtype(meta.dtype)
+        mapped = np.memmap(folder / TOKENS, dtype, "r") if size and tokens else np.zeros(0, dtype)
+    except (DataError, StoreError, StoreLost):
         raise
     except (OSError, ValueError, EOFError) as error:
         raise damaged(folder, str(error)) from None
     if index.dtype not in (INDEX_DTYPE, PROMPTED_DTYPE) or len(index) != meta.num_documents:
         raise damaged(folder, f"{META} does not describe {INDEX}")
-    return np.asarray(tokens), np.asarray(index)
+    return np.asarray(mapped), np.asarray(index)
 
 
 def damaged(folder: Path, problem: str) -> DataError:

@@ -18,6 +18,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from plait.data.config import DataError
+from plait.data.remote.tree import fetch
 from plait.data.sources import megatron
 
 _PIECE = 1 << 16
@@ -59,6 +60,7 @@ def documents(file: Path, fields: Fields, span: Span | None = None) -> Iterator[
         OSError: it cannot be read.
     """
     kind = ending(file) or ""
+    fetch([file, file.with_suffix(".bin")] if kind == ".idx" else [file])
     return READERS[kind](file, fields) if span is None else _SPANNED[kind](file, fields, span)
 
 
@@ -70,6 +72,8 @@ def spans(file: Path, size: int) -> list[Span]:
         OSError: it cannot be read.
     """
     kind, whole = ending(file), file.stat().st_size
+    if kind in (".parquet", ".idx"):
+        fetch([file])
     if kind == ".jsonl":
         return list(itertools.pairwise([*range(0, whole, size), whole])) if whole else []
     if kind == ".parquet":

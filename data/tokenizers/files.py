@@ -10,6 +10,7 @@ from plait.configs.components import ConfigError
 from plait.configs.files import read_json
 from plait.data.cache import checksum
 from plait.data.config import DataError
+from plait.data.remote.tree import fetch, fetched, local
 from plait.data.tokenizers.tokenizer import META_FILE, TOKENIZER_FILE, ByteTokenizer, Tokenizer, TokenizerMeta
 from plait.data.tokenizers.tokenizer_json import JsonTokenizer
 
@@ -25,11 +26,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Raises:
         DataError: nothing there, not usable, or not what was written.
     """
-    path = Path(path).expanduser()
+    path = local(path, "data.tokenizer")
     candidates = [path] if path.is_file() else [path / TOKENIZER_FILE, path / "tokenizer" / TOKENIZER_FILE]
     file = next((c for c in candidates if c.is_file()), None)
     if file is None:
         raise DataError(f"data.tokenizer={str(path)!r} is no tokenizer.json and has none; use byte, bpe, or the path of one")
+    fetch([file, file.parent / META_FILE, file.parent / CONFIG_FILE], "data.tokenizer")
     meta = read_meta(file.parent)
     if meta is not None and meta.kind == "byte":
         return ByteTokenizer()
@@ -52,7 +54,7 @@ def read_meta(folder: Path) -> TokenizerMeta | None:
     if not file.exists():
         return None
     try:
-        meta = codec.load(TokenizerMeta, file)
+        meta = codec.load(TokenizerMeta, fetched(file, "data.tokenizer"))
     except ConfigError as error:
         raise DataError(f"{error}; restore it, or delete it") from None
     if meta.check not in (None, checksum(meta)):

@@ -150,6 +150,8 @@ ARGS: dict[str, Any] = {
     "linearize": LinearizeArgs,
 }
 """The options of each conversion."""
+ADDRESSES = ("run", "new")
+"""What may lie in a store."""
 ON_HOSTS = ("import", "export")
 """Those that several hosts can do together."""
 
@@ -160,7 +162,7 @@ def parsed(args: Sequence[str]) -> tuple[Any, ...]:
     if name == "linearize":
         return _linearize_parsed(words, prog)
     if name != "reshape":
-        return (parse(ARGS[name], words, prog=prog),)
+        return (parse(ARGS[name], words, prog=prog, addresses=ADDRESSES),)
     places = 3
     if not words or words[0].startswith("-") or len(words) < places:
         return (parse(ReshapeArgs, words, prog=prog),)  # says what is missing, or helps
@@ -172,7 +174,7 @@ def parsed(args: Sequence[str]) -> tuple[Any, ...]:
         own = ["--help"]
     others = [flag(field.name) for field in dataclasses.fields(ReshapeArgs)[places:]]
     reshape = parse(kind, own, prog=f"{prog} RUN NEW {kind.name}", others=others, description=inspect.getdoc(kind))
-    return parse(ReshapeArgs, words[:places] + mine, prog=prog), reshape
+    return parse(ReshapeArgs, words[:places] + mine, prog=prog, addresses=ADDRESSES), reshape
 
 
 def _linearize_parsed(words: list[str], prog: str) -> tuple[Any, ...]:
@@ -183,7 +185,7 @@ def _linearize_parsed(words: list[str], prog: str) -> tuple[Any, ...]:
         stages.append([word.replace(f"--{stage}", "--", 1) for word in own])
     mine, rest = split_options(LinearizeArgs, words)
     folders = [word for word in rest[:2] if not word.startswith("-")]
-    return parse(LinearizeArgs, [*folders, *mine], prog=prog), rest[len(folders) :], *stages
+    return parse(LinearizeArgs, [*folders, *mine], prog=prog, addresses=("run",)), rest[len(folders) :], *stages
 
 
 def run(args: Sequence[str]) -> int:
@@ -223,15 +225,19 @@ def _inspect(options: InspectArgs) -> None:
 
 def _import(options: ImportArgs) -> None:
     from plait.train.convert.importing import import_model
+    from plait.train.remote.session import made
 
-    model = import_model(options.folder, options.run, options).model
+    with made(options.run, "run") as run:
+        model = import_model(options.folder, run, options).model
     _say(f"{options.run}: {model.num_layers} layers of {model.pattern}; try launch.py eval {options.run}")
 
 
 def _export(options: ExportArgs) -> None:
     from plait.train.convert.exporting import export_model
+    from plait.train.remote.reading import run_here
 
-    family = export_model(options.run, options.folder, model_type=options.model_type, dtype=options.dtype, step=options.step)
+    run = run_here(options.run, step=options.step)
+    family = export_model(run, options.folder, model_type=options.model_type, dtype=options.dtype, step=options.step)
     _say(f"{options.folder}: {family.architecture}")
 
 
@@ -245,17 +251,22 @@ def _say(line: str) -> None:
 
 def _reshape(options: ReshapeArgs, reshape: Any) -> None:
     from plait.train.convert.reshaping import reshape_run
+    from plait.train.remote.reading import run_here
+    from plait.train.remote.session import made
 
-    found = reshape_run(options.run, options.new, reshape, text=options.text, step=options.step, seed=options.seed)
+    run = run_here(options.run, step=options.step)
+    with made(options.new, "new") as new:
+        found = reshape_run(run, new, reshape, text=options.text, step=options.step, seed=options.seed)
     write_lines(f"{options.new}: {options.kind} of {options.run} at step {found.step}\n{found.describe()}")
 
 
 def _rank(options: RankArgs) -> None:
     from plait.train.convert.linearize.ranking import rank
+    from plait.train.remote.reading import run_here
 
     if options.keep is not None and options.keep_heads is not None:
         raise ValueError(f"keep={options.keep} layers and keep_heads={options.keep_heads} cannot both be; give one of them")
-    found = rank(options.run, options.by, text=options.text, far=options.far, seed=options.seed, gates=options.gates)
+    found = rank(run_here(options.run), options.by, text=options.text, far=options.far, seed=options.seed, gates=options.gates)
     heads: list[tuple[int, int]] = []
     if options.keep_heads is None:
         kept = found.kept(max(1, len(found.layers) // 4) if options.keep is None else options.keep)
@@ -279,9 +290,10 @@ def _rank(options: RankArgs) -> None:
 def _linearize(options: LinearizeArgs, words: Sequence[str], transfer: Sequence[str], tune: Sequence[str]) -> int | None:
     from plait.train.convert.linearize.linearizing import linearize
     from plait.train.convert.reshapes.linearize import Linearize
+    from plait.train.remote.reading import run_here
 
     how = Linearize(pattern=options.pattern, heads=options.heads, window_size=options.window_size)
-    found = linearize(options.run, options.new, how, words, transfer, tune)
+    found = linearize(run_here(options.run), options.new, how, words, transfer, tune)
     if found is None:
         console.print("stopped and saved; the same line goes on", markup=False)
         return 0

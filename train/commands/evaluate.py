@@ -19,6 +19,7 @@ from plait.data.loader import Data
 from plait.data.tasks.base import TASKS, Task
 from plait.train.by_source import Validation
 from plait.train.commands import lm_eval
+from plait.train.remote.reading import run_here
 from plait.train.run import Trained, opened
 from plait.train.scoring.evaluate import Evaluation
 from plait.train.scoring.held_out import OtherText, held_out, is_own
@@ -53,7 +54,7 @@ def parse(args: Sequence[str]) -> tuple[EvalArgs, dict[str, list[str]]]:
     rest, words = list(args), dict[str, list[str]]()
     for name, task in TASKS.all().items():
         words[name], rest = split_options(task, rest, prefix=f"{name.replace('_', '-')}.")
-    options = words_of(EvalArgs, rest, prog="launch.py eval")
+    options = words_of(EvalArgs, rest, prog="launch.py eval", addresses=("run",))
     if options.out is not None and options.out.is_dir():
         raise ValueError(f"out={str(options.out)!r} is a folder; give a file")
     names = () if options.tasks is None else task_names(options.tasks)
@@ -93,6 +94,7 @@ def run(args: Sequence[str]) -> None:
         return lm_eval.run(args)
     options, words = parse(args)
     sizes = (None,) if options.seq_len is None else lengths(options.seq_len)
+    options = dataclasses.replace(options, run=run_here(options.run, step=options.step))
     trained = opened(options.run, options.step)
     own = trained.program.config.data
     names = (own.task.name,) if options.tasks is None else task_names(options.tasks)

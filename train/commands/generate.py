@@ -38,16 +38,17 @@ class GenerateArgs:
 
 def run(args: Sequence[str]) -> None:
     """Continues a prompt and writes the text, and nothing else, to standard output."""
-    write_text(continued(parse(GenerateArgs, args, prog="launch.py generate")))
+    write_text(continued(parse(GenerateArgs, args, prog="launch.py generate", addresses=("run",))))
 
 
 def continued(options: GenerateArgs) -> str:
     """The prompt and its continuation. Raises ValueError for a run that was not trained on text, or a prompt that is none."""
+    from plait.train.remote.reading import run_here
     from plait.train.run import opened
     from plait.train.scoring.generate import Sampling, generate_text
 
     sampling = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
-    trained = opened(options.run, options.step)
+    trained = opened(run_here(options.run, step=options.step), options.step)
     data = trained.program.config.data
     if trained.tokenizer is None:
         raise ValueError(

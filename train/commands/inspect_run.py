@@ -26,11 +26,13 @@ class InspectArgs(InspectOptions):
 
 def run(args: Sequence[str]) -> None:
     """Inspects, shows losses and recall, and writes report and numbers."""
-    options = parse(InspectArgs, args, prog="launch.py inspect")
+    options = parse(InspectArgs, args, prog="launch.py inspect", addresses=("run",))
     from plait.train.inspection.inspecting import inspect
     from plait.train.inspection.needles import TITLES
+    from plait.train.remote.reading import give_back, run_here
 
-    found, page = inspect(options.run, options)
+    found, page = inspect(run_here(options.run, step=options.step), options)
+    give_back(page.parent)
     table = Table(title=Text(f"{found.run} at step {found.trained.step}: {found.part} tokens of {options.text}"))
     for title in ("model", "loss (nats/token)", *TITLES):
         table.add_column(title, justify="left" if title == "model" else "right")

@@ -16,6 +16,7 @@ from plait.configs.command_line.words import parse
 from plait.configs.domains import Counted, Length, Line, Seed, Steps
 from plait.configs.files import write_atomically
 from plait.train.harness.asking import Asked, AskOptions
+from plait.train.remote.reading import run_here
 from plait.train.run import opened
 from plait.train.terminal.console import console
 from plait.train.terminal.results import keep
@@ -56,7 +57,7 @@ def is_asked(args: Sequence[str]) -> bool:
 
 def run(args: Sequence[str]) -> None:
     """Scores a run, shows the results and writes them to a file. The run folder gets nothing else."""
-    options = parse(LmEvalArgs, args, prog="launch.py eval RUN --lm-eval TASK")
+    options = parse(LmEvalArgs, args, prog="launch.py eval RUN --lm-eval TASK", addresses=("run",))
     names = [name.strip() for name in options.lm_eval.split(",") if name.strip()]
     if not names:
         raise ValueError(f"lm_eval={options.lm_eval!r} must name tasks, with commas between them")
@@ -80,6 +81,7 @@ def run(args: Sequence[str]) -> None:
     from plait.train.harness.adapter import VERSION, AskedLM, Tasks
 
     tasks = Tasks(names, options.include_path)
+    options = dataclasses.replace(options, run=run_here(options.run, step=options.step))
     trained = opened(options.run, options.step)
     asked = Asked(trained, options)
     length = None if options.max_gen_tokens is None else {"max_gen_toks": options.max_gen_tokens}

@@ -25,7 +25,7 @@ class PrepareArgs:
     """
 
     out: Path
-    """Folder of the shards: a new one, or one to go on with."""
+    """Folder of the shards: a new one, or one to go on with; or an address, to which one machine pushes them when all are made."""
     workers: Annotated[int, Whole(1, 4096)] | None = None
     """Processes on this machine; None for one a core."""
     shard_mib: Annotated[int, Whole(1, 1 << 20)] = 128
@@ -38,11 +38,14 @@ def run(args: Sequence[str]) -> int:
     if not args or (args[0].startswith("-") and args[0] not in ("-h", "--help")):
         raise ValueError("prepare needs a preset or a config.json first, as in 'launch.py prepare lm_quick --out tokens/sotu'")
     mine, rest = split_options(PrepareArgs, args)
-    options = parse(PrepareArgs, mine, prog="launch.py prepare PRESET [train overrides]")  # --help ends here
+    options = parse(PrepareArgs, mine, prog="launch.py prepare PRESET [train overrides]", addresses=("out",))  # --help ends here
     from plait.configs import codec
     from plait.configs.command_line.cli import parse_experiment
     from plait.configs.experiment import ExperimentConfig
+    from plait.data.remote.address import Address, written
     from plait.train.prepare.pool import prepare
+    from plait.train.remote.session import new_store
+    from plait.train.remote.shards import push_shards
     from plait.train.run_folder.contents import CONFIG
 
     what, path = rest[0], Path(rest[0])
@@ -59,13 +62,19 @@ def run(args: Sequence[str]) -> int:
             "which may be the first folder made"
         )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    found = prepare(config.data, options.out, workers=options.workers or cores, shard_mib=options.shard_mib)
+    address = Address.of(options.out)
+    store = None if address is None else new_store(address)
+    out = written(options.out)
+    found = prepare(config.data, out, workers=options.workers or cores, shard_mib=options.shard_mib)
     if found is None:
         console.print("stopped; the same command goes on")
         return STOPPED
-    tokenizer = config.data.tokenizer if config.data.tokenizer in ("byte", "bpe") else str(options.out)
+    if store is not None:
+        push_shards(store, out)
+    place = str(address or options.out)
+    tokenizer = config.data.tokenizer if config.data.tokenizer in ("byte", "bpe") else place
     console.print(
-        f"{options.out}: {found.num_tokens:,} tokens of {found.num_documents:,} documents in {len(found.shards)} shards; train on it with\n"
-        f"  launch.py train {shlex.quote(what)} --data.source {shlex.quote(str(options.out))} --data.tokenizer {shlex.quote(tokenizer)}"
+        f"{place}: {found.num_tokens:,} tokens of {found.num_documents:,} documents in {len(found.shards)} shards; train on it with\n"
+        f"  launch.py train {shlex.quote(what)} --data.source {shlex.quote(place)} --data.tokenizer {shlex.quote(tokenizer)}"
     )
     return DONE

@@ -54,8 +54,15 @@ def run(args: Sequence[str]) -> None:
     def say(text: str) -> None:
         console.print(text, markup=False)
 
+    from plait.train.remote.reading import give_back, run_here
     from plait.train.sweep.record import SWEEP
 
+    folders = tuple(run_here(run, "runs", weights=False) for run in options.runs)
+    if options.watch and folders != options.runs:
+        raise ValueError(
+            f"watch=True looks at folders of this machine, and {options.runs[0]} is an address; write the page again"
+        )
+    options = dataclasses.replace(options, runs=folders)
     if any((folder / SWEEP).exists() for folder in options.runs):
         if len(options.runs) > 1 or options.watch:
             raise ValueError(f"{options.runs[0]} is among others or watched; a sweep has a page of its own, written once")
@@ -81,4 +88,6 @@ def run(args: Sequence[str]) -> None:
     else:
         from plait.train.report import write_report
 
-        say(f"report: {write_report(options.runs, options.out)}")
+        page = write_report(options.runs, options.out)
+        give_back(page.parent)
+        say(f"report: {page}")

@@ -33,6 +33,7 @@ def _train(args: Sequence[str], supervised: bool) -> int:
     from plait.train.loop import train
     from plait.train.origin import parse_run
     from plait.train.pods.hosts import together
+    from plait.train.remote.session import push_folder
     from plait.train.report import write_report
 
     if not together.first():
@@ -54,7 +55,9 @@ def _train(args: Sequence[str], supervised: bool) -> int:
             if config.data.task.reads_text and config.model.causal and alone:
                 prompt = "Fellow citizens," if config.data.source == "sotu" else ""
                 show_text(continued(GenerateArgs(run=result.folder, prompt=prompt, num_tokens=60)))
-            console.print(f"report: {write_report([result.folder])}", markup=False)
+            page = write_report([result.folder])
+            push_folder(config.out, page.parent.name)
+            console.print(f"report: {page}", markup=False)
     return DONE
 
 

@@ -19,11 +19,12 @@ from plait.models.hf.values import Values
 from plait.models.lm import fold, learned_shapes
 from plait.train.convert.arrays import part_of, written
 from plait.train.convert.fitting import check_lines, part_shape, some
-from plait.train.convert.importing import ORIGINALS, appearing, require_new
+from plait.train.convert.importing import appearing, require_new
 from plait.train.convert.reading import BESIDE, CONFIG
 from plait.train.convert.weights import ConvertError, Planned, write_weights
 from plait.train.pods.hosts.together import first, together
 from plait.train.run import Trained, opened
+from plait.train.run_folder.contents import ORIGINALS
 from plait.train.state import Blueprint
 
 EXPORTED = ("float32", "bfloat16", "float16")

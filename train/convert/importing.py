@@ -37,13 +37,10 @@ from plait.train.mesh import make_mesh
 from plait.train.pods.hosts.together import agree, broadcast, first, together
 from plait.train.program import Program
 from plait.train.run import share
-from plait.train.run_folder.contents import CHECKPOINTS, CONFIG, mark
+from plait.train.run_folder.contents import CHECKPOINTS, CONFIG, ORIGINALS, mark
 from plait.train.state import Arrays, TrainState
 
 log = logging.getLogger("plait")
-
-ORIGINALS = "published"
-"""Folder in a run folder that keeps the files beside the weights, for an export."""
 
 
 def import_model(folder: Path, run: Path, options: ImportOptions) -> ExperimentConfig:

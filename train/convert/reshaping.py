@@ -23,7 +23,7 @@ from plait.models.hf.transforms import Shape
 from plait.models.lm import fold
 from plait.train.convert.arrays import filled, part_of
 from plait.train.convert.fitting import Shapes, part_shape
-from plait.train.convert.importing import ORIGINALS, new_run, require_new, untrained
+from plait.train.convert.importing import new_run, require_new, untrained
 from plait.train.convert.moved import Moved, moved
 from plait.train.convert.reading import CONFIG as PUBLISHED_CONFIG
 from plait.train.convert.reshapes.base import Making, Reshape, Subject
@@ -31,6 +31,7 @@ from plait.train.convert.sample import ids_of, num_ids_of
 from plait.train.convert.weights import ConvertError
 from plait.train.program import Program
 from plait.train.run import Trained, opened, write_json
+from plait.train.run_folder.contents import ORIGINALS
 from plait.train.state import Arrays, Blueprint
 
 REPORT = "reshape.json"

@@ -16,13 +16,13 @@ from plait.configs.domains import Length
 from plait.configs.files import read_json
 from plait.data.tokenizers.files import CONFIG_FILE
 from plait.data.tokenizers.tokenizer import Tokenizer
-from plait.train.convert.importing import ORIGINALS
 from plait.train.harness.answers import Answers, Wanted
 from plait.train.harness.chat import Chat, template_of
 from plait.train.harness.likelihoods import Likelihood, Likelihoods
 from plait.train.harness.shapes import Shapes
 from plait.train.harness.texts import Texts
 from plait.train.run import RunError, Trained
+from plait.train.run_folder.contents import ORIGINALS
 from plait.train.terminal.console import notes
 
 _TOLD_SECONDS = 15.0

@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 from plait.configs.files import read_json
 from plait.data.tokenizers.files import CONFIG_FILE
 from plait.data.tokenizers.tokenizer import Tokenizer
-from plait.train.convert.importing import ORIGINALS
 from plait.train.convert.reading import TEMPLATE
+from plait.train.run_folder.contents import ORIGINALS
 
 Messages = Sequence[Mapping[str, str]]
 """What is said, `role` and `content` each."""

@@ -12,16 +12,15 @@ from pathlib import Path
 from plait.configs import codec
 from plait.configs.experiment import ExperimentConfig
 from plait.configs.files import read_json, write_atomically
-from plait.train.convert.importing import ORIGINALS
+from plait.train.remote.reading import run_here
 from plait.train.run_folder import seal
-from plait.train.run_folder.contents import CHECKPOINTS, CONFIG, ORIGIN, RunError, mark
+from plait.train.run_folder.contents import BRANCH, CHECKPOINTS, CONFIG, ORIGIN, ORIGINALS, RunError, mark
 from plait.train.run_folder.going_on import check_goes_on, checkpoint_steps, has_other_data
 from plait.train.run_folder.lines import EVENTS, METRICS
 from plait.train.run_folder.probe_files import PROBES
 
 log = logging.getLogger("plait")
 
-BRANCH = "branch.json"
 _TAKEN = (ORIGIN, METRICS, EVENTS, PROBES, "tokenizer", ORIGINALS)
 """What goes along beside the config and the checkpoint. Numbers of later steps go when the new run goes on from it; the report is made anew."""
 
@@ -38,7 +37,7 @@ class Fork:
     @classmethod
     def of(cls, text: str) -> Fork:
         """That of RUN/checkpoints/STEP. Raises RunError where there is none that is whole."""
-        path = Path(text).expanduser()
+        path = run_here(text, "branch").expanduser()
         run = path.parent.parent
         if path.parent.name != CHECKPOINTS or not path.name.isdecimal() or not (run / CONFIG).is_file():
             raise RunError(f"branch={text!r} must be RUN/{CHECKPOINTS}/STEP of a training run")

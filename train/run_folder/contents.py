@@ -8,7 +8,10 @@ from plait.train.run_folder.lines import EVENTS, METRICS
 from plait.train.run_folder.probe_files import PROBES
 
 CONFIG, ENVIRONMENT, CHECKPOINTS, ORIGIN = "config.json", "environment.json", "checkpoints", "origin.json"
-_MARK = "README.txt"
+BRANCH = "branch.json"
+ORIGINALS = "published"
+"""Folder that keeps the files beside the weights of a published model, for an export."""
+MARK = "README.txt"
 _MARKED = (
     "Checkpoints of the run in the folder above, one a step. This file was written before the first of them: where it is missing,\n"
     "--resume takes this folder for one that is not mounted, and does not begin the run anew.\n"
@@ -40,7 +43,7 @@ def begun(folder: Path) -> bool:
 
 def mark(folder: Path) -> None:
     """Makes `checkpoints/` tell from now on that it is this run's, even before it holds one."""
-    path = folder / CHECKPOINTS / _MARK
+    path = folder / CHECKPOINTS / MARK
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(_MARKED)
@@ -48,13 +51,13 @@ def mark(folder: Path) -> None:
 
 def _is_filled(path: Path) -> bool:
     if path.is_dir():
-        return any(entry.name != _MARK for entry in _entries(path))
+        return any(entry.name != MARK for entry in _entries(path))
     return path.exists() and path.stat().st_size > 0
 
 
 def _is_unused(checkpoints: Path) -> bool:
     """Whether this run has finished no checkpoint there: what was being written when it was killed is none."""
-    return (checkpoints / _MARK).exists() and not any(path.name.startswith("damaged-") for path in _entries(checkpoints))
+    return (checkpoints / MARK).exists() and not any(path.name.startswith("damaged-") for path in _entries(checkpoints))
 
 
 def _is_step(path: Path) -> bool:

@@ -35,6 +35,8 @@ SURE_SECONDS = 30.0
 """So long after its last renewal an owner writes without looking whether it has been replaced."""
 DEAD_SECONDS = 90.0
 """An owner on another machine that was not renewed for so long is dead: file systems over a network show a change up to a minute late."""
+NAMES = re.compile(r"[0-9]{8,}\.json")
+"""Files of owners."""
 _POLL_SECONDS = 0.5
 _PROCESSES = Path("/proc")
 
@@ -92,7 +94,7 @@ def owned(folder: Path) -> Iterator[Callable[[], None]]:
 def last_owner(folder: Path) -> Record | None:
     """Who has taken the folder last, as far as that can be read now; nobody is waited for."""
     numbers = _numbers(folder / OWNER)
-    return _read(folder / OWNER / _name(numbers[-1])) if numbers else None
+    return _read(folder / OWNER / name_of(numbers[-1])) if numbers else None
 
 
 class _Owner:
@@ -100,7 +102,7 @@ class _Owner:
 
     def __init__(self, folder: Path, number: int, record: Record):
         self._folder, self._number, self._record = folder, number, record
-        self._path = folder / OWNER / _name(number)
+        self._path = folder / OWNER / name_of(number)
         self._sure = _now()
         self._lost: str | None = None
         self._renewing, self._left = threading.Lock(), threading.Event()
@@ -133,14 +135,14 @@ class _Owner:
         """Says that the owner lives (or has left), unless another has followed, or begun in a folder of the same name."""
         with self._renewing, contextlib.suppress(OSError):  # what cannot be seen now is looked at again before the next write
             found = max(_numbers(self._path.parent), default=None)
-            there = None if found is None else _read(self._path.with_name(_name(found)))
+            there = None if found is None else _read(self._path.with_name(name_of(found)))
             if found is None:
                 self._lost = self._lost or "is gone"
             elif found != self._number or (there is not None and there.whose != self._record.whose):  # or removed and begun anew
-                self._lost = self._lost or f"now belongs to {_whose(self._path.with_name(_name(found)))}"
+                self._lost = self._lost or f"now belongs to {_whose(self._path.with_name(name_of(found)))}"
             if self._lost is None and there is not None:
                 self._record = dataclasses.replace(self._record, beat=self._record.beat + 1, left=left)
-                write_atomically(self._path, _text(self._record), durable=False)
+                write_atomically(self._path, text_of(self._record), durable=False)
                 self._sure = _now()
 
 
@@ -148,7 +150,7 @@ def newest(folder: Path) -> Record | None:
     """Who took the folder last; None where nobody has."""
     ledger = folder / OWNER
     last = max(_numbers(ledger), default=None)
-    return None if last is None else _read(ledger / _name(last))
+    return None if last is None else _read(ledger / name_of(last))
 
 
 def _take(folder: Path) -> tuple[int, Record]:
@@ -157,30 +159,30 @@ def _take(folder: Path) -> tuple[int, Record]:
     while True:
         ledger.mkdir(parents=True, exist_ok=True)
         last = max(_numbers(ledger), default=0)
-        if last and (holder := _holder(ledger / _name(last))) is not None:
+        if last and (holder := _holder(ledger / name_of(last))) is not None:
             raise FolderInUse(
-                f"out={str(folder)!r} is in use: {_words(holder)} trains there since {holder.since}; wait until it has ended, "
+                f"out={str(folder)!r} is in use: {words(holder)} trains there since {holder.since}; wait until it has ended, "
                 "end it, or use another --out"
             )
-        number, record = last + 1, _this()
+        number, record = last + 1, this_process()
         try:
-            with (ledger / _name(number)).open("x") as file:
+            with (ledger / name_of(number)).open("x") as file:
                 try:
-                    file.write(_text(record))
+                    file.write(text_of(record))
                     file.flush()
                 except OSError:  # a full disk: nobody must wait for whom this file does not name
-                    (ledger / _name(number)).unlink(missing_ok=True)
+                    (ledger / name_of(number)).unlink(missing_ok=True)
                     raise
         except (FileExistsError, FileNotFoundError):  # another was faster, or has just left the folder as it found it
             continue
-        if max(_numbers(ledger), default=0) == number and _read(ledger / _name(number)) == record:
+        if max(_numbers(ledger), default=0) == number and _read(ledger / name_of(number)) == record:
             for earlier in _numbers(ledger):
                 if earlier < number:
                     with contextlib.suppress(OSError):
-                        (ledger / _name(earlier)).unlink()
+                        (ledger / name_of(earlier)).unlink()
             return number, record
         with contextlib.suppress(OSError):  # others have come and gone since the folder was listed
-            (ledger / _name(number)).unlink()
+            (ledger / name_of(number)).unlink()
 
 
 def _holder(path: Path) -> Record | None:
@@ -203,24 +205,27 @@ def _holder(path: Path) -> Record | None:
                 return record
         if first is None:
             first = content
-            who = f"a process that {path.name} does not name yet" if record is None else _words(record)
+            who = f"a process that {path.name} does not name yet" if record is None else words(record)
             log.warning("%s may be in use by %s: watching for up to %d s whether it lives", path.parent.parent, who, DEAD_SECONDS)
         time.sleep(_POLL_SECONDS)
     return None
 
 
 def _numbers(ledger: Path) -> list[int]:
+
     try:
-        return sorted(int(path.stem) for path in ledger.iterdir() if re.fullmatch(r"[0-9]{8,}\.json", path.name))
+        return sorted(int(path.stem) for path in ledger.iterdir() if NAMES.fullmatch(path.name))
     except FileNotFoundError:
         return []
 
 
-def _name(number: int) -> str:
+def name_of(number: int) -> str:
+    """The file of an owner."""
     return f"{number:08d}.json"
 
 
-def _text(record: Record) -> str:
+def text_of(record: Record) -> str:
+    """What its file holds."""
     return json.dumps(dataclasses.asdict(record), indent=1) + "\n"
 
 
@@ -232,16 +237,18 @@ def _read(path: Path) -> Record | None:
         return None
 
 
-def _words(record: Record) -> str:
+def words(record: Record) -> str:
+    """Who it is, for a message."""
     return f"process {record.pid} on {record.host}"
 
 
 def _whose(path: Path) -> str:
     record = _read(path)
-    return "another process" if record is None else f"{_words(record)} since {record.since}"
+    return "another process" if record is None else f"{words(record)} since {record.since}"
 
 
-def _this() -> Record:
+def this_process() -> Record:
+    """A record of this process as the owner from now on."""
     since = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     return Record(platform.node(), _machine(), os.getpid(), _born(os.getpid()) or "", since)
 

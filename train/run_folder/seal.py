@@ -12,7 +12,7 @@ from plait.configs import codec
 from plait.configs.files import read_json, write_atomically
 
 MANIFEST = "manifest.json"
-_STAMPED = "_CHECKPOINT_METADATA"  # gets the time at which the checkpoint is renamed, and is not needed to restore
+STAMPED = "_CHECKPOINT_METADATA"  # gets the time at which the checkpoint is renamed, and is not needed to restore
 _NEEDED = ("state/_METADATA", "state/manifest.ocdbt", "extra/metadata")
 
 
@@ -24,7 +24,7 @@ def seal(folder: Path, arrays: int) -> None:
     """
     if (problem := _hollow(folder, arrays)) is not None:
         raise OSError(f"{folder.name} {problem}")
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / _STAMPED)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / STAMPED)
     manifest = {path.relative_to(folder).as_posix(): _digest(path) for path in files}
     write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1))
 
@@ -53,7 +53,7 @@ def damage(folder: Path) -> str | None:
 
 def unreadable(folder: Path) -> list[Path]:
     """The files of a checkpoint that the storage library reads before any is checked, and that are not what it takes for granted."""
-    return [path for path in (folder / _STAMPED, folder / "metrics" / "metrics") if path.exists() and not _is_object(path)]
+    return [path for path in (folder / STAMPED, folder / "metrics" / "metrics") if path.exists() and not _is_object(path)]
 
 
 def _is_object(path: Path) -> bool:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
+from plait.train.remote.reading import give_back
 from plait.train.run import write_json
 
 log = logging.getLogger("plait")
@@ -19,6 +20,8 @@ def keep(results: Mapping[str, object], out: Path | None, usual: Path) -> None:
     """
     try:
         write_json(out or usual, results)
+        if out is None:
+            give_back(usual)
     except OSError as error:
         if out is not None:
             raise

@@ -48,7 +48,7 @@ def own(run, **changes):
     """The run belongs to this process, or to what `changes` says."""
     path = run / owner.OWNER / "00000001.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(dataclasses.asdict(dataclasses.replace(owner._this(), **changes))))
+    path.write_text(json.dumps(dataclasses.asdict(dataclasses.replace(owner.this_process(), **changes))))
 
 
 def nothing():
