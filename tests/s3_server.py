@@ -1,7 +1,7 @@
 """A server of this process that speaks S3 to one bucket, and on request fails, waits, cuts replies off or is gone.
 
-It knows what the clients of fsspec ask for: objects put, read in ranges, looked at and removed, lists, uploads in parts, and objects that may be
-put only where there is none.
+It knows what the clients of fsspec ask for: objects put, read in ranges, looked at and removed, lists, uploads in parts, and objects that
+may be put only where there is none.
 """
 
 import contextlib
@@ -31,6 +31,8 @@ class S3Server:
         self.fault: Fault = lambda method, key: None
         self.log: list[tuple[str, str]] = []
         """What was done, in order: method and key."""
+        self.seen: Callable[[dict[str, bytes]], None] = lambda objects: None
+        """Is shown the objects after each change."""
         self.uploads: dict[str, dict[int, bytes]] = {}
         self.lock = threading.Lock()
         self._server = _Quiet(("127.0.0.1", 0), _Handler)
@@ -102,6 +104,8 @@ class _Handler(BaseHTTPRequestHandler):
         with s3.lock:
             reply = self._done(s3, key, query, body)
             s3.log.append((self.command, key))
+            if self.command in ("PUT", "DELETE", "POST") and key:
+                s3.seen(s3.objects)
         if fault == "lost":
             self.close_connection = True
             return
@@ -117,7 +121,11 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "POST" and "uploads" in query:
             number = uuid.uuid4().hex
             s3.uploads[number] = {}
-            return 200, f"<InitiateMultipartUploadResult><UploadId>{number}</UploadId></InitiateMultipartUploadResult>".encode(), {}
+            return (
+                200,
+                f"<InitiateMultipartUploadResult><UploadId>{number}</UploadId></InitiateMultipartUploadResult>".encode(),
+                {},
+            )
         if self.command == "POST" and "uploadId" in query:
             parts = s3.uploads.pop(query["uploadId"])
             objects[key] = b"".join(parts[number] for number in sorted(parts))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import logging
 import os
@@ -29,6 +30,7 @@ _PART = 32 << 20
 """Bytes of an object that are asked for at once."""
 _LARGE = 64 << 20
 """From this size on an object is written in parts, each of which is tried again alone."""
+_OF_A_PART = 3
 _NO_CREDENTIALS = (
     "NoCredentialsError",
     "PartialCredentialsError",
@@ -178,7 +180,10 @@ class Store:
             return self.write(name, data)
 
         def put() -> None:
-            self._files.put_file(str(path), self._path(name))
+            large = _file_system(
+                self.address.scheme, self._what, in_parts=True
+            )  # a part that fails must not begin all of it anew
+            large.put_file(str(path), self._path(name))
             if (found := self._info(name).size) != size:
                 raise OSError(f"{self.address / name} has {found} bytes of {size}")
 
@@ -276,24 +281,34 @@ class Store:
         return None
 
 
-def _file_system(scheme: str, what: str) -> Any:
+def _file_system(scheme: str, what: str, *, in_parts: bool = False) -> Any:
     package = PACKAGES[scheme]
     try:
-        fsspec = importlib.import_module("fsspec")
+        importlib.import_module("fsspec")
         importlib.import_module(package)
     except ImportError as error:
         raise StoreError(
             f"{what} needs the package {error.name or package}, which is not installed; pip install 'plait[remote]'"
         ) from error
     logging.getLogger(package).setLevel(logging.ERROR)
+    signing = tuple(sorted(item for item in os.environ.items() if item[0].startswith(("AWS_", "GOOGLE_", "HF_"))))
+    return _connected(scheme, in_parts, os.getpid(), signing)
+
+
+@functools.lru_cache(maxsize=8)
+def _connected(scheme: str, in_parts: bool, process: int, signing: tuple[tuple[str, str], ...]) -> Any:
+    """One for all stores of a scheme, as making one takes long; another in another process or with other settings."""
+    import fsspec
+
     options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
-    if scheme == "s3":  # which tries each request again itself; its waits would only add up with ours
-        options["config_kwargs"] = {
-            "retries": {"total_max_attempts": 2, "mode": "standard"},
-            "connect_timeout": 10,
-            "read_timeout": 30,
-        }
-    return fsspec.filesystem(scheme, **options)
+    if scheme != "s3":
+        return fsspec.filesystem(scheme, **options)
+    retries = {"total_max_attempts": _OF_A_PART if in_parts else 1, "mode": "standard"}
+    options["config_kwargs"] = {"retries": retries, "connect_timeout": 10, "read_timeout": 30}
+    files = fsspec.filesystem(scheme, **options)
+    if not in_parts:
+        files.retries = 1  # requests are tried again here, where it is said for how long
+    return files
 
 
 def _version(info: dict[str, Any]) -> str:

@@ -1,26 +1,20 @@
 """Data, checkpoints and run folders in a store: what is trained there is what is trained here, whatever store and machine do."""
 
 import json
-import os
 import random
 import shutil
 import time
 from pathlib import Path
 
-import pytest
-
 from plait.configs.experiment import ExperimentConfig
-from plait.data.remote.address import Address
-from plait.data.remote.store import Store, StoreError, StoreLost
 from plait.launch import main
-from plait.tests.s3_server import S3Server, slow
-from plait.tests.train.common import changed, launch, tiny, write_corpus
-from plait.tests.train.test_resume import assert_same_run, flags
+from plait.tests.s3_server import S3Server
+from plait.tests.train.common import changed, tiny, write_corpus
+from plait.tests.train.test_resume import assert_same_run
 from plait.train.loop import train
 from plait.train.remote import mirror as mirrors
 from plait.train.remote.parts import whole_steps
 from plait.train.run_folder import seal
-from plait.train.run_folder.owner import FolderInUse
 
 RUN = "s3://bucket/runs/a"
 SIZES = {"steps": 24, "checkpoint_every": 8, "eval_every": 12, "eval_batches": 1, "probe_every": 6, "keep_last": 1}
@@ -50,7 +44,11 @@ def whole(objects: dict[str, bytes], folder: Path) -> list[int]:
     got(objects, folder)
     for step in steps:
         assert seal.damage(folder / "checkpoints" / str(step)) is None
-        lines = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+        lines = [
+            json.loads(line)["step"]
+            for line in (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+            if line.endswith(b"\n")
+        ]
         assert set(range(1, step + 1)) <= set(lines), f"checkpoint {step} is there and lines up to {max(lines, default=0)}"
         assert (folder / "config.json").is_file()
     return steps
@@ -83,7 +81,6 @@ class Watched:
             assert time.monotonic() < deadline, "no checkpoint in the store"
             time.sleep(0.02)
         self.kept.append(snapshot(self.server))
-        return None
 
 
 def test_run_in_a_store_that_fails_goes_on_on_another_machine_as_if_undisturbed(s3, tmp_path, monkeypatch, compile_cache):
