@@ -10,7 +10,7 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -56,15 +56,14 @@ def parse(
     prefix: str = "",
     description: str | None = None,
     others: Iterable[str] = (),
-    addresses: Collection[str] = (),
 ) -> T:
-    """`words` as a `schema`: `default` with what they set, or a new one. `--help` prints the options and exits with status 0.
+    """`words` as a `schema`: `default` with what they set, or a new one. A path may be the address of a store where `schema.ADDRESSES` has its
+    name. `--help` prints the options and exits with status 0.
 
     Args:
         prog: the command, for the help.
         prefix: what every flag begins with, as `hosts.`.
         others: flags that somebody else reads, to be suggested too.
-        addresses: options of a path that take the address of a store, too.
 
     Raises:
         ValueError: a word that is no option, has no value or a wrong one; a required option that is not there.
@@ -87,7 +86,11 @@ def parse(
         at(prefix.rstrip("."), check_leaves, made)
         for field in dataclasses.fields(made):  # type: ignore[arg-type]
             value = getattr(made, field.name)
-            if isinstance(value, Path) and field.name not in addresses and (address := Address.of(value)) is not None:
+            if (
+                isinstance(value, Path)
+                and field.name not in getattr(schema, "ADDRESSES", ())
+                and (address := Address.of(value)) is not None
+            ):
                 raise ValueError(
                     f"{prefix}{field.name}={str(address)!r} must be on this machine; give a path, and copy what is there"
                 )

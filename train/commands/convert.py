@@ -7,7 +7,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 from rich.table import Table
@@ -55,6 +55,8 @@ class InspectArgs:
 class ImportArgs(ImportOptions):
     """Makes a run folder of a published model."""
 
+    ADDRESSES: ClassVar = ("run",)
+
     folder: _Model
     """With config.json, safetensors files and tokenizer.json; or a GGUF file."""
     run: _Run
@@ -64,6 +66,8 @@ class ImportArgs(ImportOptions):
 @dataclasses.dataclass(frozen=True)
 class ExportArgs:
     """Writes the model of a run as a published one."""
+
+    ADDRESSES: ClassVar = ("run",)
 
     run: _Run
     """Run folder."""
@@ -80,6 +84,8 @@ class ExportArgs:
 @dataclasses.dataclass(frozen=True)
 class ReshapeArgs:
     """Makes a run folder of a run's model changed, and says by how much its logits move. Each kind has options of its own."""
+
+    ADDRESSES: ClassVar = ("run", "new")
 
     run: _Run
     """Run folder, which stays as it is."""
@@ -98,6 +104,8 @@ class ReshapeArgs:
 @dataclasses.dataclass(frozen=True)
 class RankArgs:
     """Ranks the layers of softmax attention by how much they need it, and gives the options of linearize that keep the first of them."""
+
+    ADDRESSES: ClassVar = ("run",)
 
     run: _Run
     """Run folder, which stays as it is."""
@@ -129,6 +137,8 @@ class LinearizeArgs:
     Options of `train` hold for both trainings, with `--transfer.` or `--tune.` before them for one: `--transfer.steps 500`.
     """
 
+    ADDRESSES: ClassVar = ("run",)
+
     run: _Run
     """Run folder, which stays as it is."""
     new: _New
@@ -150,8 +160,6 @@ ARGS: dict[str, Any] = {
     "linearize": LinearizeArgs,
 }
 """The options of each conversion."""
-ADDRESSES = ("run", "new")
-"""What may lie in a store."""
 ON_HOSTS = ("import", "export")
 """Those that several hosts can do together."""
 
@@ -162,7 +170,7 @@ def parsed(args: Sequence[str]) -> tuple[Any, ...]:
     if name == "linearize":
         return _linearize_parsed(words, prog)
     if name != "reshape":
-        return (parse(ARGS[name], words, prog=prog, addresses=ADDRESSES),)
+        return (parse(ARGS[name], words, prog=prog),)
     places = 3
     if not words or words[0].startswith("-") or len(words) < places:
         return (parse(ReshapeArgs, words, prog=prog),)  # says what is missing, or helps
@@ -174,7 +182,7 @@ def parsed(args: Sequence[str]) -> tuple[Any, ...]:
         own = ["--help"]
     others = [flag(field.name) for field in dataclasses.fields(ReshapeArgs)[places:]]
     reshape = parse(kind, own, prog=f"{prog} RUN NEW {kind.name}", others=others, description=inspect.getdoc(kind))
-    return parse(ReshapeArgs, words[:places] + mine, prog=prog, addresses=ADDRESSES), reshape
+    return parse(ReshapeArgs, words[:places] + mine, prog=prog), reshape
 
 
 def _linearize_parsed(words: list[str], prog: str) -> tuple[Any, ...]:
@@ -185,7 +193,7 @@ def _linearize_parsed(words: list[str], prog: str) -> tuple[Any, ...]:
         stages.append([word.replace(f"--{stage}", "--", 1) for word in own])
     mine, rest = split_options(LinearizeArgs, words)
     folders = [word for word in rest[:2] if not word.startswith("-")]
-    return parse(LinearizeArgs, [*folders, *mine], prog=prog, addresses=("run",)), rest[len(folders) :], *stages
+    return parse(LinearizeArgs, [*folders, *mine], prog=prog), rest[len(folders) :], *stages
 
 
 def run(args: Sequence[str]) -> int:

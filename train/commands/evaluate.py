@@ -7,7 +7,7 @@ import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import tyro
 
@@ -32,6 +32,8 @@ class EvalArgs:
     """Scores a run on held-out rows. `--TASK.OPTION` sets an option of a task, as `--mqar.num-kv-pairs 16`. With `--lm-eval TASK` in place of
     `--tasks` it is scored by lm-evaluation-harness, which has other options: `eval --lm-eval TASK --help`."""
 
+    ADDRESSES: ClassVar = ("run",)
+
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder."""
     tasks: Line | None = None
@@ -54,7 +56,7 @@ def parse(args: Sequence[str]) -> tuple[EvalArgs, dict[str, list[str]]]:
     rest, words = list(args), dict[str, list[str]]()
     for name, task in TASKS.all().items():
         words[name], rest = split_options(task, rest, prefix=f"{name.replace('_', '-')}.")
-    options = words_of(EvalArgs, rest, prog="launch.py eval", addresses=("run",))
+    options = words_of(EvalArgs, rest, prog="launch.py eval")
     if options.out is not None and options.out.is_dir():
         raise ValueError(f"out={str(options.out)!r} is a folder; give a file")
     names = () if options.tasks is None else task_names(options.tasks)

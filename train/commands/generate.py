@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import tyro
 
@@ -17,6 +17,8 @@ from plait.train.terminal.console import write_text
 @dataclasses.dataclass(frozen=True)
 class GenerateArgs:
     """Continues a text with a trained model."""
+
+    ADDRESSES: ClassVar = ("run",)
 
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder."""
@@ -38,7 +40,7 @@ class GenerateArgs:
 
 def run(args: Sequence[str]) -> None:
     """Continues a prompt and writes the text, and nothing else, to standard output."""
-    write_text(continued(parse(GenerateArgs, args, prog="launch.py generate", addresses=("run",))))
+    write_text(continued(parse(GenerateArgs, args, prog="launch.py generate")))
 
 
 def continued(options: GenerateArgs) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import tyro
 from rich.table import Table
@@ -20,13 +20,15 @@ from plait.train.terminal.console import console
 class InspectArgs(InspectOptions):
     """Shows what the model of a checkpoint does on a text, as it is and without some of its heads."""
 
+    ADDRESSES: ClassVar = ("run",)
+
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder, or a checkpoint in it; an imported model is one too."""
 
 
 def run(args: Sequence[str]) -> None:
     """Inspects, shows losses and recall, and writes report and numbers."""
-    options = parse(InspectArgs, args, prog="launch.py inspect", addresses=("run",))
+    options = parse(InspectArgs, args, prog="launch.py inspect")
     from plait.train.inspection.inspecting import inspect
     from plait.train.inspection.needles import TITLES
     from plait.train.remote.reading import give_back, run_here

@@ -7,7 +7,7 @@ import importlib.util
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import tyro
 from rich.table import Table
@@ -25,6 +25,8 @@ from plait.train.terminal.results import keep
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LmEvalArgs(AskOptions):
     """Scores a run on tasks of EleutherAI's lm-evaluation-harness (extra `eval`), from local files too."""
+
+    ADDRESSES: ClassVar = ("run",)
 
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder."""
@@ -57,7 +59,7 @@ def is_asked(args: Sequence[str]) -> bool:
 
 def run(args: Sequence[str]) -> None:
     """Scores a run, shows the results and writes them to a file. The run folder gets nothing else."""
-    options = parse(LmEvalArgs, args, prog="launch.py eval RUN --lm-eval TASK", addresses=("run",))
+    options = parse(LmEvalArgs, args, prog="launch.py eval RUN --lm-eval TASK")
     names = [name.strip() for name in options.lm_eval.split(",") if name.strip()]
     if not names:
         raise ValueError(f"lm_eval={options.lm_eval!r} must name tasks, with commas between them")

@@ -7,7 +7,7 @@ import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from plait.configs.command_line.options import split_options
 from plait.configs.command_line.words import parse
@@ -24,6 +24,8 @@ class PrepareArgs:
     Every data option of `train PRESET` may follow.
     """
 
+    ADDRESSES: ClassVar = ("out",)
+
     out: Path
     """Folder of the shards: a new one, or one to go on with; or an address, to which one machine pushes them when all are made."""
     workers: Annotated[int, Whole(1, 4096)] | None = None
@@ -38,7 +40,7 @@ def run(args: Sequence[str]) -> int:
     if not args or (args[0].startswith("-") and args[0] not in ("-h", "--help")):
         raise ValueError("prepare needs a preset or a config.json first, as in 'launch.py prepare lm_quick --out tokens/sotu'")
     mine, rest = split_options(PrepareArgs, args)
-    options = parse(PrepareArgs, mine, prog="launch.py prepare PRESET [train overrides]", addresses=("out",))  # --help ends here
+    options = parse(PrepareArgs, mine, prog="launch.py prepare PRESET [train overrides]")  # --help ends here
     from plait.configs import codec
     from plait.configs.command_line.cli import parse_experiment
     from plait.configs.experiment import ExperimentConfig
