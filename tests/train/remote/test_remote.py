@@ -112,7 +112,7 @@ def test_store_that_cannot_be_used_is_refused_before_anything_is_done(s3, tmp_pa
     put(s3, write_corpus(tmp_path / "text"), "web")
 
     def refused(*words: str) -> str:
-        assert main(["train", "lm_tiny", "--steps", "2", *words]) == 2
+        assert main(["train", "lm_tiny", "--steps", "20", *words]) == 2
         return capsys.readouterr().err
 
     s3.objects["runs/used/config.json"] = b"{}"
