@@ -125,6 +125,8 @@ class Mirror:
     def push(self) -> None:
         """A round."""
         if not (self.folder / CONFIG).is_file():
+            if CONFIG not in self._there:  # nothing has begun
+                return
             raise StoreError(
                 f"{self.folder} has lost its {CONFIG}: nothing is pushed to {self.store.address} any more; restore it"
             )
