@@ -84,7 +84,7 @@ def parse(
         made = _replaced(schema(**own), {path: value for path, value in found.items() if path not in own})
     if not isinstance(made, Config):
         at(prefix.rstrip("."), check_leaves, made)
-        for field in dataclasses.fields(made):  # type: ignore[arg-type]
+        for field in dataclasses.fields(made):
             value = getattr(made, field.name)
             if (
                 isinstance(value, Path)

@@ -81,7 +81,7 @@ class Store:
         self._files = _file_system(address.scheme, self._what)
         self._given_up = threading.Event()
 
-    def list(self, under: str = "") -> dict[str, Object]:
+    def objects(self, under: str = "") -> dict[str, Object]:
         """The objects under the address, or under the name `under` in it, by their names there; of an object itself the name is empty."""
         root = self._path(under)
 

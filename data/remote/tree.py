@@ -62,12 +62,12 @@ def _grow(address: Address, field: str) -> None:
             raise StoreError(f"{field}={str(address)!r} is a pattern of buckets; name one")
         root = Address(address.scheme, "/".join(parts))
     store = Store(root, field)
-    there = store.list()
+    there = store.objects()
     if not there:
         raise StoreError(f"{field}={str(address)!r}: nothing is there; check the address")
     if set(there) == {""} and root.path.endswith(".idx"):
         beside = Address(root.scheme, root.path.removesuffix("idx") + "bin")
-        stand_for({name: known for name, known in Store(beside, field).list().items() if not name}, beside.read)
+        stand_for({name: known for name, known in Store(beside, field).objects().items() if not name}, beside.read)
     stand_for({name: known for name, known in there.items() if name or len(there) == 1}, root.read)
 
 

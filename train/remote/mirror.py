@@ -204,7 +204,7 @@ class Mirror:
 
     def _remove(self, step: int) -> None:
         """Removes a checkpoint from the store, its manifest first."""
-        there = self.store.list(checkpoint(step))
+        there = self.store.objects(checkpoint(step))
         last = f"{checkpoint(step)}/{MANIFEST}"
         self._check()
         self._steps.pop(step, None)

@@ -49,7 +49,7 @@ def pull(store: Store, folder: Path) -> Pulled:
 
 
 def _pull(store: Store, folder: Path) -> Pulled:
-    there = store.list()
+    there = store.objects()
     found = Pulled(files={name for name in there if is_of_a_run(name)})
     if CONFIG not in there:
         return found
@@ -114,7 +114,7 @@ def pull_config(store: Store, folder: Path) -> None:
     """
     if (folder / CONFIG).is_file():
         return
-    there = store.list(CONFIG)
+    there = store.objects(CONFIG)
     if CONFIG in there:
         try:
             store.fetch(CONFIG, folder / CONFIG, there[CONFIG])

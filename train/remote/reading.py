@@ -64,7 +64,7 @@ def give_back(path: Path) -> None:
 
 
 def _bring(store: Store, field: str, step: int | None, weights: bool) -> None:
-    root, there = store.address.opened, store.list()
+    root, there = store.address.opened, store.objects()
     steps = check_holds(there, store.address, field, step)
     wanted: dict[str, Object] = {
         name: known for name, known in there.items() if is_of_a_run(name) or name.startswith(f"{OWNER}/")

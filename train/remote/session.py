@@ -32,7 +32,7 @@ def held(out: str | None, *, resume: bool) -> Iterator[tuple[Callable[[], None],
         yield _nothing, _nothing
         return
     store = new_store(address)
-    if not resume and CONFIG in store.list(CONFIG):
+    if not resume and CONFIG in store.objects(CONFIG):
         raise RunError(f"out={out!r} already holds a run; use --resume to go on with it, or another --out")
     ownership = Ownership(store)
     begun: list[Mirror] = []
@@ -91,7 +91,7 @@ def made(path: Path, field: str) -> Iterator[Path]:
         return
     store = new_store(address, field)
     with together("store"):
-        if first() and store.list():
+        if first() and store.objects():
             raise StoreError(f"{field}={str(address)!r} is there already; give a new place")
     yield address.written
     with together("store"):

@@ -20,7 +20,7 @@ def push_shards(store: Store, folder: Path) -> None:
     Raises:
         StoreError: it cannot be written. StoreLost: it does not answer; what is there stays, and the same command goes on.
     """
-    there = store.list()
+    there = store.objects()
     names = [
         path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".tmp"
     ]

@@ -134,7 +134,7 @@ def test_store_that_fails_now_and_then_loses_nothing_and_one_that_is_gone_is_nam
     (tmp_path / "a").write_bytes(large)
     store.upload("a", tmp_path / "a")
     assert s3.objects["run/a"] == large
-    store.fetch("a", tmp_path / "b", store.list("a")["a"])
+    store.fetch("a", tmp_path / "b", store.objects("a")["a"])
     assert (tmp_path / "b").read_bytes() == large
     s3.fault = slow(0.05)
     assert store.read("a") == large and store.read("none") is None
