@@ -136,7 +136,7 @@ def test_store_that_cannot_be_used_is_refused_before_anything_is_done(s3, tmp_pa
 def test_killed_three_times_and_taken_up_by_machines_that_have_nothing(s3, tmp_path, compile_cache):
     rng = random.Random(3)
     s3.fault = lambda method, key: rng.choice(["500", None, None])
-    here, there = experiment(s3, tmp_path, steps=240, checkpoint_every=40)
+    here, there = experiment(s3, tmp_path, steps=1200, checkpoint_every=100)
     train(here)
     words, killed = [*flags(there, RUN), "--resume"], []
     while len(killed) < 3:
@@ -156,7 +156,7 @@ def test_killed_three_times_and_taken_up_by_machines_that_have_nothing(s3, tmp_p
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert f"goes on from step {killed[-1]}" in " ".join(output.split())
-    assert whole(snapshot(s3), tmp_path / "whole") == [240]
+    assert whole(snapshot(s3), tmp_path / "whole") == [1200]
     assert_same_run(tmp_path / "whole", Path(here.folder))
 
 
