@@ -9,6 +9,8 @@ import platform
 import time
 from pathlib import Path
 
+from plait.data.remote.address import cache
+
 VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 """Where JAX keeps them. Set by a user, it is left as it is, and so is everything in that folder."""
 KEPT_DAYS = 30
@@ -34,7 +36,7 @@ def usual() -> Path:
     Raises:
         RuntimeError: this user has no home.
     """
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "plait" / "programs" / _processor()
+    return cache() / "programs" / _processor()
 
 
 def is_usual() -> bool:
