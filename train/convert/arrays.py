@@ -12,16 +12,22 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from plait.models.hf.base import Line
 from plait.models.hf.places import Place
+from plait.models.hf.transforms import size_of
+
+_SMALL = 1 << 16
+"""Bytes of an array that is gathered whole: laying entries compiles a program for each device."""
 
 
 class _Filling:
     """The parts of one array that this host's devices hold. What comes entry by entry is gathered in the host's memory for one entry of
-    the first axis, a layer of many, and goes to the devices with the last of it."""
+    the first axis, a layer of many, and goes to the devices with the last of it; small arrays are gathered whole."""
 
     def __init__(self, like: jax.ShapeDtypeStruct, sharding: NamedSharding, stacked: int):
         """Args: `stacked` leading axes, along which the array comes entry by entry."""
         self.like, self.sharding = like, sharding
         self.layered = stacked > 0
+        small = self.layered and size_of(like.shape, like.dtype.itemsize) <= _SMALL
+        self.whole = np.zeros(like.shape, like.dtype) if small else None
         self.held = _held(like, sharding, stacked)
         self.left = int(self.held.sum())
         """Entries yet to come."""
@@ -35,7 +41,12 @@ class _Filling:
         if not self.held[index]:
             return
         self.left -= 1
-        if not self.layered:
+        if self.whole is not None:
+            self.whole[index] = value
+            if self.left:
+                return
+            value = self.whole
+        if not self.layered or self.whole is not None:
             whole = np.asarray(value, self.like.dtype)
             self.parts = {device: jax.device_put(_cut(whole, at), device) for device, at in self.devices.items()}
             return
@@ -126,7 +137,7 @@ def filled(
 def part_of(array: jax.Array, place: Place) -> np.ndarray:
     """What lies at a place, on this host. Where several hosts hold the array, all of them must ask for it together."""
     if array.is_fully_addressable:
-        return np.asarray(array[place.index])
+        return np.asarray(array)[place.index] if array.nbytes <= _SMALL else np.asarray(array[place.index])
     assert isinstance(array.sharding, NamedSharding)
     return np.asarray(_gathered(array.sharding.mesh)(array, place.index))
 

@@ -19,7 +19,7 @@ from plait.models.hf.values import Values
 from plait.models.lm import fold, learned_shapes
 from plait.train.convert.arrays import part_of, written
 from plait.train.convert.fitting import check_lines, part_shape, some
-from plait.train.convert.importing import appearing, require_new
+from plait.train.convert.importing import FLOAT32, appearing, require_new
 from plait.train.convert.reading import BESIDE, CONFIG
 from plait.train.convert.weights import ConvertError, Planned, write_weights
 from plait.train.pods.hosts.together import first, together
@@ -114,7 +114,8 @@ def export_model(
     shard_bytes: int = 5 * 10**9,
 ) -> Family:
     """Writes the model of a run folder to `folder`, which appears when it is whole; the family that it is now of. Several hosts that hold the
-    model give their parts, one array at a time, and the first writes.
+    model give their parts, one array at a time, and the first writes. Without `dtype`, tensors have that of the model that was imported, or
+    else of the run's parameters; those that must stay float32, or were where all others were not, do so.
 
     Raises:
         ConvertError: `folder` holds something, or the model is none of `model_type`.
@@ -131,13 +132,14 @@ def export_model(
     check_lines(lines, shapes)
     before = _original(run).get("dtype", _original(run).get("torch_dtype"))
     kept = np.dtype(dtype or (before if before in EXPORTED else model.config.param_dtype))
+    wide = _float32(run) if dtype is None else frozenset()
     tensors = []
     for name, line, index in written(lines):
         shape = line.transform.shapes([part_shape(place, shapes) for place in line.places])[index]
         make = lambda line=line, index=index: line.transform.write([part_of(arrays[place.path], place) for place in line.places])[
             index
         ]
-        tensors.append(Planned(name, shape, np.dtype(np.float32) if line.float32 else kept, make))
+        tensors.append(Planned(name, shape, np.dtype(np.float32) if line.float32 or name in wide else kept, make))
     with appearing(folder) as new:
         write_weights(new, sorted(tensors, key=lambda tensor: tensor.name), shard_bytes)
         with together("run folder"):
@@ -151,7 +153,18 @@ def _original(run: Path) -> Mapping[str, Any]:
     """The config that the model was imported with; nothing where it was not."""
     path = run / ORIGINALS / CONFIG
     found = read_json(path, infinities=True) if path.is_file() else {}
-    return found.get("text_config", found) if isinstance(found, dict) else {}
+    if not isinstance(found, dict):
+        raise ConvertError(f"{path} is {type(found).__name__}, not an object; restore it")
+    return found.get("text_config", found)
+
+
+def _float32(run: Path) -> frozenset[str]:
+    """The tensors that were float32 among others where the model was imported from."""
+    path = run / ORIGINALS / FLOAT32
+    found = read_json(path) if path.is_file() else []
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise ConvertError(f"{path} must be a list of tensors' names; restore it, or say --dtype")
+    return frozenset(found)
 
 
 def _write_config(new: Path, run: Path, trained: Trained, fields: Mapping[str, Any], stale: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from plait.configs.domains import DEPTH
+from plait.configs.domains import DEPTH, shown
 from plait.models.config import LMConfig
 from plait.models.hf.base import MODEL_TYPES, Family, Line, Unfit
 from plait.models.hf.places import Place
@@ -25,6 +25,8 @@ from plait.train.convert.weights import DTYPES, ConvertError, Weights
 
 _MOST = 8
 """Names that an error lists."""
+_LONGEST = 64
+"""Characters of a model type."""
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
 """Of what a model learns, by dotted path."""
@@ -54,7 +56,7 @@ class Source:
         fields = (
             {**{key: whole[key] for key in ("tie_word_embeddings",) if key in whole}, **text} if isinstance(text, dict) else whole
         )
-        if fields.get("quantization_config"):
+        if fields.get("quantization_config") or whole.get("quantization_config"):
             raise ConvertError(
                 f"{folder / CONFIG} has a quantization_config: quantised weights cannot be trained on; give the model as it was before"
             )
@@ -74,8 +76,9 @@ class Source:
 
 
 def _family(model_type: Any, folder: Path) -> Family:
-    if not isinstance(model_type, str):
-        raise ConvertError(f"{folder / CONFIG} has no model_type; give the folder of a published model")
+    if not isinstance(model_type, str) or len(model_type) > _LONGEST:
+        what = "no model_type" if model_type is None else f"model_type={shown(model_type)}, which is no name"
+        raise ConvertError(f"{folder / CONFIG} has {what}; give the folder of a published model")
     if model_type in WAITING:
         raise ConvertError(f"{folder / CONFIG}: model_type={model_type!r} waits for {WAITING[model_type]}, which is not here yet")
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import logging
 import math
 import shutil
@@ -42,6 +43,8 @@ from plait.train.state import Arrays, TrainState
 
 log = logging.getLogger("plait")
 
+FLOAT32 = "float32.json"
+"""File beside what is kept for an export: the names of tensors that were float32 among others of half the size, as they are to go out again."""
 
 def import_model(folder: Path, run: Path, options: ImportOptions) -> ExperimentConfig:
     """Makes the run folder `run` of the published model in `folder`, which may be a GGUF file; it appears when it is whole. Several hosts make
@@ -65,7 +68,7 @@ def import_model(folder: Path, run: Path, options: ImportOptions) -> ExperimentC
     (shapes, other), (shardings, others) = program.blueprint.shapes(), program.blueprint.shardings(program.mesh)
     with together("weights"):
         arrays = read_arrays(found.lines, weights.read, {**shapes, **other}, {**shardings, **others})
-    if spoilt := [name for name, array in arrays.items() if not _finite(array)]:
+    if spoilt := [name for name, whole in _finite(arrays).items() if not whole]:
         log.warning("%s: %s has numbers that are not finite, and so will what the model says", folder, ", ".join(spoilt))
     params = {name: array for name, array in arrays.items() if name in program.blueprint.params}
     buffers = jax.jit(lambda: program.blueprint.init()[1], out_shardings=program.shardings.buffers)()
@@ -76,22 +79,28 @@ def import_model(folder: Path, run: Path, options: ImportOptions) -> ExperimentC
         (new / ORIGINALS).mkdir()
         for name, content in source.reader.beside():
             (new / ORIGINALS / name).write_bytes(content)
+        widths = {tensor.dtype for tensor in weights.tensors.values()}
+        if folder.is_dir() and "F32" in widths and widths & {"BF16", "F16"}:
+            wide = sorted(name for name, tensor in weights.tensors.items() if tensor.dtype == "F32")
+            (new / ORIGINALS / FLOAT32).write_text(json.dumps(wide, indent=2) + "\n")
 
     new_run(run, program, params, buffers, {"tokenizer": tokenizer.fingerprint}, beside)
     return config
 
 
 @jax.jit
-def _finite(array: jax.Array) -> jax.Array:
-    return jnp.isfinite(array).all()
+def _finite(arrays: Arrays) -> Arrays:
+    return {name: jnp.isfinite(array).all() for name, array in arrays.items()}
 
 
 def require_new(folder: Path) -> None:
-    """Raises ConvertError where `folder` is there and holds something, or is a link."""
+    """Raises ConvertError where `folder` is there and holds something, is a link, or would be in a file."""
     if folder.is_symlink():
         raise ConvertError(f"{str(folder)!r} is a link, which would be replaced; give the folder that it names, or another")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConvertError(f"{str(folder)!r} is there already; give a new folder")
+    if file := next((parent for parent in folder.parents if parent.is_file()), None):
+        raise ConvertError(f"{str(folder)!r} would be in {str(file)!r}, which is a file; give a folder elsewhere")
 
 
 def new_run(
@@ -194,6 +203,10 @@ def _config(source: Source, run: Path, options: ImportOptions) -> ExperimentConf
     positions = model.positions
     limit = source.fields.get("max_position_embeddings") if positions is None else positions.longest
     most = limit if isinstance(limit, int) else 2048
+    if options.seq_len is None and most < 1:
+        raise ConvertError(
+            f"{source.folder}: {CONFIG_FILE}: max_position_embeddings={most} must be at least 1; restore the file, or give --seq-len"
+        )
     tokenizer = options.tokenizer or (source.folder if source.folder.is_dir() else run)
     return ExperimentConfig(
         name="imported",

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from plait.configs.domains import is_line, shown
-from plait.configs.files import read_json
+from plait.configs.files import parse_json, read_json
 from plait.models.hf.transforms import Shape, size_of
 from plait.train.pods.hosts.together import first, together
 
@@ -44,6 +44,8 @@ class Tensor:
     """As the file names it."""
 
     def __post_init__(self) -> None:
+        if not self.name:
+            raise ConvertError(f"{self.file} has a tensor without a name; download it again")
         if not is_line(self.name):
             raise ConvertError(f"{self.file} has a tensor named {shown(self.name)}, with control characters; do not trust it")
 
@@ -123,12 +125,13 @@ def _files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise ConvertError(f"{str(folder)!r} is no folder; give one with config.json and model.safetensors")
     index = folder / INDEX
+    _check_link(index)
     if index.exists():
         names = _index(index).values()
         for name in names:
-            if not re.fullmatch(r"[\w][\w.-]*\.safetensors", name):
+            if not re.fullmatch(r"[\w][\w.-]{0,199}\.safetensors", name):
                 raise ConvertError(
-                    f"{index} names the file {name!r}, which is no plain name of a .safetensors file; do not trust it"
+                    f"{index} names the file {shown(name)}, which is no plain name of a .safetensors file; do not trust it"
                 )
         files = [folder / name for name in sorted(set(names))]
         missing = [file.name for file in files if not file.is_file()]
@@ -139,10 +142,10 @@ def _files(folder: Path) -> list[Path]:
         return files
     if (folder / ONE).is_file():
         return [folder / ONE]
-    if (folder / ONE).is_symlink():
-        raise ConvertError(f"{folder / ONE} is a link to {(folder / ONE).readlink()}, which is no file; download again")
+    _check_link(folder / ONE)
     if (folder / ONE).exists():
-        raise ConvertError(f"{folder / ONE} is a folder, and a file of that name is wanted; give the folder of a published model")
+        what = "a folder" if (folder / ONE).is_dir() else "a pipe or device"
+        raise ConvertError(f"{folder / ONE} is {what}, and a file of that name is wanted; give the folder of a published model")
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
     if pickles:
         raise ConvertError(
@@ -152,6 +155,12 @@ def _files(folder: Path) -> list[Path]:
     there = sorted(file.name for file in folder.glob("*.safetensors"))
     hint = f"; it has {', '.join(there[:3])} and no index of them" if there else ""
     raise ConvertError(f"{folder} has no {ONE} and no {INDEX}{hint}; give the folder of a published model")
+
+
+def _check_link(path: Path) -> None:
+    """Raises ConvertError where a link leads to nothing, as in a download that ended early."""
+    if path.is_symlink() and not path.exists():
+        raise ConvertError(f"{path} is a link to {path.readlink()}, which is no file; download again")
 
 
 def _index(path: Path) -> dict[str, str]:
@@ -178,12 +187,19 @@ def _check_index(folder: Path, found: Mapping[str, Tensor]) -> None:
 
 
 def _header(file: Path) -> list[Tensor]:
+    """The tensors of a file, from its header, of which the library says whether it fits the file."""
     try:
         with safe_open(file, framework="numpy") as opened:
             parts = [(name, opened.get_slice(name)) for name in opened.keys()]  # noqa: SIM118
             facts = [(name, tuple(part.get_shape()), part.get_dtype()) for name, part in parts]
     except (SafetensorError, OSError) as error:
         raise ConvertError(f"{file} is not a whole safetensors file ({error}); download it again") from None
+    with file.open("rb") as raw:
+        header = raw.read(int.from_bytes(raw.read(8), "little"))
+    try:
+        parse_json(header)  # in which the library passes over a name that is there twice
+    except ValueError as error:
+        raise ConvertError(f"{file} has a header that cannot be used: {error}; download it again") from None
     return [Tensor(file, name, shape, dtype) for name, shape, dtype in facts]
 
 

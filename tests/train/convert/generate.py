@@ -15,8 +15,9 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import save_file
-from small_models import MODELS, VOCAB
 from transformers.models.doge import modeling_doge
+
+from plait.tests.train.convert.small_models import MODELS, VOCAB
 
 GOLDEN = Path(__file__).parent / "golden"
 LENGTH, STEPS = 24, 8

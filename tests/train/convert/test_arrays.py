@@ -8,9 +8,9 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from plait.models.hf.places import Place
-from plait.train.convert.arrays import filled
+from plait.train.convert.arrays import _SMALL, filled
 
-LAYERS, EXPERTS, WIDTH = 6, 4, 16
+LAYERS, EXPERTS = 6, 4
 
 
 def mesh():
@@ -18,9 +18,11 @@ def mesh():
 
 
 @pytest.mark.parametrize("spec", [(), ("a",), (None, "a"), (None, None, "b"), ("a", None, None, "b"), (None, None, "a", "b")])
-@pytest.mark.parametrize("stacked", [0, 1, 2])
-def test_parts_come_in_any_order(stacked, spec):
-    whole = np.random.default_rng(0).normal(size=(LAYERS, EXPERTS, WIDTH, WIDTH)).astype(np.float32)
+@pytest.mark.parametrize(("stacked", "width"), [(0, 16), (1, 16), (2, 16), (1, 32), (2, 32)])
+def test_parts_come_in_any_order(stacked, width, spec):
+    """Of an array that is gathered whole, and of a larger one."""
+    whole = np.random.default_rng(0).normal(size=(LAYERS, EXPERTS, width, width)).astype(np.float32)
+    assert (whole.nbytes > _SMALL) == (width > 16)
     indices = list(np.ndindex(whole.shape[:stacked]))
     order = np.random.default_rng(1).permutation(len(indices))
     parts = ((Place("w", indices[i]), whole[indices[i]]) for i in order)

@@ -1,6 +1,7 @@
 """Folders that cannot be taken in: each with what is wrong and what to do, and nothing written."""
 
 import json
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -40,6 +41,14 @@ def edit_weights(folder, **changes):
     save_file({name: value for name, value in tensors.items() if value is not None}, folder / ONE)
 
 
+def edit_header(folder, change):
+    """The text of the header by what `change` makes of it."""
+    content = (folder / ONE).read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = change(content[8:end].decode().rstrip()).encode()
+    (folder / ONE).write_bytes(len(header).to_bytes(8, "little") + header + content[end:])
+
+
 def split(folder, shards: dict[str, list[str]], table: dict[str, str] | None = None):
     """The weights in several files with an index."""
     tensors = load_file(folder / ONE)
@@ -71,6 +80,31 @@ CASES = {
     "a link to nothing": (
         lambda f: ((f / ONE).unlink(), (f / ONE).symlink_to("nowhere")),
         "model.safetensors is a link to nowhere, which is no file; download again",
+    ),
+    "a pipe of that name": (
+        lambda f: ((f / ONE).unlink(), os.mkfifo(f / ONE)),
+        "is a pipe or device, and a file of that name is wanted",
+    ),
+    "an index that is a link to nothing": (
+        lambda f: (f / INDEX).symlink_to("nowhere"),
+        f"{INDEX} is a link to nowhere, which is no file; download again",
+    ),
+    "a tensor twice in a header": (
+        lambda f: edit_header(f, lambda text: text[:-1] + f', "{Q}": {json.dumps(json.loads(text)[Q])}}}'),
+        f"has a header that cannot be used: the name {Q!r} stands twice in one object",
+    ),
+    "a tensor without a name": (lambda f: edit_weights(f, **{"": np.zeros(2, np.float32)}), "has a tensor without a name"),
+    "a type without end": (
+        lambda f: edit_config(f, model_type="x" * 10_000),
+        "xxx..., which is no name",
+    ),
+    "quantised around the language model": (
+        lambda f: edit_config(f, quantization_config={"bits": 4}, text_config=json.loads((f / "config.json").read_text())),
+        "quantised weights cannot be trained on",
+    ),
+    "index with a name without end": (
+        lambda f: split(f, {}, {Q: "m" * 300 + ".safetensors"}),
+        "mmm..., which is no plain name",
     ),
     "no heads": (lambda f: edit_config(f, num_attention_heads=0, head_dim=None), "makes no model of this family"),
     "broken config": (lambda f: (f / "config.json").write_text("{"), "is not JSON that can be used"),
@@ -220,6 +254,15 @@ def test_inspect_says_what_is_missing_and_left_over(folder, capsys):
     assert lines["family"].strip() == "llama (LlamaForCausalLM)"
 
 
+def test_rows_of_no_tokens_are_refused(folder, capsys):
+    edit_config(folder, max_position_embeddings=0, vocab_size=264)
+    wide = {name: np.resize(w, (264, 24)) for name, w in load_file(folder / ONE).items() if name in (EMBED, "lm_head.weight")}
+    edit_weights(folder, **wide)
+    ByteTokenizer().save(folder)
+    assert main(["convert", "import", str(folder), str(folder.parent / "run")]) == 2
+    assert "config.json: max_position_embeddings=0 must be at least 1; restore the file" in capsys.readouterr().err
+
+
 def test_no_tokenizer_is_said_with_what_to_do(folder, capsys):
     assert main(["convert", "import", str(folder), str(folder.parent / "run")]) == 2
     assert "has no tokenizer that can be used" in capsys.readouterr().err
@@ -230,6 +273,12 @@ def test_a_folder_that_is_there_is_not_overwritten(folder, tmp_path, capsys):
     (tmp_path / "run" / "notes.txt").write_text("mine")
     assert main(["convert", "import", str(folder), str(tmp_path / "run")]) == 2
     assert "is there already" in capsys.readouterr().err and (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
+def test_nothing_is_written_into_a_file(folder, tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    assert main(["convert", "import", str(folder), str(tmp_path / "notes.txt" / "run")]) == 2
+    assert "notes.txt', which is a file; give a folder elsewhere" in capsys.readouterr().err
 
 
 def test_a_link_is_not_replaced(folder, tmp_path, capsys):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from plait.configs.mesh import MeshConfig
 from plait.data.tokenizers.tokenizer import ByteTokenizer
 from plait.kernels import Tokens
 from plait.launch import main
@@ -14,7 +15,7 @@ from plait.models.build import BuildContext
 from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.tests.models.common import quick_jit
 from plait.tests.tolerances import assert_close
-from plait.tests.train.convert.reshapes import make_run, model_of
+from plait.tests.train.convert.reshapes import ONE_DEVICE, make_run, model_of
 from plait.train.convert.linearize.gating import Gated, streaming
 from plait.train.convert.linearize.ranking import rank
 from plait.train.convert.linearize.recall_rows import ANSWER, CUE, recalling
@@ -102,6 +103,19 @@ def test_gates_of_heads_on_which_nothing_hangs_close(run, text, capsys):
     out = capsys.readouterr().out
     assert out.splitlines()[-1] == '--pattern "lolcats" --heads 1.2,1.3'
     assert f"{found.heads[LAYER][2]:.3f}" in out and "lolcats, but for 2, 3" in out
+
+
+@pytest.mark.slow
+def test_gates_are_those_of_one_device_on_any_mesh(text, tmp_path):
+    config = GatesConfig(steps=12, rows=4, learning_rate=0.1, num_sink_tokens=1, penalty=0.3)
+    found = []
+    for i, mesh in enumerate([ONE_DEVICE, MeshConfig(data=1, fsdp=4), MeshConfig(data=2, tensor=2)]):
+        spread = make_run(tmp_path / str(i), model_of(num_kv_heads=2), mesh=mesh, length=LENGTH)
+        heads = rank(spread, "gates", text=text, far=FAR, seed=0, gates=config).heads
+        found.append(np.float32([heads[layer] for layer in range(3)]))
+    assert np.ptp(found[0]) > 0.1  # some have closed more than others
+    for other in found[1:]:
+        assert_close(other, found[0])
 
 
 @pytest.mark.parametrize(
