@@ -42,8 +42,10 @@ def publish(name: str, folder: Path) -> dict[str, np.ndarray]:
     kept = {found.weights.tensors[given].name for line in found.lines if line.float32 for given in line.tensors}
     tensors = {}
     for given, golden in sorted(load_file(GOLDEN / name / ONE).items()):
-        more = draws.normal(scale=0.1, size=(WIDE - VOCAB, *golden.shape[1:])).astype(np.float32)
-        whole = np.concatenate([golden, more]) if golden.shape[0] == VOCAB else golden
+        whole = golden
+        if golden.shape[0] == VOCAB:
+            more = draws.normal(scale=0.1, size=(WIDE - VOCAB, *golden.shape[1:]))
+            whole = np.concatenate([golden, more.astype(np.float32)])
         wide = given in kept or any(fnmatch(given, pattern) for pattern in saved_wide(name))
         tensors[given] = whole if wide else whole.astype(jnp.bfloat16)
     names, index = list(tensors), {}
