@@ -46,6 +46,7 @@ log = logging.getLogger("plait")
 FLOAT32 = "float32.json"
 """File beside what is kept for an export: the names of tensors that were float32 among others of half the size, as they are to go out again."""
 
+
 def import_model(folder: Path, run: Path, options: ImportOptions) -> ExperimentConfig:
     """Makes the run folder `run` of the published model in `folder`, which may be a GGUF file; it appears when it is whole. Several hosts make
     it together, of a model that each of them sees.

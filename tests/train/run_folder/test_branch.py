@@ -100,11 +100,7 @@ def test_a_branch_reads_other_data_from_its_beginning(config, short, tmp_path, c
     assert_same_run(again, tmp_path / "new")
     capsys.readouterr()
     foreign = [*words[:-1], str(tmp_path / "foreign"), "--data.tokenizer", "bpe"]
-    assert (
-        main(foreign) == 2
-        and "data.tokenizer" in capsys.readouterr().err
-        and not (tmp_path / "foreign").exists()
-    )
+    assert main(foreign) == 2 and "data.tokenizer" in capsys.readouterr().err and not (tmp_path / "foreign").exists()
 
 
 def test_steps_that_are_done_do_not_change(config, short):
