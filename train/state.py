@@ -49,6 +49,10 @@ class TrainState:
     """Non-finite steps skipped so far, int32."""
 
 
+_TELL = {"document_ranking": "a blockrank layer with an answer_id"}
+"""The layers that a loss on attention is of, where those are not softmax layers."""
+
+
 class Blueprint:
     """A model without its arrays: builds it from them, and knows the axes and the kind of each."""
 
@@ -82,8 +86,8 @@ class Blueprint:
         for name, coefficient in model.attention_loss.asked.items():
             if not any(f"attention/{name}" in layer.losses for layer in extras):
                 raise ValueError(
-                    f"model.attention_loss.{name}={coefficient:g} is of what no layer of model.pattern={model.pattern!r} tells; use softmax "
-                    "layers of two heads or more, or leave it out"
+                    f"model.attention_loss.{name}={coefficient:g} is of what no layer of model.pattern={model.pattern!r} tells; "
+                    f"use {_TELL.get(name, 'softmax layers of two heads or more')}, or leave it out"
                 )
 
     def _create(self, seed: ArrayLike | None = None) -> LM:

@@ -43,6 +43,8 @@ def named_heads(option: str, text: str, model: LMConfig, others: Sequence[str] =
     counts = num_heads(model)
     found = []
     for word in filter(None, (part.strip() for part in text.split(","))):
+        if word in others:
+            raise InspectError(f"{option}={text!r}: {word!r} stands alone; leave the others out, or name heads as 3.1,12.0 alone")
         if not re.fullmatch(r"[0-9]{1,18}\.[0-9]{1,18}", word):
             near = difflib.get_close_matches(word.lower(), others, 1)
             fix = f"did you mean {near[0]!r}?" if near else "write LAYER.HEAD, both from 0, as 3.1,12.0"

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -116,8 +117,7 @@ def inspect(run: Path, options: InspectOptions) -> tuple[Inspection, Path]:
     trained = opened(run, step)
     config, model = trained.program.config, trained.program.config.model
     out = options.out or run / f"inspect_{trained.step}"
-    if out.exists():
-        raise InspectError(f"out={str(out)!r} is there already; give another --out, or delete it")
+    _check_new(out)
     if trained.tokenizer is None:
         raise InspectError(
             f"{str(run)!r} was trained on data.task={config.data.task.name}, whose tokens are no text; give a run that was trained on text"
@@ -182,6 +182,16 @@ def _checkpoint(path: Path, step: int | None) -> tuple[Path, int | None]:
             raise InspectError(f"step={step} is another than that of the checkpoint {str(path)!r}; leave one of them out")
         return path.parent.parent, int(path.name)
     return path, step
+
+
+def _check_new(out: Path) -> None:
+    """Raises InspectError where a folder cannot be made."""
+    if out.exists():
+        raise InspectError(f"out={str(out)!r} is there already; give another --out, or delete it")
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        why = "is a folder that you may not write to" if above.is_dir() else "is a file"
+        raise InspectError(f"out={str(out)!r} cannot be made, as {str(above)!r} {why}; give another --out")
 
 
 def _row_length(options: InspectOptions, trained: Trained) -> int:

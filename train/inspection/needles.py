@@ -85,8 +85,8 @@ def needles_of(trained: Trained, text: np.ndarray, config: NeedleConfig, length:
     hay = length - first - 2 * size
     if hay < 1:
         raise InspectError(
-            f"needle.length={length} must leave a piece of text beside a needle of {size} tokens and itself again; use {2 * size + 65} or "
-            "more, or smaller needle.cue and needle.answer"
+            f"needle.length={length}{', as many as a row has,' if config.length is None else ''} must leave a piece of text beside a needle of "
+            f"{size} tokens and itself again; use {2 * size + 65} or more, or smaller needle.cue and needle.answer"
         )
     own = np.unique(text)
     if len(own) < size:

@@ -12,6 +12,7 @@ import numpy as np
 
 from plait.configs.components import ConfigError
 from plait.configs.experiment import ExperimentConfig
+from plait.configs.spike import SpikeConfig
 from plait.train.probes.base import Probe, chosen
 from plait.train.watching.spikes import LAG, LossSpikes, SpikeWatch
 from plait.train.watching.watchers import Event, Memory, Watcher
@@ -108,8 +109,13 @@ def watchers_of(
     """What finds the events of a run with these probes, with the limits that `config.event` sets; among them the watch of spikes.
 
     Raises:
-        ConfigError: a kind of event there that the run cannot have, or a limit or action that the kind cannot have.
+        ConfigError: a kind of event there that the run cannot have, or a limit or action that the kind cannot have; to go back for spikes
+            without a rule of what they are.
     """
+    if config.spike.action != SpikeConfig.action and config.spike.sigma is None:
+        raise ConfigError(
+            f"spike.action={config.spike.action} needs a rule of what a spike is, and spike.sigma is None; set --spike.sigma"
+        )
     spikes = SpikeWatch(config.spike)
     watchers = [LossSpikes(), *(watcher for probe in probes for watcher in probe.watchers(layers)), spikes]
     for kind, one in config.event.items():

@@ -155,6 +155,15 @@ BAD = {
     ),
     "no such text": (lambda run, text: [str(run), "--text", str(run / "none.txt")], "cannot be read"),
     "a folder that is there": (lambda run, text: [str(run), "--out", str(run)], "is there already; give another --out"),
+    "a folder in a file": (lambda run, text: [str(run), "--out", str(text / "out")], "text.txt' is a file; give another --out"),
+    "a set of heads beside heads": (
+        lambda run, text: [str(run), "--mask-heads", "retrieval,1.0"],
+        "mask_heads='retrieval,1.0': 'retrieval' stands alone",
+    ),
+    "rows too short for a needle": (
+        lambda run, text: [str(run), "--length", "2"],
+        "needle.length=2, as many as a row has, must leave",
+    ),
     "a head that is not there": (lambda run, text: [str(run), "--heads", "0.6"], "0.6 is head 6"),
     "a masked head that is not there": (
         lambda run, text: [str(run), "--mask-heads", "9.0"],

@@ -138,6 +138,10 @@ def test_what_counts_as_a_spike_counts_for_the_collapse_after_one_too(limit, fou
             r"spike\.action=rewind needs checkpoints to go back to, not checkpoint_every=None",
         ),
         (
+            {"spike.action": "rewind", "checkpoint_every": 2},
+            r"spike\.action=rewind needs a rule .* spike\.sigma is None; set --spike",
+        ),
+        (
             {"event": {"rewind": EventConfig(action="lower_rate")}},
             r"event\.rewind is of runs that go back, and this one does not",
         ),
