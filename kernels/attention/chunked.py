@@ -59,7 +59,7 @@ def attention(call: AttentionCall) -> tuple[Array, AttentionStats | None]:
         blocks, ({name: getattr(call, name) for name in ("q", "query_sinks", "selected")}, queries)
     )
     outputs = []
-    for first, last in _groups(ranges):
+    for first, last in groups(ranges):
         width = max(high - low for low, high in ranges[first:last])
         lows = np.minimum([low for low, _ in ranges[first:last]], num_keys - width).astype(np.int32)
         of_block = starts[:, first * block : last * block : block].T if anchors and lows.max() > 0 else None
@@ -92,8 +92,8 @@ def _anchors(k: Array, v: Array, keys: Tokens, index: Array, low: Array) -> tupl
     return take(k), take(v), Tokens(segment_ids=shown, positions=take(keys.positions))
 
 
-def _groups(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Cuts the blocks into runs [first, last) that share a key range width; one run when widths hardly differ."""
+def groups(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Runs [first, last) of the blocks that share a key range width; one run when widths hardly differ."""
     widths = [high - low for low, high in ranges]
     if max(widths) * len(widths) <= 1.25 * sum(widths):
         return [(0, len(ranges))]

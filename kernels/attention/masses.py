@@ -1,5 +1,6 @@
 """Where attention goes, from a row's log-normaliser: weights on a segment's first tokens, and what each key receives."""
 
+import functools
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from plait.kernels.attention.bias import Bias
 from plait.kernels.attention.by_head import each_mask
 from plait.kernels.attention.call import MassCall
+from plait.kernels.attention.chunked import groups
 from plait.kernels.attention.per_query import first_mass
 from plait.kernels.attention.reference import MASKED as HIDDEN
 from plait.kernels.attention.reference import grouped_heads, logits, visible_pairs
@@ -110,23 +112,32 @@ def _received(call: MassCall, queries: Tokens, keys: Tokens, precision: Any) -> 
 
 
 def _chunked(call: MassCall) -> Array:
-    """Some queries at a time."""
+    """Some queries at a time, over the keys that the mask may show them."""
     q, k, (queries, keys) = call.q, call.k, call.sides
     length = q.shape[1]
     block = max(1, min(length, MAX_TILE // length))
     padding = -length % block
+    near = call.own_keys and not call.mask.num_sink_tokens  # which stand anywhere
+    ranges = [call.mask.key_range(i, i + block, length) if near else (0, length) for i in range(0, length, block)]
 
     def cut(x: Array) -> Array:  # [B, T, ...] to [N, B, block, ...]
         x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(x.shape[0], -1, block, *x.shape[2:]), 1, 0)
 
-    def add(total: Array, part: tuple[dict[str, Any], Tokens]) -> tuple[Array, None]:
-        of_queries, queries = part
-        return total + _received(call.replace(**of_queries), queries, keys, matmul_precision(q.dtype)), None
+    def add(total: Array, part: tuple[dict[str, Any], Tokens, Array], *, width: int) -> tuple[Array, None]:
+        of_queries, queries, low = part
+        seen = lambda x, axis=1: jax.lax.dynamic_slice_in_dim(x, low, width, axis)
+        mass = _received(call.replace(k=seen(k), **of_queries), queries, jax.tree.map(seen, keys), matmul_precision(q.dtype))
+        return jax.lax.dynamic_update_slice_in_dim(total, seen(total, 3) + mass, low, 3), None
 
     parts = jax.tree.map(cut, ({name: getattr(call, name) for name in ("q", "lse", "selected")}, queries))
     shape = (q.shape[0], k.shape[2], q.shape[2] // k.shape[2], length)
-    total, _ = jax.lax.scan(add, jnp.zeros(shape, accumulation_dtype(q, k)), parts)
+    total = jnp.zeros(shape, accumulation_dtype(q, k))
+    for first, last in groups(ranges):
+        width = max(high - low for low, high in ranges[first:last])
+        lows = jnp.asarray([min(low, length - width) for low, _ in ranges[first:last]], jnp.int32)
+        some = jax.tree.map(lambda x, part=slice(first, last): x[part], parts)
+        total, _ = jax.lax.scan(functools.partial(add, width=width), total, (*some, lows))
     return jnp.swapaxes(total.reshape(shape[0], -1, length), 1, 2)
 
 
