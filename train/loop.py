@@ -302,7 +302,8 @@ class _Loop:
         self.journal.events(self.actions.take(step, found))
         if statistics is not None:
             self.journal.probes(step, arrays)
-            values |= probe_metrics(arrays, self.probes, [layer["kind"] for layer in self.layers])
+            kinds, sources = [layer["kind"] for layer in self.layers], tuple(self.setup.data.parts)
+            values |= probe_metrics(arrays, self.probes, kinds, sources)
         if logging_now := _due(step, self.config.log_every) or step == self.config.steps:
             values |= {**self._speed(step), **self.meter.lap()}
         if logging_now or statistics is not None:

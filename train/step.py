@@ -104,11 +104,21 @@ def make_step(blueprint: Blueprint, tx: optax.GradientTransformation, mesh: jax.
         if sources is not None:
             metrics["sources"] = sums_by_source(terms["rows"], sources, len(config.data.sources))
         if observer is not None:
-            layers = zip(observer.across([one.statistics for one in terms["extras"]]), observer.conclude(told), strict=True)
+            of = None if sources is None else _looked_at(sources, observer, config.optimizer.accumulate)[:, None]
+            of = None if of is None else of == jnp.arange(len(config.data.sources))[None]
+            looks = observer.across([one.statistics for one in terms["extras"]], of)
+            layers = zip(looks, observer.conclude(told), strict=True)
             metrics["statistics"] = [{**of_looks, **of_gradients} for of_looks, of_gradients in layers]
         return new, metrics
 
     return step
+
+
+def _looked_at(rows: jax.Array, observer: Probes, parts: int) -> jax.Array:
+    """Of `[B]`, one for each row of a batch, those of the sequences that an observer looks at: of the last of `parts` micro-batches, as
+    `_accumulate` and the pipeline cut them."""
+    last = rows.reshape(-1, parts)[:, -1]
+    return last[observer.pick_sequences(last.shape[0])]
 
 
 def _heads(config: LMConfig) -> list[int]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from plait.configs.probe import ProbeConfig
 from plait.data.loader import build_data
 from plait.data.mixture.config import SourceConfig
 from plait.data.tasks.base import TASKS
@@ -16,6 +17,7 @@ from plait.tests.train.common import changed, program_of, random_batch, tiny, wr
 from plait.train.checkpoint import Checkpoints
 from plait.train.loop import train
 from plait.train.loss import token_losses
+from plait.train.probes.base import Probes
 from plait.train.run import RunError, opened
 from plait.train.run_folder.contents import CHECKPOINTS
 from plait.train.run_folder.lines import METRICS
@@ -54,10 +56,13 @@ def test_a_steps_loss_by_source_is_that_of_its_rows_alone(compile_cache):
     batch, of = random_batch(), np.array([2, 0, 2, 0], np.int32)
     state = setup.fresh()
     nll = quick_jit(lambda batch: token_losses(setup.blueprint.build(state.params, state.buffers), batch)[0])(batch)
-    _, metrics = quick_jit(make_step(setup.blueprint, setup.tx, setup.mesh, None))(state, batch, sources=of)
+    observer = Probes(ProbeConfig(only="dormant_by_source"))
+    _, metrics = quick_jit(make_step(setup.blueprint, setup.tx, setup.mesh, observer))(state, batch, sources=of)
     rows = np.stack([np.asarray(nll).sum(1), batch.loss_mask.sum(1)], 1)
     expected = np.stack([rows[of == source].sum(0) for source in range(3)])
     assert_close(metrics["sources"], expected)
+    for layer in metrics["statistics"]:  # of the last micro-batch: rows 1 and 3
+        assert np.isfinite(layer["dormant_by_source"]).all(0).tolist() == [True, False, False]
     assert_close(metrics["sources"][:, 0].sum() / metrics["sources"][:, 1].sum(), metrics["loss/train"])
 
 

@@ -51,6 +51,10 @@ class Probe(Component, abc.ABC):
         """Statistics that take all layers, a mapping each, of the parts of each."""
         return ()
 
+    def by_source(self, layers: Sequence[Mapping[str, jax.Array]], of: jax.Array) -> Sequence[Mapping[str, jax.Array]]:
+        """Statistics that tell the sources of a mixture apart, a mapping each, of the parts of each: see `plait.train.probes.sources`."""
+        return ()
+
     def watchers(self, layers: Sequence[Mapping[str, Any]]) -> list[Watcher]:
         """What finds its events; more than one threshold says is a watcher of its own. `layers` as in `probes/layers.json`."""
         return [ThresholdWatcher(statistic, layers) for statistic in self.statistics if statistic.event is not None]
@@ -160,16 +164,22 @@ class Probes:
             found |= {f"{probe.name}/{name}": value for name, value in probe.parts(looks, self.config).items()}
         return found
 
-    def across(self, layers: Sequence[Mapping[str, jax.Array]]) -> list[dict[str, jax.Array]]:
-        """The statistics of each layer of a step, from what `measure` gave of them: with those that take all layers."""
+    def across(self, layers: Sequence[Mapping[str, jax.Array]], of: jax.Array | None = None) -> list[dict[str, jax.Array]]:
+        """The statistics of each layer of a step, from what `measure` gave of them: with those that take all layers, and of a mixture those
+        that take sources; `of` says which each looked-at sequence is of, bool `[B, S]`."""
         found = [{name: value for name, value in layer.items() if "/" not in name} for layer in layers]
         for probe in self.probes:
             own = f"{probe.name}/"
             parts = [{name.removeprefix(own): value for name, value in layer.items() if name.startswith(own)} for layer in layers]
             if any(parts):
                 several = probe.across(parts, self.config)
-                self._check(probe, several, [0] * len(layers))
-                found = [one | dict(more) for one, more in zip(found, several, strict=True)]
+                self._check(probe, several, [0] * len(several))
+                of_sources = () if of is None else probe.by_source(parts, of)
+                self._check(
+                    probe, of_sources, [next(map(len, one.values()), 0) for one in of_sources], 0 if of is None else of.shape[1]
+                )
+                for more in (several, of_sources):
+                    found = [one | dict(own) for one, own in zip(found, more or [{}] * len(found), strict=True)]
         return found
 
     def taps(self, heads: Sequence[int]) -> Taps:
@@ -196,7 +206,9 @@ class Probes:
     def _watching(self, place: Place) -> list[GradientProbe]:
         return [probe for probe in self.probes if isinstance(probe, GradientProbe) and probe.place == place]
 
-    def _check(self, probe: Probe, parts: Sequence[Mapping[str, jax.Array | None]], heads: Sequence[int]) -> None:
+    def _check(
+        self, probe: Probe, parts: Sequence[Mapping[str, jax.Array | None]], heads: Sequence[int], sources: int = 0
+    ) -> None:
         declared = {statistic.name: statistic for statistic in probe.statistics}
         for part, count in zip(parts, heads, strict=True):
             for name, value in part.items():
@@ -204,5 +216,5 @@ class Probes:
                     raise ValueError(
                         f"probe {probe.name!r} measured {name!r}; declare it, it has the statistics {list(declared)}"
                     )
-                if value is not None and value.shape != (shape := declared[name].shape(count, self.config)):
+                if value is not None and value.shape != (shape := declared[name].shape(count, self.config, sources)):
                     raise ValueError(f"probe {probe.name!r}: {name}.shape={value.shape} must be {shape}, as it is declared")

@@ -31,7 +31,9 @@ def told(blueprint: Blueprint, observer: Probes) -> list[set[str]]:
     return [{*layer, *of_gradients} for layer in layers]
 
 
-def probe_metrics(arrays: Mapping[str, np.ndarray], probes: Sequence[Probe], kinds: Sequence[str] = ()) -> dict[str, float]:
+def probe_metrics(
+    arrays: Mapping[str, np.ndarray], probes: Sequence[Probe], kinds: Sequence[str] = (), sources: Sequence[str] = ()
+) -> dict[str, float]:
     """The metrics of the probes' statistics that have a value.
 
     Args:
@@ -39,16 +41,24 @@ def probe_metrics(arrays: Mapping[str, np.ndarray], probes: Sequence[Probe], kin
         probes: which declare them.
         kinds: of each layer's mixer: where there are several, those of `attn/` are also told for the layers of each, as
             `attn/linear/entropy_mean`.
+        sources: of a mixture: what is by source is told of each, as `attn/dormant_share/source/web`.
     """
     declared = statistics(probes)
-    metrics = {metric: arrays[name] for name, one in declared.items() if name in arrays and (metric := one.metric) is not None}
+    known = {name: (metric, one) for name, one in declared.items() if name in arrays and (metric := one.metric) is not None}
+    metrics = {metric: arrays[name] for name, (metric, one) in known.items() if not one.by_source}
+    by_source = {
+        f"{metric.name}/source/{source}": (metric, arrays[name][..., index])
+        for name, (metric, one) in known.items()
+        if one.by_source
+        for index, source in enumerate(sources)
+    }
     whole = {metric.name: (metric, values) for metric, values in metrics.items()}
     by_kind = {
         kind_name(metric.name, kind): (metric, values[[index for index, one in enumerate(kinds) if one == kind]])
         for metric, values in metrics.items()
         for kind in (sorted(set(kinds)) if len(set(kinds)) > 1 and metric.name.startswith(ATTENTION) else ())
     }
-    there = {name: one for name, one in (whole | by_kind).items() if not np.isnan(one[1]).all()}
+    there = {name: one for name, one in (whole | by_kind | by_source).items() if not np.isnan(one[1]).all()}
     return {name: float(metric.reduce(values)) for name, (metric, values) in there.items()}
 
 

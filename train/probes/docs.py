@@ -20,7 +20,7 @@ def every_watcher() -> list[Watcher]:
 def statistic_rows() -> list[list[str]]:
     """Statistics, with the length of a trailing axis where they have one."""
     return [
-        [f"`{name}`", one.per if one.size is None else f"{one.per}, several", one.unit, one.meaning]
+        [f"`{name}`", one.per + (", several" if one.size else " and source" if one.by_source else ""), one.unit, one.meaning]
         for name, one in statistics().items()
     ]
 
@@ -28,7 +28,7 @@ def statistic_rows() -> list[list[str]]:
 def metric_rows() -> list[list[str]]:
     """Metrics of probe steps."""
     return [
-        [f"`{one.metric.name}`", f"`{name}`: {one.metric.meaning}"]
+        [f"`{one.metric.name}{'/source/NAME' if one.by_source else ''}`", f"`{name}`: {one.metric.meaning}"]
         for name, one in statistics().items()
         if one.metric is not None
     ]

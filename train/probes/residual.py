@@ -72,7 +72,7 @@ class Residual(Probe):
         layer = int(np.nanargmax(top[-1, :, 0]))
         largest, usual = top[-1, layer, 0], median[-1, layer, 0]
         times = largest / usual if usual > 0 else np.inf
-        return f"The largest |x| at the end is {largest:,.3g} after layer {layer}, {times:,.0f} times the median."
+        return f"The largest |x| at the end is {largest:,.3g} after layer {layer}, {times:,.{0 if times >= 10 else 1}f} times the median."
 
 
 def absolute_median(x: jax.Array, real: jax.Array) -> jax.Array:

@@ -106,15 +106,18 @@ class Statistic:
     """Its line in the docs and in the report."""
     size: Callable[[ProbeConfig], int] | None = None
     """Length of a trailing axis, of which metrics take all, panels and events the first entry."""
+    by_source: bool = False
+    """A trailing axis of a mixture's sources, as its config names them: a metric of each, `METRIC/source/NAME`, and pictures of each."""
     metric: Metric | None = None
     panel: Panel | None = None
     event: Threshold | None = None
 
-    def shape(self, heads: int, config: ProbeConfig) -> tuple[int, ...]:
+    def shape(self, heads: int, config: ProbeConfig, sources: int = 0) -> tuple[int, ...]:
         """That of a layer's value."""
-        return (heads,) * (self.per == "head") + (() if self.size is None else (self.size(config),))
+        trailing = () if self.size is None else (self.size(config),)
+        return (heads,) * (self.per == "head") + trailing + (sources,) * self.by_source
 
     def by_head(self, values: np.ndarray) -> np.ndarray:
         """`[..., L, H]` of its values over layers: first entries, and one head for what is of the layer."""
-        values = values if self.size is None else values[..., 0]
+        values = values if self.size is None and not self.by_source else values[..., 0]
         return values if self.per == "head" else values[..., None]

@@ -11,7 +11,7 @@ from plait.configs.files import write_atomically
 from plait.train.probes.statistic import Statistic
 from plait.train.report import compared, page
 from plait.train.report.page import Markup, Section
-from plait.train.report.panels import attention, curves, differences, maps, trends
+from plait.train.report.panels import attention, curves, differences, maps, sources, trends
 from plait.train.report.run import Run, load_runs
 from plait.train.report.style import RC, Picture
 from plait.train.report.variants import by_variant
@@ -98,19 +98,23 @@ def _statistics(runs: list[Run]) -> Iterator[Section]:
     many = len(sections) > MOST_OPEN or len(runs) > 1
     for title, members in sections.items():
         name = page.anchor(title)
-        figures = [trends.of_kinds(f"{name}-kinds", runs, members), trends.of_layers(f"{name}-layers", runs, members)]
-        mapped = [one for one in members if one.panel.map and (one.panel.compared or len(runs) == 1)]
+        holds = [one.panel.title for one in members]
+        split, plain = [one for one in members if one.by_source], [one for one in members if not one.by_source]
+        figures = [sources.over_time(f"{name}-sources", runs, split)]
+        figures += [sources.at_the_end(f"{name}-{one.name}", shown, one) for one in split]
+        figures += [trends.of_kinds(f"{name}-kinds", runs, plain), trends.of_layers(f"{name}-layers", runs, plain)]
+        mapped = [one for one in plain if one.panel.map and (one.panel.compared or len(runs) == 1)]
         parts = [(f"{name}-maps", mapped)] if len(runs) == 1 else [(f"{name}-{one.name}", [one]) for one in mapped]
         figures += [maps.over_time(part, [(run, one) for one in ones for run in shown]) for part, ones in parts]
         items: list[Picture | str] = [figure for figure in figures if figure is not None]
         if items:
-            holds = [one.panel.title for one in members]
             yield Section(title, title, items, holds, folded=many)
     lost = sorted({one.panel.title.lower() for name, one in known.items() if name not in there})
     notes = [f"Not recorded, as no layer of these runs has it or no probe measured it: {'; '.join(lost)}."] if lost else []
     if len(runs) > MOST_MAPS:
         notes.append(f"Maps and pictures are shown for the first {MOST_MAPS} of {len(runs)} runs.")
-    heads = maps.final(shown, list(there.values()))
+    whole = [one for one in there.values() if not one.by_source]
+    heads = maps.final(shown, whole)
     yield Section("At the end", "Every head at the end", [*([] if heads is None else [heads]), *notes], folded=many)
-    if len(shown) > 1 and (figure := differences.of_heads(shown, list(there.values()))) is not None:
+    if len(shown) > 1 and (figure := differences.of_heads(shown, whole)) is not None:
         yield Section("Differences", f"Every head at the end, less that of {shown[0].name}", [figure], folded=many)

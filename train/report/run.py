@@ -73,6 +73,11 @@ class Run:
             return None
         return self.statistics[name].by_head(array)
 
+    def sources(self, count: int) -> list[str]:
+        """The names of a mixture's `count` sources, in the order of arrays by source; numbers where the config does not tell them."""
+        named = lookup(self.config, "data.sources")
+        return list(named) if isinstance(named, Mapping) and len(named) == count else [f"source {i + 1}" for i in range(count)]
+
     @functools.cached_property
     def statistics(self) -> dict[str, Statistic]:
         """By name what the probes declare and what is beside, then what the run holds of probes that are gone."""
@@ -147,8 +152,7 @@ def load_run(path: Path, name: str) -> Run:
       ValueError: the folder holds no `metrics.jsonl`.
     """
     if not (path / METRICS).is_file():
-        why = "is not a run" if path.is_dir() else "is no folder" if path.exists() else "does not exist, so it is not a run"
-        raise ValueError(f"{path} {why}: a run folder holds {METRICS}; give the folder that was passed to train as --out")
+        raise ValueError(no_run(path))
     notes = [note for name_ in (METRICS, EVENTS) if (note := read_lines(path / name_)[1])]
     config, environment = (_read_tree(path / f"{file}.json", notes) for file in ("config", "environment"))
     events = read_events(path)
@@ -163,6 +167,12 @@ def load_run(path: Path, name: str) -> Run:
         notes.append(f"{EVENTS} is missing; the events shown were derived from the probe files")
     attention = _read_attention(path / ATTENTION, notes)
     return Run(path, name, config, environment, read_metrics(path), events, probes, attention, notes)
+
+
+def no_run(path: Path) -> str:
+    """What is said of a path that is no run folder."""
+    why = "is not a run" if path.is_dir() else "is no folder" if path.exists() else "does not exist, so it is not a run"
+    return f"{path} {why}: a run folder holds {METRICS}; give the folder that was passed to train as --out"
 
 
 def _spread(files: Sequence[Path], telling: Set[int]) -> list[Path]:

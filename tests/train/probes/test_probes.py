@@ -50,8 +50,9 @@ def measured():
 
     @quick_jit
     def measure(ids):
-        _, extras = nnx.merge(graph, state).hidden(dataclasses.replace(at, ids=ids), observer=Probes(CONFIG))
-        return [dict(one.statistics) for one in extras]
+        observer = Probes(CONFIG)
+        _, extras = nnx.merge(graph, state).hidden(dataclasses.replace(at, ids=ids), observer=observer)
+        return observer.across([one.statistics for one in extras])
 
     return measure, np.asarray(at.segment_ids)
 
@@ -98,7 +99,7 @@ def test_declarations_are_whole(probe):
 def test_no_name_is_declared_twice():
     every = [one for probe in chosen() for one in probe.statistics]
     assert len({one.name for one in every}) == len(every)
-    metrics = [one.metric.name for one in every if one.metric is not None]
+    metrics = [(one.metric.name, one.by_source) for one in every if one.metric is not None]
     assert len(set(metrics)) == len(metrics)
 
 

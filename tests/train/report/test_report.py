@@ -22,6 +22,7 @@ from plait.train.run_folder.probe_files import write_attention, write_layers, wr
 from plait.train.run_folder.writer import MetricsWriter
 from plait.train.watching.spikes import LossSpikes
 
+SOURCES = ("web", "code")
 KIND = {"softmax": "full", "sliding_window": "sparse", "gated_deltanet": "linear", "gla": "linear", "parallel": "parallel"}
 TEXT = "The old lighthouse keeper wrote in his log every night: wind, tide, ships. When the storm came, he wrote the same words: "
 HYBRID = ("gated_deltanet", "gated_deltanet", "sliding_window", "softmax") * 2
@@ -46,7 +47,14 @@ def make_run(run, *, pattern=HYBRID, heads=8, steps=2000, probes=40, seed=0, tok
         "d_model": 512,
         "num_layers": depth,
     }
-    (run / "config.json").write_text(json.dumps({"name": "lm_quick", "steps": steps, "seed": seed, "model": model}))
+    config = {
+        "name": "lm_quick",
+        "steps": steps,
+        "seed": seed,
+        "model": model,
+        "data": {"sources": {name: {} for name in SOURCES}},
+    }
+    (run / "config.json").write_text(json.dumps(config))
     environment = {
         "num_params": 41_300_000,
         "devices": {"kind": "NVIDIA H100", "platform": "gpu", "count": 8},
@@ -147,9 +155,10 @@ def make_probes(rng, layers, share, *, onset, top, moh):
         arrays["transfer_error"] = 0.5 * share + 0 * residual
         arrays["head_load"] = np.where(full, np.clip(0.5 + 0.45 * share * spread + noise, 0, 1), np.nan)
         for name, one in statistics().items():  # the others: a value for each panel
-            like = shape if one.per == "head" else shape[:1]
-            size = () if one.size is None else (one.size(ProbeConfig()),)
-            arrays.setdefault(name, np.full((*like, *size), 0.1 + 0.2 * share))
+            like = one.shape(shape[1], ProbeConfig(), len(SOURCES))
+            arrays.setdefault(name, np.full((shape[0], *like), 0.1 + 0.2 * share))
+        arrays["dormant_by_source"] = np.stack([np.clip(0.5 + 0.4 * share * sign * spread, 0, 1) for sign in (1, -1)], -1)
+        arrays["dormant_by_source"][..., rng.integers(2)] = np.nan  # a step may look at rows of one source alone
     return arrays
 
 
@@ -207,8 +216,16 @@ def test_report_of_a_full_run_is_self_contained_and_small(full_run):
     parsed = Page(text)
     assert all(address.startswith(("#", "data:image/png;base64,")) for address in parsed.addresses)
     assert "url(" not in text and "@import" not in text
-    assert parsed.tags.count("img") == len(list(path.parent.glob("*.png"))) == 31
-    for part in ("41.3M", "8 × NVIDIA H100", "sink onset", "loss spike", "bits per byte", "decay horizon".capitalize()):
+    assert parsed.tags.count("img") == len(list(path.parent.glob("*.png"))) == 34
+    for part in (
+        "41.3M",
+        "8 × NVIDIA H100",
+        "sink onset",
+        "loss spike",
+        "bits per byte",
+        "decay horizon".capitalize(),
+        "dormancy by source".capitalize(),
+    ):
         assert part in text
 
 

@@ -32,12 +32,12 @@ MOST_ROWS = 480  # of a map, so that each is two pixels high and more
 LABEL = 0.11  # inches of a line of small type
 
 
-def _colours(panel: Panel) -> Colormap:
+def colours(panel: Panel) -> Colormap:
     """Dark is what one looks for."""
     return AMOUNT_MAP.reversed() if panel.low_is_dark else AMOUNT_MAP
 
 
-def _norm(panel: Panel, arrays: Sequence[np.ndarray]) -> Normalize:
+def scale(panel: Panel, arrays: Sequence[np.ndarray]) -> Normalize:
     """One colour scale for every map of a statistic."""
     finite = np.concatenate([array[np.isfinite(array)].ravel() for array in arrays])
     if panel.limits or not finite.size:
@@ -81,7 +81,7 @@ def over_time(name: str, cells: Sequence[tuple[Run, Statistic]]) -> Picture | No
     columns = min(3, max(len(shown), 1))
     gap = (0.42 if same else left, 0.8)
     figure, axes = panels(len(shown), columns=columns, height=max(height, 0.7), left=left, gap=gap, margin=(0.55, 0.5))
-    norms = {one.name: _norm(panel, [v for _, other, _, v, _ in shown if other.name == one.name]) for _, one, panel, *_ in shown}
+    norms = {one.name: scale(panel, [v for _, other, _, v, _ in shown if other.name == one.name]) for _, one, panel, *_ in shown}
     for position, (ax, (run, one, panel, values, together)) in enumerate(zip(axes, shown)):
         mesh = _heat(ax, run, one, values, together, norms[one.name], labels=position % columns == 0 or not same)
         barred = not several or position in (columns - 1, len(shown) - 1)
@@ -131,7 +131,7 @@ def _heat(ax: Axes, run: Run, statistic: Statistic, array: np.ndarray, together:
     first, last = (steps[1] - steps[0], steps[-1] - steps[-2]) if steps.size > 1 else (1.0, 1.0)
     edges = np.array([steps[0] - first / 2, *middles, steps[-1] + last / 2])
     matrix = np.array([array[:, layer, head] for layer, head in rows])
-    mesh = ax.pcolormesh(edges, np.arange(len(rows) + 1), matrix, cmap=_colours(statistic.panel), norm=norm, rasterized=True)
+    mesh = ax.pcolormesh(edges, np.arange(len(rows) + 1), matrix, cmap=colours(statistic.panel), norm=norm, rasterized=True)
     ax.set_ylim(len(rows), 0)
     starts = [i for i, (layer, _) in enumerate(rows) if i == 0 or rows[i - 1][0] != layer] + [len(rows)]
     inches = ax.get_position().height * ax.figure.get_figheight() / (len(starts) - 1)  # of a layer
@@ -161,7 +161,7 @@ def final(runs: Sequence[Run], shown: Sequence[Statistic]) -> Picture | None:
     maps = [one for one in maps if any(one.of(run) is not None for run in runs)]
     if not maps:
         return None
-    norms = [_norm(one.panel, [a for run in runs if (a := one.of(run)) is not None]) for one in maps]
+    norms = [scale(one.panel, [a for run in runs if (a := one.of(run)) is not None]) for one in maps]
     cells = [(run, one, norm) for one, norm in zip(maps, norms) for run in runs]
     columns = len(runs) if several else 4
     height = float(np.clip(0.16 * max(len(run.layers) for run in runs), 0.7, 2.0 if several else 4.0))
@@ -179,7 +179,7 @@ def final(runs: Sequence[Run], shown: Sequence[Statistic]) -> Picture | None:
         if matrix is None:
             blank(ax, "none in this run")
         else:
-            image = ax.imshow(matrix, aspect="auto", cmap=_colours(one.panel), norm=norm, interpolation="nearest")
+            image = ax.imshow(matrix, aspect="auto", cmap=colours(one.panel), norm=norm, interpolation="nearest")
             layer_by_head(ax, run, matrix, first=first, label="entry" if one.entries else "head")
             if not several or index % columns == columns - 1:
                 colour_bar(ax, image, ticks=_ticks(norm))
