@@ -149,7 +149,8 @@ def strip(runs: Sequence[Run]) -> str:
         kind: ", ".join(f"{count} × {name}" if len(runs) == 1 else name for name, count in counts.items())
         for kind, counts in mixers.items()
     }
-    key = "".join(f'<i style="background:{kind_colour(kind)}"></i>{escape(f"{kind}: {text}")}' for kind, text in names.items())
+    entry = lambda kind, text: f'<span><i style="background:{kind_colour(kind)}"></i>{escape(f"{kind}: {text}")}</span>'
+    key = " ".join(entry(kind, text) for kind, text in names.items())
     return f'{lanes}<p class="key">{key}</p>'
 
 

@@ -44,8 +44,8 @@ dl.facts dd { margin: 0; font-size: 17px; font-variant-numeric: tabular-nums; ov
 .strip { display: flex; gap: 3px; margin: 8px 0 0; }
 .strip span { flex: 1; height: 14px; border-radius: 3px; min-width: 2px; }
 .key { color: var(--muted); font-size: 12.5px; margin: 7px 0 0; }
-.key i { display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin: 0 6px 0 14px; vertical-align: baseline; }
-.key i:first-child { margin-left: 0; }
+.key i { display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin: 0 6px 0 0; vertical-align: baseline; }
+.key span { display: inline-block; margin-right: 14px; }  /* a colour stays beside its words */
 dl.story { display: grid; grid-template-columns: minmax(148px, max-content) 1fr; margin: 10px 0 0; }
 dl.story dt, dl.story dd { padding: 8px 0; margin: 0; border-top: 1px solid var(--line); }
 dl.story dt { color: var(--muted); padding-right: 14px; }

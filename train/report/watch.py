@@ -9,6 +9,7 @@ from pathlib import Path
 
 from plait.configs.files import parse_json, read_json, write_atomically
 from plait.train.report import page, write_report
+from plait.train.report.run import no_run
 from plait.train.run_folder import owner
 from plait.train.run_folder.contents import CONFIG, ENVIRONMENT
 from plait.train.run_folder.lines import EVENTS, METRICS
@@ -34,6 +35,9 @@ def watch(runs: Sequence[Path], out: Path | None, every: float, say: Callable[[s
       ValueError: as for `write_report`, at the first page and the last; in between the page stays as it was.
     """
     folders = [Path(run) for run in runs]
+    for folder in folders:
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(no_run(folder))
     lives = [_Life(folder) for folder in folders]
     written: Path | None = None
     seen: list[tuple[int, int]] | None = None
@@ -55,6 +59,7 @@ def watch(runs: Sequence[Path], out: Path | None, every: float, say: Callable[[s
                     written = page_of
                 except ValueError as error:
                     if written is None or not goes_on:
+                        _rest(written)
                         raise
                     log.warning("%s; the page stays as it was", error)
             if not goes_on:
@@ -62,8 +67,13 @@ def watch(runs: Sequence[Path], out: Path | None, every: float, say: Callable[[s
             seen = new
             time.sleep(max(every, SHARE * (time.monotonic() - start)))
     except KeyboardInterrupt:
-        if written is not None:
-            write_atomically(written, page.at_rest(written.read_text("utf-8")))
+        _rest(written)
+
+
+def _rest(written: Path | None) -> None:
+    """The page that was written last no longer reloads itself."""
+    if written is not None and written.exists():
+        write_atomically(written, page.at_rest(written.read_text("utf-8")))
 
 
 def _marks(folder: Path) -> list[tuple[int, int]]:

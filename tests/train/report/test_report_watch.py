@@ -149,7 +149,8 @@ def test_page_that_takes_long_is_written_seldom(tmp_path, monkeypatch):
 
 def test_folder_that_is_no_run_is_an_error_at_once(tmp_path, monkeypatch):
     world = World(monkeypatch)
-    for run, why in ((tmp_path / "missing", "does not exist"), (tmp_path, "is not a run")):
+    (tmp_path / "file").touch()
+    for run, why in ((tmp_path / "missing", "does not exist"), (tmp_path, "is not a run"), (tmp_path / "file", "is no folder")):
         with pytest.raises(ValueError, match=why):
             watch([run], None, 5.0, world.said.append)
     assert world.now == 0

@@ -10,10 +10,11 @@ from plait.configs import codec
 from plait.configs.presets import preset
 from plait.launch import main
 from plait.models.mixers.full.softmax import SoftmaxConfig
+from plait.train.report.panels import costs
 from plait.train.report.sweeps import _speed_up as shown
 from plait.train.run_folder.lines import METRICS
 from plait.train.sweep import fronts
-from plait.train.sweep.arms import arms, baselines, estimate
+from plait.train.sweep.arms import Arm, arms, baselines, estimate
 from plait.train.sweep.better import better
 from plait.train.sweep.record import SWEEP, Sweep
 from plait.train.sweep.runs import Run
@@ -145,3 +146,12 @@ def test_a_factor_says_what_it_is():
     assert shown(fronts.SpeedUp(logs, False)) == ("2.00×", " 2.00 to 2.00")
     assert shown(fronts.SpeedUp(logs, True)) == "> 2.00×"
     assert shown(fronts.SpeedUp(estimate([0.0]), False)) == "1.00×" and shown(fronts.SpeedUp(estimate([]), False)) == "–"
+
+
+def test_arms_are_named_by_what_sets_them_apart():
+    """In pictures, which have no room for every key of an arm."""
+    arm = lambda **keys: Arm({f"model.{key}": value for key, value in keys.items()}, {}, {})
+    several = [arm(gate=None, decay=0.1), arm(gate="headwise", decay=0.1), arm(gate=None, decay=0.5), arm(decay=0.1)]
+    assert costs._names(several) == ["as most are", "gate=headwise", "decay=0.5", "as most are"]
+    assert costs._names([arm(gate="a"), arm(gate="b")]) == ["a", "b"]
+    assert costs._names([arm(gate="a", decay=0.1), arm(gate="b", decay=0.2)]) == ["gate=a, decay=0.1", "gate=b, decay=0.2"]

@@ -116,7 +116,7 @@ def by_position(runs: Sequence[Run]) -> Picture | None:
             [first + 1 for first in losses],
             list(losses.values()),
             label=f"step {step:,}",
-            alpha=1 if last else 0.3 + 0.5 * order / len(lines),
+            alpha=1 if last else 0.5 + 0.4 * order / len(lines),
             **style,
         )
     ax.set(
@@ -162,7 +162,7 @@ def _loss_of(ax: Axes, run: Run, start: float, *, alone: bool) -> list[float]:
     levels += list(val[val_late])
     spikes = [event["step"] for event in run.events if event["kind"] == "loss_spike" and event["step"] >= start]
     place = {"transform": ax.get_xaxis_transform(), "clip_on": False, "linestyle": "", "markeredgewidth": 0}
-    ax.plot(spikes, [1.015] * len(spikes), marker="v", color=INK if alone else colour, markersize=6, **place)
+    ax.plot(spikes, [0.99] * len(spikes), marker="v", color=INK if alone else colour, markersize=5.5, **place)
     broken = steps[late & ~np.isfinite(values)]
     broken = broken[np.linspace(0, len(broken) - 1, min(len(broken), CROSSES)).astype(int)]
     ax.plot(
