@@ -140,7 +140,7 @@ class Store:
                     data = self._tried("read", lambda: self._range(name, begin, end))
                     os.pwrite(descriptor, data, begin)
 
-                self._each(part, range(0, known.size, _PART))
+                self.each(part, range(0, known.size, _PART))
             now = self._tried("read", lambda: self._info(name))
             if now != known:
                 raise FileNotFoundError(f"{self.address / name} has changed while it was read")
@@ -200,11 +200,7 @@ class Store:
 
             self._tried("removed", gone)
 
-        self._each(one, names)
-
-    def each(self, function: Callable[[Any], None], items: Iterable[Any]) -> None:
-        """Calls `function` for each item, several at a time, and raises what the first that failed has raised."""
-        self._each(function, items)
+        self.each(one, names)
 
     def give_up(self) -> None:
         """Lets what is being tried fail at once."""
@@ -231,7 +227,8 @@ class Store:
             raise OSError(f"{len(data)} bytes came of {end - begin}")
         return data
 
-    def _each(self, function: Callable[[Any], None], items: Iterable[Any]) -> None:
+    def each(self, function: Callable[[Any], None], items: Iterable[Any]) -> None:
+        """Calls `function` for each item, several at a time, and raises what the first that failed has raised."""
         items = list(items)
         if len(items) < 2:
             for item in items:
