@@ -3,12 +3,16 @@
 import io
 import re
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from plait.configs import codec
 from plait.configs.files import write_atomically
 from plait.train.run_folder.lines import EVENTS, METRICS, line, read_lines, strict
+
+COMPARED = ("loss/val", "loss/bits_per_byte", "loss/train", "throughput/tokens_per_second")
+"""Metrics by which TensorBoard's table compares runs."""
 
 
 class MetricsWriter:
@@ -20,7 +24,7 @@ class MetricsWriter:
       run: the run folder; made if missing.
       tensorboard: whether to write `tensorboard/`.
       wandb: whether to send scalars to Weights & Biases, in the project `project`.
-      config: the config tree that Weights & Biases shows.
+      config: the config tree that TensorBoard (under HParams) and Weights & Biases show.
       resumed_at: step of the checkpoint the run goes on from; hides later points of an earlier TensorBoard file.
     Raises:
       ValueError: `wandb` is asked for and the package is not installed.
@@ -49,6 +53,9 @@ class MetricsWriter:
 
             purge = None if resumed_at is None else resumed_at + 1
             self._tensorboard = SummaryWriter(str(self.run / "tensorboard"), purge_step=purge)
+            if config is not None:
+                for told in _hyperparameters(config):
+                    self._tensorboard.file_writer.add_summary(told)
 
     def write(self, step: int, values: Mapping[str, float], *, tokens: int, seconds: float) -> None:
         """Appends one line: `step`, `tokens` and `seconds` since the start of the run, then the `group/name` values."""
@@ -95,6 +102,14 @@ def _end_last_line(path: Path) -> None:
     data = path.read_bytes() if path.exists() else b""
     if data and not data.endswith(b"\n"):
         write_atomically(path, b"".join(raw for raw, _ in read_lines(path)[0]))
+
+
+def _hyperparameters(config: Mapping[str, Any]) -> Sequence[Any]:
+    """What TensorBoard's table of runs is made of: the leaves of a config, and by which metrics runs are compared."""
+    from tensorboardX.summary import hparams
+
+    leaves = {path: leaf if isinstance(leaf, str | bool | int | float) else None for path, leaf in codec.leaves(config).items()}
+    return hparams(leaves, dict.fromkeys(COMPARED))[:2]
 
 
 def _start_wandb(run: Path, project: str, config: Mapping[str, Any] | None) -> Any:
