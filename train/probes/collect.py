@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -64,6 +65,23 @@ def probe_metrics(
 
 ATTENTION = "attn/"
 """Begins the names of metrics of what attention does."""
+
+
+_TOLD = {"entropy_ratio": "entropy", "sink_rate": "sinks"}
+"""Of metrics of attention, those that a line about training has room for, in words."""
+
+
+def attention_by_kind(latest: Mapping[str, float]) -> list[str]:
+    """How even attention is and where it has sinks, of each kind of layer, or of all where they are of one: `full: entropy 0.88`."""
+    kinds = sorted({name.split("/")[1] for name in latest if name.startswith(ATTENTION) and name.count("/") == 2})
+    found = []
+    for kind in kinds or [""]:
+        values = {
+            words: latest.get(kind_name(ATTENTION + name, kind) if kind else ATTENTION + name) for name, words in _TOLD.items()
+        }
+        if told := [f"{words} {value:.2f}" for words, value in values.items() if value is not None and math.isfinite(value)]:
+            found.append(f"{kind or 'attention'}: {', '.join(told)}")
+    return found
 
 
 def kind_name(metric: str, kind: str) -> str:

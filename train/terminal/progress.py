@@ -2,6 +2,7 @@
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from time import monotonic
 from typing import Self
 
@@ -9,6 +10,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from plait.train.terminal.console import notes
+
+_BAR = 24
+"""Columns."""
 
 
 def format_seconds(seconds: float) -> str:
@@ -33,12 +37,21 @@ class ProgressLine:
         self._live: Progress | None = None
         if self.console.is_terminal:
             facts = TextColumn("{task.fields[facts]}", markup=False, style="none")
-            self._live = Progress(BarColumn(24), facts, console=self.console, refresh_per_second=4)
+            self._live = Progress(BarColumn(_BAR), facts, console=self.console, refresh_per_second=4)
             self._task = self._live.add_task("train", total=steps, completed=start_step, facts="compiling")
             self._live.start()
 
-    def update(self, step: int, *, loss: float, tokens_per_second: float | None = None, mfu: float | None = None) -> None:
-        """Shows step `step` of `steps`, its loss, the speed, the model FLOP utilisation (0..1) if known, and the time left."""
+    def update(
+        self,
+        step: int,
+        *,
+        loss: float,
+        tokens_per_second: float | None = None,
+        mfu: float | None = None,
+        watched: Sequence[str] = (),
+    ) -> None:
+        """Shows step `step` of `steps`, its loss, the speed, the model FLOP utilisation (0..1) if known, the time left, and of what is
+        `watched` as much as the terminal has room for."""
         now = monotonic()
         self._recent.append((now, step))
         facts = [f"step {step:,}/{self.steps:,}", f"loss {loss:.4f}"]
@@ -47,7 +60,10 @@ class ProgressLine:
         if mfu is not None and math.isfinite(mfu):
             facts.append(f"MFU {mfu:.1%}")
         facts.append(f"left {format_seconds(self._seconds_left())}")
-        line = "  ".join(facts)
+        if self._live:
+            room = self.console.width - _BAR - 2
+            watched = [text for i, text in enumerate(watched) if len("  ".join([*facts, *watched[: i + 1]])) <= room]
+        line = "  ".join([*facts, *watched])
         if self._live:
             self._live.update(self._task, completed=step, facts=line)
         elif now - self._printed >= self.interval_seconds or step >= self.steps:

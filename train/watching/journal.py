@@ -15,6 +15,7 @@ from plait.kernels import chosen
 from plait.train import run as runs
 from plait.train.pods.hosts import together
 from plait.train.pods.hosts.hardware import environment
+from plait.train.probes.collect import attention_by_kind
 from plait.train.run_folder.contents import ENVIRONMENT
 from plait.train.run_folder.probe_files import write_layers, write_probes
 from plait.train.run_folder.writer import MetricsWriter
@@ -95,4 +96,5 @@ class Journal:
         """Shows where training is."""
         if self._progress is not None:
             speed, mfu = self.latest.get("throughput/tokens_per_second"), self.latest.get("throughput/mfu")
-            self._progress.update(step, loss=self.latest["loss/train"], tokens_per_second=speed, mfu=mfu)
+            watched = attention_by_kind(self.latest)
+            self._progress.update(step, loss=self.latest["loss/train"], tokens_per_second=speed, mfu=mfu, watched=watched)

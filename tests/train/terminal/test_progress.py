@@ -6,6 +6,7 @@ import math
 import pytest
 from rich.console import Console
 
+from plait.train.probes.collect import attention_by_kind
 from plait.train.terminal.progress import ProgressLine, format_seconds
 
 
@@ -34,3 +35,25 @@ def test_progress_on_a_terminal_is_one_live_line():
     with ProgressLine(10, console=Console(file=out, force_terminal=True, width=120)) as progress:
         progress.update(5, loss=math.nan)
     assert "step 5/10" in out.getvalue() and "loss nan" in out.getvalue()
+
+
+def test_what_is_watched_is_told_as_far_as_there_is_room():
+    watched = ["full: entropy 0.88, sinks 0.02", "linear: entropy 0.44"]
+    for width, there in ((200, 2), (100, 1), (60, 0)):
+        out = io.StringIO()
+        with ProgressLine(10, console=Console(file=out, force_terminal=True, width=width)) as progress:
+            progress.update(5, loss=2.0, watched=watched)
+        assert [text in out.getvalue() for text in watched] == [i < there for i in range(2)]
+
+
+def test_attention_is_told_by_kind():
+    latest = {"loss/train": 2.0, "attn/entropy_ratio": 0.66, "attn/sink_rate": 0.1, "attn/dormant_share/source/web": 0.1}
+    assert attention_by_kind(latest) == ["attention: entropy 0.66, sinks 0.10"]
+    kinds = {
+        "attn/full/entropy_ratio": 0.884,
+        "attn/full/sink_rate": 0.02,
+        "attn/linear/entropy_ratio": 0.44,
+        "attn/linear/sink_rate": math.nan,
+    }
+    assert attention_by_kind(latest | kinds) == ["full: entropy 0.88, sinks 0.02", "linear: entropy 0.44"]
+    assert attention_by_kind({"loss/train": 2.0}) == []
