@@ -40,13 +40,14 @@ def publish(name: str, folder: Path) -> dict[str, np.ndarray]:
     (folder / CONFIG).write_text(json.dumps({**fields, **sizes, "dtype": "bfloat16"}, indent=2))
     found, draws = examined(GOLDEN / name), np.random.default_rng(0)
     kept = {found.weights.tensors[given].name for line in found.lines if line.float32 for given in line.tensors}
+    made = found.source.family.ignored  # of the config, as exactly there as here
     tensors = {}
     for given, golden in sorted(load_file(GOLDEN / name / ONE).items()):
         whole = golden
         if golden.shape[0] == VOCAB:
             more = draws.normal(scale=0.1, size=(WIDE - VOCAB, *golden.shape[1:]))
             whole = np.concatenate([golden, more.astype(np.float32)])
-        wide = given in kept or any(fnmatch(given, pattern) for pattern in saved_wide(name))
+        wide = given in kept or any(fnmatch(given, pattern) for pattern in (*made, *saved_wide(name)))
         tensors[given] = whole if wide else whole.astype(jnp.bfloat16)
     names, index = list(tensors), {}
     for i in range(FILES):
