@@ -96,9 +96,9 @@ class Mirror:
                 self.store.patience = patience
 
     def left(self) -> list[str]:
-        """What the store has not got as it is here."""
+        """What the store has not got as it is here, checkpoints first."""
         files = [name for name in files_of(self.folder) if self._pushed.get(name) != _mark(self.folder / name)]
-        return files + [checkpoint(step) for step, manifest in self._here().items() if self._steps.get(step) != manifest]
+        return [checkpoint(step) for step, manifest in self._here().items() if self._steps.get(step) != manifest] + files
 
     def _run(self) -> None:
         last, seen = -EVERY_SECONDS, dict[int, bytes]()
@@ -135,8 +135,9 @@ class Mirror:
         self._push_files()
         for step in sorted(here, reverse=True):
             self._push_checkpoint(step, here[step])
+        newest = max(self._steps, default=0)  # stays, though it is gone here by now, until a newer one is there
         if here and max(here) in self._steps:  # a folder that was emptied by somebody is no reason to empty the store
-            for step in [step for step in self._steps if step not in self._here()]:
+            for step in [step for step in self._steps if step not in self._here() and step != newest]:
                 self._remove(step)
         gone = [name for name in self._there if not (self.folder / name).exists()]
         if gone:

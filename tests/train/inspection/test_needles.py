@@ -102,7 +102,7 @@ def test_the_best_heads_are_those_with_the_highest_scores_above_nothing():
 @pytest.mark.parametrize(
     ("options", "length", "text", "message"),
     [
-        ({"cue": 10, "answer": 10}, 40, TEXT, "needle.length=40 must leave a piece of text"),
+        ({"cue": 10, "answer": 10}, 40, TEXT, "needle.length=40, as many as a row has, must leave a piece of text"),
         ({}, 200, TEXT[:3], "text has 3 different tokens, and a needle has needle.cue"),
     ],
 )

@@ -91,6 +91,28 @@ def test_store_holds_a_whole_run_after_every_request(s3, tmp_path):
     assert mirror.left() == [] and len([key for key in s3.objects if "/12/state/d/" in key]) == 1
 
 
+def test_checkpoint_that_is_gone_here_while_it_is_pushed_stays_until_a_newer_one_is_there(s3, tmp_path):
+    """A run that saves faster than it is pushed, and keeps one checkpoint."""
+    run, counts = tmp_path / "run", []
+    mirror = Mirror(Store(RUN, "out"), run)
+    save(run, 4)
+    mirror.push()
+    save(run, 8)
+    shutil.rmtree(run / "checkpoints/4")
+
+    def seen(objects):
+        counts.append(len(whole_steps(key.removeprefix("run/") for key in objects)))
+        if "run/checkpoints/8/manifest.json" in objects and (run / "checkpoints/8").exists():
+            save(run, 12)
+            shutil.rmtree(run / "checkpoints/8")
+
+    s3.seen = seen
+    mirror.push()
+    assert whole_steps(s3.under("run")) == [8]
+    mirror.push()
+    assert whole_steps(s3.under("run")) == [12] and min(counts) > 0
+
+
 def test_push_cut_off_anywhere_goes_on_from_the_store(s3, tmp_path):
     save(tmp_path / "run", 4)
     store = Store(RUN, "out", patience=0.2)

@@ -237,6 +237,7 @@ def test_commands_read_a_run_and_shards_in_a_store(s3, tmp_path, monkeypatch, co
     _, there = experiment(s3, tmp_path)
     train(there)
     assert main(["eval", RUN, "--batches", "1"]) == 0 and "runs/a/eval_24.json" in s3.objects
+    capsys.readouterr()
     assert main(["generate", RUN, "--prompt", "the", "--num-tokens", "5"]) == 0 and capsys.readouterr().out.startswith("the")
     assert main(["report", RUN]) == 0 and "runs/a/report/index.html" in s3.objects
     (tmp_path / "some.txt").write_text("the law of the people " * 20)

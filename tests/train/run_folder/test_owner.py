@@ -185,7 +185,7 @@ def test_a_full_disk_leaves_no_file_to_wait_for(tmp_path, monkeypatch):
     def full(record):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(owning, "_text", full)
+    monkeypatch.setattr(owning, "text_of", full)
     with pytest.raises(OSError, match="space"), owned(tmp_path):
         pass
     assert list((tmp_path / owning.OWNER).iterdir()) == []
