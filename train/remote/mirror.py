@@ -50,6 +50,8 @@ class Mirror:
         """Files that the store has from here."""
         self._steps: dict[int, bytes] = {}
         """Checkpoints that are whole in the store, with their manifests."""
+        self._leaving: set[int] = set()
+        """Checkpoints of which the store may still have a part that is to go."""
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
         self._trouble: Exception | None = None
@@ -139,6 +141,8 @@ class Mirror:
         if here and max(here) in self._steps:  # a folder that was emptied by somebody is no reason to empty the store
             for step in [step for step in self._steps if step not in self._here() and step != newest]:
                 self._remove(step)
+        for step in sorted(self._leaving):  # what a round that failed has left
+            self._remove(step)
         gone = [name for name in self._there if not (self.folder / name).exists()]
         if gone:
             self._check()
@@ -205,12 +209,14 @@ class Mirror:
 
     def _remove(self, step: int) -> None:
         """Removes a checkpoint from the store, its manifest first."""
+        self._leaving.add(step)
+        self._steps.pop(step, None)
         there = self.store.objects(checkpoint(step))
         last = f"{checkpoint(step)}/{MANIFEST}"
         self._check()
-        self._steps.pop(step, None)
         self.store.remove([name for name in there if name == last])
         self.store.remove([name for name in there if name != last])
+        self._leaving.discard(step)
 
     @contextlib.contextmanager
     def _linked(self, folder: Path) -> Iterator[Path | None]:

@@ -113,6 +113,22 @@ def test_checkpoint_that_is_gone_here_while_it_is_pushed_stays_until_a_newer_one
     assert whole_steps(s3.under("run")) == [12] and min(counts) > 0
 
 
+def test_checkpoint_whose_removal_failed_is_removed_in_the_next_round(s3, tmp_path):
+    run = tmp_path / "run"
+    mirror = Mirror(Store(RUN, "out", patience=0.1), run)
+    save(run, 4)
+    mirror.push()
+    save(run, 8)
+    shutil.rmtree(run / "checkpoints/4")
+    s3.fault = lambda method, key: "500" if method in ("POST", "DELETE") and "checkpoints/4" in key else None
+    with pytest.raises(StoreLost):
+        mirror.push()
+    assert whole_steps(s3.under("run")) == [4, 8]
+    s3.fault = lambda method, key: None
+    mirror.push()
+    assert {key.split("/")[2] for key in s3.objects if "checkpoints/" in key} == {"8", "README.txt"}
+
+
 def test_push_cut_off_anywhere_goes_on_from_the_store(s3, tmp_path):
     save(tmp_path / "run", 4)
     store = Store(RUN, "out", patience=0.2)

@@ -189,7 +189,7 @@ def test_store_that_is_gone_for_a_while_gets_all_and_one_that_is_gone_for_good_e
         s3.fault = lambda method, key: "drop"
 
     for_good.steps = (13,)
-    with pytest.raises(StoreLost, match=r"Not pushed: .*checkpoints/24; all of it is in .*--resume on this machine pushes it"):
+    with pytest.raises(StoreLost, match=r"Not pushed: checkpoints/24, .*; all of it is in .*--resume on this machine pushes it"):
         train(there, judge=for_good)
     assert whole(snapshot(s3), tmp_path / "whole") == [8]
     assert_same_run(Path(there.folder), Path(here.folder))
@@ -241,9 +241,28 @@ def test_commands_read_a_run_and_shards_in_a_store(s3, tmp_path, monkeypatch, co
     assert main(["generate", RUN, "--prompt", "the", "--num-tokens", "5"]) == 0 and capsys.readouterr().out.startswith("the")
     assert main(["report", RUN]) == 0 and "runs/a/report/index.html" in s3.objects
     (tmp_path / "some.txt").write_text("the law of the people " * 20)
-    assert main(["inspect", RUN, "--text", str(tmp_path / "some.txt"), "--length", "16", "--needle.prompts", "0"]) in (0, 2)
+    needles = ["--needle.prompts", "1", "--needle.cue", "2", "--needle.answer", "2"]
+    assert main(["inspect", RUN, "--text", str(tmp_path / "some.txt"), "--length", "16", *needles]) == 0
+    assert any(key.startswith("runs/a/") and key.endswith(".html") and "report/" not in key for key in s3.objects)
     assert main(["convert", "export", RUN, str(tmp_path / "exported")]) == 0
-    assert main(["train", "--init-from", RUN, "--steps", "2", "--probe-every", "None", "--out", "s3://bucket/runs/tuned"]) == 0
+    assert (
+        main(
+            [
+                "train",
+                "--init-from",
+                RUN,
+                "--mesh.data",
+                "1",
+                "--steps",
+                "2",
+                "--probe-every",
+                "None",
+                "--out",
+                "s3://bucket/runs/tuned",
+            ]
+        )
+        == 0
+    )
     assert whole_steps(s3.under("runs/tuned")) == [2]
     assert main(["train", "--branch", f"{RUN}/checkpoints/24", "--steps", "24", "--out", "s3://bucket/runs/branch"]) == 0
     assert json.loads(s3.objects["runs/branch/branch.json"])["step"] == 24
