@@ -36,6 +36,8 @@ END_SECONDS = 600.0
 """For so long the end of a run waits for a store that does not answer."""
 _FAILED_SECONDS = 60.0
 """The same at the end of a run that failed."""
+_LEAVE_SECONDS = 10.0
+"""The same to say that the folder is nobody's any more, which the next owner finds out by itself."""
 
 
 class Mirror:
@@ -264,4 +266,5 @@ def settle(mirror: Mirror, ownership: Ownership, *, failed: bool) -> None:
             raise
         log.warning("%s", error)
     finally:
+        mirror.store.patience = min(mirror.store.patience, _LEAVE_SECONDS)
         ownership.leave(trace=True)
