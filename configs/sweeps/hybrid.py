@@ -42,7 +42,8 @@ class HybridSweep(SweepConfig):
     layers for each full one, of windows from 2 to 64 tokens, and of gated DeltaNet, the full layer with and without rotary positions.
     Claimed (2606.15378): larger windows delay what the full layer learns, and it is better off without positions.
 
-    Command: `python launch.py sweep hybrid --out sweeps/hybrid` (75 runs), and into other folders with `--on recall` (75) and `--on windows` (30).
+    Command: `python launch.py sweep hybrid --out sweeps/hybrid` (75 runs), and with `--on recall` (75) and `--on windows` (30) into folders
+    of their own.
     """
 
     seeds: Seeds | None = 3
