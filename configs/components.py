@@ -12,12 +12,14 @@ import dataclasses
 import difflib
 import functools
 import importlib
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from plait.configs.domains import check_leaves
 from plait.configs.errors import is_bad_input
+from plait.configs.outside import VARIABLE, import_outside
 
 _deferred: contextvars.ContextVar[bool] = contextvars.ContextVar("plait_deferred", default=False)
 
@@ -203,20 +205,24 @@ class Registry(Generic[R]):
         self._known.pop(name, None)
 
     def all(self) -> dict[str, type[R]]:
-        """Every component by name, sorted; imports each module of the package once, and looks into its folders once.
+        """Every component by name, sorted; imports each module of the package, and those outside it, once, and looks into folders once.
 
         Raises:
-            ConfigError: a module cannot be imported; the message begins with its file.
+            ValueError: a module cannot be imported; the message begins with its file.
         """
         folders = tuple(importlib.import_module(self.package).__path__)
         if folders != self._searched:
             self._import(folders)
             self._searched = folders
+            import_outside()
         return dict(sorted(self._known.items()))
 
     def _import(self, folders: tuple[str, ...]) -> None:
         for folder in map(Path, folders):
-            for file in sorted(folder.rglob("*.py")):
+            found = (
+                Path(at, name) for at, _, names in os.walk(folder, followlinks=True) for name in names if name.endswith(".py")
+            )
+            for file in sorted(found):
                 parts = file.relative_to(folder).with_suffix("").parts
                 if parts[-1] != "__init__" and all(part.isidentifier() for part in parts):
                     try:
@@ -239,8 +245,12 @@ class Registry(Generic[R]):
         known = self.all()
         if name not in known:
             near = difflib.get_close_matches(name, known, n=2)
-            hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {', '.join(known)}"
-            raise ValueError(f"{self.kind} {name!r} is not registered; {hint} (`launch.py list {self.plural}` shows all)")
+            names = ", ".join(known) if len(known) < 40 else f"{len(known)} others"
+            hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {names}"
+            raise ValueError(
+                f"{self.kind} {name!r} is not registered; {hint} (`launch.py list {self.plural}` shows all; one of your own is found "
+                f"where {VARIABLE} names its file)"
+            )
         return known[name]
 
     def holds(self, config: type) -> bool:

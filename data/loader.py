@@ -29,7 +29,7 @@ class Reading:
     tokenizer: Tokenizer | None
     """The run's."""
     corpus: str | None
-    """Fingerprint of the text it was trained on, if known; any other text is held out whole."""
+    """Fingerprint of the text it was trained on, None where that is not known, "" where no text here is it; any other is held out whole."""
     scratch: Path
     """Folder for what the run folder lacks."""
 

@@ -7,6 +7,7 @@ always one value, and a flag that is written several times has several, as in `-
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +20,8 @@ from plait.configs.domains import shown
 from plait.configs.event import with_named
 from plait.configs.experiment import ExperimentConfig
 from plait.configs.sweeps.rows import Rows, each, product, replaced, words
+
+log = logging.getLogger("plait")
 
 PATTERN = "model.pattern"
 _NAME = object()
@@ -36,6 +39,12 @@ def multiplied(start: ExperimentConfig, rows: Rows, args: Sequence[str]) -> Rows
         ValueError: a word is no flag, or a list has an empty value.
     """
     given = _given(args)
+    if len(once := given.get(PATTERN, [])) == 1 and "," in once[0]:
+        log.info(
+            "%s %s is one pattern, whose layers commas part; to compare several, write the flag once for each",
+            PATTERN,
+            shown(once[0]),
+        )
     start = dataclasses.replace(start, event=with_named(start.event, args))
     known: dict[str, Any] = {}
     axes: dict[str, Rows] = {}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from plait.configs.components import Config, at, unchecked, validate
 from plait.configs.domains import Line
+from plait.data.config import DataConfig
 from plait.data.loader import Data, Reading, build_data, differences
 from plait.data.tasks.base import Task
 from plait.data.tokenizers.tokenizer import ByteTokenizer
@@ -63,7 +64,8 @@ def held_out(trained: Trained, task: Task, text: OtherText, scratch: Path, seq_l
             text_field=text.text_field or own.text_field,
             prompt_field=text.prompt_field or own.prompt_field,
         )
-    reading = Reading(tokenizer=trained.tokenizer, corpus=trained.data.get("corpus"), scratch=scratch)
+    known = trained.data.get("corpus") if config.source in _sources(own) else trained.data.get("corpus", "")
+    reading = Reading(tokenizer=trained.tokenizer, corpus=known, scratch=scratch)
     rows = batch_layout(program.config, program.mesh, config).rows
     data = build_data(config, program.config.folder, rows=rows, reading=reading)
     size = program.config.model.vocab_size
@@ -118,5 +120,14 @@ def _require_ids(trained: Trained, task: Task) -> None:
 
 
 def is_own(trained: Trained, data: Data) -> bool:
-    """Whether rows are of what the run was trained on, or made on the fly."""
-    return data.identity.get("corpus") in (None, trained.data.get("corpus", data.identity.get("corpus")))
+    """Whether rows are of what the run was trained on, or made on the fly. A model that was imported brings no fingerprint of its text,
+    nor has a mixture one: they go by the name of the source."""
+    corpus = data.identity.get("corpus")
+    if corpus is None or "corpus" in trained.data:
+        return corpus in (None, trained.data.get("corpus"))
+    return data.config.source in _sources(trained.program.config.data)
+
+
+def _sources(own: DataConfig) -> set[str]:
+    """The names of the texts of a run."""
+    return {part.source for part in own.parts.values()} or {own.source}

@@ -11,6 +11,7 @@ import pytest
 
 from plait.data.batch import Batch
 from plait.data.tasks.base import TASKS
+from plait.data.tasks.ppl import PerplexityTask
 from plait.launch import main
 from plait.tests.tolerances import assert_close
 from plait.tests.train.common import changed, tiny, write_corpus
@@ -20,6 +21,7 @@ from plait.train.commands.evaluate import task_names
 from plait.train.loop import train
 from plait.train.loss import tokens_of
 from plait.train.scoring.evaluate import Evaluation, Evaluator, in_context, repeats
+from plait.train.scoring.held_out import OtherText, held_out, is_own
 
 
 @pytest.fixture(scope="module")
@@ -252,6 +254,17 @@ def test_same_text_elsewhere_is_the_run_s_own(copied, tmp_path, capsys):
     found = json.loads((tmp_path / "found.json").read_text())
     assert set(found) == {"step", "ppl"} and found["ppl"]["num_bytes"] < sum(file.stat().st_size for file in moved.iterdir()) / 4
     text.mkdir()
+
+
+def test_a_model_that_brings_no_text_of_its_own_is_scored_on_all_of_another(copied, tmp_path):
+    run, text = copied
+    imported = dataclasses.replace(runs.opened(run), data={})
+    other = tmp_path / "other.txt"
+    other.write_text("all of this is scored\n" * 40)
+    data = held_out(imported, PerplexityTask(), OtherText(source=str(other)), tmp_path)
+    assert data.facts["num_train_bytes"] == 0 and not is_own(imported, data)
+    own = held_out(imported, PerplexityTask(), OtherText(source=str(text)), tmp_path)
+    assert own.facts["num_train_bytes"] > 0 and is_own(imported, own)
 
 
 def test_another_tokenizer_is_refused(copied, capsys):
