@@ -13,6 +13,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from plait.configs.files import read_json
 from plait.train.run_folder.contents import ENVIRONMENT
@@ -82,7 +83,18 @@ def status_table(folder: Path, sweep: Sweep, width: int | None = None) -> tuple[
     styles = {name: _COLOURS[state] for name, state in states.items()}
     title = f"{folder}: {tally(counted)}{_yet(folder, sweep)}"
     table = _table(title, sweep.runs, ["status", "step", "loss", "left", "host"], cells, width, styles)
+    table.caption, table.caption_justify = Text("\n".join(_reasons(folder, sweep, states))) or None, "left"
     return table, all(state in OVER for state in states.values()) and not _yet(folder, sweep)
+
+
+def _reasons(folder: Path, sweep: Sweep, states: Mapping[str, str]) -> list[str]:
+    """Why runs failed or ended before their last step, a line for each reason."""
+    told: dict[str, list[int]] = {}
+    for number, run in enumerate(sweep.runs, start=1):
+        found = claims.outcome(folder, run)
+        if states[run.name] in ("failed", "stopped", "pruned") and found is not None and (why := found.error or found.why):
+            told.setdefault(f"{states[run.name]}: {why}", []).append(number)
+    return [f"run{'s' * (len(some) > 1)} {', '.join(map(str, some))} {why}" for why, some in told.items()]
 
 
 def _yet(folder: Path, sweep: Sweep) -> str:

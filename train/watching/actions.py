@@ -17,6 +17,9 @@ from plait.train.probes.base import Probe, chosen
 from plait.train.watching.spikes import LAG, LossSpikes, SpikeWatch
 from plait.train.watching.watchers import Event, Memory, Watcher
 
+STOPS = "; the run stops after step {:,}"
+"""How the message of an event ends that stops a run."""
+
 
 class Rewind(Exception):
     """Something happened in step `step` and the run shall go back."""
@@ -95,7 +98,7 @@ class Actions(Memory):
             return f"; step {after:,} is saved and kept"
         if one.action == "stop":
             self.stops = [*self.stops, after]
-            return f"; the run stops after step {after:,}"
+            return STOPS.format(after)
         if one.action == "lower_rate":
             first = event.step + (0 if event.kind == SpikeWatch.rewound else LAG)
             self.rates = [*self.rates, [first, one.factor]]

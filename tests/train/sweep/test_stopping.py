@@ -81,6 +81,7 @@ def test_runs_are_ended_kept_apart_and_stay_so(tmp_path, corpus, compile_cache, 
     assert ended.why.startswith("at step 2: loss/val 5.") and ended.why.endswith("the median of 2")
     table, over = show.status_table(tmp_path, sweep)
     assert over and "2 done" in table.title and "2 pruned" in table.title
+    assert f"runs 3, 4 pruned: {ended.why}" in table.caption.plain.splitlines()
     rows = {row["run"]: row for row in csv.DictReader((tmp_path / CSV).open())}
     assert (rows[bad.name]["status"], rows[bad.name]["why"], rows[bad.name]["error"]) == ("pruned", ended.why, "")
     page = write_sweep(tmp_path).read_text()

@@ -11,13 +11,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from plait.tests.train.sweep.common import small
+from plait.train.loop import Result
 from plait.train.pods.hosts.supervise import DONE, FAILED
 from plait.train.run_folder import owner
 from plait.train.run_folder.lines import read_metrics
 from plait.train.run_folder.owner import owned
+from plait.train.sweep import show
 from plait.train.sweep.table import CSV, PARQUET
 from plait.train.sweep.workers import claims, worker
 from plait.train.sweep.workers.worker import work
+from plait.train.watching.actions import Actions
+from plait.train.watching.watchers import Event
 
 
 def standing(folder, sweep):
@@ -37,6 +41,8 @@ def test_runs_end_once_fail_alone_and_are_left_to_who_has_them(tmp_path, corpus,
     assert first.step == 4 and first.metrics["loss/val"] > 0 and first.failures == 0
     assert "is a file; give a folder" in claims.outcome(tmp_path, sweep.runs[1]).error
     assert standing(tmp_path, sweep)[2] == "queued" and not folders[2].exists()
+    told = show.status_table(tmp_path, sweep)[0].caption.plain
+    assert told.startswith("run 2 failed: ") and told.endswith("is a file; give a folder") and "\n" not in told
 
     folders[1].unlink()
     left = [folders[0] / "metrics.jsonl", claims.claim(tmp_path, sweep.runs[0]) / "outcome.json"]
@@ -95,6 +101,23 @@ def test_a_worker_whose_sweep_was_removed_and_begun_anew_writes_nothing_there(tm
     monkeypatch.setattr(worker, "train", trained)
     assert work(folder) == FAILED
     assert not (folder / "runs").exists() and list((folder / "claims").glob("*")) == []
+
+
+def test_runs_that_an_event_ended_say_which(tmp_path, corpus, monkeypatch):
+    sweep = small(tmp_path, corpus, "--seed", "0,1", "--steps", "9", "--event.loss_spike.action", "stop")
+
+    def train(config, judge):
+        folder = Path(config.out)
+        folder.mkdir(parents=True)
+        events = [Event(3, kind, None, None, 9.0, 1.0, f"{kind} at 9") for kind in ("loss_spike", "loss_spike", "other")]
+        lines = [json.dumps(event.to_dict()) + "\n" for event in Actions(config).take(3, events)]
+        (folder / "events.jsonl").write_text("".join(lines))
+        return Result(folder, 4, False, {}, by_event=True)
+
+    monkeypatch.setattr(worker, "train", train)
+    assert work(tmp_path) == DONE and standing(tmp_path, sweep) == ["stopped"] * 2
+    table, over = show.status_table(tmp_path, sweep)
+    assert over and table.caption.plain == "runs 1, 2 stopped: loss_spike at 9; the run stops after step 4"
 
 
 @pytest.fixture

@@ -40,7 +40,7 @@ class Outcome:
     error: str | None = None
     """Why it failed."""
     why: str | None = None
-    """What others had reached, where that ended it."""
+    """What others had reached, or the event of the run, where that ended it."""
     failures: int = 0
     """How often it has, this time included."""
     step: int = 0

@@ -19,6 +19,7 @@ from plait.train.loop import train
 from plait.train.pods.hosts.failure import TrainingFailed
 from plait.train.pods.hosts.supervise import DONE, FAILED, STOPPED
 from plait.train.program_cache import is_usual
+from plait.train.run_folder.lines import read_events
 from plait.train.run_folder.owner import FolderInUse, FolderLost, owned
 from plait.train.sweep import table
 from plait.train.sweep.record import Sweep, mark, read
@@ -27,6 +28,7 @@ from plait.train.sweep.stopping import Judge
 from plait.train.sweep.trials import propose
 from plait.train.sweep.workers import claims
 from plait.train.sweep.workers.claims import OVER, Outcome
+from plait.train.watching.actions import STOPS
 
 log = logging.getLogger("plait")
 
@@ -137,7 +139,7 @@ class _Worker:
             return self._ended(run, "pruned", result.judged)
         if not result.finished and not result.by_event:
             return None
-        return self._ended(run, "stopped" if result.by_event else "done")
+        return self._ended(run, "stopped", _event(result.folder, result.step)) if result.by_event else self._ended(run, "done")
 
     def _ended(self, run: Run, status: Literal["done", "stopped", "pruned"], why: str | None = None) -> Outcome:
         metrics = {name: value for name, value in claims.latest(self.folder, run).items() if "/" in name}
@@ -149,6 +151,16 @@ def _placed(config: ExperimentConfig, folder: Path, run: Run) -> ExperimentConfi
     """The run in its folder, going on with what is there, on the tokens that all runs of the sweep share."""
     data = dataclasses.replace(config.data, cache_dir=config.data.cache_dir or str(folder / DATA))
     return dataclasses.replace(config, out=str(claims.run_folder(folder, run)), resume=True, data=data)
+
+
+def _event(folder: Path, step: int) -> str | None:
+    """What the event said that ended a run after `step`."""
+    try:
+        return next(
+            (one["message"] for one in reversed(read_events(folder)) if one["message"].endswith(STOPS.format(step))), None
+        )
+    except ValueError:
+        return None
 
 
 def _share_programs(folder: Path) -> None:
