@@ -88,6 +88,7 @@ def _body(options: SlurmOptions, job: Job) -> list[str]:
         command = ["bash", "-c", f"{options.setup}\nif (( $? )); then exit 1; fi\nexec {shlex.join(command)}"]
     variables = [f"export {name}={shlex.quote(value)}" for name, value in environment(options.env).items()]
     gpus = ",".join(str(i) for i in range(job.machines.chips_per_host))
+    # SLURM_JOB_ID of the last element is that of the whole array
     number = "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if job.elements else "$SLURM_JOB_ID"
     return [
         "set -uo pipefail",
@@ -101,9 +102,9 @@ def _body(options: SlurmOptions, job: Job) -> list[str]:
         "status=$?",
         "",
         "again() {",
-        '  if [[ "$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T)" == RUNNING ]]; then  # else it was cancelled or is queued again',
+        f'  if [[ "$(squeue --noheader --jobs "{number}" --format %T)" == RUNNING ]]; then  # else it was cancelled or is queued again',
         '    echo "status $status: queued again"',
-        '    scontrol requeue "$SLURM_JOB_ID"',
+        f'    scontrol requeue "{number}"',
         "  fi",
         "}",
         "",

@@ -117,14 +117,15 @@ def test_elements_of_a_sweep_are_queued_again_unless_runs_have_failed(status, qu
     env = fake(
         tmp_path / "bin",
         srun=f'printf "%s\\n" "${{JAX_LOCAL_DEVICE_IDS-none}}" "$@" > "$OUT/args"; exit {status}',
-        squeue="echo RUNNING",
+        squeue='[[ "$*" == *"--jobs 5_1 "* ]] || echo PENDING; echo RUNNING',  # the array's number tells of all elements
         scontrol='echo "$@" > "$OUT/queued"',
     )
-    env |= {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "1"}
+    env |= {"SLURM_JOB_ID": "5", "SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "1"}
     script = written / "ratio.slurm.sh"
     assert "#SBATCH --array=0-1\n" in script.read_text(), "fifteen runs, eight at a time"
     done = subprocess.run(["bash", script], env=env, cwd=tmp_path, check=False, capture_output=True, text=True)
     assert done.returncode == status and (tmp_path / "bin/queued").exists() == queued
+    assert not queued or (tmp_path / "bin/queued").read_text() == "requeue 5_1\n"
     assert ("runs have failed" in done.stdout) == (status == 1)
     devices, *args = (tmp_path / "bin/args").read_text().splitlines()
     assert devices == "none", "workers share them out"
