@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ from plait.data.loader import Data, Reading
 from plait.data.tasks.base import Task
 from plait.data.tasks.draws import Draws
 
+Make = Callable[[Draws, int], tuple[np.ndarray, np.ndarray]]
+"""As `GeneratedTask.generate`."""
 NOT_ASKED = -1
 """The target where nothing is to be predicted."""
 
@@ -40,8 +43,8 @@ class GeneratedTask(Task):
             config=data,
             vocab_size=self.vocabulary(data),
             tokenizer=None,
-            read_train=functools.partial(self._read, data, "train"),
-            read_val=functools.partial(self._read, data, "val"),
+            read_train=functools.partial(self._read, data, self.generate, "train"),
+            read_val=functools.partial(self._read, data, self.generate, "val"),
             num_val_rows=self.val_rows,
             rows=rows,
             identity={
@@ -53,8 +56,8 @@ class GeneratedTask(Task):
             },
         )
 
-    def _read(self, data: DataConfig, stream: str, index: np.ndarray) -> Batch:
-        tokens, targets = self.generate(Draws(index, self.name, data.seed, stream), data.seq_len)
+    def _read(self, data: DataConfig, make: Make, stream: str, index: np.ndarray) -> Batch:
+        tokens, targets = make(Draws(index, self.name, data.seed, stream), data.seq_len)
         asked = targets != NOT_ASKED
         return Batch(
             tokens=tokens.astype(np.int32),

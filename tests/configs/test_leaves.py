@@ -81,6 +81,8 @@ RANKING: dict[str, Any] = {"model.pattern": "blockrank", "model.mixers": {"block
 
 NEEDS: dict[str, dict[str, Any]] = {
     "mega.max_distance": {"bias": "simple"},
+    "needles.num_values": {"num_keys": 1},
+    "variable_tracking.num_chains": {"num_hops": 2},
     "optimizer.decay_fraction": {"optimizer.schedule": "wsd"},
     "data.text_field": {"data.source": "{lines}"},
     "data.split_seed": {"data.source": "{lines}"},
