@@ -49,7 +49,8 @@ class VariableTrackingTask(HaystackTask):
         return [self._story(*row) for row in zip(names, values.tolist(), shares.tolist())]
 
     def _story(self, names: list[str], values: list[int], shares: list[list[float]]) -> Story:
-        length, hidden = self.num_hops + 1, []
+        length = self.num_hops + 1
+        hidden: list[tuple[float, str]] = []
         for chain, value in enumerate(values):
             mine = names[chain * length : (chain + 1) * length]
             said = [f"VAR {mine[0]} = {value}", *(f"VAR {one} = VAR {before}" for before, one in itertools.pairwise(mine))]
