@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-TOPOLOGY = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+TOPOLOGY = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 SHAPES = {"attention": "1x4096x1x128", "short_conv": "1x2048x8x128", "cross_entropy": "1x2048x8x128"}
 """By op; the recurrences have one head of one sequence, 2048 tokens."""
 
@@ -39,7 +39,7 @@ def estimates(args: Any) -> tuple[list[dict[str, Any]], str]:
                 bound = peak.clock * peak.seconds(flops, moved)
                 for name in (args.implementations or default).split(","):
                     job = {"target": args.target, "op": op, "shape": shape, "dtype": dtype, "backward": backward, "name": name}
-                    found = _estimate(job | {"block": args.block}, args.timeout)
+                    found = _estimate(job | {"block": args.block, "tile": args.block and [args.block] * 4}, args.timeout)
                     ours, others = found["kernels"], found["others"]
                     total = None if ours is None else sum(ours.values()) + others
                     small = total is not None and ours and total < peak.clock * flops / peak.flops
@@ -181,9 +181,10 @@ def _attention_kernel(job: dict[str, Any], array: Callable[..., Any]) -> tuple[C
     from plait.kernels.attention.visits import FULL, MASKED, Layout
 
     _, length, _, width, *_ = job["shape"]
-    tiles = pallas_tpu.choose_tiles(job["target"], width, width, jnp.dtype(job["dtype"]))
-    if job["block"]:
-        tiles = tiling.Tiles(**dict.fromkeys(vars(tiles), job["block"]))
+    if job["tile"]:
+        tiles = tiling.Tiles(**dict.fromkeys(KERNELS, tiling.Tile(*job["tile"])))
+    else:
+        tiles = pallas_tpu.choose_tiles(job["target"], width, width, jnp.dtype(job["dtype"]))
     tiles = tiles.fit(length, length)
     layout = Layout(mask=Mask(), num_queries=length, num_keys=length, own_keys=True, packed=True)
     kind, stats = MASKED if job["name"].startswith("masked") else FULL, job["name"].endswith("stats")
@@ -197,8 +198,7 @@ def _attention_kernel(job: dict[str, Any], array: Callable[..., Any]) -> tuple[C
         def lookup(self, *at: Any) -> tuple[Any, int]:
             return at[-1], kind
 
-    blocks = (length // tiles.block_kv, length // tiles.block_q_dkv)
-    tiling.plan_visits = lambda *_, **__: tuple(map(Every, blocks))
+    tiling.plan_visits = lambda layout, q, kv, block_q, block_kv, **_: (Every(length // block_kv), Every(length // block_q))
     problem = tiling.Problem(layout, tiles, width**-0.5, False, stats)
     x, token = array(1, 1, length, width), array(1, 1, length, dtype=jnp.int32)
     rows = [array(1, 1, length, dtype=jnp.float32)] * (5 if stats else 2)

@@ -22,6 +22,7 @@ from plait.kernels.attention.per_query import first_mass, gradient_rows, with_bi
 from plait.kernels.attention.reference import MASKED as HIDDEN
 from plait.kernels.attention.reference import AttentionStats
 from plait.kernels.attention.tpu import kernels
+from plait.kernels.attention.tpu.chosen import BFLOAT16, FLOAT32
 from plait.kernels.attention.tpu.tiling import LANES, Operands, Problem, Tiles
 from plait.kernels.attention.visits import Layout, laid_out
 from plait.kernels.target import current, not_on
@@ -38,10 +39,11 @@ MAX_TABLE = 1 << 17
 
 
 def choose_tiles(generation: str, key_dim: int, value_dim: int, dtype: Any) -> Tiles:
-    """Tiles that compile within the scoped VMEM of a generation (v5e and v5p: 16 MiB)."""
-    wide = max(key_dim, value_dim) > LANES or jnp.dtype(dtype).itemsize > 2
-    size = 512 if wide else 1024
-    return Tiles(block_q=size, block_kv=size, block_q_dq=size, block_kv_dq=size, block_q_dkv=size, block_kv_dkv=size)
+    """The tiles of a generation; one that has none of its own has those of v5e."""
+    if jnp.dtype(dtype).itemsize > 2:
+        return FLOAT32
+    by_width = BFLOAT16.get(generation, BFLOAT16["v5e"])
+    return by_width[min(width for width in by_width if width >= max(key_dim, value_dim))]
 
 
 def unsupported(call: AttentionCall) -> str | None:
@@ -85,10 +87,10 @@ def _unsupported(call: AttentionCall, heads: int) -> str | None:
     if call.selected is not None:
         if not call.own_keys:
             return "blocks are selected among keys that are not the queries' own tokens"
-        for size in (tiles.block_kv, tiles.block_kv_dq, tiles.block_kv_dkv):
-            if reason := call.selected.unfit(size):
+        for tile in vars(tiles).values():
+            if reason := call.selected.unfit(tile.block_kv):
                 return reason
-    blocks = -(-q.shape[1] // tiles.block_q_dkv) * -(-k.shape[1] // tiles.block_kv_dkv)
+    blocks = max(-(-q.shape[1] // tile.block_q) * -(-k.shape[1] // tile.block_kv) for tile in vars(tiles).values())
     if blocks * q.shape[0] * heads > MAX_TABLE:
         return f"{q.shape[0]} x {heads} x {blocks} tiles exceed the {MAX_TABLE} that scalar memory holds"
     return None

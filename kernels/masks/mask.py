@@ -73,7 +73,7 @@ class Mask:
     def reaches(self, q_positions: Array, kv_positions: Array) -> Array:
         """Whether a query position reaches a key position of its segment; broadcasts its arguments."""
         distance = q_positions - kv_positions
-        seen = distance >= 0 if self.causal else distance == distance  # noqa: PLR0124 (all true, of its shape)
+        seen = q_positions >= kv_positions if self.causal else distance == distance  # noqa: PLR0124 (all true, of its shape)
         near = self._within(distance)
         return seen if near is None else seen & (near | self._is_sink(distance, kv_positions))
 

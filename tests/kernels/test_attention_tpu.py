@@ -26,8 +26,9 @@ from plait.kernels import (
 )
 from plait.kernels.attention import pallas_tpu, reference
 from plait.kernels.attention.call import AttentionCall
-from plait.kernels.attention.tpu import tiling
+from plait.kernels.attention.tpu import chosen, tiling
 from plait.kernels.attention.visits import FULL, SKIP, Layout, plan_visits
+from plait.kernels.chips import CHIPS
 from plait.kernels.target import target
 from plait.tests.kernels import cases
 from plait.tests.tolerances import assert_close, assert_tree_close, in_float64
@@ -93,7 +94,9 @@ def run_checked(function: Callable[..., Any], *args: Any) -> Any:
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Several tiles even in sequences of 200."""
-    monkeypatch.setattr(pallas_tpu, "choose_tiles", lambda *_: tiling.Tiles(**dict.fromkeys(TILES, 128)))
+    monkeypatch.setattr(
+        pallas_tpu, "choose_tiles", lambda *_: tiling.Tiles(**dict.fromkeys(TILES, tiling.Tile(128, 128, 128, 128)))
+    )
     yield
 
 
@@ -284,8 +287,20 @@ def test_unsupported_says_why():
 
 
 def test_tiles_are_checked():
-    with pytest.raises(ValueError, match=r"tiles\.block_q=100 must be a positive multiple of 128"):
-        tiling.Tiles(block_q=100)
+    with pytest.raises(ValueError, match=r"block_q=100 must be a positive multiple of 128"):
+        tiling.Tile(block_q=100)
+
+
+def test_every_generation_has_tiles_for_every_head_dim():
+    generations = {chip.generation for chip in CHIPS.values() if chip.platform == "tpu"} - {"v4"}
+    assert set(chosen.BFLOAT16) == generations
+    for by_width in chosen.BFLOAT16.values():
+        assert max(by_width) == pallas_tpu.MAX_HEAD_DIM
+        for tile in (tile for tiles in by_width.values() for tile in vars(tiles).values()):
+            assert tile.block_q % tile.part_q == 0 == tile.block_kv % tile.part_kv
+    assert pallas_tpu.choose_tiles("v6e", 96, 40, jnp.bfloat16) == chosen.BFLOAT16["v6e"][128]
+    assert pallas_tpu.choose_tiles("v4", 64, 64, jnp.bfloat16) == chosen.BFLOAT16["v5e"][64]
+    assert pallas_tpu.choose_tiles("v6e", 64, 64, jnp.float32) == chosen.FLOAT32
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from plait.kernels.attention.reference import MASKED as HIDDEN
-from plait.kernels.attention.tpu.tiling import Operands, Problem, Tiling
+from plait.kernels.attention.tpu.tiling import Operands, Problem, Tile, Tiling
 from plait.kernels.attention.visits import FULL, MASKED, Visits
 from plait.kernels.masks import block_number
 from plait.kernels.shapes import matmul_precision
@@ -17,7 +17,8 @@ from plait.kernels.shapes import matmul_precision
 Array = jax.Array
 
 _LOG2_E = 1.4426950408889634
-
+_NOTHING = HIDDEN / 2
+"""The largest logit of a row that has seen no key yet: hidden ones lie so far below it that their weights are 0."""
 
 _NT, _NN = ((((a,), (b,)), ((), ())) for a, b in ((1, 1), (1, 0)))
 
@@ -49,11 +50,6 @@ class _Keys(NamedTuple):
     positions: Any = None
 
 
-_FORWARD_PART, _GRADIENT_PART = (128, 128), (1024, 256)
-"""Keys and queries of the parts in which a tile is worked off: with these the compiler runs products, exponentials and sums side by
-side, and the statistics cost next to nothing."""
-
-
 def _cuts(length: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
@@ -74,7 +70,8 @@ def _visible(problem: Problem, tokens: Sequence[Any], keys: _Keys, queries: slic
     [1, tile] holds the bits of `SelectedBlocks.bits`.
     """
     q_ids, q_positions = tokens[0][0, 0, 0:1, queries], tokens[0][0, 0, 1:2, queries]
-    visible = (q_ids == keys.ids) & (keys.ids != 0) & problem.layout.mask.reaches(q_positions, keys.positions)
+    some = jnp.where(keys.ids == 0, -1, keys.ids)  # padding is nobody's segment
+    visible = (q_ids == some) & problem.layout.mask.reaches(q_positions, keys.positions)
     if problem.block_size is not None:
         at = keys.positions
         begin = jnp.maximum(at - keys.at.start - jax.lax.broadcasted_iota(jnp.int32, at.shape, 0), 0)
@@ -85,10 +82,10 @@ def _visible(problem: Problem, tokens: Sequence[Any], keys: _Keys, queries: slic
     return visible
 
 
-def _by_kind(kind: Array, tile: Callable[[bool], None]) -> None:
-    """Runs tile(masked) as the kind of the tile asks."""
-    pl.when(kind == MASKED)(lambda: tile(True))
-    pl.when(kind == FULL)(lambda: tile(False))
+def _by_kind(kind: Array, work: Callable[[bool], None]) -> None:
+    """Runs work(masked) as the kind of the tile asks."""
+    pl.when(kind == MASKED)(lambda: work(True))
+    pl.when(kind == FULL)(lambda: work(False))
 
 
 def _weights_and_gradient(
@@ -136,7 +133,7 @@ def _gradient_rows(problem: Problem, rows: Sequence[Array]) -> Array:
     return jnp.stack(stacked, axis=2).astype(jnp.float32)
 
 
-def _forward_kernel(problem: Problem, visits: Visits, table: Any, bias: Any, *refs: Any) -> None:
+def _forward_kernel(problem: Problem, tile: Tile, visits: Visits, table: Any, bias: Any, *refs: Any) -> None:
     q, k, v, *rest = refs
     num_tokens = 2 if problem.block_size is None else 3
     tokens, (o, rows, acc, *state) = rest[:num_tokens], rest[num_tokens:]
@@ -155,7 +152,7 @@ def _forward_kernel(problem: Problem, visits: Visits, table: Any, bias: Any, *re
 
     @pl.when(step == 0)
     def _start():
-        peak[...] = jnp.full_like(peak, HIDDEN)
+        peak[...] = jnp.full_like(peak, _NOTHING)
         for x in (total, acc, *extra):
             x[...] = jnp.zeros_like(x)
 
@@ -172,8 +169,7 @@ def _forward_kernel(problem: Problem, visits: Visits, table: Any, bias: Any, *re
             p, keep = jnp.exp2(exponents), jnp.exp2(-rise)
         else:
             p, keep = jax.nn.sigmoid(problem.scale * z + bias[h]), jnp.float32(1)
-        if masked:
-            p = jnp.where(visible, p, 0)
+            p = jnp.where(visible, p, 0) if masked else p
         mass = total[:, queries]
         if problem.stats:
             spread = extra[0][:, queries]
@@ -181,13 +177,13 @@ def _forward_kernel(problem: Problem, visits: Visits, table: Any, bias: Any, *re
         total[:, queries] = keep * mass + jnp.sum(p, axis=0, keepdims=True)
         acc[:, queries] = keep * acc[:, queries] + _dot(values, p.astype(v.dtype), _NN)  # [V, M]
 
-    def tile(masked: bool) -> None:
-        for keys in _key_parts(tokens, masked, _FORWARD_PART[0]):
+    def work(masked: bool) -> None:
+        for keys in _key_parts(tokens, masked, tile.part_kv):
             values = v[0, 0, keys.at].T
-            for queries in _cuts(q.shape[2], _FORWARD_PART[1]):
+            for queries in _cuts(q.shape[2], tile.part_q):
                 part(masked, keys, values, queries)
 
-    _by_kind(visits.lookup(table, b, h, i, step)[1], tile)
+    _by_kind(visits.lookup(table, b, h, i, step)[1], work)
 
     @pl.when(step == pl.num_programs(3) - 1)
     def _finish():
@@ -207,20 +203,20 @@ def _forward_kernel(problem: Problem, visits: Visits, table: Any, bias: Any, *re
 def forward(problem: Problem, x: Operands) -> tuple[Array, tuple[Array, ...]]:
     """o [B, H, V, T] in q's dtype, and rows [B, H, T]: lse, of the sigmoid with statistics less the bias, and, with statistics,
     maximum and entropy."""
-    tiles, length, value_dim = problem.tiles, x.q.shape[2], x.v.shape[3]
-    tiling = Tiling(problem, x, tiles.block_q, tiles.block_kv)
+    tile, length, value_dim = problem.tiles.forward, x.q.shape[2], x.v.shape[3]
+    tiling = Tiling(problem, x, tile)
     num_rows = 3 if problem.stats else 1
-    state = [pltpu.VMEM((1, tiles.block_q), jnp.float32)] * (3 if problem.stats else 2)
+    state = [pltpu.VMEM((1, tile.block_q), jnp.float32)] * (3 if problem.stats else 2)
     o, rows = tiling.over_queries(
         _forward_kernel,
         "attention_forward",
         outputs=((value_dim, x.q.dtype), (num_rows, jnp.float32)),
-        scratch=[pltpu.VMEM((value_dim, tiles.block_q), jnp.float32), *state],
+        scratch=[pltpu.VMEM((value_dim, tile.block_q), jnp.float32), *state],
     )
     return o[..., :length], tuple(rows[:, :, i, :length] for i in range(num_rows))
 
 
-def _query_gradients_kernel(problem: Problem, visits: Visits, table: Any, bias: Any, *refs: Any) -> None:
+def _query_gradients_kernel(problem: Problem, tile: Tile, visits: Visits, table: Any, bias: Any, *refs: Any) -> None:
     *inputs, d_q, d_bias, acc, shared_acc = refs
     k = inputs[1]
     b, h, i, step = (pl.program_id(axis) for axis in range(4))
@@ -230,16 +226,16 @@ def _query_gradients_kernel(problem: Problem, visits: Visits, table: Any, bias: 
         acc[...] = jnp.zeros_like(acc)
         shared_acc[...] = jnp.zeros_like(shared_acc)
 
-    def tile(masked: bool) -> None:
-        for keys in _key_parts(inputs[5:], masked, _GRADIENT_PART[0]):
+    def work(masked: bool) -> None:
+        for keys in _key_parts(inputs[5:], masked, tile.part_kv):
             turned = k[0, 0, keys.at].T
-            for queries in _cuts(acc.shape[1], _GRADIENT_PART[1]):
+            for queries in _cuts(acc.shape[1], tile.part_q):
                 _, d_logits, shared = _weights_and_gradient(problem, masked, bias[h], inputs, keys, queries)
                 acc[:, queries] += _dot(turned, d_logits.astype(k.dtype), _NN)  # [K, M]
                 if problem.sigmoid:
                     shared_acc[:, queries] += jnp.sum(shared, axis=0, keepdims=True)
 
-    _by_kind(visits.lookup(table, b, h, i, step)[1], tile)
+    _by_kind(visits.lookup(table, b, h, i, step)[1], work)
 
     @pl.when(step == pl.num_programs(3) - 1)
     def _finish():
@@ -252,18 +248,18 @@ def query_gradients(problem: Problem, x: Operands, d_o: Array, rows: Sequence[Ar
 
     The float32 rows [B, H, T] are those of `plait.kernels.attention.per_query.gradient_rows`.
     """
-    tiles, length, key_dim = problem.tiles, x.q.shape[2], x.q.shape[3]
-    d_q, d_bias = Tiling(problem, x, tiles.block_q_dq, tiles.block_kv_dq).over_queries(
+    tile, length, key_dim = problem.tiles.query_gradients, x.q.shape[2], x.q.shape[3]
+    d_q, d_bias = Tiling(problem, x, tile).over_queries(
         _query_gradients_kernel,
         "attention_query_gradients",
         extra=((d_o, "q", 2), (_gradient_rows(problem, rows), "q", 3)),
         outputs=((key_dim, x.q.dtype), (1, jnp.float32)),
-        scratch=[pltpu.VMEM((n, tiles.block_q_dq), jnp.float32) for n in (key_dim, 1)],
+        scratch=[pltpu.VMEM((n, tile.block_q), jnp.float32) for n in (key_dim, 1)],
     )
     return jnp.swapaxes(d_q[..., :length], 2, 3), jnp.sum(d_bias, axis=(0, 2, 3))
 
 
-def _key_gradients_kernel(problem: Problem, visits: Visits, table: Any, bias: Any, *refs: Any) -> None:
+def _key_gradients_kernel(problem: Problem, tile: Tile, visits: Visits, table: Any, bias: Any, *refs: Any) -> None:
     *inputs, d_k, d_v, k_acc, v_acc = refs
     q, d_o = inputs[0], inputs[3]
     b, h, j, member, step = (pl.program_id(axis) for axis in range(5))
@@ -275,14 +271,14 @@ def _key_gradients_kernel(problem: Problem, visits: Visits, table: Any, bias: An
         k_acc[...] = jnp.zeros_like(k_acc)
         v_acc[...] = jnp.zeros_like(v_acc)
 
-    def tile(masked: bool) -> None:
-        for keys in _key_parts(inputs[5:], masked, _GRADIENT_PART[0]):
-            for queries in _cuts(q.shape[2], _GRADIENT_PART[1]):
+    def work(masked: bool) -> None:
+        for keys in _key_parts(inputs[5:], masked, tile.part_kv):
+            for queries in _cuts(q.shape[2], tile.part_q):
                 weights, d_logits, _ = _weights_and_gradient(problem, masked, bias[head], inputs, keys, queries)
                 v_acc[keys.at] += _dot(weights.astype(d_o.dtype), d_o[0, 0, queries], _NN)  # [N, V]
                 k_acc[keys.at] += _dot(d_logits.astype(q.dtype), q[0, 0, queries], _NN)  # [N, K]
 
-    _by_kind(visits.lookup(table, b, head, j, step)[1], tile)
+    _by_kind(visits.lookup(table, b, head, j, step)[1], work)
 
     @pl.when((member == num_members - 1) & (step == pl.num_programs(4) - 1))
     def _finish():
@@ -292,18 +288,18 @@ def _key_gradients_kernel(problem: Problem, visits: Visits, table: Any, bias: An
 
 def key_gradients(problem: Problem, x: Operands, d_o: Array, rows: Sequence[Array]) -> tuple[Array, Array]:
     """dk [B, Hkv, S, K] and dv [B, Hkv, S, V], summed over the heads of each group; arguments as in `query_gradients`."""
-    tiles, num_keys, dims = problem.tiles, x.k.shape[2], (x.k.shape[3], x.v.shape[3])
-    d_k, d_v = Tiling(problem, x, tiles.block_q_dkv, tiles.block_kv_dkv).over_keys(
+    tile, num_keys, dims = problem.tiles.key_gradients, x.k.shape[2], (x.k.shape[3], x.v.shape[3])
+    d_k, d_v = Tiling(problem, x, tile).over_keys(
         _key_gradients_kernel,
         "attention_key_gradients",
         extra=((d_o, "q", 2), (_gradient_rows(problem, rows), "q", 3)),
         outputs=((dims[0], x.k.dtype), (dims[1], x.v.dtype)),
-        scratch=[pltpu.VMEM((tiles.block_kv_dkv, n), jnp.float32) for n in dims],
+        scratch=[pltpu.VMEM((tile.block_kv, n), jnp.float32) for n in dims],
     )
     return d_k[:, :, :num_keys], d_v[:, :, :num_keys]
 
 
-def _column_mass_kernel(problem: Problem, visits: Visits, table: Any, bias: Any, *refs: Any) -> None:
+def _column_mass_kernel(problem: Problem, tile: Tile, visits: Visits, table: Any, bias: Any, *refs: Any) -> None:
     q, k, lse, *tokens, mass, total = refs
     b, h, j, _, step = (pl.program_id(axis) for axis in range(5))
 
@@ -311,16 +307,16 @@ def _column_mass_kernel(problem: Problem, visits: Visits, table: Any, bias: Any,
     def _start():
         total[...] = jnp.zeros_like(total)
 
-    def tile(masked: bool) -> None:
-        for keys in _key_parts(tokens, masked, _GRADIENT_PART[0]):
-            for queries in _cuts(q.shape[2], _GRADIENT_PART[1]):
+    def work(masked: bool) -> None:
+        for keys in _key_parts(tokens, masked, tile.part_kv):
+            for queries in _cuts(q.shape[2], tile.part_q):
                 z = _products(problem, k[0, 0, keys.at], q[0, 0, queries])
                 weights = jnp.exp2((problem.scale * _LOG2_E) * z - lse[0, 0, 0:1, queries])
                 if masked:
                     weights = jnp.where(_visible(problem, tokens, keys, queries), weights, 0)
                 total[keys.at] += jnp.sum(weights, axis=1, keepdims=True)
 
-    _by_kind(visits.lookup(table, b, h, j, step)[1], tile)
+    _by_kind(visits.lookup(table, b, h, j, step)[1], work)
 
     @pl.when(step == pl.num_programs(4) - 1)
     def _finish():
@@ -329,13 +325,14 @@ def _column_mass_kernel(problem: Problem, visits: Visits, table: Any, bias: Any,
 
 def column_mass(problem: Problem, x: Operands, lse: Array) -> Array:
     """sum_i A_ij, float32 [B, H, S], for lse [B, H, T] that is large where a row sees nothing."""
-    tiling = Tiling(problem, x, problem.tiles.block_q_dkv, problem.tiles.block_kv_dkv)
+    tile = problem.tiles.key_gradients
+    tiling = Tiling(problem, x, tile)
     tiling.num_kv_heads = tiling.num_heads  # each head has sums of its own, on the keys it shares
     (mass,) = tiling.over_keys(
         _column_mass_kernel,
         "attention_column_mass",
         extra=(((lse * _LOG2_E)[:, :, None], "q", 3),),
         outputs=((1, jnp.float32),),
-        scratch=[pltpu.VMEM((problem.tiles.block_kv_dkv, 1), jnp.float32)],
+        scratch=[pltpu.VMEM((tile.block_kv, 1), jnp.float32)],
     )
     return mass[:, :, : x.k.shape[2], 0]

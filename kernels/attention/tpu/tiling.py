@@ -16,32 +16,43 @@ Array = jax.Array
 LANES = 128
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tiles:
-    """Tokens a tile, by kernel; multiples of 128. A short sequence gets smaller ones."""
+@dataclass(frozen=True)
+class Tile:
+    """How one kernel cuts its work, in tokens, multiples of 128. A short sequence gets smaller tiles."""
 
     block_q: int = 1024
-    """Queries a tile of the forward pass."""
+    """Queries a tile."""
     block_kv: int = 1024
-    """Keys a tile of the forward pass."""
-    block_q_dq: int = 1024
-    """Queries a tile of the query gradients."""
-    block_kv_dq: int = 1024
-    """Keys a tile of the query gradients."""
-    block_q_dkv: int = 1024
-    """Queries a tile of the key and value gradients."""
-    block_kv_dkv: int = 1024
-    """Keys a tile of the key and value gradients."""
+    """Keys a tile."""
+    part_q: int = 1024
+    """Queries of a part of a tile. Parts are worked off one after the other, so that the compiler can run the products of one beside the
+    exponentials and sums of another."""
+    part_kv: int = 1024
+    """Keys of a part of a tile."""
 
     def __post_init__(self) -> None:
         for name, size in vars(self).items():
             if size < LANES or size % LANES:
-                raise ValueError(f"tiles.{name}={size} must be a positive multiple of {LANES}; use 128, 256, 512 or 1024")
+                raise ValueError(f"{name}={size} must be a positive multiple of {LANES}; use 128, 256, 512 or 1024")
+
+    def fit(self, num_queries: int, num_keys: int) -> "Tile":
+        """This tile, no longer than the sequences need."""
+        blocks = (min(size, _round_up(most, LANES)) for size, most in ((self.block_q, num_queries), (self.block_kv, num_keys)))
+        return Tile(*blocks, self.part_q, self.part_kv)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """The tiles of each kernel."""
+
+    forward: Tile
+    query_gradients: Tile
+    key_gradients: Tile
+    """Of key and value gradients, and of what each key receives."""
 
     def fit(self, num_queries: int, num_keys: int) -> "Tiles":
         """These tiles, none longer than the sequences need."""
-        most = {"q": num_queries, "kv": num_keys}
-        return Tiles(**{name: min(size, _round_up(most[name.split("_")[1]], LANES)) for name, size in vars(self).items()})
+        return Tiles(**{name: tile.fit(num_queries, num_keys) for name, tile in vars(self).items()})
 
 
 class Problem(NamedTuple):
@@ -86,8 +97,9 @@ _Outputs = tuple[tuple[int, Any], ...]
 class Tiling:
     """One kernel's blocks: pads the two sides to whole blocks and lays out the grid and its operands."""
 
-    def __init__(self, problem: Problem, x: Operands, block_q: int, block_kv: int):
-        self.problem, self.x, self.blocks = problem, x, {"q": block_q, "kv": block_kv}
+    def __init__(self, problem: Problem, x: Operands, tile: Tile):
+        block_q, block_kv = tile.block_q, tile.block_kv
+        self.problem, self.x, self.tile, self.blocks = problem, x, tile, {"q": block_q, "kv": block_kv}
         self.batch, self.num_heads, self.num_kv_heads = *x.q.shape[:2], x.k.shape[1]
         self.tokens = {
             side: jax.tree.map(partial(self._pad, side=side, axis=2), both) for side, both in (("q", x.queries), ("kv", x.keys))
@@ -152,7 +164,7 @@ class Tiling:
             inputs += ((self.bits, "q", 4),)
         semantics: Any = ("parallel",) * 3 + ("arbitrary",) * (len(grid) - 3)
         return pl.pallas_call(
-            partial(kernel, self.problem, visits),
+            partial(kernel, self.problem, self.tile, visits),
             name=name,
             out_shape=out_shape,
             grid_spec=pltpu.PrefetchScalarGridSpec(
