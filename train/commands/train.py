@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from plait.train.pods.hosts.on_hosts import on_hosts
 from plait.train.pods.hosts.supervise import DONE, ENDED, STOPPED
@@ -33,8 +34,6 @@ def _train(args: Sequence[str], supervised: bool) -> int:
     from plait.train.loop import train
     from plait.train.origin import parse_run
     from plait.train.pods.hosts import together
-    from plait.train.remote.session import push_folder
-    from plait.train.report import write_report
 
     if not together.first():
         logging.getLogger("plait").setLevel(logging.WARNING)
@@ -43,6 +42,9 @@ def _train(args: Sequence[str], supervised: bool) -> int:
     result = train(config)
     if result.by_event:
         console.print(f"stopped by an event and saved at step {result.step}; --resume goes on", markup=False)
+        with together.together("report"):
+            if together.first():
+                _report(config.out, result.folder)
         return ENDED
     if not result.finished:
         console.print(f"stopped and saved at step {result.step}; --resume goes on", markup=False)
@@ -55,10 +57,18 @@ def _train(args: Sequence[str], supervised: bool) -> int:
             if config.data.task.reads_text and config.model.causal and alone:
                 prompt = "Fellow citizens," if config.data.source == "sotu" else ""
                 show_text(continued(GenerateArgs(run=result.folder, prompt=prompt, num_tokens=60)))
-            page = write_report([result.folder])
-            push_folder(config.out, page.parent.name)
-            console.print(f"report: {page}", markup=False)
+            _report(config.out, result.folder)
     return DONE
+
+
+def _report(out: str | None, folder: Path) -> None:
+    """Writes the page of a run that has ended, where its store is too, and says where."""
+    from plait.train.remote.session import push_folder
+    from plait.train.report import write_report
+
+    page = write_report([folder])
+    push_folder(out, page.parent.name)
+    console.print(f"report: {page}", markup=False)
 
 
 def _validation(metrics: dict[str, float]) -> str:

@@ -19,6 +19,7 @@ from plait.train.report.page import Markup, Section, lead, table
 from plait.train.report.panels.costs import of_costs
 from plait.train.report.panels.curves import smooth, thin
 from plait.train.report.style import RC, Picture, panels, picture, run_colour, run_dash, short, step_axis, value_axis
+from plait.train.report.winner import best_first, hint, opening
 from plait.train.sweep import fronts
 from plait.train.sweep.arms import LEVEL, RATE, Arm, Estimate, arms, baselines, difference, sensitivities
 from plait.train.sweep.better import Better
@@ -71,7 +72,8 @@ def _sections(
     folder: Path, sweep: Sweep, found: list[Arm], metric: str, baseline: str | None, better: Better
 ) -> Iterator[Section]:
     results = Markup(_table(folder, found, metric, baseline, better))
-    yield Section("Results", f"{metric} at the end", [_by_key(found, metric), results])
+    first = Markup(opening(folder, sweep, found, metric, better))
+    yield Section("Results", f"{metric} at the end", [*([first] if first else []), _by_key(found, metric), results])
     if (picture := of_costs(found, metric, better)) is not None:
         yield Section("Cost", f"{metric} by what it costs", [picture])
     if RATE in found[0].keys and metric.startswith("loss/"):
@@ -132,34 +134,45 @@ def _axis(ax: Axes, values: Sequence[Any]) -> tuple[dict[str, float], bool]:
 
 
 def _table(folder: Path, found: Sequence[Arm], metric: str, baseline: str | None, better: Better) -> str:
-    beside = [None] * len(found) if baseline is None else baselines(found, baseline)
-    head = [*found[0].keys, "n", metric, f"{LEVEL:.0%} interval"]
-    numbers = range(len(found[0].keys), len(head) + 3)
+    """A line an arm, the best first, each less the arm of `baseline`, or less the best where none is given."""
+    order = best_first(found, better)
+    beside = (
+        dict.fromkeys(map(id, found), order[0]) if baseline is None else dict(zip(map(id, found), baselines(found, baseline)))
+    )
+    keys = list(found[0].keys)
+    head = [*keys, "n", metric, f"{LEVEL:.0%} interval", f"less {'the best' if baseline is None else baseline}", "pairs"]
     if baseline is not None:
-        head += [f"less {baseline}", "pairs", "effective speed-up"]
+        head.append("effective speed-up")
     rows: list[list[str | tuple[str, str]]] = []
-    for arm, base in zip(found, beside):
+    for arm in order:
+        base = beside[id(arm)]
         mean = arm.estimate
-        row: list[str | tuple[str, str]] = [
-            *map(str, arm.keys.values()),
-            f"{mean.count} of {len(arm.runs)}",
-            _number(mean.mean),
-            _interval(mean),
-        ]
+        row: list[str | tuple[str, str]] = [*map(str, arm.keys.values()), f"{mean.count} of {len(arm.runs)}"]
+        row += [_number(mean.mean), _interval(mean)]
+        apart = None if base is None or base is arm else difference(arm, base)
+        if base is arm:
+            row += ["the best" if baseline is None and arm.values else "–" if baseline is None else "baseline", ""]
+        else:
+            row += ["–", "0"] if apart is None else [_difference(apart), str(apart.count)]
         if baseline is not None:
-            apart = None if base is None or base is arm else difference(arm, base)
-            row += ["baseline", ""] if base is arm else ["–", "0"] if apart is None else [_difference(apart), str(apart.count)]
             row.append("" if base is None or base is arm else _speed_up(fronts.speed_up(folder, arm, base, metric, better)))
         rows.append(row)
-    note = f"Means over seeds, with {LEVEL:.0%} intervals by Student's t; of a single seed there is none."
-    if baseline is not None:
-        note += " Differences are of runs with the same seeds, from the arm that is otherwise the same, with the interval of their mean."
+    note = f"The best first. Means over seeds, with {LEVEL:.0%} intervals by Student's t; of a single seed there is none."
+    other = "the best arm" if baseline is None else "the arm that is otherwise the same"
+    note += (
+        f" Differences are of runs with the same seeds, from {other}, with the interval of their mean: they tell arms apart that the "
+        "intervals of the means do not."
+    )
+    if baseline is None:
+        note += hint(found)
+    else:
         note += (
             " The effective speed-up is the FLOPs after which the baseline is as good as the arm at its end, over those of the arm: the "
-            "geometric mean over seeds. With > the baseline never was, and all of its training is counted. Before its end a schedule has not "
-            "brought the baseline as far as a shorter one would have, so that the speed-up of what is a little better is too large."
+            "geometric mean over seeds, below 1 where the arm is worse. With > the baseline of some seed never was so good, and all of its "
+            "training is counted; with < it was better when first validated. A dash: the bound would say nothing. Before its end a schedule "
+            "has not brought the baseline as far as a shorter one would have, so that the speed-up of what is a little better is too large."
         )
-    return lead(note) + table(head, rows, numbers=numbers, style="dense")
+    return lead(note) + table(head, rows, numbers=range(len(keys), len(head)), style="dense")
 
 
 def _number(value: float, sign: str = "") -> str:
@@ -179,12 +192,16 @@ def _difference(one: Estimate) -> str | tuple[str, str]:
 
 
 def _speed_up(one: fronts.SpeedUp) -> str | tuple[str, str]:
-    """Factors, with their interval."""
-    found, sign = one.factor, "> " if one.at_least else ""
+    """Factors, with their interval; a dash with the reason where a bound would mislead."""
+    found = one.factor
     if not found.count:
         return "–"
-    mean = f"{sign}{math.exp(found.mean):.2f}×"
-    if found.count < 2 or one.at_least:
+    if one.at_least and one.at_most:
+        return "–", " bounded from both sides; validate more often"
+    if one.at_least and one.worse:
+        return "–", " worse in the mean, better in some seeds"
+    mean = f"{'> ' if one.at_least else '< ' if one.at_most else ''}{math.exp(found.mean):.2f}×"
+    if found.count < 2 or one.at_least or one.at_most:
         return mean
     return mean, f" {math.exp(found.mean - found.half):.2f} to {math.exp(found.mean + found.half):.2f}"
 

@@ -10,7 +10,9 @@ from itertools import takewhile
 import numpy as np
 
 from plait.train.report.run import Run, flatten
-from plait.train.sweep.arms import SEEDS, Estimate, estimate
+from plait.train.sweep.arms import SEEDS, Estimate
+from plait.train.sweep.verdict import Entry, apart
+from plait.train.sweep.verdict import verdict as told
 
 PLACES = ("out", "resume", "data.cache_dir")
 """Settings that say where a run lies and not what it is."""
@@ -86,34 +88,12 @@ def differing(found: Sequence[Variant]) -> dict[str, list[str]]:
 
 def difference(one: Variant, other: Variant, metric: str) -> Estimate:
     """Of the means, `one` less `other`: over the seeds that both have where these are two or more, else with an unknown interval."""
-    ours, theirs = one.ends(metric), other.ends(metric)
-    paired = estimate(ours[seed] - theirs[seed] for seed in ours if seed in theirs)
-    if paired.count > 1:
-        return paired
-    return Estimate(one.mean(metric) - other.mean(metric), math.nan, paired.count)
+    return apart(Entry(one.name, one.ends(metric)), Entry(other.name, other.ends(metric)))
 
 
 def verdict(found: Sequence[Variant], metric: str, words: str) -> str | None:
     """Which variant ends lowest, and whether that is more than noise; None where fewer than two have the metric."""
-    ranked: list[Variant] = sorted((one for one in found if math.isfinite(one.mean(metric))), key=lambda one: one.mean(metric))
-    if len(ranked) < 2:
-        return None
-    best, second, last = ranked[0], ranked[1], ranked[-1]
-    lead = difference(second, best, metric)
-    if not math.isfinite(lead.half):
-        text = f"{best.name} has the lowest {words}, {best.mean(metric):.3f}, {lead.mean:.3f} below the next, {second.name}"
-        doubt = "; whether that is more than noise is not known without two seeds or more of both."
-    elif lead.half >= lead.mean:
-        text = f"No variant has the lowest {words} beyond the noise: {best.name}, {best.mean(metric):.3f} in the mean"
-        doubt = (
-            f", is {lead.mean:.3f} below {second.name}, with a 95% interval of ±{lead.half:.3f} over {lead.count} pairs of seeds."
-        )
-    else:
-        text = f"{best.name} has the lowest {words}, {best.mean(metric):.3f} in the mean, {lead.mean:.3f} below the next, {second.name}"
-        doubt = f" (95% interval ±{lead.half:.3f} over {lead.count} pairs of seeds)."
-    if len(ranked) > 2:
-        doubt += f" The last, {last.name}, is {last.mean(metric) - best.mean(metric):.3f} above it."
-    return text + doubt
+    return told([Entry(one.name, one.ends(metric)) for one in found], words)
 
 
 def by_runs(found: Sequence[Variant], values: Mapping[str, str]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -171,5 +172,10 @@ def _is(value: Any, text: str) -> bool:
 
 
 def _near(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1) or [one for one in known if one.endswith(f".{name}")][:1]
+    """The name that was meant: one that has the same parts in another order, or ends so; else the nearest by letters, else all."""
+    parts = lambda text: {part for part in re.split(r"[^a-z0-9]+", text.lower()) if part}
+    asked = parts(name)
+    near = [one for one in known if parts(one) == asked] or [one for one in known if one.endswith((f".{name}", f"/{name}"))]
+    near = near or difflib.get_close_matches(name, known, n=1)
+    near = near or sorted((one for one in known if asked and asked <= parts(one)), key=len)
     return f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known) or 'none'}"

@@ -111,33 +111,40 @@ class SpeedUp:
     """Geometric mean over the seeds of both, `half` of its logarithm."""
     at_least: bool
     """Whether the baseline of some seed never was so good, and the FLOPs that it did take stand for those that it would."""
+    at_most: bool = False
+    """Whether the baseline of some seed was so good when the metric was first logged, and may have been before."""
+    worse: bool = False
+    """Whether the arm ends worse than the baseline in the mean over the seeds of both."""
 
 
 def speed_up(folder: Path, arm: Arm, baseline: Arm, metric: str, sense: Better) -> SpeedUp:
     """Over the seeds of both, from the curves that the baseline's runs logged."""
     run, other = (next(iter(one.runs.values())).config for one in (arm, baseline))
     ratio = step_flops(other) / flops(run)
-    logs, bounded = [], False
-    for seeds, value in arm.values.items():
-        if seeds in baseline.values:
-            steps, reached = _needed(folder, baseline.runs[seeds], metric, value, sense)
-            if steps:
-                logs.append(math.log(steps * ratio))
-                bounded |= not reached
-    return SpeedUp(estimate(logs), bounded)
+    both = [seeds for seeds in arm.values if seeds in baseline.values]
+    logs, at_least, at_most = [], False, False
+    for seeds in both:
+        steps, reached, first = _needed(folder, baseline.runs[seeds], metric, arm.values[seeds], sense)
+        if steps:
+            logs.append(math.log(steps * ratio))
+            at_least |= not reached
+            at_most |= first
+    behind = sum(arm.values[seeds] - baseline.values[seeds] for seeds in both) * (1 if sense == "lower" else -1)
+    return SpeedUp(estimate(logs), at_least, at_most, behind > 0)
 
 
-def _needed(folder: Path, run: Run, metric: str, value: float, sense: Better) -> tuple[float, bool]:
-    """Steps after which a run first had a metric as good as `value`, and whether it had; else those that it took. Between two logged values it
-    falls in a straight line over the logarithm of the steps, and it counts as no better before the first. 0 where none was logged."""
+def _needed(folder: Path, run: Run, metric: str, value: float, sense: Better) -> tuple[float, bool, bool]:
+    """Steps after which a run first had a metric as good as `value`, whether it had (else those that it took), and whether it was better when
+    it was first logged, before which it counts as no better. Between two logged values it falls in a straight line over the logarithm of the
+    steps. 0 where none was logged."""
     sign = 1 if sense == "lower" else -1
     curve = [(step, sign * one) for step, one in claims.logged(folder, run, metric) if one is not None and step > 0]
     before: tuple[int, float] | None = None
     for step, one in curve:
         if one <= sign * value:
             if before is None:
-                return float(step), True
+                return float(step), True, one < sign * value
             share = (before[1] - sign * value) / (before[1] - one)
-            return math.exp(math.log(before[0]) + share * math.log(step / before[0])), True
+            return math.exp(math.log(before[0]) + share * math.log(step / before[0])), True, False
         before = step, one
-    return (float(curve[-1][0]) if curve else 0.0), False
+    return (float(curve[-1][0]) if curve else 0.0), False, False

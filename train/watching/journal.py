@@ -19,6 +19,7 @@ from plait.train.probes.collect import attention_by_kind
 from plait.train.run_folder.contents import ENVIRONMENT
 from plait.train.run_folder.probe_files import write_layers, write_probes
 from plait.train.run_folder.writer import MetricsWriter
+from plait.train.scoring.extent import measured
 from plait.train.terminal.progress import ProgressLine
 from plait.train.watching.watchers import Event
 
@@ -62,6 +63,7 @@ class Journal:
             "flops_per_token": self.config.model.flops(self.config.data.seq_len),
             "mesh": dict(setup.mesh.shape),
             "data": setup.data.summary(),
+            "validation": measured(setup.data, self.config.eval_batches),
         }
         runs.write_json(self.folder / ENVIRONMENT, facts)
         write_layers(self.folder, layers, self.config.probe.first_k)

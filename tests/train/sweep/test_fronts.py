@@ -99,7 +99,8 @@ def test_speed_up_is_the_steps_that_the_baseline_needs(folder):
     small, large = (fronts.step_flops(changed(width, 0)) for width in (64, 128))
     one = fronts.speed_up(folder[0], found[1], base, "loss/val", "lower")
     each = [math.log(math.sqrt(4000) * small / (STEPS * large)), math.log(small / large)]
-    assert one.at_least and one.factor.count == 2 and one.factor.mean == pytest.approx(sum(each) / 2)
+    assert one.at_least and one.worse and not one.at_most, "2.525 in the mean, and the baseline 2.45"
+    assert one.factor.count == 2 and one.factor.mean == pytest.approx(sum(each) / 2)
     itself = fronts.speed_up(folder[0], base, base, "loss/val", "lower")
     assert not itself.at_least and itself.factor.mean == pytest.approx(0)
     nothing = fronts.speed_up(folder[0], found[1], base, "loss/other", "lower")
@@ -109,9 +110,9 @@ def test_speed_up_is_the_steps_that_the_baseline_needs(folder):
 def test_speed_up_of_what_was_so_good_at_first_and_of_scores(folder):
     """It counts as no better before the first that was logged; of an accuracy more is better."""
     run = next(run for run in folder[1].runs if run.name == "64-0")
-    assert fronts._needed(folder[0], run, "loss/val", 5.0, "lower") == (10.0, True)
-    assert fronts._needed(folder[0], run, "loss/val", 4.0, "higher") == (10.0, True)
-    assert fronts._needed(folder[0], run, "loss/val", 5.0, "higher") == (100.0, False)
+    assert fronts._needed(folder[0], run, "loss/val", 5.0, "lower") == (10.0, True, True)
+    assert fronts._needed(folder[0], run, "loss/val", 4.0, "higher") == (10.0, True, False)
+    assert fronts._needed(folder[0], run, "loss/val", 5.0, "higher") == (100.0, False, False)
 
 
 def test_costs_are_those_of_the_model():
@@ -144,7 +145,9 @@ def test_the_page_shows_both(folder, capsys):
 def test_a_factor_says_what_it_is():
     logs = estimate([math.log(2), math.log(2)])
     assert shown(fronts.SpeedUp(logs, False)) == ("2.00×", " 2.00 to 2.00")
-    assert shown(fronts.SpeedUp(logs, True)) == "> 2.00×"
+    assert shown(fronts.SpeedUp(logs, True)) == "> 2.00×" and shown(fronts.SpeedUp(logs, False, True)) == "< 2.00×"
+    assert shown(fronts.SpeedUp(logs, True, worse=True)) == ("–", " worse in the mean, better in some seeds")
+    assert shown(fronts.SpeedUp(logs, True, True))[0] == "–"
     assert shown(fronts.SpeedUp(estimate([0.0]), False)) == "1.00×" and shown(fronts.SpeedUp(estimate([]), False)) == "–"
 
 

@@ -10,6 +10,7 @@ from plait.configs import codec
 from plait.configs.presets import preset
 from plait.launch import main
 from plait.train.report.sweeps import write_sweep
+from plait.train.report.winner import opening
 from plait.train.run_folder.lines import METRICS
 from plait.train.sweep.arms import RATE, arms, baselines, difference, estimate, sensitivities
 from plait.train.sweep.record import SWEEP, Sweep
@@ -85,6 +86,32 @@ def test_the_page_holds_all_runs(folder):
     assert "http://" not in page and "https://" not in page
 
 
+def test_the_page_opens_with_the_best_arm_in_pairs_of_seeds(folder):
+    """Its means 2.1 and 2.2 differ by -0.1, -0.2 and 0 in pairs: by less than their interval of 0.248. One more of -0.3 apart: beyond."""
+    path, sweep = folder
+    told = opening(path, sweep, arms(path, sweep, [], "loss/val"), "loss/val", "lower")
+    for text in (
+        "No arm has the lowest validation loss beyond the noise: learning_rate = 0.01, 2.100 in the mean, is 0.100 below "
+        "learning_rate = 0.001, with a 95% interval of ±0.248 over 3 pairs of seeds. The last, learning_rate = 0.1, is 6.900 above it.",
+        "Which documents are held out differs between the seeds",
+    ):
+        assert text in told, told
+    assert "Edge" not in told and "Measured on" not in told
+    for run in sweep.runs:
+        facts = {"validation": {"batches": 2, "of": 638, "rows": 16, "row_tokens": 64}}
+        claims.run_folder(path, run).mkdir(parents=True, exist_ok=True)
+        (claims.run_folder(path, run) / "environment.json").write_text(json.dumps(facts))
+        if run.name == "0.01-2":
+            claims.write_outcome(path, run, claims.Outcome(status="done", metrics={"loss/val": 2.25}))
+    told = opening(path, sweep, arms(path, sweep, [], "loss/val")[:2], "loss/val", "lower")
+    assert "Learning_rate = 0.01 has the lowest validation loss, 2.050 in the mean, 0.150 below the next" in told
+    assert "Measured on 1,024 tokens (2 of 638 batches, 16 rows of 64)." in told
+    assert "learning_rate = 0.01 of the best arm is the largest that was tried (0.001, 0.01); a larger one may be better" in told
+    page = write_sweep(path).read_text()
+    assert page.index("<td>0.01</td>") < page.index("<td>0.001</td>") < page.index("<td>0.1</td>"), "the best first"
+    assert "--baseline optimizer.learning_rate=0.001" in page and "−0.1500" not in page and "+0.1500" in page
+
+
 def test_a_key_that_follows_another_is_left_out_unless_named(folder):
     path, sweep = folder
     beside = {1e-3: 16, 1e-2: 32, 1e-1: 64}
@@ -109,6 +136,7 @@ def test_a_key_that_follows_another_is_left_out_unless_named(folder):
         ({"by": ["seed"]}, "'seed' is a seed, and runs that differ in seeds alone are one arm"),
         ({"by": ["steps"]}, "'steps' does not vary in this sweep; there are optimizer.learning_rate"),
         ({"metric": "loss/vall"}, "metric='loss/vall' is of no run that is over; did you mean 'loss/val'"),
+        ({"metric": "val_loss"}, "metric='val_loss' is of no run that is over; did you mean 'loss/val'"),
         ({"baseline": "steps=1"}, "'steps' does not vary"),
         ({"baseline": f"{RATE}=7"}, "is never '7'; it is 0.001, 0.01, 0.1"),
     ],
