@@ -14,7 +14,7 @@ from plait.train.report.page import Markup, Section
 from plait.train.report.panels import attention, curves, differences, maps, sources, trends
 from plait.train.report.run import Run, load_runs
 from plait.train.report.style import RC, Picture
-from plait.train.report.variants import by_variant
+from plait.train.report.variants import by_variant, whose
 
 PAGE = "index.html"
 MOST_MAPS = 6  # runs whose maps and pictures are shown in a comparison; curves and tables hold every run
@@ -117,4 +117,4 @@ def _statistics(runs: list[Run]) -> Iterator[Section]:
     heads = maps.final(shown, whole)
     yield Section("At the end", "Every head at the end", [*([] if heads is None else [heads]), *notes], folded=many)
     if len(shown) > 1 and (figure := differences.of_heads(shown, whole)) is not None:
-        yield Section("Differences", f"Every head at the end, less that of {shown[0].name}", [figure], folded=many)
+        yield Section("Differences", f"Every head at the end, less that of {whose(shown[0], runs)}", [figure], folded=many)

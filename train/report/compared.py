@@ -6,10 +6,10 @@ from html import escape
 
 from plait.train.report.page import sentences, story, table
 from plait.train.report.panels.curves import POSITIONS, SCALARS
-from plait.train.report.run import Run, facts, final_loss
+from plait.train.report.run import Run, facts, final_loss, quantity, tokens_per_second
 from plait.train.report.style import run_colour
 from plait.train.report.summary import columns
-from plait.train.report.variants import Variant, by_runs, difference, differing, variants, verdict
+from plait.train.report.variants import Variant, by_runs, difference, differing, validated, variants, verdict
 
 FACTS = ("parameters", "steps", "tokens", "train loss", "validation loss", "bits per byte", "speed", "wall time")
 MEASURED: dict[str, Callable[[Run], float]] = {
@@ -57,6 +57,8 @@ def _sentences(runs: Sequence[Run], found: Sequence[Variant]) -> dict[str, str]:
         told["Seeds"] = (
             f"{', '.join(one.name for one in several)}: runs that differ in seeds alone, a thin line each and their mean."
         )
+    if any(math.isfinite(run.last("loss/val")) for run in runs) and (text := validated(found)):
+        told["Validation"] = text
     if len({run.records[-1].get("tokens") for run in runs if run.records}) > 1:
         told["Tokens"] = "The runs did not see the same number of tokens; compare their losses at equal steps, in the curves."
     return told
@@ -73,10 +75,15 @@ def _table(runs: Sequence[Run], found: Sequence[Variant], changed: dict[str, lis
         row: list[str | tuple[str, str]] = [one.name, *(values[i] for values in changed.values())]
         for name, values in held.items():
             ends = [end for run in one.runs if math.isfinite(end := MEASURED[name](run))] if name in MEASURED else []
+            if name == "speed" and len(speeds := [rate for run in one.runs if math.isfinite(rate := tokens_per_second(run))]) > 1:
+                row.append(quantity(sum(speeds) / len(speeds), " tok/s"))
+                continue
             several = f"{min(ends):.3f} to {max(ends):.3f}" if len(ends) > 1 else ""
             row.append((f"{sum(ends) / len(ends):.3f}", several) if several else values[i])
         rows.append([*row, *(values[i] for values in measured.values())])
-    head = ["run", *changed, *held, *measured]
+    last = [key.rpartition(".")[2] for key in changed]
+    short = [key if last.count(end) > 1 else end for key, end in zip(changed, last)]
+    head = ["run", *short, *held, *measured]
     right = range(1 + len(changed), len(head))
     return table(head, rows, numbers=right, dots=[run_colour(i) for i in range(len(found))], style="dense sorts")
 

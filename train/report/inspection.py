@@ -15,6 +15,7 @@ from plait.train.report import Markup, Section, page, write_page
 from plait.train.report.panels import attention, maps, tokens
 from plait.train.report.panels.depth import by_depth
 from plait.train.report.run import Attention, Run, derived_events, quantity
+from plait.train.report.standing_out import standing_out
 from plait.train.report.style import RC
 from plait.train.run_folder.probe_files import ProbeSeries
 
@@ -94,9 +95,7 @@ def _sections(found: Inspection, runs: list[Run]) -> list[Section]:
         ),
         *by_layer,
         Section("Heads", "Every head", [] if final is None else [final]),
-        Section(
-            "Events", "What stands out", [Markup(page.events_table(runs)) or "Nothing that is watched is out of its bounds."]
-        ),
+        Section("Events", "What stands out", [Markup(standing_out(runs)) or "Nothing that is watched is out of its bounds."]),
         Section("Definitions", "Definitions", [Markup(page.definitions(runs[:1]))]),
         Section("Settings", "Settings", [Markup(page.sources(runs[:1]))]),
     ]

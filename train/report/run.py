@@ -279,6 +279,13 @@ def final_loss(run: Run) -> float:
     return float(values[-max(1, len(values) // 50) :].mean()) if values.size else math.nan
 
 
+def tokens_per_second(run: Run) -> float:
+    """The median of what was logged, NaN where nothing was."""
+    speed = run.series("throughput/tokens_per_second")[1]
+    speed = speed[np.isfinite(speed)]
+    return float(np.median(speed)) if speed.size else math.nan
+
+
 def facts(run: Run) -> dict[str, str]:
     """What the header and the comparison say of a run; a dash where the run folder does not tell."""
     both = {**run.environment, **run.config}
@@ -286,8 +293,7 @@ def facts(run: Run) -> dict[str, str]:
     if isinstance(devices, dict):
         count, kind = devices.get("count", 1), devices.get("kind", "?")
         devices = f"{count} × {kind}" if isinstance(count, int) and count > 1 else kind
-    speed = run.series("throughput/tokens_per_second")[1]
-    speed = speed[np.isfinite(speed)]
+    speed = tokens_per_second(run)
     mfu = run.last("throughput/mfu")
     last = run.records[-1] if run.records else {}
     commit = lookup(run.environment, "commit")
@@ -302,7 +308,7 @@ def facts(run: Run) -> dict[str, str]:
         "train loss": number(final_loss(run)),
         "validation loss": number(run.last("loss/val")),
         "bits per byte": number(run.last("loss/bits_per_byte")),
-        "speed": quantity(float(np.median(speed)), " tok/s") if speed.size else "–",
+        "speed": quantity(speed, " tok/s"),
         "MFU": f"{mfu:.1%}" if math.isfinite(mfu) else "–",
         "commit": str(commit or "–")[:10],
     }

@@ -50,7 +50,8 @@ dl.story { display: grid; grid-template-columns: minmax(148px, max-content) 1fr;
 dl.story dt, dl.story dd { padding: 8px 0; margin: 0; border-top: 1px solid var(--line); }
 dl.story dt { color: var(--muted); padding-right: 14px; }
 dl.story dd { padding-right: 10%; }
-.lane { display: grid; grid-template-columns: 200px 1fr; align-items: center; margin-top: 8px; }
+.lane { display: grid; grid-template-columns: minmax(200px, 30%) 1fr; column-gap: 14px; align-items: center; margin-top: 8px; }
+.lane > span { overflow-wrap: anywhere; }
 .lane .strip { margin: 0; }
 figure { margin: 10px 0 0; }
 figure + figure { margin-top: 26px; }
@@ -73,7 +74,12 @@ table.sorts th[aria-sort]::after { content: " ↑"; }
 table.sorts th[aria-sort="descending"]::after { content: " ↓"; }
 td.n small { display: block; }
 table.dense th, table.dense td { padding-right: 12px; }
+table.sorts th, table.sorts td { white-space: normal; }
+table.sorts td small { white-space: nowrap; }
+table.sorts td:first-child { min-width: 150px; }
+table.sorts th, table.sorts td.n { overflow-wrap: normal; padding-right: 10px; }
 table.dense td:nth-child(2) { overflow-wrap: anywhere; min-width: 150px; }
+table.sorts td:nth-child(2) { min-width: 90px; }
 .dot { display: inline-block; width: 9px; height: 9px; border-radius: 50%; margin-right: 7px; }
 details { margin-top: 10px; }
 summary { cursor: pointer; color: var(--accent); font-size: 14px; }

@@ -8,6 +8,7 @@ import numpy as np
 from plait.train.probes.base import chosen, statistics
 from plait.train.probes.words import count
 from plait.train.report.run import Run, facts, final_loss, quantity
+from plait.train.scoring.extent import words as extent
 from plait.train.watching.spikes import LossSpikes
 
 
@@ -37,6 +38,8 @@ def _loss(run: Run) -> str | None:
         text += f" Validation ended at {run.last('loss/val'):.3f}" + (
             f", {bits:.3f} bits per byte" if math.isfinite(bits) else ""
         )
+        measured = extent(run.environment)
+        text += f", on {measured}" if measured else ""
         last = best == len(val) - 1
         text += ", its lowest." if last else f"; its lowest was {val[best]:.3f} at step {int(val_steps[best]):,}."
     return text

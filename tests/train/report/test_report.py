@@ -239,7 +239,7 @@ def test_report_of_several_runs_overlays_and_compares_them(full_run, tmp_path):
         "2 runs compared",
         "hybrid has the lowest validation loss",
         "whether that is more than noise is not known",
-        "<th>model.num_layers</th>",
+        "<th>num_layers</th>",
         "same number of tokens",
     ):
         assert part in text

@@ -1,5 +1,6 @@
 """Runs that differ in seeds alone are one variant of a comparison, and a winner inside the noise is none."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from plait.train.report import compared, page
 from plait.train.report.panels import seeds
 from plait.train.report.run import Run
 from plait.train.report.style import run_colour
-from plait.train.report.variants import by_variant, difference, differing, variants, verdict
+from plait.train.report.variants import by_variant, difference, differing, validated, variants, verdict, whose
 from plait.train.run_folder.probe_files import ProbeSeries
 
 
@@ -29,6 +30,32 @@ def test_seeds_and_places_do_not_set_runs_apart():
     found = by_variant([*runs, run("lost", 2.0, width=None), run("lost too", 2.0, width=None)])
     assert [(one.place, one.repeats) for one in found] == [(0, 2), (1, 1), (0, 2), (2, 1), (3, 1), (4, 1)]
     assert [one.name for one in variants(found)] == ["b (2 seeds)", "a-seed0", "again", "lost", "lost too"]
+
+
+def test_runs_of_a_sweep_are_called_by_what_sets_their_arm_apart():
+    names = ["seed=0,data.seed=0-05cf02fa35", "seed=1,data.seed=1-15cf02fa35"]
+    other = [
+        "s/pattern=gla,softmax,learning_rate=3e-3,seed=0-0000000000",
+        "s/pattern=gla,softmax,learning_rate=3e-3,seed=1-1000000000",
+    ]
+    runs = [run(name, 2.0, i, width=width) for width, two in ((64, names), (32, other)) for i, name in enumerate(two)]
+    runs = by_variant([*runs, run("alone", 2.0, width=16)])
+    arm = "s/pattern=gla,softmax,learning_rate=3e-3"
+    assert [one.name for one in variants(runs)] == ["as the preset (2 seeds)", f"{arm} (2 seeds)", "alone"]
+    assert [whose(runs[i], runs) for i in (3, 4)] == [f"seed 1 of {arm}", "alone"]
+
+
+def test_it_is_said_on_how_much_was_validated():
+    facts = {"validation": {"batches": 2, "of": 638, "rows": 16, "row_tokens": 64}, "data": {"corpus": "x"}}
+    ours = [
+        dataclasses.replace(run(f"a-{seed}", 2.0, seed), environment=facts, config={"data": {"seed": seed, "val_fraction": 0.1}})
+        for seed in (0, 1)
+    ]
+    found = variants(by_variant(ours))
+    assert validated(found).startswith(
+        "Measured on 1,024 tokens (2 of 638 batches, 16 rows of 64). Which text is held out differs"
+    )
+    assert validated(variants(by_variant(ours[:1]))) == "Measured on 1,024 tokens (2 of 638 batches, 16 rows of 64)."
 
 
 @pytest.mark.parametrize(
@@ -75,7 +102,7 @@ def test_a_line_of_a_table_is_a_variant_with_its_range():
     told = compared.stories(runs)
     table = told.partition('class="dense sorts"')[2].partition("</table>")[0]
     assert table.count("<tr>") == 3 and "a (2 seeds)" in table and "2.101<small>2.001 to 2.201</small>" in table
-    assert "<th>model.d_model</th>" in table and "b&lt;" in table and "b<" not in table and "data.seed" not in table
+    assert "<th>d_model</th>" in table and "b&lt;" in table and "b<" not in table and "data.seed" not in table
     assert "table.sorts" in page.page("plait t", "", [page.Section("a", "a", [page.Markup(told)])], made="", reload=None)
 
 
