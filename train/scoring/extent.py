@@ -21,8 +21,8 @@ def words(environment: Mapping[str, Any]) -> str | None:
     found = environment.get("validation")
     if not isinstance(found, Mapping):
         return None
-    values = [found.get(name) for name in ("batches", "of", "rows", "row_tokens")]
-    if not all(isinstance(one, int) and one > 0 for one in values):
+    values = [one for name in ("batches", "of", "rows", "row_tokens") if isinstance(one := found.get(name), int) and one > 0]
+    if len(values) < 4:
         return None
     batches, of, rows, length = values
     part = f"all {of:,} batches" if batches == of else f"{batches:,} of {of:,} batches"
