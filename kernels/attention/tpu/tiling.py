@@ -37,8 +37,8 @@ class Tile:
 
     def fit(self, num_queries: int, num_keys: int) -> "Tile":
         """This tile, no longer than the sequences need."""
-        blocks = (min(size, _round_up(most, LANES)) for size, most in ((self.block_q, num_queries), (self.block_kv, num_keys)))
-        return Tile(*blocks, self.part_q, self.part_kv)
+        block_q, block_kv = min(self.block_q, _round_up(num_queries, LANES)), min(self.block_kv, _round_up(num_keys, LANES))
+        return replace(self, block_q=block_q, block_kv=block_kv)
 
 
 @dataclass(frozen=True, kw_only=True)
