@@ -5,6 +5,7 @@ import filecmp
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from plait.configs.command_line.cli import parse_experiment
 from plait.data.config import DataConfig, DataError
 from plait.data.loader import build_data
 from plait.data.shards.pieces import cut
@@ -50,6 +52,21 @@ def alone(source, folder):
         make_shard(piece, tokenizer, folder / name_of(number))
     write_prepared(folder, str(source), tokenizer, [read_shard(folder / name_of(i)) for i in range(len(pieces))])
     return folder
+
+
+@pytest.mark.parametrize(
+    "options", [["--data.vocab-size", "300"], ["--data.tokenizer", "byte", "--data.vocab-size", "None"]], ids=["bpe", "byte"]
+)
+def test_the_command_that_is_shown_works_as_it_stands(lines, tmp_path, capsys, options):
+    folder = tmp_path / "two words"
+    assert (
+        main(["prepare", "lm_quick", "--data.source", str(lines / "0.jsonl"), *options, "--out", str(folder), "--workers", "1"])
+        == 0
+    )
+    shown = shlex.split(capsys.readouterr().out.split("train on it with")[1])
+    assert shown[:3] == ["launch.py", "train", "lm_quick"]
+    data = build_data(parse_experiment("lm_quick", shown[3:]).data, tmp_path / "run")
+    assert data.vocab_size == (300 if options[0] == "--data.vocab-size" else 257)
 
 
 def assert_same(one, other):

@@ -44,6 +44,7 @@ def run(args: Sequence[str]) -> int:
     from plait.configs import codec
     from plait.configs.command_line.cli import parse_experiment
     from plait.configs.experiment import ExperimentConfig
+    from plait.configs.presets import preset
     from plait.data.remote.address import Address, written
     from plait.train.prepare.pool import prepare
     from plait.train.remote.session import new_store
@@ -52,9 +53,10 @@ def run(args: Sequence[str]) -> int:
 
     what, path = rest[0], Path(rest[0])
     if path.exists():
-        config = parse_experiment(codec.load(ExperimentConfig, path / CONFIG if path.is_dir() else path), rest[1:])
+        base = codec.load(ExperimentConfig, path / CONFIG if path.is_dir() else path)
+        config = parse_experiment(base, rest[1:])
     else:
-        config = parse_experiment(what, rest[1:], prog="launch.py prepare")
+        config, base = parse_experiment(what, rest[1:], prog="launch.py prepare"), preset(what)
     if not config.data.task.reads_text:
         raise ValueError(f"data.task={config.data.task.name} reads no text, so that there is nothing to prepare; train at once")
     if config.data.sources:
@@ -74,9 +76,11 @@ def run(args: Sequence[str]) -> int:
     if store is not None:
         push_shards(store, out)
     place = str(address or options.out)
-    tokenizer = config.data.tokenizer if config.data.tokenizer in ("byte", "bpe") else place
+    words = ["--data.source", place, "--data.tokenizer", "byte" if config.data.tokenizer == "byte" else place]
+    if base.data.vocab_size is not None:  # of a vocabulary to learn, and the folder has one
+        words += ["--data.vocab-size", "None"]
     console.print(
         f"{place}: {found.num_tokens:,} tokens of {found.num_documents:,} documents in {len(found.shards)} shards; train on it with\n"
-        f"  launch.py train {shlex.quote(what)} --data.source {shlex.quote(place)} --data.tokenizer {shlex.quote(tokenizer)}"
+        f"  launch.py train {shlex.join([what, *words])}"
     )
     return DONE
