@@ -57,7 +57,7 @@ class Fork:
             RunError: the folder is used, or `config` would have made other steps up to there.
         """
         new = Path(config.folder)
-        check_goes_on(self.config, config, self.step, self.run, other_data=True)
+        check_goes_on(self.config, config, self.step, self.run, branch=True)
         if new.exists() and (not new.is_dir() or any(new.iterdir())):
             raise RunError(f"out={str(new)!r} is used; give a new folder, or go on in it with --resume")
         beside = new.with_name(f".{new.name[:100]}-{uuid.uuid4().hex[:8]}")

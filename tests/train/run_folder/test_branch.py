@@ -126,6 +126,31 @@ def test_schedules_tell_how_far_two_lengths_are_alike(schedule, alike, config):
     assert steps_alike(one, one, 100) == 100
 
 
+def test_another_decay_is_alike_until_one_of_the_two_begins(config):
+    one = changed(config, {"steps": 100, "optimizer.schedule": "wsd", "optimizer.decay_fraction": 0.2})
+    for other, alike in (
+        ({"optimizer.decay_fraction": 0.5}, 50),
+        ({"optimizer.final_ratio": 0.0}, 80),
+        ({"optimizer.schedule": "constant"}, 80),
+    ):
+        assert steps_alike(one, changed(one, other), 100) == alike
+        check_goes_on(one, changed(one, other), alike, Path("run"), branch=True)
+        with pytest.raises(
+            RunError, match=rf"optimizer\.\w+=\S+ gives another learning rate than optimizer\.\w+=\S+ from step {alike + 1} on"
+        ):
+            check_goes_on(one, changed(one, other), alike + 1, Path("run"), branch=True)
+
+
+@pytest.mark.slow
+def test_a_branch_decays_otherwise_than_its_run(config, short, tmp_path):
+    fall = {"optimizer.decay_fraction": 0.4, "optimizer.final_ratio": 0.0}
+    train(changed(config, {"steps": LONG, "out": str(tmp_path / "whole"), **fall}))
+    words = [word for key, value in fall.items() for word in (f"--{key}", str(value))]
+    at = ["train", "--branch", f"{short}/checkpoints/{FORK}", "--steps", str(LONG)]
+    assert main([*at, *words, "--out", str(tmp_path / "new")]) == 0
+    assert_same_run(tmp_path / "new", tmp_path / "whole")
+
+
 WRONG = {
     "no checkpoint": ("{run}", r"branch=.* must be RUN/checkpoints/STEP of a training run"),
     "another step": ("{run}/checkpoints/5", r"is not there; use one of the steps 4, 8, 12, 16"),
