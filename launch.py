@@ -80,7 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, rest = argv[0], argv[1:]
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
-        print(f"error: {name!r} is not a command{f'; did you mean {near[0]!r}?' if near else ''}\n\n{USAGE}", file=sys.stderr)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(COMMANDS)}"
+        print(f"error: {name!r} is not a command; {hint} ('launch.py --help' says more)", file=sys.stderr)
         return 2
     keep_programs()
     return exit_status(lambda: importlib.import_module(f"plait.train.commands.{COMMANDS[name]}").run(rest))

@@ -174,11 +174,15 @@ def _read(options: Sequence[Option], words: Sequence[str], prog: str, prefix: st
 
 
 def _near(name: str, known: Sequence[str], prog: str) -> str:
-    word, last = name.lstrip("-"), {one: one.lstrip("-").rpartition(".")[2] for one in known}
+    if not name.startswith("-"):
+        return "a value that has spaces stands in quotes"
+    last = {one: one.lstrip("-").rpartition(".")[2] for one in known}
+    owner, dot, word = name.lstrip("-").rpartition(".")
+    there = [one for one in known if one.startswith(f"--{owner}{dot}")]
     near = (
-        [one for one in known if one.endswith(f".{word}")]
-        or [one for one in known if len(word) > 1 and word == "".join(part[0] for part in last[one].split("-") if part)]  # --lr
-        or [one for one in known if len(word) > 3 and word in last[one].split("-")]  # --batch
+        [one for one in known if one.endswith(f".{owner}{dot}{word}")]
+        or [one for one in there if len(word) > 1 and word == "".join(part[0] for part in last[one].split("-") if part)]  # --lr
+        or [one for one in there if len(word) > 3 and word in last[one].split("-")]  # --batch
         or difflib.get_close_matches(name, known, n=1)
     )
     return f"did you mean {' or '.join(near[:3])}?" if near else f"'{prog} --help' lists them"

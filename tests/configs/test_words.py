@@ -80,6 +80,7 @@ WRONG = {
         "x --heads 3",
         "'--heads' is not an option of 'p'; did you mean --inner.num-heads or --parts.0.num-heads",
     ),
+    "another name of a part's": ("x --inner.nh 3", "'--inner.nh' is not an option of 'p'; did you mean --inner.num-heads?"),
     "far from all": ("x --qqqq 1", "'--qqqq' is not an option of 'p'; 'p --help' lists them"),
     "no value": ("x --size", "size has no value; write one after --size, or --size=VALUE"),
     "a flag for a value": ("x --size --mode slow", "size has no value; write one after --size, or --size=VALUE"),

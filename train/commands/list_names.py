@@ -18,7 +18,9 @@ def run(args: Sequence[str]) -> None:
     what, names = args[0], args[1:]
     kind = next((kind for kind in listing.KINDS if listing.registry(kind).plural == what), None)
     if names and kind is None:
-        raise ValueError(f"list {what} takes no names, and got {' '.join(names)}; leave them out")
+        raise ValueError(
+            f"list {what} takes no names, and got {' '.join(names)}; leave them out ('launch.py train NAME --help' shows a preset)"
+        )
     if names and kind is not None:
         console.print(listing.component_records(kind, names))
     elif kind in listing.BRIEF and console.is_terminal and console.width < _WIDE:
