@@ -167,7 +167,8 @@ def _read_prepared(config: DataConfig, folder: Path, reading: Reading | None) ->
     train, val = (ShardRows(prepared, arc, config, tokenizer, name) for arc, name in ((held.others, "train"), (held, "val")))
     if config.val_fraction and not val.num_rows:
         log.warning(
-            "data.val_fraction=%g holds out none of the %d documents of %s, so that there is no validation",
+            "data.val_fraction=%g holds out none of the %d documents of %s: loss/val has nothing of it; raise data.val_fraction, or use "
+            "another data.split_seed",
             config.val_fraction,
             prepared.meta.num_documents,
             config.source,

@@ -16,7 +16,8 @@ NAMES = {
 
 
 @pytest.mark.parametrize("title", EXAMPLES)
-def test_example_runs_and_is_short(title, capsys):
+def test_example_runs_and_is_short(title, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     code = EXAMPLES[title]
     assert sum(bool(line.strip()) for line in code.splitlines()) <= 20
     exec(compile(code, f"library.md: {title}", "exec"), {"__name__": "example"})
