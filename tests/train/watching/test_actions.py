@@ -351,5 +351,8 @@ def test_a_run_that_an_event_stopped_has_a_status_of_its_own(monkeypatch, tmp_pa
     from plait.launch import main
 
     monkeypatch.setattr("plait.train.loop.train", lambda config: Result(tmp_path, 6, False, {}, True))
+    monkeypatch.setattr("plait.train.report.write_report", lambda runs: runs[0] / "report" / "index.html")
     assert main(["train", "lm_tiny", "--out", str(tmp_path / "run")]) == 3
-    assert "stopped by an event and saved at step 6; --resume goes on" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "stopped by an event and saved at step 6; --resume goes on" in said
+    assert str(tmp_path / "report") in said.replace("\n", "")

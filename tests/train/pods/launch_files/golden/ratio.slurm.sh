@@ -32,9 +32,9 @@ srun --wait=120 --open-mode=append --output=ratio-%A_%a.host%t.log --cpu-bind=no
 status=$?
 
 again() {
-  if [[ "$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T)" == RUNNING ]]; then  # else it was cancelled or is queued again
+  if [[ "$(squeue --noheader --jobs "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" --format %T)" == RUNNING ]]; then  # else it was cancelled or is queued again
     echo "status $status: queued again"
-    scontrol requeue "$SLURM_JOB_ID"
+    scontrol requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
   fi
 }
 
