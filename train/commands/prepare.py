@@ -81,6 +81,6 @@ def run(args: Sequence[str]) -> int:
         words += ["--data.vocab-size", "None"]
     console.print(
         f"{place}: {found.num_tokens:,} tokens of {found.num_documents:,} documents in {len(found.shards)} shards; train on it with\n"
-        f"  launch.py train {shlex.join([what, *words])}"
+        f"  launch.py train {shlex.join(['PRESET' if path.exists() else what, *words])}"
     )
     return DONE
