@@ -16,7 +16,7 @@ import setuptools
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("configs", "data", "kernels", "models", "train")
 BESIDE = ("benchmarks", "docs", "tests")  # folders with Python files that are not installed
-BASES = ("codec", "components", "domains", "errors", "files")
+BASES = ("codec", "components", "domains", "errors", "files", "outside")
 """Modules of the configs that models and data may import too: they need the standard library and each other alone."""
 MAY_IMPORT = {  # imports run one way, and data stands alone; the base of all configs is for all but kernels
     "kernels": {"kernels"},

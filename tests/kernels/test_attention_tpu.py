@@ -298,9 +298,9 @@ def test_every_generation_has_tiles_for_every_head_dim():
         assert max(by_width) == pallas_tpu.MAX_HEAD_DIM
         for tile in (tile for tiles in by_width.values() for tile in vars(tiles).values()):
             assert tile.block_q % tile.part_q == 0 == tile.block_kv % tile.part_kv
-    assert pallas_tpu.choose_tiles("v6e", 96, 40, jnp.bfloat16) == chosen.BFLOAT16["v6e"][128]
-    assert pallas_tpu.choose_tiles("v4", 64, 64, jnp.bfloat16) == chosen.BFLOAT16["v5e"][64]
-    assert pallas_tpu.choose_tiles("v6e", 64, 64, jnp.float32) == chosen.FLOAT32
+    assert CHOSEN("v6e", 96, 40, jnp.bfloat16) == chosen.BFLOAT16["v6e"][128]
+    assert CHOSEN("v4", 64, 64, jnp.bfloat16) == chosen.BFLOAT16["v5e"][64]
+    assert CHOSEN("v6e", 64, 64, jnp.float32) == chosen.FLOAT32
 
 
 @pytest.mark.slow
