@@ -1,4 +1,4 @@
-"""Searches the tiles of TPU attention by the compiler's static cycles, and prints the table of `kernels/attention/tpu/chosen.py`.
+"""Searches the tiles of TPU attention by the compiler's static cycles, and prints the best, of which `kernels/attention/tpu/chosen.py` is made.
 
 python benchmarks/attention_tiles.py FILE
 
