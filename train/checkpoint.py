@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import logging
@@ -101,14 +102,15 @@ class Checkpoints:
             ) from error
 
     def save(self, step: int, state: TrainState, extra: dict[str, Any], *, loss: float | None) -> None:
-        """Starts saving the state after `step` with the JSON `extra`; `loss` ranks it among the best.
+        """Starts saving the state after `step` with the JSON `extra`, as it is now; `loss` ranks it among the best.
 
         Raises:
             OSError: this checkpoint, or the one before, whose writing went on in the background, cannot be written.
         """
         tree = _tree(state)
         parts = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_PART), tree)
-        items = ocp.args.Composite(state=ocp.args.PyTreeSave(tree, parts), extra=ocp.args.JsonSave(extra))
+        then = ocp.args.JsonSave(copy.deepcopy(extra))  # the run goes on while it is written
+        items = ocp.args.Composite(state=ocp.args.PyTreeSave(tree, parts), extra=then)
         ranked = loss is not None and math.isfinite(loss)
         self._check()
         with self._writing():

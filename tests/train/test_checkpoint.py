@@ -5,6 +5,7 @@ import dataclasses
 import json
 import shutil
 import subprocess
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -55,6 +56,17 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path):
         assert checkpoints.restore(LIKE, 1)[0] == 1
         with pytest.raises(CheckpointError, match="no checkpoint of step 7; it has 1, 2"):
             checkpoints.restore(LIKE, 7)
+
+
+def test_what_is_saved_is_as_it_was_then_however_late_it_is_written(tmp_path, monkeypatch):
+    written = json.dumps
+    monkeypatch.setattr(json, "dumps", lambda *args, **kwargs: (time.sleep(0.05), written(*args, **kwargs))[1])
+    extra = {"watchers": {"sources": {"tokens": [3]}}}
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(1, state_of(1), extra, loss=None)
+        extra["watchers"]["sources"]["tokens"][0] += 1  # the next step, while it is written
+        checkpoints.wait()
+        assert checkpoints.restore(LIKE)[2] == {"watchers": {"sources": {"tokens": [3]}}}
 
 
 def test_average_is_kept_with_the_rest(tmp_path):
