@@ -3,33 +3,48 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from plait.configs.sweeps.base import SWEEPS, Seeds, SweepConfig
 from plait.configs.sweeps.rows import Rows, chain, each, product
 
-OPTIONS: dict[str, dict[str, Any]] = {
+SMALL: dict[str, dict[str, Any]] = {
     "hgrn": {},
     "hgrn2": {"head_dim": 16},
     "retnet": {"num_heads": 2, "expand_v": 1.0},
     "gla": {"num_heads": 2, "expand_k": 0.5},
     "deltanet": {"head_dim": 16},
     "gated_deltanet": {"head_dim": 16, "expand_v": 1.0},
+    "softmax": {"num_heads": 2, "head_dim": 16},
 }
-"""The six linear mixers, with small states."""
-SMALL = {
-    **{name: {f"model.mixers.{name}.{key}": value for key, value in options.items()} for name, options in OPTIONS.items()},
-    **{name: {f"model.mixers.{name}.num_heads": 2, f"model.mixers.{name}.head_dim": 16} for name in ("softmax", "neighborhood")},
+"""Options of the six linear mixers and of the full layer at a width of 32."""
+TIGHT: dict[str, dict[str, Any]] = {
+    "hgrn": {},
+    "hgrn2": {"head_dim": 4},
+    "retnet": {"num_heads": 16, "expand_v": 1.0},
+    "gla": {"num_heads": 8, "expand_k": 0.5},
+    "deltanet": {"head_dim": 4},
+    "gated_deltanet": {"head_dim": 4, "expand_v": 1.0},
+    "softmax": {"num_heads": 2, "head_dim": 32},
+    "neighborhood": {"num_heads": 2, "head_dim": 32},
 }
+"""Those at a width of 64, with states of 256 numbers (HGRN's 64), which four pairs do not fit with ease."""
 RECALL = {
+    "model.d_model": 64,
     "data.task": "mqar",
-    "data.task.vocab_size": 128,
-    "data.task.num_kv_pairs": 8,
-    "data.task.val_rows": 256,
-    "data.batch_size": 32,
+    "data.task.vocab_size": 32,
+    "data.task.num_kv_pairs": 4,
+    "data.task.val_rows": 512,
+    "data.seq_len": 16,
+    "data.batch_size": 128,
     "steps": 600,
-    "optimizer.learning_rate": 5e-3,
+    "optimizer": "muon",
+    "optimizer.learning_rate": 0.02,
+    "optimizer.warmup_steps": 20,
+    "optimizer.schedule": "wsd",
 }
+LINEAR = tuple(name for name in SMALL if name != "softmax")
 
 
 @SWEEPS.register("hybrid", source="A Systematic Analysis of Hybrid Linear Attention (2507.06457)")
@@ -39,7 +54,7 @@ class HybridSweep(SweepConfig):
 
     Claimed: the loss hardly depends on the share of full layers, recall rises with it and saturates near three to one; RetNet and HGRN do not
     recall. Recall by state size: `report --metric task/mqar/accuracy`, whose page has that front. `--on windows` is recall with three window
-    layers for each full one, of windows from 2 to 64 tokens, and of gated DeltaNet, the full layer with and without rotary positions.
+    layers for each full one, of windows from 2 to 16 tokens, and of gated DeltaNet, the full layer with and without rotary positions.
     Claimed (2606.15378): larger windows delay what the full layer learns, and it is better off without positions.
 
     Command: `python launch.py sweep hybrid --out sweeps/hybrid` (75 runs), and with `--on recall` (75) and `--on windows` (30) into folders
@@ -54,17 +69,20 @@ class HybridSweep(SweepConfig):
     def rows(self) -> Rows:
         told = {"model.num_layers": 4, "probe_every": None, "checkpoint_every": None}
         if self.on == "windows":
-            windows = product((pattern("neighborhood*3,softmax"),), each("model.mixers.neighborhood.window_size", 2, 8, 32, 64))
-            arms = chain(windows, (pattern("gated_deltanet*3,softmax"),))
+            windows = product(
+                (_pattern("neighborhood*3,softmax", TIGHT),), each("model.mixers.neighborhood.window_size", 2, 4, 8, 16)
+            )
+            arms = chain(windows, (_pattern("gated_deltanet*3,softmax", TIGHT),))
             positions = each("model.mixers.softmax.positions", "rotary", None)
             return product(({**told, **RECALL, "eval_every": 25},), arms, positions)
-        trained = {"steps": 300, "eval_batches": 16} if self.on == "text" else RECALL
+        trained, sizes = ({"steps": 300, "eval_batches": 16}, SMALL) if self.on == "text" else (RECALL, TIGHT)
         ratios = ("{}", "{}*3,softmax", "{},softmax", "{},softmax*3")
-        hybrids = (pattern(ratio.format(name)) for name in OPTIONS for ratio in ratios)
-        return product(({**told, **trained, "eval_every": 100},), (*hybrids, pattern("softmax")))
+        hybrids = (_pattern(ratio.format(name), sizes) for name in LINEAR for ratio in ratios)
+        return product(({**told, **trained, "eval_every": 100},), (*hybrids, _pattern("softmax", sizes)))
 
 
-def pattern(pattern: str) -> dict[str, Any]:
-    """A row's pattern, and the small sizes of its mixers."""
-    names = {group.partition("*")[0] for group in pattern.split(",")}
-    return {"model.pattern": pattern, **{key: value for name in sorted(names) for key, value in SMALL[name].items()}}
+def _pattern(pattern: str, sizes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """A row's pattern, and the options of its mixers."""
+    names = sorted({group.partition("*")[0] for group in pattern.split(",")})
+    options = {f"model.mixers.{name}.{key}": value for name in names for key, value in sizes[name].items()}
+    return {"model.pattern": pattern, **options}
