@@ -6,16 +6,17 @@ import dataclasses
 from typing import Literal
 
 from plait.configs.sweeps.base import SWEEPS, Seeds, SweepConfig
+from plait.configs.sweeps.hybrid import RECALL
 from plait.configs.sweeps.rows import Rows, chain, each, product
 
 
 @SWEEPS.register("glitches", source="Exposing Attention Glitches with Flip-Flop Language Modeling (2306.00946)")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GlitchesSweep(SweepConfig):
-    """Flip-flop glitches by mixer and by weight decay and QK-norm; or induction, by mixer and depth, with keys and values that are shifted.
+    """Flip-flop glitches by mixer and by weight decay and QK-norm; or induction (MQAR), by mixer and depth, with shifted keys and values.
 
     Claimed: recurrent models read the last bit without error, and attention glitches now and then, by seed, whatever regularises it
-    (2306.00946, whose attention sharpening and dropout are not there); one layer cannot copy what follows a repeated token unless its keys
+    (2306.00946, whose attention sharpening and dropout are not there); one layer cannot tell what followed a token unless its keys
     and values hold the token before (2411.19574). With other gaps: `python launch.py eval RUN --tasks flip_flop --flip-flop.ignore 0.98`.
 
     Command: `python launch.py sweep glitches --out sweeps/glitches`, 21 runs, and with `--on induction`, into another folder, 15 runs.
@@ -30,10 +31,10 @@ class GlitchesSweep(SweepConfig):
         told = {"probe_every": 100, "eval_every": 100, "checkpoint_every": None, "data.task.val_rows": 512, "data.batch_size": 32}
         training = {"optimizer.learning_rate": 3e-3, "optimizer.warmup_steps": 50, "model.d_model": 64, **told}
         if self.on == "induction":
-            task = {"data.task": "induction_copy", "data.task.vocab_size": 64, "data.seq_len": 33, "steps": 1000}
+            told = {"probe_every": 25, "eval_every": 25, "checkpoint_every": None}
             shifted = {"model.pattern": "kv_shift", "model.num_layers": 1}
             arms = chain(product(each("model.pattern", "softmax", "retnet"), each("model.num_layers", 1, 2)), (shifted,))
-            return product(({**task, **training, "probe.only": "default,induction"},), arms)
+            return product(({**RECALL, **told},), arms)
         arms = chain(
             each("model.pattern", "softmax", "gla", "gated_deltanet"),
             ({"model.pattern": "hgrn2", "model.mixers.hgrn2.head_dim": 16},),

@@ -1,0 +1,68 @@
+"""Draws `docs/figures/hybrid.png` from the folders of `launch.py sweep hybrid` and prints the table of docs/reproductions.md.
+
+python docs/figures/hybrid.py sweeps/hybrid sweeps/recall
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from plait.train.report.style import FAINT, INK, PAPER, RC, RUN_COLOURS
+from plait.train.sweep.arms import Arm, arms, difference
+from plait.train.sweep.record import read
+
+OUT = Path(__file__).with_suffix(".png")
+PATTERN = "model.pattern"
+SHARES = {"{}": 0, "{}*3,softmax": 25, "{},softmax": 50, "{},softmax*3": 75}
+PANELS = {
+    "loss/val": ("Speeches", "validation loss, nats per byte"),
+    "task/mqar/accuracy": ("Recall of four pairs", "accuracy"),
+}
+
+
+def placed(arm: Arm) -> tuple[str, int]:
+    """The linear mixer and the share of full layers in percent."""
+    pattern = arm.keys[PATTERN]
+    name = pattern.split(",")[0].partition("*")[0]
+    return name, 100 if pattern == "softmax" else SHARES[pattern.replace(name, "{}", 1)]
+
+
+def main(folders: list[Path]) -> None:
+    """Writes the figure, a panel a folder, and prints a line an arm."""
+    with matplotlib.rc_context({**RC, "font.size": 9.5}):
+        figure = Figure(figsize=(5.6 * len(folders), 3.8), facecolor=PAPER, layout="constrained")
+        FigureCanvasAgg(figure)
+        for ax, folder, (metric, (title, label)) in zip(
+            figure.subplots(1, len(folders), squeeze=False)[0], folders, PANELS.items()
+        ):
+            found = {placed(one): one for one in arms(folder, read(folder), [PATTERN], metric) if one.values}
+            full = found["softmax", 100]
+            names = list(dict.fromkeys(name for name, share in found if share < 100))
+            for index, name in enumerate(names):
+                mine = {share: one for (of, share), one in sorted(found.items()) if of == name}
+                x = np.array(list(mine)) + 0.8 * (index - 2.5)
+                mean, half = (np.array([getattr(one.estimate, part) for one in mine.values()]) for part in ("mean", "half"))
+                style = {"color": RUN_COLOURS[index], "marker": "o", "markersize": 4, "linewidth": 1.4, "capsize": 3}
+                ax.errorbar(x, mean, np.nan_to_num(half), label=name, elinewidth=0.9, **style)
+            ax.axhline(full.estimate.mean, color=INK, linestyle=":", linewidth=1.2, label="softmax alone")
+            ax.axhspan(*(full.estimate.mean + sign * full.estimate.half for sign in (-1, 1)), color=FAINT, alpha=0.6, linewidth=0)
+            ax.set_title(title, color=INK, loc="left")
+            ax.set(xlabel="softmax layers of four, in percent", ylabel=label, xticks=[0, 25, 50, 75])
+            ax.grid(color=FAINT)
+            for place, one in found.items():
+                less = difference(one, full)
+                values = " ".join(f"{value:.3f}" for _, value in sorted(one.values.items()))
+                print(metric, *place, values, f"{one.estimate.mean:.3f}", f"less softmax {less.mean:+.3f} +- {less.half:.3f}")
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=7, frameon=False)
+        figure.savefig(OUT, dpi=110)
+    print(OUT)
+
+
+if __name__ == "__main__":
+    main([Path(one) for one in sys.argv[1:]])
