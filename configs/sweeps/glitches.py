@@ -6,7 +6,7 @@ import dataclasses
 from typing import Literal
 
 from plait.configs.sweeps.base import SWEEPS, Seeds, SweepConfig
-from plait.configs.sweeps.hybrid import RECALL
+from plait.configs.sweeps.hybrid import RECALL, THETA
 from plait.configs.sweeps.rows import Rows, chain, each, product
 
 
@@ -32,8 +32,11 @@ class GlitchesSweep(SweepConfig):
         training = {"optimizer.learning_rate": 3e-3, "optimizer.warmup_steps": 50, "model.d_model": 64, **told}
         if self.on == "induction":
             told = {"probe_every": 25, "eval_every": 25, "checkpoint_every": None}
+            heads = {"model.mixers.softmax.num_heads": 1, "model.mixers.softmax.head_dim": 64, **THETA}
+            softmax = product(({"model.pattern": "softmax", **heads},), each("model.num_layers", 1, 2))
+            retnet = product(({"model.pattern": "retnet"},), each("model.num_layers", 1, 2))
             shifted = {"model.pattern": "kv_shift", "model.num_layers": 1}
-            arms = chain(product(each("model.pattern", "softmax", "retnet"), each("model.num_layers", 1, 2)), (shifted,))
+            arms = chain(softmax, retnet, (shifted,))
             return product(({**RECALL, **told},), arms)
         arms = chain(
             each("model.pattern", "softmax", "gla", "gated_deltanet"),

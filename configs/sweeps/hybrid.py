@@ -26,8 +26,8 @@ TIGHT: dict[str, dict[str, Any]] = {
     "gla": {"num_heads": 8, "expand_k": 0.5},
     "deltanet": {"head_dim": 4},
     "gated_deltanet": {"head_dim": 4, "expand_v": 1.0},
-    "softmax": {"num_heads": 2, "head_dim": 32},
-    "neighborhood": {"num_heads": 2, "head_dim": 32},
+    "softmax": {"num_heads": 1, "head_dim": 64},
+    "neighborhood": {"num_heads": 1, "head_dim": 64},
 }
 """Those at a width of 64, with states of 256 numbers (HGRN's 64), which four pairs do not fit with ease."""
 RECALL = {
@@ -40,10 +40,12 @@ RECALL = {
     "data.batch_size": 128,
     "steps": 600,
     "optimizer": "muon",
-    "optimizer.learning_rate": 0.02,
-    "optimizer.warmup_steps": 20,
+    "optimizer.learning_rate": 5e-3,
+    "optimizer.warmup_steps": 50,
     "optimizer.schedule": "wsd",
 }
+THETA = {"model.mixers.softmax.positions.theta": 100.0}
+"""In rows of 16 tokens the usual base turns most channels by nothing, and a head finds the token before later."""
 LINEAR = tuple(name for name in SMALL if name != "softmax")
 
 
@@ -73,12 +75,16 @@ class HybridSweep(SweepConfig):
                 (_pattern("neighborhood*3,softmax", TIGHT),), each("model.mixers.neighborhood.window_size", 2, 4, 8, 16)
             )
             arms = chain(windows, (_pattern("gated_deltanet*3,softmax", TIGHT),))
-            positions = each("model.mixers.softmax.positions", "rotary", None)
+            positions = chain((THETA,), each("model.mixers.softmax.positions", None))
             return product(({**told, **RECALL, "eval_every": 25},), arms, positions)
         trained, sizes = ({"steps": 300, "eval_batches": 16}, SMALL) if self.on == "text" else (RECALL, TIGHT)
         ratios = ("{}", "{}*3,softmax", "{},softmax", "{},softmax*3")
-        hybrids = (_pattern(ratio.format(name), sizes) for name in LINEAR for ratio in ratios)
-        return product(({**told, **trained, "eval_every": 100},), (*hybrids, _pattern("softmax", sizes)))
+        hybrids = [_pattern(ratio.format(name), sizes) for name in LINEAR for ratio in ratios]
+        turned = THETA if self.on == "recall" else {}
+        arms = [
+            {**one, **(turned if "softmax" in one["model.pattern"] else {})} for one in [*hybrids, _pattern("softmax", sizes)]
+        ]
+        return product(({**told, **trained, "eval_every": 100},), arms)
 
 
 def _pattern(pattern: str, sizes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
