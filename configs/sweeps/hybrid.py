@@ -79,12 +79,10 @@ class HybridSweep(SweepConfig):
             return product(({**told, **RECALL, "eval_every": 25},), arms, positions)
         trained, sizes = ({"steps": 300, "eval_batches": 16}, SMALL) if self.on == "text" else (RECALL, TIGHT)
         ratios = ("{}", "{}*3,softmax", "{},softmax", "{},softmax*3")
-        hybrids = [_pattern(ratio.format(name), sizes) for name in LINEAR for ratio in ratios]
+        patterns = (*(ratio.format(name) for name in LINEAR for ratio in ratios), "softmax")
         turned = THETA if self.on == "recall" else {}
-        arms = [
-            {**one, **(turned if "softmax" in one["model.pattern"] else {})} for one in [*hybrids, _pattern("softmax", sizes)]
-        ]
-        return product(({**told, **trained, "eval_every": 100},), arms)
+        models = tuple({**_pattern(one, sizes), **(turned if "softmax" in one else {})} for one in patterns)
+        return product(({**told, **trained, "eval_every": 100},), models)
 
 
 def _pattern(pattern: str, sizes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
