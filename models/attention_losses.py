@@ -33,6 +33,8 @@ class AttentionLossConfig(Config):
     """Share of log n below which `entropy_floor` acts."""
     entropy: Coefficient | None = None
     """Of mean -H in nats: attention entropy maximisation (AEM, 2406.15303)."""
+    sharpness: Coefficient | None = None
+    """Of mean H in nats: attention sharpening, by entropy (2306.00946)."""
     head_diversity: Coefficient | None = None
     """Of the mean cosine of the outputs of any two heads at a token, itself among them (disagreement on outputs, 1810.10183)."""
     head_balance: Coefficient | None = None
@@ -78,7 +80,8 @@ def _of_part(look: Look, config: AttentionLossConfig) -> Mapping[str, jax.Array]
         ratio = exact.entropy / jnp.log(jnp.maximum(look.at.positions, 1).astype(jnp.float32) + 1)[:, :, None]
         active = _mean(1 - exact.first_mass, sees)
         found["entropy_floor"] = _mean(jax.nn.relu(config.floor - ratio), sees).mean()
-        found["entropy"] = -_mean(exact.entropy, sees).mean()
+        found["sharpness"] = _mean(exact.entropy, sees).mean()
+        found["entropy"] = -found["sharpness"]
         found["head_balance"] = jnp.square(active - active.mean()).mean() / (jnp.square(active.mean()) + _SMALL)
     if (ranks := look.observed.get("document_ranks")) is not None:
         z = ranks.shares / config.temperature

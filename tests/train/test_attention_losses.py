@@ -19,7 +19,7 @@ from plait.tests.train.common import changed, program_of, random_batch, tiny
 from plait.train.loop import train
 
 WIDTH, HEADS, LENGTH = 8, 3, 12
-NAMES = ("entropy_floor", "entropy", "head_diversity", "head_balance")
+NAMES = ("entropy_floor", "entropy", "sharpness", "head_diversity", "head_balance")
 BATCH = random_batch(3, LENGTH)
 AT = Tokens(jnp.asarray(BATCH.tokens), jnp.asarray(BATCH.segment_ids), jnp.asarray(BATCH.positions))
 X = 2 * jax.random.normal(jax.random.key(1), (3, LENGTH, WIDTH))
@@ -61,7 +61,7 @@ def by_definition(kernels, floor=0.9):
             unit = np.array([o / np.linalg.norm(o) for o in outputs])
             cosines.append((unit @ unit.T).mean())
     active = np.mean(leaves, axis=1)
-    found = (np.mean(shortfalls), -np.mean(entropies), np.mean(cosines), active.var() / active.mean() ** 2)
+    found = (np.mean(shortfalls), -np.mean(entropies), np.mean(entropies), np.mean(cosines), active.var() / active.mean() ** 2)
     return dict(zip(NAMES, found, strict=True))
 
 
