@@ -13,12 +13,14 @@ from rich.console import Console
 from rich.table import Table
 
 from plait.configs import codec
+from plait.configs.experiment import ExperimentConfig
 from plait.configs.files import write_atomically
 from plait.train.pods.plan.decoding import decoding
 from plait.train.pods.plan.memory import size_text
-from plait.train.pods.plan.roofline import ASSUMPTIONS
+from plait.train.pods.plan.roofline import ASSUMPTIONS, Times
 from plait.train.pods.plan.search import Candidate
 from plait.train.pods.plan.step_plan import Plan
+from plait.train.terminal.progress import format_seconds
 
 Row = tuple[str, ...]
 
@@ -184,11 +186,24 @@ def _roofline(plan: Plan) -> Section:
     ]
     notes = [
         f"At the bound {plan.tokens_per_second:,.0f} tokens a second in all.",
+        whole_run(plan.config, plan.target.num_devices, clock),
         "A bound, not a measurement. Assumptions:",
         *ASSUMPTIONS,
         f"chip: {chip.source}",
     ]
     return Section("Least time of a step, ms", ("", "ms", ""), rows, notes)
+
+
+def whole_run(config: ExperimentConfig, num_devices: int, clock: Times) -> str:
+    """What all steps of a run come to, in time and hours of devices."""
+    least, most = (config.steps * seconds for seconds in (clock.bound, clock.serial))
+    tokens = config.steps * config.data.batch_size * config.data.seq_len
+    hours = (seconds * num_devices / 3600 for seconds in (least, most))
+    said = " to ".join(f"{one:,.0f}" if one >= 100 else f"{one:.2g}" for one in hours)
+    return (
+        f"All {config.steps:,} steps, of {tokens / 1e9:,.3g}B tokens: {format_seconds(least)} with all of it overlapped to "
+        f"{format_seconds(most)} with nothing, {said} device-hours; validation, checkpoints and restarts come on top."
+    )
 
 
 def _warnings(plan: Plan) -> Section:

@@ -20,8 +20,7 @@ from plait.train.run_folder.lines import METRICS, read_lines, strict
 from plait.train.run_folder.owner import Record, last_owner
 from plait.train.sweep.runs import Run
 
-CLAIMS, RUNS = "claims", "runs"
-_OUTCOME = "outcome.json"
+CLAIMS, RUNS, OUTCOME = "claims", "runs", "outcome.json"
 
 Status = Literal["queued", "running", "interrupted", "failed", "stopped", "pruned", "done"]
 """`interrupted` has no worker and goes on from its checkpoint; `failed` is tried again by the same command; an event ended what is
@@ -63,13 +62,13 @@ def run_folder(folder: Path, run: Run) -> Path:
 
 def outcome(folder: Path, run: Run) -> Outcome | None:
     """How the run ended the last time; None where it has not."""
-    path = claim(folder, run) / _OUTCOME
+    path = claim(folder, run) / OUTCOME
     return codec.load(Outcome, path) if path.exists() else None
 
 
 def write_outcome(folder: Path, run: Run, found: Outcome) -> None:
     """Says how the run ended. To be called by its owner."""
-    write_atomically(claim(folder, run) / _OUTCOME, json.dumps(strict(codec.encode(found)), indent=1) + "\n")
+    write_atomically(claim(folder, run) / OUTCOME, json.dumps(strict(codec.encode(found)), indent=1) + "\n")
 
 
 def failures(folder: Path, runs: Sequence[Run]) -> dict[str, int]:

@@ -20,6 +20,7 @@ from plait.train.sweep.record import Sweep, read
 from plait.train.sweep.runs import Run
 from plait.train.sweep.workers import claims
 from plait.train.sweep.workers.devices import Share
+from plait.train.sweep.workers.news import News
 
 log = logging.getLogger("plait")
 
@@ -65,12 +66,15 @@ def run_workers(folder: Path, sweep: Sweep, shares: Sequence[Share]) -> int:
     deaths: collections.Counter[str] = collections.Counter()
     statuses: list[int] = []
     failures = claims.failures(folder, sweep.runs)
+    news = News(folder, sweep.planned) if len(shares) > 1 else None
     with Signals() as signals:
         workers = [_Worker(folder, number, shares, failures) for number in range(len(shares))]
         try:
             while workers:
                 signals.children = workers
                 time.sleep(_POLL_SECONDS)
+                if news is not None:
+                    news.look()
                 for worker in list(workers):
                     status = worker.process.poll()
                     if signals.killed:

@@ -29,7 +29,7 @@ from plait.train.pods.plan.compiled.hlo import Instruction
 from plait.train.pods.plan.flops import layer_flops, step_flops
 from plait.train.pods.plan.memory import estimated_memory, state_bytes
 from plait.train.pods.plan.planning import make_plan
-from plait.train.pods.plan.report import headline, sections
+from plait.train.pods.plan.report import headline, sections, whole_run
 from plait.train.pods.plan.roofline import Route, route, times
 from plait.train.pods.plan.search import estimated_collectives
 from plait.train.pods.plan.step_plan import check_batch
@@ -140,6 +140,15 @@ def test_the_bound_is_the_slowest_part():
     clock = times(CHIPS["v5e"], hardware_flops=197e12, model_flops=98.5e12, traffic=819e9 / 2, exchange=0.25)
     assert (clock.compute, clock.memory, clock.bound, clock.serial) == (1.0, 0.5, 1.0, 1.75)
     assert (clock.limited_by, clock.mfu) == ("compute", 0.5)
+
+
+def test_a_whole_run_in_time_and_hours_of_devices():
+    clock = times(CHIPS["v5e"], hardware_flops=197e12, model_flops=0, traffic=2 * 819e9, exchange=1)
+    config = tiny({"steps": 36_000, "data.batch_size": 512, "data.seq_len": 2048})
+    said = whole_run(config, 256, clock)  # 2 s a step at the bound and 4 s in turn
+    assert said.startswith(
+        "All 36,000 steps, of 37.7B tokens: 20h 00m with all of it overlapped to 1d 16h with nothing, 5,120 to 10,240 "
+    )
 
 
 @pytest.mark.parametrize("remat", [None, "dots", "full"])

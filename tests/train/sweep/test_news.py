@@ -1,0 +1,27 @@
+"""What is said of the runs of several workers."""
+
+import logging
+
+from plait.tests.train.sweep.common import small
+from plait.train.sweep.workers import claims, news
+from plait.train.sweep.workers.claims import Outcome
+from plait.train.sweep.workers.news import News
+
+
+def test_each_run_that_ends_is_told_once_with_how_many_are_left(tmp_path, corpus, monkeypatch, caplog):
+    sweep = small(tmp_path, corpus, "--seed=0,1,2,3")
+    first, second, third, _ = sweep.runs
+    monkeypatch.setattr(news, "EVERY_SECONDS", 0.0)
+    claims.write_outcome(tmp_path, first, Outcome(status="done"))  # of an earlier session
+    told = News(tmp_path, sweep.planned)
+    with caplog.at_level(logging.INFO, logger="plait"):
+        told.look()
+        claims.write_outcome(tmp_path, second, Outcome(status="failed", error="x"))
+        claims.write_outcome(tmp_path, third, Outcome(status="done"))
+        told.look()
+        told.look()
+        claims.write_outcome(tmp_path, second, Outcome(status="done"))
+        told.look()
+    lines = [line.split(", left")[0] for line in caplog.messages]
+    assert sorted(lines[:2]) == sorted([f"{second.name} is failed: 1 of 4 are over", f"{third.name} is done: 2 of 4 are over"])
+    assert lines[2:] == [f"{second.name} is done: 3 of 4 are over"]

@@ -1,0 +1,50 @@
+"""What several workers have come to, for those who wait: each worker's own words go into a file."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+
+from plait.train.sweep.workers import claims
+from plait.train.terminal.progress import format_seconds
+
+log = logging.getLogger("plait")
+
+EVERY_SECONDS = 2.0
+
+
+class News:
+    """Says of each run that ends how it did, how many there still are, and when they may be done at the pace since the start."""
+
+    def __init__(self, folder: Path, planned: int):
+        self._folder, self._planned = folder, planned
+        self._start = self._last = time.monotonic()
+        self._known: dict[Path, int] = {}
+        self._over = {path.parent.name for path, status in self._new() if status in claims.OVER}
+        self._ended = 0
+
+    def look(self) -> None:
+        """Says what is new, where the last look is long enough ago."""
+        now = time.monotonic()
+        if now - self._last < EVERY_SECONDS:
+            return
+        self._last = now
+        for path, status in self._new():
+            self._ended += 1
+            if status in claims.OVER:
+                self._over.add(path.parent.name)
+            left = self._planned - len(self._over)
+            pace = f", left about {format_seconds((now - self._start) / self._ended * left)}" if left else ""
+            log.info("%s is %s: %d of %d are over%s", path.parent.name, status, len(self._over), self._planned, pace)
+
+    def _new(self) -> list[tuple[Path, str]]:
+        """Outcomes that were written since the last time."""
+        found = []
+        for path in sorted((self._folder / claims.CLAIMS).glob(f"*/{claims.OUTCOME}")):
+            changed = path.stat().st_mtime_ns
+            if self._known.get(path) != changed:
+                self._known[path] = changed
+                found.append((path, json.loads(path.read_text())["status"]))
+        return found
