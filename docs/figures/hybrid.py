@@ -59,7 +59,9 @@ def main(folders: list[Path]) -> None:
                 less = difference(one, full)
                 values = " ".join(f"{value:.3f}" for _, value in sorted(one.values.items()))
                 print(metric, *place, values, f"{one.estimate.mean:.3f}", f"less softmax {less.mean:+.3f} +- {less.half:.3f}")
-        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=7, frameon=False)
+        figure.legend(
+            *figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4 * len(folders), frameon=False
+        )
         figure.savefig(OUT, dpi=110)
     print(OUT)
 
