@@ -52,7 +52,10 @@ class MQARTask(GeneratedTask):
                 f"use {length // 4} or less, or data.seq_len={4 * self.num_kv_pairs} or more"
             )
         if self.vocab_size <= length:
-            raise ValueError(f"vocab_size={self.vocab_size} must be above data.seq_len={length}; use {length + 1} or more")
+            raise ValueError(
+                f"vocab_size={self.vocab_size} must be above data.seq_len={length}; "
+                f"use {length + 1} or more, or data.seq_len={(self.vocab_size - 1) // 2 * 2} or less"
+            )
 
     def generate(self, draws: Draws, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
         n, half = self.num_kv_pairs, self.vocab_size // 2

@@ -102,7 +102,11 @@ def test_filler_is_any_id(tmp_path):
     [
         ({"num_kv_pairs": 17}, 64, r"data\.task\.num_kv_pairs=17 must be at most a quarter of data\.seq_len=64; use 16 or less"),
         ({}, 63, r"data\.task\.num_kv_pairs=4 needs rows of an even length, not data\.seq_len=63; use 64"),
-        ({"vocab_size": 64}, 64, r"data\.task\.vocab_size=64 must be above data\.seq_len=64; use 65"),
+        (
+            {"vocab_size": 64},
+            64,
+            r"data\.task\.vocab_size=64 must be above data\.seq_len=64; use 65 or more, or data\.seq_len=62 or less",
+        ),
         ({"num_kv_pairs": 0}, 64, r"mqar\.num_kv_pairs=0 must be a whole number from 1"),
         ({"vocab_size": -3}, 64, r"mqar\.vocab_size=-3 must be a whole number from 1"),
         ({"power_a": 0.0}, 64, r"mqar\.power_a=0\.0 must be a finite number above 0"),
