@@ -28,16 +28,15 @@ class GlitchesSweep(SweepConfig):
     """Which task."""
 
     def rows(self) -> Rows:
+        if self.on == "induction":
+            depths = [
+                product((_one_head(name),), each("model.num_layers", *layers))
+                for name, layers in (("softmax", (1, 2)), ("kv_shift", (1,)))
+            ]
+            retnet = product(({"model.pattern": "retnet"},), each("model.num_layers", 1, 2))
+            return product(({**RECALL, "probe_every": 25, "eval_every": 25, "checkpoint_every": None},), chain(*depths, retnet))
         told = {"probe_every": 100, "eval_every": 100, "checkpoint_every": None, "data.task.val_rows": 512, "data.batch_size": 32}
         training = {"optimizer.learning_rate": 3e-3, "optimizer.warmup_steps": 50, "model.d_model": 64, **told}
-        if self.on == "induction":
-            told = {"probe_every": 25, "eval_every": 25, "checkpoint_every": None}
-            heads = {"model.mixers.softmax.num_heads": 1, "model.mixers.softmax.head_dim": 64, **THETA}
-            softmax = product(({"model.pattern": "softmax", **heads},), each("model.num_layers", 1, 2))
-            retnet = product(({"model.pattern": "retnet"},), each("model.num_layers", 1, 2))
-            shifted = {"model.pattern": "kv_shift", "model.num_layers": 1}
-            arms = chain(softmax, retnet, (shifted,))
-            return product(({**RECALL, **told},), arms)
         arms = chain(
             each("model.pattern", "softmax", "gla", "gated_deltanet"),
             ({"model.pattern": "hgrn2", "model.mixers.hgrn2.head_dim": 16},),
@@ -51,3 +50,9 @@ class GlitchesSweep(SweepConfig):
             ),
         )
         return product(({"data.task": "flip_flop", "data.seq_len": 128, "steps": 1000, **training},), arms)
+
+
+def _one_head(name: str) -> dict[str, object]:
+    """One attention head as wide as the model, with positions for short rows."""
+    options = {"num_heads": 1, "head_dim": RECALL["model.d_model"], "positions.theta": THETA}
+    return {"model.pattern": name, **{f"model.mixers.{name}.{key}": value for key, value in options.items()}}

@@ -29,7 +29,7 @@ TIGHT: dict[str, dict[str, Any]] = {
     "softmax": {"num_heads": 1, "head_dim": 64},
     "neighborhood": {"num_heads": 1, "head_dim": 64},
 }
-"""Those at a width of 64, with states of 256 numbers (HGRN's 64), which four pairs do not fit with ease."""
+"""Those at a width of 64, with states of 256 numbers a layer (HGRN's 64), and short convolutions where a mixer has them."""
 RECALL = {
     "model.d_model": 64,
     "data.task": "mqar",
@@ -44,8 +44,8 @@ RECALL = {
     "optimizer.warmup_steps": 50,
     "optimizer.schedule": "wsd",
 }
-THETA = {"model.mixers.softmax.positions.theta": 100.0}
-"""In rows of 16 tokens the usual base turns most channels by nothing, and a head finds the token before later."""
+THETA = 100.0
+"""Base of rotary positions: in rows of 16 tokens the usual base turns most channels by nothing, and a head finds the token before later."""
 LINEAR = tuple(name for name in SMALL if name != "softmax")
 
 
@@ -70,17 +70,17 @@ class HybridSweep(SweepConfig):
 
     def rows(self) -> Rows:
         told = {"model.num_layers": 4, "probe_every": None, "checkpoint_every": None}
+        turned = {} if self.on == "text" else {"model.mixers.softmax.positions.theta": THETA}
         if self.on == "windows":
             windows = product(
                 (_pattern("neighborhood*3,softmax", TIGHT),), each("model.mixers.neighborhood.window_size", 2, 4, 8, 16)
             )
             arms = chain(windows, (_pattern("gated_deltanet*3,softmax", TIGHT),))
-            positions = chain((THETA,), each("model.mixers.softmax.positions", None))
+            positions = chain((turned,), each("model.mixers.softmax.positions", None))
             return product(({**told, **RECALL, "eval_every": 25},), arms, positions)
         trained, sizes = ({"steps": 300, "eval_batches": 16}, SMALL) if self.on == "text" else (RECALL, TIGHT)
         ratios = ("{}", "{}*3,softmax", "{},softmax", "{},softmax*3")
         patterns = (*(ratio.format(name) for name in LINEAR for ratio in ratios), "softmax")
-        turned = THETA if self.on == "recall" else {}
         models = tuple({**_pattern(one, sizes), **(turned if "softmax" in one else {})} for one in patterns)
         return product(({**told, **trained, "eval_every": 100},), models)
 

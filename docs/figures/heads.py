@@ -23,13 +23,15 @@ PATTERN = "model.pattern"
 
 def named(arm: Arm) -> str:
     """An arm in words."""
-    pattern, keys = arm.keys[PATTERN], next(iter(arm.runs.values())).config.model.mixers[arm.keys[PATTERN]]
+    model, pattern = next(iter(arm.runs.values())).config.model, arm.keys[PATTERN]
+    mixer = model.mixers[pattern]
     if not pattern.startswith("moh+"):
-        return f"{pattern}, {keys.num_heads} heads of {64 // keys.num_heads if pattern == 'gla' else keys.head_dim}"
-    name = pattern.removeprefix("moh+")
-    if keys.experts == "all_but_one":
-        return f"{name}, all but one of 8 mixed"
-    return f"{name}, {keys.num_shared_heads + keys.top_k} of 8 active"
+        width = mixer.head_dim if pattern == "softmax" else model.d_model // mixer.num_heads
+        return f"{pattern}, {mixer.num_heads} heads of {width}"
+    name, every = pattern.removeprefix("moh+"), mixer.mixer.num_heads
+    if mixer.experts == "all_but_one":
+        return f"{name}, all but one of {every} mixed"
+    return f"{name}, {mixer.num_shared_heads + mixer.top_k} of {every} active"
 
 
 def main(folder: Path) -> None:

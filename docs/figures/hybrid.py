@@ -5,6 +5,7 @@ python docs/figures/hybrid.py sweeps/hybrid sweeps/recall
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -59,6 +60,16 @@ def main(folders: list[Path]) -> None:
                 less = difference(one, full)
                 values = " ".join(f"{value:.3f}" for _, value in sorted(one.values.items()))
                 print(metric, *place, values, f"{one.estimate.mean:.3f}", f"less softmax {less.mean:+.3f} +- {less.half:.3f}")
+            for name in names:
+                ratios = [one for (of, _), one in sorted(found.items()) if of == name]
+                pairs = [difference(*pair) for pair in itertools.permutations(ratios, 2)]
+                largest = max(pairs, key=lambda one: one.mean)
+                apart = sum(one.mean > one.half for one in pairs)
+                print(
+                    metric,
+                    name,
+                    f"between ratios {largest.mean:.3f} +- {largest.half:.3f}, {apart} of {len(pairs) // 2} without 0",
+                )
         figure.legend(
             *figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4 * len(folders), frameon=False
         )
