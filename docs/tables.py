@@ -31,6 +31,7 @@ from plait.data.config import DataConfig
 from plait.kernels import registered
 from plait.models.attention_losses import AttentionLossConfig
 from plait.models.config import LMConfig
+from plait.models.dropout import DropoutConfig
 from plait.models.layers.layer_inputs import LayerInputsConfig
 from plait.models.layers.lora import LoRAConfig
 from plait.models.mixers.base import WrapperConfig
@@ -200,6 +201,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "optimizer": lambda: options(OptimizerConfig, "optimizer."),
     "mesh": lambda: options(MeshConfig, "mesh."),
     "attention_loss": lambda: options(AttentionLossConfig, "model.attention-loss."),
+    "dropout": lambda: options(DropoutConfig, "model.dropout."),
     "qk_clip": lambda: options(QKClipConfig, "model.qk-clip."),
     "lora": lambda: options(LoRAConfig, "model.lora."),
     "layer_inputs": lambda: options(LayerInputsConfig, "model.layer-inputs."),

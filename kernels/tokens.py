@@ -34,6 +34,8 @@ class Tokens:
 
     predicted: Any = None
     """bool: of which the target counts in the loss; None where no probe asks. No op reads it."""
+    noise: Any = None
+    """uint32, drawn anew in each training step of a model that leaves something out at random; None elsewhere. No op reads it."""
 
     def placed(self, batch: int, length: int) -> Tokens:
         """The same with `segment_ids` and `positions` filled in, for [batch, length] tokens."""

@@ -15,10 +15,11 @@ from plait.models.attention_losses import AttentionLossConfig, attention_losses
 from plait.models.axes import BATCH, LENGTH, constrain
 from plait.models.build import BuildContext, Norm
 from plait.models.channel_mixers.base import ChannelMixerConfig, MixedChannels
+from plait.models.dropout import Dropout, DropoutConfig
 from plait.models.layers.layer_inputs import LayerGate, LayerInputsConfig
 from plait.models.layers.norms import AnyNorm, make_norm
 from plait.models.looks.look import Look, Observer, Statistics, look
-from plait.models.looks.taps import everything, tapped
+from plait.models.looks.taps import everything, keeping, tapped
 from plait.models.mixers.base import Losses, Mixed, MixerConfig, State
 from plait.models.qk_clip import QKClipConfig
 from plait.models.stream import Carry, Stream
@@ -81,11 +82,13 @@ class Block(nnx.Module):
         layer_inputs: LayerInputsConfig,
         qk_clip: QKClipConfig,
         attention_loss: AttentionLossConfig,
+        dropout: DropoutConfig,
     ):
         """Args: `name` is that of the mixer in the pattern; the others are options of `LMConfig`."""
         self.norm, self.parallel, self.residual_scale, self.stream_scale = norm, parallel, residual_scale, stream_scale
         self.qk_clip, self.attention_loss = qk_clip, attention_loss
         self.scope = layer_scope(name)
+        self.dropout = Dropout(dropout, ctx) if dropout.asked else None
         self.mixer = mixer.build(d_model, ctx)
         self.channel_mixer = None if channel_mixer is None else channel_mixer.build(d_model, ctx)
         make = lambda wanted: make_norm(ctx, d_model, eps=norm_eps) if wanted else None
@@ -103,15 +106,18 @@ class Block(nnx.Module):
         clips = self.qk_clip.threshold is not None
         looked_at = clips or bool(self.attention_loss.asked)
         watching = everything(observer) if looked_at else observer
+        dropped = (lambda y, half: y) if self.dropout is None else lambda y, half: self.dropout(y, at, half)
+        kept = None if self.dropout is None else self.dropout.kept_heads(self.mixer.num_heads, at)
+        shown = watching if kept is None else keeping(watching, kept)
 
         def mix(x: jax.Array, carry: Carry) -> tuple[jax.Array, Carry, Mixed]:
-            mixed = self.mixer(x, at=at, carry=carry, observer=watching)
-            return mixed.y, mixed.carry, mixed
+            mixed = self.mixer(x, at=at, carry=carry, observer=shown)
+            return dropped(mixed.y, 0), mixed.carry, mixed
 
         def mix_channels(x: jax.Array) -> tuple[jax.Array, MixedChannels]:
             assert self.channel_mixer is not None
             channels = self.channel_mixer(x, at=at)
-            return channels.y, channels
+            return dropped(channels.y, 1), channels
 
         stream, mixed, channels = self._through(stream, mix, mix_channels)
         channels = MixedChannels(stream.x) if channels is None else channels  # nothing beside it

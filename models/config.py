@@ -12,9 +12,10 @@ from plait.models.attention_losses import AttentionLossConfig
 from plait.models.build import Norm, NormKind, SigmaReparam
 from plait.models.channel_mixers.base import ChannelMixerConfig
 from plait.models.channel_mixers.gated_mlp import GatedMLPConfig
+from plait.models.dropout import DropoutConfig
 from plait.models.layers.layer_inputs import LayerInputsConfig
 from plait.models.layers.lora import LoRAConfig
-from plait.models.mixers.base import MIXERS, Direction, MixerConfig, WrapperConfig
+from plait.models.mixers.base import MIXERS, Direction, MixerConfig, WrapperConfig, abstract
 from plait.models.pattern import Periods, expand_pattern, find_periods, pattern_names, split_name
 from plait.models.positions.base import PositionConfig
 from plait.models.qk_clip import QKClipConfig
@@ -110,6 +111,7 @@ class LMConfig(Config):
     lora: LoRAConfig = LoRAConfig()
     qk_clip: QKClipConfig = QKClipConfig()
     attention_loss: AttentionLossConfig = AttentionLossConfig()
+    dropout: DropoutConfig = DropoutConfig()
     remat: Literal["full", "dots"] | None = None
     """What the backward pass recomputes: all of a period, or all but its weight products; None keeps everything."""
     param_dtype: Dtype = "float32"
@@ -161,6 +163,8 @@ class LMConfig(Config):
             )
         if self.qk_clip.threshold is not None:
             self._check_clipped()
+        if self.dropout.heads is not None:
+            self._check_masked(self.dropout.heads)
         for name in dict.fromkeys(layers):
             one = self.channel_mixer_of(name)
             if one is not None and one.own_norm and self.norm_of(name) not in ("pre", "both"):
@@ -190,6 +194,15 @@ class LMConfig(Config):
         if None not in reasons.values():
             found = "; ".join(f"mixers.{name} {reason}" for name, reason in reasons.items())
             raise ValueError(f"{what} finds no layer whose logits it could clip: {found}; leave it out")
+
+    def _check_masked(self, heads: int) -> None:
+        counts = {name: sum(abstract(mixer, self.d_model).projected) for name, mixer in self.mixers.items()}
+        if all(count <= heads for count in counts.values()):
+            found = ", ".join(f"mixers.{name} has {count}" for name, count in counts.items())
+            raise ValueError(
+                f"dropout.heads={heads} must be fewer than the heads with an output of their own of some layer, and {found}; use fewer, "
+                "or leave it out"
+            )
 
     def open_keys(self) -> Mapping[str, tuple[str, ...]]:
         return {"channel_mixers": tuple(name for name in pattern_names(self.pattern) if name not in self.channel_mixers)}

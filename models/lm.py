@@ -17,6 +17,7 @@ from plait.models.axes import BATCH, EMBED, LENGTH, VOCAB, constrain
 from plait.models.block import Extras
 from plait.models.build import BuildContext, Keys, Moved
 from plait.models.config import LMConfig
+from plait.models.dropout import Dropout
 from plait.models.layers.layer_inputs import LAYER_INPUTS, LayerInputs
 from plait.models.layers.linear import Dense, dense_layers, start_singular_vectors
 from plait.models.layers.lora import LoRAConfig
@@ -62,6 +63,7 @@ class LM(nnx.Module):
         positions = config.positions
         self.positions = None if positions is None else under("model.positions", positions.build, ctx, config.d_model, 1)
         self.embedding_norm = make_norm(ctx, config.d_model, eps=config.norm_eps) if config.embedding_norm else None
+        self.dropout = Dropout(config.dropout, ctx) if config.dropout.asked else None
         self.shared = shared_modules(config, ctx)
         inputs = config.layer_inputs
         self.layer_inputs = None if inputs.dim is None else LayerInputs(inputs, config, ctx, embed_init)
@@ -124,7 +126,8 @@ class LM(nnx.Module):
         carry = {name: for_rows(module()) for name, module in self.shared.items()}
         if inputs is not None:
             carry[LAYER_INPUTS] = inputs
-        return Stream(x if self.embedding_norm is None else self.embedding_norm(x), carry)
+        x = x if self.embedding_norm is None else self.embedding_norm(x)
+        return Stream(x if self.dropout is None else self.dropout(x, at), carry)
 
     def _final(self, stream: Stream) -> jax.Array:
         x = stream.x if self.norm is None else self.norm(stream.x)

@@ -55,6 +55,7 @@ class Stack(nnx.Module):
                 stream_gains=config.stream_gains,
                 qk_clip=config.qk_clip,
                 attention_loss=config.attention_loss,
+                dropout=config.dropout,
                 layer_scalar=config.layer_scalars,
                 layer_inputs=config.layer_inputs,
             )

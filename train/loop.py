@@ -246,7 +246,7 @@ class _Loop:
             controls = self._controls(step + 1, self.iterator.step)
             with self.clock.waiting("data"):
                 batch = next(self.iterator)
-            state, metrics = self.programs[probing](state, self.setup.layout.place(batch), **controls)
+            state, metrics = self.programs[probing](state, self.setup.layout.place(batch), **self.setup.controls, **controls)
             step += 1
             self.dispatched = step
             self._read(pending)

@@ -21,9 +21,11 @@ def tokens_of(batch: Batch) -> Tokens:
     return Tokens(batch.tokens, batch.segment_ids, batch.positions)
 
 
-def token_losses(model: LM, batch: Batch, observer: Observer | None = None) -> tuple[jax.Array, jax.Array, list[Extras]]:
+def token_losses(
+    model: LM, batch: Batch, observer: Observer | None = None, noise: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array, list[Extras]]:
     """Negative log-likelihood in nats and log-normaliser of each token, `[B, T]` float32 (0 off the loss mask), and the layers' extras."""
-    at = tokens_of(batch)
+    at = dataclasses.replace(tokens_of(batch), noise=noise)
     if observer is not None:
         at = dataclasses.replace(at, predicted=batch.loss_mask > 0)
     hidden, extras = model.hidden(at, observer=observer)
@@ -39,7 +41,14 @@ def hidden_losses(model: LM, hidden: jax.Array, batch: Batch) -> tuple[jax.Array
 
 
 def loss_terms(
-    model: LM, batch: Batch, *, total: jax.Array, share: float, observer: Observer | None, by_row: bool = False
+    model: LM,
+    batch: Batch,
+    *,
+    total: jax.Array,
+    share: float,
+    observer: Observer | None,
+    by_row: bool = False,
+    noise: jax.Array | None = None,
 ) -> tuple[jax.Array, dict]:
     """This micro-batch's part of the step's loss, and its named parts.
 
@@ -47,13 +56,14 @@ def loss_terms(
         total: number of predicted tokens in the whole step, so that the parts of all micro-batches add up to the mean.
         share: this micro-batch's share of the step, for losses that are means over layers.
         observer: to whom the layers show themselves, or None.
+        noise: that of the tokens, uint32 `[B, T]`, where the model leaves something out at random.
         by_row: also gives `"rows"`: negative log-likelihood and number of predicted tokens of each row, float32 `[B, 2]`.
 
     Returns:
         The loss and `{"losses", "extras"}`: its parts by name, `train` for the cross-entropy alone, `z` (arXiv 2204.02311 section 5) and the
         layers' auxiliary losses, each the mean over the layers that have it.
     """
-    nll, lse, extras = token_losses(model, batch, observer)
+    nll, lse, extras = token_losses(model, batch, observer, noise)
     mask = batch.loss_mask.astype(jnp.float32)
     losses = {"train": (nll * mask).sum() / total}
     if model.config.z_loss is not None:

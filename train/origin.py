@@ -38,7 +38,17 @@ from plait.train.state import Arrays, Blueprint, TrainState, begin_with
 
 log = logging.getLogger("plait")
 
-_SAME_FUNCTION = ("z_loss", "remat", "param_dtype", "compute_dtype", "sigma_reparam", "lora", "qk_clip", "attention_loss")
+_SAME_FUNCTION = (
+    "z_loss",
+    "remat",
+    "param_dtype",
+    "compute_dtype",
+    "sigma_reparam",
+    "lora",
+    "qk_clip",
+    "attention_loss",
+    "dropout",
+)
 """Fields of a model that say nothing of the function that its weights are, or in which they can be rewritten."""
 _MOST = 6
 """Differences that an error lists."""

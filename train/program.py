@@ -69,6 +69,11 @@ class Program:
         return jax.jit(create, out_shardings=self.shardings).lower(self._seed)
 
     @property
+    def controls(self) -> dict[str, np.uint32]:
+        """What every step takes beside state and batch."""
+        return {"seed": self._seed} if self.config.model.dropout.asked else {}
+
+    @property
     def _seed(self) -> np.uint32:
         return np.uint32(self.config.seed)
 
@@ -89,7 +94,7 @@ class Program:
         Args:
             observer: lowers the step that also returns its statistics.
             generation: what the kernels are traced for, a name of `plait.kernels.chips.CHIPS`; None for what is at hand.
-            controls: like what the step takes beside state and batch.
+            controls: like what else the step takes beside state and batch.
 
         Raises:
             ValueError: the generation is unknown.
@@ -99,4 +104,6 @@ class Program:
         everywhere = NamedSharding(self.mesh, PartitionSpec())
         step = make_step(self.blueprint, self.tx, self.mesh, observer)
         with contextlib.nullcontext() if generation is None else target(generation):
-            return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, everywhere)).lower(self.like, batch, **controls)
+            return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, everywhere)).lower(
+                self.like, batch, **self.controls, **controls
+            )

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from plait.data.batch import Batch
+from plait.models.axes import BATCH, LENGTH, constrain
 from plait.models.block import Extras, over_microbatches
 from plait.models.config import LMConfig
 from plait.models.layers.linear import power_iterate
@@ -32,8 +33,8 @@ def make_step(blueprint: Blueprint, tx: optax.GradientTransformation, mesh: jax.
 
     Metrics are scalars by name, and with `observer` also `"statistics"`, those of each layer. A step whose loss, gradient or
     update is not finite changes nothing but the counts of such steps; so does one whose loss or gradient norm is above `bounds`, float32 [2].
-    The learning rate is `rate` times the schedule's. With `sources`, the number of each row's source in a mixture, int32 [B], metrics have
-    `"sources"`: the sums of `sums_by_source`.
+    The learning rate is `rate` times the schedule's. With `seed`, uint32, the step leaves out what `model.dropout` says. With `sources`, the
+    number of each row's source in a mixture, int32 [B], metrics have `"sources"`: the sums of `sums_by_source`.
     """
     config = blueprint.config
     schedule = make_schedule(config.optimizer, config.steps, config.optimizer.learning_rate)
@@ -48,21 +49,26 @@ def make_step(blueprint: Blueprint, tx: optax.GradientTransformation, mesh: jax.
         bounds: jax.Array | None = None,
         rate: jax.Array | None = None,
         sources: jax.Array | None = None,
+        seed: jax.Array | None = None,
     ) -> tuple[TrainState, Metrics]:
         with on_mesh(mesh, config.optimizer.accumulate):
             buffers = state.buffers if blueprint.alone else _move_singular_vectors(blueprint, state)
             total = jnp.maximum(batch.loss_mask.astype(jnp.float32).sum(), 1.0)
 
-            def loss(variables, batch):
-                params, taps = variables
+            noise = None if seed is None else _noise(seed, state.step, batch.tokens.shape)
+
+            def loss(variables, given):
+                (params, taps), (batch, noise) = variables, given
                 seer = None if observer is None else Tapped(observer, taps)
                 model, by_row = blueprint.build(params, buffers), sources is not None
-                return loss_terms(model, batch, total=total, share=1 / parts, observer=seer, by_row=by_row)
+                return loss_terms(model, batch, total=total, share=1 / parts, observer=seer, by_row=by_row, noise=noise)
 
             # A pipeline adds up its micro-batches' gradients in what it is given.
             params = float32(state.params) if piped else state.params
             taps = () if observer is None else observer.taps(_heads(config.model))
-            (grads, told), (value, terms) = _accumulate(jax.value_and_grad(loss, has_aux=True), (params, taps), batch, parts)
+            (grads, told), (value, terms) = _accumulate(
+                jax.value_and_grad(loss, has_aux=True), (params, taps), (batch, noise), parts
+            )
             if not blueprint.alone:
                 buffers = _settle(blueprint, state.params, buffers, terms["extras"])
         if config.mesh.offload is not None:
@@ -114,6 +120,12 @@ def make_step(blueprint: Blueprint, tx: optax.GradientTransformation, mesh: jax.
     return step
 
 
+def _noise(seed: jax.Array, step: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Of each token, uint32 `[B, T]`."""
+    here = (BATCH, LENGTH)
+    return constrain(jax.random.bits(jax.random.fold_in(jax.random.key(seed), step), shape, jnp.uint32), here)
+
+
 def _looked_at(rows: jax.Array, observer: Probes, parts: int) -> jax.Array:
     """Of `[B]`, one for each row of a batch, those of the sequences that an observer looks at: of the last of `parts` micro-batches, as
     `_accumulate` and the pipeline cut them."""
@@ -154,8 +166,9 @@ def _clip_logits(
     return blueprint.split(model)[0]
 
 
-def _accumulate(grad: Callable, variables: Any, batch: Batch, parts: int) -> tuple[Any, tuple]:
-    """Gradients and loss terms summed over `parts` micro-batches, in float32; extras as `over_microbatches` says."""
+def _accumulate(grad: Callable, variables: Any, batch: Any, parts: int) -> tuple[Any, tuple]:
+    """Gradients and loss terms summed over `parts` micro-batches of `batch`, arrays `[B, ...]`, in float32; extras as `over_microbatches`
+    says."""
     if parts == 1:
         (value, terms), grads = grad(variables, batch)
         return grads, (value, terms)

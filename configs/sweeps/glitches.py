@@ -13,13 +13,13 @@ from plait.configs.sweeps.rows import Rows, chain, each, product
 @SWEEPS.register("glitches", source="Exposing Attention Glitches with Flip-Flop Language Modeling (2306.00946)")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GlitchesSweep(SweepConfig):
-    """Flip-flop glitches by mixer, weight decay, QK-norm and sharpening; or induction (MQAR), by mixer and depth, with shifted keys and values.
+    """Flip-flop glitches by mixer and by what regularises them; or induction (MQAR), by mixer and depth, with shifted keys and values.
 
     Claimed: recurrent models read the last bit without error, and attention glitches now and then, by seed, whatever regularises it
-    (2306.00946, whose dropout is not there); one layer cannot tell what followed a token unless its keys and values hold the token before
+    (2306.00946); one layer cannot tell what followed a token unless its keys and values hold the token before
     (2411.19574). With other gaps: `python launch.py eval RUN --tasks flip_flop --flip-flop.ignore 0.98`.
 
-    Command: `python launch.py sweep glitches --out sweeps/glitches`, 27 runs, and with `--on induction`, into another folder, 15 runs.
+    Command: `python launch.py sweep glitches --out sweeps/glitches`, 33 runs, and with `--on induction`, into another folder, 15 runs.
     """
 
     seeds: Seeds | None = 3
@@ -46,6 +46,7 @@ class GlitchesSweep(SweepConfig):
                     each("optimizer.weight_decay", 0.0, 0.5),
                     each("model.mixers.softmax.qk_norm", True),
                     each("model.attention_loss.sharpness", 0.01, 0.1),
+                    each("model.dropout.rate", 0.1, 0.3),
                 ),
             ),
         )

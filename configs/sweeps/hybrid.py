@@ -73,20 +73,20 @@ class HybridSweep(SweepConfig):
         turned = {} if self.on == "text" else {"model.mixers.softmax.positions.theta": THETA}
         if self.on == "windows":
             windows = product(
-                (_pattern("neighborhood*3,softmax", TIGHT),), each("model.mixers.neighborhood.window_size", 2, 4, 8, 16)
+                (with_sizes("neighborhood*3,softmax", TIGHT),), each("model.mixers.neighborhood.window_size", 2, 4, 8, 16)
             )
-            arms = chain(windows, (_pattern("gated_deltanet*3,softmax", TIGHT),))
+            arms = chain(windows, (with_sizes("gated_deltanet*3,softmax", TIGHT),))
             positions = chain((turned,), each("model.mixers.softmax.positions", None))
             return product(({**told, **RECALL, "eval_every": 25},), arms, positions)
         trained, sizes = ({"steps": 300, "eval_batches": 16}, SMALL) if self.on == "text" else (RECALL, TIGHT)
         ratios = ("{}", "{}*3,softmax", "{},softmax", "{},softmax*3")
         patterns = (*(ratio.format(name) for name in LINEAR for ratio in ratios), "softmax")
-        models = tuple({**_pattern(one, sizes), **(turned if "softmax" in one else {})} for one in patterns)
+        models = tuple({**with_sizes(one, sizes), **(turned if "softmax" in one else {})} for one in patterns)
         return product(({**told, **trained, "eval_every": 100},), models)
 
 
-def _pattern(pattern: str, sizes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """A row's pattern, and the options of its mixers."""
+def with_sizes(pattern: str, sizes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """A pattern, and the options of its mixers as `sizes` has them."""
     names = sorted({group.partition("*")[0] for group in pattern.split(",")})
     options = {f"model.mixers.{name}.{key}": value for name in names for key, value in sizes[name].items()}
     return {"model.pattern": pattern, **options}

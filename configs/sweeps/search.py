@@ -3,7 +3,7 @@
 {"optimizer.learning_rate": Between(1e-4, 1e-1, log=True), "model.pattern[0]": Choice(("gla", "softmax")), "steps": 300}
 
 A key with a place, as `model.pattern[2]`, is one part of a value, whose parts are joined by commas. What is no dimension is the same in all
-trials.
+trials; an option of a mixer, as `model.mixers.gla.num_heads`, is one of those trials whose `model.pattern` has come to name it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from typing import Annotated, Any, Literal
 from plait.configs.components import Config, ConfigError
 from plait.configs.domains import Name, Seed, Whole, shown
 from plait.configs.sweeps.rows import Row
+from plait.models.pattern import pattern_names
 
 _RANGE = re.compile(r"(?P<low>[-+0-9.eE]+?)\.\.(?P<high>[-+0-9.eE]+?)(?P<log>:log)?")
+_MIXER = re.compile(r"model\.mixers\.([^.]+)\.")
 _PLACE = re.compile(r"(.+)\[(\d+)\]")
 
 
@@ -112,7 +114,7 @@ def ranges(args: Sequence[str]) -> tuple[dict[str, Between], list[str]]:
 
 
 def placed(values: Mapping[str, Any]) -> Row:
-    """Values as overrides: parts of one value joined, by their places."""
+    """Values as overrides: parts of one value joined, by their places; without options of mixers that a joined pattern leaves out."""
     found: dict[str, Any] = {}
     parts: dict[str, list[tuple[int, Any]]] = {}
     for key, value in values.items():
@@ -120,7 +122,11 @@ def placed(values: Mapping[str, Any]) -> Row:
             parts.setdefault(match[1], []).append((int(match[2]), value))
         else:
             found[key] = value
-    return {**found, **{key: ",".join(str(value) for _, value in sorted(some)) for key, some in parts.items()}}
+    joined = {key: ",".join(str(value) for _, value in sorted(some)) for key, some in parts.items()}
+    if "model.pattern" in joined:
+        there = pattern_names(joined["model.pattern"])
+        found = {key: value for key, value in found.items() if (mixer := _MIXER.match(key)) is None or mixer[1] in there}
+    return {**found, **joined}
 
 
 def probes(space: Space) -> list[Row]:

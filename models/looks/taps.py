@@ -46,7 +46,8 @@ class Tapped:
     observer: Observer
     """A `GradientObserver`, where there are taps."""
     taps: Any
-    """Beside them, where heads are left out, which of the layer's are `kept`, bool `[H]`: the others give zeros to what projects them."""
+    """Beside them, where heads are left out, which of the layer's are `kept`, bool `[H]` or by row `[B, H]`: the others give zeros to what
+    projects them."""
     first_head: int = 0
     """Which head of the layer the first one of a part is."""
     whole: bool = False
@@ -71,6 +72,13 @@ def everything(observer: Observer | None) -> Observer:
     return dataclasses.replace(observer, whole=True) if isinstance(observer, Tapped) else Everyone()
 
 
+def keeping(observer: Observer | None, kept: jax.Array) -> Tapped:
+    """The observer, or one that nobody asks, of a layer of which these heads are `kept`, bool `[B, H]`."""
+    if not isinstance(observer, Tapped):
+        return Tapped(observer or Everyone(), {"heads": {}, "residual": {}, "kept": kept})
+    return dataclasses.replace(observer, taps={**observer.taps, "kept": kept & observer.taps.get("kept", True)})
+
+
 def tapped(observer: Observer | None, place: Place, x: jax.Array, *, at: Tokens) -> jax.Array:
     """`x`, whose gradient the observer will see; of heads those that it keeps."""
     if not isinstance(observer, Tapped):
@@ -80,7 +88,7 @@ def tapped(observer: Observer | None, place: Place, x: jax.Array, *, at: Tokens)
         own = slice(observer.first_head, observer.first_head + x.shape[2])
         taps = jax.tree.map(lambda a: a[own], taps)
         if "kept" in observer.taps:
-            x = jnp.where(observer.taps["kept"][own][None, None, :, None], x, 0)
+            x = jnp.where(observer.taps["kept"][..., None, own, None], x, 0)
     if not taps:
         return x
     return _tap(functools.partial(cast(GradientObserver, observer.observer).read, place), place == "heads", x, taps, at)

@@ -226,6 +226,11 @@ class Mixer(nnx.Module, abc.ABC):
 
     num_heads: int
 
+    @property
+    def projected(self) -> list[bool]:
+        """Which heads have an output of their own before a projection, and so can be left out."""
+        return [False] * self.num_heads
+
     def settle(self, counts: Mapping[str, Any]) -> None:
         """Moves buffers once a step, after its gradient, by the counts of all its tokens; leading axes are stacked layers."""
 
@@ -266,6 +271,10 @@ class HeadMixer(Mixer):
     something, `project_step`, `recall` and `attend_step` where decoding differs, `observe` and `auxiliary_losses` where they have them,
     `counts` and `settle` where buffers follow the tokens of a step.
     """
+
+    @property
+    def projected(self) -> list[bool]:
+        return [True] * self.num_heads
 
     @abc.abstractmethod
     def project(self, x: jax.Array, *, at: Tokens, state: State | None) -> tuple[Any, State | None]:

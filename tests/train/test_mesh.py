@@ -56,7 +56,7 @@ def two_steps(config):
     rows = batch_sharding(setup.mesh, 8, config.data.seq_len, config.optimizer.accumulate)
     seen = []
     for batch in BATCHES:
-        state, metrics = step(state, jax.device_put(batch, rows))
+        state, metrics = step(state, jax.device_put(batch, rows), **setup.controls)
         seen.append(metrics)
     return setup, state, seen
 

@@ -45,6 +45,7 @@ _OF_TRAINING = (
     "lora",
     "qk_clip",
     "attention_loss",
+    "dropout",
 )
 """Fields that are compared by layer, or say nothing of the function that a folded model is."""
 _STALE = ("rope_theta", "rope_scaling", "torch_dtype", "text_config")

@@ -10,8 +10,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from plait.models.config import LMConfig
-from plait.models.mixers.base import HeadMixer, Mixer, abstract
-from plait.models.mixers.parallel.parallel import Parallel
+from plait.models.mixers.base import abstract
 from plait.train.inspection.looking import Kept, num_heads
 
 Head = tuple[int, int]
@@ -64,7 +63,7 @@ def named_heads(option: str, text: str, model: LMConfig, others: Sequence[str] =
 
 def maskable(model: LMConfig) -> list[Head]:
     """The heads that have an output of their own before the projection, and so can be left out."""
-    of_layers = [_own(abstract(mixer, model.d_model)) for mixer in model.layer_mixers]
+    of_layers = [abstract(mixer, model.d_model).projected for mixer in model.layer_mixers]
     return [(layer, head) for layer, own in enumerate(of_layers) for head, has in enumerate(own) if has]
 
 
@@ -77,12 +76,6 @@ def check_maskable(option: str, asked: str, heads: Iterable[Head], model: LMConf
                 f"{option}={asked!r}: layer {layer} ({model.layers[layer]}) has no heads before an output projection, so none of its can be "
                 f"left out; use heads of {_layers_of(there) or 'another model'}"
             )
-
-
-def _own(mixer: Mixer) -> list[bool]:
-    """Which heads of a mixer are so."""
-    parts: Iterable[Mixer] = mixer.parts if isinstance(mixer, Parallel) else [mixer]
-    return [isinstance(part, HeadMixer) for part in parts for _ in range(part.num_heads)]
 
 
 def _layers_of(heads: Iterable[Head]) -> str:

@@ -49,7 +49,7 @@ class Search:
 
     def rows(self, values: Mapping[str, Any]) -> Rows:
         """The rows of a trial, one a seed."""
-        row = ({**self.fixed, **placed(values)},)
+        row = (placed({**self.fixed, **values}),)
         return row if self.seeds is None else product(row, seeds(self.seeds))
 
 
@@ -79,7 +79,7 @@ def searched(options: SearchConfig, preset: str, count: int | None, space: Space
         )
     fixed = {key: one for key, one in space.items() if key not in dimensions}
     found = Search(options=options, preset=preset, seeds=count, fixed=fixed, space=dimensions)
-    resolved(preset, tuple({**fixed, **row} for row in probes(space)))
+    resolved(preset, tuple(probes(space)))
     return found
 
 

@@ -153,6 +153,10 @@ class Parallel(Mixer):
             parts = [NormedHeads(part, norm, projects=not config.shared_output) for part, norm in pairs]
         self.parts = nnx.List(parts)
 
+    @property
+    def projected(self) -> list[bool]:
+        return [own for part in self.parts for own in part.projected]
+
     @staticmethod
     def _shared(parts: list[Mixer], widths: list[int], d_model: int, ctx: BuildContext) -> Dense:
         """One output projection, in place of those of the parts."""

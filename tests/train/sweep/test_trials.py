@@ -37,6 +37,17 @@ def test_values_of_a_space():
     assert placed({"m[1]": "gla", "k": 3, "m[0]": "softmax", "m[10]": "x"}) == {"k": 3, "m": "softmax,gla,x"}
 
 
+def test_options_of_a_mixer_are_of_trials_whose_pattern_has_it():
+    options = {"model.mixers.gla.num_heads": 2, "model.mixers.softmax.positions.theta": 100.0}
+    parts = lambda second: {"model.pattern[0]": "softmax", "model.pattern[1]": second}
+    assert placed({**options, **parts("gla")}) == {**options, "model.pattern": "softmax,gla"}
+    assert placed({**options, **parts("softmax")}) == {
+        "model.mixers.softmax.positions.theta": 100.0,
+        "model.pattern": "softmax,softmax",
+    }
+    assert placed({**options, "model.pattern": "gla"}) == {**options, "model.pattern": "gla"}  # nothing is searched by place
+
+
 def test_proposals_are_those_of_a_sampler_that_saw_all_trials(tmp_path, corpus):
     sweep = searching(tmp_path, corpus, *SPACE, "--seeds", "2")
     distributions = {
