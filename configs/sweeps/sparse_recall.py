@@ -17,6 +17,7 @@ _ARMS: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
     "nsa": ("top_k", (3, 6), {"block_size": 8, "span": 4, "stride": 4, "window_size": 8}),
     "power": ("block_size", (2, 8), {}),
     "routing": ("top_k", (8, 32), {"num_clusters": 8}),
+    "sea": ("top_k", (8, 32), {"width": 32}),
 }
 """Of each mixer the field that says how much is seen, its values, and others."""
 _BESIDE = ("routing",)
@@ -29,7 +30,7 @@ class SparseRecallSweep(SweepConfig):
     """Multi-query associative recall of sparse mixers at two densities each, beside windows and full attention.
 
     Command: `python launch.py sweep sparse_recall --out sweeps/sparse`, then
-    `python launch.py report sweeps/sparse --metric task/mqar/accuracy` draws recall against density. 57 runs.
+    `python launch.py report sweeps/sparse --metric task/mqar/accuracy` draws recall against density. 63 runs.
     """
 
     seeds: Seeds | None = 3
