@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 import jax
 import jax.numpy as jnp
 
-from plait.configs.domains import Coefficient, Epsilon, Experts, Positive, Whole, Width
+from plait.configs.domains import Coefficient, Epsilon, Experts, Positive, Whole, Width, choices, divisors
 from plait.models.axes import BATCH, EMBED, EXPERTS, LENGTH, MLP
 from plait.models.build import BuildContext, Moved
 from plait.models.channel_mixers.base import ChannelMixer, ChannelMixerConfig, MixedChannels, register
@@ -101,14 +101,23 @@ class MoEConfig(ChannelMixerConfig):
         if self.shared_gate and not self.num_shared_experts:
             raise ValueError("shared_gate=True has no shared expert to gate; use num_shared_experts=1, or shared_gate=False")
         if self.num_experts % self.num_groups:
-            raise ValueError(f"num_groups={self.num_groups} must divide num_experts={self.num_experts}")
+            raise ValueError(
+                f"num_groups={self.num_groups} must divide num_experts={self.num_experts}; use {choices(divisors(self.num_experts))}"
+            )
         if self.top_k_groups > self.num_groups:
-            raise ValueError(f"top_k_groups={self.top_k_groups} must be at most num_groups={self.num_groups}")
+            raise ValueError(
+                f"top_k_groups={self.top_k_groups} must be at most num_groups={self.num_groups}; use fewer, or add groups"
+            )
         size = self.num_experts // self.num_groups
         if self.num_groups > 1 and self.group_score_top_k > size:
-            raise ValueError(f"group_score_top_k={self.group_score_top_k} must be at most the {size} experts of a group")
+            raise ValueError(
+                f"group_score_top_k={self.group_score_top_k} must be at most the {size} experts of a group; use fewer, or fewer groups"
+            )
         if self.top_k > self.top_k_groups * size:
-            raise ValueError(f"top_k={self.top_k} must be at most the {self.top_k_groups * size} experts of top_k_groups groups")
+            raise ValueError(
+                f"top_k={self.top_k} must be at most the {self.top_k_groups * size} experts of top_k_groups groups; "
+                "use fewer, or more groups"
+            )
 
     @classmethod
     def example(cls) -> MoEConfig:

@@ -144,7 +144,7 @@ BASES = {
     "all that is optional": "--spike.sigma 9 --optimizer.ema 0.9 --model.z-loss 1e-4 --data.tokenizer bpe --data.vocab-size 300 "
     "--event.loss-spike.limit 9 --event.loss-spike.action lower_rate --model.qk-clip.threshold 100 --model.attention-loss.entropy 1e-3 "
     "--model.attention-loss.entropy-floor 1 --model.attention-loss.sharpness 1 "
-    "--model.attention-loss.head-diversity 1 --model.attention-loss.head-balance 1",
+    "--model.attention-loss.head-diversity 1 --model.attention-loss.head-balance 1 --model.dropout.heads 1",
 }
 """Words that put each component into an experiment."""
 
