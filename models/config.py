@@ -22,6 +22,8 @@ from plait.models.qk_clip import QKClipConfig
 from plait.models.stream import CarryUse, check_carries
 
 Dtype = Literal["float32", "bfloat16"]
+OF_TRAINING = ("z_loss", "remat", "param_dtype", "compute_dtype", "sigma_reparam", "lora", "qk_clip", "attention_loss", "dropout")
+"""Fields of a model that say nothing of the function that its weights are, or in which they can be rewritten."""
 
 
 def default_mixer(name: str) -> MixerConfig:

@@ -23,7 +23,7 @@ from plait.data.config import DataConfig
 from plait.data.remote.address import Address
 from plait.data.tokenizers.files import load_tokenizer
 from plait.data.tokenizers.tokenizer import ByteTokenizer, Tokenizer
-from plait.models.config import LMConfig
+from plait.models.config import OF_TRAINING, LMConfig
 from plait.models.layers.linear import start_singular_vectors
 from plait.models.lm import LM, fold
 from plait.train.pods.hosts.together import decide, first, together
@@ -38,18 +38,6 @@ from plait.train.state import Arrays, Blueprint, TrainState, begin_with
 
 log = logging.getLogger("plait")
 
-_SAME_FUNCTION = (
-    "z_loss",
-    "remat",
-    "param_dtype",
-    "compute_dtype",
-    "sigma_reparam",
-    "lora",
-    "qk_clip",
-    "attention_loss",
-    "dropout",
-)
-"""Fields of a model that say nothing of the function that its weights are, or in which they can be rewritten."""
 _MOST = 6
 """Differences that an error lists."""
 
@@ -283,7 +271,7 @@ def _differences(there: LMConfig, here: LMConfig) -> list[str]:
         here = dataclasses.replace(here, vocab_size=there.vocab_size)
     if here.layers == there.layers:
         here = dataclasses.replace(here, pattern=there.pattern)
-    before, after = ({k: v for k, v in _settled(model).items() if k not in _SAME_FUNCTION} for model in (there, here))
+    before, after = ({k: v for k, v in _settled(model).items() if k not in OF_TRAINING} for model in (there, here))
     return codec.differences(before, after, "model")
 
 

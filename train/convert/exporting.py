@@ -13,7 +13,7 @@ import numpy as np
 
 from plait.configs.codec import encode, leaves
 from plait.configs.files import read_json
-from plait.models.config import LMConfig
+from plait.models.config import OF_TRAINING, LMConfig
 from plait.models.hf.base import MODEL_TYPES, Family, Unfit
 from plait.models.hf.values import Values
 from plait.models.lm import fold, learned_shapes
@@ -37,15 +37,7 @@ _OF_TRAINING = (
     "channel_mixer",
     "channel_mixers",
     "norms",
-    "z_loss",
-    "remat",
-    "param_dtype",
-    "compute_dtype",
-    "sigma_reparam",
-    "lora",
-    "qk_clip",
-    "attention_loss",
-    "dropout",
+    *OF_TRAINING,
 )
 """Fields that are compared by layer, or say nothing of the function that a folded model is."""
 _STALE = ("rope_theta", "rope_scaling", "torch_dtype", "text_config")
