@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from plait.kernels import Mask
+from plait.kernels import Mask, Tokens
 from plait.models.mixers.sparse import columns
 from plait.models.mixers.sparse.map_loss import map_loss
 from plait.models.mixers.sparse.sea import LOSS, SEAConfig
@@ -135,6 +135,26 @@ def test_tokens_under_any_share_of_the_columns_have_room():
             for h in range(heads):
                 under = [j for j in range(i + 1) if chosen[0, i, h, math.floor((j + 0.5) / (i + 1) * width - 1e-4)]]
                 assert [j for j in tokens[0, i, h] if j >= 0] == under
+
+
+def test_columns_of_a_document_have_its_own_scores_packed_padded_and_token_by_token():
+    """What the contract suite sees of them is the choice, and short documents choose all."""
+    layer, x, _ = made(CONFIG)
+    moved(layer)
+    before, own = 5, 9
+    x = jnp.asarray(x, jnp.float32)[None, : before + own]
+    scores = lambda x, at: layer.project(x, at=at, state=None)[0].scores
+    expected = scores(x[:, before:], layout((own,), length=own))
+    packed = layout((before, own), length=before + own)
+    assert_close(scores(x, packed)[:, before:], expected)
+    padded = dataclasses.replace(packed, segment_ids=jnp.maximum(packed.segment_ids - 1, 0))
+    assert_close(scores(x, padded)[:, before:], expected)
+    found, state = [], layer.init_state(1, own)
+    for t in range(own):
+        here = Tokens(None, jnp.ones((1, 1), jnp.int32), jnp.full((1, 1), t, jnp.int32))
+        inputs, state = layer.project_step(x[:, before + t : before + t + 1], at=here, state=state)
+        found.append(inputs.scores)
+    assert_close(jnp.concatenate(found, axis=1), expected)
 
 
 def test_the_loss_leaves_queries_and_keys_alone_and_its_gradient_is_finite_differences():
