@@ -138,6 +138,8 @@ Rows = Annotated[int, Whole(1, 2**20)]
 """Rows of a batch."""
 SomeRows = Annotated[int, Whole(0, 2**24)]
 """Rows of data, or none."""
+TrainRows = Annotated[int, Whole(1, 2**24)]
+"""Rows of data."""
 Vocabulary = Annotated[int, Whole(1, 2**21)]
 """Ids of tokens."""
 Devices = Annotated[int, Whole(1, 2**20)]

@@ -35,11 +35,25 @@ class BackcopyTask(GeneratedTask):
     num_triggers: Length = 3
     """Triggers k: ids 1 .. k."""
 
+    num_sequences: Length = 1
+    """Sequences packed in a row, each a document of its own with `data.seq_len` / `num_sequences` tokens."""
+
     def check(self) -> None:
         if self.num_triggers >= self.num_symbols:
             raise ValueError(
                 f"num_triggers={self.num_triggers} must be below num_symbols={self.num_symbols}; use {self.num_symbols - 1} or less"
             )
+
+    def fit(self, data: DataConfig) -> None:
+        if data.seq_len % self.num_sequences:
+            raise ValueError(
+                f"num_sequences={self.num_sequences} must divide data.seq_len={data.seq_len}; "
+                f"use data.seq_len={-(-data.seq_len // self.num_sequences) * self.num_sequences}"
+            )
+
+    @property
+    def documents(self) -> int:
+        return self.num_sequences
 
     def vocabulary(self, data: DataConfig) -> int:
         return self.num_symbols + 1

@@ -5,6 +5,7 @@ import pytest
 
 from plait.data.batch import Batch
 from plait.data.config import DataConfig
+from plait.data.loader import build_data
 from plait.data.tasks.backcopy import BackcopyTask, chain
 from plait.data.tasks.draws import Draws
 
@@ -53,3 +54,16 @@ def test_scores_tell_the_copied_from_the_drawn():
 def test_triggers_must_leave_symbols():
     with pytest.raises(ValueError, match=r"num_triggers=64 must be below num_symbols=64; use 63 or less"):
         DataConfig(task=BackcopyTask(num_triggers=64))
+
+
+def test_packed_sequences_are_those_of_separate_rows(tmp_path):
+    packed = DataConfig(task=BackcopyTask(num_sequences=3), seq_len=96, batch_size=4)
+    alone = DataConfig(task=BackcopyTask(), seq_len=32, batch_size=12)
+    for read in ("read_train", "read_val"):
+        batch = getattr(build_data(packed, tmp_path), read)(np.arange(4, 8))
+        want = getattr(build_data(alone, tmp_path), read)(np.arange(12, 24))
+        for name in ("tokens", "targets", "positions", "loss_mask"):
+            np.testing.assert_array_equal(getattr(batch, name).reshape(12, 32), getattr(want, name))
+        np.testing.assert_array_equal(batch.segment_ids, np.tile(np.repeat([1, 2, 3], 32), (4, 1)))
+    with pytest.raises(ValueError, match=r"data\.task\.num_sequences=3 must divide data\.seq_len=64; use data\.seq_len=66"):
+        DataConfig(task=BackcopyTask(num_sequences=3), seq_len=64)

@@ -20,7 +20,7 @@ from tests.data.conftest import make_texts
 
 BATCH_SIZE = 8
 SPLITS = {"one row each": [[i] for i in range(8)], "halves": np.split(np.arange(8), 2), "uneven": [[0, 3], [1], [2, 4, 5, 6, 7]]}
-ROWS = {"needles": 1024, "variable_tracking": 1024, "frequent_words": 2048}
+ROWS = {"needles": 1024, "variable_tracking": 1024, "common_words": 2048, "frequent_words": 2048}
 """Tokens that hold other values of these tasks' fields, too, where 512 do not."""
 GENERATED = [name for name, task in TASKS.all().items() if issubclass(task, GeneratedTask)]
 
@@ -197,3 +197,16 @@ def test_nothing_held_out(name, opened):
     assert_same([data.whole()], take(data, 1))
     with pytest.raises(ValueError, match=rf"{name}\.val_rows=-1 must be a whole number from 0"):
         TASKS[name](val_rows=-1)
+
+
+@pytest.mark.parametrize("name", GENERATED)
+def test_rows_come_again_in_another_order(name, opened):
+    """Of five rows, in batches of eight."""
+    said = lambda batches: [row.tobytes() for batch in batches for row in np.stack([batch.tokens, batch.targets], 1)]
+    endless, data = opened(name), opened(name, task=TASKS[name](val_rows=20, train_rows=5))
+    rows = said(take(data, 5))
+    epochs = [rows[first : first + 5] for first in range(0, 40, 5)]
+    assert data.num_train_rows == 5 and {*rows} == {*said([endless.read_train(np.arange(5))])}
+    assert all(sorted(epoch) == sorted(epochs[0]) for epoch in epochs) and len({*map(tuple, epochs)}) > 4
+    with pytest.raises(DataError, match=r"task\.train_rows was None and is 5"):
+        data.train().set_state(json.loads(json.dumps(endless.train().get_state())))

@@ -7,6 +7,7 @@ import pytest
 
 from plait.data.config import DataConfig, DataError
 from plait.data.loader import build_data
+from plait.data.tasks.common_words import CommonWordsTask
 from plait.data.tasks.draws import Draws
 from plait.data.tasks.frequent_words import FrequentWordsTask
 from plait.data.tasks.generated import NOT_ASKED
@@ -111,6 +112,23 @@ def test_words_come_as_often_as_the_law_of_ranks_says(fields, seq_len):
     assert len(orders) == 8
 
 
+PUBLISHED = {"num_answers": 10, "frequency": 30, "other_frequency": 3}
+
+
+@pytest.mark.parametrize(("fields", "seq_len"), [({}, 512), ({"frequency": 9, "other_frequency": 8}, 1024), (PUBLISHED, 8192)])
+def test_common_words_come_more_often_than_others(fields, seq_len):
+    task = CommonWordsTask(**fields)
+    for said, answers in rows_of(task, seq_len, count=8):
+        line = said.split("most often.\n")[1].split("\n")[0]
+        numbers, words = zip(*re.findall(r"(\d+)\. ([a-z]{6})(?: |$)", line))
+        assert [int(number) for number in numbers] == list(range(1, len(words) + 1))
+        counts = {word: words.count(word) for word in dict.fromkeys(words)}  # in the order in which they come
+        assert [word for word, count in counts.items() if count == task.frequency] == answers
+        assert {count for word, count in counts.items() if word not in answers} == {task.other_frequency}
+        assert said.endswith("the list are: " + " ".join(f"{k + 1}. {word}" for k, word in enumerate(answers)))
+        assert seq_len + 1 - (task.word_length + 6) * task.other_frequency < len(said) <= seq_len + 1
+
+
 def test_passages_are_of_the_text_of_the_source(tmp_path):
     (tmp_path / "a.txt").write_text("aa bb cc dd " * 40)
     fields = {"seq_len": 512, "batch_size": 4, "source": str(tmp_path / "a.txt")}
@@ -134,6 +152,8 @@ def test_passages_are_of_the_text_of_the_source(tmp_path):
         (lambda: NeedlesTask(num_queries=3), 512, r"needles\.num_queries=3 must be at most num_keys=2"),
         (lambda: NeedlesTask(filler=400), 512, r"filler=400 needs rows of at least 798 tokens, 398 .*=512; use 114 or less, or .*=798"),
         (VariableTrackingTask, 128, r"data\.task\.filler=None needs rows of at least 4\d\d tokens, .*; use data\.seq_len=4\d\d or more"),
+        (lambda: CommonWordsTask(frequency=2, other_frequency=2), 512, r"frequency=2 must be above other_frequency=2.*; use 3 or more"),
+        (lambda: CommonWordsTask(**PUBLISHED), 2048, r"frequency=30 of num_answers=10 words .* least 3884 tokens, .*; use a smaller one, or "),
         (lambda: FrequentWordsTask(num_answers=4), 512, r"num_answers=4 words cannot be told apart .*=512; use fewer, or data\.seq_len=1024"),
     ],
 )  # fmt: skip

@@ -137,7 +137,7 @@ def test_needles_of_bytes_are_for_runs_on_bytes(text_run, task_run, tmp_path):
             with pytest.raises(ValueError, match=f"--tasks needle asks in bytes, and the ids of this run are those of {of}"):
                 ask(other)
     of_bytes = [name for name, task in TASKS.all().items() if task.reads_bytes]
-    assert of_bytes == ["frequent_words", "needle", "needles", "variable_tracking"]
+    assert of_bytes == ["common_words", "frequent_words", "needle", "needles", "variable_tracking"]
 
 
 def test_lengths_are_read_once_each_and_ascending():
