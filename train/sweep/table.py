@@ -55,14 +55,21 @@ def records(folder: Path, sweep: Sweep) -> list[dict[str, Any]]:
 
 
 def varying(runs: tuple[Run, ...]) -> dict[str, dict[str, Any]]:
-    """By run, its values of the overrides in which runs differ; None where it has no such key."""
+    """By run, its values of the overrides in which runs differ, of a component its name; None where it has no such key."""
+    keys = dict.fromkeys(key for run in runs for key in run.overrides)
     values: dict[str, dict[str, Any]] = {}
     for run in runs:
         leaves = codec.leaves(codec.encode(run.config))
-        keys = dict.fromkeys(key for other in runs for key in other.overrides)
-        values[run.name] = {key: leaves.get(key, run.overrides.get(key)) for key in keys}
+        values[run.name] = {key: _value(key, leaves, run.overrides) for key in keys}
     differing = [key for key in next(iter(values.values()), ()) if len({repr(one[key]) for one in values.values()}) > 1]
     return {name: {key: one[key] for key in differing} for name, one in values.items()}
+
+
+def _value(key: str, leaves: Mapping[str, Any], overrides: Mapping[str, Any]) -> Any:
+    if key in leaves:
+        return leaves[key]
+    first = next((name for name in leaves if name.startswith(f"{key}.")), "")  # of a component, that it is registered under
+    return leaves[first] if first.endswith("_name") else overrides.get(key)
 
 
 def apart(runs: Sequence[Run]) -> dict[str, list[str]]:

@@ -9,6 +9,7 @@ from plait.launch import main
 from plait.tests.train.sweep.common import small
 from plait.train.sweep import runs, show
 from plait.train.sweep.runs import SweepError, resolved
+from plait.train.sweep.table import varying
 
 
 def test_a_run_is_named_by_what_differs_and_what_it_is():
@@ -109,3 +110,10 @@ def test_a_narrow_terminal_shows_in_one_column_what_sets_runs_apart(tmp_path, co
 def test_bad_commands(words, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(words.split()) == 2 and message in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+
+def test_a_component_that_is_left_as_it_is_differs_from_none():
+    rows = ({"seed": 0}, {"model.mixers.softmax.positions": None}, {"model.mixers.softmax.positions": "alibi"}, {"data.task": "mqar"})
+    found = varying(resolved("lm_tiny", rows)).values()
+    assert [one["model.mixers.softmax.positions"] for one in found] == ["rotary", None, "alibi", "rotary"]
+    assert [one["data.task"] for one in found] == ["ppl", "ppl", "ppl", "mqar"]
