@@ -113,7 +113,12 @@ def test_bad_commands(words, message, tmp_path, monkeypatch, capsys):
 
 
 def test_a_component_that_is_left_as_it_is_differs_from_none():
-    rows = ({"seed": 0}, {"model.mixers.softmax.positions": None}, {"model.mixers.softmax.positions": "alibi"}, {"data.task": "mqar"})
+    rows = (
+        {"seed": 0},
+        {"model.mixers.softmax.positions": None},
+        {"model.mixers.softmax.positions": "alibi"},
+        {"data.task": "mqar"},
+    )
     found = varying(resolved("lm_tiny", rows)).values()
     assert [one["model.mixers.softmax.positions"] for one in found] == ["rotary", None, "alibi", "rotary"]
     assert [one["data.task"] for one in found] == ["ppl", "ppl", "ppl", "mqar"]
