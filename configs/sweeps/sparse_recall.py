@@ -56,7 +56,7 @@ class SparseRecallSweep(SweepConfig):
             _last("softmax"),
             *(product(_last(name, **others), _seen(name, *seen)) for name, (*seen, others) in _ARMS.items()),
         ]
-        return product((told,), chain(*arms))
+        return product((told,), chain(_last("softmax"), *arms))
 
 
 def _last(name: str, **options: Any) -> Rows:
@@ -64,8 +64,3 @@ def _last(name: str, **options: Any) -> Rows:
     mixer = f"model.mixers.{name}"
     own = {f"{mixer}.{key}": value for key, value in {"num_heads": 1, "head_dim": 64, "positions": None, **options}.items()}
     return ({"model.pattern": f"neighborhood*3,{name}", **own},)
-
-
-def _seen(name: str, field: str, values: tuple[Any, ...]) -> Rows:
-    """How much of the row it sees."""
-    return each(f"model.mixers.{name}.{field}", *values)
