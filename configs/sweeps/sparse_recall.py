@@ -53,8 +53,8 @@ class SparseRecallSweep(SweepConfig):
             "checkpoint_every": None,
         }
         arms = [
-            _last("softmax"),
-            *(product(_last(name, **others), _seen(name, *seen)) for name, (*seen, others) in _ARMS.items()),
+            product(_last(name, **others), each(f"model.mixers.{name}.{field}", *values))
+            for name, (field, values, others) in _ARMS.items()
         ]
         return product((told,), chain(_last("softmax"), *arms))
 
