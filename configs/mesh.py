@@ -28,9 +28,18 @@ class MeshConfig(Config):
     """Experts of a mixture sharded; to all else, data parallel."""
     context: Devices = 1
     """Tokens of a sequence sharded: each device holds a contiguous part of every row."""
+    context_exchange: Literal["gather", "all_to_all"] = "gather"
+    """How softmax attention over `context` gets all keys: each device gathers them, or gets whole sequences of some heads (Ulysses)."""
     tensor: Devices = 1
     """Heads, channel-mixer widths and the vocabulary sharded."""
     zero: bool = False
     """ZeRO: moments and average sharded also over data, expert, context and pipeline, gradients reduced to those parts."""
     offload: Literal["optimizer"] | None = None
     """What waits in the host's memory between updates: the optimizer's moments; None for nothing."""
+
+    def check(self) -> None:
+        if self.context_exchange != "gather" and self.context == 1:
+            raise ValueError(
+                f"context_exchange={self.context_exchange} is of sequences cut over devices, and context=1 cuts none; "
+                "leave it out, or use context=2 or more"
+            )

@@ -11,13 +11,14 @@ import jax
 from jax.sharding import PartitionSpec as P
 
 from plait.kernels.call import Call
-from plait.kernels.context import Parts
+from plait.kernels.context import Exchange, Parts
 
 
 @dataclass(frozen=True)
 class _Split:
     mesh: jax.sharding.Mesh
     over: Mapping[str, tuple[str, ...]]  # letter to mesh axes
+    exchange: Exchange = "gather"
 
 
 _split: contextvars.ContextVar[_Split | None] = contextvars.ContextVar("plait_split", default=None)
@@ -31,11 +32,12 @@ def splitting(
     heads: tuple[str, ...],
     context: tuple[str, ...] = (),
     alone: tuple[str, ...] = (),
+    exchange: Exchange = "gather",
 ) -> Iterator[None]:
     """Splits the batches, heads and sequences of the ops called inside the block over these axes of `mesh`; an op to which each token
-    is alone over `alone` too."""
+    is alone over `alone` too. `exchange` says how parts of sequences meet where an op can choose."""
     over = {"b": batch, "h": heads, "s": (*context, *heads, *alone), "t": context, "n": context}
-    with _using(_Split(mesh, over)):
+    with _using(_Split(mesh, over, exchange)):
         yield
 
 
@@ -56,7 +58,7 @@ def parts_of_sequence(call: Call) -> Parts | None:
     count = math.prod(split.mesh.shape[axis] for axis in split.over["t"])
     lengths = {n for letters, x in call.leaves() for letter, n in zip(letters, x.shape) if letter == "t"}
     cut = count > 1 and len(lengths) == 1 and all(n % (2 * count) == 0 for n in lengths)
-    return Parts(split.over["t"], count) if cut else None
+    return Parts(split.over["t"], count, split.exchange) if cut else None
 
 
 def inside(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh | jax.sharding.AbstractMesh:

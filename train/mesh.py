@@ -15,6 +15,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from plait.configs.mesh import MESH_AXES as AXES
 from plait.configs.mesh import MeshConfig
+from plait.kernels.context import Exchange
 from plait.kernels.sharding import inside, splitting
 from plait.models import axes
 from plait.models.axes import Axes
@@ -202,15 +203,15 @@ def divider(mesh: Mesh) -> Divide:
 
 
 @contextlib.contextmanager
-def on_mesh(mesh: Mesh, microbatches: int = 1) -> Iterator[None]:
+def on_mesh(mesh: Mesh, microbatches: int = 1, exchange: Exchange = "gather") -> Iterator[None]:
     """Traces models for the mesh: activations are pinned to it, each device runs the kernels on its part, and where the mesh has a
-    pipeline, the rows of a batch flow through it in `microbatches` parts."""
+    pipeline, the rows of a batch flow through it in `microbatches` parts. `exchange` is `mesh.context_exchange`."""
     rules = {"batch": axes.BATCH, "heads": axes.HEADS, "context": axes.LENGTH}
     over = {key: mesh_axes(name) for key, name in rules.items()}
     flow = Pipeline(mesh, microbatches) if mesh.shape["pipeline"] > 1 else WHOLE_BATCH
     with (
         axes.constraining(constrainer(mesh)),
-        splitting(mesh, **over, alone=("pipeline",)),
+        splitting(mesh, **over, alone=("pipeline",), exchange=exchange),
         flowing(flow),
         dividing(divider(mesh)),
     ):

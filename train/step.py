@@ -51,7 +51,7 @@ def make_step(blueprint: Blueprint, tx: optax.GradientTransformation, mesh: jax.
         sources: jax.Array | None = None,
         seed: jax.Array | None = None,
     ) -> tuple[TrainState, Metrics]:
-        with on_mesh(mesh, config.optimizer.accumulate):
+        with on_mesh(mesh, config.optimizer.accumulate, config.mesh.context_exchange):
             buffers = state.buffers if blueprint.alone else _move_singular_vectors(blueprint, state)
             total = jnp.maximum(batch.loss_mask.astype(jnp.float32).sum(), 1.0)
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 Array = jax.Array
+Exchange = Literal["gather", "all_to_all"]
+"""All keys and values on every device (LASP-2H), or whole sequences of some heads on each (Ulysses, arXiv 2309.14509)."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,8 @@ class Parts:
     axes: tuple[str, ...]
     """Mesh axes, outermost first."""
     count: int
+    exchange: Exchange = "gather"
+    """How tokens of all parts meet where an op needs that and can choose."""
 
     @property
     def index(self) -> Array:
@@ -40,6 +44,19 @@ class Parts:
         """This device's part of a whole sequence [B, T, ...]."""
         length = x.shape[1] // self.count
         return jax.lax.dynamic_slice_in_dim(x, self.index * length, length, axis=1)
+
+    def by_heads(self, x: Array) -> Array:
+        """Whole sequences [B, T, H / count, ...] of this device's heads, from parts [B, T / count, H, ...] of all."""
+        return jax.lax.all_to_all(x, self.axes, split_axis=2, concat_axis=1, tiled=True)
+
+    def by_tokens(self, x: Array) -> Array:
+        """The inverse of `by_heads`."""
+        return jax.lax.all_to_all(x, self.axes, split_axis=1, concat_axis=2, tiled=True)
+
+    def own_heads(self, x: Array) -> Array:
+        """What `by_heads` leaves here, of [H]."""
+        heads = x.shape[0] // self.count
+        return jax.lax.dynamic_slice_in_dim(x, self.index * heads, heads)
 
     def before(self, x: Array, length: int) -> Array:
         """The `length` tokens before this part, [B, length, ...]; zeros before the first token."""

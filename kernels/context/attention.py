@@ -1,11 +1,14 @@
 """Attention on parts of sequences: every device fetches the keys that its queries can reach.
 
 Where a window ends within reach, those are the tokens just before the part, sent by their neighbours. Else all devices gather all keys
-and values (LASP-2H, arXiv 2502.07563, section 3.3), and causal queries are swapped between the two ends, so that all have equal work.
+and values (LASP-2H, arXiv 2502.07563, section 3.3), and causal queries are swapped between the two ends, so that all have equal work;
+or, where that is chosen and the heads can be dealt out, each device gets whole sequences of some heads (Ulysses, arXiv 2309.14509).
 Keys that are not the queries' own tokens, such as compressed ones, every device has already.
 """
 
+import logging
 from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -17,6 +20,7 @@ from plait.kernels.masks import Mask
 from plait.kernels.tokens import Tokens
 
 Array = jax.Array
+_log = logging.getLogger("plait")
 
 
 def _run(op: Callable[[AttentionCall], Any], parts: Parts, call: AttentionCall) -> Any:
@@ -32,10 +36,49 @@ def _run(op: Callable[[AttentionCall], Any], parts: Parts, call: AttentionCall) 
     if reach is not None:
         near = lambda x: jnp.concatenate([parts.before(x, reach), x], axis=1)
         return op(call.replace(k=near(call.k), v=near(call.v), kv_at=jax.tree.map(near, own)))
+    if parts.exchange == "all_to_all" and call.own_keys:
+        if _dealt(call, parts.count):
+            return _by_heads(op, parts, call)
+        _tell(parts.count, call.q.shape[2], call.k.shape[2])
     turn: Any = parts.balanced if call.mask.causal else lambda x: x
     if call.own_keys:
         call = call.replace(k=parts.gather(call.k), v=parts.gather(call.v), kv_at=jax.tree.map(parts.gather, own))
     return jax.tree.map(turn, op(call.on_queries(turn)))
+
+
+@cache
+def _tell(count: int, heads: int, key_heads: int) -> None:
+    _log.warning(
+        "attention: all keys are gathered: %d heads with %d key heads cannot be dealt out to %d devices of the context axis",
+        heads,
+        key_heads,
+        count,
+    )
+
+
+def _dealt(call: AttentionCall, count: int) -> bool:
+    """Whether devices can have as many heads each, with the key heads that those need, and choose for themselves."""
+    heads, key_heads = call.q.shape[2], call.k.shape[2]
+    choosing = 1 if call.selected is None else call.selected.indices.shape[2]
+    return heads % count == 0 and (key_heads % count == 0 or count % key_heads == 0) and (choosing == 1 or choosing % count == 0)
+
+
+def _by_heads(op: Callable[[AttentionCall], Any], parts: Parts, call: AttentionCall) -> Any:
+    """`op` on whole sequences of the heads that are this device's; a key head that several devices need is sent to each."""
+    times = max(1, parts.count // call.k.shape[2])
+
+    def moved(axes: str, x: Array) -> Array:
+        if axes == "h":
+            return parts.own_heads(x)
+        if "h" not in axes or x.shape[2] == 1 < call.q.shape[2]:
+            return parts.gather(x)
+        return parts.by_heads(x)
+
+    own = {name: jax.tree.map(partial(moved, axes), value) for name, axes, value in call.arrays() if name not in ("k", "v")}
+    keys = {
+        name: jax.tree.map(lambda x: parts.by_heads(jnp.repeat(x, times, axis=2)), getattr(call, name)) for name in ("k", "v")
+    }
+    return jax.tree.map(parts.by_tokens, op(call.replace(**own, **keys)))
 
 
 def near_reach(mask: Mask, length: int, count: int) -> int | None:

@@ -1,5 +1,6 @@
 """Sequences cut over devices: outputs, states, statistics and gradients of every op are those of one device."""
 
+import re
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from plait.kernels import DistanceBias, LowRankBias, Mask, Tokens, attention, routed_attention, short_conv
-from plait.kernels.masks import ChunkMask, PowerMask
+from plait.kernels.context import Exchange
+from plait.kernels.masks import ChunkMask, PowerMask, SelectedBlocks
 from plait.kernels.sharding import splitting
 from plait.tests.kernels import cases
 from plait.tests.tolerances import assert_close
@@ -47,7 +49,9 @@ def mesh_of(**sizes: int) -> Mesh:
     return Mesh(np.asarray(jax.devices()[: int(np.prod(shape))]).reshape(shape), names, axis_types=(AxisType.Auto,) * 3)
 
 
-def assert_same(function: Any, inputs: dict[str, jax.Array], mesh: Mesh, dtype: Any = None) -> None:
+def assert_same(
+    function: Any, inputs: dict[str, jax.Array], mesh: Mesh, dtype: Any = None, exchange: Exchange = "gather"
+) -> None:
     """`function(inputs)`, a dict of outputs, and its gradients, on one device and cut over the mesh."""
     function = partial(cases.with_gradients, function)
     alone = cases.quick_jit(function)(inputs)
@@ -56,7 +60,7 @@ def assert_same(function: Any, inputs: dict[str, jax.Array], mesh: Mesh, dtype: 
         cut = x.ndim > 1 and x.shape[1] == LENGTH
         return jax.device_put(x, NamedSharding(mesh, PartitionSpec(None, "context") if cut else PartitionSpec()))
 
-    with splitting(mesh, batch=("data",), heads=("tensor",), context=("context",)):
+    with splitting(mesh, batch=("data",), heads=("tensor",), context=("context",), exchange=exchange):
         found = cases.quick_jit(partial(function))(jax.tree.map(placed, inputs))
     for (path, got), want in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(alone), strict=True):
         assert_close(got, want, dtype=dtype, err_msg=jax.tree_util.keystr(path))
@@ -154,6 +158,48 @@ def test_attention(mask: str, segments: str, count: int):
     assert_same(outputs, inputs, mesh_of(context=count))
 
 
+BY_HEADS = [("packed", 2, "window and sinks"), ("padded", 4, "causal"), ("mostly padding", 4, "power"), ("one", 2, "full")]
+
+
+@pytest.mark.parametrize(("segments", "count", "mask"), BY_HEADS)
+def test_attention_by_heads(segments: str, count: int, mask: str):
+    """With two key heads, of which two of four devices need the same one; whatever a head has of its own goes with it."""
+
+    def outputs(inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        inputs = dict(inputs)
+        bias = DistanceBias(inputs.pop("table"), inputs.pop("slopes"), (1, 9)) if count == 4 else None
+        at = Tokens(None, segment_ids(SEGMENTS[segments]))
+        o, stats = attention(**inputs, mask=MASKS[mask], bias=bias, at=at, return_stats=True)
+        return {"o": o, "lse": stats.lse, "entropy": stats.entropy, "first": stats.first_mass}
+
+    inputs = arrays(q=(2, LENGTH, 4, 8), k=(2, LENGTH, 2, 8), v=(2, LENGTH, 2, 6))
+    inputs |= arrays(sinks=(2, LENGTH, 4), table=(4, 3), slopes=(4,)) if count == 4 else arrays(sinks=(4,))
+    assert_same(outputs, inputs, mesh_of(context=count), exchange="all_to_all")
+    text = compiled_text(outputs, inputs, count, "all_to_all")
+    assert "all-to-all" in text and not re.search(rf"\[2,{LENGTH},[24],[68]\]\S* all-gather\(", text), "no device has all keys"
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "chosen by all", "chosen by each", "routed", "heads that cannot be dealt out"])
+def test_other_attention_by_heads(name: str):
+    at = Tokens(None, segment_ids(SEGMENTS["packed"]))
+    active = jnp.asarray(np.random.default_rng(3).random((2, LENGTH, 4)) < 0.6)
+    choosing = 1 if name == "chosen by all" else 4
+    blocks = jnp.asarray(np.random.default_rng(4).integers(0, 8, (2, LENGTH, choosing, 3)), jnp.int32)
+
+    def outputs(inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        if name == "routed":
+            return {"o": routed_attention(**inputs, active=active, mask=Mask(), at=at)}
+        options: dict[str, Any] = {"normalizer": "sigmoid", "sigmoid_bias": jnp.arange(4.0)} if name == "sigmoid" else {}
+        if "chosen" in name:
+            options["selected"] = SelectedBlocks(indices=blocks, block_size=4, num_blocks=16)
+        return {"o": attention(**inputs, mask=Mask(), at=at, **options)}
+
+    heads = 3 if "cannot" in name else 4
+    inputs = arrays(q=(2, LENGTH, heads, 8), k=(2, LENGTH, heads, 8), v=(2, LENGTH, heads, 6))
+    assert_same(outputs, inputs, mesh_of(context=2, tensor=1 if heads == 3 else 2), exchange="all_to_all")
+    assert ("all-to-all" in compiled_text(outputs, inputs, 2, "all_to_all")) == (heads == 4)
+
+
 @pytest.mark.parametrize(("segments", "count"), CUTS)
 def test_attention_to_other_keys(segments: str, count: int):
     """Such as compressed ones: every device has all of them, and answers its own queries only."""
@@ -232,11 +278,13 @@ def test_beside_split_rows_and_heads(name: str):
     assert_same(outputs, inputs, mesh_of(data=2, context=2, tensor=2))
 
 
-def compiled_text(function: Any, inputs: dict[str, jax.Array], count: int) -> str:
+def compiled_text(function: Any, inputs: dict[str, jax.Array], count: int, exchange: Exchange = "gather") -> str:
     mesh = mesh_of(context=count)
-    where = lambda x: NamedSharding(mesh, PartitionSpec(None, "context"))
+    where = lambda x: NamedSharding(
+        mesh, PartitionSpec(None, "context") if x.ndim > 1 and x.shape[1] % count == 0 else PartitionSpec()
+    )
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where(x)) for name, x in inputs.items()}
-    with splitting(mesh, batch=("data",), heads=("tensor",), context=("context",)):
+    with splitting(mesh, batch=("data",), heads=("tensor",), context=("context",), exchange=exchange):
         return jax.jit(partial(function)).lower(shapes).compile().as_text()
 
 

@@ -10,6 +10,7 @@ import pytest
 from plait.configs.mesh import MeshConfig
 from plait.configs.probe import ProbeConfig
 from plait.kernels import Tokens
+from plait.kernels.context import Exchange
 from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.models.mixers.linear.gla import GLAConfig
 from plait.tests.kernels import cases
@@ -27,7 +28,7 @@ LENGTH = 64
 PATTERN = "gated_deltanet,moh+softmax,softmax/local,gla"
 
 
-def plaited(context: int, length: int = LENGTH):
+def plaited(context: int, length: int = LENGTH, exchange: Exchange = "gather"):
     """Delta rule, Mixture-of-Head, window and vector decay, one layer each, on rows of `length` tokens cut `context` times."""
     mixers = {
         **{name: config for name, config in hybrid().model.mixers.items() if name in PATTERN},
@@ -36,12 +37,12 @@ def plaited(context: int, length: int = LENGTH):
     }
     model = dataclasses.replace(hybrid().model, pattern=PATTERN, num_layers=4, mixers=mixers)
     config = dataclasses.replace(hybrid(), model=model)
-    return changed(config, {"mesh": MeshConfig(data=1, context=context), "data.seq_len": length})
+    return changed(config, {"mesh": MeshConfig(data=1, context=context, context_exchange=exchange), "data.seq_len": length})
 
 
-def probed_step(context: int):
+def probed_step(context: int, exchange: Exchange = "gather"):
     """Metrics of a step with statistics."""
-    setup = program_of(plaited(context), devices=context)
+    setup = program_of(plaited(context, exchange=exchange), devices=context)
     step = quick_jit(
         make_step(setup.blueprint, setup.tx, setup.mesh, Probes(ProbeConfig(rows=8))), out_shardings=(setup.shardings, None)
     )
@@ -54,9 +55,13 @@ def alone(compile_cache):
     return probed_step(1)
 
 
-@pytest.mark.parametrize("context", [pytest.param(2, marks=pytest.mark.slow), 4, pytest.param(8, marks=pytest.mark.slow)])
-def test_metrics_and_every_statistic_are_those_of_one_device(context, alone):
-    (state, metrics), (reference, wanted) = probed_step(context), alone
+SLOW = pytest.mark.slow
+CUTS = [pytest.param(2, "gather", marks=SLOW), (2, "all_to_all"), (4, "gather"), pytest.param(8, "gather", marks=SLOW)]
+
+
+@pytest.mark.parametrize(("context", "exchange"), CUTS)
+def test_metrics_and_every_statistic_are_those_of_one_device(context, exchange, alone):
+    (state, metrics), (reference, wanted) = probed_step(context, exchange), alone
     for name in ("loss/train", "loss/balance/moh", "grad/norm"):
         assert_close(metrics[name], wanted[name], err_msg=name)
     compared = 0
@@ -70,11 +75,13 @@ def test_metrics_and_every_statistic_are_those_of_one_device(context, alone):
         assert_close(param, reference.params[name], err_msg=name)
 
 
-def sent(length: int, observer: Probes | None = None) -> dict[str, list[Instruction]]:
+def sent(
+    length: int, observer: Probes | None = None, context: int = 4, exchange: Exchange = "gather"
+) -> dict[str, list[Instruction]]:
     """What the compiled step sends along `context`, by the op that sends it."""
-    config = plaited(4, length)
+    config = plaited(context, length, exchange)
     config = dataclasses.replace(config, model=config.model.with_vocab(64))
-    mesh = program_of(config, devices=4).mesh
+    mesh = program_of(config, devices=context).mesh
     found: dict[str, list[Instruction]] = {}
     for one in instructions(Program.of(config, mesh).lower(observer).compile().as_text(), mesh):
         assert one.axes == ("context",)
@@ -110,6 +117,12 @@ def test_what_linear_layers_and_windows_send_does_not_depend_on_the_length(short
         assert sorted((one.kind, one.bytes) for one in short[op]) == sorted((one.kind, one.bytes) for one in long[op]), op
     total = lambda found: sum(one.bytes for one in found["routed_attention"])
     assert total(long) == 4 * total(short)  # keys and values of all tokens
+
+
+@pytest.mark.slow
+def test_heads_are_dealt_out_and_no_keys_gathered():
+    found = sent(512, context=2, exchange="all_to_all")["routed_attention"]
+    assert {one.kind for one in found if one.bytes > 512 * 16} == {"all-to-all"}
 
 
 @pytest.mark.slow

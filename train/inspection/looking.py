@@ -41,7 +41,7 @@ def looking(
 
     @jax.jit
     def look(params: Any, buffers: Any, at: Tokens, kept: Any) -> Seen:
-        with on_mesh(program.mesh, accumulate):
+        with on_mesh(program.mesh, accumulate, program.config.mesh.context_exchange):
             model = program.blueprint.build(params, buffers)
             taps = [{"heads": {}, "residual": {}, "kept": one} for one in kept]
             hidden, extras = model.hidden(at, observer=Tapped(observer, taps))
@@ -61,7 +61,7 @@ def probing(trained: Trained, observer: Probes) -> Callable[[Batch, Kept], Seen]
     @jax.jit
     def probe(params: Any, buffers: Any, batch: Batch, kept: Any) -> Seen:
         def loss(taps: Any) -> tuple[jax.Array, Any]:
-            with on_mesh(program.mesh, accumulate):
+            with on_mesh(program.mesh, accumulate, program.config.mesh.context_exchange):
                 watched = [{**own, "kept": one} for own, one in zip(taps, kept, strict=True)]
                 nll, _, extras = token_losses(program.blueprint.build(params, buffers), batch, Tapped(observer, watched))
                 return nll.sum() / jnp.maximum(batch.loss_mask.sum(), 1.0), (nll, [one.statistics for one in extras])

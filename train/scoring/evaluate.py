@@ -130,11 +130,12 @@ class Evaluator:
     """Scores batches of some data with a model; compiled once."""
 
     def __init__(self, blueprint: Blueprint, mesh: Mesh, data: Data):
-        self._layout, self._data = batch_layout(blueprint.config, mesh, data.config), data
+        config = blueprint.config
+        self._layout, self._data = batch_layout(config, mesh, data.config), data
         has_answers = data.config.task.has_answers
 
         def score(params: Arrays, buffers: Arrays, batch: Batch, sizes: jax.Array | None) -> tuple[Any, ...]:
-            with on_mesh(mesh, blueprint.config.optimizer.accumulate):
+            with on_mesh(mesh, config.optimizer.accumulate, config.mesh.context_exchange):
                 model = blueprint.build(params, buffers)
                 hidden, _ = model.hidden(tokens_of(batch))
                 if has_answers:
