@@ -144,18 +144,26 @@ class Chunk(NamedTuple):
     """[1, K or 1]: what is left at the chunk's end of the entering state."""
 
 
-def cut(queries: tuple[Array, ...], k: Array, g: Array | None, bounds: Bounds | None, parts: Parts) -> Chunk:
-    """Scores of several sets of queries [C, K] with the keys [C, K], for g a row [1, C], [C, K], or None (no decay)."""
-    build = _by_channel if g is not None and g.shape[0] != 1 else _by_head
-    c: Chunk = build(queries, k, g, parts)  # type: ignore[arg-type]
+def cut(queries: tuple[Array, ...], k: Array, gs: Sequence[Array | None], bounds: Bounds | None, parts: Parts) -> list[Chunk]:
+    """Scores of several sets of queries [C, K] with the keys [C, K], for each of the decays of a key head's value heads.
+
+    A decay is a row [1, C], [C, K], or None; value heads that decay all channels alike share the products of queries and keys.
+    """
+    if gs[0] is not None and gs[0].shape[0] != 1:
+        cuts = [_by_channel(queries, k, g, parts) for g in gs if g is not None]
+    else:
+        products = tuple(product("nt", parts, q, k) for q in queries)
+        cuts = [_by_head(products, g) for g in gs]
     if bounds is None:
-        return c
-    scores = tuple(x * bounds.pairs for x in c.scores)
-    return Chunk(scores, c.since * bounds.head, c.to_end * bounds.tail, c.decay * bounds.through)
+        return cuts
+    return [
+        Chunk(tuple(x * bounds.pairs for x in c.scores), c.since * bounds.head, c.to_end * bounds.tail, c.decay * bounds.through)
+        for c in cuts
+    ]
 
 
-def _by_head(queries: tuple[Array, ...], k: Array, g: Array | None, parts: Parts) -> Chunk:
-    size = k.shape[0]
+def _by_head(products: tuple[Array, ...], g: Array | None) -> Chunk:
+    size = products[0].shape[0]
     i, j = _square(size)
     if g is None:
         one = jnp.ones((size, 1), jnp.float32)
@@ -167,7 +175,7 @@ def _by_head(queries: tuple[Array, ...], k: Array, g: Array | None, parts: Parts
         since = jnp.exp(jnp.sum(up_to, axis=1, keepdims=True))
         to_end = jnp.exp(jnp.sum(jnp.where(j > i, g, 0.0), axis=1, keepdims=True))
         decay = jnp.exp(jnp.sum(g, axis=1, keepdims=True))
-    return Chunk(tuple(product("nt", parts, q, k) * between for q in queries), since, to_end, decay)
+    return Chunk(tuple(x * between for x in products), since, to_end, decay)
 
 
 def _by_channel(queries: tuple[Array, ...], k: Array, g: Array, parts: Parts) -> Chunk:
@@ -249,21 +257,28 @@ def _solve_backward(parts: Parts, saved: tuple[Array, Array], ct: Array) -> tupl
 solve.defvjp(_solve_forward, _solve_backward)
 
 
-class Inputs(NamedTuple):
-    """One chunk's arguments, float32."""
+class ValueHead(NamedTuple):
+    """One chunk's arguments of one value head, float32."""
 
-    q: Array
-    """[C, K]"""
-    k: Array
-    """[C, K]"""
     v: Array
     """[C, V]"""
     gates: tuple[Any, ...]
     """Rows [1, C] or [C, K], or None."""
 
 
+class Inputs(NamedTuple):
+    """One chunk's arguments of one key head, float32."""
+
+    q: Array
+    """[C, K]"""
+    k: Array
+    """[C, K]"""
+    heads: tuple[ValueHead, ...]
+    """The value heads that read with these queries and keys."""
+
+
 class Written(NamedTuple):
-    """What a chunk gives."""
+    """What a chunk gives for one value head."""
 
     o: Array
     """[C, V], not scaled."""
@@ -273,59 +288,84 @@ class Written(NamedTuple):
     """[V, K], leaving."""
 
 
-BlockFunction = Callable[[bool, list[Inputs], list[Bounds | None], Array], list[Written]]
-"""(full, chunks in order, their bounds, state [V, K] that enters the first) to what each gives.
+BlockFunction = Callable[[bool, list[list[Inputs]], list[Bounds | None], list[Array]], list[list[Written]]]
+"""(full, each key head's chunks in order, the chunks' bounds, the state [V, K] that enters the first chunk of each value head) to what
+each chunk of each value head gives.
 
-`full` asks for float32 products; without it operands are rounded to bfloat16 where that costs no more than rounding the inputs.
+`full` asks for float32 products; without it operands are rounded to bfloat16 where that costs no more than rounding the inputs. Heads
+do not depend on each other: what waits for the chunk before is written for all of them in turn, so that they fill each other's waits.
 """
 
+_Head = list[tuple[Inputs, ValueHead, Chunk]]
+"""The chunks of one value head."""
 
-def decay_and_add(full: bool, chunks: list[Inputs], bounds: list[Bounds | None], state: Array) -> list[Written]:
+
+def _cut_heads(
+    queries: Callable[[Inputs], tuple[Array, ...]], parts: Parts, keys: list[list[Inputs]], bounds: list[Bounds | None]
+) -> list[_Head]:
+    """The value heads of all key heads, cut."""
+    heads: list[_Head] = []
+    for chunks in keys:
+        cuts = [cut(queries(x), x.k, [y.gates[0] for y in x.heads], b, parts) for x, b in zip(chunks, bounds, strict=True)]
+        heads += [[(x, x.heads[m], c[m]) for x, c in zip(chunks, cuts, strict=True)] for m in range(len(chunks[0].heads))]
+    return heads
+
+
+def decay_and_add(full: bool, keys: list[list[Inputs]], bounds: list[Bounds | None], states: list[Array]) -> list[list[Written]]:
     """Scalar or vector decay: the `BlockFunction` of gates (g,)."""
     parts: Parts = None if full else (1, 1, 1)
-    cuts = [cut((x.q,), x.k, x.gates[0], b, parts) for x, b in zip(chunks, bounds, strict=True)]
-    both = list(zip(chunks, cuts, strict=True))
-    writes = [product("tn", parts, x.v, x.k * c.to_end) for x, c in both]
-    states = [state]
-    for c, write in zip(cuts, writes, strict=True):
-        states.append(c.decay * states[-1] + write)
-    o = [
-        product("nt", parts, x.q * c.since, entering) + product("nn", parts, c.scores[0], x.v)
-        for (x, c), entering in zip(both, states, strict=False)
-    ]
-    return [Written(*each) for each in zip(o, (x.v for x in chunks), states[1:], strict=True)]
+    written = []
+    for head, state in zip(_cut_heads(lambda x: (x.q,), parts, keys, bounds), states, strict=True):
+        writes = [product("tn", parts, y.v, x.k * c.to_end) for x, y, c in head]
+        passed = [state]
+        for (_, _, c), write in zip(head, writes, strict=True):
+            passed.append(c.decay * passed[-1] + write)
+        o = [
+            product("nt", parts, x.q * c.since, entering) + product("nn", parts, c.scores[0], y.v)
+            for (x, y, c), entering in zip(head, passed, strict=False)
+        ]
+        written.append([Written(*each) for each in zip(o, (y.v for _, y, _ in head), passed[1:], strict=True)])
+    return written
 
 
-def erase_and_write(full: bool, chunks: list[Inputs], bounds: list[Bounds | None], state: Array) -> list[Written]:
+def erase_and_write(
+    full: bool, keys: list[list[Inputs]], bounds: list[Bounds | None], states: list[Array]
+) -> list[list[Written]]:
     """The delta rule: the `BlockFunction` of gates (g, beta) with beta a row, g perhaps None.
 
     The pseudo values X solve (I + L) X = Diag(beta) (V - (exp(P) * K) S) (see delta_rule/README.md). They nearly cancel each other in
     sums over tokens, and without decay nothing fades a rounding of the state: what such sums take and what goes from state to state is
     kept at 16 bits. q, k and v have no more than 8, so a decay that all channels share is multiplied after the products.
     """
-    g = chunks[0].gates[0]
+    first = keys[0][0]
+    g = first.heads[0].gates[0]
     by_channel = g is not None and g.shape[0] != 1
     of = lambda *parts: None if full else parts
-    i, j = _square(chunks[0].k.shape[0])
-    of_scores = of(2, 2, 2) if by_channel else of(1, 1, 2)
-    cuts = [cut((x.q, x.k), x.k, x.gates[0], b, of_scores) for x, b in zip(chunks, bounds, strict=True)]
-    both = list(zip(chunks, cuts, strict=True))
-    lowers = [jnp.where(j < i, column(x.gates[1]) * c.scores[1], 0.0) for x, c in both]
-    inverses = unit_lower_inverses([jax.lax.stop_gradient(x) for x in lowers], full)
-    states, values = [state], []
-    for (x, c), lower, inverse in zip(both, lowers, inverses, strict=True):
-        if by_channel:
-            found = product("nt", of(2, 2, 2), x.k * c.since, states[-1])
-        else:
-            found = c.since * product("nt", of(1, 2, 2), x.k, states[-1])
-        values.append(solve(of(3, 2, 2), lower, inverse, column(x.gates[1]) * (x.v - found)))
-        if by_channel:
-            write = product("tn", of(2, 2, 2), values[-1], x.k * c.to_end)
-        else:
-            write = product("tn", of(2, 1, 2), c.to_end * values[-1], x.k)
-        states.append(c.decay * states[-1] + write)
-    o = [
-        product("nt", of(1, 1, 1), x.q * c.since, entering) + product("nn", of(2, 2, 1), c.scores[0], value)
-        for (x, c), entering, value in zip(both, states, values, strict=False)
-    ]
-    return [Written(*each) for each in zip(o, values, states[1:], strict=True)]
+    i, j = _square(first.k.shape[0])
+    heads = _cut_heads(lambda x: (x.q, x.k), of(2, 2, 2) if by_channel else of(1, 1, 2), keys, bounds)
+    lowers = [[jnp.where(j < i, column(y.gates[1]) * c.scores[1], 0.0) for _, y, c in head] for head in heads]
+    inverses = iter(unit_lower_inverses([jax.lax.stop_gradient(x) for row in lowers for x in row], full))
+    inverse = [[next(inverses) for _ in row] for row in lowers]
+    passed: list[list[Array]] = [[state] for state in states]
+    values: list[list[Array]] = [[] for _ in heads]
+    for n, chunk in enumerate(zip(*heads, strict=True)):
+        found = [
+            product("nt", of(2, 2, 2), x.k * c.since, to[n]) if by_channel else c.since * product("nt", of(1, 2, 2), x.k, to[n])
+            for (x, _, c), to in zip(chunk, passed, strict=True)
+        ]
+        for h, (_, y, _) in enumerate(chunk):
+            values[h].append(solve(of(3, 2, 2), lowers[h][n], inverse[h][n], column(y.gates[1]) * (y.v - found[h])))
+        for (x, _, c), to, value in zip(chunk, passed, values, strict=True):
+            if by_channel:
+                write = product("tn", of(2, 2, 2), value[n], x.k * c.to_end)
+            else:
+                write = product("tn", of(2, 1, 2), c.to_end * value[n], x.k)
+            to.append(c.decay * to[n] + write)
+    written = []
+    for head, to, value in zip(heads, passed, values, strict=True):
+        o = [
+            product("nt", of(1, 1, 1), x.q * c.since, to[n]) + product("nn", of(2, 2, 1), c.scores[0], value[n])
+            for n, (x, _, c) in enumerate(head)
+        ]
+        written.append([Written(*each) for each in zip(o, value, to[1:], strict=True)])
+    return written

@@ -1,10 +1,12 @@
 """The TPU (Mosaic) driver of the linear recurrences: two kernels for any `tpu_chunk.BlockFunction`.
 
-Both walk the grid (batch, key heads, blocks of several chunks, value heads of the key head); the last two run in order and carry
-the states of a key head's value heads in VMEM. The forward kernel writes outputs, the final state and, for the gradient, the state
-that enters each backward block. The backward kernel walks the blocks in reverse, recomputes a block and differentiates the very
-same function inside the kernel, so that values and gradients share one piece of math; gradients of q and k are summed over
-the value heads in VMEM. Heads whose width is a multiple of 128 are read from [B, T, H K] in place, others head-major.
+Both walk the grid (batch, key heads, blocks of several chunks, value heads of the key head), where a step may take several heads of
+either kind; the last two run in order and carry the states of a key head's value heads in VMEM. Heads of a step do not wait for each
+other, and the value heads of a key head share its loads and, without a decay a channel, its scores. The forward kernel writes
+outputs, the final state and, for the gradient, the state that enters each backward block. The backward kernel walks the blocks in
+reverse, recomputes a block and differentiates the very same function inside the kernel, so that values and gradients share one piece
+of math; gradients of q and k are summed over the value heads in VMEM. Heads whose width is a multiple of 128 are read from
+[B, T, H K] in place, others head-major.
 """
 
 from functools import partial
@@ -16,7 +18,7 @@ import jax.numpy as jnp
 from plait.kernels import chunking
 from plait.kernels.recurrence import RecurrenceCall, Results, in_value_parts, summarize, tpu_kernels, value_parts
 from plait.kernels.recurrence.tpu_chunk import BlockFunction
-from plait.kernels.recurrence.tpu_kernels import LANES, MIN_TOKENS, Operands, Problem, Tiles
+from plait.kernels.recurrence.tpu_kernels import LANES, MIN_TOKENS, Operands, Problem, Tiles, heads_a_step
 from plait.kernels.target import current, not_on
 
 Array = jax.Array
@@ -27,17 +29,50 @@ MAX_STATES = 16 * 128 * 128
 """Numbers in the states of one key head's value heads, which stay in VMEM."""
 
 
-def choose_tiles(generation: str, key_dim: int, value_dim: int, full: bool, by_channel: bool) -> Tiles:
-    """Tiles that compile within the scoped VMEM of a generation (v5e and v5p: 16 MiB).
+SEVERAL_HEADS = {
+    4: Tiles(forward_chunks=2, backward_chunks=2, forward_heads=4, backward_heads=2),
+    2: Tiles(forward_chunks=4, backward_chunks=2, forward_heads=2, backward_heads=2),
+}
+"""By heads a step, the delta rule's tiles in bfloat16 without a decay a channel, up to 128 channels.
 
-    `full` means float32 products: there a larger chunk would show in the accuracy of its triangular inverse.
+Eight chunks of all heads together, or four backwards, are what fits VMEM.
+"""
+
+CORES = {"v4": 2, "v5p": 2}
+"""Generations whose device is two cores, which divide heads and rows among them."""
+
+
+def choose_tiles(
+    generation: str,
+    key_dim: int,
+    value_dim: int,
+    full: bool,
+    by_channel: bool,
+    delta: bool = False,
+    batch: int = 1,
+    heads: tuple[int, int] = (1, 1),
+) -> Tiles:
+    """Tiles that compile within the scoped VMEM of a generation (v5e and v5p: 16 MiB); `heads` are the key and the value heads.
+
+    `full` means float32 products: there a larger chunk would show in the accuracy of its triangular inverse. `delta` is the delta
+    rule, one head of which waits for its chain of products; the other recurrences gain nothing from several heads a step.
     """
     wide = max(key_dim, value_dim) > LANES
     if full:
         return Tiles(chunk_size=64, forward_chunks=2, backward_chunks=1 if wide else 2)
+    fitting = [n for n in SEVERAL_HEADS if delta and _divides(n, batch, *heads, CORES.get(generation, 1))]
     if wide:
-        return Tiles(forward_chunks=2, backward_chunks=1)
-    return Tiles(forward_chunks=4, backward_chunks=2) if by_channel else Tiles()
+        limit = 2 if fitting and not by_channel else 1
+        return Tiles(forward_chunks=2, backward_chunks=1, forward_heads=limit, backward_heads=limit)
+    if by_channel:
+        return Tiles(forward_chunks=2 if fitting else 4, backward_chunks=2, forward_heads=2 if fitting else 1)
+    return SEVERAL_HEADS[fitting[0]] if fitting else Tiles()
+
+
+def _divides(number: int, batch: int, num_qk_heads: int, num_heads: int, cores: int) -> bool:
+    """Whether steps can take that many heads, and the steps of different heads and rows all cores."""
+    keys, members = heads_a_step(num_qk_heads, num_heads, number)
+    return keys * members == number and batch * num_qk_heads // keys % cores == 0
 
 
 def unsupported(call: RecurrenceCall) -> str | None:
@@ -70,7 +105,9 @@ def recurrence(block: BlockFunction, call: RecurrenceCall) -> Results:
     here = current()
     full = k.dtype == jnp.float32
     by_channel = any(g is not None and g.ndim == 4 for g in gates)
-    tiles = choose_tiles("v5e" if here is None else here.generation, key_dim, value_dim, full, by_channel).fit(length)
+    generation = "v5e" if here is None else here.generation
+    counts = batch, (k.shape[2], num_heads)
+    tiles = choose_tiles(generation, key_dim, value_dim, full, by_channel, call.beta is not None, *counts).fit(length)
     padding = -length % (tiles.chunk_size * tiles.forward_chunks)
     pad = lambda x, **how: jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2), **how) if padding else x
     tokens = None

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from plait.kernels.recurrence.tpu_chunk import SUBLANES, BlockFunction, Bounds, Inputs, Written, column, iota
+from plait.kernels.recurrence.tpu_chunk import SUBLANES, BlockFunction, Bounds, Inputs, ValueHead, Written, column, iota
 
 Array = jax.Array
 
@@ -29,6 +29,10 @@ class Tiles:
     """Chunks a grid step of the forward kernel."""
     backward_chunks: int = 4
     """Chunks a grid step of the backward kernel; divides `forward_chunks`."""
+    forward_heads: int = 1
+    """Value heads a grid step of the forward kernel, or the most below that divide the call's; see `heads_a_step`."""
+    backward_heads: int = 1
+    """The same of the backward kernel."""
 
     def __post_init__(self) -> None:
         if self.chunk_size not in (16, 32, 64, 128):
@@ -38,6 +42,9 @@ class Tiles:
                 f"tiles.backward_chunks={self.backward_chunks} must be positive and divide "
                 f"tiles.forward_chunks={self.forward_chunks}; use 1"
             )
+        for name in ("forward_heads", "backward_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"tiles.{name}={getattr(self, name)} must be positive; use 1")
 
     def fit(self, length: int) -> "Tiles":
         """These tiles, none longer than a sequence needs."""
@@ -48,6 +55,8 @@ class Tiles:
             chunk_size=chunk_size,
             forward_chunks=backward * min(self.forward_chunks // self.backward_chunks, -(-chunks // backward)),
             backward_chunks=backward,
+            forward_heads=self.forward_heads,
+            backward_heads=self.backward_heads,
         )
 
 
@@ -77,52 +86,83 @@ class Operands(NamedTuple):
     """float32 [B, 3, T]: segment number, that of the token before the chunk, and 1 for real tokens; None is one segment."""
 
 
-class _Grid:
-    """The blocks of one kernel: `chunks` chunks a step, forwards or in reverse."""
+def heads_a_step(num_qk_heads: int, num_heads: int, limit: int) -> tuple[int, int]:
+    """The key heads of a grid step and the value heads of each, together at most `limit` value heads.
 
-    def __init__(self, problem: Problem, x: Operands, chunks: int, reverse: bool = False):
-        self.size, self.chunks, self.x, self.reverse = problem.tiles.chunk_size, chunks, x, reverse
+    A step takes several value heads of a key head, and where all of them fit, several key heads.
+    """
+    group = num_heads // num_qk_heads
+    return _divisor(num_qk_heads, limit // group), _divisor(group, limit)
+
+
+class Grid:
+    """The blocks of one kernel, forwards or in reverse.
+
+    A step takes `chunks` chunks of `keys` key heads with `members` value heads of each; `steps` steps take a key head's value heads in turn.
+    """
+
+    def __init__(self, problem: Problem, x: Operands, reverse: bool = False):
+        tiles = problem.tiles
+        self.size, self.x, self.reverse = tiles.chunk_size, x, reverse
+        self.chunks = tiles.backward_chunks if reverse else tiles.forward_chunks
         self.batch, self.length, self.num_qk_heads = x.q.shape[:3]
         self.num_heads = x.v.shape[2]
         self.group = self.num_heads // self.num_qk_heads
-        self.blocks = self.length // (self.size * chunks)
-        self.shape = (self.batch, self.num_qk_heads, self.blocks, self.group)
+        self.blocks = self.length // (self.size * self.chunks)
+        limit = tiles.backward_heads if reverse else tiles.forward_heads
+        self.keys, self.members = heads_a_step(self.num_qk_heads, self.num_heads, limit)
+        self.num_values = self.keys * self.members
+        self.steps = self.group // self.members
+        self.shape = (self.batch, self.num_qk_heads // self.keys, self.blocks, self.steps)
 
     def spec(self, shape: tuple[int | None, ...], index: Any) -> pl.BlockSpec:
-        """`index(batch, key head, value head, block)` gives the block's place."""
+        """`index(batch, keys, values, block)` gives the block's place, in blocks of `keys` key heads and `num_values` value heads."""
         place = lambda i: self.blocks - 1 - i if self.reverse else i
-        return pl.BlockSpec(shape, lambda b, h, i, m: index(b, h, h * self.group + m, place(i)))
+        return pl.BlockSpec(shape, lambda b, h, i, m: index(b, h, h * self.steps + m, place(i)))
 
     def heads(self, width: int, of_values: bool) -> pl.BlockSpec:
-        """Blocks [tokens, width] of an array that `_lay` laid out."""
-        tokens = self.size * self.chunks
+        """Blocks [tokens, heads width] or [heads, tokens, width] of an array that `lay` laid out."""
+        tokens, heads = self.size * self.chunks, self.num_values if of_values else self.keys
         pick = lambda h, hv: hv if of_values else h
         if width % LANES == 0:
-            return self.spec((None, tokens, width), lambda b, h, hv, i: (b, i, pick(h, hv)))
-        return self.spec((None, None, tokens, width), lambda b, h, hv, i: (b, pick(h, hv), i, 0))
+            return self.spec((None, tokens, heads * width), lambda b, h, hv, i: (b, i, pick(h, hv)))
+        return self.spec((None, heads, tokens, width), lambda b, h, hv, i: (b, pick(h, hv), i, 0))
 
     def states(self) -> pl.BlockSpec:
-        """All states [group, V, K] of a key head."""
-        return self.spec((None, self.group, *self.x.state.shape[2:]), lambda b, h, hv, i: (b, h, 0, 0))
+        """All states [keys group, V, K] of the key heads."""
+        return self.spec((None, self.keys * self.group, *self.x.state.shape[2:]), lambda b, h, hv, i: (b, h, 0, 0))
 
     def rows(self) -> pl.BlockSpec:
-        """Blocks [chunks, C] of [B, Hv, blocks, chunks, C]."""
-        return self.spec((None, None, None, self.chunks, self.size), lambda b, h, hv, i: (b, hv, i, 0, 0))
+        """Blocks [values, chunks, C] of [B, Hv, blocks, chunks, C]."""
+        return self.spec((None, self.num_values, None, self.chunks, self.size), lambda b, h, hv, i: (b, hv, i, 0, 0))
 
     def gates(self) -> list[pl.BlockSpec]:
         """The gates that there are."""
         return [self.rows() if g.ndim == 3 else self.heads(g.shape[3], True) for g in self.x.gates if g is not None]
 
-    def inputs(self) -> tuple[list[Array], list[pl.BlockSpec]]:
+    def tokens(self, n: int) -> slice:
+        """Chunk n in a block."""
+        return slice(n * self.size, (n + 1) * self.size)
+
+    def inputs(self, x: Operands) -> tuple[list[Array], list[pl.BlockSpec]]:
         """q, k, v, the gates, and the tokens or nothing."""
-        x = self.x
-        arrays = [_lay(x.q), _lay(x.k), _lay(x.v)]
+        arrays = [lay(x.q), lay(x.k), lay(x.v)]
         specs = [self.heads(x.q.shape[3], False)] * 2 + [self.heads(x.v.shape[3], True), *self.gates()]
-        arrays += [self.to_rows(g) if g.ndim == 3 else _lay(g) for g in x.gates if g is not None]
+        arrays += [self.to_rows(g) if g.ndim == 3 else lay(g) for g in x.gates if g is not None]
         if x.tokens is not None:
             arrays.append(x.tokens.reshape(self.batch, 3, self.blocks, self.chunks, self.size))
             specs.append(self.spec((None, 3, None, self.chunks, self.size), lambda b, h, hv, i: (b, 0, i, 0, 0)))
         return arrays, specs
+
+    def operands(self, arrays: list[Array], state: Array) -> Operands:
+        """The inverse of `inputs`."""
+        like, left = self.x, iter(arrays)
+        q, k, v = (token_major(next(left), y.shape) for y in (like.q, like.k, like.v))
+        gates = tuple(
+            None if g is None else self.from_rows(next(left)) if g.ndim == 3 else token_major(next(left), g.shape)
+            for g in like.gates
+        )
+        return Operands(q, k, v, gates, state, None if like.tokens is None else next(left).reshape(like.tokens.shape))
 
     def to_rows(self, g: Array) -> Array:
         """[B, T, H] to [B, H, blocks, chunks, C]."""
@@ -147,7 +187,12 @@ class _Grid:
         )(*arrays)
 
 
-def _lay(x: Array) -> Array:
+def _divisor(number: int, limit: int) -> int:
+    """The largest divisor up to `limit`, at least 1."""
+    return max(n for n in range(1, max(min(number, limit), 1) + 1) if number % n == 0)
+
+
+def lay(x: Array) -> Array:
     """[B, T, H, K] as the kernels read it: [B, T, H K] where a head is whole lanes, else [B, H, T, K]."""
     if x.shape[3] % LANES == 0:
         return x.reshape(*x.shape[:2], -1)
@@ -155,28 +200,47 @@ def _lay(x: Array) -> Array:
 
 
 def _laid_shape(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    return jax.eval_shape(_lay, jax.ShapeDtypeStruct(shape, dtype))
+    return jax.eval_shape(lay, jax.ShapeDtypeStruct(shape, dtype))
 
 
-def _token_major(x: Array, shape: tuple[int, ...]) -> Array:
-    """The inverse of `_lay`."""
+def token_major(x: Array, shape: tuple[int, ...]) -> Array:
+    """The inverse of `lay`."""
     return x.reshape(shape) if x.ndim == 3 else jnp.swapaxes(x, 1, 2)
 
 
 _Rows = tuple[Array, ...] | None
 
 
-def _load(problem: Problem, x: Operands, refs: list[Any], n: int) -> tuple[Inputs, _Rows]:
-    """Chunk n of a block, and its token rows, from the refs of `_Grid.inputs`."""
-    size = problem.tiles.chunk_size
-    tokens = slice(n * size, (n + 1) * size)
-    q, k, v, *rest = refs
-    gates = []
-    for g in x.gates:
-        gates.append(None if g is None else rest.pop(0)[slice(n, n + 1) if g.ndim == 3 else tokens, :])
-    rows = tuple(rest[0][r, n : n + 1] for r in range(3)) if rest else None
-    q, k, v = (ref[tokens, :].astype(jnp.float32) for ref in (q, k, v))
-    return Inputs(q, k, v, tuple(gates)), rows
+def _at(ref: Any, head: int, tokens: slice, width: int) -> tuple[Any, ...]:
+    """The index of a head in a block of `Grid.heads`."""
+    if len(ref.shape) == 2:
+        return tokens, slice(head * width, (head + 1) * width)
+    return head, tokens, slice(None)
+
+
+def _load(grid: "Grid", refs: list[Any]) -> tuple[list[list[Inputs]], list[_Rows]]:
+    """Each key head's chunks of a block, and the chunks' token rows, from the refs of `Grid.inputs`."""
+    x, num_gates = grid.x, sum(g is not None for g in grid.x.gates)
+    (q, k, v), gates, rows = refs[:3], refs[3 : 3 + num_gates], refs[3 + num_gates :]
+
+    def read(ref: Any, head: int, n: int, width: int) -> Array:
+        return ref[_at(ref, head, grid.tokens(n), width)].astype(jnp.float32)
+
+    def value_head(head: int, n: int) -> ValueHead:
+        left = iter(gates)
+        own = [
+            None if g is None else next(left)[head, n : n + 1, :] if g.ndim == 3 else read(next(left), head, n, g.shape[3])
+            for g in x.gates
+        ]
+        return ValueHead(read(v, head, n, x.v.shape[3]), tuple(own))
+
+    def key_head(head: int, n: int) -> Inputs:
+        values = range(head * grid.members, (head + 1) * grid.members)
+        width = x.q.shape[3]
+        return Inputs(read(q, head, n, width), read(k, head, n, width), tuple(value_head(h, n) for h in values))
+
+    loaded = [[key_head(head, n) for n in range(grid.chunks)] for head in range(grid.keys)]
+    return loaded, [tuple(rows[0][r, n : n + 1] for r in range(3)) if rows else None for n in range(grid.chunks)]
 
 
 def _real(x: Inputs, rows: _Rows) -> Inputs:
@@ -188,107 +252,120 @@ def _real(x: Inputs, rows: _Rows) -> Inputs:
     return jax.tree.map(lambda y: jnp.where(row if y.shape[0] == 1 else real, y, 0.0), x)
 
 
-def _advance(problem: Problem, chunks: list[Inputs], rows: list[_Rows], state: Array) -> list[Written]:
-    """What the chunks of a block give."""
+def _advance(problem: Problem, keys: list[list[Inputs]], rows: list[_Rows], states: list[Array]) -> list[list[Written]]:
+    """What the chunks of a block give, for each value head."""
     bounds = [None if row is None else Bounds.of(*row[:2]) for row in rows]
-    written = problem.block(problem.full, [_real(x, row) for x, row in zip(chunks, rows, strict=True)], bounds, state)
-    return [w._replace(o=problem.scale * w.o) for w in written]
+    real = [[_real(x, row) for x, row in zip(chunks, rows, strict=True)] for chunks in keys]
+    written = problem.block(problem.full, real, bounds, states)
+    return [[w._replace(o=problem.scale * w.o) for w in head] for head in written]
 
 
-def _sums(x: Inputs, written: Written) -> tuple[Array, Array, Array]:
+def _sums(k: Array, g: Array | None, written: Written) -> tuple[Array, Array, Array]:
     """[1, 1] each: the leaving state's squares, and the sums of |k| |u| and of -g."""
     total = lambda y: jnp.sum(jnp.sum(y, axis=0, keepdims=True), axis=1, keepdims=True)
     squares = lambda y: jnp.sum(y * y, axis=1, keepdims=True)
-    g = x.gates[0]
     rate = jnp.zeros((1, 1), jnp.float32) if g is None else total(g) * (-1.0 / (1 if g.shape[0] == 1 else g.shape[1]))
-    return total(written.state * written.state), total(jnp.sqrt(squares(x.k) * squares(written.values))), rate
+    return total(written.state * written.state), total(jnp.sqrt(squares(k) * squares(written.values))), rate
 
 
-def _forward_kernel(problem: Problem, x: Operands, chunks: int, keep: bool, initial: Any, *refs: Any) -> None:
+def _forward_kernel(problem: Problem, grid: Grid, keep: bool, initial: Any, *refs: Any) -> None:
     outputs = 2 + keep + problem.stats
     inputs, (o, final, *extra) = list(refs[:-outputs]), refs[-outputs:]
-    m, size = pl.program_id(3), problem.tiles.chunk_size
+    own = [pl.program_id(3) * grid.num_values + h for h in range(grid.num_values)]
 
     @pl.when(pl.program_id(2) == 0)
     def _start():
-        final[m] = initial[m]
+        for at in own:
+            final[at] = initial[at]
 
-    loaded, rows = zip(*(_load(problem, x, inputs, n) for n in range(chunks)), strict=True)
-    written = _advance(problem, list(loaded), list(rows), final[m])
-    for n, state in enumerate([final[m], *(w.state for w in written[:-1])]):
-        if keep and n % problem.tiles.backward_chunks == 0:
-            extra[0][n // problem.tiles.backward_chunks] = state
-    final[m] = written[-1].state
-    for n, w in enumerate(written):
-        o[n * size : (n + 1) * size, :] = w.o.astype(o.dtype)
-    if problem.stats:
-        collected = jnp.zeros((SUBLANES, LANES), jnp.float32)
-        row, lane = iota(collected.shape, 0), iota(collected.shape, 1)
-        for n, w in enumerate(written):
-            for r, value in enumerate(_sums(_real(loaded[n], rows[n]), w)):
-                collected = jnp.where((row == r) & (lane == n), value, collected)
-        extra[-1][...] = collected
+    loaded, rows = _load(grid, inputs)
+    entering = [final[at] for at in own]
+    written = _advance(problem, loaded, rows, entering)
+    for h, head in enumerate(written):
+        for n, state in enumerate([entering[h], *(w.state for w in head[:-1])]):
+            if keep and n % problem.tiles.backward_chunks == 0:
+                extra[0][h, n // problem.tiles.backward_chunks] = state
+        final[own[h]] = head[-1].state
+        for n, w in enumerate(head):
+            o[_at(o, h, grid.tokens(n), w.o.shape[1])] = w.o.astype(o.dtype)
+        if problem.stats:
+            collected = jnp.zeros((SUBLANES, LANES), jnp.float32)
+            row, lane = iota(collected.shape, 0), iota(collected.shape, 1)
+            for n, w in enumerate(head):
+                x = _real(loaded[h // grid.members][n], rows[n])
+                for r, value in enumerate(_sums(x.k, x.heads[h % grid.members].gates[0], w)):
+                    collected = jnp.where((row == r) & (lane == n), value, collected)
+            extra[-1][h] = collected
 
 
 def forward(problem: Problem, x: Operands, *, keep: bool) -> tuple[Array, Array, Array | None, Array | None]:
-    """o, the final state, the sums, and with `keep` the states [B, Hv, blocks, V, K] that enter the backward blocks."""
+    """o, the final state, the sums, and with `keep` the states [B, blocks, Hv, n, V, K] that enter a block's n backward blocks."""
     tiles, f32 = problem.tiles, jnp.float32
-    grid = _Grid(problem, x, tiles.forward_chunks)
-    arrays, specs = grid.inputs()
+    grid = Grid(problem, jax.tree.map(_like, x))
+    arrays, specs = grid.inputs(x)
     o_shape = (*x.v.shape[:2], *x.v.shape[2:])
     outputs = [(_laid_shape(o_shape, x.q.dtype), grid.heads(x.v.shape[3], True)), (_like(x.state), grid.states())]
     if keep:
         each, of_state = tiles.forward_chunks // tiles.backward_chunks, x.state.shape[2:]
-        shape = jax.ShapeDtypeStruct((grid.batch, grid.num_heads, grid.blocks * each, *of_state), f32)
-        outputs.append((shape, grid.spec((None, None, each, *of_state), lambda b, h, hv, i: (b, hv, i, 0, 0))))
+        shape = jax.ShapeDtypeStruct((grid.batch, grid.blocks, grid.num_heads, each, *of_state), f32)
+        spec = grid.spec((None, None, grid.num_values, each, *of_state), lambda b, h, hv, i: (b, i, hv, 0, 0, 0))
+        outputs.append((shape, spec))
     if problem.stats:
         shape = jax.ShapeDtypeStruct((grid.batch, grid.num_heads, grid.blocks, SUBLANES, LANES), f32)
-        spec = grid.spec((None, None, None, SUBLANES, LANES), lambda b, h, hv, i: (b, hv, i, 0, 0))
+        spec = grid.spec((None, grid.num_values, None, SUBLANES, LANES), lambda b, h, hv, i: (b, hv, i, 0, 0))
         outputs.append((shape, spec))
-    kernel = partial(_forward_kernel, problem, jax.tree.map(_like, x), grid.chunks, keep)
+    kernel = partial(_forward_kernel, problem, grid, keep)
     name = f"{problem.block.__name__}_forward"
     o, final, *extra = grid.call(kernel, name, [x.state, *arrays], [grid.states(), *specs], outputs)
     sums = None
     if problem.stats:
         sums = jnp.swapaxes(extra[-1][..., :3, : grid.chunks], 3, 4).reshape(grid.batch, grid.num_heads, -1, 3)
-    return _token_major(o, o_shape), final, sums, extra[0] if keep else None
+    return token_major(o, o_shape), final, sums, extra[0] if keep else None
 
 
-def _backward_kernel(problem: Problem, x: Operands, chunks: int, d_final: Any, entering: Any, d_o: Any, *refs: Any) -> None:
-    group = x.v.shape[2] // x.q.shape[2]
+def _backward_kernel(problem: Problem, grid: Grid, d_final: Any, entering: Any, d_o: Any, *refs: Any) -> None:
+    x = grid.x
     num_gates = sum(g is not None for g in x.gates)
     num_inputs = 3 + num_gates + (x.tokens is not None)
     inputs, (d_q, d_k, d_v, *rest) = list(refs[:num_inputs]), refs[num_inputs:]
     d_gates, (d_state, *acc) = rest[:num_gates], rest[num_gates:]
-    m, size = pl.program_id(3), problem.tiles.chunk_size
+    m, values = pl.program_id(3), range(grid.num_values)
+    own = [m * grid.num_values + h for h in values]
 
     @pl.when(pl.program_id(2) == 0)
     def _start():
-        d_state[m] = d_final[m]
+        for at in own:
+            d_state[at] = d_final[at]
 
-    loaded, rows = zip(*(_load(problem, x, inputs, n) for n in range(chunks)), strict=True)
+    loaded, rows = _load(grid, inputs)
 
-    def block(loaded: list[Inputs], state: Array) -> tuple[list[Array], Array]:
-        written = _advance(problem, loaded, list(rows), state)
-        return [w.o for w in written], written[-1].state
+    def block(loaded: list[list[Inputs]], states: list[Array]) -> tuple[list[list[Array]], list[Array]]:
+        written = _advance(problem, loaded, rows, states)
+        return [[w.o for w in head] for head in written], [head[-1].state for head in written]
 
-    _, pullback = jax.vjp(block, list(loaded), entering[...])
-    d_outputs = [d_o[n * size : (n + 1) * size, :].astype(jnp.float32) for n in range(chunks)]
-    d_inputs, d_state[m] = pullback((d_outputs, d_state[m]))
-    for n, d in enumerate(d_inputs):
-        tokens = slice(n * size, (n + 1) * size)
-        d_v[tokens, :] = d.v.astype(d_v.dtype)
-        for ref, dg in zip(d_gates, [g for g in d.gates if g is not None], strict=True):
-            ref[slice(n, n + 1) if dg.shape[0] == 1 else tokens, :] = dg
-        for ref, total, value in ((d_q, acc[:1], d.q), (d_k, acc[1:], d.k)):
-            if group == 1:
-                ref[tokens, :] = value.astype(ref.dtype)
-            else:
-                _add_member(m, group, ref, total[0], tokens, value)
+    _, pullback = jax.vjp(block, loaded, [entering[h] for h in values])
+    value_dim, key_dim = x.v.shape[3], x.q.shape[3]
+    d_outputs = [[d_o[_at(d_o, h, grid.tokens(n), value_dim)].astype(jnp.float32) for n in range(grid.chunks)] for h in values]
+    d_inputs, d_states = pullback((d_outputs, [d_state[at] for at in own]))
+    for at, d in zip(own, d_states, strict=True):
+        d_state[at] = d
+    for key, chunks in enumerate(d_inputs):
+        for n, d in enumerate(chunks):
+            tokens = grid.tokens(n)
+            for h, of_head in enumerate(d.heads, key * grid.members):
+                d_v[_at(d_v, h, tokens, value_dim)] = of_head.v.astype(d_v.dtype)
+                for ref, dg in zip(d_gates, [g for g in of_head.gates if g is not None], strict=True):
+                    ref[(h, slice(n, n + 1)) if dg.shape[0] == 1 else _at(ref, h, tokens, key_dim)] = dg
+            for ref, total, value in ((d_q, acc[:1], d.q), (d_k, acc[1:], d.k)):
+                place = _at(ref, key, tokens, key_dim)
+                if grid.steps == 1:
+                    ref[place] = value.astype(ref.dtype)
+                else:
+                    _add_member(m, grid.steps, ref, place, total[0], tokens, value)
 
 
-def _add_member(m: Array, group: int, ref: Any, total: Any, tokens: slice, value: Array) -> None:
-    """Sums `value` over the value heads of a key head; the last one writes."""
+def _add_member(m: Array, steps: int, ref: Any, at: tuple[Any, ...], total: Any, tokens: slice, value: Array) -> None:
+    """Sums `value` over the steps of a key head; the last one writes."""
 
     @pl.when(m == 0)
     def _first():
@@ -298,37 +375,39 @@ def _add_member(m: Array, group: int, ref: Any, total: Any, tokens: slice, value
     def _more():
         total[tokens, :] += value
 
-    @pl.when(m == group - 1)
+    @pl.when(m == steps - 1)
     def _last():
-        ref[tokens, :] = total[tokens, :].astype(ref.dtype)
+        ref[at] = total[tokens, :].astype(ref.dtype)
 
 
 def backward(problem: Problem, x: Operands, entering: Array, d_o: Array, d_final: Array) -> Operands:
     """The gradients of the operands."""
-    grid = _Grid(problem, x, problem.tiles.backward_chunks, reverse=True)
-    arrays, specs = grid.inputs()
+    grid = Grid(problem, jax.tree.map(_like, x), reverse=True)
+    arrays, specs = grid.inputs(x)
     of_state = x.state.shape[2:]
-    entering_spec = grid.spec((None, None, None, *of_state), lambda b, h, hv, i: (b, hv, i, 0, 0))
+    each = entering.shape[3]
+    at = lambda b, h, hv, i: (b, jax.lax.div(i, each), hv, jax.lax.rem(i, each), 0, 0)
+    entering_spec = grid.spec((None, None, grid.num_values, None, *of_state), at)
     keys, values = grid.heads(x.q.shape[3], False), grid.heads(x.v.shape[3], True)
     gates = [g for g in x.gates if g is not None]
     gate_arrays = arrays[3 : 3 + len(gates)]
     outputs = [(_laid_shape(y.shape, y.dtype), keys) for y in (x.q, x.k)] + [(_laid_shape(x.v.shape, x.v.dtype), values)]
     outputs += [(_like(g), spec) for g, spec in zip(gate_arrays, grid.gates(), strict=True)]
     outputs.append((_like(x.state), grid.states()))
-    scratch = [pltpu.VMEM((grid.size * grid.chunks, x.q.shape[3]), jnp.float32)] * (2 if grid.group > 1 else 0)
+    scratch = [pltpu.VMEM((grid.size * grid.chunks, x.q.shape[3]), jnp.float32)] * (2 if grid.steps > 1 else 0)
     d_q, d_k, d_v, *d_gates, d_state = grid.call(
-        partial(_backward_kernel, problem, jax.tree.map(_like, x), grid.chunks),
+        partial(_backward_kernel, problem, grid),
         f"{problem.block.__name__}_backward",
-        [d_final, entering, _lay(d_o), *arrays],
+        [d_final, entering, lay(d_o), *arrays],
         [grid.states(), entering_spec, values, *specs],
         outputs,
         scratch,
     )
-    d_gates = [grid.from_rows(d) if g.ndim == 3 else _token_major(d, g.shape) for g, d in zip(gates, d_gates, strict=True)]
+    d_gates = [grid.from_rows(d) if g.ndim == 3 else token_major(d, g.shape) for g, d in zip(gates, d_gates, strict=True)]
     return Operands(
-        _token_major(d_q, x.q.shape),
-        _token_major(d_k, x.k.shape),
-        _token_major(d_v, x.v.shape),
+        token_major(d_q, x.q.shape),
+        token_major(d_k, x.k.shape),
+        token_major(d_v, x.v.shape),
         tuple(None if g is None else d_gates.pop(0) for g in x.gates),
         d_state,
         None,

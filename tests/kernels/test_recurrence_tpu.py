@@ -1,6 +1,7 @@
 """The TPU kernels of the linear recurrences in Pallas' TPU interpreter, with race detection, against the reference."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from plait.kernels import Tokens, recurrence
 from plait.kernels.recurrence import RecurrenceCall, tpu_driver
 from plait.kernels.recurrence.tpu_driver import choose_tiles
-from plait.kernels.recurrence.tpu_kernels import Tiles
+from plait.kernels.recurrence.tpu_kernels import Tiles, heads_a_step
 from plait.kernels.target import target
 from plait.tests.kernels import cases
 from plait.tests.tolerances import assert_tree_close, in_float64
@@ -35,6 +36,7 @@ class Case(NamedTuple):
 
 
 LARGE = Tiles(forward_chunks=2, backward_chunks=2)
+SEVERAL = Tiles(chunk_size=32, forward_chunks=2, backward_chunks=1, forward_heads=4, backward_heads=4)
 CASES = [
     Case("scalar_decay", 63, None, "mixed"),
     Case("scalar_decay", 65, "several", "strong", dtype="bfloat16", batch=2),
@@ -43,8 +45,11 @@ CASES = [
     Case("deltanet", 300, None, "none", dtype="bfloat16", heads=(1, 1), tiles=LARGE),
     Case("gated_deltanet", 65, "several", "mixed", batch=2),
     Case("kda", 65, "several", "mixed", batch=2),
+    Case("gated_deltanet", 65, "several", "mixed", heads=(2, 4), tiles=SEVERAL),
 ]
 MORE = [
+    Case("deltanet", 65, None, "none", dtype="bfloat16", heads=(4, 4), dims=(128, 8), tiles=SEVERAL),
+    Case("kda", 65, "several", "mixed", heads=(1, 8), tiles=SEVERAL),
     Case("scalar_decay", 64, "several", "strong", batch=2),
     Case("scalar_decay", 65, "long", "weak", dtype="bfloat16"),
     Case("scalar_decay", 500, "several", "mixed", heads=(2, 2), dims=(16, 128), tiles=LARGE),
@@ -122,6 +127,32 @@ def test_kernel_matches_reference_in_more_cases(case: Case, monkeypatch: pytest.
     _assert_matches(case, monkeypatch)
 
 
+@pytest.mark.parametrize("name", ["gated_deltanet", pytest.param("kda", marks=pytest.mark.slow)])
+def test_heads_of_a_step_do_not_touch_each_other(name: str, monkeypatch: pytest.MonkeyPatch):
+    case = Case(name, 65, "several", heads=(4, 4), tiles=SEVERAL)
+    args = _inputs(case, monkeypatch)
+    several = run_checked(partial(_run, "pallas_tpu", case), *args)
+    monkeypatch.setattr(tpu_driver, "choose_tiles", lambda *_: replace(SEVERAL, forward_heads=1, backward_heads=1))
+    one = run_checked(partial(_run, "pallas_tpu", case), *args)
+    jax.tree.map(np.testing.assert_array_equal, several, one)
+
+
+def test_heads_a_step_are_chosen_by_heads():
+    chosen = lambda *heads, delta=True: choose_tiles("v5e", 128, 128, False, False, delta, 1, heads)
+    assert [chosen(*heads).forward_heads for heads in ((1, 1), (2, 2), (3, 3), (4, 4), (6, 6), (16, 16))] == [1, 2, 1, 4, 2, 4]
+    assert [chosen(*heads).forward_heads for heads in ((1, 4), (2, 4), (2, 6), (4, 32), (1, 3))] == [4, 4, 1, 4, 1]
+    assert chosen(4, 4, delta=False).forward_heads == 1
+    on_two_cores = lambda batch, *heads: choose_tiles("v5p", 128, 128, False, False, True, batch, heads).forward_heads
+    assert [on_two_cores(1, 4, 4), on_two_cores(2, 4, 4), on_two_cores(1, 8, 8), on_two_cores(1, 2, 2)] == [2, 4, 4, 1]
+    assert [heads_a_step(*heads, 4) for heads in ((4, 4), (2, 4), (1, 8), (6, 12), (2, 6))] == [
+        (4, 1),
+        (2, 2),
+        (1, 4),
+        (2, 2),
+        (1, 3),
+    ]
+
+
 def test_wide_values_are_cut_into_heads(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(recurrence, "MAX_VALUE_DIM", 8)
     _assert_matches(Case("scalar_decay", 33, "several", dims=(8, 16), stats=False), monkeypatch)
@@ -149,6 +180,8 @@ def test_tiles_are_checked():
         Tiles(chunk_size=100)
     with pytest.raises(ValueError, match=r"tiles\.backward_chunks=3 must be positive and divide tiles\.forward_chunks=4"):
         Tiles(forward_chunks=4, backward_chunks=3)
+    with pytest.raises(ValueError, match=r"tiles\.backward_heads=0 must be positive"):
+        Tiles(backward_heads=0)
     for length in (16, 17, 100, 129, 500, 1025):
         fitted = Tiles().fit(length)
         assert fitted.chunk_size * fitted.forward_chunks < 2 * max(length, 64)
