@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=32768)
     parser.add_argument("--generation", default="v5e")
     args = parser.parse_args()
-    length, tile = args.seq_len, choose_tiles(args.generation, 128, 128, jnp.bfloat16).block_q
+    length, tile = args.seq_len, choose_tiles(args.generation, 128, 128, jnp.bfloat16).forward.block_q
     rng = np.random.default_rng(0)
     everyone = Tokens(None, jnp.ones((1, 1, length), jnp.int32), jnp.arange(length, dtype=jnp.int32)[None, None])
     causal = length * (length + 1) / 2
