@@ -77,8 +77,11 @@ def mixer_signs(config: ExperimentConfig) -> Iterator[Callable[[], Any]]:
 
 
 def mesh_signs(config: ExperimentConfig) -> Iterator[Callable[[], Any]]:
-    """The layout on eight devices."""
-    yield lambda: str((program_of(config, devices=8).mesh, program_of(config, devices=8).shardings))
+    """The layout on eight devices, and the step there."""
+    setup = program_of(config, VOCAB, devices=8)
+    batch = random_batch(config.data.batch_size, config.data.seq_len, VOCAB)
+    yield lambda: str((setup.mesh, setup.shardings))
+    yield lambda: text_of(jax.make_jaxpr(make_step(setup.blueprint, setup.tx, setup.mesh, None))(setup.like, batch))
 
 
 def data_signs(config: ExperimentConfig, folder: Any) -> Iterator[Callable[[], Any]]:

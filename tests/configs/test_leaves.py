@@ -84,6 +84,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     "needles.num_values": {"num_keys": 1},
     "variable_tracking.num_chains": {"num_hops": 2},
     "optimizer.decay_fraction": {"optimizer.schedule": "wsd"},
+    "mesh.context_exchange": {"mesh": MeshConfig(fsdp=4, context=2)},
     "data.text_field": {"data.source": "{lines}"},
     "data.split_seed": {"data.source": "{lines}"},
     "data.temperature": {
