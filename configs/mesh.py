@@ -41,5 +41,5 @@ class MeshConfig(Config):
         if self.context_exchange != "gather" and self.context == 1:
             raise ValueError(
                 f"context_exchange={self.context_exchange} is of sequences cut over devices, and context=1 cuts none; "
-                "leave it out, or use context=2 or more"
+                "use gather, or context=2 or more"
             )

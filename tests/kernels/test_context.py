@@ -180,7 +180,7 @@ def test_attention_by_heads(segments: str, count: int, mask: str):
 
 
 @pytest.mark.parametrize("name", ["sigmoid", "chosen by all", "chosen by each", "routed", "heads that cannot be dealt out"])
-def test_other_attention_by_heads(name: str):
+def test_other_attention_by_heads(name: str, caplog: pytest.LogCaptureFixture):
     at = Tokens(None, segment_ids(SEGMENTS["packed"]))
     active = jnp.asarray(np.random.default_rng(3).random((2, LENGTH, 4)) < 0.6)
     choosing = 1 if name == "chosen by all" else 4
@@ -198,6 +198,7 @@ def test_other_attention_by_heads(name: str):
     inputs = arrays(q=(2, LENGTH, heads, 8), k=(2, LENGTH, heads, 8), v=(2, LENGTH, heads, 6))
     assert_same(outputs, inputs, mesh_of(context=2, tensor=1 if heads == 3 else 2), exchange="all_to_all")
     assert ("all-to-all" in compiled_text(outputs, inputs, 2, "all_to_all")) == (heads == 4)
+    assert ("3 heads with 3 key heads cannot be dealt out to 2 devices" in caplog.text) == (heads == 3)
 
 
 @pytest.mark.parametrize(("segments", "count"), CUTS)

@@ -288,6 +288,13 @@ def test_parameter_that_a_mesh_does_not_divide_is_named():
         program_of(config, devices=5)
 
 
+def test_an_exchange_over_one_device_is_refused():
+    with pytest.raises(
+        ValueError, match=r"mesh\.context_exchange=all_to_all .* context=1 cuts none; use gather, or context=2 or more"
+    ):
+        MeshConfig(context_exchange="all_to_all")
+
+
 def test_heads_that_tensor_does_not_divide_are_refused():
     mesh = make_mesh(MeshConfig(data=1, tensor=8), jax.devices())
     with pytest.raises(ValueError, match="parameter k has kv_heads=12, which mesh tensor=8 must divide"):

@@ -51,7 +51,7 @@ def moved(old: Model, new: Model, mesh: Mesh, *, num_ids: int, text: np.ndarray 
 
     @jax.jit
     def compare(arrays: tuple[tuple[Arrays, Arrays], ...], ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-        with on_mesh(mesh, accumulate):
+        with on_mesh(mesh, accumulate, config.mesh.context_exchange):
             models = [blueprint.build(*own) for (blueprint, _, _), own in zip((old, new), arrays, strict=True)]
             hidden = [jnp.moveaxis(model.hidden(Tokens(ids))[0], 1, 0) for model in models]  # [T, B, D]
         shared = min(model.config.vocab_size or 1 for model in models)

@@ -91,7 +91,7 @@ def trained_gates(
     counts = [mixers[index].heads(model.d_model) if index in layers else (0, 0) for index in range(model.num_layers)]
 
     def hidden(params: Any, buffers: Any, at: Tokens, gates: Any) -> jax.Array:
-        with on_mesh(program.mesh, accumulate):
+        with on_mesh(program.mesh, accumulate, program.config.mesh.context_exchange):
             made = program.blueprint.build(params, buffers)
             if gates is not None:
                 gate(made, gates, window_size, config.num_sink_tokens)

@@ -113,7 +113,8 @@ def _candidates(
     """Every combination that the model, batch and devices allow."""
     assert target.chip is not None
     for sizes in _meshes(config, target, has_experts=any(axes.EXPERTS in blueprint.axes(name) for name in blueprint.params)):
-        mesh_config = dataclasses.replace(config.mesh, **sizes)  # type: ignore[arg-type]
+        exchange = config.mesh.context_exchange if sizes["context"] != 1 else "gather"
+        mesh_config = dataclasses.replace(config.mesh, **sizes, context_exchange=exchange)  # type: ignore[arg-type]
         step: Program | None = None
         for remat, parts in itertools.product(_REMAT, _parts(config)):
             new = dataclasses.replace(
@@ -164,6 +165,8 @@ def _overrides(old: ExperimentConfig, new: ExperimentConfig) -> str:
     parts = [
         f"--mesh.{name} {size}" for name, size in _integers(new.mesh).items() if size != 1 or getattr(old.mesh, name) != size
     ]
+    if {old.mesh.context_exchange, new.mesh.context_exchange} != {"gather"}:
+        parts.append(f"--mesh.context-exchange {new.mesh.context_exchange}")
     if new.model.remat != old.model.remat:
         parts.append(f"--model.remat {new.model.remat}")
     if new.optimizer.accumulate != old.optimizer.accumulate:
@@ -237,7 +240,7 @@ def estimated_collectives(config: ExperimentConfig, mesh: jax.sharding.Mesh, ste
         count = model.num_layers * (3 if model.remat == "full" else 2) * parts
         size = rows * ways(mesh, axes.EXPERTS) * config.data.seq_len / ways(mesh, axes.LENGTH) * model.d_model * itemsize / parts
         found += [Collective(kind, sent, count, count * size) for kind in ("all-gather", "reduce-scatter")]
-    if length := order(mesh_axes(axes.LENGTH)):
+    if length := order(mesh_axes(axes.LENGTH)):  # gathered, whatever `mesh.context_exchange`
         size = 0.0
         for mixer in model.layer_mixers:
             short, long = (mixer.state_bytes(model.d_model, n, model.compute_dtype) for n in (1, config.data.seq_len))

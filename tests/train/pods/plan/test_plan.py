@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +13,10 @@ import jax
 import numpy as np
 import pytest
 
+from plait.configs.mesh import MeshConfig
 from plait.configs.vocabulary import with_vocabulary
 from plait.kernels.chips import CHIPS, GIB
+from plait.kernels.context import Exchange
 from plait.launch import main
 from plait.tests.train.common import hybrid, random_batch, tiny
 from plait.train.mesh import batch_sharding, make_mesh
@@ -277,7 +280,8 @@ def test_a_refusal_tells_the_largest_arrays():
     assert required_temporaries("RESOURCE_EXHAUSTED", GIB) is None
 
 
-def test_what_does_not_fit_gets_changes_that_do(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("exchange", ["gather", "all_to_all"])
+def test_what_does_not_fit_gets_changes_that_do(exchange: Exchange, monkeypatch: pytest.MonkeyPatch):
     """The compiler's part is played; targets, estimates and changes are real."""
     from plait.train.pods.plan import planning, step_plan
 
@@ -290,11 +294,17 @@ def test_what_does_not_fit_gets_changes_that_do(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("plait.train.pods.plan.search.exchange_seconds", lambda found, *_: [0.0 for _ in found])
     monkeypatch.setattr("plait.kernels.target.current", lambda: None)
     assert len(coords) == len(jax.devices())
-    plan = make_plan(tiny(WIDE | {"mesh.tensor": 1, "mesh.fsdp": 1, "data.batch_size": 64, "data.seq_len": 128}), target)
+    mesh = MeshConfig(context=2 if exchange == "all_to_all" else 1, context_exchange=exchange)
+    plan = make_plan(tiny({"mesh": mesh, "data.batch_size": 64, "data.seq_len": 128}), target)
     assert not plan.fits
     assert plan.memory.largest == "temporaries"
     assert plan.fixes
     assert all(fix.memory.total <= limit for fix in plan.fixes)
+    for fix in plan.fixes:
+        told = dict(re.findall(r"--mesh\.(\S+) (\w+)", fix.overrides))
+        alone = int(told.get("context", 1)) == 1
+        assert told.get("context-exchange", "gather") == ("gather" if alone else exchange)
+        assert ("context-exchange" in told) == (exchange == "all_to_all"), "the command has the other one"
     assert "DOES NOT FIT" in headline(plan)
 
 

@@ -1,0 +1,66 @@
+"""Draws `docs/figures/sparse_recall.png` from the folder of `launch.py sweep sparse_recall` and prints its table.
+
+python docs/figures/sparse_recall.py sweeps/sparse
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import matplotlib
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from plait.configs.experiment import ExperimentConfig
+from plait.train.report.style import FAINT, INK, PAPER, RC, RUN_COLOURS
+from plait.train.sweep.arms import arms
+from plait.train.sweep.fronts import density
+from plait.train.sweep.record import read
+
+OUT = Path(__file__).with_suffix(".png")
+METRIC = "task/mqar/accuracy"
+WIDEST = 1.4
+"""Density at the right end; what has more stands there."""
+
+
+def of_last(config: ExperimentConfig) -> float:
+    """The density of the last layer alone."""
+    name = config.model.pattern.rpartition(",")[2]
+    model = dataclasses.replace(config.model, num_layers=1, pattern=name, mixers={name: config.model.mixers[name]})
+    return density(dataclasses.replace(config, model=model))
+
+
+def main(folder: Path) -> None:
+    """Writes the figure and prints a line an arm: density of the last layer, and accuracy by seed."""
+    found = [one for one in arms(folder, read(folder), ["model.pattern"], METRIC) if one.values]
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for one in found:
+        config = next(iter(one.runs.values())).config
+        name = one.keys["model.pattern"].rpartition(",")[2]
+        window = getattr(config.model.mixers[name], "window_size", None)
+        if name == "softmax" and window is not None:
+            name = "window"
+        lines.setdefault(name, []).append((of_last(config), one.estimate.mean))
+        print(name, f"{of_last(config):.2f}", *(f"{value:.2f}" for value in one.values.values()))
+    with matplotlib.rc_context({**RC, "font.size": 9.5}):
+        figure = Figure(figsize=(6.2, 4.2), facecolor=PAPER, layout="constrained")
+        FigureCanvasAgg(figure)
+        ax = figure.subplots()
+        for index, (name, points) in enumerate(lines.items()):
+            x, y = zip(*((min(where, WIDEST), value) for where, value in sorted(points)))
+            style = "-" if index < len(RUN_COLOURS) else "--"
+            ax.plot(x, y, f"o{style}", color=RUN_COLOURS[index % len(RUN_COLOURS)], label=name, linewidth=1.4, markersize=5)
+        ax.set_title("Recall by the last layer's density", color=INK, loc="left")
+        ax.set(
+            xlabel="operations between tokens, of full attention's", ylabel="accuracy", ylim=(0, 1.03), xlim=(0.2, WIDEST + 0.05)
+        )
+        ax.grid(color=FAINT)
+        figure.legend(*ax.get_legend_handles_labels(), loc="outside right center", frameon=False)
+        figure.savefig(OUT, dpi=110)
+    print(OUT)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
