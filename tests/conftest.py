@@ -10,8 +10,8 @@ from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Tests spend their time compiling: LLVM's optimisations cost more of it than they save, and XLA's newer emitters of fused loops, which
-# later versions cannot do without, two fifths of it.
-_FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+# later versions cannot do without, two fifths of it; cutting a program for several threads, an eighth, where workers have the cores.
+_FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     _FLAGS += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()

@@ -31,6 +31,7 @@ from plait.kernels.attention.visits import FULL, SKIP, Layout, plan_visits
 from plait.kernels.chips import CHIPS
 from plait.kernels.target import target
 from plait.tests.kernels import cases
+from plait.tests.suites import usually
 from plait.tests.tolerances import assert_close, assert_tree_close, in_float64
 
 
@@ -153,7 +154,21 @@ def _own(segment_ids: jax.Array | None) -> dict[str, Any]:
     return {"at": Tokens(None, segment_ids)}
 
 
-@pytest.mark.parametrize("name", CASES)
+USUAL = (
+    "causal-65-without-statistics",
+    "full-sigmoid",
+    "window-sinks-segments-bfloat16",
+    "chunk",
+    "global",
+    "hidden",
+    "left-padding",
+    "low-sinks",
+    "soft-cap-bias-bfloat16",
+)
+"""In the default suite: each kind of mask and of row, both normalizers, sinks, and scores beyond the range of exp."""
+
+
+@pytest.mark.parametrize("name", usually(CASES, *USUAL))
 def test_kernel_matches_reference(name: str):
     case = CASES[name]
     got = _assert_matches(case, _inputs(case), _own(_segments(case)))
@@ -173,7 +188,7 @@ def test_kernel_matches_reference_with_shuffled_keys():
     _assert_matches(case, inputs | {"k": longer["k"], "v": longer["v"]}, tokens)
 
 
-@pytest.mark.parametrize(("size", "heads"), [(16, 4), (128, 1), (24, 2), (200, 2)], ids=str)
+@pytest.mark.parametrize(("size", "heads"), usually([(16, 4), (128, 1), (24, 2), (200, 2)], (16, 4), (24, 2)), ids=str)
 def test_kernel_matches_reference_with_selected_blocks(size: int, heads: int):
     case = Case(heads=(4, 2), segments="several", stats=size == 16)
     count = -(-case.length // size)
@@ -182,7 +197,7 @@ def test_kernel_matches_reference_with_selected_blocks(size: int, heads: int):
     _assert_matches(case, _inputs(case), _own(_segments(case)) | {"selected": selected})
 
 
-@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("share", usually([0.0, 0.4, 1.0], 0.4))
 def test_routed_matches_reference(share: float):
     case = Case(mask=Mask(window_size=90), heads=(4, 2), segments="several", dtype="float32" if share else "bfloat16", sinks=True)
     inputs, rng = _inputs(case), np.random.default_rng(0)
@@ -207,7 +222,10 @@ def test_routed_matches_reference(share: float):
     assert not np.asarray(got["value"]["o"])[~np.asarray(active)].any()
 
 
-@pytest.mark.parametrize(("segments", "soft_cap"), [(None, None), ("left", None), ("several", None), ("several", 1.5)])
+COLUMNS = [(None, None), ("left", None), ("several", None), ("several", 1.5)]
+
+
+@pytest.mark.parametrize(("segments", "soft_cap"), usually(COLUMNS, ("left", None), ("several", 1.5)))
 def test_column_mass_matches_reference(segments: str | None, soft_cap: float | None):
     case = Case(mask=Mask(window_size=90), heads=(4, 2), segments=segments, length=200)
     inputs, options = _inputs(case), {"mask": case.mask, "at": Tokens(None, _segments(case)), "logit_soft_cap": soft_cap}

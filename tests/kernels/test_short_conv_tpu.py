@@ -17,6 +17,7 @@ from plait.kernels.short_conv import pallas_tpu, reference
 from plait.kernels.short_conv.call import ShortConvCall
 from plait.kernels.target import target
 from plait.tests.kernels import cases
+from plait.tests.suites import usually
 from plait.tests.tolerances import assert_tree_close, in_float64
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
@@ -82,7 +83,7 @@ def _assert_matches(case: Case) -> None:
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(got))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", usually(CASES, "63-several", "33-long-bfloat16", "one-tap"))
 def test_kernel_matches_reference(name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(pallas_tpu, "TILES", pallas_tpu.Tiles(tokens=32, channels=256))
     _assert_matches(CASES[name])

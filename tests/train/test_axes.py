@@ -15,6 +15,7 @@ from plait.configs.mesh import MESH_AXES, MeshConfig
 from plait.configs.presets import presets
 from plait.models.channel_mixers.moe import MoEConfig
 from plait.models.mixers.base import MIXERS, MixerConfig, WrapperConfig
+from plait.tests.suites import usually
 from plait.tests.train.common import changed, hybrid, tiny
 from plait.tests.train.test_mesh import SIZES, assert_same_training, two_steps
 
@@ -102,7 +103,7 @@ def test_hybrid_on_three_axes_trains_as_one_device(axes, compile_cache):
     assert_same_on(hybrid({**STEP, "model.num_layers": 4}), on(axes, zero=True))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", usually(FAMILIES, "gla"))
 def test_mixer_on_three_axes_trains_as_one_device(name, compile_cache):
     assert_same_on(layers_of(MIXERS[name].example()), on(("pipeline", "context", "tensor"), zero=True))
 

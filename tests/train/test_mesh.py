@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from plait.configs.mesh import MeshConfig
 from plait.models import axes
 from plait.tests.models.common import quick_jit
+from plait.tests.suites import usually
 from plait.tests.tolerances import assert_close
 from plait.tests.train.common import changed, different_arrays, hybrid, program_of, random_batch, routed, tiny, tree_arrays
 from plait.train.checkpoint import Checkpoints
@@ -80,7 +81,7 @@ def assert_same_training(found, expected):
             assert_close(root(got[path]), root(want[path]), err_msg=path)
 
 
-@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
+@pytest.mark.parametrize("mesh", usually(MESHES.values(), MESHES["fsdp 8"], MESHES["data 2 x fsdp 2 x tensor 2"]), ids=MESHES)
 def test_mesh_trains_as_one_device(mesh, alone):
     assert_same_training(two_steps(routed({**SIZES, "mesh": MeshConfig(**mesh)})), alone)
 

@@ -41,7 +41,12 @@ def in_stages(config, **mesh):
     [
         pytest.param(routed(FOUR), {"data": 2}, marks=pytest.mark.slow, id="data 2"),
         pytest.param(routed(FOUR), {"pipeline": 4}, id="four stages"),
-        pytest.param(mixture({**LAYER_OVER, "model.remat": "full"}), {"fsdp": 2, "zero": True}, id="a layer over, remat, ZeRO"),
+        pytest.param(
+            mixture({**LAYER_OVER, "model.remat": "full"}),
+            {"fsdp": 2, "zero": True},
+            marks=pytest.mark.slow,
+            id="a layer over, remat, ZeRO",
+        ),
         pytest.param(
             tiny({**SIZES, "model.sigma_reparam": "one"}),
             {"tensor": 2},

@@ -15,6 +15,7 @@ from plait.models.channel_mixers.gated_mlp import ACTIVATIONS
 from plait.models.channel_mixers.moe import MoEConfig
 from plait.models.config import LMConfig
 from plait.tests.models.common import quick_jit
+from plait.tests.suites import usually
 from plait.tests.tolerances import assert_close
 
 WIDTH, ROWS, LENGTH = 16, 2, 150
@@ -116,7 +117,9 @@ def with_gradients(graph, rest, function, params, x):
     return y, *pull(jnp.cos(y))
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize(
+    "config", usually(CONFIGS.values(), CONFIGS["softmax"], CONFIGS["biases"], CONFIGS["shared"]), ids=CONFIGS
+)
 def test_output_and_every_gradient_equal_a_loop_over_all_experts(config):
     mixer = moved_off(moe(config))
     if mixer.bias is not None:

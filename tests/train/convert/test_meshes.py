@@ -62,7 +62,9 @@ def arrays(run):
     return trained.params, trained.buffers
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "qwen3_next" else n for n in SPREAD])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in ("qwen3_next", "qwen3_moe") else n for n in SPREAD]
+)
 def test_one_device_and_eight_give_the_same_bytes(name, published, tmp_path):
     folder = published(name)
     for where, mesh in {"one": ALONE, "eight": SPREAD[name]}.items():

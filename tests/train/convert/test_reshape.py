@@ -15,6 +15,7 @@ from plait.models.mixers.linear.hgrn2 import HGRN2Config
 from plait.models.positions.rotary import RotaryConfig
 from plait.models.positions.rotary_proportional import ProportionalRotaryConfig
 from plait.models.positions.rotary_yarn import YarnRotaryConfig
+from plait.tests.suites import usually
 from plait.tests.tolerances import assert_close
 from plait.tests.train.common import different_arrays
 from plait.tests.train.convert.reshapes import LENGTH, layer, logits, make_run, model_of, reshaped
@@ -137,7 +138,7 @@ EXACT = {
 }
 
 
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("name", usually(EXACT, "no positions, GQA, a scale", "half of the channels by YaRN, MQA"))
 def test_mla_of_full_rank_is_the_same_function(name, tmp_path):
     options, edit, rank = EXACT[name]
     run = make_run(tmp_path / "run", model_of(**options), edit)

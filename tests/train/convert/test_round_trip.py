@@ -19,7 +19,7 @@ def do(*words):
     ("options", "model_type"),
     [
         ("--model.pattern softmax --model.sigma-reparam spectral", "llama"),
-        ("--model.pattern gated_deltanet,softmax", "plait"),
+        pytest.param("--model.pattern gated_deltanet,softmax", "plait", marks=pytest.mark.slow),
     ],
     ids=["a home of another's, folded", "its own"],
 )

@@ -14,6 +14,7 @@ from plait.configs.experiment import ExperimentConfig
 from plait.configs.mesh import MeshConfig
 from plait.configs.optimizer import OPTIMIZERS, optimizer
 from plait.tests.models.common import quick_jit
+from plait.tests.suites import usually
 from plait.tests.tolerances import assert_close
 from plait.tests.train.common import different_arrays, hybrid, program_of, random_batch, tiny, tree_arrays
 from plait.train.checkpoint import Checkpoints
@@ -178,7 +179,7 @@ def one_step(program):
     return state, fresh
 
 
-@OPTIMIZER
+@pytest.mark.parametrize("name", usually(OPTIMIZERS.all(), "muon"))
 def test_accumulation_and_moments_in_host_memory_change_nothing(name, compile_cache):
     """Moments are compared: they follow what was accumulated, where an update may be its sign alone."""
     alone, _ = one_step(setup(name, model=tiny))

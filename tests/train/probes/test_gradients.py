@@ -171,7 +171,7 @@ def repeated(compile_cache):
         pytest.param({"optimizer.accumulate": 2, "model.remat": "full"}, id="accumulation and recomputation"),
         pytest.param({"mesh": MeshConfig(data=2, fsdp=2, tensor=2)}, id="eight devices"),
         pytest.param({"model.qk_clip": QKClipConfig(threshold=1e9)}, id="a layer that looks at itself"),
-        pytest.param({"mesh": MeshConfig(data=2, pipeline=2), "optimizer.accumulate": 4}, id="pipeline"),
+        pytest.param({"mesh": MeshConfig(data=2, pipeline=2), "optimizer.accumulate": 4}, marks=pytest.mark.slow, id="pipeline"),
         pytest.param({"mesh": MeshConfig(data=2, context=4)}, marks=pytest.mark.slow, id="context"),
     ],
 )

@@ -52,7 +52,7 @@ def test_heads_are_clipped_and_losses_at_work(alone):
             marks=pytest.mark.slow,
             id="pipeline, fsdp, tensor, remat",
         ),
-        pytest.param({"mesh": MeshConfig(data=2, context=4)}, id="context 4"),
+        pytest.param({"mesh": MeshConfig(data=2, context=4)}, marks=pytest.mark.slow, id="context 4"),
         pytest.param(
             {"mesh": MeshConfig(data=1, fsdp=2, tensor=2, context=2), "model.remat": "dots"},
             marks=pytest.mark.slow,

@@ -16,6 +16,7 @@ from plait.models.mixers.linear.gated_deltanet import GatedDeltaNetConfig
 from plait.models.positions.alibi import ALiBiConfig
 from plait.models.positions.rotary_yarn import YarnRotaryConfig
 from plait.tests.models.common import layout
+from plait.tests.suites import usually
 from plait.tests.tolerances import assert_close
 from plait.train.probes.base import Probes
 from plait.train.probes.spectral import least_entropy
@@ -44,7 +45,7 @@ def test_spectral_norm_is_the_largest_singular_value():
     assert_close(spectral_norm(x), largest(x))
 
 
-@pytest.mark.parametrize("config", [PLAIN, GatedDeltaNetConfig.example()], ids=["softmax", "gated_deltanet"])
+@pytest.mark.parametrize("config", usually([PLAIN, GatedDeltaNetConfig.example()], PLAIN), ids=["softmax", "gated_deltanet"])
 def test_norms_of_a_mixer_are_the_largest_of_its_projections(config):
     mixer, _, found = look_in(config)
     norms = {path[-1]: largest(layer.weight()) for path, layer in dense_layers(mixer)}

@@ -138,7 +138,11 @@ def test_nothing_held_out_cannot_be_evaluated(finished, capsys):
 
 
 @pytest.mark.parametrize(
-    "words", ["--data.task mqar --data.task.vocab-size 80 --data.task.val-rows 8", "--data.task mlm --model.no-causal"]
+    "words",
+    [
+        pytest.param("--data.task mqar --data.task.vocab-size 80 --data.task.val-rows 8", marks=pytest.mark.slow),
+        "--data.task mlm --model.no-causal",
+    ],
 )
 def test_train_command_ends_with_a_report_and_no_text(words, compile_cache, tmp_path, capsys):
     """Of a task without texts, whose pictures name tokens by their ids, and of a model that generates none."""

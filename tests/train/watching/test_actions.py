@@ -12,6 +12,7 @@ from plait.configs.experiment import ExperimentConfig
 from plait.configs.optimizer import optimizer
 from plait.data.loader import DataIterator
 from plait.models.mixers.linear.gla import GLAConfig
+from plait.tests.suites import usually
 from plait.tests.tolerances import assert_close
 from plait.tests.train.common import changed, different_arrays, program_of, random_batch, tiny
 from plait.tests.train.test_resume import last_state, lines_of, terminating
@@ -266,7 +267,7 @@ def test_lower_rate_lasts(jumping, compile_cache, tmp_path):
     np.testing.assert_allclose(share, [1.0] * (AT + 1) + [0.5] * (STEPS - AT - 1))
 
 
-@pytest.mark.parametrize("stop", [AT, AT + 1, AT + 2], ids=["at it", "after it", "later"])
+@pytest.mark.parametrize("stop", usually([AT, AT + 1, AT + 2], AT + 1), ids=["at it", "after it", "later"])
 def test_actions_are_the_same_in_a_run_that_was_stopped(stop, jumping, compile_cache, tmp_path, monkeypatch):
     """`stop` counts the batches. The one that lowers the rate without being asked for it any more goes on lowering it."""
     train(jumping(tmp_path / "whole", "lower_rate"))

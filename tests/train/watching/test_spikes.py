@@ -8,6 +8,7 @@ import pytest
 
 from plait.configs.spike import SpikeConfig
 from plait.data.loader import DataIterator
+from plait.tests.suites import usually
 from plait.tests.train.common import changed, different_arrays, tiny
 from plait.tests.train.test_resume import last_state, lines_of, terminating
 from plait.train.checkpoint import Checkpoints
@@ -158,7 +159,9 @@ def test_before_the_first_checkpoint_a_spike_is_only_left_out(spiked, compile_ca
     assert [(event["kind"], event["step"]) for event in events_of(tmp_path / "run")] == [("spike_skipped", BAD)]
 
 
-@pytest.mark.parametrize(("stop", "saved"), [(13, 13), (15, 12), (17, 14)], ids=["before it", "at it", "after it"])
+@pytest.mark.parametrize(
+    ("stop", "saved"), usually([(13, 13), (15, 12), (17, 14)], (15, 12)), ids=["before it", "at it", "after it"]
+)
 def test_a_rewind_is_the_same_in_a_run_that_was_stopped(stop, saved, spiked, compile_cache, tmp_path, monkeypatch):
     """`stop` counts the batches, `saved` is the step at which the run then ends."""
     train(spiked(tmp_path / "whole", BAD, **{"spike.action": "rewind"}))

@@ -15,6 +15,7 @@ from plait.kernels.sharding import splitting
 from plait.models.build import BuildContext
 from plait.models.mixers.base import MIXERS
 from plait.tests.models.common import layout, quick_jit
+from plait.tests.suites import usually
 from plait.tests.tolerances import assert_close
 
 WIDTH, LENGTH, BATCH = 64, 12, 8
@@ -22,7 +23,7 @@ MEMORIES = {"memora": ("online_memory", 2, 2), "titans_mag": ("online_memory", 2
 """The op, its heads, and the devices that these are divided over."""
 
 
-@pytest.mark.parametrize("name", MEMORIES)
+@pytest.mark.parametrize("name", usually(MEMORIES, "memora"))
 def test_each_device_has_its_rows(name, monkeypatch):
     op, heads, ways = MEMORIES[name]
     layer = MIXERS[name].example().build(WIDTH, BuildContext(rngs=nnx.Rngs(0), seq_len=LENGTH))

@@ -20,6 +20,7 @@ from plait.models.positions.alibi import ALiBiConfig
 from plait.tests.models.common import layout, quick_jit
 from plait.tests.models.mixers.sparse.test_chosen import AT, agrees, made
 from plait.tests.models.mixers.sparse.test_masked import HEAD_DIM, HEADS, LENGTH, SMALL, softmax
+from plait.tests.suites import usually
 from plait.tests.tolerances import assert_close, in_float64
 
 COLUMNS, KEPT = 8, 2
@@ -108,7 +109,7 @@ def test_sea_sees_what_lies_under_the_best_columns_of_its_estimate():
     assert_close(run(state, jnp.asarray(x, jnp.float32)[None]), loss)
 
 
-@pytest.mark.parametrize("width", [4, 8, 12])
+@pytest.mark.parametrize("width", usually([4, 8, 12], 8))
 def test_columns_cover_each_token_once(width):
     seen = np.arange(1, 41)
     first = np.asarray(columns.starts(jnp.asarray(seen), width))
