@@ -20,6 +20,7 @@ from plait.train.pods.hosts import hardware
 from plait.train.run_folder.owner import FolderInUse, owned
 from plait.train.sweep.runs import Run, SweepError
 from plait.train.sweep.trials import Search, trials
+from plait.train.sweep.workers import claims
 
 log = logging.getLogger("plait")
 
@@ -99,6 +100,7 @@ def begun(folder: Path, sweep: Sweep) -> Sweep:
         try:
             with owned(folder):
                 if not (folder / SWEEP).exists():
+                    _check_remains(folder, sweep)
                     if changes := hardware.changes():
                         write_atomically(folder / CHANGES, changes)
                     write_atomically(folder / SWEEP, json.dumps(codec.encode(sweep), indent=1) + "\n")
@@ -107,6 +109,17 @@ def begun(folder: Path, sweep: Sweep) -> Sweep:
     found = read(folder)
     check(folder, found, sweep)
     return found
+
+
+def _check_remains(folder: Path, sweep: Sweep) -> None:
+    """Raises SweepError where a sweep was here whose `sweep.json` is gone and whose runs this one has not: its table would be lost."""
+    names = {run.name for run in sweep.runs}
+    there = sorted(path.name for path in (folder / claims.CLAIMS).glob("*") if path.is_dir())
+    if others := [name for name in there if name not in names and not (sweep.search is not None and name.startswith("trial="))]:
+        raise SweepError(
+            f"out={str(folder)!r} holds no {SWEEP} and {len(others)} runs of another sweep, as {others[0]}; restore that file, "
+            "use the command that began it, or another --out"
+        )
 
 
 def check(folder: Path, old: Sweep, new: Sweep) -> None:

@@ -25,3 +25,16 @@ def test_each_run_that_ends_is_told_once_with_how_many_are_left(tmp_path, corpus
     lines = [line.split(", left")[0] for line in caplog.messages]
     assert sorted(lines[:2]) == sorted([f"{second.name} is failed: 1 of 4 are over", f"{third.name} is done: 2 of 4 are over"])
     assert lines[2:] == [f"{second.name} is done: 3 of 4 are over"]
+
+
+def test_what_was_removed_or_damaged_ends_nobody_who_waits(tmp_path, corpus, monkeypatch):
+    sweep = small(tmp_path, corpus, "--seed=0,1")
+    monkeypatch.setattr(news, "EVERY_SECONDS", 0.0)
+    told = News(tmp_path, sweep.planned)
+    for run in sweep.runs:
+        claims.write_outcome(tmp_path, run, Outcome(status="done"))
+    first, second = (claims.claim(tmp_path, run) / claims.OUTCOME for run in sweep.runs)
+    first.write_text('{"status": "do')
+    second.unlink()
+    second.symlink_to(tmp_path / "removed")  # between listing and reading
+    told.look()

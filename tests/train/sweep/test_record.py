@@ -8,6 +8,7 @@ import pytest
 from plait.tests.train.sweep.common import small
 from plait.train.sweep import record
 from plait.train.sweep.runs import SweepError
+from plait.train.sweep.workers import claims
 
 
 def test_of_many_that_begin_at_once_all_find_one_sweep(tmp_path, corpus):
@@ -56,3 +57,27 @@ def test_a_folder_that_is_none(tmp_path, corpus):
     (tmp_path / "file").touch()
     with pytest.raises(SweepError, match="is a file; give a folder"):
         small(tmp_path / "file", corpus)
+
+
+def test_what_is_left_of_another_sweep_is_not_taken_over(tmp_path, corpus):
+    """Its table would be overwritten; the command that began it puts its `sweep.json` back."""
+    sweep = small(tmp_path, corpus, "--seed", "0,1")
+    claims.write_outcome(tmp_path, sweep.runs[0], claims.Outcome(status="done"))
+    (tmp_path / record.SWEEP).unlink()
+    with pytest.raises(
+        SweepError, match=r"holds no sweep\.json and 1 runs of another sweep, as seed=0-.*; restore that file, use"
+    ):
+        small(tmp_path, corpus, "--seed", "2,3")
+    assert not (tmp_path / record.SWEEP).exists()
+    assert small(tmp_path, corpus, "--seed", "0,1").runs == sweep.runs
+
+
+def test_a_damaged_outcome_says_what_to_do(tmp_path, corpus):
+    (run,) = small(tmp_path, corpus).runs
+    path = claims.claim(tmp_path, run) / claims.OUTCOME
+    path.parent.mkdir(parents=True)
+    path.write_text('{"status": "do')
+    with pytest.raises(SweepError, match=r"outcome\.json is not JSON .*; or delete it: the same command then goes on"):
+        claims.status(tmp_path, run)
+    path.unlink()
+    assert claims.status(tmp_path, run) == "queued"

@@ -103,6 +103,18 @@ def test_a_worker_whose_sweep_was_removed_and_begun_anew_writes_nothing_there(tm
     assert not (folder / "runs").exists() and list((folder / "claims").glob("*")) == []
 
 
+def test_a_table_that_lags_or_is_gone_is_written_by_the_next_command(tmp_path, corpus):
+    """As where a worker was killed between an outcome and its line."""
+    (run,) = small(tmp_path, corpus, "--steps", "4").runs
+    claims.write_outcome(tmp_path, run, claims.Outcome(status="done", step=4))
+    assert work(tmp_path) == DONE
+    (row,) = csv.DictReader((tmp_path / CSV).open())
+    assert row["status"] == "done" and (tmp_path / PARQUET).exists()
+    (tmp_path / CSV).unlink()
+    (tmp_path / CSV).mkdir()  # cannot be written
+    assert work(tmp_path) == DONE
+
+
 def test_runs_that_an_event_ended_say_which(tmp_path, corpus, monkeypatch):
     sweep = small(tmp_path, corpus, "--seed", "0,1", "--steps", "9", "--event.loss_spike.action", "stop")
 

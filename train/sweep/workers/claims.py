@@ -18,7 +18,7 @@ from plait.configs.files import write_atomically
 from plait.train.run_folder.contents import CONFIG
 from plait.train.run_folder.lines import METRICS, read_lines, strict
 from plait.train.run_folder.owner import Record, last_owner
-from plait.train.sweep.runs import Run
+from plait.train.sweep.runs import Run, SweepError
 
 CLAIMS, RUNS, OUTCOME = "claims", "runs", "outcome.json"
 
@@ -61,9 +61,12 @@ def run_folder(folder: Path, run: Run) -> Path:
 
 
 def outcome(folder: Path, run: Run) -> Outcome | None:
-    """How the run ended the last time; None where it has not."""
+    """How the run ended the last time; None where it has not. Raises SweepError where that cannot be read."""
     path = claim(folder, run) / OUTCOME
-    return codec.load(Outcome, path) if path.exists() else None
+    try:
+        return codec.load(Outcome, path) if path.exists() else None
+    except ValueError as error:
+        raise SweepError(f"{error}; or delete it: the same command then goes on from the run's own folder") from None
 
 
 def write_outcome(folder: Path, run: Run, found: Outcome) -> None:

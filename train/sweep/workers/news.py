@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from pathlib import Path
 
+from plait.configs import codec
 from plait.train.sweep.workers import claims
 from plait.train.terminal.progress import format_seconds
 
@@ -41,10 +41,13 @@ class News:
 
     def _new(self) -> list[tuple[Path, str]]:
         """Outcomes that were written since the last time."""
-        found = []
+        found: list[tuple[Path, str]] = []
         for path in sorted((self._folder / claims.CLAIMS).glob(f"*/{claims.OUTCOME}")):
-            changed = path.stat().st_mtime_ns
-            if self._known.get(path) != changed:
-                self._known[path] = changed
-                found.append((path, json.loads(path.read_text())["status"]))
+            try:
+                changed = path.stat().st_mtime_ns
+                if self._known.get(path) != changed:
+                    self._known[path] = changed
+                    found.append((path, codec.load(claims.Outcome, path).status))
+            except (OSError, ValueError):  # removed, or damaged: whoever needs it says so
+                continue
         return found

@@ -64,6 +64,7 @@ def work(folder: Path, number: int = 0, count: int = 1, failures: Mapping[str, i
             worker.sweep = read(folder)
             if not more and len(worker.sweep.runs) == len(runs):
                 break
+    worker.write_table()
     return FAILED if worker.lost or any(claims.status(folder, run) == "failed" for run in worker.sweep.runs) else DONE
 
 
@@ -81,6 +82,17 @@ class _Worker:
             return False
         log.error("%s was removed, or begun anew; this worker ends", self.folder)
         return True
+
+    def write_table(self) -> None:
+        """The table anew: a worker may have died between an outcome and its line, or the table may have been removed."""
+        if self.is_lost():
+            return
+        try:
+            table.write(self.folder, self.sweep)
+        except OSError as error:
+            log.error(
+                "the table of %s cannot be written: %s; it is written by the same command once there is room", self.folder, error
+            )
 
     def is_due(self, run: Run) -> bool:
         """Whether it is not over, and has not failed since."""
