@@ -11,6 +11,7 @@ from typing import Annotated, ClassVar
 
 import tyro
 
+from plait.configs import codec
 from plait.configs.command_line.options import split_options
 from plait.configs.command_line.words import parse as words_of
 from plait.configs.domains import LENGTH, Counted, Line, Steps
@@ -48,7 +49,7 @@ class EvalArgs:
     """Other text than the run's."""
     out: Path | None = None
     """File of the results; eval_STEP.json in the run folder by default, eval_STEP_NAME.json for other text, and eval_STEP_lengths.json
-    for several lengths."""
+    for several lengths. One that holds results of other options stays, and eval_STEP_2.json and so on follow it."""
 
 
 def parse(args: Sequence[str]) -> tuple[EvalArgs, dict[str, list[str]]]:
@@ -117,7 +118,13 @@ def run(args: Sequence[str]) -> None:
             if other:
                 results |= {"source": data.config.source, "corpus": data.identity["corpus"]}
                 file = f"eval_{trained.step}_{re.sub(r'[^A-Za-z0-9.-]+', '_', Path(data.config.source).name)}"
-    keep(results, options.out, options.run / (f"{file}.json" if options.seq_len is None else f"{file}_lengths.json"))
+    asked = {
+        "tasks": {task.name: codec.encode(task) for task in tasks},
+        "seq_len": None if options.seq_len is None else sizes,
+        "batches": options.batches,
+        "data": codec.encode(options.data),
+    }
+    keep(results, asked, options.out, options.run / (f"{file}.json" if options.seq_len is None else f"{file}_lengths.json"))
 
 
 def _score(trained: Trained, data: Data, batches: int | None) -> Evaluation:

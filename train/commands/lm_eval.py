@@ -103,7 +103,9 @@ def run(args: Sequence[str]) -> None:
     results |= {"document_start": asked.texts.document_start, "chat": options.chat}
     if options.samples is not None:
         write_atomically(options.samples, "".join(_lines(found["samples"])))
-    keep(results, options.out, options.run / f"eval_{trained.step}_lm-eval.json")
+    elsewhere = ("run", "step", "out", "samples")
+    question = {name: value for name, value in dataclasses.asdict(options).items() if name not in elsewhere}
+    keep(results, question, options.out, options.run / f"eval_{trained.step}_lm-eval.json")
 
 
 def _kept(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -252,7 +252,10 @@ def test_same_text_elsewhere_is_the_run_s_own(copied, tmp_path, capsys):
     assert main(["eval", str(run), "--data.source", str(moved), "--out", str(tmp_path / "found.json")]) == 0
     assert files_of(run) == before
     found = json.loads((tmp_path / "found.json").read_text())
-    assert set(found) == {"step", "ppl"} and found["ppl"]["num_bytes"] < sum(file.stat().st_size for file in moved.iterdir()) / 4
+    assert (
+        set(found) == {"step", "ppl", "asked"}
+        and found["ppl"]["num_bytes"] < sum(file.stat().st_size for file in moved.iterdir()) / 4
+    )
     text.mkdir()
 
 

@@ -49,7 +49,7 @@ def test_each_length_is_a_row_of_the_results(text_run, capsys, monkeypatch):
     assert main(["eval", str(text_run), "--seq-len", "64,16, 256"]) == 0
     printed = capsys.readouterr().out
     written = json.loads((text_run / "eval_3_lengths.json").read_text())
-    assert set(written) == {"step", "ppl"} and [row["seq_len"] for row in written["ppl"]] == [16, 64, 256]
+    assert set(written) == {"step", "ppl", "asked"} and [row["seq_len"] for row in written["ppl"]] == [16, 64, 256]
     assert written["ppl"][0] == {"seq_len": 16, **own["ppl"]}, "at the length of training it is what it is without a length"
     sizes = {(row["num_tokens"], row["num_bytes"]) for row in written["ppl"]}
     assert len(sizes) == 1, "each held-out token is predicted once, however rows are cut"

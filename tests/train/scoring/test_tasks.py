@@ -88,21 +88,38 @@ def test_eval_writes_the_score_and_shows_it(finished, capsys, monkeypatch):
     assert main(["eval", str(out)]) == 0
     printed = capsys.readouterr().out
     written = json.loads((out / "eval_6.json").read_text())
-    assert written["step"] == 6 and set(written) == {"step", "mqar"}
+    assert written["step"] == 6 and set(written) == {"step", "mqar", "asked"}
     found = written["mqar"]
     assert_close(np.float32(found["loss"]), result.metrics["loss/val"])
     assert found["accuracy"] == pytest.approx(result.metrics["task/mqar/accuracy"])
     assert found["num_tokens"] == 30 and set(found) == {"loss", "accuracy", "num_tokens", "loss_by_position"}
     assert "30 answers of mqar" in printed and f"{found['accuracy']:.4f}" in printed
-    assert main(["eval", str(out), "--tasks", "mqar", "--mqar.num-kv-pairs", "4", "--batches", "1"]) == 0
-    assert json.loads((out / "eval_6.json").read_text())["mqar"]["num_tokens"] == 16
+
+
+def test_results_of_other_options_stay(finished, tmp_path, caplog):
+    out = tmp_path / "run"
+    shutil.copytree(finished[1], out, ignore=lambda _, names: [name for name in names if name.startswith("eval_")])
+    assert main(["eval", str(out)]) == 0
+    first = (out / "eval_6.json").read_bytes()
+    other = ["eval", str(out), "--tasks", "mqar", "--mqar.num-kv-pairs", "4", "--batches", "1"]
+    assert main(other) == 0
+    found = json.loads((out / "eval_6_2.json").read_text())
+    assert found["mqar"]["num_tokens"] == 16 and found["asked"]["batches"] == 1
+    assert found["asked"]["tasks"]["mqar"]["num_kv_pairs"] == 4
+    (told,) = [record.message for record in caplog.records if "holds results of other options" in record.message]
+    assert told.endswith("eval_6_2.json")
+    (out / "eval_6_3.json").write_text("{")  # what cannot be read is kept too
+    assert main([*other[:-1], "2"]) == 0
+    assert main(["eval", str(out)]) == 0 and main(other) == 0, "the same question has its file"
+    assert sorted(path.name for path in out.glob("eval_*")) == [f"eval_6{end}.json" for end in ("", "_2", "_3", "_4")]
+    assert (out / "eval_6.json").read_bytes() == first and (out / "eval_6_3.json").read_text() == "{"
 
 
 def test_text_run_is_evaluated_on_its_text_and_on_a_task(text_run, capsys):
     words = ["eval", str(text_run), "--tasks", "ppl,mqar", "--mqar.vocab-size", "64", "--mqar.val-rows", "6"]
     assert main(words) == 0
     written = json.loads((text_run / "eval_3.json").read_text())
-    assert list(written) == ["step", "ppl", "mqar"] and written["mqar"]["num_tokens"] == 24
+    assert list(written) == ["step", "ppl", "mqar", "asked"] and written["mqar"]["num_tokens"] == 24
     scores = ["loss", "perplexity", "bits_per_byte", "repetition"]
     assert list(written["ppl"]) == [*scores, "num_tokens", "num_bytes", "loss_by_position"]
     assert "repetition" in capsys.readouterr().out
