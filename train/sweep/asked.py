@@ -54,7 +54,15 @@ def asked_for(name: str, args: Sequence[str], out: Path | None, *, begun_elsewhe
                 f"{given} is given, and seeds={study.seeds} numbers the runs of each row; use --seeds None, or leave {flag(given)} out"
             )
         rows = product(rows, seeds(study.seeds))
-    runs = resolved(study.preset, rows)
+    try:
+        runs = resolved(study.preset, rows)
+    except SweepError as error:
+        if search is not None or not (between := ranges(rest)[0]):
+            raise
+        flags = ", ".join(map(flag, between))
+        raise SweepError(
+            f"{error}\n{flags}: a range is of a search; add --search.sampler tpe, or give values with commas"
+        ) from None
     check_stopping(study.stop, runs or resolved(study.preset, search.rows(search.first)[:1]) if search else runs)
     found = asked((name, *args), runs, study.stop, search)
     folder = out or Path("sweeps") / name

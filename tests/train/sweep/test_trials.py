@@ -130,6 +130,13 @@ def test_what_cannot_be_searched_is_refused_before_anything_starts(tmp_path, wor
         asked_for("lm_tiny", ["--search.sampler", "tpe", *words], tmp_path / "sweep")
 
 
+def test_a_range_without_a_search_says_how_to_search(tmp_path):
+    with pytest.raises(
+        SweepError, match=r"(?s)learning_rate=1e-4\.\.1e-1.*--optimizer\.learning-rate: a range is of a search; add --search"
+    ):
+        asked_for("lm_tiny", ["--optimizer.learning-rate", "1e-4..1e-1:log"], tmp_path)
+
+
 def test_without_the_extra_it_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(trials.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SweepError, match=r"needs the package optuna, which is not installed; pip install 'plait\[search\]'"):
