@@ -15,6 +15,7 @@ from plait.configs.components import Component, Registry
 if TYPE_CHECKING:
     from plait.data.batch import Batch
     from plait.data.config import DataConfig
+    from plait.data.landmarks import Landmarks
     from plait.data.loader import Data, Reading
 
 
@@ -42,6 +43,10 @@ class Task(Component, abc.ABC):
     @abc.abstractmethod
     def open(self, data: DataConfig, folder: Path, rows: np.ndarray | None, reading: Reading | None) -> Data:
         """See `plait.data.loader.build_data`."""
+
+    def landmarks(self, tokenizer_size: int) -> Landmarks | None:
+        """The tokens that its rows have between those of the text, whose tokenizer has so many ids; None where they have none."""
+        return None
 
     def fit(self, data: DataConfig) -> None:
         """Raises ValueError, in a message that begins with the field of this task, where the rows of `data` cannot hold it."""

@@ -66,5 +66,6 @@ def continued(options: GenerateArgs) -> str:
         document_start=data.document_start,
         seed=options.seed,
         mesh=trained.program.mesh,
+        landmarks=data.task.landmarks(trained.tokenizer.vocab_size),
     )
     return options.prompt + text

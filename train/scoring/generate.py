@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from plait.configs.domains import COLDEST, Part, Temperature, Vocabulary, check_leaves
+from plait.data.landmarks import Landmarks
 from plait.data.tokenizers.tokenizer import Tokenizer
 from plait.kernels import Tokens
 from plait.models.lm import LM
@@ -62,12 +63,14 @@ def generate_tokens(
     sampling: Sampling,
     seed: int = 0,
     mesh: Mesh | None = None,
+    landmarks: Landmarks | None = None,
 ) -> np.ndarray:
     """Continuations `[B, num_tokens]` of token prompts, by prefill and then one token a step.
 
     Args:
         prompts: at least one token each; shorter ones are padded on the left.
         vocab_size: the tokenizer's; the embedding's further rows are never drawn.
+        landmarks: put into prompts and continuations where the model was trained with them, and left out of what is returned.
         mesh: where the model lies, if not on one device; sequences and heads of the decode state are divided over it too.
 
     Raises:
@@ -77,10 +80,16 @@ def generate_tokens(
         raise ValueError("prompt is empty after tokenising; give at least one token to go on from")
     if num_tokens < 1:
         raise ValueError(f"num_tokens={num_tokens} must be at least 1")
+    steps = num_tokens
+    if landmarks is not None:
+        prompts = [landmarks.into_text(prompt) for prompt in prompts]
+        steps += -(-num_tokens // (landmarks.every - 1))  # as many as there can be
     width = -(-max(map(len, prompts)) // 64) * 64  # few distinct shapes to compile
     at, lengths = padded(prompts, width, len(prompts))
-    keys = jax.random.split(jax.random.key(seed), num_tokens)
-    return np.asarray(_continue(model, at, lengths, keys, vocab_size=vocab_size, sampling=sampling, mesh=mesh))
+    keys = jax.random.split(jax.random.key(seed), steps)
+    options = {"vocab_size": vocab_size, "sampling": sampling, "mesh": mesh, "landmarks": landmarks}
+    out = np.asarray(_continue(model, at, lengths, keys, **options))
+    return out if landmarks is None else np.stack([row[row != landmarks.token][:num_tokens] for row in out])
 
 
 def padded(texts: Sequence[Sequence[int]], width: int, rows: int) -> tuple[Tokens, np.ndarray]:
@@ -95,32 +104,40 @@ def padded(texts: Sequence[Sequence[int]], width: int, rows: int) -> tuple[Token
     return Tokens(ids, (column >= start).astype(np.int32), np.maximum(column - start, 0).astype(np.int32)), lengths
 
 
-@functools.partial(jax.jit, static_argnames=("vocab_size", "sampling", "mesh"))
+@functools.partial(jax.jit, static_argnames=("vocab_size", "sampling", "mesh", "landmarks"))
 def _continue(
-    model: LM, at: Tokens, lengths: jax.Array, keys: jax.Array, *, vocab_size: int, sampling: Sampling, mesh: Mesh | None
+    model: LM,
+    at: Tokens,
+    lengths: jax.Array,
+    keys: jax.Array,
+    *,
+    vocab_size: int,
+    sampling: Sampling,
+    mesh: Mesh | None,
+    landmarks: Landmarks | None,
 ) -> jax.Array:
     """One token `[B]` for each of the keys: `[B, N]`."""
     with contextlib.nullcontext() if mesh is None else on_mesh(mesh):
-        return _decode(model, at, lengths, keys, vocab_size, sampling)
-
-
-def _decode(model: LM, at: Tokens, lengths: jax.Array, keys: jax.Array, vocab_size: int, sampling: Sampling) -> jax.Array:
-    batch_size, width = at.ids.shape
-    logits, state = model.prefill(at, model.init_state(batch_size, width + len(keys)))
-    return written(model, (logits, state, lengths), keys, vocab_size, sampling)[1]
+        batch_size, width = at.ids.shape
+        logits, state = model.prefill(at, model.init_state(batch_size, width + len(keys)))
+        return written(model, (logits, state, lengths), keys, vocab_size, sampling, landmarks)[1]
 
 
 Place = tuple[jax.Array, State, jax.Array]
 """Where texts stand: logits `[B, V]` of what comes next, the decode state, and the position `[B]` of what comes next."""
 
 
-def written(model: LM, place: Place, keys: jax.Array, vocab_size: int, sampling: Sampling) -> tuple[Place, jax.Array]:
-    """One token `[B]` for each of N keys, after `place`: where the texts stand then, and `[B, N]` (traceable)."""
+def written(
+    model: LM, place: Place, keys: jax.Array, vocab_size: int, sampling: Sampling, landmarks: Landmarks | None = None
+) -> tuple[Place, jax.Array]:
+    """One token `[B]` for each of N keys, after `place`, landmarks where they stand: where the texts stand then, and `[B, N]` (traceable)."""
 
     def body(place: Place, key: jax.Array) -> tuple[Place, jax.Array]:
         logits, state, position = place
         legal = jnp.arange(logits.shape[-1])[None, :] < vocab_size
         token = sampling.draw(jnp.where(legal, logits, -jnp.inf), key)
+        if landmarks is not None:
+            token = jnp.where((position + 1) % landmarks.every == 0, jnp.int32(landmarks.token), token)
         logits, state = model.step(Tokens(token[:, None], None, position[:, None]), state)
         return (logits, state, position + 1), token
 
@@ -138,8 +155,10 @@ def generate_text(
     document_start: bool,
     seed: int = 0,
     mesh: Mesh | None = None,
+    landmarks: Landmarks | None = None,
 ) -> list[str]:
-    """Continuations of `prompts`, each cut at its end-of-text. `document_start` puts the start token the model was trained with first.
+    """Continuations of `prompts`, each cut at its end-of-text. `document_start` puts the start token the model was trained with first,
+    `landmarks` those that it was trained with between.
 
     Raises:
         ValueError: a prompt is no text, or as `generate_tokens`.
@@ -150,8 +169,16 @@ def generate_text(
     start = [tokenizer.bos_id] if document_start else []
     encoded = [[*start, *tokenizer.encode(prompt).tolist()] for prompt in prompts]
     texts = []
-    size = tokenizer.vocab_size
-    out = generate_tokens(model, encoded, num_tokens=num_tokens, vocab_size=size, sampling=sampling, seed=seed, mesh=mesh)
+    out = generate_tokens(
+        model,
+        encoded,
+        num_tokens=num_tokens,
+        vocab_size=tokenizer.vocab_size,
+        sampling=sampling,
+        seed=seed,
+        mesh=mesh,
+        landmarks=landmarks,
+    )
     for row in out.tolist():
         end = row.index(tokenizer.eos_id) if tokenizer.eos_id in row else len(row)
         texts.append(tokenizer.decode(row[:end]))

@@ -30,10 +30,9 @@ class LandmarkConfig(RuleConfig):
         e = softmax over the tokens of the query's own block, without its landmark, and the landmarks of the blocks before
         w_ij = e_j in the query's own block, e_m(b) softmax_{j in b}(q_i . k_j) in a block b before, without its landmark
 
-    Landmarks themselves get no weight. The place says which token is one: training as published is on
-    text with a token of its own at each of those places, which the data must have put there (`block_size - 1` tokens, then it); on other
-    text an ordinary token serves. All blocks are seen unless `top_k` keeps the blocks of the best landmarks, as the authors do after
-    training.
+    Landmarks themselves get no weight. The place says which token is one: training as published is on text with a token of its own at each
+    of those places, which `--data.task landmark` puts there; on other text an ordinary token serves. All blocks are seen unless `top_k`
+    keeps the blocks of the best landmarks, as the authors do after training.
     """
 
     block_size: Span = 64

@@ -8,6 +8,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from plait.configs.mesh import MeshConfig
+from plait.data.landmarks import Landmarks
 from plait.data.tokenizers.tokenizer import ByteTokenizer
 from plait.kernels import Tokens
 from plait.launch import main
@@ -57,6 +58,22 @@ def test_greedy_by_steps_is_the_likeliest_by_full_passes(model, greedy):
             assert token == logits.argmax(), f"after {text}: {token} has {logits[token]}, {logits.argmax()} has {logits.max()}"
             text.append(token)
     assert len({tuple(row) for row in greedy.tolist()}) > 1, "the prompts should not all lead to one text"
+
+
+def test_landmarks_stand_in_prompts_and_continuations_and_are_not_returned(model):
+    landmarks = Landmarks(3, VOCAB)
+    found = generate_tokens(model, PROMPTS, num_tokens=7, vocab_size=VOCAB, sampling=Sampling(temperature=0), landmarks=landmarks)
+    assert found.shape == (3, 7) and found.max() < VOCAB
+
+    @quick_jit
+    def likeliest(tokens):
+        return jnp.argmax(model(Tokens(tokens))[0][0, :, :VOCAB], axis=-1)
+
+    for prompt, row in zip(PROMPTS, found.tolist(), strict=True):
+        whole = landmarks.into_text([*prompt, *row])
+        guesses = np.asarray(likeliest(jnp.asarray([whole + [0] * (32 - len(whole))], jnp.int32)))
+        told = [(token, guess) for token, guess in zip(whole[1:], guesses.tolist()) if token != VOCAB]
+        assert all(token == guess for token, guess in told[-7:])
 
 
 def test_prompts_of_different_lengths_go_on_as_they_do_alone(model, greedy):
