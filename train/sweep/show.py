@@ -68,7 +68,7 @@ def plan_table(runs: Sequence[Run], folder: Path, presets_run: Path, width: int 
         name: [*(quantity(size[key]) for key in ("parameters", "tokens", "FLOPs")), time_of(size["FLOPs"])]
         for name, size in sizes.items()
     }
-    table = _table(f"{len(runs)} runs; {source}", runs, ["parameters", "tokens", "FLOPs", "time"], cells, width)
+    table = _table(f"{len(runs)} run{'s' * (len(runs) != 1)}; {source}", runs, ["parameters", "tokens", "FLOPs", "time"], cells, width)
     table.add_section()
     together = [quantity(sum(size["tokens"] for size in sizes.values())), quantity(work), time_of(work)]
     table.add_row("all", *[""] * (len(table.columns) - 4), *together)
@@ -177,7 +177,9 @@ def _rate(runs: Sequence[Run], flops: Sequence[float], folder: Path, presets_run
 def _standing(folder: Path, run: Run, state: str) -> list[str]:
     last, steps = claims.latest(folder, run), run.config.steps
     step, seconds, loss = last.get("step", 0), last.get("seconds", 0.0), last.get("loss/train")
-    left = format_seconds(seconds / step * (steps - step)) if state == "running" and step else ""
+    left = ""
+    if state == "running":
+        left = format_seconds(seconds / step * (steps - step)) if step else "starting"
     ended, record = claims.outcome(folder, run), claims.holder(folder, run)
     host = record.host if record is not None else "" if ended is None else ended.host
     return [state, f"{step:,}/{steps:,}", "" if loss is None else f"{loss:.4f}", left, host]

@@ -84,6 +84,8 @@ def test_dry_run_shows_runs_and_starts_none(tmp_path, monkeypatch, capsys):
     assert main(["sweep", "lm_tiny", "--optimizer.learning-rate", "1e-3,3e-3", "--seeds", "2", "--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert "4 runs; no time: nothing was measured yet" in shown and "45.6K" in shown and list(tmp_path.iterdir()) == []
+    assert main(["sweep", "lm_tiny", "--dry-run"]) == 0
+    assert "1 run; " in capsys.readouterr().out
 
 
 def test_a_narrow_terminal_shows_in_one_column_what_sets_runs_apart(tmp_path, corpus):
