@@ -68,7 +68,9 @@ def plan_table(runs: Sequence[Run], folder: Path, presets_run: Path, width: int 
         name: [*(quantity(size[key]) for key in ("parameters", "tokens", "FLOPs")), time_of(size["FLOPs"])]
         for name, size in sizes.items()
     }
-    table = _table(f"{len(runs)} run{'s' * (len(runs) != 1)}; {source}", runs, ["parameters", "tokens", "FLOPs", "time"], cells, width)
+    table = _table(
+        f"{len(runs)} run{'s' * (len(runs) != 1)}; {source}", runs, ["parameters", "tokens", "FLOPs", "time"], cells, width
+    )
     table.add_section()
     together = [quantity(sum(size["tokens"] for size in sizes.values())), quantity(work), time_of(work)]
     table.add_row("all", *[""] * (len(table.columns) - 4), *together)
