@@ -23,10 +23,12 @@ from plait.train.sweep.record import read
 PATTERN = "model.pattern"
 SHARES = {"{}": 0, "{}*3,softmax": 25, "{},softmax": 50, "{},softmax*3": 75}
 FIGURES = {
-    "task/mqar/accuracy": ("hybrid_recall.png", "Recall of four pairs", "accuracy"),
+    "task/mqar/accuracy": ("hybrid_recall.png", "Recall of four pairs, a dot for each seed", "accuracy"),
     "loss/val": ("hybrid.png", "Speeches", "validation loss, nats per byte"),
 }
 """By metric a file, a title and a label; the first whose metric there is."""
+SHARES_OF_ANSWERS = ("task/mqar/accuracy",)
+"""Metrics that are drawn by seed, and the others with 95% intervals."""
 
 
 def placed(arm: Arm) -> tuple[str, int]:
@@ -58,10 +60,18 @@ def draw(found: Mapping[tuple[str, int], Arm], metric: str, title: str, label: s
             mine = {share: one for (of, share), one in sorted(found.items()) if of == name}
             x = np.array(list(mine)) + 0.8 * (index - 2.5)
             mean, half = (np.array([getattr(one.estimate, part) for one in mine.values()]) for part in ("mean", "half"))
-            style = {"color": RUN_COLOURS[index], "marker": "o", "markersize": 4, "linewidth": 1.4, "capsize": 3}
-            ax.errorbar(x, mean, np.nan_to_num(half), label=name, elinewidth=0.9, **style)
+            style = {"color": RUN_COLOURS[index], "marker": "o", "markersize": 4}
+            if metric in SHARES_OF_ANSWERS:  # an interval of a mean would leave [0, 1]
+                ax.plot(x, mean, color=RUN_COLOURS[index], linewidth=1.4, label=name)
+                seeds = [(at, value) for at, one in zip(x, mine.values()) for value in one.values.values()]
+                ax.plot(*zip(*seeds), linestyle="none", **style)
+            else:
+                ax.errorbar(x, mean, np.nan_to_num(half), label=name, elinewidth=0.9, linewidth=1.4, capsize=3, **style)
         ax.axhline(full.estimate.mean, color=INK, linestyle=":", linewidth=1.2, label="softmax alone")
-        ax.axhspan(*(full.estimate.mean + sign * full.estimate.half for sign in (-1, 1)), color=FAINT, alpha=0.6, linewidth=0)
+        if metric in SHARES_OF_ANSWERS:
+            ax.set_ylim(0, 1.05)
+        else:
+            ax.axhspan(*(full.estimate.mean + sign * full.estimate.half for sign in (-1, 1)), color=FAINT, alpha=0.6, linewidth=0)
         ax.set_title(title, color=INK, loc="left")
         ax.set(xlabel="softmax layers of four, in percent", ylabel=label, xticks=[0, 25, 50, 75])
         ax.grid(color=FAINT)

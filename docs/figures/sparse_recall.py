@@ -23,6 +23,15 @@ OUT = Path(__file__).with_suffix(".png")
 METRIC = "task/mqar/accuracy"
 WIDEST = 1.4
 """Density at the right end; what has more stands there."""
+LABELS = {
+    "moba": (True, 5),
+    "hcam": (True, 9),
+    "softmax": (False, 10),
+    "routing": (False, -6),
+    "bigbird": (True, 6),
+    "window": (False, -6),
+}
+"""Where a name stands beside its last point: on the left, and points above it."""
 
 
 def of_last(config: ExperimentConfig) -> float:
@@ -49,15 +58,29 @@ def main(folder: Path) -> None:
         FigureCanvasAgg(figure)
         ax = figure.subplots()
         for index, (name, points) in enumerate(lines.items()):
-            x, y = zip(*((min(where, WIDEST), value) for where, value in sorted(points)))
-            style = "-" if index < len(RUN_COLOURS) else "--"
-            ax.plot(x, y, f"o{style}", color=RUN_COLOURS[index % len(RUN_COLOURS)], label=name, linewidth=1.4, markersize=5)
+            ordered = sorted(points)
+            x, y = zip(*((min(where, WIDEST), value) for where, value in ordered))
+            colour = RUN_COLOURS[index % len(RUN_COLOURS)]
+            ax.plot(x, y, "o-", color=colour, linewidth=1.4, markersize=5)
+            label = name if ordered[-1][0] <= WIDEST else f"{name} ({ordered[-1][0]:.0f})"
+            left, dy = LABELS.get(name, (False, 0))
+            ax.annotate(
+                label,
+                (x[-1], y[-1]),
+                (-7 if left else 7, dy),
+                textcoords="offset points",
+                ha="right" if left else "left",
+                va="center",
+                color=colour,
+            )
         ax.set_title("Recall by the last layer's density", color=INK, loc="left")
         ax.set(
-            xlabel="operations between tokens, of full attention's", ylabel="accuracy", ylim=(0, 1.03), xlim=(0.2, WIDEST + 0.05)
+            xlabel="operations between tokens, of full attention's (SEA's is beyond the axis)",
+            ylabel="accuracy",
+            ylim=(0, 1.08),
+            xlim=(0.2, WIDEST + 0.15),
         )
         ax.grid(color=FAINT)
-        figure.legend(*ax.get_legend_handles_labels(), loc="outside right center", frameon=False)
         figure.savefig(OUT, dpi=110)
     print(OUT)
 
