@@ -16,9 +16,9 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from plait.train.report import check_page, write_page
 from plait.train.report.page import Markup, Section, lead, table
-from plait.train.report.panels.costs import of_costs
+from plait.train.report.panels.costs import names_of, of_costs
 from plait.train.report.panels.curves import smooth, thin
-from plait.train.report.style import RC, Picture, panels, picture, run_colour, run_dash, short, step_axis, value_axis
+from plait.train.report.style import RC, WIDTH, Picture, panels, picture, run_colour, run_dash, short, step_axis, value_axis
 from plait.train.report.winner import best_first, hint, opening
 from plait.train.sweep import fronts
 from plait.train.sweep.arms import LEVEL, RATE, Arm, Estimate, arms, baselines, difference, sensitivities
@@ -60,7 +60,7 @@ def write_sweep(
     check_page(out)
     found = arms(folder, sweep, by, metric, () if baseline is None else (baseline.partition("=")[0],))
     with matplotlib.rc_context(RC):
-        sections = list(_sections(folder, sweep, found, metric, baseline, better or better_of(metric)))
+        sections = list(_sections(folder, sweep, found, metric, baseline, better or better_of(metric), bool(by)))
     name = folder.resolve().name
     over = sum(claims.status(folder, run) in claims.OVER for run in sweep.runs)
     told = f"{over} of {len(sweep.runs)} runs are over; {len(found)} arms; {metric}"
@@ -69,11 +69,11 @@ def write_sweep(
 
 
 def _sections(
-    folder: Path, sweep: Sweep, found: list[Arm], metric: str, baseline: str | None, better: Better
+    folder: Path, sweep: Sweep, found: list[Arm], metric: str, baseline: str | None, better: Better, asked: bool
 ) -> Iterator[Section]:
     results = Markup(_table(folder, found, metric, baseline, better))
     first = Markup(opening(folder, sweep, found, metric, better))
-    yield Section("Results", f"{metric} at the end", [*([first] if first else []), _by_key(found, metric), results])
+    yield Section("Results", f"{metric} at the end", [*([first] if first else []), _by_key(found, metric, asked), results])
     if (picture := of_costs(found, metric, better)) is not None:
         yield Section("Cost", f"{metric} by what it costs", [picture])
     if RATE in found[0].keys and metric.startswith("loss/"):
@@ -88,14 +88,16 @@ def _sections(
     yield Section("Settings", "Settings", [f"Begun {sweep.since} at commit {sweep.commit or 'unknown'} with: {command}"])
 
 
-def _by_key(found: Sequence[Arm], metric: str) -> Picture | str:
-    """The metric on the first key; a line for each value of the others."""
+def _by_key(found: Sequence[Arm], metric: str, asked: bool) -> Picture | str:
+    """The metric on the first key, a line for each value of the others; where that would not be clear and was not asked for, by arm."""
     drawn = [arm for arm in found if arm.values]
     if not drawn:
         return f"No run that is over has {metric} as a finite number."
     if not drawn[0].keys:
         return "No key but the seed varies."
     key = next(iter(drawn[0].keys))
+    if not (asked or _is_grid(found)) or _are_long([arm.keys[key] for arm in drawn]):
+        return _by_arm(drawn, metric)
     figure, (ax,) = panels(1, columns=1, height=3.4, margin=(0.36, 0.6))
     place, numeric = _axis(ax, [arm.keys[key] for arm in drawn])
     lines = {label: [arm for arm in drawn if _label(arm, 1) == label] for label in dict.fromkeys(_label(a, 1) for a in drawn)}
@@ -112,15 +114,48 @@ def _by_key(found: Sequence[Arm], metric: str) -> Picture | str:
     value_axis(ax)
     if len(lines) > 1:
         ax.legend(loc="best", title=", ".join(list(drawn[0].keys)[1:]))
+    return picture("metric", figure, _caption(drawn))
+
+
+def _by_arm(drawn: Sequence[Arm], metric: str) -> Picture:
+    """The metric of each arm, one below the other, by what sets it apart."""
+    names, key = names_of(drawn), next(iter(drawn[0].keys))
+    left = min(0.07 * max(map(len, names)) + 0.3, WIDTH / 2)
+    figure, (ax,) = panels(1, columns=1, height=max(2.0, 0.24 * len(names)), left=left, margin=(0.36, 0.6))
+    for place, arm in enumerate(drawn):
+        mean, half = arm.estimate.mean, 0.0 if math.isnan(arm.estimate.half) else arm.estimate.half
+        ax.errorbar(mean, place, xerr=half, capsize=3, marker="o", markersize=5, color=run_colour(0))
+        ax.plot(list(arm.values.values()), [place] * len(arm.values), linestyle="", marker=".", alpha=0.5, color=run_colour(1))
+    ax.set_yticks(range(len(names)), names)
+    ax.set(xlabel=metric, ylim=(len(names) - 0.5, -0.5), title=f"{metric} by {key if len(drawn[0].keys) == 1 else 'arm'}")
+    ax.grid(axis="x")
+    return picture("metric", figure, _caption(drawn))
+
+
+def _is_grid(found: Sequence[Arm]) -> bool:
+    """Whether there is an arm for each combination of the values of its keys."""
+    return len(found) == math.prod(len({repr(arm.keys[key]) for arm in found}) for key in found[0].keys)
+
+
+def _are_long(values: Sequence[Any]) -> bool:
+    """Whether values that are no numbers have no room beside each other."""
+    return not _numeric(values) and 0.075 * sum(len(value) for value in {str(value) for value in values}) > WIDTH - 1
+
+
+def _caption(drawn: Sequence[Arm]) -> str:
     counts = sorted({len(arm.values) for arm in drawn})
     seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     caption = f"Large points: mean of n = {seeds} seeds; bars: its {LEVEL:.0%} t interval; small points: seeds."
-    return picture("metric", figure, caption + (" Where n = 1 there is no interval." if counts[0] == 1 else ""))
+    return caption + (" Where n = 1 there is no interval." if counts[0] == 1 else "")
+
+
+def _numeric(values: Sequence[Any]) -> bool:
+    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
 
 
 def _axis(ax: Axes, values: Sequence[Any]) -> tuple[dict[str, float], bool]:
     """Where each value stands, and whether all are numbers: these by value, others in order."""
-    numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    numeric = _numeric(values)
     there = list({repr(value): value for value in values}.items())
     if not numeric:
         ax.set_xticks(range(len(there)), [str(value) for _, value in there])

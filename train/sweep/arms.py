@@ -16,7 +16,7 @@ from scipy import stats
 from plait.configs import codec
 from plait.train.sweep.record import Sweep
 from plait.train.sweep.runs import Run, SweepError
-from plait.train.sweep.table import together, varying
+from plait.train.sweep.table import follows, together, varying
 from plait.train.sweep.workers import claims
 
 SEEDS = ("seed", "data.seed")
@@ -65,7 +65,8 @@ def difference(arm: Arm, baseline: Arm) -> Estimate:
 
 def arms(folder: Path, sweep: Sweep, first: Sequence[str], metric: str, also: Sequence[str] = ()) -> list[Arm]:
     """All arms, by the keys that vary: those of `first`, then the learning rate, those of `also`, the others. A key that varies only
-    together with one before it is left out unless it is named, as the width of a layer that follows the width of a model.
+    together with one before it is left out unless it is named, as the width of a layer that follows the width of a model; so is one that
+    some runs have not at all and that follows from one before it, as an option of a mixer from the pattern.
 
     Raises:
         SweepError: no run is over, no run has the metric, or a named key does not vary.
@@ -80,7 +81,7 @@ def arms(folder: Path, sweep: Sweep, first: Sequence[str], metric: str, also: Se
             raise SweepError(f"{key!r} does not vary in this sweep{_near(key, known)}")
     keys: list[str] = []
     for key in dict.fromkeys([*first, *(key for key in known if key == RATE), *also, *known]):
-        if key in named or not any(together(key, before, varied) for before in keys):
+        if key in named or not any(together(key, before, varied) or follows(key, before, varied) for before in keys):
             keys.append(key)
     ended = {run.name: claims.outcome(folder, run) for run in sweep.runs}
     over = {name: one.metrics for name, one in ended.items() if one is not None and one.status in claims.ENDED}

@@ -94,6 +94,12 @@ def together(one: str, other: str, varied: Mapping[str, Mapping[str, Any]]) -> b
     return len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs})
 
 
+def follows(one: str, other: str, varied: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether a key that some runs have not has one value for each of another's."""
+    pairs = {(repr(values[one]), repr(values[other])) for values in varied.values()}
+    return any(values[one] is None for values in varied.values()) and len(pairs) == len({b for _, b in pairs})
+
+
 def _column(values: list[Any]) -> pa.Array:
     """Numbers as numbers, truth values as such, all else as text."""
     kinds = {type(value) for value in values if value is not None}

@@ -155,6 +155,6 @@ def test_arms_are_named_by_what_sets_them_apart():
     """In pictures, which have no room for every key of an arm."""
     arm = lambda **keys: Arm({f"model.{key}": value for key, value in keys.items()}, {}, {})
     several = [arm(gate=None, decay=0.1), arm(gate="headwise", decay=0.1), arm(gate=None, decay=0.5), arm(decay=0.1)]
-    assert costs._names(several) == ["as most are", "gate=headwise", "decay=0.5", "as most are"]
-    assert costs._names([arm(gate="a"), arm(gate="b")]) == ["a", "b"]
-    assert costs._names([arm(gate="a", decay=0.1), arm(gate="b", decay=0.2)]) == ["gate=a, decay=0.1", "gate=b, decay=0.2"]
+    assert costs.names_of(several) == ["as most are", "gate=headwise", "decay=0.5", "as most are"]
+    assert costs.names_of([arm(gate="a"), arm(gate="b")]) == ["a", "b"]
+    assert costs.names_of([arm(gate="a", decay=0.1), arm(gate="b", decay=0.2)]) == ["gate=a, decay=0.1", "gate=b, decay=0.2"]

@@ -9,12 +9,15 @@ import pytest
 from plait.configs import codec
 from plait.configs.presets import preset
 from plait.launch import main
+from plait.train.report import sweeps
+from plait.train.report.panels import costs
 from plait.train.report.sweeps import write_sweep
 from plait.train.report.winner import opening
 from plait.train.run_folder.lines import METRICS
-from plait.train.sweep.arms import RATE, arms, baselines, difference, estimate, sensitivities
+from plait.train.sweep.arms import RATE, Arm, arms, baselines, difference, estimate, sensitivities
 from plait.train.sweep.record import SWEEP, Sweep
-from plait.train.sweep.runs import Run, SweepError
+from plait.train.sweep.runs import Run, SweepError, resolved
+from plait.train.sweep.table import follows, varying
 from plait.train.sweep.workers import claims
 
 LOSSES = {(1e-3, 0): 2.0, (1e-3, 1): 2.2, (1e-3, 2): 2.4, (1e-2, 0): 1.9, (1e-2, 1): 2.0, (1e-2, 2): 2.4, (1e-1, 0): 9.0}
@@ -160,3 +163,46 @@ def test_the_command(folder, capsys):
     assert main(["report", str(folder[0]), str(folder[0])]) == 2 and "a page of its own" in capsys.readouterr().err
     assert main(["report", str(folder[0] / "runs" / "0.001-0"), "--metric", "loss/val"]) == 2
     assert "is for the folder of a sweep" in capsys.readouterr().err
+
+
+def test_an_option_that_follows_from_the_pattern_is_no_key_of_its_own():
+    heads = "model.mixers.{}.num_heads".format
+    rows = (
+        {"model.pattern": "softmax", heads("softmax"): 1},
+        {"model.pattern": "softmax,gla", heads("softmax"): 1, heads("gla"): 2, RATE: 2e-3},
+        {"model.pattern": "gla", heads("gla"): 2, RATE: 2e-3},
+        {"model.pattern": "retnet", heads("retnet"): 1},
+        {"model.pattern": "retnet", heads("retnet"): 2},
+    )
+    varied = varying(resolved("lm_tiny", rows))
+    told = {key: follows(key, "model.pattern", varied) for key in next(iter(varied.values()))}
+    assert told[heads("softmax")] and told[heads("gla")]
+    assert not told[heads("retnet")], "it varies beside the pattern"
+    assert not told[RATE], "every run has one, and another pattern could have had it"
+
+
+@pytest.mark.parametrize(
+    ("arms", "names", "lying"),
+    [
+        ([{"a": "gla"}, {"a": "softmax"}], ["gla", "softmax"], False),
+        ([{"a": n, "b": m} for n in "xy" for m in (1, 2)], ["x", "y"], False),
+        (
+            [{"a": f"gated_deltanet*{n},softmax"} for n in range(1, 12)],
+            [f"gated_deltanet*{n},softmax" for n in range(1, 12)],
+            True,
+        ),
+        ([{"a": 0, "b": 0}, {"a": 1, "b": 0}, {"a": 0, "b": 2}], ["as most are", "a=1", "b=2"], True),
+    ],
+    ids=["short", "grid", "long", "one change each"],
+)
+def test_arms_stand_one_below_the_other_where_names_are_long_or_no_grid(arms, names, lying, monkeypatch):
+    monkeypatch.setattr(sweeps, "picture", lambda name, figure, caption: figure)
+    ax = sweeps._by_key([Arm(keys, {}, {(0,): 0.5}) for keys in arms], "accuracy", asked=False).axes[0]
+    labels = ax.get_yticklabels() if lying else ax.get_xticklabels()
+    assert [label.get_text() for label in labels] == names
+    assert (ax.get_xlabel() if lying else ax.get_ylabel()) == "accuracy"
+
+
+def test_arms_at_one_point_of_the_front_are_named_once():
+    points = [(1.0, 0.9), (2.0, 1.0), (2.0, 1.0), (3.0, 1.0)]
+    assert costs._apart([0, 1, 2], points) == [0, 1]

@@ -25,7 +25,7 @@ def of_costs(found: Sequence[Arm], metric: str, better: Better) -> Picture | Non
     if not differing:
         return None
     figure, axes = panels(len(differing), columns=min(2, len(differing)), height=3.2, gap=(0.72, 0.9), margin=(0.36, 0.6))
-    names = _names(drawn)
+    names = names_of(drawn)
     firsts = list(dict.fromkeys(_first(arm) for arm in drawn))
     for ax, (kind, values) in zip(axes, differing.items()):
         points = [(value, arm.estimate.mean) for value, arm in zip(values, drawn)]
@@ -35,10 +35,12 @@ def of_costs(found: Sequence[Arm], metric: str, better: Better) -> Picture | Non
             half = 0.0 if math.isnan(arm.estimate.half) else arm.estimate.half
             colour = run_colour(firsts.index(_first(arm)))
             ax.errorbar(x, y, half, color=colour, marker="o" if i in best else ".", markersize=6 if i in best else 5, capsize=2)
-        for i in range(len(drawn)) if len(drawn) <= _MOST_NAMED else best[:_MOST_NAMED]:
+        for i in range(len(drawn)) if len(drawn) <= _MOST_NAMED else _apart(best, points)[:_MOST_NAMED]:
             right = values[i] > (min(values) + max(values)) / 2
             style = {"textcoords": "offset points", "ha": "right" if right else "left", "fontsize": 7, "color": INK}
-            ax.annotate(names[i], points[i], xytext=(-5 if right else 5, 5), **style)
+            more = sum(points[j] == points[i] for j in best) - 1 if len(drawn) > _MOST_NAMED else 0
+            name = f"{names[i]} and {more} more" if more else names[i]
+            ax.annotate(name, points[i], xytext=(-5 if right else 5, 5), **style)
         if min(values) > 0 and max(values) >= 4 * min(values):
             ax.set_xscale("log")
         ax.xaxis.set_major_formatter(FuncFormatter(quantity))
@@ -50,7 +52,12 @@ def of_costs(found: Sequence[Arm], metric: str, better: Better) -> Picture | Non
     return picture("cost", figure, f"Means over seeds, coloured by the first key. {told}")
 
 
-def _names(arms: Sequence[Arm]) -> list[str]:
+def _apart(best: Sequence[int], points: Sequence[tuple[float, float]]) -> list[int]:
+    """The first of those that stand at the same point."""
+    return list({points[i]: i for i in reversed(best)}.values())[::-1]
+
+
+def names_of(arms: Sequence[Arm]) -> list[str]:
     """Of each arm its value, or where several keys vary what it has that most have not."""
     keys = dict.fromkeys(key for arm in arms for key in arm.keys)
     if len(keys) < 2:
