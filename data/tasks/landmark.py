@@ -14,7 +14,7 @@ import numpy as np
 
 from plait.configs.domains import Span
 from plait.data.landmarks import Landmarks
-from plait.data.tasks.base import TASKS, Task
+from plait.data.tasks.base import TASKS
 from plait.data.tasks.ppl import PerplexityTask
 
 if TYPE_CHECKING:
@@ -24,16 +24,13 @@ if TYPE_CHECKING:
 
 @TASKS.register("landmark", source="Landmark Attention (2305.16300), section 3")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LandmarkTask(Task):
+class LandmarkTask(PerplexityTask):
     """Text as of `ppl`, with a landmark token at the end of every block of a document: what the mixer `landmark` is trained on.
 
     The landmark is one id more than the tokenizer has. Rows are as long as `seq_len` says, landmarks included; loss, perplexity and bits per
     byte are of the same text as without them.
     """
 
-    reads_text = True
-    has_answers = False
-    counts_bytes = True
     extra_ids = 1
 
     block_size: Span = 64
@@ -51,17 +48,12 @@ class LandmarkTask(Task):
                 f"use {data.seq_len} or less"
             )
 
-    def vocabulary(self, data: DataConfig) -> int | None:
-        return None if data.tokenizer_size is None else data.tokenizer_size + self.extra_ids
-
     def landmarks(self, tokenizer_size: int) -> Landmarks:
         return Landmarks(self.block_size, tokenizer_size)
 
     def open(self, data: DataConfig, folder: Path, rows: np.ndarray | None, reading: Reading | None) -> Data:
-        from plait.data.text import open_text
-
         plain = dataclasses.replace(data, task=PerplexityTask(), seq_len=Landmarks(self.block_size, 0).room(data.seq_len))
-        text = open_text(plain, folder, rows, reading)
+        text = super().open(plain, folder, rows, reading)
         landmarks = self.landmarks(text.vocab_size)
 
         def with_landmarks(read: ReadRows) -> ReadRows:

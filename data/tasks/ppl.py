@@ -25,7 +25,7 @@ class PerplexityTask(Task):
     counts_bytes = True
 
     def vocabulary(self, data: DataConfig) -> int | None:
-        return data.tokenizer_size
+        return None if data.tokenizer_size is None else data.tokenizer_size + self.extra_ids
 
     def open(self, data: DataConfig, folder: Path, rows: np.ndarray | None, reading: Reading | None) -> Data:
         from plait.data.text import open_text  # with the readers of files, which a config does not need

@@ -1,4 +1,7 @@
-"""Draws `docs/figures/sinks.png` from the folder of `launch.py sweep sinks`, or from several: `python docs/figures/sinks.py sweeps/sinks`."""
+"""Draws `docs/figures/sinks.png` from the folder of `launch.py sweep sinks`, or from several, and prints its table.
+
+python docs/figures/sinks.py sweeps/sinks
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,15 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from sinks_by_training import METRIC, measured
 
 from plait.configs.presets import preset
 from plait.train.probes.sinks import THRESHOLD
+from plait.train.report.panels.costs import names_of
 from plait.train.report.style import FAINT, INK, MUTED, PAPER, RC, RUN_COLOURS
 from plait.train.run_folder.lines import EVENTS, read_lines
 from plait.train.run_folder.probe_files import read_probes
+from plait.train.sweep.arms import arms
 from plait.train.sweep.record import read
 from plait.train.sweep.workers import claims
 
@@ -31,7 +37,10 @@ PANELS = {
 
 
 def main(folders: Sequence[Path]) -> None:
-    """Writes the figure; raises ValueError where a panel has no run that is over."""
+    """Writes the figure and prints a line an arm: weight on the first token, published rate, onset and accuracy, by seed.
+
+    Raises ValueError where a panel has no run that is over.
+    """
     with matplotlib.rc_context({**RC, "font.size": 9.5}):
         figure = Figure(figsize=(12.4, 3.2), facecolor=PAPER, layout="constrained")
         FigureCanvasAgg(figure)
@@ -53,6 +62,10 @@ def main(folders: Sequence[Path]) -> None:
         below = {"ha": "right", "va": "top", "color": MUTED, "transform": axes[0].get_yaxis_transform()}
         axes[0].text(0.98, THRESHOLD - 0.02, f"above {THRESHOLD}: a sink; dots: the event", **below)
         figure.savefig(OUT, dpi=150)
+    for folder in folders:
+        found = [one for one in arms(folder, read(folder), [], METRIC) if one.values]
+        for name, one in zip(names_of(found), found):
+            print(name, *(row for _, _, row in measured(folder, one)))
     print(OUT)
 
 

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from plait.train.probes.sinks import THRESHOLD
 from plait.train.report.style import FAINT, INK, MUTED, PAPER, RC, RUN_COLOURS
 from plait.train.run_folder.probe_files import read_probes
-from plait.train.sweep.arms import arms
+from plait.train.sweep.arms import Arm, arms
 from plait.train.sweep.record import read
 from plait.train.sweep.workers import claims
 
@@ -46,6 +46,19 @@ def differs(keys: Mapping[str, Any], plain: Mapping[str, Any]) -> tuple[str, str
     return key, value
 
 
+def measured(folder: Path, arm: Arm) -> list[tuple[np.ndarray, np.ndarray, tuple[object, ...]]]:
+    """Of each seed the steps of its probes, the weight on the first token, and that at the end, the published rate, onset and accuracy."""
+    found = []
+    for seeds, value in sorted(arm.values.items()):
+        probes = read_probes(claims.run_folder(folder, arm.runs[seeds]))
+        sink = np.nanmax(probes.arrays["sink"][..., 0], axis=(1, 2))
+        published = probes.arrays.get("sink_k_eps")  # of sequences of at least 64 tokens
+        rate = None if published is None else round(float(np.nanmax(published[-LAST:, ..., 0], axis=(1, 2)).mean()))
+        onset = next((int(step) for step, weight in zip(probes.steps, sink) if weight > THRESHOLD), None)
+        found.append((probes.steps, sink, (round(float(sink[-LAST:].mean()), 2), rate, onset, round(value, 3))))
+    return found
+
+
 def main(folder: Path) -> None:
     """Writes the figure and prints a line an arm: weight on the first token, published rate, onset and accuracy, by seed."""
     found = [one for one in arms(folder, read(folder), [], METRIC) if one.values]
@@ -56,23 +69,15 @@ def main(folder: Path) -> None:
         axes = dict(zip(TITLES, figure.subplots(2, 4, sharey=True).ravel()))
         drawn = dict.fromkeys(TITLES, 0)
         for one in found:
-            rows, curves = [], []
-            for seeds, value in sorted(one.values.items()):
-                probes = read_probes(claims.run_folder(folder, one.runs[seeds]))
-                sink = np.nanmax(probes.arrays["sink"][..., 0], axis=(1, 2))
-                published = probes.arrays.get("sink_k_eps")  # of sequences of at least 64 tokens
-                rate = None if published is None else round(float(np.nanmax(published[-LAST:, ..., 0], axis=(1, 2)).mean()))
-                onset = next((int(step) for step, weight in zip(probes.steps, sink) if weight > THRESHOLD), None)
-                rows.append((round(float(sink[-LAST:].mean()), 2), rate, onset, round(value, 3)))
-                curves.append(sink)
+            steps, curves, rows = zip(*measured(folder, one))
             key, label = ("", "the preset") if one is plain else differs(one.keys, plain.keys)
             print(key, label, *rows)
             for panel in TITLES if one is plain else (key,):
                 colour = MUTED if one is plain else RUN_COLOURS[drawn[panel]]
                 drawn[panel] += one is not plain
                 for curve in curves:
-                    axes[panel].plot(probes.steps, curve, color=colour, linewidth=0.7, alpha=0.5)
-                axes[panel].plot(probes.steps, np.mean(curves, axis=0), color=colour, linewidth=2, label=label)
+                    axes[panel].plot(steps[0], curve, color=colour, linewidth=0.7, alpha=0.5)
+                axes[panel].plot(steps[0], np.mean(curves, axis=0), color=colour, linewidth=2, label=label)
         for panel, ax in axes.items():
             ax.axhline(THRESHOLD, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
             ax.set_title(TITLES[panel], color=INK, loc="left")

@@ -95,7 +95,9 @@ def together(one: str, other: str, varied: Mapping[str, Mapping[str, Any]]) -> b
 
 
 def follows(one: str, other: str, varied: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Whether a key that some runs have not has one value for each of another's."""
+    """Whether a key that some runs have not has one value for each of another's, which are names, as of components, and no numbers."""
+    if not all(isinstance(values[other], str) for values in varied.values()):
+        return False
     pairs = {(repr(values[one]), repr(values[other])) for values in varied.values()}
     return any(values[one] is None for values in varied.values()) and len(pairs) == len({b for _, b in pairs})
 

@@ -179,6 +179,8 @@ def test_an_option_that_follows_from_the_pattern_is_no_key_of_its_own():
     assert told[heads("softmax")] and told[heads("gla")]
     assert not told[heads("retnet")], "it varies beside the pattern"
     assert not told[RATE], "every run has one, and another pattern could have had it"
+    numbers = {name: {"a": number, "b": None if number else 1} for number, name in enumerate(varied)}
+    assert not follows("b", "a", numbers), "each trial of a search has a rate of its own, from which nothing follows"
 
 
 @pytest.mark.parametrize(
