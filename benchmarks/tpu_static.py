@@ -171,14 +171,18 @@ def _public(job: dict[str, Any], array: Callable[..., Any]) -> tuple[Callable[..
 
 
 def _attention_kernel(job: dict[str, Any], array: Callable[..., Any]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """One attention kernel with a table of visits known at compile time: every tile of the square in order, all of one kind."""
-    import jax.numpy as jnp
-    import numpy as np
+    """One attention kernel with a list of tiles known at compile time: every tile of the square in order, all of one kind.
 
-    from plait.kernels import Mask, Tokens
+    The kind is `job["name"]`: full, masked, edge (with `job["cells"]` for what order shows) or skip (nothing is computed), with or without
+    statistics. With `job["block_size"]`, queries select blocks of so many keys.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from plait.kernels import Mask, SelectedBlocks, Tokens
     from plait.kernels.attention import pallas_tpu
-    from plait.kernels.attention.tpu import kernels, tiling
-    from plait.kernels.attention.visits import FULL, MASKED, Layout
+    from plait.kernels.attention.tpu import edges, kernels, steps, tiling
+    from plait.kernels.attention.visits import FULL, MASKED, SKIP, Layout
 
     _, length, _, width, *_ = job["shape"]
     if job["tile"]:
@@ -187,26 +191,38 @@ def _attention_kernel(job: dict[str, Any], array: Callable[..., Any]) -> tuple[C
         tiles = pallas_tpu.choose_tiles(job["target"], width, width, jnp.dtype(job["dtype"]))
     tiles = tiles.fit(length, length)
     layout = Layout(mask=Mask(), num_queries=length, num_keys=length, own_keys=True, packed=True)
-    kind, stats = MASKED if job["name"].startswith("masked") else FULL, job["name"].endswith("stats")
+    name, _, stats = job["name"].partition("-")
+    kind = {"full": FULL, "masked": MASKED, "edge": edges.FIRST_EDGE, "skip": SKIP}[name]
 
     class Every:
-        """Stands for `Visits`."""
+        """Stands for `Steps`."""
 
-        def __init__(self, width: int):
-            self.entries = np.zeros((1, 1, 1, width))
+        def __init__(self, kinds: Any, _: int):
+            self.longest, self.num_minor = kinds.shape[2] * kinds.shape[4], kinds.shape[4]
 
-        def lookup(self, *at: Any) -> tuple[Any, int]:
-            return at[-1], kind
+        def read(self, table: Any, b: Any, h: Any, step: Any) -> steps.Step:
+            at = jax.lax.rem(step, self.num_minor)
+            ends = ((at == n).astype(jnp.int32) for n in (0, self.num_minor - 1))
+            return steps.Step(jax.lax.div(step, self.num_minor), 0, at, kind, *ends)
 
-    tiling.plan_visits = lambda layout, q, kv, block_q, block_kv, **_: (Every(length // block_kv), Every(length // block_q))
-    problem = tiling.Problem(layout, tiles, width**-0.5, False, stats)
+    tiling.plan_steps = Every
+    cells = tuple(tuple(row) for row in job.get("cells", ()))
+    tiling.edges = lambda *_: edges.Edges(None, (cells,), (kind,) if kind else (), 0, 0)
+    tiling.tile_kinds = lambda layout, q, kv, block_q, block_kv, **_: jnp.zeros(
+        (1, 1, length // block_q, length // block_kv), int
+    )
+    size = job.get("block_size")
+    problem = tiling.Problem(layout, tiles, width**-0.5, False, stats == "stats", block_size=size)
     x, token = array(1, 1, length, width), array(1, 1, length, dtype=jnp.int32)
     rows = [array(1, 1, length, dtype=jnp.float32)] * (5 if stats else 2)
     side = Tokens(None, token, token)
-    operands = tiling.Operands(x, x, x, array(1, dtype=jnp.float32), side, side)
+    selected = size and SelectedBlocks(
+        indices=array(1, length, 1, 4, dtype=jnp.int32), block_size=size, num_blocks=length // size
+    )
+    operands = tiling.Operands(x, x, x, array(1, dtype=jnp.float32), side, side, selected)
 
     def function(table: Any, *operands: Any) -> Any:
-        Every.flat = lambda self: table
+        Every.entries = table
         return getattr(kernels, job["kernel"])(problem, *operands)
 
     return function, (array(1, dtype=jnp.int32), operands, *(() if job["kernel"] == "forward" else (x, rows)))

@@ -23,8 +23,9 @@ from plait.kernels.attention.reference import MASKED as HIDDEN
 from plait.kernels.attention.reference import AttentionStats
 from plait.kernels.attention.tpu import kernels
 from plait.kernels.attention.tpu.chosen import BFLOAT16, FLOAT32
+from plait.kernels.attention.tpu.steps import ENTRY_BITS, entry_bits, most_steps
 from plait.kernels.attention.tpu.tiling import LANES, Operands, Problem, Tiles
-from plait.kernels.attention.visits import Layout, laid_out
+from plait.kernels.attention.visits import Layout, laid_out, layout_of
 from plait.kernels.target import current, not_on
 from plait.kernels.tokens import Tokens
 
@@ -35,7 +36,7 @@ MIN_QUERIES = 32
 
 MAX_HEAD_DIM = 256
 MAX_TABLE = 1 << 17
-"""Entries of a table in scalar memory (4 bytes each; the core has 1 MiB)."""
+"""Entries of a list of tiles in scalar memory (4 bytes each; the core has 1 MiB)."""
 
 
 def choose_tiles(generation: str, key_dim: int, value_dim: int, dtype: Any) -> Tiles:
@@ -48,17 +49,17 @@ def choose_tiles(generation: str, key_dim: int, value_dim: int, dtype: Any) -> T
 
 def unsupported(call: AttentionCall) -> str | None:
     """Why this kernel cannot serve a call, or None."""
-    return _unsupported(call, _visiting_heads(call))
+    return _unsupported(call, layout_of(call), _visiting_heads(call))
 
 
 def routed_unsupported(call: RoutedCall) -> str | None:
     """Why this kernel cannot serve a call of `routed_attention`, or None."""
-    return _unsupported(call, call.q.shape[2])
+    return _unsupported(call, _routed_layout(call), call.q.shape[2])
 
 
 def column_mass_unsupported(call: MassCall) -> str | None:
     """Why this kernel cannot serve a call of `column_mass`, or None."""
-    return _unsupported(call, _visiting_heads(call))
+    return _unsupported(call, layout_of(call), _visiting_heads(call))
 
 
 def _visiting_heads(call: AttentionCall) -> int:
@@ -66,8 +67,13 @@ def _visiting_heads(call: AttentionCall) -> int:
     return 1 if call.selected is None or call.selected.indices.shape[2] == 1 else call.q.shape[2]
 
 
-def _unsupported(call: AttentionCall, heads: int) -> str | None:
-    """Args: `heads` of the table of visits."""
+def _routed_layout(call: RoutedCall) -> Layout:
+    """The queries of a head stand where routing puts them."""
+    return Layout(call.mask, call.q.shape[1], call.k.shape[1], own_keys=False, packed=True)
+
+
+def _unsupported(call: AttentionCall, layout: Layout, heads: int) -> str | None:
+    """Args: `heads` that have a list of tiles of their own."""
     q, k = call.q, call.k
     v = k if call.v is None else call.v
     if reason := not_on("tpu"):
@@ -83,39 +89,46 @@ def _unsupported(call: AttentionCall, heads: int) -> str | None:
         return "it has no bias by distance, only one of low rank"
     if call.scale <= 0:
         return f"the scale {call.scale} is not above 0"
-    tiles = _tiles(call)
+    tiles = _tiles(call, layout)
     if call.selected is not None:
         if not call.own_keys:
             return "blocks are selected among keys that are not the queries' own tokens"
         for tile in vars(tiles).values():
             if reason := call.selected.unfit(tile.block_kv):
                 return reason
-    blocks = max(-(-q.shape[1] // tile.block_q) * -(-k.shape[1] // tile.block_kv) for tile in vars(tiles).values())
-    if blocks * q.shape[0] * heads > MAX_TABLE:
-        return f"{q.shape[0]} x {heads} x {blocks} tiles exceed the {MAX_TABLE} that scalar memory holds"
+    for tile in set(vars(tiles).values()):
+        steps = q.shape[0] * heads * max(most_steps(layout, tile.block_q, tile.block_kv))
+        if steps > MAX_TABLE:
+            return (
+                f"{q.shape[0]} x {heads} x {steps // heads // q.shape[0]} tiles exceed the {MAX_TABLE} that scalar memory holds"
+            )
+        blocks = -(-q.shape[1] // tile.block_q), -(-k.shape[1] // tile.block_kv)
+        if entry_bits(blocks[0], heads, blocks[1]) > ENTRY_BITS:
+            return f"{blocks[0]} x {heads} x {blocks[1]} blocks exceed the numbers of one entry; use shorter sequences"
     return None
 
 
-def _tiles(call: AttentionCall) -> Tiles:
-    """The tiles of a call. Where blocks are selected, none has more keys than a block (of 128 at
-    least), nor more than 128 queries, which select apart;
-    a window of less than four tiles of keys gets smaller ones, which waste less at its ends."""
+def _tiles(call: AttentionCall, layout: Layout) -> Tiles:
+    """The tiles of a call. Where blocks are selected, none has more keys than a block (of 128 at least), nor more than 128 queries, which
+    select apart; where keys are not the queries' own, a window of less than four tiles gets smaller ones."""
     q, k, mask = call.q, call.k, call.mask
     here = current()
     generation = "v5e" if here is None else here.generation
+    tiles = choose_tiles(generation, q.shape[-1], (k if call.v is None else call.v).shape[-1], q.dtype)
+    if call.selected is None and layout.own_keys:
+        return tiles.sized(layout).fit(q.shape[1], k.shape[1])
     reach = mask.reach_back()
     most = 512 if reach is not None and reach < 4096 else 1024
     if mask.alignment > 1:
         most = min(most, max(LANES, mask.alignment))
     sizes = [most, most] if call.selected is None else [LANES, min(most, max(LANES, call.selected.block_size))]
-    tiles = choose_tiles(generation, q.shape[-1], (k if call.v is None else call.v).shape[-1], q.dtype)
     return tiles.fit(min(sizes[0], q.shape[1]), min(sizes[1], k.shape[1]))
 
 
 def _problem(call: AttentionCall, layout: Layout) -> Problem:
     return Problem(
         layout=layout,
-        tiles=_tiles(call),
+        tiles=_tiles(call, layout),
         scale=call.scale,
         sigmoid=call.sigmoid,
         stats=call.return_stats,
@@ -151,7 +164,7 @@ def routed_attention(call: RoutedCall) -> Array:
     gather = lambda x: jnp.take_along_axis(jnp.broadcast_to(x, active.shape), order, axis=-1)
     segment_ids = gather(jnp.where(active, own.segment_ids[:, None], 0))
     queries = Tokens(segment_ids=segment_ids, positions=gather(own.positions[:, None]))
-    problem = _problem(call, Layout(call.mask, call.q.shape[1], call.k.shape[1], own_keys=False, packed=True))
+    problem = _problem(call, _routed_layout(call))
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (call.q, call.k, call.v))
     bias = jnp.zeros(q.shape[1], jnp.float32)
     keys = jax.tree.map(lambda x: x[:, None], tokens)

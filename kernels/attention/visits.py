@@ -57,11 +57,15 @@ class Layout(NamedTuple):
         q, k = (_indices(n, block) for n, block in ((self.num_queries, block_q), (self.num_keys, block_kv)))
         if not self.own_keys:
             return np.ones((len(q.low), len(k.low)), bool)
+        some, _ = self.by_order(Span(q.low[:, None], q.high[:, None]), Span(k.low[None, :], k.high[None, :]))
+        return np.broadcast_to(some, (len(q.low), len(k.low)))
+
+    def by_order(self, q: Span, k: Span) -> tuple[np.ndarray, np.ndarray]:
+        """Whether the mask can show some, and shows every, key at indices `k` to queries at indices `q`, where the keys are the queries'
+        own tokens: sink tokens aside, and of one segment."""
         mask = self.mask.without_sinks()
         slack = mask.alignment - 1 if self.packed else 0  # a segment may start anywhere in a block of positions
-        low, high = k.low[None, :] - slack, k.high[None, :] + slack
-        some, _ = mask.tile(Span(q.low[:, None], q.high[:, None]), Span(low, high))
-        return np.broadcast_to(some, (len(q.low), len(k.low)))
+        return mask.tile(q, Span(k.low - slack, k.high + slack))
 
     def anchored(self, block_q: int, block_kv: int) -> np.ndarray:
         """bool [NQ, NK]: tiles that may also be visible for the sake of sink tokens."""
@@ -91,8 +95,12 @@ def laid_out(call: AttentionCall) -> tuple[Layout, Tokens, Tokens]:
         queries = keys = replace(queries, segment_ids=queries.numbered())
     if not call.packed:
         queries = keys = jax.tree.map(lambda x: x[:1], queries)
-    lengths = call.q.shape[1], call.k.shape[1]
-    return Layout(call.mask, *lengths, own_keys=call.own_keys, packed=call.packed), queries, keys
+    return layout_of(call), queries, keys
+
+
+def layout_of(call: AttentionCall) -> Layout:
+    """The layout of a call."""
+    return Layout(call.mask, call.q.shape[1], call.k.shape[1], own_keys=call.own_keys, packed=call.packed)
 
 
 def plan_visits(
@@ -106,11 +114,30 @@ def plan_visits(
     selected: SelectedBlocks | None = None,
     num_heads: int = 1,
 ) -> tuple[Visits, Visits]:
-    """What query blocks visit, and what key blocks visit.
+    """What query blocks visit, and what key blocks visit; arguments as in `tile_kinds`."""
+    kinds = tile_kinds(layout, queries, keys, block_q, block_kv, keep_first=keep_first, selected=selected, num_heads=num_heads)
+    rows, columns = layout.widths(block_q, block_kv)
+    return _ordered(kinds, rows), _ordered(jnp.swapaxes(kinds, 2, 3), columns)
+
+
+def tile_kinds(
+    layout: Layout,
+    queries: Tokens,
+    keys: Tokens,
+    block_q: int,
+    block_kv: int,
+    *,
+    keep_first: bool,
+    selected: SelectedBlocks | None = None,
+    num_heads: int = 1,
+    masked: np.ndarray | None = None,
+) -> Array:
+    """The kind of each tile, int32 [B or 1, H or 1, NQ, NK].
 
     Tokens are padded to whole blocks, int32 [B or 1, H or 1, T or S], and renumbered where the keys are the queries' own. With
     `keep_first` no tile that holds a segment's first key is FULL. A tile is left out only if nothing in it is visible.
-    `selected` has indices for all of the padded queries, and `num_heads` is how many heads share them.
+    `selected` has indices for all of the padded queries, and `num_heads` is how many heads share them. `masked` [NQ, NK] has, in place
+    of MASKED, the kinds of tiles that lie in one segment and hold no visible sink token.
     """
     mask = layout.mask
     q, k = (_summary(x, block) for x, block in ((queries, block_q), (keys, block_kv)))
@@ -118,9 +145,11 @@ def plan_visits(
     near, anchored = layout.near(block_q, block_kv), layout.anchored(block_q, block_kv)
     lift = lambda x: jnp.asarray(x)[None, None]
     some, every = mask.tile(Span(q.low_position, q.high_position), Span(k.low_position, k.high_position))
-    visible = (lift(near) | (lift(anchored) & (k.low_position < mask.num_sink_tokens))) & some
+    sinks = lift(anchored) & (k.low_position < mask.num_sink_tokens)
+    visible = (lift(near) | sinks) & some
     visible &= (q.low_segment <= k.high_segment) & (k.low_segment <= q.high_segment)
-    whole = (q.segment == k.segment) & (q.segment > 0) & every
+    alone = (q.segment == k.segment) & (q.segment > 0)
+    whole = alone & every
     if keep_first:
         whole &= k.low_position > 0
     if selected is not None:
@@ -128,9 +157,8 @@ def plan_visits(
         if shown.shape[1] > 1:
             shown = jnp.repeat(shown, num_heads // shown.shape[1], axis=1)
         visible, whole = visible & shown, False
-    kinds = jnp.where(visible, jnp.where(whole, FULL, MASKED), SKIP)
-    rows, columns = layout.widths(block_q, block_kv)
-    return _ordered(kinds, rows), _ordered(jnp.swapaxes(kinds, 2, 3), columns)
+    partly = MASKED if masked is None else jnp.where(alone & ~sinks, lift(masked), MASKED)
+    return jnp.where(visible, jnp.where(whole, FULL, partly), SKIP)
 
 
 class _Summary(NamedTuple):

@@ -93,6 +93,16 @@ def test_masks_compile(mask: Mask, head_dim: int, options: dict[str, Any]):
     _check(compiled_kernels("v5e", loss, *_inputs(4096, head_dim)))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("generation", TOPOLOGIES)
+def test_windows_compile_in_grown_tiles(generation: str):
+    def loss(q, k, v, segment_ids):
+        o = attention(q, k, v, mask=Mask(window_size=1152), at=Tokens(None, segment_ids), implementation="pallas_tpu")
+        return jnp.sum(o.astype(jnp.float32))
+
+    _check(compiled_kernels(generation, loss, *_inputs(32768, 128)))
+
+
 def test_selected_blocks_compile():
     def loss(q, k, v, segment_ids, indices):
         selected = SelectedBlocks(indices=indices, block_size=64, num_blocks=64)

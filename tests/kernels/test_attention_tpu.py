@@ -236,6 +236,39 @@ def test_column_mass_matches_reference(segments: str | None, soft_cap: float | N
     assert_close(got, in_float64(plain, q, k, stats.lse), plain=plain(q, k, stats.lse))
 
 
+EDGES = {
+    "causal": Case(heads=(2, 1), length=600, stats=False),
+    "window": Case(mask=Mask(window_size=300), heads=(1, 1), length=700),
+    "window-segments": Case(
+        mask=Mask(window_size=300, num_sink_tokens=2), heads=(1, 1), length=700, segments="long", stats=False
+    ),
+    "power-bfloat16": Case(mask=PowerMask(block_size=128), heads=(1, 1), length=1024, dtype="bfloat16", stats=False),
+}
+
+
+@pytest.fixture
+def tiles_of_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of which order can hide a part."""
+    tile = tiling.Tile(256, 256, 256, 256, 128, 128)
+    tiles = tiling.Tiles(
+        forward=tile, query_gradients=replace(tile, edge_q=256), key_gradients=replace(tile, edge_q=256, edge_kv=256)
+    )
+    monkeypatch.setattr(pallas_tpu, "choose_tiles", lambda *_: tiles)
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_kernel_matches_reference_at_edges(name: str, tiles_of_cells: None):
+    case = EDGES[name]
+    _assert_matches(case, _inputs(case), _own(_segments(case)))
+
+
+def test_kernel_matches_reference_at_edges_of_selected_blocks(tiles_of_cells: None):
+    case = Case(heads=(2, 1), length=600, stats=False)
+    indices = np.random.default_rng(0).integers(-1, 3, (1, case.length, 2, 2), np.int32)
+    selected = SelectedBlocks(indices=jnp.asarray(indices), block_size=256, num_blocks=3)
+    _assert_matches(case, _inputs(case), _own(None) | {"selected": selected})
+
+
 MASKS = (
     Mask(),
     Mask(causal=False),

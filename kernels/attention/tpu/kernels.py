@@ -1,6 +1,7 @@
 """The kernels of flash attention for TPU: forward, query gradients, key gradients, column mass. The math is in `pallas_tpu`."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -9,8 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from plait.kernels.attention.reference import MASKED as HIDDEN
-from plait.kernels.attention.tpu.tiling import Operands, Problem, Tile, Tiling
-from plait.kernels.attention.visits import FULL, MASKED, Visits
+from plait.kernels.attention.tpu.tiling import Cut, Operands, Part, Problem, Tiling
 from plait.kernels.masks import block_number
 from plait.kernels.shapes import matmul_precision
 
@@ -50,17 +50,14 @@ class _Keys(NamedTuple):
     positions: Any = None
 
 
-def _cuts(length: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
-
-
-def _key_parts(tokens: Sequence[Any], masked: bool, size: int) -> Iterator[_Keys]:
-    for at in _cuts(tokens[1].shape[3], size):
-        if masked:
+def _parts(cut: Cut, kind: int, tokens: Sequence[Any]) -> Iterator[tuple[_Keys, list[Part]]]:
+    """The parts of a tile of a kind: some keys, and in turn some queries."""
+    for at, parts in cut.parts(kind):
+        if any(part.masked for part in parts):
             columns = tokens[1][0, 0, :, at].T
-            yield _Keys(at, columns[:, 0:1], columns[:, 1:2])
+            yield _Keys(at, columns[:, 0:1], columns[:, 1:2]), parts
         else:
-            yield _Keys(at)
+            yield _Keys(at), parts
 
 
 def _visible(problem: Problem, tokens: Sequence[Any], keys: _Keys, queries: slice) -> Array:
@@ -82,10 +79,10 @@ def _visible(problem: Problem, tokens: Sequence[Any], keys: _Keys, queries: slic
     return visible
 
 
-def _by_kind(kind: Array, work: Callable[[bool], None]) -> None:
-    """Runs work(masked) as the kind of the tile asks."""
-    pl.when(kind == MASKED)(lambda: work(True))
-    pl.when(kind == FULL)(lambda: work(False))
+def _by_kind(cut: Cut, kind: Array, work: Callable[[int], None]) -> None:
+    """Runs work(kind) as the tile asks."""
+    for possible in cut.edges.possible:
+        pl.when(kind == possible)(partial(work, possible))
 
 
 def _weights_and_gradient(
@@ -133,11 +130,13 @@ def _gradient_rows(problem: Problem, rows: Sequence[Array]) -> Array:
     return jnp.stack(stacked, axis=2).astype(jnp.float32)
 
 
-def _forward_kernel(problem: Problem, tile: Tile, visits: Visits, table: Any, bias: Any, *refs: Any) -> None:
+def _forward_kernel(cut: Cut, table: Any, bias: Any, *refs: Any) -> None:
+    problem = cut.problem
     q, k, v, *rest = refs
     num_tokens = 2 if problem.block_size is None else 3
     tokens, (o, rows, acc, *state) = rest[:num_tokens], rest[num_tokens:]
-    b, h, i, step = (pl.program_id(axis) for axis in range(4))
+    b, h, index = (pl.program_id(axis) for axis in range(3))
+    step = cut.steps.read(table, b, h, index)
     peak, total, *extra = state  # each [1, M]: the largest q . k, l and, with statistics, u in bits
     relative = problem.stats or not problem.sigmoid  # weights are kept relative to the largest
 
@@ -150,7 +149,7 @@ def _forward_kernel(problem: Problem, tile: Tile, visits: Visits, table: Any, bi
             return _LOG2_E * (log_weight(z) - log_weight(low))
         return (problem.scale * _LOG2_E) * (z - low)
 
-    @pl.when(step == 0)
+    @pl.when(step.first == 1)
     def _start():
         peak[...] = jnp.full_like(peak, _NOTHING)
         for x in (total, acc, *extra):
@@ -177,15 +176,15 @@ def _forward_kernel(problem: Problem, tile: Tile, visits: Visits, table: Any, bi
         total[:, queries] = keep * mass + jnp.sum(p, axis=0, keepdims=True)
         acc[:, queries] = keep * acc[:, queries] + _dot(values, p.astype(v.dtype), _NN)  # [V, M]
 
-    def work(masked: bool) -> None:
-        for keys in _key_parts(tokens, masked, tile.part_kv):
+    def work(kind: int) -> None:
+        for keys, parts in _parts(cut, kind, tokens):
             values = v[0, 0, keys.at].T
-            for queries in _cuts(q.shape[2], tile.part_q):
+            for queries, masked in parts:
                 part(masked, keys, values, queries)
 
-    _by_kind(visits.lookup(table, b, h, i, step)[1], work)
+    _by_kind(cut, step.kind, work)
 
-    @pl.when(step == pl.num_programs(3) - 1)
+    @pl.when(step.last == 1)
     def _finish():
         some = total[...] > 0
         mass = jnp.where(some, total[...], 1)
@@ -216,28 +215,30 @@ def forward(problem: Problem, x: Operands) -> tuple[Array, tuple[Array, ...]]:
     return o[..., :length], tuple(rows[:, :, i, :length] for i in range(num_rows))
 
 
-def _query_gradients_kernel(problem: Problem, tile: Tile, visits: Visits, table: Any, bias: Any, *refs: Any) -> None:
+def _query_gradients_kernel(cut: Cut, table: Any, bias: Any, *refs: Any) -> None:
+    problem = cut.problem
     *inputs, d_q, d_bias, acc, shared_acc = refs
     k = inputs[1]
-    b, h, i, step = (pl.program_id(axis) for axis in range(4))
+    b, h, index = (pl.program_id(axis) for axis in range(3))
+    step = cut.steps.read(table, b, h, index)
 
-    @pl.when(step == 0)
+    @pl.when(step.first == 1)
     def _start():
         acc[...] = jnp.zeros_like(acc)
         shared_acc[...] = jnp.zeros_like(shared_acc)
 
-    def work(masked: bool) -> None:
-        for keys in _key_parts(inputs[5:], masked, tile.part_kv):
+    def work(kind: int) -> None:
+        for keys, parts in _parts(cut, kind, inputs[5:]):
             turned = k[0, 0, keys.at].T
-            for queries in _cuts(acc.shape[1], tile.part_q):
+            for queries, masked in parts:
                 _, d_logits, shared = _weights_and_gradient(problem, masked, bias[h], inputs, keys, queries)
                 acc[:, queries] += _dot(turned, d_logits.astype(k.dtype), _NN)  # [K, M]
                 if problem.sigmoid:
                     shared_acc[:, queries] += jnp.sum(shared, axis=0, keepdims=True)
 
-    _by_kind(visits.lookup(table, b, h, i, step)[1], work)
+    _by_kind(cut, step.kind, work)
 
-    @pl.when(step == pl.num_programs(3) - 1)
+    @pl.when(step.last == 1)
     def _finish():
         d_q[0, 0] = (problem.scale * acc[...]).astype(d_q.dtype)
         d_bias[0, 0] = shared_acc[...]
@@ -259,28 +260,29 @@ def query_gradients(problem: Problem, x: Operands, d_o: Array, rows: Sequence[Ar
     return jnp.swapaxes(d_q[..., :length], 2, 3), jnp.sum(d_bias, axis=(0, 2, 3))
 
 
-def _key_gradients_kernel(problem: Problem, tile: Tile, visits: Visits, table: Any, bias: Any, *refs: Any) -> None:
+def _key_gradients_kernel(cut: Cut, table: Any, bias: Any, *refs: Any) -> None:
+    problem = cut.problem
     *inputs, d_k, d_v, k_acc, v_acc = refs
     q, d_o = inputs[0], inputs[3]
-    b, h, j, member, step = (pl.program_id(axis) for axis in range(5))
-    num_members = pl.num_programs(3)
-    head = h * num_members + member
+    b, h, index, member = (pl.program_id(axis) for axis in range(4))
+    step, num_members = cut.steps.read(table, b, h, index), pl.num_programs(3)
+    head = h * cut.group + step.member + member  # one of the two is 0
 
-    @pl.when((member == 0) & (step == 0))
+    @pl.when((step.first == 1) & (member == 0))
     def _start():
         k_acc[...] = jnp.zeros_like(k_acc)
         v_acc[...] = jnp.zeros_like(v_acc)
 
-    def work(masked: bool) -> None:
-        for keys in _key_parts(inputs[5:], masked, tile.part_kv):
-            for queries in _cuts(q.shape[2], tile.part_q):
+    def work(kind: int) -> None:
+        for keys, parts in _parts(cut, kind, inputs[5:]):
+            for queries, masked in parts:
                 weights, d_logits, _ = _weights_and_gradient(problem, masked, bias[head], inputs, keys, queries)
                 v_acc[keys.at] += _dot(weights.astype(d_o.dtype), d_o[0, 0, queries], _NN)  # [N, V]
                 k_acc[keys.at] += _dot(d_logits.astype(q.dtype), q[0, 0, queries], _NN)  # [N, K]
 
-    _by_kind(visits.lookup(table, b, head, j, step)[1], work)
+    _by_kind(cut, step.kind, work)
 
-    @pl.when((member == num_members - 1) & (step == pl.num_programs(4) - 1))
+    @pl.when((step.last == 1) & (member == num_members - 1))
     def _finish():
         d_k[0, 0] = (problem.scale * k_acc[...]).astype(d_k.dtype)
         d_v[0, 0] = v_acc[...].astype(d_v.dtype)
@@ -299,26 +301,28 @@ def key_gradients(problem: Problem, x: Operands, d_o: Array, rows: Sequence[Arra
     return d_k[:, :, :num_keys], d_v[:, :, :num_keys]
 
 
-def _column_mass_kernel(problem: Problem, tile: Tile, visits: Visits, table: Any, bias: Any, *refs: Any) -> None:
+def _column_mass_kernel(cut: Cut, table: Any, bias: Any, *refs: Any) -> None:
+    problem = cut.problem
     q, k, lse, *tokens, mass, total = refs
-    b, h, j, _, step = (pl.program_id(axis) for axis in range(5))
+    b, h, index = (pl.program_id(axis) for axis in range(3))
+    step = cut.steps.read(table, b, h, index)
 
-    @pl.when(step == 0)
+    @pl.when(step.first == 1)
     def _start():
         total[...] = jnp.zeros_like(total)
 
-    def work(masked: bool) -> None:
-        for keys in _key_parts(tokens, masked, tile.part_kv):
-            for queries in _cuts(q.shape[2], tile.part_q):
+    def work(kind: int) -> None:
+        for keys, parts in _parts(cut, kind, tokens):
+            for queries, masked in parts:
                 z = _products(problem, k[0, 0, keys.at], q[0, 0, queries])
                 weights = jnp.exp2((problem.scale * _LOG2_E) * z - lse[0, 0, 0:1, queries])
                 if masked:
                     weights = jnp.where(_visible(problem, tokens, keys, queries), weights, 0)
                 total[keys.at] += jnp.sum(weights, axis=1, keepdims=True)
 
-    _by_kind(visits.lookup(table, b, h, j, step)[1], work)
+    _by_kind(cut, step.kind, work)
 
-    @pl.when(step == pl.num_programs(4) - 1)
+    @pl.when(step.last == 1)
     def _finish():
         mass[0, 0] = total[...]
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate, groupby, pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +10,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from plait.kernels.attention.visits import Layout, Visits, plan_visits, segment_starts
+from plait.kernels.attention.tpu.edges import CELL, FIRST_EDGE, WHOLLY, Edges, edges
+from plait.kernels.attention.tpu.size import least
+from plait.kernels.attention.tpu.steps import Steps, most_steps, plan_steps
+from plait.kernels.attention.visits import FULL, Layout, segment_starts, tile_kinds
 
 Array = jax.Array
 
@@ -29,6 +33,10 @@ class Tile:
     exponentials and sums of another."""
     part_kv: int = 1024
     """Keys of a part of a tile."""
+    edge_q: int = 1024
+    """The most queries of a part of a tile of which order hides some."""
+    edge_kv: int = 128
+    """Keys of a part of such a tile."""
 
     def __post_init__(self) -> None:
         for name, size in vars(self).items():
@@ -49,6 +57,14 @@ class Tiles:
     query_gradients: Tile
     key_gradients: Tile
     """Of key and value gradients, and of what each key receives."""
+
+    def sized(self, layout: Layout) -> "Tiles":
+        """These tiles, square and of the size that has the least work under a layout."""
+        sized = {
+            name: replace(tile, **dict.fromkeys(("block_q", "block_kv"), least(layout, tile.block_q)))
+            for name, tile in vars(self).items()
+        }
+        return Tiles(**sized)
 
     def fit(self, num_queries: int, num_keys: int) -> "Tiles":
         """These tiles, none longer than the sequences need."""
@@ -94,6 +110,58 @@ _Outputs = tuple[tuple[int, Any], ...]
 """Width and dtype of arrays [B, H, width, T] or [B, Hkv, S, width]."""
 
 
+class Part(NamedTuple):
+    """Some queries of a tile that meet some of its keys: a kernel computes one rectangle after the other."""
+
+    queries: slice
+    masked: bool
+
+
+class Cut(NamedTuple):
+    """How one kernel goes through its work."""
+
+    problem: Problem
+    tile: Tile
+    edges: Edges
+    steps: Steps
+    group: int
+    """Query heads of a key head."""
+
+    def parts(self, kind: int) -> list[tuple[slice, list[Part]]]:
+        """Keys, and the parts of them that a tile of a kind computes: all of it, but for what order hides.
+
+        Of what is left, keys that many queries meet stand beside those that few do: then parts that wait for one another, as those of the
+        same queries do, stand apart.
+        """
+        tile = self.tile
+        if kind < FIRST_EDGE:
+            queries = [Part(at, kind != FULL) for at in _cuts(0, tile.block_q, tile.part_q)]
+            return [(keys, queries) for keys in _cuts(0, tile.block_kv, tile.part_kv)]
+        found = []
+        for keys in _cuts(0, tile.block_kv, tile.edge_kv):
+            rows = self.edges.cells[kind - FIRST_EDGE][keys.start // CELL : keys.stop // CELL]
+            columns = list(zip(*rows, strict=True))
+            shown = [any(states) for states in columns]
+            if parts := [
+                Part(at, any(set(states) != {WHOLLY} for states in columns[at.start // CELL : at.stop // CELL]))
+                for low, high in _runs(shown)
+                for at in _cuts(low * CELL, high * CELL, tile.edge_q)
+            ]:
+                found.append((keys, parts))
+        found.sort(key=lambda of: -sum(part.queries.stop - part.queries.start for part in of[1]))
+        return [found[n // 2 if n % 2 == 0 else len(found) - 1 - n // 2] for n in range(len(found))]
+
+
+def _cuts(start: int, stop: int, size: int) -> list[slice]:
+    return [slice(at, min(at + size, stop)) for at in range(start, stop, size)]
+
+
+def _runs(shown: list[bool]) -> list[tuple[int, int]]:
+    """Where stretches of True begin and end."""
+    ends = list(accumulate((len(list(run)) for _, run in groupby(shown)), initial=0))
+    return [(low, high) for low, high in pairwise(ends) if shown[low]]
+
+
 class Tiling:
     """One kernel's blocks: pads the two sides to whole blocks and lays out the grid and its operands."""
 
@@ -105,13 +173,14 @@ class Tiling:
             side: jax.tree.map(partial(self._pad, side=side, axis=2), both) for side, both in (("q", x.queries), ("kv", x.keys))
         }
         self.count = {side: both.positions.shape[2] // self.blocks[side] for side, both in self.tokens.items()}
-        selected = x.selected
+        selected, chosen = x.selected, x.selected is not None
         if selected is not None:
             selected = replace(selected, indices=self._pad(selected.indices, "q", 1))
             self.bits = selected.bits(segment_starts(self.tokens["q"]), block_kv, self.count["kv"])
         else:
             self.bits = None
-        self.by_query, self.by_key = plan_visits(
+        self.edges: Edges = edges(problem.layout, block_q, block_kv, chosen)
+        self.kinds = tile_kinds(
             problem.layout,
             self.tokens["q"],
             self.tokens["kv"],
@@ -120,40 +189,44 @@ class Tiling:
             keep_first=False,
             selected=selected,
             num_heads=self.num_heads,
+            masked=self.edges.kinds,
         )
+        self.most = most_steps(problem.layout, block_q, block_kv)
 
     def over_queries(self, kernel: Any, name: str, *, extra: _Inputs = (), outputs: _Outputs, scratch: list[Any]) -> list[Array]:
-        """Runs a kernel over (batch, heads, query blocks, key blocks visited); outputs belong to the queries."""
+        """Runs a kernel over (batch, heads, tiles visited), one block of queries after the other; outputs belong to the queries."""
+        steps = plan_steps(self.kinds[:, :, :, None], self.most[0])
 
-        def where(b: Array, h: Array, i: Array, *rest: Any) -> tuple[Array, Array, dict[str, Array]]:
-            step, table, _ = rest
-            return b, h, {"q": i, "kv": self.by_query.lookup(table, b, h, i, step)[0]}
+        def where(b: Array, h: Array, step: Array, table: Array, _: Any) -> tuple[Array, Array, dict[str, Array]]:
+            at = steps.read(table, b, h, step)
+            return b, h, {"q": at.major, "kv": at.minor}
 
-        grid = (self.batch, self.num_heads, self.count["q"], self.by_query.entries.shape[3])
+        grid = (self.batch, self.num_heads, steps.longest)
         length = self.count["q"] * self.blocks["q"]
         shapes = [jax.ShapeDtypeStruct((self.batch, self.num_heads, n, length), dtype) for n, dtype in outputs]
         specs = [self._spec(shape.shape, "q", 3, where) for shape in shapes]
-        return self._call(
-            kernel, name, self.by_query, where, extra, out_shape=shapes, out_specs=specs, grid=grid, scratch=scratch
-        )
+        return self._call(kernel, name, steps, where, extra, out_shape=shapes, out_specs=specs, grid=grid, scratch=scratch)
 
     def over_keys(self, kernel: Any, name: str, *, extra: _Inputs = (), outputs: _Outputs, scratch: list[Any]) -> list[Array]:
-        """Likewise over (batch, key heads, key blocks, heads of the group, query blocks visited); outputs belong to the keys."""
-        group = self.num_heads // self.num_kv_heads
+        """Likewise over (batch, key heads, tiles visited, heads of the group), one block of keys after the other; outputs belong to the
+        keys. Where heads visit tiles of their own, those of a group stand in the list of tiles, and the last axis has length 1."""
+        group, heads = self.num_heads // self.num_kv_heads, self.kinds.shape[1]
+        own = group if heads > 1 else 1  # heads of a group that are told apart in the list
+        kinds = self.kinds.reshape(self.kinds.shape[0], -1, own, *self.kinds.shape[2:]).transpose(0, 1, 4, 2, 3)
+        steps = plan_steps(kinds, self.most[1] * own)
 
-        def where(b: Array, h: Array, j: Array, *rest: Any) -> tuple[Array, Array, dict[str, Array]]:
-            member, step, table, _ = rest
-            head = h * group + member
-            return b, head, {"q": self.by_key.lookup(table, b, head, j, step)[0], "kv": j}
+        def where(b: Array, h: Array, step: Array, member: Array, table: Array, _: Any) -> tuple[Array, Array, dict[str, Array]]:
+            at = steps.read(table, b, h, step)
+            return b, h * group + (at.member if own > 1 else member), {"q": at.minor, "kv": at.major}
 
-        grid = (self.batch, self.num_kv_heads, self.count["kv"], group, self.by_key.entries.shape[3])
+        grid = (self.batch, self.num_kv_heads, steps.longest, group // own)
         length = self.count["kv"] * self.blocks["kv"]
         shapes = [jax.ShapeDtypeStruct((self.batch, self.num_kv_heads, length, n), dtype) for n, dtype in outputs]
         specs = [self._spec(shape.shape, "kv", 2, where) for shape in shapes]
-        return self._call(kernel, name, self.by_key, where, extra, out_shape=shapes, out_specs=specs, grid=grid, scratch=scratch)
+        return self._call(kernel, name, steps, where, extra, out_shape=shapes, out_specs=specs, grid=grid, scratch=scratch)
 
     def _call(
-        self, kernel: Any, name: str, visits: Visits, where: Any, extra: _Inputs, *, out_shape, out_specs, grid, scratch
+        self, kernel: Any, name: str, steps: Steps, where: Any, extra: _Inputs, *, out_shape, out_specs, grid, scratch
     ) -> list[Array]:
         x = self.x
         tokens: Any = tuple((both.stacked(), side, 3) for side, both in self.tokens.items())  # [B, H or 1, 2, T]
@@ -162,9 +235,9 @@ class Tiling:
         inputs = tuple((self._pad(array, side, axis), side, axis) for array, side, axis in inputs) + tokens
         if self.bits is not None:
             inputs += ((self.bits, "q", 4),)
-        semantics: Any = ("parallel",) * 3 + ("arbitrary",) * (len(grid) - 3)
+        semantics: Any = ("parallel",) * 2 + ("arbitrary",) * (len(grid) - 2)
         return pl.pallas_call(
-            partial(kernel, self.problem, self.tile, visits),
+            partial(kernel, Cut(self.problem, self.tile, self.edges, steps, self.num_heads // self.num_kv_heads)),
             name=name,
             out_shape=out_shape,
             grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -175,7 +248,7 @@ class Tiling:
                 scratch_shapes=scratch,
             ),
             compiler_params=pltpu.CompilerParams(dimension_semantics=semantics),
-        )(visits.flat(), x.bias, *(array for array, _, _ in inputs))
+        )(steps.entries.reshape(-1), x.bias, *(array for array, _, _ in inputs))
 
     def _pad(self, x: Array, side: str, axis: int) -> Array:
         padding = [(0, 0)] * x.ndim

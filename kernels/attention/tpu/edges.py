@@ -1,0 +1,71 @@
+"""Tiles of which the order of tokens alone hides a part: those on the diagonal and at the ends of windows. That part is not computed."""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from plait.kernels.attention.visits import FULL, MASKED, Layout
+from plait.kernels.masks import Span
+
+CELL = 128
+"""Tokens on either side of what is computed or left out."""
+
+FIRST_EDGE = FULL + 1
+"""Kinds of tile from here on, beyond those of `visits`: computed without what order hides, and under the mask where order does not show all."""
+
+MAX_EDGES = 8
+"""Kinds of such tiles, each of which is code of its own in a kernel; tiles of rarer ones are MASKED."""
+
+HIDDEN, PARTLY, WHOLLY = 0, 1, 2
+
+Cells = tuple[tuple[int, ...], ...]
+"""Whether order hides a cell, of each CELL keys those of the queries, leaves it to the mask, or shows all of it within one segment."""
+
+
+class Edges(NamedTuple):
+    """What is known of a layout's tiles before the tokens are."""
+
+    kinds: np.ndarray
+    """int [NQ, NK]: the kind of a tile of one segment that is not wholly visible and holds no sink token."""
+    cells: tuple[Cells, ...]
+    """Of the kinds from FIRST_EDGE on."""
+    possible: tuple[int, ...]
+    """The kinds that tiles can have, SKIP aside."""
+    steps: int
+    """Tiles that order can show some of."""
+    num_cells: int
+    """Cells that are computed in these."""
+
+
+@lru_cache(maxsize=256)
+def edges(layout: Layout, block_q: int, block_kv: int, chosen: bool = False) -> Edges:
+    """The edges of a layout, of which an array must not be written to; `chosen` if queries select blocks, so that no tile is wholly visible."""
+    near = layout.near(block_q, block_kv)
+    kinds = np.full(near.shape, MASKED)
+    size = (block_q // CELL) * (block_kv // CELL)
+    if not layout.own_keys:
+        return Edges(kinds, (), (MASKED,) if chosen else (MASKED, FULL), near.size, near.size * size)
+    q, k = np.arange(near.shape[0])[:, None] * block_q, np.arange(near.shape[1])[None, :] * block_kv
+    _, every = layout.by_order(Span(q, q + block_q - 1), Span(k, k + block_kv - 1))
+    i, j = np.nonzero(near & ~every)
+    q, k = (n[:, None] * block + np.arange(0, block, CELL) for n, block in ((i, block_q), (j, block_kv)))
+    q, k = q[:, None, :], k[:, :, None]
+    some, all_of = layout.by_order(Span(q, q + CELL - 1), Span(k, k + CELL - 1))
+    states = np.where(some, np.where(all_of & (not chosen), WHOLLY, PARTLY), HIDDEN)
+    states = np.broadcast_to(states, (len(i), block_kv // CELL, block_q // CELL))
+    patterns, which, counts = np.unique(states, axis=0, return_inverse=True, return_counts=True)
+    parts = [n for n in np.argsort(-counts, kind="stable") if not patterns[n].all()][:MAX_EDGES]
+    kind_of = np.full(len(patterns), MASKED)
+    kind_of[parts] = FIRST_EDGE + np.arange(len(parts))
+    kinds[i, j] = kind_of[which.reshape(-1)]
+    work = np.full(len(patterns), size)
+    work[parts] = (patterns[parts] != HIDDEN).sum((1, 2))
+    possible = set(kinds[i, j])
+    if chosen or layout.packed or layout.mask.num_sink_tokens or layout.num_queries % block_q or layout.num_keys % block_kv:
+        possible.add(MASKED)
+    if not chosen and (near & every).any():
+        possible.add(FULL)
+    cells = tuple(tuple(tuple(int(x) for x in row) for row in patterns[n]) for n in parts)
+    steps = int(near.sum())
+    return Edges(kinds, cells, tuple(sorted(int(x) for x in possible)), steps, (steps - len(i)) * size + int(counts @ work))

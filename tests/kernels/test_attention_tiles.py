@@ -1,0 +1,75 @@
+"""What the TPU attention kernel is told to compute: edges of tiles, the list of visited ones, and their size; no kernel runs."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from plait.kernels import ChunkMask, GlobalMask, Mask, PowerMask
+from plait.kernels.attention.tpu import edges, size, steps
+from plait.kernels.attention.visits import SKIP, Layout
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("block", [256, 384])
+@pytest.mark.parametrize(
+    "mask",
+    [
+        Mask(),
+        Mask(causal=False, window_size=300),
+        Mask(window_size=513, num_sink_tokens=3),
+        Mask(window_size=40, dilation=7),
+        PowerMask(block_size=128, window_size=20),
+        ChunkMask(chunk_size=300, shift=100),
+        GlobalMask(window_size=9),
+    ],
+    ids=str,
+)
+def test_edges_hide_and_show_by_order(mask: Mask, block: int, packed: bool):
+    length = 6 * block
+    known = edges.edges(Layout(mask, length, length, own_keys=True, packed=packed), block, block)
+    plain, hidden = mask.without_sinks(), 0
+    starts = (0, 77, length // 2) if packed else (0,)  # where the only segment, or the last of them, begins
+    for start in starts:
+        at = jnp.arange(length) - start
+        ids = (at >= 0).astype(jnp.int32)
+        visible = np.asarray(plain.dense(at, at, ids, ids)).reshape(6, block, 6, block).swapaxes(1, 2)
+        inside = np.arange(6) * block >= start
+        for i, j in np.argwhere((known.kinds >= edges.FIRST_EDGE) & inside[:, None] & inside):
+            cells = visible[i, j].T.reshape(block // 128, 128, block // 128, 128).swapaxes(1, 2)
+            states = np.asarray(known.cells[known.kinds[i, j] - edges.FIRST_EDGE])
+            hidden += (states == edges.HIDDEN).sum()
+            assert not cells[states == edges.HIDDEN].any(), "a visible cell is not computed"
+            assert cells[states == edges.WHOLLY].all(), "a hidden key is taken for visible"
+    assert hidden or mask.alignment > 1 or mask.dilation
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "by head"])
+def test_steps_are_the_tiles_in_order(own: bool):
+    rng = np.random.default_rng(0)
+    kinds = rng.integers(0, 4, (2, 3 if own else 1, 5, 2, 6)).astype(np.int32)
+    kinds[0, :, 2] = 0
+    kinds[1, 0] = 0
+    found = steps.plan_steps(jnp.asarray(kinds), 60)
+    table = np.asarray(found.entries).reshape(-1)
+    assert int(found.longest) == max(np.maximum((kinds[b, h] > 0).sum((1, 2)), 1).sum() for b, h in np.ndindex(kinds.shape[:2]))
+    for b, h in np.ndindex(kinds.shape[:2]):
+        expected = []
+        for i, tiles in enumerate(kinds[b, h]):
+            visited = [(i, int(m), int(j), int(tiles[m, j])) for m, j in np.argwhere(tiles)] or [(i, 0, 0, 0)]
+            expected += [(*tile, int(n == 0), int(n == len(visited) - 1)) for n, tile in enumerate(visited)]
+        got = [tuple(map(int, found.read(table, b, h, n))) for n in range(int(found.longest))]
+        assert got[: len(expected)] == expected
+        assert all(tile == (*expected[-1][:3], SKIP, 0, 0) for tile in got[len(expected) :])
+
+
+def test_size_of_tiles_follows_the_mask():
+    layout = lambda mask, length=32768: Layout(mask, length, length, own_keys=True, packed=False)
+    assert size.least(layout(Mask()), 1024) == 1024
+    assert size.least(layout(Mask(causal=False)), 512) == 512
+    for window in (128, 1152, 2176, 4480):
+        best = size.least(layout(Mask(window_size=window)), 1024)
+        pairs = window * 32768 - window**2 / 2
+        assert size.work(layout(Mask(window_size=window)), best) <= size.work(layout(Mask(window_size=window)), 1024)
+        if window > 1024:  # the promise is what full attention does, by density
+            promised = size.work(layout(Mask()), 1024) * pairs / (32768**2 / 2)
+            assert promised >= 0.8 * size.work(layout(Mask(window_size=window)), best)
