@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,8 @@ def work(job: dict[str, Any]) -> None:
 
     where = SingleDeviceSharding(topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY[job["target"]]).devices[0])
     array = lambda *s, dtype=job["dtype"]: jax.ShapeDtypeStruct(s, dtype, sharding=where)
-    build = _splash if job["name"] == "splash" else _attention_kernel if "kernel" in job else _public
+    ours = _selected_kernel if "cut" in job else _attention_kernel if "kernel" in job else _public
+    build = _splash if job["name"] == "splash" else ours
     with target(job["target"]):
         function, operands = build(job, array)
         text = jax.jit(function).lower(*operands).compile().as_text()
@@ -174,12 +176,12 @@ def _attention_kernel(job: dict[str, Any], array: Callable[..., Any]) -> tuple[C
     """One attention kernel with a list of tiles known at compile time: every tile of the square in order, all of one kind.
 
     The kind is `job["name"]`: full, masked, edge (with `job["cells"]` for what order shows) or skip (nothing is computed), with or without
-    statistics. With `job["block_size"]`, queries select blocks of so many keys.
+    statistics.
     """
     import jax
     import jax.numpy as jnp
 
-    from plait.kernels import Mask, SelectedBlocks, Tokens
+    from plait.kernels import Mask, Tokens
     from plait.kernels.attention import pallas_tpu
     from plait.kernels.attention.tpu import edges, kernels, steps, tiling
     from plait.kernels.attention.visits import FULL, MASKED, SKIP, Layout
@@ -211,21 +213,55 @@ def _attention_kernel(job: dict[str, Any], array: Callable[..., Any]) -> tuple[C
     tiling.tile_kinds = lambda layout, q, kv, block_q, block_kv, **_: jnp.zeros(
         (1, 1, length // block_q, length // block_kv), int
     )
-    size = job.get("block_size")
-    problem = tiling.Problem(layout, tiles, width**-0.5, False, stats == "stats", block_size=size)
+    problem = tiling.Problem(layout, tiles, width**-0.5, False, stats == "stats")
     x, token = array(1, 1, length, width), array(1, 1, length, dtype=jnp.int32)
     rows = [array(1, 1, length, dtype=jnp.float32)] * (5 if stats else 2)
     side = Tokens(None, token, token)
-    selected = size and SelectedBlocks(
-        indices=array(1, length, 1, 4, dtype=jnp.int32), block_size=size, num_blocks=length // size
-    )
-    operands = tiling.Operands(x, x, x, array(1, dtype=jnp.float32), side, side, selected)
+    operands = tiling.Operands(x, x, x, array(1, dtype=jnp.float32), side, side)
 
     def function(table: Any, *operands: Any) -> Any:
         Every.entries = table
         return getattr(kernels, job["kernel"])(problem, *operands)
 
     return function, (array(1, dtype=jnp.int32), operands, *(() if job["kernel"] == "forward" else (x, rows)))
+
+
+def _selected_kernel(job: dict[str, Any], array: Callable[..., Any]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """One kernel of attention to selected blocks: one tile of queries, or of keys, that visits `job["visits"]` tiles of the other side.
+
+    `job["cut"]` are the block size, the heads, queries and keys of a tile. By the name "open" every query sees every key of it: under a mask
+    the products of v5e's and v5p's key gradients have no estimate.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from plait.kernels import Mask, SelectedBlocks, Tokens
+    from plait.kernels.attention.tpu import selected, tiling
+    from plait.kernels.attention.visits import Layout, Visits
+
+    cut, visits, width = selected.Cut(*job["cut"]), job["visits"], job["shape"][3]
+    by_key = job["kernel"] == "key_gradients"
+    num_queries, num_keys = cut.queries * (visits if by_key else 1), cut.keys * (1 if by_key else visits)
+    # Lists in scalar memory, copies by hand and gathers have no estimate: tiles are visited in order, and the copies are left out.
+    nothing = type("Copy", (), dict.fromkeys(("start", "wait"), lambda _: None))()
+    selected.pltpu.SMEM, selected.pltpu.make_async_copy = selected.pltpu.VMEM, lambda *_: nothing
+    selected.tile_kinds = lambda *_, **__: jnp.zeros((1, 1, num_queries // cut.queries, num_keys // cut.keys), int)
+    selected.ordered = lambda kinds, _: Visits(kinds)
+    selected._listed = lambda _, n: n
+    if job["name"].startswith("open"):
+        selected._Walk._visible = lambda *_: None
+    selected._each = lambda _, visit: jax.lax.fori_loop(0, visits, visit, None)
+    layout = Layout(mask=Mask(), num_queries=num_queries, num_keys=num_keys, own_keys=False, packed=True)
+    problem = tiling.Problem(layout, cut, width**-0.5, False, job["name"].endswith("stats"))
+    q, k = array(1, cut.heads, num_queries, width), array(1, 1, num_keys, width)
+    sides = (Tokens(None, *[array(1, 1, n, dtype=jnp.int32)] * 2) for n in (num_queries, num_keys))
+    blocks = SelectedBlocks(
+        indices=array(1, num_queries, 1, 4, dtype=jnp.int32), block_size=cut.block_size, num_blocks=num_keys // cut.block_size + 1
+    )
+    operands = tiling.Operands(q, k, k, array(cut.heads, dtype=jnp.float32), *sides, blocks)
+    rows = [array(1, cut.heads, num_queries, dtype=jnp.float32)] * (5 if problem.stats else 2)
+    kernel = partial(getattr(selected, job["kernel"]), problem)
+    return kernel, (operands, *(() if job["kernel"] == "forward" else (q, rows)))
 
 
 def _splash(job: dict[str, Any], array: Callable[..., Any]) -> tuple[Callable[..., Any], tuple[Any, ...]]:

@@ -56,6 +56,8 @@ class AttentionCall(Call):
     normalizer: str = field(metadata=OPTION, default="softmax")
     logit_soft_cap: float | None = field(metadata=OPTION, default=None)
     return_stats: bool = field(metadata=OPTION, default=False)
+    kv_in_order: bool = field(metadata=OPTION, default=False)
+    """Keys that are not the queries' own tokens are tokens of their documents nonetheless, each segment's one after the other."""
 
     @classmethod
     def of(
@@ -103,6 +105,11 @@ class AttentionCall(Call):
     def own_keys(self) -> bool:
         """The keys are the queries' own tokens, in order."""
         return self.kv_at is None
+
+    @property
+    def document_keys(self) -> bool:
+        """The keys are tokens of the queries' documents, each segment's one after the other, so that blocks of them can be found."""
+        return self.own_keys or self.kv_in_order
 
     def arrays(self) -> Iterator[tuple[str, str, Any]]:
         """See `Call.arrays`. Keys that are not the queries' own tokens are no part of their sequence: every device has all."""

@@ -62,8 +62,8 @@ def unsupported(call: AttentionCall) -> str | None:
     if scale <= 0:
         return f"the scale {scale} is not a positive number"
     if call.selected is not None:
-        if not call.own_keys:
-            return "blocks are selected among keys that are not the queries' own tokens"
+        if not call.document_keys:
+            return "blocks are selected among keys that are not the tokens of the queries' documents, in order"
         tiles = _tiles(call)
         for size in (tiles.block_kv, tiles.block_kv_dq, BLOCK):
             if reason := call.selected.unfit(size):

@@ -21,8 +21,8 @@ from plait.kernels.attention.call import AttentionCall, MassCall, RoutedCall
 from plait.kernels.attention.per_query import first_mass, gradient_rows, with_bias, with_sinks
 from plait.kernels.attention.reference import MASKED as HIDDEN
 from plait.kernels.attention.reference import AttentionStats
-from plait.kernels.attention.tpu import kernels
-from plait.kernels.attention.tpu.chosen import BFLOAT16, FLOAT32
+from plait.kernels.attention.tpu import kernels, selected
+from plait.kernels.attention.tpu.chosen import BFLOAT16, FLOAT32, SELECTED_BFLOAT16, SELECTED_FLOAT32
 from plait.kernels.attention.tpu.steps import ENTRY_BITS, entry_bits, most_steps
 from plait.kernels.attention.tpu.tiling import LANES, Operands, Problem, Tiles
 from plait.kernels.attention.visits import Layout, laid_out, layout_of
@@ -37,6 +37,8 @@ MIN_QUERIES = 32
 MAX_HEAD_DIM = 256
 MAX_TABLE = 1 << 17
 """Entries of a list of tiles in scalar memory (4 bytes each; the core has 1 MiB)."""
+MAX_LIST = MAX_TABLE // 4
+"""Where blocks are selected: two lists of so many are there at a time."""
 
 
 def choose_tiles(generation: str, key_dim: int, value_dim: int, dtype: Any) -> Tiles:
@@ -47,9 +49,16 @@ def choose_tiles(generation: str, key_dim: int, value_dim: int, dtype: Any) -> T
     return by_width[min(width for width in by_width if width >= max(key_dim, value_dim))]
 
 
+def choose_rows(generation: str, dtype: Any) -> tuple[int, int]:
+    """The rows of queries of all heads, and at most the keys, of a tile where blocks are selected."""
+    if jnp.dtype(dtype).itemsize > 2:
+        return SELECTED_FLOAT32
+    return SELECTED_BFLOAT16.get(generation, SELECTED_BFLOAT16["v5e"])
+
+
 def unsupported(call: AttentionCall) -> str | None:
     """Why this kernel cannot serve a call, or None."""
-    return _unsupported(call, layout_of(call), _visiting_heads(call))
+    return _unsupported(call, layout_of(call), 1)
 
 
 def routed_unsupported(call: RoutedCall) -> str | None:
@@ -59,12 +68,7 @@ def routed_unsupported(call: RoutedCall) -> str | None:
 
 def column_mass_unsupported(call: MassCall) -> str | None:
     """Why this kernel cannot serve a call of `column_mass`, or None."""
-    return _unsupported(call, layout_of(call), _visiting_heads(call))
-
-
-def _visiting_heads(call: AttentionCall) -> int:
-    """How many heads have tiles of their own to visit."""
-    return 1 if call.selected is None or call.selected.indices.shape[2] == 1 else call.q.shape[2]
+    return _unsupported(call, layout_of(call), 1)
 
 
 def _routed_layout(call: RoutedCall) -> Layout:
@@ -89,14 +93,14 @@ def _unsupported(call: AttentionCall, layout: Layout, heads: int) -> str | None:
         return "it has no bias by distance, only one of low rank"
     if call.scale <= 0:
         return f"the scale {call.scale} is not above 0"
-    tiles = _tiles(call, layout)
     if call.selected is not None:
-        if not call.own_keys:
-            return "blocks are selected among keys that are not the queries' own tokens"
-        for tile in vars(tiles).values():
-            if reason := call.selected.unfit(tile.block_kv):
-                return reason
-    for tile in set(vars(tiles).values()):
+        if not call.document_keys:
+            return "blocks are selected among keys that are not the tokens of the queries' documents, in order"
+        cut = _cut(call)
+        if (listed := cut.longest_list(*_sizes(call))) > MAX_LIST:
+            return f"a list of {listed} tiles exceeds the {MAX_LIST} that scalar memory holds; use shorter sequences"
+        return call.selected.unfit(cut.keys)
+    for tile in set(vars(_tiles(call, layout)).values()):
         steps = q.shape[0] * heads * max(most_steps(layout, tile.block_q, tile.block_kv))
         if steps > MAX_TABLE:
             return (
@@ -109,31 +113,42 @@ def _unsupported(call: AttentionCall, layout: Layout, heads: int) -> str | None:
 
 
 def _tiles(call: AttentionCall, layout: Layout) -> Tiles:
-    """The tiles of a call. Where blocks are selected, none has more keys than a block (of 128 at least), nor more than 128 queries, which
-    select apart; where keys are not the queries' own, a window of less than four tiles gets smaller ones."""
+    """The tiles of a call that selects no blocks; where keys are not the queries' own, a window of less than four tiles gets smaller ones."""
     q, k, mask = call.q, call.k, call.mask
-    here = current()
-    generation = "v5e" if here is None else here.generation
-    tiles = choose_tiles(generation, q.shape[-1], (k if call.v is None else call.v).shape[-1], q.dtype)
-    if call.selected is None and layout.own_keys:
+    tiles = choose_tiles(_generation(), q.shape[-1], (k if call.v is None else call.v).shape[-1], q.dtype)
+    if layout.own_keys:
         return tiles.sized(layout).fit(q.shape[1], k.shape[1])
     reach = mask.reach_back()
     most = 512 if reach is not None and reach < 4096 else 1024
     if mask.alignment > 1:
         most = min(most, max(LANES, mask.alignment))
-    sizes = [most, most] if call.selected is None else [LANES, min(most, max(LANES, call.selected.block_size))]
-    return tiles.fit(min(sizes[0], q.shape[1]), min(sizes[1], k.shape[1]))
+    return tiles.fit(min(most, q.shape[1]), min(most, k.shape[1]))
+
+
+def _generation() -> str:
+    here = current()
+    return "v5e" if here is None else here.generation
+
+
+def _cut(call: AttentionCall) -> selected.Cut:
+    """How the work of a call that selects blocks is cut."""
+    heads, lengths = _sizes(call)
+    return selected.Cut.of(heads, lengths, call.selected, *choose_rows(_generation(), call.q.dtype))
+
+
+def _sizes(call: AttentionCall) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Heads of queries and of keys, and how many queries and keys there are."""
+    return (call.q.shape[2], call.k.shape[2]), (call.q.shape[1], call.k.shape[1])
 
 
 def _problem(call: AttentionCall, layout: Layout) -> Problem:
     return Problem(
         layout=layout,
-        tiles=_tiles(call, layout),
+        tiles=_tiles(call, layout) if call.selected is None else _cut(call),
         scale=call.scale,
         sigmoid=call.sigmoid,
         stats=call.return_stats,
         soft_cap=call.logit_soft_cap,
-        block_size=None if call.selected is None else call.selected.block_size,
     )
 
 
@@ -180,9 +195,8 @@ def column_mass(call: MassCall) -> Array:
     q_side, k_side = jax.tree.map(lambda x: x[:, None], (queries, keys))
     q, k, lse = (jnp.swapaxes(x, 1, 2) for x in (call.q, call.k, jnp.where(call.lse > HIDDEN / 2, call.lse, -HIDDEN)))
     bias = jnp.zeros(q.shape[1], jnp.float32)
-    return jnp.swapaxes(
-        kernels.column_mass(_problem(call, layout), Operands(q, k, None, bias, q_side, k_side, call.selected), lse), 1, 2
-    )
+    x = Operands(q, k, None, bias, q_side, k_side, call.selected)
+    return jnp.swapaxes(_kernels(x).column_mass(_problem(call, layout), x, lse), 1, 2)
 
 
 @jax.custom_vjp
@@ -197,6 +211,11 @@ _permuted.defvjp(
 )
 
 
+def _kernels(x: Operands) -> Any:
+    """The module of the kernels that serve these operands."""
+    return kernels if x.selected is None else selected
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _flash(problem: Problem, x: Operands) -> tuple[Array, tuple[Array, ...]]:
     """`kernels.forward` with its gradients."""
@@ -204,7 +223,7 @@ def _flash(problem: Problem, x: Operands) -> tuple[Array, tuple[Array, ...]]:
 
 
 def _flash_forward(problem: Problem, x: Operands) -> Any:
-    o, rows = kernels.forward(problem, x)
+    o, rows = _kernels(x).forward(problem, x)
     return (o, with_bias(rows, x.bias) if problem.sigmoid and problem.stats else rows), (x, o, rows)
 
 
@@ -216,8 +235,8 @@ def _flash_backward(problem: Problem, saved: Any, cotangents: tuple[Array, tuple
     if problem.sigmoid and problem.stats:
         d_o = (d_o * rows[-1][:, :, None]).astype(d_o.dtype)
     d_o = jnp.swapaxes(d_o, 2, 3)
-    d_q, d_bias = kernels.query_gradients(problem, x, d_o, rows)
-    d_k, d_v = kernels.key_gradients(problem, x, d_o, rows)
+    d_q, d_bias = _kernels(x).query_gradients(problem, x, d_o, rows)
+    d_k, d_v = _kernels(x).key_gradients(problem, x, d_o, rows)
     return (Operands(d_q, d_k, d_v, d_bias, None, None, None),)
 
 

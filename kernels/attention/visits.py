@@ -117,7 +117,7 @@ def plan_visits(
     """What query blocks visit, and what key blocks visit; arguments as in `tile_kinds`."""
     kinds = tile_kinds(layout, queries, keys, block_q, block_kv, keep_first=keep_first, selected=selected, num_heads=num_heads)
     rows, columns = layout.widths(block_q, block_kv)
-    return _ordered(kinds, rows), _ordered(jnp.swapaxes(kinds, 2, 3), columns)
+    return ordered(kinds, rows), ordered(jnp.swapaxes(kinds, 2, 3), columns)
 
 
 def tile_kinds(
@@ -153,7 +153,7 @@ def tile_kinds(
     if keep_first:
         whole &= k.low_position > 0
     if selected is not None:
-        shown = selected.tiles(segment_starts(queries), block_q, block_kv, near.shape[1])
+        shown = selected.tiles(segment_starts(layout, queries, keys), block_q, block_kv, near.shape[1])
         if shown.shape[1] > 1:
             shown = jnp.repeat(shown, num_heads // shown.shape[1], axis=1)
         visible, whole = visible & shown, False
@@ -184,12 +184,20 @@ def _indices(length: int, block: int) -> Span:
     return Span(low, np.minimum(low + block, length) - 1)
 
 
-def segment_starts(tokens: Tokens) -> Array:
-    """int32 [B or 1, T]: where in the row the segment of each token begins; of padding anything. Tokens [B or 1, 1, T] in order."""
-    return jnp.arange(tokens.positions.shape[2], dtype=jnp.int32)[None] - tokens.positions[:, 0]
+def segment_starts(layout: Layout, queries: Tokens, keys: Tokens) -> Array:
+    """int32 [B or 1, T]: at which key the segment of each query begins, perhaps before the first; of padding anything.
+
+    Args:
+      queries, keys: [B or 1, 1, T or S], the keys of a segment one after the other.
+    """
+    if layout.own_keys:
+        return jnp.arange(queries.positions.shape[2], dtype=jnp.int32)[None] - queries.positions[:, 0]
+    began = jnp.arange(keys.positions.shape[2], dtype=jnp.int32)[None] - keys.positions[:, 0]
+    same = queries.segment_ids[:, 0, :, None] == keys.segment_ids[:, 0, None, :]
+    return jnp.max(jnp.where(same, began[:, None], -_FAR), axis=2)
 
 
-def _ordered(kinds: Array, width: int) -> Visits:
+def ordered(kinds: Array, width: int) -> Visits:
     """Gathers each row's visited tiles [B, H, N, M] at its front."""
     order = jnp.argsort(kinds == SKIP, axis=-1, stable=True)[..., :width]
     count = jnp.sum(kinds != SKIP, axis=-1, keepdims=True)

@@ -35,14 +35,15 @@ def _run(op: Callable[[AttentionCall], Any], parts: Parts, call: AttentionCall) 
     reach = near_reach(call.mask, length, parts.count) if call.own_keys else None
     if reach is not None:
         near = lambda x: jnp.concatenate([parts.before(x, reach), x], axis=1)
-        return op(call.replace(k=near(call.k), v=near(call.v), kv_at=jax.tree.map(near, own)))
+        return op(call.replace(k=near(call.k), v=near(call.v), kv_at=jax.tree.map(near, own), kv_in_order=True))
     if parts.exchange == "all_to_all" and call.own_keys:
         if _dealt(call, parts.count):
             return _by_heads(op, parts, call)
         _tell(parts.count, call.q.shape[2], call.k.shape[2])
     turn: Any = parts.balanced if call.mask.causal else lambda x: x
     if call.own_keys:
-        call = call.replace(k=parts.gather(call.k), v=parts.gather(call.v), kv_at=jax.tree.map(parts.gather, own))
+        keys = {"k": parts.gather(call.k), "v": parts.gather(call.v), "kv_at": jax.tree.map(parts.gather, own)}
+        call = call.replace(**keys, kv_in_order=True)
     return jax.tree.map(turn, op(call.on_queries(turn)))
 
 

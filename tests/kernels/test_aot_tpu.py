@@ -16,7 +16,8 @@ from plait.kernels.target import target
 pytest.importorskip("libtpu", reason="compiling for TPU needs libtpu: pip install 'plait[aot]'")
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
-SCOPED_VMEM = 16 << 20
+SCOPED_VMEM = {"v5e": 16 << 20, "v5p": 16 << 20, "v6e": 32 << 20, "tpu7x": 32 << 20}
+"""Default limits, in bytes."""
 
 
 @pytest.fixture(autouse=True)
@@ -50,9 +51,9 @@ def _inputs(length: int, head_dim: int, num_heads: int = 4, num_kv_heads: int = 
     return [heads(num_heads), heads(num_kv_heads), heads(num_kv_heads), ((1, length), jnp.int32)]
 
 
-def _check(found: dict[str, int]) -> None:
+def _check(found: dict[str, int], generation: str = "v5e") -> None:
     assert set(found) == {"attention_forward", "attention_query_gradients", "attention_key_gradients"}
-    assert max(found.values()) <= SCOPED_VMEM
+    assert max(found.values()) <= SCOPED_VMEM[generation]
 
 
 @pytest.mark.parametrize(
@@ -71,7 +72,7 @@ def test_attention_compiles(generation: str, length: int, head_dim: int):
         o, rows = out if stats else (out, None)
         return jnp.sum(o.astype(jnp.float32)) + (0 if rows is None else jnp.sum(rows.entropy) + jnp.sum(rows.first_mass))
 
-    _check(compiled_kernels(generation, loss, *_inputs(length, head_dim)))
+    _check(compiled_kernels(generation, loss, *_inputs(length, head_dim)), generation)
 
 
 @pytest.mark.parametrize(
@@ -100,16 +101,40 @@ def test_windows_compile_in_grown_tiles(generation: str):
         o = attention(q, k, v, mask=Mask(window_size=1152), at=Tokens(None, segment_ids), implementation="pallas_tpu")
         return jnp.sum(o.astype(jnp.float32))
 
-    _check(compiled_kernels(generation, loss, *_inputs(32768, 128)))
+    _check(compiled_kernels(generation, loss, *_inputs(32768, 128)), generation)
 
 
-def test_selected_blocks_compile():
+@pytest.mark.parametrize(
+    ("generation", "length", "heads", "choices", "size", "dim", "dtype"),
+    [
+        ("v5e", 4096, (4, 2), 2, 64, 128, jnp.bfloat16),
+        ("v5e", 4096, (16, 1), 1, 64, 64, jnp.bfloat16),
+        ("v5e", 4096, (2, 2), 2, 1024, 128, jnp.float32),
+        *(
+            pytest.param(generation, length, *of, 128, jnp.bfloat16, marks=pytest.mark.slow)
+            for generation in TOPOLOGIES
+            for length in (32768, 131072)
+            for of in (((16, 1), 1, 64), ((8, 8), 8, 512))
+        ),
+        *(
+            pytest.param(generation, 8192, (16, 4), 4, 64, 256, dtype, marks=pytest.mark.slow)
+            for generation in TOPOLOGIES
+            for dtype in (jnp.bfloat16, jnp.float32)
+        ),
+    ],
+)
+def test_selected_blocks_compile(
+    generation: str, length: int, heads: tuple[int, int], choices: int, size: int, dim: int, dtype: Any
+):
     def loss(q, k, v, segment_ids, indices):
-        selected = SelectedBlocks(indices=indices, block_size=64, num_blocks=64)
-        o = attention(q, k, v, mask=Mask(), at=Tokens(None, segment_ids), selected=selected, implementation="pallas_tpu")
-        return jnp.sum(o.astype(jnp.float32))
+        selected = SelectedBlocks(indices=indices, block_size=size, num_blocks=length // size)
+        at = Tokens(None, segment_ids)
+        o, stats = attention(q, k, v, mask=Mask(), at=at, selected=selected, return_stats=True, implementation="pallas_tpu")
+        return jnp.sum(o.astype(jnp.float32)) + jnp.sum(stats.entropy)
 
-    _check(compiled_kernels("v5e", loss, *_inputs(4096, 128), ((1, 4096, 2, 16), jnp.int32)))
+    (q, _), (k, _), _, ids = _inputs(length, dim, *heads)
+    shapes = [(q, dtype), (k, dtype), (k, dtype), ids, ((1, length, choices, 16), jnp.int32)]
+    _check(compiled_kernels(generation, loss, *shapes), generation)
 
 
 def test_routed_attention_compiles():
@@ -127,4 +152,4 @@ def test_column_mass_compiles():
     q, k, _, ids = _inputs(4096, 128)
     found = compiled_kernels("v5e", masses, q, k, ((1, 4096, 4), jnp.float32), ids)
     assert set(found) == {"attention_column_mass"}
-    assert found["attention_column_mass"] <= SCOPED_VMEM
+    assert found["attention_column_mass"] <= SCOPED_VMEM["v5e"]

@@ -26,7 +26,7 @@ from plait.kernels import (
 )
 from plait.kernels.attention import pallas_tpu, reference
 from plait.kernels.attention.call import AttentionCall
-from plait.kernels.attention.tpu import chosen, tiling
+from plait.kernels.attention.tpu import chosen, selected, tiling
 from plait.kernels.attention.visits import FULL, SKIP, Layout, plan_visits
 from plait.kernels.chips import CHIPS
 from plait.kernels.target import target
@@ -98,6 +98,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(
         pallas_tpu, "choose_tiles", lambda *_: tiling.Tiles(**dict.fromkeys(TILES, tiling.Tile(128, 128, 128, 128)))
     )
+    monkeypatch.setattr(pallas_tpu, "choose_rows", lambda *_: (256, 128))
     yield
 
 
@@ -188,13 +189,55 @@ def test_kernel_matches_reference_with_shuffled_keys():
     _assert_matches(case, inputs | {"k": longer["k"], "v": longer["v"]}, tokens)
 
 
-@pytest.mark.parametrize(("size", "heads"), usually([(16, 4), (128, 1), (24, 2), (200, 2)], (16, 4), (24, 2)), ids=str)
-def test_kernel_matches_reference_with_selected_blocks(size: int, heads: int):
-    case = Case(heads=(4, 2), segments="several", stats=size == 16)
-    count = -(-case.length // size)
-    indices = np.random.default_rng(0).integers(-1, count, (cases.BATCH, case.length, heads, 2), np.int32)
-    selected = SelectedBlocks(indices=jnp.asarray(indices), block_size=size, num_blocks=count)
-    _assert_matches(case, _inputs(case), _own(_segments(case)) | {"selected": selected})
+class Choice(NamedTuple):
+    """What is selected: the keys of a block, and the heads that choose apart."""
+
+    size: int
+    choices: int
+    case: Case = Case(heads=(4, 2), segments="several", stats=False)
+
+
+CHOICES = {
+    "each-head": Choice(16, 4, Case(heads=(4, 2), segments="several")),
+    "one-for-all": Choice(128, 1),
+    "groups": Choice(24, 2, Case(heads=(4, 2), segments="several", length=300, soft_cap=2.0, sinks=True, dtype="bfloat16")),
+    "groups-beside-key-heads": Choice(40, 3, Case(heads=(6, 2), length=130, stats=False)),
+    "large": Choice(200, 2),
+    "many-heads-sigmoid": Choice(64, 1, Case(heads=(8, 1), length=280, sigmoid=True)),
+    "window-left-padding": Choice(
+        32, 2, Case(mask=Mask(window_size=70, num_sink_tokens=3), heads=(4, 2), segments="left", length=300)
+    ),
+    "bias": Choice(16, 2, Case(heads=(2, 2), segments="several", bias=True, stats=False)),
+}
+
+
+def _selected(of: Choice) -> SelectedBlocks:
+    count, batch = -(-of.case.length // of.size), 1 if of.case.segments is None else cases.BATCH
+    indices = np.random.default_rng(0).integers(-1, count, (batch, of.case.length, of.choices, 2), np.int32)
+    return SelectedBlocks(indices=jnp.asarray(indices), block_size=of.size, num_blocks=count)
+
+
+@pytest.mark.parametrize("name", usually(CHOICES, "each-head", "groups", "many-heads-sigmoid", "window-left-padding"))
+def test_kernel_matches_reference_with_selected_blocks(name: str):
+    of = CHOICES[name]
+    _assert_matches(of.case, _inputs(of.case), _own(_segments(of.case)) | {"selected": _selected(of)})
+
+
+def test_cut_of_selected_blocks():
+    def cut(*heads: int, size: int, length: int = 32768) -> tuple[int, int, int]:
+        num_heads, num_kv_heads, choices = heads
+        blocks = SelectedBlocks(indices=jnp.zeros((1, 1, choices, 1), jnp.int32), block_size=size, num_blocks=8)
+        found = selected.Cut.of((num_heads, num_kv_heads), (length, length), blocks, rows=2048, keys=512)
+        return found.heads, found.queries, found.keys
+
+    assert cut(16, 1, 1, size=64) == (16, 128, 128)
+    assert cut(32, 1, 1, size=64) == (16, 128, 128)
+    assert cut(16, 4, 4, size=64) == (4, 128, 128)
+    assert cut(16, 4, 1, size=64) == (4, 128, 128)
+    assert cut(16, 4, 16, size=512) == (1, 512, 512)
+    assert cut(8, 8, 8, size=4096) == (1, 2048, 512)
+    assert cut(12, 6, 4, size=64) == (1, 512, 128)
+    assert cut(8, 8, 8, size=1024, length=200) == (1, 256, 256)
 
 
 @pytest.mark.parametrize("share", usually([0.0, 0.4, 1.0], 0.4))
@@ -228,7 +271,18 @@ COLUMNS = [(None, None), ("left", None), ("several", None), ("several", 1.5)]
 @pytest.mark.parametrize(("segments", "soft_cap"), usually(COLUMNS, ("left", None), ("several", 1.5)))
 def test_column_mass_matches_reference(segments: str | None, soft_cap: float | None):
     case = Case(mask=Mask(window_size=90), heads=(4, 2), segments=segments, length=200)
-    inputs, options = _inputs(case), {"mask": case.mask, "at": Tokens(None, _segments(case)), "logit_soft_cap": soft_cap}
+    _assert_mass_matches(case, soft_cap)
+
+
+@pytest.mark.parametrize("name", usually(["each-head", "one-for-all", "many-heads-sigmoid"], "each-head", "many-heads-sigmoid"))
+def test_column_mass_of_selected_blocks_matches_reference(name: str):
+    of = CHOICES[name]
+    _assert_mass_matches(of.case._replace(sigmoid=False), None, selected=_selected(of))
+
+
+def _assert_mass_matches(case: Case, soft_cap: float | None, **more: Any) -> None:
+    inputs = _inputs(case)
+    options = {"mask": case.mask, "at": Tokens(None, _segments(case)), "logit_soft_cap": soft_cap, **more}
     q, k, v = (inputs[name] for name in "qkv")
     _, stats = cases.quick_jit(partial(attention, return_stats=True, implementation="reference", **options))(q, k, v)
     plain = cases.quick_jit(partial(column_mass, implementation="reference", **options))
@@ -260,13 +314,6 @@ def tiles_of_cells(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_kernel_matches_reference_at_edges(name: str, tiles_of_cells: None):
     case = EDGES[name]
     _assert_matches(case, _inputs(case), _own(_segments(case)))
-
-
-def test_kernel_matches_reference_at_edges_of_selected_blocks(tiles_of_cells: None):
-    case = Case(heads=(2, 1), length=600, stats=False)
-    indices = np.random.default_rng(0).integers(-1, 3, (1, case.length, 2, 2), np.int32)
-    selected = SelectedBlocks(indices=jnp.asarray(indices), block_size=256, num_blocks=3)
-    _assert_matches(case, _inputs(case), _own(None) | {"selected": selected})
 
 
 MASKS = (

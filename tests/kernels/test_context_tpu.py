@@ -5,9 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from plait.kernels import Mask, Tokens, attention, dispatch, short_conv
+from plait.kernels import Mask, SelectedBlocks, Tokens, attention, dispatch, short_conv
 from plait.kernels.sharding import splitting
 from plait.kernels.target import target
 from plait.tests.kernels import cases
@@ -25,6 +26,11 @@ def case(name: str) -> tuple[Any, dict[str, jax.Array]]:
         mask = Mask() if name == "causal" else Mask(window_size=40)
         inputs = arrays(q=(1, LENGTH, 2, 8), k=(1, LENGTH, 1, 8), v=(1, LENGTH, 1, 8))
         return lambda x, how: {"o": attention(**x, mask=mask, at=Tokens(None, IDS), implementation=how)}, inputs
+    if name == "selected":
+        blocks = jnp.asarray(np.random.default_rng(4).integers(-1, 6, (1, LENGTH, 2, 2)), jnp.int32)
+        options = {"mask": Mask(), "selected": SelectedBlocks(indices=blocks, block_size=16, num_blocks=6)}
+        inputs = arrays(q=(1, LENGTH, 4, 8), k=(1, LENGTH, 2, 8), v=(1, LENGTH, 2, 8))
+        return lambda x, how: {"o": attention(**x, at=Tokens(None, IDS), implementation=how, **options)}, inputs
     if name == "short_conv":
         call = partial(short_conv, at=Tokens(None, IDS))
         return lambda x, how: {"y": call(**x, implementation=how)[0]}, arrays(x=(1, LENGTH, 8), weight=(4, 8))
@@ -35,7 +41,12 @@ def case(name: str) -> tuple[Any, dict[str, jax.Array]]:
 
 @pytest.mark.parametrize(
     "name",
-    ["causal", "gated_deltanet", *(pytest.param(n, marks=pytest.mark.slow) for n in ("window", "short_conv", "vector_decay"))],
+    [
+        "causal",
+        "selected",
+        "gated_deltanet",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("window", "short_conv", "vector_decay")),
+    ],
 )
 def test_kernels_on_parts(name: str):
     function, inputs = case(name)

@@ -42,3 +42,7 @@ FLOAT32 = Tiles(
     key_gradients=Tile(512, 512, 256, 512, 256, 256),
 )
 """For any generation and head dim: what compiles within 16 MiB of scoped VMEM, the default limit of v5e and v5p."""
+
+SELECTED_BFLOAT16 = {"v5e": (2048, 128), "v5p": (2048, 128), "v6e": (2048, 512), "tpu7x": (2048, 512)}
+SELECTED_FLOAT32 = (1024, 128)
+"""Where queries select blocks: rows of a product, that is queries of all heads that share a tile, and the most keys of it."""

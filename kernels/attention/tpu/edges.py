@@ -39,20 +39,20 @@ class Edges(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def edges(layout: Layout, block_q: int, block_kv: int, chosen: bool = False) -> Edges:
-    """The edges of a layout, of which an array must not be written to; `chosen` if queries select blocks, so that no tile is wholly visible."""
+def edges(layout: Layout, block_q: int, block_kv: int) -> Edges:
+    """The edges of a layout, of which an array must not be written to."""
     near = layout.near(block_q, block_kv)
     kinds = np.full(near.shape, MASKED)
     size = (block_q // CELL) * (block_kv // CELL)
     if not layout.own_keys:
-        return Edges(kinds, (), (MASKED,) if chosen else (MASKED, FULL), near.size, near.size * size)
+        return Edges(kinds, (), (MASKED, FULL), near.size, near.size * size)
     q, k = np.arange(near.shape[0])[:, None] * block_q, np.arange(near.shape[1])[None, :] * block_kv
     _, every = layout.by_order(Span(q, q + block_q - 1), Span(k, k + block_kv - 1))
     i, j = np.nonzero(near & ~every)
     q, k = (n[:, None] * block + np.arange(0, block, CELL) for n, block in ((i, block_q), (j, block_kv)))
     q, k = q[:, None, :], k[:, :, None]
     some, all_of = layout.by_order(Span(q, q + CELL - 1), Span(k, k + CELL - 1))
-    states = np.where(some, np.where(all_of & (not chosen), WHOLLY, PARTLY), HIDDEN)
+    states = np.where(some, np.where(all_of, WHOLLY, PARTLY), HIDDEN)
     states = np.broadcast_to(states, (len(i), block_kv // CELL, block_q // CELL))
     patterns, which, counts = np.unique(states, axis=0, return_inverse=True, return_counts=True)
     parts = [n for n in np.argsort(-counts, kind="stable") if not patterns[n].all()][:MAX_EDGES]
@@ -62,9 +62,9 @@ def edges(layout: Layout, block_q: int, block_kv: int, chosen: bool = False) -> 
     work = np.full(len(patterns), size)
     work[parts] = (patterns[parts] != HIDDEN).sum((1, 2))
     possible = set(kinds[i, j])
-    if chosen or layout.packed or layout.mask.num_sink_tokens or layout.num_queries % block_q or layout.num_keys % block_kv:
+    if layout.packed or layout.mask.num_sink_tokens or layout.num_queries % block_q or layout.num_keys % block_kv:
         possible.add(MASKED)
-    if not chosen and (near & every).any():
+    if (near & every).any():
         possible.add(FULL)
     cells = tuple(tuple(tuple(int(x) for x in row) for row in patterns[n]) for n in parts)
     steps = int(near.sum())

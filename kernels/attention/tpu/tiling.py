@@ -13,7 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from plait.kernels.attention.tpu.edges import CELL, FIRST_EDGE, WHOLLY, Edges, edges
 from plait.kernels.attention.tpu.size import least
 from plait.kernels.attention.tpu.steps import Steps, most_steps, plan_steps
-from plait.kernels.attention.visits import FULL, Layout, segment_starts, tile_kinds
+from plait.kernels.attention.visits import FULL, Layout, tile_kinds
 
 Array = jax.Array
 
@@ -75,13 +75,12 @@ class Problem(NamedTuple):
     """What a kernel is specialised to."""
 
     layout: Layout
-    tiles: Tiles
+    tiles: Any
+    """How it is cut: `Tiles`, or `plait.kernels.attention.tpu.selected.Cut` where queries select blocks."""
     scale: float
     sigmoid: bool
     stats: bool
     soft_cap: float | None = None
-    block_size: int | None = None
-    """Keys a block of those that the queries select, if they do."""
 
 
 class Operands(NamedTuple):
@@ -173,13 +172,7 @@ class Tiling:
             side: jax.tree.map(partial(self._pad, side=side, axis=2), both) for side, both in (("q", x.queries), ("kv", x.keys))
         }
         self.count = {side: both.positions.shape[2] // self.blocks[side] for side, both in self.tokens.items()}
-        selected, chosen = x.selected, x.selected is not None
-        if selected is not None:
-            selected = replace(selected, indices=self._pad(selected.indices, "q", 1))
-            self.bits = selected.bits(segment_starts(self.tokens["q"]), block_kv, self.count["kv"])
-        else:
-            self.bits = None
-        self.edges: Edges = edges(problem.layout, block_q, block_kv, chosen)
+        self.edges: Edges = edges(problem.layout, block_q, block_kv)
         self.kinds = tile_kinds(
             problem.layout,
             self.tokens["q"],
@@ -187,8 +180,6 @@ class Tiling:
             block_q,
             block_kv,
             keep_first=False,
-            selected=selected,
-            num_heads=self.num_heads,
             masked=self.edges.kinds,
         )
         self.most = most_steps(problem.layout, block_q, block_kv)
@@ -233,8 +224,6 @@ class Tiling:
         values = () if x.v is None else ((x.v, "kv", 2),)
         inputs = ((x.q, "q", 2), (x.k, "kv", 2), *values, *extra)
         inputs = tuple((self._pad(array, side, axis), side, axis) for array, side, axis in inputs) + tokens
-        if self.bits is not None:
-            inputs += ((self.bits, "q", 4),)
         semantics: Any = ("parallel",) * 2 + ("arbitrary",) * (len(grid) - 2)
         return pl.pallas_call(
             partial(kernel, Cut(self.problem, self.tile, self.edges, steps, self.num_heads // self.num_kv_heads)),
@@ -256,18 +245,14 @@ class Tiling:
         return jnp.pad(x, padding)
 
     def _spec(self, shape: tuple[int, ...], side: str, axis: int, where: Any) -> pl.BlockSpec:
-        """The blocks of an array [B or 1, any heads, ., .] along its token axis (bits: of both sides); groups of heads share."""
+        """The blocks of an array [B or 1, any heads, ., .] along its token axis; groups of heads share."""
 
         def index(*at: Any) -> tuple[Any, ...]:
             b, h, blocks = where(*at)
             b, h = b if shape[0] > 1 else 0, jax.lax.div(h, self.num_heads // shape[1]) if shape[1] > 1 else 0
-            if axis == 4:
-                return b, h, blocks["kv"], 0, blocks["q"]
             return (b, h, blocks[side], 0) if axis == 2 else (b, h, 0, blocks[side])
 
         size = self.blocks[side]
-        if axis == 4:
-            return pl.BlockSpec((1, 1, 1, 1, size), index)
         return pl.BlockSpec((1, 1, size, shape[3]) if axis == 2 else (1, 1, shape[2], size), index)
 
 

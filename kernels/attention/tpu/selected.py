@@ -1,0 +1,431 @@
+"""The kernels of attention to selected blocks for TPU: forward, query gradients, key gradients, column mass.
+
+A step of the grid is a tile of queries of all heads that share keys and choice, or a tile of keys. In it a loop goes through the tiles of
+the other side that some query has to do with, and copies the next from memory while it works on one. So few queries of many heads make one
+tall product, a tile that is visited costs its own work and no step of a grid, and a list of tiles is no longer than a row of them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from math import gcd
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from plait.kernels.attention.tpu.tiling import LANES, Operands, Problem
+from plait.kernels.attention.tpu.weights import LOG2_E, NN, Sums, dot, gradients, products, seen, stacked_rows
+from plait.kernels.attention.visits import SKIP, ordered, segment_starts, tile_kinds
+from plait.kernels.masks import SelectedBlocks, block_number
+
+Array = jax.Array
+
+MAX_HEADS = 16
+"""Heads whose queries share a tile."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How the work is cut, in tokens, multiples of 128."""
+
+    block_size: int
+    """Keys a block that queries select."""
+    heads: int
+    """Query heads of a tile, which share keys and choice."""
+    queries: int
+    """Queries a tile, of each head."""
+    keys: int
+    """Keys a tile."""
+
+    @staticmethod
+    def of(heads: tuple[int, int], lengths: tuple[int, int], blocks: SelectedBlocks, rows: int, keys: int) -> "Cut":
+        """The cut into tiles of about so many rows of products and at most so many keys: as many queries as a block has keys, since
+        neighbours select alike, but enough to fill a product.
+
+        Args:
+          heads: of queries, and of keys.
+          lengths: queries, and keys.
+        """
+        shared = gcd(heads[0] // heads[1], heads[0] // blocks.indices.shape[2])
+        together = max(n for n in range(1, min(shared, MAX_HEADS) + 1) if shared % n == 0)
+        queries = min(max(blocks.block_size, rows // (4 * together)), rows // together)
+        sizes = zip((queries, min(blocks.block_size, keys)), lengths, strict=True)
+        return Cut(blocks.block_size, together, *(min(_tokens(n), _tokens(length + LANES - 1)) for n, length in sizes))
+
+    def longest_list(self, heads: tuple[int, int], lengths: tuple[int, int]) -> int:
+        """The most tiles that one of queries, or one of keys, may have to do with."""
+        (num_queries, num_keys), apart = lengths, heads[0] // self.heads // heads[1]
+        return max(-(-num_keys // self.keys), -(-num_queries // self.queries) * apart)
+
+
+def _tokens(n: int) -> int:
+    """A multiple of 128, at least one."""
+    return max(n // LANES, 1) * LANES
+
+
+class _Array(NamedTuple):
+    """An operand, and where a tile finds its part of it."""
+
+    value: Array
+    block: tuple[int, ...]
+    where: Callable[[Array, Array, Array, Array], tuple[Any, ...]]
+    """Of the block, in blocks, for a row of the batch, a bundle of heads that share, a tile of queries and a tile of keys."""
+
+    def of(self, ref: Any, *at: Array) -> Any:
+        """The part of a reference to the whole array."""
+        return ref.at[tuple(pl.ds(n * size, size) for n, size in zip(self.where(*at), self.block, strict=True))]
+
+
+class _Tile(NamedTuple):
+    """Some queries [M, ...] of all heads of a bundle, one head after the other, and some keys [N, ...]."""
+
+    bias: Any
+    """Of the sigmoid, by query [1, M]; else 0."""
+    q: Array
+    k: Array
+    v: Any
+    d_o: Any
+    rows: Any
+    visible: Array
+    """bool [N, M]"""
+
+
+_Work = tuple[Callable[[_Tile], None], Callable[[Any], None]]
+"""What a kernel does with a tile, and what it writes at the end, where it is given the sigmoid's bias of the queries of its grid."""
+
+
+class _Walk:
+    """The operands of one kernel, its grids and its way through the tiles.
+
+    Args:
+      x: what every kernel reads.
+      extra: what this one reads besides, of the queries: d_o [B, H, T, V], rows [B, H, R, T].
+    """
+
+    def __init__(self, problem: Problem, x: Operands, **extra: Array):
+        self.problem, self.bias, self.cut = problem, x.bias, problem.tiles
+        cut: Cut = problem.tiles
+        self.batch, self.num_bundles, self.num_kv_heads = x.q.shape[0], x.q.shape[1] // cut.heads, x.k.shape[1]
+        queries, keys = (
+            jax.tree.map(lambda a, size=size: _padded(a, 2, size), both)
+            for both, size in ((x.queries, cut.queries), (x.keys, cut.keys))
+        )
+        selected = replace(x.selected, indices=_padded(x.selected.indices, 1, cut.queries))
+        choices = selected.indices.shape[2]
+        self.num_queries, self.num_keys = queries.positions.shape[2] // cut.queries, keys.positions.shape[2] // cut.keys
+        kinds = tile_kinds(
+            problem.layout, queries, keys, cut.queries, cut.keys, keep_first=False, selected=selected, num_heads=choices
+        )
+        self.kinds = jnp.repeat(kinds, self.num_bundles // choices, axis=1)  # [B, bundles, NQ, NK]
+
+        def of_queries(name: str, value: Array) -> _Array:
+            if name == "rows":
+                return _Array(
+                    _padded(value, 3, cut.queries), (1, cut.heads, value.shape[2], cut.queries), lambda b, c, i, j: (b, c, 0, i)
+                )
+            return _Array(
+                _padded(value, 2, cut.queries), (1, cut.heads, cut.queries, value.shape[3]), lambda b, c, i, j: (b, c, i, 0)
+            )
+
+        def of_keys(value: Array) -> _Array:
+            each = self.num_bundles // self.num_kv_heads
+            return _Array(
+                _padded(value, 2, cut.keys), (1, 1, cut.keys, value.shape[3]), lambda b, c, i, j: (b, jax.lax.div(c, each), j, 0)
+            )
+
+        one = lambda b: b if queries.positions.shape[0] > 1 else 0
+        bits = selected.bits(segment_starts(problem.layout, queries, keys), cut.keys, self.num_keys)  # [B, Hs, NK, 1, T]
+        self.of_queries = {name: of_queries(name, value) for name, value in {"q": x.q, **extra}.items()}
+        self.of_queries["query_tokens"] = _Array(queries.stacked(), (1, 1, 2, cut.queries), lambda b, c, i, j: (one(b), 0, 0, i))
+        self.of_keys = {name: of_keys(value) for name, value in (("k", x.k), ("v", x.v)) if value is not None}
+        self.of_keys["key_tokens"] = _Array(keys.stacked(), (1, 1, 2, cut.keys), lambda b, c, i, j: (one(b), 0, 0, j))
+        self.bits = _Array(
+            bits, (1, 1, 1, 1, cut.queries), lambda b, c, i, j: (b, jax.lax.div(c, self.num_bundles // choices), j, 0, i)
+        )
+
+    def over_queries(
+        self, begin: Callable[..., _Work], name: str, *, outputs: list[tuple[int, Any]], scratch: list[Any]
+    ) -> list[Array]:
+        """Runs a kernel over (batch, bundles, tiles of queries); outputs [B, H, width, T] belong to the queries.
+
+        Args:
+          begin: makes the kernel's work of references to its outputs and its scratch memory.
+        """
+        length, cut = self.num_queries * self.cut.queries, self.cut
+        at = lambda b, c, i, entry: (b, c, i, entry)
+        return self._call(
+            begin,
+            name,
+            (self.num_bundles, self.num_queries),
+            self.kinds,
+            at,
+            self.of_queries,
+            self.of_keys,
+            out_shape=[
+                jax.ShapeDtypeStruct((self.batch, self.num_bundles * cut.heads, n, length), dtype) for n, dtype in outputs
+            ],
+            out_specs=[pl.BlockSpec((1, cut.heads, n, cut.queries), lambda b, c, i, _: (b, c, 0, i)) for n, _ in outputs],
+            scratch=scratch,
+        )
+
+    def over_keys(
+        self, begin: Callable[..., _Work], name: str, *, outputs: list[tuple[int, Any]], scratch: list[Any], apart: bool = False
+    ) -> list[Array]:
+        """Likewise over (batch, key heads, tiles of keys); outputs [B, Hkv, S, width] belong to the keys. With `apart` each bundle has
+        outputs of its own on the keys that it shares, [B, bundles, S, width]."""
+        num, length = self.num_bundles if apart else self.num_kv_heads, self.num_keys * self.cut.keys
+        each = self.num_bundles // num
+        kinds = self.kinds.reshape(self.batch, num, each, self.num_queries, self.num_keys).transpose(0, 1, 4, 2, 3)
+        at = lambda b, h, j, entry: (b, h * each + jax.lax.div(entry, self.num_queries), jax.lax.rem(entry, self.num_queries), j)
+        return self._call(
+            begin,
+            name,
+            (num, self.num_keys),
+            kinds.reshape(*kinds.shape[:3], -1),
+            at,
+            self.of_keys,
+            self.of_queries,
+            out_shape=[jax.ShapeDtypeStruct((self.batch, num, length, n), dtype) for n, dtype in outputs],
+            out_specs=[pl.BlockSpec((1, 1, self.cut.keys, n), lambda b, h, j, _: (b, h, j, 0)) for n, _ in outputs],
+            scratch=scratch,
+        )
+
+    def _call(self, begin, name, grid, kinds, at, held, streamed, *, out_shape, out_specs, scratch) -> list[Array]:
+        """`at(b, h, tile, entry)` gives row, bundle, tile of queries and tile of keys for a step of the grid and an entry of its list."""
+        streamed = streamed | {"bits": self.bits}
+        visits = ordered(kinds, kinds.shape[-1]).entries
+        counts = jnp.sum((visits & 3) != SKIP, axis=-1, keepdims=True, dtype=jnp.int32)
+        table = jnp.concatenate([counts, visits >> 2], axis=-1)[..., None, :]  # [B, heads, tiles, 1, 1 + the other side's]
+
+        def kernel(bias: Any, visits: Any, *refs: Any) -> None:
+            left = iter(refs)
+            here, far = ({key: next(left) for key in names} for names in (held, streamed))
+            outs, buffers = [next(left) for _ in out_shape], {key: next(left) for key in streamed}
+            arrived, *state = left
+            b, h, tile = (pl.program_id(axis) for axis in range(3))
+            count, entry = _listed(visits, 0), lambda n: _listed(visits, 1 + n)
+            work, finish = begin(self.problem, outs, state)
+
+            def copies(n: Array) -> list[Any]:
+                slot, place = n & 1, at(b, h, tile, entry(n))
+                return [
+                    pltpu.make_async_copy(array.of(far[key], *place), buffers[key].at[slot], arrived.at[slot, i])
+                    for i, (key, array) in enumerate(streamed.items())
+                ]
+
+            def start(n: Array) -> None:
+                for copy in copies(n):
+                    copy.start()
+
+            def visit(n: Array, _: None) -> None:
+                pl.when(n + 1 < count)(partial(start, n + 1))
+                for copy in copies(n):
+                    copy.wait()
+                parts = here | {key: buffer.at[n & 1] for key, buffer in buffers.items()}
+                bundle = at(b, h, tile, entry(n))[1]
+                work(self._tile({key: part[0] for key, part in parts.items()}, self._bias(bias, bundle)))
+
+            pl.when(count > 0)(partial(start, jnp.int32(0)))
+            _each(count, visit)
+            finish(self._bias(bias, h))
+
+        return pl.pallas_call(
+            kernel,
+            name=name,
+            out_shape=out_shape,
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=1,
+                grid=(self.batch, *grid),
+                in_specs=[
+                    pl.BlockSpec((1, 1, 1, *table.shape[3:]), lambda b, h, n, _: (b, h, n, 0, 0), memory_space=pltpu.SMEM),
+                    *(pl.BlockSpec(a.block, lambda b, h, n, _, a=a: a.where(*at(b, h, n, 0))) for a in held.values()),
+                    *[pl.BlockSpec(memory_space=pl.ANY)] * len(streamed),
+                ],
+                out_specs=out_specs,
+                scratch_shapes=[
+                    *(pltpu.VMEM((2, *a.block), a.value.dtype) for a in streamed.values()),
+                    pltpu.SemaphoreType.DMA((2, len(streamed))),
+                    *scratch,
+                ],
+            ),
+            compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3),
+        )(self.bias, table, *(a.value for a in held.values()), *(a.value for a in streamed.values()))
+
+    def _tile(self, parts: dict[str, Array], bias: Any) -> _Tile:
+        """A tile of what a kernel holds and what it fetched, each [heads, ., .]."""
+        tall = lambda x: x.reshape(-1, x.shape[2])  # [heads * T, .]
+        rows = parts.get("rows")
+        return _Tile(
+            bias,
+            tall(parts["q"]),
+            parts["k"][0],
+            parts["v"][0] if "v" in parts else None,
+            tall(parts["d_o"]) if "d_o" in parts else None,
+            None if rows is None else jnp.concatenate(list(rows), axis=1),
+            self._visible(parts["query_tokens"][0], parts["key_tokens"][0].T, parts["bits"][0, 0]),
+        )
+
+    def _visible(self, queries: Array, keys: Array, bits: Array) -> Array:
+        """bool [N, M], from tokens of queries [2, T] and keys [N, 2], and bits [1, T] of `SelectedBlocks.bits`."""
+        size, visible = self.cut.block_size, seen(self.problem, queries, keys)
+        at = keys[:, 1:2]
+        begin = jnp.maximum(at - jax.lax.broadcasted_iota(jnp.int32, at.shape, 0), 0)
+        entry = jnp.broadcast_to(block_number(at, size) - block_number(begin, size), visible.shape)
+        visible &= (jax.lax.shift_right_logical(jnp.broadcast_to(bits, visible.shape), entry) & 1) == 1
+        return jnp.concatenate([visible] * self.cut.heads, axis=1)
+
+    def _bias(self, bias: Any, bundle: Array) -> Any:
+        """[1, M], of the sigmoid; else 0."""
+        if not self.problem.sigmoid:
+            return 0.0
+        heads = [jnp.full((1, self.cut.queries), bias[bundle * self.cut.heads + n]) for n in range(self.cut.heads)]
+        return jnp.concatenate(heads, axis=1)
+
+
+def _listed(visits: Any, n: Any) -> Array:
+    """An entry of the list of a step."""
+    return visits[0, 0, 0, 0, n]
+
+
+def _each(count: Array, visit: Callable[[Array, None], None]) -> None:
+    """Visits so many tiles."""
+    jax.lax.fori_loop(0, count, visit, None)
+
+
+def _padded(x: Array, axis: int, multiple: int) -> Array:
+    padding = [(0, 0)] * x.ndim
+    padding[axis] = (0, -x.shape[axis] % multiple)
+    return jnp.pad(x, padding)
+
+
+def forward(problem: Problem, x: Operands) -> tuple[Array, tuple[Array, ...]]:
+    """See `plait.kernels.attention.tpu.kernels.forward`."""
+    cut, length, value_dim = problem.tiles, x.q.shape[2], x.v.shape[3]
+
+    def begin(problem: Problem, outs: Any, state: Any) -> _Work:
+        o, rows = outs
+        sums = Sums(*state)
+        sums.clear()
+
+        def work(tile: _Tile) -> None:
+            sums.add(problem, tile.bias, tile.q, tile.k, tile.v.T, tile.visible, slice(None))
+
+        def finish(bias: Any) -> None:
+            values, found = sums.results(problem, bias)
+            for n in range(cut.heads):
+                at = slice(n * cut.queries, (n + 1) * cut.queries)
+                o[0, n] = values[:, at].astype(o.dtype)
+                for i, row in enumerate(found):
+                    rows[0, n, i : i + 1] = row[:, at]
+
+        return work, finish
+
+    num_rows = 3 if problem.stats else 1
+    o, rows = _Walk(problem, x).over_queries(
+        begin,
+        "selected_attention_forward",
+        outputs=[(value_dim, x.q.dtype), (num_rows, jnp.float32)],
+        scratch=Sums.of(problem, value_dim, cut.heads * cut.queries, pltpu.VMEM),
+    )
+    return o[..., :length], tuple(rows[:, :, i, :length] for i in range(num_rows))
+
+
+def query_gradients(problem: Problem, x: Operands, d_o: Array, rows: Sequence[Array]) -> tuple[Array, Array]:
+    """See `plait.kernels.attention.tpu.kernels.query_gradients`."""
+    cut, length, key_dim = problem.tiles, x.q.shape[2], x.q.shape[3]
+
+    def begin(problem: Problem, outs: Any, state: Any) -> _Work:
+        d_q, d_bias = outs
+        acc, shared_acc = state
+        acc[...] = jnp.zeros_like(acc)
+        shared_acc[...] = jnp.zeros_like(shared_acc)
+
+        def work(tile: _Tile) -> None:
+            _, d_logits, shared = _gradients(problem, tile)
+            acc[...] += dot(tile.k.T, d_logits.astype(tile.k.dtype), NN)  # [K, M]
+            if problem.sigmoid:
+                shared_acc[...] += jnp.sum(shared, axis=0, keepdims=True)
+
+        def finish(_: Any) -> None:
+            for n in range(cut.heads):
+                at = slice(n * cut.queries, (n + 1) * cut.queries)
+                d_q[0, n] = (problem.scale * acc[:, at]).astype(d_q.dtype)
+                d_bias[0, n] = shared_acc[:, at]
+
+        return work, finish
+
+    d_q, d_bias = _Walk(problem, x, d_o=d_o, rows=stacked_rows(problem, rows)).over_queries(
+        begin,
+        "selected_attention_query_gradients",
+        outputs=[(key_dim, x.q.dtype), (1, jnp.float32)],
+        scratch=[pltpu.VMEM((n, cut.heads * cut.queries), jnp.float32) for n in (key_dim, 1)],
+    )
+    return jnp.swapaxes(d_q[..., :length], 2, 3), jnp.sum(d_bias, axis=(0, 2, 3))
+
+
+def key_gradients(problem: Problem, x: Operands, d_o: Array, rows: Sequence[Array]) -> tuple[Array, Array]:
+    """See `plait.kernels.attention.tpu.kernels.key_gradients`."""
+    dims, num_keys = (x.k.shape[3], x.v.shape[3]), x.k.shape[2]
+
+    def begin(problem: Problem, outs: Any, state: Any) -> _Work:
+        k_acc, v_acc = state
+        k_acc[...] = jnp.zeros_like(k_acc)
+        v_acc[...] = jnp.zeros_like(v_acc)
+
+        def work(tile: _Tile) -> None:
+            weights, d_logits, _ = _gradients(problem, tile)
+            v_acc[...] += dot(weights.astype(tile.d_o.dtype), tile.d_o, NN)  # [N, V]
+            k_acc[...] += dot(d_logits.astype(tile.q.dtype), tile.q, NN)  # [N, K]
+
+        def finish(_: Any) -> None:
+            d_k, d_v = outs
+            d_k[0, 0] = (problem.scale * k_acc[...]).astype(d_k.dtype)
+            d_v[0, 0] = v_acc[...].astype(d_v.dtype)
+
+        return work, finish
+
+    d_k, d_v = _Walk(problem, x, d_o=d_o, rows=stacked_rows(problem, rows)).over_keys(
+        begin,
+        "selected_attention_key_gradients",
+        outputs=[(dims[0], x.k.dtype), (dims[1], x.v.dtype)],
+        scratch=[pltpu.VMEM((problem.tiles.keys, n), jnp.float32) for n in dims],
+    )
+    return d_k[:, :, :num_keys], d_v[:, :, :num_keys]
+
+
+def column_mass(problem: Problem, x: Operands, lse: Array) -> Array:
+    """See `plait.kernels.attention.tpu.kernels.column_mass`."""
+    cut = problem.tiles
+
+    def begin(problem: Problem, outs: Any, state: Any) -> _Work:
+        (total,) = state
+        total[...] = jnp.zeros_like(total)
+
+        def work(tile: _Tile) -> None:
+            z = products(problem, tile.k, tile.q)
+            weights = jnp.where(tile.visible, jnp.exp2((problem.scale * LOG2_E) * z - tile.rows), 0)
+            for n in range(cut.heads):
+                of_head = weights[:, n * cut.queries : (n + 1) * cut.queries]
+                total[:, n : n + 1] += jnp.sum(of_head, axis=1, keepdims=True)
+
+        def finish(_: Any) -> None:
+            outs[0][0, 0] = total[...]
+
+        return work, finish
+
+    (mass,) = _Walk(problem, x, rows=(lse * LOG2_E)[:, :, None]).over_keys(
+        begin,
+        "selected_attention_column_mass",
+        outputs=[(cut.heads, jnp.float32)],
+        scratch=[pltpu.VMEM((cut.keys, cut.heads), jnp.float32)],
+        apart=True,
+    )
+    batch, bundles, _, heads = mass.shape
+    return jnp.swapaxes(mass, 2, 3).reshape(batch, bundles * heads, -1)[:, :, : x.k.shape[2]]
+
+
+def _gradients(problem: Problem, tile: _Tile) -> tuple[Array, Array, Array]:
+    return gradients(problem, tile.bias, tile.q, tile.k, tile.v, tile.d_o, tile.rows, tile.visible)

@@ -1,0 +1,160 @@
+"""What the TPU kernels of attention make of some keys and some queries: weights, sums of them and gradients, kept keys by queries [N, M]."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from plait.kernels.attention.reference import MASKED as HIDDEN
+from plait.kernels.attention.tpu.tiling import Problem
+from plait.kernels.shapes import matmul_precision
+
+Array = jax.Array
+
+LOG2_E = 1.4426950408889634
+_NOTHING = HIDDEN / 2
+"""The largest logit of a row that has seen no key yet: hidden ones lie so far below it that their weights are 0."""
+
+NT, NN = ((((a,), (b,)), ((), ())) for a, b in ((1, 1), (1, 0)))
+
+
+def dot(a: Array, b: Array, dims: Any) -> Array:
+    """A product of two tiles in float32; 16-bit operands are exact in it, float32 ones get full precision."""
+    return jax.lax.dot_general(a, b, dims, precision=matmul_precision(a.dtype), preferred_element_type=jnp.float32)
+
+
+def products(problem: Problem, k: Array, q: Array) -> Array:
+    """k . q [N, M], unscaled; with a soft cap, what scaled is the capped logit."""
+    z = dot(k, q, NT)
+    if problem.soft_cap is None:
+        return z
+    unit = problem.soft_cap / problem.scale
+    return unit * jnp.tanh(z * (1 / unit))
+
+
+def seen(problem: Problem, queries: Array, keys: Array) -> Array:
+    """bool [N, M]: which keys the mask shows a query, from segments and positions of queries [2, M] and of keys [N, 2]."""
+    ids = jnp.where(keys[:, 0:1] == 0, -1, keys[:, 0:1])  # padding is nobody's segment
+    return (queries[0:1] == ids) & problem.layout.mask.reaches(queries[1:2], keys[:, 1:2])
+
+
+class Sums(NamedTuple):
+    """What a kernel carries for its queries while it goes through their keys: references to memory that a core keeps."""
+
+    values: Any
+    """[V, M]: sum of weights times values."""
+    peak: Any
+    """[1, M]: the largest q . k."""
+    total: Any
+    """[1, M]: sum of weights."""
+    spread: Any = None
+    """[1, M], with statistics: u, in bits."""
+
+    @staticmethod
+    def of(problem: Problem, value_dim: int, num_queries: int, memory: Any) -> list[Any]:
+        """The memory that they take; `memory(shape, dtype)` names some."""
+        widths = (value_dim, *[1] * (3 if problem.stats else 2))
+        return [memory((width, num_queries), jnp.float32) for width in widths]
+
+    def clear(self) -> None:
+        """Begins with no key seen."""
+        self.peak[...] = jnp.full_like(self.peak, _NOTHING)
+        for x in self:
+            if x is not None and x is not self.peak:
+                x[...] = jnp.zeros_like(x)
+
+    def add(self, problem: Problem, bias: Any, q: Array, k: Array, values: Array, visible: Array | None, at: slice) -> None:
+        """Adds keys k [N, K] of values [V, N] for the queries q [M, K], which stand `at` these columns; `visible` [N, M] is None for all."""
+        z = products(problem, k, q)
+        shown = z if visible is None else jnp.where(visible, z, HIDDEN)
+        if _relative(problem):
+            old = self.peak[:, at]
+            highest = jnp.maximum(old, jnp.max(shown, axis=0, keepdims=True))
+            self.peak[:, at] = highest
+            exponents, rise = _bits_above(problem, bias, shown, highest), _bits_above(problem, bias, highest, old)
+            p, keep = jnp.exp2(exponents), jnp.exp2(-rise)
+        else:
+            p, keep = jax.nn.sigmoid(problem.scale * z + bias), jnp.float32(1)
+            p = p if visible is None else jnp.where(visible, p, 0)
+        mass = self.total[:, at]
+        if problem.stats:
+            self.spread[:, at] = keep * (self.spread[:, at] - rise * mass) + jnp.sum(p * exponents, axis=0, keepdims=True)
+        self.total[:, at] = keep * mass + jnp.sum(p, axis=0, keepdims=True)
+        self.values[:, at] = keep * self.values[:, at] + dot(values, p.astype(values.dtype), NN)
+
+    def results(self, problem: Problem, bias: Any) -> tuple[Array, list[Array]]:
+        """o [V, M] and rows [1, M]: lse and, with statistics, maximum and entropy."""
+        some = self.total[...] > 0
+        mass = jnp.where(some, self.total[...], 1)
+        log_mass, highest = jnp.log(mass), _log_weight(problem, bias, self.peak[...])
+        values, relative = self.values[...], _relative(problem)
+        if relative:
+            values = values * jnp.exp(highest + bias) if problem.sigmoid else values / mass
+        rows = [jnp.where(some, log_mass + highest if relative else log_mass, HIDDEN)]
+        if problem.stats:
+            rows.append(jnp.where(some, problem.scale * self.peak[...], HIDDEN))
+            rows.append(jnp.where(some, log_mass - self.spread[...] / (LOG2_E * mass), 0))
+        return values, rows
+
+
+def _relative(problem: Problem) -> bool:
+    """Weights are kept relative to the largest."""
+    return problem.stats or not problem.sigmoid
+
+
+def _log_sigmoid(x: Array, bias: Any) -> Array:
+    """log sigmoid(x + bias) - bias, which does not lose x beside a large bias."""
+    return x - jnp.maximum(x + bias, 0) - jnp.log1p(jnp.exp(-abs(x + bias)))
+
+
+def _log_weight(problem: Problem, bias: Any, z: Array) -> Array:
+    return _log_sigmoid(problem.scale * z, bias) if problem.sigmoid else problem.scale * z
+
+
+def _bits_above(problem: Problem, bias: Any, z: Array, low: Array) -> Array:
+    """log2 of the ratio of the weights of two logits."""
+    if problem.sigmoid:
+        return LOG2_E * (_log_weight(problem, bias, z) - _log_weight(problem, bias, low))
+    return (problem.scale * LOG2_E) * (z - low)
+
+
+def gradients(
+    problem: Problem, bias: Any, q: Array, k: Array, v: Array, d_o: Array, rows: Array, visible: Array | None
+) -> tuple[Array, Array, Array]:
+    """The weights, dz and the part of dz that the sigmoid's bias shares, all [N, M], of keys k, v [N, ...] and queries q, d_o [M, ...].
+
+    z is q . k without the scale, and the rows [R, M] fit it: see `stacked_rows`. The weights are A, of the sigmoid with statistics W.
+    """
+    z = products(problem, k, q)
+    if problem.sigmoid and not problem.stats:
+        weights = jax.nn.sigmoid(problem.scale * z + bias)
+    else:
+        e = LOG2_E * _log_sigmoid(problem.scale * z, bias) if problem.sigmoid else (problem.scale * LOG2_E) * z
+        bits = e - rows[0:1]
+        weights = jnp.exp2(bits)
+    if visible is not None:
+        weights = jnp.where(visible, weights, 0)
+    d_weights = dot(v, d_o, NT) + rows[1:2]
+    if problem.stats:
+        d_weights -= rows[2:3] * bits
+    d_logits = d_weights * weights
+    if problem.sigmoid:
+        d_logits *= 1 - (rows[5:6] * weights if problem.stats else weights)
+    shared = d_logits
+    if problem.stats:
+        highest = z >= rows[4:5]
+        d_logits += jnp.where(highest if visible is None else highest & visible, rows[3:4], 0)
+    if problem.soft_cap is not None:
+        d_logits *= 1 - jnp.square(z * (problem.scale / problem.soft_cap))
+    return weights, d_logits, shared
+
+
+def stacked_rows(problem: Problem, rows: Sequence[Array]) -> Array:
+    """The rows of `plait.kernels.attention.per_query.gradient_rows`, stacked [B, H, R, T] and in the units of unscaled logits."""
+    lse, c1, *stats = rows
+    stacked = [lse * LOG2_E, c1]
+    if stats:
+        c, d_peak, threshold, *total = stats
+        stacked += [c / LOG2_E, d_peak, threshold / problem.scale, *total]
+    return jnp.stack(stacked, axis=2).astype(jnp.float32)
