@@ -229,15 +229,15 @@ def _attention_kernel(job: dict[str, Any], array: Callable[..., Any]) -> tuple[C
 def _selected_kernel(job: dict[str, Any], array: Callable[..., Any]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """One kernel of attention to selected blocks: one tile of queries, or of keys, that visits `job["visits"]` tiles of the other side.
 
-    `job["cut"]` are the block size, the heads, queries and keys of a tile. By the name "open" every query sees every key of it: under a mask
-    the products of v5e's and v5p's key gradients have no estimate.
+    `job["cut"]` are the block size, the heads, queries and keys of a tile. By the name "chosen" the choice alone hides keys,
+    by "open" nothing does: under a mask the products of v5e's and v5p's key gradients have no estimate.
     """
     import jax
     import jax.numpy as jnp
 
     from plait.kernels import Mask, SelectedBlocks, Tokens
     from plait.kernels.attention.tpu import selected, tiling
-    from plait.kernels.attention.visits import Layout, Visits
+    from plait.kernels.attention.visits import FULL, MASKED, Layout, Visits
 
     cut, visits, width = selected.Cut(*job["cut"]), job["visits"], job["shape"][3]
     by_key = job["kernel"] == "key_gradients"
@@ -247,7 +247,8 @@ def _selected_kernel(job: dict[str, Any], array: Callable[..., Any]) -> tuple[Ca
     selected.pltpu.SMEM, selected.pltpu.make_async_copy = selected.pltpu.VMEM, lambda *_: nothing
     selected.tile_kinds = lambda *_, **__: jnp.zeros((1, 1, num_queries // cut.queries, num_keys // cut.keys), int)
     selected.ordered = lambda kinds, _: Visits(kinds)
-    selected._listed = lambda _, n: n
+    selected._listed = lambda _, n: 4 * n
+    selected.possible = lambda _: (FULL if job["name"].startswith("chosen") else MASKED,)
     if job["name"].startswith("open"):
         selected._Walk._visible = lambda *_: None
     selected._each = lambda _, visit: jax.lax.fori_loop(0, visits, visit, None)

@@ -22,7 +22,7 @@ from plait.kernels.attention.per_query import first_mass, gradient_rows, with_bi
 from plait.kernels.attention.reference import MASKED as HIDDEN
 from plait.kernels.attention.reference import AttentionStats
 from plait.kernels.attention.tpu import kernels, selected
-from plait.kernels.attention.tpu.chosen import BFLOAT16, FLOAT32, SELECTED_BFLOAT16, SELECTED_FLOAT32
+from plait.kernels.attention.tpu.chosen import BFLOAT16, FLOAT32, SELECTED
 from plait.kernels.attention.tpu.steps import ENTRY_BITS, entry_bits, most_steps
 from plait.kernels.attention.tpu.tiling import LANES, Operands, Problem, Tiles
 from plait.kernels.attention.visits import Layout, laid_out, layout_of
@@ -47,13 +47,6 @@ def choose_tiles(generation: str, key_dim: int, value_dim: int, dtype: Any) -> T
         return FLOAT32
     by_width = BFLOAT16.get(generation, BFLOAT16["v5e"])
     return by_width[min(width for width in by_width if width >= max(key_dim, value_dim))]
-
-
-def choose_rows(generation: str, dtype: Any) -> tuple[int, int]:
-    """The rows of queries of all heads, and at most the keys, of a tile where blocks are selected."""
-    if jnp.dtype(dtype).itemsize > 2:
-        return SELECTED_FLOAT32
-    return SELECTED_BFLOAT16.get(generation, SELECTED_BFLOAT16["v5e"])
 
 
 def unsupported(call: AttentionCall) -> str | None:
@@ -133,7 +126,7 @@ def _generation() -> str:
 def _cut(call: AttentionCall) -> selected.Cut:
     """How the work of a call that selects blocks is cut."""
     heads, lengths = _sizes(call)
-    return selected.Cut.of(heads, lengths, call.selected, *choose_rows(_generation(), call.q.dtype))
+    return selected.Cut.of(heads, lengths, call.selected, *SELECTED[call.q.dtype.itemsize])
 
 
 def _sizes(call: AttentionCall) -> tuple[tuple[int, int], tuple[int, int]]:

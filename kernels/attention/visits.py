@@ -131,13 +131,15 @@ def tile_kinds(
     selected: SelectedBlocks | None = None,
     num_heads: int = 1,
     masked: np.ndarray | None = None,
+    choice_alone: int = MASKED,
 ) -> Array:
     """The kind of each tile, int32 [B or 1, H or 1, NQ, NK].
 
     Tokens are padded to whole blocks, int32 [B or 1, H or 1, T or S], and renumbered where the keys are the queries' own. With
     `keep_first` no tile that holds a segment's first key is FULL. A tile is left out only if nothing in it is visible.
     `selected` has indices for all of the padded queries, and `num_heads` is how many heads share them. `masked` [NQ, NK] has, in place
-    of MASKED, the kinds of tiles that lie in one segment and hold no visible sink token.
+    of MASKED, the kinds of tiles that lie in one segment and hold no visible sink token; `choice_alone` is the kind of those of whose keys,
+    all of one block, nothing hides any but the choice.
     """
     mask = layout.mask
     q, k = (_summary(x, block) for x, block in ((queries, block_q), (keys, block_kv)))
@@ -149,16 +151,17 @@ def tile_kinds(
     visible = (lift(near) | sinks) & some
     visible &= (q.low_segment <= k.high_segment) & (k.low_segment <= q.high_segment)
     alone = (q.segment == k.segment) & (q.segment > 0)
-    whole = alone & every
+    whole, full = alone & every, FULL
     if keep_first:
         whole &= k.low_position > 0
     if selected is not None:
         shown = selected.tiles(segment_starts(layout, queries, keys), block_q, block_kv, near.shape[1])
         if shown.shape[1] > 1:
             shown = jnp.repeat(shown, num_heads // shown.shape[1], axis=1)
-        visible, whole = visible & shown, False
+        visible, full = visible & shown, choice_alone
+        whole &= k.low_position // selected.block_size == k.high_position // selected.block_size
     partly = MASKED if masked is None else jnp.where(alone & ~sinks, lift(masked), MASKED)
-    return jnp.where(visible, jnp.where(whole, FULL, partly), SKIP)
+    return jnp.where(visible, jnp.where(whole, full, partly), SKIP)
 
 
 class _Summary(NamedTuple):

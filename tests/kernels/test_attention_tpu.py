@@ -98,7 +98,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(
         pallas_tpu, "choose_tiles", lambda *_: tiling.Tiles(**dict.fromkeys(TILES, tiling.Tile(128, 128, 128, 128)))
     )
-    monkeypatch.setattr(pallas_tpu, "choose_rows", lambda *_: (256, 128))
+    monkeypatch.setattr(pallas_tpu, "SELECTED", dict.fromkeys((2, 4), (512, 1 << 15)))
     yield
 
 
@@ -202,7 +202,7 @@ CHOICES = {
     "one-for-all": Choice(128, 1),
     "groups": Choice(24, 2, Case(heads=(4, 2), segments="several", length=300, soft_cap=2.0, sinks=True, dtype="bfloat16")),
     "groups-beside-key-heads": Choice(40, 3, Case(heads=(6, 2), length=130, stats=False)),
-    "large": Choice(200, 2),
+    "large": Choice(200, 4, Case(heads=(4, 2), segments="left", length=460)),
     "many-heads-sigmoid": Choice(64, 1, Case(heads=(8, 1), length=280, sigmoid=True)),
     "window-left-padding": Choice(
         32, 2, Case(mask=Mask(window_size=70, num_sink_tokens=3), heads=(4, 2), segments="left", length=300)
@@ -217,7 +217,7 @@ def _selected(of: Choice) -> SelectedBlocks:
     return SelectedBlocks(indices=jnp.asarray(indices), block_size=of.size, num_blocks=count)
 
 
-@pytest.mark.parametrize("name", usually(CHOICES, "each-head", "groups", "many-heads-sigmoid", "window-left-padding"))
+@pytest.mark.parametrize("name", usually(CHOICES, "groups", "large", "many-heads-sigmoid", "window-left-padding"))
 def test_kernel_matches_reference_with_selected_blocks(name: str):
     of = CHOICES[name]
     _assert_matches(of.case, _inputs(of.case), _own(_segments(of.case)) | {"selected": _selected(of)})
@@ -227,7 +227,7 @@ def test_cut_of_selected_blocks():
     def cut(*heads: int, size: int, length: int = 32768) -> tuple[int, int, int]:
         num_heads, num_kv_heads, choices = heads
         blocks = SelectedBlocks(indices=jnp.zeros((1, 1, choices, 1), jnp.int32), block_size=size, num_blocks=8)
-        found = selected.Cut.of((num_heads, num_kv_heads), (length, length), blocks, rows=2048, keys=512)
+        found = selected.Cut.of((num_heads, num_kv_heads), (length, length), blocks, rows=2048, pairs=1 << 19)
         return found.heads, found.queries, found.keys
 
     assert cut(16, 1, 1, size=64) == (16, 128, 128)
@@ -235,7 +235,7 @@ def test_cut_of_selected_blocks():
     assert cut(16, 4, 4, size=64) == (4, 128, 128)
     assert cut(16, 4, 1, size=64) == (4, 128, 128)
     assert cut(16, 4, 16, size=512) == (1, 512, 512)
-    assert cut(8, 8, 8, size=4096) == (1, 2048, 512)
+    assert cut(8, 8, 8, size=4096) == (1, 2048, 256)
     assert cut(12, 6, 4, size=64) == (1, 512, 128)
     assert cut(8, 8, 8, size=1024, length=200) == (1, 256, 256)
 

@@ -43,6 +43,6 @@ FLOAT32 = Tiles(
 )
 """For any generation and head dim: what compiles within 16 MiB of scoped VMEM, the default limit of v5e and v5p."""
 
-SELECTED_BFLOAT16 = {"v5e": (2048, 128), "v5p": (2048, 128), "v6e": (2048, 512), "tpu7x": (2048, 512)}
-SELECTED_FLOAT32 = (1024, 128)
-"""Where queries select blocks: rows of a product, that is queries of all heads that share a tile, and the most keys of it."""
+SELECTED = {2: (2048, 1 << 19), 4: (1024, 1 << 17)}
+"""Where queries select blocks, by the bytes of an element: the most rows of a product, that is queries of all heads that share a tile, and
+pairs of a row and a key. For any generation and head dim, within the same limit."""

@@ -18,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from plait.kernels.attention.tpu.tiling import LANES, Operands, Problem
 from plait.kernels.attention.tpu.weights import LOG2_E, NN, Sums, dot, gradients, products, seen, stacked_rows
-from plait.kernels.attention.visits import SKIP, ordered, segment_starts, tile_kinds
+from plait.kernels.attention.visits import FULL, MASKED, SKIP, ordered, segment_starts, tile_kinds
 from plait.kernels.masks import SelectedBlocks, block_number
 
 Array = jax.Array
@@ -41,9 +41,9 @@ class Cut:
     """Keys a tile."""
 
     @staticmethod
-    def of(heads: tuple[int, int], lengths: tuple[int, int], blocks: SelectedBlocks, rows: int, keys: int) -> "Cut":
-        """The cut into tiles of about so many rows of products and at most so many keys: as many queries as a block has keys, since
-        neighbours select alike, but enough to fill a product.
+    def of(heads: tuple[int, int], lengths: tuple[int, int], blocks: SelectedBlocks, rows: int, pairs: int) -> "Cut":
+        """The cut into tiles of at most so many rows, that is queries of all heads, and so many pairs of a row and a key. There are as many
+        queries as a block has keys, since neighbours select alike, but enough to fill a product, and no more keys than a block has.
 
         Args:
           heads: of queries, and of keys.
@@ -52,8 +52,9 @@ class Cut:
         shared = gcd(heads[0] // heads[1], heads[0] // blocks.indices.shape[2])
         together = max(n for n in range(1, min(shared, MAX_HEADS) + 1) if shared % n == 0)
         queries = min(max(blocks.block_size, rows // (4 * together)), rows // together)
-        sizes = zip((queries, min(blocks.block_size, keys)), lengths, strict=True)
-        return Cut(blocks.block_size, together, *(min(_tokens(n), _tokens(length + LANES - 1)) for n, length in sizes))
+        queries = min(_tokens(queries), _tokens(lengths[0] + LANES - 1))
+        keys = min(_tokens(min(blocks.block_size, pairs // (queries * together))), _tokens(lengths[1] + LANES - 1))
+        return Cut(blocks.block_size, together, queries, keys)
 
     def longest_list(self, heads: tuple[int, int], lengths: tuple[int, int]) -> int:
         """The most tiles that one of queries, or one of keys, may have to do with."""
@@ -90,7 +91,7 @@ class _Tile(NamedTuple):
     d_o: Any
     rows: Any
     visible: Array
-    """bool [N, M]"""
+    """bool [N, M] or [1, M]"""
 
 
 _Work = tuple[Callable[[_Tile], None], Callable[[Any], None]]
@@ -117,7 +118,15 @@ class _Walk:
         choices = selected.indices.shape[2]
         self.num_queries, self.num_keys = queries.positions.shape[2] // cut.queries, keys.positions.shape[2] // cut.keys
         kinds = tile_kinds(
-            problem.layout, queries, keys, cut.queries, cut.keys, keep_first=False, selected=selected, num_heads=choices
+            problem.layout,
+            queries,
+            keys,
+            cut.queries,
+            cut.keys,
+            keep_first=False,
+            selected=selected,
+            num_heads=choices,
+            choice_alone=FULL,
         )
         self.kinds = jnp.repeat(kinds, self.num_bundles // choices, axis=1)  # [B, bundles, NQ, NK]
 
@@ -198,7 +207,7 @@ class _Walk:
         streamed = streamed | {"bits": self.bits}
         visits = ordered(kinds, kinds.shape[-1]).entries
         counts = jnp.sum((visits & 3) != SKIP, axis=-1, keepdims=True, dtype=jnp.int32)
-        table = jnp.concatenate([counts, visits >> 2], axis=-1)[..., None, :]  # [B, heads, tiles, 1, 1 + the other side's]
+        table = jnp.concatenate([counts, visits], axis=-1)[..., None, :]  # [B, heads, tiles, 1, 1 + the other side's]
 
         def kernel(bias: Any, visits: Any, *refs: Any) -> None:
             left = iter(refs)
@@ -207,10 +216,11 @@ class _Walk:
             arrived, *state = left
             b, h, tile = (pl.program_id(axis) for axis in range(3))
             count, entry = _listed(visits, 0), lambda n: _listed(visits, 1 + n)
+            kinds = possible(self.cut)
             work, finish = begin(self.problem, outs, state)
 
             def copies(n: Array) -> list[Any]:
-                slot, place = n & 1, at(b, h, tile, entry(n))
+                slot, place = n & 1, at(b, h, tile, entry(n) >> 2)
                 return [
                     pltpu.make_async_copy(array.of(far[key], *place), buffers[key].at[slot], arrived.at[slot, i])
                     for i, (key, array) in enumerate(streamed.items())
@@ -225,8 +235,14 @@ class _Walk:
                 for copy in copies(n):
                     copy.wait()
                 parts = here | {key: buffer.at[n & 1] for key, buffer in buffers.items()}
-                bundle = at(b, h, tile, entry(n))[1]
-                work(self._tile({key: part[0] for key, part in parts.items()}, self._bias(bias, bundle)))
+                bundle = at(b, h, tile, entry(n) >> 2)[1]
+
+                def of_kind(kind: int) -> None:
+                    work(self._tile({key: part[0] for key, part in parts.items()}, self._bias(bias, bundle), kind))
+
+                for kind in kinds:
+                    one = partial(of_kind, kind)
+                    pl.when(entry(n) & 3 == kind)(one) if len(kinds) > 1 else one()
 
             pl.when(count > 0)(partial(start, jnp.int32(0)))
             _each(count, visit)
@@ -254,7 +270,7 @@ class _Walk:
             compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3),
         )(self.bias, table, *(a.value for a in held.values()), *(a.value for a in streamed.values()))
 
-    def _tile(self, parts: dict[str, Array], bias: Any) -> _Tile:
+    def _tile(self, parts: dict[str, Array], bias: Any, kind: int) -> _Tile:
         """A tile of what a kernel holds and what it fetched, each [heads, ., .]."""
         tall = lambda x: x.reshape(-1, x.shape[2])  # [heads * T, .]
         rows = parts.get("rows")
@@ -265,11 +281,14 @@ class _Walk:
             parts["v"][0] if "v" in parts else None,
             tall(parts["d_o"]) if "d_o" in parts else None,
             None if rows is None else jnp.concatenate(list(rows), axis=1),
-            self._visible(parts["query_tokens"][0], parts["key_tokens"][0].T, parts["bits"][0, 0]),
+            self._visible(parts["query_tokens"][0], parts["key_tokens"][0].T, parts["bits"][0, 0], kind),
         )
 
-    def _visible(self, queries: Array, keys: Array, bits: Array) -> Array:
-        """bool [N, M], from tokens of queries [2, T] and keys [N, 2], and bits [1, T] of `SelectedBlocks.bits`."""
+    def _visible(self, queries: Array, keys: Array, bits: Array, kind: int) -> Array:
+        """bool [N, M], or [1, M] where the choice alone hides keys, all of one block, from tokens of queries [2, T] and keys [N, 2], and bits
+        [1, T] of `SelectedBlocks.bits`."""
+        if kind == FULL:
+            return jnp.concatenate([(bits & 1) == 1] * self.cut.heads, axis=1)
         size, visible = self.cut.block_size, seen(self.problem, queries, keys)
         at = keys[:, 1:2]
         begin = jnp.maximum(at - jax.lax.broadcasted_iota(jnp.int32, at.shape, 0), 0)
@@ -283,6 +302,11 @@ class _Walk:
             return 0.0
         heads = [jnp.full((1, self.cut.queries), bias[bundle * self.cut.heads + n]) for n in range(self.cut.heads)]
         return jnp.concatenate(heads, axis=1)
+
+
+def possible(cut: Cut) -> tuple[int, ...]:
+    """The kinds of tiles that are visited: in a tile of several blocks the choice is never alone."""
+    return (MASKED, FULL) if cut.block_size >= cut.keys else (MASKED,)
 
 
 def _listed(visits: Any, n: Any) -> Array:
