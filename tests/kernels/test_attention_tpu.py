@@ -202,7 +202,7 @@ CHOICES = {
     "one-for-all": Choice(128, 1),
     "groups": Choice(24, 2, Case(heads=(4, 2), segments="several", length=300, soft_cap=2.0, sinks=True, dtype="bfloat16")),
     "groups-beside-key-heads": Choice(40, 3, Case(heads=(6, 2), length=130, stats=False)),
-    "large": Choice(200, 4, Case(heads=(4, 2), segments="left", length=460)),
+    "large": Choice(200, 4, Case(heads=(4, 2), length=460)),
     "many-heads-sigmoid": Choice(64, 1, Case(heads=(8, 1), length=280, sigmoid=True)),
     "window-left-padding": Choice(
         32, 2, Case(mask=Mask(window_size=70, num_sink_tokens=3), heads=(4, 2), segments="left", length=300)
