@@ -1,11 +1,12 @@
-"""How far the work of the TPU attention kernel follows the density that a mask, selected blocks or routed heads promise.
+"""How far the work of the TPU attention kernels follows the density that a mask, selected blocks or routed heads promise.
 
-    python benchmarks/sparsity.py [--seq-len 32768] [--generation v5e]
+    python benchmarks/sparsity.py [--seq-len 32768]
 
-Counts the cells of 128 by 128 pairs that the kernel is told to compute, on the CPU, and adds to each tile the cells whose cycles a step
-costs (`STEP` in `kernels/attention/tpu/size.py`, from the compiler's static estimates); no kernel runs. That a cell under the mask costs
-more, or one of a short row of them, is not counted. The promised work is the density of visible pairs times that of full causal attention.
-Selected blocks and routed heads are drawn at random, the worst case for both; a tile has 128 queries where blocks are selected.
+No kernel runs. Under masks and with routed heads it counts the cells of 128 by 128 pairs that the kernel is told to compute, and adds to each
+tile the cells whose cycles a step costs (`STEP` in `kernels/attention/tpu/size.py`); that a cell under the mask costs more, or one of a short
+row of them, is not counted. Where blocks are selected it counts the tiles that are visited, by their cycles: v5e's static estimates for head
+dim 128, as `tpu_static.py` gives them. The promised work is the density of visible pairs times that of full causal attention.
+Routed heads are drawn at random, and so are selected blocks: by the queries of one block together, or by each query apart.
 """
 
 from __future__ import annotations
@@ -19,18 +20,46 @@ import numpy as np
 from plait.kernels import Mask, PowerMask, SelectedBlocks, Tokens
 from plait.kernels.attention.pallas_tpu import choose_tiles
 from plait.kernels.attention.tpu import size
+from plait.kernels.attention.tpu.chosen import SELECTED
 from plait.kernels.attention.tpu.edges import CELL
-from plait.kernels.attention.visits import SKIP, Layout, tile_kinds
+from plait.kernels.attention.tpu.selected import Cut
+from plait.kernels.attention.visits import FULL, MASKED, SKIP, Layout, tile_kinds
+
+CYCLES = {
+    (1, 1024, 512): ((3690, 3978, 4296), (3264, 3275, 4296)),
+    (1, 512, 512): ((2138, 2275, 2249), (1674, 1884, 2249)),
+    (1, 1024, 256): ((1744, 2076, 2250), (1717, 1733, 2250)),
+    (1, 1024, 128): ((1098, 1140, 1224), (954, 995, 1224)),
+    (4, 256, 128): ((991, 1045, 1224), None),
+    (16, 128, 128): ((1494, 1756, 2249), None),
+}
+"""A visit's cycles by heads, queries and keys of a tile: forward, query gradients and key gradients under the mask, and where the choice alone
+hides keys. Key gradients are those without a mask, with which they have no estimate."""
+
+CAUSAL_TILE, CAUSAL_EDGE = (5308, 6702, 8908), (3743, 4840, 8908 * 40 / 64)
+"""Of full causal attention: a tile of 1,024 by 1,024, and one on the diagonal; that of key gradients is by its cells."""
 
 
-def counted(
-    queries: Tokens, length: int, blocks: tuple[int, int], *, own: bool = True, selected: SelectedBlocks | None = None
-) -> float:
-    """Cells of work of each query head that `queries` [1, H, T] or the selection have, in tiles of `blocks` queries and keys."""
+def counted(queries: Tokens, length: int, block: int) -> float:
+    """Cells of work of each query head that `queries` [1, H, T] have, in square tiles."""
     keys = Tokens(None, jnp.ones((1, 1, length), jnp.int32), jnp.arange(length, dtype=jnp.int32)[None, None])
-    layout = Layout(Mask(), length, length, own_keys=own, packed=not own)
-    kinds = np.asarray(tile_kinds(layout, queries, keys, *blocks, keep_first=False, selected=selected))
-    return float((kinds != SKIP).sum() * (size.STEP + blocks[0] * blocks[1] / CELL**2) / kinds.shape[1])
+    layout = Layout(Mask(), length, length, own_keys=False, packed=True)
+    kinds = np.asarray(tile_kinds(layout, queries, keys, block, block, keep_first=False))
+    return float((kinds != SKIP).sum() * (size.STEP + (block / CELL) ** 2) / kinds.shape[1])
+
+
+def cycles(indices: np.ndarray, block_size: int, heads: int) -> tuple[tuple[int, int, int], np.ndarray]:
+    """The cut, and the cycles of each kernel for a query head, where so many heads select the blocks [T, N] together."""
+    length = len(indices)
+    selected = SelectedBlocks(indices=jnp.asarray(indices)[None, :, None], block_size=block_size, num_blocks=length // block_size)
+    cut = Cut.of((heads, 1), (length, length), selected, *SELECTED[2])
+    everyone = Tokens(None, jnp.ones((1, 1, length), jnp.int32), jnp.arange(length, dtype=jnp.int32)[None, None])
+    layout = Layout(Mask(), length, length, own_keys=True, packed=False)
+    kinds = tile_kinds(layout, everyone, everyone, cut.queries, cut.keys, keep_first=False, selected=selected, choice_alone=FULL)
+    shape = cut.heads, cut.queries, cut.keys
+    under_mask, alone = CYCLES[shape]
+    visits = [int((kinds == kind).sum()) for kind in (MASKED, FULL)]
+    return shape, sum(n * np.array(of or under_mask) for n, of in zip(visits, (under_mask, alone), strict=True)) / cut.heads
 
 
 def under(mask: Mask, length: int, usual: int) -> float:
@@ -42,9 +71,8 @@ def under(mask: Mask, length: int, usual: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seq-len", type=int, default=32768)
-    parser.add_argument("--generation", default="v5e")
     args = parser.parse_args()
-    length, tile = args.seq_len, choose_tiles(args.generation, 128, 128, jnp.bfloat16).forward.block_q
+    length, tile = args.seq_len, choose_tiles("v5e", 128, 128, jnp.bfloat16).forward.block_q
     rng = np.random.default_rng(0)
     everyone = Tokens(None, jnp.ones((1, 1, length), jnp.int32), jnp.arange(length, dtype=jnp.int32)[None, None])
     causal = length * (length + 1) / 2
@@ -67,23 +95,48 @@ def main() -> None:
         blocks = sum((n & (n - 1)) == 0 for i in back for n in range(i + 1))
         density = (blocks - len(back) / 2) * block**2 / causal
         show(f"power, blocks of {block}", density, under(rule, length, tile))
-    for block in (1024, 512, 256, 128):
-        count = length // block
-        for share in (0.25, 0.125, 0.0625):
-            indices = np.full((count, max(1, round(share * count))), -1, np.int32)
-            for i in range(count):
-                keep = max(1, round(share * (i + 1)))
-                indices[i, :keep] = [i, *rng.choice(i, keep - 1, replace=False)]
-            density = ((indices >= 0).sum() - count / 2) * block**2 / causal
-            together = jnp.repeat(jnp.asarray(indices), block, axis=0)[None, :, None]  # a block of queries selects as one
-            selected = SelectedBlocks(indices=together, block_size=block, num_blocks=count)
-            show(f"top-k of blocks of {block}", density, counted(everyone, length, (CELL, min(tile, block)), selected=selected))
     for share in (0.75, 0.5):
         active = rng.random((1, 4, length)) < share
         order = jnp.argsort(~jnp.asarray(active), axis=-1, stable=True)
         gather = lambda x, order=order: jnp.take_along_axis(jnp.broadcast_to(x, order.shape), order, axis=-1)
         routed = Tokens(None, gather(jnp.asarray(active).astype(jnp.int32)), gather(everyone.positions))
-        show(f"routed heads, {share:.0%} of queries", active.mean(), counted(routed, length, (tile, tile), own=False))
+        show(f"routed heads, {share:.0%} of queries", active.mean(), counted(routed, length, tile))
+    show_selected(length, rng)
+
+
+def show_selected(length: int, rng: np.random.Generator) -> None:
+    """Prints what selected blocks cost: those of a query head by itself, as MoBA has them, and of a group, as NSA."""
+    tiles = length // 1024
+    full = tiles * (tiles - 1) / 2 * np.array(CAUSAL_TILE) + tiles * np.array(CAUSAL_EDGE)
+    print(
+        f"\n{'blocks':>6} {'top':>4} {'heads':>5} {'choose':>9} {'density':>8} {'tile':>14}  share of the promise by cycles, v5e:"
+    )
+    print(f"{'':52} forward, query gradients, key gradients")
+    for heads, block, top in (
+        (1, 1024, 8),
+        (1, 1024, 3),
+        (1, 512, 8),
+        (1, 512, 3),
+        (1, 256, 8),
+        (1, 128, 16),
+        (16, 64, 16),
+        (4, 64, 16),
+    ):
+        for run in (max(block, 128), block, 1):
+            if run == block and block >= 128:
+                continue
+            number = np.arange(0, length, run) // block
+            drawn = np.argsort(
+                np.where(np.arange(length // block) < number[:, None], rng.random((len(number), length // block)), 2)
+            )
+            others = np.where(np.arange(top - 1) < number[:, None], drawn[:, : top - 1], -1)
+            indices = np.repeat(np.concatenate([number[:, None], others], axis=1), run, axis=0).astype(np.int32)
+            pairs = ((others >= 0).sum(1) * block).repeat(run).sum() + (np.arange(length) % block + 1).sum()
+            density = pairs / (length * (length + 1) / 2)
+            shape, cost = cycles(indices, block, heads)
+            shares = ", ".join(f"{share:.0%}" for share in full * density / cost)
+            who = "apart" if run == 1 else f"by {run}"
+            print(f"{block:6} {top:4} {heads:5} {who:>9} {density:8.2%} {'x'.join(map(str, shape)):>14}  {shares}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import jax
 
 from plait.kernels.context.topk_blocks import CONTEXT
-from plait.kernels.dispatch import Implementation, Op
+from plait.kernels.dispatch import Implementation, Op, kernel
 from plait.kernels.masks import SelectedBlocks
 from plait.kernels.shapes import check_divides, check_floating, check_rank, check_shape, check_tokens
 from plait.kernels.tokens import Tokens
@@ -17,6 +17,7 @@ Array = jax.Array
 _op = Op(
     "topk_blocks",
     CONTEXT,
+    pallas_tpu=kernel("tpu", "plait.kernels.topk_blocks.pallas_tpu", "topk_blocks"),
     chunked=Implementation(chunked.topk_blocks),
     reference=Implementation(reference.topk_blocks),
 )
@@ -66,7 +67,7 @@ def topk_blocks(
       weights: [B, T, H] floating: scores are weights_ih relu(q_ih . c_n), as those of DSA's lightning indexer, and the heads of a group choose
         together; `by_group` and no `scale`.
       at: what is known of the queries; padding selects nothing. None is one segment.
-      implementation: "auto", "chunked" or "reference".
+      implementation: "auto", "pallas_tpu", "chunked" or "reference".
 
     Returns:
       `SelectedBlocks` of int32 [B, T, H, min(top_k, N + 1)], or of Hkv heads with `by_group`, to be used with a causal mask; with

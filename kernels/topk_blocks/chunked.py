@@ -1,5 +1,7 @@
 """Block selection for some queries at a time, so that the scores of all never exist at once."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -14,15 +16,20 @@ MAX_SCORES = 1 << 24
 
 def topk_blocks(call: TopkCall) -> Array:
     """See `plait.kernels.topk_blocks`; the indices."""
-    batch, length, heads = call.q.shape[:3]
+    return in_runs(call, call.q.shape[2], reference.topk_blocks)
+
+
+def in_runs(call: TopkCall, heads: int, choose: Callable[[TopkCall], Array]) -> Array:
+    """The indices, chosen for some queries at a time; of each query there are scores of so many heads."""
+    batch, length = call.q.shape[:2]
     at_a_time = max(1, MAX_SCORES // max(1, batch * heads * call.blocks.shape[1]))
     if at_a_time >= length:
-        return reference.topk_blocks(call)
+        return choose(call)
 
     def cut(x: Array) -> Array:
         x = jnp.pad(x, [(0, 0), (0, -length % at_a_time)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(batch, -1, at_a_time, *x.shape[2:]), 1, 0)
 
     parts = jax.tree.map(cut, {name: getattr(call, name) for name in ("q", "at", "weights")})
-    indices = jax.lax.map(lambda part: reference.topk_blocks(call.replace(**part)), parts)
+    indices = jax.lax.map(lambda part: choose(call.replace(**part)), parts)
     return jnp.moveaxis(indices, 0, 1).reshape(batch, -1, *indices.shape[3:])[:, :length]

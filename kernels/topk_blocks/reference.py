@@ -1,9 +1,11 @@
 """Block selection as written: all scores of all queries with all that is scored."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
-from plait.kernels.shapes import accumulation_dtype
+from plait.kernels.shapes import accumulation_dtype, matmul_precision
 from plait.kernels.topk_blocks.call import TopkCall
 
 Array = jax.Array
@@ -13,20 +15,31 @@ _FORCED, _NEVER = 1e30, -1e30
 
 def topk_blocks(call: TopkCall) -> Array:
     """See `plait.kernels.topk_blocks`; the indices."""
-    ids, blocks = call.at.segment_ids, call.blocks
+    return choose(call, scores(call))
+
+
+def scores(call: TopkCall) -> Array:
+    """What each query, or the heads of a group together, gives all that is scored, [B, T, Hs, N]; 0 for what it has no score for."""
+    blocks = call.blocks
     dtype, num_kv_heads = accumulation_dtype(call.q, blocks), blocks.shape[2]
-    own = _own(call)
-    number = call.blocks_at.positions[:, None, :]  # [B, 1, N]
     seen = scored(call)
-    grouped = call.q.astype(dtype).reshape(*call.q.shape[:2], num_kv_heads, -1, call.q.shape[-1])
-    scores = jnp.einsum("btgrk,bngk->btgrn", grouped, blocks.astype(dtype), precision="highest")
+    shared = jnp.promote_types(call.q.dtype, blocks.dtype)
+    grouped = call.q.astype(shared).reshape(*call.q.shape[:2], num_kv_heads, -1, call.q.shape[-1])
+    products = partial(jnp.einsum, precision=matmul_precision(shared), preferred_element_type=dtype)
+    found = products("btgrk,bngk->btgrn", grouped, blocks.astype(shared))
     if call.weights is not None:
-        weights = call.weights.astype(dtype).reshape(*scores.shape[:-1], 1)
-        scores = weights * jax.nn.relu(scores)
+        weights = call.weights.astype(dtype).reshape(*found.shape[:-1], 1)
+        found = weights * jax.nn.relu(found)
     if call.scale is not None:
-        scores = jax.nn.softmax(jnp.where(seen[:, :, None, None], call.scale * scores, _NEVER), axis=-1)
-    scores = jnp.where(seen[:, :, None, None], scores, 0)
-    scores = scores.sum(3) if call.by_group else scores.reshape(*scores.shape[:2], -1, scores.shape[-1])  # [B, T, Hs, N]
+        found = jax.nn.softmax(jnp.where(seen[:, :, None, None], call.scale * found, _NEVER), axis=-1)
+    found = jnp.where(seen[:, :, None, None], found, 0)
+    return found.sum(3) if call.by_group else found.reshape(*found.shape[:2], -1, found.shape[-1])
+
+
+def choose(call: TopkCall, scores: Array) -> Array:
+    """The indices, of scores [B, T, Hs, N]."""
+    ids, own = call.at.segment_ids, _own(call)
+    number = call.blocks_at.positions[:, None, :]  # [B, 1, N]
     if call.stride is None:
         past = _same(call) & _before(call, number, own)
     else:
@@ -48,12 +61,15 @@ def topk_blocks(call: TopkCall) -> Array:
 
 def scored(call: TopkCall) -> Array:
     """bool [B, T, N]: what each query has a score for."""
-    number = call.blocks_at.positions[:, None, :]
+    return _same(call) & (call.blocks_at.positions[:, None, :] <= last_scored(call)[:, :, None])
+
+
+def last_scored(call: TopkCall) -> Array:
+    """int32 [B, T]: the last number of its segment that each query has a score for; of padding any."""
     if call.scale is None and call.stride is None:
-        return _same(call) & _before(call, number, _own(call))
+        return _own(call)[:, :, 0] - (call.num_local > 0)
     stride, span = (call.block_size,) * 2 if call.stride is None else (call.stride, call.span)
-    # at its last token a query's own block is whole, too
-    return _same(call) & (number * stride + span <= call.at.positions[:, :, None] + 1)
+    return (call.at.positions + 1 - span) // stride  # at its last token a query's own block is whole, too
 
 
 def _before(call: TopkCall, number: Array, own: Array) -> Array:

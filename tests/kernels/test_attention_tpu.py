@@ -232,11 +232,11 @@ def test_cut_of_selected_blocks():
 
     assert cut(16, 1, 1, size=64) == (16, 128, 128)
     assert cut(32, 1, 1, size=64) == (16, 128, 128)
-    assert cut(16, 4, 4, size=64) == (4, 128, 128)
-    assert cut(16, 4, 1, size=64) == (4, 128, 128)
+    assert cut(16, 4, 4, size=64) == (4, 256, 128)
+    assert cut(16, 4, 1, size=64) == (4, 256, 128)
     assert cut(16, 4, 16, size=512) == (1, 512, 512)
     assert cut(8, 8, 8, size=4096) == (1, 2048, 256)
-    assert cut(12, 6, 4, size=64) == (1, 512, 128)
+    assert cut(12, 6, 4, size=64) == (1, 1024, 128)
     assert cut(8, 8, 8, size=1024, length=200) == (1, 256, 256)
 
 

@@ -51,9 +51,11 @@ class Cut:
         """
         shared = gcd(heads[0] // heads[1], heads[0] // blocks.indices.shape[2])
         together = max(n for n in range(1, min(shared, MAX_HEADS) + 1) if shared % n == 0)
-        queries = min(max(blocks.block_size, rows // (4 * together)), rows // together)
+        most = _tokens(blocks.block_size)
+        enough = min(rows, pairs // most) // 2
+        queries = min(max(blocks.block_size, enough // together), rows // together)
         queries = min(_tokens(queries), _tokens(lengths[0] + LANES - 1))
-        keys = min(_tokens(min(blocks.block_size, pairs // (queries * together))), _tokens(lengths[1] + LANES - 1))
+        keys = min(most, _tokens(pairs // (queries * together)), _tokens(lengths[1] + LANES - 1))
         return Cut(blocks.block_size, together, queries, keys)
 
     def longest_list(self, heads: tuple[int, int], lengths: tuple[int, int]) -> int:

@@ -1,0 +1,195 @@
+"""The scores of block selection for TPU (Mosaic) where the heads of a group choose together: their sums are made in the kernel.
+
+XLA would write the scores of every head, T H N numbers, and read them again for each step of the softmax; the kernel writes T Hkv N. It goes
+through what is scored twice, once for the largest logit and the sum of each row, once for the weights; without a softmax once. Scores
+stand transposed, blocks by queries, so that what belongs to a query is a row. What is not past for any query of a tile is not read.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from plait.kernels.shapes import matmul_precision
+from plait.kernels.target import not_on
+from plait.kernels.topk_blocks import chunked, reference
+from plait.kernels.topk_blocks.call import TopkCall
+
+Array = jax.Array
+
+QUERIES = 128
+"""Queries a tile."""
+
+CHUNK, PART = 512, 128
+"""What is scored in a step of the grid, and at a time."""
+
+HEADS = 16
+"""Heads whose queries are one product."""
+
+MIN_QUERIES = 32
+"""Fewer queries than this (decoding) fill too little of a tile."""
+
+MAX_QUERY_BYTES = 4 << 20
+"""Of the queries of a tile."""
+
+_HIDDEN = -1e30
+
+
+class Problem(NamedTuple):
+    """What the kernel is specialised to."""
+
+    scale: float | None
+    weighed: bool
+    num_tiles: int
+    """Of queries."""
+    num_chunks: int
+
+
+def unsupported(call: TopkCall) -> str | None:
+    """Why this kernel cannot serve a call, or None."""
+    if reason := not_on("tpu"):
+        return reason
+    if not call.by_group:
+        return "each head chooses by itself: there are no sums of heads"
+    if call.q.shape[1] < MIN_QUERIES:
+        return f"{call.q.shape[1]} queries fill no tile of at least {MIN_QUERIES}"
+    if not {call.q.dtype.name, call.blocks.dtype.name} <= {"float32", "bfloat16"}:
+        return f"q and blocks are {call.q.dtype} and {call.blocks.dtype}, not float32 or bfloat16"
+    group, width = call.q.shape[2] // call.blocks.shape[2], call.q.shape[3]
+    if QUERIES * group * width * _shared(call).itemsize > MAX_QUERY_BYTES:
+        return f"{group} heads of {width} channels are more than a tile of queries holds"
+    return None
+
+
+def topk_blocks(call: TopkCall) -> Array:
+    """See `plait.kernels.topk_blocks`; the indices."""
+    return chunked.in_runs(call, call.blocks.shape[2], lambda call: reference.choose(call, scores(call)))
+
+
+def scores(call: TopkCall) -> Array:
+    """As `reference.scores`, [B, T, Hkv, N] float32."""
+    dtype = _shared(call)
+    (batch, length, num_heads, width), (count, num_kv_heads) = call.q.shape, call.blocks.shape[1:3]
+    group = num_heads // num_kv_heads
+    chunk = min(CHUNK, -(-count // PART) * PART)
+    queries, blocks = (lambda x, axis: _padded(x, axis, QUERIES)), (lambda x, axis: _padded(x, axis, chunk))
+    q, c = queries(jnp.swapaxes(call.q.astype(dtype), 1, 2), 2), blocks(jnp.swapaxes(call.blocks.astype(dtype), 1, 2), 2)
+    ids = call.at.segment_ids
+    rows = queries(jnp.stack([jnp.where(ids == 0, -1, ids), reference.last_scored(call)], axis=1)[:, None], 3)
+    tokens = blocks(jnp.stack([call.blocks_at.segment_ids, call.blocks_at.positions], axis=1)[:, None], 3)
+    num_tiles, num_chunks = q.shape[2] // QUERIES, c.shape[2] // chunk
+    index = jnp.where(reference.scored(call), jnp.arange(count, dtype=jnp.int32) // chunk + 1, 0)
+    reach = queries(index.max(2), 1).reshape(batch * num_tiles, QUERIES).max(1)  # chunks that some query of a tile reaches
+    problem = Problem(call.scale, call.weights is not None, num_tiles, num_chunks)
+    own = lambda b, g, i, s, reach: (b, g, i, 0)
+
+    def at(b: Array, g: Array, i: Array, s: Array, reach: Any) -> Array:
+        """The chunk of a step, or the last one that is read."""
+        return jnp.minimum(jax.lax.rem(s, num_chunks), jnp.maximum(reach[b * num_tiles + i] - 1, 0))
+
+    inputs = [
+        (q, pl.BlockSpec((1, group, QUERIES, width), own)),
+        (c, pl.BlockSpec((1, 1, chunk, width), lambda b, g, *rest: (b, g, at(b, g, *rest), 0))),
+        (rows, pl.BlockSpec((1, 1, 2, QUERIES), lambda b, g, i, s, reach: (b, 0, 0, i))),
+        (tokens, pl.BlockSpec((1, 1, 2, chunk), lambda b, g, *rest: (b, 0, 0, at(b, g, *rest)))),
+    ]
+    if call.weights is not None:
+        weights = jnp.swapaxes(call.weights.astype(jnp.float32), 1, 2).reshape(batch, num_kv_heads, group, length)
+        inputs.append((queries(weights, 3), pl.BlockSpec((1, 1, group, QUERIES), lambda b, g, i, s, reach: (b, g, 0, i))))
+    phases = 1 if call.scale is None else 2
+    found = pl.pallas_call(
+        partial(_kernel, problem),
+        name="group_scores",
+        out_shape=jax.ShapeDtypeStruct((batch, num_kv_heads, c.shape[2], q.shape[2]), jnp.float32),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(batch, num_kv_heads, num_tiles, phases * num_chunks),
+            in_specs=[spec for _, spec in inputs],
+            out_specs=pl.BlockSpec(
+                (1, 1, chunk, QUERIES), lambda b, g, i, s, reach: (b, g, jnp.maximum(s - (phases - 1) * num_chunks, 0), i)
+            ),
+            scratch_shapes=[pltpu.VMEM((1, group * QUERIES), jnp.float32)] * 2,
+        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3 + ("arbitrary",)),
+    )(reach, *(array for array, _ in inputs))
+    return jnp.moveaxis(found[:, :, :count, :length], 3, 1)
+
+
+def _kernel(problem: Problem, reach: Any, q: Any, c: Any, rows: Any, tokens: Any, *refs: Any) -> None:
+    weights, (out, peak, total) = (refs[0] if problem.weighed else None), refs[-3:]
+    b, i, step = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+    first = (step < problem.num_chunks) if problem.scale is not None else None  # of two ways through
+    reached = jax.lax.rem(step, problem.num_chunks) < reach[b * problem.num_tiles + i]
+    group = q.shape[1]
+
+    def parts() -> Any:
+        """Parts of the chunk, and of the heads: where they are, which blocks a query has a score for, and products [part, heads x T]."""
+        for n in range(0, c.shape[2], PART):
+            at = slice(n, n + PART)
+            of_blocks = tokens[0, 0, :, at].T
+            visible = (of_blocks[:, 0:1] == rows[0, 0, 0:1]) & (of_blocks[:, 1:2] <= rows[0, 0, 1:2])
+            for h in range(0, group, HEADS):
+                some = q[0, h : h + HEADS].reshape(-1, q.shape[3])
+                dims = (((1,), (1,)), ((), ()))
+                z = jax.lax.dot_general(
+                    c[0, 0, at], some, dims, precision=matmul_precision(c.dtype), preferred_element_type=jnp.float32
+                )
+                yield at, h, jnp.concatenate([visible] * (some.shape[0] // QUERIES), axis=1), z
+
+    def summed(at: slice, h: int, x: Array) -> None:
+        """Adds the heads of x [part, heads x T], from head h on, to the scores."""
+        heads = sum(x[:, n : n + QUERIES] for n in range(0, x.shape[1], QUERIES))
+        out[0, 0, at] = heads if h == 0 else out[0, 0, at] + heads
+
+    def largest() -> None:
+        for _, h, visible, z in parts():
+            columns = slice(h * QUERIES, h * QUERIES + z.shape[1])
+            shown, old = jnp.where(visible, problem.scale * z, _HIDDEN), peak[:, columns]
+            highest = jnp.maximum(old, jnp.max(shown, axis=0, keepdims=True))
+            peak[:, columns] = highest
+            grown = jnp.sum(jnp.exp(shown - highest), axis=0, keepdims=True)
+            total[:, columns] = jnp.exp(old - highest) * total[:, columns] + grown
+
+    def weighed(h: int, z: Array) -> Array:
+        if problem.scale is not None:
+            columns = slice(h * QUERIES, h * QUERIES + z.shape[1])
+            return jnp.exp(problem.scale * z - peak[:, columns]) / total[:, columns]
+        if weights is None:
+            return z
+        some = weights[0, 0, h : h + HEADS]
+        return jnp.maximum(z, 0) * jnp.concatenate([some[n : n + 1] for n in range(some.shape[0])], axis=1)
+
+    def weigh() -> None:
+        for at, h, visible, z in parts():
+            summed(at, h, jnp.where(visible, weighed(h, z), 0))
+
+    def nothing() -> None:
+        out[...] = jnp.zeros_like(out)
+
+    if first is None:
+        pl.when(reached)(weigh)
+        pl.when(jnp.logical_not(reached))(nothing)
+        return
+
+    @pl.when(step == 0)
+    def _start():
+        peak[...] = jnp.full_like(peak, _HIDDEN / 2)  # of a row with no score all weights are then 0
+        total[...] = jnp.zeros_like(total)
+
+    pl.when(first & reached)(largest)
+    pl.when(jnp.logical_not(first) & reached)(weigh)
+    pl.when(jnp.logical_not(first | reached))(nothing)
+
+
+def _shared(call: TopkCall) -> Any:
+    """The dtype of the products' operands."""
+    return jnp.promote_types(call.q.dtype, call.blocks.dtype)
+
+
+def _padded(x: Array, axis: int, multiple: int) -> Array:
+    padding = [(0, 0)] * x.ndim
+    padding[axis] = (0, -x.shape[axis] % multiple)
+    return jnp.pad(x, padding)

@@ -1,0 +1,140 @@
+"""The TPU kernel of block selection in Pallas' TPU interpreter, with race detection, and through the compiler, against the reference."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from plait.kernels import Tokens, topk_blocks, whole_blocks
+from plait.kernels.target import target
+from plait.kernels.topk_blocks import chunked, pallas_tpu, reference
+from plait.kernels.topk_blocks.call import TopkCall
+from plait.tests.kernels import cases
+from plait.tests.kernels.test_attention_tpu import run_checked
+from plait.tests.suites import usually
+from plait.tests.tolerances import assert_close, in_float64
+
+TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+
+
+class Case(NamedTuple):
+    """One call."""
+
+    heads: tuple[int, int] = (4, 2)
+    length: int = 300
+    dim: int = 16
+    dtype: str = "float32"
+    segments: str | None = "several"
+    scale: float | None = 0.4
+    runs: tuple[int, int] | None = None
+    """Stride and span."""
+    weights: bool = False
+
+
+CASES = {
+    "softmax": Case(),
+    "runs": Case(heads=(6, 1), runs=(4, 8), length=700, segments="long"),
+    "runs-bfloat16": Case(runs=(4, 4), dtype="bfloat16", segments="left"),
+    "sums": Case(scale=None, length=130),
+    "indexer": Case(heads=(20, 1), scale=None, weights=True, length=140),
+    "one-document": Case(heads=(2, 2), runs=(2, 8), segments=None, length=1100, dim=8),
+}
+
+
+def _call(case: Case) -> tuple[Any, dict[str, jax.Array]]:
+    """A function of arrays to a call, and the arrays."""
+    rng, batch = np.random.default_rng(case.length), 1 if case.segments is None else cases.BATCH
+    (num_heads, num_kv_heads), size = case.heads, 1 if case.weights else 8
+    ids = jnp.ones((batch, case.length), jnp.int32) if case.segments is None else cases.segments(case.length, case.segments)
+    at = Tokens(None, ids).placed(batch, case.length)
+    blocks_at = at if case.weights else whole_blocks(at, *(case.runs or (size,))).at
+    if case.runs:  # the segments of runs whose span has ended
+        blocks_at = Tokens(None, blocks_at.segment_ids, blocks_at.positions)
+    shapes = {"q": (case.length, num_heads, case.dim), "blocks": (blocks_at.positions.shape[1], num_kv_heads, case.dim)}
+    arrays = {name: jnp.asarray(rng.standard_normal((batch, *shape)), case.dtype) for name, shape in shapes.items()}
+    if case.weights:
+        arrays["weights"] = jnp.asarray(rng.standard_normal((batch, case.length, num_heads)), case.dtype)
+    stride, span = case.runs or (None, None)
+    fields = {"top_k": 4, "block_size": size, "num_local": 0 if case.weights else 1, "num_first": 0, "by_group": True}
+    fields |= {"scale": case.scale, "num_blocks": -(-case.length // size), "stride": stride, "span": span}
+    return lambda arrays: TopkCall(at=at, blocks_at=blocks_at, **arrays, **fields), arrays
+
+
+@pytest.mark.parametrize("name", usually(CASES, "runs", "runs-bfloat16", "indexer"))
+def test_scores_match_reference(name: str):
+    call, arrays = _call(CASES[name])
+    got = run_checked(lambda arrays: pallas_tpu.scores(call(arrays)), arrays)
+    plain = cases.quick_jit(lambda arrays: reference.scores(call(arrays)))
+    assert_close(got, in_float64(plain, arrays), plain=plain(arrays), dtype=CASES[name].dtype)
+    assert np.asarray(got).any()
+
+
+@pytest.mark.parametrize("name", usually(CASES, "softmax"))
+def test_selection_is_that_of_the_reference(name: str, monkeypatch: pytest.MonkeyPatch):
+    """In runs of queries; whole numbers, of which no sum is rounded."""
+    monkeypatch.setattr(chunked, "MAX_SCORES", 1 << 14)
+    call, arrays = _call(CASES[name]._replace(scale=None, dtype="float32"))
+    arrays = {key: jnp.round(x) for key, x in arrays.items()}
+    found = run_checked(lambda arrays: pallas_tpu.topk_blocks(call(arrays)), arrays)
+    assert (np.asarray(found) == np.asarray(reference.topk_blocks(call(arrays)))).all()
+
+
+def test_unsupported_says_why():
+    def reason(**fields: Any) -> str | None:
+        call, arrays = _call(CASES["softmax"])
+        shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in arrays.items()} | fields.pop("arrays", {})
+        with target("v5e"):
+            return pallas_tpu.unsupported(call(shapes).replace(**fields))
+
+    assert reason() is None
+    assert "chooses by itself" in str(reason(by_group=False))
+    assert "1 queries" in str(reason(arrays={"q": jax.ShapeDtypeStruct((2, 1, 4, 16), jnp.float32)}))
+    wide = {"q": jax.ShapeDtypeStruct((2, 300, 128, 256), jnp.float32)}
+    assert "64 heads of 256 channels" in str(reason(arrays=wide))
+
+
+@pytest.mark.parametrize(
+    ("generation", "length"),
+    [("v5e", 4096), *(pytest.param(name, n, marks=pytest.mark.slow) for name in TOPOLOGIES for n in (32768, 131072))],
+)
+@pytest.mark.parametrize("kind", ["runs", pytest.param("indexer", marks=pytest.mark.slow)])
+def test_kernel_compiles(generation: str, length: int, kind: str, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("libtpu", reason="compiling for TPU needs libtpu: pip install 'plait[aot]'")
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    device = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[generation]).devices[0]
+    array = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
+    indexer = kind == "indexer"
+    heads, count = (64, length) if indexer else (16, length // 16)
+    options = (
+        {"block_size": 1, "num_blocks": length, "num_local": 0, "top_k": 2048}
+        if indexer
+        else {
+            "block_size": 64,
+            "num_blocks": length // 64,
+            "num_local": 2,
+            "num_first": 1,
+            "top_k": 16,
+            "scale": 0.1,
+            "stride": 16,
+            "span": 32,
+        }
+    )
+
+    def select(q, blocks, ids, numbers, weights):
+        at, blocks_at = Tokens(None, jnp.ones((1, length), jnp.int32)), Tokens(None, ids, numbers)
+        more = options | ({"weights": weights} if indexer else {})
+        call = partial(topk_blocks, q, blocks, blocks_at=blocks_at, at=at, by_group=True)
+        return call(**more, implementation="pallas_tpu").indices
+
+    places = array(1, count, dtype=jnp.int32)
+    with target(generation):
+        lowered = jax.jit(select).lower(
+            array(1, length, heads, 128), array(1, count, 1, 128), places, places, array(1, length, heads)
+        )
+        assert "group_scores" in lowered.compile().as_text()
