@@ -30,10 +30,10 @@ CYCLES = {
     (1, 512, 512): ((2138, 2275, 2249), (1674, 1884, 2249)),
     (1, 1024, 256): ((1744, 2076, 2250), (1717, 1733, 2250)),
     (1, 1024, 128): ((1098, 1140, 1224), (954, 995, 1224)),
-    (4, 256, 128): ((991, 1045, 1224), None),
-    (16, 128, 128): ((1494, 1756, 2249), None),
+    (4, 256, 64): ((1045 / 2, 1016 / 2, 728), None),
+    (16, 128, 64): ((1513 / 2, 1755 / 2, 1250), None),
 }
-"""A visit's cycles by heads, queries and keys of a tile: forward, query gradients and key gradients under the mask, and where the choice alone
+"""A tile's cycles by heads, queries and keys of it, two of 64 keys being fetched together: forward, query gradients and key gradients under the mask, and where the choice alone
 hides keys. Key gradients are those without a mask, with which they have no estimate."""
 
 CAUSAL_TILE, CAUSAL_EDGE = (5308, 6702, 8908), (3743, 4840, 8908 * 40 / 64)
@@ -122,9 +122,7 @@ def show_selected(length: int, rng: np.random.Generator) -> None:
         (16, 64, 16),
         (4, 64, 16),
     ):
-        for run in (max(block, 128), block, 1):
-            if run == block and block >= 128:
-                continue
+        for run in sorted({max(block, 128), block, 1}, reverse=True):
             number = np.arange(0, length, run) // block
             drawn = np.argsort(
                 np.where(np.arange(length // block) < number[:, None], rng.random((len(number), length // block)), 2)

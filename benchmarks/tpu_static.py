@@ -241,16 +241,17 @@ def _selected_kernel(job: dict[str, Any], array: Callable[..., Any]) -> tuple[Ca
 
     cut, visits, width = selected.Cut(*job["cut"]), job["visits"], job["shape"][3]
     by_key = job["kernel"] == "key_gradients"
-    num_queries, num_keys = cut.queries * (visits if by_key else 1), cut.keys * (1 if by_key else visits)
+    num_queries, num_keys = cut.queries * (visits if by_key else 1), cut.keys * (1 if by_key else visits * cut.fetched)
     # Lists in scalar memory, copies by hand and gathers have no estimate: tiles are visited in order, and the copies are left out.
     nothing = type("Copy", (), dict.fromkeys(("start", "wait"), lambda _: None))()
     selected.pltpu.SMEM, selected.pltpu.make_async_copy = selected.pltpu.VMEM, lambda *_: nothing
     selected.tile_kinds = lambda *_, **__: jnp.zeros((1, 1, num_queries // cut.queries, num_keys // cut.keys), int)
     selected.ordered = lambda kinds, _: Visits(kinds)
-    selected._listed = lambda _, n: 4 * n
+    selected._listed = lambda _, n: 4 * n + 1
     selected.possible = lambda _: (FULL if job["name"].startswith("chosen") else MASKED,)
     if job["name"].startswith("open"):
-        selected._Walk._visible = lambda *_: None
+        tile = selected._Walk._tile
+        selected._Walk._tile = lambda *args: tile(*args)._replace(visible=None)
     selected._each = lambda _, visit: jax.lax.fori_loop(0, visits, visit, None)
     layout = Layout(mask=Mask(), num_queries=num_queries, num_keys=num_keys, own_keys=False, packed=True)
     problem = tiling.Problem(layout, cut, width**-0.5, False, job["name"].endswith("stats"))

@@ -230,13 +230,13 @@ def test_cut_of_selected_blocks():
         found = selected.Cut.of((num_heads, num_kv_heads), (length, length), blocks, rows=2048, pairs=1 << 19)
         return found.heads, found.queries, found.keys
 
-    assert cut(16, 1, 1, size=64) == (16, 128, 128)
-    assert cut(32, 1, 1, size=64) == (16, 128, 128)
-    assert cut(16, 4, 4, size=64) == (4, 256, 128)
-    assert cut(16, 4, 1, size=64) == (4, 256, 128)
+    assert cut(16, 1, 1, size=64) == (16, 128, 64)
+    assert cut(32, 1, 1, size=48) == (16, 128, 128)
+    assert cut(16, 4, 4, size=64) == (4, 256, 64)
+    assert cut(16, 4, 1, size=32) == (4, 256, 32)
     assert cut(16, 4, 16, size=512) == (1, 512, 512)
     assert cut(8, 8, 8, size=4096) == (1, 2048, 256)
-    assert cut(12, 6, 4, size=64) == (1, 1024, 128)
+    assert cut(12, 6, 4, size=64) == (1, 1024, 64)
     assert cut(8, 8, 8, size=1024, length=200) == (1, 256, 256)
 
 

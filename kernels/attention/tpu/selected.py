@@ -26,19 +26,27 @@ Array = jax.Array
 MAX_HEADS = 16
 """Heads whose queries share a tile."""
 
+SMALL = (32, 64)
+"""Blocks of fewer than 128 keys that are tiles of their own; others share a tile."""
+
 
 @dataclass(frozen=True)
 class Cut:
-    """How the work is cut, in tokens, multiples of 128."""
+    """How the work is cut, in tokens."""
 
     block_size: int
     """Keys a block that queries select."""
     heads: int
     """Query heads of a tile, which share keys and choice."""
     queries: int
-    """Queries a tile, of each head."""
+    """Queries a tile, of each head; a multiple of 128."""
     keys: int
-    """Keys a tile."""
+    """Keys a tile: 32, 64 or a multiple of 128."""
+
+    @property
+    def fetched(self) -> int:
+        """Tiles of keys that a visit brings together, which may stand anywhere, so that a product has 128 keys."""
+        return max(1, LANES // self.keys)
 
     @staticmethod
     def of(heads: tuple[int, int], lengths: tuple[int, int], blocks: SelectedBlocks, rows: int, pairs: int) -> "Cut":
@@ -56,6 +64,8 @@ class Cut:
         queries = min(max(blocks.block_size, enough // together), rows // together)
         queries = min(_tokens(queries), _tokens(lengths[0] + LANES - 1))
         keys = min(most, _tokens(pairs // (queries * together)), _tokens(lengths[1] + LANES - 1))
+        if blocks.block_size in SMALL:
+            keys = blocks.block_size
         return Cut(blocks.block_size, together, queries, keys)
 
     def longest_list(self, heads: tuple[int, int], lengths: tuple[int, int]) -> int:
@@ -152,7 +162,8 @@ class _Walk:
         self.of_queries = {name: of_queries(name, value) for name, value in {"q": x.q, **extra}.items()}
         self.of_queries["query_tokens"] = _Array(queries.stacked(), (1, 1, 2, cut.queries), lambda b, c, i, j: (one(b), 0, 0, i))
         self.of_keys = {name: of_keys(value) for name, value in (("k", x.k), ("v", x.v)) if value is not None}
-        self.of_keys["key_tokens"] = _Array(keys.stacked(), (1, 1, 2, cut.keys), lambda b, c, i, j: (one(b), 0, 0, j))
+        key_tokens = keys.stacked().reshape(-1, 2, self.num_keys, cut.keys).swapaxes(1, 2)  # [B or 1, NK, 2, N]
+        self.of_keys["key_tokens"] = _Array(key_tokens, (1, 1, 2, cut.keys), lambda b, c, i, j: (one(b), j, 0, 0))
         self.bits = _Array(
             bits, (1, 1, 1, 1, cut.queries), lambda b, c, i, j: (b, jax.lax.div(c, self.num_bundles // choices), j, 0, i)
         )
@@ -175,6 +186,7 @@ class _Walk:
             at,
             self.of_queries,
             self.of_keys,
+            fetched=cut.fetched,
             out_shape=[
                 jax.ShapeDtypeStruct((self.batch, self.num_bundles * cut.heads, n, length), dtype) for n, dtype in outputs
             ],
@@ -199,17 +211,20 @@ class _Walk:
             at,
             self.of_keys,
             self.of_queries,
+            fetched=1,
             out_shape=[jax.ShapeDtypeStruct((self.batch, num, length, n), dtype) for n, dtype in outputs],
             out_specs=[pl.BlockSpec((1, 1, self.cut.keys, n), lambda b, h, j, _: (b, h, j, 0)) for n, _ in outputs],
             scratch=scratch,
         )
 
-    def _call(self, begin, name, grid, kinds, at, held, streamed, *, out_shape, out_specs, scratch) -> list[Array]:
-        """`at(b, h, tile, entry)` gives row, bundle, tile of queries and tile of keys for a step of the grid and an entry of its list."""
+    def _call(self, begin, name, grid, kinds, at, held, streamed, *, fetched, out_shape, out_specs, scratch) -> list[Array]:
+        """`at(b, h, tile, entry)` gives row, bundle, tile of queries and tile of keys for a step of the grid and an entry of its list; a
+        visit fetches `fetched` of these."""
         streamed = streamed | {"bits": self.bits}
         visits = ordered(kinds, kinds.shape[-1]).entries
         counts = jnp.sum((visits & 3) != SKIP, axis=-1, keepdims=True, dtype=jnp.int32)
         table = jnp.concatenate([counts, visits], axis=-1)[..., None, :]  # [B, heads, tiles, 1, 1 + the other side's]
+        table = jnp.pad(table, [(0, 0)] * 4 + [(0, fetched - 1)])  # of kind SKIP
 
         def kernel(bias: Any, visits: Any, *refs: Any) -> None:
             left = iter(refs)
@@ -218,36 +233,43 @@ class _Walk:
             arrived, *state = left
             b, h, tile = (pl.program_id(axis) for axis in range(3))
             count, entry = _listed(visits, 0), lambda n: _listed(visits, 1 + n)
-            kinds = possible(self.cut)
+            kinds, num_visits = possible(self.cut), pl.cdiv(count, fetched)
             work, finish = begin(self.problem, outs, state)
 
             def copies(n: Array) -> list[Any]:
-                slot, place = n & 1, at(b, h, tile, entry(n) >> 2)
-                return [
-                    pltpu.make_async_copy(array.of(far[key], *place), buffers[key].at[slot], arrived.at[slot, i])
-                    for i, (key, array) in enumerate(streamed.items())
-                ]
+                slot, found = n & 1, []
+                for p in range(fetched):
+                    place = at(b, h, tile, entry(n * fetched + p) >> 2)
+                    found += [
+                        pltpu.make_async_copy(array.of(far[key], *place), buffers[key].at[slot, p], arrived.at[slot, p, i])
+                        for i, (key, array) in enumerate(streamed.items())
+                    ]
+                return found
 
             def start(n: Array) -> None:
                 for copy in copies(n):
                     copy.start()
 
             def visit(n: Array, _: None) -> None:
-                pl.when(n + 1 < count)(partial(start, n + 1))
+                pl.when(n + 1 < num_visits)(partial(start, n + 1))
                 for copy in copies(n):
                     copy.wait()
-                parts = here | {key: buffer.at[n & 1] for key, buffer in buffers.items()}
-                bundle = at(b, h, tile, entry(n) >> 2)[1]
+                bundle = at(b, h, tile, entry(n * fetched) >> 2)[1]
 
                 def of_kind(kind: int) -> None:
-                    work(self._tile({key: part[0] for key, part in parts.items()}, self._bias(bias, bundle), kind))
+                    parts = {key: [ref[0]] for key, ref in here.items()}
+                    parts |= {key: [buffer[n & 1, p, 0] for p in range(fetched)] for key, buffer in buffers.items()}
+                    if fetched > 1:  # beyond the last tile of the list
+                        real = [(entry(n * fetched + p) & 3) != SKIP for p in range(fetched)]
+                        parts["bits"] = [jnp.where(some, x, 0) for some, x in zip(real, parts["bits"], strict=True)]
+                    work(self._tile(parts, self._bias(bias, bundle), kind))
 
                 for kind in kinds:
                     one = partial(of_kind, kind)
                     pl.when(entry(n) & 3 == kind)(one) if len(kinds) > 1 else one()
 
             pl.when(count > 0)(partial(start, jnp.int32(0)))
-            _each(count, visit)
+            _each(num_visits, visit)
             finish(self._bias(bias, h))
 
         return pl.pallas_call(
@@ -264,39 +286,42 @@ class _Walk:
                 ],
                 out_specs=out_specs,
                 scratch_shapes=[
-                    *(pltpu.VMEM((2, *a.block), a.value.dtype) for a in streamed.values()),
-                    pltpu.SemaphoreType.DMA((2, len(streamed))),
+                    *(pltpu.VMEM((2, fetched, *a.block), a.value.dtype) for a in streamed.values()),
+                    pltpu.SemaphoreType.DMA((2, fetched, len(streamed))),
                     *scratch,
                 ],
             ),
             compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3),
         )(self.bias, table, *(a.value for a in held.values()), *(a.value for a in streamed.values()))
 
-    def _tile(self, parts: dict[str, Array], bias: Any, kind: int) -> _Tile:
-        """A tile of what a kernel holds and what it fetched, each [heads, ., .]."""
-        tall = lambda x: x.reshape(-1, x.shape[2])  # [heads * T, .]
-        rows = parts.get("rows")
+    def _tile(self, parts: dict[str, list[Array]], bias: Any, kind: int) -> _Tile:
+        """A tile of what a kernel holds and what it fetched, each [heads, ., .]; of what belongs to keys one after the other."""
+        tall = lambda name: parts[name][0].reshape(-1, parts[name][0].shape[2])  # [heads * T, .]
+        joined = lambda name: jnp.concatenate([x[0] for x in parts[name]], axis=0)
+        visible = [
+            self._visible(parts["query_tokens"][0][0], tokens[0].T, bits[0, 0], kind)
+            for tokens, bits in zip(parts["key_tokens"], parts["bits"], strict=True)
+        ]
         return _Tile(
             bias,
-            tall(parts["q"]),
-            parts["k"][0],
-            parts["v"][0] if "v" in parts else None,
-            tall(parts["d_o"]) if "d_o" in parts else None,
-            None if rows is None else jnp.concatenate(list(rows), axis=1),
-            self._visible(parts["query_tokens"][0], parts["key_tokens"][0].T, parts["bits"][0, 0], kind),
+            tall("q"),
+            joined("k"),
+            joined("v") if "v" in parts else None,
+            tall("d_o") if "d_o" in parts else None,
+            jnp.concatenate(list(parts["rows"][0]), axis=1) if "rows" in parts else None,
+            jnp.concatenate([jnp.concatenate(visible, axis=0)] * self.cut.heads, axis=1),
         )
 
     def _visible(self, queries: Array, keys: Array, bits: Array, kind: int) -> Array:
-        """bool [N, M], or [1, M] where the choice alone hides keys, all of one block, from tokens of queries [2, T] and keys [N, 2], and bits
+        """bool [N, T], or [1, T] where the choice alone hides keys, all of one block, from tokens of queries [2, T] and keys [N, 2], and bits
         [1, T] of `SelectedBlocks.bits`."""
         if kind == FULL:
-            return jnp.concatenate([(bits & 1) == 1] * self.cut.heads, axis=1)
+            return (bits & 1) == 1
         size, visible = self.cut.block_size, seen(self.problem, queries, keys)
         at = keys[:, 1:2]
         begin = jnp.maximum(at - jax.lax.broadcasted_iota(jnp.int32, at.shape, 0), 0)
         entry = jnp.broadcast_to(block_number(at, size) - block_number(begin, size), visible.shape)
-        visible &= (jax.lax.shift_right_logical(jnp.broadcast_to(bits, visible.shape), entry) & 1) == 1
-        return jnp.concatenate([visible] * self.cut.heads, axis=1)
+        return visible & ((jax.lax.shift_right_logical(jnp.broadcast_to(bits, visible.shape), entry) & 1) == 1)
 
     def _bias(self, bias: Any, bundle: Array) -> Any:
         """[1, M], of the sigmoid; else 0."""
@@ -308,7 +333,7 @@ class _Walk:
 
 def possible(cut: Cut) -> tuple[int, ...]:
     """The kinds of tiles that are visited: in a tile of several blocks the choice is never alone."""
-    return (MASKED, FULL) if cut.block_size >= cut.keys else (MASKED,)
+    return (MASKED, FULL) if cut.block_size >= cut.keys and cut.fetched == 1 else (MASKED,)
 
 
 def _listed(visits: Any, n: Any) -> Array:
