@@ -24,6 +24,7 @@ from plait.kernels.attention.tpu.chosen import SELECTED
 from plait.kernels.attention.tpu.edges import CELL
 from plait.kernels.attention.tpu.selected import Cut
 from plait.kernels.attention.visits import FULL, MASKED, SKIP, Layout, tile_kinds
+from plait.train.verify.rooflines import PEAKS
 
 CYCLES = {
     (1, 1024, 512): ((3690, 3978, 4296), (3264, 3275, 4296)),
@@ -33,8 +34,8 @@ CYCLES = {
     (4, 256, 64): ((1045 / 2, 1016 / 2, 728), None),
     (16, 128, 64): ((1513 / 2, 1755 / 2, 1250), None),
 }
-"""A tile's cycles by heads, queries and keys of it, two of 64 keys being fetched together: forward, query gradients and key gradients under the mask, and where the choice alone
-hides keys. Key gradients are those without a mask, with which they have no estimate."""
+"""A tile's cycles by heads, queries and keys of it, two of 64 keys being fetched together: forward, query gradients and key gradients under the
+mask, and where the choice alone hides keys. Key gradients are those without a mask, with which they have no estimate."""
 
 CAUSAL_TILE, CAUSAL_EDGE = (5308, 6702, 8908), (3743, 4840, 8908 * 40 / 64)
 """Of full causal attention: a tile of 1,024 by 1,024, and one on the diagonal; that of key gradients is by its cells."""
@@ -59,7 +60,10 @@ def cycles(indices: np.ndarray, block_size: int, heads: int) -> tuple[tuple[int,
     shape = cut.heads, cut.queries, cut.keys
     under_mask, alone = CYCLES[shape]
     visits = [int((kinds == kind).sum()) for kind in (MASKED, FULL)]
-    return shape, sum(n * np.array(of or under_mask) for n, of in zip(visits, (under_mask, alone), strict=True)) / cut.heads
+    rows = cut.heads * cut.queries
+    copied = np.array([512 * cut.keys, 512 * cut.keys, 520 * rows]) * PEAKS["v5e"].clock / PEAKS["v5e"].bandwidth
+    each = (np.maximum(of or under_mask, copied) for of in (under_mask, alone))  # copies run beside the work
+    return shape, sum(n * of for n, of in zip(visits, each, strict=True)) / cut.heads
 
 
 def under(mask: Mask, length: int, usual: int) -> float:
@@ -111,7 +115,7 @@ def show_selected(length: int, rng: np.random.Generator) -> None:
     print(
         f"\n{'blocks':>6} {'top':>4} {'heads':>5} {'choose':>9} {'density':>8} {'tile':>14}  share of the promise by cycles, v5e:"
     )
-    print(f"{'':52} forward, query gradients, key gradients")
+    print(f"{'':52} forward, query gradients, key gradients, all")
     for heads, block, top in (
         (1, 1024, 8),
         (1, 1024, 3),
@@ -132,7 +136,7 @@ def show_selected(length: int, rng: np.random.Generator) -> None:
             pairs = ((others >= 0).sum(1) * block).repeat(run).sum() + (np.arange(length) % block + 1).sum()
             density = pairs / (length * (length + 1) / 2)
             shape, cost = cycles(indices, block, heads)
-            shares = ", ".join(f"{share:.0%}" for share in full * density / cost)
+            shares = ", ".join(f"{share:.0%}" for share in (*(full * density / cost), full.sum() * density / cost.sum()))
             who = "apart" if run == 1 else f"by {run}"
             print(f"{block:6} {top:4} {heads:5} {who:>9} {density:8.2%} {'x'.join(map(str, shape)):>14}  {shares}")
 

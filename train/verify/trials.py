@@ -25,9 +25,9 @@ class Drawn(NamedTuple):
     """How an argument is drawn: its shape, and what it stands for."""
 
     shape: tuple[int, ...]
-    what: Literal["values", "unit", "log_decay", "strength", "weight", "state", "words", "segments", "active", "blocks"] = (
-        "values"
-    )
+    what: Literal[
+        "values", "unit", "log_decay", "strength", "weight", "state", "words", "segments", "active", "blocks", "whole"
+    ] = "values"
 
 
 _WHOLE = ("words", "segments", "active", "blocks")
@@ -91,6 +91,8 @@ def _values(rng: np.random.Generator, drawn: Drawn, shape: Shape) -> np.ndarray:
             return 1 / (1 + np.exp(-x))
         case "weight":
             return x / math.sqrt(drawn.shape[0])
+        case "whole":
+            return np.rint(x)
     return x
 
 
@@ -126,6 +128,31 @@ def _attend(x: Arrays, implementation: str, *, mask: Mask | None = None, stats: 
         x["q"], x["k"], x["v"], mask=mask or Mask(), at=_at(x), return_stats=stats, implementation=implementation, **options
     )
     return {"o": found[0], **found[1]._asdict()} if stats else {"o": found}
+
+
+def _choice(s: Shape, *more: tuple[str, Drawn]) -> dict[str, Drawn]:
+    """Of whole numbers, whose sums are the same in any order."""
+    heads = {"q": s.heads, "k": s.kv_heads}
+    return {name: Drawn((s.batch, s.length, n, s.dim), "whole") for name, n in heads.items()} | dict(more)
+
+
+def _choose(x: Arrays, implementation: str, **options: Any) -> dict[str, Array]:
+    """The chosen blocks in order, as numbers."""
+    at = (_at(x) or Tokens()).placed(*x["q"].shape[:2])
+    runs = kernels.whole_blocks(at, options.get("stride", BLOCK), options.get("span"))
+    chosen = kernels.topk_blocks(
+        x["q"],
+        x["k"][:, : runs.at.positions.shape[1]],
+        blocks_at=runs.at,
+        at=at,
+        top_k=3,
+        block_size=BLOCK,
+        num_blocks=-(-x["q"].shape[1] // BLOCK),
+        by_group=True,
+        implementation=implementation,
+        **options,
+    )
+    return {"blocks": jnp.sort(chosen.indices, axis=-1).astype(jnp.float32)}
 
 
 def _at(x: Arrays) -> Tokens | None:
@@ -239,6 +266,10 @@ TRIALS: dict[str, Trial] = {
         op="routed_attention",
         arguments=lambda s: _attention(s, _segments(s), ("active", Drawn((s.batch, s.length, s.heads), "active"))),
         run=_routed,
+    ),
+    "topk_blocks": Trial(op="topk_blocks", arguments=lambda s: _choice(s, _segments(s)), run=_choose, learns=False),
+    "topk_blocks, runs": Trial(
+        op="topk_blocks", arguments=_choice, run=partial(_choose, scale=0.125, stride=16, span=32), learns=False
     ),
     "column_mass": Trial(op="column_mass", arguments=_attention, run=_masses, learns=False),
     **{
