@@ -227,7 +227,7 @@ def _attention_kernel(job: dict[str, Any], array: Callable[..., Any]) -> tuple[C
 
 
 def _selected_kernel(job: dict[str, Any], array: Callable[..., Any]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """One kernel of attention to selected blocks: one tile of queries, or of keys, that visits `job["visits"]` tiles of the other side.
+    """One kernel of attention to selected blocks, forward or all_gradients: one tile of queries, with `job["visits"]` visits.
 
     `job["cut"]` are the block size, the heads, queries and keys of a tile. By the name "chosen" the choice alone hides keys,
     by "open" nothing does: under a mask the products of v5e's and v5p's key gradients have no estimate.
@@ -240,8 +240,7 @@ def _selected_kernel(job: dict[str, Any], array: Callable[..., Any]) -> tuple[Ca
     from plait.kernels.attention.visits import FULL, MASKED, Layout, Visits
 
     cut, visits, width = selected.Cut(*job["cut"]), job["visits"], job["shape"][3]
-    by_key = job["kernel"] == "key_gradients"
-    num_queries, num_keys = cut.queries * (visits if by_key else 1), cut.keys * (1 if by_key else visits * cut.fetched)
+    num_queries, num_keys = cut.queries, cut.keys * visits * cut.fetched
     # Lists in scalar memory, copies by hand and gathers have no estimate: tiles are visited in order, and the copies are left out.
     nothing = type("Copy", (), dict.fromkeys(("start", "wait"), lambda _: None))()
     selected.pltpu.SMEM, selected.pltpu.make_async_copy = selected.pltpu.VMEM, lambda *_: nothing

@@ -228,9 +228,7 @@ def _flash_backward(problem: Problem, saved: Any, cotangents: tuple[Array, tuple
     if problem.sigmoid and problem.stats:
         d_o = (d_o * rows[-1][:, :, None]).astype(d_o.dtype)
     d_o = jnp.swapaxes(d_o, 2, 3)
-    d_q, d_bias = _kernels(x).query_gradients(problem, x, d_o, rows)
-    d_k, d_v = _kernels(x).key_gradients(problem, x, d_o, rows)
-    return (Operands(d_q, d_k, d_v, d_bias, None, None, None),)
+    return (Operands(*_kernels(x).all_gradients(problem, x, d_o, rows), None, None, None),)
 
 
 _flash.defvjp(_flash_forward, _flash_backward)

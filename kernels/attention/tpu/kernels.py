@@ -175,6 +175,12 @@ def key_gradients(problem: Problem, x: Operands, d_o: Array, rows: Sequence[Arra
     return d_k[:, :, :num_keys], d_v[:, :, :num_keys]
 
 
+def all_gradients(problem: Problem, x: Operands, d_o: Array, rows: Sequence[Array]) -> tuple[Array, Array, Array, Array]:
+    """dq, dk, dv and the gradient of the sigmoid's bias: see `query_gradients` and `key_gradients`."""
+    d_q, d_bias = query_gradients(problem, x, d_o, rows)
+    return d_q, *key_gradients(problem, x, d_o, rows), d_bias
+
+
 def _column_mass_kernel(cut: Cut, table: Any, bias: Any, *refs: Any) -> None:
     problem = cut.problem
     q, k, lse, *tokens, mass, total = refs

@@ -1,8 +1,11 @@
-"""The kernels of attention to selected blocks for TPU: forward, query gradients, key gradients, column mass.
+"""The kernels of attention to selected blocks for TPU: forward, gradients, column mass.
 
 A step of the grid is a tile of queries of all heads that share keys and choice, or a tile of keys. In it a loop goes through the tiles of
 the other side that some query has to do with, and copies the next from memory while it works on one. So few queries of many heads make one
-tall product, a tile that is visited costs its own work and no step of a grid, and a list of tiles is no longer than a row of them.
+tall product, a tile that is visited costs its own work and no step of a grid, and a list is no longer than a row of them.
+
+The gradients of keys are added, in the loop over the keys of some queries, to sums in memory, which are fetched and written back like the
+keys: the scores are made once for all gradients, and what moves is keys, not the queries of many heads.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,6 +28,9 @@ Array = jax.Array
 
 MAX_HEADS = 16
 """Heads whose queries share a tile."""
+
+SUM_SLOTS = 3
+"""Tiles of the sums of keys that are on the core: one that comes, one that is added to, and one on its way back."""
 
 SMALL = (32, 64)
 """Blocks of fewer than 128 keys that are tiles of their own; others share a tile."""
@@ -106,8 +112,9 @@ class _Tile(NamedTuple):
     """bool [N, M] or [1, M]"""
 
 
-_Work = tuple[Callable[[_Tile], None], Callable[[Any], None]]
-"""What a kernel does with a tile, and what it writes at the end, where it is given the sigmoid's bias of the queries of its grid."""
+_Work = tuple[Callable[[_Tile], Sequence[Array]], Callable[[Any], None]]
+"""What a kernel does with a tile, which gives what it adds to the sums of its keys [N, .], and what it writes at the end, where it is given the
+sigmoid's bias of the queries of its grid."""
 
 
 class _Walk:
@@ -169,20 +176,34 @@ class _Walk:
         )
 
     def over_queries(
-        self, begin: Callable[..., _Work], name: str, *, outputs: list[tuple[int, Any]], scratch: list[Any]
+        self,
+        begin: Callable[..., _Work],
+        name: str,
+        *,
+        outputs: list[tuple[int, Any]],
+        scratch: list[Any],
+        sums: Sequence[int] = (),
     ) -> list[Array]:
-        """Runs a kernel over (batch, bundles, tiles of queries); outputs [B, H, width, T] belong to the queries.
+        """Runs a kernel over (batch, key heads, their bundles' tiles of queries); outputs [B, H, width, T] belong to the queries.
 
         Args:
           begin: makes the kernel's work of references to its outputs and its scratch memory.
+          sums: widths of float32 sums [B, Hkv, S, width] of the keys, which follow the outputs.
         """
-        length, cut = self.num_queries * self.cut.queries, self.cut
-        at = lambda b, c, i, entry: (b, c, i, entry)
+        length, cut, each = self.num_queries * self.cut.queries, self.cut, self.num_bundles // self.num_kv_heads
+        kinds = self.kinds.reshape(self.batch, self.num_kv_heads, -1, self.num_keys)
+
+        def at(b: Array, h: Array, n: Array, entry: Array) -> tuple[Array, Array, Array, Array]:
+            return b, h * each + jax.lax.div(n, self.num_queries), jax.lax.rem(n, self.num_queries), entry
+
+        def where(b: Array, h: Array, n: Array, _: Any) -> tuple[Array, Any, int, Array]:
+            b, bundle, i, _ = at(b, h, n, n)
+            return b, bundle, 0, i
+
         return self._call(
             begin,
             name,
-            (self.num_bundles, self.num_queries),
-            self.kinds,
+            kinds,
             at,
             self.of_queries,
             self.of_keys,
@@ -190,37 +211,36 @@ class _Walk:
             out_shape=[
                 jax.ShapeDtypeStruct((self.batch, self.num_bundles * cut.heads, n, length), dtype) for n, dtype in outputs
             ],
-            out_specs=[pl.BlockSpec((1, cut.heads, n, cut.queries), lambda b, c, i, _: (b, c, 0, i)) for n, _ in outputs],
+            out_specs=[pl.BlockSpec((1, cut.heads, n, cut.queries), where) for n, _ in outputs],
             scratch=scratch,
+            sums=[jnp.zeros((self.batch, self.num_kv_heads, self.num_keys * cut.keys, n), jnp.float32) for n in sums],
         )
 
     def over_keys(
-        self, begin: Callable[..., _Work], name: str, *, outputs: list[tuple[int, Any]], scratch: list[Any], apart: bool = False
+        self, begin: Callable[..., _Work], name: str, *, outputs: list[tuple[int, Any]], scratch: list[Any]
     ) -> list[Array]:
-        """Likewise over (batch, key heads, tiles of keys); outputs [B, Hkv, S, width] belong to the keys. With `apart` each bundle has
-        outputs of its own on the keys that it shares, [B, bundles, S, width]."""
-        num, length = self.num_bundles if apart else self.num_kv_heads, self.num_keys * self.cut.keys
-        each = self.num_bundles // num
-        kinds = self.kinds.reshape(self.batch, num, each, self.num_queries, self.num_keys).transpose(0, 1, 4, 2, 3)
-        at = lambda b, h, j, entry: (b, h * each + jax.lax.div(entry, self.num_queries), jax.lax.rem(entry, self.num_queries), j)
+        """Likewise over (batch, bundles, tiles of keys); each bundle has outputs of its own, [B, bundles, S, width]."""
+        length = self.num_keys * self.cut.keys
         return self._call(
             begin,
             name,
-            (num, self.num_keys),
-            kinds.reshape(*kinds.shape[:3], -1),
-            at,
+            jnp.swapaxes(self.kinds, 2, 3),
+            lambda b, c, j, entry: (b, c, entry, j),
             self.of_keys,
             self.of_queries,
             fetched=1,
-            out_shape=[jax.ShapeDtypeStruct((self.batch, num, length, n), dtype) for n, dtype in outputs],
-            out_specs=[pl.BlockSpec((1, 1, self.cut.keys, n), lambda b, h, j, _: (b, h, j, 0)) for n, _ in outputs],
+            out_shape=[jax.ShapeDtypeStruct((self.batch, self.num_bundles, length, n), dtype) for n, dtype in outputs],
+            out_specs=[pl.BlockSpec((1, 1, self.cut.keys, n), lambda b, c, j, _: (b, c, j, 0)) for n, _ in outputs],
             scratch=scratch,
+            sums=[],
         )
 
-    def _call(self, begin, name, grid, kinds, at, held, streamed, *, fetched, out_shape, out_specs, scratch) -> list[Array]:
-        """`at(b, h, tile, entry)` gives row, bundle, tile of queries and tile of keys for a step of the grid and an entry of its list; a
-        visit fetches `fetched` of these."""
+    def _call(self, begin, name, kinds, at, held, streamed, *, fetched, out_shape, out_specs, scratch, sums) -> list[Array]:
+        """`at(b, h, n, entry)` gives row, bundle, tile of queries and tile of keys for a step of the grid and an entry of its list; a visit
+        fetches `fetched` of these. `kinds` are [B, ., ., entries] over the grid."""
         streamed = streamed | {"bits": self.bits}
+        of_keys = self.of_keys["k"]
+        sum_of = [of_keys._replace(value=x, block=(*of_keys.block[:3], x.shape[3])) for x in sums]
         visits = ordered(kinds, kinds.shape[-1]).entries
         counts = jnp.sum((visits & 3) != SKIP, axis=-1, keepdims=True, dtype=jnp.int32)
         table = jnp.concatenate([counts, visits], axis=-1)[..., None, :]  # [B, heads, tiles, 1, 1 + the other side's]
@@ -229,8 +249,11 @@ class _Walk:
         def kernel(bias: Any, visits: Any, *refs: Any) -> None:
             left = iter(refs)
             here, far = ({key: next(left) for key in names} for names in (held, streamed))
-            outs, buffers = [next(left) for _ in out_shape], {key: next(left) for key in streamed}
-            arrived, *state = left
+            for _ in sums:
+                next(left)  # the same memory as the outputs
+            outs, totals = [next(left) for _ in out_shape], [next(left) for _ in sums]
+            buffers, sum_buffers = {key: next(left) for key in streamed}, [next(left) for _ in sums]
+            arrived, sum_arrived, sum_left, *state = left
             b, h, tile = (pl.program_id(axis) for axis in range(3))
             count, entry = _listed(visits, 0), lambda n: _listed(visits, 1 + n)
             kinds, num_visits = possible(self.cut), pl.cdiv(count, fetched)
@@ -246,53 +269,87 @@ class _Walk:
                     ]
                 return found
 
+            def real(n: Array, p: int) -> Array:
+                return (entry(n * fetched + p) & 3) != SKIP
+
+            def of_sums(n: Array, move: Callable[[Any], None], *, back: bool) -> None:
+                """Moves the sums of a visit's keys to this core, or back."""
+                for p in range(fetched):
+                    place, slot = at(b, h, tile, entry(n * fetched + p) >> 2), jax.lax.rem(n, SUM_SLOTS)
+
+                    def moved(p: int = p, place: Any = place, slot: Array = slot) -> None:
+                        for i, (array, far_sum, buffer) in enumerate(zip(sum_of, totals, sum_buffers, strict=True)):
+                            ends = array.of(far_sum, *place), buffer.at[slot, p]
+                            source, target = reversed(ends) if back else ends
+                            move(pltpu.make_async_copy(source, target, (sum_left if back else sum_arrived).at[slot, p, i]))
+
+                    if sums:
+                        pl.when(real(n, p))(moved)
+
             def start(n: Array) -> None:
                 for copy in copies(n):
                     copy.start()
+                of_sums(n, lambda copy: copy.start(), back=False)
 
             def visit(n: Array, _: None) -> None:
+                if sums:  # those of a slot are back before others come to it
+                    pl.when(n >= SUM_SLOTS - 1)(lambda: of_sums(n - (SUM_SLOTS - 1), lambda copy: copy.wait(), back=True))
                 pl.when(n + 1 < num_visits)(partial(start, n + 1))
                 for copy in copies(n):
                     copy.wait()
+                of_sums(n, lambda copy: copy.wait(), back=False)
                 bundle = at(b, h, tile, entry(n * fetched) >> 2)[1]
 
                 def of_kind(kind: int) -> None:
                     parts = {key: [ref[0]] for key, ref in here.items()}
                     parts |= {key: [buffer[n & 1, p, 0] for p in range(fetched)] for key, buffer in buffers.items()}
                     if fetched > 1:  # beyond the last tile of the list
-                        real = [(entry(n * fetched + p) & 3) != SKIP for p in range(fetched)]
-                        parts["bits"] = [jnp.where(some, x, 0) for some, x in zip(real, parts["bits"], strict=True)]
-                    work(self._tile(parts, self._bias(bias, bundle), kind))
+                        parts["bits"] = [jnp.where(real(n, p), x, 0) for p, x in enumerate(parts["bits"])]
+                    added = work(self._tile(parts, self._bias(bias, bundle), kind))
+                    for buffer, x in zip(sum_buffers, added, strict=True):
+                        for p in range(fetched):
+                            of_tile = x[p * self.cut.keys : (p + 1) * self.cut.keys]
+                            buffer[jax.lax.rem(n, SUM_SLOTS), p, 0, 0] += of_tile
 
                 for kind in kinds:
                     one = partial(of_kind, kind)
                     pl.when(entry(n) & 3 == kind)(one) if len(kinds) > 1 else one()
+                of_sums(n, lambda copy: copy.start(), back=True)
 
             pl.when(count > 0)(partial(start, jnp.int32(0)))
             _each(num_visits, visit)
-            finish(self._bias(bias, h))
+            for late in range(1, SUM_SLOTS):
+                if sums:
+                    last = num_visits - late
+                    pl.when(last >= 0)(lambda last=last: of_sums(last, lambda copy: copy.wait(), back=True))
+            finish(self._bias(bias, at(b, h, tile, tile)[1]))
 
         return pl.pallas_call(
             kernel,
             name=name,
-            out_shape=out_shape,
+            out_shape=[*out_shape, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in sums)],
+            input_output_aliases={2 + len(held) + len(streamed) + i: len(out_shape) + i for i in range(len(sums))},
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=1,
-                grid=(self.batch, *grid),
+                grid=kinds.shape[:3],
                 in_specs=[
                     pl.BlockSpec((1, 1, 1, *table.shape[3:]), lambda b, h, n, _: (b, h, n, 0, 0), memory_space=pltpu.SMEM),
                     *(pl.BlockSpec(a.block, lambda b, h, n, _, a=a: a.where(*at(b, h, n, 0))) for a in held.values()),
-                    *[pl.BlockSpec(memory_space=pl.ANY)] * len(streamed),
+                    *[pl.BlockSpec(memory_space=pl.ANY)] * (len(streamed) + len(sums)),
                 ],
-                out_specs=out_specs,
+                out_specs=[*out_specs, *[pl.BlockSpec(memory_space=pl.ANY)] * len(sums)],
                 scratch_shapes=[
                     *(pltpu.VMEM((2, fetched, *a.block), a.value.dtype) for a in streamed.values()),
+                    *(pltpu.VMEM((SUM_SLOTS, fetched, *a.block), jnp.float32) for a in sum_of),
                     pltpu.SemaphoreType.DMA((2, fetched, len(streamed))),
+                    *[pltpu.SemaphoreType.DMA((SUM_SLOTS, fetched, max(1, len(sums))))] * 2,
                     *scratch,
                 ],
             ),
-            compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3),
-        )(self.bias, table, *(a.value for a in held.values()), *(a.value for a in streamed.values()))
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel", "parallel", "arbitrary" if sums else "parallel")
+            ),
+        )(self.bias, table, *(a.value for a in held.values()), *(a.value for a in streamed.values()), *sums)
 
     def _tile(self, parts: dict[str, list[Array]], bias: Any, kind: int) -> _Tile:
         """A tile of what a kernel holds and what it fetched, each [heads, ., .]; of what belongs to keys one after the other."""
@@ -361,8 +418,9 @@ def forward(problem: Problem, x: Operands) -> tuple[Array, tuple[Array, ...]]:
         sums = Sums(*state)
         sums.clear()
 
-        def work(tile: _Tile) -> None:
+        def work(tile: _Tile) -> Sequence[Array]:
             sums.add(problem, tile.bias, tile.q, tile.k, tile.v.T, tile.visible, slice(None))
+            return ()
 
         def finish(bias: Any) -> None:
             values, found = sums.results(problem, bias)
@@ -384,9 +442,9 @@ def forward(problem: Problem, x: Operands) -> tuple[Array, tuple[Array, ...]]:
     return o[..., :length], tuple(rows[:, :, i, :length] for i in range(num_rows))
 
 
-def query_gradients(problem: Problem, x: Operands, d_o: Array, rows: Sequence[Array]) -> tuple[Array, Array]:
-    """See `plait.kernels.attention.tpu.kernels.query_gradients`."""
-    cut, length, key_dim = problem.tiles, x.q.shape[2], x.q.shape[3]
+def all_gradients(problem: Problem, x: Operands, d_o: Array, rows: Sequence[Array]) -> tuple[Array, Array, Array, Array]:
+    """See `plait.kernels.attention.tpu.kernels.all_gradients`."""
+    cut, length, (key_dim, value_dim), num_keys = problem.tiles, x.q.shape[2], (x.k.shape[3], x.v.shape[3]), x.k.shape[2]
 
     def begin(problem: Problem, outs: Any, state: Any) -> _Work:
         d_q, d_bias = outs
@@ -394,11 +452,13 @@ def query_gradients(problem: Problem, x: Operands, d_o: Array, rows: Sequence[Ar
         acc[...] = jnp.zeros_like(acc)
         shared_acc[...] = jnp.zeros_like(shared_acc)
 
-        def work(tile: _Tile) -> None:
-            _, d_logits, shared = _gradients(problem, tile)
-            acc[...] += dot(tile.k.T, d_logits.astype(tile.k.dtype), NN)  # [K, M]
+        def work(tile: _Tile) -> Sequence[Array]:
+            weights, d_logits, shared = gradients(problem, tile.bias, tile.q, tile.k, tile.v, tile.d_o, tile.rows, tile.visible)
             if problem.sigmoid:
                 shared_acc[...] += jnp.sum(shared, axis=0, keepdims=True)
+            d_logits = d_logits.astype(tile.k.dtype)
+            acc[...] += dot(tile.k.T, d_logits, NN)  # [K, M]
+            return problem.scale * dot(d_logits, tile.q, NN), dot(weights.astype(tile.d_o.dtype), tile.d_o, NN)
 
         def finish(_: Any) -> None:
             for n in range(cut.heads):
@@ -408,43 +468,15 @@ def query_gradients(problem: Problem, x: Operands, d_o: Array, rows: Sequence[Ar
 
         return work, finish
 
-    d_q, d_bias = _Walk(problem, x, d_o=d_o, rows=stacked_rows(problem, rows)).over_queries(
+    d_q, d_bias, d_k, d_v = _Walk(problem, x, d_o=d_o, rows=stacked_rows(problem, rows)).over_queries(
         begin,
-        "selected_attention_query_gradients",
+        "selected_attention_gradients",
         outputs=[(key_dim, x.q.dtype), (1, jnp.float32)],
         scratch=[pltpu.VMEM((n, cut.heads * cut.queries), jnp.float32) for n in (key_dim, 1)],
+        sums=(key_dim, value_dim),
     )
-    return jnp.swapaxes(d_q[..., :length], 2, 3), jnp.sum(d_bias, axis=(0, 2, 3))
-
-
-def key_gradients(problem: Problem, x: Operands, d_o: Array, rows: Sequence[Array]) -> tuple[Array, Array]:
-    """See `plait.kernels.attention.tpu.kernels.key_gradients`."""
-    dims, num_keys = (x.k.shape[3], x.v.shape[3]), x.k.shape[2]
-
-    def begin(problem: Problem, outs: Any, state: Any) -> _Work:
-        k_acc, v_acc = state
-        k_acc[...] = jnp.zeros_like(k_acc)
-        v_acc[...] = jnp.zeros_like(v_acc)
-
-        def work(tile: _Tile) -> None:
-            weights, d_logits, _ = _gradients(problem, tile)
-            v_acc[...] += dot(weights.astype(tile.d_o.dtype), tile.d_o, NN)  # [N, V]
-            k_acc[...] += dot(d_logits.astype(tile.q.dtype), tile.q, NN)  # [N, K]
-
-        def finish(_: Any) -> None:
-            d_k, d_v = outs
-            d_k[0, 0] = (problem.scale * k_acc[...]).astype(d_k.dtype)
-            d_v[0, 0] = v_acc[...].astype(d_v.dtype)
-
-        return work, finish
-
-    d_k, d_v = _Walk(problem, x, d_o=d_o, rows=stacked_rows(problem, rows)).over_keys(
-        begin,
-        "selected_attention_key_gradients",
-        outputs=[(dims[0], x.k.dtype), (dims[1], x.v.dtype)],
-        scratch=[pltpu.VMEM((problem.tiles.keys, n), jnp.float32) for n in dims],
-    )
-    return d_k[:, :, :num_keys], d_v[:, :, :num_keys]
+    d_k, d_v = (total[:, :, :num_keys].astype(of.dtype) for total, of in ((d_k, x.k), (d_v, x.v)))
+    return jnp.swapaxes(d_q[..., :length], 2, 3), d_k, d_v, jnp.sum(d_bias, axis=(0, 2, 3))
 
 
 def column_mass(problem: Problem, x: Operands, lse: Array) -> Array:
@@ -455,12 +487,13 @@ def column_mass(problem: Problem, x: Operands, lse: Array) -> Array:
         (total,) = state
         total[...] = jnp.zeros_like(total)
 
-        def work(tile: _Tile) -> None:
+        def work(tile: _Tile) -> Sequence[Array]:
             z = products(problem, tile.k, tile.q)
             weights = jnp.where(tile.visible, jnp.exp2((problem.scale * LOG2_E) * z - tile.rows), 0)
             for n in range(cut.heads):
                 of_head = weights[:, n * cut.queries : (n + 1) * cut.queries]
                 total[:, n : n + 1] += jnp.sum(of_head, axis=1, keepdims=True)
+            return ()
 
         def finish(_: Any) -> None:
             outs[0][0, 0] = total[...]
@@ -472,11 +505,6 @@ def column_mass(problem: Problem, x: Operands, lse: Array) -> Array:
         "selected_attention_column_mass",
         outputs=[(cut.heads, jnp.float32)],
         scratch=[pltpu.VMEM((cut.keys, cut.heads), jnp.float32)],
-        apart=True,
     )
     batch, bundles, _, heads = mass.shape
     return jnp.swapaxes(mass, 2, 3).reshape(batch, bundles * heads, -1)[:, :, : x.k.shape[2]]
-
-
-def _gradients(problem: Problem, tile: _Tile) -> tuple[Array, Array, Array]:
-    return gradients(problem, tile.bias, tile.q, tile.k, tile.v, tile.d_o, tile.rows, tile.visible)
