@@ -228,7 +228,8 @@ def _flash_backward(problem: Problem, saved: Any, cotangents: tuple[Array, tuple
     if problem.sigmoid and problem.stats:
         d_o = (d_o * rows[-1][:, :, None]).astype(d_o.dtype)
     d_o = jnp.swapaxes(d_o, 2, 3)
-    return (Operands(*_kernels(x).all_gradients(problem, x, d_o, rows), None, None, None),)
+    d_q, d_k, d_v, d_bias = _kernels(x).all_gradients(problem, x, d_o, rows)
+    return (Operands(d_q, d_k, d_v, d_bias, None, None, None),)
 
 
 _flash.defvjp(_flash_forward, _flash_backward)

@@ -259,46 +259,41 @@ class _Walk:
             kinds, num_visits = possible(self.cut), pl.cdiv(count, fetched)
             work, finish = begin(self.problem, outs, state)
 
-            def copies(n: Array) -> list[Any]:
-                slot, found = n & 1, []
-                for p in range(fetched):
-                    place = at(b, h, tile, entry(n * fetched + p) >> 2)
-                    found += [
-                        pltpu.make_async_copy(array.of(far[key], *place), buffers[key].at[slot, p], arrived.at[slot, p, i])
-                        for i, (key, array) in enumerate(streamed.items())
-                    ]
-                return found
+            def place(n: Array, p: int) -> tuple[Array, ...]:
+                return at(b, h, tile, entry(n * fetched + p) >> 2)
 
             def real(n: Array, p: int) -> Array:
                 return (entry(n * fetched + p) & 3) != SKIP
 
-            def of_sums(n: Array, move: Callable[[Any], None], *, back: bool) -> None:
+            def copies(n: Array) -> list[Any]:
+                moving = list(streamed.values()), list(far.values()), list(buffers.values()), arrived
+                return [copy for p in range(fetched) for copy in _copies(*moving, (n & 1, p), place(n, p))]
+
+            def move_sums(n: Array, move: Callable[[Any], None], *, back: bool) -> None:
                 """Moves the sums of a visit's keys to this core, or back."""
-                for p in range(fetched):
-                    place, slot = at(b, h, tile, entry(n * fetched + p) >> 2), jax.lax.rem(n, SUM_SLOTS)
+                for p in range(fetched if sums else 0):
+                    moving = sum_of, totals, sum_buffers, sum_left if back else sum_arrived
+                    found = partial(_copies, *moving, (jax.lax.rem(n, SUM_SLOTS), p), place(n, p), back=back)
 
-                    def moved(p: int = p, place: Any = place, slot: Array = slot) -> None:
-                        for i, (array, far_sum, buffer) in enumerate(zip(sum_of, totals, sum_buffers, strict=True)):
-                            ends = array.of(far_sum, *place), buffer.at[slot, p]
-                            source, target = reversed(ends) if back else ends
-                            move(pltpu.make_async_copy(source, target, (sum_left if back else sum_arrived).at[slot, p, i]))
+                    def moved(found: Callable[[], list[Any]] = found) -> None:
+                        for copy in found():
+                            move(copy)
 
-                    if sums:
-                        pl.when(real(n, p))(moved)
+                    pl.when(real(n, p))(moved)
 
             def start(n: Array) -> None:
                 for copy in copies(n):
-                    copy.start()
-                of_sums(n, lambda copy: copy.start(), back=False)
+                    _start(copy)
+                move_sums(n, _start, back=False)
 
             def visit(n: Array, _: None) -> None:
-                if sums:  # those of a slot are back before others come to it
-                    pl.when(n >= SUM_SLOTS - 1)(lambda: of_sums(n - (SUM_SLOTS - 1), lambda copy: copy.wait(), back=True))
+                earlier = n - (SUM_SLOTS - 1)  # those of a slot are back before others come to it
+                pl.when(earlier >= 0)(partial(move_sums, earlier, _wait, back=True))
                 pl.when(n + 1 < num_visits)(partial(start, n + 1))
                 for copy in copies(n):
-                    copy.wait()
-                of_sums(n, lambda copy: copy.wait(), back=False)
-                bundle = at(b, h, tile, entry(n * fetched) >> 2)[1]
+                    _wait(copy)
+                move_sums(n, _wait, back=False)
+                bundle = place(n, 0)[1]
 
                 def of_kind(kind: int) -> None:
                     parts = {key: [ref[0]] for key, ref in here.items()}
@@ -314,14 +309,12 @@ class _Walk:
                 for kind in kinds:
                     one = partial(of_kind, kind)
                     pl.when(entry(n) & 3 == kind)(one) if len(kinds) > 1 else one()
-                of_sums(n, lambda copy: copy.start(), back=True)
+                move_sums(n, _start, back=True)
 
             pl.when(count > 0)(partial(start, jnp.int32(0)))
             _each(num_visits, visit)
-            for late in range(1, SUM_SLOTS):
-                if sums:
-                    last = num_visits - late
-                    pl.when(last >= 0)(lambda last=last: of_sums(last, lambda copy: copy.wait(), back=True))
+            for last in (num_visits - n for n in range(1, SUM_SLOTS)):
+                pl.when(last >= 0)(partial(move_sums, last, _wait, back=True))
             finish(self._bias(bias, at(b, h, tile, tile)[1]))
 
         return pl.pallas_call(
@@ -391,6 +384,32 @@ class _Walk:
 def possible(cut: Cut) -> tuple[int, ...]:
     """The kinds of tiles that are visited: in a tile of several blocks the choice is never alone."""
     return (MASKED, FULL) if cut.block_size >= cut.keys and cut.fetched == 1 else (MASKED,)
+
+
+def _copies(
+    arrays: list[_Array],
+    far: list[Any],
+    buffers: list[Any],
+    semaphores: Any,
+    at: tuple[Any, int],
+    place: Any,
+    *,
+    back: bool = False,
+) -> list[Any]:
+    """The copies of a tile's parts of arrays into the buffers, at a slot and one of the tiles there, or back."""
+    found = []
+    for i, (array, ref, buffer) in enumerate(zip(arrays, far, buffers, strict=True)):
+        ends = array.of(ref, *place), buffer.at[at]
+        found.append(pltpu.make_async_copy(*(ends[::-1] if back else ends), semaphores.at[(*at, i)]))
+    return found
+
+
+def _start(copy: Any) -> None:
+    copy.start()
+
+
+def _wait(copy: Any) -> None:
+    copy.wait()
 
 
 def _listed(visits: Any, n: Any) -> Array:
