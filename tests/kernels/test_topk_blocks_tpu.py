@@ -1,6 +1,5 @@
 """The TPU kernel of block selection in Pallas' TPU interpreter, with race detection, and through the compiler, against the reference."""
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +9,7 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from plait.kernels import Tokens, topk_blocks, whole_blocks
+from plait.kernels import Tokens, whole_blocks
 from plait.kernels.target import target
 from plait.kernels.topk_blocks import chunked, pallas_tpu, reference
 from plait.kernels.topk_blocks.call import TopkCall
@@ -99,42 +98,32 @@ def test_unsupported_says_why():
 
 
 @pytest.mark.parametrize(
-    ("generation", "length"),
-    [("v5e", 4096), *(pytest.param(name, n, marks=pytest.mark.slow) for name in TOPOLOGIES for n in (32768, 131072))],
+    ("generation", "length", "kind"),
+    [
+        ("v5e", 4096, "runs"),
+        *(
+            pytest.param(name, n, kind, marks=pytest.mark.slow)
+            for name in TOPOLOGIES
+            for n in (32768, 131072)
+            for kind in ("runs", "indexer")
+        ),
+    ],
 )
-@pytest.mark.parametrize("kind", ["runs", pytest.param("indexer", marks=pytest.mark.slow)])
 def test_kernel_compiles(generation: str, length: int, kind: str, monkeypatch: pytest.MonkeyPatch):
+    """NSA's scores of runs, and those of DSA's indexer for the queries that are worked off at a time."""
     pytest.importorskip("libtpu", reason="compiling for TPU needs libtpu: pip install 'plait[aot]'")
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     device = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[generation]).devices[0]
     array = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
-    indexer = kind == "indexer"
-    heads, count = (64, length) if indexer else (16, length // 16)
-    options = (
-        {"block_size": 1, "num_blocks": length, "num_local": 0, "top_k": 2048}
-        if indexer
-        else {
-            "block_size": 64,
-            "num_blocks": length // 64,
-            "num_local": 2,
-            "num_first": 1,
-            "top_k": 16,
-            "scale": 0.1,
-            "stride": 16,
-            "span": 32,
-        }
-    )
-
-    def select(q, blocks, ids, numbers, weights):
-        at, blocks_at = Tokens(None, jnp.ones((1, length), jnp.int32)), Tokens(None, ids, numbers)
-        more = options | ({"weights": weights} if indexer else {})
-        call = partial(topk_blocks, q, blocks, blocks_at=blocks_at, at=at, by_group=True)
-        return call(**more, implementation="pallas_tpu").indices
-
-    places = array(1, count, dtype=jnp.int32)
+    numbers = lambda n: array(1, n, dtype=jnp.int32)
+    heads, queries, blocks, options = 16, length, length // 16, {"block_size": 64, "scale": 0.1, "stride": 16, "span": 32}
+    if kind == "indexer":
+        heads, queries, blocks, options = 64, chunked.MAX_SCORES // length, length, {"block_size": 1, "scale": None}
+        options["weights"] = array(1, queries, heads)
+    fields = {"top_k": 16, "num_local": 0, "num_first": 0, "by_group": True, "num_blocks": length} | options
+    at, blocks_at = (Tokens(None, numbers(n), numbers(n)) for n in (queries, blocks))
+    call = TopkCall(q=array(1, queries, heads, 128), blocks=array(1, blocks, 1, 128), at=at, blocks_at=blocks_at, **fields)
     with target(generation):
-        lowered = jax.jit(select).lower(
-            array(1, length, heads, 128), array(1, count, 1, 128), places, places, array(1, length, heads)
-        )
-        assert "group_scores" in lowered.compile().as_text()
+        assert pallas_tpu.unsupported(call) is None
+        assert "group_scores" in jax.jit(pallas_tpu.scores).lower(call).compile().as_text()
