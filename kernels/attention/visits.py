@@ -1,7 +1,7 @@
 """Which tiles of the attention matrix a kernel visits: a table for the grid, so that hidden tiles are never loaded."""
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -103,19 +103,9 @@ def layout_of(call: AttentionCall) -> Layout:
     return Layout(call.mask, call.q.shape[1], call.k.shape[1], own_keys=call.own_keys, packed=call.packed)
 
 
-def plan_visits(
-    layout: Layout,
-    queries: Tokens,
-    keys: Tokens,
-    block_q: int,
-    block_kv: int,
-    *,
-    keep_first: bool,
-    selected: SelectedBlocks | None = None,
-    num_heads: int = 1,
-) -> tuple[Visits, Visits]:
+def plan_visits(layout: Layout, queries: Tokens, keys: Tokens, block_q: int, block_kv: int, **more: Any) -> tuple[Visits, Visits]:
     """What query blocks visit, and what key blocks visit; arguments as in `tile_kinds`."""
-    kinds = tile_kinds(layout, queries, keys, block_q, block_kv, keep_first=keep_first, selected=selected, num_heads=num_heads)
+    kinds = tile_kinds(layout, queries, keys, block_q, block_kv, **more)
     rows, columns = layout.widths(block_q, block_kv)
     return ordered(kinds, rows), ordered(jnp.swapaxes(kinds, 2, 3), columns)
 
@@ -201,7 +191,7 @@ def segment_starts(layout: Layout, queries: Tokens, keys: Tokens) -> Array:
 
 
 def ordered(kinds: Array, width: int) -> Visits:
-    """Gathers each row's visited tiles [B, H, N, M] at its front."""
+    """The tiles that each row of kinds [B, H, N, M] visits, at most `width`."""
     order = jnp.argsort(kinds == SKIP, axis=-1, stable=True)[..., :width]
     count = jnp.sum(kinds != SKIP, axis=-1, keepdims=True)
     step = jnp.arange(width).reshape(1, 1, 1, -1)
