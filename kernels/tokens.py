@@ -54,9 +54,9 @@ class Tokens:
 
     def starts(self) -> Array:
         """The index [B, T] of the first token of each token's segment; of padding that of the segment before it, or 0."""
-        begun = jax.lax.cummax(self.numbered(), axis=1)  # the segments begun so far
+        begun = chunking.running_max(self.numbered())  # the segments begun so far
         here = jnp.arange(begun.shape[1], dtype=jnp.int32)[None, :]
-        return jax.lax.cummax(jnp.where(jnp.diff(begun, axis=1, prepend=0) != 0, here, 0), axis=1)
+        return chunking.running_max(jnp.where(jnp.diff(begun, axis=1, prepend=0) != 0, here, 0))
 
     def numbered(self) -> Array:
         """The segment ids [B, T] renumbered from 1 in order, so that the segments of a run of tokens are an interval; padding stays 0."""

@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from plait.kernels import Tokens, attention, decay, short_conv
+from plait.kernels import Tokens, attention, chunking, decay, short_conv
 from plait.kernels.masks import Mask
 from plait.tests.tolerances import assert_close
 
@@ -43,3 +44,10 @@ def test_tokens_are_a_pytree_that_ops_take_whole():
         assert_close(got, want)
     for got, want in zip(run(Tokens(at.ids)), run(None), strict=True):
         assert_close(got, want)
+
+
+@pytest.mark.parametrize("length", [1, 4096, 4097, 70_001])
+def test_running_max_and_sum_are_numpys(length: int):
+    x = np.random.default_rng(0).integers(-5, length, (2, length)).astype(np.int32)
+    assert (np.asarray(chunking.running_max(jnp.asarray(x))) == np.maximum.accumulate(x, axis=1)).all()
+    assert (np.asarray(chunking.running_sum(jnp.asarray(x))) == np.cumsum(x, axis=1, dtype=np.int32)).all()
