@@ -4,9 +4,9 @@
 
 No kernel runs. Under masks and with routed heads it counts the cells of 128 by 128 pairs that the kernel is told to compute, and adds to each
 tile the cells whose cycles a step costs (`STEP` in `kernels/attention/tpu/size.py`); that a cell under the mask costs more, or one of a short
-row of them, is not counted. Where blocks are selected it counts the tiles that are visited, by their cycles: v5e's static estimates for head
-dim 128, as `tpu_static.py` gives them. The promised work is the density of visible pairs times that of full causal attention.
-Routed heads are drawn at random, and so are selected blocks: by the queries of one block together, or by each query apart.
+row of them, is not counted. "By cycles", and where blocks are selected, tiles count by v5e's static estimates for head dim 128, as
+`sparse_static.py` gives them. The promised work is the density of visible pairs times that of full causal attention. Routed heads are drawn
+at random, and so are selected blocks: by a run of queries together, or by each query apart.
 """
 
 from __future__ import annotations
@@ -21,24 +21,28 @@ from plait.kernels import Mask, PowerMask, SelectedBlocks, Tokens
 from plait.kernels.attention.pallas_tpu import choose_tiles
 from plait.kernels.attention.tpu import size
 from plait.kernels.attention.tpu.chosen import SELECTED
-from plait.kernels.attention.tpu.edges import CELL
-from plait.kernels.attention.tpu.selected import Cut
+from plait.kernels.attention.tpu.cut import Cut
+from plait.kernels.attention.tpu.edges import CELL, FIRST_EDGE, edges
 from plait.kernels.attention.visits import FULL, MASKED, SKIP, Layout, tile_kinds
 from plait.train.verify.rooflines import PEAKS
 
 CYCLES = {
-    (1, 1024, 512): ((3690, 5318), (3264, 5318)),
+    (1, 1024, 512): ((3630, 5318), (3202, 5318)),
     (1, 512, 512): ((2138, 2908), (1674, 2908)),
-    (1, 1024, 256): ((1744, 2757), (1717, 2757)),
-    (1, 1024, 128): ((1098, 1510), (954, 1510)),
+    (1, 1024, 256): ((1692, 2757), (1665, 2757)),
+    (1, 1024, 128): ((1046, 1510), (902, 1510)),
     (4, 256, 64): ((1045 / 2, 1510 / 2), None),
     (16, 128, 64): ((1513 / 2, 2757 / 2), None),
 }
 """A tile's cycles by heads, queries and keys of it, two of 64 keys being fetched together: forward and all gradients, under the mask, and
-where the choice alone hides keys. Those of gradients are v5p's, without a mask: v5e has no estimate of them, and with a mask neither has."""
+where the choice alone hides keys. Those of gradients are without a mask, with which there is no estimate; of many heads they are v5p's, which
+has v5e's where both have one."""
 
-CAUSAL_TILE, CAUSAL_EDGE = (5308, 6702 + 8908), (3743, 4840 + 8908 * 40 / 64)
+CAUSAL_TILE, CAUSAL_EDGE = (5308, 6702 + 8908), (3743, 4936 + 8908 * 40 / 64)
 """Of full causal attention: a tile of 1,024 by 1,024, and one on the diagonal; that of key gradients is by its cells."""
+
+EMPTY = 362
+"""Of a step of the forward pass without work."""
 
 
 def counted(queries: Tokens, length: int, block: int) -> float:
@@ -65,10 +69,17 @@ def cycles(indices: np.ndarray, block_size: int, heads: int) -> tuple[tuple[int,
     return shape, sum(n * of for n, of in zip(visits, each, strict=True)) / cut.heads
 
 
-def under(mask: Mask, length: int, usual: int) -> float:
-    """Cells of work under a mask, in tiles of the size that the kernel takes."""
+def under(mask: Mask, length: int, usual: int) -> tuple[float, float]:
+    """Cells of work, and cycles of the forward pass, under a mask, in tiles of the size that the kernel takes."""
     layout = Layout(mask, length, length, own_keys=True, packed=False)
-    return size.work(layout, size.least(layout, usual))
+    side = size.least(layout, usual)
+    known = edges(layout, side, side)
+    cut_through = sum(
+        int((known.kinds == kind).sum()) * sum(state > 0 for row in cells for state in row)
+        for kind, cells in enumerate(known.cells, FIRST_EDGE)
+    )
+    whole, edge = (CAUSAL_TILE[0] - EMPTY) / 64, (CAUSAL_EDGE[0] - EMPTY) / 36  # a diagonal tile has 36 cells to compute
+    return size.work(layout, side), EMPTY * known.steps + whole * (known.num_cells - cut_through) + edge * cut_through
 
 
 def main() -> None:
@@ -79,25 +90,27 @@ def main() -> None:
     rng = np.random.default_rng(0)
     everyone = Tokens(None, jnp.ones((1, 1, length), jnp.int32), jnp.arange(length, dtype=jnp.int32)[None, None])
     causal = length * (length + 1) / 2
-    full = under(Mask(), length, tile)
+    full, full_cycles = under(Mask(), length, tile)
     print(
         f"T={length}, tiles of {tile}; full causal attention: {full * CELL**2 / causal:.2f} of its visible pairs, steps included"
     )
-    print(f"{'what':38} {'density':>8} {'work':>7} {'speed-up':>9} {'promised':>9} {'share':>6}")
+    print(f"{'what':38} {'density':>8} {'work':>7} {'speed-up':>9} {'promised':>9} {'share':>6} {'by cycles':>9}")
 
-    def show(what: str, density: float, cost: float) -> None:
-        print(f"{what:38} {density:8.4f} {cost / full:7.4f} {full / cost:9.2f} {1 / density:9.2f} {full / cost * density:6.0%}")
+    def show(what: str, density: float, cost: float, taken: float | None = None) -> None:
+        by_cycles = "" if taken is None else f"{full_cycles / taken * density:9.0%}"
+        shares = f"{1 / density:9.2f} {full / cost * density:6.0%} {by_cycles}"
+        print(f"{what:38} {density:8.4f} {cost / full:7.4f} {full / cost:9.2f} {shares}")
 
     for share in (0.25, 0.125, 0.0625):
         window = next(w for w in range(tile, length, tile // 8) if w * length - w * w / 2 >= share * causal)
         density = (window * length - window * (window - 1) / 2) / causal
-        show(f"window {window}", density, under(Mask(window_size=window), length, tile))
+        show(f"window {window}", density, *under(Mask(window_size=window), length, tile))
     for block in (1024, 512, 256):
         rule = PowerMask(block_size=block)
         back = np.arange(length // block)
         blocks = sum((n & (n - 1)) == 0 for i in back for n in range(i + 1))
         density = (blocks - len(back) / 2) * block**2 / causal
-        show(f"power, blocks of {block}", density, under(rule, length, tile))
+        show(f"power, blocks of {block}", density, *under(rule, length, tile))
     for share in (0.75, 0.5):
         active = rng.random((1, 4, length)) < share
         order = jnp.argsort(~jnp.asarray(active), axis=-1, stable=True)

@@ -108,7 +108,7 @@ def work(job: dict[str, Any]) -> None:
     where = SingleDeviceSharding(topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY[job["target"]]).devices[0])
     array = lambda *s, dtype=job["dtype"]: jax.ShapeDtypeStruct(s, dtype, sharding=where)
     ours = _selected_kernel if "cut" in job else _attention_kernel if "kernel" in job else _public
-    build = _splash if job["name"] == "splash" else ours
+    build = _splash if job["name"] == "splash" else _choosing if job["op"] == "choosing" else ours
     with target(job["target"]):
         function, operands = build(job, array)
         text = jax.jit(function).lower(*operands).compile().as_text()
@@ -236,22 +236,23 @@ def _selected_kernel(job: dict[str, Any], array: Callable[..., Any]) -> tuple[Ca
     import jax.numpy as jnp
 
     from plait.kernels import Mask, SelectedBlocks, Tokens
-    from plait.kernels.attention.tpu import selected, tiling
+    from plait.kernels.attention.tpu import selected, tiling, walk
+    from plait.kernels.attention.tpu.cut import Cut
     from plait.kernels.attention.visits import FULL, MASKED, Layout, Visits
 
-    cut, visits, width = selected.Cut(*job["cut"]), job["visits"], job["shape"][3]
+    cut, visits, width = Cut(*job["cut"]), job["visits"], job["shape"][3]
     num_queries, num_keys = cut.queries, cut.keys * visits * cut.fetched
     # Lists in scalar memory, copies by hand and gathers have no estimate: tiles are visited in order, and the copies are left out.
     nothing = type("Copy", (), dict.fromkeys(("start", "wait"), lambda _: None))()
-    selected.pltpu.SMEM, selected.pltpu.make_async_copy = selected.pltpu.VMEM, lambda *_: nothing
-    selected.tile_kinds = lambda *_, **__: jnp.zeros((1, 1, num_queries // cut.queries, num_keys // cut.keys), int)
-    selected.ordered = lambda kinds, _: Visits(kinds)
-    selected._listed = lambda _, n: 4 * n + 1
-    selected.possible = lambda _: (FULL if job["name"].startswith("chosen") else MASKED,)
+    walk.pltpu.SMEM, walk.pltpu.make_async_copy = walk.pltpu.VMEM, lambda *_: nothing
+    walk.tile_kinds = lambda *_, **__: jnp.zeros((1, 1, num_queries // cut.queries, num_keys // cut.keys), int)
+    walk.ordered = lambda kinds, _: Visits(kinds)
+    walk._listed = lambda _, n: 4 * n + 1
+    walk.possible = lambda _: (FULL if job["name"].startswith("chosen") else MASKED,)
     if job["name"].startswith("open"):
-        tile = selected._Walk._tile
-        selected._Walk._tile = lambda *args: tile(*args)._replace(visible=None)
-    selected._each = lambda _, visit: jax.lax.fori_loop(0, visits, visit, None)
+        tile = walk.Walk._tile
+        walk.Walk._tile = lambda *args: tile(*args)._replace(visible=None)
+    walk._each = lambda _, visit: jax.lax.fori_loop(0, visits, visit, None)
     layout = Layout(mask=Mask(), num_queries=num_queries, num_keys=num_keys, own_keys=False, packed=True)
     problem = tiling.Problem(layout, cut, width**-0.5, False, job["name"].endswith("stats"))
     q, k = array(1, cut.heads, num_queries, width), array(1, 1, num_keys, width)
@@ -263,6 +264,36 @@ def _selected_kernel(job: dict[str, Any], array: Callable[..., Any]) -> tuple[Ca
     rows = [array(1, cut.heads, num_queries, dtype=jnp.float32)] * (5 if problem.stats else 2)
     kernel = partial(getattr(selected, job["kernel"]), problem)
     return kernel, (operands, *(() if job["kernel"] == "forward" else (q, rows)))
+
+
+def _choosing(job: dict[str, Any], array: Callable[..., Any]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """The blocks that 32,768 queries of 16 heads choose, together as NSA or, with `job["each"]`, each by itself as MoBA."""
+    import jax.numpy as jnp
+
+    from plait.kernels import Tokens, topk_blocks
+
+    length, heads, each = 32768, 16, job.get("each", False)
+    count = length // (512 if each else 16)
+    options: dict[str, Any] = {"block_size": 512, "top_k": 3}
+    if not each:
+        options = {
+            "block_size": 64,
+            "top_k": 16,
+            "num_local": 2,
+            "num_first": 1,
+            "stride": 16,
+            "span": 32,
+            "scale": 0.1,
+            "by_group": True,
+        }
+
+    def choose(q: Any, blocks: Any, ids: Any, numbers: Any) -> Any:
+        at, blocks_at = Tokens(None, jnp.ones((1, length), jnp.int32)), Tokens(None, ids, numbers)
+        more = options | {"num_blocks": length // options["block_size"], "implementation": job["name"]}
+        return topk_blocks(q, blocks, blocks_at=blocks_at, at=at, **more).indices
+
+    place = array(1, count, dtype=jnp.int32)
+    return choose, (array(1, length, heads, 128), array(1, count, heads if each else 1, 128), place, place)
 
 
 def _splash(job: dict[str, Any], array: Callable[..., Any]) -> tuple[Callable[..., Any], tuple[Any, ...]]:

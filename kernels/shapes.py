@@ -17,6 +17,13 @@ def accumulation_dtype(*arrays: Array) -> Any:
     return jnp.result_type(jnp.float32, *arrays)
 
 
+def padded(x: Array, axis: int, multiple: int) -> Array:
+    """x with zeros at the end of an axis, up to a multiple."""
+    padding = [(0, 0)] * x.ndim
+    padding[axis] = (0, -x.shape[axis] % multiple)
+    return jnp.pad(x, padding)
+
+
 def matmul_precision(dtype: Any) -> jax.lax.Precision:
     """Precision of the large products: full for float32 inputs, the hardware's default for 16-bit ones, which are exact in it."""
     return jax.lax.Precision.DEFAULT if jnp.dtype(dtype).itemsize < 4 else jax.lax.Precision.HIGHEST

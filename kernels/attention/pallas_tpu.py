@@ -23,6 +23,7 @@ from plait.kernels.attention.reference import MASKED as HIDDEN
 from plait.kernels.attention.reference import AttentionStats
 from plait.kernels.attention.tpu import kernels, selected
 from plait.kernels.attention.tpu.chosen import BFLOAT16, FLOAT32, SELECTED
+from plait.kernels.attention.tpu.cut import Cut
 from plait.kernels.attention.tpu.steps import ENTRY_BITS, entry_bits, most_steps
 from plait.kernels.attention.tpu.tiling import LANES, Operands, Problem, Tiles
 from plait.kernels.attention.visits import Layout, laid_out, layout_of
@@ -90,7 +91,7 @@ def _unsupported(call: AttentionCall, layout: Layout, heads: int) -> str | None:
         if not call.document_keys:
             return "blocks are selected among keys that are not the tokens of the queries' documents, in order"
         cut = _cut(call)
-        if (listed := cut.longest_list(*_sizes(call))) > MAX_LIST:
+        if (listed := cut.longest_list(_sizes(call)[1])) > MAX_LIST:
             return f"a list of {listed} tiles exceeds the {MAX_LIST} that scalar memory holds; use shorter sequences"
         return call.selected.unfit(cut.keys)
     for tile in set(vars(_tiles(call, layout)).values()):
@@ -123,10 +124,10 @@ def _generation() -> str:
     return "v5e" if here is None else here.generation
 
 
-def _cut(call: AttentionCall) -> selected.Cut:
+def _cut(call: AttentionCall) -> Cut:
     """How the work of a call that selects blocks is cut."""
     heads, lengths = _sizes(call)
-    return selected.Cut.of(heads, lengths, call.selected, *SELECTED[call.q.dtype.itemsize])
+    return Cut.of(heads, lengths, call.selected, *SELECTED[call.q.dtype.itemsize])
 
 
 def _sizes(call: AttentionCall) -> tuple[tuple[int, int], tuple[int, int]]:

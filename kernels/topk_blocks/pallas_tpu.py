@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from plait.kernels.shapes import matmul_precision
+from plait.kernels.shapes import matmul_precision, padded
 from plait.kernels.target import not_on
 from plait.kernels.topk_blocks import chunked, reference
 from plait.kernels.topk_blocks.call import TopkCall
@@ -75,7 +75,7 @@ def scores(call: TopkCall) -> Array:
     (batch, length, num_heads, width), (count, num_kv_heads) = call.q.shape, call.blocks.shape[1:3]
     group = num_heads // num_kv_heads
     chunk = min(CHUNK, -(-count // PART) * PART)
-    queries, blocks = (lambda x, axis: _padded(x, axis, QUERIES)), (lambda x, axis: _padded(x, axis, chunk))
+    queries, blocks = (lambda x, axis: padded(x, axis, QUERIES)), (lambda x, axis: padded(x, axis, chunk))
     q, c = queries(jnp.swapaxes(call.q.astype(dtype), 1, 2), 2), blocks(jnp.swapaxes(call.blocks.astype(dtype), 1, 2), 2)
     ids = call.at.segment_ids
     rows = queries(jnp.stack([jnp.where(ids == 0, -1, ids), reference.last_scored(call)], axis=1)[:, None], 3)
@@ -187,9 +187,3 @@ def _kernel(problem: Problem, reach: Any, q: Any, c: Any, rows: Any, tokens: Any
 def _shared(call: TopkCall) -> Any:
     """The dtype of the products' operands."""
     return jnp.promote_types(call.q.dtype, call.blocks.dtype)
-
-
-def _padded(x: Array, axis: int, multiple: int) -> Array:
-    padding = [(0, 0)] * x.ndim
-    padding[axis] = (0, -x.shape[axis] % multiple)
-    return jnp.pad(x, padding)

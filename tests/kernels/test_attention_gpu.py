@@ -97,8 +97,8 @@ def _selected(case: Case, batch: int) -> SelectedBlocks | None:
     return SelectedBlocks(indices=jnp.asarray(indices), block_size=size, num_blocks=count)
 
 
-def _run(implementation: Any, case: Case, inputs: dict[str, jax.Array], tokens: dict[str, Any]) -> Any:
-    """Outputs and all gradients; `tokens` are further options."""
+def _run(implementation: Any, case: Case, inputs: dict[str, jax.Array], tokens: dict[str, Any], **static: Any) -> Any:
+    """Outputs and all gradients; `tokens` are further options, and so is `static`."""
 
     def outputs(inputs: dict[str, jax.Array]) -> Any:
         normalizer = "sigmoid" if case.sigmoid else "softmax"
@@ -110,6 +110,7 @@ def _run(implementation: Any, case: Case, inputs: dict[str, jax.Array], tokens: 
             return_stats=case.stats,
             selected=_selected(case, inputs["q"].shape[0]),
             **options,
+            **static,
         )
         o, stats = implementation.attention(call)
         found = {f: jnp.where(x > -1e29, x, 0) for f, x in (stats._asdict() if stats else {}).items()}
@@ -118,10 +119,10 @@ def _run(implementation: Any, case: Case, inputs: dict[str, jax.Array], tokens: 
     return cases.with_gradients(outputs, inputs)
 
 
-def _assert_matches(case: Case, inputs: dict[str, jax.Array], tokens: dict[str, Any]) -> Any:
-    plain = cases.quick_jit(partial(_run, reference, case))
+def _assert_matches(case: Case, inputs: dict[str, jax.Array], tokens: dict[str, Any], **static: Any) -> Any:
+    plain = cases.quick_jit(partial(_run, reference, case, **static))
     with gpu.interpreting(), target("h100"):
-        got = jax.block_until_ready(cases.quick_jit(partial(_run, pallas_gpu, case))(inputs, tokens))
+        got = jax.block_until_ready(cases.quick_jit(partial(_run, pallas_gpu, case, **static))(inputs, tokens))
     assert case.low or got["value"]["o"].dtype == case.dtype
     assert_tree_close(got, in_float64(plain, inputs, tokens), plain(inputs, tokens), dtype=case.dtype)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(got))
@@ -139,6 +140,18 @@ def test_kernel_matches_reference(name: str):
     got = _assert_matches(case, _inputs(case), _own(_segments(case)))
     if name == "hidden":
         assert not any(np.asarray(x).any() for key, x in got["value"].items() if key != "lse")
+
+
+@needs_interpreter
+def test_kernel_matches_reference_with_selected_blocks_of_other_devices():
+    """The queries are a part of the row, the keys all of it."""
+    case = Case(heads=(4, 2), selected=(32, 2), length=128, stats=False)
+    inputs, rng, first, length = _inputs(case), np.random.default_rng(0), 64, 192
+    for name in ("k", "v"):
+        inputs[name] = jnp.asarray(rng.standard_normal((1, length, *inputs[name].shape[2:])), case.dtype)
+    row = Tokens(None, jnp.asarray(np.repeat([1, 2, 3], [40, 110, 42])[None], jnp.int32)).placed(1, length)
+    own = Tokens(None, row.segment_ids[:, first:], row.positions[:, first:])
+    _assert_matches(case, inputs, {"at": own, "kv_at": row}, kv_in_order=True)
 
 
 @needs_interpreter

@@ -26,7 +26,7 @@ from plait.kernels import (
 )
 from plait.kernels.attention import pallas_tpu, reference
 from plait.kernels.attention.call import AttentionCall
-from plait.kernels.attention.tpu import chosen, selected, tiling
+from plait.kernels.attention.tpu import chosen, cut, tiling
 from plait.kernels.attention.visits import FULL, SKIP, Layout, plan_visits
 from plait.kernels.chips import CHIPS
 from plait.kernels.target import target
@@ -224,20 +224,20 @@ def test_kernel_matches_reference_with_selected_blocks(name: str):
 
 
 def test_cut_of_selected_blocks():
-    def cut(*heads: int, size: int, length: int = 32768) -> tuple[int, int, int]:
+    def sizes(*heads: int, size: int, length: int = 32768) -> tuple[int, int, int]:
         num_heads, num_kv_heads, choices = heads
         blocks = SelectedBlocks(indices=jnp.zeros((1, 1, choices, 1), jnp.int32), block_size=size, num_blocks=8)
-        found = selected.Cut.of((num_heads, num_kv_heads), (length, length), blocks, rows=2048, pairs=1 << 19)
+        found = cut.Cut.of((num_heads, num_kv_heads), (length, length), blocks, rows=2048, pairs=1 << 19)
         return found.heads, found.queries, found.keys
 
-    assert cut(16, 1, 1, size=64) == (16, 128, 64)
-    assert cut(32, 1, 1, size=48) == (16, 128, 128)
-    assert cut(16, 4, 4, size=64) == (4, 256, 64)
-    assert cut(16, 4, 1, size=32) == (4, 256, 32)
-    assert cut(16, 4, 16, size=512) == (1, 512, 512)
-    assert cut(8, 8, 8, size=4096) == (1, 2048, 256)
-    assert cut(12, 6, 4, size=64) == (1, 1024, 64)
-    assert cut(8, 8, 8, size=1024, length=200) == (1, 256, 256)
+    assert sizes(16, 1, 1, size=64) == (16, 128, 64)
+    assert sizes(32, 1, 1, size=48) == (16, 128, 128)
+    assert sizes(16, 4, 4, size=64) == (4, 256, 64)
+    assert sizes(16, 4, 1, size=32) == (4, 256, 32)
+    assert sizes(16, 4, 16, size=512) == (1, 512, 512)
+    assert sizes(8, 8, 8, size=4096) == (1, 2048, 256)
+    assert sizes(12, 6, 4, size=64) == (1, 1024, 64)
+    assert sizes(8, 8, 8, size=1024, length=200) == (1, 256, 256)
 
 
 @pytest.mark.parametrize("share", usually([0.0, 0.4, 1.0], 0.4))

@@ -52,8 +52,6 @@ def _call(case: Case) -> tuple[Any, dict[str, jax.Array]]:
     ids = jnp.ones((batch, case.length), jnp.int32) if case.segments is None else cases.segments(case.length, case.segments)
     at = Tokens(None, ids).placed(batch, case.length)
     blocks_at = at if case.weights else whole_blocks(at, *(case.runs or (size,))).at
-    if case.runs:  # the segments of runs whose span has ended
-        blocks_at = Tokens(None, blocks_at.segment_ids, blocks_at.positions)
     shapes = {"q": (case.length, num_heads, case.dim), "blocks": (blocks_at.positions.shape[1], num_kv_heads, case.dim)}
     arrays = {name: jnp.asarray(rng.standard_normal((batch, *shape)), case.dtype) for name, shape in shapes.items()}
     if case.weights:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from plait.kernels.attention.tpu.tiling import Cut, Operands, Part, Problem, Tiling
+from plait.kernels.attention.tpu.tiling import Course, Operands, Part, Problem, Tiling
 from plait.kernels.attention.tpu.weights import LOG2_E, NN, Sums, dot, gradients, products, seen, stacked_rows
 
 Array = jax.Array
@@ -22,40 +22,40 @@ class _Keys(NamedTuple):
     tokens: Any = None
 
 
-def _parts(cut: Cut, kind: int, tokens: Sequence[Any]) -> Iterator[tuple[_Keys, list[Part]]]:
+def _parts(course: Course, kind: int, tokens: Sequence[Any]) -> Iterator[tuple[_Keys, list[Part]]]:
     """The parts of a tile of a kind: some keys, and in turn some queries. `tokens` are those of queries and keys, [1, 1, 2, tile] each."""
-    for at, parts in cut.parts(kind):
+    for at, parts in course.parts(kind):
         yield _Keys(at, tokens[1][0, 0, :, at].T if any(part.masked for part in parts) else None), parts
 
 
-def _visible(cut: Cut, tokens: Sequence[Any], keys: _Keys, part: Part) -> Array | None:
+def _visible(course: Course, tokens: Sequence[Any], keys: _Keys, part: Part) -> Array | None:
     """bool [N, M]: which keys a query sees; None is all."""
-    return seen(cut.problem, tokens[0][0, 0, :, part.queries], keys.tokens) if part.masked else None
+    return seen(course.problem, tokens[0][0, 0, :, part.queries], keys.tokens) if part.masked else None
 
 
-def _by_kind(cut: Cut, kind: Array, work: Callable[[int], None]) -> None:
+def _by_kind(course: Course, kind: Array, work: Callable[[int], None]) -> None:
     """Runs work(kind) as the tile asks."""
-    for possible in cut.edges.possible:
+    for possible in course.edges.possible:
         pl.when(kind == possible)(partial(work, possible))
 
 
-def _forward_kernel(cut: Cut, table: Any, bias: Any, *refs: Any) -> None:
-    problem = cut.problem
+def _forward_kernel(course: Course, table: Any, bias: Any, *refs: Any) -> None:
+    problem = course.problem
     q, k, v, *tokens = refs[:5]
     o, rows, *state = refs[5:]
     b, h, index = (pl.program_id(axis) for axis in range(3))
-    step, sums = cut.steps.read(table, b, h, index), Sums(*state)
+    step, sums = course.steps.read(table, b, h, index), Sums(*state)
 
     pl.when(step.first == 1)(sums.clear)
 
     def work(kind: int) -> None:
-        for keys, parts in _parts(cut, kind, tokens):
+        for keys, parts in _parts(course, kind, tokens):
             values = v[0, 0, keys.at].T
             for part in parts:
-                visible, at = _visible(cut, tokens, keys, part), part.queries
+                visible, at = _visible(course, tokens, keys, part), part.queries
                 sums.add(problem, bias[h], q[0, 0, at], k[0, 0, keys.at], values, visible, at)
 
-    _by_kind(cut, step.kind, work)
+    _by_kind(course, step.kind, work)
 
     @pl.when(step.last == 1)
     def _finish():
@@ -80,21 +80,21 @@ def forward(problem: Problem, x: Operands) -> tuple[Array, tuple[Array, ...]]:
     return o[..., :length], tuple(rows[:, :, i, :length] for i in range(num_rows))
 
 
-def _gradients(cut: Cut, bias: Array, refs: Sequence[Any], keys: _Keys, part: Part) -> tuple[Array, Array, Array]:
+def _gradients(course: Course, bias: Array, refs: Sequence[Any], keys: _Keys, part: Part) -> tuple[Array, Array, Array]:
     """`gradients` of some keys and queries of a tile: references to q, k, v, d_o, rows and tokens."""
     q, k, v, d_o, rows, *tokens = refs
-    at, visible = part.queries, _visible(cut, tokens, keys, part)
+    at, visible = part.queries, _visible(course, tokens, keys, part)
     return gradients(
-        cut.problem, bias, q[0, 0, at], k[0, 0, keys.at], v[0, 0, keys.at], d_o[0, 0, at], rows[0, 0, :, at], visible
+        course.problem, bias, q[0, 0, at], k[0, 0, keys.at], v[0, 0, keys.at], d_o[0, 0, at], rows[0, 0, :, at], visible
     )
 
 
-def _query_gradients_kernel(cut: Cut, table: Any, bias: Any, *refs: Any) -> None:
-    problem = cut.problem
+def _query_gradients_kernel(course: Course, table: Any, bias: Any, *refs: Any) -> None:
+    problem = course.problem
     *inputs, d_q, d_bias, acc, shared_acc = refs
     k = inputs[1]
     b, h, index = (pl.program_id(axis) for axis in range(3))
-    step = cut.steps.read(table, b, h, index)
+    step = course.steps.read(table, b, h, index)
 
     @pl.when(step.first == 1)
     def _start():
@@ -102,15 +102,15 @@ def _query_gradients_kernel(cut: Cut, table: Any, bias: Any, *refs: Any) -> None
         shared_acc[...] = jnp.zeros_like(shared_acc)
 
     def work(kind: int) -> None:
-        for keys, parts in _parts(cut, kind, inputs[5:]):
+        for keys, parts in _parts(course, kind, inputs[5:]):
             turned = k[0, 0, keys.at].T
             for part in parts:
-                _, d_logits, shared = _gradients(cut, bias[h], inputs, keys, part)
+                _, d_logits, shared = _gradients(course, bias[h], inputs, keys, part)
                 acc[:, part.queries] += dot(turned, d_logits.astype(k.dtype), NN)  # [K, M]
                 if problem.sigmoid:
                     shared_acc[:, part.queries] += jnp.sum(shared, axis=0, keepdims=True)
 
-    _by_kind(cut, step.kind, work)
+    _by_kind(course, step.kind, work)
 
     @pl.when(step.last == 1)
     def _finish():
@@ -134,13 +134,13 @@ def query_gradients(problem: Problem, x: Operands, d_o: Array, rows: Sequence[Ar
     return jnp.swapaxes(d_q[..., :length], 2, 3), jnp.sum(d_bias, axis=(0, 2, 3))
 
 
-def _key_gradients_kernel(cut: Cut, table: Any, bias: Any, *refs: Any) -> None:
-    problem = cut.problem
+def _key_gradients_kernel(course: Course, table: Any, bias: Any, *refs: Any) -> None:
+    problem = course.problem
     *inputs, d_k, d_v, k_acc, v_acc = refs
     q, d_o = inputs[0], inputs[3]
     b, h, index, member = (pl.program_id(axis) for axis in range(4))
-    step, num_members = cut.steps.read(table, b, h, index), pl.num_programs(3)
-    head = h * cut.group + step.member + member  # one of the two is 0
+    step, num_members = course.steps.read(table, b, h, index), pl.num_programs(3)
+    head = h * course.group + step.member + member  # one of the two is 0
 
     @pl.when((step.first == 1) & (member == 0))
     def _start():
@@ -148,13 +148,13 @@ def _key_gradients_kernel(cut: Cut, table: Any, bias: Any, *refs: Any) -> None:
         v_acc[...] = jnp.zeros_like(v_acc)
 
     def work(kind: int) -> None:
-        for keys, parts in _parts(cut, kind, inputs[5:]):
+        for keys, parts in _parts(course, kind, inputs[5:]):
             for part in parts:
-                weights, d_logits, _ = _gradients(cut, bias[head], inputs, keys, part)
+                weights, d_logits, _ = _gradients(course, bias[head], inputs, keys, part)
                 v_acc[keys.at] += dot(weights.astype(d_o.dtype), d_o[0, 0, part.queries], NN)  # [N, V]
                 k_acc[keys.at] += dot(d_logits.astype(q.dtype), q[0, 0, part.queries], NN)  # [N, K]
 
-    _by_kind(cut, step.kind, work)
+    _by_kind(course, step.kind, work)
 
     @pl.when((step.last == 1) & (member == num_members - 1))
     def _finish():
@@ -181,26 +181,26 @@ def all_gradients(problem: Problem, x: Operands, d_o: Array, rows: Sequence[Arra
     return d_q, *key_gradients(problem, x, d_o, rows), d_bias
 
 
-def _column_mass_kernel(cut: Cut, table: Any, bias: Any, *refs: Any) -> None:
-    problem = cut.problem
+def _column_mass_kernel(course: Course, table: Any, bias: Any, *refs: Any) -> None:
+    problem = course.problem
     q, k, lse, *tokens, mass, total = refs
     b, h, index = (pl.program_id(axis) for axis in range(3))
-    step = cut.steps.read(table, b, h, index)
+    step = course.steps.read(table, b, h, index)
 
     @pl.when(step.first == 1)
     def _start():
         total[...] = jnp.zeros_like(total)
 
     def work(kind: int) -> None:
-        for keys, parts in _parts(cut, kind, tokens):
+        for keys, parts in _parts(course, kind, tokens):
             for part in parts:
                 z = products(problem, k[0, 0, keys.at], q[0, 0, part.queries])
                 weights = jnp.exp2((problem.scale * LOG2_E) * z - lse[0, 0, 0:1, part.queries])
-                visible = _visible(cut, tokens, keys, part)
+                visible = _visible(course, tokens, keys, part)
                 weights = weights if visible is None else jnp.where(visible, weights, 0)
                 total[keys.at] += jnp.sum(weights, axis=1, keepdims=True)
 
-    _by_kind(cut, step.kind, work)
+    _by_kind(course, step.kind, work)
 
     @pl.when(step.last == 1)
     def _finish():

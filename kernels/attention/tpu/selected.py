@@ -1,443 +1,32 @@
 """The kernels of attention to selected blocks for TPU: forward, gradients, column mass.
 
-A step of the grid is a tile of queries of all heads that share keys and choice, or a tile of keys. In it a loop goes through the tiles of
-the other side that some query has to do with, and copies the next from memory while it works on one. So few queries of many heads make one
-tall product, a tile that is visited costs its own work and no step of a grid, and a list is no longer than a row of them.
-
-The gradients of keys are added, in the loop over the keys of some queries, to sums in memory, which are fetched and written back like the
-keys: the scores are made once for all gradients, and what moves is keys, not the queries of many heads.
+One kernel makes all gradients: scores are made once for them, and what moves is keys and their sums, not the queries of many heads.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from math import gcd
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from plait.kernels.attention.tpu.tiling import LANES, Operands, Problem
-from plait.kernels.attention.tpu.weights import LOG2_E, NN, Sums, dot, gradients, products, seen, stacked_rows
-from plait.kernels.attention.visits import FULL, MASKED, SKIP, ordered, segment_starts, tile_kinds
-from plait.kernels.masks import SelectedBlocks, block_number
+from plait.kernels.attention.tpu.tiling import Operands, Problem
+from plait.kernels.attention.tpu.walk import Tile, Walk, Work
+from plait.kernels.attention.tpu.weights import LOG2_E, NN, Sums, dot, gradients, products, stacked_rows
 
 Array = jax.Array
-
-MAX_HEADS = 16
-"""Heads whose queries share a tile."""
-
-SUM_SLOTS = 3
-"""Tiles of the sums of keys that are on the core: one that comes, one that is added to, and one on its way back."""
-
-SMALL = (32, 64)
-"""Blocks of fewer than 128 keys that are tiles of their own; others share a tile."""
-
-
-@dataclass(frozen=True)
-class Cut:
-    """How the work is cut, in tokens."""
-
-    block_size: int
-    """Keys a block that queries select."""
-    heads: int
-    """Query heads of a tile, which share keys and choice."""
-    queries: int
-    """Queries a tile, of each head; a multiple of 128."""
-    keys: int
-    """Keys a tile: 32, 64 or a multiple of 128."""
-
-    @property
-    def fetched(self) -> int:
-        """Tiles of keys that a visit brings together, which may stand anywhere, so that a product has 128 keys."""
-        return max(1, LANES // self.keys)
-
-    @staticmethod
-    def of(heads: tuple[int, int], lengths: tuple[int, int], blocks: SelectedBlocks, rows: int, pairs: int) -> "Cut":
-        """The cut into tiles of at most so many rows, that is queries of all heads, and so many pairs of a row and a key. There are as many
-        queries as a block has keys, since neighbours select alike, but enough to fill a product, and no more keys than a block has.
-
-        Args:
-          heads: of queries, and of keys.
-          lengths: queries, and keys.
-        """
-        shared = gcd(heads[0] // heads[1], heads[0] // blocks.indices.shape[2])
-        together = max(n for n in range(1, min(shared, MAX_HEADS) + 1) if shared % n == 0)
-        most = _tokens(blocks.block_size)
-        enough = min(rows, pairs // most) // 2
-        queries = min(max(blocks.block_size, enough // together), rows // together)
-        queries = min(_tokens(queries), _tokens(lengths[0] + LANES - 1))
-        keys = min(most, _tokens(pairs // (queries * together)), _tokens(lengths[1] + LANES - 1))
-        if blocks.block_size in SMALL:
-            keys = blocks.block_size
-        return Cut(blocks.block_size, together, queries, keys)
-
-    def longest_list(self, heads: tuple[int, int], lengths: tuple[int, int]) -> int:
-        """The most tiles that one of queries, or one of keys, may have to do with."""
-        (num_queries, num_keys), apart = lengths, heads[0] // self.heads // heads[1]
-        return max(-(-num_keys // self.keys), -(-num_queries // self.queries) * apart)
-
-
-def _tokens(n: int) -> int:
-    """A multiple of 128, at least one."""
-    return max(n // LANES, 1) * LANES
-
-
-class _Array(NamedTuple):
-    """An operand, and where a tile finds its part of it."""
-
-    value: Array
-    block: tuple[int, ...]
-    where: Callable[[Array, Array, Array, Array], tuple[Any, ...]]
-    """Of the block, in blocks, for a row of the batch, a bundle of heads that share, a tile of queries and a tile of keys."""
-
-    def of(self, ref: Any, *at: Array) -> Any:
-        """The part of a reference to the whole array."""
-        return ref.at[tuple(pl.ds(n * size, size) for n, size in zip(self.where(*at), self.block, strict=True))]
-
-
-class _Tile(NamedTuple):
-    """Some queries [M, ...] of all heads of a bundle, one head after the other, and some keys [N, ...]."""
-
-    bias: Any
-    """Of the sigmoid, by query [1, M]; else 0."""
-    q: Array
-    k: Array
-    v: Any
-    d_o: Any
-    rows: Any
-    visible: Array
-    """bool [N, M] or [1, M]"""
-
-
-_Work = tuple[Callable[[_Tile], Sequence[Array]], Callable[[Any], None]]
-"""What a kernel does with a tile, which gives what it adds to the sums of its keys [N, .], and what it writes at the end, where it is given the
-sigmoid's bias of the queries of its grid."""
-
-
-class _Walk:
-    """The operands of one kernel, its grids and its way through the tiles.
-
-    Args:
-      x: what every kernel reads.
-      extra: what this one reads besides, of the queries: d_o [B, H, T, V], rows [B, H, R, T].
-    """
-
-    def __init__(self, problem: Problem, x: Operands, **extra: Array):
-        self.problem, self.bias, self.cut = problem, x.bias, problem.tiles
-        cut: Cut = problem.tiles
-        self.batch, self.num_bundles, self.num_kv_heads = x.q.shape[0], x.q.shape[1] // cut.heads, x.k.shape[1]
-        queries, keys = (
-            jax.tree.map(lambda a, size=size: _padded(a, 2, size), both)
-            for both, size in ((x.queries, cut.queries), (x.keys, cut.keys))
-        )
-        selected = replace(x.selected, indices=_padded(x.selected.indices, 1, cut.queries))
-        choices = selected.indices.shape[2]
-        self.num_queries, self.num_keys = queries.positions.shape[2] // cut.queries, keys.positions.shape[2] // cut.keys
-        kinds = tile_kinds(
-            problem.layout,
-            queries,
-            keys,
-            cut.queries,
-            cut.keys,
-            keep_first=False,
-            selected=selected,
-            num_heads=choices,
-            choice_alone=FULL,
-        )
-        self.kinds = jnp.repeat(kinds, self.num_bundles // choices, axis=1)  # [B, bundles, NQ, NK]
-
-        def of_queries(name: str, value: Array) -> _Array:
-            if name == "rows":
-                return _Array(
-                    _padded(value, 3, cut.queries), (1, cut.heads, value.shape[2], cut.queries), lambda b, c, i, j: (b, c, 0, i)
-                )
-            return _Array(
-                _padded(value, 2, cut.queries), (1, cut.heads, cut.queries, value.shape[3]), lambda b, c, i, j: (b, c, i, 0)
-            )
-
-        def of_keys(value: Array) -> _Array:
-            each = self.num_bundles // self.num_kv_heads
-            return _Array(
-                _padded(value, 2, cut.keys), (1, 1, cut.keys, value.shape[3]), lambda b, c, i, j: (b, jax.lax.div(c, each), j, 0)
-            )
-
-        one = lambda b: b if queries.positions.shape[0] > 1 else 0
-        bits = selected.bits(segment_starts(problem.layout, queries, keys), cut.keys, self.num_keys)  # [B, Hs, NK, 1, T]
-        self.of_queries = {name: of_queries(name, value) for name, value in {"q": x.q, **extra}.items()}
-        self.of_queries["query_tokens"] = _Array(queries.stacked(), (1, 1, 2, cut.queries), lambda b, c, i, j: (one(b), 0, 0, i))
-        self.of_keys = {name: of_keys(value) for name, value in (("k", x.k), ("v", x.v)) if value is not None}
-        key_tokens = keys.stacked().reshape(-1, 2, self.num_keys, cut.keys).swapaxes(1, 2)  # [B or 1, NK, 2, N]
-        self.of_keys["key_tokens"] = _Array(key_tokens, (1, 1, 2, cut.keys), lambda b, c, i, j: (one(b), j, 0, 0))
-        self.bits = _Array(
-            bits, (1, 1, 1, 1, cut.queries), lambda b, c, i, j: (b, jax.lax.div(c, self.num_bundles // choices), j, 0, i)
-        )
-
-    def over_queries(
-        self,
-        begin: Callable[..., _Work],
-        name: str,
-        *,
-        outputs: list[tuple[int, Any]],
-        scratch: list[Any],
-        sums: Sequence[int] = (),
-    ) -> list[Array]:
-        """Runs a kernel over (batch, key heads, their bundles' tiles of queries); outputs [B, H, width, T] belong to the queries.
-
-        Args:
-          begin: makes the kernel's work of references to its outputs and its scratch memory.
-          sums: widths of float32 sums [B, Hkv, S, width] of the keys, which follow the outputs.
-        """
-        length, cut, each = self.num_queries * self.cut.queries, self.cut, self.num_bundles // self.num_kv_heads
-        kinds = self.kinds.reshape(self.batch, self.num_kv_heads, -1, self.num_keys)
-
-        def at(b: Array, h: Array, n: Array, entry: Array) -> tuple[Array, Array, Array, Array]:
-            return b, h * each + jax.lax.div(n, self.num_queries), jax.lax.rem(n, self.num_queries), entry
-
-        def where(b: Array, h: Array, n: Array, _: Any) -> tuple[Array, Any, int, Array]:
-            b, bundle, i, _ = at(b, h, n, n)
-            return b, bundle, 0, i
-
-        return self._call(
-            begin,
-            name,
-            kinds,
-            at,
-            self.of_queries,
-            self.of_keys,
-            fetched=cut.fetched,
-            out_shape=[
-                jax.ShapeDtypeStruct((self.batch, self.num_bundles * cut.heads, n, length), dtype) for n, dtype in outputs
-            ],
-            out_specs=[pl.BlockSpec((1, cut.heads, n, cut.queries), where) for n, _ in outputs],
-            scratch=scratch,
-            sums=[jnp.zeros((self.batch, self.num_kv_heads, self.num_keys * cut.keys, n), jnp.float32) for n in sums],
-        )
-
-    def over_keys(
-        self, begin: Callable[..., _Work], name: str, *, outputs: list[tuple[int, Any]], scratch: list[Any]
-    ) -> list[Array]:
-        """Likewise over (batch, bundles, tiles of keys); each bundle has outputs of its own, [B, bundles, S, width]."""
-        length = self.num_keys * self.cut.keys
-        return self._call(
-            begin,
-            name,
-            jnp.swapaxes(self.kinds, 2, 3),
-            lambda b, c, j, entry: (b, c, entry, j),
-            self.of_keys,
-            self.of_queries,
-            fetched=1,
-            out_shape=[jax.ShapeDtypeStruct((self.batch, self.num_bundles, length, n), dtype) for n, dtype in outputs],
-            out_specs=[pl.BlockSpec((1, 1, self.cut.keys, n), lambda b, c, j, _: (b, c, j, 0)) for n, _ in outputs],
-            scratch=scratch,
-            sums=[],
-        )
-
-    def _call(self, begin, name, kinds, at, held, streamed, *, fetched, out_shape, out_specs, scratch, sums) -> list[Array]:
-        """`at(b, h, n, entry)` gives row, bundle, tile of queries and tile of keys for a step of the grid and an entry of its list; a visit
-        fetches `fetched` of these. `kinds` are [B, ., ., entries] over the grid."""
-        streamed = streamed | {"bits": self.bits}
-        of_keys = self.of_keys["k"]
-        sum_of = [of_keys._replace(value=x, block=(*of_keys.block[:3], x.shape[3])) for x in sums]
-        visits = ordered(kinds, kinds.shape[-1]).entries
-        counts = jnp.sum((visits & 3) != SKIP, axis=-1, keepdims=True, dtype=jnp.int32)
-        table = jnp.concatenate([counts, visits], axis=-1)[..., None, :]  # [B, heads, tiles, 1, 1 + the other side's]
-        table = jnp.pad(table, [(0, 0)] * 4 + [(0, fetched - 1)])  # of kind SKIP
-
-        def kernel(bias: Any, visits: Any, *refs: Any) -> None:
-            left = iter(refs)
-            here, far = ({key: next(left) for key in names} for names in (held, streamed))
-            for _ in sums:
-                next(left)  # the same memory as the outputs
-            outs, totals = [next(left) for _ in out_shape], [next(left) for _ in sums]
-            buffers, sum_buffers = {key: next(left) for key in streamed}, [next(left) for _ in sums]
-            arrived, sum_arrived, sum_left, *state = left
-            b, h, tile = (pl.program_id(axis) for axis in range(3))
-            count, entry = _listed(visits, 0), lambda n: _listed(visits, 1 + n)
-            kinds, num_visits = possible(self.cut), pl.cdiv(count, fetched)
-            work, finish = begin(self.problem, outs, state)
-
-            def place(n: Array, p: int) -> tuple[Array, ...]:
-                return at(b, h, tile, entry(n * fetched + p) >> 2)
-
-            def real(n: Array, p: int) -> Array:
-                return (entry(n * fetched + p) & 3) != SKIP
-
-            def copies(n: Array) -> list[Any]:
-                moving = list(streamed.values()), list(far.values()), list(buffers.values()), arrived
-                return [copy for p in range(fetched) for copy in _copies(*moving, (n & 1, p), place(n, p))]
-
-            def move_sums(n: Array, move: Callable[[Any], None], *, back: bool) -> None:
-                """Moves the sums of a visit's keys to this core, or back."""
-                for p in range(fetched if sums else 0):
-                    moving = sum_of, totals, sum_buffers, sum_left if back else sum_arrived
-                    found = partial(_copies, *moving, (jax.lax.rem(n, SUM_SLOTS), p), place(n, p), back=back)
-
-                    def moved(found: Callable[[], list[Any]] = found) -> None:
-                        for copy in found():
-                            move(copy)
-
-                    pl.when(real(n, p))(moved)
-
-            def start(n: Array) -> None:
-                for copy in copies(n):
-                    _start(copy)
-                move_sums(n, _start, back=False)
-
-            def visit(n: Array, _: None) -> None:
-                earlier = n - (SUM_SLOTS - 1)  # those of a slot are back before others come to it
-                pl.when(earlier >= 0)(partial(move_sums, earlier, _wait, back=True))
-                pl.when(n + 1 < num_visits)(partial(start, n + 1))
-                for copy in copies(n):
-                    _wait(copy)
-                move_sums(n, _wait, back=False)
-                bundle = place(n, 0)[1]
-
-                def of_kind(kind: int) -> None:
-                    parts = {key: [ref[0]] for key, ref in here.items()}
-                    parts |= {key: [buffer[n & 1, p, 0] for p in range(fetched)] for key, buffer in buffers.items()}
-                    if fetched > 1:  # beyond the last tile of the list
-                        parts["bits"] = [jnp.where(real(n, p), x, 0) for p, x in enumerate(parts["bits"])]
-                    added = work(self._tile(parts, self._bias(bias, bundle), kind))
-                    for buffer, x in zip(sum_buffers, added, strict=True):
-                        for p in range(fetched):
-                            of_tile = x[p * self.cut.keys : (p + 1) * self.cut.keys]
-                            buffer[jax.lax.rem(n, SUM_SLOTS), p, 0, 0] += of_tile
-
-                for kind in kinds:
-                    one = partial(of_kind, kind)
-                    pl.when(entry(n) & 3 == kind)(one) if len(kinds) > 1 else one()
-                move_sums(n, _start, back=True)
-
-            pl.when(count > 0)(partial(start, jnp.int32(0)))
-            _each(num_visits, visit)
-            for last in (num_visits - n for n in range(1, SUM_SLOTS)):
-                pl.when(last >= 0)(partial(move_sums, last, _wait, back=True))
-            finish(self._bias(bias, at(b, h, tile, tile)[1]))
-
-        return pl.pallas_call(
-            kernel,
-            name=name,
-            out_shape=[*out_shape, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in sums)],
-            input_output_aliases={2 + len(held) + len(streamed) + i: len(out_shape) + i for i in range(len(sums))},
-            grid_spec=pltpu.PrefetchScalarGridSpec(
-                num_scalar_prefetch=1,
-                grid=kinds.shape[:3],
-                in_specs=[
-                    pl.BlockSpec((1, 1, 1, *table.shape[3:]), lambda b, h, n, _: (b, h, n, 0, 0), memory_space=pltpu.SMEM),
-                    *(pl.BlockSpec(a.block, lambda b, h, n, _, a=a: a.where(*at(b, h, n, 0))) for a in held.values()),
-                    *[pl.BlockSpec(memory_space=pl.ANY)] * (len(streamed) + len(sums)),
-                ],
-                out_specs=[*out_specs, *[pl.BlockSpec(memory_space=pl.ANY)] * len(sums)],
-                scratch_shapes=[
-                    *(pltpu.VMEM((2, fetched, *a.block), a.value.dtype) for a in streamed.values()),
-                    *(pltpu.VMEM((SUM_SLOTS, fetched, *a.block), jnp.float32) for a in sum_of),
-                    pltpu.SemaphoreType.DMA((2, fetched, len(streamed))),
-                    *[pltpu.SemaphoreType.DMA((SUM_SLOTS, fetched, max(1, len(sums))))] * 2,
-                    *scratch,
-                ],
-            ),
-            compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", "parallel", "arbitrary" if sums else "parallel")
-            ),
-        )(self.bias, table, *(a.value for a in held.values()), *(a.value for a in streamed.values()), *sums)
-
-    def _tile(self, parts: dict[str, list[Array]], bias: Any, kind: int) -> _Tile:
-        """A tile of what a kernel holds and what it fetched, each [heads, ., .]; of what belongs to keys one after the other."""
-        tall = lambda name: parts[name][0].reshape(-1, parts[name][0].shape[2])  # [heads * T, .]
-        joined = lambda name: jnp.concatenate([x[0] for x in parts[name]], axis=0)
-        visible = [
-            self._visible(parts["query_tokens"][0][0], tokens[0].T, bits[0, 0], kind)
-            for tokens, bits in zip(parts["key_tokens"], parts["bits"], strict=True)
-        ]
-        return _Tile(
-            bias,
-            tall("q"),
-            joined("k"),
-            joined("v") if "v" in parts else None,
-            tall("d_o") if "d_o" in parts else None,
-            jnp.concatenate(list(parts["rows"][0]), axis=1) if "rows" in parts else None,
-            jnp.concatenate([jnp.concatenate(visible, axis=0)] * self.cut.heads, axis=1),
-        )
-
-    def _visible(self, queries: Array, keys: Array, bits: Array, kind: int) -> Array:
-        """bool [N, T], or [1, T] where the choice alone hides keys, all of one block, from tokens of queries [2, T] and keys [N, 2], and bits
-        [1, T] of `SelectedBlocks.bits`."""
-        if kind == FULL:
-            return (bits & 1) == 1
-        size, visible = self.cut.block_size, seen(self.problem, queries, keys)
-        at = keys[:, 1:2]
-        begin = jnp.maximum(at - jax.lax.broadcasted_iota(jnp.int32, at.shape, 0), 0)
-        entry = jnp.broadcast_to(block_number(at, size) - block_number(begin, size), visible.shape)
-        return visible & ((jax.lax.shift_right_logical(jnp.broadcast_to(bits, visible.shape), entry) & 1) == 1)
-
-    def _bias(self, bias: Any, bundle: Array) -> Any:
-        """[1, M], of the sigmoid; else 0."""
-        if not self.problem.sigmoid:
-            return 0.0
-        heads = [jnp.full((1, self.cut.queries), bias[bundle * self.cut.heads + n]) for n in range(self.cut.heads)]
-        return jnp.concatenate(heads, axis=1)
-
-
-def possible(cut: Cut) -> tuple[int, ...]:
-    """The kinds of tiles that are visited: in a tile of several blocks the choice is never alone."""
-    return (MASKED, FULL) if cut.block_size >= cut.keys and cut.fetched == 1 else (MASKED,)
-
-
-def _copies(
-    arrays: list[_Array],
-    far: list[Any],
-    buffers: list[Any],
-    semaphores: Any,
-    at: tuple[Any, int],
-    place: Any,
-    *,
-    back: bool = False,
-) -> list[Any]:
-    """The copies of a tile's parts of arrays into the buffers, at a slot and one of the tiles there, or back."""
-    found = []
-    for i, (array, ref, buffer) in enumerate(zip(arrays, far, buffers, strict=True)):
-        ends = array.of(ref, *place), buffer.at[at]
-        found.append(pltpu.make_async_copy(*(ends[::-1] if back else ends), semaphores.at[(*at, i)]))
-    return found
-
-
-def _start(copy: Any) -> None:
-    copy.start()
-
-
-def _wait(copy: Any) -> None:
-    copy.wait()
-
-
-def _listed(visits: Any, n: Any) -> Array:
-    """An entry of the list of a step."""
-    return visits[0, 0, 0, 0, n]
-
-
-def _each(count: Array, visit: Callable[[Array, None], None]) -> None:
-    """Visits so many tiles."""
-    jax.lax.fori_loop(0, count, visit, None)
-
-
-def _padded(x: Array, axis: int, multiple: int) -> Array:
-    padding = [(0, 0)] * x.ndim
-    padding[axis] = (0, -x.shape[axis] % multiple)
-    return jnp.pad(x, padding)
 
 
 def forward(problem: Problem, x: Operands) -> tuple[Array, tuple[Array, ...]]:
     """See `plait.kernels.attention.tpu.kernels.forward`."""
     cut, length, value_dim = problem.tiles, x.q.shape[2], x.v.shape[3]
 
-    def begin(problem: Problem, outs: Any, state: Any) -> _Work:
+    def begin(problem: Problem, outs: Any, state: Any) -> Work:
         o, rows = outs
         sums = Sums(*state)
         sums.clear()
 
-        def work(tile: _Tile) -> Sequence[Array]:
+        def work(tile: Tile) -> Sequence[Array]:
             sums.add(problem, tile.bias, tile.q, tile.k, tile.v.T, tile.visible, slice(None))
             return ()
 
@@ -452,7 +41,7 @@ def forward(problem: Problem, x: Operands) -> tuple[Array, tuple[Array, ...]]:
         return work, finish
 
     num_rows = 3 if problem.stats else 1
-    o, rows = _Walk(problem, x).over_queries(
+    o, rows = Walk(problem, x).over_queries(
         begin,
         "selected_attention_forward",
         outputs=[(value_dim, x.q.dtype), (num_rows, jnp.float32)],
@@ -465,13 +54,13 @@ def all_gradients(problem: Problem, x: Operands, d_o: Array, rows: Sequence[Arra
     """See `plait.kernels.attention.tpu.kernels.all_gradients`."""
     cut, length, (key_dim, value_dim), num_keys = problem.tiles, x.q.shape[2], (x.k.shape[3], x.v.shape[3]), x.k.shape[2]
 
-    def begin(problem: Problem, outs: Any, state: Any) -> _Work:
+    def begin(problem: Problem, outs: Any, state: Any) -> Work:
         d_q, d_bias = outs
         acc, shared_acc = state
         acc[...] = jnp.zeros_like(acc)
         shared_acc[...] = jnp.zeros_like(shared_acc)
 
-        def work(tile: _Tile) -> Sequence[Array]:
+        def work(tile: Tile) -> Sequence[Array]:
             weights, d_logits, shared = gradients(problem, tile.bias, tile.q, tile.k, tile.v, tile.d_o, tile.rows, tile.visible)
             if problem.sigmoid:
                 shared_acc[...] += jnp.sum(shared, axis=0, keepdims=True)
@@ -487,7 +76,7 @@ def all_gradients(problem: Problem, x: Operands, d_o: Array, rows: Sequence[Arra
 
         return work, finish
 
-    d_q, d_bias, d_k, d_v = _Walk(problem, x, d_o=d_o, rows=stacked_rows(problem, rows)).over_queries(
+    d_q, d_bias, d_k, d_v = Walk(problem, x, d_o=d_o, rows=stacked_rows(problem, rows)).over_queries(
         begin,
         "selected_attention_gradients",
         outputs=[(key_dim, x.q.dtype), (1, jnp.float32)],
@@ -502,11 +91,11 @@ def column_mass(problem: Problem, x: Operands, lse: Array) -> Array:
     """See `plait.kernels.attention.tpu.kernels.column_mass`."""
     cut = problem.tiles
 
-    def begin(problem: Problem, outs: Any, state: Any) -> _Work:
+    def begin(problem: Problem, outs: Any, state: Any) -> Work:
         (total,) = state
         total[...] = jnp.zeros_like(total)
 
-        def work(tile: _Tile) -> Sequence[Array]:
+        def work(tile: Tile) -> Sequence[Array]:
             z = products(problem, tile.k, tile.q)
             weights = jnp.where(tile.visible, jnp.exp2((problem.scale * LOG2_E) * z - tile.rows), 0)
             for n in range(cut.heads):
@@ -519,7 +108,7 @@ def column_mass(problem: Problem, x: Operands, lse: Array) -> Array:
 
         return work, finish
 
-    (mass,) = _Walk(problem, x, rows=(lse * LOG2_E)[:, :, None]).over_keys(
+    (mass,) = Walk(problem, x, rows=(lse * LOG2_E)[:, :, None]).over_keys(
         begin,
         "selected_attention_column_mass",
         outputs=[(cut.heads, jnp.float32)],

@@ -75,7 +75,8 @@ def most_steps(layout: Layout, block_q: int, block_kv: int) -> tuple[int, int]:
     """The most steps over blocks of queries, and over blocks of keys, that a head can have."""
     visited = layout.near(block_q, block_kv) | layout.anchored(block_q, block_kv)
     rows, columns = layout.widths(block_q, block_kv)
-    return tuple(int(n.clip(1, width).sum()) for n, width in ((visited.sum(1), rows), (visited.sum(0), columns)))  # type: ignore[return-value]
+    most = lambda n, width: int(n.clip(1, width).sum())
+    return most(visited.sum(1), rows), most(visited.sum(0), columns)
 
 
 def bits_for(count: int) -> int:

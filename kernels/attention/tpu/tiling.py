@@ -6,7 +6,6 @@ from itertools import accumulate, groupby, pairwise
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -14,6 +13,7 @@ from plait.kernels.attention.tpu.edges import CELL, FIRST_EDGE, WHOLLY, Edges, e
 from plait.kernels.attention.tpu.size import least
 from plait.kernels.attention.tpu.steps import Steps, most_steps, plan_steps
 from plait.kernels.attention.visits import FULL, Layout, tile_kinds
+from plait.kernels.shapes import padded
 
 Array = jax.Array
 
@@ -76,7 +76,7 @@ class Problem(NamedTuple):
 
     layout: Layout
     tiles: Any
-    """How it is cut: `Tiles`, or `plait.kernels.attention.tpu.selected.Cut` where queries select blocks."""
+    """How it is cut: `Tiles`, or `plait.kernels.attention.tpu.cut.Cut` where queries select blocks."""
     scale: float
     sigmoid: bool
     stats: bool
@@ -116,7 +116,7 @@ class Part(NamedTuple):
     masked: bool
 
 
-class Cut(NamedTuple):
+class Course(NamedTuple):
     """How one kernel goes through its work."""
 
     problem: Problem
@@ -226,7 +226,7 @@ class Tiling:
         inputs = tuple((self._pad(array, side, axis), side, axis) for array, side, axis in inputs) + tokens
         semantics: Any = ("parallel",) * 2 + ("arbitrary",) * (len(grid) - 2)
         return pl.pallas_call(
-            partial(kernel, Cut(self.problem, self.tile, self.edges, steps, self.num_heads // self.num_kv_heads)),
+            partial(kernel, Course(self.problem, self.tile, self.edges, steps, self.num_heads // self.num_kv_heads)),
             name=name,
             out_shape=out_shape,
             grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -240,9 +240,7 @@ class Tiling:
         )(steps.entries.reshape(-1), x.bias, *(array for array, _, _ in inputs))
 
     def _pad(self, x: Array, side: str, axis: int) -> Array:
-        padding = [(0, 0)] * x.ndim
-        padding[axis] = (0, -x.shape[axis] % self.blocks[side])
-        return jnp.pad(x, padding)
+        return padded(x, axis, self.blocks[side])
 
     def _spec(self, shape: tuple[int, ...], side: str, axis: int, where: Any) -> pl.BlockSpec:
         """The blocks of an array [B or 1, any heads, ., .] along its token axis; groups of heads share."""

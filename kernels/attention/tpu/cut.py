@@ -1,0 +1,61 @@
+"""How attention to selected blocks for TPU is cut: as many heads and queries a tile as fill a product, as few as choose alike."""
+
+from dataclasses import dataclass
+from math import gcd
+
+from plait.kernels.attention.tpu.tiling import LANES
+from plait.kernels.masks import SelectedBlocks
+
+MAX_HEADS = 16
+"""Heads whose queries share a tile."""
+
+SMALL = (32, 64)
+"""Blocks of fewer than 128 keys that are tiles of their own; others share a tile."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How the work is cut, in tokens."""
+
+    block_size: int
+    """Keys a block that queries select."""
+    heads: int
+    """Query heads of a tile, which share keys and choice."""
+    queries: int
+    """Queries a tile, of each head; a multiple of 128."""
+    keys: int
+    """Keys a tile: 32, 64 or a multiple of 128."""
+
+    @property
+    def fetched(self) -> int:
+        """Tiles of keys that a visit brings together, which may stand anywhere, so that a product has 128 keys."""
+        return max(1, LANES // self.keys)
+
+    @staticmethod
+    def of(heads: tuple[int, int], lengths: tuple[int, int], blocks: SelectedBlocks, rows: int, pairs: int) -> "Cut":
+        """The cut into tiles of at most so many rows, that is queries of all heads, and so many pairs of a row and a key. There are as many
+        queries as a block has keys, since neighbours select alike, but enough to fill a product, and no more keys than a block has.
+
+        Args:
+          heads: of queries, and of keys.
+          lengths: queries, and keys.
+        """
+        shared = gcd(heads[0] // heads[1], heads[0] // blocks.indices.shape[2])
+        together = max(n for n in range(1, min(shared, MAX_HEADS) + 1) if shared % n == 0)
+        most = _tokens(blocks.block_size)
+        enough = min(rows, pairs // most) // 2
+        queries = min(max(blocks.block_size, enough // together), rows // together)
+        queries = min(_tokens(queries), _tokens(lengths[0] + LANES - 1))
+        keys = min(most, _tokens(pairs // (queries * together)), _tokens(lengths[1] + LANES - 1))
+        if blocks.block_size in SMALL:
+            keys = blocks.block_size
+        return Cut(blocks.block_size, together, queries, keys)
+
+    def longest_list(self, lengths: tuple[int, int]) -> int:
+        """The most tiles that one of queries, or one of keys, may have to do with; `lengths` as in `of`."""
+        return max(-(-lengths[0] // self.queries), -(-lengths[1] // self.keys))
+
+
+def _tokens(n: int) -> int:
+    """A multiple of 128, at least one."""
+    return max(n // LANES, 1) * LANES
