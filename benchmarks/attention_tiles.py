@@ -21,8 +21,7 @@ import tpu_static
 LENGTH, CAUSAL = 2048, 8192
 PARTS = {
     "forward": ((1024, 1024), (512, 1024), (1024, 512), (512, 512), (256, 256), (128, 128)),
-    "query_gradients": ((1024, 1024), (256, 1024), (512, 1024), (512, 512), (256, 256)),
-    "key_gradients": ((1024, 1024), (256, 1024), (512, 1024), (512, 512), (256, 256)),
+    "all_gradients": ((1024, 1024), (256, 1024), (512, 1024), (1024, 256), (1024, 512), (512, 512), (256, 256)),
 }
 """Queries and keys of a part of a tile of 1,024 by 1,024; those that fit are tried in one of 512 by 512 too."""
 
@@ -33,6 +32,7 @@ def main() -> None:
     parser.add_argument("file", type=Path, help="where estimates are kept, a line each")
     parser.add_argument("--targets", default=",".join(tpu_static.TOPOLOGY), help="generations")
     parser.add_argument("--head-dims", default="64,128,256")
+    parser.add_argument("--kernels", default=",".join(PARTS))
     parser.add_argument("--timeout", type=int, default=600, help="seconds an estimate")
     args = parser.parse_args()
     args.file.touch()
@@ -60,8 +60,8 @@ def main() -> None:
 
     for target, width in itertools.product(args.targets.split(","), map(int, args.head_dims.split(","))):
         print(f'    "{target}", {width}:')
-        for kernel, parts in PARTS.items():
-            tiles = list(_tiles(parts))
+        for kernel in args.kernels.split(","):
+            tiles = list(_tiles(PARTS[kernel]))
             best = sorted(tiles, key=lambda tile: cycles(target, width, kernel, "full", *tile) / tile[0] / tile[1])[:2]
             chosen = min(best, key=lambda tile: causal(target, width, kernel, *tile))
             print(f"        {kernel}=Tile{chosen},  # {causal(target, width, kernel, *chosen):,.0f} cycles", flush=True)

@@ -38,8 +38,8 @@ CYCLES = {
 where the choice alone hides keys. Those of gradients are without a mask, with which there is no estimate; of many heads they are v5p's, which
 has v5e's where both have one."""
 
-CAUSAL_TILE, CAUSAL_EDGE = (5308, 6702 + 8908), (3743, 4936 + 8908 * 40 / 64)
-"""Of full causal attention: a tile of 1,024 by 1,024, and one on the diagonal; that of key gradients is by its cells."""
+CAUSAL_TILE, CAUSAL_EDGE = (5308, 10912), (3743, 10912 * 40 / 64)
+"""Of full causal attention: a tile of 1,024 by 1,024, and one on the diagonal; that of gradients is by its cells."""
 
 EMPTY = 362
 """Of a step of the forward pass without work."""

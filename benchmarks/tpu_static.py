@@ -18,7 +18,7 @@ SHAPES = {"attention": "1x4096x1x128", "short_conv": "1x2048x8x128", "cross_entr
 """By op; the recurrences have one head of one sequence, 2048 tokens."""
 
 ATTENTION = ("full", "full-stats", "masked", "masked-stats", "splash")
-KERNELS = {"forward": 2, "query_gradients": 3, "key_gradients": 4}
+KERNELS = {"forward": 2, "all_gradients": 5}
 """The attention kernels and their products of tiles."""
 
 
@@ -66,7 +66,7 @@ def estimates(args: Any) -> tuple[list[dict[str, Any]], str]:
 
 def _estimate(job: dict[str, Any], timeout: int) -> dict[str, Any]:
     """`kernels` (cycles by name, or None without an estimate), `others` (cycles) and `vmem` (bytes, the most of any kernel)."""
-    if job["op"] == "attention" and job["name"] not in ("chunked", "splash"):
+    if job["op"] == "attention" and job["name"] not in ("chunked", "splash", "splash-fused"):
         parts = [_run(job | {"kernel": kernel}, timeout) for kernel in (KERNELS if job["backward"] else ("forward",))]
         known = all(part["kernels"] is not None for part in parts)
         merged = {name: cycles for part in parts for name, cycles in (part["kernels"] or {}).items()}
@@ -75,7 +75,9 @@ def _estimate(job: dict[str, Any], timeout: int) -> dict[str, Any]:
     found = _run(job | {"profile": profiled}, timeout)
     if found["kernels"] is None and profiled:  # the compiler's estimates of the rest do not need the profile
         found = _run(job | {"profile": False}, timeout) | {"kernels": None}
-    return found | {"others": 0} if job["name"] == "splash" else found  # kernels beside kernels: ours are estimated alone too
+    return (
+        found | {"others": 0} if job["name"].startswith("splash") else found
+    )  # kernels beside kernels: ours are estimated alone too
 
 
 def _run(job: dict[str, Any], timeout: int) -> dict[str, Any]:
@@ -108,7 +110,7 @@ def work(job: dict[str, Any]) -> None:
     where = SingleDeviceSharding(topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY[job["target"]]).devices[0])
     array = lambda *s, dtype=job["dtype"]: jax.ShapeDtypeStruct(s, dtype, sharding=where)
     ours = _selected_kernel if "cut" in job else _attention_kernel if "kernel" in job else _public
-    build = _splash if job["name"] == "splash" else _choosing if job["op"] == "choosing" else ours
+    build = _splash if job["name"].startswith("splash") else _choosing if job["op"] == "choosing" else ours
     with target(job["target"]):
         function, operands = build(job, array)
         text = jax.jit(function).lower(*operands).compile().as_text()
@@ -183,12 +185,12 @@ def _attention_kernel(job: dict[str, Any], array: Callable[..., Any]) -> tuple[C
 
     from plait.kernels import Mask, Tokens
     from plait.kernels.attention import pallas_tpu
-    from plait.kernels.attention.tpu import edges, kernels, steps, tiling
+    from plait.kernels.attention.tpu import carried, edges, kernels, steps, tiling
     from plait.kernels.attention.visits import FULL, MASKED, SKIP, Layout
 
     _, length, _, width, *_ = job["shape"]
     if job["tile"]:
-        tiles = tiling.Tiles(**dict.fromkeys(KERNELS, tiling.Tile(*job["tile"])))
+        tiles = tiling.Tiles(**dict.fromkeys(("forward", "gradients"), tiling.Tile(*job["tile"])))
     else:
         tiles = pallas_tpu.choose_tiles(job["target"], width, width, jnp.dtype(job["dtype"]))
     tiles = tiles.fit(length, length)
@@ -208,6 +210,11 @@ def _attention_kernel(job: dict[str, Any], array: Callable[..., Any]) -> tuple[C
             return steps.Step(jax.lax.div(step, self.num_minor), 0, at, kind, *ends)
 
     tiling.plan_steps = Every
+    carried.Carried.enter = carried.Carried.leave = lambda _: None  # copies by hand have no estimate
+    carried.Carried.here = property(lambda sums: sums.blocks.at[0])
+    carried.pltpu = type(
+        "Memory", (), {"SMEM": tiling.pltpu.VMEM, "VMEM": tiling.pltpu.VMEM, "SemaphoreType": tiling.pltpu.SemaphoreType}
+    )
     cells = tuple(tuple(row) for row in job.get("cells", ()))
     tiling.edges = lambda *_: edges.Edges(None, (cells,), (kind,) if kind else (), 0, 0)
     tiling.tile_kinds = lambda layout, q, kv, block_q, block_kv, **_: jnp.zeros(
@@ -297,7 +304,7 @@ def _choosing(job: dict[str, Any], array: Callable[..., Any]) -> tuple[Callable[
 
 
 def _splash(job: dict[str, Any], array: Callable[..., Any]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """JAX's splash attention without a mask, which is a table of scalars to it."""
+    """JAX's splash attention without a mask, which is a table of scalars to it; its gradients by one kernel under the name "splash-fused"."""
     import jax
     import jax.numpy as jnp
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
@@ -305,8 +312,10 @@ def _splash(job: dict[str, Any], array: Callable[..., Any]) -> tuple[Callable[..
     from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
     _, length, _, width, *_ = job["shape"]
-    names = [f"block_{a}{b}" for a in ("q", "kv") for b in ("", "_dq", "_dkv")] + ["block_kv_compute", "block_kv_dkv_compute"]
-    sizes = kernels.BlockSizes(**dict.fromkeys(names, job["block"] or 512))
+    fused = job["name"] == "splash-fused"
+    of = ("", "_dkv") if fused else ("", "_dq", "_dkv")
+    names = [f"block_{a}{b}" for a in ("q", "kv") for b in of] + ["block_kv_compute", "block_kv_dkv_compute"]
+    sizes = kernels.BlockSizes(**dict.fromkeys(names, job["block"] or 512), use_fused_bwd_kernel=fused)
     everything = MaskInfo(None, None, None, None, None)
     mask = masks.MultiHeadMask([masks.FullMask((length, length))])
     attend = kernels.make_splash_mha_single_device(mask, block_sizes=sizes)

@@ -304,9 +304,7 @@ EDGES = {
 def tiles_of_cells(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of which order can hide a part."""
     tile = tiling.Tile(256, 256, 256, 256, 128, 128)
-    tiles = tiling.Tiles(
-        forward=tile, query_gradients=replace(tile, edge_q=256), key_gradients=replace(tile, edge_q=256, edge_kv=256)
-    )
+    tiles = tiling.Tiles(forward=tile, gradients=replace(tile, edge_q=256, edge_kv=256))
     monkeypatch.setattr(pallas_tpu, "choose_tiles", lambda *_: tiles)
 
 

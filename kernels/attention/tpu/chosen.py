@@ -6,40 +6,35 @@ Where candidates differ by less than 0.2% in what it finds, the one is taken tha
 from plait.kernels.attention.tpu.tiling import Tile, Tiles
 
 
-def _tiles(*parts: tuple[int, int], edge: int = 512) -> Tiles:
-    """Tiles of 1,024 by 1,024 with these parts: of the forward pass, the query gradients, the key gradients; parts of an edge of the forward
-    pass have `edge` queries and keys."""
-    forward, query_gradients, key_gradients = (
-        Tile(1024, 1024, *part, *edges) for part, edges in zip(parts, ((edge, edge), (1024, 256), (1024, 256)), strict=True)
-    )
-    return Tiles(forward=forward, query_gradients=query_gradients, key_gradients=key_gradients)
+def _tiles(forward: tuple[int, int], gradients: tuple[int, int], *, edge: int = 512) -> Tiles:
+    """Tiles of 1,024 by 1,024 with these parts; parts of an edge of the forward pass have `edge` queries and keys."""
+    return Tiles(forward=Tile(1024, 1024, *forward, edge, edge), gradients=Tile(1024, 1024, *gradients, 512, 256))
 
 
 _V5 = {
-    64: _tiles((1024, 1024), (1024, 1024), (256, 1024)),
-    128: _tiles((128, 128), (512, 1024), (256, 1024), edge=128),
-    256: _tiles((128, 128), (256, 1024), (256, 1024), edge=128),
+    64: _tiles((1024, 1024), (256, 1024)),
+    128: _tiles((128, 128), (256, 1024), edge=128),
+    256: _tiles((128, 128), (256, 1024), edge=128),
 }
 BFLOAT16 = {
     "v5e": _V5,
     "v5p": _V5,
     "v6e": {
-        64: _tiles((1024, 1024), (1024, 1024), (256, 1024)),
-        128: _tiles((1024, 1024), (1024, 1024), (256, 1024)),
-        256: _tiles((256, 256), (1024, 1024), (256, 1024)),
+        64: _tiles((1024, 1024), (256, 1024)),
+        128: _tiles((1024, 1024), (256, 1024)),
+        256: _tiles((256, 256), (256, 1024)),
     },
     "tpu7x": {
-        64: _tiles((1024, 1024), (512, 1024), (256, 1024)),
-        128: _tiles((1024, 1024), (512, 1024), (512, 1024)),
-        256: _tiles((256, 256), (512, 1024), (1024, 1024)),
+        64: _tiles((1024, 1024), (256, 1024)),
+        128: _tiles((1024, 1024), (512, 1024)),
+        256: _tiles((256, 256), (512, 1024)),
     },
 }
 """By generation and the least head dim that is as large; 16 bits an element. v5p has v5e's order of candidates."""
 
 FLOAT32 = Tiles(
     forward=Tile(512, 512, 128, 128, 128, 128),
-    query_gradients=Tile(512, 512, 256, 512, 256, 256),
-    key_gradients=Tile(512, 512, 256, 512, 256, 256),
+    gradients=Tile(512, 512, 256, 512, 256, 256),
 )
 """For any generation and head dim: what compiles within 16 MiB of scoped VMEM, the default limit of v5e and v5p."""
 

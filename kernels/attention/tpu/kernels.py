@@ -1,4 +1,4 @@
-"""The kernels of flash attention for TPU: forward, query gradients, key gradients, column mass. The math is in `pallas_tpu`."""
+"""The kernels of flash attention for TPU: forward, gradients, column mass. The math is in `pallas_tpu`."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -9,8 +9,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from plait.kernels.attention.tpu.tiling import Course, Operands, Part, Problem, Tiling
+from plait.kernels.attention.tpu import carried
+from plait.kernels.attention.tpu.tiling import SUBLANES, Course, Operands, Part, Problem, Tiling, rounded_up
 from plait.kernels.attention.tpu.weights import LOG2_E, NN, Sums, dot, gradients, products, seen, stacked_rows
+from plait.kernels.attention.visits import SKIP
 
 Array = jax.Array
 
@@ -89,58 +91,22 @@ def _gradients(course: Course, bias: Array, refs: Sequence[Any], keys: _Keys, pa
     )
 
 
-def _query_gradients_kernel(course: Course, table: Any, bias: Any, *refs: Any) -> None:
+def _gradients_kernel(course: Course, table: Any, bias: Any, *refs: Any) -> None:
     problem = course.problem
-    *inputs, d_q, d_bias, acc, shared_acc = refs
-    k = inputs[1]
-    b, h, index = (pl.program_id(axis) for axis in range(3))
-    step = course.steps.read(table, b, h, index)
-
-    @pl.when(step.first == 1)
-    def _start():
-        acc[...] = jnp.zeros_like(acc)
-        shared_acc[...] = jnp.zeros_like(shared_acc)
-
-    def work(kind: int) -> None:
-        for keys, parts in _parts(course, kind, inputs[5:]):
-            turned = k[0, 0, keys.at].T
-            for part in parts:
-                _, d_logits, shared = _gradients(course, bias[h], inputs, keys, part)
-                acc[:, part.queries] += dot(turned, d_logits.astype(k.dtype), NN)  # [K, M]
-                if problem.sigmoid:
-                    shared_acc[:, part.queries] += jnp.sum(shared, axis=0, keepdims=True)
-
-    _by_kind(course, step.kind, work)
-
-    @pl.when(step.last == 1)
-    def _finish():
-        d_q[0, 0] = (problem.scale * acc[...]).astype(d_q.dtype)
-        d_bias[0, 0] = shared_acc[...]
-
-
-def query_gradients(problem: Problem, x: Operands, d_o: Array, rows: Sequence[Array]) -> tuple[Array, Array]:
-    """dq [B, H, T, K] and the gradient [H] of the sigmoid's bias, for d_o [B, H, T, V].
-
-    The float32 rows [B, H, T] are those of `plait.kernels.attention.per_query.gradient_rows`.
-    """
-    tile, length, key_dim = problem.tiles.query_gradients, x.q.shape[2], x.q.shape[3]
-    d_q, d_bias = Tiling(problem, x, tile).over_queries(
-        _query_gradients_kernel,
-        "attention_query_gradients",
-        extra=((d_o, "q", 2), (stacked_rows(problem, rows), "q", 3)),
-        outputs=((key_dim, x.q.dtype), (1, jnp.float32)),
-        scratch=[pltpu.VMEM((n, tile.block_q), jnp.float32) for n in (key_dim, 1)],
-    )
-    return jnp.swapaxes(d_q[..., :length], 2, 3), jnp.sum(d_bias, axis=(0, 2, 3))
-
-
-def _key_gradients_kernel(course: Course, table: Any, bias: Any, *refs: Any) -> None:
-    problem = course.problem
-    *inputs, d_k, d_v, k_acc, v_acc = refs
-    q, d_o = inputs[0], inputs[3]
+    *inputs, _, d_k, d_v, far, k_acc, v_acc = refs[: -carried.NUM_SCRATCH]
+    q, k, _, d_o = inputs[:4]
+    key_dim = q.shape[3]
     b, h, index, member = (pl.program_id(axis) for axis in range(4))
-    step, num_members = course.steps.read(table, b, h, index), pl.num_programs(3)
-    head = h * course.group + step.member + member  # one of the two is 0
+    num_members = pl.num_programs(3)
+
+    def place(n: Array) -> carried.Place:
+        step = course.steps.read(table, b, h, jax.lax.div(n, num_members))
+        head = h * course.group + step.member + jax.lax.rem(n, num_members)  # one of the two members is 0
+        return carried.Place(head, step.minor, step.kind != SKIP)
+
+    n, count = index * num_members + member, pl.num_programs(2) * num_members
+    sums = carried.Carried(far.at[b], *refs[-carried.NUM_SCRATCH :], place=place, n=n, count=count)
+    step, head = course.steps.read(table, b, h, index), sums.place.head
 
     @pl.when((step.first == 1) & (member == 0))
     def _start():
@@ -149,12 +115,19 @@ def _key_gradients_kernel(course: Course, table: Any, bias: Any, *refs: Any) -> 
 
     def work(kind: int) -> None:
         for keys, parts in _parts(course, kind, inputs[5:]):
+            turned = k[0, 0, keys.at].T
             for part in parts:
-                weights, d_logits, _ = _gradients(course, bias[head], inputs, keys, part)
+                weights, d_logits, shared = _gradients(course, bias[head], inputs, keys, part)
+                if problem.sigmoid:
+                    sums.here[key_dim : key_dim + 1, part.queries] += jnp.sum(shared, axis=0, keepdims=True)
+                d_logits = d_logits.astype(q.dtype)
                 v_acc[keys.at] += dot(weights.astype(d_o.dtype), d_o[0, 0, part.queries], NN)  # [N, V]
-                k_acc[keys.at] += dot(d_logits.astype(q.dtype), q[0, 0, part.queries], NN)  # [N, K]
+                k_acc[keys.at] += dot(d_logits, q[0, 0, part.queries], NN)  # [N, K]
+                sums.here[:key_dim, part.queries] += dot(turned, d_logits, NN)  # [K, M]
 
+    sums.enter()
     _by_kind(course, step.kind, work)
+    sums.leave()
 
     @pl.when((step.last == 1) & (member == num_members - 1))
     def _finish():
@@ -162,23 +135,25 @@ def _key_gradients_kernel(course: Course, table: Any, bias: Any, *refs: Any) -> 
         d_v[0, 0] = v_acc[...].astype(d_v.dtype)
 
 
-def key_gradients(problem: Problem, x: Operands, d_o: Array, rows: Sequence[Array]) -> tuple[Array, Array]:
-    """dk [B, Hkv, S, K] and dv [B, Hkv, S, V], summed over the heads of each group; arguments as in `query_gradients`."""
-    tile, num_keys, dims = problem.tiles.key_gradients, x.k.shape[2], (x.k.shape[3], x.v.shape[3])
-    d_k, d_v = Tiling(problem, x, tile).over_keys(
-        _key_gradients_kernel,
-        "attention_key_gradients",
+def all_gradients(problem: Problem, x: Operands, d_o: Array, rows: Sequence[Array]) -> tuple[Array, Array, Array, Array]:
+    """dq [B, H, T, K], dk [B, Hkv, S, K] and dv [B, Hkv, S, V] summed over the heads of each group, and the gradient [H] of the sigmoid's
+    bias, for d_o [B, H, T, V].
+
+    The float32 rows [B, H, T] are those of `plait.kernels.attention.per_query.gradient_rows`.
+    """
+    tile, length, num_keys, dims = problem.tiles.gradients, x.q.shape[2], x.k.shape[2], (x.k.shape[3], x.v.shape[3])
+    width = rounded_up(dims[0], SUBLANES) + (SUBLANES if problem.sigmoid else 0)
+    d_k, d_v, sums = Tiling(problem, x, tile).over_keys(
+        _gradients_kernel,
+        "attention_gradients",
         extra=((d_o, "q", 2), (stacked_rows(problem, rows), "q", 3)),
         outputs=((dims[0], x.k.dtype), (dims[1], x.v.dtype)),
         scratch=[pltpu.VMEM((tile.block_kv, n), jnp.float32) for n in dims],
+        sums=width,
     )
-    return d_k[:, :, :num_keys], d_v[:, :, :num_keys]
-
-
-def all_gradients(problem: Problem, x: Operands, d_o: Array, rows: Sequence[Array]) -> tuple[Array, Array, Array, Array]:
-    """dq, dk, dv and the gradient of the sigmoid's bias: see `query_gradients` and `key_gradients`."""
-    d_q, d_bias = query_gradients(problem, x, d_o, rows)
-    return d_q, *key_gradients(problem, x, d_o, rows), d_bias
+    d_q = (problem.scale * jnp.swapaxes(sums[:, :, : dims[0], :length], 2, 3)).astype(x.q.dtype)
+    d_bias = jnp.sum(sums[:, :, dims[0], :length], axis=(0, 2)) if problem.sigmoid else jnp.zeros_like(x.bias)
+    return d_q, d_k[:, :, :num_keys], d_v[:, :, :num_keys], d_bias
 
 
 def _column_mass_kernel(course: Course, table: Any, bias: Any, *refs: Any) -> None:
@@ -209,7 +184,7 @@ def _column_mass_kernel(course: Course, table: Any, bias: Any, *refs: Any) -> No
 
 def column_mass(problem: Problem, x: Operands, lse: Array) -> Array:
     """sum_i A_ij, float32 [B, H, S], for lse [B, H, T] that is large where a row sees nothing."""
-    tile = problem.tiles.key_gradients
+    tile = problem.tiles.gradients
     tiling = Tiling(problem, x, tile)
     tiling.num_kv_heads = tiling.num_heads  # each head has sums of its own, on the keys it shares
     (mass,) = tiling.over_keys(

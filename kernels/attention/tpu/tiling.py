@@ -6,9 +6,11 @@ from itertools import accumulate, groupby, pairwise
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from plait.kernels.attention.tpu import carried
 from plait.kernels.attention.tpu.edges import CELL, FIRST_EDGE, WHOLLY, Edges, edges
 from plait.kernels.attention.tpu.size import least
 from plait.kernels.attention.tpu.steps import Steps, most_steps, plan_steps
@@ -17,7 +19,7 @@ from plait.kernels.shapes import padded
 
 Array = jax.Array
 
-LANES = 128
+LANES, SUBLANES = 128, 8
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Tile:
 
     def fit(self, num_queries: int, num_keys: int) -> "Tile":
         """This tile, no longer than the sequences need."""
-        block_q, block_kv = min(self.block_q, _round_up(num_queries, LANES)), min(self.block_kv, _round_up(num_keys, LANES))
+        block_q, block_kv = min(self.block_q, rounded_up(num_queries, LANES)), min(self.block_kv, rounded_up(num_keys, LANES))
         return replace(self, block_q=block_q, block_kv=block_kv)
 
 
@@ -54,9 +56,8 @@ class Tiles:
     """The tiles of each kernel."""
 
     forward: Tile
-    query_gradients: Tile
-    key_gradients: Tile
-    """Of key and value gradients, and of what each key receives."""
+    gradients: Tile
+    """Of all gradients, and of what each key receives."""
 
     def sized(self, layout: Layout) -> "Tiles":
         """These tiles, square and of the size that has the least work under a layout."""
@@ -198,9 +199,16 @@ class Tiling:
         specs = [self._spec(shape.shape, "q", 3, where) for shape in shapes]
         return self._call(kernel, name, steps, where, extra, out_shape=shapes, out_specs=specs, grid=grid, scratch=scratch)
 
-    def over_keys(self, kernel: Any, name: str, *, extra: _Inputs = (), outputs: _Outputs, scratch: list[Any]) -> list[Array]:
+    def over_keys(
+        self, kernel: Any, name: str, *, extra: _Inputs = (), outputs: _Outputs, scratch: list[Any], sums: int = 0
+    ) -> list[Array]:
         """Likewise over (batch, key heads, tiles visited, heads of the group), one block of keys after the other; outputs belong to the
-        keys. Where heads visit tiles of their own, those of a group stand in the list of tiles, and the last axis has length 1."""
+        keys. Where heads visit tiles of their own, those of a group stand in the list of tiles, and the last axis has length 1.
+
+        Args:
+          sums: the width of float32 sums [B, H, width, T] of the queries, which follow the outputs, and whose `Carried` has the last of the
+            scratch memory; 0 is none.
+        """
         group, heads = self.num_heads // self.num_kv_heads, self.kinds.shape[1]
         own = group if heads > 1 else 1  # heads of a group that are told apart in the list
         kinds = self.kinds.reshape(self.kinds.shape[0], -1, own, *self.kinds.shape[2:]).transpose(0, 1, 4, 2, 3)
@@ -214,10 +222,16 @@ class Tiling:
         length = self.count["kv"] * self.blocks["kv"]
         shapes = [jax.ShapeDtypeStruct((self.batch, self.num_kv_heads, length, n), dtype) for n, dtype in outputs]
         specs = [self._spec(shape.shape, "kv", 2, where) for shape in shapes]
-        return self._call(kernel, name, steps, where, extra, out_shape=shapes, out_specs=specs, grid=grid, scratch=scratch)
+        far = []
+        if sums:
+            far = [jnp.zeros((self.batch, self.num_heads, sums, self.count["q"] * self.blocks["q"]), jnp.float32)]
+            scratch = [*scratch, *carried.scratch(sums, self.blocks["q"])]
+        return self._call(
+            kernel, name, steps, where, extra, out_shape=shapes, out_specs=specs, grid=grid, scratch=scratch, sums=far
+        )
 
     def _call(
-        self, kernel: Any, name: str, steps: Steps, where: Any, extra: _Inputs, *, out_shape, out_specs, grid, scratch
+        self, kernel: Any, name: str, steps: Steps, where: Any, extra: _Inputs, *, out_shape, out_specs, grid, scratch, sums=()
     ) -> list[Array]:
         x = self.x
         tokens: Any = tuple((both.stacked(), side, 3) for side, both in self.tokens.items())  # [B, H or 1, 2, T]
@@ -225,19 +239,21 @@ class Tiling:
         inputs = ((x.q, "q", 2), (x.k, "kv", 2), *values, *extra)
         inputs = tuple((self._pad(array, side, axis), side, axis) for array, side, axis in inputs) + tokens
         semantics: Any = ("parallel",) * 2 + ("arbitrary",) * (len(grid) - 2)
+        far = [pl.BlockSpec(memory_space=pl.ANY)] * len(sums)
         return pl.pallas_call(
             partial(kernel, Course(self.problem, self.tile, self.edges, steps, self.num_heads // self.num_kv_heads)),
             name=name,
-            out_shape=out_shape,
+            out_shape=[*out_shape, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in sums)],
+            input_output_aliases={2 + len(inputs) + i: len(out_shape) + i for i in range(len(sums))},
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=2,
                 grid=grid,
-                in_specs=[self._spec(array.shape, side, axis, where) for array, side, axis in inputs],
-                out_specs=out_specs,
+                in_specs=[*(self._spec(array.shape, side, axis, where) for array, side, axis in inputs), *far],
+                out_specs=[*out_specs, *far],
                 scratch_shapes=scratch,
             ),
             compiler_params=pltpu.CompilerParams(dimension_semantics=semantics),
-        )(steps.entries.reshape(-1), x.bias, *(array for array, _, _ in inputs))
+        )(steps.entries.reshape(-1), x.bias, *(array for array, _, _ in inputs), *sums)
 
     def _pad(self, x: Array, side: str, axis: int) -> Array:
         return padded(x, axis, self.blocks[side])
@@ -254,5 +270,6 @@ class Tiling:
         return pl.BlockSpec((1, 1, size, shape[3]) if axis == 2 else (1, 1, shape[2], size), index)
 
 
-def _round_up(n: int, multiple: int) -> int:
+def rounded_up(n: int, multiple: int) -> int:
+    """n or the next multiple."""
     return -(-n // multiple) * multiple
