@@ -113,7 +113,8 @@ def work(job: dict[str, Any]) -> None:
     build = _splash if job["name"].startswith("splash") else _choosing if job["op"] == "choosing" else ours
     with target(job["target"]):
         function, operands = build(job, array)
-        text = jax.jit(function).lower(*operands).compile().as_text()
+        lowered = jax.jit(function).lower(*operands)
+        text = lowered.compile().as_text()
     lines = [line for line in text.splitlines() if 'custom_call_target="tpu_custom_call"' in line]
     names = {re.match(r"\s*(?:ROOT )?%?(\S+) =", line)[1] for line in lines}
     vmem = [int(m[1]) for line in lines if (m := re.search(r'memory_configs":\[\{"memory_space":"1".*?"size":"(\d+)"', line))]
@@ -123,7 +124,17 @@ def work(job: dict[str, Any]) -> None:
         if found and found[1] in names:
             kernels[found[1]] = int(found[2])
     known = kernels if len(kernels) == len(names) else None
-    print("estimate", json.dumps({"kernels": known, "others": _fusions(text), "vmem": max(vmem, default=0)}))
+    found = {"kernels": known, "flops": _said(lowered.as_text()), "others": _fusions(text), "vmem": max(vmem, default=0)}
+    print("estimate", json.dumps(found))
+
+
+def _said(stablehlo: str) -> dict[str, int]:
+    """Operations by kernel, as it says itself."""
+    calls = [line for line in stablehlo.splitlines() if "@tpu_custom_call(" in line]
+    said = (
+        (re.search(r'kernel_name = "(\w+)"', line), re.search(r"cost_estimate\b.*?\\22flops\\22:(\d+)", line)) for line in calls
+    )
+    return {name[1]: int(flops[1]) for name, flops in said if name and flops}
 
 
 def _fusions(hlo: str) -> int:
@@ -216,7 +227,9 @@ def _attention_kernel(job: dict[str, Any], array: Callable[..., Any]) -> tuple[C
         "Memory", (), {"SMEM": tiling.pltpu.VMEM, "VMEM": tiling.pltpu.VMEM, "SemaphoreType": tiling.pltpu.SemaphoreType}
     )
     cells = tuple(tuple(row) for row in job.get("cells", ()))
-    tiling.edges = lambda *_: edges.Edges(None, (cells,), (kind,) if kind else (), 0, 0)
+    computed = sum(state > 0 for row in cells for state in row) if kind == edges.FIRST_EDGE else 64
+    num_cells = computed * (length // 1024) ** 2
+    tiling.edges = lambda *_: edges.Edges(None, (cells,), (kind,) if kind else (), 0, num_cells)
     tiling.tile_kinds = lambda layout, q, kv, block_q, block_kv, **_: jnp.zeros(
         (1, 1, length // block_q, length // block_kv), int
     )

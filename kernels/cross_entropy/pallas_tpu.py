@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from plait.kernels.costs import cost
 from plait.kernels.cross_entropy.by_vocabulary import Kernels, Rows, cross_entropy_of
 from plait.kernels.cross_entropy.call import CrossEntropyCall
 from plait.kernels.shapes import matmul_precision
@@ -96,10 +97,11 @@ def forward(hidden: Array, weight: Array, targets: Array, soft_cap: float | None
         hidden, weight = jnp.pad(hidden, ((0, 0), (0, padding))), jnp.pad(weight, ((0, padding), (0, 0)))
     row = lambda count: pl.BlockSpec((count, tiles.tokens), lambda i, j, k: (0, i))
     state = pltpu.VMEM((tiles.tokens, LANES), jnp.float32)
+    shape = jax.ShapeDtypeStruct((2, num_tokens), jnp.float32)
     rows = pl.pallas_call(
         partial(_kernel, vocabulary, steps, soft_cap),
         name="cross_entropy_forward",
-        out_shape=jax.ShapeDtypeStruct((2, num_tokens), jnp.float32),
+        out_shape=shape,
         grid=(pl.cdiv(num_tokens, tiles.tokens), pl.cdiv(vocabulary, tiles.vocabulary), steps),
         in_specs=[
             row(1),
@@ -113,6 +115,11 @@ def forward(hidden: Array, weight: Array, targets: Array, soft_cap: float | None
             *[state] * 3,
         ],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary")),
+        cost_estimate=cost(
+            (targets, hidden, weight, shape),
+            flops=2 * num_tokens * hidden.shape[1] * vocabulary,
+            transcendentals=num_tokens * vocabulary,
+        ),
     )(targets[None, :], hidden, weight)
     return Rows(rows[0], rows[1])
 

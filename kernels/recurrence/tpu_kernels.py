@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from plait.kernels.costs import cost
 from plait.kernels.recurrence.tpu_chunk import SUBLANES, BlockFunction, Bounds, Inputs, ValueHead, Written, column, iota
 
 Array = jax.Array
@@ -175,16 +176,29 @@ class Grid:
     def call(self, kernel: Any, name: str, arrays: list[Any], in_specs: list[Any], outputs: list[Any], scratch: Any = ()) -> Any:
         """Runs a kernel; `outputs` are pairs of shape and spec."""
         semantics: Any = ("parallel", "parallel", "arbitrary", "arbitrary")
+        *_, value_dim, key_dim = self.x.state.shape
+        product = 2 * self.batch * self.length * self.num_heads
+        flops = product * (2 * key_dim * value_dim + self.size * (key_dim + value_dim))  # the state and the chunk's scores
+        if len(self.x.gates) > 1:
+            flops += product * (key_dim * value_dim + self.size * (key_dim + value_dim))  # what is erased
+        results = [shape for shape, _ in outputs]
         return pl.pallas_call(
             kernel,
             name=name,
             grid=self.shape,
             in_specs=in_specs,
             out_specs=[spec for _, spec in outputs],
-            out_shape=[shape for shape, _ in outputs],
+            out_shape=results,
             scratch_shapes=scratch,
             compiler_params=pltpu.CompilerParams(dimension_semantics=semantics),
+            cost_estimate=cost((*arrays, *results), flops=flops * (2 if self.reverse else 1)),
         )(*arrays)
+
+
+def _name(problem: Problem, x: Operands, which: str) -> str:
+    """Of a kernel, as profiles and compiled programs have it."""
+    by_channel = any(g is not None and g.ndim == 4 for g in x.gates)
+    return f"{problem.block.__name__}{'_by_channel' if by_channel else ''}_{which}"
 
 
 def _divisor(number: int, limit: int) -> int:
@@ -315,8 +329,7 @@ def forward(problem: Problem, x: Operands, *, keep: bool) -> tuple[Array, Array,
         spec = grid.spec((None, grid.num_values, None, SUBLANES, LANES), lambda b, h, hv, i: (b, hv, i, 0, 0))
         outputs.append((shape, spec))
     kernel = partial(_forward_kernel, problem, grid, keep)
-    name = f"{problem.block.__name__}_forward"
-    o, final, *extra = grid.call(kernel, name, [x.state, *arrays], [grid.states(), *specs], outputs)
+    o, final, *extra = grid.call(kernel, _name(problem, x, "forward"), [x.state, *arrays], [grid.states(), *specs], outputs)
     sums = None
     if problem.stats:
         sums = jnp.swapaxes(extra[-1][..., :3, : grid.chunks], 3, 4).reshape(grid.batch, grid.num_heads, -1, 3)
@@ -397,7 +410,7 @@ def backward(problem: Problem, x: Operands, entering: Array, d_o: Array, d_final
     scratch = [pltpu.VMEM((grid.size * grid.chunks, x.q.shape[3]), jnp.float32)] * (2 if grid.steps > 1 else 0)
     d_q, d_k, d_v, *d_gates, d_state = grid.call(
         partial(_backward_kernel, problem, grid),
-        f"{problem.block.__name__}_backward",
+        _name(problem, x, "backward"),
         [d_final, entering, lay(d_o), *arrays],
         [grid.states(), entering_spec, values, *specs],
         outputs,

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from plait.kernels.costs import cost
 from plait.kernels.short_conv.call import ShortConvCall
 from plait.kernels.short_conv.reference import first_id, last_inputs
 from plait.kernels.target import not_on
@@ -208,6 +209,10 @@ class _Call:
             out_specs=[pl.BlockSpec(shape, index) for _, shape, index in outputs],
             scratch_shapes=scratch,
             compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+            cost_estimate=cost(
+                (*inputs, *(shape for shape, _, _ in outputs)),
+                flops=2 * self.constants.shape[0] * self.x.size * (1 + len(more or [])),
+            ),
         )(*inputs)
 
 

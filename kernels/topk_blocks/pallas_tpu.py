@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from plait.kernels.costs import cost
 from plait.kernels.shapes import matmul_precision, padded
 from plait.kernels.target import not_on
 from plait.kernels.topk_blocks import chunked, reference
@@ -100,10 +101,12 @@ def scores(call: TopkCall) -> Array:
         weights = jnp.swapaxes(call.weights.astype(jnp.float32), 1, 2).reshape(batch, num_kv_heads, group, length)
         inputs.append((queries(weights, 3), pl.BlockSpec((1, 1, group, QUERIES), lambda b, g, i, s, reach: (b, g, 0, i))))
     phases = 1 if call.scale is None else 2
+    shape = jax.ShapeDtypeStruct((batch, num_kv_heads, c.shape[2], q.shape[2]), jnp.float32)
+    products = phases * batch * num_kv_heads * q.shape[2] * c.shape[2] / 2  # those with blocks that are past
     found = pl.pallas_call(
         partial(_kernel, problem),
         name="group_scores",
-        out_shape=jax.ShapeDtypeStruct((batch, num_kv_heads, c.shape[2], q.shape[2]), jnp.float32),
+        out_shape=shape,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(batch, num_kv_heads, num_tiles, phases * num_chunks),
@@ -114,6 +117,11 @@ def scores(call: TopkCall) -> Array:
             scratch_shapes=[pltpu.VMEM((1, group * QUERIES), jnp.float32)] * 2,
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3 + ("arbitrary",)),
+        cost_estimate=cost(
+            (*(array for array, _ in inputs), shape),
+            flops=2 * width * products,
+            transcendentals=0 if call.scale is None else products,
+        ),
     )(reach, *(array for array, _ in inputs))
     return jnp.moveaxis(found[:, :, :count, :length], 3, 1)
 

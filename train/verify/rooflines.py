@@ -24,11 +24,13 @@ class Peak(NamedTuple):
         return max(flops / self.flops, num_bytes / self.bandwidth)
 
 
-_CLOCKS = {"v4": (1.05e9, 2), "v5e": (1.5e9, 1), "v5p": (1.75e9, 2), "v6e": (1.75e9, 1), "tpu7x": (2.2e9, 2)}
-"""Clock, inferred from the peak, and cores of a chip."""
-
 PEAKS = {
-    name: Peak(chip.flops * chip.devices_per_chip, chip.memory_bandwidth * chip.devices_per_chip, *_CLOCKS.get(name, ()))
+    name: Peak(
+        chip.flops * chip.devices_per_chip,
+        chip.memory_bandwidth * chip.devices_per_chip,
+        chip.clock,
+        chip.cores * chip.devices_per_chip,
+    )
     for name, chip in CHIPS.items()
 }
 

@@ -71,7 +71,7 @@ def forward(problem: Problem, x: Operands) -> tuple[Array, tuple[Array, ...]]:
     """o [B, H, V, T] in q's dtype, and rows [B, H, T]: lse, of the sigmoid with statistics less the bias, and, with statistics,
     maximum and entropy."""
     tile, length, value_dim = problem.tiles.forward, x.q.shape[2], x.v.shape[3]
-    tiling = Tiling(problem, x, tile)
+    tiling = Tiling(problem, x, tile, x.q.shape[3] + value_dim)
     num_rows = 3 if problem.stats else 1
     o, rows = tiling.over_queries(
         _forward_kernel,
@@ -143,7 +143,7 @@ def all_gradients(problem: Problem, x: Operands, d_o: Array, rows: Sequence[Arra
     """
     tile, length, num_keys, dims = problem.tiles.gradients, x.q.shape[2], x.k.shape[2], (x.k.shape[3], x.v.shape[3])
     width = rounded_up(dims[0], SUBLANES) + (SUBLANES if problem.sigmoid else 0)
-    d_k, d_v, sums = Tiling(problem, x, tile).over_keys(
+    d_k, d_v, sums = Tiling(problem, x, tile, 3 * dims[0] + 2 * dims[1]).over_keys(
         _gradients_kernel,
         "attention_gradients",
         extra=((d_o, "q", 2), (stacked_rows(problem, rows), "q", 3)),
@@ -185,7 +185,7 @@ def _column_mass_kernel(course: Course, table: Any, bias: Any, *refs: Any) -> No
 def column_mass(problem: Problem, x: Operands, lse: Array) -> Array:
     """sum_i A_ij, float32 [B, H, S], for lse [B, H, T] that is large where a row sees nothing."""
     tile = problem.tiles.gradients
-    tiling = Tiling(problem, x, tile)
+    tiling = Tiling(problem, x, tile, x.q.shape[3])
     tiling.num_kv_heads = tiling.num_heads  # each head has sums of its own, on the keys it shares
     (mass,) = tiling.over_keys(
         _column_mass_kernel,

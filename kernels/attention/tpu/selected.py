@@ -41,7 +41,7 @@ def forward(problem: Problem, x: Operands) -> tuple[Array, tuple[Array, ...]]:
         return work, finish
 
     num_rows = 3 if problem.stats else 1
-    o, rows = Walk(problem, x).over_queries(
+    o, rows = Walk(problem, x, x.q.shape[3] + value_dim).over_queries(
         begin,
         "selected_attention_forward",
         outputs=[(value_dim, x.q.dtype), (num_rows, jnp.float32)],
@@ -76,7 +76,7 @@ def all_gradients(problem: Problem, x: Operands, d_o: Array, rows: Sequence[Arra
 
         return work, finish
 
-    d_q, d_bias, d_k, d_v = Walk(problem, x, d_o=d_o, rows=stacked_rows(problem, rows)).over_queries(
+    d_q, d_bias, d_k, d_v = Walk(problem, x, 3 * key_dim + 2 * value_dim, d_o=d_o, rows=stacked_rows(problem, rows)).over_queries(
         begin,
         "selected_attention_gradients",
         outputs=[(key_dim, x.q.dtype), (1, jnp.float32)],
@@ -108,7 +108,7 @@ def column_mass(problem: Problem, x: Operands, lse: Array) -> Array:
 
         return work, finish
 
-    (mass,) = Walk(problem, x, rows=(lse * LOG2_E)[:, :, None]).over_keys(
+    (mass,) = Walk(problem, x, x.q.shape[3], rows=(lse * LOG2_E)[:, :, None]).over_keys(
         begin,
         "selected_attention_column_mass",
         outputs=[(cut.heads, jnp.float32)],

@@ -15,6 +15,7 @@ from plait.kernels.attention.tpu.edges import CELL, FIRST_EDGE, WHOLLY, Edges, e
 from plait.kernels.attention.tpu.size import least
 from plait.kernels.attention.tpu.steps import Steps, most_steps, plan_steps
 from plait.kernels.attention.visits import FULL, Layout, tile_kinds
+from plait.kernels.costs import cost
 from plait.kernels.shapes import padded
 
 Array = jax.Array
@@ -163,11 +164,16 @@ def _runs(shown: list[bool]) -> list[tuple[int, int]]:
 
 
 class Tiling:
-    """One kernel's blocks: pads the two sides to whole blocks and lays out the grid and its operands."""
+    """One kernel's blocks: pads the two sides to whole blocks and lays out the grid and its operands.
 
-    def __init__(self, problem: Problem, x: Operands, tile: Tile):
+    Args:
+      columns: what a query and a key have of them in all products of the kernel.
+    """
+
+    def __init__(self, problem: Problem, x: Operands, tile: Tile, columns: int):
         block_q, block_kv = tile.block_q, tile.block_kv
-        self.problem, self.x, self.tile, self.blocks = problem, x, tile, {"q": block_q, "kv": block_kv}
+        self.problem, self.x, self.tile, self.columns = problem, x, tile, columns
+        self.blocks = {"q": block_q, "kv": block_kv}
         self.batch, self.num_heads, self.num_kv_heads = *x.q.shape[:2], x.k.shape[1]
         self.tokens = {
             side: jax.tree.map(partial(self._pad, side=side, axis=2), both) for side, both in (("q", x.queries), ("kv", x.keys))
@@ -240,10 +246,13 @@ class Tiling:
         inputs = tuple((self._pad(array, side, axis), side, axis) for array, side, axis in inputs) + tokens
         semantics: Any = ("parallel",) * 2 + ("arbitrary",) * (len(grid) - 2)
         far = [pl.BlockSpec(memory_space=pl.ANY)] * len(sums)
+        operands = (steps.entries.reshape(-1), x.bias, *(array for array, _, _ in inputs), *sums)
+        results = [*out_shape, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in sums)]
+        pairs = self.batch * self.num_heads * self.edges.num_cells * CELL**2
         return pl.pallas_call(
             partial(kernel, Course(self.problem, self.tile, self.edges, steps, self.num_heads // self.num_kv_heads)),
             name=name,
-            out_shape=[*out_shape, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in sums)],
+            out_shape=results,
             input_output_aliases={2 + len(inputs) + i: len(out_shape) + i for i in range(len(sums))},
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=2,
@@ -253,7 +262,8 @@ class Tiling:
                 scratch_shapes=scratch,
             ),
             compiler_params=pltpu.CompilerParams(dimension_semantics=semantics),
-        )(steps.entries.reshape(-1), x.bias, *(array for array, _, _ in inputs), *sums)
+            cost_estimate=cost((*operands, *results), flops=2 * pairs * self.columns, transcendentals=pairs),
+        )(*operands)
 
     def _pad(self, x: Array, side: str, axis: int) -> Array:
         return padded(x, axis, self.blocks[side])

@@ -21,6 +21,7 @@ from plait.kernels.attention.tpu.cut import Cut
 from plait.kernels.attention.tpu.tiling import Operands, Problem
 from plait.kernels.attention.tpu.weights import seen
 from plait.kernels.attention.visits import FULL, MASKED, SKIP, ordered, segment_starts, tile_kinds
+from plait.kernels.costs import cost
 from plait.kernels.masks import block_number
 from plait.kernels.shapes import padded
 
@@ -67,10 +68,11 @@ class Walk:
 
     Args:
       x: what every kernel reads.
+      columns: what a query and a key have of them in all products of this one.
       extra: what this one reads besides, of the queries: d_o [B, H, T, V], rows [B, H, R, T].
     """
 
-    def __init__(self, problem: Problem, x: Operands, **extra: Array):
+    def __init__(self, problem: Problem, x: Operands, columns: int, **extra: Array):
         self.problem, self.bias, self.cut = problem, x.bias, problem.tiles
         cut: Cut = problem.tiles
         self.batch, self.num_bundles, self.num_kv_heads = x.q.shape[0], x.q.shape[1] // cut.heads, x.k.shape[1]
@@ -80,6 +82,11 @@ class Walk:
         )
         selected = replace(x.selected, indices=padded(x.selected.indices, 1, cut.queries))
         choices = selected.indices.shape[2]
+        num_queries, num_blocks = x.selected.indices.shape[1], x.selected.indices.shape[3]
+        self.pairs = (
+            self.batch * x.q.shape[1] * num_queries * min(num_blocks * cut.block_size, x.k.shape[2])
+        )  # if queries choose alike
+        self.columns = columns
         self.num_queries, self.num_keys = queries.positions.shape[2] // cut.queries, keys.positions.shape[2] // cut.keys
         kinds = tile_kinds(
             problem.layout,
@@ -262,10 +269,12 @@ class Walk:
                 pl.when(last >= 0)(partial(move_sums, last, _wait, back=True))
             finish(self._bias(bias, at(b, h, tile, tile)[1]))
 
+        operands = self.bias, table, *(a.value for a in held.values()), *(a.value for a in streamed.values()), *sums
+        results = [*out_shape, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in sums)]
         return pl.pallas_call(
             kernel,
             name=name,
-            out_shape=[*out_shape, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in sums)],
+            out_shape=results,
             input_output_aliases={2 + len(held) + len(streamed) + i: len(out_shape) + i for i in range(len(sums))},
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=1,
@@ -287,7 +296,8 @@ class Walk:
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "parallel", "arbitrary" if sums else "parallel")
             ),
-        )(self.bias, table, *(a.value for a in held.values()), *(a.value for a in streamed.values()), *sums)
+            cost_estimate=cost((*operands, *results), flops=2 * self.pairs * self.columns, transcendentals=self.pairs),
+        )(*operands)
 
     def _tile(self, parts: dict[str, list[Array]], bias: Any, kind: int) -> Tile:
         """A tile of what a kernel holds and what it fetched, each [heads, ., .]; of what belongs to keys one after the other."""

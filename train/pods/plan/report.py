@@ -15,6 +15,7 @@ from rich.table import Table
 from plait.configs import codec
 from plait.configs.experiment import ExperimentConfig
 from plait.configs.files import write_atomically
+from plait.train.pods.plan.compiled.durations import SOURCES
 from plait.train.pods.plan.decoding import decoding
 from plait.train.pods.plan.memory import size_text
 from plait.train.pods.plan.roofline import ASSUMPTIONS, Times
@@ -171,17 +172,7 @@ def _roofline(plan: Plan) -> Section:
             f"links of {chip.link / 1e9:.0f} GB/s, network {chip.network / 1e9:.3g} GB/s",
         ),
         ("bound, all overlapped", f"{clock.bound * 1e3:.1f}", f"limited by {clock.limited_by}; MFU at most {clock.mfu:.1%}"),
-        *(
-            [
-                (
-                    "as scheduled",
-                    f"{clock.scheduled * 1e3:.1f}",
-                    f"{clock.waiting * 1e3:.1f} ms of exchange not hidden; MFU {clock.mfu_in(clock.scheduled):.1%}",
-                )
-            ]
-            if clock.scheduled is not None and clock.waiting is not None
-            else []
-        ),
+        *_scheduled(clock),
         ("nothing overlapped", f"{clock.serial * 1e3:.1f}", f"MFU {clock.mfu_in(clock.serial):.1%}"),
     ]
     notes = [
@@ -192,6 +183,15 @@ def _roofline(plan: Plan) -> Section:
         f"chip: {chip.source}",
     ]
     return Section("Least time of a step, ms", ("", "ms", ""), rows, notes)
+
+
+def _scheduled(clock: Times) -> list[Row]:
+    if clock.schedule is None:
+        return []
+    seconds, parts = clock.schedule.seconds, clock.schedule.work
+    rows = [("as scheduled", f"{seconds * 1e3:.1f}", f"MFU {clock.mfu_in(seconds):.1%}")]
+    rows += [("", f"{parts[source] * 1e3:.1f}", f"of it {text}") for source, text in SOURCES.items() if parts.get(source)]
+    return [*rows, ("", f"{sum(clock.schedule.waits.values()) * 1e3:.1f}", "of it exchange that nothing hides")]
 
 
 def whole_run(config: ExperimentConfig, num_devices: int, clock: Times) -> str:
@@ -290,9 +290,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
             {"layers": layers, "axes": axes, "count": count, "bytes": size}
             for (layers, axes), (count, size) in plan.layer_exchange.items()
         ],
-        "times": None if clock is None else {**dataclasses.asdict(clock), "bound": clock.bound,
-                                             "scheduled": clock.scheduled, "serial": clock.serial,
-                                             "mfu": clock.mfu, "limited_by": clock.limited_by},
+        "times": _times(clock),
         "assumptions": list(ASSUMPTIONS),
         "warnings": plan.warnings,
         "refusal": plan.refusal,
@@ -301,6 +299,16 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "seconds": {"lower": plan.lower_seconds, "compile": plan.compile_seconds, "total": plan.total_seconds},
         "config": codec.encode(plan.config),
     }  # fmt: skip
+
+
+def _times(clock: Times | None) -> dict[str, Any] | None:
+    """Seconds of a step, those of the schedule by what is known of them."""
+    if clock is None:
+        return None
+    names = ("compute", "memory", "exchange", "model_flops", "peak", "bound", "scheduled", "serial", "mfu", "limited_by")
+    plan = clock.schedule
+    parts: dict[str, float] | None = None if plan is None else {**plan.work, "waiting": sum(plan.waits.values())}
+    return {name: getattr(clock, name) for name in names} | {"schedule": parts}
 
 
 def search_json(found: Sequence[Candidate]) -> list[dict[str, Any]]:

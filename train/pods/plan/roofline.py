@@ -12,6 +12,7 @@ import numpy as np
 
 from plait.kernels.chips import Chip
 from plait.train.pods.plan.compiled.hlo import Collective
+from plait.train.pods.plan.compiled.schedule import Schedule
 from plait.train.pods.plan.topology import Target
 
 ASSUMPTIONS = (
@@ -20,8 +21,10 @@ ASSUMPTIONS = (
     "TPU's VMEM is free, what a GPU's cache would save is not counted",
     "a collective moves (n-1)/n of its array, an all-reduce twice that; over a TPU torus along each dimension that its devices span, "
     "both ways where the dimension closes to a ring; over several hosts or slices the network and the links inside run at once",
-    "the bound overlaps the three fully; the time without overlap adds them up; the time as scheduled adds to the larger of the first two "
-    "the exchange that the compiled schedule has nothing beside, where kernels count by their memory traffic only",
+    "the bound overlaps the three fully; the time without overlap adds them up",
+    "the time as scheduled goes through the program in the compiler's order: operations take the cycles that the TPU compiler estimates, "
+    "kernels those that it estimates for each alone, with all tiles of attention visible and queries that choose blocks alike; "
+    "what has no estimate, and all on a GPU, is at the peak; exchange that nothing stands beside is waited for",
 )
 """Under every time."""
 
@@ -92,8 +95,8 @@ class Times:
     model_flops: float
     """Of one device, for MFU."""
     peak: float
-    waiting: float | None
-    """Of `exchange`, what the compiled schedule has nothing beside; None without one."""
+    schedule: Schedule | None
+    """The compiled program in the compiler's order; None without one."""
 
     @property
     def bound(self) -> float:
@@ -107,8 +110,8 @@ class Times:
 
     @property
     def scheduled(self) -> float | None:
-        """With operations and memory traffic overlapped, and of the exchange what the schedule overlaps."""
-        return None if self.waiting is None else max(self.compute, self.memory) + self.waiting
+        """As the compiler orders and estimates the program."""
+        return None if self.schedule is None else self.schedule.seconds
 
     @property
     def limited_by(self) -> str:
@@ -125,10 +128,10 @@ class Times:
 
 
 def times(
-    chip: Chip, *, hardware_flops: float, model_flops: float, traffic: float, exchange: float, waiting: float | None = None
+    chip: Chip, *, hardware_flops: float, model_flops: float, traffic: float, exchange: float, schedule: Schedule | None = None
 ) -> Times:
-    """Args: operations and bytes of memory traffic of one device, seconds of its collectives and of those not hidden."""
-    return Times(hardware_flops / chip.flops, traffic / chip.memory_bandwidth, exchange, model_flops, chip.flops, waiting)
+    """Args: operations and bytes of memory traffic of one device, seconds of its collectives, and the compiled schedule."""
+    return Times(hardware_flops / chip.flops, traffic / chip.memory_bandwidth, exchange, model_flops, chip.flops, schedule)
 
 
 def exchange_seconds(found: Sequence[Collective], mesh: jax.sharding.Mesh, target: Target) -> list[float]:

@@ -14,7 +14,7 @@ from plait.train.mesh import make_mesh, mesh_axes
 from plait.train.pods.plan.compiled.compiling import Outcome, compile_step, largest_allocations, required_temporaries
 from plait.train.pods.plan.compiled.findings import find_oddities
 from plait.train.pods.plan.compiled.hlo import Collective, Computations, by_kind, by_layer_kind
-from plait.train.pods.plan.compiled.overlap import waits
+from plait.train.pods.plan.compiled.overlap import schedule
 from plait.train.pods.plan.compiled.traffic import Traffic
 from plait.train.pods.plan.flops import LayerFlops, StepFlops, layer_flops, step_flops
 from plait.train.pods.plan.memory import Memory, StateBytes, compiled_memory, estimated_memory, state_bytes
@@ -139,15 +139,15 @@ def compile_plan(step: Program, target: Target, start: float | None = None) -> P
             moved = Traffic(program)
             traffic = moved.total()
             seconds = exchange_seconds(found, step.mesh, target)
-            waited = waits(moved, step.mesh, target)
-            waiting = [waited.get((one.kind, one.axes), 0.0) for one in found]
+            scheduled = schedule(moved, step.mesh, target)
+            waiting = [scheduled.waits.get((one.kind, one.axes), 0.0) for one in found]
             clock = times(
                 target.chip,
                 hardware_flops=flops.hardware,
                 model_flops=flops.model,
                 traffic=traffic,
                 exchange=sum(seconds),
-                waiting=sum(waiting),
+                schedule=scheduled,
             )
             routes = {
                 " x ".join(names): route(step.mesh, names, target).describe() for names in dict.fromkeys(c.axes for c in found)

@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 from plait.train.pods.plan.compiled.hlo import Computations
-from plait.train.pods.plan.compiled.overlap import waits
+from plait.train.pods.plan.compiled.overlap import schedule
 from plait.train.pods.plan.compiled.traffic import Traffic
 from plait.train.pods.plan.topology import parse_target
 
@@ -37,7 +37,7 @@ def computation(name: str, *lines: str, entry: bool = False) -> str:
 def waited(*lines: str, before: str = "") -> dict:
     mesh = Mesh(np.array(jax.devices()[:8]).reshape(2, 4), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
     text = "HloModule jit_step\n\n" + before + computation("main", *PARAMETERS, *lines, entry=True)
-    found = waits(Traffic(Computations(text, mesh)), mesh, TARGET)
+    found = schedule(Traffic(Computations(text, mesh)), mesh, TARGET).waits
     return {key: seconds for key, seconds in found.items() if seconds}
 
 
