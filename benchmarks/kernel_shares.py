@@ -11,6 +11,7 @@ cycles. Attention has tiles that are all visible; recurrences have four heads, a
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -22,7 +23,7 @@ WIDTHS = {
     "attention": (64, 128, 256),
     "scalar_decay": (64, 128),
     "vector_decay": (64, 128),
-    "gated_deltanet": (64, 128),
+    "gated_deltanet": (64, 128, 256),
     "kda": (64, 128),
     "short_conv": (128,),
     "cross_entropy": (128,),
@@ -44,9 +45,9 @@ def jobs(target: str) -> list[dict[str, Any]]:
                 heads = 8 if op in ("short_conv", "cross_entropy") else 4
                 found.append(job | {"shape": (1, 2048, heads, width, 8192), "name": "pallas_tpu"})
     blind = target in ("v5e", "v5p")  # of masked gradients there is no estimate
-    for kernel in tpu_static.KERNELS:
+    for kernel, width in itertools.product(tpu_static.KERNELS, (64, 128)):
         name = "open" if blind and kernel == "all_gradients" else "selected"
-        job = {"target": target, "op": "attention", "shape": (1, 2048, 1, 128), "dtype": "bfloat16", "backward": True}
+        job = {"target": target, "op": "attention", "shape": (1, 2048, 1, width), "dtype": "bfloat16", "backward": True}
         found.append(job | {"kernel": kernel, "name": name, "cut": CUT, "visits": VISITS})
     return found
 

@@ -57,7 +57,11 @@ def headline(plan: Plan) -> str:
     memory = plan.memory
     limit = "" if memory.limit is None else f" of {size_text(memory.limit)}"
     fits = f"{'fits' if plan.fits else 'DOES NOT FIT'}: {size_text(memory.total)}{limit} a device"
-    speed = "" if plan.times is None else f"; at best {plan.times.bound:.3g} s a step, MFU {plan.times.mfu:.0%}"
+    speed = ""
+    if (clock := plan.times) is not None:
+        likely = clock.bound if clock.scheduled is None else clock.scheduled
+        scheduled = "" if clock.scheduled is None else f", as scheduled {likely:.3g} s"
+        speed = f"; a step at best {clock.bound:.3g} s{scheduled}, MFU {clock.mfu_in(likely):.0%}"
     return f"{plan.config.name} on {plan.target.name}{f' x {plan.target.slices}' if plan.target.slices > 1 else ''} ({mesh}) {fits}{speed}"
 
 
@@ -196,13 +200,14 @@ def _scheduled(clock: Times) -> list[Row]:
 
 def whole_run(config: ExperimentConfig, num_devices: int, clock: Times) -> str:
     """What all steps of a run come to, in time and hours of devices."""
-    least, most = (config.steps * seconds for seconds in (clock.bound, clock.serial))
+    least, most = (config.steps * seconds for seconds in (clock.bound, clock.scheduled or clock.serial))
     tokens = config.steps * config.data.batch_size * config.data.seq_len
     hours = (seconds * num_devices / 3600 for seconds in (least, most))
     said = " to ".join(f"{one:,.0f}" if one >= 100 else f"{one:.2g}" for one in hours)
     return (
         f"All {config.steps:,} steps, of {tokens / 1e9:,.3g}B tokens: {format_seconds(least)} with all of it overlapped to "
-        f"{format_seconds(most)} with nothing, {said} device-hours; validation, checkpoints and restarts come on top."
+        f"{format_seconds(most)} {'with nothing' if clock.scheduled is None else 'as scheduled'}, {said} device-hours; validation, "
+        "checkpoints and restarts come on top."
     )
 
 

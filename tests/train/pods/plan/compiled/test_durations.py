@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 
+from plait.tests.train.pods.plan.compiled.test_overlap import computation
 from plait.train.pods.plan.compiled import durations
 from plait.train.pods.plan.compiled.hlo import Computations
 from plait.train.pods.plan.compiled.overlap import schedule
 from plait.train.pods.plan.compiled.traffic import Traffic
 from plait.train.pods.plan.topology import parse_target
-from plait.tests.train.pods.plan.compiled.test_overlap import computation
 
 CLOCK, FLOPS, BANDWIDTH = 1.5e9, 197e12, 819e9  # of v5e
 PARAMETERS = (
@@ -65,7 +65,9 @@ def test_a_kernel_takes_its_operations_at_its_share_of_the_peak(name: str, opera
 
 def test_an_unknown_kernel_is_at_the_peak_of_what_it_says_or_moves():
     assert work(kernel("new_kernel.1", "%list")) == {"peak": pytest.approx(1.97e9 / FLOPS)}
-    assert work(kernel("new_kernel.1", "%q, %a")) == {"peak": pytest.approx((2 * 8 * 4096 * 128 * 2 + 4096**2 * 2 + 16) / BANDWIDTH)}
+    assert work(kernel("new_kernel.1", "%q, %a")) == {
+        "peak": pytest.approx((2 * 8 * 4096 * 128 * 2 + 4096**2 * 2 + 16) / BANDWIDTH)
+    }
 
 
 def test_copies_that_are_started_ahead_run_beside_the_rest():
