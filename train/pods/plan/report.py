@@ -46,6 +46,7 @@ def sections(plan: Plan) -> list[Section]:
         _collectives(plan),
         _layer_exchange(plan),
         _roofline(plan),
+        *_time_of_layers(plan),
         _warnings(plan),
         _fixes(plan),
     ]
@@ -192,10 +193,26 @@ def _roofline(plan: Plan) -> Section:
 def _scheduled(clock: Times) -> list[Row]:
     if clock.schedule is None:
         return []
-    seconds, parts = clock.schedule.seconds, clock.schedule.work
+    seconds, parts = clock.schedule.seconds, clock.schedule.by_source()
     rows = [("as scheduled", f"{seconds * 1e3:.1f}", f"MFU {clock.mfu_in(seconds):.1%}")]
     rows += [("", f"{parts[source] * 1e3:.1f}", f"of it {text}") for source, text in SOURCES.items() if parts.get(source)]
     return [*rows, ("", f"{sum(clock.schedule.waits.values()) * 1e3:.1f}", "of it exchange that nothing hides")]
+
+
+def _time_of_layers(plan: Plan) -> list[Section]:
+    schedule = plan.times and plan.times.schedule
+    if not schedule:
+        return []
+    rows = [
+        (
+            layer,
+            *(f"{schedule.work.get((layer, source), 0.0) * 1e3:.1f}" for source in SOURCES),
+            f"{seconds / schedule.seconds:.1%}",
+        )
+        for layer, seconds in schedule.by_layer().items()
+    ]
+    rows.append(("waiting", *[""] * len(SOURCES), f"{sum(schedule.waits.values()) / schedule.seconds:.1%}"))
+    return [Section("Time as scheduled by kind of layer, ms", ("layers", *SOURCES.values(), "share"), rows)]
 
 
 def whole_run(config: ExperimentConfig, num_devices: int, clock: Times) -> str:
@@ -312,8 +329,9 @@ def _times(clock: Times | None) -> dict[str, Any] | None:
         return None
     names = ("compute", "memory", "exchange", "model_flops", "peak", "bound", "scheduled", "serial", "mfu", "limited_by")
     plan = clock.schedule
-    parts: dict[str, float] | None = None if plan is None else {**plan.work, "waiting": sum(plan.waits.values())}
-    return {name: getattr(clock, name) for name in names} | {"schedule": parts}
+    parts: dict[str, float] | None = None if plan is None else {**plan.by_source(), "waiting": sum(plan.waits.values())}
+    layers = None if plan is None else plan.by_layer()
+    return {name: getattr(clock, name) for name in names} | {"schedule": parts, "layers": layers}
 
 
 def search_json(found: Sequence[Candidate]) -> list[dict[str, Any]]:

@@ -91,17 +91,20 @@ def by_kind(found: Iterable[Instruction]) -> list[Collective]:
 
 
 def by_layer_kind(found: Iterable[Instruction]) -> dict[tuple[str, tuple[str, ...]], tuple[int, float]]:
-    """Count and bytes of a step by (kind of layer, mesh axes), most bytes first.
-
-    "others" are embedding, head, loss and optimizer, "unnamed" those that the compiler rewrote without a name.
-    """
+    """Count and bytes of a step by (kind of layer, mesh axes), most bytes first."""
     sums: dict[tuple[str, tuple[str, ...]], tuple[int, float]] = {}
     for one in found:
-        layer = _LAYER.search(one.op)
-        key = (layer[1].replace(".", "/") if layer else "others" if one.op else "unnamed", one.axes)
+        key = layer_of(one.op), one.axes
         count, size = sums.get(key, (0, 0.0))
         sums[key] = count + one.times, size + one.times * one.bytes
     return dict(sorted(sums.items(), key=lambda item: -item[1][1]))
+
+
+def layer_of(op: str) -> str:
+    """The kind of layer that a JAX operation belongs to: "others" are embedding, head, loss and optimizer, "unnamed" what the compiler rewrote
+    without a name."""
+    layer = _LAYER.search(op)
+    return layer[1].replace(".", "/") if layer else "others" if op else "unnamed"
 
 
 def instructions(text: str, mesh: jax.sharding.Mesh) -> list[Instruction]:

@@ -11,7 +11,7 @@ from typing import get_args
 import jax
 
 from plait.train.pods.plan.compiled.durations import Durations
-from plait.train.pods.plan.compiled.hlo import Instruction, Kind, channel_of
+from plait.train.pods.plan.compiled.hlo import Instruction, Kind, channel_of, layer_of
 from plait.train.pods.plan.compiled.schedule import Key, Schedule
 from plait.train.pods.plan.compiled.traffic import Operation, Traffic, is_free
 from plait.train.pods.plan.roofline import route
@@ -105,7 +105,7 @@ class _Machine:
         elif not is_free(one) and one.opcode not in _AHEAD:
             seconds, source = self.durations.of(one, inside)
             run.seconds += seconds
-            run.work[source] += seconds
+            run.work[layer_of(one.op), source] += seconds
 
     def _sent(self, one: Operation, computation: str) -> Iterator[tuple[str, Instruction]]:
         """What an operation, or a fusion's parts, exchange; parts of one collective have the same key."""

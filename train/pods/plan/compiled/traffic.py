@@ -13,6 +13,7 @@ _LINE = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id", "iota", "while",
          "call", "conditional", "optimization-barrier", "opt-barrier", "async-start", "async-update", "async-done"}  # fmt: skip
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
 _SLICES = {"dynamic-slice", "slice", "gather"}
 
 
@@ -26,6 +27,12 @@ class Operation:
     operands: tuple[str, ...]
     line: str
     root: bool
+
+    @property
+    def op(self) -> str:
+        """The JAX operation that it came from."""
+        found = _OP_NAME.search(self.line)
+        return found[1] if found else ""
 
 
 def is_free(one: Operation) -> bool:

@@ -38,8 +38,8 @@ def work(*lines: str, target: str = "v5e:2x2", before: str = "") -> dict[str, fl
     mesh = Mesh(np.array(jax.devices()[:4]), ("fsdp",), axis_types=(AxisType.Auto,))
     text = "HloModule jit_step\n\n" + before + computation("main", *PARAMETERS, *lines, entry=True)
     found = schedule(Traffic(Computations(text, mesh)), mesh, parse_target(target))
-    assert found.seconds == pytest.approx(sum(found.work.values()))
-    return dict(found.work)
+    assert found.seconds == pytest.approx(sum(found.work.values())) == pytest.approx(sum(found.by_layer().values()))
+    return found.by_source()
 
 
 def test_a_fusion_takes_the_compilers_cycles():
@@ -78,3 +78,15 @@ def test_a_loop_counts_each_trip():
     body = computation("loop", *PARAMETERS, FUSION)
     loop = '%w = f32[4] while(%q), condition=%cond, body=%loop, backend_config={"known_trip_count":{"n":"12"}}'
     assert work(loop, before=body) == {"compiler": pytest.approx(12 * 3000 / CLOCK)}
+
+
+def test_time_is_told_apart_by_layer():
+    lines = [
+        line + f', metadata={{op_name="{op}"}}'
+        for line, op in ((FUSION, "jit(step)/layer_softmax/mul"), (PRODUCT, "jit(step)/head"))
+    ]
+    mesh = Mesh(np.array(jax.devices()[:4]), ("fsdp",), axis_types=(AxisType.Auto,))
+    text = "HloModule jit_step\n\n" + computation("main", *PARAMETERS, *lines, COPY.replace("copy-start", "copy"), entry=True)
+    found = schedule(Traffic(Computations(text, mesh)), mesh, parse_target("v5e:2x2"))
+    assert set(found.work) == {("softmax", "compiler"), ("others", "peak"), ("unnamed", "peak")}
+    assert next(iter(found.by_layer())) == "others"
