@@ -17,6 +17,12 @@ def accumulation_dtype(*arrays: Array) -> Any:
     return jnp.result_type(jnp.float32, *arrays)
 
 
+def l2_normalize(x: Array, eps: float = 1e-6) -> Array:
+    """`x / sqrt(sum(x^2) + eps)` over the last axis: the key and query normalisation of the delta-rule family."""
+    wide = x.astype(accumulation_dtype(x))
+    return (wide * jax.lax.rsqrt(jnp.sum(jnp.square(wide), axis=-1, keepdims=True) + eps)).astype(x.dtype)
+
+
 def padded(x: Array, axis: int, multiple: int) -> Array:
     """x with zeros at the end of an axis, up to a multiple."""
     padding = [(0, 0)] * x.ndim

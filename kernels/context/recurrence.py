@@ -56,6 +56,7 @@ def _decay(op: Op, parts: Parts, call: RecurrenceCall) -> Results:
 def _delta_rule(op: Op, parts: Parts, call: RecurrenceCall) -> Results:
     """K columns beside the values, written with nothing and begun at the identity, show A at the end, and at each token the query
     that reads the entering state: o = o' + (P^T q)^T S, P being the product of the steps so far."""
+    call = call.normalized()
     q, v, key_dim = call.q, call.v, call.k.shape[3]
     dtype = accumulation_dtype(q, call.k, v)
     batch, _, heads, value_dim = v.shape

@@ -33,6 +33,7 @@ def delta_rule(
     beta: Array,
     *,
     scale: float | None = None,
+    l2_norm_eps: float | None = None,
     initial_state: Array | None = None,
     at: Tokens | None = None,
     chunk_size: int = 64,
@@ -44,13 +45,15 @@ def delta_rule(
     R_t = Diag(exp g_t) S_{t-1},    S_t = R_t + beta_t k_t (v_t - R_t^T k_t)^T,    o_t = scale S_t^T q_t.
 
     Args:
-      q: [B, T, Hqk, K], float32 or bfloat16, already normalised.
-      k: [B, T, Hqk, K], already normalised: with |k| <= 1 and beta <= 2 no step enlarges the state, with longer keys it diverges.
+      q: [B, T, Hqk, K], float32 or bfloat16, already normalised without `l2_norm_eps`.
+      k: [B, T, Hqk, K], likewise: with |k| <= 1 and beta <= 2 no step enlarges the state, with longer keys it diverges.
       v: [B, T, Hv, V]; Hqk divides Hv, and value head h uses q and k of head h // (Hv / Hqk).
       g: float32 log decay, at most 0: [B, T, Hv] for one decay a head (Gated DeltaNet), [B, T, Hv, K] for one a channel (KDA),
         None for no decay (DeltaNet).
       beta: [B, T, Hv], write strength in [0, 2], after its sigmoid.
       scale: multiplies q; None is K^-1/2.
+      l2_norm_eps: q and k are divided by sqrt(sum x^2 + eps), on TPU inside the kernel, which spares passes over them; None takes them
+        as they are.
       initial_state: [B, Hv, K, V] float32, of the first token's segment; None is zero.
       at: what is known of the tokens; the state is zero at the start of each segment but the first, and padding gives zeros and is
         skipped. None is one segment.
@@ -77,6 +80,7 @@ def delta_rule(
         g=g,
         beta=beta,
         scale=scale,
+        l2_norm_eps=l2_norm_eps,
         initial_state=initial_state,
         at=at,
         chunk_size=chunk_size,

@@ -21,7 +21,7 @@ def cut(call: RecurrenceCall) -> tuple[Chunks, Array, Array, Array]:
 
 def delta_rule(call: RecurrenceCall) -> Results:
     """See `plait.kernels.delta_rule`."""
-    length = call.q.shape[1]
+    call, length = call.normalized(), call.q.shape[1]
     if length == 1:
         return reference.delta_rule(call)
     c, scores, lower, beta = cut(call)

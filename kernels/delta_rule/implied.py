@@ -21,6 +21,7 @@ def delta_rule_rows(
     rows: Array,
     *,
     scale: float | None = None,
+    l2_norm_eps: float | None = None,
     at: Tokens | None = None,
     chunk_size: int = 64,
 ) -> Array:
@@ -35,6 +36,7 @@ def delta_rule_rows(
       beta: [B, T, Hv], in [0, 2].
       rows: int32 [R] token indices, may be traced.
       scale: multiplies q; None is K^-1/2.
+      l2_norm_eps: as in `plait.kernels.delta_rule`.
       at: what is known of the tokens; None is one segment.
       chunk_size: tokens per chunk, a power of two.
 
@@ -44,10 +46,13 @@ def delta_rule_rows(
     Raises:
       ValueError: a shape does not fit.
     """
-    call = RowsCall.of("delta_rule_rows", q=q, k=k, g=g, beta=beta, rows=rows, scale=scale, at=at, chunk_size=chunk_size)
+    call = RowsCall.of(
+        "delta_rule_rows", q=q, k=k, g=g, beta=beta, rows=rows, scale=scale, l2_norm_eps=l2_norm_eps, at=at, chunk_size=chunk_size
+    )
     return in_parts(CONTEXT, _rows)(call)[0]
 
 
 def _rows(call: RowsCall) -> tuple[Array, Array]:
+    call = call.normalized()
     chunks, _, lower, beta = chunked.cut(call)
     return implied_rows(chunks, call, inverse=chunking.unit_lower_inverse(lower) * jnp.swapaxes(beta, -1, -2))

@@ -10,6 +10,7 @@ Array = jax.Array
 
 def delta_rule(call: RecurrenceCall) -> Results:
     """See `plait.kernels.delta_rule`; `chunk_size` means nothing here."""
+    call = call.normalized()
     read = lambda state, x: jnp.einsum("bhkv,bhk->bhv", state, x, precision="highest")
 
     def step(state: Array, q: Array, k: Array, v: Array, g: Array, beta: Array) -> tuple[Array, Array, Array]:

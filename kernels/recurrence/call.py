@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import jax
@@ -17,6 +18,7 @@ from plait.kernels.shapes import (
     check_rank,
     check_shape,
     check_tokens,
+    l2_normalize,
     resolved_scale,
 )
 from plait.kernels.tokens import Tokens
@@ -46,6 +48,8 @@ class RecurrenceCall(Call):
     """int32 [B, T]; None for one segment."""
     initial_state: Any = field(metadata=letters("bhkv"), default=None)
     scale: float = field(metadata=OPTION)
+    l2_norm_eps: float | None = field(metadata=OPTION, default=None)
+    """Under the root that q and k are divided by; None where they are as they should be."""
     chunk_size: int = field(metadata=OPTION, default=64)
     return_stats: bool = field(metadata=OPTION, default=False)
 
@@ -62,6 +66,13 @@ class RecurrenceCall(Call):
         call = cls(segment_ids=None if at is None else at.segment_ids, scale=scale, **fields)
         call._check(op)
         return call.replace(chunk_size=min(call.chunk_size, SPAN)) if call.return_stats else call
+
+    def normalized(self) -> Self:
+        """The same call with q and k divided by their norms, if they are to be."""
+        if self.l2_norm_eps is None:
+            return self
+        unit = partial(l2_normalize, eps=self.l2_norm_eps)
+        return self.replace(q=unit(self.q), k=unit(self.k), l2_norm_eps=None)
 
     @property
     def ids_of_all(self) -> Array:
@@ -100,6 +111,10 @@ class RecurrenceCall(Call):
                 raise ValueError(f"{op}: {name}.shape={gate.shape} must be {allowed}; gates live on the value heads")
         if self.g is None and self.beta is None:
             raise ValueError(f"{op}: g=None must be an array; use zeros for no decay")
+        if self.l2_norm_eps is not None and not self.l2_norm_eps > 0:
+            raise ValueError(
+                f"{op}: l2_norm_eps={self.l2_norm_eps} must be above 0; use 1e-6, or None for q and k that are normalised"
+            )
         check_log_decay(op, self.g)
         check_chunk_size(op, self.chunk_size)
 

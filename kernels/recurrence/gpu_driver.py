@@ -80,6 +80,7 @@ def unsupported(call: RecurrenceCall) -> str | None:
 
 def run(call: RecurrenceCall) -> Results:
     """See `plait.kernels.decay` and `plait.kernels.delta_rule`."""
+    call = call.normalized()
     q, v, g, initial_state, segment_ids = call.q, call.v, call.g, call.initial_state, call.segment_ids
     if (parts := _value_parts(call)) > 1:
         return in_value_parts(run, call, parts)

@@ -121,7 +121,7 @@ def recurrence(block: BlockFunction, call: RecurrenceCall) -> Results:
     if call.initial_state is not None:
         state = jnp.swapaxes(call.initial_state.astype(jnp.float32), 2, 3)
     wide = tuple(None if g is None else pad(g.astype(jnp.float32)) for g in gates)
-    problem = Problem(block, tiles, call.scale, full, call.return_stats)
+    problem = Problem(block, tiles, call.scale, full, call.return_stats, call.l2_norm_eps)
     o, final, sums = _run(problem, Operands(pad(q), pad(k), pad(v), wide, state, tokens))
     stats = None
     if sums is not None:

@@ -11,6 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from plait.kernels.costs import cost
 from plait.kernels.recurrence.tpu_chunk import SUBLANES, BlockFunction, Bounds, Inputs, ValueHead, Written, column, iota
+from plait.kernels.shapes import l2_normalize
 
 Array = jax.Array
 
@@ -69,6 +70,7 @@ class Problem(NamedTuple):
     scale: float
     full: bool
     stats: bool
+    l2_norm_eps: float | None = None
 
 
 class Operands(NamedTuple):
@@ -257,19 +259,28 @@ def _load(grid: "Grid", refs: list[Any]) -> tuple[list[list[Inputs]], list[_Rows
     return loaded, [tuple(rows[0][r, n : n + 1] for r in range(3)) if rows else None for n in range(grid.chunks)]
 
 
-def _real(x: Inputs, rows: _Rows) -> Inputs:
-    """A chunk with zeros at padding, which thus is skipped."""
-    if rows is None:
+def _real(problem: Problem, x: Inputs, rows: _Rows) -> Inputs:
+    """A chunk with zeros at padding, which thus is skipped, and with queries and keys of norm 1 if they are to be."""
+    if rows is not None:
+        row = rows[2] != 0
+        real = column(rows[2]) != 0
+        x = jax.tree.map(lambda y: jnp.where(row if y.shape[0] == 1 else real, y, 0.0), x)
+    if problem.l2_norm_eps is None:
         return x
-    row = rows[2] != 0
-    real = column(rows[2]) != 0
-    return jax.tree.map(lambda y: jnp.where(row if y.shape[0] == 1 else real, y, 0.0), x)
+
+    def unit(y: Array) -> Array:
+        y = l2_normalize(y, problem.l2_norm_eps)
+        return (
+            y if problem.full else y + jax.lax.stop_gradient(y.astype(jnp.bfloat16).astype(y.dtype) - y)
+        )  # products take it exactly
+
+    return x._replace(q=unit(x.q), k=unit(x.k))
 
 
 def _advance(problem: Problem, keys: list[list[Inputs]], rows: list[_Rows], states: list[Array]) -> list[list[Written]]:
     """What the chunks of a block give, for each value head."""
     bounds = [None if row is None else Bounds.of(*row[:2]) for row in rows]
-    real = [[_real(x, row) for x, row in zip(chunks, rows, strict=True)] for chunks in keys]
+    real = [[_real(problem, x, row) for x, row in zip(chunks, rows, strict=True)] for chunks in keys]
     written = problem.block(problem.full, real, bounds, states)
     return [[w._replace(o=problem.scale * w.o) for w in head] for head in written]
 
@@ -306,7 +317,7 @@ def _forward_kernel(problem: Problem, grid: Grid, keep: bool, initial: Any, *ref
             collected = jnp.zeros((SUBLANES, LANES), jnp.float32)
             row, lane = iota(collected.shape, 0), iota(collected.shape, 1)
             for n, w in enumerate(head):
-                x = _real(loaded[h // grid.members][n], rows[n])
+                x = _real(problem, loaded[h // grid.members][n], rows[n])
                 for r, value in enumerate(_sums(x.k, x.heads[h % grid.members].gates[0], w)):
                     collected = jnp.where((row == r) & (lane == n), value, collected)
             extra[-1][h] = collected

@@ -41,12 +41,6 @@ class RMSNorm(nnx.Module):
         return (x32 * scale.reshape((1,) * (x.ndim - 1) + scale.shape)).astype(x.dtype)
 
 
-def l2_normalize(x: jax.Array, eps: float = 1e-6) -> jax.Array:
-    """`x / sqrt(sum(x^2) + eps)` over the last axis: the key and query normalisation of the delta-rule family."""
-    x32 = x.astype(jnp.float32)
-    return (x32 * jax.lax.rsqrt(jnp.sum(jnp.square(x32), axis=-1, keepdims=True) + eps)).astype(x.dtype)
-
-
 class GroupNorm(nnx.Module):
     """`(x - mean(x)) / std(x) * scale + bias`, mean and deviation over each of equal groups of the last axis (arXiv 1803.08494)."""
 

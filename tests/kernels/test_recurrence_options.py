@@ -1,5 +1,7 @@
 """Statistics and the state normaliser of the linear recurrences, in the implementations that run anywhere."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 from plait.kernels import Tokens
 from plait.kernels.recurrence import SPAN, RecurrenceStats
+from plait.kernels.shapes import l2_normalize
 from plait.tests.kernels import cases
 from plait.tests.tolerances import assert_close, assert_tree_close, in_float64
 
@@ -108,3 +111,23 @@ def test_normalized_gradients_are_finite(name: str):
         return jnp.sum(o.astype(jnp.float32)) + jnp.sum(state)
 
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(cases.quick_jit(jax.grad(total))(inputs)))
+
+
+@pytest.mark.parametrize("implementation", ["chunked", "reference"])
+@pytest.mark.parametrize("name", ["deltanet", "gated_deltanet", "kda"])
+def test_l2_norm_is_that_of_queries_and_keys(name: str, implementation: str):
+    recurrence, rows = cases.RECURRENCES[name], jnp.array([0, 40, 69])
+    inputs = recurrence.inputs(70)
+    inputs |= {"q": 3 * inputs["q"], "k": inputs["k"] / 4}
+    normalized = inputs | {key: l2_normalize(inputs[key], 1e-4) for key in "qk"}
+
+    def outputs(inputs, **options):
+        o, _ = cases.quick_jit(partial(recurrence.call, implementation=implementation, **options))(inputs)
+        return o, recurrence.implied(inputs, rows, **options)
+
+    jax.tree.map(assert_close, outputs(inputs, l2_norm_eps=1e-4), outputs(normalized))
+
+
+def test_l2_norm_eps_must_be_above_0():
+    with pytest.raises(ValueError, match=r"delta_rule: l2_norm_eps=0.0 must be above 0; use 1e-6, or None"):
+        cases.RECURRENCES["deltanet"].call(cases.RECURRENCES["deltanet"].inputs(8), l2_norm_eps=0.0)

@@ -15,9 +15,10 @@ from plait.kernels import Tokens, recurrence
 from plait.kernels.recurrence import RecurrenceCall, tpu_driver
 from plait.kernels.recurrence.tpu_driver import choose_tiles
 from plait.kernels.recurrence.tpu_kernels import Tiles, heads_a_step
+from plait.kernels.shapes import l2_normalize
 from plait.kernels.target import target
 from plait.tests.kernels import cases
-from plait.tests.tolerances import assert_tree_close, in_float64
+from plait.tests.tolerances import assert_close, assert_tree_close, in_float64
 
 
 class Case(NamedTuple):
@@ -33,6 +34,8 @@ class Case(NamedTuple):
     batch: int = 1
     tiles: Tiles = Tiles(chunk_size=32, forward_chunks=2, backward_chunks=1)
     stats: bool = True
+    l2_norm: bool = False
+    """Queries and keys of other norms are normalised by the op."""
 
 
 LARGE = Tiles(forward_chunks=2, backward_chunks=2)
@@ -45,11 +48,15 @@ CASES = [
     Case("deltanet", 300, None, "none", dtype="bfloat16", heads=(1, 1), tiles=LARGE),
     Case("gated_deltanet", 65, "several", "mixed", batch=2),
     Case("kda", 65, "several", "mixed", batch=2),
-    Case("gated_deltanet", 65, "several", "mixed", heads=(2, 4), tiles=SEVERAL),
+    Case("gated_deltanet", 65, "several", "mixed", heads=(2, 4), tiles=SEVERAL, l2_norm=True),
 ]
 MORE = [
     Case("deltanet", 65, None, "none", dtype="bfloat16", heads=(4, 4), dims=(128, 8), tiles=SEVERAL),
     Case("kda", 65, "several", "mixed", heads=(1, 8), tiles=SEVERAL),
+    Case("gated_deltanet", 65, "several", "mixed", heads=(2, 4), tiles=SEVERAL),
+    Case("gated_deltanet", 130, "left", "weak", dtype="bfloat16", heads=(1, 3), dims=(128, 64), batch=2, l2_norm=True),
+    Case("kda", 130, "several", "mixed", heads=(1, 2), dims=(64, 32), l2_norm=True),
+    Case("deltanet", 65, None, "none", heads=(2, 2), l2_norm=True, stats=False),
     Case("scalar_decay", 64, "several", "strong", batch=2),
     Case("scalar_decay", 65, "long", "weak", dtype="bfloat16"),
     Case("scalar_decay", 500, "several", "mixed", heads=(2, 2), dims=(16, 128), tiles=LARGE),
@@ -87,15 +94,19 @@ def _inputs(case: Case, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, ...]:
         monkeypatch.setattr(cases, name, size)
     monkeypatch.setattr(tpu_driver, "choose_tiles", lambda *_: case.tiles)
     inputs = cases.RECURRENCES[case.name].inputs(case.length, decay=case.decay, dtype=case.dtype)
+    if case.l2_norm:
+        inputs |= {"q": 3 * inputs["q"], "k": inputs["k"] / 4}
     return inputs, cases.state(), None if case.segments is None else cases.segments(case.length, case.segments)
 
 
 def _run(implementation: str, case: Case, inputs: dict[str, jax.Array], state: jax.Array, ids: jax.Array | None) -> Any:
     """Values, statistics and all gradients."""
 
+    options = {"l2_norm_eps": 1e-6} if case.l2_norm else {}
+
     def outputs(inputs: dict[str, jax.Array], state: jax.Array) -> Any:
         o, final_state, *stats = cases.RECURRENCES[case.name].call(
-            inputs, initial_state=state, at=Tokens(None, ids), implementation=implementation, return_stats=case.stats
+            inputs, initial_state=state, at=Tokens(None, ids), implementation=implementation, return_stats=case.stats, **options
         )
         return {"o": o, "final_state": final_state, **(stats[0]._asdict() if stats else {})}
 
@@ -113,7 +124,7 @@ def _assert_matches(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
         assert not np.asarray(got["value"]["o"])[np.asarray(args[2]) == 0].any()
 
 
-_name = lambda c: f"{c.name}-{c.length}-{c.segments}-{c.decay}-{c.dtype}"
+_name = lambda c: f"{c.name}-{c.length}-{c.segments}-{c.decay}-{c.dtype}{'-l2_norm' * c.l2_norm}"
 
 
 @pytest.mark.parametrize("case", CASES, ids=_name)
@@ -185,3 +196,16 @@ def test_tiles_are_checked():
     for length in (16, 17, 100, 129, 500, 1025):
         fitted = Tiles().fit(length)
         assert fitted.chunk_size * fitted.forward_chunks < 2 * max(length, 64)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_norms_inside_are_those_outside(dtype: str, monkeypatch: pytest.MonkeyPatch):
+    """To the bit in bfloat16, to which both round."""
+    case = Case("gated_deltanet", 65, "several", dtype=dtype, dims=(16, 8), stats=False)
+    inputs, state, ids = _inputs(case, monkeypatch)
+    inputs |= {"q": 3 * inputs["q"], "k": inputs["k"] / 4}
+    outside = inputs | {name: l2_normalize(inputs[name]) for name in "qk"}
+    call = partial(cases.RECURRENCES[case.name].call, initial_state=state, at=Tokens(None, ids), implementation="pallas_tpu")
+    got, expected = run_checked(partial(call, l2_norm_eps=1e-6), inputs), run_checked(call, outside)
+    compare = np.testing.assert_array_equal if dtype == "bfloat16" else assert_close
+    jax.tree.map(compare, got, expected)

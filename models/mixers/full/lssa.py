@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from plait.configs.domains import Whole
+from plait.kernels.shapes import l2_normalize
 from plait.kernels.weighted_attention import Rule, dot_products, over_sum
 from plait.models.build import BuildContext
-from plait.models.layers.norms import l2_normalize
 from plait.models.mixers.base import register
 from plait.models.mixers.full.by_rule import ByRule, RuleConfig
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
@@ -12,15 +13,14 @@ from plait.models.axes import EMBED, HEADS
 from plait.models.build import BuildContext
 from plait.models.layers.decays import inverse_softplus_step, log_uniform_rate
 from plait.models.layers.linear import Dense
-from plait.models.layers.norms import l2_normalize
 from plait.models.layers.short_conv import ShortConv
 from plait.models.looks.look import GateValues
 from plait.models.mixers.linear.recurrent import Recurrent, RecurrentState
 
 
 class DeltaInputs(NamedTuple):
-    q: jax.Array  # [B, T, H, K], unit norm
-    k: jax.Array  # [B, T, H, K], unit norm
+    q: jax.Array  # [B, T, H, K]
+    k: jax.Array  # [B, T, H, K]
     v: jax.Array  # [B, T, Hv, V]
     g: jax.Array | None  # [B, T, Hv] or [B, T, Hv, K] float32, at most 0; None for no decay
     beta: jax.Array  # [B, T, Hv] float32
@@ -35,6 +35,7 @@ class Delta(Recurrent):
 
     recur = staticmethod(delta_rule)
     recur_rows = staticmethod(delta_rule_rows)
+    recur_options = MappingProxyType({"l2_norm_eps": 1e-6})
     num_qk_heads: int
     largest_write: float = 1.0
     """What a write strength stays below: 2 lets the state flip signs (arXiv 2411.12537)."""
@@ -71,9 +72,9 @@ class Delta(Recurrent):
             return [jax.nn.silu(y) for y in projected.values()], state
         return self.convolve(projected, at=at, state=state)
 
-    def unit_heads(self, y: jax.Array) -> jax.Array:
-        """Query or key heads `[B, T, H, K]` of norm 1; the recurrence scales q by K^-1/2 after it."""
-        return l2_normalize(self.heads(y, self.num_qk_heads))
+    def qk_heads(self, y: jax.Array) -> jax.Array:
+        """Query or key heads `[B, T, H, K]`; the op gives them norm 1, and scales q by K^-1/2 after it."""
+        return self.heads(y, self.num_qk_heads)
 
     def write_strength(self, x: jax.Array) -> jax.Array:
         """`beta`, float32 `[B, T, Hv]`."""

@@ -70,4 +70,4 @@ class DeltaNet(Delta):
 
     def project(self, x, *, at, state):
         (q, k, v), state = self.streams(x, at=at, state=state)
-        return DeltaInputs(self.unit_heads(q), self.unit_heads(k), self.heads(v), None, self.write_strength(x)), state
+        return DeltaInputs(self.qk_heads(q), self.qk_heads(k), self.heads(v), None, self.write_strength(x)), state

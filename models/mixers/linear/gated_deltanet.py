@@ -94,5 +94,5 @@ class GatedDeltaNet(Delta):
 
     def project(self, x, *, at, state):
         (q, k, v), state = self.streams(x, at=at, state=state)
-        inputs = DeltaInputs(self.unit_heads(q), self.unit_heads(k), self.heads(v), self.log_decay(x), self.write_strength(x))
+        inputs = DeltaInputs(self.qk_heads(q), self.qk_heads(k), self.heads(v), self.log_decay(x), self.write_strength(x))
         return inputs, state

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from plait.configs.domains import Whole
 from plait.kernels import Tokens
 from plait.models.build import BuildContext
-from plait.models.layers.norms import l2_normalize
 from plait.models.mixers.base import register
 from plait.models.mixers.linear.delta import Delta
 from plait.models.mixers.linear.gated_deltanet import GatedDeltaNetConfig
@@ -72,11 +71,11 @@ class GatedDeltaProduct(Delta):
 
     def project(self, x, *, at, state):
         (q, k, v), state = self.streams(x, at=at, state=state)
-        k = self.heads(k, self.num_qk_heads)
-        k = l2_normalize(k.reshape(*k.shape[:3], self.steps, -1))
+        k = self.qk_heads(k)
+        k = k.reshape(*k.shape[:3], self.steps, -1)
         g = self.log_decay(x) if self.config.decay else None
         beta = self.write_strength(x).reshape(*x.shape[:2], self.num_heads, self.steps)
-        return ProductInputs(self.unit_heads(q), k, self.heads(v), g, beta), state
+        return ProductInputs(self.qk_heads(q), k, self.heads(v), g, beta), state
 
     def _arrays(self, inputs):
         """q, k, v, g and beta of n steps a token: the state decays before the first and is read after the last."""

@@ -17,10 +17,11 @@ from plait.configs.domains import Channels, Epsilon, Factor, Heads, Span, Taps
 from plait.kernels import online_memory
 from plait.kernels.online_memory import MemoryState, Rule, empty_memory
 from plait.kernels.recurrence import RecurrenceStats
+from plait.kernels.shapes import l2_normalize
 from plait.models.axes import BATCH, EMBED, HEADS, LENGTH, constrain
 from plait.models.build import BuildContext, fan_in_normal
 from plait.models.layers.linear import Dense
-from plait.models.layers.norms import RMSNorm, l2_normalize
+from plait.models.layers.norms import RMSNorm
 from plait.models.layers.short_conv import Convolving, ShortConv
 from plait.models.looks.look import GateValues
 from plait.models.mixers.base import HeadMixer, MixerConfig

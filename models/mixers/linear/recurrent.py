@@ -6,6 +6,7 @@ A mixer is then its config, its projections and gates.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
@@ -74,6 +75,8 @@ class Recurrent(Convolving, HeadMixer):
     """Channels of a key and of a value head."""
     recur: ClassVar[Callable[..., Any]] = staticmethod(decay)
     recur_rows: ClassVar[Callable[..., jax.Array]] = staticmethod(decay_rows)
+    recur_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    """What both take besides."""
     scale: float | None = None
     """Multiplies the queries; None for `K^-1/2`."""
     gate: Any = None
@@ -126,7 +129,7 @@ class Recurrent(Convolving, HeadMixer):
 
     def attend(self, inputs, *, at, state):
         memory = None if state is None else state.memory
-        o, memory = self.recur(*self._arrays(inputs), scale=self.scale, initial_state=memory, at=at)
+        o, memory = self.recur(*self._arrays(inputs), scale=self.scale, initial_state=memory, at=at, **self.recur_options)
         return o, None if state is None else state._replace(memory=memory)
 
     def init_state(self, batch_size, max_len):
@@ -149,10 +152,10 @@ class Recurrent(Convolving, HeadMixer):
 
     def implied(self, inputs, rows, *, at):
         q, k, _, *gates = self._arrays(inputs)
-        return self.recur_rows(q, k, *gates, rows=rows, scale=self.scale, at=at)
+        return self.recur_rows(q, k, *gates, rows=rows, scale=self.scale, at=at, **self.recur_options)
 
     def observe(self, inputs, x, *, at):
-        _, memory, stats = self.recur(*self._arrays(inputs), scale=self.scale, at=at, return_stats=True)
+        _, memory, stats = self.recur(*self._arrays(inputs), scale=self.scale, at=at, return_stats=True, **self.recur_options)
         return {"memory": memory, "recurrence": stats, "gates": self.gates_told(inputs, x)}
 
     def gates_told(self, inputs: Any, x: jax.Array) -> dict[str, GateValues]:

@@ -13,10 +13,11 @@ from flax import nnx
 
 from plait.configs.domains import Channels, Epsilon
 from plait.kernels import dplr, dplr_rows
+from plait.kernels.shapes import l2_normalize
 from plait.models.axes import EMBED, HEADS
 from plait.models.build import Buffer, BuildContext, Initializer, orthogonal
 from plait.models.layers.linear import Dense
-from plait.models.layers.norms import GroupNorm, l2_normalize
+from plait.models.layers.norms import GroupNorm
 from plait.models.layers.token_shift import TokenShift
 from plait.models.mixers.base import MixerConfig, register
 from plait.models.mixers.heads import split_heads, whole_heads

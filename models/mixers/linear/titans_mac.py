@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from plait.kernels import memory_context
 from plait.kernels.chunking import dot
 from plait.kernels.memory_context import Learned, empty_context
+from plait.kernels.shapes import l2_normalize
 from plait.models.axes import EMBED, HEADS
 from plait.models.build import BuildContext
 from plait.models.layers.linear import Dense
-from plait.models.layers.norms import l2_normalize
 from plait.models.looks.look import look
 from plait.models.mixers.base import HeadKind, Mixed, Mixer, register
 from plait.models.mixers.heads import join_heads, split_heads

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from plait.kernels import decay, delta_rule
+from plait.kernels.shapes import l2_normalize
 from plait.models.mixers.linear.deltanet import DeltaNetConfig
 from plait.models.mixers.linear.gated_deltanet import GatedDeltaNetConfig
 from plait.models.mixers.linear.gated_deltaproduct import GatedDeltaProductConfig
@@ -138,6 +139,11 @@ def test_tpe_is_a_normalised_fading_mean():
     assert_close(module(x, at=AT, state=None)[0][0], expected)
 
 
+def unit(inputs):
+    """The inputs of a delta rule with queries and keys as it normalises them."""
+    return inputs._replace(q=l2_normalize(inputs.q), k=l2_normalize(inputs.k))
+
+
 @pytest.mark.parametrize(
     "config", [KDAConfig(num_heads=2, head_dim=8), GatedDeltaNetConfig(num_heads=2, head_dim=8)], ids=["kda", "gdn"]
 )
@@ -147,7 +153,7 @@ def test_state_decays_before_it_is_erased(config):
     set_to(module.dt_bias, 0.0)  # decays of about exp(-A / 2) a token
     inputs = project(module, hidden())
     o = attend(module, inputs)
-    assert_close(o[0], delta(*in_float64(*inputs), 8**-0.5))
+    assert_close(o[0], delta(*in_float64(*unit(inputs)), 8**-0.5))
 
 
 def test_deltaproduct_decays_once_a_token_and_is_read_after_its_last_step():
@@ -155,7 +161,7 @@ def test_deltaproduct_decays_once_a_token_and_is_read_after_its_last_step():
     set_to(module.dt_bias, 0.0)
     inputs = project(module, hidden())
     o = attend(module, inputs)
-    q, k, v, g, beta = in_float64(*inputs)
+    q, k, v, g, beta = in_float64(*unit(inputs))
     expected, v = np.zeros((LENGTH, 2, 4)), v.reshape(LENGTH, 2, 3, 4)
     for h in range(2):
         state = np.zeros((4, 4))

@@ -9,9 +9,9 @@ import pytest
 from flax import nnx
 
 from plait.kernels import Tokens
+from plait.kernels.shapes import l2_normalize
 from plait.models.build import PRODUCTS, Buffer, BuildContext
 from plait.models.layers.decays import LowerBound, log_uniform_rate
-from plait.models.layers.norms import l2_normalize
 from plait.models.mixers.linear.deltanet import DeltaNetConfig
 from plait.models.mixers.linear.gated_deltanet import GatedDeltaNetConfig
 from plait.models.mixers.linear.gated_deltaproduct import GatedDeltaProductConfig
