@@ -19,7 +19,7 @@ from plait.configs.mesh import MeshConfig
 from plait.configs.probe import ProbeConfig
 from plait.kernels import Tokens
 from plait.models.build import BuildContext
-from plait.models.mixers.base import MIXERS, HeadMixer, Mixed, Mixer, MixerConfig, WrapperConfig
+from plait.models.mixers.base import MIXERS, HeadMixer, Mixer, MixerConfig, WrapperConfig
 from plait.models.mixers.moh import MoHConfig
 from plait.tests.models.common import layout, left_padded, quick_jit
 from plait.tests.models.mixers import cases
