@@ -312,11 +312,14 @@ def test_short_conv_matches_reference(implementation: str, length: int, width: i
 def test_short_conv_packed_equals_separate():
     inputs = _conv_inputs(20, 4)
     ids = jnp.asarray(np.repeat([1, 2, 3], [9, 1, 10])[None].repeat(2, 0))
-    y, state = kernels.short_conv(**inputs, at=Tokens(None, ids))
-    first, _ = kernels.short_conv(
-        inputs["x"][:, :9], inputs["weight"], bias=inputs["bias"], initial_state=inputs["initial_state"]
-    )
-    last, last_state = kernels.short_conv(inputs["x"][:, 10:], inputs["weight"], bias=inputs["bias"])
+
+    @cases.quick_jit
+    def run(x, weight, bias, initial_state):
+        first = kernels.short_conv(x[:, :9], weight, bias=bias, initial_state=initial_state)
+        last = kernels.short_conv(x[:, 10:], weight, bias=bias)
+        return kernels.short_conv(x, weight, bias=bias, initial_state=initial_state, at=Tokens(None, ids)), first, last
+
+    (y, state), (first, _), (last, last_state) = run(**inputs)
     assert_close(y[:, :9], first)
     assert_close(y[:, 10:], last)
     assert_close(state, last_state)
@@ -324,10 +327,11 @@ def test_short_conv_packed_equals_separate():
 
 def test_short_conv_steps_equal_one_call():
     inputs = _conv_inputs(7, 4)
-    whole, whole_state = kernels.short_conv(**inputs)
+    run = cases.quick_jit(lambda x, state: kernels.short_conv(x, inputs["weight"], bias=inputs["bias"], initial_state=state))
     state = inputs["initial_state"]
+    whole, whole_state = run(inputs["x"], state)
     for t in range(7):
-        y, state = kernels.short_conv(inputs["x"][:, t : t + 1], inputs["weight"], bias=inputs["bias"], initial_state=state)
+        y, state = run(inputs["x"][:, t : t + 1], state)
         assert_close(y, whole[:, t : t + 1])
     assert_close(state, whole_state)
 
