@@ -45,9 +45,10 @@ $(VENV)/base.done: $(VENV)/bin/python pyproject.toml setup.py constraints.txt
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable .
 	@touch $@
 
-$(VENV)/test.done $(VENV)/dev.done: $(VENV)/%.done: $(VENV)/base.done
+# What is installed with the tests is the base too, and what is with the checks, the tests too.
+$(VENV)/test.done $(VENV)/dev.done: $(VENV)/%.done: $(VENV)/bin/python pyproject.toml setup.py constraints.txt
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
-	@touch $@
+	@touch $(VENV)/base.done $(VENV)/test.done $@
 
 clean:
 	rm -rf $(VENV) .venv-newest build *.egg-info
