@@ -125,7 +125,9 @@ def _assert_exact(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
 _name = lambda c: "-".join(map(str, c))
 
 
-@pytest.mark.parametrize("case", usually(CASES, *CASES, newest=[c for c in CASES if c.implementation == "pallas_gpu"]), ids=_name)
+@pytest.mark.parametrize(
+    "case", usually(CASES, *CASES, newest=[c for c in CASES if c.implementation == "pallas_gpu"][:1]), ids=_name
+)
 def test_recurrence_is_exact_where_keys_resemble(case: Case, monkeypatch: pytest.MonkeyPatch):
     _assert_exact(case, monkeypatch)
 
