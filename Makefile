@@ -26,14 +26,14 @@ check: $(VENV)/dev.done
 	mkdir -p $(VENV)/types && ln -sfn "$(CURDIR)" $(VENV)/types/plait
 	MYPYPATH=$(VENV)/types $(RUN) -m mypy -p plait.kernels -p plait.models -p plait.configs -p plait.data -p plait.train -m plait.launch
 
-# The Pallas kernels on the newest JAX, which needs Python 3.12: its own environment beside .venv. The chunked paths, which are plain JAX,
-# run in `make test`.
+# The Pallas kernels on the newest JAX, which needs Python 3.12: its own environment beside .venv. Of the GPU kernels, whose interpreter
+# older ones lack, it is every case; of each TPU kernel one with its gradients. The other cases, and the chunked paths, run in `make test`.
 newest:
 	@python=$$(for p in python3.12 python3.13 $$HOME/.pyenv/versions/3.1[2-9]*/bin/python; do \
 	  $$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo $$p && break; done); \
 	if [ -z "$$python" ]; then echo "no Python 3.12 found: the kernel suite was run on the JAX of $(VENV) only"; \
 	else $(MAKE) --no-print-directory VENV=.venv-newest PYTHON=$$python .venv-newest/test.done && \
-	  .venv-newest/bin/python -m pytest -n auto tests/kernels/test_*gpu.py tests/kernels/test_*tpu.py tests/kernels/test_dispatch.py tests/kernels/test_sharding.py; fi
+	  .venv-newest/bin/python -m pytest -n auto -m "newest and not slow" tests/kernels; fi
 
 $(VENV)/bin/python:
 	@python=$$($(FIND)); \
@@ -45,9 +45,10 @@ $(VENV)/base.done: $(VENV)/bin/python pyproject.toml setup.py constraints.txt
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable .
 	@touch $@
 
-$(VENV)/test.done $(VENV)/dev.done: $(VENV)/%.done: $(VENV)/base.done
+# What is installed with the tests is the base too, and what is with the checks, the tests too.
+$(VENV)/test.done $(VENV)/dev.done: $(VENV)/%.done: $(VENV)/bin/python pyproject.toml setup.py constraints.txt
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
-	@touch $@
+	@touch $(VENV)/base.done $(VENV)/test.done $@
 
 clean:
 	rm -rf $(VENV) .venv-newest build *.egg-info

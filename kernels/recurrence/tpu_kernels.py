@@ -265,11 +265,11 @@ def _real(problem: Problem, x: Inputs, rows: _Rows) -> Inputs:
         row = rows[2] != 0
         real = column(rows[2]) != 0
         x = jax.tree.map(lambda y: jnp.where(row if y.shape[0] == 1 else real, y, 0.0), x)
-    if problem.l2_norm_eps is None:
+    if (eps := problem.l2_norm_eps) is None:
         return x
 
     def unit(y: Array) -> Array:
-        y = l2_normalize(y, problem.l2_norm_eps)
+        y = l2_normalize(y, eps)
         return (
             y if problem.full else y + jax.lax.stop_gradient(y.astype(jnp.bfloat16).astype(y.dtype) - y)
         )  # products take it exactly

@@ -17,6 +17,7 @@ from plait.kernels.target import target
 from plait.tests.kernels.gpu_targets import TARGETS
 
 pytestmark = [
+    pytest.mark.newest,
     pytest.mark.skipif(jax.__version_info__ < gpu.MIN_JAX, reason=f"compiling needs JAX >= {'.'.join(map(str, gpu.MIN_JAX))}"),
     pytest.mark.skipif(
         not any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13)), reason="compiling needs JAX's CUDA plugin"

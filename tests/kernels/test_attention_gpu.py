@@ -17,6 +17,8 @@ from plait.kernels.target import target
 from plait.tests.kernels import cases
 from plait.tests.tolerances import assert_tree_close, in_float64
 
+pytestmark = pytest.mark.newest
+
 
 class Case(NamedTuple):
     """One call: sizes, a layout of segments and options."""
@@ -59,7 +61,7 @@ CASES = {
     "soft-cap-bias": Case(soft_cap=5.0, bias=True, length=65, stats=False),
 }
 
-SLOW = ("sigmoid-without-statistics", "window-float16", "power", "soft-cap-sigmoid")
+SLOW = ("causal", "sigmoid-without-statistics", "window-float16", "power", "left-padding", "soft-cap-sigmoid")
 
 needs_interpreter = pytest.mark.skipif(
     jax.__version_info__ < gpu.MIN_JAX, reason=f"the GPU interpreter needs JAX >= {'.'.join(map(str, gpu.MIN_JAX))}"

@@ -169,7 +169,7 @@ USUAL = (
 """In the default suite: each kind of mask and of row, both normalizers, sinks, and scores beyond the range of exp."""
 
 
-@pytest.mark.parametrize("name", usually(CASES, *USUAL))
+@pytest.mark.parametrize("name", usually(CASES, *USUAL, newest=("window-sinks-segments-bfloat16", "full-sigmoid")))
 def test_kernel_matches_reference(name: str):
     case = CASES[name]
     got = _assert_matches(case, _inputs(case), _own(_segments(case)))
@@ -209,6 +209,7 @@ CHOICES = {
     ),
     "bias": Choice(16, 2, Case(heads=(2, 2), segments="several", bias=True, stats=False)),
 }
+MASSES = ["each-head", "one-for-all", "many-heads-sigmoid"]
 
 
 def _selected(of: Choice) -> SelectedBlocks:
@@ -217,7 +218,7 @@ def _selected(of: Choice) -> SelectedBlocks:
     return SelectedBlocks(indices=jnp.asarray(indices), block_size=of.size, num_blocks=count)
 
 
-@pytest.mark.parametrize("name", usually(CHOICES, "groups", "large", "many-heads-sigmoid", "window-left-padding"))
+@pytest.mark.parametrize("name", usually(CHOICES, "groups", "large", MASSES[2], "window-left-padding", newest=("groups",)))
 def test_kernel_matches_reference_with_selected_blocks(name: str):
     of = CHOICES[name]
     _assert_matches(of.case, _inputs(of.case), _own(_segments(of.case)) | {"selected": _selected(of)})
@@ -240,7 +241,7 @@ def test_cut_of_selected_blocks():
     assert sizes(8, 8, 8, size=1024, length=200) == (1, 256, 256)
 
 
-@pytest.mark.parametrize("share", usually([0.0, 0.4, 1.0], 0.4))
+@pytest.mark.parametrize("share", usually([0.0, 0.4, 1.0], 0.4, newest=(0.4,)))
 def test_routed_matches_reference(share: float):
     case = Case(mask=Mask(window_size=90), heads=(4, 2), segments="several", dtype="float32" if share else "bfloat16", sinks=True)
     inputs, rng = _inputs(case), np.random.default_rng(0)
@@ -268,13 +269,13 @@ def test_routed_matches_reference(share: float):
 COLUMNS = [(None, None), ("left", None), ("several", None), ("several", 1.5)]
 
 
-@pytest.mark.parametrize(("segments", "soft_cap"), usually(COLUMNS, ("left", None), ("several", 1.5)))
+@pytest.mark.parametrize(("segments", "soft_cap"), usually(COLUMNS, ("left", None), ("several", 1.5), newest=[("several", 1.5)]))
 def test_column_mass_matches_reference(segments: str | None, soft_cap: float | None):
     case = Case(mask=Mask(window_size=90), heads=(4, 2), segments=segments, length=200)
     _assert_mass_matches(case, soft_cap)
 
 
-@pytest.mark.parametrize("name", usually(["each-head", "one-for-all", "many-heads-sigmoid"], "each-head", "many-heads-sigmoid"))
+@pytest.mark.parametrize("name", usually(MASSES, *MASSES[::2], newest=MASSES[:1]))
 def test_column_mass_of_selected_blocks_matches_reference(name: str):
     of = CHOICES[name]
     _assert_mass_matches(of.case._replace(sigmoid=False), None, selected=_selected(of))
@@ -308,7 +309,7 @@ def tiles_of_cells(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pallas_tpu, "choose_tiles", lambda *_: tiles)
 
 
-@pytest.mark.parametrize("name", EDGES)
+@pytest.mark.parametrize("name", usually(EDGES, *EDGES, newest=("window-segments",)))
 def test_kernel_matches_reference_at_edges(name: str, tiles_of_cells: None):
     case = EDGES[name]
     _assert_matches(case, _inputs(case), _own(_segments(case)))

@@ -1,6 +1,7 @@
 """Sequences cut over devices: outputs, states, statistics and gradients of every op are those of one device."""
 
 import re
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from plait.kernels.context import Exchange
 from plait.kernels.masks import ChunkMask, PowerMask, SelectedBlocks
 from plait.kernels.sharding import splitting
 from plait.tests.kernels import cases
+from plait.tests.suites import usually
 from plait.tests.tolerances import assert_close
 
 LENGTH = 64
@@ -67,13 +69,16 @@ def assert_same(
 
 
 CUTS = [("packed", 2), ("padded", 8)]
-EVERY = [
-    pytest.param(segments, n, marks=() if (segments, n) in CUTS else pytest.mark.slow) for segments in SEGMENTS for n in (2, 4, 8)
-]
+EVERY = [(segments, n) for segments in SEGMENTS for n in (2, 4, 8)]
 
 
-@pytest.mark.parametrize(("segments", "count"), EVERY)
-@pytest.mark.parametrize("name", cases.RECURRENCES)
+def cuts(names: Iterable[str], *thorough: str) -> list[Any]:
+    """Each of the names with each row and number of parts: by default all with the most parts, the `thorough` ones with two too."""
+    kept = [(name, *cut) for name in names for cut in CUTS[:: 1 if name in thorough else -2]]
+    return usually([(name, *cut) for name in names for cut in EVERY], *kept)
+
+
+@pytest.mark.parametrize(("name", "segments", "count"), cuts(cases.RECURRENCES, "vector_decay", "gated_deltanet"))
 def test_recurrence(name: str, segments: str, count: int):
     ids = segment_ids(SEGMENTS[segments])
 
@@ -86,7 +91,7 @@ def test_recurrence(name: str, segments: str, count: int):
     assert_same(outputs, inputs, mesh_of(context=count))
 
 
-@pytest.mark.parametrize("largest", [2**24 + 1, 2**31 - 1])
+@pytest.mark.parametrize("largest", usually([2**24 + 1, 2**31 - 1], 2**24 + 1))
 @pytest.mark.parametrize("name", ["vector_decay", "deltanet"])
 def test_recurrence_tells_large_ids_apart(name: str, largest: int):
     """Neighbouring ids that are one number in float32 begin a new segment at the border of two parts."""
@@ -97,7 +102,7 @@ def test_recurrence_tells_large_ids_apart(name: str, largest: int):
     )
 
 
-@pytest.mark.parametrize("name", cases.RECURRENCES)
+@pytest.mark.parametrize("name", usually(cases.RECURRENCES, "scalar_decay", "kda"))
 def test_recurrence_in_bfloat16(name: str):
     def outputs(inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
         o, final = cases.RECURRENCES[name].call(inputs, at=Tokens(None, segment_ids(SEGMENTS["packed"])), chunk_size=8)
@@ -108,7 +113,7 @@ def test_recurrence_in_bfloat16(name: str):
     )
 
 
-@pytest.mark.parametrize("name", cases.RECURRENCES)
+@pytest.mark.parametrize("name", usually(cases.RECURRENCES, "vector_decay", "kda", "dplr"))
 def test_recurrence_statistics(name: str):
     """Parts of whole spans, so that these are the same spans; two rows of 512 tokens."""
     inputs = cases.RECURRENCES[name].inputs(512, decay="weak")
@@ -123,7 +128,7 @@ def test_recurrence_statistics(name: str):
     jax.tree.map(assert_close, found, alone)
 
 
-@pytest.mark.parametrize(("segments", "count"), EVERY)
+@pytest.mark.parametrize(("segments", "count"), usually(EVERY, *CUTS))
 def test_short_conv(segments: str, count: int):
     def outputs(inputs: dict[str, jax.Array]) -> Any:
         return short_conv(**inputs, at=Tokens(None, segment_ids(SEGMENTS[segments])))
@@ -144,8 +149,7 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize(("segments", "count"), EVERY)
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(("mask", "segments", "count"), cuts(MASKS, "causal", "window of several parts"))
 def test_attention(mask: str, segments: str, count: int):
     """With sink logits and statistics, from whose gradients the largest logit is left out: ties break otherwise."""
 
@@ -289,8 +293,7 @@ def compiled_text(function: Any, inputs: dict[str, jax.Array], count: int, excha
         return jax.jit(partial(function)).lower(shapes).compile().as_text()
 
 
-@pytest.mark.parametrize(("segments", "count"), EVERY)
-@pytest.mark.parametrize("name", cases.RECURRENCES)
+@pytest.mark.parametrize(("name", "segments", "count"), cuts(cases.RECURRENCES, "vector_decay", "gated_deltanet"))
 def test_implied_attention(name: str, segments: str, count: int):
     inputs = {key: x for key, x in cases.RECURRENCES[name].inputs(LENGTH, decay="weak").items() if key != "v"}
 

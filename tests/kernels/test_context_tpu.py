@@ -13,6 +13,7 @@ from plait.kernels.sharding import splitting
 from plait.kernels.target import target
 from plait.tests.kernels import cases
 from plait.tests.kernels.test_context import arrays, mesh_of, segment_ids
+from plait.tests.suites import usually
 from plait.tests.tolerances import assert_close
 
 pltpu = pytest.importorskip("jax.experimental.pallas.tpu")
@@ -41,12 +42,13 @@ def case(name: str) -> tuple[Any, dict[str, jax.Array]]:
 
 @pytest.mark.parametrize(
     "name",
-    [
+    usually(
+        ["causal", "selected", "gated_deltanet", "window", "short_conv", "vector_decay"],
         "causal",
         "selected",
         "gated_deltanet",
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ("window", "short_conv", "vector_decay")),
-    ],
+        newest=("gated_deltanet",),
+    ),
 )
 def test_kernels_on_parts(name: str):
     function, inputs = case(name)

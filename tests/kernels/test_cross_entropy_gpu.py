@@ -21,6 +21,7 @@ from plait.tests.kernels import cases
 from plait.tests.kernels.gpu_targets import TARGETS
 from plait.tests.tolerances import assert_tree_close, in_float64
 
+pytestmark = pytest.mark.newest
 needs_interpreter = pytest.mark.skipif(
     jax.__version_info__ < gpu.MIN_JAX, reason=f"the GPU interpreter needs JAX >= {'.'.join(map(str, gpu.MIN_JAX))}"
 )

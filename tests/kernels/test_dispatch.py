@@ -13,6 +13,8 @@ from plait.kernels import Mask, Tokens, dispatch, gpu
 from plait.kernels.call import OPTION, Call
 from plait.kernels.target import target
 
+pytestmark = pytest.mark.newest
+
 
 @dataclasses.dataclass(frozen=True)
 class DemoCall(Call):

@@ -113,11 +113,11 @@ def test_three_tokens_by_hand():
     # t=1: S = -0.25 * 2 = -0.5, W = 0.5 - 0.5 = 0.  t=2 at W=0: S = -0.25 - 0.5 * 2 * (0 - 1) = 0.75, W = 0.75.
     # t=3 at W=0.75: S = 0.375 - 0.25 * 2 * (0.75 - 2) = 1, W = 0.375 + 1.
     for form in ("chunked", "reference"):
-        o = run(Rule(chunk_size=1), form)(arguments)["o"]
+        o = quick_jit(run(Rule(chunk_size=1), form))(arguments)["o"]
         assert_close(o[0, :, 0, 0], np.array([0.0, 1.5, 1.375]))
     # chunk of 2: t=2 at W=1: S = -0.25 - 0 = -0.25, W = -0.25.  t=3 at W=-0.25: S = -0.125 + 0.5 * 2.25 = 1, W = -0.125 + 1.
     for form in ("chunked", "reference"):
-        o = run(Rule(chunk_size=2), form)(arguments)["o"]
+        o = quick_jit(run(Rule(chunk_size=2), form))(arguments)["o"]
         assert_close(o[0, :, 0, 0], np.array([0.0, -0.5, 0.875]))
 
 
@@ -126,7 +126,7 @@ def test_a_linear_memory_without_momentum_is_the_delta_rule():
     x = inputs(1, Rule())
     x = {**x, "initial": [jnp.zeros((HEADS, DIM, DIM))], "g": jnp.zeros_like(x["g"])}
     del x["momentum"]
-    expected, _ = delta_rule(x["q"], x["k"], x["v"], None, 2 * x["step"], scale=1.0)
+    expected, _ = quick_jit(lambda x: delta_rule(x["q"], x["k"], x["v"], None, 2 * x["step"], scale=1.0))(x)
     assert_close(quick_jit(run(Rule(chunk_size=1), "chunked"))(x)["o"], expected)
 
 

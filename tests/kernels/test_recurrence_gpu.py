@@ -14,6 +14,8 @@ from plait.kernels.target import target
 from plait.tests.kernels import cases
 from plait.tests.tolerances import assert_tree_close, in_float64
 
+pytestmark = pytest.mark.newest
+
 
 class Case(NamedTuple):
     """One call: the recurrence, sizes, a layout of segments and the decay; bfloat16."""

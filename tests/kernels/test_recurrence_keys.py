@@ -17,6 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from plait.kernels import Tokens, gpu
 from plait.kernels.target import target
 from plait.tests.kernels import cases
+from plait.tests.suites import usually
 from plait.tests.tolerances import assert_tree_close, in_float64
 
 
@@ -124,7 +125,9 @@ def _assert_exact(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
 _name = lambda c: "-".join(map(str, c))
 
 
-@pytest.mark.parametrize("case", CASES, ids=_name)
+@pytest.mark.parametrize(
+    "case", usually(CASES, *CASES, newest=[c for c in CASES if c.implementation == "pallas_gpu"][:1]), ids=_name
+)
 def test_recurrence_is_exact_where_keys_resemble(case: Case, monkeypatch: pytest.MonkeyPatch):
     _assert_exact(case, monkeypatch)
 

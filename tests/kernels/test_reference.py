@@ -30,7 +30,8 @@ Q, K, V = _heads([1, 1], [1, 1], [1, 1]), _heads([1, 0], [1, 1], [0, 1]), _heads
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_scalar_decay_by_hand(implementation: str):
     # S1 = (2, 0); S2 = (1, 0) + (3, 3) = (4, 3); S3 = (2, 1.5) + (0, 5) = (2, 6.5)
-    o, state = kernels.decay(Q, K, V, _heads(HALF, HALF, HALF), scale=1.0, implementation=implementation)
+    run = cases.quick_jit(partial(kernels.decay, scale=1.0, implementation=implementation))
+    o, state = run(Q, K, V, _heads(HALF, HALF, HALF))
     np.testing.assert_allclose(o[0, :, 0, 0], [2, 7, 8.5], rtol=1e-6)
     np.testing.assert_allclose(state[0, 0, :, 0], [2, 6.5], rtol=1e-6)
 
@@ -38,7 +39,8 @@ def test_scalar_decay_by_hand(implementation: str):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_vector_decay_by_hand(implementation: str):
     # the first channel halves, the second keeps: S2 = (1, 0) + (3, 3) = (4, 3); S3 = (2, 3) + (0, 5) = (2, 8)
-    o, state = kernels.decay(Q, K, V, _heads(*[[HALF, 0.0]] * 3), scale=1.0, implementation=implementation)
+    run = cases.quick_jit(partial(kernels.decay, scale=1.0, implementation=implementation))
+    o, state = run(Q, K, V, _heads(*[[HALF, 0.0]] * 3))
     np.testing.assert_allclose(o[0, :, 0, 0], [2, 7, 10], rtol=1e-6)
     np.testing.assert_allclose(state[0, 0, :, 0], [2, 8], rtol=1e-6)
 
@@ -46,9 +48,8 @@ def test_vector_decay_by_hand(implementation: str):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_delta_rule_by_hand(implementation: str):
     # beta 1, 1/2, 1: S1 = (2, 0); decayed (1, 0), error 3 - 1 = 2, S2 = (2, 1); decayed (1, 1/2), error 9/2, S3 = (1, 5)
-    o, state = kernels.delta_rule(
-        Q, K, V, _heads(HALF, HALF, HALF), _heads(1.0, 0.5, 1.0), scale=1.0, implementation=implementation
-    )
+    run = cases.quick_jit(partial(kernels.delta_rule, scale=1.0, implementation=implementation))
+    o, state = run(Q, K, V, _heads(HALF, HALF, HALF), _heads(1.0, 0.5, 1.0))
     np.testing.assert_allclose(o[0, :, 0, 0], [2, 3, 6], rtol=1e-6)
     np.testing.assert_allclose(state[0, 0, :, 0], [1, 5], rtol=1e-6)
 
@@ -56,7 +57,8 @@ def test_delta_rule_by_hand(implementation: str):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_attention_by_hand(implementation: str):
     q, k = _heads([1], [1], [1]), _heads([0.0], [np.log(3.0)], [np.log(4.0)])  # weights 1 : 3 : 4
-    run = partial(kernels.attention, q, k, V, scale=1.0, return_stats=True, implementation=implementation)
+    plain = partial(kernels.attention, scale=1.0, return_stats=True, implementation=implementation)
+    run = lambda **options: jax.tree.map(np.asarray, cases.quick_jit(partial(plain, **options))(q, k, V))
     o, stats = run(mask=Mask())
     np.testing.assert_allclose(o[0, :, 0, 0], [2, 11 / 4, 31 / 8], rtol=1e-6)
     np.testing.assert_allclose(stats.lse[0, :, 0], np.log([1, 4, 8]), atol=1e-6)
@@ -77,12 +79,11 @@ def test_attention_by_hand(implementation: str):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_short_conv_by_hand(implementation: str):
     x, weight = jnp.asarray([[[1.0], [2.0], [4.0]]]), jnp.asarray([[10.0], [1.0]])
-    y, state = kernels.short_conv(x, weight, activation=None, implementation=implementation)
+    run = cases.quick_jit(partial(kernels.short_conv, activation=None, implementation=implementation))
+    y, state = run(x, weight)
     assert y.ravel().tolist() == [1, 12, 24]
     assert state.ravel().tolist() == [4]
-    y, state = kernels.short_conv(
-        x, weight, activation=None, at=Tokens(None, jnp.asarray([[1, 2, 0]])), implementation=implementation
-    )
+    y, state = run(x, weight, at=Tokens(None, jnp.asarray([[1, 2, 0]])))
     assert y.ravel().tolist() == [1, 2, 0]
     assert state.ravel().tolist() == [2]
 
@@ -90,9 +91,8 @@ def test_short_conv_by_hand(implementation: str):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_cross_entropy_by_hand(implementation: str):
     hidden, weight = jnp.ones((1, 2, 1)), jnp.log(jnp.asarray([[1.0, 3.0, 4.0]]))
-    nll, lse = kernels.cross_entropy(
-        hidden, weight, jnp.asarray([[1, -100]]), loss_mask=jnp.asarray([[1, 0]]), implementation=implementation
-    )
+    run = cases.quick_jit(partial(kernels.cross_entropy, implementation=implementation))
+    nll, lse = run(hidden, weight, jnp.asarray([[1, -100]]), loss_mask=jnp.asarray([[1, 0]]))
     np.testing.assert_allclose(nll[0], [np.log(8 / 3), 0], rtol=1e-6)
     np.testing.assert_allclose(lse[0], [np.log(8), 0], rtol=1e-6)
 
@@ -131,8 +131,8 @@ def test_delta_rule_equals_products_of_transitions():
 def test_attention_equals_jax():
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.standard_normal((2, 33, h, 8)), jnp.float32) for h in (4, 2, 2))
-    expected = jax.nn.dot_product_attention(q, k, v, is_causal=True)
-    assert_close(kernels.attention(q, k, v, mask=Mask(), implementation="reference"), expected)
+    expected = cases.quick_jit(partial(jax.nn.dot_product_attention, is_causal=True))(q, k, v)
+    assert_close(cases.quick_jit(partial(kernels.attention, mask=Mask(), implementation="reference"))(q, k, v), expected)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -146,7 +146,7 @@ def test_soft_cap_and_bias_equal_the_formula(implementation: str):
     arrays = (jnp.asarray(x, jnp.float32) for x in (q, k, v))
     bias = LowRankBias(*(jnp.asarray(x, jnp.float32) for x in (left, right)))
     options = {"logit_soft_cap": 2.5, "bias": bias, "return_stats": True, "implementation": implementation}
-    o, stats = kernels.attention(*arrays, mask=Mask(), **options)
+    o, stats = cases.quick_jit(partial(kernels.attention, mask=Mask(), **options))(*arrays)
     assert_close(o, np.einsum("bhts,bshv->bthv", weights, grouped(v)))
     assert_close(stats.max_logit, z.max(-1).swapaxes(1, 2))
     assert_close(stats.lse, np.log(np.exp(z).sum(-1)).swapaxes(1, 2))
@@ -177,7 +177,8 @@ def test_deltanet_stores_orthonormal_keys_exactly(implementation: str):
     size = 8
     k = jnp.eye(size)[None, :, None]
     v = jnp.asarray(np.random.default_rng(0).standard_normal((1, size, 1, 3)), jnp.float32)
-    _, state = kernels.delta_rule(k, k, v, None, jnp.ones((1, size, 1)), implementation=implementation)
+    run = cases.quick_jit(partial(kernels.delta_rule, g=None, implementation=implementation))
+    _, state = run(k, k, v, beta=jnp.ones((1, size, 1)))
     assert_close(state[0, 0], v[0, :, 0])
 
 
@@ -196,7 +197,7 @@ def test_sink_logit_is_a_zero_value_key():
 def test_uniform_attention_has_logarithmic_entropy_and_harmonic_sink():
     length = 64
     zeros = jnp.zeros((1, length, 1, 4))
-    _, stats = kernels.attention(zeros, zeros, zeros, mask=Mask(), return_stats=True)
+    _, stats = cases.quick_jit(partial(kernels.attention, mask=Mask(), return_stats=True))(zeros, zeros, zeros)
     assert_close(stats.entropy[0, :, 0], np.log(np.arange(1, length + 1)))
     assert_close(stats.first_mass.mean(), (1 / np.arange(1, length + 1)).mean())  # H_64 / 64 = 0.0741
 
@@ -244,6 +245,6 @@ def test_decayed_scores_keep_accuracy_beside_strong_gates():
     """A tiny decay after one of -1000 is not lost in the sum: the reason why no exponent is a difference of sums."""
     g = jnp.full((8, 1), -1e-4).at[2].set(-1000.0)
     ones = jnp.ones((8, 1))
-    scores = np.asarray(decayed_scores(ones, ones, g))
+    scores = np.asarray(cases.quick_jit(decayed_scores)(ones, ones, g))
     np.testing.assert_allclose(scores[7, 3], np.exp(-4e-4), rtol=2e-7)
     assert scores[7, 1] == 0

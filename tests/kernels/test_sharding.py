@@ -15,6 +15,7 @@ from plait.kernels.sharding import splitting
 from plait.tests.kernels import cases
 from plait.tests.tolerances import assert_close
 
+pytestmark = pytest.mark.newest
 LENGTH = 40
 
 

@@ -83,7 +83,7 @@ def _assert_matches(case: Case) -> None:
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(got))
 
 
-@pytest.mark.parametrize("name", usually(CASES, "63-several", "33-long-bfloat16", "one-tap"))
+@pytest.mark.parametrize("name", usually(CASES, "63-several", "33-long-bfloat16", "one-tap", newest=("63-several",)))
 def test_kernel_matches_reference(name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(pallas_tpu, "TILES", pallas_tpu.Tiles(tokens=32, channels=256))
     _assert_matches(CASES[name])

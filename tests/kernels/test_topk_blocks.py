@@ -8,6 +8,7 @@ import pytest
 from plait.kernels import Mask, SelectedBlocks, Tokens, attention, topk_blocks, whole_blocks
 from plait.kernels.topk_blocks import chunked
 from plait.tests.kernels import loops
+from plait.tests.kernels.cases import quick_jit
 from plait.tests.tolerances import assert_close
 
 BATCH, LENGTH, HEADS, KV_HEADS, DIM, BLOCK = 2, 90, 4, 2, 8, 8
@@ -44,7 +45,8 @@ def test_selection_follows_the_rule(implementation, num_local, num_first, by_gro
     monkeypatch.setattr(chunked, "MAX_SCORES", 2000)
     options = {"top_k": 4, "num_local": num_local, "num_first": num_first, "by_group": by_group, "scale": scale}
     (q, k), ids = _inputs(), _segments() if packed else np.ones((BATCH, LENGTH), np.int32)
-    found = np.asarray(_select(q, k, Tokens(None, jnp.asarray(ids)), implementation=implementation, **options).indices)
+    select = quick_jit(lambda q, k, ids: _select(q, k, Tokens(None, ids), implementation=implementation, **options).indices)
+    found = np.asarray(select(q, k, jnp.asarray(ids)))
     assert found.shape == (BATCH, LENGTH, KV_HEADS if by_group else HEADS, 4)
     expected = loops.topk_blocks(q, k, ids, block_size=BLOCK, **options)
     for b, t, h in np.ndindex(BATCH, LENGTH, HEADS):
@@ -87,6 +89,7 @@ def test_no_query_sees_its_future():
     (q, k), (q2, k2), t = _inputs(), _inputs(1), 50
     later = lambda a, b: jnp.concatenate([a[:, :t], b[:, t:]], axis=1)
 
+    @quick_jit
     def run(q, k):
         return attention(q, k, k, mask=Mask(), selected=_select(q, k, Tokens(), top_k=3))
 
@@ -97,44 +100,47 @@ def test_no_query_sees_its_future():
 def test_a_document_selects_the_same_wherever_it_stands(shift):
     """Behind padding and behind another document."""
     (q, k), length = _inputs(), LENGTH - 17
-    alone = attention(
-        *(x[:, :length] for x in (q, k, k)), mask=Mask(), selected=_select(q[:, :length], k[:, :length], Tokens(), top_k=3)
-    )
+
+    @quick_jit
+    def run(q, k, at):
+        return attention(q, k, k, mask=Mask(), at=at, selected=_select(q, k, at, top_k=3))
+
+    alone = run(q[:, :length], k[:, :length], Tokens())
     for before in (0, 7):
         ids = np.zeros((BATCH, LENGTH), np.int32)
         ids[:, :shift], ids[:, shift : shift + length] = before, 2
         at = Tokens(None, jnp.asarray(ids)).placed(BATCH, LENGTH)
-        placed = [jnp.roll(x, shift, axis=1) for x in (q, k)]
-        o = attention(placed[0], placed[1], placed[1], mask=Mask(), at=at, selected=_select(*placed, at, top_k=3))
-        assert_close(o[:, shift : shift + length], alone)
+        o = run(*(jnp.asarray(np.roll(x, shift, axis=1)) for x in (q, k)), at)
+        assert_close(np.asarray(o)[:, shift : shift + length], alone)
 
 
 def test_tokens_one_by_one_from_a_cache_select_the_same():
     (q, k), size = _inputs(), BLOCK
-    whole = attention(q, k, k, mask=Mask(), selected=_select(q, k, Tokens(), top_k=3))
-    place = jnp.broadcast_to(jnp.arange(LENGTH), (BATCH, LENGTH))
+    whole = np.asarray(quick_jit(lambda q, k: attention(q, k, k, mask=Mask(), selected=_select(q, k, Tokens(), top_k=3)))(q, k))
+    place = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (BATCH, LENGTH))
+
+    @quick_jit
+    def answer(q, keys, at, cached):
+        blocks = whole_blocks(cached, size)
+        options = {"top_k": 3, "block_size": size, "num_blocks": -(-LENGTH // size)}
+        selected = topk_blocks(q, blocks.mean(keys), blocks_at=blocks.at, at=at, **options)
+        return attention(q, keys, keys, mask=Mask(), at=at, kv_at=cached, selected=selected)
+
     for t in (0, 7, 8, 41, LENGTH - 1):
-        cached = Tokens(None, (place <= t).astype(jnp.int32), jnp.where(place <= t, place, -1))
-        blocks, at = whole_blocks(cached, size), Tokens(None, jnp.ones((BATCH, 1), jnp.int32), place[:, t : t + 1])
-        keys = jnp.where((place <= t)[..., None, None], k, jnp.nan)
-        keys = jnp.where(jnp.isnan(keys), 0, keys)
-        selected = topk_blocks(
-            q[:, t : t + 1],
-            blocks.mean(keys),
-            blocks_at=blocks.at,
-            at=at,
-            top_k=3,
-            block_size=size,
-            num_blocks=-(-LENGTH // size),
-        )
-        o = attention(q[:, t : t + 1], keys, keys, mask=Mask(), at=at, kv_at=cached, selected=selected)
-        assert_close(o[:, 0], whole[:, t])
+        cached = Tokens(None, jnp.asarray(place <= t, jnp.int32), jnp.asarray(np.where(place <= t, place, -1)))
+        at = Tokens(None, jnp.ones((BATCH, 1), jnp.int32), jnp.asarray(place[:, t : t + 1]))
+        keys = jnp.asarray(np.where((place <= t)[..., None, None], k, 0))
+        assert_close(answer(jnp.asarray(np.asarray(q)[:, t : t + 1]), keys, at, cached)[:, 0], whole[:, t])
 
 
 def test_all_blocks_are_dense_attention():
     (q, k), at = _inputs(), Tokens(None, jnp.asarray(_segments()))
-    selected = _select(q, k, at, top_k=12)
-    assert_close(attention(q, k, k, mask=Mask(), at=at, selected=selected), attention(q, k, k, mask=Mask(), at=at))
+
+    @quick_jit
+    def both(q, k):
+        return tuple(attention(q, k, k, mask=Mask(), at=at, selected=one) for one in (_select(q, k, at, top_k=12), None))
+
+    assert_close(*both(q, k))
 
 
 @pytest.mark.parametrize(

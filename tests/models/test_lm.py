@@ -1,6 +1,7 @@
 """The language model: scan, recomputation, decoding, options, first values."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -35,6 +36,7 @@ from plait.train.probes.sinks import THRESHOLD
 WIDTH, VOCAB, LENGTH = 32, 97, 24
 PACKED = layout((9, 11), (LENGTH,), length=LENGTH)
 REAL = np.asarray(PACKED.segment_ids > 0)
+PROBES = Probes(ProbeConfig(rows=8))
 SOFTMAX, LINEAR = SoftmaxConfig(num_heads=2, head_dim=16), GatedDeltaNetConfig(num_heads=2, head_dim=8)
 
 
@@ -52,10 +54,15 @@ def tokens(*shape: int, seed: int = 0) -> jax.Array:
 TOKENS = tokens()
 
 
+@functools.cache
+def program(graph: nnx.GraphDef, observer: Observer | None):
+    """The compiled call of models of one graph."""
+    return quick_jit(lambda state, at: nnx.merge(graph, state)(at, observer=observer))
+
+
 def call(model: LM, ids: jax.Array = TOKENS, at: Tokens = PACKED, observer: Observer | None = None):
     graph, state = nnx.split(model)
-    at = dataclasses.replace(at, ids=ids)
-    return quick_jit(lambda state, at: nnx.merge(graph, state)(at, observer=observer))(state, at)
+    return jax.tree.map(np.asarray, program(graph, observer)(state, dataclasses.replace(at, ids=ids)))
 
 
 def loss(model: LM) -> jax.Array:
@@ -65,10 +72,16 @@ def loss(model: LM) -> jax.Array:
     return (nll * REAL).sum() / REAL.sum()
 
 
+@functools.cache
+def differentiated(graph: nnx.GraphDef):
+    """The compiled loss of models of one graph, with its gradients."""
+    return quick_jit(jax.value_and_grad(lambda state: loss(nnx.merge(graph, state))))
+
+
 def loss_and_gradients(model: LM):
     graph, state = nnx.split(model)
-    value, gradients = quick_jit(jax.value_and_grad(lambda state: loss(nnx.merge(graph, state))))(state)
-    return value, {path: g[...] for path, g in nnx.to_flat_state(gradients)}
+    value, gradients = differentiated(graph)(state)
+    return value, {path: np.asarray(g[...]) for path, g in nnx.to_flat_state(gradients)}
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +117,7 @@ def test_scanned_stack_equals_the_unrolled_one(hybrid):
 
     graph, state = nnx.split(unrolled)
     unrolled = nnx.merge(graph, nnx.from_flat_state([(p, values(p, v)) for p, v in nnx.to_flat_state(state)]))
-    probes = Probes(ProbeConfig(rows=8))
-    (expected, others), (logits, extras) = call(unrolled, observer=probes), call(hybrid, observer=probes)
+    (expected, others), (logits, extras) = call(unrolled, observer=PROBES), call(hybrid, observer=PROBES)
     assert_close(logits[REAL], expected[REAL])
     assert len(extras) == len(others) == 5
     for layer, (one, other) in enumerate(zip(extras, others, strict=True)):
@@ -227,7 +239,7 @@ def test_greedy_generation_with_states_equals_full_passes(zoo):
     full, _ = call(zoo, jnp.asarray(texts), layout(*[(n + new,) for n in prompts], length=texts.shape[1]))
     for row, n in enumerate(prompts):
         expected = full[row, n - 1 : n + new]
-        got = jnp.stack([logits[row] for logits in seen])
+        got = np.stack([logits[row] for logits in np.asarray(seen)])
         assert_close(got, expected)
         np.testing.assert_array_equal(np.argmax(expected[:-1], -1), texts[row, n : n + new])
 
@@ -267,20 +279,25 @@ def test_block_norms_before_or_after_or_not_at_all_as_configured():
         block = model.stack.rest[0]
         mix = lambda h, block=block: block.mixer(h, at=PACKED, carry={}).y
         channels = lambda h, block=block: block.channel_mixer(h, at=PACKED).y
-        if norm == "pre":
-            h = x + mix(block.mixer_norm(x))
-            expected = h + channels(block.channel_norm(h))
-        elif norm == "post":
-            h = block.mixer_norm(x + mix(x))
-            expected = block.channel_norm(h + channels(h))
-        elif norm == "input":
-            h = block.mixer_norm(x)
-            h = block.channel_norm(3.5 * h + mix(h))
-            expected = 3.5 * h + channels(h)
-        else:
-            h = x + mix(x)
-            expected = h + channels(h)
-        assert_close(block(Stream(x), at=PACKED)[0].x, expected)
+
+        @quick_jit
+        def both(x, norm=norm, block=block, mix=mix, channels=channels):
+            if norm == "pre":
+                h = x + mix(block.mixer_norm(x))
+                expected = h + channels(block.channel_norm(h))
+            elif norm == "post":
+                h = block.mixer_norm(x + mix(x))
+                expected = block.channel_norm(h + channels(h))
+            elif norm == "input":
+                h = block.mixer_norm(x)
+                h = block.channel_norm(3.5 * h + mix(h))
+                expected = 3.5 * h + channels(h)
+            else:
+                h = x + mix(x)
+                expected = h + channels(h)
+            return block(Stream(x), at=PACKED)[0].x, expected
+
+        assert_close(*both(x))
 
 
 @pytest.mark.parametrize(
@@ -341,9 +358,8 @@ def test_only_probed_steps_carry_statistics(hybrid, zoo):
 
 
 def test_residual_statistics_do_not_see_padding(hybrid):
-    probes = Probes(ProbeConfig())
-    _, extras = call(hybrid, observer=probes)
-    _, changed = call(hybrid, jnp.where(REAL, TOKENS, (TOKENS + 1) % VOCAB), observer=probes)
+    _, extras = call(hybrid, observer=PROBES)
+    _, changed = call(hybrid, jnp.where(REAL, TOKENS, (TOKENS + 1) % VOCAB), observer=PROBES)
     for one, other in zip(extras, changed, strict=True):
         for name in ("residual_top", "residual_median", "residual_peak"):
             assert_close(one.statistics[name], other.statistics[name], err_msg=name)

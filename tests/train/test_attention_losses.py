@@ -14,6 +14,7 @@ from plait.models.mixers.full.softmax import SoftmaxConfig
 from plait.models.mixers.linear.gla import GLAConfig
 from plait.models.mixers.linear.mamba2 import Mamba2Config
 from plait.models.mixers.parallel.parallel import ParallelConfig
+from plait.tests.models.common import quick_jit
 from plait.tests.tolerances import assert_close
 from plait.tests.train.common import changed, program_of, random_batch, tiny
 from plait.train.loop import train
@@ -31,11 +32,16 @@ def asked(coefficient=1.0, floor=0.9):
 
 def mixer_of(config=None):
     config = config or SoftmaxConfig(num_heads=HEADS, head_dim=4, positions=None)
-    return config.build(WIDTH, BuildContext(rngs=nnx.Rngs(0), seq_len=LENGTH))
+    create = lambda: config.build(WIDTH, BuildContext(rngs=nnx.Rngs(0), seq_len=LENGTH))
+    return nnx.merge(nnx.split(nnx.eval_shape(create))[0], quick_jit(lambda: nnx.split(create())[1])())
+
+
+def losses(mixer, config, x):
+    return attention_losses(mixer(x, at=AT, carry={}, observer=Everyone()).looks, config)
 
 
 def losses_of(mixer, config, x=X):
-    return attention_losses(mixer(x, at=AT, carry={}, observer=Everyone()).looks, config)
+    return quick_jit(lambda x: losses(mixer, config, x))(x)
 
 
 def by_definition(kernels, floor=0.9):
@@ -86,13 +92,15 @@ def test_gradients_are_those_of_finite_differences(name, kernels):
     step = 1e-5
     values = [by_definition([k + sign * step * a for k, a in zip(kernels, along)])[name] for sign in (1, -1)]
 
+    graph, state = nnx.split(mixer_of())
+
     def loss(share):
-        mixer = mixer_of()
+        mixer = nnx.merge(graph, jax.tree.map(lambda a: a, state))
         for dense, kernel, a in zip((mixer.q, mixer.k, mixer.v), kernels, along):
             dense.kernel[...] = jnp.asarray(kernel, jnp.float32) + share * jnp.asarray(a, jnp.float32)
-        return losses_of(mixer, asked())[f"attention/{name}"]
+        return losses(mixer, asked(), X)[f"attention/{name}"]
 
-    assert_close(jax.grad(loss)(0.0), (values[0] - values[1]) / (2 * step))
+    assert_close(quick_jit(jax.grad(loss))(0.0), (values[0] - values[1]) / (2 * step))
 
 
 def test_where_nothing_is_asked_for_there_is_nothing():
@@ -109,8 +117,9 @@ def test_a_layer_has_what_its_parts_have():
 
 
 def test_padding_changes_nothing(kernels):
-    moved = X.at[-1, -3:].set(7.0)
-    before, after = (losses_of(mixer_of(), asked(), x) for x in (X, moved))
+    moved, mixer = X.at[-1, -3:].set(7.0), mixer_of()
+    run = quick_jit(lambda x: losses(mixer, asked(), x))
+    before, after = run(X), run(moved)
     for name, value in before.items():
         assert value == after[name], name
 

@@ -114,32 +114,44 @@ def test_nothing_held_out_trains_without_validation(base, tmp_path):
     assert checkpoints_of(tmp_path / "run")[-1] == 6
 
 
-# One case for each leaf that steers the loop: what to change it to, and what then differs from the run `finished`.
+# One case for each leaf that steers the loop: what to change it to, and what then differs from the run `finished`. Leaves that do not
+# meet in the loop differ in one run together.
 
 
-def log_every(base, out):
-    trained(base, out, log_every=4)
+@pytest.fixture(scope="module")
+def several(base, finished, tmp_path_factory):
+    """A run in which several leaves differ, what it sent to Weights & Biases, and the results of it and of the run `finished`."""
+    out, sent = tmp_path_factory.mktemp("several") / "run", {}
+    fake = types.SimpleNamespace(
+        init=lambda **options: sent.update(options) or fake,
+        log=lambda values, step: sent.update({step: values}),
+        finish=lambda: None,
+    )
+    leaves = dict.fromkeys(("log_every", "probe_every", "eval_every", "checkpoint_every"), 4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "wandb", fake)
+        options = {"eval_batches": 1, "keep_last": 9, "wandb": "my-project", "data__cache_dir": str(out / "cache")}
+        return trained(base, out, **leaves, **options), out, sent, finished[0]
+
+
+def log_every(result, out, sent, plain):
     assert steps_with(out, "time/step") == [4, 6]
-    assert steps_with(out, "loss/train") == [1, 3, 4, 6], "probed steps are always written"
+    assert steps_with(out, "loss/train") == [1, 4, 6], "probed steps are always written"
 
 
-def probe_every(base, out):
-    trained(base, out, probe_every=4)
+def probe_every(result, out, sent, plain):
     assert [int(p.stem[-8:]) for p in probe_files(out)] == [1, 4]
 
 
-def eval_every(base, out):
-    trained(base, out, eval_every=4)
+def eval_every(result, out, sent, plain):
     assert steps_with(out, "loss/val") == [4, 6]
 
 
-def eval_batches(base, out):
-    whole, first = trained(base, out / "all"), trained(base, out / "one", eval_batches=1)
-    assert whole.metrics["loss/train"] == first.metrics["loss/train"] and whole.metrics["loss/val"] != first.metrics["loss/val"]
+def eval_batches(result, out, sent, plain):
+    assert result.metrics["loss/train"] == plain.metrics["loss/train"] and result.metrics["loss/val"] != plain.metrics["loss/val"]
 
 
-def checkpoint_every(base, out):
-    trained(base, out, checkpoint_every=4, keep_last=9)
+def checkpoint_every(result, out, sent, plain):
     assert checkpoints_of(out) == [4, 6]
 
 
@@ -164,8 +176,11 @@ def keep_best(base, out):
     assert 6 not in best and checkpoints_of(out) == sorted(best | {6})
 
 
-def out_folder(base, out):
-    assert trained(base, out / "elsewhere").folder == out / "elsewhere" and (out / "elsewhere" / "config.json").exists()
+def out_folder(result, out, sent, plain):
+    assert result.folder == out != plain.folder and (out / "config.json").exists()
+
+
+def test_a_run_has_a_folder_where_none_is_named(base):
     assert changed(base, {"out": None}).folder == "runs/tiny"
 
 
@@ -176,16 +191,7 @@ def resume(base, out):
     assert trained(base, out, resume=True).step == 6
 
 
-def wandb(base, out):
-    sent = {}
-    fake = types.SimpleNamespace(
-        init=lambda **options: sent.update(options) or fake,
-        log=lambda values, step: sent.update({step: values}),
-        finish=lambda: None,
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "wandb", fake)
-        trained(base, out, wandb="my-project")
+def wandb(result, out, sent, plain):
     assert sent["project"] == "my-project" and sent["config"]["steps"] == 6 and "loss/val" in sent[6]
 
 
@@ -233,8 +239,7 @@ def spike_max_rewinds(base, out):
         trained(base, out, spike__sigma=6.0, spike__action="rewind", spike__max_rewinds=3)
 
 
-def cache_dir(base, out):
-    trained(base, out, data__cache_dir=str(out / "cache"))
+def cache_dir(result, out, sent, plain):
     assert not (out / "data").exists()
     assert list((out / "cache").glob("tokens-*"))
 
@@ -266,6 +271,7 @@ LOOP = {
     "spike.max_rewinds": spike_max_rewinds,
     "data.cache_dir": cache_dir,
 }
+TOGETHER = (log_every, probe_every, eval_every, eval_batches, checkpoint_every, out_folder, wandb, cache_dir)
 
 
 def test_every_leaf_of_the_loop_has_a_case():
@@ -275,8 +281,8 @@ def test_every_leaf_of_the_loop_has_a_case():
 
 
 @pytest.mark.parametrize("case", LOOP.values(), ids=LOOP)
-def test_option_of_the_loop(case, base, tmp_path):
-    case(base, tmp_path / "run")
+def test_option_of_the_loop(case, base, several, tmp_path):
+    case(*several) if case in TOGETHER else case(base, tmp_path / "run")
 
 
 def test_only_the_named_probes_run(base, tmp_path):

@@ -97,9 +97,12 @@ class Subject:
         return self.pull(self.variables, x, at, jnp.ones_like(x))
 
 
+subject_of = functools.cache(Subject)
+
+
 @pytest.fixture(scope="module", params=CASES.values(), ids=CASES)
 def subject(request) -> Subject:
-    return Subject(request.param)
+    return subject_of(request.param)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -201,7 +204,21 @@ MESHES = {
 }
 
 
-@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
+SPREAD = ("gated_mlp", "mlp-token_shift", "moe", "moe-grouped-gated")
+"""Cases that are laid over every mesh by default: dense, with the token before, routed, routed by groups beside a shared expert."""
+
+
+@pytest.mark.parametrize(
+    ("subject", "mesh"),
+    [
+        pytest.param(
+            case, mesh, id=f"{name}-{cut}", marks=[] if name in SPREAD or cut == "expert fsdp tensor" else pytest.mark.slow
+        )
+        for name, case in CASES.items()
+        for cut, mesh in MESHES.items()
+    ],
+    indirect=["subject"],
+)
 def test_eight_devices_equal_one(subject, mesh):
     mesh = meshes.make_mesh(mesh)
     placed = []

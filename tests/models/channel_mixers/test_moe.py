@@ -53,6 +53,11 @@ def inputs(shape=(ROWS, LENGTH, WIDTH)):
     return jax.random.normal(jax.random.key(1), shape)
 
 
+def mix(mixer, x, at=AT):
+    """What the mixer gives, by one compiled function."""
+    return quick_jit(lambda x: mixer(x, at=at))(x)
+
+
 def chosen_by(choice, k: int):
     """The largest k of each token, equal ones in order: a loop, no sort."""
     choice, chosen = np.array(choice, np.float64), np.zeros(choice.shape)
@@ -107,8 +112,13 @@ def moved_off(mixer):
     """With every parameter off what it starts at, biases above all."""
     graph, params, rest = nnx.split(mixer, nnx.Param, ...)
     leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(5), len(leaves))
-    moved = [leaf + 0.3 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+
+    @quick_jit
+    def move(leaves):
+        keys = jax.random.split(jax.random.key(5), len(leaves))
+        return [leaf + 0.3 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+
+    moved = move(leaves)
     return nnx.merge(graph, jax.tree.unflatten(tree, moved), rest)
 
 
@@ -125,7 +135,7 @@ def test_output_and_every_gradient_equal_a_loop_over_all_experts(config):
     if mixer.bias is not None:
         mixer.bias[...] = jnp.array([0.3, -0.2, 0.0, 0.1, -0.3])  # they choose, and are no part of a gate
     x = inputs()
-    logits = routed(mixer, x)
+    logits = quick_jit(lambda x: routed(mixer, x))(x)
     scores = jax.nn.softmax(logits) if config.scores == "softmax" else jax.nn.sigmoid(logits)
     chosen = chosen_by(scores if mixer.bias is None else scores + mixer.bias[...][None, None], config.top_k)
     graph, state = nnx.split(mixer)
@@ -135,7 +145,7 @@ def test_output_and_every_gradient_equal_a_loop_over_all_experts(config):
     for (path, got), want in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True):
         assert_close(got, want, err_msg=jax.tree_util.keystr(path))
     counts = chosen[SEGMENTS > 0].sum(0)
-    np.testing.assert_allclose(mixer(x, at=AT).observed["expert_load"], counts / counts.mean(), rtol=1e-6)
+    np.testing.assert_allclose(mix(mixer, x).observed["expert_load"], counts / counts.mean(), rtol=1e-6)
 
 
 @pytest.mark.parametrize("config", GROUPS.values(), ids=GROUPS)
@@ -152,7 +162,8 @@ def test_experts_are_of_the_best_groups(config):
     for index in np.ndindex(choice.shape[:-1]):
         for group in set(range(4)) - set(best[index]):
             choice[index][3 * group : 3 * group + 3] = -np.inf
-    assert_close(mixer(x, at=AT).y, loop(mixer, x, chosen_by(choice, 3)))
+    chosen = chosen_by(choice, 3)
+    assert_close(mix(mixer, x).y, quick_jit(lambda x: loop(mixer, x, chosen))(x))
 
 
 @pytest.mark.parametrize("favourite", [0, 4])
@@ -161,17 +172,19 @@ def test_no_token_is_dropped_however_uneven_the_load(favourite):
     mixer = moe(dataclasses.replace(SMALL, top_k=1, normalize=False))
     mixer.router.kernel[...] = jnp.zeros_like(mixer.router.kernel[...]).at[:, favourite].set(100.0)
     x = jnp.abs(inputs()) + 0.1
-    mixed = mixer(x, at=AT)
-    expected = (jax.nn.silu(x @ mixer.gate.weight()[favourite]) * (x @ mixer.up.weight()[favourite])) @ mixer.down.weight()[
-        favourite
-    ]
-    gates = jax.nn.softmax(x @ mixer.router.weight())[..., favourite : favourite + 1]
-    assert_close(mixed.y[SEGMENTS > 0], (gates * expected)[SEGMENTS > 0])
+    mixed = mix(mixer, x)
+
+    @quick_jit
+    def expected(x):
+        gate, up, down = (layer.weight()[favourite] for layer in (mixer.gate, mixer.up, mixer.down))
+        return jax.nn.softmax(x @ mixer.router.weight())[..., favourite, None] * ((jax.nn.silu(x @ gate) * (x @ up)) @ down)
+
+    assert_close(np.asarray(mixed.y)[SEGMENTS > 0], np.asarray(expected(x))[SEGMENTS > 0])
     np.testing.assert_array_equal(mixed.observed["expert_load"], 5.0 * np.eye(5)[favourite])
 
 
 def test_padding_is_not_routed():
-    mixed = moe(dataclasses.replace(SMALL, balance_bias=0.1))(inputs(), at=AT)
+    mixed = mix(moe(dataclasses.replace(SMALL, balance_bias=0.1)), inputs())
     assert not np.asarray(mixed.y)[SEGMENTS == 0].any()
     assert mixed.counts["expert"].sum() == SMALL.top_k * (SEGMENTS > 0).sum()
 
@@ -182,7 +195,7 @@ def test_losses_equal_values_worked_by_hand():
     mixer = moe(config)
     mixer.router.kernel[...] = jnp.zeros((WIDTH, 2)).at[0, 0].set(1.0)
     x = jnp.zeros((1, 4, WIDTH)).at[0, :, 0].set(jnp.array([1.0, 2.0, -1.0, 9.0]))
-    mixed = mixer(x, at=Tokens(segment_ids=jnp.array([[1, 1, 1, 0]])))
+    mixed = mix(mixer, x, Tokens(segment_ids=jnp.array([[1, 1, 1, 0]])))
     p0 = np.mean([1 / (1 + np.exp(-a)) for a in (1.0, 2.0, -1.0)])
     assert mixed.losses["balance/moe"] == pytest.approx(0.5 * 2 * (2 / 3 * p0 + 1 / 3 * (1 - p0)), rel=1e-6)
     z = np.mean([np.log(np.exp(a) + 1) ** 2 for a in (1.0, 2.0, -1.0)])
@@ -193,7 +206,7 @@ def test_losses_equal_values_worked_by_hand():
 def test_balanced_loss_is_its_coefficient():
     mixer = moe(MoEConfig(num_experts=4, top_k=4, hidden_dim=8, balance_loss=0.01))
     mixer.router.kernel[...] = jnp.zeros((WIDTH, 4))
-    assert mixer(inputs(), at=AT).losses["balance/moe"] == pytest.approx(0.01, rel=1e-6)
+    assert mix(mixer, inputs()).losses["balance/moe"] == pytest.approx(0.01, rel=1e-6)
 
 
 @pytest.mark.parametrize("stacked", [False, True])
@@ -211,7 +224,7 @@ def test_biases_move_by_the_sign_of_the_load_error(stacked):
 
 def test_options_that_are_off_leave_nothing():
     mixer = moe(dataclasses.replace(SMALL, balance_loss=None, z_loss=None))
-    mixed = mixer(inputs(), at=AT)
+    mixed = mix(mixer, inputs())
     assert mixed.losses == {} and mixed.counts == {} and mixer.bias is None and mixer.shared is None
 
 
@@ -220,7 +233,7 @@ def test_router_is_float32_in_bfloat16_models():
     x = inputs().astype(jnp.bfloat16)
     logits = np.asarray(x, np.float64) @ np.asarray(mixer.router.weight(), np.float64)
     z = np.log(np.exp(logits).sum(-1))
-    assert mixer(x, at=Tokens()).losses["z/router"] == pytest.approx(SMALL.z_loss * np.mean(z**2), rel=1e-5)
+    assert mix(mixer, x, Tokens()).losses["z/router"] == pytest.approx(SMALL.z_loss * np.mean(z**2), rel=1e-5)
 
 
 def test_default_width_gives_a_token_what_the_gated_mlp_has():

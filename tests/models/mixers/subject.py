@@ -19,7 +19,7 @@ from plait.configs.mesh import MeshConfig
 from plait.configs.probe import ProbeConfig
 from plait.kernels import Tokens
 from plait.models.build import BuildContext
-from plait.models.mixers.base import MIXERS, HeadMixer, Mixed, Mixer, MixerConfig, WrapperConfig
+from plait.models.mixers.base import MIXERS, HeadMixer, Mixer, MixerConfig, WrapperConfig
 from plait.models.mixers.moh import MoHConfig
 from plait.tests.models.common import layout, left_padded, quick_jit
 from plait.tests.models.mixers import cases
@@ -30,7 +30,7 @@ WIDTH, LENGTH = 64, 72  # two chunks of the linear layers, the second one partly
 PROMPTS, STEPS = (48, 13), 24  # prompt lengths, padded left to the longest, and tokens decoded after them
 SEGMENTS = (20, 33, 12)  # documents of the packed row; the rest of it is padding
 MESH = MeshConfig(data=1, fsdp=2, context=2, tensor=2)
-PROBES = Probes(ProbeConfig(rows=16, sequences=4, first_k=3))
+PROBES = Probes(ProbeConfig(rows=64, sequences=4, first_k=3))  # all but a few rows
 FAMILIES = ("softmax", "gla", "gated_deltanet")
 """A mixer of each family base: wrapped, reparametrised and with its options in the default suite, as the others are in the slow one."""
 
@@ -138,14 +138,16 @@ class Program:
         return y, stepped.swapaxes(0, 1), start, last
 
     def _look(self, variables, x, at):
-        """`y` and statistics of a probe step; implied attention, values and head outputs where heads weigh values."""
+        """`y` and statistics of a probe step; implied attention of the rows looked at, values, head outputs where heads weigh values."""
         mixer = self.mixer(variables)
         mixed = mixer(x, at=at, carry={}, observer=PROBES)
         residual = mixed.y[PROBES.pick_sequences(len(x))]  # stands for the block's
         looks, heads = tuple(dataclasses.replace(look, residual=residual) for look in mixed.looks), None
         if isinstance(mixer, HeadMixer):
-            inputs, rows = looks[0].inputs, jnp.arange(LENGTH)
-            heads = mixer.implied(inputs, rows, at=at), inputs.v, mixer.attend(inputs, at=at, state=None)[0]
+            inputs = looks[0].inputs
+            mixes_whole = type(mixer).mix is HeadMixer.mix
+            o = looks[0].o if mixes_whole else mixer.attend(inputs, at=at, state=None)[0]
+            heads = looks[0].implied, inputs.v, o
         return mixed.y, PROBES.measure(looks), heads
 
     def _sharded(self, *args):
@@ -211,9 +213,10 @@ class Subject:
         return self.program.mixer(self.variables)
 
     @functools.cached_property
-    def trained(self) -> tuple[jax.Array, nnx.State, jax.Array]:
+    def trained(self) -> tuple[np.ndarray, nnx.State, np.ndarray]:
         """`y`, and the gradients in the parameters and in `x`, of `ROWS`."""
-        return self.program.train(self.variables, ROWS.x, ROWS.at, ROWS.cotangent)
+        y, params, x = self.program.train(self.variables, ROWS.x, ROWS.at, ROWS.cotangent)
+        return np.asarray(y), params, np.asarray(x)
 
     def y(self, name: str) -> np.ndarray:
         """Outputs of the rows of a name."""
@@ -231,7 +234,7 @@ class Subject:
         prompts = jnp.take_along_axis(rows, index[..., None], axis=1)
         positions = np.asarray([*PROMPTS, 0])[:, None] + np.arange(LENGTH)[None]
         x = jnp.take_along_axis(jnp.stack([*rows, ROWS.first]), np.minimum(positions, LENGTH - 1)[..., None], axis=1)
-        return self.program.decode(self.variables, prompts, at, x, jnp.asarray(positions, jnp.int32))
+        return jax.tree.map(np.asarray, self.program.decode(self.variables, prompts, at, x, jnp.asarray(positions, jnp.int32)))
 
     @functools.cached_property
     def looked(self) -> tuple:
@@ -240,11 +243,19 @@ class Subject:
 
     def look(self, x: jax.Array, *documents: tuple[int, ...]) -> tuple:
         """A probe step of rows of equal input."""
-        return self.program.look(self.variables, jnp.broadcast_to(x, (len(documents), *x.shape)), layout(*documents))
+        x = jnp.broadcast_to(x, (len(documents), *x.shape))
+        return jax.tree.map(np.asarray, self.program.look(self.variables, x, layout(*documents)))
 
     @functools.cache  # noqa: B019
-    def abstract(self, dtype: str) -> tuple[Mixed, tuple]:
-        """Shapes in a compute dtype: the output for `[3, 5, D]`, and the decode state when empty, after a prompt and after a step."""
+    def abstract(self, dtype: str) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct, tuple]:
+        """Shapes in a compute dtype: of the output, of a step's, and of the decode state when empty, after a prompt and after a step.
+
+        Those of float32 are of what was run: rows of the prefilled and the empty state are one array, which the steps go on with.
+        """
+        if dtype == "float32":
+            _, stepped, start, last = self.decoded
+            shape = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype)
+            return jax.tree.map(shape, (self.trained[0][:, :5], stepped[:, :1], (start, start, last)))
 
         def shapes(variables, x):
             mixer = nnx.merge(self.case.graph(dtype), variables)

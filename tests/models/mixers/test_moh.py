@@ -45,7 +45,7 @@ def make_uniform(moh: MoH) -> None:
 @pytest.mark.parametrize("num_shared", [0, 1, 2])
 def test_each_token_has_its_shared_heads_and_exactly_k_routed_ones(inner, num_shared):
     moh = build(MoHConfig(mixer=INNER[inner], num_shared_heads=num_shared, top_k=2))
-    active = np.asarray(moh.gates(inputs())) > 0
+    active = np.asarray(quick_jit(moh.gates)(inputs())) > 0
     assert active[..., :num_shared].all()
     assert (active[..., num_shared:].sum(-1) == 2).all()
 
@@ -54,34 +54,35 @@ def test_each_token_has_its_shared_heads_and_exactly_k_routed_ones(inner, num_sh
 def test_gates_of_active_heads_average_one_under_uniform_routing(num_shared):
     moh = build(MoHConfig(mixer=SOFTMAX, num_shared_heads=num_shared, top_k=3))
     make_uniform(moh)
-    gates = moh.gates(inputs())
-    assert_close(gates, np.asarray(gates > 0, np.float32))
+    gates = np.asarray(quick_jit(moh.gates)(inputs()))
+    assert_close(gates, np.float32(gates > 0))
 
 
 def test_gates_of_active_heads_average_about_one_at_initialisation():
     moh = build(MoHConfig(mixer=SOFTMAX, num_shared_heads=2, top_k=3))
-    gates = np.asarray(moh.gates(0.02 * inputs()))  # inputs at which the routers are still nearly uniform
+    gates = np.asarray(quick_jit(moh.gates)(0.02 * inputs()))  # inputs at which the routers are still nearly uniform
     assert gates[gates > 0].mean() == pytest.approx(1, abs=0.01)
 
 
 @pytest.mark.proves("moh")
 def test_gates_of_two_tokens_worked_by_hand():
     moh = build(MoHConfig(mixer=dataclasses.replace(SOFTMAX, num_heads=5), num_shared_heads=2, top_k=2))
-    zeros = lambda n: jnp.zeros((WIDTH, n))
     ln = math.log
+    kernel = lambda *odds: jnp.asarray(np.concatenate([odds, np.zeros((WIDTH - 2, len(odds[0])))]), jnp.float32)
     # Odds of routed heads, of shared ones, and of shared to routed: 1:2:5, 1:3, 1:4 for token e_0; 6:3:1, 1:1, 2:1 for e_1.
-    moh.routed_router.kernel[...] = zeros(3).at[0].set(jnp.array([0, ln(2), ln(5)])).at[1].set(jnp.array([ln(6), ln(3), 0]))
-    moh.shared_router.kernel[...] = zeros(2).at[0].set(jnp.array([0, ln(3)]))
-    moh.balance_router.kernel[...] = zeros(2).at[0].set(jnp.array([0, ln(4)])).at[1].set(jnp.array([ln(2), 0]))
-    tokens = jnp.eye(WIDTH)[None, :2]
+    moh.routed_router.kernel[...] = kernel([0, ln(2), ln(5)], [ln(6), ln(3), 0])
+    moh.shared_router.kernel[...] = kernel([0, ln(3)], [0, 0])
+    moh.balance_router.kernel[...] = kernel([0, ln(4)], [ln(2), 0])
+    tokens = jnp.asarray(np.eye(WIDTH, dtype=np.float32)[None, :2])
     # a = 2 (1/5, 4/5), s = 2 (1/4, 3/4), r = 2 (-, 2/7, 5/7);  a = 2 (2/3, 1/3), s = (1, 1), r = 2 (6/9, 3/9, -)
     first = [2 / 5 * 1 / 2, 2 / 5 * 3 / 2, 0, 8 / 5 * 4 / 7, 8 / 5 * 10 / 7]
     second = [4 / 3, 4 / 3, 2 / 3 * 12 / 9, 2 / 3 * 6 / 9, 0]
-    assert_close(moh.gates(tokens), np.array([[first, second]]))
+    gates, losses = quick_jit(lambda x: (moh.gates(x), moh.auxiliary_losses(None, x, at=layout((2,), length=2))))(tokens)
+    assert_close(gates, np.array([[first, second]]))
     # p = (1/8, 2/8, 5/8) and (6/10, 3/10, 1/10); both keep head 1, one head 2, one head 0.
     p, load = np.array([29 / 80, 22 / 80, 29 / 80]), np.array([1 / 2, 1, 1 / 2])
     expected = moh.config.balance * 3 * (p * load).sum()
-    assert_close(moh.auxiliary_losses(None, tokens, at=layout((2,), length=2))["balance/moh"], np.float32(expected))
+    assert_close(losses["balance/moh"], np.float32(expected))
 
 
 @pytest.mark.proves("moh")
@@ -89,15 +90,25 @@ def test_gates_of_two_tokens_worked_by_hand():
 def test_all_but_one_mixes_the_layers_that_lack_a_head(inner):
     """`sum_i p_i h / (h - 1) sum_(j != i) H_j W_j` over the experts i, the layers without head i."""
     moh, x = build(MoHConfig(mixer=INNER[inner], experts="all_but_one")), inputs()
-    read, _ = moh.project(x, at=AT, state=None)
-    heads = moh.inner.finish(moh.attend(read, at=AT, state=None)[0], read, x)
-    number = moh.num_heads
-    without = [moh.output(heads.at[:, :, i].set(0)) * number / (number - 1) for i in range(number)]
-    p = jax.nn.softmax(moh.routed_router(x), axis=-1)
-    mixed = moh(x, at=AT, carry={})
-    assert_close(mixed.y, jnp.einsum("bti,ibtd->btd", p, jnp.stack(without)))
-    assert mixed.losses == {}
-    assert_close(moh.gates(x).mean(-1), np.ones(x.shape[:2], np.float32))
+
+    @quick_jit
+    def by_parts(x):
+        read, _ = moh.project(x, at=AT, state=None)
+        heads = moh.inner.finish(moh.attend(read, at=AT, state=None)[0], read, x)
+        number = moh.num_heads
+        without = [moh.output(heads.at[:, :, i].set(0)) * number / (number - 1) for i in range(number)]
+        p = jax.nn.softmax(moh.routed_router(x), axis=-1)
+        return jnp.einsum("bti,ibtd->btd", p, jnp.stack(without)), moh.gates(x).mean(-1)
+
+    @quick_jit
+    def whole(x):
+        mixed = moh(x, at=AT, carry={})
+        return mixed.y, mixed.losses
+
+    (expected, gates), (y, losses) = by_parts(x), whole(x)
+    assert_close(y, expected)
+    assert losses == {}
+    assert_close(gates, np.ones(x.shape[:2], np.float32))
 
 
 def by_queries(**options) -> MoH:
@@ -108,17 +119,22 @@ def by_queries(**options) -> MoH:
 def test_the_norms_of_queries_choose_heads_whole():
     """As the authors go on from Llama 3: `softmax(|q| / std |q|)` over routed heads, by hand, and gates that are 0 or 1."""
     moh, x = by_queries(num_shared_heads=4, top_k=2), inputs()
-    read, _ = moh.project(x, at=AT, state=None)
+
+    @quick_jit
+    def found(x):
+        read, _ = moh.project(x, at=AT, state=None)
+        return moh.routing(x, read), moh.gates(x, read), moh.auxiliary_losses(read, x, at=AT)["balance/moh"]
+
     norms = np.linalg.norm(np.asarray(x @ moh.inner.q.kernel[...], np.float64).reshape(2, LENGTH, 8, 8), axis=-1)[..., 4:]
     odds = np.exp(norms / norms.std(-1, ddof=1, keepdims=True))
-    p, chosen = moh.routing(x, read)
+    (p, chosen), gates, loss = found(x)
     assert_close(p, odds / odds.sum(-1, keepdims=True))
     largest = norms >= np.sort(norms, axis=-1)[..., -2:-1]
     np.testing.assert_array_equal(chosen, largest)
-    np.testing.assert_array_equal(moh.gates(x, read), np.concatenate([np.ones((2, LENGTH, 4)), largest], axis=-1))
+    np.testing.assert_array_equal(gates, np.concatenate([np.ones((2, LENGTH, 4)), largest], axis=-1))
     real = np.asarray(AT.segment_ids > 0)[..., None]
     mean = lambda y: (np.asarray(y) * real).sum((0, 1)) / real.sum()
-    assert_close(moh.auxiliary_losses(read, x, at=AT)["balance/moh"], np.float32(0.01 * 4 * (mean(p) * mean(chosen)).sum()))
+    assert_close(loss, np.float32(0.01 * 4 * (mean(p) * mean(chosen)).sum()))
 
 
 def test_the_gradient_of_whole_gates_is_that_of_the_probabilities():
@@ -130,7 +146,7 @@ def test_the_gradient_of_whole_gates_is_that_of_the_probabilities():
             read, _ = moh.project(x, at=AT, state=None)
             return (gates(read._replace(q=q)) * weights).sum()
 
-        return jax.grad(loss)(moh.project(x, at=AT, state=None)[0].q)
+        return quick_jit(lambda x: jax.grad(loss)(moh.project(x, at=AT, state=None)[0].q))(x)
 
     def kept(read):
         p, chosen = moh.routing(x, read)
@@ -144,13 +160,13 @@ def test_the_gradient_of_whole_gates_is_that_of_the_probabilities():
 def test_queries_that_are_alike_or_zero_have_finite_gradients():
     moh, x = by_queries(num_shared_heads=4, top_k=2), jnp.zeros((2, LENGTH, WIDTH))
     graph, params = nnx.split(moh)
-    gradients = jax.grad(lambda p: nnx.merge(graph, p)(x, at=AT, carry={}).losses["balance/moh"])(params)
+    gradients = quick_jit(jax.grad(lambda p: nnx.merge(graph, p)(x, at=AT, carry={}).losses["balance/moh"]))(params)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradients))
 
 
 def test_all_heads_chosen_whole_are_the_layer_without_moh():
     moh, x = by_queries(num_shared_heads=4, top_k=4), inputs()
-    assert_close(moh(x, at=AT, carry={}).y, moh.inner(x, at=AT, carry={}).y)
+    assert_close(*quick_jit(lambda x: (moh(x, at=AT, carry={}).y, moh.inner(x, at=AT, carry={}).y))(x))
 
 
 def test_query_norms_need_queries_and_three_heads():
@@ -163,18 +179,23 @@ def test_query_norms_need_queries_and_three_heads():
 def test_output_is_the_gated_sum_of_the_heads():
     config = MoHConfig(mixer=SOFTMAX, num_shared_heads=2, top_k=3)
     moh, x = build(config), inputs()
-    a = moh.implied_attention(x, at=AT)
-    v = moh.project(x, at=AT, state=None)[0].v
-    o = jnp.einsum("bhts,bshv,bth->bthv", a, v, moh.gates(x))
+
+    @quick_jit
+    def both(x):
+        a, v = moh.implied_attention(x, at=AT), moh.project(x, at=AT, state=None)[0].v
+        o = jnp.einsum("bhts,bshv,bth->bthv", a, v, moh.gates(x))
+        return moh(x, at=AT, carry={}).y, moh.output(o)
+
     real = np.asarray(AT.segment_ids > 0)
-    assert_close(moh(x, at=AT, carry={}).y[real], moh.output(o)[real])
+    y, by_hand = (np.asarray(a)[real] for a in both(x))
+    assert_close(y, by_hand)
 
 
 @pytest.mark.parametrize("top_k", [1, 3])
 def test_balance_loss_is_k_times_the_coefficient_under_uniform_routing(top_k):
     moh = build(MoHConfig(mixer=SOFTMAX, num_shared_heads=2, top_k=top_k, balance=0.25))
     make_uniform(moh)
-    losses = moh(inputs(), at=AT, carry={}).losses
+    losses = quick_jit(lambda x: moh(x, at=AT, carry={}).losses)(inputs())
     assert losses.keys() == {"balance/moh"}
     assert_close(losses["balance/moh"], np.float32(0.25 * top_k))
 
@@ -226,8 +247,13 @@ def test_gradient_reaches_every_router(inner):
 def test_head_load_of_the_probe_is_the_share_of_tokens():
     moh, x = build(MoHConfig(mixer=SOFTMAX, num_shared_heads=2, top_k=3)), inputs()
     probes = Probes(ProbeConfig())
-    shown = HeadLoad().measure(moh(x, at=AT, carry={}, observer=probes).looks[0], probes.config)
-    active = np.asarray(moh.gates(x) > 0)[np.asarray(AT.segment_ids > 0)]
+
+    @quick_jit
+    def look(x):
+        return HeadLoad().measure(moh(x, at=AT, carry={}, observer=probes).looks[0], probes.config), moh.gates(x) > 0
+
+    shown, used = look(x)
+    active = np.asarray(used)[np.asarray(AT.segment_ids > 0)]
     assert_close(shown["head_load"], active.mean(0))
 
 

@@ -209,8 +209,13 @@ def full_run(tmp_path_factory):
     return make_run(tmp_path_factory.mktemp("runs") / "hybrid")
 
 
-def test_report_of_a_full_run_is_self_contained_and_small(full_run):
-    path = write_report([full_run])
+@pytest.fixture(scope="module")
+def full_report(full_run):
+    return write_report([full_run])
+
+
+def test_report_of_a_full_run_is_self_contained_and_small(full_run, full_report):
+    path = full_report
     assert path == full_run / "report/index.html" and path.stat().st_size < 5e6
     text = path.read_text()
     parsed = Page(text)
@@ -229,9 +234,10 @@ def test_report_of_a_full_run_is_self_contained_and_small(full_run):
         assert part in text
 
 
-def test_report_of_several_runs_overlays_and_compares_them(full_run, tmp_path):
+def test_report_of_several_runs_overlays_and_compares_them(tmp_path):
+    run = make_run(tmp_path / "hybrid", heads=4, steps=400, probes=5, moh=False)
     other = make_run(tmp_path / "softmax", pattern=("softmax",) * 4, heads=4, steps=200, probes=5, seed=1, level=2.9, moh=False)
-    path = write_report([full_run, other], tmp_path / "out")
+    path = write_report([run, other], tmp_path / "out")
     text = path.read_text()
     Page(text)
     assert path == tmp_path / "out/index.html" and not (tmp_path / "report").exists()
@@ -247,13 +253,15 @@ def test_report_of_several_runs_overlays_and_compares_them(full_run, tmp_path):
 
 
 def test_report_of_runs_with_the_same_folder_name_tells_them_apart(tmp_path):
-    runs = [make_run(tmp_path / name / "run", pattern=("softmax",), heads=2, steps=20, probes=2) for name in ("a", "b")]
+    runs = [
+        make_run(tmp_path / name / "run", pattern=("softmax",), heads=2, steps=20, probes=2, moh=False) for name in ("a", "b")
+    ]
     text = write_report(runs, tmp_path / "out").read_text()
     assert "a/run" in text and "b/run" in text
 
 
 def test_report_goes_beside_the_first_of_several_runs(tmp_path):
-    runs = [make_run(tmp_path / name, pattern=("softmax",), heads=2, steps=20, probes=1) for name in ("a", "b")]
+    runs = [make_run(tmp_path / name, pattern=("softmax",), heads=2, steps=20, probes=1, moh=False) for name in ("a", "b")]
     assert write_report(runs) == tmp_path / "report/index.html"
 
 
@@ -278,7 +286,7 @@ def test_run_without_any_line_still_has_a_report(tmp_path):
 
 
 def test_run_whose_values_are_not_finite_or_cut_off_has_a_report(tmp_path):
-    run = make_run(tmp_path / "run", pattern=("softmax", "gla"), heads=2, steps=40, probes=3)
+    run = make_run(tmp_path / "run", pattern=("softmax", "gla"), heads=2, steps=40, probes=3, moh=False)
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 41, "tokens": 1, "seconds": 9.0, "loss/train": null}\n{"step": 42, "lo')
     probes = {"sink": np.full((2, 2, 4), np.nan), "entropy_ratio": np.full((2, 2), np.nan), "max_logit": np.full((2, 2), np.inf)}
@@ -321,7 +329,7 @@ def test_every_string_of_a_run_is_escaped(tmp_path):
     with MetricsWriter(run, tensorboard=False) as writer:
         writer.write_events([event])
         writer.write(21, {f"{bad}/{bad}": 1.0}, tokens=1, seconds=1.0)
-    second = make_run(tmp_path / "_second", pattern=("softmax",), heads=2, steps=20, probes=2)
+    second = make_run(tmp_path / "_second", pattern=("softmax",), heads=2, steps=20, probes=2, moh=False)
     for runs in ([run], [run, second]):
         text = write_report(runs, tmp_path / "out").read_text()
         parsed = Page(text)
@@ -331,8 +339,8 @@ def test_every_string_of_a_run_is_escaped(tmp_path):
     assert "Sink rate as published" in {probe.topic() for probe in chosen()} and "Sink k eps" not in text
 
 
-def test_every_panel_is_drawn_and_every_statistic_and_event_defined(full_run):
-    text = write_report([full_run]).read_text()
+def test_every_panel_is_drawn_and_every_statistic_and_event_defined(full_report):
+    text = full_report.read_text()
     panels = [one.panel for one in statistics().values() if one.panel is not None]
     for words in {panel.title for panel in panels} | {panel.section for panel in panels}:
         assert html.escape(words) in text, words
@@ -347,7 +355,7 @@ def test_what_no_layer_has_is_named_and_has_no_section(tmp_path):
 
 
 def test_arrays_of_a_probe_that_is_gone_are_drawn(tmp_path):
-    run = make_run(tmp_path / "run", pattern=("softmax", "gla"), heads=2, steps=20, probes=1)
+    run = make_run(tmp_path / "run", pattern=("softmax", "gla"), heads=2, steps=20, probes=1, moh=False)
     for step, shape in ((10, (2,)), (20, (2,))):
         write_probes(run, step, {"of_layers": np.full(shape, 2.0), "of_heads": np.ones((2, 2)), "of_entries": np.ones((2, 2, 3))})
     loaded = load_run(run, "run")
@@ -385,9 +393,9 @@ def test_run_folders_of_before_heads_had_kinds_are_read(tmp_path):
     assert [layer["head_kinds"] for layer in load_run(run, "run").layers] == kinds == [["state"] * 2, ["attention"] * 2]
 
 
-def test_report_leaves_no_style_behind(full_run, tmp_path):
+def test_report_leaves_no_style_behind(tmp_path):
     before = dict(matplotlib.rcParams)
-    write_report([make_run(tmp_path / "run", pattern=("gla",), heads=1, steps=10, probes=1)])
+    write_report([make_run(tmp_path / "run", pattern=("gla",), heads=1, steps=10, probes=1, moh=False)])
     assert dict(matplotlib.rcParams) == before
 
 

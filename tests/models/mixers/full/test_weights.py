@@ -154,7 +154,8 @@ def test_formula(name, causal):
 def rows(rule, q: list, k: list, parameters=None) -> np.ndarray:
     """The weights `[H, T, T]` of queries and keys `[T, K]` each, one head."""
     q, k = (jnp.asarray(y, jnp.float32)[None, :, None] for y in (q, k))
-    return np.asarray(weighted_rows(q, k, jnp.arange(q.shape[1]), rule=rule, parameters=parameters, mask=CAUSAL))[0]
+    weigh = lambda q, k: weighted_rows(q, k, jnp.arange(q.shape[1]), rule=rule, parameters=parameters, mask=CAUSAL)
+    return np.asarray(quick_jit(weigh)(q, k))[0]
 
 
 def test_relu_of_three_tokens():
@@ -203,16 +204,16 @@ def random_qk(length: int, num_heads: int = 2, channels: int = 4) -> tuple[jax.A
 def test_cog_rows_have_absolute_sum_one_and_zero_queries_finite_gradients():
     q, k = random_qk(9)
     weights = lambda q: weighted_rows(q, k, jnp.arange(9), rule=SignedSoftmax(), mask=CAUSAL)
-    a = weights(q)
+    a, gradient = quick_jit(lambda q: (weights(q), jax.grad(lambda q: weights(q).sum())(0 * q)))(q)
     assert (np.asarray(a) < 0).any()
     np.testing.assert_allclose(np.abs(a).sum(-1), 1, rtol=1e-6)
-    assert np.isfinite(jax.grad(lambda q: weights(q).sum())(0 * q)).all()
+    assert np.isfinite(gradient).all()
 
 
 @pytest.mark.parametrize("power", [None, 15])
 def test_lssa_first_row_sees_itself_and_every_row_sums_to_one(power):
     q, k = (y / jnp.linalg.norm(y, axis=-1, keepdims=True) for y in random_qk(40))
-    a = weighted_rows(q, k, jnp.arange(40), rule=ScaledSoftplus(power), mask=CAUSAL)
+    a = quick_jit(lambda q, k: weighted_rows(q, k, jnp.arange(40), rule=ScaledSoftplus(power), mask=CAUSAL))(q, k)
     np.testing.assert_array_equal(a[:, :, 0, 0], 1)
     np.testing.assert_allclose(a.sum(-1), 1, rtol=1e-6)
 
@@ -220,15 +221,15 @@ def test_lssa_first_row_sees_itself_and_every_row_sums_to_one(power):
 def test_lssar_does_not_zero_rows_where_no_key_stands_out():
     unit = jnp.ones((1, 40, 1, 4)) / 2
     weights = lambda k: weighted_rows(unit, k, jnp.arange(40), rule=ScaledSoftplus(15), mask=CAUSAL)
-    np.testing.assert_allclose(weights(unit)[0, 0], np.tri(40) / np.arange(1, 41)[:, None], rtol=1e-4, atol=1e-6)
-    assert np.isfinite(jax.grad(lambda k: (weights(k) ** 2).sum())(unit)).all()
+    a, gradient = quick_jit(lambda k: (weights(k), jax.grad(lambda k: (weights(k) ** 2).sum())(k)))(unit)
+    np.testing.assert_allclose(a[0, 0], np.tri(40) / np.arange(1, 41)[:, None], rtol=1e-4, atol=1e-6)
+    assert np.isfinite(gradient).all()
 
 
 def test_lssar_subtracts_nothing_in_the_first_three_rows():
     q, k = (y / jnp.linalg.norm(y, axis=-1, keepdims=True) for y in random_qk(5, 1))
-    plain, sharp = (
-        np.asarray(weighted_rows(q, k, jnp.arange(5), rule=ScaledSoftplus(p), mask=CAUSAL), np.float64)[0, 0] for p in (None, 15)
-    )
+    weights = lambda q, k: [weighted_rows(q, k, jnp.arange(5), rule=ScaledSoftplus(p), mask=CAUSAL)[0, 0] for p in (None, 15)]
+    plain, sharp = (np.asarray(a, np.float64) for a in quick_jit(weights)(q, k))
     for row, offset in enumerate((0, 0, 0, 1, 1)):
         expected = np.maximum((row + 1) * plain[row] - offset, 0) ** 15
         np.testing.assert_allclose(sharp[row], expected / expected.sum(), rtol=1e-4, atol=1e-7)
@@ -238,7 +239,8 @@ def test_lssar_power_does_not_overflow():
     """One key of 512 has all the weight: 512^15 is no float32."""
     q = jnp.zeros((1, 512, 1, 4)).at[..., 0].set(1)
     k = (-q).at[:, 7].multiply(-1)
-    a = weighted_rows(q, k, jnp.array([511]), rule=ScaledSoftplus(15), mask=CAUSAL)[0, 0, 0]
+    weights = lambda q, k: weighted_rows(q, k, jnp.array([511]), rule=ScaledSoftplus(15), mask=CAUSAL)[0, 0, 0]
+    a = quick_jit(weights)(q, k)
     assert a[7] == 1
     assert np.isfinite(a).all()
 
@@ -246,7 +248,7 @@ def test_lssar_power_does_not_overflow():
 def mta_rows(q: jax.Array, k: jax.Array, at=None) -> jax.Array:
     kernel = jax.random.normal(jax.random.key(6), (2, 3, 5))
     options = {"rule": MultiToken(3), "parameters": Kernels(kernel, None), "mask": CAUSAL, "at": at}
-    return weighted_rows(q, k, jnp.arange(q.shape[1]), **options)
+    return quick_jit(lambda q, k: weighted_rows(q, k, jnp.arange(q.shape[1]), **options))(q, k)
 
 
 def test_mta_masks_before_and_after_its_convolution():

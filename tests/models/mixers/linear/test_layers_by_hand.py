@@ -17,7 +17,7 @@ from plait.models.mixers.linear.lightnet import LightNetConfig, share_of_sum
 from plait.models.mixers.linear.lightning import LightningConfig, slopes
 from plait.models.mixers.linear.mamba2 import Mamba2Config
 from plait.models.mixers.linear.retnet import RetNetConfig
-from plait.tests.models.common import layout
+from plait.tests.models.common import layout, quick_jit
 from plait.tests.models.mixers.linear.layers import (
     AT,
     LENGTH,
@@ -105,8 +105,8 @@ def test_lightnet_is_a_softmax_over_time_in_every_channel(lrpe):
     """Without and with relative positions, which weigh a channel by cos(theta (t - s))."""
     module, x = build(LightNetConfig(head_dim=8, gate_rank=4, lrpe=lrpe)), 3 * hidden()
     inputs = project(module, x)
-    q, k = (module.heads(dense(x)) for dense in (module.q, module.k))
-    q, k, v = in_float64(jax.nn.silu(q), k, inputs.v)
+    q, k = jitted(lambda m, x: (jax.nn.silu(m.heads(m.q(x))), m.heads(m.k(x))), module, x)
+    q, k, v = in_float64(q, k, inputs.v)
     seen = np.tri(LENGTH, dtype=bool)[:, :, None, None]
     share = np.where(seen, np.exp(k - k.max(0))[None], 0)
     share = share / share.sum(1, keepdims=True)  # [T, S, H, K]
@@ -120,7 +120,7 @@ def test_lightnet_is_a_softmax_over_time_in_every_channel(lrpe):
 def test_lightnet_shares_of_three_tokens():
     """Keys log 1, log 2, log 1: shares 1, 2/3, 1/4; each sum keeps 1/3 and 3/4 of the one before."""
     k = jnp.log(jnp.asarray([1.0, 2.0, 1.0])).reshape(1, 3, 1, 1)
-    share, g, z = share_of_sum(k, at=layout((3,), length=3), start=None)
+    share, g, z = quick_jit(lambda k: share_of_sum(k, at=layout((3,), length=3), start=None))(k)
     np.testing.assert_allclose(np.asarray(share).ravel(), [1, 2 / 3, 1 / 4], rtol=1e-6)
     np.testing.assert_allclose(np.exp(np.asarray(g).ravel()), [1, 1 / 3, 3 / 4], rtol=1e-6)
     np.testing.assert_allclose(float(z[0, 0, 0]), np.log(4), rtol=1e-6)
@@ -136,7 +136,7 @@ def test_tpe_is_a_normalised_fading_mean():
         mean = keep[:, None] * mean + token
         means.append(c[:, None] * mean)
     expected = rms_norm(np.stack(means), module.norm.scale, 1e-5).reshape(LENGTH, -1) @ kernel(module.o)
-    assert_close(module(x, at=AT, state=None)[0][0], expected)
+    assert_close(jitted(lambda module, x: module(x, at=AT, state=None)[0], module, x)[0], expected)
 
 
 def unit(inputs):
@@ -206,15 +206,14 @@ def test_kda_that_writes_nothing_keeps_an_empty_state():
 def test_gla_of_one_decay_a_head_is_the_core_of_retnet_and_mamba2():
     q, k, v = jax.random.normal(jax.random.key(0), (3, 1, LENGTH, 2, 8))
     g = -jax.random.uniform(jax.random.key(1), (1, LENGTH, 2))
-    by_head, _ = decay(q, k, v, g)
-    by_channel, _ = decay(q, k, v, jnp.broadcast_to(g[..., None], q.shape))
-    assert_close(by_channel, by_head)
+    both = quick_jit(lambda q, k, v, g: (decay(q, k, v, jnp.broadcast_to(g[..., None], q.shape))[0], decay(q, k, v, g)[0]))
+    assert_close(*both(q, k, v, g))
 
 
 def test_delta_rule_stores_values_under_orthonormal_keys_exactly():
     """Three tokens under the unit vectors with full strength, and each is read again by its key."""
     k, v = jnp.eye(3)[None, :, None], jnp.asarray([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])[None, :, None]
-    o, state = delta_rule(k, k, v, None, jnp.ones((1, 3, 1)), scale=1.0)
+    o, state = quick_jit(lambda k, v: delta_rule(k, k, v, None, jnp.ones((1, 3, 1)), scale=1.0))(k, v)
     np.testing.assert_array_equal(np.asarray(o), np.asarray(v))
     np.testing.assert_array_equal(np.asarray(state[0, 0]), np.asarray(v[0, :, 0]))
 

@@ -14,7 +14,7 @@ from plait.models.mixers.linear.inline_attention import InLineConfig
 from plait.models.mixers.linear.mala import MALA, MALAConfig
 from plait.models.mixers.linear.nalaformer import NaLaFormerConfig
 from plait.models.mixers.linear.rala import RALAConfig, document_maximum
-from plait.tests.models.common import layout
+from plait.tests.models.common import layout, quick_jit
 from plait.tests.models.golden.generate_maps import HEADS, THETA, WIDTH, Arrays
 from plait.tests.models.mixers.linear.oracle import HEAD_DIM, assert_agrees, dense, read
 from plait.tests.models.mixers.traced_flops import count_flops
@@ -73,9 +73,16 @@ def test_flowformer_is_the_authors(name, causal):
 
 def new(config, *, causal: bool):
     """A layer whose parameters are moved off their initial values."""
-    graph, state = nnx.split(config.build(WIDTH, BuildContext(rngs=nnx.Rngs(0), seq_len=9, causal=causal)))
+    graph, state = nnx.split(made(config, causal=causal))
     rng = np.random.default_rng(1)
-    return nnx.merge(graph, jax.tree.map(lambda a: a + 0.3 * rng.normal(size=a.shape).astype(a.dtype), state))
+    move = lambda a: jnp.asarray(np.asarray(a) + 0.3 * rng.normal(size=a.shape).astype(a.dtype))
+    return nnx.merge(graph, jax.tree.map(move, state))
+
+
+def made(config, **options):
+    """A new layer, its parameters made in one compiled function."""
+    create = lambda: config.build(WIDTH, BuildContext(rngs=nnx.Rngs(0), seq_len=9, **options))
+    return nnx.merge(nnx.split(nnx.eval_shape(create))[0], quick_jit(lambda: nnx.split(create())[1])())
 
 
 X = np.random.default_rng(0).normal(size=(1, 9, WIDTH)).astype(np.float32)
@@ -88,7 +95,8 @@ X = np.random.default_rng(0).normal(size=(1, 9, WIDTH)).astype(np.float32)
     ids=lambda config: config.name,
 )
 def test_rows_of_mala_and_inline_attention_sum_to_1_and_may_be_negative(config, causal):
-    a = new(config, causal=causal).implied_attention(jnp.asarray(3 * X), at=Tokens())
+    mixer = new(config, causal=causal)
+    a = quick_jit(lambda x: mixer.implied_attention(x, at=Tokens()))(jnp.asarray(3 * X))
     np.testing.assert_allclose(a.sum(-1), 1, atol=1e-4)
     assert (np.asarray(a) < 0).any()
 
@@ -109,26 +117,29 @@ def test_mala_normalises_by_features_that_are_not_rotated(monkeypatch):
 
 
 def test_nalaformer_features_are_powers_in_float32_without_a_gradient_that_is_not_a_number():
-    mixer = NaLaFormerConfig(num_heads=HEADS, head_dim=HEAD_DIM).build(
-        WIDTH, BuildContext(rngs=nnx.Rngs(0), seq_len=9, compute_dtype=jnp.bfloat16)
-    )
+    mixer = made(NaLaFormerConfig(num_heads=HEADS, head_dim=HEAD_DIM), compute_dtype=jnp.bfloat16)
     x = jnp.asarray(X, jnp.bfloat16).at[:, 2].set(0)  # a query of length 0
     at = Tokens().placed(1, 9)
-    inputs, _ = mixer.project(x, at=at, state=None)
+
+    @quick_jit
+    def run(x):
+        y, pull = jax.vjp(lambda x: mixer(x, at=at, carry={}).y, x)
+        inputs, _ = mixer.project(x, at=at, state=None)
+        return inputs, mixer.heads(mixer.q(x)).astype(jnp.float32), pull(jnp.ones_like(y))[0].astype(jnp.float32)
+
+    inputs, q, gradient = run(x)
     assert inputs.q.dtype == inputs.k.dtype == jnp.float32
-    q = mixer.heads(mixer.q(x)).astype(jnp.float32)
     length = np.linalg.norm(q, axis=-1, keepdims=True)
     power = 3 * (0.5 + np.tanh(length))
     signs = [(np.maximum(s * q, 0) / np.maximum(length, 1e-12)) ** power for s in (1, -1)]
     assert_close(inputs.q, np.concatenate(signs, axis=-1), dtype="float32")
-    y, pull = jax.vjp(lambda x: mixer(x, at=at, carry={}).y, x)
-    assert np.isfinite(pull(jnp.ones_like(y))[0].astype(jnp.float32)).all()
+    assert np.isfinite(gradient).all()
 
 
 def test_rala_weighs_keys_by_a_softmax_inside_each_document():
     at = layout((5, 4), length=9)
     x = np.array([1.0, 5, 2, 3, 0, 9, 4, 8, 7])
-    largest = document_maximum(jnp.asarray(x)[None, :, None, None], at)
+    largest = quick_jit(lambda x: document_maximum(x, at))(jnp.asarray(x)[None, :, None, None])
     np.testing.assert_array_equal(largest[0, :, 0, 0], [5] * 5 + [9] * 4)
 
 
@@ -144,8 +155,13 @@ def test_operations_of_rala_are_those_of_the_traced_pass(monkeypatch):
 def test_the_local_residual_of_inline_attention_by_hand(causal):
     mixer = new(InLineConfig(num_heads=HEADS), causal=causal)
     x = jnp.asarray(X)
-    v = mixer.heads(mixer.v(x))
-    local, _ = mixer.local(x, v, at=Tokens().placed(1, 9), state=None)
+
+    @quick_jit
+    def run(x):
+        v = mixer.heads(mixer.v(x))
+        return v, mixer.local(x, v, at=Tokens().placed(1, 9), state=None)[0]
+
+    v, local = run(x)
     expected = np.zeros((9, HEADS, HEAD_DIM))
     for t in range(9):
         mean = (X[0, : t + 1] if causal else X[0]).mean(0).reshape(HEADS, HEAD_DIM)
@@ -165,7 +181,7 @@ def test_the_local_residual_of_inline_attention_by_hand(causal):
 def test_causal_means_end_at_the_token_and_count_it():
     """MALA of the first three tokens, by hand."""
     mixer = new(MALAConfig(num_heads=1, head_dim=HEAD_DIM, rope_theta=None), causal=True)
-    a = mixer.implied_attention(jnp.asarray(X), at=Tokens())[0, 0]
+    a = np.asarray(quick_jit(lambda x: mixer.implied_attention(x, at=Tokens()))(jnp.asarray(X)))[0, 0]
     f = lambda y: np.where(y > 0, y + 1, np.exp(np.minimum(y, 0)))
     q, k = (f(np.asarray(d(jnp.asarray(X)), np.float64)[0]) for d in (mixer.q, mixer.k))
     for i in range(3):
@@ -189,5 +205,5 @@ def test_a_local_residual_without_a_middle_is_refused():
 def test_flowformer_cuts_conserved_sources_to_1():
     """Otherwise the exponential of a source that nothing flows to would overflow."""
     mixer = new(FlowformerConfig(num_heads=HEADS), causal=False)
-    o = in_float64(lambda x: mixer(x, at=Tokens(), carry={}).y, 1e3 * X)
+    o = in_float64(quick_jit(lambda x: mixer(x, at=Tokens(), carry={}).y), 1e3 * X)
     assert np.isfinite(o).all()
