@@ -52,7 +52,8 @@ class Durations:
         return Duration(max(moved, products / self.chip.flops), "peak")
 
     def _kernel(self, one: Operation, inside: dict[str, Operation]) -> float | None:
-        """Seconds of a kernel that says its operations and whose share of the peak is known, at the least width that is as large."""
+        """Seconds of a kernel that says its operations and whose share of the peak is known, at the least width that is as large; a narrower
+        head fills so much less of the lanes."""
         flops, kernels = _KERNEL_FLOPS.search(one.line), SHARES.get(self.chip.generation, {})
         name = max((kernel for kernel in kernels if kernel in one.name), key=len, default=None)
         if flops is None or name is None:
@@ -60,8 +61,9 @@ class Durations:
         shapes = (_dims(inside[operand].type) for operand in one.operands if operand in inside)
         width = next((shape[-1] for shape in shapes if len(shape) == 4), 0)
         by_width = kernels[name]
-        share = by_width[min((w for w in by_width if w >= width), default=max(by_width))]
-        return int(flops[1]) / self.chip.flops / share
+        nearest = min((w for w in by_width if w >= width), default=max(by_width))
+        filled = width / nearest if 0 < width < nearest else 1.0
+        return int(flops[1]) / self.chip.flops / (by_width[nearest] * filled)
 
     def _products(self, one: Operation, inside: dict[str, Operation]) -> float:
         """Operations of the matrix products of an operation."""

@@ -22,7 +22,14 @@ COST = '"custom_call_config":{"cost_estimate":{"flops":"1970000000","transcenden
 FUSION = '%f = f32[4]{0} fusion(%a), kind=kLoop, calls=%body, backend_config={"window_config":{"estimated_cycles":"3000"}}'
 PRODUCT = "%dot = bf16[4096,4096]{1,0} dot(%a, %a), lhs_contracting_dims={1}, rhs_contracting_dims={0}"
 COPY = "%copy-start = (bf16[4096,4096]{1,0:S(1)}, bf16[4096,4096]{1,0}, u32[]{:S(2)}) copy-start(%a)"
-SHARES = {"v5e": {"attention_forward": {64: 0.25, 128: 0.5}, "attention": {64: 1.0}, "short_conv_forward": {0: 0.01}}}
+SHARES = {
+    "v5e": {
+        "attention_forward": {64: 0.25, 128: 0.5},
+        "attention": {64: 1.0},
+        "short_conv_forward": {0: 0.01},
+        "decay": {256: 0.5},
+    }
+}
 
 
 def kernel(name: str, operands: str) -> str:
@@ -57,6 +64,7 @@ def test_what_has_no_estimate_is_at_the_peak():
         ("transpose_jvp_attention_forward__.3", "%list, %q", 0.5),  # the longest name that fits, at its width
         ("attention_mass.1", "%list, %q", 1.0),  # narrower widths only
         ("jvp_short_conv_forward_.1", "%a", 0.01),  # without heads
+        ("decay.1", "%list, %q", 0.25),  # wider ones only, whose lanes it fills by half
     ],
 )
 def test_a_kernel_takes_its_operations_at_its_share_of_the_peak(name: str, operands: str, share: float):
