@@ -35,7 +35,7 @@ class Edges(NamedTuple):
     steps: int
     """Tiles that order can show some of."""
     num_cells: int
-    """Cells that are computed in these."""
+    """Cells that are computed in these; where keys are not the queries' own, both are an upper bound by what the mask reaches back."""
 
 
 @lru_cache(maxsize=256)
@@ -45,7 +45,10 @@ def edges(layout: Layout, block_q: int, block_kv: int) -> Edges:
     kinds = np.full(near.shape, MASKED)
     size = (block_q // CELL) * (block_kv // CELL)
     if not layout.own_keys:
-        return Edges(kinds, (), (MASKED, FULL), near.size, near.size * size)
+        reach, row = layout.mask.reach_back(), near.shape[1]
+        if reach is not None:
+            row = min(row, 1 + -(-(reach + block_q) // block_kv))
+        return Edges(kinds, (), (MASKED, FULL), near.shape[0] * row, near.shape[0] * row * size)
     q, k = np.arange(near.shape[0])[:, None] * block_q, np.arange(near.shape[1])[None, :] * block_kv
     _, every = layout.by_order(Span(q, q + block_q - 1), Span(k, k + block_kv - 1))
     i, j = np.nonzero(near & ~every)

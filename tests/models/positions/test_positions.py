@@ -10,6 +10,7 @@ from flax import nnx
 
 from plait.configs.codec import decode, encode
 from plait.kernels import DistanceBias, Mask, Tokens, attention, attention_rows
+from plait.kernels.target import target
 from plait.models.build import BuildContext
 from plait.models.config import LMConfig
 from plait.models.lm import LM
@@ -203,3 +204,25 @@ def test_turning_by_no_angle_changes_nothing():
     x = jax.random.normal(jax.random.key(0), (1, 2, 3, 8))
     for interleaved in (False, True):
         np.testing.assert_array_equal(turn(x, jnp.zeros((1, 2), int), [1.0, 0.5], interleaved=interleaved), x)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("width", [8, 12])
+def test_turning_by_a_product_is_turning_by_halves(width: int, interleaved: bool, dtype: str):
+    """As on TPU, forward and backward; the channels beyond the first eight stay."""
+    rng = np.random.default_rng(0)
+    x, d = (jnp.asarray(rng.standard_normal((2, 5, 3, width)), dtype) for _ in range(2))
+    where = jnp.asarray(rng.integers(0, 1000, (2, 5)), jnp.int32)
+
+    def both(x: jax.Array) -> tuple[jax.Array, ...]:
+        y, pull = jax.vjp(lambda x: turn(x, where, [1.0, 0.5, 0.1, 0.01], interleaved=interleaved, factor=1.25), x)
+        return y, *pull(d)
+
+    plain = quick_jit(both)(x)
+    with target("v5e"):
+        found = quick_jit(both)(x)
+    for one, other in zip(found, plain, strict=True):
+        assert one.dtype == dtype
+        assert_close(one, other, dtype=dtype)
+    np.testing.assert_array_equal(found[0][..., 8:], x[..., 8:])
