@@ -69,10 +69,17 @@ def interpreted() -> bool:
     return _interpreting.get() is not None
 
 
-def call(body: Callable[..., None], *, name: str, **options: Any) -> Callable[..., Any]:
-    """`plgpu.kernel` with fast exponentials and explicit layouts; interpreted under `interpreting`. `options` are its own."""
+def call(body: Callable[..., None], *, name: str, sums_columns: bool = True, **options: Any) -> Callable[..., Any]:
+    """`plgpu.kernel` with fast exponentials and explicit layouts; interpreted under `interpreting`. `options` are its own.
+
+    `sums_columns` is whether a reduction runs down the columns of a matrix, and so over warps, which takes 2 KiB of shared memory.
+    """
     body.__name__ = name
-    params = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
+    params = plgpu.CompilerParams(
+        approx_math=True,
+        lowering_semantics=plgpu.LoweringSemantics.Lane,
+        reduction_scratch_bytes=2 << 10 if sums_columns else 0,
+    )
     interpret = {"interpret": _interpreting.get()} if interpreted() else {}
     return plgpu.kernel(body, compiler_params=params, **interpret, **options)
 

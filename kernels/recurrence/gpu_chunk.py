@@ -1,7 +1,7 @@
 """What the Hopper kernels of the linear recurrences share: tiles of one chunk, their products, and masks of its tokens."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +20,43 @@ CHUNK = 64
 
 SQUARE = (CHUNK, CHUNK)
 BF16, F32 = jnp.bfloat16, jnp.float32
-COLUMNS = 128
-"""Columns of two products that fit in registers together."""
 
 HALVINGS = CHUNK.bit_length() - 1
 """How often a chunk is halved down to single tokens."""
+
+BLOCK = 64
+"""Channels that the kernels off the state work on at a time."""
+
+
+class Scaled(NamedTuple):
+    """Rows of tokens, Diag(by) times the sum of `rows`."""
+
+    rows: Terms
+    """[B, T, H, K] bfloat16; of fewer heads where value heads share them."""
+    by: Any = None
+    """[B, H, N, C] float32; None stands for ones."""
+
+
+class Factors(NamedTuple):
+    """What the passes over the chunks read, after `plait.kernels.recurrence.Chunks`; nothing here depends on values or states."""
+
+    q_in: Scaled
+    k_out: Scaled
+    decay: Array
+    """[B, H, N, K] float32"""
+    scores: Terms
+    """A, [B, H, N, C, C]; two terms with the delta rule, which alone has what follows."""
+    inverse: Terms = ()
+    """(I + L)^-1 in three terms, [B, H, N, C, C]."""
+    beta: Any = None
+    """[B, H, N, C] float32"""
+    k_in: Scaled = Scaled(())
+    """Without rows of its own where these are those of `k_out`."""
+
+    @property
+    def read_keys(self) -> Terms:
+        """The rows of `k_in`."""
+        return self.k_in.rows or self.k_out.rows
 
 
 def tile(*shape: int, dtype: Any = BF16, like: int | None = None) -> Any:
@@ -41,7 +73,7 @@ def line(size: int = CHUNK) -> Any:
     return plgpu.SMEM((size,), F32)
 
 
-def matmul(shape: tuple[int, int], *pairs: tuple[Ref, Ref]) -> Array:
+def matmul(shape: tuple[int, ...], *pairs: tuple[Ref, Ref]) -> Array:
     """The float32 sum of the products of pairs of bfloat16 tiles in shared memory."""
 
     def accumulate(acc: Ref) -> Array:
@@ -49,19 +81,28 @@ def matmul(shape: tuple[int, int], *pairs: tuple[Ref, Ref]) -> Array:
             plgpu.wgmma(acc, a, b)
         return acc[...]
 
-    return pl.run_scoped(accumulate, plgpu.ACC(shape, F32))
+    return pl.run_scoped(accumulate, plgpu.ACC((shape[0], shape[1]), F32))
+
+
+def accumulate(*sums: tuple[Array, Sequence[tuple[Ref, Ref]]]) -> list[Array]:
+    """Each float32 sum plus the products of its pairs of bfloat16 tiles in shared memory, waited for together.
+
+    Compiled, the products are added where the sum is and take no registers of their own; the interpreter has no such form.
+    """
+    if gpu.interpreted():
+        return [have + matmul(have.shape, *pairs) for have, pairs in sums]
+
+    def add(accs: Sequence[Ref]) -> None:
+        for acc, (_, pairs) in zip(accs, sums, strict=True):
+            for a, b in pairs:
+                plgpu.wgmma(acc, a, b)
+
+    return list(pl.run_state(add)([plgpu.ACC.init(have) for have, _ in sums]))
 
 
 def terms(a: Sequence[Ref], b: Sequence[Ref]) -> list[tuple[Ref, Ref]]:
     """The pairs of tiles, for `matmul`, of the product of two sums of tiles, but those below its last bit."""
     return [(x, y) for i, x in enumerate(a) for j, y in enumerate(b) if i + j < max(len(a), len(b))]
-
-
-def blocks(*tiles: Ref, most: int = COLUMNS) -> Iterator[list[Ref]]:
-    """The same columns of tiles of one width, at most `most` at a time."""
-    for start in range(0, tiles[0].shape[1], most):
-        width = min(most, tiles[0].shape[1] - start)
-        yield [x.at[:, pl.ds(start, width)] for x in tiles]
 
 
 def flip(x: Ref) -> Ref:
@@ -89,12 +130,6 @@ def by_column(x: Ref, rows: int = CHUNK) -> Array:
     return gpu.columns_to(gpu.load(x, 1), rows)
 
 
-def split(x: Array) -> Terms:
-    """x float32 as two terms, outside of kernels."""
-    high = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)  # A cast there and back may be optimised away.
-    return high.astype(BF16), (x - high).astype(BF16)
-
-
 def total(x: Terms) -> Array:
     """The float32 sum of terms."""
     return sum((term.astype(F32) for term in x[1:]), start=x[0].astype(F32))
@@ -106,6 +141,15 @@ def store(x: Array, *tiles: Ref) -> None:
         rounded = x.astype(BF16)
         tile[...] = rounded
         x = x - rounded.astype(F32)
+
+
+def zero_of(x: Ref) -> Array:
+    """0, of a vector in shared memory without negative numbers, which is more than the compiler knows.
+
+    What is addressed from it is addressed where it is used: the compiler takes all other addresses of tiles out of a loop, hundreds of
+    registers, and spills them.
+    """
+    return jnp.where(x[0] < 0, 1, 0)
 
 
 def tokens() -> tuple[Array, Array]:
@@ -130,6 +174,12 @@ def at(x: Ref, b: Any, h: Any, n: Any, columns: Any = slice(None)) -> Ref:
     if len(x.shape) == 5:
         return x.at[b, h, n, :, columns]
     return x.at[b, pl.ds(n * CHUNK, CHUNK), h, columns]
+
+
+def key_head(rows: Any, h: Array, heads: int) -> Array:
+    """The head of `rows` [B, T, Hqk or H, K] that value head h of H reads."""
+    group = heads // rows.shape[2]
+    return h if group == 1 else jax.lax.div(h, jnp.int32(group))
 
 
 def fetch(barrier: Ref, *copies: tuple[Ref, Ref]) -> None:

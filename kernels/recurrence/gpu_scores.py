@@ -1,42 +1,38 @@
-"""Hopper kernels for the decayed scores inside a chunk, and their gradients.
+"""The Hopper kernel for the decayed scores inside a chunk where all channels share one decay, and the delta rule's inverse of them.
 
-    A_ij = sum_c x_ic k_jc exp(g_{j+1,c} + ... + g_ic)        for j <= i, x being the queries; for j < i, x being the keys
+    A_ij = sum_c x_ic k_jc exp(g_{j+1} + ... + g_i)        for j <= i, x being the queries; for j < i, x being the keys
 
-As in `plait.kernels.chunking`, no exponent is positive and none is a difference of sums: exponents are products of 0/1 matrices with
-g, which is split into two bfloat16 terms. A decay shared by all channels takes one product for all exponents (t later than j times t
-not later than i); a decay by channel takes one for each of the six halvings of the chunk, whose later queries carry the decay
-since the half's start and whose earlier keys carry the decay up to it. A g of -1e4 where a segment starts hides everything before.
+As in `plait.kernels.chunking`, no exponent is positive and none is a difference of sums: all exponents are one product of 0/1 matrices (t
+later than j times t not later than i) with g, which is split into two bfloat16 terms. A g of -1e4 where a segment starts hides
+everything before. The scores of keys never leave the kernel.
 """
 
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from plait.kernels.gpu import call, full
+from plait.kernels.gpu import call
+from plait.kernels.recurrence import gpu_inverse
 from plait.kernels.recurrence.gpu_chunk import (
     BF16,
     CHUNK,
     F32,
-    HALVINGS,
     SQUARE,
     Ref,
+    Terms,
     at,
-    blocks,
+    by_column,
     by_row,
     fetch,
     flip,
-    flips,
-    halving,
+    key_head,
     line,
-    load,
     matmul,
     send,
     store,
-    terms,
     tile,
     tokens,
     zero_one,
@@ -44,29 +40,17 @@ from plait.kernels.recurrence.gpu_chunk import (
 
 Array = jax.Array
 
-WIDTH = 64
-"""Channels that the kernel of a decay by channel works on at a time."""
-
-NARROW = 32
-"""Likewise for its gradients, which take twice the registers."""
+FORGET = -1e4
+"""The log decay that ends a segment, and the strongest: its exponential is 0, alone or in any sum."""
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def scores(keys: bool, scale: float, q: Array, k: Array, g: Array) -> tuple[Array, ...]:
-    """The scores of queries times `scale`, [B, H, N, C, C] bfloat16; with `keys` float32, and those of keys, of which j < i counts.
+class Marks(NamedTuple):
+    """What is known of tokens, [B, 1, N, C] float32."""
 
-    With `keys` they meet writes that nearly cancel each other, so all factors have two terms.
-
-    Args:
-      q: [B, T, Hqk, K] bfloat16, T a multiple of C.
-      k: [B, T, Hqk, K] bfloat16.
-      g: [B, T, H] or [B, T, H, K] float32; -1e4 where a segment starts, and nowhere less.
-    """
-    if g.ndim == 3:
-        return tuple(_shared(keys, scale, q, k, heads_to_lines(g)))
-    return (
-        tuple(_by_channel(*each, k, g, F32) for each in ((scale, q), (1.0, k))) if keys else (_by_channel(scale, q, k, g, BF16),)
-    )
+    real: Array
+    """0 at padding and else 1."""
+    starts: Array
+    """1 where a segment starts and else 0."""
 
 
 def heads_to_lines(x: Array) -> Array:
@@ -74,28 +58,7 @@ def heads_to_lines(x: Array) -> Array:
     return jnp.moveaxis(x, 2, 1).reshape(x.shape[0], x.shape[2], -1, CHUNK)
 
 
-def _scores_forward(keys: bool, scale: float, q: Array, k: Array, g: Array) -> Any:
-    return scores(keys, scale, q, k, g), (q, k, g)
-
-
-def _scores_backward(keys: bool, scale: float, saved: tuple[Array, ...], d_scores: tuple[Array, ...]) -> tuple[Array, ...]:
-    q, k, g = saved
-    if g.ndim == 3:
-        d_q, d_k, d_g = _shared_gradients(scale, q, k, heads_to_lines(g), *d_scores)
-        d_g = jnp.moveaxis(d_g.reshape(*d_g.shape[:2], -1), 1, 2)
-    else:
-        d_q, d_k, d_g = _by_channel_gradients(scale, q, k, g, d_scores[0])
-        if keys:
-            more = _by_channel_gradients(1.0, k, k, g, jnp.tril(d_scores[1], -1))
-            d_k, d_g = d_k.astype(F32) + more[0].astype(F32) + more[1].astype(F32), d_g + more[2]
-    of_group = lambda x: jnp.sum(x.reshape(*q.shape[:3], -1, q.shape[3]), axis=3, dtype=F32).astype(q.dtype)
-    return of_group(d_q), of_group(d_k), d_g
-
-
-scores.defvjp(_scores_forward, _scores_backward)
-
-
-def _decay(g: Ref, until: Ref, high: Ref, low: Ref) -> Array:
+def decay_between(g: Ref, until: Ref, high: Ref, low: Ref) -> Array:
     """exp(g_{j+1} + ... + g_i) for j <= i, else 0, of g [C] in shared memory; leaves i >= t in `until`."""
     row, column = tokens()
     until[...] = zero_one(row >= column)
@@ -104,211 +67,84 @@ def _decay(g: Ref, until: Ref, high: Ref, low: Ref) -> Array:
     return jnp.where(row >= column, jnp.exp(matmul(SQUARE, (until, high), (until, low))), 0.0)
 
 
-def _shared(keys: bool, scale: float, q: Array, k: Array, g: Array) -> list[Array]:
-    """The scores of queries and, with `keys`, of keys for g [B, H, N, C]."""
+class Lines(NamedTuple):
+    """A number for every token, [B, H, N, C] float32, where one decay is shared by all channels."""
+
+    real: Array
+    """0 at padding and else 1."""
+    g: Array
+    """The log decay; -1e4 where a segment starts, and nowhere less."""
+    q_in: Array
+    """What scales the rows that read the entering state."""
+    k_out: Array
+    """What scales the rows that write the leaving state."""
+    k_in: Any = None
+    """What scales the rows of keys that read the entering state; with the delta rule, as beta."""
+    beta: Any = None
+
+
+def shared(scale: float, q: Array, k: Array, lines: Lines) -> tuple[Terms, Terms]:
+    """The scores of queries times `scale` and, with the delta rule, the inverse, for a decay that all channels share.
+
+    Args:
+      scale: of the queries.
+      q: [B, T, Hqk, K] bfloat16, T a multiple of C.
+      k: [B, T, Hqk, K] bfloat16.
+      lines: see there.
+
+    Returns:
+      The terms of the scores, one, or two with the delta rule, and of the inverse, none without it, [B, H, N, C, C].
+    """
+    g, real, beta = lines.g, lines.real, lines.beta
     batch, heads, chunks, _ = g.shape
-    group, key_dim = heads // q.shape[2], q.shape[3]
+    key_dim, delta = q.shape[3], beta is not None
+    inputs = [q, k, g, real, *([beta] if delta else [])]
+    num_terms = 2 if delta else 1
+    num_outs = num_terms + gpu_inverse.TERMS * delta
 
-    def kernel(q_ref: Ref, k_ref: Ref, g_ref: Ref, *refs: Ref) -> None:
-        outs, (q, k, g, until, high, low, *tiles, barrier) = refs[: 1 + keys], refs[1 + keys :]
+    def kernel(*refs: Ref) -> None:
+        ins, outs, (q, k, g, *scratch, barrier) = (
+            refs[: len(inputs)],
+            refs[len(inputs) :][:num_outs],
+            refs[len(inputs) + num_outs :],
+        )
+        real, *betas = scratch[: len(inputs) - 3]
+        until, high, low, *tiles = scratch[len(inputs) - 3 :]
         b, h, n = (jax.lax.axis_index(name) for name in "bhn")
-        own = jax.lax.div(h, jnp.int32(group))
-        fetch(barrier, (at(q_ref, b, own, n), q), (at(k_ref, b, own, n), k), (g_ref.at[b, h, n], g))
-        decay = _decay(g, until, high, low)
-        tiles[0][...] = (scale * decay * matmul(SQUARE, (q, flip(k)))).astype(dtypes[0])
-        if keys:
+        own = key_head(q_like, h, heads)
+        places = [at(ins[0], b, own, n), at(ins[1], b, own, n), *(x.at[b, h, n] for x in ins[2:])]
+        fetch(barrier, *zip(places, (q, k, g, real, *betas), strict=True))
+        decay = decay_between(g, until, high, low)
+        products = scale * decay * matmul(SQUARE, (q, flip(k)))
+        store(products * by_row(real) * by_column(real), *tiles[:num_terms])
+        if delta:
+            (lower,), squares = tiles[-1:], [x.at[:, pl.ds(i, CHUNK)] for x in (q, k) for i in range(0, key_dim, CHUNK)]
             row, column = tokens()
-            tiles[1][...] = jnp.where(row > column, decay * matmul(SQUARE, (k, flip(k))), 0.0)
-        send(*((out, ref.at[b, h, n]) for out, ref in zip(tiles, outs, strict=True)))
+            lower[...] = jnp.where(row > column, by_row(betas[0]) * decay * matmul(SQUARE, (k, flip(k))), 0.0)
+        send(*((tile, ref.at[b, h, n]) for tile, ref in zip(tiles, outs[:num_terms], strict=False)))
+        if delta:
+            inverse, product = tiles[: gpu_inverse.TERMS], [*squares, *tiles[gpu_inverse.TERMS : -1]][: gpu_inverse.TERMS]
+            gpu_inverse.invert(lower, inverse, (until, high, low), product)
+            send(*((tile, ref.at[b, h, n]) for tile, ref in zip(inverse, outs[num_terms:], strict=True)))
 
-    dtypes = [F32, F32] if keys else [BF16]
+    q_like = q
     rows, square = tile(CHUNK, key_dim), tile(*SQUARE)
-    return call(
+    squares = num_terms + (2 if key_dim == CHUNK else 1) * delta
+    out = call(
         kernel,
         name="scores",
-        out_type=[jax.ShapeDtypeStruct((batch, heads, chunks, *SQUARE), dtype) for dtype in dtypes],
+        out_type=[jax.ShapeDtypeStruct((batch, heads, chunks, *SQUARE), BF16)] * num_outs,
         grid=(batch, heads, chunks),
         grid_names=tuple("bhn"),
         scratch_types=[
-            *(rows, rows, line(), square, square, square),
-            *(tile(*SQUARE, dtype=dtype) for dtype in dtypes),
-            plgpu.Barrier(num_arrivals=3),
+            *(rows, rows, *[line()] * (len(inputs) - 2), *[square] * (3 + squares)),
+            *([tile(*SQUARE, dtype=F32)] if delta else []),
+            plgpu.Barrier(num_arrivals=len(inputs)),
         ],
-    )(q, k, g)
+    )(*inputs)
+    return tuple(out[:num_terms]), tuple(out[num_terms:])
 
 
-def _shared_gradients(scale: float, q: Array, k: Array, g: Array, *d_scores: Array) -> list[Array]:
-    """The gradients of q and k, [B, T, H, K] by value head, and of g."""
-    batch, heads, chunks, _ = g.shape
-    group, key_dim, count, num_terms = heads // q.shape[2], q.shape[3], 3 + len(d_scores), len(d_scores)
-
-    def kernel(*refs: Ref) -> None:
-        (q_ref, k_ref, g_ref, *d_refs), outs, scratch = refs[:count], refs[count : count + 3], refs[count + 3 :]
-        (q, k, g, until, high, low, d_g), (*d_tiles, barrier) = scratch[:7], scratch[7:]
-        d_tiles, weights, of_keys = (d_tiles[i * num_terms : (i + 1) * num_terms] for i in range(3))
-        b, h, n = (jax.lax.axis_index(name) for name in "bhn")
-        own = jax.lax.div(h, jnp.int32(group))
-        places = [at(q_ref, b, own, n), at(k_ref, b, own, n), g_ref.at[b, h, n], *(x.at[b, h, n] for x in d_refs)]
-        fetch(barrier, *zip(places, (q, k, g, *d_tiles), strict=True))
-        row, column = tokens()
-        decay = _decay(g, until, high, low)
-        d_products = scale * decay * load(d_tiles[0])
-        d_exponents = d_products * matmul(SQUARE, (q, flip(k)))
-        store(d_products, *weights)
-        if len(d_scores) > 1:
-            d_own = jnp.where(row > column, decay * load(d_tiles[1]), 0.0)
-            d_exponents += d_own * matmul(SQUARE, (k, flip(k)))
-            store(d_own, *of_keys)
-        plgpu.commit_smem()  # No warp still reads what is written next.
-        store(d_exponents, high, low)
-        plgpu.commit_smem()
-        crossing = matmul(SQUARE, (flip(until), high), (flip(until), low))
-        d_g[...] = jnp.sum(jnp.where(row > column, crossing, 0.0), axis=1)
-        for own_q, own_k in blocks(q, k):
-            to_k = terms(flips(weights), [own_q]) + terms(of_keys, [own_k]) + terms(flips(of_keys), [own_k])
-            d_q, d_k = matmul(own_q.shape, *terms(weights, [own_k])), matmul(own_q.shape, *to_k)
-            plgpu.commit_smem()
-            own_q[...], own_k[...] = d_q.astype(BF16), d_k.astype(BF16)
-        send((q, at(outs[0], b, h, n)), (k, at(outs[1], b, h, n)), (d_g, outs[2].at[b, h, n]))
-
-    rows, square = tile(CHUNK, key_dim), tile(*SQUARE)
-    by_head = jax.ShapeDtypeStruct((batch, chunks * CHUNK, heads, key_dim), BF16)
-    return call(
-        kernel,
-        name="scores_back",
-        out_type=[by_head, by_head, jax.ShapeDtypeStruct(g.shape, F32)],
-        grid=(batch, heads, chunks),
-        grid_names=tuple("bhn"),
-        scratch_types=[
-            *(rows, rows, line(), square, square, square, line()),
-            *(tile(*SQUARE, dtype=x.dtype) for x in d_scores),
-            *[square] * (num_terms if num_terms == 1 else 2 * num_terms),
-            plgpu.Barrier(num_arrivals=count),
-        ],
-    )(q, k, g, *d_scores)
-
-
-def _exponentials(size: Array, mask: Ref, g: tuple[Ref, Ref], width: int) -> Array:
-    """exp of g summed, within runs of `size` tokens, up to each token of later runs and after each token of earlier ones.
-
-    Leaves the 0/1 weights of these sums in `mask`; `g` are the two terms of [C, width].
-    """
-    row, column = tokens()
-    later = (row & size) != 0
-    mask[...] = zero_one(((row ^ column) < size) & ((later & (row >= column)) | (~later & (row < column))))
-    plgpu.commit_smem()
-    return jnp.exp(matmul((CHUNK, width), (mask, g[0]), (mask, g[1])))
-
-
-def _by_channel(scale: float, q: Array, k: Array, g: Array, dtype: Any) -> Array:
-    """The scores of queries for g [B, T, H, K], with factors of two terms where they are float32."""
-    batch, length, heads, key_dim = g.shape
-    group, chunks, num_terms = heads // q.shape[2], length // CHUNK, 2 if dtype == F32 else 1
-
-    def kernel(q_ref: Ref, k_ref: Ref, g_ref: Ref, out_ref: Ref, *scratch: Ref) -> None:
-        high, low, mask, out, *decayed = scratch
-        q_decayed, k_decayed = decayed[:num_terms], decayed[num_terms:]
-        b, h, n = (jax.lax.axis_index(name) for name in "bhn")
-        own = jax.lax.div(h, jnp.int32(group))
-
-        def step(_: Any, q: Ref, k: Ref, g: Ref, sums: Array) -> Array:
-            row, column = tokens()
-            store(load(g), high, low)
-            sums += jnp.where(row == column, matmul(SQUARE, (q, flip(k))), 0.0)
-
-            def halve(level: Array, sums: Array) -> Array:
-                size = jnp.int32(1) << level
-                decay = _exponentials(size, mask, (high, low), WIDTH)
-                for x, decayed in ((q, q_decayed), (k, k_decayed)):
-                    store(load(x) * decay, *decayed)
-                plgpu.commit_smem()
-                pairs = halving(size, row, column)
-                found = jnp.where(pairs, matmul(SQUARE, *terms(q_decayed, flips(k_decayed))), 0.0)
-                plgpu.commit_smem()  # No warp still reads what the next halving writes.
-                return sums + found
-
-            return jax.lax.fori_loop(0, HALVINGS, halve, sums)
-
-        spec = lambda x, head: plgpu.BlockSpec(
-            (None, CHUNK, None, WIDTH), lambda j: (b, n, head, j), transforms=tile(CHUNK, WIDTH, dtype=x.dtype).transforms
-        )
-        pipeline = plgpu.emit_pipeline(
-            step,
-            grid=(key_dim // WIDTH,),
-            in_specs=[spec(q, own), spec(k, own), spec(g, h)],
-            init_carry=full(SQUARE, 0),
-        )
-        out[...] = (scale * pipeline(q_ref, k_ref, g_ref)).astype(dtype)
-        send((out, out_ref.at[b, h, n]))
-
-    block = tile(CHUNK, WIDTH)
-    return call(
-        kernel,
-        name="scores_by_channel",
-        out_type=jax.ShapeDtypeStruct((batch, heads, chunks, *SQUARE), dtype),
-        grid=(batch, heads, chunks),
-        grid_names=tuple("bhn"),
-        scratch_types=[block, block, tile(*SQUARE), tile(*SQUARE, dtype=dtype), *[block] * (2 * num_terms)],
-    )(q, k, g)
-
-
-def _by_channel_gradients(scale: float, q: Array, k: Array, g: Array, d_scores: Array) -> list[Array]:
-    """The gradients of q and k, [B, T, H, K] by value head, and of g."""
-    batch, length, heads, key_dim = g.shape
-    group, chunks, num_terms = heads // q.shape[2], length // CHUNK, 2 if d_scores.dtype == F32 else 1
-
-    def kernel(*refs: Ref) -> None:
-        ins, outs, (*tiles, barrier) = refs[:4], refs[4:7], refs[7:]
-        (q, k, g, d_tile, high, low, mask), terms_left = tiles[:7], tiles[7:]
-        q_decayed, k_decayed, weights = (terms_left[i * num_terms :][:num_terms] for i in range(3))
-        b, h, n, j = (jax.lax.axis_index(name) for name in "bhnj")
-        own, block = jax.lax.div(h, jnp.int32(group)), pl.ds(j * NARROW, NARROW)
-        places = [at(x, b, head, n, block) for x, head in zip(ins[:3], (own, own, h), strict=True)]
-        fetch(barrier, *zip([*places, at(ins[3], b, h, n)], tiles[:4], strict=True))
-        row, column = tokens()
-        shape = (CHUNK, NARROW)
-        store(load(g), high, low)
-        store(jnp.where(row == column, scale * load(d_tile), 0.0), *weights)
-        plgpu.commit_smem()
-        g[...] = full(shape, 0)  # From here on the gradient: registers are short.
-        sums = matmul(shape, *terms(weights, [k])), matmul(shape, *terms(weights, [q]))
-
-        def halve(level: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
-            size = jnp.int32(1) << level
-            plgpu.commit_smem()  # No warp still reads what is written next.
-            decay = _exponentials(size, mask, (high, low), NARROW)
-            store(load(q) * decay, *q_decayed)
-            store(load(k) * decay, *k_decayed)
-            pairs = halving(size, *tokens())
-            store(jnp.where(pairs, scale * load(d_tile), 0.0), *weights)
-            plgpu.commit_smem()
-            d_q, d_k = sums
-            d_late = matmul(shape, *terms(weights, k_decayed)) * decay
-            d_q, d_exponents = d_q + d_late, d_late * load(q)
-            d_early = matmul(shape, *terms(flips(weights), q_decayed)) * decay
-            d_k, d_exponents = d_k + d_early, d_exponents + d_early * load(k)
-            plgpu.commit_smem()
-            store(d_exponents, q_decayed[0], k_decayed[0])
-            plgpu.commit_smem()
-            g[...] = load(g) + matmul(shape, (flip(mask), q_decayed[0]), (flip(mask), k_decayed[0]))
-            return d_q, d_k
-
-        d_q, d_k = jax.lax.fori_loop(0, HALVINGS, halve, sums)
-        plgpu.commit_smem()
-        q[...], k[...] = d_q.astype(BF16), d_k.astype(BF16)
-        send(*((x, at(ref, b, h, n, block)) for x, ref in zip((q, k, g), outs, strict=True)))
-
-    by_head = jax.ShapeDtypeStruct(g.shape, BF16)
-    block, square = tile(CHUNK, NARROW), tile(*SQUARE, like=NARROW)
-    return call(
-        kernel,
-        name="scores_by_channel_back",
-        out_type=[by_head, by_head, jax.ShapeDtypeStruct(g.shape, F32)],
-        grid=(batch, heads, chunks, key_dim // NARROW),
-        grid_names=tuple("bhnj"),
-        scratch_types=[
-            *(block, block, tile(CHUNK, NARROW, dtype=F32), tile(*SQUARE, dtype=d_scores.dtype)),
-            *(block, block, square, *[block] * (2 * num_terms), *[square] * num_terms),
-            plgpu.Barrier(num_arrivals=4),
-        ],
-    )(q, k, g, d_scores)
+def of_group(d_rows: Array, rows: Array) -> Array:
+    """The gradient of `rows` [B, T, Hqk, K], of that by value head."""
+    return jnp.sum(d_rows.reshape(*rows.shape[:3], -1, rows.shape[3]), axis=3, dtype=F32).astype(rows.dtype)
