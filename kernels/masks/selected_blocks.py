@@ -61,7 +61,7 @@ class SelectedBlocks:
         return jnp.swapaxes(seen.any(3).reshape(seen.shape[0], -1, block_q, seen.shape[2], count).any(2), 1, 2)
 
     def bits(self, starts: Array, tile: int, count: int) -> Array:
-        """int32 [B, Hs, count, 1, T]: of each tile of keys a bit for every block that the query's segment has there, the first lowest.
+        """int32 [B, Hs, count, T]: of each tile of keys a bit for every block that the query's segment has there, the first lowest.
 
         A key at index c of its tile and at position p is in block `p // block_size - max(p - c, 0) // block_size` of them.
         """
@@ -72,7 +72,7 @@ class SelectedBlocks:
         number = indices - first[:, None, :, :, None]
         known = (indices >= 0) & (number >= 0) & (number < MAX_BITS)
         word = jnp.where(known, jnp.left_shift(jnp.int32(1), jnp.where(known, number, 0)), 0)
-        return jnp.bitwise_or.reduce(word, axis=-1)[:, :, :, None]
+        return jnp.bitwise_or.reduce(word, axis=-1)
 
     def unfit(self, tile: int) -> str | None:
         """Why a kernel with tiles of so many keys cannot read the bits, or None."""

@@ -116,9 +116,8 @@ class Plan:
         if problem.layout.packed:
             self.inputs |= {"query_tokens": x.queries.stacked(), "key_tokens": x.keys.stacked()}
         if x.selected is not None:
-            self.inputs["bits"] = x.selected.bits(
-                segment_starts(problem.layout, x.queries, x.keys), block_kv, self.num_keys // block_kv
-            )
+            starts = segment_starts(problem.layout, x.queries, x.keys)
+            self.inputs["bits"] = x.selected.bits(starts, block_kv, self.num_keys // block_kv)[:, :, :, None]
 
     def run(
         self,

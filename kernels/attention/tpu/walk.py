@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from plait.kernels.attention.tpu.cut import Cut
-from plait.kernels.attention.tpu.tiling import Operands, Problem
+from plait.kernels.attention.tpu.tiling import SUBLANES, Operands, Problem
 from plait.kernels.attention.tpu.weights import seen
 from plait.kernels.attention.visits import FULL, MASKED, SKIP, ordered, segment_starts, tile_kinds
 from plait.kernels.costs import cost
@@ -117,14 +117,17 @@ class Walk:
             )
 
         one = lambda b: b if queries.positions.shape[0] > 1 else 0
-        bits = selected.bits(segment_starts(problem.layout, queries, keys), cut.keys, self.num_keys)  # [B, Hs, NK, 1, T]
+        bits = selected.bits(segment_starts(problem.layout, queries, keys), cut.keys, self.num_keys)  # [B, Hs, NK, T]
+        bits = padded(bits, 2, SUBLANES).reshape(*bits.shape[:2], -1, SUBLANES, bits.shape[3])  # as it lies in memory
         self.of_queries = {name: of_queries(name, value) for name, value in {"q": x.q, **extra}.items()}
         self.of_queries["query_tokens"] = _Array(queries.stacked(), (1, 1, 2, cut.queries), lambda b, c, i, j: (one(b), 0, 0, i))
         self.of_keys = {name: of_keys(value) for name, value in (("k", x.k), ("v", x.v)) if value is not None}
         key_tokens = keys.stacked().reshape(-1, 2, self.num_keys, cut.keys).swapaxes(1, 2)  # [B or 1, NK, 2, N]
         self.of_keys["key_tokens"] = _Array(key_tokens, (1, 1, 2, cut.keys), lambda b, c, i, j: (one(b), j, 0, 0))
         self.bits = _Array(
-            bits, (1, 1, 1, 1, cut.queries), lambda b, c, i, j: (b, jax.lax.div(c, self.num_bundles // choices), j, 0, i)
+            bits,
+            (1, 1, 1, SUBLANES, cut.queries),
+            lambda b, c, i, j: (b, jax.lax.div(c, self.num_bundles // choices), jax.lax.div(j, SUBLANES), 0, i),
         )
 
     def over_queries(
@@ -249,7 +252,11 @@ class Walk:
 
                 def of_kind(kind: int) -> None:
                     parts = {key: [ref[0]] for key, ref in here.items()}
-                    parts |= {key: [buffer[n & 1, p, 0] for p in range(fetched)] for key, buffer in buffers.items()}
+                    parts |= {
+                        key: [buffer[n & 1, p, 0] for p in range(fetched)] for key, buffer in buffers.items() if key != "bits"
+                    }
+                    own = [jax.lax.rem(place(n, p)[3], SUBLANES) for p in range(fetched)]
+                    parts["bits"] = [buffers["bits"][n & 1, p, 0, 0, 0, pl.ds(row, 1)] for p, row in enumerate(own)]
                     if fetched > 1:  # beyond the last tile of the list
                         parts["bits"] = [jnp.where(real(n, p), x, 0) for p, x in enumerate(parts["bits"])]
                     added = work(self._tile(parts, self._bias(bias, bundle), kind))
@@ -304,7 +311,7 @@ class Walk:
         tall = lambda name: parts[name][0].reshape(-1, parts[name][0].shape[2])  # [heads * T, .]
         joined = lambda name: jnp.concatenate([x[0] for x in parts[name]], axis=0)
         visible = [
-            self._visible(parts["query_tokens"][0][0], tokens[0].T, bits[0, 0], kind)
+            self._visible(parts["query_tokens"][0][0], tokens[0].T, bits, kind)
             for tokens, bits in zip(parts["key_tokens"], parts["bits"], strict=True)
         ]
         return Tile(
