@@ -185,7 +185,7 @@ def _recurrence(s: Shape, *, decay: str | None, beta: bool = False, documents: b
 def _recur(x: Arrays, implementation: str) -> dict[str, Array]:
     options: dict[str, Any] = {"initial_state": x.get("initial_state"), "at": _at(x), "implementation": implementation}
     if "beta" in x:
-        o, state = kernels.delta_rule(x["q"], x["k"], x["v"], x.get("g"), x["beta"], **options)
+        o, state = kernels.delta_rule(x["q"], x["k"], x["v"], x.get("g"), x["beta"], l2_norm_eps=1e-6, **options)
     else:
         o, state = kernels.decay(x["q"], x["k"], x["v"], x["g"], **options)
     return {"o": o, "state": state}
