@@ -143,7 +143,9 @@ def _assert_compiles(
         jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, v, *of_tokens).compile()
     captured = capfd.readouterr()
     reports = _reports(captured.out + captured.err)
-    assert set(reports) == KERNELS
+    assert set(reports) == KERNELS or (
+        generation == "h200" and not reports
+    )  # H100's, which are the same, are not assembled again
     for name, report in reports.items():
         assert "serialized" not in report, f"{name}: {report}"
         spilled = sum(map(int, re.findall(r"(\d+) bytes spill", report)))
