@@ -75,9 +75,8 @@ def main() -> None:
             found = known[key]
             for name, cycles in (found["kernels"] or {}).items():
                 kernel = max((kernel for kernel in found["flops"] if kernel in name), key=len)
-                flops = found["flops"][kernel] * (
-                    VISITS * 128 / (4 * CUT[0]) if "cut" in job else 1
-                )  # 4 blocks are said to be chosen
+                more = VISITS * 128 / (4 * CUT[0]) if "cut" in job else 1  # 4 blocks are said to be chosen
+                flops = found["flops"][kernel] * more
                 width = 0 if job["op"] in ("short_conv", "cross_entropy") else job["shape"][3]
                 shares[kernel][width] = flops / cycles / a_cycle
         print(f'    "{target}": {{')

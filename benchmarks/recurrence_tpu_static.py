@@ -108,7 +108,7 @@ def _kernel(args: argparse.Namespace, shape):
     """The kernel alone: its operands and results are laid out as it reads and writes them, so that no copy stands beside it."""
     import jax
 
-    from plait.kernels.recurrence import tpu_chunk, tpu_driver, tpu_kernels
+    from plait.kernels.recurrence import tpu_chunk, tpu_driver, tpu_grid, tpu_kernels
 
     k, x, gates = _inputs(args, shape)
     chunk = tpu_chunk.decay_and_add if len(gates) == 1 else tpu_chunk.erase_and_write
@@ -117,26 +117,26 @@ def _kernel(args: argparse.Namespace, shape):
     widths, heads = (args.head_dim, args.head_dim), (args.heads // args.group, args.heads)
     tiles = tpu_driver.choose_tiles(args.generation, *widths, full, by_channel, len(gates) > 1, 1, heads)
     if args.tiles:
-        tiles = tpu_kernels.Tiles(**dict(zip(tiles.__dict__, map(int, args.tiles.split(",")), strict=True)))
+        tiles = tpu_grid.Tiles(**dict(zip(tiles.__dict__, map(int, args.tiles.split(",")), strict=True)))
     tiles = tiles.fit(args.seq_len)
-    problem = tpu_kernels.Problem(chunk, tiles, args.head_dim**-0.5, full, args.stats)
+    problem = tpu_grid.Problem(chunk, tiles, args.head_dim**-0.5, full, args.stats)
     state = shape(1, args.heads, args.head_dim, args.head_dim)
     tokens = shape(1, 3, args.seq_len) if args.segments else None
     backward = args.kernel == "backward"
-    like = tpu_kernels.Operands(k, k, x, gates, state, tokens)
-    grid = tpu_kernels.Grid(problem, like, reverse=backward)
+    like = tpu_grid.Operands(k, k, x, gates, state, tokens)
+    grid = tpu_grid.Grid(problem, like, reverse=backward)
     laid = jax.tree.map(lambda y: shape(*y.shape, dtype=y.dtype), jax.eval_shape(lambda y: grid.inputs(y)[0], like))
-    o = shape(*jax.eval_shape(tpu_kernels.lay, x).shape, dtype=x.dtype)
+    o = shape(*jax.eval_shape(tpu_grid.lay, x).shape, dtype=x.dtype)
     if not backward:
 
         def forward(laid, state):
             o, *rest = tpu_kernels.forward(problem, grid.operands(laid, state), keep=True)
-            return tpu_kernels.lay(o), rest
+            return tpu_grid.lay(o), rest
 
         return forward, (laid, state)
 
     def pullback(laid, state, entering, d_o):
-        d = tpu_kernels.backward(problem, grid.operands(laid, state), entering, tpu_kernels.token_major(d_o, x.shape), state)
+        d = tpu_kernels.backward(problem, grid.operands(laid, state), entering, tpu_grid.token_major(d_o, x.shape), state)
         return grid.inputs(d)[0], d.state
 
     each = tiles.forward_chunks // tiles.backward_chunks

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from plait.kernels import chunking
 from plait.kernels.recurrence import RecurrenceCall, Results, in_value_parts, summarize, tpu_kernels, value_parts
 from plait.kernels.recurrence.tpu_chunk import BlockFunction
-from plait.kernels.recurrence.tpu_kernels import LANES, MIN_TOKENS, Operands, Problem, Tiles, heads_a_step
+from plait.kernels.recurrence.tpu_grid import LANES, MIN_TOKENS, Operands, Problem, Tiles, heads_a_step
 from plait.kernels.target import current, not_on
 
 Array = jax.Array

@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from plait.kernels import Tokens, recurrence
 from plait.kernels.recurrence import RecurrenceCall, tpu_driver
 from plait.kernels.recurrence.tpu_driver import choose_tiles
-from plait.kernels.recurrence.tpu_kernels import Tiles, heads_a_step
+from plait.kernels.recurrence.tpu_grid import Tiles, heads_a_step
 from plait.kernels.shapes import l2_normalize
 from plait.kernels.target import target
 from plait.tests.kernels import cases

@@ -18,9 +18,6 @@ Array = jax.Array
 SLOTS = 3
 """Blocks that are on the core: the one that is added to, the one before, and one that comes."""
 
-NUM_SCRATCH = 4
-"""Pieces of memory of `scratch`."""
-
 _CURRENT, _PREVIOUS, _NEXT, _COMES, _OF_SLOTS = range(5)
 """What the state says: the slots of this step's block, of the block before and of the next one, whether that comes from memory, and of each
 slot its head, its block, and whether that is on its way back."""

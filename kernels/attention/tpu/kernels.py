@@ -93,7 +93,7 @@ def _gradients(course: Course, bias: Array, refs: Sequence[Any], keys: _Keys, pa
 
 def _gradients_kernel(course: Course, table: Any, bias: Any, *refs: Any) -> None:
     problem = course.problem
-    *inputs, _, d_k, d_v, far, k_acc, v_acc = refs[: -carried.NUM_SCRATCH]
+    *inputs, _, d_k, d_v, far, k_acc, v_acc, blocks, arrived, left, state = refs
     q, k, _, d_o = inputs[:4]
     key_dim = q.shape[3]
     b, h, index, member = (pl.program_id(axis) for axis in range(4))
@@ -105,7 +105,7 @@ def _gradients_kernel(course: Course, table: Any, bias: Any, *refs: Any) -> None
         return carried.Place(head, step.minor, step.kind != SKIP)
 
     n, count = index * num_members + member, pl.num_programs(2) * num_members
-    sums = carried.Carried(far.at[b], *refs[-carried.NUM_SCRATCH :], place=place, n=n, count=count)
+    sums = carried.Carried(far.at[b], blocks, arrived, left, state, place=place, n=n, count=count)
     step, head = course.steps.read(table, b, h, index), sums.place.head
 
     @pl.when((step.first == 1) & (member == 0))

@@ -82,11 +82,8 @@ class Walk:
         )
         selected = replace(x.selected, indices=padded(x.selected.indices, 1, cut.queries))
         choices = selected.indices.shape[2]
-        num_queries, num_blocks = x.selected.indices.shape[1], x.selected.indices.shape[3]
-        self.pairs = (
-            self.batch * x.q.shape[1] * num_queries * min(num_blocks * cut.block_size, x.k.shape[2])
-        )  # if queries choose alike
-        self.columns = columns
+        each = min(x.selected.indices.shape[3] * cut.block_size, x.k.shape[2])  # keys of a query, if those of a tile choose alike
+        self.pairs, self.columns = self.batch * x.q.shape[1] * x.q.shape[2] * each, columns
         self.num_queries, self.num_keys = queries.positions.shape[2] // cut.queries, keys.positions.shape[2] // cut.keys
         kinds = tile_kinds(
             problem.layout,
