@@ -35,7 +35,8 @@ class Edges(NamedTuple):
     steps: int
     """Tiles that order can show some of."""
     num_cells: int
-    """Cells that are computed in these; where keys are not the queries' own, both are an upper bound by what the mask reaches back."""
+    """Cells that are computed in these. Where keys are not the queries' own, both are an upper bound by what the mask reaches back, or for
+    a causal mask that reaches all the mean of queries that stand anywhere among the keys, as those of devices that share a row do."""
 
 
 @lru_cache(maxsize=256)
@@ -48,7 +49,8 @@ def edges(layout: Layout, block_q: int, block_kv: int) -> Edges:
         reach, row = layout.mask.reach_back(), near.shape[1]
         if reach is not None:
             row = min(row, 1 + -(-(reach + block_q) // block_kv))
-        return Edges(kinds, (), (MASKED, FULL), near.shape[0] * row, near.shape[0] * row * size)
+        steps = near.shape[0] * (row + 1) // 2 if layout.mask.causal and reach is None else near.shape[0] * row
+        return Edges(kinds, (), (MASKED, FULL), steps, steps * size)
     q, k = np.arange(near.shape[0])[:, None] * block_q, np.arange(near.shape[1])[None, :] * block_kv
     _, every = layout.by_order(Span(q, q + block_q - 1), Span(k, k + block_kv - 1))
     i, j = np.nonzero(near & ~every)
