@@ -34,9 +34,10 @@ _op = Op(
 def attention(
     q: Array,
     k: Array,
-    v: Array,
+    v: Array | None = None,
     *,
     mask: Mask | HeadMasks,
+    value_dim: int | None = None,
     at: Tokens | None = None,
     kv_at: Tokens | None = None,
     selected: SelectedBlocks | None = None,
@@ -58,8 +59,9 @@ def attention(
     Args:
       q: [B, T, H, K], float32 or bfloat16.
       k: [B, S, Hkv, K]; Hkv divides H, and head h uses k and v of head h // (H / Hkv).
-      v: [B, S, Hkv, V].
+      v: [B, S, Hkv, V], or None with `value_dim`.
       mask: which positions a query sees in its segment; `HeadMasks` where that differs by head.
+      value_dim: V where the values are the first V channels of k (latent attention), so that a kernel reads them once.
       at: what is known of the tokens; those of one segment see each other. None is one segment from position 0.
       kv_at: of the keys, where they are not the queries' own tokens, such as a cache; segment id 0 is an empty entry. The order of
         the entries does not matter then, only their positions.
@@ -83,11 +85,14 @@ def attention(
     Source: scaled dot-product attention; grouped heads of arXiv 2305.13245; sink logits as in gpt-oss (2508.10925); sigmoid of
     2409.04431; soft cap of Gemma 2 (2408.00118). Entropy is log(l) - u / l with l = sum_j exp(z_j - m) and u = sum_j exp(z_j - m) (z_j - m).
     """
+    if v is None and value_dim is None:
+        raise ValueError("attention: v=None leaves nothing to attend to; pass v, or value_dim for values in the channels of k")
     call = AttentionCall.of(
         "attention",
         q=q,
         k=k,
         v=v,
+        value_dim=value_dim,
         mask=mask,
         at=at,
         kv_at=kv_at,

@@ -58,6 +58,8 @@ class AttentionCall(Call):
     return_stats: bool = field(metadata=OPTION, default=False)
     kv_in_order: bool = field(metadata=OPTION, default=False)
     """Keys that are not the queries' own tokens are tokens of their documents nonetheless, each segment's one after the other."""
+    values_in_keys: bool = field(metadata=OPTION, default=False)
+    """v is the first channels of k."""
 
     @classmethod
     def of(
@@ -66,6 +68,8 @@ class AttentionCall(Call):
         *,
         q: Array,
         k: Array,
+        v: Array | None = None,
+        value_dim: int | None = None,
         at: Tokens | None = None,
         kv_at: Tokens | None = None,
         scale: float | None = None,
@@ -95,6 +99,15 @@ class AttentionCall(Call):
             by_distance = bias
         if sinks is not None:
             fields["sinks" if sinks.ndim == 1 else "query_sinks"] = sinks
+        if value_dim is not None:
+            if v is not None or not 1 <= value_dim <= k.shape[3]:
+                raise ValueError(
+                    f"{op}: value_dim={value_dim} takes the values from the first channels of k, of which there are K={k.shape[3]}; "
+                    "pass no v with it, and at most K"
+                )
+            fields["v"], fields["values_in_keys"] = k[..., :value_dim], True
+        else:
+            fields["v"] = v
         call = cls(
             q=q, k=k, at=_known(at), kv_at=_known(kv_at), scale=scale, sigmoid_bias=sigmoid_bias, bias=by_distance, **fields
         )

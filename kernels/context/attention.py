@@ -42,8 +42,9 @@ def _run(op: Callable[[AttentionCall], Any], parts: Parts, call: AttentionCall) 
         _tell(parts.count, call.q.shape[2], call.k.shape[2])
     turn: Any = parts.balanced if call.mask.causal else lambda x: x
     if call.own_keys:
-        keys = {"k": parts.gather(call.k), "v": parts.gather(call.v), "kv_at": jax.tree.map(parts.gather, own)}
-        call = call.replace(**keys, kv_in_order=True)
+        k = parts.gather(call.k)
+        v = k[..., : call.v.shape[3]] if call.values_in_keys else parts.gather(call.v)
+        call = call.replace(k=k, v=v, kv_at=jax.tree.map(parts.gather, own), kv_in_order=True)
     return jax.tree.map(turn, op(call.on_queries(turn)))
 
 
