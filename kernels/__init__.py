@@ -1,6 +1,6 @@
 """The ops that mixers are made of, each with several implementations behind one public function."""
 
-from plait.kernels.attention import AttentionStats, Bias, DistanceBias, LowRankBias, attention, attention_rows
+from plait.kernels.attention import AttentionStats, Bias, DistanceBias, LowRankBias, attention, attention_rows, served_by_kernel
 from plait.kernels.attention.masses import column_mass, first_masses
 from plait.kernels.attention.routed import routed_attention
 from plait.kernels.cross_entropy import cross_entropy
@@ -52,6 +52,7 @@ __all__ = [
     "registered",
     "routed_attention",
     "selective_scan",
+    "served_by_kernel",
     "short_conv",
     "topk_blocks",
     "weighted_attention",

@@ -31,6 +31,8 @@ class Chip:
     """Cycles a second of a TPU's cores, inferred from the peak."""
     cores: int = 1
     """Of a device, which share its work."""
+    vector_memory: int = 0
+    """Bytes of the memory of one of a TPU's cores."""
     wgmma: bool = False
     """Whether a GPU has Hopper's products of a warpgroup."""
     source: str
@@ -41,27 +43,27 @@ _XLA = "the memory limit is the compiler's own"
 _JAX = "memory is the 75% of the board that JAX takes by default (XLA_PYTHON_CLIENT_MEM_FRACTION)"
 _CHIPS = (
     Chip(
-        generation="v4", platform="tpu", kinds=("TPU v4",), clock=1.05e9, cores=2,
+        generation="v4", platform="tpu", kinds=("TPU v4",), clock=1.05e9, cores=2, vector_memory=16 << 20,
         flops=275e12, memory=30.75 * GIB, memory_bandwidth=1228e9, link=50e9, network=6.25e9,
         source=f"Cloud TPU v4 page (275 TFLOP/s, 1228 GB/s, 2400 Gb/s of ICI over 6 links); DCN as v5p's; {_XLA}",
     ),
     Chip(
-        generation="v5e", platform="tpu", kinds=("TPU v5 lite", "TPU v5e"), clock=1.5e9,
+        generation="v5e", platform="tpu", kinds=("TPU v5 lite", "TPU v5e"), clock=1.5e9, vector_memory=128 << 20,
         flops=197e12, memory=15.75 * GIB, memory_bandwidth=819e9, link=50e9, network=3.125e9,
         source=f"Cloud TPU v5e page (197 TFLOP/s, 819 GB/s, 1600 Gb/s of ICI over 4 links, 6.4 Tb/s of DCN a pod of 256); {_XLA}",
     ),
     Chip(
-        generation="v5p", platform="tpu", kinds=("TPU v5", "TPU v5p"), clock=1.75e9, cores=2,
+        generation="v5p", platform="tpu", kinds=("TPU v5", "TPU v5p"), clock=1.75e9, cores=2, vector_memory=64 << 20,
         flops=459e12, memory=95.74 * GIB, memory_bandwidth=2765e9, link=100e9, network=6.25e9,
         source=f"Cloud TPU v5p page (459 TFLOP/s, 2765 GB/s, 1200 GB/s of ICI both ways over 6 links, 50 Gb/s of DCN a chip); {_XLA}",
     ),
     Chip(
-        generation="v6e", platform="tpu", kinds=("TPU v6 lite", "TPU v6e"), clock=1.75e9,
+        generation="v6e", platform="tpu", kinds=("TPU v6 lite", "TPU v6e"), clock=1.75e9, vector_memory=128 << 20,
         flops=918e12, memory=31.25 * GIB, memory_bandwidth=1638e9, link=100e9, network=12.5e9,
         source=f"Cloud TPU v6e page (918 TFLOP/s, 1638 GB/s, 3200 Gb/s of ICI over 4 links, 25.6 Tb/s of DCN a pod of 256); {_XLA}",
     ),
     Chip(
-        generation="tpu7x", platform="tpu", kinds=("TPU7x",), devices_per_chip=2, clock=2.2e9,
+        generation="tpu7x", platform="tpu", kinds=("TPU7x",), devices_per_chip=2, clock=2.2e9, vector_memory=64 << 20,
         flops=1153e12, memory=94.75 * GIB, memory_bandwidth=3690e9, link=100e9, network=6.25e9,
         source=f"Cloud TPU7x page (two devices: 2307 TFLOP/s, 7380 GB/s, 1200 GB/s of ICI both ways, 6 links); DCN as v6e's; {_XLA}",
     ),

@@ -1,6 +1,6 @@
 """Softmax and sigmoid attention under one mask object."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
@@ -15,7 +15,7 @@ from plait.kernels.dispatch import Implementation, Op, kernel
 from plait.kernels.masks import HeadMasks, Mask, SelectedBlocks
 from plait.kernels.tokens import Tokens
 
-__all__ = ["AttentionStats", "Bias", "DistanceBias", "LowRankBias", "attention", "attention_rows"]
+__all__ = ["AttentionStats", "Bias", "DistanceBias", "LowRankBias", "attention", "attention_rows", "served_by_kernel"]
 
 Array = jax.Array
 
@@ -107,3 +107,9 @@ def attention(
     )
     o, stats = _op(implementation, call)
     return (o, stats) if return_stats else o
+
+
+def served_by_kernel(q: Array, k: Array, v: Array | None = None, **options: Any) -> bool:
+    """Whether `attention` of these arguments would run in a kernel of the accelerator at hand, or of the target."""
+    call = AttentionCall.of("attention", q=q, k=k, v=v, **options)
+    return any(_op.unsupported(name, call) is None for name, one in _op.implementations.items() if one.platform)

@@ -21,7 +21,7 @@ from plait.kernels.attention.call import AttentionCall, MassCall, RoutedCall
 from plait.kernels.attention.per_query import first_mass, gradient_rows, with_bias, with_sinks
 from plait.kernels.attention.reference import MASKED as HIDDEN
 from plait.kernels.attention.reference import AttentionStats
-from plait.kernels.attention.tpu import kernels, selected
+from plait.kernels.attention.tpu import chosen_tokens, kernels, selected
 from plait.kernels.attention.tpu.chosen import BFLOAT16, FLOAT32, SELECTED
 from plait.kernels.attention.tpu.cut import Cut
 from plait.kernels.attention.tpu.steps import ENTRY_BITS, entry_bits, most_steps
@@ -65,6 +65,10 @@ def column_mass_unsupported(call: MassCall) -> str | None:
     return _unsupported(call, layout_of(call), 1)
 
 
+def _by_token(call: AttentionCall) -> bool:
+    return call.selected is not None and call.selected.block_size == 1
+
+
 def _routed_layout(call: RoutedCall) -> Layout:
     """The queries of a head stand where routing puts them."""
     return Layout(call.mask, call.q.shape[1], call.k.shape[1], own_keys=False, packed=True)
@@ -79,7 +83,7 @@ def _unsupported(call: AttentionCall, layout: Layout, heads: int) -> str | None:
     dtypes = {x.dtype.name for x in (q, k, v)}
     if len(dtypes) > 1 or not dtypes <= {"float32", "bfloat16"}:
         return f"q, k and v are {', '.join(sorted(dtypes))}, not all float32 or all bfloat16"
-    if max(q.shape[-1], v.shape[-1]) > MAX_HEAD_DIM:
+    if max(q.shape[-1], v.shape[-1]) > MAX_HEAD_DIM and not _by_token(call):
         return f"head dims {q.shape[-1]} and {v.shape[-1]} exceed {MAX_HEAD_DIM}"
     if q.shape[1] < MIN_QUERIES or k.shape[1] < MIN_QUERIES:
         return f"{q.shape[1]} queries and {k.shape[1]} keys fill no tile of at least {MIN_QUERIES}"
@@ -90,6 +94,8 @@ def _unsupported(call: AttentionCall, layout: Layout, heads: int) -> str | None:
     if call.selected is not None:
         if not call.document_keys:
             return "blocks are selected among keys that are not the tokens of the queries' documents, in order"
+        if _by_token(call):
+            return chosen_tokens.unsupported(call)
         cut = _cut(call)
         if (listed := cut.longest_list(_sizes(call)[1])) > MAX_LIST:
             return f"a list of {listed} tiles exceeds the {MAX_LIST} that scalar memory holds; use shorter sequences"
@@ -149,17 +155,22 @@ def _problem(call: AttentionCall, layout: Layout) -> Problem:
 def attention(call: AttentionCall) -> tuple[Array, AttentionStats | None]:
     """See `plait.kernels.attention`; always a pair here."""
     layout, queries, keys = laid_out(call)
-    problem = _problem(call, layout)
-    bias = jnp.zeros(call.q.shape[2], jnp.float32) if call.sigmoid_bias is None else call.sigmoid_bias.astype(jnp.float32)
-    q_side, k_side = jax.tree.map(lambda x: x[:, None], (queries, keys))
-    q_heads, k_heads, v_heads = (jnp.swapaxes(x, 1, 2) for x in (call.q, call.k, call.v))
-    o, rows = _flash(problem, Operands(q_heads, k_heads, v_heads, bias, q_side, k_side, call.selected))
-    o, stats = jnp.moveaxis(o, 3, 1), [jnp.moveaxis(x, 2, 1) for x in rows]  # [B, H, V, T] and [B, H, T] to token-major
+    o, stats = chosen_tokens.attention(call) if _by_token(call) else _by_tiles(call, layout, queries, keys)
     if call.return_stats:
         stats.append(first_mass(call, stats[0], queries, keys))
     if call.sink_logits is not None:
         o, stats = with_sinks(o, stats, call.sink_logits)
     return o, AttentionStats(*stats) if call.return_stats else None
+
+
+def _by_tiles(call: AttentionCall, layout: Layout, queries: Tokens, keys: Tokens) -> tuple[Array, list[Array]]:
+    """o [B, T, H, V] and the rows [B, T, H] of each query."""
+    problem = _problem(call, layout)
+    bias = jnp.zeros(call.q.shape[2], jnp.float32) if call.sigmoid_bias is None else call.sigmoid_bias.astype(jnp.float32)
+    q_side, k_side = jax.tree.map(lambda x: x[:, None], (queries, keys))
+    q_heads, k_heads, v_heads = (jnp.swapaxes(x, 1, 2) for x in (call.q, call.k, call.v))
+    o, rows = _flash(problem, Operands(q_heads, k_heads, v_heads, bias, q_side, k_side, call.selected))
+    return jnp.moveaxis(o, 3, 1), [jnp.moveaxis(x, 2, 1) for x in rows]
 
 
 def routed_attention(call: RoutedCall) -> Array:

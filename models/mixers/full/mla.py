@@ -172,22 +172,27 @@ class MLA(HeadMixer):
     def project_step(self, x, *, at, state):
         new = self.latents(x, at)
         q_nope, q_rope, latent, k_rope, index = new
-        q = jnp.einsum("btgrk,cgrk->btgrc", self._grouped(q_nope), self._up(self.k_up)).reshape(*q_nope.shape[:3], -1)
         state = self.slots.write(state, self.kept(new), at)
-        latents, shared = state.entries["latent"], state.entries["k_rope"][:, :, None]
-        shared = jnp.broadcast_to(shared, (*latents.shape[:3], shared.shape[-1]))
-        k = jnp.concatenate([latents, shared], -1)
-        return MLAInputs(jnp.concatenate([q, q_rope], -1), k, latents, latent, k_rope, state.at, index), state
+        latents, shared = state.entries["latent"], state.entries["k_rope"]
+        q, k = self.absorbed(q_nope, q_rope, latents, shared)
+        return MLAInputs(q, k, latents, latent, k_rope, state.at, index), state
+
+    def operands(self, inputs: MLAInputs, at: Tokens) -> dict[str, Any]:
+        """What attends to what in whole sequences: arguments of the op. With `value_dim` queries attend to the latents, of which outputs are
+        mixtures."""
+        return {"q": inputs.q, "k": inputs.k, "v": inputs.v}
 
     def attend(self, inputs, *, at, state):
-        o = attention(inputs.q, inputs.k, inputs.v, at=at, **self.options(inputs))
+        operands = self.operands(inputs, at)
+        o: Any = attention(**operands, at=at, **self.options(inputs))
+        o = self._from_latents(o) if "value_dim" in operands else o
         if state is not None:
             state = self.slots.write(state, self.kept(inputs), at)
         return o, state
 
     def attend_step(self, inputs, *, at, state):
         o: Any = attention(inputs.q, inputs.k, inputs.v, at=at, kv_at=inputs.kv_at, **self.options(inputs))
-        return jnp.einsum("btgrc,cgrv->btgrv", self._grouped(o), self._up(self.v_up)).reshape(*o.shape[:3], -1), state
+        return self._from_latents(o), state
 
     def clip(self, ratio, alpha):
         own, rotated = self.config.nope_head_dim, self.config.rope_head_dim
@@ -198,6 +203,19 @@ class MLA(HeadMixer):
     def options(self, inputs: MLAInputs) -> dict[str, Any]:
         """What makes the weights: arguments of the op."""
         return {"mask": self.mask, "scale": self.scale, "selected": inputs.selected}
+
+    def absorbed(
+        self, q_nope: jax.Array, q_rope: jax.Array, latents: jax.Array, k_rope: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Queries `[B, T, H, kv_rank + rope]` and keys `[B, S, G, kv_rank + rope]` with the logits of the heads' own; the keys' first
+        channels are the latents."""
+        q = jnp.einsum("btgrk,cgrk->btgrc", self._grouped(q_nope), self._up(self.k_up)).reshape(*q_nope.shape[:3], -1)
+        shared = jnp.broadcast_to(k_rope[:, :, None], (*latents.shape[:3], k_rope.shape[-1]))
+        return jnp.concatenate([q, q_rope], -1), jnp.concatenate([latents, shared], -1)
+
+    def _from_latents(self, o: jax.Array) -> jax.Array:
+        """The heads' outputs `[B, T, H, v_head_dim]` of mixed latents `[B, T, H, kv_rank]`."""
+        return jnp.einsum("btgrc,cgrv->btgrv", self._grouped(o), self._up(self.v_up)).reshape(*o.shape[:3], -1)
 
     def _up(self, dense: Dense) -> jax.Array:
         """`[kv_rank, G, H / G, .]` in the compute dtype."""
@@ -236,7 +254,7 @@ class MLA(HeadMixer):
 
     def observe(self, inputs, x, *, at):
         options = {**self.options(inputs), "at": at}
-        _, stats = attention(inputs.q, inputs.k, inputs.v, return_stats=True, **options)
+        _, stats = attention(**self.operands(inputs, at), return_stats=True, **options)
         masses = {
             op.__name__: functools.partial(op, inputs.q, inputs.k, stats.lse, **options) for op in (first_masses, column_mass)
         }

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+import jax.numpy as jnp
+
 from plait.configs.domains import Channels, Coefficient, Heads, Span
-from plait.kernels import Tokens
+from plait.kernels import Tokens, served_by_kernel
 from plait.models.build import BuildContext
 from plait.models.mixers.base import register
 from plait.models.mixers.full.mla import MLA, MLAConfig, MLAInputs
@@ -131,6 +133,17 @@ class DSA(MLA):
         if self.config.stage == "warm_up":
             return inputs
         return inputs._replace(selected=chosen(index, at, inputs.kv_at, self.config.top_k))
+
+    def operands(self, inputs, at):
+        """Where a kernel brings the chosen tokens together, the latents, which all heads share; else each head's own keys, of which less is
+        to be multiplied."""
+        if inputs.selected is not None:
+            q_nope, q_rope = jnp.split(inputs.q, [self.config.nope_head_dim], axis=-1)
+            q, k = self.absorbed(q_nope, q_rope, inputs.latent, inputs.k_rope)
+            operands = {"q": q, "k": k, "value_dim": self.config.kv_rank}
+            if served_by_kernel(**operands, at=at, **self.options(inputs)):
+                return operands
+        return super().operands(inputs, at)
 
     def auxiliary_losses(self, inputs, x, *, at):
         if self.config.index_loss is None:

@@ -1,0 +1,164 @@
+"""Attention of all heads to tokens that each query chooses one by one, for TPU, where the values are the first channels of the keys.
+
+Tokens beyond what a core's memory holds are tables of their own, the results of which are joined.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from plait.kernels.attention.call import AttentionCall
+from plait.kernels.attention.chosen_rows import chosen_rows
+from plait.kernels.attention.per_query import gradient_rows
+from plait.kernels.attention.reference import MASKED as HIDDEN
+from plait.kernels.attention.tpu import gathering
+from plait.kernels.attention.tpu.tables import CHUNK, QUERIES, Problem, listed, repelled, table
+from plait.kernels.attention.tpu.weights import stacked_rows
+from plait.kernels.target import current
+
+Array = jax.Array
+
+MAX_DIM = 1024
+"""Channels of a key."""
+
+MAX_CHOSEN = 4096
+"""Tokens that a query chooses: lists of eight queries, two at a time, in the core's 1 MiB of scalar memory."""
+
+MIN_MEMORY = 64 << 20
+"""Bytes of a core's memory that tables and what stands beside them need at least."""
+
+
+def unsupported(call: AttentionCall) -> str | None:
+    """Why this kernel cannot serve a call that selects tokens, beyond what those of blocks cannot either; or None."""
+    heads, chosen = call.q.shape[2], call.selected.indices.shape[3]
+    if (memory := _memory()) < MIN_MEMORY:
+        return f"tokens are selected one by one, and a core's memory of {memory >> 20} MiB holds too few"
+    if not call.values_in_keys:
+        return "tokens are selected one by one, and the values are no channels of the keys; give value_dim"
+    if call.k.shape[2] > 1:
+        return f"tokens are selected one by one, of {call.k.shape[2]} key heads, not of one"
+    if heads % 8:
+        return f"{heads} heads are no multiple of 8"
+    if call.k.shape[3] > MAX_DIM:
+        return f"head dim {call.k.shape[3]} exceeds {MAX_DIM}"
+    if chosen > MAX_CHOSEN:
+        return f"{chosen} tokens a query exceed the {MAX_CHOSEN} that scalar memory holds"
+    if call.sigmoid or call.logit_soft_cap is not None:
+        return "tokens are selected one by one, under a softmax without a soft cap only"
+    return None
+
+
+def _memory() -> int:
+    """Bytes that a core has."""
+    here = current()
+    return MIN_MEMORY if here is None else here.vector_memory
+
+
+@dataclass(frozen=True)
+class Tables:
+    """How the keys are cut into tables."""
+
+    problem: Problem
+    """But for the rows of one."""
+    tokens: int
+    memory: int
+    """Bytes of a core's memory."""
+
+    def cut(self, *, gradients: bool) -> list[tuple[Problem, slice]]:
+        """The tables, and the keys of each."""
+        chunk = max(16, self.problem.chunk // 4) if gradients else self.problem.chunk
+        problem = replace(self.problem, sums=gradients, chunk=chunk // 16 * 16)
+        one = replace(problem, rows=7).bytes // 8
+        parts = -(-self.tokens // ((self.memory - gathering.RESERVE) // one - 8))
+        rows = -(-self.tokens // (8 * parts)) * 8
+        return [(replace(problem, rows=rows), slice(low, low + rows)) for low in range(0, self.tokens, rows)]
+
+
+def tables_of(call: AttentionCall) -> Tables:
+    """The tables of a call's keys."""
+    problem = Problem(
+        scale=call.scale,
+        stats=call.return_stats,
+        key_dim=call.k.shape[3],
+        value_dim=call.v.shape[3],
+        dtype=call.k.dtype.name,
+        chunk=min(CHUNK, -(-call.selected.indices.shape[3] // 16) * 16),
+        rows=0,
+        sums=False,
+    )
+    return Tables(problem, call.k.shape[1], _memory())
+
+
+def attention(call: AttentionCall) -> tuple[Array, list[Array]]:
+    """o [B, T, H, V] and rows [B, T, H]: lse and, with statistics, maximum and entropy."""
+    rows, tables = chosen_rows(call, padding=not call.mask.causal)[:, :, 0], tables_of(call)
+    if len(tables.cut(gradients=True)) > 1:
+        rows = jnp.sort(rows, axis=2)  # so that those of a table are neighbours
+    _, keys = call.sides
+    hidden = jnp.broadcast_to(keys.segment_ids == 0, call.k.shape[:2])
+    o, found = _attend(tables, call.q, call.k[:, :, 0], rows, hidden)
+    return o, list(found)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(tables: Tables, q: Array, k: Array, rows: Array, hidden: Array) -> tuple[Array, tuple[Array, ...]]:
+    return _forward(tables, q, k, rows, hidden)[0]
+
+
+def _forward(tables: Tables, q: Array, k: Array, rows: Array, hidden: Array) -> Any:
+    length, cut = q.shape[1], tables.cut(gradients=False)
+    wide, parts = repelled(tables.problem, _whole(q)), []
+    for problem, keys in cut:
+        far = table(problem, k[:, keys], hidden[:, keys])
+        dtype = q.dtype if len(cut) == 1 else jnp.float32
+        parts.append(gathering.forward(problem, wide, far, *listed(problem, rows, keys.start), dtype))
+    o, found = parts[0] if len(parts) == 1 else _joined(parts)
+    o, found = o[:, :length].astype(q.dtype), tuple(jnp.moveaxis(found[:, :length], 2, 0))
+    return (o, found), (q, k, rows, hidden, o, found)
+
+
+def _joined(parts: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
+    """Outputs and rows over all keys, of those over some each."""
+    lse = jnp.stack([found[:, :, 0] for _, found in parts])
+    some = lse > HIDDEN / 2
+    total = jnp.where(some.any(0), jax.nn.logsumexp(jnp.where(some, lse, -jnp.inf), axis=0, where=some), HIDDEN)
+    log_share = jnp.where(some, lse - total, 0)
+    share = jnp.where(some, jnp.exp(log_share), 0)
+    o = sum((share[n][..., None] * o for n, (o, _) in enumerate(parts)), jnp.zeros((), jnp.float32))
+    rows = [total]
+    if parts[0][1].shape[2] > 1:
+        peak, entropy = (jnp.stack([found[:, :, n] for _, found in parts]) for n in (1, 2))
+        rows += [peak.max(0), (share * (entropy - log_share)).sum(0)]
+    return o, jnp.stack(rows, axis=2)
+
+
+def _backward(tables: Tables, saved: Any, cotangents: tuple[Array, tuple[Array, ...]]) -> Any:
+    q, k, rows, hidden, o, found = saved
+    d_o, d_found = cotangents
+    (length, key_dim), cut = q.shape[1::2], tables.cut(gradients=True)
+    delta = jnp.sum(d_o.astype(jnp.float32) * o, axis=3)
+    lse, *others = gradient_rows(found, d_found, delta)
+    stacked = stacked_rows(tables.problem, [jnp.where(lse > HIDDEN / 2, lse, 0), *others])  # [B, T, R, H]
+    wide, d_o, stacked = repelled(tables.problem, _whole(q)), _whole(d_o.astype(q.dtype)), _whole(stacked)
+    d_q, d_k = jnp.zeros((), jnp.float32), []
+    for problem, keys in cut:
+        far = table(problem, k[:, keys], hidden[:, keys])
+        dtype = q.dtype if len(cut) == 1 else jnp.float32
+        of_q, of_rows = gathering.gradients(problem, wide, d_o, stacked, far, *listed(problem, rows, keys.start), dtype)
+        d_q = of_q if len(cut) == 1 else d_q + of_q
+        d_k.append(of_rows[:, : k[:, keys].shape[1], :key_dim])
+    return d_q[:, :length, :, :key_dim].astype(q.dtype), jnp.concatenate(d_k, axis=1).astype(k.dtype), None, None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _whole(x: Array) -> Array:
+    """[B, T, ...] to a multiple of what a grid step takes."""
+    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % QUERIES)] + [(0, 0)] * (x.ndim - 2))

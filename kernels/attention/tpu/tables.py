@@ -1,0 +1,115 @@
+"""Rows of a memory as a table in a TPU core's memory, and lists of the rows that each query brings from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Array = jax.Array
+
+LANES = 128
+QUERIES = 8
+"""Queries a grid step."""
+
+CHUNK = 1024
+"""Chosen tokens whose products are made at a time; a quarter of it for gradients."""
+
+_HIDING = -1e30
+"""q . k of a row that nobody sees."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call: sizes that a kernel knows."""
+
+    scale: float
+    stats: bool
+    key_dim: int
+    value_dim: int
+    dtype: str
+    chunk: int
+    """Chosen tokens a chunk, a multiple of 16."""
+    rows: int
+    """Tokens a table, of which there is one row more."""
+    sums: bool
+    """Whether there are sums of the rows' gradients beside the table."""
+
+    @property
+    def packing(self) -> int:
+        """Elements of a word of 32 bits."""
+        return 4 // jnp.dtype(self.dtype).itemsize
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of 128 channels, one of which has room for what hides a row."""
+        return self.key_dim // LANES + 1
+
+    @property
+    def words(self) -> int:
+        """Lines of 128 words of a row."""
+        return -(-self.tiles // self.packing)
+
+    @property
+    def pitch(self) -> int:
+        """Lines from one row to the next, those of its sums where there are any, so that one number finds both."""
+        return self.tiles if self.sums else self.words
+
+    @property
+    def width(self) -> int:
+        """Channels as the products have them."""
+        return self.tiles * LANES
+
+    @property
+    def table_rows(self) -> int:
+        return -(-(self.rows + 1) // 8) * 8
+
+    @property
+    def bytes(self) -> int:
+        """Of a core's memory that table and sums take."""
+        return self.table_rows * self.pitch * LANES * 4 * (2 if self.sums else 1)
+
+
+def table(problem: Problem, k: Array, hidden: Array) -> Array:
+    """int32 [B, table_rows * pitch, 128] of rows k [B, S, K], S at most `rows`; those that are `hidden` [B, S] nobody sees.
+
+    A word holds the same channel of neighbouring tiles, the first in its lower bits.
+    """
+    batch, length, key_dim = k.shape
+    wide = jnp.pad(k, ((0, 0), (0, problem.table_rows - length), (0, problem.words * problem.packing * LANES - key_dim)))
+    hidden = jnp.pad(hidden, ((0, 0), (0, problem.table_rows - length)), constant_values=True)
+    hiding = (jnp.arange(wide.shape[2]) == key_dim)[None, None] & hidden[..., None]
+    wide = jnp.where(hiding, jnp.asarray(_HIDING, k.dtype), wide)
+    wide = wide.reshape(batch, problem.table_rows, problem.words, problem.packing, LANES)
+    words = lax.bitcast_convert_type(jnp.moveaxis(wide, 3, 4) if problem.packing > 1 else wide[:, :, :, 0], jnp.int32)
+    words = jnp.pad(words, ((0, 0), (0, 0), (0, problem.pitch - problem.words), (0, 0)))
+    return words.reshape(batch, -1, LANES)
+
+
+def repelled(problem: Problem, q: Array) -> Array:
+    """q [B, T, H, width], which a hidden row repels."""
+    return jnp.pad(
+        jnp.pad(q, ((0, 0),) * 3 + ((0, 1),), constant_values=1), ((0, 0),) * 3 + ((0, problem.width - q.shape[3] - 1),)
+    )
+
+
+def listed(problem: Problem, rows: Array, low: int) -> tuple[Array, Array]:
+    """Of each query the lines at which its rows of the table from row `low` on begin, int32 [B, T / 8, 1, 8 L], and between which chunks of
+    them those are that are not hidden, at least one, [B, T / 8, 1, 16].
+
+    Args:
+      rows: [B, T, N] of the whole memory; -1 is none.
+    """
+    batch, length, count = rows.shape
+    wide = -(-count // problem.chunk) * problem.chunk
+    rows = jnp.pad(rows, ((0, 0), (0, -length % QUERIES), (0, wide - count)), constant_values=-1)
+    inside = (rows >= low) & (rows < low + problem.rows)
+    index = jnp.arange(wide, dtype=jnp.int32)[None, None]
+    first = jnp.min(jnp.where(inside, index, wide - 1), axis=2) // problem.chunk
+    last = jnp.max(jnp.where(inside, index, 0), axis=2) // problem.chunk
+    bounds = jnp.stack([first, jnp.maximum(last, first) + 1], axis=2)
+    entries = problem.pitch * jnp.where(inside, rows - low, problem.rows)
+    by_step = lambda x: x.reshape(batch, -1, 1, QUERIES * x.shape[2])
+    return by_step(entries), by_step(bounds)
