@@ -1,4 +1,4 @@
-"""The TPU kernels for tokens that queries choose one by one, in Pallas' TPU interpreter with race detection, against the reference."""
+"""The TPU kernels for tokens that queries choose one by one, in Pallas' TPU interpreter, against the reference."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -56,7 +56,7 @@ CASES = {
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Chunks of 32 tokens, of 16 for gradients."""
     monkeypatch.setattr(chosen_tokens, "CHUNK", 32)
-    with target("v5e"), pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+    with target("v5e"), pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
         yield
 
 
@@ -107,9 +107,9 @@ def test_kernel_matches_reference(name: str, monkeypatch: pytest.MonkeyPatch):
     if case.parts > 1:
         tables = chosen_tokens.tables_of(call)
         rows = -(-call.k.shape[1] // (8 * case.parts)) * 8
-        least = replace(tables.problem, sums=True, rows=rows + 8).bytes
+        least = replace(tables.problem, sums=True, rows=rows).bytes
         monkeypatch.setattr(chosen_tokens, "_memory", lambda: gathering.RESERVE + least)
-        assert len(chosen_tokens.tables_of(call).cut(gradients=True)) == case.parts
+        assert chosen_tokens.tables_of(call).cut(gradients=True)[1] == case.parts
     got = jax.jit(partial(_results, pallas_tpu.attention))(call)
     exact = in_float64(partial(_results, reference.attention), call)
     plain = jax.jit(partial(_results, reference.attention))(call)

@@ -5,7 +5,7 @@ Tokens beyond what a core's memory holds are tables of their own, the results of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -70,14 +70,13 @@ class Tables:
     memory: int
     """Bytes of a core's memory."""
 
-    def cut(self, *, gradients: bool) -> list[tuple[Problem, slice]]:
-        """The tables, and the keys of each."""
+    def cut(self, *, gradients: bool) -> tuple[Problem, int]:
+        """A table, and how many there are."""
         chunk = max(16, self.problem.chunk // 4) if gradients else self.problem.chunk
         problem = replace(self.problem, sums=gradients, chunk=chunk // 16 * 16)
         one = replace(problem, rows=7).bytes // 8
         parts = -(-self.tokens // ((self.memory - gathering.RESERVE) // one - 8))
-        rows = -(-self.tokens // (8 * parts)) * 8
-        return [(replace(problem, rows=rows), slice(low, low + rows)) for low in range(0, self.tokens, rows)]
+        return replace(problem, rows=-(-self.tokens // (8 * parts)) * 8), parts
 
 
 def tables_of(call: AttentionCall) -> Tables:
@@ -98,7 +97,7 @@ def tables_of(call: AttentionCall) -> Tables:
 def attention(call: AttentionCall) -> tuple[Array, list[Array]]:
     """o [B, T, H, V] and rows [B, T, H]: lse and, with statistics, maximum and entropy."""
     rows, tables = chosen_rows(call, padding=not call.mask.causal)[:, :, 0], tables_of(call)
-    if len(tables.cut(gradients=True)) > 1:
+    if tables.cut(gradients=True)[1] > 1:
         rows = jnp.sort(rows, axis=2)  # so that those of a table are neighbours
     _, keys = call.sides
     hidden = jnp.broadcast_to(keys.segment_ids == 0, call.k.shape[:2])
@@ -112,25 +111,42 @@ def _attend(tables: Tables, q: Array, k: Array, rows: Array, hidden: Array) -> t
 
 
 def _forward(tables: Tables, q: Array, k: Array, rows: Array, hidden: Array) -> Any:
-    length, cut = q.shape[1], tables.cut(gradients=False)
-    wide, parts = repelled(tables.problem, _whole(q)), []
-    for problem, keys in cut:
-        far = table(problem, k[:, keys], hidden[:, keys])
-        dtype = q.dtype if len(cut) == 1 else jnp.float32
-        parts.append(gathering.forward(problem, wide, far, *listed(problem, rows, keys.start), dtype))
-    o, found = parts[0] if len(parts) == 1 else _joined(parts)
+    length, (problem, parts) = q.shape[1], tables.cut(gradients=False)
+    wide = repelled(problem, _whole(q))
+    dtype = q.dtype if parts == 1 else jnp.float32
+
+    def of_part(low: Array, far: Array) -> tuple[Array, Array]:
+        return gathering.forward(problem, wide, far, *listed(problem, rows, low), dtype)
+
+    o, found = _joined(of_part, _tables(problem, parts, k, hidden))
     o, found = o[:, :length].astype(q.dtype), tuple(jnp.moveaxis(found[:, :length], 2, 0))
     return (o, found), (q, k, rows, hidden, o, found)
 
 
-def _joined(parts: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
-    """Outputs and rows over all keys, of those over some each."""
+def _tables(problem: Problem, parts: int, k: Array, hidden: Array) -> tuple[Array, Array]:
+    """The first key of each table, [parts], and the tables, [parts, B, ...]."""
+    more = parts * problem.rows - k.shape[1]
+    cut = lambda x: jnp.moveaxis(x.reshape(x.shape[0], parts, problem.rows, *x.shape[2:]), 1, 0)
+    k, hidden = jnp.pad(k, ((0, 0), (0, more), (0, 0))), jnp.pad(hidden, ((0, 0), (0, more)), constant_values=True)
+    return problem.rows * jnp.arange(parts), jax.vmap(partial(table, problem))(cut(k), cut(hidden))
+
+
+def _joined(of_part: Callable[[Array, Array], tuple[Array, Array]], parts: tuple[Array, Array]) -> tuple[Array, Array]:
+    """Outputs and rows over all keys, of those over the keys of each part."""
+    first, others = jax.tree.map(lambda x: x[0], parts), jax.tree.map(lambda x: x[1:], parts)
+    found = of_part(*first)
+    if not len(others[0]):
+        return found
+    return jax.lax.scan(lambda found, part: (_both(found, of_part(*part)), None), found, others)[0]
+
+
+def _both(*parts: tuple[Array, Array]) -> tuple[Array, Array]:
     lse = jnp.stack([found[:, :, 0] for _, found in parts])
     some = lse > HIDDEN / 2
-    total = jnp.where(some.any(0), jax.nn.logsumexp(jnp.where(some, lse, -jnp.inf), axis=0, where=some), HIDDEN)
-    log_share = jnp.where(some, lse - total, 0)
+    total = jnp.where(some.any(0), jax.nn.logsumexp(lse, axis=0), HIDDEN)
+    log_share = jnp.where(some, lse - total[None], 0)
     share = jnp.where(some, jnp.exp(log_share), 0)
-    o = sum((share[n][..., None] * o for n, (o, _) in enumerate(parts)), jnp.zeros((), jnp.float32))
+    o = share[0][..., None] * parts[0][0] + share[1][..., None] * parts[1][0]
     rows = [total]
     if parts[0][1].shape[2] > 1:
         peak, entropy = (jnp.stack([found[:, :, n] for _, found in parts]) for n in (1, 2))
@@ -141,19 +157,29 @@ def _joined(parts: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
 def _backward(tables: Tables, saved: Any, cotangents: tuple[Array, tuple[Array, ...]]) -> Any:
     q, k, rows, hidden, o, found = saved
     d_o, d_found = cotangents
-    (length, key_dim), cut = q.shape[1::2], tables.cut(gradients=True)
+    (length, key_dim), (problem, parts) = q.shape[1::2], tables.cut(gradients=True)
     delta = jnp.sum(d_o.astype(jnp.float32) * o, axis=3)
     lse, *others = gradient_rows(found, d_found, delta)
-    stacked = stacked_rows(tables.problem, [jnp.where(lse > HIDDEN / 2, lse, 0), *others])  # [B, T, R, H]
-    wide, d_o, stacked = repelled(tables.problem, _whole(q)), _whole(d_o.astype(q.dtype)), _whole(stacked)
-    d_q, d_k = jnp.zeros((), jnp.float32), []
-    for problem, keys in cut:
-        far = table(problem, k[:, keys], hidden[:, keys])
-        dtype = q.dtype if len(cut) == 1 else jnp.float32
-        of_q, of_rows = gathering.gradients(problem, wide, d_o, stacked, far, *listed(problem, rows, keys.start), dtype)
-        d_q = of_q if len(cut) == 1 else d_q + of_q
-        d_k.append(of_rows[:, : k[:, keys].shape[1], :key_dim])
-    return d_q[:, :length, :, :key_dim].astype(q.dtype), jnp.concatenate(d_k, axis=1).astype(k.dtype), None, None
+    stacked = stacked_rows(problem, [jnp.where(lse > HIDDEN / 2, lse, 0), *others])  # [B, T, R, H]
+    wide, d_o, stacked = repelled(problem, _whole(q)), _whole(d_o.astype(q.dtype)), _whole(stacked)
+    dtype = q.dtype if parts == 1 else jnp.float32
+
+    def of_part(low: Array, far: Array) -> tuple[Array, Array]:
+        d_q, d_rows = gathering.gradients(problem, wide, d_o, stacked, far, *listed(problem, rows, low), dtype)
+        return d_q, d_rows[:, : problem.rows, :key_dim]
+
+    lows, far = _tables(problem, parts, k, hidden)
+    if parts == 1:
+        d_q, d_k = of_part(lows[0], far[0])
+    else:
+
+        def add(total: Array, part: tuple[Array, Array]) -> tuple[Array, Array]:
+            d_q, d_k = of_part(*part)
+            return total + d_q, d_k
+
+        d_q, d_k = jax.lax.scan(add, jnp.zeros(wide.shape, dtype), (lows, far))
+        d_k = jnp.moveaxis(d_k, 0, 1).reshape(k.shape[0], -1, key_dim)
+    return d_q[:, :length, :, :key_dim].astype(q.dtype), d_k[:, : k.shape[1]].astype(k.dtype), None, None
 
 
 _attend.defvjp(_forward, _backward)

@@ -95,7 +95,7 @@ def repelled(problem: Problem, q: Array) -> Array:
     )
 
 
-def listed(problem: Problem, rows: Array, low: int) -> tuple[Array, Array]:
+def listed(problem: Problem, rows: Array, low: Array) -> tuple[Array, Array]:
     """Of each query the lines at which its rows of the table from row `low` on begin, int32 [B, T / 8, 1, 8 L], and between which chunks of
     them those are that are not hidden, at least one, [B, T / 8, 1, 16].
 
