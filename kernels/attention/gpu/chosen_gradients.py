@@ -13,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from plait.kernels import gpu
 from plait.kernels.attention.gpu import rows as by_row
-from plait.kernels.attention.gpu.chosen_kernels import HALF, Launch, Operands, Problem, hidden, meet
+from plait.kernels.attention.gpu.chosen_kernels import HALF, Launch, Operands, Problem, hidden, meet, numbers
 from plait.kernels.attention.gpu.kernels import COMPUTE, LOG2E, ROWS
 
 Array = jax.Array
@@ -91,8 +91,9 @@ def _gradient_rows(launch: Launch, refs: Any, block: Array, pair: Array, wg: Arr
 
         @pl.when(wg == 0)
         def _weights() -> None:
+            rows = numbers(refs, pair, n * HALF)
             [z] = gpu.products((refs.q_tile, key_tile.transpose((1, 0))))
-            z = hidden(refs, pair, n * HALF, z * (problem.scale * LOG2E))
+            z = hidden(rows, z * (problem.scale * LOG2E))
             refs.logits[...] = z
             meet(refs)
             refs.weights.at[0][...] = jnp.exp2(z - row(LSE)).astype(launch.dtype)
@@ -129,6 +130,8 @@ def _pieces(width: int) -> list[tuple[int, int]]:
 def _key_sums(launch: Launch, refs: Any, block: Array, pair: Array, wg: Array, n: Array, weights: Any, d_logits: Any) -> None:
     """Adds to dk and dv of a tile's keys, 64 channels by keys at a time, of which the warpgroups take turns."""
 
+    rows = numbers(refs, pair, n * HALF)
+
     def chunk(name: str, number: Array | int) -> None:
         at = pl.ds(number * ROWS, ROWS)
         terms = {"d_k": (refs.q_tile, d_logits), "d_v": (refs.d_o_tile, weights)}
@@ -140,7 +143,7 @@ def _key_sums(launch: Launch, refs: Any, block: Array, pair: Array, wg: Array, n
         if gpu.interpreted():
             target.at[block, at, pl.ds(n * HALF, HALF)][...] = acc
         else:
-            by_row.add(target.at[:, at], acc, gpu.load(refs.rows.at[pair, pl.ds(n * HALF, HALF)], 1))
+            by_row.add(target.at[:, at], acc, rows)
 
     keys, values = launch.key_dim // ROWS, launch.value_dim // ROWS
     if launch.own_values:

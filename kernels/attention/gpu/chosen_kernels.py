@@ -241,10 +241,11 @@ def _forward_rows(launch: Launch, refs: Any, block: Array, pair: Array, wg: Arra
 
     def step(n: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
         acc, old, total, *extra = state
+        rows = numbers(refs, pair, n * TILE + wg * HALF)
         key_tile, *rest = refs.ring.read(n)
         value_tile = rest[0] if rest else key_tile
         [z] = gpu.products((refs.q_tile, key_tile.at[own_columns].transpose((1, 0))))
-        z = hidden(refs, pair, n * TILE + wg * HALF, z * (problem.scale * LOG2E))
+        z = hidden(rows, z * (problem.scale * LOG2E))
         refs.shared.at[wg, 0][...] = jnp.max(z, axis=1)
         meet(refs)
         peak = jnp.maximum(old, jnp.maximum(gpu.load(refs.shared.at[0, 0], 0), gpu.load(refs.shared.at[1, 0], 0)))
@@ -289,7 +290,11 @@ def _forward_rows(launch: Launch, refs: Any, block: Array, pair: Array, wg: Arra
         plgpu.wait_smem_to_gmem(0)
 
 
-def hidden(refs: Any, pair: Array, start: Array, z: Array) -> Array:
-    """Logits [64, N] of the chosen tokens from `start` on, `BELOW` where there is none."""
-    rows = gpu.load(refs.rows.at[pair, pl.ds(start, z.shape[1])], 1)
+def numbers(refs: Any, pair: Array, start: Array) -> Array:
+    """Rows int32 [32] of the chosen tokens of a pair from `start` on, in the layout of what each column of a product has one of."""
+    return gpu.load(refs.rows.at[pair, pl.ds(start, HALF)], 1)
+
+
+def hidden(rows: Array, z: Array) -> Array:
+    """Logits [64, 32], `BELOW` where there is no row."""
     return jnp.where(gpu.columns_to(rows, ROWS) >= 0, z, jnp.full_like(z, BELOW))
