@@ -1,4 +1,4 @@
-"""What a TPU kernel says to XLA of its work: XLA cannot look inside, and lays exchange between devices beside what takes as long."""
+"""What a kernel says to XLA of its work: XLA cannot look inside, and lays exchange between devices beside what takes as long."""
 
 import math
 from collections.abc import Iterable

@@ -6,6 +6,7 @@ interpreter runs neither, so there the left factor goes through shared memory an
 
 import contextlib
 import contextvars
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -69,10 +70,13 @@ def interpreted() -> bool:
     return _interpreting.get() is not None
 
 
-def call(body: Callable[..., None], *, name: str, sums_columns: bool = True, **options: Any) -> Callable[..., Any]:
+def call(
+    body: Callable[..., None], *, name: str, sums_columns: bool = True, cost: pl.CostEstimate | None = None, **options: Any
+) -> Callable[..., Any]:
     """`plgpu.kernel` with fast exponentials and explicit layouts; interpreted under `interpreting`. `options` are its own.
 
     `sums_columns` is whether a reduction runs down the columns of a matrix, and so over warps, which takes 2 KiB of shared memory.
+    `cost` is told where JAX can (0.12).
     """
     body.__name__ = name
     params = plgpu.CompilerParams(
@@ -80,8 +84,11 @@ def call(body: Callable[..., None], *, name: str, sums_columns: bool = True, **o
         lowering_semantics=plgpu.LoweringSemantics.Lane,
         reduction_scratch_bytes=2 << 10 if sums_columns else 0,
     )
-    interpret = {"interpret": _interpreting.get()} if interpreted() else {}
-    return plgpu.kernel(body, compiler_params=params, **interpret, **options)
+    if interpreted():
+        options["interpret"] = _interpreting.get()
+    if cost is not None and "cost_estimate" in inspect.signature(plgpu.kernel).parameters:
+        options["cost_estimate"] = cost
+    return plgpu.kernel(body, compiler_params=params, **options)
 
 
 def tile(shape: Sequence[int], dtype: Any, *, depth: int = 64) -> Any:
@@ -121,7 +128,7 @@ class Ring(NamedTuple):
 
     def fill(self, step: Array, *sources: Any) -> None:
         """Starts the copies of a reader's step, one source a tile."""
-        slot = self._slot(step)
+        slot = self.slot(step)
         pl.when(step >= self.tiles[0].shape[0])(lambda: plgpu.barrier_wait(self.free.at[slot]))
         for tile, source in zip(self.tiles, sources, strict=True):
             plgpu.copy_gmem_to_smem(source, tile.at[slot], self.filled.at[slot])
@@ -130,19 +137,20 @@ class Ring(NamedTuple):
         """Waits until all of a number of steps, not waited for by later fills, are released; ends the filling."""
         for back in range(self.tiles[0].shape[0], 0, -1):
             last = steps - back
-            pl.when(last >= 0)(partial(plgpu.barrier_wait, self.free.at[self._slot(last)]))
+            pl.when(last >= 0)(partial(plgpu.barrier_wait, self.free.at[self.slot(last)]))
 
     def read(self, step: Array) -> list[Any]:
         """The tiles of a step, once they are there; to be followed by `release`."""
-        slot = self._slot(step)
+        slot = self.slot(step)
         plgpu.barrier_wait(self.filled.at[slot])
         return [tile.at[slot] for tile in self.tiles]
 
     def release(self, step: Array) -> None:
         """Says that this reader has read a step's tiles."""
-        plgpu.barrier_arrive(self.free.at[self._slot(step)])
+        plgpu.barrier_arrive(self.free.at[self.slot(step)])
 
-    def _slot(self, step: Array) -> Array:
+    def slot(self, step: Array) -> Array:
+        """The place of a step's tiles in the ring."""
         return jax.lax.rem(step, jnp.int32(self.tiles[0].shape[0]))
 
 

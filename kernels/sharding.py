@@ -101,7 +101,8 @@ class Shards:
 
         def shard(letters: str, x: Any) -> jax.ShapeDtypeStruct:
             ways = [self.ways[a] if a in self.over and n > 1 else 1 for a, n in zip(letters, x.shape)]
-            return jax.ShapeDtypeStruct(tuple(n // w for n, w in zip(x.shape, ways)), x.dtype)
+            shape = tuple(n // w for n, w in zip(x.shape, ways))
+            return jax.ShapeDtypeStruct(shape + x.shape[len(shape) :], x.dtype)  # of axes without a letter all
 
         return self._map(shard)
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from plait.kernels import gpu
 from plait.kernels.attention.call import AttentionCall, RoutedCall
-from plait.kernels.attention.gpu import gradients, kernels
+from plait.kernels.attention.gpu import chosen_tokens, gradients, kernels
 from plait.kernels.attention.gpu.kernels import BLOCK, Operands, Problem, Tiles
 from plait.kernels.attention.per_query import gradient_rows, with_bias, with_sinks
 from plait.kernels.attention.reference import AttentionStats
@@ -50,6 +50,14 @@ def unsupported(call: AttentionCall) -> str | None:
     dtypes = {x.dtype.name for x in (q, k, v)}
     if len(dtypes) > 1 or not dtypes <= {"bfloat16", "float16"}:
         return f"q, k and v are {', '.join(sorted(dtypes))}, not all bfloat16 or all float16, which wgmma multiplies exactly"
+    if call.bias is not None:
+        return "it has no bias by distance, only one of low rank"
+    if scale <= 0:
+        return f"the scale {scale} is not a positive number"
+    if call.selected is not None and not call.document_keys:
+        return "blocks are selected among keys that are not the tokens of the queries' documents, in order"
+    if _gathers(call):
+        return chosen_tokens.unsupported(call)
     for dim in (q.shape[-1], v.shape[-1]):
         if dim % 16 or dim > MAX_HEAD_DIM:
             return f"head dim {dim} is no multiple of 16 up to {MAX_HEAD_DIM}"
@@ -57,18 +65,17 @@ def unsupported(call: AttentionCall) -> str | None:
         return f"head dims {q.shape[-1]} and {v.shape[-1]} need {needed} bytes of shared memory of {gpu.MAX_SMEM}"
     if q.shape[1] < MIN_QUERIES or k.shape[1] < MIN_QUERIES:
         return f"{q.shape[1]} queries and {k.shape[1]} keys fill no tile of at least {MIN_QUERIES}"
-    if call.bias is not None:
-        return "it has no bias by distance, only one of low rank"
-    if scale <= 0:
-        return f"the scale {scale} is not a positive number"
     if call.selected is not None:
-        if not call.document_keys:
-            return "blocks are selected among keys that are not the tokens of the queries' documents, in order"
         tiles = _tiles(call)
         for size in (tiles.block_kv, tiles.block_kv_dq, BLOCK):
             if reason := call.selected.unfit(size):
                 return reason
     return None
+
+
+def _gathers(call: AttentionCall) -> bool:
+    """Whether queries choose tokens one by one."""
+    return call.selected is not None and call.selected.block_size == 1
 
 
 def _tiles(call: AttentionCall) -> Tiles:
@@ -100,6 +107,8 @@ def _problem(call: AttentionCall, layout: Layout) -> Problem:
 
 def attention(call: AttentionCall) -> tuple[Array, AttentionStats | None]:
     """See `plait.kernels.attention`; always a pair here."""
+    if _gathers(call):
+        return chosen_tokens.attention(call)
     length, num_heads = call.q.shape[1:3]
     layout, queries, keys = laid_out(call)
     queries, keys = jax.tree.map(lambda x: _pad(x)[:, None], (queries, keys))

@@ -24,7 +24,8 @@ class SelectedBlocks:
     """
 
     indices: Array
-    """int32 [B, T, Hs, N]: numbers of blocks in any order, -1 where there is none; Hs divides H, and head h reads entry h // (H / Hs)."""
+    """int32 [B, T, Hs, N]: numbers of blocks in any order, none twice, -1 where there is none; Hs divides H, and head h reads entry
+    h // (H / Hs)."""
     block_size: int = dataclasses.field(metadata={"static": True})
     """Tokens a block; 1 selects tokens."""
     num_blocks: int = dataclasses.field(metadata={"static": True})

@@ -41,7 +41,7 @@ def _reports(out: str) -> dict[str, str]:
 
 
 MAX_SPILL = 64
-"""Bytes stored and loaded, of the forward kernel where blocks are selected and statistics wanted."""
+"""Bytes stored and loaded, of kernels with statistics where blocks or tokens are selected."""
 
 KERNELS = {"attention_forward", "attention_query_gradients", "attention_key_gradients"}
 
@@ -141,15 +141,68 @@ def _assert_compiles(
     of_tokens = shape(dtype=jnp.int32), shape(heads, 16, dtype=jnp.int32)
     with target(generation):
         jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, v, *of_tokens).compile()
+    _assert_assembled(generation, KERNELS, MAX_SPILL if chosen else 0, capfd)
+
+
+def _assert_assembled(generation: str, names: set[str], spills: int, capfd: Any) -> None:
+    """ptxas reports of these kernels, none of which spills more bytes, or for H200 of none: H100's, which are the same, are not assembled
+    again."""
     captured = capfd.readouterr()
     reports = _reports(captured.out + captured.err)
-    assert set(reports) == KERNELS or (
-        generation == "h200" and not reports
-    )  # H100's, which are the same, are not assembled again
+    assert set(reports) == names or (generation == "h200" and not reports)
     for name, report in reports.items():
         assert "serialized" not in report, f"{name}: {report}"
         spilled = sum(map(int, re.findall(r"(\d+) bytes spill", report)))
-        assert spilled <= (MAX_SPILL if chosen else 0), f"{name}: {report}"
+        assert spilled <= spills, f"{name}: {report}"
+
+
+@pytest.mark.parametrize(
+    ("generation", "length", "num_heads", "dims", "own_values"),
+    [
+        ("h100", 4096, (128, 1), (576, 512), False),
+        *(
+            pytest.param(generation, length, (heads, 1), (576, 512), False, marks=pytest.mark.slow)
+            for generation in ("h100", "h200")
+            for length in (4096, 32768, 131072)
+            for heads in (16, 128)
+            if (generation, length, heads) != ("h100", 4096, 128)
+        ),
+        pytest.param("h100", 4096, (16, 2), (128, 128), True, marks=pytest.mark.slow),
+        pytest.param("h100", 4096, (16, 2), (80, 64), True, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_chosen_tokens_compile(
+    generation: str,
+    length: int,
+    num_heads: tuple[int, int],
+    dims: tuple[int, int],
+    own_values: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: Any,
+):
+    """The shapes of DSA, whole and in parts of its heads, and of DMA; 2,048 tokens."""
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    where = _on(generation)
+    shape = lambda *dims, dtype=jnp.bfloat16: jax.ShapeDtypeStruct((1, length, *dims), dtype, sharding=where)
+    heads, groups = num_heads
+    arrays = {"q": shape(heads, dims[0]), "k": shape(groups, dims[0])} | ({"v": shape(groups, dims[1])} if own_values else {})
+
+    def loss(arrays: dict[str, jax.Array], segment_ids: jax.Array, indices: jax.Array) -> jax.Array:
+        o, rows = kernels.attention(
+            **arrays,
+            value_dim=None if own_values else dims[1],
+            mask=Mask(),
+            at=kernels.Tokens(None, segment_ids),
+            selected=SelectedBlocks(indices=indices, block_size=1, num_blocks=length),
+            return_stats=True,
+            implementation="pallas_gpu",
+        )
+        return jnp.sum(o.astype(jnp.float32)) + jnp.sum(rows.entropy)
+
+    with target(generation):
+        jax.jit(jax.grad(loss)).lower(arrays, shape(dtype=jnp.int32), shape(groups, 2048, dtype=jnp.int32)).compile()
+    _assert_assembled(generation, {"chosen_tokens_forward", "chosen_tokens_gradients"}, MAX_SPILL, capfd)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from plait.kernels import Mask, Tokens, attention, decay, dispatch
 from plait.kernels.attention.call import AttentionCall
-from plait.kernels.sharding import splitting
+from plait.kernels.masks import SelectedBlocks
+from plait.kernels.sharding import Shards, splitting
 from plait.tests.kernels import cases
 from plait.tests.tolerances import assert_close
 
@@ -110,3 +111,13 @@ def test_unsupported_sees_the_part_of_a_device(mesh):
         assert op.unsupported("kernel", call) == "never"
     assert op.unsupported("kernel", call) == "never"
     assert sizes == [(2, LENGTH, 2, 8), q.shape]
+
+
+def test_one_device_sees_axes_that_nothing_divides(mesh: Mesh):
+    q, k = jnp.zeros((4, LENGTH, 4, 8)), jnp.zeros((4, LENGTH, 1, 8))
+    selected = SelectedBlocks(indices=jnp.zeros((4, LENGTH, 1, 3), jnp.int32), block_size=1, num_blocks=LENGTH)
+    call = AttentionCall.of("attention", q=q, k=k, value_dim=4, mask=Mask(), selected=selected)
+    with splitting(mesh, batch=("data",), heads=("tensor",)):
+        local = Shards(call).local()
+    assert (local.q.shape, local.k.shape) == ((2, LENGTH, 2, 8), (2, LENGTH, 1, 8))
+    assert local.selected.indices.shape == (2, LENGTH, 1, 3)

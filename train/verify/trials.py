@@ -26,14 +26,16 @@ class Drawn(NamedTuple):
 
     shape: tuple[int, ...]
     what: Literal[
-        "values", "unit", "log_decay", "strength", "weight", "state", "words", "segments", "active", "blocks", "whole"
+        "values", "unit", "log_decay", "strength", "weight", "state", "words", "segments", "active", "blocks", "tokens", "whole"
     ] = "values"
 
 
-_WHOLE = ("words", "segments", "active", "blocks")
+_WHOLE = ("words", "segments", "active", "blocks", "tokens")
 _FLOAT32 = ("log_decay", "state")
 BLOCK = 64
 """Tokens a selected block."""
+TOP_K = 200
+"""Tokens that are chosen one by one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +83,8 @@ def _values(rng: np.random.Generator, drawn: Drawn, shape: Shape) -> np.ndarray:
             return _documents(drawn.shape)
         case "blocks":
             return _selected(rng, drawn.shape)
+        case "tokens":
+            return _chosen(rng, drawn.shape)
     x = rng.standard_normal(drawn.shape)
     match drawn.what:
         case "unit":
@@ -115,6 +119,14 @@ def _selected(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     return numbers
 
 
+def _chosen(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Numbers of tokens of the sequence, each once, of which those in the future are hidden and a few are none."""
+    length, count = shape[1], shape[3]
+    spread = np.arange(count) * (length // count)
+    numbers = (rng.integers(0, length, (*shape[:3], 1)) + spread) % length
+    return np.where(rng.random(shape) < 0.1, -1, numbers)
+
+
 def _attention(s: Shape, *more: tuple[str, Drawn]) -> dict[str, Drawn]:
     keys = Drawn((s.batch, s.length, s.kv_heads, s.dim))
     return {"q": Drawn((s.batch, s.length, s.heads, s.dim)), "k": keys, "v": keys} | dict(more)
@@ -128,6 +140,20 @@ def _attend(x: Arrays, implementation: str, *, mask: Mask | None = None, stats: 
         x["q"], x["k"], x["v"], mask=mask or Mask(), at=_at(x), return_stats=stats, implementation=implementation, **options
     )
     return {"o": found[0], **found[1]._asdict()} if stats else {"o": found}
+
+
+def _latents(s: Shape) -> dict[str, Drawn]:
+    """Queries of all heads and the one head of keys, whose channels are the values."""
+    chosen = Drawn((s.batch, s.length, 1, min(s.length, TOP_K)), "tokens")
+    return {"q": Drawn((s.batch, s.length, s.heads, s.dim)), "k": Drawn((s.batch, s.length, 1, s.dim)), "tokens": chosen}
+
+
+def _gather(x: Arrays, implementation: str) -> dict[str, Array]:
+    length, dim = x["q"].shape[1::2]
+    selected = SelectedBlocks(indices=x["tokens"], block_size=1, num_blocks=length)
+    options = {"mask": Mask(), "value_dim": dim, "selected": selected, "return_stats": True}
+    o, rows = kernels.attention(x["q"], x["k"], implementation=implementation, **options)
+    return {"o": o, **rows._asdict()}
 
 
 def _choice(s: Shape, *more: tuple[str, Drawn]) -> dict[str, Drawn]:
@@ -262,6 +288,7 @@ TRIALS: dict[str, Trial] = {
         arguments=lambda s: _attention(s, ("blocks", Drawn((s.batch, s.length, s.kv_heads, 4), "blocks"))),
         run=_attend,
     ),
+    "attention, chosen tokens": Trial(op="attention", arguments=_latents, run=_gather),
     "routed_attention": Trial(
         op="routed_attention",
         arguments=lambda s: _attention(s, _segments(s), ("active", Drawn((s.batch, s.length, s.heads), "active"))),

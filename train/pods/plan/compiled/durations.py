@@ -21,7 +21,7 @@ SOURCES: dict[Source, str] = {
 }
 
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
-_KERNEL_FLOPS = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
+_KERNEL_FLOPS = re.compile(r'(?:"cost_estimate":\{"flops":"|cost_estimate_json = "\{\\22flops\\22: )(\d+)')  # on TPU, on GPU
 _DIMS = re.compile(r"\[([\d,]*)\]")
 _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 _LABELS = re.compile(r"dim_labels=\w+_(\w+)->\w+")

@@ -78,6 +78,12 @@ def test_an_unknown_kernel_is_at_the_peak_of_what_it_says_or_moves():
     }
 
 
+def test_a_kernel_for_gpus_says_its_operations_too():
+    cost = r'cost_estimate_json = "{\22flops\22: 98900000000, \22transcendentals\22: 7, \22bytes_accessed\22: 9}"'
+    line = f'%mpmd_map.1 = f32[4]{{0}} custom-call(%list), custom_call_target="mosaic_gpu_v2", backend_config={{{cost}}}'
+    assert work(line, target="h100:1x4") == {"peak": pytest.approx(98.9e9 / 989e12)}
+
+
 def test_copies_that_are_started_ahead_run_beside_the_rest():
     assert work(COPY, FUSION) == work(FUSION)
 
