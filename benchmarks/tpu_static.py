@@ -111,6 +111,8 @@ def work(job: dict[str, Any]) -> None:
     array = lambda *s, dtype=job["dtype"]: jax.ShapeDtypeStruct(s, dtype, sharding=where)
     ours = _selected_kernel if "cut" in job else _attention_kernel if "kernel" in job else _public
     build = _splash if job["name"].startswith("splash") else _choosing if job["op"] == "choosing" else ours
+    if job["op"] == "chosen_tokens":
+        from chosen_tokens_static import kernel as build
     with target(job["target"]):
         function, operands = build(job, array)
         lowered = jax.jit(function).lower(*operands)
@@ -234,16 +236,17 @@ def _attention_kernel(job: dict[str, Any], array: Callable[..., Any]) -> tuple[C
         (1, 1, length // block_q, length // block_kv), int
     )
     problem = tiling.Problem(layout, tiles, width**-0.5, False, stats == "stats")
-    x, token = array(1, 1, length, width), array(1, 1, length, dtype=jnp.int32)
+    x, v = (array(1, 1, length, n) for n in (width, job.get("value_dim", width)))
+    token = array(1, 1, length, dtype=jnp.int32)
     rows = [array(1, 1, length, dtype=jnp.float32)] * (5 if stats else 2)
     side = Tokens(None, token, token)
-    operands = tiling.Operands(x, x, x, array(1, dtype=jnp.float32), side, side)
+    operands = tiling.Operands(x, x, v, array(1, dtype=jnp.float32), side, side)
 
     def function(table: Any, *operands: Any) -> Any:
         Every.entries = table
         return getattr(kernels, job["kernel"])(problem, *operands)
 
-    return function, (array(1, dtype=jnp.int32), operands, *(() if job["kernel"] == "forward" else (x, rows)))
+    return function, (array(1, dtype=jnp.int32), operands, *(() if job["kernel"] == "forward" else (v, rows)))
 
 
 def _selected_kernel(job: dict[str, Any], array: Callable[..., Any]) -> tuple[Callable[..., Any], tuple[Any, ...]]:

@@ -24,7 +24,7 @@ from plait.kernels.tokens import Tokens
 Array = jax.Array
 
 _TIES = 1e-6
-"""Logits this close to the row's maximum, relatively, get its gradient."""
+"""Where both passes make the same products."""
 
 
 def with_bias(rows: Sequence[Array], bias: Array) -> tuple[Array, ...]:
@@ -34,7 +34,7 @@ def with_bias(rows: Sequence[Array], bias: Array) -> tuple[Array, ...]:
 
 
 def gradient_rows(
-    rows: Sequence[Array], d_rows: Sequence[Array], delta: Array, *, sigmoid_bias: Array | None = None
+    rows: Sequence[Array], d_rows: Sequence[Array], delta: Array, *, sigmoid_bias: Array | None = None, ties: float = _TIES
 ) -> list[Array]:
     """The rows that the backward kernels read: lse (of the sigmoid with statistics log a, less the bias), c1 and, with statistics, c,
     dfirst, dmax, the logit from which dmax applies and, for the sigmoid, a.
@@ -45,6 +45,7 @@ def gradient_rows(
       d_rows: their cotangents.
       delta: sum of do o over the values of each row.
       sigmoid_bias: [H], of the sigmoid, whose weights are not normalised.
+      ties: logits this close to the row's maximum, relatively, get its gradient; more than the two passes' products may differ.
     """
     lse, d_lse, sigmoid = rows[0], d_rows[0], sigmoid_bias is not None
     if len(rows) == 1:
@@ -57,7 +58,7 @@ def gradient_rows(
     d_peak, d_entropy, *d_firsts = d_rows[1:]
     c, d_firsts = d_entropy * inverse, [d * inverse for d in d_firsts]
     c1 += jnp.where(seen, c * (lse - base - entropy) - sum(d * first for d, first in zip(d_firsts, firsts)), 0)
-    edge = jnp.where(seen, peak - _TIES * abs(peak), -HIDDEN)
+    edge = jnp.where(seen, peak - ties * abs(peak), -HIDDEN)
     return [
         base,
         c1,

@@ -87,6 +87,17 @@ class Layout(NamedTuple):
             rows = min(rows, near.sum(1).max() + (self.mask.num_sink_tokens - 1) // block_kv + 2)
         return int(rows), int(columns)
 
+    def expected(self, block_q: int, block_kv: int) -> int:
+        """Tiles that order can show some of. Where keys are not the queries' own it is an upper bound by what the mask reaches back, or for a
+        causal mask that reaches all the mean of queries that stand anywhere among the keys, as those of devices that share a row do."""
+        near = self.near(block_q, block_kv)
+        if self.own_keys:
+            return int(near.sum())
+        (rows, row), reach = near.shape, self.mask.reach_back()
+        if reach is not None:
+            return rows * min(row, 1 + -(-(reach + block_q) // block_kv))
+        return rows * (row + 1) // 2 if self.mask.causal else rows * row
+
 
 def laid_out(call: AttentionCall) -> tuple[Layout, Tokens, Tokens]:
     """The layout of a call and the tokens of its queries and keys, [B, T] and [B, S]; one row of them where nothing is packed."""

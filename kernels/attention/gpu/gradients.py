@@ -110,6 +110,7 @@ def query_gradients(problem: Problem, x: Operands, d_o: Array, rows: Array) -> t
     d_q, *shared = plan.run(
         lambda refs: _query_body(plan, refs),
         "attention_query_gradients",
+        columns=2 * plan.key_dim + plan.value_dim,
         inputs={"d_o": d_o, "rows": rows},
         outputs=outputs,
         scratch={
@@ -200,6 +201,7 @@ def _key_gradients(problem: Problem, x: Operands, d_o: Array, rows: Array, wante
     return plan.run(
         lambda refs: _key_body(plan, refs, wanted),
         "attention_key_gradients",
+        columns=2 * (plan.key_dim + plan.value_dim),
         inputs={"d_o": d_o, "rows": rows},
         outputs=outputs,
         scratch={

@@ -17,6 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from plait.kernels import gpu
 from plait.kernels.attention.reference import MASKED as HIDDEN
 from plait.kernels.attention.visits import MASKED, Layout, Visits, plan_visits, segment_starts
+from plait.kernels.costs import cost
 from plait.kernels.masks import block_number
 
 Array = jax.Array
@@ -108,6 +109,11 @@ class Plan:
             selected=x.selected,
             num_heads=self.num_heads,
         )
+        pairs = problem.layout.expected(block_q, block_kv) * block_q * block_kv
+        if x.selected is not None:
+            chosen = x.selected.indices.shape[3] * x.selected.block_size
+            pairs = min(pairs, self.length * chosen)
+        self.pairs = self.batch * self.num_heads * pairs
         self.visits: Visits = pair[0] if over == "q" else pair[1]
         self.inputs: dict[str, Array] = {"q": x.q, "k": x.k, "v": x.v, "entries": self.visits.flat()}
         self.inputs["counts"] = self.visits.counts().reshape(-1)
@@ -124,11 +130,13 @@ class Plan:
         body: Callable[[Any], None],
         name: str,
         *,
+        columns: int,
         inputs: Mapping[str, Array],
         outputs: Mapping[str, Any],
         scratch: Mapping[str, Any],
     ) -> list[Array]:
-        """Runs body(refs) over (heads, blocks, batch) with references by name; `inputs` join the plan's own."""
+        """Runs body(refs) over (heads, blocks, batch) with references by name; `inputs` join the plan's own. Of each pair of a query and a
+        key the products have so many `columns`."""
         own_heads, blocks = (
             (self.num_heads, self.length // BLOCK) if self.over == "q" else (self.num_kv_heads, self.num_keys // BLOCK)
         )
@@ -143,6 +151,7 @@ class Plan:
             grid_names=("head", "block", "batch"),
             num_threads=COMPUTE + 1,
             thread_name="warpgroup",
+            cost=cost((*arrays.values(), *outputs.values()), flops=2 * self.pairs * columns, transcendentals=self.pairs),
         )
         return kernel(*arrays.values())
 
@@ -273,6 +282,7 @@ def forward(problem: Problem, x: Operands) -> tuple[Array, tuple[Array, ...]]:
     o, rows = plan.run(
         lambda refs: _forward_body(plan, refs),
         "attention_forward",
+        columns=plan.key_dim + plan.value_dim,
         inputs={},
         outputs={
             "o": jax.ShapeDtypeStruct((*x.q.shape[:3], plan.value_dim), dtype),

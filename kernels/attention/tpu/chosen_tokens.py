@@ -30,6 +30,9 @@ MAX_DIM = 1024
 MAX_CHOSEN = 4096
 """Tokens that a query chooses: lists of eight queries, two at a time, in the core's 1 MiB of scalar memory."""
 
+TIES = 1e-5
+"""See `gradient_rows`; products of the backward pass have the queries on the other side."""
+
 MIN_MEMORY = 64 << 20
 """Bytes of a core's memory that tables and what stands beside them need at least."""
 
@@ -159,7 +162,7 @@ def _backward(tables: Tables, saved: Any, cotangents: tuple[Array, tuple[Array, 
     d_o, d_found = cotangents
     (length, key_dim), (problem, parts) = q.shape[1::2], tables.cut(gradients=True)
     delta = jnp.sum(d_o.astype(jnp.float32) * o, axis=3)
-    lse, *others = gradient_rows(found, d_found, delta)
+    lse, *others = gradient_rows(found, d_found, delta, ties=TIES)
     stacked = stacked_rows(problem, [jnp.where(lse > HIDDEN / 2, lse, 0), *others])  # [B, T, R, H]
     wide, d_o, stacked = repelled(problem, _whole(q)), _whole(d_o.astype(q.dtype)), _whole(stacked)
     dtype = q.dtype if parts == 1 else jnp.float32

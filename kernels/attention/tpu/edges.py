@@ -35,8 +35,7 @@ class Edges(NamedTuple):
     steps: int
     """Tiles that order can show some of."""
     num_cells: int
-    """Cells that are computed in these. Where keys are not the queries' own, both are an upper bound by what the mask reaches back, or for
-    a causal mask that reaches all the mean of queries that stand anywhere among the keys, as those of devices that share a row do."""
+    """Cells that are computed in these. Where keys are not the queries' own, both are what `Layout.expected` says."""
 
 
 @lru_cache(maxsize=256)
@@ -46,10 +45,7 @@ def edges(layout: Layout, block_q: int, block_kv: int) -> Edges:
     kinds = np.full(near.shape, MASKED)
     size = (block_q // CELL) * (block_kv // CELL)
     if not layout.own_keys:
-        reach, row = layout.mask.reach_back(), near.shape[1]
-        if reach is not None:
-            row = min(row, 1 + -(-(reach + block_q) // block_kv))
-        steps = near.shape[0] * (row + 1) // 2 if layout.mask.causal and reach is None else near.shape[0] * row
+        steps = layout.expected(block_q, block_kv)
         return Edges(kinds, (), (MASKED, FULL), steps, steps * size)
     q, k = np.arange(near.shape[0])[:, None] * block_q, np.arange(near.shape[1])[None, :] * block_kv
     _, every = layout.by_order(Span(q, q + block_q - 1), Span(k, k + block_kv - 1))
