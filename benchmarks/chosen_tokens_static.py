@@ -1,0 +1,98 @@
+"""Cycles of the TPU kernels for tokens that queries choose one by one, beside full causal attention: estimates of libtpu's compiler.
+
+    python benchmarks/chosen_tokens_static.py v5e,v6e [--heads 128] [--chosen 2048] [--seq-lens 32768,131072] [--stats]
+
+Both are of DeepSeek's shape: full attention has keys of 192 and values of 128 channels of each head, that to chosen tokens one latent of
+512 and 64 channels for all heads. The promise is full attention's operations over those of the chosen pairs; the indexer, which both would
+need, is in neither. Nothing runs. Copies by hand have no estimate: that of a table, once a sequence, is not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import tpu_static
+
+LATENT, ROTARY, HEAD, QUERIES = 512, 64, 128, 8
+SHAPE = (1, 2048, 1, HEAD + ROTARY, 0)
+
+
+def kernel(job: dict[str, Any], array: Any) -> tuple[Any, tuple[Any, ...]]:
+    """One grid step, in which each of eight queries has `job["chunks"]` chunks of `job["chunk"]` tokens; with 0 nothing but its frame."""
+    import jax
+    import jax.numpy as jnp
+
+    from plait.kernels.attention.tpu import gathering, tables
+
+    chunks, size, heads, sums = job["chunks"], job["chunk"], job["heads"], job["kernel"] == "gradients"
+
+    def each(self: Any, visit: Any, finish: Any, before: Any = lambda i, c: None) -> None:
+        def chunk(n: Any, _: None) -> None:
+            i, c = jax.lax.div(n, jnp.int32(chunks)), jax.lax.rem(n, jnp.int32(chunks))
+            before(i, c)
+            self.fetch(i, c)
+            visit(i, c == self.low(i), self.here[...])
+            self.unpack()
+
+        self.fetch(jnp.int32(0), self.low(0))
+        self.unpack()
+        if chunks:
+            jax.lax.fori_loop(0, QUERIES * chunks, chunk, None)
+            jax.lax.fori_loop(0, QUERIES, lambda i, _: finish(i), None)
+
+    gathering._Chunks.each, gathering._copy = each, lambda *_: None
+    problem = tables.Problem(
+        scale=0.07,
+        stats=job["stats"],
+        key_dim=LATENT + ROTARY,
+        value_dim=LATENT,
+        dtype=job["dtype"],
+        chunk=size,
+        rows=4096,
+        sums=sums,
+    )
+    q, o = array(1, QUERIES, heads, problem.width), array(1, QUERIES, heads, LATENT)
+    far = array(1, problem.table_rows * problem.pitch, 128, dtype=jnp.int32)
+    lists = array(1, 1, 1, QUERIES * size * max(1, chunks), dtype=jnp.int32), array(1, 1, 1, 2 * QUERIES, dtype=jnp.int32)
+    if sums:
+        rows = array(1, QUERIES, 5 if job["stats"] else 2, heads, dtype=jnp.float32)
+        return lambda *x: gathering.gradients(problem, *x, q.dtype), (q, o, rows, far, *lists)
+    return lambda *x: gathering.forward(problem, *x, q.dtype), (q, far, *lists)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("targets")
+    parser.add_argument("--heads", type=int, default=128)
+    parser.add_argument("--chosen", type=int, default=2048)
+    parser.add_argument("--seq-lens", default="32768,131072")
+    parser.add_argument("--stats", action="store_true")
+    args = parser.parse_args()
+    print(f"{args.heads} heads, {args.chosen} tokens, bfloat16{', statistics' if args.stats else ''}; cycles a query, estimated")
+    print("| chip | pass | T | full | chosen | faster | promised | share |")
+    print("|---|---|---|---|---|---|---|---|")
+    for target in args.targets.split(","):
+        for name, full_name in (("forward", "forward"), ("gradients", "all_gradients")):
+            chunk = 256 if name == "gradients" else 1024
+            job = {"target": target, "op": "chosen_tokens", "dtype": "bfloat16", "name": "chosen", "kernel": name}
+            job |= {"heads": args.heads, "chunk": chunk, "stats": args.stats}
+            whole, frame = (sum(tpu_static._run(job | {"chunks": n}, 600)["kernels"].values()) for n in (args.chosen // chunk, 0))
+            chosen = (whole - frame) / QUERIES
+            job = {"target": target, "op": "attention", "dtype": "bfloat16", "name": "full-stats" if args.stats else "full"}
+            job |= {"kernel": full_name, "shape": SHAPE, "value_dim": HEAD, "tile": None}
+            tile = sum(tpu_static._run(job, 600)["kernels"].values()) / (SHAPE[1] / 1024) ** 2
+            for length in map(int, args.seq_lens.split(",")):
+                full = args.heads * tile * length / 2 / 1024**2
+                mean = args.chosen - args.chosen * (args.chosen - 1) / 2 / length
+                promised = length / 2 * (2 * HEAD + ROTARY) / (mean * (2 * LATENT + ROTARY))
+                cost = chosen * mean / args.chosen
+                print(
+                    f"| {target} | {name} | {length:,} | {full:,.0f} | {cost:,.0f} | {full / cost:.2f} | {promised:.2f} "
+                    f"| {full / cost / promised:.0%} |",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()
