@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from plait.kernels import gpu
+from plait.kernels.costs import cost
 from plait.kernels.cross_entropy.by_vocabulary import Kernels, Rows, Slope, cross_entropy_of
 from plait.kernels.cross_entropy.call import CrossEntropyCall
 
@@ -92,8 +93,15 @@ def forward(hidden: Array, weight: Array, targets: Array, soft_cap: float | None
         grid_names=("split", "block"),
         num_threads=COMPUTE + 1,
         thread_name="warpgroup",
+        cost=_work(hidden, weight),
     )(jnp.pad(targets, (0, hidden.shape[0] - num_tokens)), hidden, weight)[:, :, :num_tokens]
     return Rows(jax.nn.logsumexp(rows[:, 0], axis=0), jnp.sum(rows[:, 1], axis=0))
+
+
+def _work(hidden: Array, weight: Array) -> Any:
+    """Of all logits."""
+    pairs = hidden.shape[0] * weight.shape[1]
+    return cost((hidden, weight), flops=2 * pairs * hidden.shape[1], transcendentals=pairs)
 
 
 def _whole(x: Array, rows: int, columns: int) -> Array:
@@ -121,6 +129,7 @@ def slopes(hidden: Array, weight: Array, slope: Slope, soft_cap: float | None) -
         grid_names=("tile", "block"),
         num_threads=COMPUTE + 1,
         thread_name="warpgroup",
+        cost=_work(hidden, weight),
     )(lse * LOG2E, a, b, target, hidden, weight)[:num_tokens, :vocabulary]
 
 

@@ -110,8 +110,8 @@ class Times:
 
     @property
     def scheduled(self) -> float | None:
-        """As the compiler orders and estimates the program."""
-        return None if self.schedule is None else self.schedule.seconds
+        """As the compiler orders and estimates the program; at least its operations at the peak, of which a kernel may not tell."""
+        return None if self.schedule is None else max(self.schedule.seconds, self.compute)
 
     @property
     def limited_by(self) -> str:
