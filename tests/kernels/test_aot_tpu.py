@@ -39,7 +39,7 @@ def compiled_kernels(generation: str, loss: Any, *shapes: tuple[tuple[int, ...],
     found = {}
     for line in text.splitlines():
         if 'custom_call_target="tpu_custom_call"' in line:
-            name = re.search(r"(attention_[a-z_]*[a-z])", line)
+            name = re.search(r"((?:attention|chosen_tokens)_[a-z_]*[a-z])", line)
             vmem = re.search(r'"used_scoped_memory_configs":\[\{"memory_space":"1".*?"size":"(\d+)"', line)
             assert name is not None
             found[name[1]] = int(vmem[1]) if vmem else 0
@@ -137,6 +137,29 @@ def test_selected_blocks_compile(
     found = compiled_kernels(generation, loss, *shapes)
     assert set(found) == {"attention_forward", "attention_gradients"}
     assert max(found.values()) <= SCOPED_VMEM[generation]
+
+
+@pytest.mark.parametrize(
+    ("generation", "length", "heads", "dims"),
+    [
+        ("v5e", 4096, 16, (576, 512)),
+        *(
+            pytest.param(generation, *of, marks=pytest.mark.slow)
+            for generation in TOPOLOGIES
+            for of in ((4096, 128, (576, 512)), (32768, 16, (576, 512)), (131072, 16, (576, 512)), (4096, 16, (128, 128)))
+        ),
+    ],
+)
+def test_chosen_tokens_compile(generation: str, length: int, heads: int, dims: tuple[int, int]):
+    def loss(q, k, segment_ids, indices):
+        selected = SelectedBlocks(indices=indices, block_size=1, num_blocks=length)
+        options = {"mask": Mask(), "at": Tokens(None, segment_ids), "selected": selected, "implementation": "pallas_tpu"}
+        o, stats = attention(q, k, value_dim=dims[1], return_stats=True, **options)
+        return jnp.sum(o.astype(jnp.float32)) + jnp.sum(stats.entropy)
+
+    q, k = ((1, length, n, dims[0]) for n in (heads, 1))
+    shapes = [(q, jnp.bfloat16), (k, jnp.bfloat16), ((1, length), jnp.int32), ((1, length, 1, 2048), jnp.int32)]
+    assert set(compiled_kernels(generation, loss, *shapes)) == {"chosen_tokens_forward", "chosen_tokens_gradients"}
 
 
 def test_routed_attention_compiles():
