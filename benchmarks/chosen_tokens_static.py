@@ -4,7 +4,8 @@
 
 Both are of DeepSeek's shape: full attention has keys of 192 and values of 128 channels of each head, that to chosen tokens one latent of
 512 and 64 channels for all heads. The promise is full attention's operations over those of the chosen pairs; the indexer, which both would
-need, is in neither. Nothing runs. Copies by hand have no estimate: that of a table, once a sequence, is not counted.
+need, is in neither. Keys beyond what a core holds are several tables; the chunks at their ends, which two of them visit, count twice.
+Nothing runs. Copies by hand have no estimate: that of a table, once a sequence, is not counted.
 """
 
 from __future__ import annotations
@@ -61,6 +62,17 @@ def kernel(job: dict[str, Any], array: Any) -> tuple[Any, tuple[Any, ...]]:
     return lambda *x: gathering.forward(problem, *x, q.dtype), (q, far, *lists)
 
 
+def visited(target: str, length: int, chosen: int, chunk: int, *, gradients: bool) -> float:
+    """The chunks of a query over those of its tokens: at the ends of tables, two tables visit the same chunk."""
+    from plait.kernels.attention.tpu import chosen_tokens, tables
+    from plait.kernels.chips import CHIPS
+
+    sizes = {"key_dim": LATENT + ROTARY, "value_dim": LATENT, "dtype": "bfloat16", "chunk": 1024, "rows": 0}
+    problem = tables.Problem(scale=0.07, stats=False, sums=False, **sizes)
+    _, count = chosen_tokens.Tables(problem, length, CHIPS[target].vector_memory).cut(gradients=gradients)
+    return 1 + (count - 1) * chunk / chosen
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("targets")
@@ -86,7 +98,8 @@ def main() -> None:
                 full = args.heads * tile * length / 2 / 1024**2
                 mean = args.chosen - args.chosen * (args.chosen - 1) / 2 / length
                 promised = length / 2 * (2 * HEAD + ROTARY) / (mean * (2 * LATENT + ROTARY))
-                cost = chosen * mean / args.chosen
+                more = visited(target, length, args.chosen, chunk, gradients=name == "gradients")
+                cost = chosen * more * mean / args.chosen
                 print(
                     f"| {target} | {name} | {length:,} | {full:,.0f} | {cost:,.0f} | {full / cost:.2f} | {promised:.2f} "
                     f"| {full / cost / promised:.0%} |",

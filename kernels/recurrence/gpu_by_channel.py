@@ -37,6 +37,7 @@ from plait.kernels.recurrence.gpu_chunk import (
     line,
     load,
     matmul,
+    one_row,
     send,
     store,
     terms,
@@ -116,7 +117,7 @@ def _prepare(by: Array, x: Array, k: Array, g: Array, marks: Marks, num_terms: i
       keys: whether x is k.
     """
     batch, length, heads, key_dim = g.shape
-    chunks, given = length // CHUNK, (x, k, g, by, *marks)
+    chunks, given = length // CHUNK, (*map(one_row, (x, k, g)), by, *marks)
     num_scores, num_rows = (gpu_inverse.TERMS, num_terms) if keys else (num_terms, 1 + num_terms)
     num_outs = num_scores + num_rows + (not keys)
     num_squares = 3 * gpu_inverse.TERMS if keys else 3 + 2 * num_terms
@@ -174,7 +175,9 @@ def _prepare(by: Array, x: Array, k: Array, g: Array, marks: Marks, num_terms: i
             return jax.lax.fori_loop(0, HALVINGS, halve, sums)
 
         spec = lambda x, head: plgpu.BlockSpec(
-            (1, CHUNK, None, BLOCK), lambda j: (b, n, head, j), transforms=tile(CHUNK, BLOCK, dtype=x.dtype).transforms
+            (1, CHUNK, None, BLOCK),
+            lambda j: (0, b * chunks + n, head, j),
+            transforms=tile(CHUNK, BLOCK, dtype=x.dtype).transforms,
         )
         pipeline = plgpu.emit_pipeline(
             step,

@@ -40,6 +40,7 @@ from plait.kernels.recurrence.gpu_chunk import (
     key_head,
     load,
     matmul,
+    one_row,
     send,
     store,
     terms,
@@ -175,16 +176,17 @@ def _carry(
 
         def spec(x: Array, values: bool) -> Any:
             if x.dtype == F32:
-                return plgpu.BlockSpec((1, None, None, x.shape[3]), lambda n: (b, h, chunk(n), 0))
+                return plgpu.BlockSpec((1, None, None, x.shape[3]), lambda n: (0, b * heads + h, chunk(n), 0))
             if x.ndim == 5:
                 return plgpu.BlockSpec(
                     (1, None, None, CHUNK, CHUNK),
-                    lambda n: (b, h, chunk(n), 0, 0),
+                    lambda n: (0, b * heads + h, chunk(n), 0, 0),
                     transforms=tile(CHUNK, CHUNK, like=width).transforms,
                 )
             size, head, column = (width, h, j) if values else (key_dim, key_head(x, h, heads), 0)
             transforms = tile(CHUNK, size, like=width).transforms
-            return plgpu.BlockSpec((1, CHUNK, None, size), lambda n: (b, chunk(n), head, column), transforms=transforms)
+            where = lambda n: (0, b * chunks + chunk(n), head, column)
+            return plgpu.BlockSpec((1, CHUNK, None, size), where, transforms=transforms)
 
         def advance(place: tuple[Any], *args: Any) -> Array:
             *tiles, state = args
@@ -238,7 +240,7 @@ def _carry(
         grid=(batch, heads, value_dim // width),
         grid_names=tuple("bhj"),
         scratch_types=[tile(num_terms, key_dim, width), tile(num_held + 1, CHUNK, width)],
-    )(initial, *leaves)
+    )(initial, *map(one_row, leaves))
     return o, final, (kept[0] if keep else None), tuple(kept[1:])
 
 

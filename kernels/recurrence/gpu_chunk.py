@@ -176,6 +176,12 @@ def at(x: Ref, b: Any, h: Any, n: Any, columns: Any = slice(None)) -> Ref:
     return x.at[b, pl.ds(n * CHUNK, CHUNK), h, columns]
 
 
+def one_row(x: Array) -> Array:
+    """[B, N, ...] as [1, B N, ...]. A copy has at most five dimensions, those of tiles among them: a leading one of a block is one, but of an
+    array that has but one there."""
+    return x.reshape(1, -1, *x.shape[2:])
+
+
 def key_head(rows: Any, h: Array, heads: int) -> Array:
     """The head of `rows` [B, T, Hqk or H, K] that value head h of H reads."""
     group = heads // rows.shape[2]

@@ -25,6 +25,9 @@ pytestmark = [
     ),
 ]
 
+BATCH = 2
+"""A copy drops an axis of one, and may have five that are more."""
+
 KERNELS = {
     "scalar_decay": {"scores", "carry", "carry_back", "gradients"},
     "vector_decay": {"scores_by_channel", "carry", "carry_back", "gradients_by_channel", "scores_by_channel_back"},
@@ -68,11 +71,11 @@ def test_recurrences_compile(
     array = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
     heads = (3, 3) if dims[0] == 256 else (2, 4)
     for name in names:
-        qk, v = array(1, length, heads[0], dims[0]), array(1, length, heads[1], dims[1])
+        qk, v = array(BATCH, length, heads[0], dims[0]), array(BATCH, length, heads[1], dims[1])
         by_channel = name in ("vector_decay", "kda")
-        g = array(1, length, heads[1], *dims[:by_channel], dtype=jnp.float32)
+        g = array(BATCH, length, heads[1], *dims[:by_channel], dtype=jnp.float32)
         beta = [] if name.endswith("_decay") else [array(*v.shape[:3])]
-        args = [qk, qk, v, g, *beta, array(1, length, dtype=jnp.int32)]
+        args = [qk, qk, v, g, *beta, array(BATCH, length, dtype=jnp.int32)]
         with target(generation):
             both = jax.value_and_grad(lambda *args, name=name: _loss(name, *args), tuple(range(len(args) - 1)))
             jax.jit(both).lower(*args).compile()

@@ -71,14 +71,14 @@ class Tables:
     """But for the rows of one."""
     tokens: int
     memory: int
-    """Bytes of a core's memory."""
+    """Bytes of a core's memory, of which an eighth is the compiler's."""
 
     def cut(self, *, gradients: bool) -> tuple[Problem, int]:
         """A table, and how many there are."""
         chunk = max(16, self.problem.chunk // 4) if gradients else self.problem.chunk
         problem = replace(self.problem, sums=gradients, chunk=chunk // 16 * 16)
         one = replace(problem, rows=7).bytes // 8
-        parts = -(-self.tokens // ((self.memory - gathering.RESERVE) // one - 8))
+        parts = -(-self.tokens // ((self.memory * 7 // 8 - gathering.RESERVE) // one - 8))
         return replace(problem, rows=-(-self.tokens // (8 * parts)) * 8), parts
 
 
