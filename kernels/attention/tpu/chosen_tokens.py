@@ -121,8 +121,8 @@ def _forward(tables: Tables, q: Array, k: Array, rows: Array, hidden: Array) -> 
     def of_part(low: Array, far: Array) -> tuple[Array, Array]:
         return gathering.forward(problem, wide, far, *listed(problem, rows, low), dtype)
 
-    o, found = _joined(of_part, _tables(problem, parts, k, hidden))
-    o, found = o[:, :length].astype(q.dtype), tuple(jnp.moveaxis(found[:, :length], 2, 0))
+    o, stacked = _joined(of_part, _tables(problem, parts, k, hidden))
+    o, found = o[:, :length].astype(q.dtype), tuple(jnp.moveaxis(stacked[:, :length], 2, 0))
     return (o, found), (q, k, rows, hidden, o, found)
 
 
@@ -163,7 +163,7 @@ def _backward(tables: Tables, saved: Any, cotangents: tuple[Array, tuple[Array, 
     (length, key_dim), (problem, parts) = q.shape[1::2], tables.cut(gradients=True)
     delta = jnp.sum(d_o.astype(jnp.float32) * o, axis=3)
     lse, *others = gradient_rows(found, d_found, delta, ties=TIES)
-    stacked = stacked_rows(problem, [jnp.where(lse > HIDDEN / 2, lse, 0), *others])  # [B, T, R, H]
+    stacked = stacked_rows(problem.scale, [jnp.where(lse > HIDDEN / 2, lse, 0), *others])  # [B, T, R, H]
     wide, d_o, stacked = repelled(problem, _whole(q)), _whole(d_o.astype(q.dtype)), _whole(stacked)
     dtype = q.dtype if parts == 1 else jnp.float32
 

@@ -146,7 +146,7 @@ def all_gradients(problem: Problem, x: Operands, d_o: Array, rows: Sequence[Arra
     d_k, d_v, sums = Tiling(problem, x, tile, 3 * dims[0] + 2 * dims[1]).over_keys(
         _gradients_kernel,
         "attention_gradients",
-        extra=((d_o, "q", 2), (stacked_rows(problem, rows), "q", 3)),
+        extra=((d_o, "q", 2), (stacked_rows(problem.scale, rows), "q", 3)),
         outputs=((dims[0], x.k.dtype), (dims[1], x.v.dtype)),
         scratch=[pltpu.VMEM((tile.block_kv, n), jnp.float32) for n in dims],
         sums=width,

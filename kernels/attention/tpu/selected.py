@@ -76,7 +76,9 @@ def all_gradients(problem: Problem, x: Operands, d_o: Array, rows: Sequence[Arra
 
         return work, finish
 
-    d_q, d_bias, d_k, d_v = Walk(problem, x, 3 * key_dim + 2 * value_dim, d_o=d_o, rows=stacked_rows(problem, rows)).over_queries(
+    d_q, d_bias, d_k, d_v = Walk(
+        problem, x, 3 * key_dim + 2 * value_dim, d_o=d_o, rows=stacked_rows(problem.scale, rows)
+    ).over_queries(
         begin,
         "selected_attention_gradients",
         outputs=[(key_dim, x.q.dtype), (1, jnp.float32)],

@@ -150,11 +150,11 @@ def gradients(
     return weights, d_logits, shared
 
 
-def stacked_rows(problem: Problem, rows: Sequence[Array]) -> Array:
+def stacked_rows(scale: float, rows: Sequence[Array]) -> Array:
     """The rows of `plait.kernels.attention.per_query.gradient_rows`, stacked [B, H, R, T] and in the units of unscaled logits."""
     lse, c1, *stats = rows
     stacked = [lse * LOG2_E, c1]
     if stats:
         c, d_peak, threshold, *total = stats
-        stacked += [c / LOG2_E, d_peak, threshold / problem.scale, *total]
+        stacked += [c / LOG2_E, d_peak, threshold / scale, *total]
     return jnp.stack(stacked, axis=2).astype(jnp.float32)

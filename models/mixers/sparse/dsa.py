@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 
@@ -140,7 +140,7 @@ class DSA(MLA):
         if inputs.selected is not None:
             q_nope, q_rope = jnp.split(inputs.q, [self.config.nope_head_dim], axis=-1)
             q, k = self.absorbed(q_nope, q_rope, inputs.latent, inputs.k_rope)
-            operands = {"q": q, "k": k, "value_dim": self.config.kv_rank}
+            operands: dict[str, Any] = {"q": q, "k": k, "value_dim": self.config.kv_rank}
             if served_by_kernel(**operands, at=at, **self.options(inputs)):
                 return operands
         return super().operands(inputs, at)
