@@ -109,6 +109,21 @@ def test_a_peer_that_fails_is_told_and_the_others_are_timed(monkeypatch):
     assert all(one.numbers["seconds_low"] <= one.numbers["seconds_middle"] for one in found if one.status == "passed")
 
 
+@pytest.mark.parametrize("unordered", [(), ("chunked",)])
+def test_gradients_may_change_where_a_kernel_adds_them_in_no_fixed_order(unordered, monkeypatch, tmp_path):
+    count = iter(range(100))
+    noise = lambda: np.float32(1 + 1e-7 * next(count))
+    noisy = jax.custom_vjp(lambda x: x)
+    of_noise = jax.ShapeDtypeStruct((), jnp.float32)
+    noisy.defvjp(lambda x: (x, None), lambda _, d: (d * jax.pure_callback(noise, of_noise, vmap_method="sequential"),))
+    break_conv(monkeypatch, lambda call, found: (noisy(found[0]), found[1]))
+    monkeypatch.setitem(TRIALS, "short_conv", dataclasses.replace(TRIALS["short_conv"], unordered=unordered))
+    status = main(["verify", "--only", "agreement", "--ops", "short_conv", "--out", str(tmp_path / "v")])
+    told = (tmp_path / "v" / "verify.json").read_text()
+    bits = [one["status"] for one in json.loads(told)["findings"] if one["what"] == "short_conv, float32"]
+    assert bits == (["passed"] if unordered else ["failed"]) and ("different bits" in told or status == 0)
+
+
 def test_exchanges_along_every_axis_are_held_against_numpy(monkeypatch):
     monkeypatch.setattr(collectives, "NUMBERS", 64)
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
