@@ -11,6 +11,7 @@ Nothing runs. Copies by hand have no estimate: that of a table, once a sequence,
 from __future__ import annotations
 
 import argparse
+import math
 from typing import Any
 
 import tpu_static
@@ -62,15 +63,15 @@ def kernel(job: dict[str, Any], array: Any) -> tuple[Any, tuple[Any, ...]]:
     return lambda *x: gathering.forward(problem, *x, q.dtype), (q, far, *lists)
 
 
-def visited(target: str, length: int, chosen: int, chunk: int, *, gradients: bool) -> float:
-    """The chunks of a query over those of its tokens: at the ends of tables, two tables visit the same chunk."""
+def cut(target: str, length: int, chosen: int, *, gradients: bool) -> tuple[int, float]:
+    """Chosen tokens a chunk, and the chunks of a query over those of its tokens: two tables visit that in which one ends."""
     from plait.kernels.attention.tpu import chosen_tokens, tables
     from plait.kernels.chips import CHIPS
 
-    sizes = {"key_dim": LATENT + ROTARY, "value_dim": LATENT, "dtype": "bfloat16", "chunk": 1024, "rows": 0}
+    sizes = {"key_dim": LATENT + ROTARY, "value_dim": LATENT, "dtype": "bfloat16", "chunk": tables.CHUNK, "rows": 0}
     problem = tables.Problem(scale=0.07, stats=False, sums=False, **sizes)
-    _, count = chosen_tokens.Tables(problem, length, CHIPS[target].vector_memory).cut(gradients=gradients)
-    return 1 + (count - 1) * chunk / chosen
+    one, count = chosen_tokens.Tables(problem, length, chosen, CHIPS[target].vector_memory).cut(gradients=gradients)
+    return one.chunk, 1 + (count - 1) * one.chunk / chosen
 
 
 def main() -> None:
@@ -82,29 +83,32 @@ def main() -> None:
     parser.add_argument("--stats", action="store_true")
     args = parser.parse_args()
     print(f"{args.heads} heads, {args.chosen} tokens, bfloat16{', statistics' if args.stats else ''}; cycles a query, estimated")
-    print("| chip | pass | T | full | chosen | faster | promised | share |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| chip | heads | pass | T | full | chosen | faster | promised | share |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for target in args.targets.split(","):
         for name, full_name in (("forward", "forward"), ("gradients", "all_gradients")):
-            chunk = 256 if name == "gradients" else 1024
-            job = {"target": target, "op": "chosen_tokens", "dtype": "bfloat16", "name": "chosen", "kernel": name}
-            job |= {"heads": args.heads, "chunk": chunk, "stats": args.stats}
-            whole, frame = (sum(tpu_static._run(job | {"chunks": n}, 600)["kernels"].values()) for n in (args.chosen // chunk, 0))
-            chosen = (whole - frame) / QUERIES
             job = {"target": target, "op": "attention", "dtype": "bfloat16", "name": "full-stats" if args.stats else "full"}
-            job |= {"kernel": full_name, "shape": SHAPE, "value_dim": HEAD, "tile": None}
-            tile = sum(tpu_static._run(job, 600)["kernels"].values()) / (SHAPE[1] / 1024) ** 2
+            tile = cycles(job | {"kernel": full_name, "shape": SHAPE, "value_dim": HEAD, "tile": None}) / (SHAPE[1] / 1024) ** 2
             for length in map(int, args.seq_lens.split(",")):
+                chunk, more = cut(target, length, args.chosen, gradients=name == "gradients")
+                job = {"target": target, "op": "chosen_tokens", "dtype": "bfloat16", "name": "chosen", "kernel": name}
+                job |= {"heads": args.heads, "chunk": chunk, "stats": args.stats}
+                chosen = (cycles(job | {"chunks": args.chosen // chunk}) - cycles(job | {"chunks": 0})) / QUERIES
                 full = args.heads * tile * length / 2 / 1024**2
                 mean = args.chosen - args.chosen * (args.chosen - 1) / 2 / length
                 promised = length / 2 * (2 * HEAD + ROTARY) / (mean * (2 * LATENT + ROTARY))
-                more = visited(target, length, args.chosen, chunk, gradients=name == "gradients")
                 cost = chosen * more * mean / args.chosen
                 print(
-                    f"| {target} | {name} | {length:,} | {full:,.0f} | {cost:,.0f} | {full / cost:.2f} | {promised:.2f} "
+                    f"| {target} | {args.heads} | {name} | {length:,} | {full:,.0f} | {cost:,.0f} | {full / cost:.2f} | {promised:.2f} "
                     f"| {full / cost / promised:.0%} |",
                     flush=True,
                 )
+
+
+def cycles(job: dict[str, Any]) -> float:
+    """Of the kernels of a job; NaN without an estimate."""
+    found = tpu_static._run(job, 600)["kernels"]
+    return math.nan if found is None else sum(found.values())
 
 
 if __name__ == "__main__":

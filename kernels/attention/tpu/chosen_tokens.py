@@ -30,6 +30,9 @@ MAX_DIM = 1024
 MAX_CHOSEN = 4096
 """Tokens that a query chooses: lists of eight queries, two at a time, in the core's 1 MiB of scalar memory."""
 
+BESIDES = 160
+"""Chosen tokens whose cycles a chunk takes besides its own, by static estimates for v5e and v6e."""
+
 TIES = 1e-5
 """See `gradient_rows`; products of the backward pass have the queries on the other side."""
 
@@ -68,18 +71,25 @@ class Tables:
     """How the keys are cut into tables."""
 
     problem: Problem
-    """But for the rows of one."""
+    """But for the rows of one, its chunk the largest there may be."""
     tokens: int
+    chosen: int
+    """Tokens of a query."""
     memory: int
     """Bytes of a core's memory, of which an eighth is the compiler's."""
 
     def cut(self, *, gradients: bool) -> tuple[Problem, int]:
         """A table, and how many there are."""
-        chunk = max(16, self.problem.chunk // 4) if gradients else self.problem.chunk
-        problem = replace(self.problem, sums=gradients, chunk=chunk // 16 * 16)
+        problem = replace(self.problem, sums=gradients)
         one = replace(problem, rows=7).bytes // 8
         parts = -(-self.tokens // ((self.memory * 7 // 8 - gathering.RESERVE) // one - 8))
-        return replace(problem, rows=-(-self.tokens // (8 * parts)) * 8), parts
+        chunk = self._chunk(parts, problem.chunk // (4 if gradients else 1))
+        return replace(problem, rows=-(-self.tokens // (8 * parts)) * 8, chunk=chunk), parts
+
+    def _chunk(self, parts: int, most: int) -> int:
+        """Of the most by halves what takes least: two tables visit the chunk in which one ends and the next begins."""
+        sizes = [16, *(most >> n for n in range(6) if (most >> n) % 16 == 0 and most >> n > 16)]
+        return min(sizes, key=lambda size: (1 + BESIDES / size) * (1 + (parts - 1) * size / self.chosen))
 
 
 def tables_of(call: AttentionCall) -> Tables:
@@ -94,7 +104,7 @@ def tables_of(call: AttentionCall) -> Tables:
         rows=0,
         sums=False,
     )
-    return Tables(problem, call.k.shape[1], _memory())
+    return Tables(problem, call.k.shape[1], call.selected.indices.shape[3], _memory())
 
 
 def attention(call: AttentionCall) -> tuple[Array, list[Array]]:
