@@ -17,6 +17,10 @@ from plait.models.mixers.sparse.selecting import mean_past
 
 LOSS = "index/dsa"
 
+WORTH = 128
+"""All pairs of heads and keys over the tokens that are chosen, at least, where latents are attended to: bringing a row takes a TPU about as
+long as the chunked form so many pairs. By estimates, not measured."""
+
 
 @register(
     "dsa",
@@ -135,9 +139,10 @@ class DSA(MLA):
         return inputs._replace(selected=chosen(index, at, inputs.kv_at, self.config.top_k))
 
     def operands(self, inputs, at):
-        """Where a kernel brings the chosen tokens together, the latents, which all heads share; else each head's own keys, of which less is
-        to be multiplied."""
-        if inputs.selected is not None:
+        """Where a kernel brings the chosen tokens together and that is worth it, the latents, which all heads share; else each head's own
+        keys, of which less is to be multiplied."""
+        pairs = self.num_heads * inputs.k.shape[1]
+        if inputs.selected is not None and pairs >= WORTH * self.config.top_k:
             q_nope, q_rope = jnp.split(inputs.q, [self.config.nope_head_dim], axis=-1)
             q, k = self.absorbed(q_nope, q_rope, inputs.latent, inputs.k_rope)
             operands: dict[str, Any] = {"q": q, "k": k, "value_dim": self.config.kv_rank}

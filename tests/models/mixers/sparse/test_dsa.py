@@ -17,6 +17,7 @@ from plait.kernels.index_divergence import chunked
 from plait.kernels.target import target
 from plait.models.build import Alone
 from plait.models.mixers.moh import MoHConfig
+from plait.models.mixers.sparse import dsa
 from plait.models.mixers.sparse.dsa import LOSS, DSAConfig
 from plait.models.mixers.sparse.indexer import Index, chosen
 from plait.models.positions.rotary import RotaryConfig
@@ -98,6 +99,7 @@ def test_a_warm_up_goes_on_as_the_sparse_stage_and_with_no_other_attention():
 def test_latents_are_attended_to_where_a_kernel_brings_them_together(monkeypatch):
     """Outputs and gradients are those of the heads' own keys, which the chunked form takes."""
     monkeypatch.setattr(chosen_tokens, "CHUNK", 16)
+    monkeypatch.setattr(dsa, "WORTH", 1)
     sizes = {"num_heads": 8, "kv_rank": 24, "q_rank": 32, "nope_head_dim": 16, "rope_head_dim": 8, "v_head_dim": 12}
     config = DSAConfig(**sizes, top_k=7, index_heads=3, index_head_dim=12, index_loss=None)
     layer, at = build(config, 32), layout((20, 12), (32,), length=34)
