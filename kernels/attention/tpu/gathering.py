@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,18 +35,18 @@ RESERVE = 24 << 20
 """Bytes of a core's memory beside tables and their sums."""
 
 
-class _Chunks:
+class _Chunks(NamedTuple):
     """The chunks of a grid step's queries, one after the other, each fetched while that before is worked on."""
 
-    def __init__(self, problem: Problem, entries: Any, bounds: Any, table: Any, buffer: Any, here: Any):
-        self.problem, self.entries, self.bounds, self.table, self.buffer, self.here = (
-            problem,
-            entries,
-            bounds,
-            table,
-            buffer,
-            here,
-        )
+    problem: Problem
+    entries: Any
+    bounds: Any
+    """With `entries`, the lists of `listed`."""
+    table: Any
+    buffer: Any
+    """The rows of a chunk as they lie in the table."""
+    here: Any
+    """[C, W]: as the products read them."""
 
     def low(self, i: Any) -> Array:
         return self.bounds[0, 0, 0, 2 * i]

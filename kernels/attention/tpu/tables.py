@@ -15,7 +15,7 @@ QUERIES = 8
 """Queries a grid step."""
 
 CHUNK = 1024
-"""Chosen tokens whose products are made at a time; a quarter of it for gradients."""
+"""Chosen tokens whose products are made at a time, at most; of gradients a quarter."""
 
 _HIDING = -1e30
 """q . k of a row that nobody sees."""
