@@ -18,18 +18,19 @@ def index_divergence(call: DivergenceCall) -> Array:
 
 
 def divergence(call: DivergenceCall, precision: jax.lax.PrecisionLike) -> Array:
-    """The rows [B, T] of the call's queries; `precision` is of the attention's logits."""
+    """The rows [B, T] of the call's queries; `precision` is of the products."""
     attention = AttentionCall(q=call.q, k=call.k, mask=call.mask, scale=call.scale, selected=call.selected)
     visible = visible_pairs(attention, call.at, call.kv_at)[:, 0, 0]  # [B, T, S]
     p, factor, _ = relative_weights(attention, call.at, call.kv_at, precision)
     target = (p * factor).sum((1, 2)) / call.q.shape[2]
-    log_share = jax.nn.log_softmax(jnp.where(visible, scores(call), MASKED), axis=-1)
+    log_share = jax.nn.log_softmax(jnp.where(visible, scores(call, precision), MASKED), axis=-1)
     some = visible & (target > 0)
     return jnp.where(some, target * (jnp.log(jnp.where(some, target, 1)) - log_share), 0).sum(-1)
 
 
-def scores(call: DivergenceCall) -> Array:
-    """The indexer's scores [B, T, S] in the accumulation dtype."""
+def scores(call: DivergenceCall, precision: jax.lax.PrecisionLike) -> Array:
+    """The indexer's scores [B, T, S] in the accumulation dtype, of products of index_q's."""
     dtype = accumulation_dtype(call.index_q, call.index_k)
-    z = jnp.einsum("bthk,bsk->bths", call.index_q.astype(dtype), call.index_k.astype(dtype), precision="highest")
-    return jnp.einsum("bth,bths->bts", call.weights.astype(dtype), jax.nn.relu(z), precision="highest")
+    k = call.index_k.astype(call.index_q.dtype)
+    z = jnp.einsum("bthk,bsk->bths", call.index_q, k, precision=precision, preferred_element_type=dtype)
+    return jnp.sum(call.weights.astype(dtype)[..., None] * jax.nn.relu(z), axis=2)
