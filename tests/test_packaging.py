@@ -113,7 +113,7 @@ def test_every_third_party_import_is_a_dependency():
     requirements = [*PROJECT["dependencies"], *(r for extra in PROJECT["optional-dependencies"].values() for r in extra)]
     declared = {re.split(r"[\s<>=!~;\[]", requirement)[0].lower().replace("-", "_") for requirement in requirements}
     provided = {"orbax": "orbax_checkpoint", "tensorboardx": "tensorboardx", "yaml": "pyyaml"}
-    implied = {"numpy": "jax", "setuptools": "build"}  # comes with every version of a declared one
+    implied = {"numpy": "jax", "jaxlib": "jax", "setuptools": "build"}  # comes with every version of a declared one
     for path in [*python_files(*PACKAGES), ROOT / "launch.py"]:
         for line, module, _ in imports(path):
             name = module.split(".")[0].lower()
