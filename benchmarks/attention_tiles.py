@@ -1,4 +1,4 @@
-"""Searches the tiles of TPU attention by the compiler's static cycles, and prints the best, of which `kernels/attention/tpu/chosen.py` is made.
+"""Searches the tiles of TPU attention by the compiler's static cycles; `kernels/attention/tpu/best_tiles.py` is made of the best that it prints.
 
 python benchmarks/attention_tiles.py FILE
 

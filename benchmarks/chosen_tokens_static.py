@@ -25,7 +25,7 @@ def kernel(job: dict[str, Any], array: Any) -> tuple[Any, tuple[Any, ...]]:
     import jax
     import jax.numpy as jnp
 
-    from plait.kernels.attention.tpu import gathering, tables
+    from plait.kernels.attention.tpu.tokens import gathering, tables
 
     chunks, size, heads, sums = job["chunks"], job["chunk"], job["heads"], job["kernel"] == "gradients"
 
@@ -65,7 +65,7 @@ def kernel(job: dict[str, Any], array: Any) -> tuple[Any, tuple[Any, ...]]:
 
 def cut(target: str, length: int, chosen: int, *, gradients: bool) -> tuple[int, float]:
     """Chosen tokens a chunk, and the chunks of a query over those of its tokens: two tables visit that in which one ends."""
-    from plait.kernels.attention.tpu import chosen_tokens, tables
+    from plait.kernels.attention.tpu.tokens import chosen_tokens, tables
     from plait.kernels.chips import CHIPS
 
     sizes = {"key_dim": LATENT + ROTARY, "value_dim": LATENT, "dtype": "bfloat16", "chunk": tables.CHUNK, "rows": 0}

@@ -20,7 +20,7 @@ import numpy as np
 from plait.kernels import Mask, PowerMask, SelectedBlocks, Tokens
 from plait.kernels.attention.pallas_tpu import choose_tiles
 from plait.kernels.attention.tpu import size
-from plait.kernels.attention.tpu.chosen import SELECTED
+from plait.kernels.attention.tpu.best_tiles import SELECTED
 from plait.kernels.attention.tpu.cut import Cut
 from plait.kernels.attention.tpu.edges import CELL, FIRST_EDGE, edges
 from plait.kernels.attention.visits import FULL, MASKED, SKIP, Layout, tile_kinds

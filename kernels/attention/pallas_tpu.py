@@ -21,11 +21,12 @@ from plait.kernels.attention.call import AttentionCall, MassCall, RoutedCall
 from plait.kernels.attention.per_query import first_mass, gradient_rows, with_bias, with_sinks
 from plait.kernels.attention.reference import MASKED as HIDDEN
 from plait.kernels.attention.reference import AttentionStats
-from plait.kernels.attention.tpu import chosen_tokens, kernels, selected
-from plait.kernels.attention.tpu.chosen import BFLOAT16, FLOAT32, SELECTED
+from plait.kernels.attention.tpu import kernels, selected
+from plait.kernels.attention.tpu.best_tiles import BFLOAT16, FLOAT32, SELECTED
 from plait.kernels.attention.tpu.cut import Cut
 from plait.kernels.attention.tpu.steps import ENTRY_BITS, entry_bits, most_steps
 from plait.kernels.attention.tpu.tiling import LANES, Operands, Problem, Tiles
+from plait.kernels.attention.tpu.tokens import chosen_tokens
 from plait.kernels.attention.visits import Layout, laid_out, layout_of
 from plait.kernels.target import current, not_on
 from plait.kernels.tokens import Tokens

@@ -26,7 +26,7 @@ from plait.kernels import (
 )
 from plait.kernels.attention import pallas_tpu, reference
 from plait.kernels.attention.call import AttentionCall
-from plait.kernels.attention.tpu import chosen, cut, tiling
+from plait.kernels.attention.tpu import best_tiles, cut, tiling
 from plait.kernels.attention.visits import FULL, SKIP, Layout, plan_visits
 from plait.kernels.chips import CHIPS
 from plait.kernels.target import target
@@ -390,14 +390,14 @@ def test_tiles_are_checked():
 
 def test_every_generation_has_tiles_for_every_head_dim():
     generations = {chip.generation for chip in CHIPS.values() if chip.platform == "tpu"} - {"v4"}
-    assert set(chosen.BFLOAT16) == generations
-    for by_width in chosen.BFLOAT16.values():
+    assert set(best_tiles.BFLOAT16) == generations
+    for by_width in best_tiles.BFLOAT16.values():
         assert max(by_width) == pallas_tpu.MAX_HEAD_DIM
         for tile in (tile for tiles in by_width.values() for tile in vars(tiles).values()):
             assert tile.block_q % tile.part_q == 0 == tile.block_kv % tile.part_kv
-    assert CHOSEN("v6e", 96, 40, jnp.bfloat16) == chosen.BFLOAT16["v6e"][128]
-    assert CHOSEN("v4", 64, 64, jnp.bfloat16) == chosen.BFLOAT16["v5e"][64]
-    assert CHOSEN("v6e", 64, 64, jnp.float32) == chosen.FLOAT32
+    assert CHOSEN("v6e", 96, 40, jnp.bfloat16) == best_tiles.BFLOAT16["v6e"][128]
+    assert CHOSEN("v4", 64, 64, jnp.bfloat16) == best_tiles.BFLOAT16["v5e"][64]
+    assert CHOSEN("v6e", 64, 64, jnp.float32) == best_tiles.FLOAT32
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from plait.kernels import Mask, SelectedBlocks, Tokens
 from plait.kernels.attention import pallas_tpu, reference
 from plait.kernels.attention.call import AttentionCall
 from plait.kernels.attention.reference import MASKED
-from plait.kernels.attention.tpu import chosen_tokens, gathering
+from plait.kernels.attention.tpu.tokens import chosen_tokens, gathering
 from plait.kernels.target import target
 from plait.kernels.tolerances import wave
 from plait.tests.suites import usually

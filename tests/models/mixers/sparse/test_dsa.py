@@ -12,7 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from plait.configs.mesh import MeshConfig
 from plait.kernels import Mask, index_divergence
-from plait.kernels.attention.tpu import chosen_tokens
+from plait.kernels.attention.tpu.tokens import chosen_tokens
 from plait.kernels.index_divergence import chunked
 from plait.kernels.target import target
 from plait.models.build import Alone

@@ -17,8 +17,8 @@ from plait.kernels.attention.call import AttentionCall
 from plait.kernels.attention.chosen_rows import chosen_rows
 from plait.kernels.attention.per_query import gradient_rows
 from plait.kernels.attention.reference import MASKED as HIDDEN
-from plait.kernels.attention.tpu import gathering
-from plait.kernels.attention.tpu.tables import CHUNK, QUERIES, Problem, listed, repelled, table
+from plait.kernels.attention.tpu.tokens import gathering
+from plait.kernels.attention.tpu.tokens.tables import CHUNK, QUERIES, Problem, listed, repelled, table
 from plait.kernels.attention.tpu.weights import stacked_rows
 from plait.kernels.target import current
 

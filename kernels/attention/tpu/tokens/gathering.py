@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from plait.kernels.attention.reference import MASKED as HIDDEN
-from plait.kernels.attention.tpu.tables import LANES, QUERIES, Problem
+from plait.kernels.attention.tpu.tokens.tables import LANES, QUERIES, Problem
 from plait.kernels.attention.tpu.weights import LOG2_E, NN, NT, dot
 from plait.kernels.costs import cost
 

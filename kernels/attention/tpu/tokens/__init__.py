@@ -1,0 +1,1 @@
+"""Attention to tokens that queries choose one by one, for TPU."""
