@@ -1,4 +1,4 @@
-"""Searches the tiles of TPU attention by the compiler's static cycles; `kernels/attention/tpu/best_tiles.py` is made of the best that it prints.
+"""Searches the tiles of TPU attention by the compiler's static cycles; `kernels/attention/tpu/best_tiles.py` is made of the best.
 
 python benchmarks/attention_tiles.py FILE
 
