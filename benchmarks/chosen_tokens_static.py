@@ -17,24 +17,30 @@ from typing import Any
 import tpu_static
 
 LATENT, ROTARY, HEAD, QUERIES = 512, 64, 128, 8
+INDEX_HEADS, INDEX_DIM = 64, 128
 SHAPE = (1, 2048, 1, HEAD + ROTARY, 0)
 
 
 def kernel(job: dict[str, Any], array: Any) -> tuple[Any, tuple[Any, ...]]:
     """One grid step, in which each of eight queries has `job["chunks"]` chunks of `job["chunk"]` tokens; with 0 nothing but its frame."""
+    from dataclasses import replace
+    from functools import partial
+
     import jax
     import jax.numpy as jnp
 
+    from plait.kernels.attention.tpu.tokens import chunks as by_chunks
     from plait.kernels.attention.tpu.tokens import gathering, tables
+    from plait.kernels.index_divergence.tpu import chosen_scores, mean_weights
 
-    chunks, size, heads, sums = job["chunks"], job["chunk"], job["heads"], job["kernel"] == "gradients"
+    chunks, size, heads, sums = job["chunks"], job["chunk"], job["heads"], "gradients" in job["kernel"]
 
-    def each(self: Any, visit: Any, finish: Any, before: Any = lambda i, c: None) -> None:
+    def each(self: Any, visit: Any, finish: Any = lambda i: None, before: Any = lambda i, c: None) -> None:
         def chunk(n: Any, _: None) -> None:
             i, c = jax.lax.div(n, jnp.int32(chunks)), jax.lax.rem(n, jnp.int32(chunks))
             before(i, c)
             self.fetch(i, c)
-            visit(i, c == self.low(i), self.here[...])
+            visit(i, c, self.here[...])
             self.unpack()
 
         self.fetch(jnp.int32(0), self.low(0))
@@ -43,7 +49,7 @@ def kernel(job: dict[str, Any], array: Any) -> tuple[Any, tuple[Any, ...]]:
             jax.lax.fori_loop(0, QUERIES * chunks, chunk, None)
             jax.lax.fori_loop(0, QUERIES, lambda i, _: finish(i), None)
 
-    gathering._Chunks.each, gathering._copy = each, lambda *_: None
+    by_chunks.Chunks.each, by_chunks.copy_now = each, lambda *_: None
     problem = tables.Problem(
         scale=0.07,
         stats=job["stats"],
@@ -54,23 +60,36 @@ def kernel(job: dict[str, Any], array: Any) -> tuple[Any, tuple[Any, ...]]:
         rows=4096,
         sums=sums,
     )
-    q, o = array(1, QUERIES, heads, problem.width), array(1, QUERIES, heads, LATENT)
-    far = array(1, problem.table_rows * problem.pitch, 128, dtype=jnp.int32)
+    if job["kernel"].startswith("index"):
+        problem = replace(problem, value_dim=0, key_dim=INDEX_DIM, hiding=False)
+        heads = INDEX_HEADS
+    elif job["kernel"] != "forward":
+        problem = replace(problem, value_dim=LATENT if sums else 0)
+    q, far = array(1, QUERIES, heads, problem.width), array(1, problem.table_rows * problem.pitch, 128, dtype=jnp.int32)
+    numbers = lambda *shape: array(1, QUERIES, *shape, dtype=jnp.float32)
     lists = array(1, 1, 1, QUERIES * size * max(1, chunks), dtype=jnp.int32), array(1, 1, 1, 2 * QUERIES, dtype=jnp.int32)
-    if sums:
-        rows = array(1, QUERIES, 5 if job["stats"] else 2, heads, dtype=jnp.float32)
-        return lambda *x: gathering.gradients(problem, *x, q.dtype), (q, o, rows, far, *lists)
-    return lambda *x: gathering.forward(problem, *x, q.dtype), (q, far, *lists)
+    of_token = numbers(size * max(1, chunks))
+    return {
+        "forward": (lambda *x: gathering.forward(problem, *x, q.dtype), (q, far, *lists)),
+        "gradients": (
+            lambda *x: gathering.gradients(problem, *x, q.dtype),
+            (q, array(1, QUERIES, heads, LATENT), numbers(5 if job["stats"] else 2, heads), far, *lists),
+        ),
+        "normalizers": (partial(gathering.forward, problem), (q, far, *lists)),
+        "mean_weights": (partial(mean_weights.weights, problem), (q, numbers(heads), far, *lists)),
+        "index_scores": (partial(chosen_scores.forward, problem), (q, numbers(heads), far, *lists)),
+        "index_gradients": (partial(chosen_scores.gradients, problem), (q, numbers(heads), of_token, far, *lists)),
+    }[job["kernel"]]
 
 
 def cut(target: str, length: int, chosen: int, *, gradients: bool) -> tuple[int, float]:
     """Chosen tokens a chunk, and the chunks of a query over those of its tokens: two tables visit that in which one ends."""
-    from plait.kernels.attention.tpu.tokens import chosen_tokens, tables
+    from plait.kernels.attention.tpu.tokens import tables
     from plait.kernels.chips import CHIPS
 
     sizes = {"key_dim": LATENT + ROTARY, "value_dim": LATENT, "dtype": "bfloat16", "chunk": tables.CHUNK, "rows": 0}
     problem = tables.Problem(scale=0.07, stats=False, sums=False, **sizes)
-    one, count = chosen_tokens.Tables(problem, length, chosen, CHIPS[target].vector_memory).cut(gradients=gradients)
+    one, count = tables.Tables(problem, length, chosen, CHIPS[target].vector_memory).cut(gradients=gradients)
     return one.chunk, 1 + (count - 1) * one.chunk / chosen
 
 

@@ -8,7 +8,7 @@ from plait.kernels.decay import decay, decay_rows
 from plait.kernels.delta_rule import delta_rule, delta_rule_rows
 from plait.kernels.dispatch import chosen, registered
 from plait.kernels.dplr import dplr, dplr_rows
-from plait.kernels.index_divergence import index_divergence
+from plait.kernels.index_divergence import divergence_served_by_kernel, index_divergence
 from plait.kernels.linear_scan import linear_scan
 from plait.kernels.masks import ChunkMask, GlobalMask, HeadMasks, Mask, PowerMask, SelectedBlocks
 from plait.kernels.memory_context import memory_context
@@ -42,6 +42,7 @@ __all__ = [
     "decay_rows",
     "delta_rule",
     "delta_rule_rows",
+    "divergence_served_by_kernel",
     "dplr",
     "dplr_rows",
     "first_masses",

@@ -83,6 +83,10 @@ class Op:
         """Why the implementation `name` cannot serve a call, or None."""
         return self._reason(self.implementations[name], Shards(call))
 
+    def served_by_kernel(self, call: Call) -> bool:
+        """Whether a kernel of the accelerator at hand, or of the target, can serve a call."""
+        return any(self.unsupported(name, call) is None for name, one in self.implementations.items() if one.platform)
+
     @staticmethod
     def _reason(candidate: Implementation, shards: Shards) -> str | None:
         return candidate.unsupported(shards.local() if candidate.per_device else shards.call)

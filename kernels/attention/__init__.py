@@ -111,5 +111,4 @@ def attention(
 
 def served_by_kernel(q: Array, k: Array, v: Array | None = None, **options: Any) -> bool:
     """Whether `attention` of these arguments would run in a kernel of the accelerator at hand, or of the target."""
-    call = AttentionCall.of("attention", q=q, k=k, v=v, **options)
-    return any(_op.unsupported(name, call) is None for name, one in _op.implementations.items() if one.platform)
+    return _op.served_by_kernel(AttentionCall.of("attention", q=q, k=k, v=v, **options))

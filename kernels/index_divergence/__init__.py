@@ -1,22 +1,25 @@
 """How far the scores of a lightning indexer are from the weights of the attention that it chooses for: what the indexer learns by."""
 
+from typing import Any
+
 import jax
 
 from plait.kernels.context.index_divergence import CONTEXT
-from plait.kernels.dispatch import Implementation, Op
+from plait.kernels.dispatch import Implementation, Op, kernel
 from plait.kernels.index_divergence import chunked, reference
 from plait.kernels.index_divergence.call import DivergenceCall
 from plait.kernels.masks import Mask, SelectedBlocks
 from plait.kernels.shapes import check_divides, check_floating, check_rank, check_shape, check_tokens, resolved_scale
 from plait.kernels.tokens import Tokens
 
-__all__ = ["index_divergence"]
+__all__ = ["divergence_served_by_kernel", "index_divergence"]
 
 Array = jax.Array
 
 _op = Op(
     "index_divergence",
     CONTEXT,
+    pallas_tpu=kernel("tpu", "plait.kernels.index_divergence.pallas_tpu", "index_divergence"),
     chunked=Implementation(chunked.index_divergence),
     reference=Implementation(reference.index_divergence),
 )
@@ -52,16 +55,39 @@ def index_divergence(
       selected: what of it it does see, one choice for all heads; None is all.
       scale: of the attention's logits; None is K^-1/2.
       at: what is known of the tokens. None is one segment.
-      implementation: "auto", "chunked" or "reference".
+      implementation: "auto", "pallas_tpu", "chunked" or "reference".
 
     Returns:
       [B, T], float32; 0 where a query sees nothing.
 
     Raises:
       ValueError: a shape, dtype or known segment id does not fit, or the implementation is unknown.
+      NotImplementedError: the named implementation does not support the call.
 
     Source: DeepSeek-V3.2, arXiv 2512.02556, equations 1, 3 and 4.
     """
+    call = _call(index_q, index_k, weights, q, k, mask=mask, selected=selected, scale=scale, at=at)
+    return _op(implementation, call)
+
+
+def divergence_served_by_kernel(index_q: Array, index_k: Array, weights: Array, q: Array, k: Array, **options: Any) -> bool:
+    """Whether `index_divergence` of these arguments would run in a kernel of the accelerator at hand, or of the target."""
+    return _op.served_by_kernel(_call(index_q, index_k, weights, q, k, **options))
+
+
+def _call(
+    index_q: Array,
+    index_k: Array,
+    weights: Array,
+    q: Array,
+    k: Array,
+    *,
+    mask: Mask,
+    selected: SelectedBlocks | None = None,
+    scale: float | None = None,
+    at: Tokens | None = None,
+) -> DivergenceCall:
+    """The call, checked."""
     op = "index_divergence"
     check_rank(op, "index_q", index_q, "[B, T, I, C]")
     check_rank(op, "q", q, "[B, T, H, K]")
@@ -86,7 +112,7 @@ def index_divergence(
     places = (at or Tokens()).placed(batch, length)
     places = Tokens(segment_ids=places.segment_ids, positions=places.positions)
     scale = resolved_scale(op, scale, q.shape[3])
-    call = DivergenceCall(
+    return DivergenceCall(
         index_q=index_q,
         index_k=index_k,
         weights=weights,
@@ -98,4 +124,3 @@ def index_divergence(
         mask=mask,
         scale=scale,
     )
-    return _op(implementation, call)

@@ -10,7 +10,7 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from plait.kernels import Mask, PowerMask, SelectedBlocks, Tokens, attention, column_mass, routed_attention
+from plait.kernels import Mask, PowerMask, SelectedBlocks, Tokens, attention, column_mass, index_divergence, routed_attention
 from plait.kernels.target import target
 
 pytest.importorskip("libtpu", reason="compiling for TPU needs libtpu: pip install 'plait[aot]'")
@@ -39,7 +39,7 @@ def compiled_kernels(generation: str, loss: Any, *shapes: tuple[tuple[int, ...],
     found = {}
     for line in text.splitlines():
         if 'custom_call_target="tpu_custom_call"' in line:
-            name = re.search(r"((?:attention|chosen_tokens)_[a-z_]*[a-z])", line)
+            name = re.search(r"((?:attention|chosen_tokens|mean_weights|index_scores)[a-z_]*[a-z])", line)
             vmem = re.search(r'"used_scoped_memory_configs":\[\{"memory_space":"1".*?"size":"(\d+)"', line)
             assert name is not None
             found[name[1]] = int(vmem[1]) if vmem else 0
@@ -161,6 +161,27 @@ def test_chosen_tokens_compile(generation: str, length: int, heads: int, dims: t
     q, k = ((1, length, n, dims[0]) for n in (heads, 1))
     shapes = [(q, jnp.bfloat16), (k, jnp.bfloat16), ((1, length), jnp.int32), ((1, length, 1, 2048), jnp.int32)]
     assert set(compiled_kernels(generation, loss, *shapes)) == {"chosen_tokens_forward", "chosen_tokens_gradients"}
+
+
+@pytest.mark.parametrize(
+    ("generation", "length"),
+    [
+        ("v5e", 4096),
+        *(pytest.param(generation, length, marks=pytest.mark.slow) for generation in TOPOLOGIES for length in (4096, 32768)),
+        *(pytest.param(large, 131072, marks=pytest.mark.slow) for large in ("v5p", "tpu7x")),
+    ],
+)
+def test_divergence_over_chosen_tokens_compiles(generation: str, length: int):
+    def loss(index_q, index_k, weights, q, k, segment_ids, indices):
+        selected = SelectedBlocks(indices=indices, block_size=1, num_blocks=length)
+        q, k = jax.lax.stop_gradient((q, k))
+        options = {"mask": Mask(), "at": Tokens(None, segment_ids), "selected": selected, "implementation": "pallas_tpu"}
+        return index_divergence(index_q, index_k, weights, q, k, **options).sum()
+
+    wide = [(1, length, 64, 128), (1, length, 128), (1, length, 64), (1, length, 128, 576), (1, length, 1, 576)]
+    shapes = [*((shape, jnp.bfloat16) for shape in wide), ((1, length), jnp.int32), ((1, length, 1, 2048), jnp.int32)]
+    found = compiled_kernels(generation, loss, *shapes)
+    assert set(found) == {"chosen_tokens_forward", "mean_weights", "index_scores", "index_scores_gradients"}
 
 
 def test_routed_attention_compiles():

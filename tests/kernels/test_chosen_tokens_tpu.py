@@ -15,7 +15,7 @@ from plait.kernels import Mask, SelectedBlocks, Tokens
 from plait.kernels.attention import pallas_tpu, reference
 from plait.kernels.attention.call import AttentionCall
 from plait.kernels.attention.reference import MASKED
-from plait.kernels.attention.tpu.tokens import chosen_tokens, gathering
+from plait.kernels.attention.tpu.tokens import chosen_tokens, tables
 from plait.kernels.target import target
 from plait.kernels.tolerances import wave
 from plait.tests.suites import usually
@@ -105,10 +105,10 @@ def test_kernel_matches_reference(name: str, monkeypatch: pytest.MonkeyPatch):
     call = _call(case)
     assert pallas_tpu.unsupported(call) is None
     if case.parts > 1:
-        tables = chosen_tokens.tables_of(call)
+        problem = chosen_tokens.tables_of(call).problem
         rows = -(-call.k.shape[1] // (8 * case.parts)) * 8
-        least = replace(tables.problem, sums=True, rows=rows).bytes
-        monkeypatch.setattr(chosen_tokens, "_memory", lambda: (gathering.RESERVE + least) * 8 // 7 + 8)
+        least = replace(problem, sums=True, rows=rows).bytes
+        monkeypatch.setattr(chosen_tokens, "core_memory", lambda: (tables.RESERVE + least) * 8 // 7 + 8)
         assert chosen_tokens.tables_of(call).cut(gradients=True)[1] == case.parts
     got = jax.jit(partial(_results, pallas_tpu.attention))(call)
     exact = in_float64(partial(_results, reference.attention), call)

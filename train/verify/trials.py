@@ -159,6 +159,20 @@ def _gather(x: Arrays, implementation: str) -> dict[str, Array]:
     return {"o": o, **rows._asdict()}
 
 
+def _indexed(s: Shape) -> dict[str, Drawn]:
+    wide = (s.batch, s.length, s.heads, s.dim)
+    index = {"index_q": Drawn(wide), "index_k": Drawn((s.batch, s.length, s.dim)), "weights": Drawn(wide[:3])}
+    return index | _latents(s)
+
+
+def _diverge(x: Arrays, implementation: str) -> dict[str, Array]:
+    selected = SelectedBlocks(indices=x["tokens"], block_size=1, num_blocks=x["q"].shape[1])
+    arrays = (x[name] for name in ("index_q", "index_k", "weights"))
+    q, k = jax.lax.stop_gradient((x["q"], x["k"]))
+    rows = kernels.index_divergence(*arrays, q, k, mask=Mask(), selected=selected, implementation=implementation)
+    return {"divergence": rows}
+
+
 def _choice(s: Shape, *more: tuple[str, Drawn]) -> dict[str, Drawn]:
     """Of whole numbers, whose sums are the same in any order."""
     heads = {"q": s.heads, "k": s.kv_heads}
@@ -301,6 +315,7 @@ TRIALS: dict[str, Trial] = {
     "topk_blocks, runs": Trial(
         op="topk_blocks", arguments=_choice, run=partial(_choose, scale=0.125, stride=16, span=32), learns=False
     ),
+    "index_divergence": Trial(op="index_divergence", arguments=_indexed, run=_diverge),
     "column_mass": Trial(op="column_mass", arguments=_attention, run=_masses, learns=False),
     **{
         f"{name}, documents": Trial(op=TIMED[name].op, arguments=partial(_recurrence, documents=True, **options), run=_recur)

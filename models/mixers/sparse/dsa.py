@@ -8,7 +8,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from plait.configs.domains import Channels, Coefficient, Heads, Span
-from plait.kernels import Tokens, served_by_kernel
+from plait.kernels import Tokens, divergence_served_by_kernel, served_by_kernel
 from plait.models.build import BuildContext
 from plait.models.mixers.base import register
 from plait.models.mixers.full.mla import MLA, MLAConfig, MLAInputs
@@ -153,7 +153,11 @@ class DSA(MLA):
     def auxiliary_losses(self, inputs, x, *, at):
         if self.config.index_loss is None:
             return {}
-        return {LOSS: self.config.index_loss * index_loss(inputs.index, inputs.q, inputs.k, at=at, **self.options(inputs))}
+        options, operands = {**self.options(inputs), "at": at}, self.operands(inputs, at)
+        q, k = operands["q"], operands["k"]
+        if "value_dim" in operands and not divergence_served_by_kernel(*inputs.index, q, k, **options):
+            q, k = inputs.q, inputs.k  # less to be multiplied
+        return {LOSS: self.config.index_loss * index_loss(inputs.index, q, k, **options)}
 
     def entries(self):
         return {**super().entries(), "index": ((self.config.index_head_dim,), None)}

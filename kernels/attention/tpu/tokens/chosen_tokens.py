@@ -6,7 +6,6 @@ Tokens beyond what a core's memory holds are tables of their own, the results of
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,9 +17,18 @@ from plait.kernels.attention.chosen_rows import chosen_rows
 from plait.kernels.attention.per_query import gradient_rows
 from plait.kernels.attention.reference import MASKED as HIDDEN
 from plait.kernels.attention.tpu.tokens import gathering
-from plait.kernels.attention.tpu.tokens.tables import CHUNK, QUERIES, Problem, listed, repelled, table
+from plait.kernels.attention.tpu.tokens.tables import (
+    CHUNK,
+    MIN_MEMORY,
+    Problem,
+    Tables,
+    core_memory,
+    cut_tables,
+    listed,
+    repelled,
+    whole,
+)
 from plait.kernels.attention.tpu.weights import stacked_rows
-from plait.kernels.target import current
 
 Array = jax.Array
 
@@ -30,20 +38,14 @@ MAX_DIM = 1024
 MAX_CHOSEN = 4096
 """Tokens that a query chooses: lists of eight queries, two at a time, in the core's 1 MiB of scalar memory."""
 
-BESIDES = 160
-"""Chosen tokens whose cycles a chunk takes besides its own, by static estimates for v5e and v6e."""
-
 TIES = 1e-5
 """See `gradient_rows`; products of the backward pass have the queries on the other side."""
-
-MIN_MEMORY = 64 << 20
-"""Bytes of a core's memory that tables and what stands beside them need at least."""
 
 
 def unsupported(call: AttentionCall) -> str | None:
     """Why this kernel cannot serve a call that selects tokens, beyond what those of blocks cannot either; or None."""
     heads, chosen = call.q.shape[2], call.selected.indices.shape[3]
-    if (memory := _memory()) < MIN_MEMORY:
+    if (memory := core_memory()) < MIN_MEMORY:
         return f"tokens are selected one by one, and a core's memory of {memory >> 20} MiB holds too few"
     if not call.values_in_keys:
         return "tokens are selected one by one, and the values are no channels of the keys; give value_dim"
@@ -60,38 +62,6 @@ def unsupported(call: AttentionCall) -> str | None:
     return None
 
 
-def _memory() -> int:
-    """Bytes that a core has."""
-    here = current()
-    return MIN_MEMORY if here is None else here.vector_memory
-
-
-@dataclass(frozen=True)
-class Tables:
-    """How the keys are cut into tables."""
-
-    problem: Problem
-    """But for the rows of one, its chunk the largest there may be."""
-    tokens: int
-    chosen: int
-    """Tokens of a query."""
-    memory: int
-    """Bytes of a core's memory, of which an eighth is the compiler's."""
-
-    def cut(self, *, gradients: bool) -> tuple[Problem, int]:
-        """A table, and how many there are."""
-        problem = replace(self.problem, sums=gradients)
-        one = replace(problem, rows=7).bytes // 8
-        parts = -(-self.tokens // ((self.memory * 7 // 8 - gathering.RESERVE) // one - 8))
-        chunk = self._chunk(parts, problem.chunk // (4 if gradients else 1))
-        return replace(problem, rows=-(-self.tokens // (8 * parts)) * 8, chunk=chunk), parts
-
-    def _chunk(self, parts: int, most: int) -> int:
-        """Of the most by halves what takes least: two tables visit the chunk in which one ends and the next begins."""
-        sizes = [16, *(most >> n for n in range(6) if (most >> n) % 16 == 0 and most >> n > 16)]
-        return min(sizes, key=lambda size: (1 + BESIDES / size) * (1 + (parts - 1) * size / self.chosen))
-
-
 def tables_of(call: AttentionCall) -> Tables:
     """The tables of a call's keys."""
     problem = Problem(
@@ -104,7 +74,7 @@ def tables_of(call: AttentionCall) -> Tables:
         rows=0,
         sums=False,
     )
-    return Tables(problem, call.k.shape[1], call.selected.indices.shape[3], _memory())
+    return Tables(problem, call.k.shape[1], call.selected.indices.shape[3], core_memory())
 
 
 def attention(call: AttentionCall) -> tuple[Array, list[Array]]:
@@ -125,23 +95,16 @@ def _attend(tables: Tables, q: Array, k: Array, rows: Array, hidden: Array) -> t
 
 def _forward(tables: Tables, q: Array, k: Array, rows: Array, hidden: Array) -> Any:
     length, (problem, parts) = q.shape[1], tables.cut(gradients=False)
-    wide = repelled(problem, _whole(q))
+    wide = repelled(problem, whole(q))
     dtype = q.dtype if parts == 1 else jnp.float32
 
     def of_part(low: Array, far: Array) -> tuple[Array, Array]:
-        return gathering.forward(problem, wide, far, *listed(problem, rows, low), dtype)
+        stacked, o = gathering.forward(problem, wide, far, *listed(problem, rows, low), dtype)
+        return o, stacked
 
-    o, stacked = _joined(of_part, _tables(problem, parts, k, hidden))
+    o, stacked = _joined(of_part, cut_tables(problem, parts, k, hidden))
     o, found = o[:, :length].astype(q.dtype), tuple(jnp.moveaxis(stacked[:, :length], 2, 0))
     return (o, found), (q, k, rows, hidden, o, found)
-
-
-def _tables(problem: Problem, parts: int, k: Array, hidden: Array) -> tuple[Array, Array]:
-    """The first key of each table, [parts], and the tables, [parts, B, ...]."""
-    more = parts * problem.rows - k.shape[1]
-    cut = lambda x: jnp.moveaxis(x.reshape(x.shape[0], parts, problem.rows, *x.shape[2:]), 1, 0)
-    k, hidden = jnp.pad(k, ((0, 0), (0, more), (0, 0))), jnp.pad(hidden, ((0, 0), (0, more)), constant_values=True)
-    return problem.rows * jnp.arange(parts), jax.vmap(partial(table, problem))(cut(k), cut(hidden))
 
 
 def _joined(of_part: Callable[[Array, Array], tuple[Array, Array]], parts: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -174,14 +137,14 @@ def _backward(tables: Tables, saved: Any, cotangents: tuple[Array, tuple[Array, 
     delta = jnp.sum(d_o.astype(jnp.float32) * o, axis=3)
     lse, *others = gradient_rows(found, d_found, delta, ties=TIES)
     stacked = stacked_rows(problem.scale, [jnp.where(lse > HIDDEN / 2, lse, 0), *others])  # [B, T, R, H]
-    wide, d_o, stacked = repelled(problem, _whole(q)), _whole(d_o.astype(q.dtype)), _whole(stacked)
+    wide, d_o, stacked = repelled(problem, whole(q)), whole(d_o.astype(q.dtype)), whole(stacked)
     dtype = q.dtype if parts == 1 else jnp.float32
 
     def of_part(low: Array, far: Array) -> tuple[Array, Array]:
         d_q, d_rows = gathering.gradients(problem, wide, d_o, stacked, far, *listed(problem, rows, low), dtype)
         return d_q, d_rows[:, : problem.rows, :key_dim]
 
-    lows, far = _tables(problem, parts, k, hidden)
+    lows, far = cut_tables(problem, parts, k, hidden)
     if parts == 1:
         d_q, d_k = of_part(lows[0], far[0])
     else:
@@ -196,8 +159,3 @@ def _backward(tables: Tables, saved: Any, cotangents: tuple[Array, tuple[Array, 
 
 
 _attend.defvjp(_forward, _backward)
-
-
-def _whole(x: Array) -> Array:
-    """[B, T, ...] to a multiple of what a grid step takes."""
-    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % QUERIES)] + [(0, 0)] * (x.ndim - 2))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from plait.kernels.target import current
 
 Array = jax.Array
 
@@ -16,6 +19,15 @@ QUERIES = 8
 
 CHUNK = 1024
 """Chosen tokens whose products are made at a time, at most; of gradients a quarter."""
+
+RESERVE = 24 << 20
+"""Bytes of a core's memory beside tables and their sums."""
+
+MIN_MEMORY = 64 << 20
+"""Bytes of a core's memory that tables and what stands beside them need at least."""
+
+BESIDES = 160
+"""Chosen tokens whose cycles a chunk takes besides its own, by static estimates for v5e and v6e."""
 
 _HIDING = -1e30
 """q . k of a row that nobody sees."""
@@ -36,6 +48,8 @@ class Problem:
     """Tokens a table, of which there is one row more."""
     sums: bool
     """Whether there are sums of the rows' gradients beside the table."""
+    hiding: bool = True
+    """Whether a channel hides rows that nobody sees; without, they are zeros."""
 
     @property
     def packing(self) -> int:
@@ -45,7 +59,7 @@ class Problem:
     @property
     def tiles(self) -> int:
         """Tiles of 128 channels, one of which has room for what hides a row."""
-        return self.key_dim // LANES + 1
+        return -(-(self.key_dim + self.hiding) // LANES)
 
     @property
     def words(self) -> int:
@@ -80,8 +94,9 @@ def table(problem: Problem, k: Array, hidden: Array) -> Array:
     batch, length, key_dim = k.shape
     wide = jnp.pad(k, ((0, 0), (0, problem.table_rows - length), (0, problem.words * problem.packing * LANES - key_dim)))
     hidden = jnp.pad(hidden, ((0, 0), (0, problem.table_rows - length)), constant_values=True)
-    hiding = (jnp.arange(wide.shape[2]) == key_dim)[None, None] & hidden[..., None]
-    wide = jnp.where(hiding, jnp.asarray(_HIDING, k.dtype), wide)
+    if problem.hiding:
+        hides = (jnp.arange(wide.shape[2]) == key_dim)[None, None] & hidden[..., None]
+        wide = jnp.where(hides, jnp.asarray(_HIDING, k.dtype), wide)
     wide = wide.reshape(batch, problem.table_rows, problem.words, problem.packing, LANES)
     words = lax.bitcast_convert_type(jnp.moveaxis(wide, 3, 4) if problem.packing > 1 else wide[:, :, :, 0], jnp.int32)
     words = jnp.pad(words, ((0, 0), (0, 0), (0, problem.pitch - problem.words), (0, 0)))
@@ -113,3 +128,54 @@ def listed(problem: Problem, rows: Array, low: Array) -> tuple[Array, Array]:
     entries = problem.pitch * jnp.where(inside, rows - low, problem.rows)
     by_step = lambda x: x.reshape(batch, -1, 1, QUERIES * x.shape[2])
     return by_step(entries), by_step(bounds)
+
+
+def core_memory() -> int:
+    """Bytes that a core has."""
+    here = current()
+    return MIN_MEMORY if here is None else here.vector_memory
+
+
+@dataclass(frozen=True)
+class Tables:
+    """How the keys are cut into tables."""
+
+    problem: Problem
+    """But for the rows of one, its chunk the largest there may be."""
+    tokens: int
+    chosen: int
+    """Tokens of a query."""
+    memory: int
+    """Bytes of a core's memory, of which an eighth is the compiler's."""
+    step: int = 16
+    """A chunk is a multiple of so many tokens."""
+
+    def cut(self, *, gradients: bool) -> tuple[Problem, int]:
+        """A table, and how many there are."""
+        problem = replace(self.problem, sums=gradients)
+        parts = -(-self.tokens // self.rows(problem))
+        chunk = self._chunk(parts, problem.chunk // (4 if gradients else 1))
+        return replace(problem, rows=-(-self.tokens // (8 * parts)) * 8, chunk=chunk), parts
+
+    def rows(self, problem: Problem) -> int:
+        """Tokens that a table has room for."""
+        one = replace(problem, rows=7).bytes // 8
+        return (self.memory * 7 // 8 - RESERVE) // one - 8
+
+    def _chunk(self, parts: int, most: int) -> int:
+        """Of the most by halves what takes least: two tables visit the chunk in which one ends and the next begins."""
+        sizes = [self.step, *(most >> n for n in range(6) if (most >> n) % self.step == 0 and most >> n > self.step)]
+        return min(sizes, key=lambda size: (1 + BESIDES / size) * (1 + (parts - 1) * size / self.chosen))
+
+
+def cut_tables(problem: Problem, parts: int, k: Array, hidden: Array) -> tuple[Array, Array]:
+    """The first key of each table, [parts], and the tables, [parts, B, ...]."""
+    more = parts * problem.rows - k.shape[1]
+    cut = lambda x: jnp.moveaxis(x.reshape(x.shape[0], parts, problem.rows, *x.shape[2:]), 1, 0)
+    k, hidden = jnp.pad(k, ((0, 0), (0, more), (0, 0))), jnp.pad(hidden, ((0, 0), (0, more)), constant_values=True)
+    return problem.rows * jnp.arange(parts), jax.vmap(partial(table, problem))(cut(k), cut(hidden))
+
+
+def whole(x: Array) -> Array:
+    """[B, T, ...] to a multiple of what a grid step takes."""
+    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % QUERIES)] + [(0, 0)] * (x.ndim - 2))

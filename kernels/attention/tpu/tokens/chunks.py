@@ -1,0 +1,241 @@
+"""The chunks of the tokens that queries choose one by one, for TPU kernels whose memory is a table of rows.
+
+What is chosen from lies in the core's memory as a table of rows. A query brings the rows that it has chosen together, a chunk at a time,
+while the products of the chunk before are made, so that work follows the tokens that are chosen.
+A row that nobody sees has a number in a channel of its own that hides it, and stands where there is nothing to choose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from plait.kernels.attention.tpu.tokens.tables import LANES, QUERIES, RESERVE, Problem
+from plait.kernels.costs import cost
+
+Array = jax.Array
+
+BATCH = 8
+"""Rows whose sums are read before the first is written back."""
+
+
+class Chunks(NamedTuple):
+    """The chunks of a grid step's queries, one after the other, each fetched while that before is worked on."""
+
+    problem: Problem
+    entries: Any
+    bounds: Any
+    """With `entries`, the lists of `listed`."""
+    table: Any
+    buffer: Any
+    """The rows of a chunk as they lie in the table."""
+    here: Any
+    """[C, W]: as the products read them."""
+
+    def begin(self, far: Any, moved: Any) -> None:
+        """Ahead of all else: at a sequence's first step its table of `far` comes here."""
+
+        @pl.when(pl.program_id(1) == 0)
+        def _begin():
+            copy_now(far.at[pl.program_id(0)], self.table, moved)
+
+    def low(self, i: Any) -> Array:
+        return self.bounds[0, 0, 0, 2 * i]
+
+    def high(self, i: Any) -> Array:
+        return self.bounds[0, 0, 0, 2 * i + 1]
+
+    def row(self, i: Array, c: Array, n: int) -> Array:
+        """The line at which the row of the n-th chosen token of a chunk begins."""
+        length = self.entries.shape[3] // QUERIES
+        return self.entries[0, 0, 0, i * length + c * self.problem.chunk + n]
+
+    def lanes(self, c: Array) -> Any:
+        """Where chunk c stands among the chosen tokens of a query, for chunks of whole lines."""
+        return pl.ds(pl.multiple_of(c * self.problem.chunk, LANES), self.problem.chunk)
+
+    def fetch(self, i: Array, c: Array) -> None:
+        """The rows of a chunk, as they lie."""
+        words = self.problem.words
+        for n in range(self.problem.chunk):
+            self.buffer[pl.ds(n * words, words)] = self.table[pl.ds(self.row(i, c, n), words)]
+
+    def unpack(self) -> None:
+        """What is fetched, as the products read it."""
+        words = self.problem.words
+        tiles: list[list[Array]] = [[] for _ in range(words * self.problem.packing)]
+        packing = self.problem.packing
+        for first in range(0, self.problem.chunk, 8 * packing):
+            for word in range(words):
+                lines = [self.buffer[pl.ds((first + part) * words + word, 8, packing * words)] for part in range(packing)]
+                for part, tile in enumerate(_unpacked(lines, self.here.dtype)):
+                    tiles[word * self.problem.packing + part].append(tile)
+        for n in range(self.problem.tiles):
+            self.here[:, n * LANES : (n + 1) * LANES] = jnp.concatenate(tiles[n])
+
+    def each(
+        self,
+        visit: Callable[[Array, Array, Array], None],
+        finish: Callable[[Array], None] = lambda i: None,
+        before: Callable[[Array, Array], None] = lambda i, c: None,
+    ) -> None:
+        """`visit(i, c, k)` for each chunk c of each query i, whose rows are k, and `finish(i)` after a query's last.
+
+        `before(i, c)` stands ahead of a visit, with the chunk that was visited last, of the first visit its own. What it writes, and the
+        rows of the next chunk, the compiler moves while it makes the products of this one.
+        """
+        count = sum(self.high(i) - self.low(i) for i in range(QUERIES))
+        self.fetch(jnp.int32(0), self.low(0))
+        self.unpack()
+
+        def step(_: Array, at: tuple[Array, ...]) -> tuple[Array, ...]:
+            i, c, *earlier = at
+            last = c + 1 >= self.high(i)
+            following = jnp.where(last, jnp.minimum(i + 1, QUERIES - 1), i)
+            then = following, jnp.where(last, self.low(following), c + 1)
+            before(*earlier)
+            self.fetch(*then)
+            visit(i, c, self.here[...])
+            self.unpack()
+            pl.when(last)(partial(finish, i))
+            return *then, i, c
+
+        begin = jnp.int32(0), self.low(0)
+        *_, i, c = lax.fori_loop(0, count, step, (*begin, *begin))
+        before(i, c)
+
+
+class Sums(NamedTuple):
+    """Sums of the gradients of a table's rows. No query may choose a token twice."""
+
+    chunks: Chunks
+    sums: Any
+    added: Any
+    """Those of the chunk that was visited last."""
+
+    def begin(self) -> None:
+        """Ahead of the visits."""
+        lines = 8 * self.chunks.problem.pitch
+
+        def clear(n: Array, _: None) -> None:
+            self.sums[pl.ds(n * lines, lines)] = jnp.zeros((lines, LANES), jnp.float32)
+
+        @pl.when(pl.program_id(1) == 0)
+        def _begin():
+            lax.fori_loop(0, self.chunks.problem.table_rows // 8, clear, None)
+
+        self.added[...] = jnp.zeros_like(self.added)
+
+    def put(self, n: int, tile: Array) -> None:
+        """The n-th 128 channels of the gradients [C, 128] of a chunk's rows."""
+        tiles = self.chunks.problem.tiles
+        for m in range(0, tile.shape[0], 8):
+            self.added[pl.ds(m * tiles + n, 8, tiles)] = tile[m : m + 8]
+
+    def add(self, i: Array, c: Array) -> None:
+        """What was put, of chunk c of query i, to the sums."""
+        tiles = self.chunks.problem.tiles
+        for begin in range(0, self.chunks.problem.chunk, BATCH):
+            members = range(begin, begin + BATCH)
+            where = [pl.ds(self.chunks.row(i, c, m), tiles) for m in members]
+            found = [self.sums[at] + self.added[pl.ds(m * tiles, tiles)] for m, at in zip(members, where, strict=True)]
+            for at, x in zip(where, found, strict=True):
+                self.sums[at] = x
+
+    def end(self, d_table: Any, moved: Any) -> None:
+        """Behind the visits: at a sequence's last step the sums leave."""
+
+        @pl.when(pl.program_id(1) == pl.num_programs(1) - 1)
+        def _end():
+            copy_now(self.sums, d_table.at[pl.program_id(0)], moved)
+
+
+def _unpacked(lines: Sequence[Array], dtype: Any) -> list[Array]:
+    """Tiles of 8 rows, or of 16 of two lines of words of 16-bit elements, in which rows of the two take turns."""
+    if len(lines) == 1:
+        return [pltpu.bitcast(lines[0], dtype)]
+    a, b = lines
+    low = (a & 0xFFFF) | (b << 16)
+    high = lax.shift_right_logical(a, 16) | (b & jnp.int32(-65536))
+    return [pltpu.bitcast(low, dtype), pltpu.bitcast(high, dtype)]
+
+
+def own_column(columns: Array, i: Array) -> Array:
+    """Column i of an array [N, 8], [N, 1]."""
+    lane = lax.broadcasted_iota(jnp.int32, columns.shape, 1)
+    return jnp.sum(jnp.where(lane == i, columns, 0), axis=1, keepdims=True)
+
+
+def copy_now(source: Any, to: Any, done: Any) -> None:
+    """Copies by hand, and waits."""
+    copy = pltpu.make_async_copy(source, to, done)
+    copy.start()
+    copy.wait()
+
+
+def row_scratch(problem: Problem, dtype: Any) -> list[Any]:
+    """The table, the chunk that is fetched as it lies there, and as the products read it; and what says that a copy is done."""
+    return [
+        pltpu.VMEM((problem.table_rows * problem.pitch, LANES), jnp.int32),
+        pltpu.VMEM((problem.chunk * problem.words, LANES), jnp.int32),
+        pltpu.VMEM((problem.chunk, problem.width), dtype),
+        pltpu.SemaphoreType.DMA(()),
+    ]
+
+
+def sums_scratch(problem: Problem) -> list[Any]:
+    """Of `Sums`."""
+    return [
+        pltpu.VMEM((problem.table_rows * problem.pitch, LANES), jnp.float32),
+        pltpu.VMEM((problem.chunk * problem.tiles, LANES), jnp.float32),
+    ]
+
+
+def sums_shape(problem: Problem, batch: int) -> jax.ShapeDtypeStruct:
+    """The sums as they leave, [B, table_rows * pitch, 128]."""
+    return jax.ShapeDtypeStruct((batch, problem.table_rows * problem.pitch, LANES), jnp.float32)
+
+
+def call_kernel(
+    kernel: Callable[..., None],
+    name: str,
+    queries: Sequence[Array],
+    far: Array,
+    lists: tuple[Array, Array],
+    *,
+    outputs: Sequence[Any],
+    scratch: Sequence[Any],
+    columns: int,
+    problem: Problem,
+) -> Any:
+    """Arrays of `queries` and `outputs` are [B, T, ...], but for the last output where there are sums, [B, ...].
+
+    Args: `queries`, the first [B, T, H, width]; `columns` of all products.
+    """
+    entries, bounds = lists
+    batch, length, heads = queries[0].shape[:3]
+    of_queries = lambda x: pl.BlockSpec((1, QUERIES, *x.shape[2:]), lambda b, t: (b, t, *[0] * (len(x.shape) - 2)))
+    scalars = lambda x: pl.BlockSpec((1, 1, *x.shape[2:]), lambda b, t: (b, t, 0, 0), memory_space=pltpu.SMEM)
+    apart = pl.BlockSpec(memory_space=pl.ANY)
+    out_specs = [of_queries(x) for x in outputs[:-1]] + [apart if problem.sums else of_queries(outputs[-1])]
+    pairs = batch * length * heads * (entries.shape[3] // QUERIES)
+    return pl.pallas_call(
+        kernel,
+        name=name,
+        out_shape=list(outputs),
+        grid=(batch, length // QUERIES),
+        in_specs=[scalars(bounds), scalars(entries), apart, *(of_queries(x) for x in queries)],
+        out_specs=out_specs,
+        scratch_shapes=list(scratch),
+        cost_estimate=cost((*queries, far, *lists, *outputs), flops=2 * pairs * columns, transcendentals=pairs),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=problem.bytes + RESERVE
+        ),
+    )(bounds, entries, far, *queries)

@@ -1,0 +1,93 @@
+"""The mean over heads of attention's weights on the tokens that each query has chosen, for TPU: what an indexer's scores are compared with."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from plait.kernels.attention.reference import MASKED as HIDDEN
+from plait.kernels.attention.tpu.tokens import gathering
+from plait.kernels.attention.tpu.tokens.chunks import Chunks, call_kernel, own_column, row_scratch
+from plait.kernels.attention.tpu.tokens.tables import QUERIES, Problem, Tables, cut_tables, listed, repelled, whole
+from plait.kernels.attention.tpu.weights import LOG2_E, NT, dot
+
+Array = jax.Array
+
+UNSEEN = -1.0
+"""In place of the weight on a token that nobody sees."""
+
+_LEAST = -1e29
+"""Above the logit of such a one, below all others."""
+
+
+def mean_weights(tables: Tables, q: Array, k: Array, rows: Array, hidden: Array) -> Array:
+    """[B, T, N] float32, `UNSEEN` where there is no token or one that is hidden.
+
+    A pass over the tokens for each head's log-sum-exp, and one for the weights, since tables of several parts share a sum.
+
+    Args:
+      tables: of the keys, without values.
+      q: [B, T, H, K]; H is a multiple of 8.
+      k: [B, S, K].
+      rows: [B, T, N] of k; -1 is none. No query has one twice.
+      hidden: bool [B, S].
+    """
+    (length, chosen), (problem, parts) = rows.shape[1:], tables.cut(gradients=False)
+    wide, cut = repelled(problem, whole(q)), cut_tables(problem, parts, k, hidden)
+
+    def normalizers(low: Array, far: Array) -> Array:
+        return gathering.forward(problem, wide, far, *listed(problem, rows, low))[0][:, :, 0]
+
+    def part(lse: Array, low: Array, far: Array) -> Array:
+        return weights(problem, wide, LOG2_E * jnp.where(lse > HIDDEN / 2, lse, 0), far, *listed(problem, rows, low))
+
+    if parts == 1:
+        low, far = (x[0] for x in cut)
+        found = part(normalizers(low, far), low, far)
+    else:
+        lse = jax.nn.logsumexp(jax.lax.map(lambda at: normalizers(*at), cut), axis=0)
+        found = jax.lax.map(lambda at: part(lse, *at), cut).max(0)
+    return found[:, :length, :chosen]
+
+
+def weights(problem: Problem, q: Array, lse: Array, far: Array, entries: Array, bounds: Array) -> Array:
+    """Of the tokens of a table, [B, T, L].
+
+    Args:
+      q: [B, T, H, width], of `repelled`; T is a multiple of 8.
+      lse: [B, T, H] float32, to the base of 2; of all tables.
+      far: the `table`.
+      entries, bounds: of `listed`.
+    """
+    (found,) = call_kernel(
+        partial(_kernel, problem),
+        "mean_weights",
+        (q, lse),
+        far,
+        (entries, bounds),
+        outputs=[jax.ShapeDtypeStruct((*lse.shape[:2], entries.shape[3] // QUERIES), jnp.float32)],
+        scratch=row_scratch(problem, q.dtype),
+        columns=q.shape[3],
+        problem=problem,
+    )
+    return found
+
+
+def _kernel(problem: Problem, bounds: Any, entries: Any, far: Any, q: Any, lse: Any, found: Any, *scratch: Any) -> None:
+    *rows, moved = scratch
+    chunks = Chunks(problem, entries, bounds, *rows)
+    chunks.begin(far, moved)
+    found[...] = jnp.full_like(found, UNSEEN)
+    columns, heads = lse[0].T, q.shape[2]  # [H, 8]
+
+    def visit(i: Array, c: Array, k: Array) -> None:
+        z = dot(q[0, i], k, NT)  # [H, C]
+        p = jnp.exp2((problem.scale * LOG2_E) * z - own_column(columns, i))
+        mean = jnp.sum(p, axis=0, keepdims=True) / heads
+        found[0, pl.ds(i, 1), chunks.lanes(c)] = jnp.where(z[:1] > _LEAST, mean, UNSEEN)
+
+    chunks.each(visit)
