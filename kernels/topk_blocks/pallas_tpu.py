@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from plait.kernels.costs import cost
 from plait.kernels.shapes import matmul_precision, padded
 from plait.kernels.target import not_on
-from plait.kernels.topk_blocks import chunked, reference
+from plait.kernels.topk_blocks import chunked, reference, tokens_tpu
 from plait.kernels.topk_blocks.call import TopkCall
 
 Array = jax.Array
@@ -67,6 +67,8 @@ def unsupported(call: TopkCall) -> str | None:
 
 def topk_blocks(call: TopkCall) -> Array:
     """See `plait.kernels.topk_blocks`; the indices."""
+    if tokens_tpu.unsupported(call) is None:
+        return tokens_tpu.topk_tokens(call)
     return chunked.in_runs(call, call.blocks.shape[2], lambda call: reference.choose(call, scores(call)))
 
 
