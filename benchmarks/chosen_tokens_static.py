@@ -1,10 +1,12 @@
 """Cycles of the TPU kernels for tokens that queries choose one by one, beside full causal attention: estimates of libtpu's compiler.
 
     python benchmarks/chosen_tokens_static.py v5e,v6e [--heads 128] [--chosen 2048] [--seq-lens 32768,131072] [--stats]
+    python benchmarks/chosen_tokens_static.py v5e,v6e --indexer [--heads 128] [--seq-lens 32768]
 
 Both are of DeepSeek's shape: full attention has keys of 192 and values of 128 channels of each head, that to chosen tokens one latent of
 512 and 64 channels for all heads. The promise is full attention's operations over those of the chosen pairs; the indexer, which both would
-need, is in neither. Keys beyond what a core holds are several tables; the chunks at their ends, which two of them visit, count twice.
+need, is in neither: `--indexer` gives what it takes, choosing (of a query that reaches all T tokens) and its loss. Keys beyond what a core
+holds are several tables; the chunks at their ends, which two of them visit, count twice.
 Nothing runs. Copies by hand have no estimate: that of a table, once a sequence, is not counted.
 """
 
@@ -18,6 +20,8 @@ import tpu_static
 
 LATENT, ROTARY, HEAD, QUERIES = 512, 64, 128, 8
 INDEX_HEADS, INDEX_DIM = 64, 128
+COUNTS = 17
+"""Of three thresholds, at most: sixteen to find a word, and one of two."""
 SHAPE = (1, 2048, 1, HEAD + ROTARY, 0)
 
 
@@ -82,6 +86,68 @@ def kernel(job: dict[str, Any], array: Any) -> tuple[Any, tuple[Any, ...]]:
     }[job["kernel"]]
 
 
+def choosing(job: dict[str, Any], array: Any) -> tuple[Any, tuple[Any, ...]]:
+    """One part of the choice of 128 queries among `job["length"]` tokens: scores, a count of three thresholds, marking or moving up."""
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
+
+    from plait.kernels.topk_blocks import tokens_tpu as tokens
+
+    length, chosen = job["length"], job["chosen"]
+    problem = tokens.Problem(chosen, True, 1, length // tokens.CHUNK, (length - 1).bit_length())
+    place, when = pl.program_id, pl.when
+
+    def kernel(q: Any, c: Any, rows: Any, of_keys: Any, weights: Any, out: Any, words: Any) -> None:
+        choice, row = tokens._Choice(problem, words, length // tokens.PART), jnp.zeros((1, tokens.QUERIES), jnp.int32)
+
+        reach = type("Reach", (), {"__getitem__": lambda *_: length})()
+
+        def score(step: Any, _: None) -> None:
+            pl.program_id = lambda axis: step if axis == 3 else place(axis)
+            pl.when = lambda _: lambda body: body() if body.__name__ == "_score" else None
+            tokens._kernel(problem, reach, q, c, rows, of_keys, weights, out, words)
+
+        if job["kernel"] == "score":
+            jax.lax.fori_loop(0, length // tokens.CHUNK, score, None)
+        elif job["kernel"] == "count":
+            out[0, 0, 0:1] = sum(choice.counts([row + n for n in (1, 2, 3)]), row)
+        elif job["kernel"] == "mark":
+            choice.mark(row, row, row, of_keys)
+        else:
+            pl.when = lambda _: lambda body: body()
+            choice.compact()
+        pl.program_id, pl.when = place, when
+
+    numbers = lambda *shape: array(*shape, dtype=jnp.int32)
+    call = pl.pallas_call(
+        kernel,
+        name="topk_tokens",
+        out_shape=jax.ShapeDtypeStruct((1, 1, chosen, tokens.QUERIES), jnp.int32),
+        grid=(1, 1, 1, 1),
+        scratch_shapes=[pltpu.VMEM((length + tokens.PART, tokens.QUERIES), jnp.int32)],
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=100 << 20),
+    )
+    heads = array(1, INDEX_HEADS, tokens.QUERIES, INDEX_DIM), array(1, 1, tokens.CHUNK, INDEX_DIM)
+    weights = array(1, 1, INDEX_HEADS, tokens.QUERIES, dtype=jnp.float32)
+    return call, (*heads, numbers(1, 1, 2, tokens.QUERIES), numbers(1, 1, 2, length), weights)
+
+
+def indexer(target: str, length: int, heads: int, chosen: int) -> dict[str, float]:
+    """Cycles a query of each part of what the indexer takes, of tokens that fit one table."""
+    job = {"target": target, "op": "choosing_tokens", "dtype": "bfloat16", "name": "indexer", "length": length, "chosen": chosen}
+    found = {}
+    for name, times in (("score", 1), ("count", COUNTS), ("mark", 1), ("compact", 1)):
+        found[f"choosing: {name}"] = times * cycles(job | {"kernel": name}) / 128
+    for name in ("normalizers", "mean_weights", "index_scores", "index_gradients"):
+        one = 256 if name == "index_gradients" else 1024
+        job = {"target": target, "op": "chosen_tokens", "dtype": "bfloat16", "name": "chosen", "kernel": name, "stats": False}
+        job |= {"heads": heads, "chunk": one}
+        found[f"loss: {name}"] = (cycles(job | {"chunks": chosen // one}) - cycles(job | {"chunks": 0})) / QUERIES
+    return found
+
+
 def cut(target: str, length: int, chosen: int, *, gradients: bool) -> tuple[int, float]:
     """Chosen tokens a chunk, and the chunks of a query over those of its tokens: two tables visit that in which one ends."""
     from plait.kernels.attention.tpu.tokens import tables
@@ -100,7 +166,15 @@ def main() -> None:
     parser.add_argument("--chosen", type=int, default=2048)
     parser.add_argument("--seq-lens", default="32768,131072")
     parser.add_argument("--stats", action="store_true")
+    parser.add_argument("--indexer", action="store_true")
     args = parser.parse_args()
+    if args.indexer:
+        print(f"{args.heads} heads, {args.chosen} tokens, an indexer of {INDEX_HEADS} heads; cycles a query, estimated")
+        for target in args.targets.split(","):
+            for length in map(int, args.seq_lens.split(",")):
+                for part, cost in indexer(target, length, args.heads, args.chosen).items():
+                    print(f"| {target} | {length:,} | {part} | {cost:,.0f} |", flush=True)
+        return
     print(f"{args.heads} heads, {args.chosen} tokens, bfloat16{', statistics' if args.stats else ''}; cycles a query, estimated")
     print("| chip | heads | pass | T | full | chosen | faster | promised | share |")
     print("|---|---|---|---|---|---|---|---|---|")

@@ -113,6 +113,8 @@ def work(job: dict[str, Any]) -> None:
     build = _splash if job["name"].startswith("splash") else _choosing if job["op"] == "choosing" else ours
     if job["op"] == "chosen_tokens":
         from chosen_tokens_static import kernel as build
+    if job["op"] == "choosing_tokens":
+        from chosen_tokens_static import choosing as build
     with target(job["target"]):
         function, operands = build(job, array)
         lowered = jax.jit(function).lower(*operands)

@@ -97,8 +97,9 @@ def _forward(tables: Tables, index_q: Array, index_k: Array, weights: Array, row
 
 
 def _backward(tables: Tables, saved: Any, d_divergence: Array) -> Any:
-    *inputs, d_scores = saved
-    return *score_gradients(tables, *inputs, d_divergence[..., None] * d_scores), None, None
+    index_q, index_k, weights, rows, d_scores = saved
+    d_scores = d_divergence[..., None] * d_scores
+    return *score_gradients(tables, index_q, index_k, weights, rows, d_scores), None, None
 
 
 _divergence.defvjp(_forward, _backward)

@@ -39,7 +39,7 @@ HEADS = 16
 RANK_BITS = 12
 """Of a word that holds a chosen token's number and, below it, how many are chosen before it."""
 
-RESERVE = 24 << 20
+RESERVE = 16 << 20
 """Bytes of a core's memory beside the scores."""
 
 NEVER = -(1 << 31)

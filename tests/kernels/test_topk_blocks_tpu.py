@@ -165,7 +165,7 @@ def test_kernel_compiles(generation: str, length: int, kind: str, monkeypatch: p
     ("generation", "length"),
     [
         ("v5e", 4096),
-        *(pytest.param(name, 32768, marks=pytest.mark.slow) for name in TOPOLOGIES),
+        *(pytest.param(name, 65536, marks=pytest.mark.slow) for name in TOPOLOGIES),
         *(pytest.param(name, 131072, marks=pytest.mark.slow) for name in ("v5e", "v6e")),
     ],
 )

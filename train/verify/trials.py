@@ -167,10 +167,8 @@ def _indexed(s: Shape) -> dict[str, Drawn]:
 
 def _diverge(x: Arrays, implementation: str) -> dict[str, Array]:
     selected = SelectedBlocks(indices=x["tokens"], block_size=1, num_blocks=x["q"].shape[1])
-    arrays = (x[name] for name in ("index_q", "index_k", "weights"))
-    q, k = jax.lax.stop_gradient((x["q"], x["k"]))
-    rows = kernels.index_divergence(*arrays, q, k, mask=Mask(), selected=selected, implementation=implementation)
-    return {"divergence": rows}
+    options: dict[str, Any] = {"mask": Mask(), "selected": selected, "implementation": implementation}
+    return {"divergence": kernels.index_divergence(x["index_q"], x["index_k"], x["weights"], x["q"], x["k"], **options)}
 
 
 def _choice(s: Shape, *more: tuple[str, Drawn]) -> dict[str, Drawn]:

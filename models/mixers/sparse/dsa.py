@@ -154,10 +154,10 @@ class DSA(MLA):
         if self.config.index_loss is None:
             return {}
         options, operands = {**self.options(inputs), "at": at}, self.operands(inputs, at)
-        q, k = operands["q"], operands["k"]
-        if "value_dim" in operands and not divergence_served_by_kernel(*inputs.index, q, k, **options):
+        index, q, k = inputs.index, operands["q"], operands["k"]
+        if "value_dim" in operands and not divergence_served_by_kernel(index.q, index.k, index.weights, q, k, **options):
             q, k = inputs.q, inputs.k  # less to be multiplied
-        return {LOSS: self.config.index_loss * index_loss(inputs.index, q, k, **options)}
+        return {LOSS: self.config.index_loss * index_loss(index, q, k, **options)}
 
     def entries(self):
         return {**super().entries(), "index": ((self.config.index_head_dim,), None)}
