@@ -13,7 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from plait.configs.mesh import MeshConfig
 from plait.kernels import Mask, index_divergence
 from plait.kernels.attention.tpu.tokens import chosen_tokens
-from plait.kernels.index_divergence import chunked
+from plait.kernels.index_divergence import chunked, pallas_tpu
 from plait.kernels.target import target
 from plait.models.build import Alone
 from plait.models.mixers.moh import MoHConfig
@@ -97,23 +97,27 @@ def test_a_warm_up_goes_on_as_the_sparse_stage_and_with_no_other_attention():
 
 
 def test_latents_are_attended_to_where_a_kernel_brings_them_together(monkeypatch):
-    """Outputs and gradients are those of the heads' own keys, which the chunked form takes."""
-    monkeypatch.setattr(chosen_tokens, "CHUNK", 16)
+    """Outputs, loss and gradients are those of the heads' own keys, which the chunked form takes."""
+    for module in (chosen_tokens, pallas_tpu):
+        monkeypatch.setattr(module, "CHUNK", 16)
+    monkeypatch.setattr(pallas_tpu, "LANES", 16)
     monkeypatch.setattr(dsa, "WORTH", 1)
     sizes = {"num_heads": 8, "kv_rank": 24, "q_rank": 32, "nope_head_dim": 16, "rope_head_dim": 8, "v_head_dim": 12}
-    config = DSAConfig(**sizes, top_k=7, index_heads=3, index_head_dim=12, index_loss=None)
+    config = DSAConfig(**sizes, top_k=7, index_heads=8, index_head_dim=12)
     layer, at = build(config, 32), layout((20, 12), (32,), length=34)
     graph, state = nnx.split(layer)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(*at.segment_ids.shape, 32)), jnp.float32)
 
     def run(state, x):
-        return jnp.sin(nnx.merge(graph, state)(x, at=at, carry={}).y).sum()
+        mixed = nnx.merge(graph, state)(x, at=at, carry={})
+        return jnp.sin(mixed.y).sum() + mixed.losses[LOSS]
 
     expected = quick_jit(jax.value_and_grad(run, (0, 1)))(state, x)
     with target("v5e"), pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
         text = str(jax.make_jaxpr(run)(state, x))
         found = quick_jit(jax.value_and_grad(partial(run), (0, 1)))(state, x)
-    assert "chosen_tokens_forward" in text
+    for kernel in ("topk_tokens", "chosen_tokens_forward", "mean_weights", "index_scores"):
+        assert kernel in text
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert_close(a, b) if np.asarray(b).any() else np.testing.assert_array_equal(a, b)
 
