@@ -50,6 +50,16 @@ def _using(split: _Split | None) -> Iterator[None]:
         _split.reset(token)
 
 
+def on_one_device(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """`function`, whose ops no mesh divides, whenever it is traced: custom gradients are after the call is."""
+
+    def run(call: Any) -> Any:
+        with _using(None):
+            return function(call)
+
+    return run
+
+
 def parts_of_sequence(call: Call) -> Parts | None:
     """The devices over which the mesh in use cuts a call's sequence; None where it does not, or not into two equal halves each."""
     split = _split.get()
@@ -111,14 +121,10 @@ class Shards:
         if self.mesh is None:
             return function(self.call)
 
-        def on_device(call: Call) -> Any:
-            with _using(None):
-                return function(call)
-
         specs = self._map(lambda letters, x: self._spec(letters, x.shape))
         out = tuple(self._spec(letters) for letters in self.call.results)
         return jax.shard_map(
-            on_device, mesh=inside(self.mesh), in_specs=(specs,), out_specs=out if len(out) > 1 else out[0], check_vma=False
+            on_one_device(function), mesh=inside(self.mesh), in_specs=(specs,), out_specs=out if len(out) > 1 else out[0], check_vma=False
         )(self.call)
 
     def _map(self, function: Callable[[str, Any], Any]) -> Call:
