@@ -124,7 +124,11 @@ class Shards:
         specs = self._map(lambda letters, x: self._spec(letters, x.shape))
         out = tuple(self._spec(letters) for letters in self.call.results)
         return jax.shard_map(
-            on_one_device(function), mesh=inside(self.mesh), in_specs=(specs,), out_specs=out if len(out) > 1 else out[0], check_vma=False
+            on_one_device(function),
+            mesh=inside(self.mesh),
+            in_specs=(specs,),
+            out_specs=out if len(out) > 1 else out[0],
+            check_vma=False,
         )(self.call)
 
     def _map(self, function: Callable[[str, Any], Any]) -> Call:

@@ -122,9 +122,7 @@ def relative_weights(
     return p, factor, AttentionStats(*(by_head(x[..., 0]) for x in (lse, peak, entropy, first_mass)))
 
 
-def share(
-    call: AttentionCall, queries: Tokens, keys: Tokens, precision: jax.lax.PrecisionLike
-) -> tuple[Array, AttentionStats]:
+def share(call: AttentionCall, queries: Tokens, keys: Tokens, precision: jax.lax.PrecisionLike) -> tuple[Array, AttentionStats]:
     """What has the gradients of these keys' share in `call.whole`: sum_j A_j (v_j - o) and sum_j A_j, with A_j = exp(z_j - lse)."""
     o, lse = call.whole
     z = logits(call, queries, keys, precision)
