@@ -29,6 +29,9 @@ Op = Callable[[AttentionCall], tuple[Array, Any]]
 Whole = tuple[Array, Any]
 """o [B, T, H, V] and the rows of `AttentionStats`, those that nobody asked for None; of a sigmoid without statistics no rows."""
 
+RING = "ring_of_parts"
+"""Names, in a compiled program, what is sent beside the attention to a part, and that attention."""
+
 _TIES = 1e-6
 """A part whose largest logit is this close to the row's, relatively, has it: both passes make it."""
 
@@ -68,6 +71,7 @@ def _ring(op: Op, parts: Parts, call: AttentionCall) -> Whole:
     return _forward(op, parts, call)[0]
 
 
+@jax.named_scope(RING)
 def _forward(op: Op, parts: Parts, call: AttentionCall) -> tuple[Whole, Any]:
     def step(carry: tuple[_Held, Whole], _: Any) -> tuple[tuple[_Held, Whole], None]:
         held, total = carry
@@ -79,6 +83,7 @@ def _forward(op: Op, parts: Parts, call: AttentionCall) -> tuple[Whole, Any]:
     return (o, rows), (call, o.astype(call.q.dtype), rows)
 
 
+@jax.named_scope(RING)
 def _backward(op: Op, parts: Parts, saved: Any, cotangents: Whole) -> tuple[AttentionCall]:
     call, *whole = saved
     wide = partial(jax.tree.map, lambda x: x.astype(accumulation_dtype(x)))

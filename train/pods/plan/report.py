@@ -45,6 +45,7 @@ def sections(plan: Plan) -> list[Section]:
         *_decoding(plan),
         _collectives(plan),
         _layer_exchange(plan),
+        *_parts_of_rows(plan),
         _roofline(plan),
         *_time_of_layers(plan),
         _warnings(plan),
@@ -162,6 +163,28 @@ def _layer_exchange(plan: Plan) -> Section:
     ]
     notes = ["A collective that the compiler made of several counts for one of them."] if rows else ["None."]
     return Section("The same by kind of layer", ("layers", "axes", "count", "full arrays"), rows, notes)
+
+
+def _parts_of_rows(plan: Plan) -> list[Section]:
+    if not plan.exchanges:
+        return []
+    taken, best = plan.config.mesh.context_exchange, plan.exchanges[0]
+    rows = []
+    for one in plan.exchanges:
+        name = one.exchange + (", as planned" if one.exchange == taken else "")
+        if one.alike:
+            rows.append((name, "as gathered", "", "", "", ""))
+            continue
+        times = (f"{one.seconds * 1e3:.1f}", f"{one.exposed * 1e3:.1f}")
+        rows.append((name, f"{one.hops:,}", size_text(one.bytes), *times, size_text(one.held)))
+    notes = [
+        f"By estimate the best is mesh.context_exchange={best.exchange}{', as planned' if best.exchange == taken else ''}: "
+        f"{best.exposed * 1e3:.3g} ms of a step that no work hides.",
+        "Read from the traced layers, not compiled: what the layout calls for. What goes round is taken to be hidden by the attention to a "
+        "part, at the peak, as far as that lasts, and the rest by nothing; the time it takes to begin a hop is not known and not counted.",
+    ]
+    columns = ("exchange", "hops", "full arrays", "ms", "not hidden", "room in a layer")
+    return [Section("Ways for parts of rows to meet, by estimate", columns, rows, notes)]
 
 
 def _roofline(plan: Plan) -> Section:
@@ -312,6 +335,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
             {"layers": layers, "axes": axes, "count": count, "bytes": size}
             for (layers, axes), (count, size) in plan.layer_exchange.items()
         ],
+        "context_exchanges": [dataclasses.asdict(one) for one in plan.exchanges],
         "times": _times(clock),
         "assumptions": list(ASSUMPTIONS),
         "warnings": plan.warnings,
