@@ -30,7 +30,8 @@ Whole = tuple[Array, Any]
 """o [B, T, H, V] and the rows of `AttentionStats`, those that nobody asked for None; of a sigmoid without statistics no rows."""
 
 RING = "ring_of_parts"
-"""Names, in a compiled program, what is sent beside the attention to a part, and that attention."""
+MERGE = "merge_parts"
+"""Names, in a program, what is sent beside the attention to a part, with that attention; and where parts are added up."""
 
 _TIES = 1e-6
 """A part whose largest logit is this close to the row's, relatively, has it: both passes make it."""
@@ -58,11 +59,12 @@ def attention(op: Op, parts: Parts, call: AttentionCall) -> Whole:
     turn: Any = parts.balanced if call.mask.causal else lambda x: x
     turned = {name: jax.tree.map(turn, getattr(call, name)) for name in ("q", "k", "v", "at")}
     alone = call.replace(**turned, sinks=None, query_sinks=None, return_lse=not call.sigmoid)
-    o, rows = jax.tree.map(turn, _ring(op, parts, alone))
+    o, rows = _ring(op, parts, alone)
+    o, rows = jax.tree.map(turn, (o.astype(dtype), rows))
     if sinks is not None:
         o, (lse, *rest) = with_sinks(o, [x for x in rows if x is not None], sinks)
         rows = AttentionStats(lse, *rest) if call.return_stats else rows
-    return o.astype(dtype), rows if call.return_stats else None
+    return o, rows if call.return_stats else None
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -99,7 +101,9 @@ def _backward(op: Op, parts: Parts, saved: Any, cotangents: Whole) -> tuple[Atte
         held, moving, sums = carry
         following, moving = jax.tree.map(parts.passed_on, (held, moving))  # its gradients catch up with the part held
         own, round_ = gradients(held)
-        return (following, *jax.tree.map(jnp.add, (moving, sums), (round_, own))), None
+        with jax.named_scope(MERGE):
+            moving, sums = jax.tree.map(jnp.add, (moving, sums), (round_, own))
+        return (following, moving, sums), None
 
     held = _Held(call.k, None if call.values_in_keys else call.v, call.at)
     sums, moving = gradients(held)
@@ -137,6 +141,7 @@ def _nothing(call: AttentionCall) -> Whole:
     return o, lse_alone(hidden) if call.return_lse else None
 
 
+@jax.named_scope(MERGE)
 def _merged(call: AttentionCall, a: Whole, b: Whole) -> Whole:
     """What two sets of keys give together."""
     (o_a, x), (o_b, y) = a, b

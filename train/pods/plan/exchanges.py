@@ -19,7 +19,7 @@ from jax.sharding import AbstractMesh, AxisType
 from plait.configs.experiment import ExperimentConfig
 from plait.kernels import Tokens
 from plait.kernels.context import Exchange
-from plait.kernels.context.ring import RING
+from plait.kernels.context.ring import MERGE, RING
 from plait.kernels.sharding import splitting
 from plait.kernels.target import target as kernels_for
 from plait.models import axes
@@ -51,10 +51,17 @@ class Parts:
     """Of all of them, one after the other, by data sheets."""
     exposed: float
     """Those that no work can hide: what goes round is sent beside the attention to a part, at the peak; the rest is needed at once."""
+    merging: float
+    """Seconds of adding up, in float32, what parts give that went round: their memory traffic at the peak."""
     held: float
     """Bytes that the layer with the most receives, forward and backward: what it must have room for beside its own tokens."""
     alike: bool
     """Nothing in it is other than in gathering: no mask, heads or layers that this way serves."""
+
+    @property
+    def waited(self) -> float:
+        """Seconds of a step that it adds."""
+        return self.exposed + self.merging
 
     @property
     def bytes(self) -> float:
@@ -67,12 +74,13 @@ class Parts:
 
 @dataclasses.dataclass(frozen=True)
 class _Sent:
-    """One collective of a traced layer, for one row."""
+    """One collective of a traced layer, for one row, or sum of what parts give."""
 
-    kind: Kind
+    kind: Kind | None
+    """None of a sum."""
     times: int
     bytes: float
-    """Of the full arrays, once."""
+    """Of the full arrays, once; of a sum, what it reads and writes."""
     backward: bool
     beside: bool
     """Sent while a part is attended to."""
@@ -81,12 +89,12 @@ class _Sent:
 
 
 def exchanges(config: ExperimentConfig, mesh: jax.sharding.Mesh, target: Target) -> list[Parts]:
-    """Every way of exchange of a step, that which waits least first; of equal ones that which holds least. None on one part."""
+    """Every way of exchange of a step, that which adds least to it first; of equal ones that which holds least. None on one part."""
     assert target.chip is not None
     if ways(mesh, axes.LENGTH) == 1:
         return []
     found = [_parts(config, mesh, target, exchange) for exchange in get_args(Exchange)]
-    return sorted(found, key=lambda one: (one.alike, one.exposed, one.held))
+    return sorted(found, key=lambda one: (one.alike, one.waited, one.held))
 
 
 def layer_collectives(config: ExperimentConfig, mesh: jax.sharding.Mesh, target: Target, exchange: Exchange) -> list[Collective]:
@@ -96,6 +104,8 @@ def layer_collectives(config: ExperimentConfig, mesh: jax.sharding.Mesh, target:
     size: dict[Kind, float] = collections.defaultdict(float)
     for times, rows, sent in _of_layers(config, mesh, target, exchange):
         for one in sent:
+            if one.kind is None:
+                continue
             count[one.kind] += times * one.times * _passes(config, one)
             size[one.kind] += times * rows * one.times * one.bytes * _passes(config, one)
     return [Collective(kind, over, count[kind], size[kind]) for kind in count]
@@ -105,22 +115,24 @@ def _parts(config: ExperimentConfig, mesh: jax.sharding.Mesh, target: Target, ex
     assert target.chip is not None
     model, length = config.model, config.data.seq_len
     way = route(mesh, mesh_axes(axes.LENGTH), target)
-    seconds = exposed = held = 0.0
+    seconds = exposed = merging = held = 0.0
     for (times, rows, sent), mixer in zip(_of_layers(config, mesh, target, exchange), _layers(config), strict=True):
         tokens = rows * length / ways(mesh, axes.LENGTH) / ways(mesh, axes.MLP)
         work = tokens * mixer.between_flops(model.d_model, length) / target.chip.flops
         for backward in (False, True):
-            some = [one for one in sent if one.backward == backward]
-            took = {
-                b: sum(one.times * way.seconds(one.kind, rows * one.bytes) for one in some if one.beside == b) for b in (0, 1)
-            }
+            took = {True: 0.0, False: 0.0}
+            for one in sent:
+                if one.backward == backward and one.kind is not None:
+                    took[one.beside] += one.times * way.seconds(one.kind, rows * one.bytes)
             again = 1 if backward or model.remat is None else 2
-            seconds += times * again * (took[0] + took[1])
-            exposed += times * again * (took[0] + max(0.0, took[1] - work * (_BACKWARD if backward else 1)))
+            seconds += times * again * sum(took.values())
+            exposed += times * again * (took[False] + max(0.0, took[True] - work * (_BACKWARD if backward else 1)))
+        added = sum(one.times * one.bytes * _passes(config, one) for one in sent if one.kind is None)
+        merging += times * rows * added / target.chip.memory_bandwidth
         held = max(held, rows * _held(sent))
     found = tuple(layer_collectives(config, mesh, target, exchange))
     alike = exchange != "gather" and list(found) == layer_collectives(config, mesh, target, "gather")
-    return Parts(exchange, found, seconds, exposed, held, alike)
+    return Parts(exchange, found, seconds, exposed, merging, held, alike)
 
 
 def _passes(config: ExperimentConfig, one: _Sent) -> int:
@@ -131,7 +143,7 @@ def _passes(config: ExperimentConfig, one: _Sent) -> int:
 def _held(sent: tuple[_Sent, ...]) -> float:
     """What both passes receive at once, and of what goes round, which is gone when it was sent on, a turn of the pass with more."""
     size: dict[tuple[bool, bool, int], float] = collections.defaultdict(float)
-    for one in sent:
+    for one in (one for one in sent if one.kind is not None):
         size[one.beside, one.backward, one.body] += one.bytes
     of = lambda *key: [n for (*found, _), n in size.items() if found == list(key)]
     at_once = sum(max(of(False, backward), default=0.0) for backward in (False, True))
@@ -200,7 +212,7 @@ def traced(
 
 
 def _sent(jaxpr: Any, wanted: list[bool], times: int, stack: str) -> Iterator[_Sent]:
-    """The collectives along `context` of a traced computation that its `wanted` results need."""
+    """The collectives along `context` of a traced computation, and sums of parts, that its `wanted` results need."""
     variables = lambda found: {var for var in found if not hasattr(var, "val")}  # and no literals
     live = variables(var for var, one in zip(jaxpr.outvars, wanted) if one)
     for eqn in reversed(jaxpr.eqns):
@@ -215,6 +227,9 @@ def _sent(jaxpr: Any, wanted: list[bool], times: int, stack: str) -> Iterator[_S
             arrays = eqn.invars if name == "reduce_scatter" else eqn.outvars
             size = sum(math.prod(var.aval.shape) * var.aval.dtype.itemsize for var in arrays)
             yield _Sent(_KINDS[name], times, size, "transpose" in here, RING in here, id(jaxpr))
+        elif name == "add" and MERGE in here and eqn.outvars[0].aval.ndim == 4:
+            size = sum(var.aval.size * var.aval.dtype.itemsize for var in (*eqn.invars, *eqn.outvars))
+            yield _Sent(None, times, size, "transpose" in here, True, id(jaxpr))
         elif name != "pallas_call":
             for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
                 if hasattr(inner := getattr(value, "jaxpr", value), "eqns"):
