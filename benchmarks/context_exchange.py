@@ -1,4 +1,4 @@
-"""What parts of rows send each other by each way of exchange, on paper: bytes, hops, time and room, from the traced layers.
+"""What parts of rows send each other by each way of exchange, on paper: bytes, sends, time and room, from the traced layers.
 
     python benchmarks/context_exchange.py [--target h100:8x8] [--rows 2048] [--rate 0.4]
 
@@ -101,7 +101,7 @@ def main() -> None:
     found: dict[str, dict[str, Parts]] = {}
     compute: dict[str, float] = {}
     print(
-        "| layers | exchange | hops | full arrays | ms | not hidden | merging | room in a layer |\n|---|---|---|---|---|---|---|---|"
+        "| layers | exchange | sends | full arrays | ms | not hidden | merging | room in a layer |\n|---|---|---|---|---|---|---|---|"
     )
     for name in ("softmax", "lightning"):
         config = model(name, 1024 * args.rows, target.num_devices)
@@ -113,7 +113,7 @@ def main() -> None:
             size = (
                 "as gathered | | | | | |"
                 if one.alike
-                else f"{one.hops:,} | {size_text(one.bytes)} | {times} | {size_text(one.held)} |"
+                else f"{one.sends:,} | {size_text(one.bytes)} | {times} | {size_text(one.held)} |"
             )
             print(f"| {name} | {one.exchange} | {size}")
     linear, work = found["lightning"], compute["lightning"]

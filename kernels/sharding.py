@@ -13,10 +13,13 @@ from jax.sharding import PartitionSpec as P
 from plait.kernels.call import Call
 from plait.kernels.context import Exchange, Parts
 
+AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
+"""With its devices, or without, to trace only."""
+
 
 @dataclass(frozen=True)
 class _Split:
-    mesh: jax.sharding.Mesh
+    mesh: AnyMesh
     over: Mapping[str, tuple[str, ...]]  # letter to mesh axes
     exchange: Exchange = "gather"
 
@@ -26,7 +29,7 @@ _split: contextvars.ContextVar[_Split | None] = contextvars.ContextVar("plait_sp
 
 @contextlib.contextmanager
 def splitting(
-    mesh: jax.sharding.Mesh,
+    mesh: AnyMesh,
     *,
     batch: tuple[str, ...],
     heads: tuple[str, ...],
@@ -71,7 +74,7 @@ def parts_of_sequence(call: Call) -> Parts | None:
     return Parts(split.over["t"], count, split.exchange) if cut else None
 
 
-def inside(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh | jax.sharding.AbstractMesh:
+def inside(mesh: AnyMesh) -> AnyMesh:
     """`mesh` as the code around sees it: inside a `shard_map` over some of its axes, the mesh that knows these to be taken."""
     around = jax.sharding.get_abstract_mesh()
     return mesh if around.empty else around

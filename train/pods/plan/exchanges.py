@@ -68,7 +68,8 @@ class Parts:
         return sum(one.bytes for one in self.collectives)
 
     @property
-    def hops(self) -> int:
+    def sends(self) -> int:
+        """Collectives that a device takes part in: keys beside values, segments beside states, each by itself."""
         return sum(one.count for one in self.collectives)
 
 
@@ -232,7 +233,8 @@ def _sent(jaxpr: Any, wanted: list[bool], times: int, stack: str) -> Iterator[_S
             yield _Sent(None, times, size, "transpose" in here, True, id(jaxpr))
         elif name != "pallas_call":
             for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
-                if hasattr(inner := getattr(value, "jaxpr", value), "eqns"):
+                inner: Any = getattr(value, "jaxpr", value)
+                if hasattr(inner, "eqns"):
                     same = name != "scan" and len(inner.outvars) == len(results)
                     again = eqn.params["length"] if name == "scan" else 1
                     yield from _sent(inner, results if same else [True] * len(inner.outvars), times * again, here)

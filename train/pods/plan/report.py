@@ -169,22 +169,22 @@ def _parts_of_rows(plan: Plan) -> list[Section]:
     if not plan.exchanges:
         return []
     taken, best = plan.config.mesh.context_exchange, plan.exchanges[0]
-    rows = []
+    rows: list[Row] = []
     for one in plan.exchanges:
         name = one.exchange + (", as planned" if one.exchange == taken else "")
         if one.alike:
             rows.append((name, "as gathered", "", "", "", "", ""))
             continue
         times = (f"{seconds * 1e3:.1f}" for seconds in (one.seconds, one.exposed, one.merging))
-        rows.append((name, f"{one.hops:,}", size_text(one.bytes), *times, size_text(one.held)))
+        rows.append((name, f"{one.sends:,}", size_text(one.bytes), *times, size_text(one.held)))
     notes = [
         f"By estimate the best is mesh.context_exchange={best.exchange}{', as planned' if best.exchange == taken else ''}: "
         f"{best.waited * 1e3:.3g} ms of a step, not hidden or merging parts.",
         "Read from the traced layers, not compiled: what the layout calls for. What goes round is taken to be hidden by the attention to a "
         "part, at the peak, as far as that lasts, and the rest by nothing; merging parts is memory traffic at the peak; the time it takes to "
-        "begin a hop is not known and not counted.",
+        "begin a send is not known and not counted.",
     ]
-    columns = ("exchange", "hops", "full arrays", "ms", "not hidden", "merging", "room in a layer")
+    columns = ("exchange", "sends", "full arrays", "ms", "not hidden", "merging", "room in a layer")
     return [Section("Ways for parts of rows to meet, by estimate", columns, rows, notes)]
 
 

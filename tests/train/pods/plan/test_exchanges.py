@@ -70,7 +70,9 @@ def config_of(exchange: Exchange, **mixers: MixerConfig):
 @pytest.mark.parametrize("exchange", ["gather", "ring"])
 def test_the_compiled_step_sends_no_more(exchange: Exchange):
     """And what it sends less are segments that are the same for all layers, and sums of what others sum too."""
-    config = config_of(exchange, softmax=SoftmaxConfig(num_heads=2, head_dim=8), gated_deltanet=GatedDeltaNetConfig(num_heads=2, head_dim=8))
+    config = config_of(
+        exchange, softmax=SoftmaxConfig(num_heads=2, head_dim=8), gated_deltanet=GatedDeltaNetConfig(num_heads=2, head_dim=8)
+    )
     mesh = make_mesh(config.mesh, jax.devices()[:N])
     text = Program.of(config, mesh).lower(None).compile().as_text() or ""
     kinds = {"all-gather", "reduce-scatter", "collective-permute"}
