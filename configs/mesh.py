@@ -28,8 +28,9 @@ class MeshConfig(Config):
     """Experts of a mixture sharded; to all else, data parallel."""
     context: Devices = 1
     """Tokens of a sequence sharded: each device holds a contiguous part of every row."""
-    context_exchange: Literal["gather", "all_to_all"] = "gather"
-    """How softmax attention over `context` gets all keys: each device gathers them, or gets whole sequences of some heads (Ulysses)."""
+    context_exchange: Literal["gather", "ring", "all_to_all"] = "gather"
+    """How parts of rows meet over `context`: each device gathers all keys, and states; or they go round a ring; or softmax attention gets whole
+    sequences of some heads, where they can be dealt out (Ulysses), and states are gathered."""
     tensor: Devices = 1
     """Heads, channel-mixer widths and the vocabulary sharded."""
     zero: bool = False

@@ -12,7 +12,7 @@ import jax
 
 from plait.kernels.call import Call
 from plait.kernels.context import ContextRule, Parts
-from plait.kernels.sharding import Shards, parts_of_sequence
+from plait.kernels.sharding import Shards, on_one_device, parts_of_sequence
 from plait.kernels.target import Outdated, current, not_on
 
 _log = logging.getLogger("plait")
@@ -150,7 +150,7 @@ def _parts(name: str, rule: ContextRule, call: Call) -> Parts | None:
 
 def _run_in_parts(name: str, rule: ContextRule, op: Callable[[Any], Any], parts: Parts, call: Call) -> Any:
     with jax.named_scope(f"context_{name}"):
-        return Shards(call, in_parts=True).run(partial(rule.run, op, parts))
+        return Shards(call, in_parts=True).run(partial(rule.run, on_one_device(op), parts))
 
 
 def _log_once(op: str, what: str, declined: str, level: int = logging.INFO) -> None:

@@ -13,10 +13,13 @@ from jax.sharding import PartitionSpec as P
 from plait.kernels.call import Call
 from plait.kernels.context import Exchange, Parts
 
+AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
+"""With its devices, or without, to trace only."""
+
 
 @dataclass(frozen=True)
 class _Split:
-    mesh: jax.sharding.Mesh
+    mesh: AnyMesh
     over: Mapping[str, tuple[str, ...]]  # letter to mesh axes
     exchange: Exchange = "gather"
 
@@ -26,7 +29,7 @@ _split: contextvars.ContextVar[_Split | None] = contextvars.ContextVar("plait_sp
 
 @contextlib.contextmanager
 def splitting(
-    mesh: jax.sharding.Mesh,
+    mesh: AnyMesh,
     *,
     batch: tuple[str, ...],
     heads: tuple[str, ...],
@@ -50,6 +53,16 @@ def _using(split: _Split | None) -> Iterator[None]:
         _split.reset(token)
 
 
+def on_one_device(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """`function`, whose ops no mesh divides, whenever it is traced: custom gradients are after the call is."""
+
+    def run(call: Any) -> Any:
+        with _using(None):
+            return function(call)
+
+    return run
+
+
 def parts_of_sequence(call: Call) -> Parts | None:
     """The devices over which the mesh in use cuts a call's sequence; None where it does not, or not into two equal halves each."""
     split = _split.get()
@@ -61,7 +74,7 @@ def parts_of_sequence(call: Call) -> Parts | None:
     return Parts(split.over["t"], count, split.exchange) if cut else None
 
 
-def inside(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh | jax.sharding.AbstractMesh:
+def inside(mesh: AnyMesh) -> AnyMesh:
     """`mesh` as the code around sees it: inside a `shard_map` over some of its axes, the mesh that knows these to be taken."""
     around = jax.sharding.get_abstract_mesh()
     return mesh if around.empty else around
@@ -111,14 +124,14 @@ class Shards:
         if self.mesh is None:
             return function(self.call)
 
-        def on_device(call: Call) -> Any:
-            with _using(None):
-                return function(call)
-
         specs = self._map(lambda letters, x: self._spec(letters, x.shape))
         out = tuple(self._spec(letters) for letters in self.call.results)
         return jax.shard_map(
-            on_device, mesh=inside(self.mesh), in_specs=(specs,), out_specs=out if len(out) > 1 else out[0], check_vma=False
+            on_one_device(function),
+            mesh=inside(self.mesh),
+            in_specs=(specs,),
+            out_specs=out if len(out) > 1 else out[0],
+            check_vma=False,
         )(self.call)
 
     def _map(self, function: Callable[[str, Any], Any]) -> Call:

@@ -60,6 +60,11 @@ class AttentionCall(Call):
     """Keys that are not the queries' own tokens are tokens of their documents nonetheless, each segment's one after the other."""
     values_in_keys: bool = field(metadata=OPTION, default=False)
     """v is the first channels of k."""
+    return_lse: bool = field(metadata=OPTION, default=False)
+    """Without `return_stats`, of the softmax: of the statistics the log-normaliser alone is returned."""
+    whole: Any = field(metadata=letters("bth"), default=None)
+    """(o [B, T, H, V], lse [B, T, H]) over all keys, of which k and v are some, or None. With it, only gradients are asked for: those of
+    these keys' share in the whole; the forward pass need not run, and the results may have any values. With `return_lse` only."""
 
     @classmethod
     def of(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from plait.kernels.attention.call import AttentionCall
-from plait.kernels.attention.reference import AttentionStats, apply, relative_weights
+from plait.kernels.attention.reference import AttentionStats, apply, relative_weights, share
 from plait.kernels.shapes import accumulation_dtype, matmul_precision
 from plait.kernels.tokens import Tokens
 
@@ -56,7 +56,7 @@ def attention(call: AttentionCall) -> tuple[Array, AttentionStats | None]:
 
     blocks = lambda x: jnp.moveaxis(_pad(x, -length % block).reshape(x.shape[0], -1, block, *x.shape[2:]), 1, 0)
     of_queries, query_blocks = jax.tree.map(
-        blocks, ({name: getattr(call, name) for name in ("q", "query_sinks", "selected")}, queries)
+        blocks, ({name: getattr(call, name) for name in ("q", "query_sinks", "selected", "whole")}, queries)
     )
     outputs = []
     for first, last in groups(ranges):
@@ -74,6 +74,8 @@ def attention(call: AttentionCall) -> tuple[Array, AttentionStats | None]:
 def _rows(call: AttentionCall, queries: Tokens, keys: Tokens) -> tuple[Array, AttentionStats | None]:
     """Whole rows of attention for the call's queries over its keys."""
     q, precision = call.q, matmul_precision(call.q.dtype)
+    if call.whole is not None:
+        return share(call, queries, keys, precision)
     p, factor, stats = relative_weights(call, queries, keys, precision)
     factor = jnp.moveaxis(factor, 3, 1).reshape(*q.shape[:3], 1)
     return (apply(p, call.v, precision) * factor).astype(q.dtype), stats

@@ -18,7 +18,7 @@ from plait.kernels.attention.call import AttentionCall, RoutedCall
 from plait.kernels.attention.gpu import chosen_tokens, gradients, kernels
 from plait.kernels.attention.gpu.kernels import BLOCK, Operands, Problem, Tiles
 from plait.kernels.attention.per_query import gradient_rows, with_bias, with_sinks
-from plait.kernels.attention.reference import AttentionStats
+from plait.kernels.attention.reference import AttentionStats, lse_alone
 from plait.kernels.attention.visits import Layout, laid_out
 from plait.kernels.tokens import Tokens
 
@@ -115,10 +115,15 @@ def attention(call: AttentionCall) -> tuple[Array, AttentionStats | None]:
     bias = jnp.zeros(num_heads, jnp.float32) if call.sigmoid_bias is None else call.sigmoid_bias.astype(jnp.float32)
     selected = jax.tree.map(_pad, call.selected)
     q, k, v = (_pad(x) for x in (call.q, call.k, call.v))
-    o, rows = _flash(_problem(call, layout), Operands(q, k, v, bias, queries, keys, selected))
+    whole = None
+    if call.whole is not None:
+        whole = _pad(call.whole[0]), (jnp.swapaxes(_pad(call.whole[1]), 1, 2),)
+    o, rows = _flash(_problem(call, layout), Operands(q, k, v, bias, queries, keys, selected), whole)
     o, stats = o[:, :length], [jnp.swapaxes(x, 1, 2)[:, :length] for x in rows]
     if call.sink_logits is not None:
         o, stats = with_sinks(o, stats, call.sink_logits)
+    if call.return_lse and not call.return_stats:
+        return o, lse_alone(stats[0])
     return o, AttentionStats(*stats) if call.return_stats else None
 
 
@@ -137,7 +142,7 @@ def routed_attention(call: RoutedCall) -> Array:
     keys = jax.tree.map(lambda x: _pad(x)[:, None], tokens)
     q, k, v = (_pad(x) for x in (_permuted(call.q, order, back), call.k, call.v))
     problem = _problem(call, Layout(call.mask, length, call.k.shape[1], own_keys=False, packed=True))
-    o, (lse,) = _flash(problem, Operands(q, k, v, jnp.zeros(num_heads, jnp.float32), queries, keys))
+    o, (lse,) = _flash(problem, Operands(q, k, v, jnp.zeros(num_heads, jnp.float32), queries, keys), None)
     if call.sinks is not None:
         o, _ = with_sinks(o, [jnp.swapaxes(lse, 1, 2)], call.sinks[None, None])
     return _permuted(o[:, :length], back, order)
@@ -161,13 +166,13 @@ def _pad(x: Array) -> Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _flash(problem: Problem, x: Operands) -> tuple[Array, tuple[Array, ...]]:
-    """`kernels.forward` with its gradients."""
-    return _flash_forward(problem, x)[0]
+def _flash(problem: Problem, x: Operands, whole: Any) -> tuple[Array, tuple[Array, ...]]:
+    """`kernels.forward` with its gradients; where the `whole` is known, with those of these keys' share in it (see `AttentionCall`)."""
+    return _flash_forward(problem, x, whole)[0]
 
 
-def _flash_forward(problem: Problem, x: Operands) -> Any:
-    o, rows = kernels.forward(problem, x)
+def _flash_forward(problem: Problem, x: Operands, whole: Any) -> Any:
+    o, rows = kernels.forward(problem, x) if whole is None else whole
     return (o, with_bias(rows, x.bias) if problem.sigmoid and problem.stats else rows), (x, o, rows)
 
 
@@ -181,7 +186,7 @@ def _flash_backward(problem: Problem, saved: Any, cotangents: tuple[Array, tuple
         d_o = (d_o * jnp.swapaxes(read[-1], 1, 2)[..., None]).astype(d_o.dtype)
     d_q, d_bias = gradients.query_gradients(problem, x, d_o, rows)
     d_k, d_v = gradients.key_gradients(problem, x, d_o, rows)
-    return (Operands(d_q, d_k, d_v, d_bias, None, None),)
+    return Operands(d_q, d_k, d_v, d_bias, None, None), None
 
 
 _flash.defvjp(_flash_forward, _flash_backward)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from plait.kernels.attention.call import AttentionCall, MassCall, RoutedCall
 from plait.kernels.attention.per_query import first_mass, gradient_rows, with_bias, with_sinks
 from plait.kernels.attention.reference import MASKED as HIDDEN
-from plait.kernels.attention.reference import AttentionStats
+from plait.kernels.attention.reference import AttentionStats, lse_alone
 from plait.kernels.attention.tpu import kernels, selected
 from plait.kernels.attention.tpu.best_tiles import BFLOAT16, FLOAT32, SELECTED
 from plait.kernels.attention.tpu.cut import Cut
@@ -161,6 +161,8 @@ def attention(call: AttentionCall) -> tuple[Array, AttentionStats | None]:
         stats.append(first_mass(call, stats[0], queries, keys))
     if call.sink_logits is not None:
         o, stats = with_sinks(o, stats, call.sink_logits)
+    if call.return_lse and not call.return_stats:
+        return o, lse_alone(stats[0])
     return o, AttentionStats(*stats) if call.return_stats else None
 
 
@@ -170,7 +172,10 @@ def _by_tiles(call: AttentionCall, layout: Layout, queries: Tokens, keys: Tokens
     bias = jnp.zeros(call.q.shape[2], jnp.float32) if call.sigmoid_bias is None else call.sigmoid_bias.astype(jnp.float32)
     q_side, k_side = jax.tree.map(lambda x: x[:, None], (queries, keys))
     q_heads, k_heads, v_heads = (jnp.swapaxes(x, 1, 2) for x in (call.q, call.k, call.v))
-    o, rows = _flash(problem, Operands(q_heads, k_heads, v_heads, bias, q_side, k_side, call.selected))
+    whole = None
+    if call.whole is not None:
+        whole = jnp.moveaxis(call.whole[0], 1, 3), (jnp.swapaxes(call.whole[1], 1, 2),)
+    o, rows = _flash(problem, Operands(q_heads, k_heads, v_heads, bias, q_side, k_side, call.selected), whole)
     return jnp.moveaxis(o, 3, 1), [jnp.moveaxis(x, 2, 1) for x in rows]
 
 
@@ -189,7 +194,7 @@ def routed_attention(call: RoutedCall) -> Array:
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (call.q, call.k, call.v))
     bias = jnp.zeros(q.shape[1], jnp.float32)
     keys = jax.tree.map(lambda x: x[:, None], tokens)
-    o, (lse,) = _flash(problem, Operands(_permuted(q, order, back), k, v, bias, queries, keys))
+    o, (lse,) = _flash(problem, Operands(_permuted(q, order, back), k, v, bias, queries, keys), None)
     if call.sinks is not None:
         o = (o * jax.nn.sigmoid(lse - call.sinks.astype(jnp.float32).reshape(1, -1, 1))[:, :, None]).astype(o.dtype)
     return jnp.swapaxes(_permuted(jnp.swapaxes(o, 2, 3), back, order), 1, 2)
@@ -223,13 +228,13 @@ def _kernels(x: Operands) -> Any:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _flash(problem: Problem, x: Operands) -> tuple[Array, tuple[Array, ...]]:
-    """`kernels.forward` with its gradients."""
-    return _flash_forward(problem, x)[0]
+def _flash(problem: Problem, x: Operands, whole: Any) -> tuple[Array, tuple[Array, ...]]:
+    """`kernels.forward` with its gradients; where the `whole` is known, with those of these keys' share in it (see `AttentionCall`)."""
+    return _flash_forward(problem, x, whole)[0]
 
 
-def _flash_forward(problem: Problem, x: Operands) -> Any:
-    o, rows = _kernels(x).forward(problem, x)
+def _flash_forward(problem: Problem, x: Operands, whole: Any) -> Any:
+    o, rows = _kernels(x).forward(problem, x) if whole is None else whole
     return (o, with_bias(rows, x.bias) if problem.sigmoid and problem.stats else rows), (x, o, rows)
 
 
@@ -242,7 +247,7 @@ def _flash_backward(problem: Problem, saved: Any, cotangents: tuple[Array, tuple
         d_o = (d_o * rows[-1][:, :, None]).astype(d_o.dtype)
     d_o = jnp.swapaxes(d_o, 2, 3)
     d_q, d_k, d_v, d_bias = _kernels(x).all_gradients(problem, x, d_o, rows)
-    return (Operands(d_q, d_k, d_v, d_bias, None, None, None),)
+    return Operands(d_q, d_k, d_v, d_bias, None, None, None), None
 
 
 _flash.defvjp(_flash_forward, _flash_backward)

@@ -31,6 +31,12 @@ class AttentionStats(NamedTuple):
     """Weight on the first token of the query's segment; for the sigmoid, share of the row sum."""
 
 
+def lse_alone(lse: Array) -> AttentionStats:
+    """What a call with `return_lse` returns of its rows."""
+    nothing: Any = None
+    return AttentionStats(lse, nothing, nothing, nothing)
+
+
 def logits(call: AttentionCall, queries: Tokens, keys: Tokens, precision: jax.lax.PrecisionLike) -> Array:
     """The logits [B, Hkv, H/Hkv, T, S], scaled, biased and capped, in the accumulation dtype."""
     q, k = call.q, call.k
@@ -107,13 +113,23 @@ def relative_weights(
     share: Any = 1 if sinks is None else jax.nn.sigmoid(lse - sinks)  # of the keys beside the sink logit
     factor = jnp.exp(highest) if call.sigmoid else share / mass
     if not call.return_stats:
-        return p, factor, None
+        return p, factor, lse_alone(by_head(lse[..., 0])) if call.return_lse else None
     spread = jnp.sum(jnp.where(visible, p * exponents, 0), axis=-1, keepdims=True)
     entropy = jnp.where(some, jnp.log(mass) - spread / mass, 0)
     first_mass = share * jnp.sum(jnp.where((keys.positions == 0)[:, None, None, None, :], p, 0), axis=-1, keepdims=True) / mass
     lse = lse if sinks is None else jnp.logaddexp(lse, sinks)
     peak = _largest(z)
     return p, factor, AttentionStats(*(by_head(x[..., 0]) for x in (lse, peak, entropy, first_mass)))
+
+
+def share(call: AttentionCall, queries: Tokens, keys: Tokens, precision: jax.lax.PrecisionLike) -> tuple[Array, AttentionStats]:
+    """What has the gradients of these keys' share in `call.whole`: sum_j A_j (v_j - o) and sum_j A_j, with A_j = exp(z_j - lse)."""
+    o, lse = call.whole
+    z = logits(call, queries, keys, precision)
+    visible = visible_pairs(call, queries, keys)
+    p = jnp.where(visible, jnp.exp(jnp.where(visible, z - by_group(lse, call.k.shape[2]), 0)), 0)
+    mass = by_head(p.sum(-1))
+    return apply(p, call.v.astype(p.dtype), precision) - o * mass[..., None], lse_alone(mass)
 
 
 def _largest(z: Array) -> Array:
@@ -125,6 +141,8 @@ def _largest(z: Array) -> Array:
 
 def attention(call: AttentionCall) -> tuple[Array, AttentionStats | None]:
     """See `plait.kernels.attention`; always a pair here."""
+    if call.whole is not None:
+        return share(call, *call.sides, "highest")
     weights, stats = attention_weights(call, *call.sides)
     return apply(weights, call.v.astype(weights.dtype), "highest").astype(call.q.dtype), stats
 

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 
 Array = jax.Array
-Exchange = Literal["gather", "all_to_all"]
-"""All keys and values on every device (LASP-2H), or whole sequences of some heads on each (Ulysses, arXiv 2309.14509)."""
+Exchange = Literal["gather", "ring", "all_to_all"]
+"""All keys and values, and what every part does to a state, on every device (LASP-2 and its LASP-2H); the same handed on from device to
+device (ring attention, arXiv 2310.01889, and LASP, 2404.02882); or whole sequences of some heads on each (Ulysses, 2309.14509)."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,10 @@ class Parts:
         """What `by_heads` leaves here, of [H]."""
         heads = x.shape[0] // self.count
         return jax.lax.dynamic_slice_in_dim(x, self.index * heads, heads)
+
+    def passed_on(self, x: Array) -> Array:
+        """x of the device before, the last one's on the first."""
+        return jax.lax.ppermute(x, self.axes, [(i, (i + 1) % self.count) for i in range(self.count)])
 
     def before(self, x: Array, length: int) -> Array:
         """The `length` tokens before this part, [B, length, ...]; zeros before the first token."""

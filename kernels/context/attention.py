@@ -2,7 +2,8 @@
 
 Where a window ends within reach, those are the tokens just before the part, sent by their neighbours. Else all devices gather all keys
 and values (LASP-2H, arXiv 2502.07563, section 3.3), and causal queries are swapped between the two ends, so that all have equal work;
-or, where that is chosen and the heads can be dealt out, each device gets whole sequences of some heads (Ulysses, arXiv 2309.14509).
+or, where that is chosen, keys and values go round in a `ring`, or, where the heads can be dealt out, each device gets whole sequences of
+some heads (Ulysses, arXiv 2309.14509).
 Keys that are not the queries' own tokens, such as compressed ones, every device has already.
 """
 
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from plait.kernels.attention.call import AttentionCall
-from plait.kernels.context import ContextRule, Parts
+from plait.kernels.context import ContextRule, Parts, ring
 from plait.kernels.masks import Mask
 from plait.kernels.tokens import Tokens
 
@@ -39,7 +40,12 @@ def _run(op: Callable[[AttentionCall], Any], parts: Parts, call: AttentionCall) 
     if parts.exchange == "all_to_all" and call.own_keys:
         if _dealt(call, parts.count):
             return _by_heads(op, parts, call)
-        _tell(parts.count, call.q.shape[2], call.k.shape[2])
+        heads, key_heads = call.q.shape[2], call.k.shape[2]
+        _tell(f"{heads} heads with {key_heads} key heads cannot be dealt out to {parts.count} devices of the context axis")
+    if parts.exchange == "ring" and call.own_keys:
+        if (reason := ring.unsupported(call)) is None:
+            return ring.attention(op, parts, call)
+        _tell(reason)
     turn: Any = parts.balanced if call.mask.causal else lambda x: x
     if call.own_keys:
         k = parts.gather(call.k)
@@ -49,13 +55,8 @@ def _run(op: Callable[[AttentionCall], Any], parts: Parts, call: AttentionCall) 
 
 
 @cache
-def _tell(count: int, heads: int, key_heads: int) -> None:
-    _log.warning(
-        "attention: all keys are gathered: %d heads with %d key heads cannot be dealt out to %d devices of the context axis",
-        heads,
-        key_heads,
-        count,
-    )
+def _tell(reason: str) -> None:
+    _log.warning("attention: all keys are gathered: %s", reason)
 
 
 def _dealt(call: AttentionCall, count: int) -> bool:

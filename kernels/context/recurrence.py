@@ -1,8 +1,10 @@
-"""Linear recurrences on parts of sequences: every device says what its part does to a state, and all of them learn it at once.
+"""Linear recurrences on parts of sequences: every device says what its part does to a state, and all of them learn it at once; or, in a
+ring, each tells the next the state that leaves it.
 
 A part maps the state S that enters it to A S + B. A and B need no other part, so one all-gather of them, whose size does not depend on
 the length of the sequence, tells each device the state that enters its own (LASP-2, arXiv 2502.07563, for decays; the delta rule's A
-is a matrix). A part that begins with a new segment takes nothing from the one before it.
+is a matrix). In a ring a state goes through the parts one after the other, as many hops as there are borders, and no A is sent (LASP,
+arXiv 2404.02882). A part that begins with a new segment takes nothing from the one before it.
 """
 
 from collections.abc import Callable
@@ -96,6 +98,9 @@ def _compose(parts: Parts, through: Array, write: Array, ids: Array, initial_sta
       ids: [B, T / count] segment ids of the part.
       initial_state: enters the first part.
     """
+    start = jnp.zeros_like(write) if initial_state is None else initial_state.astype(write.dtype)
+    if parts.exchange == "ring":
+        return _handed_on(parts, through, write, ends(ids), start)
     batch, heads = write.shape[:2]
     border = ends(ids)
     halves = jnp.concatenate([border >> 16, border & 0xFFFF], axis=1)[:, None]  # [B, 1, 4], each exact as a float
@@ -110,23 +115,50 @@ def _compose(parts: Parts, through: Array, write: Array, ids: Array, initial_sta
         write_, through_ = write_.reshape(write.shape), through_.reshape(through.shape)
         upper, lower = jnp.split(halves[:, 0].astype(ids.dtype), 2, axis=-1)
         first, last = jnp.moveaxis(upper << 16 | lower, 1, 0)
-        goes_on = (first == open_id) | (open_id < 0)
-        state = jnp.where((goes_on | (first == 0))[:, None, None, None], state, 0)
+        state = _entering(state, open_id, first)
         entering = jnp.where(number == parts.index, state, entering)
-        passed = (
-            through_[..., None] * state
-            if through.ndim == 3
-            else jnp.einsum("bhij,bhjv->bhiv", through_, state, precision="highest")
-        )
-        state = jnp.where((first == 0)[:, None, None, None], state, passed + write_)
-        return (state, jnp.where(last > 0, last, open_id), entering), None
+        return (*_leaving(state, open_id, through_, write_, first, last), entering), None
 
-    start = jnp.zeros_like(write) if initial_state is None else initial_state.astype(write.dtype)
     unknown = jnp.full((batch,), -1, ids.dtype)
     (final, _, entering), _ = jax.lax.scan(
         jax.checkpoint(step), (start, unknown, jnp.zeros_like(start)), (jnp.arange(parts.count), parts.stack(flat))
     )
     return entering, final
+
+
+def _handed_on(parts: Parts, through: Array, write: Array, border: Array, start: Array) -> tuple[Array, Array]:
+    """`_compose` in a ring: what enters a part is right as soon as what enters those before it is."""
+    first, last = jnp.moveaxis(border, 1, 0)
+    unknown = jnp.full_like(first, -1)
+    leaving = lambda state, open_id: _leaving(_entering(state, open_id, first), open_id, through, write, first, last)
+
+    def step(carry: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], None]:
+        state, open_id = (parts.passed_on(x) for x in leaving(*carry))
+        return (jnp.where(parts.index == 0, start, state), jnp.where(parts.index == 0, unknown, open_id)), None
+
+    (state, open_id), _ = jax.lax.scan(jax.checkpoint(step), (start, unknown), length=parts.count - 1)
+    final, _ = leaving(state, open_id)
+    final = jax.lax.psum(jnp.where(parts.index == parts.count - 1, final, 0), parts.axes)
+    return _entering(state, open_id, first), final
+
+
+def _entering(state: Array, open_id: Array, first: Array) -> Array:
+    """What of the state before it a part goes on with.
+
+    Args:
+      state: [B, H, K, V].
+      open_id: [B], the segment that the state is of; -1 of an initial state, which is of any.
+      first: [B], the segment of the part's first token; 0 where it has none.
+    """
+    return jnp.where(((first == open_id) | (open_id < 0) | (first == 0))[:, None, None, None], state, 0)
+
+
+def _leaving(state: Array, open_id: Array, through: Array, write: Array, first: Array, last: Array) -> tuple[Array, Array]:
+    """The state that leaves a part which `state` enters, and the segment that it is of."""
+    passed = (
+        through[..., None] * state if through.ndim == 3 else jnp.einsum("bhij,bhjv->bhiv", through, state, precision="highest")
+    )
+    return jnp.where((first == 0)[:, None, None, None], state, passed + write), jnp.where(last > 0, last, open_id)
 
 
 DECAY = ContextRule(_decay)

@@ -15,6 +15,7 @@ from plait.kernels.attention.call import AttentionCall
 from plait.kernels.masks import PowerMask, SelectedBlocks
 from plait.kernels.target import target
 from plait.tests.kernels import cases
+from plait.tests.kernels.test_ring import assert_shares_add_up
 from plait.tests.tolerances import assert_tree_close, in_float64
 
 pytestmark = pytest.mark.newest
@@ -223,3 +224,12 @@ def test_auto_chooses_for_the_gpu():
     with target("h100"):
         jax.eval_shape(lambda q, k, v: kernels.attention(q, k, v, mask=Mask()), *_shapes())
     assert "pallas_gpu" in dispatch.chosen()["attention"]
+
+
+def test_shares_of_a_known_whole():
+    """As a ring of devices asks for them: see `tests/kernels/test_ring.py`."""
+    rng = np.random.default_rng(0)
+    shapes = {"q": (1, 256, 4, 32), "k": (1, 256, 2, 32), "v": (1, 256, 2, 16)}
+    inputs = {name: jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for name, shape in shapes.items()}
+    with gpu.interpreting(), target("h100"):
+        assert_shares_add_up(inputs, "pallas_gpu", "bfloat16")

@@ -284,13 +284,17 @@ def test_beside_split_rows_and_heads(name: str):
 
 
 def compiled_text(function: Any, inputs: dict[str, jax.Array], count: int, exchange: Exchange = "gather") -> str:
+    return compiled(function, inputs, count, exchange).as_text() or ""
+
+
+def compiled(function: Any, inputs: dict[str, Any], count: int, exchange: Exchange = "gather") -> jax.stages.Compiled:
     mesh = mesh_of(context=count)
     where = lambda x: NamedSharding(
         mesh, PartitionSpec(None, "context") if x.ndim > 1 and x.shape[1] % count == 0 else PartitionSpec()
     )
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where(x)) for name, x in inputs.items()}
     with splitting(mesh, batch=("data",), heads=("tensor",), context=("context",), exchange=exchange):
-        return jax.jit(partial(function)).lower(shapes).compile().as_text()
+        return jax.jit(partial(function)).lower(shapes).compile()
 
 
 @pytest.mark.parametrize(("name", "segments", "count"), cuts(cases.RECURRENCES, "vector_decay", "gated_deltanet"))

@@ -23,8 +23,8 @@ IDS = segment_ids([[10, 90, 28]])
 
 def case(name: str) -> tuple[Any, dict[str, jax.Array]]:
     """A function of (inputs, implementation) and its inputs."""
-    if name in ("causal", "window"):
-        mask = Mask() if name == "causal" else Mask(window_size=40)
+    if name in ("causal", "window", "ring"):
+        mask = Mask(window_size=40) if name == "window" else Mask()
         inputs = arrays(q=(1, LENGTH, 2, 8), k=(1, LENGTH, 1, 8), v=(1, LENGTH, 1, 8))
         return lambda x, how: {"o": attention(**x, mask=mask, at=Tokens(None, IDS), implementation=how)}, inputs
     if name == "selected":
@@ -43,8 +43,9 @@ def case(name: str) -> tuple[Any, dict[str, jax.Array]]:
 @pytest.mark.parametrize(
     "name",
     usually(
-        ["causal", "selected", "gated_deltanet", "window", "short_conv", "vector_decay"],
+        ["causal", "ring", "selected", "gated_deltanet", "window", "short_conv", "vector_decay"],
         "causal",
+        "ring",
         "selected",
         "gated_deltanet",
         newest=("gated_deltanet",),
@@ -54,8 +55,9 @@ def test_kernels_on_parts(name: str):
     function, inputs = case(name)
     alone = cases.quick_jit(partial(cases.with_gradients, lambda x: function(x, "reference")))(inputs)
     dispatch._chosen.clear()
+    exchange = "ring" if name == "ring" else "gather"
     with (
-        splitting(mesh_of(context=2), batch=("data",), heads=("tensor",), context=("context",)),
+        splitting(mesh_of(context=2), batch=("data",), heads=("tensor",), context=("context",), exchange=exchange),
         pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()),
         target("v5e"),
     ):

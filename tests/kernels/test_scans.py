@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from plait.kernels import Tokens, linear_scan, selective_scan
+from plait.kernels.context import Exchange
 from plait.tests.kernels import cases
 from plait.tests.kernels.test_context import SEGMENTS, assert_same, mesh_of, segment_ids
 from plait.tests.tolerances import assert_close, assert_tree_close, in_float64
@@ -143,11 +144,15 @@ def test_steps_equal_one_call(name: str):
     assert_close(state, whole["state"])
 
 
-@pytest.mark.parametrize(("segments", "count"), [("packed", 2), ("padded", 8), ("one", 4)])
+CUTS = [("packed", 2, "gather"), ("padded", 8, "gather"), ("one", 4, "gather"), ("padded", 4, "ring")]
+
+
+@pytest.mark.parametrize(("segments", "count", "exchange"), CUTS)
 @pytest.mark.parametrize("name", NAMES)
-def test_parts_of_a_sequence_equal_all_of_it(name: str, segments: str, count: int):
+def test_parts_of_a_sequence_equal_all_of_it(name: str, segments: str, count: int, exchange: Exchange):
     ids = segment_ids(SEGMENTS[segments])
-    assert_same(lambda given: call(name, given, ids, chunk_size=8), inputs(name, 64, "weak"), mesh_of(context=count))
+    function = lambda given: call(name, given, ids, chunk_size=8)
+    assert_same(function, inputs(name, 64, "weak"), mesh_of(context=count), exchange=exchange)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -56,7 +56,13 @@ def alone(compile_cache):
 
 
 SLOW = pytest.mark.slow
-CUTS = [pytest.param(2, "gather", marks=SLOW), (2, "all_to_all"), (4, "gather"), pytest.param(8, "gather", marks=SLOW)]
+CUTS = [
+    pytest.param(2, "gather", marks=SLOW),
+    (2, "all_to_all"),
+    (4, "gather"),
+    (4, "ring"),
+    pytest.param(8, "gather", marks=SLOW),
+]
 
 
 @pytest.mark.parametrize(("context", "exchange"), CUTS)

@@ -45,6 +45,7 @@ def sections(plan: Plan) -> list[Section]:
         *_decoding(plan),
         _collectives(plan),
         _layer_exchange(plan),
+        *_parts_of_rows(plan),
         _roofline(plan),
         *_time_of_layers(plan),
         _warnings(plan),
@@ -162,6 +163,29 @@ def _layer_exchange(plan: Plan) -> Section:
     ]
     notes = ["A collective that the compiler made of several counts for one of them."] if rows else ["None."]
     return Section("The same by kind of layer", ("layers", "axes", "count", "full arrays"), rows, notes)
+
+
+def _parts_of_rows(plan: Plan) -> list[Section]:
+    if not plan.exchanges:
+        return []
+    taken, best = plan.config.mesh.context_exchange, plan.exchanges[0]
+    rows: list[Row] = []
+    for one in plan.exchanges:
+        name = one.exchange + (", as planned" if one.exchange == taken else "")
+        if one.alike:
+            rows.append((name, "as gathered", "", "", "", "", ""))
+            continue
+        times = (f"{seconds * 1e3:.1f}" for seconds in (one.seconds, one.exposed, one.merging))
+        rows.append((name, f"{one.sends:,}", size_text(one.bytes), *times, size_text(one.held)))
+    notes = [
+        f"By estimate the best is mesh.context_exchange={best.exchange}{', as planned' if best.exchange == taken else ''}: "
+        f"{best.waited * 1e3:.3g} ms of a step, not hidden or merging parts.",
+        "Read from the traced layers, not compiled: what the layout calls for. What goes round is taken to be hidden by the attention to a "
+        "part, at the peak, as far as that lasts, and the rest by nothing; merging parts is memory traffic at the peak; the time it takes to "
+        "begin a send is not known and not counted.",
+    ]
+    columns = ("exchange", "sends", "full arrays", "ms", "not hidden", "merging", "room in a layer")
+    return [Section("Ways for parts of rows to meet, by estimate", columns, rows, notes)]
 
 
 def _roofline(plan: Plan) -> Section:
@@ -312,6 +336,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
             {"layers": layers, "axes": axes, "count": count, "bytes": size}
             for (layers, axes), (count, size) in plan.layer_exchange.items()
         ],
+        "context_exchanges": [dataclasses.asdict(one) for one in plan.exchanges],
         "times": _times(clock),
         "assumptions": list(ASSUMPTIONS),
         "warnings": plan.warnings,

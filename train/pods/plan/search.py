@@ -17,6 +17,7 @@ from plait.configs.vocabulary import with_vocabulary
 from plait.models import axes
 from plait.train.mesh import make_mesh, mesh_axes, names_of, ways
 from plait.train.pods.plan.compiled.hlo import Collective, Kind
+from plait.train.pods.plan.exchanges import layer_collectives
 from plait.train.pods.plan.flops import step_flops
 from plait.train.pods.plan.memory import Memory, StateBytes, estimated_memory, saved_activations, state_bytes, used_params
 from plait.train.pods.plan.roofline import Times, exchange_seconds, times
@@ -240,12 +241,6 @@ def estimated_collectives(config: ExperimentConfig, mesh: jax.sharding.Mesh, ste
         count = model.num_layers * (3 if model.remat == "full" else 2) * parts
         size = rows * ways(mesh, axes.EXPERTS) * config.data.seq_len / ways(mesh, axes.LENGTH) * model.d_model * itemsize / parts
         found += [Collective(kind, sent, count, count * size) for kind in ("all-gather", "reduce-scatter")]
-    if length := order(mesh_axes(axes.LENGTH)):  # gathered, whatever `mesh.context_exchange`
-        size = 0.0
-        for mixer in model.layer_mixers:
-            short, long = (mixer.state_bytes(model.d_model, n, model.compute_dtype) for n in (1, config.data.seq_len))
-            size += (
-                long if long > short else ways(mesh, axes.LENGTH) * short
-            )  # keys and values of the row, or a state from each device
-        found.append(Collective("all-gather", length, 3 * model.num_layers * parts, 3 * rows * size / ways(mesh, axes.MLP)))
+    if ways(mesh, axes.LENGTH) > 1:
+        found += layer_collectives(config, mesh, target, config.mesh.context_exchange)
     return found

@@ -16,6 +16,7 @@ from plait.train.pods.plan.compiled.findings import find_oddities
 from plait.train.pods.plan.compiled.hlo import Collective, Computations, by_kind, by_layer_kind
 from plait.train.pods.plan.compiled.overlap import schedule
 from plait.train.pods.plan.compiled.traffic import Traffic
+from plait.train.pods.plan.exchanges import Parts, exchanges
 from plait.train.pods.plan.flops import LayerFlops, StepFlops, layer_flops, step_flops
 from plait.train.pods.plan.memory import Memory, StateBytes, compiled_memory, estimated_memory, state_bytes
 from plait.train.pods.plan.roofline import Times, exchange_seconds, route, times
@@ -49,6 +50,8 @@ class Plan:
     """Those of the seconds with nothing scheduled beside them."""
     layer_exchange: dict[tuple[str, tuple[str, ...]], tuple[int, float]]
     """Count and bytes of collectives by kind of layer and mesh axes."""
+    exchanges: list[Parts]
+    """The ways in which parts of rows may meet, by estimate, the best first; empty where rows are whole, or without chip data."""
     routes: dict[str, str]
     """By mesh axes: how their devices are joined."""
     traffic: float | None
@@ -164,6 +167,7 @@ def compile_plan(step: Program, target: Target, start: float | None = None) -> P
         collectives=found,
         layer_exchange=layers,
         seconds=seconds,
+        exchanges=exchanges(step.config, step.mesh, target) if target.chip is not None else [],
         waits=waiting,
         routes=routes,
         traffic=traffic,

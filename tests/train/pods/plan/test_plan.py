@@ -292,6 +292,7 @@ def test_what_does_not_fit_gets_changes_that_do(exchange: Exchange, monkeypatch:
     monkeypatch.setattr(planning, "describe_devices", lambda target: list(jax.devices()))
     monkeypatch.setattr(step_plan, "compile_step", lambda *_: Outcome(None, REFUSAL.replace("20.30G", "8.00M"), (), 1.0, 1.0))
     monkeypatch.setattr("plait.train.pods.plan.search.exchange_seconds", lambda found, *_: [0.0 for _ in found])
+    monkeypatch.setattr(step_plan, "exchanges", lambda *_: [])
     monkeypatch.setattr("plait.kernels.target.current", lambda: None)
     assert len(coords) == len(jax.devices())
     mesh = MeshConfig(context=2 if exchange == "all_to_all" else 1, context_exchange=exchange)
