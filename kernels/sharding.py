@@ -50,6 +50,12 @@ def _using(split: _Split | None) -> Iterator[None]:
         _split.reset(token)
 
 
+def on_one_device() -> bool:
+    """Whether no mesh of several devices is in use."""
+    split = _split.get()
+    return split is None or split.mesh.size == 1
+
+
 def parts_of_sequence(call: Call) -> Parts | None:
     """The devices over which the mesh in use cuts a call's sequence; None where it does not, or not into two equal halves each."""
     split = _split.get()
@@ -74,7 +80,7 @@ class Shards:
         """Args: `in_parts` also cuts the sequence (see `parts_of_sequence`)."""
         split = _split.get()
         self.call = call
-        self.mesh = None if split is None or split.mesh.size == 1 else split.mesh
+        self.mesh = None if split is None or on_one_device() else split.mesh
         # Inside a `shard_map` over some axes, what the compiler lays out over the others is best left simple: its partitioner gives
         # up on gathers there.
         self.nested = self.mesh is not None and inside(self.mesh) is not self.mesh
