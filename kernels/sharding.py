@@ -63,6 +63,12 @@ def on_one_device(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return run
 
 
+def undivided() -> bool:
+    """Whether no mesh of several devices is in use."""
+    split = _split.get()
+    return split is None or split.mesh.size == 1
+
+
 def parts_of_sequence(call: Call) -> Parts | None:
     """The devices over which the mesh in use cuts a call's sequence; None where it does not, or not into two equal halves each."""
     split = _split.get()

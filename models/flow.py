@@ -10,10 +10,15 @@ from typing import Any, Protocol
 import jax
 
 from plait.kernels import Tokens
+from plait.kernels.target import current
 from plait.models.stream import Stream
 
 Layers = Callable[[Stream, Tokens, Any], tuple[Stream, Any]]
 """`(stream, at, parameters) -> (stream, outputs)`; all arrays of stream and `at` are batch first."""
+
+
+FEW = 4
+"""Turns that a CPU, which copies what a loop keeps of each for the backward pass, takes one after the other without a loop."""
 
 
 class Flow(Protocol):
@@ -30,7 +35,8 @@ class WholeBatch:
     """Every layer takes the whole batch."""
 
     def repeat(self, layers: Layers, stream: Stream, at: Tokens, params: Any) -> tuple[Stream, Any]:
-        return jax.lax.scan(lambda stream, one: layers(stream, at, one), stream, params)
+        unroll = current() is None and len(jax.tree.leaves(params)[0]) <= FEW
+        return jax.lax.scan(lambda stream, one: layers(stream, at, one), stream, params, unroll=unroll)
 
     def once(self, layers: Layers, stream: Stream, at: Tokens, params: Any) -> tuple[Stream, Any]:
         return layers(stream, at, params)

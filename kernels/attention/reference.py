@@ -40,9 +40,10 @@ def lse_alone(lse: Array) -> AttentionStats:
 def logits(call: AttentionCall, queries: Tokens, keys: Tokens, precision: jax.lax.PrecisionLike) -> Array:
     """The logits [B, Hkv, H/Hkv, T, S], scaled, biased and capped, in the accumulation dtype."""
     q, k = call.q, call.k
-    grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
-    z = jnp.einsum("btgrk,bsgk->bgrts", grouped, k, precision=precision, preferred_element_type=accumulation_dtype(q, k))
-    z = call.scale * z
+    grouped = grouped_heads(jnp.swapaxes(q, 1, 2), k.shape[2])  # [B, Hkv, R, T, K]
+    rows = grouped.reshape(*grouped.shape[:2], -1, q.shape[-1])  # a key head's queries are one matrix
+    z = jnp.einsum("bgmk,bsgk->bgms", rows, k, precision=precision, preferred_element_type=accumulation_dtype(q, k))
+    z = call.scale * z.reshape(*grouped.shape[:-1], -1)
     if call.bias is not None:
         bias = call.bias.at(queries.positions[:, :, None] - keys.positions[:, None, :])  # [H, B, T, S]
         z += grouped_heads(jnp.swapaxes(bias, 0, 1), k.shape[2]).astype(z.dtype)
@@ -82,15 +83,16 @@ def by_group(x: Array, num_kv_heads: int) -> Array:
 
 def apply(weights: Array, v: Array, precision: jax.lax.PrecisionLike) -> Array:
     """[B, Hkv, R, T, S] and [B, S, Hkv, V] to [B, T, H, V]."""
-    o = jnp.einsum("bgrts,bsgv->btgrv", weights, v, precision=precision, preferred_element_type=weights.dtype)
-    return o.reshape(*o.shape[:2], -1, o.shape[-1])
+    rows = weights.reshape(*weights.shape[:2], -1, weights.shape[-1])
+    o = jnp.einsum("bgms,bsgv->bgmv", rows, v, precision=precision, preferred_element_type=weights.dtype)
+    return jnp.swapaxes(o.reshape(o.shape[0], -1, *weights.shape[3:4], o.shape[-1]), 1, 2)
 
 
 def relative_weights(
     call: AttentionCall, queries: Tokens, keys: Tokens, precision: jax.lax.PrecisionLike
 ) -> tuple[Array, Array, AttentionStats | None]:
     """The weights [B, Hkv, R, T, S] relative to the largest of their row, what multiplies each row [B, Hkv, R, T, 1], and the statistics,
-    of the call's q and k, which are at `queries` and `keys`.
+    of the call's q and k, which are at `queries` and `keys`. A row that sees nothing has a factor of 0.
 
     Gradients are finite in rows that see nothing.
     """
@@ -105,18 +107,18 @@ def relative_weights(
         log_weights = lambda z: jax.nn.log_sigmoid(z + per_head(call.sigmoid_bias))
         exponents, highest = log_weights(z), log_weights(highest)
     exponents -= highest
-    p = jnp.where(visible, jnp.exp(exponents), 0)
-    mass = jnp.sum(p, axis=-1, keepdims=True)  # at least 1 where a key is seen
-    some = mass > 0
-    mass = jnp.where(some, mass, 1)
+    some = highest > MASKED / 2
+    p = jnp.exp(exponents)  # 0 of a hidden key, which is far below the largest; the factor hides rows without any
+    mass = jnp.where(some, jnp.sum(p, axis=-1, keepdims=True), 1)
     lse = jnp.where(some, jnp.log(mass) + highest, MASKED)
     share: Any = 1 if sinks is None else jax.nn.sigmoid(lse - sinks)  # of the keys beside the sink logit
-    factor = jnp.exp(highest) if call.sigmoid else share / mass
+    factor = jnp.where(some, jnp.exp(highest) if call.sigmoid else share / mass, 0)
     if not call.return_stats:
         return p, factor, lse_alone(by_head(lse[..., 0])) if call.return_lse else None
     spread = jnp.sum(jnp.where(visible, p * exponents, 0), axis=-1, keepdims=True)
     entropy = jnp.where(some, jnp.log(mass) - spread / mass, 0)
-    first_mass = share * jnp.sum(jnp.where((keys.positions == 0)[:, None, None, None, :], p, 0), axis=-1, keepdims=True) / mass
+    first = some & (keys.positions == 0)[:, None, None, None, :]
+    first_mass = share * jnp.sum(jnp.where(first, p, 0), axis=-1, keepdims=True) / mass
     lse = lse if sinks is None else jnp.logaddexp(lse, sinks)
     peak = _largest(z)
     return p, factor, AttentionStats(*(by_head(x[..., 0]) for x in (lse, peak, entropy, first_mass)))

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from plait.kernels.sharding import undivided
+from plait.kernels.target import current
 from plait.models.axes import Axes
 from plait.models.build import Adapter, Buffer, BuildContext, Initializer, Role, SigmaReparam, fan_in_normal
 
@@ -169,7 +171,9 @@ class Dense(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[..., in_dim] -> [..., out_dim]` in the compute dtype."""
-        x = x.astype(self.compute_dtype)
+        lead, x = x.shape[:-1], x.astype(self.compute_dtype)
+        if self.kernel.ndim == 2 and current() is None and undivided():
+            x = x.reshape(-1, x.shape[-1])  # a CPU copies what it multiplies over several axes, as for the kernel's gradients
         y = x @ self._without_adapter().astype(self.compute_dtype)
         if self.lora_a is not None and self.lora_b is not None:
             a, b = (part[...].astype(self.compute_dtype) for part in (self.lora_a, self.lora_b))
@@ -177,7 +181,7 @@ class Dense(nnx.Module):
         if self.bias is not None:
             bias = self.bias[...].astype(self.compute_dtype)
             y = y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)
-        return y
+        return y.reshape(*lead, -1)
 
 
 def dense_layers(model: nnx.Module) -> list[tuple[tuple, Dense]]:

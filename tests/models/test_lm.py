@@ -12,6 +12,7 @@ from flax import nnx
 
 from plait.configs.probe import ProbeConfig
 from plait.kernels import Tokens
+from plait.models import flow
 from plait.models.channel_mixers.gated_mlp import GatedMLPConfig
 from plait.models.channel_mixers.mlp import MLPConfig
 from plait.models.config import LMConfig, pattern_name
@@ -124,6 +125,22 @@ def test_scanned_stack_equals_the_unrolled_one(hybrid):
         assert jax.tree.structure(one) == jax.tree.structure(other)
         for name, value in other.statistics.items():
             assert_statistics_close(one.statistics[name], value, err_msg=f"{layer} {name}")
+
+
+def test_few_layers_are_the_same_without_a_loop(monkeypatch: pytest.MonkeyPatch):
+    graph, state = nnx.split(build(lm("softmax", 2), seq_len=LENGTH))
+    at = dataclasses.replace(PACKED, ids=TOKENS)
+
+    def traced() -> jax.stages.Traced:
+        return jax.jit(lambda state: nnx.merge(graph, state)(at)[0]).trace(state)
+
+    flat = traced()
+    monkeypatch.setattr(flow, "FEW", 1)
+    loop = traced()
+    assert "unroll=2" in str(flat.jaxpr)
+    assert "unroll=1" in str(loop.jaxpr)
+    logits, expected = (one.lower().compile()(state) for one in (flat, loop))
+    assert_close(logits[REAL], expected[REAL])
 
 
 def test_recomputation_changes_neither_loss_nor_gradients(attention):

@@ -28,6 +28,8 @@ class PlanArgs:
     """Also tries other meshes, recomputation and micro-batches, and ranks those that fit."""
     compile: Annotated[int, Whole(0, 100)] = 2
     """With --search: layouts to compile, the best by estimate."""
+    exact: bool = False
+    """Estimates each TPU kernel of the step by itself, with its own shapes, and keeps what is found; without, its kind speaks for it."""
     out: Path | None = None
     """Folder of plan.md and plan.json; plans/PRESET-TARGET by default."""
 
@@ -47,4 +49,4 @@ def run(args: Sequence[str]) -> None:
 
     config = parse_experiment(rest[0], rest[1:], prog="launch.py plan")
     search = options.compile if options.search else None
-    run_plan(config, options.target, slices=options.slices, search=search, out=options.out, console=console)
+    run_plan(config, options.target, slices=options.slices, search=search, exact=options.exact, out=options.out, console=console)

@@ -98,15 +98,18 @@ def _products(jaxpr, data: list[bool]) -> float:
     """2 per multiply-add of matrix products, convolutions and outer products; loop lengths multiplied in.
 
     `data` says which arguments depend on the activations: products of positions with frequencies are a table. A product that is
-    written twice, of the same arguments, is one.
+    written twice, of the same arguments, is one, also where these are reshaped alike each time.
     """
-    total, seen = 0.0, set()
+    total, seen, reshaped = 0.0, set(), {}
+    same_as = lambda v: id(v) if isinstance(v, Literal) else reshaped.get(v, id(v))
     depends = dict(zip(jaxpr.invars, data, strict=True))
     for eqn in jaxpr.eqns:
         flags = [not isinstance(v, Literal) and depends.get(v, False) for v in eqn.invars]
         depends |= dict.fromkeys(eqn.outvars, any(flags))
         out, operands = eqn.outvars[0].aval, [v.aval for v in eqn.invars]
-        same = (eqn.primitive, *map(id, eqn.invars))
+        same = (eqn.primitive, *map(same_as, eqn.invars))
+        if eqn.primitive.name == "reshape":
+            reshaped[eqn.outvars[0]] = (same_as(eqn.invars[0]), out.shape)
         if eqn.primitive.name == "dot_general":
             if any(flags) and same not in seen:
                 (contracted, _), _ = eqn.params["dimension_numbers"]

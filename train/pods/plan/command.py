@@ -18,13 +18,21 @@ PLAN = "plan.json"
 
 
 def run_plan(
-    config: ExperimentConfig, target: str, *, slices: int, search: int | None, out: Path | None, console: Console
+    config: ExperimentConfig,
+    target: str,
+    *,
+    slices: int,
+    search: int | None,
+    exact: bool = False,
+    out: Path | None,
+    console: Console,
 ) -> Plan | None:
     """Plans `config` for the machine named `target`; returns the plan, in a search the best compiled one.
 
     Args:
         slices: of a TPU pod.
         search: layouts to compile in a search for others; None for no search.
+        exact: each kernel has an estimate of its own, made where none is kept.
         out: folder to write; None takes the first free one of plans/PRESET-TARGET, plans/PRESET-TARGET-2 and so on.
 
     Raises:
@@ -33,13 +41,15 @@ def run_plan(
     machine = parse_target(target, slices)
     if search is not None and machine.chip is None:
         raise TargetError(f"target={target!r} has no peak to rank by; --search is for TPUs and GPUs")
+    if search is not None and exact:
+        raise ValueError("--exact estimates the kernels of one layout; leave out --search")
     folder = _folder(out, f"{config.name}-{machine.label()}")
     if machine.chip is not None:
         jax.config.update("jax_platforms", "cpu")  # what is described is not at hand, and what is at hand is not asked
     plan: Plan | None
     if search is None:
         check_batch(config, machine)
-        plan = make_plan(config, machine)
+        plan = make_plan(config, machine, exact=exact)
         parts, data, title = sections(plan), to_json(plan), headline(plan)
     else:
         found, tried = find_layouts(config, machine, search)

@@ -8,13 +8,17 @@ import time
 from plait.configs.experiment import ExperimentConfig
 from plait.configs.vocabulary import with_vocabulary
 from plait.train.pods.plan.compiled.compiling import standard_error
+from plait.train.pods.plan.compiled.kernel_cycles import KernelCycles
 from plait.train.pods.plan.search import find_fixes
 from plait.train.pods.plan.step_plan import Plan, check_batch, compile_plan, prepare
 from plait.train.pods.plan.topology import Target, describe_devices
 
 
-def make_plan(config: ExperimentConfig, target: Target) -> Plan:
+def make_plan(config: ExperimentConfig, target: Target, *, exact: bool = False) -> Plan:
     """Compiles the step of `config` for `target`, and where it does not fit, looks for what would.
+
+    Args:
+        exact: each kernel of it is also compiled by itself, for an estimate of its own.
 
     Raises:
         ValueError: the target, mesh, model and batch do not go together; nothing was compiled.
@@ -25,7 +29,7 @@ def make_plan(config: ExperimentConfig, target: Target) -> Plan:
     with standard_error():  # libtpu's notes that this is no TPU
         devices = describe_devices(target)
     step = prepare(config, target, devices)
-    plan = compile_plan(step, target, start)
+    plan = compile_plan(step, target, start, KernelCycles(target) if exact else None)
     if plan.fits:
         return plan
     fixes = find_fixes(step, target, plan.memory)

@@ -16,6 +16,7 @@ from plait.configs import codec
 from plait.configs.experiment import ExperimentConfig
 from plait.configs.files import write_atomically
 from plait.train.pods.plan.compiled.durations import SOURCES
+from plait.train.pods.plan.compiled.kernel_cycles import KernelCycles
 from plait.train.pods.plan.decoding import decoding
 from plait.train.pods.plan.memory import size_text
 from plait.train.pods.plan.roofline import ASSUMPTIONS, Times
@@ -78,6 +79,7 @@ def _summary(plan: Plan) -> Section:
         ),
         ("recomputation", f"model.remat={config.model.remat}"),
         ("kernels", "; ".join(f"{op}: {names}" for op, names in plan.kernels.items())),
+        *_cycles(plan.cycles),
         (
             "planned in",
             f"{plan.total_seconds:.0f} s: lowering {plan.lower_seconds:.0f} s, compiling {plan.compile_seconds:.0f} s",
@@ -214,6 +216,13 @@ def _roofline(plan: Plan) -> Section:
     return Section("Least time of a step, ms", ("", "ms", ""), rows, notes)
 
 
+def _cycles(cycles: KernelCycles | None) -> list[tuple[str, str]]:
+    if cycles is None:
+        return []
+    rows = [("cycles of kernels", f"{len(cycles.made)} estimated now, {len(cycles.kept)} known from before, in {cycles.folder}")]
+    return rows + [("", f"{name} by the share of its kind: {reason}") for name, reason in cycles.unknown.items()]
+
+
 def _scheduled(clock: Times) -> list[Row]:
     if clock.schedule is None:
         return []
@@ -227,16 +236,17 @@ def _time_of_layers(plan: Plan) -> list[Section]:
     schedule = plan.times and plan.times.schedule
     if not schedule:
         return []
+    sources = {source: text for source, text in SOURCES.items() if source != "exact" or plan.cycles is not None}
     rows = [
         (
             layer,
-            *(f"{schedule.work.get((layer, source), 0.0) * 1e3:.1f}" for source in SOURCES),
+            *(f"{schedule.work.get((layer, source), 0.0) * 1e3:.1f}" for source in sources),
             f"{seconds / schedule.seconds:.1%}",
         )
         for layer, seconds in schedule.by_layer().items()
     ]
-    rows.append(("waiting", *[""] * len(SOURCES), f"{sum(schedule.waits.values()) / schedule.seconds:.1%}"))
-    return [Section("Time as scheduled by kind of layer, ms", ("layers", *SOURCES.values(), "share"), rows)]
+    rows.append(("waiting", *[""] * len(sources), f"{sum(schedule.waits.values()) / schedule.seconds:.1%}"))
+    return [Section("Time as scheduled by kind of layer, ms", ("layers", *sources.values(), "share"), rows)]
 
 
 def whole_run(config: ExperimentConfig, num_devices: int, clock: Times) -> str:
@@ -343,6 +353,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "refusal": plan.refusal,
         "fixes": [{"overrides": fix.overrides, "memory": dataclasses.asdict(fix.memory)} for fix in plan.fixes],
         "kernels": plan.kernels,
+        "kernel_cycles": plan.cycles and plan.cycles.described(),
         "seconds": {"lower": plan.lower_seconds, "compile": plan.compile_seconds, "total": plan.total_seconds},
         "config": codec.encode(plan.config),
     }  # fmt: skip

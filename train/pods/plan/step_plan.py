@@ -14,6 +14,7 @@ from plait.train.mesh import make_mesh, mesh_axes
 from plait.train.pods.plan.compiled.compiling import Outcome, compile_step, largest_allocations, required_temporaries
 from plait.train.pods.plan.compiled.findings import find_oddities
 from plait.train.pods.plan.compiled.hlo import Collective, Computations, by_kind, by_layer_kind
+from plait.train.pods.plan.compiled.kernel_cycles import KernelCycles
 from plait.train.pods.plan.compiled.overlap import schedule
 from plait.train.pods.plan.compiled.traffic import Traffic
 from plait.train.pods.plan.exchanges import Parts, exchanges
@@ -65,6 +66,8 @@ class Plan:
     fixes: list[Fix]
     """Changes that make it fit, the cheapest first, by estimate."""
     kernels: dict[str, str]
+    cycles: KernelCycles | None
+    """How those of each kernel are known; None where nobody asked."""
     lower_seconds: float
     compile_seconds: float
     total_seconds: float
@@ -115,8 +118,8 @@ def prepare(config: ExperimentConfig, target: Target, devices: list) -> Program:
     return Program.of(config, make_mesh(config.mesh, devices))
 
 
-def compile_plan(step: Program, target: Target, start: float | None = None) -> Plan:
-    """The plan of a described step, compiled; without a look for changes."""
+def compile_plan(step: Program, target: Target, start: float | None = None, cycles: KernelCycles | None = None) -> Plan:
+    """The plan of a described step, compiled; without a look for changes. `cycles` estimates its kernels, each by itself."""
     start = time.monotonic() if start is None else start
     generation = None if target.chip is None else target.generation
     outcome = compile_step(step, generation)
@@ -142,7 +145,7 @@ def compile_plan(step: Program, target: Target, start: float | None = None) -> P
             moved = Traffic(program)
             traffic = moved.total()
             seconds = exchange_seconds(found, step.mesh, target)
-            scheduled = schedule(moved, step.mesh, target)
+            scheduled = schedule(moved, step.mesh, target, cycles)
             waiting = [scheduled.waits.get((one.kind, one.axes), 0.0) for one in found]
             clock = times(
                 target.chip,
@@ -177,6 +180,7 @@ def compile_plan(step: Program, target: Target, start: float | None = None) -> P
         largest=largest_allocations(outcome.refusal) if outcome.refusal else [],
         fixes=[],
         kernels=chosen(),
+        cycles=cycles,
         lower_seconds=outcome.lower_seconds,
         compile_seconds=outcome.compile_seconds,
         total_seconds=time.monotonic() - start,

@@ -311,7 +311,19 @@ def test_what_does_not_fit_gets_changes_that_do(exchange: Exchange, monkeypatch:
 
 def test_command_writes_a_plan_and_keeps_the_old_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "plan"
-    args = ["plan", "lm_tiny", "--target", "cpu:2", "--out", str(out), "--model.pattern", "softmax", "--model.num-layers", "1"]
+    args = [
+        "plan",
+        "lm_tiny",
+        "--target",
+        "cpu:2",
+        "--out",
+        str(out),
+        "--exact",
+        "--model.pattern",
+        "softmax",
+        "--model.num-layers",
+        "1",
+    ]
     assert main(args) == 0
     saved = json.loads((out / "plan.json").read_text())
     assert saved["fits"] and saved["mesh"]["data"] == 2
@@ -319,6 +331,8 @@ def test_command_writes_a_plan_and_keeps_the_old_one(tmp_path: Path, capsys: pyt
         saved["memory"]["total"], sum(saved["memory"][k] for k in ("parameters", "optimizer", "batch", "temporaries", "program"))
     )
     assert "## Collectives of a device in a step" in (out / "plan.md").read_text()
+    assert "| cycles of kernels | 0 estimated now, 0 known from before" in (out / "plan.md").read_text()
+    assert saved["kernel_cycles"] == {"made": 0, "kept": 0, "unknown": {}}
     assert main(args) == 2
     assert "already holds a plan" in capsys.readouterr().err
 
@@ -331,6 +345,7 @@ def test_command_writes_a_plan_and_keeps_the_old_one(tmp_path: Path, capsys: pyt
         (["lm_tiny", "--target", "v7:2x2"], "known targets"),
         (["lm_tinny", "--target", "cpu:8"], "did you mean 'lm_tiny'"),
         (["lm_tiny", "--target", "cpu:8", "--search"], "no peak to rank by"),
+        (["lm_tiny", "--target", "v5e:2x2", "--search", "--exact"], "leave out --search"),
         (["lm_tiny", "--target", "cpu:8", "--data.batch-size", "12"], "--data.batch_size 16"),
         (["lm_tiny", "--target", "cpu:8", "--mesh.tensor", "3"], "mesh.tensor=3"),
         (["lm_tiny", "--target", "v5e:2x2", "--data.tokenizer", "some/tokenizer.json"], "--model.vocab_size"),

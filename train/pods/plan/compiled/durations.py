@@ -7,15 +7,17 @@ import re
 from typing import Literal, NamedTuple
 
 from plait.kernels.chips import Chip
+from plait.train.pods.plan.compiled.kernel_cycles import KernelCycles
 from plait.train.pods.plan.compiled.kernel_shares import SHARES
 from plait.train.pods.plan.compiled.traffic import Operation, Traffic
 
-Source = Literal["compiler", "kernels", "peak"]
-"""What says how long: the TPU compiler's estimate of an operation; the share of the peak that a kernel reaches by that compiler's estimate of
-it alone; or nothing but operations and memory traffic, each at the peak."""
+Source = Literal["compiler", "exact", "kernels", "peak"]
+"""What says how long: the TPU compiler's estimate of an operation; that of a kernel, compiled by itself; the share of the peak that kernels of
+its kind reach by such estimates; or nothing but operations and memory traffic, each at the peak."""
 
 SOURCES: dict[Source, str] = {
     "compiler": "by the compiler's estimate",
+    "exact": "kernels, each estimated as it is",
     "kernels": "kernels, by their estimates alone",
     "peak": "at the peak",
 }
@@ -37,11 +39,14 @@ class Duration(NamedTuple):
 class Durations:
     """Of the operations of one program on one chip."""
 
-    def __init__(self, traffic: Traffic, chip: Chip):
-        self.traffic, self.chip = traffic, chip
+    def __init__(self, traffic: Traffic, chip: Chip, cycles: KernelCycles | None = None):
+        """Args: `cycles` estimates the kernels of the program; without, each is at the share of its kind."""
+        self.traffic, self.chip, self.cycles = traffic, chip, cycles
 
     def of(self, one: Operation, inside: dict[str, Operation]) -> Duration:
         """How long an operation that calls nothing but a fusion takes; `inside` are those of its computation."""
+        if one.opcode == "custom-call" and self.cycles is not None and (cycles := self.cycles.of(one, inside)) is not None:
+            return Duration(cycles / self.chip.clock / self.chip.cores, "exact")
         if one.opcode == "custom-call" and (seconds := self._kernel(one, inside)) is not None:
             return Duration(seconds, "kernels")
         if self.chip.clock and (found := _CYCLES.search(one.line)):

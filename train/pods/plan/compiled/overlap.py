@@ -12,6 +12,7 @@ import jax
 
 from plait.train.pods.plan.compiled.durations import Durations
 from plait.train.pods.plan.compiled.hlo import Instruction, Kind, channel_of, layer_of
+from plait.train.pods.plan.compiled.kernel_cycles import KernelCycles
 from plait.train.pods.plan.compiled.schedule import Key, Schedule
 from plait.train.pods.plan.compiled.traffic import Operation, Traffic, is_free
 from plait.train.pods.plan.roofline import route
@@ -21,14 +22,14 @@ _AHEAD = {"copy-start", "slice-start"}
 _EXCHANGES = {*get_args(Kind), *(f"{kind}-start" for kind in get_args(Kind)), "send"}
 
 
-def schedule(traffic: Traffic, mesh: jax.sharding.Mesh, target: Target) -> Schedule:
+def schedule(traffic: Traffic, mesh: jax.sharding.Mesh, target: Target, cycles: KernelCycles | None = None) -> Schedule:
     """A step in the compiler's order.
 
     A collective runs from where it is issued to where it is needed, beside the operations between; those inside a slice or host one
     after the other, those over the network too, both at once. Operations come one after the other and take what `Durations` says; copies
     that the compiler starts ahead run beside them.
     """
-    return _Machine(traffic, mesh, target).run(traffic.program.entry)
+    return _Machine(traffic, mesh, target, cycles).run(traffic.program.entry)
 
 
 @dataclasses.dataclass
@@ -54,9 +55,9 @@ class _Way:
 class _Machine:
     """Devices of a target that run a program in the order it is written in."""
 
-    def __init__(self, traffic: Traffic, mesh: jax.sharding.Mesh, target: Target):
+    def __init__(self, traffic: Traffic, mesh: jax.sharding.Mesh, target: Target, cycles: KernelCycles | None):
         assert target.chip is not None
-        self.traffic, self.program, self.durations = traffic, traffic.program, Durations(traffic, target.chip)
+        self.traffic, self.program, self.durations = traffic, traffic.program, Durations(traffic, target.chip, cycles)
         self.route = functools.cache(lambda axes: route(mesh, axes, target))
 
     def run(self, computation: str) -> Schedule:
