@@ -136,6 +136,11 @@ class AttentionCall(Call):
             yield name, axes.replace("t", "j") if foreign else axes, value
 
     @property
+    def follows_choice(self) -> bool:
+        """Work is as much for every query as it chooses. Tokens that each key head chooses by itself most forms find among all."""
+        return self.selected is not None and (self.selected.block_size > 1 or self.values_in_keys)
+
+    @property
     def packed(self) -> bool:
         """There may be several segments."""
         return self.at is not None or self.kv_at is not None

@@ -1,7 +1,8 @@
 """Attention on parts of sequences: every device fetches the keys that its queries can reach.
 
 Where a window ends within reach, those are the tokens just before the part, sent by their neighbours. Else all devices gather all keys
-and values (LASP-2H, arXiv 2502.07563, section 3.3), and causal queries are swapped between the two ends, so that all have equal work;
+and values (LASP-2H, arXiv 2502.07563, section 3.3), and causal queries are swapped between the two ends, so that all have equal work,
+which those that choose have where they are;
 or, where that is chosen, keys and values go round in a `ring`, or, where the heads can be dealt out, each device gets whole sequences of
 some heads (Ulysses, arXiv 2309.14509).
 Keys that are not the queries' own tokens, such as compressed ones, every device has already.
@@ -46,7 +47,7 @@ def _run(op: Callable[[AttentionCall], Any], parts: Parts, call: AttentionCall) 
         if (reason := ring.unsupported(call)) is None:
             return ring.attention(op, parts, call)
         _tell(reason)
-    turn: Any = parts.balanced if call.mask.causal else lambda x: x
+    turn: Any = parts.balanced if call.mask.causal and not call.follows_choice else lambda x: x
     if call.own_keys:
         k = parts.gather(call.k)
         v = k[..., : call.v.shape[3]] if call.values_in_keys else parts.gather(call.v)

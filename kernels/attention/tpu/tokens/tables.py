@@ -105,9 +105,8 @@ def table(problem: Problem, k: Array, hidden: Array) -> Array:
 
 def repelled(problem: Problem, q: Array) -> Array:
     """q [B, T, H, width], which a hidden row repels."""
-    return jnp.pad(
-        jnp.pad(q, ((0, 0),) * 3 + ((0, 1),), constant_values=1), ((0, 0),) * 3 + ((0, problem.width - q.shape[3] - 1),)
-    )
+    rest = lambda channels, value: jnp.full((*q.shape[:3], channels), value, q.dtype)
+    return jnp.concatenate([q, rest(1, 1), rest(problem.width - q.shape[3] - 1, 0)], axis=3)
 
 
 def listed(problem: Problem, rows: Array, low: Array) -> tuple[Array, Array]:
