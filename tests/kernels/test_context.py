@@ -205,6 +205,20 @@ def test_other_attention_by_heads(name: str, caplog: pytest.LogCaptureFixture):
     assert ("3 heads with 3 key heads cannot be dealt out to 2 devices" in caplog.text) == (heads == 3)
 
 
+@pytest.mark.parametrize("chosen", [False, True])
+def test_queries_that_choose_stay_where_they_are(chosen: bool):
+    """Their work is as much wherever they stand; others are swapped between the two ends."""
+    blocks = jnp.asarray(np.random.default_rng(4).integers(0, 8, (2, LENGTH, 1, 3)), jnp.int32)
+    selected = SelectedBlocks(indices=blocks, block_size=4, num_blocks=16) if chosen else None
+
+    def outputs(inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return {"o": attention(**inputs, mask=Mask(), selected=selected)}
+
+    inputs = arrays(q=(2, LENGTH, 4, 8), k=(2, LENGTH, 2, 8), v=(2, LENGTH, 2, 6))
+    assert_same(outputs, inputs, mesh_of(context=4))
+    assert ("collective-permute" in compiled_text(outputs, inputs, 4)) != chosen
+
+
 @pytest.mark.parametrize(("segments", "count"), CUTS)
 def test_attention_to_other_keys(segments: str, count: int):
     """Such as compressed ones: every device has all of them, and answers its own queries only."""
