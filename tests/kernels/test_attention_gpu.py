@@ -226,6 +226,7 @@ def test_auto_chooses_for_the_gpu():
     assert "pallas_gpu" in dispatch.chosen()["attention"]
 
 
+@needs_interpreter
 def test_shares_of_a_known_whole():
     """As a ring of devices asks for them: see `tests/kernels/test_ring.py`."""
     rng = np.random.default_rng(0)
