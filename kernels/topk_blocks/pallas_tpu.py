@@ -14,15 +14,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from plait.kernels.costs import cost
-from plait.kernels.shapes import matmul_precision, padded
+from plait.kernels.shapes import matmul_precision
 from plait.kernels.target import not_on
 from plait.kernels.topk_blocks import chunked, reference, tokens_tpu
 from plait.kernels.topk_blocks.call import TopkCall
+from plait.kernels.topk_blocks.tiles import QUERIES, Tiles, shared_dtype
 
 Array = jax.Array
-
-QUERIES = 128
-"""Queries a tile."""
 
 CHUNK, PART = 512, 128
 """What is scored in a step of the grid, and at a time."""
@@ -60,7 +58,7 @@ def unsupported(call: TopkCall) -> str | None:
     if not {call.q.dtype.name, call.blocks.dtype.name} <= {"float32", "bfloat16"}:
         return f"q and blocks are {call.q.dtype} and {call.blocks.dtype}, not float32 or bfloat16"
     group, width = call.q.shape[2] // call.blocks.shape[2], call.q.shape[3]
-    if QUERIES * group * width * _shared(call).itemsize > MAX_QUERY_BYTES:
+    if QUERIES * group * width * shared_dtype(call).itemsize > MAX_QUERY_BYTES:
         return f"{group} heads of {width} channels are more than a tile of queries holds"
     return None
 
@@ -74,34 +72,20 @@ def topk_blocks(call: TopkCall) -> Array:
 
 def scores(call: TopkCall) -> Array:
     """As `reference.scores`, [B, T, Hkv, N] float32."""
-    dtype = _shared(call)
     (batch, length, num_heads, width), (count, num_kv_heads) = call.q.shape, call.blocks.shape[1:3]
-    group = num_heads // num_kv_heads
     chunk = min(CHUNK, -(-count // PART) * PART)
-    queries, blocks = (lambda x, axis: padded(x, axis, QUERIES)), (lambda x, axis: padded(x, axis, chunk))
-    q, c = queries(jnp.swapaxes(call.q.astype(dtype), 1, 2), 2), blocks(jnp.swapaxes(call.blocks.astype(dtype), 1, 2), 2)
-    ids = call.at.segment_ids
-    rows = queries(jnp.stack([jnp.where(ids == 0, -1, ids), reference.last_scored(call)], axis=1)[:, None], 3)
-    tokens = blocks(jnp.stack([call.blocks_at.segment_ids, call.blocks_at.positions], axis=1)[:, None], 3)
-    num_tiles, num_chunks = q.shape[2] // QUERIES, c.shape[2] // chunk
-    index = jnp.where(reference.scored(call), jnp.arange(count, dtype=jnp.int32) // chunk + 1, 0)
-    reach = queries(index.max(2), 1).reshape(batch * num_tiles, QUERIES).max(1)  # chunks that some query of a tile reaches
-    problem = Problem(call.scale, call.weights is not None, num_tiles, num_chunks)
-    own = lambda b, g, i, s, reach: (b, g, i, 0)
-
-    def at(b: Array, g: Array, i: Array, s: Array, reach: Any) -> Array:
-        """The chunk of a step, or the last one that is read."""
-        return jnp.minimum(jax.lax.rem(s, num_chunks), jnp.maximum(reach[b * num_tiles + i] - 1, 0))
-
+    tiles = Tiles.of(call, chunk)
+    q, c, num_chunks = tiles.q, tiles.c, tiles.num_chunks
+    group = num_heads // num_kv_heads
+    problem = Problem(call.scale, bool(tiles.weights), tiles.num_tiles, num_chunks)
+    at = lambda b, i, s, reach: tiles.chunk_of(b, i, jax.lax.rem(s, num_chunks), reach)
     inputs = [
-        (q, pl.BlockSpec((1, group, QUERIES, width), own)),
-        (c, pl.BlockSpec((1, 1, chunk, width), lambda b, g, *rest: (b, g, at(b, g, *rest), 0))),
-        (rows, pl.BlockSpec((1, 1, 2, QUERIES), lambda b, g, i, s, reach: (b, 0, 0, i))),
-        (tokens, pl.BlockSpec((1, 1, 2, chunk), lambda b, g, *rest: (b, 0, 0, at(b, g, *rest)))),
+        (q, tiles.queries(q)),
+        (c, pl.BlockSpec((1, 1, chunk, width), lambda b, g, *rest: (b, g, at(b, *rest), 0))),
+        (tiles.rows, tiles.queries(tiles.rows)),
+        (tiles.tokens, pl.BlockSpec((1, 1, 2, chunk), lambda b, g, *rest: (b, 0, 0, at(b, *rest)))),
+        *((x, tiles.queries(x)) for x in tiles.weights),
     ]
-    if call.weights is not None:
-        weights = jnp.swapaxes(call.weights.astype(jnp.float32), 1, 2).reshape(batch, num_kv_heads, group, length)
-        inputs.append((queries(weights, 3), pl.BlockSpec((1, 1, group, QUERIES), lambda b, g, i, s, reach: (b, g, 0, i))))
     phases = 1 if call.scale is None else 2
     shape = jax.ShapeDtypeStruct((batch, num_kv_heads, c.shape[2], q.shape[2]), jnp.float32)
     products = phases * batch * num_kv_heads * q.shape[2] * c.shape[2] / 2  # those with blocks that are past
@@ -111,7 +95,7 @@ def scores(call: TopkCall) -> Array:
         out_shape=shape,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(batch, num_kv_heads, num_tiles, phases * num_chunks),
+            grid=(batch, num_kv_heads, tiles.num_tiles, phases * num_chunks),
             in_specs=[spec for _, spec in inputs],
             out_specs=pl.BlockSpec(
                 (1, 1, chunk, QUERIES), lambda b, g, i, s, reach: (b, g, jnp.maximum(s - (phases - 1) * num_chunks, 0), i)
@@ -124,7 +108,7 @@ def scores(call: TopkCall) -> Array:
             flops=2 * width * products,
             transcendentals=0 if call.scale is None else products,
         ),
-    )(reach, *(array for array, _ in inputs))
+    )(tiles.reach, *(array for array, _ in inputs))
     return jnp.moveaxis(found[:, :, :count, :length], 3, 1)
 
 
@@ -192,8 +176,3 @@ def _kernel(problem: Problem, reach: Any, q: Any, c: Any, rows: Any, tokens: Any
     pl.when(first & reached)(largest)
     pl.when(jnp.logical_not(first) & reached)(weigh)
     pl.when(jnp.logical_not(first | reached))(nothing)
-
-
-def _shared(call: TopkCall) -> Any:
-    """The dtype of the products' operands."""
-    return jnp.promote_types(call.q.dtype, call.blocks.dtype)

@@ -17,15 +17,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from plait.kernels.costs import cost
-from plait.kernels.shapes import matmul_precision, padded
+from plait.kernels.shapes import matmul_precision
 from plait.kernels.target import current
-from plait.kernels.topk_blocks import reference
 from plait.kernels.topk_blocks.call import TopkCall
+from plait.kernels.topk_blocks.tiles import QUERIES, Tiles
 
 Array = jax.Array
-
-QUERIES = 128
-"""Queries a tile."""
 
 PART = 128
 """Keys at a time, and what else is worked on at a time."""
@@ -75,32 +72,17 @@ def unsupported(call: TopkCall) -> str | None:
 
 def topk_tokens(call: TopkCall) -> Array:
     """The indices [B, T, Hkv, N], by number; -1 at the end where a query sees fewer."""
-    dtype = jnp.promote_types(call.q.dtype, call.blocks.dtype)
     (batch, length, num_heads, width), (count, num_kv_heads) = call.q.shape, call.blocks.shape[1:3]
-    group, top_k = num_heads // num_kv_heads, min(call.top_k, count)
-    queries, keys = (lambda x, axis: padded(x, axis, QUERIES)), (lambda x, axis: padded(x, axis, CHUNK))
-    q, c = queries(jnp.swapaxes(call.q.astype(dtype), 1, 2), 2), keys(jnp.swapaxes(call.blocks.astype(dtype), 1, 2), 2)
-    ids = call.at.segment_ids
-    rows = queries(jnp.stack([jnp.where(ids == 0, -1, ids), reference.last_scored(call)], axis=1)[:, None], 3)
-    tokens = keys(jnp.stack([call.blocks_at.segment_ids, call.blocks_at.positions], axis=1)[:, None], 3)
-    num_tiles, num_chunks = q.shape[2] // QUERIES, c.shape[2] // CHUNK
-    reach = _reach(rows[:, 0].reshape(batch, 2, num_tiles, QUERIES), tokens[:, 0].reshape(batch, 2, num_chunks, CHUNK))
-    problem = Problem(top_k, call.weights is not None, num_tiles, num_chunks, (c.shape[2] - 1).bit_length())
-    own = lambda b, g, i, s, reach: (b, g, i, 0)
-
-    def streamed(b: Array, g: Array, i: Array, s: Array, reach: Any) -> tuple[Any, ...]:
-        """The chunk of a step, or the last one that is read."""
-        return b, g, jnp.minimum(s, jnp.maximum(reach[b * num_tiles + i] - 1, 0)), 0
-
+    tiles, top_k = Tiles.of(call, CHUNK), min(call.top_k, count)
+    q, c = tiles.q, tiles.c
+    problem = Problem(top_k, bool(tiles.weights), tiles.num_tiles, tiles.num_chunks, (c.shape[2] - 1).bit_length())
     inputs = [
-        (q, pl.BlockSpec((1, group, QUERIES, width), own)),
-        (c, pl.BlockSpec((1, 1, CHUNK, width), streamed)),
-        (rows, pl.BlockSpec((1, 1, 2, QUERIES), lambda b, g, i, s, reach: (b, 0, 0, i))),
-        (tokens, pl.BlockSpec((1, 1, 2, c.shape[2]), lambda b, g, i, s, reach: (b, 0, 0, 0))),
+        (q, tiles.queries(q)),
+        (c, pl.BlockSpec((1, 1, CHUNK, width), lambda b, g, i, s, reach: (b, g, tiles.chunk_of(b, i, s, reach), 0))),
+        (tiles.rows, tiles.queries(tiles.rows)),
+        (tiles.tokens, pl.BlockSpec((1, 1, 2, c.shape[2]), lambda b, g, i, s, reach: (b, 0, 0, 0))),
+        *((x, tiles.queries(x)) for x in tiles.weights),
     ]
-    if call.weights is not None:
-        weights = jnp.swapaxes(call.weights.astype(jnp.float32), 1, 2).reshape(batch, num_kv_heads, group, length)
-        inputs.append((queries(weights, 3), pl.BlockSpec((1, 1, group, QUERIES), lambda b, g, i, s, reach: (b, g, 0, i))))
     wide = -(-top_k // PART) * PART
     shape = jax.ShapeDtypeStruct((batch, num_kv_heads, wide, q.shape[2]), jnp.int32)
     scratch = pltpu.VMEM((max(c.shape[2] + PART, wide), QUERIES), jnp.int32)
@@ -110,7 +92,7 @@ def topk_tokens(call: TopkCall) -> Array:
         out_shape=shape,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(batch, num_kv_heads, num_tiles, num_chunks),
+            grid=(batch, num_kv_heads, tiles.num_tiles, tiles.num_chunks),
             in_specs=[spec for _, spec in inputs],
             out_specs=pl.BlockSpec((1, 1, wide, QUERIES), lambda b, g, i, s, reach: (b, g, 0, i)),
             scratch_shapes=[scratch],
@@ -118,25 +100,9 @@ def topk_tokens(call: TopkCall) -> Array:
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",) * 3 + ("arbitrary",), vmem_limit_bytes=4 * scratch.shape[0] * QUERIES + RESERVE
         ),
-        cost_estimate=cost(
-            (*(array for array, _ in inputs), shape), flops=width * batch * num_kv_heads * group * q.shape[2] * c.shape[2]
-        ),
-    )(reach, *(array for array, _ in inputs))
+        cost_estimate=cost((*(array for array, _ in inputs), shape), flops=width * batch * num_heads * q.shape[2] * c.shape[2]),
+    )(tiles.reach, *(array for array, _ in inputs))
     return jnp.moveaxis(found[:, :, :top_k, :length], 3, 1)
-
-
-def _reach(rows: Array, tokens: Array) -> Array:
-    """How many chunks a tile of queries reads, int32 [B * tiles]: up to the last that has keys of its segments no later than its last query.
-
-    Args: segment ids, of which those below 1 are nobody's, and numbers of queries [B, 2, tiles, 128] and keys [B, 2, chunks, 512].
-    """
-    (ids, last), (key_ids, numbers) = (jnp.moveaxis(x, 1, 0) for x in (rows, tokens))
-    some, high = key_ids > 0, jnp.iinfo(jnp.int32).max
-    first = lambda x, real: jnp.where(real, x, high).min(2)
-    seen = first(ids, ids > 0)[:, :, None] <= key_ids.max(2)[:, None]
-    seen &= first(key_ids, some)[:, None] <= ids.max(2)[:, :, None]
-    seen &= first(numbers, some)[:, None] <= jnp.where(ids > 0, last, -1).max(2)[:, :, None]
-    return jnp.where(seen, jnp.arange(1, seen.shape[2] + 1, dtype=jnp.int32), 0).max(2).reshape(-1)
 
 
 def _kernel(problem: Problem, reach: Any, q: Any, c: Any, rows: Any, tokens: Any, *refs: Any) -> None:

@@ -78,7 +78,8 @@ def test_selection_is_that_of_the_reference(name: str, monkeypatch: pytest.Monke
     call, arrays = _call(CASES[name]._replace(scale=None, dtype="float32"))
     arrays = {key: jnp.round(x) for key, x in arrays.items()}
     found = run_checked(lambda arrays: pallas_tpu.topk_blocks(call(arrays)), arrays)
-    assert (np.asarray(found) == np.asarray(reference.topk_blocks(call(arrays)))).all()
+    expected = np.asarray(reference.topk_blocks(call(arrays)))
+    assert (np.sort(found, axis=-1) == np.sort(expected, axis=-1)).all()
 
 
 TOKENS = {

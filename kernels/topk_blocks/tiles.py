@@ -1,0 +1,90 @@
+"""What a TPU kernel of block selection reads: queries a tile, what is scored a chunk, and how many chunks a tile reaches."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from plait.kernels.shapes import padded
+from plait.kernels.topk_blocks import reference
+from plait.kernels.topk_blocks.call import TopkCall
+
+Array = jax.Array
+
+QUERIES = 128
+"""Queries a tile."""
+
+
+def shared_dtype(call: TopkCall) -> Any:
+    """The dtype of the products' operands."""
+    return jnp.promote_types(call.q.dtype, call.blocks.dtype)
+
+
+class Tiles(NamedTuple):
+    """Padded to whole tiles and chunks; a kernel's grid is (B, Hkv, tiles, steps), the reach its scalars."""
+
+    q: Array
+    """[B, H, T, K]."""
+    c: Array
+    """[B, Hkv, N, K]."""
+    rows: Array
+    """int32 [B, 1, 2, T]: segment ids, -1 of padding, and the last number that a query has a score for."""
+    tokens: Array
+    """int32 [B, 1, 2, N]: segment ids and numbers."""
+    weights: tuple[Array, ...]
+    """float32 [B, Hkv, H/Hkv, T], where there are any."""
+    reach: Array
+    """int32 [B * tiles]: chunks up to the last that has something to score for a tile, or might."""
+    chunk: int
+
+    @classmethod
+    def of(cls, call: TopkCall, chunk: int) -> Tiles:
+        """Those of a call, with chunks of so many."""
+        batch, length, num_heads, _ = call.q.shape
+        queries, scored = (lambda x, axis: padded(x, axis, QUERIES)), (lambda x, axis: padded(x, axis, chunk))
+        ids, dtype, num_kv_heads = call.at.segment_ids, shared_dtype(call), call.blocks.shape[2]
+        q = queries(jnp.swapaxes(call.q.astype(dtype), 1, 2), 2)
+        c = scored(jnp.swapaxes(call.blocks.astype(dtype), 1, 2), 2)
+        rows = queries(jnp.stack([jnp.where(ids == 0, -1, ids), reference.last_scored(call)], axis=1)[:, None], 3)
+        tokens = scored(jnp.stack([call.blocks_at.segment_ids, call.blocks_at.positions], axis=1)[:, None], 3)
+        weights: tuple[Array, ...] = ()
+        if call.weights is not None:
+            by_head = jnp.swapaxes(call.weights.astype(jnp.float32), 1, 2)
+            weights = (queries(by_head.reshape(batch, num_kv_heads, num_heads // num_kv_heads, length), 3),)
+        return cls(q, c, rows, tokens, weights, _reach(rows, tokens, chunk), chunk)
+
+    @property
+    def num_tiles(self) -> int:
+        return self.q.shape[2] // QUERIES
+
+    @property
+    def num_chunks(self) -> int:
+        return self.c.shape[2] // self.chunk
+
+    def chunk_of(self, b: Array, i: Array, step: Array, reach: Any) -> Array:
+        """The chunk that a step of tile i reads: its own, or the last that is reached."""
+        return jnp.minimum(step, jnp.maximum(reach[b * self.num_tiles + i] - 1, 0))
+
+    def queries(self, x: Array) -> pl.BlockSpec:
+        """Of the q, rows or weights of a tile."""
+        if x is self.q:
+            group = x.shape[1] // self.c.shape[1]
+            return pl.BlockSpec((1, group, QUERIES, x.shape[3]), lambda b, g, i, s, reach: (b, g, i, 0))
+        of_group = x is not self.rows
+        return pl.BlockSpec((1, 1, x.shape[2], QUERIES), lambda b, g, i, s, reach: (b, g if of_group else 0, 0, i))
+
+
+def _reach(rows: Array, tokens: Array, chunk: int) -> Array:
+    """By the segments of tile and chunk from the first to the last, and the numbers that their queries have scores for."""
+    batch, some = rows.shape[0], jnp.iinfo(jnp.int32).max
+    (ids, last), (of_chunk, numbers) = (
+        jnp.moveaxis(x.reshape(batch, 2, -1, size), 1, 0) for x, size in ((rows, QUERIES), (tokens, chunk))
+    )
+    first = lambda x, real: jnp.where(real, x, some).min(2)
+    seen = first(ids, ids > 0)[:, :, None] <= of_chunk.max(2)[:, None]
+    seen &= first(of_chunk, of_chunk > 0)[:, None] <= ids.max(2)[:, :, None]
+    seen &= first(numbers, of_chunk > 0)[:, None] <= jnp.where(ids > 0, last, -1).max(2)[:, :, None]
+    return jnp.where(seen, jnp.arange(1, seen.shape[2] + 1, dtype=jnp.int32), 0).max(2).reshape(-1)
