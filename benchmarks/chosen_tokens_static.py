@@ -34,7 +34,7 @@ def kernel(job: dict[str, Any], array: Any) -> tuple[Any, tuple[Any, ...]]:
     import jax.numpy as jnp
 
     from plait.kernels.attention.tpu.tokens import chunks as by_chunks
-    from plait.kernels.attention.tpu.tokens import gathering, tables
+    from plait.kernels.attention.tpu.tokens import kernels, tables
     from plait.kernels.index_divergence.tpu import chosen_scores, mean_weights
 
     chunks, size, heads, sums = job["chunks"], job["chunk"], job["heads"], "gradients" in job["kernel"]
@@ -74,12 +74,12 @@ def kernel(job: dict[str, Any], array: Any) -> tuple[Any, tuple[Any, ...]]:
     lists = array(1, 1, 1, QUERIES * size * max(1, chunks), dtype=jnp.int32), array(1, 1, 1, 2 * QUERIES, dtype=jnp.int32)
     of_token = numbers(size * max(1, chunks))
     return {
-        "forward": (lambda *x: gathering.forward(problem, *x, q.dtype), (q, far, *lists)),
+        "forward": (lambda *x: kernels.forward(problem, *x, q.dtype), (q, far, *lists)),
         "gradients": (
-            lambda *x: gathering.gradients(problem, *x, q.dtype),
+            lambda *x: kernels.gradients(problem, *x, q.dtype),
             (q, array(1, QUERIES, heads, LATENT), numbers(5 if job["stats"] else 2, heads), far, *lists),
         ),
-        "normalizers": (partial(gathering.forward, problem), (q, far, *lists)),
+        "normalizers": (partial(kernels.forward, problem), (q, far, *lists)),
         "mean_weights": (partial(mean_weights.weights, problem), (q, numbers(heads), far, *lists)),
         "index_scores": (partial(chosen_scores.forward, problem), (q, numbers(heads), far, *lists)),
         "index_gradients": (partial(chosen_scores.gradients, problem), (q, numbers(heads), of_token, far, *lists)),
@@ -145,7 +145,45 @@ def indexer(target: str, length: int, heads: int, chosen: int) -> dict[str, floa
         job = {"target": target, "op": "chosen_tokens", "dtype": "bfloat16", "name": "chosen", "kernel": name, "stats": False}
         job |= {"heads": heads, "chunk": one}
         found[f"loss: {name}"] = (cycles(job | {"chunks": chosen // one}) - cycles(job | {"chunks": 0})) / QUERIES
+    job = {"target": target, "op": "plain_indexer", "dtype": "bfloat16", "name": "plain", "length": length, "chosen": chosen}
+    for name, queries in (("choosing", 512), ("loss", length)):
+        job |= {"kernel": name, "queries": queries, "heads": heads, "profile": False}
+        found[f"{name}, plain JAX by XLA's estimates"] = tpu_static._run(job, 900)["others"] / queries
     return found
+
+
+def plain(job: dict[str, Any], array: Any) -> tuple[Any, tuple[Any, ...]]:
+    """The same in plain JAX: the choice of `job["queries"]` queries, or the loss of as many as tokens and its gradients."""
+    import jax
+    import jax.numpy as jnp
+
+    from plait.kernels import Mask, SelectedBlocks, Tokens, index_divergence, topk_blocks
+
+    length, chosen, queries = job["length"], job["chosen"], job["queries"]
+    numbers = lambda *shape: array(*shape, dtype=jnp.int32)
+    index = (
+        array(1, queries, INDEX_HEADS, INDEX_DIM),
+        array(1, length, INDEX_DIM),
+        array(1, queries, INDEX_HEADS, dtype=jnp.float32),
+    )
+    if job["kernel"] == "choosing":
+
+        def choose(q: Any, k: Any, weights: Any, at: Any, keys_at: Any) -> Any:
+            ones = lambda x: Tokens(None, jnp.ones_like(x), x)
+            options = {"top_k": chosen, "block_size": 1, "num_blocks": length, "num_local": 0, "by_group": True}
+            options |= {"weights": weights, "at": ones(at), "blocks_at": ones(keys_at), "implementation": "chunked"}
+            return topk_blocks(q, k[:, :, None], **options).indices
+
+        return choose, (*index, numbers(1, queries), numbers(1, length))
+
+    def loss(q: Any, k: Any, weights: Any, of_heads: Any, of_keys: Any, indices: Any) -> Any:
+        selected = SelectedBlocks(indices=indices, block_size=1, num_blocks=length)
+        options = {"mask": Mask(), "selected": selected, "implementation": "chunked"}
+        total = lambda *learned: index_divergence(*learned, of_heads, of_keys, **options).sum()
+        return jax.grad(total, (0, 1, 2))(q, k, weights)
+
+    heads = array(1, length, job["heads"], HEAD + ROTARY)
+    return loss, (*index, heads, heads, numbers(1, length, 1, chosen))
 
 
 def cut(target: str, length: int, chosen: int, *, gradients: bool) -> tuple[int, float]:

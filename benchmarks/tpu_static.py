@@ -115,6 +115,8 @@ def work(job: dict[str, Any]) -> None:
         from chosen_tokens_static import kernel as build
     if job["op"] == "choosing_tokens":
         from chosen_tokens_static import choosing as build
+    if job["op"] == "plain_indexer":
+        from chosen_tokens_static import plain as build
     with target(job["target"]):
         function, operands = build(job, array)
         lowered = jax.jit(function).lower(*operands)

@@ -38,6 +38,11 @@ def current() -> Chip | None:
     return _target.get() or chip_of(jax.devices()[0].device_kind)
 
 
+def on_cpu() -> bool:
+    """Whether what is traced here is for a CPU."""
+    return current() is None and jax.default_backend() == "cpu"
+
+
 def not_on(platform: Literal["tpu", "gpu"]) -> str | None:
     """Why a kernel for `platform` cannot be traced here, or None."""
     here = current()

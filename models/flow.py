@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import jax
 
 from plait.kernels import Tokens
-from plait.kernels.target import current
+from plait.kernels.target import on_cpu
 from plait.models.stream import Stream
 
 Layers = Callable[[Stream, Tokens, Any], tuple[Stream, Any]]
@@ -35,7 +35,7 @@ class WholeBatch:
     """Every layer takes the whole batch."""
 
     def repeat(self, layers: Layers, stream: Stream, at: Tokens, params: Any) -> tuple[Stream, Any]:
-        unroll = current() is None and len(jax.tree.leaves(params)[0]) <= FEW
+        unroll = on_cpu() and len(jax.tree.leaves(params)[0]) <= FEW
         return jax.lax.scan(lambda stream, one: layers(stream, at, one), stream, params, unroll=unroll)
 
     def once(self, layers: Layers, stream: Stream, at: Tokens, params: Any) -> tuple[Stream, Any]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from plait.kernels.sharding import undivided
-from plait.kernels.target import current
+from plait.kernels.target import on_cpu
 from plait.models.axes import Axes
 from plait.models.build import Adapter, Buffer, BuildContext, Initializer, Role, SigmaReparam, fan_in_normal
 
@@ -172,7 +172,7 @@ class Dense(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[..., in_dim] -> [..., out_dim]` in the compute dtype."""
         lead, x = x.shape[:-1], x.astype(self.compute_dtype)
-        if self.kernel.ndim == 2 and current() is None and undivided():
+        if self.kernel.ndim == 2 and on_cpu() and undivided():
             x = x.reshape(-1, x.shape[-1])  # a CPU copies what it multiplies over several axes, as for the kernel's gradients
         y = x @ self._without_adapter().astype(self.compute_dtype)
         if self.lora_a is not None and self.lora_b is not None:

@@ -84,8 +84,8 @@ def test_selection_is_that_of_the_reference(name: str, monkeypatch: pytest.Monke
 
 TOKENS = {
     "several": Case(heads=(20, 1), scale=None, weights=True, length=140),
-    "two-groups": Case(heads=(4, 2), scale=None, weights=True, length=200),
-    "one-document": Case(heads=(2, 1), scale=None, weights=True, length=600, segments=None, dim=8),
+    "two-groups": Case(heads=(4, 2), scale=None, weights=True, length=200, segments="left"),
+    "one-document": Case(heads=(2, 1), scale=None, weights=True, length=600, segments=None, dim=8, dtype="bfloat16"),
 }
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from plait.kernels.attention.reference import MASKED as HIDDEN
-from plait.kernels.attention.tpu.tokens import gathering
+from plait.kernels.attention.tpu.tokens import kernels
 from plait.kernels.attention.tpu.tokens.chunks import Chunks, call_kernel, own_column, row_scratch
 from plait.kernels.attention.tpu.tokens.tables import QUERIES, Problem, Tables, cut_tables, listed, repelled, whole
 from plait.kernels.attention.tpu.weights import LOG2_E, NT, dot
@@ -40,7 +40,7 @@ def mean_weights(tables: Tables, q: Array, k: Array, rows: Array, hidden: Array)
     wide, cut = repelled(problem, whole(q)), cut_tables(problem, parts, k, hidden)
 
     def normalizers(low: Array, far: Array) -> Array:
-        return gathering.forward(problem, wide, far, *listed(problem, rows, low))[0][:, :, 0]
+        return kernels.forward(problem, wide, far, *listed(problem, rows, low))[0][:, :, 0]
 
     def part(lse: Array, low: Array, far: Array) -> Array:
         return weights(problem, wide, LOG2_E * jnp.where(lse > HIDDEN / 2, lse, 0), far, *listed(problem, rows, low))

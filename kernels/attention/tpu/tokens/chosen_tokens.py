@@ -16,7 +16,7 @@ from plait.kernels.attention.call import AttentionCall
 from plait.kernels.attention.chosen_rows import chosen_rows
 from plait.kernels.attention.per_query import gradient_rows
 from plait.kernels.attention.reference import MASKED as HIDDEN
-from plait.kernels.attention.tpu.tokens import gathering
+from plait.kernels.attention.tpu.tokens import kernels
 from plait.kernels.attention.tpu.tokens.tables import (
     CHUNK,
     MIN_MEMORY,
@@ -99,7 +99,7 @@ def _forward(tables: Tables, q: Array, k: Array, rows: Array, hidden: Array) -> 
     dtype = q.dtype if parts == 1 else jnp.float32
 
     def of_part(low: Array, far: Array) -> tuple[Array, Array]:
-        stacked, o = gathering.forward(problem, wide, far, *listed(problem, rows, low), dtype)
+        stacked, o = kernels.forward(problem, wide, far, *listed(problem, rows, low), dtype)
         return o, stacked
 
     o, stacked = _joined(of_part, cut_tables(problem, parts, k, hidden))
@@ -141,7 +141,7 @@ def _backward(tables: Tables, saved: Any, cotangents: tuple[Array, tuple[Array, 
     dtype = q.dtype if parts == 1 else jnp.float32
 
     def of_part(low: Array, far: Array) -> tuple[Array, Array]:
-        d_q, d_rows = gathering.gradients(problem, wide, d_o, stacked, far, *listed(problem, rows, low), dtype)
+        d_q, d_rows = kernels.gradients(problem, wide, d_o, stacked, far, *listed(problem, rows, low), dtype)
         return d_q, d_rows[:, : problem.rows, :key_dim]
 
     lows, far = cut_tables(problem, parts, k, hidden)

@@ -70,13 +70,13 @@ class Chunks(NamedTuple):
     def unpack(self) -> None:
         """What is fetched, as the products read it."""
         words = self.problem.words
-        tiles: list[list[Array]] = [[] for _ in range(words * self.problem.packing)]
         packing = self.problem.packing
+        tiles: list[list[Array]] = [[] for _ in range(words * packing)]
         for first in range(0, self.problem.chunk, 8 * packing):
             for word in range(words):
                 lines = [self.buffer[pl.ds((first + part) * words + word, 8, packing * words)] for part in range(packing)]
                 for part, tile in enumerate(_unpacked(lines, self.here.dtype)):
-                    tiles[word * self.problem.packing + part].append(tile)
+                    tiles[word * packing + part].append(tile)
         for n in range(self.problem.tiles):
             self.here[:, n * LANES : (n + 1) * LANES] = jnp.concatenate(tiles[n])
 

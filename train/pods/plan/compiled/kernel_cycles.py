@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import os
 import re
 import subprocess
 import sys
@@ -83,7 +84,9 @@ class KernelCycles:
                 return None, reason
             self.folder.mkdir(parents=True, exist_ok=True)
             what = {key: value for key, value in job.items() if key != "config"}
-            file.write_text(json.dumps({"kernel": name, **what, "cycles": cycles}))
+            partial = file.with_suffix(f".{os.getpid()}")
+            partial.write_text(json.dumps({"kernel": name, **what, "cycles": cycles}))
+            partial.replace(file)  # whole, whoever plans beside
         cycles = json.loads(file.read_text())["cycles"]
         if cycles is None:
             return None, "the compiler has no estimate"
