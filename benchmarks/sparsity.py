@@ -69,30 +69,31 @@ def cycles(indices: np.ndarray, block_size: int, heads: int) -> tuple[tuple[int,
     return shape, sum(n * of for n, of in zip(visits, each, strict=True)) / cut.heads
 
 
-def under(mask: Mask, length: int, usual: int) -> tuple[float, float]:
+def under(mask: Mask, length: int, usual: tuple[int, int]) -> tuple[float, float]:
     """Cells of work, and cycles of the forward pass, under a mask, in tiles of the size that the kernel takes."""
     layout = Layout(mask, length, length, own_keys=True, packed=False)
-    side = size.least(layout, usual)
-    known = edges(layout, side, side)
+    tile = size.least(layout, usual)
+    known = edges(layout, *tile)
     cut_through = sum(
         int((known.kinds == kind).sum()) * sum(state > 0 for row in cells for state in row)
         for kind, cells in enumerate(known.cells, FIRST_EDGE)
     )
     whole, edge = (CAUSAL_TILE[0] - EMPTY) / 64, (CAUSAL_EDGE[0] - EMPTY) / 36  # a diagonal tile has 36 cells to compute
-    return size.work(layout, side), EMPTY * known.steps + whole * (known.num_cells - cut_through) + edge * cut_through
+    return size.work(layout, *tile), EMPTY * known.steps + whole * (known.num_cells - cut_through) + edge * cut_through
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seq-len", type=int, default=32768)
     args = parser.parse_args()
-    length, tile = args.seq_len, choose_tiles("v5e", 128, 128, jnp.bfloat16).forward.block_q
+    length, tile = args.seq_len, choose_tiles("v5e", 128, 128, jnp.bfloat16).forward
+    usual = tile.block_q, tile.block_kv
     rng = np.random.default_rng(0)
     everyone = Tokens(None, jnp.ones((1, 1, length), jnp.int32), jnp.arange(length, dtype=jnp.int32)[None, None])
     causal = length * (length + 1) / 2
-    full, full_cycles = under(Mask(), length, tile)
+    full, full_cycles = under(Mask(), length, usual)
     print(
-        f"T={length}, tiles of {tile}; full causal attention: {full * CELL**2 / causal:.2f} of its visible pairs, steps included"
+        f"T={length}, tiles of {usual}; full causal attention: {full * CELL**2 / causal:.2f} of its visible pairs, steps included"
     )
     print(f"{'what':38} {'density':>8} {'work':>7} {'speed-up':>9} {'promised':>9} {'share':>6} {'by cycles':>9}")
 
@@ -102,21 +103,21 @@ def main() -> None:
         print(f"{what:38} {density:8.4f} {cost / full:7.4f} {full / cost:9.2f} {shares}")
 
     for share in (0.25, 0.125, 0.0625):
-        window = next(w for w in range(tile, length, tile // 8) if w * length - w * w / 2 >= share * causal)
+        window = next(w for w in range(usual[0], length, usual[0] // 8) if w * length - w * w / 2 >= share * causal)
         density = (window * length - window * (window - 1) / 2) / causal
-        show(f"window {window}", density, *under(Mask(window_size=window), length, tile))
+        show(f"window {window}", density, *under(Mask(window_size=window), length, usual))
     for block in (1024, 512, 256):
         rule = PowerMask(block_size=block)
         back = np.arange(length // block)
         blocks = sum((n & (n - 1)) == 0 for i in back for n in range(i + 1))
         density = (blocks - len(back) / 2) * block**2 / causal
-        show(f"power, blocks of {block}", density, *under(rule, length, tile))
+        show(f"power, blocks of {block}", density, *under(rule, length, usual))
     for share in (0.75, 0.5):
         active = rng.random((1, 4, length)) < share
         order = jnp.argsort(~jnp.asarray(active), axis=-1, stable=True)
         gather = lambda x, order=order: jnp.take_along_axis(jnp.broadcast_to(x, order.shape), order, axis=-1)
         routed = Tokens(None, gather(jnp.asarray(active).astype(jnp.int32)), gather(everyone.positions))
-        show(f"routed heads, {share:.0%} of queries", active.mean(), counted(routed, length, tile))
+        show(f"routed heads, {share:.0%} of queries", active.mean(), counted(routed, length, usual[0]))
     show_selected(length, rng)
 
 

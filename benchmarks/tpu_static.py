@@ -261,9 +261,10 @@ def _selected_kernel(job: dict[str, Any], array: Callable[..., Any]) -> tuple[Ca
     """
     import jax
     import jax.numpy as jnp
+    import numpy as np
 
     from plait.kernels import Mask, SelectedBlocks, Tokens
-    from plait.kernels.attention.tpu import selected, tiling, walk
+    from plait.kernels.attention.tpu import edges, rectangles, selected, tiling, walk
     from plait.kernels.attention.tpu.cut import Cut
     from plait.kernels.attention.visits import FULL, MASKED, Layout, Visits
 
@@ -275,10 +276,17 @@ def _selected_kernel(job: dict[str, Any], array: Callable[..., Any]) -> tuple[Ca
     walk.tile_kinds = lambda *_, **__: jnp.zeros((1, 1, num_queries // cut.queries, num_keys // cut.keys), int)
     walk.ordered = lambda kinds, _: Visits(kinds)
     walk._listed = lambda _, n: 4 * n + 1
-    walk.possible = lambda _: (FULL if job["name"].startswith("chosen") else MASKED,)
+    kind = {"chosen": FULL, "edge": edges.FIRST_EDGE}.get(job["name"].partition("-")[0], MASKED)
+    rectangles.Rectangles.kinds = lambda _: (kind,)
+    if kind == edges.FIRST_EDGE:
+        cells = tuple(
+            tuple(0 if query < key else 1 + (query > key) for query in range(cut.queries // edges.CELL))
+            for key in range(cut.keys // edges.CELL)
+        )
+        rectangles._edge = lambda *_: edges.Edges(np.zeros(()), (cells,), (kind,), 0, 0)
     if job["name"].startswith("open"):
-        tile = walk.Walk._tile
-        walk.Walk._tile = lambda *args: tile(*args)._replace(visible=None)
+        every = rectangles.Rectangles.of
+        rectangles.Rectangles.of = lambda *args: [part._replace(visible=None) for part in every(*args)]
     walk._each = lambda _, visit: jax.lax.fori_loop(0, visits, visit, None)
     layout = Layout(mask=Mask(), num_queries=num_queries, num_keys=num_keys, own_keys=False, packed=True)
     problem = tiling.Problem(layout, cut, width**-0.5, False, job["name"].endswith("stats"))

@@ -64,12 +64,12 @@ def test_steps_are_the_tiles_in_order(own: bool):
 
 def test_size_of_tiles_follows_the_mask():
     layout = lambda mask, length=32768: Layout(mask, length, length, own_keys=True, packed=False)
-    assert size.least(layout(Mask()), 1024) == 1024
-    assert size.least(layout(Mask(causal=False)), 512) == 512
+    assert size.least(layout(Mask()), (1024, 2048)) == (1024, 2048)
+    assert size.least(layout(Mask(causal=False)), (512, 512)) == (512, 512)
     for window in (128, 1152, 2176, 4480):
-        best = size.least(layout(Mask(window_size=window)), 1024)
+        best = size.least(layout(Mask(window_size=window)), (1024, 2048))
         pairs = window * 32768 - window**2 / 2
-        assert size.work(layout(Mask(window_size=window)), best) <= size.work(layout(Mask(window_size=window)), 1024)
+        assert size.work(layout(Mask(window_size=window)), *best) <= size.work(layout(Mask(window_size=window)), 1024, 2048)
         if window > 1024:  # the promise is what full attention does, by density
-            promised = size.work(layout(Mask()), 1024) * pairs / (32768**2 / 2)
-            assert promised >= 0.8 * size.work(layout(Mask(window_size=window)), best)
+            promised = size.work(layout(Mask()), 1024, 2048) * pairs / (32768**2 / 2)
+            assert promised >= 0.8 * size.work(layout(Mask(window_size=window)), *best)

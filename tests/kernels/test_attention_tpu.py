@@ -203,6 +203,8 @@ CHOICES = {
     "groups": Choice(24, 2, Case(heads=(4, 2), segments="several", length=300, soft_cap=2.0, sinks=True, dtype="bfloat16")),
     "groups-beside-key-heads": Choice(40, 3, Case(heads=(6, 2), length=130, stats=False)),
     "large": Choice(200, 4, Case(heads=(4, 2), length=460)),
+    "diagonal": Choice(256, 2, Case(heads=(2, 2), length=600)),
+    "diagonal-segments": Choice(256, 1, Case(heads=(1, 1), length=700, segments="long", stats=False, dtype="bfloat16")),
     "many-heads-sigmoid": Choice(64, 1, Case(heads=(8, 1), length=280, sigmoid=True)),
     "window-left-padding": Choice(
         32, 2, Case(mask=Mask(window_size=70, num_sink_tokens=3), heads=(4, 2), segments="left", length=300)
@@ -218,7 +220,9 @@ def _selected(of: Choice) -> SelectedBlocks:
     return SelectedBlocks(indices=jnp.asarray(indices), block_size=of.size, num_blocks=count)
 
 
-@pytest.mark.parametrize("name", usually(CHOICES, "groups", "large", MASSES[2], "window-left-padding", newest=("groups",)))
+@pytest.mark.parametrize(
+    "name", usually(CHOICES, "groups", "diagonal", "diagonal-segments", MASSES[2], "window-left-padding", newest=("groups",))
+)
 def test_kernel_matches_reference_with_selected_blocks(name: str):
     of = CHOICES[name]
     _assert_matches(of.case, _inputs(of.case), _own(_segments(of.case)) | {"selected": _selected(of)})
@@ -228,7 +232,7 @@ def test_cut_of_selected_blocks():
     def sizes(*heads: int, size: int, length: int = 32768) -> tuple[int, int, int]:
         num_heads, num_kv_heads, choices = heads
         blocks = SelectedBlocks(indices=jnp.zeros((1, 1, choices, 1), jnp.int32), block_size=size, num_blocks=8)
-        found = cut.Cut.of((num_heads, num_kv_heads), (length, length), blocks, rows=2048, pairs=1 << 19)
+        found = cut.Cut.of((num_heads, num_kv_heads), (length, length), blocks, *best_tiles.SELECTED[2])
         return found.heads, found.queries, found.keys
 
     assert sizes(16, 1, 1, size=64) == (16, 128, 64)
@@ -236,7 +240,8 @@ def test_cut_of_selected_blocks():
     assert sizes(16, 4, 4, size=64) == (4, 256, 64)
     assert sizes(16, 4, 1, size=32) == (4, 256, 32)
     assert sizes(16, 4, 16, size=512) == (1, 512, 512)
-    assert sizes(8, 8, 8, size=4096) == (1, 2048, 256)
+    assert sizes(16, 4, 16, size=1024) == (1, 1024, 1024)
+    assert sizes(8, 8, 8, size=4096) == (1, 2048, 512)
     assert sizes(12, 6, 4, size=64) == (1, 1024, 64)
     assert sizes(8, 8, 8, size=1024, length=200) == (1, 256, 256)
 

@@ -34,7 +34,8 @@ class Cut:
     @staticmethod
     def of(heads: tuple[int, int], lengths: tuple[int, int], blocks: SelectedBlocks, rows: int, pairs: int) -> "Cut":
         """The cut into tiles of at most so many rows, that is queries of all heads, and so many pairs of a row and a key. There are as many
-        queries as a block has keys, since neighbours select alike, but enough to fill a product, and no more keys than a block has.
+        queries as a block has keys, since neighbours select alike, but a quarter of the pairs where they can be, which a visit is worth, and no
+        more keys than a block has.
 
         Args:
           heads: of queries, and of keys.
@@ -43,7 +44,7 @@ class Cut:
         shared = gcd(heads[0] // heads[1], heads[0] // blocks.indices.shape[2])
         together = max(n for n in range(1, min(shared, MAX_HEADS) + 1) if shared % n == 0)
         most = _tokens(blocks.block_size)
-        enough = min(rows, pairs // most) // 2
+        enough = min(rows // 2, pairs // most // 4)
         queries = min(max(blocks.block_size, enough // together), rows // together)
         queries = min(_tokens(queries), _tokens(lengths[0] + LANES - 1))
         keys = min(most, _tokens(pairs // (queries * together)), _tokens(lengths[1] + LANES - 1))

@@ -11,7 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from plait.kernels.attention.tpu import carried
 from plait.kernels.attention.tpu.tiling import SUBLANES, Course, Operands, Part, Problem, Tiling, rounded_up
-from plait.kernels.attention.tpu.weights import LOG2_E, NN, Sums, dot, gradients, products, seen, stacked_rows
+from plait.kernels.attention.tpu.weights import LOG2_E, NN, NT, Sums, dot, gradients, products, seen, stacked_rows, staggered
 from plait.kernels.attention.visits import SKIP
 
 Array = jax.Array
@@ -30,9 +30,9 @@ def _parts(course: Course, kind: int, tokens: Sequence[Any]) -> Iterator[tuple[_
         yield _Keys(at, tokens[1][0, 0, :, at].T if any(part.masked for part in parts) else None), parts
 
 
-def _visible(course: Course, tokens: Sequence[Any], keys: _Keys, part: Part) -> Array | None:
-    """bool [N, M]: which keys a query sees; None is all."""
-    return seen(course.problem, tokens[0][0, 0, :, part.queries], keys.tokens) if part.masked else None
+def _visible(course: Course, tokens: Sequence[Any], keys: _Keys, part: Part, at: slice = slice(None)) -> Array:
+    """bool [N, M]: which of the keys, those that stand `at` some rows, a query sees."""
+    return seen(course.problem, tokens[0][0, 0, :, part.queries], keys.tokens[at])
 
 
 def _by_kind(course: Course, kind: Array, work: Callable[[int], None]) -> None:
@@ -51,11 +51,26 @@ def _forward_kernel(course: Course, table: Any, bias: Any, *refs: Any) -> None:
     pl.when(step.first == 1)(sums.clear)
 
     def work(kind: int) -> None:
-        for keys, parts in _parts(course, kind, tokens):
+        parts = []
+        for keys, of_keys in _parts(course, kind, tokens):
             values = v[0, 0, keys.at].T
-            for part in parts:
-                visible, at = _visible(course, tokens, keys, part), part.queries
-                sums.add(problem, bias[h], q[0, 0, at], k[0, 0, keys.at], values, visible, at)
+            parts += [(keys, values, part) for part in of_keys]
+
+        def logits(n: int, _: None) -> Array:
+            keys, _, part = parts[n]
+            return products(problem, k[0, 0, keys.at], q[0, 0, part.queries])
+
+        def weights(n: int, z: Array) -> tuple[Array, Array]:
+            keys, values, part = parts[n]
+            visible = partial(_visible, course, tokens, keys, part) if part.masked else None
+            p, keep = sums.weigh(problem, bias[h], z, visible, part.queries)
+            return p.astype(values.dtype), keep
+
+        def outputs(n: int, weighed: tuple[Array, Array]) -> None:
+            _, values, part = parts[n]
+            sums.collect(values, *weighed, part.queries)
+
+        staggered(len(parts), logits, weights, outputs)
 
     _by_kind(course, step.kind, work)
 
@@ -82,19 +97,10 @@ def forward(problem: Problem, x: Operands) -> tuple[Array, tuple[Array, ...]]:
     return o[..., :length], tuple(rows[:, :, i, :length] for i in range(num_rows))
 
 
-def _gradients(course: Course, bias: Array, refs: Sequence[Any], keys: _Keys, part: Part) -> tuple[Array, Array, Array]:
-    """`gradients` of some keys and queries of a tile: references to q, k, v, d_o, rows and tokens."""
-    q, k, v, d_o, rows, *tokens = refs
-    at, visible = part.queries, _visible(course, tokens, keys, part)
-    return gradients(
-        course.problem, bias, q[0, 0, at], k[0, 0, keys.at], v[0, 0, keys.at], d_o[0, 0, at], rows[0, 0, :, at], visible
-    )
-
-
 def _gradients_kernel(course: Course, table: Any, bias: Any, *refs: Any) -> None:
     problem = course.problem
     *inputs, _, d_k, d_v, far, k_acc, v_acc, blocks, arrived, left, state = refs
-    q, k, _, d_o = inputs[:4]
+    q, k, v, d_o, rows, *tokens = inputs
     key_dim = q.shape[3]
     b, h, index, member = (pl.program_id(axis) for axis in range(4))
     num_members = pl.num_programs(3)
@@ -114,16 +120,29 @@ def _gradients_kernel(course: Course, table: Any, bias: Any, *refs: Any) -> None
         v_acc[...] = jnp.zeros_like(v_acc)
 
     def work(kind: int) -> None:
-        for keys, parts in _parts(course, kind, inputs[5:]):
-            turned = k[0, 0, keys.at].T
-            for part in parts:
-                weights, d_logits, shared = _gradients(course, bias[head], inputs, keys, part)
-                if problem.sigmoid:
-                    sums.here[key_dim : key_dim + 1, part.queries] += jnp.sum(shared, axis=0, keepdims=True)
-                d_logits = d_logits.astype(q.dtype)
-                v_acc[keys.at] += dot(weights.astype(d_o.dtype), d_o[0, 0, part.queries], NN)  # [N, V]
-                k_acc[keys.at] += dot(d_logits, q[0, 0, part.queries], NN)  # [N, K]
-                sums.here[:key_dim, part.queries] += dot(turned, d_logits, NN)  # [K, M]
+        parts = [(keys, k[0, 0, keys.at].T, part) for keys, of_keys in _parts(course, kind, tokens) for part in of_keys]
+
+        def factors(n: int, _: None) -> tuple[Array, Array]:
+            keys, _, part = parts[n]
+            z = products(problem, k[0, 0, keys.at], q[0, 0, part.queries])
+            return z, dot(v[0, 0, keys.at], d_o[0, 0, part.queries], NT)
+
+        def weights(n: int, found: tuple[Array, Array]) -> tuple[Array, Array]:
+            keys, _, part = parts[n]
+            visible = _visible(course, tokens, keys, part) if part.masked else None
+            weights, d_logits, shared = gradients(problem, bias[head], *found, rows[0, 0, :, part.queries], visible)
+            if problem.sigmoid:
+                sums.here[key_dim : key_dim + 1, part.queries] += jnp.sum(shared, axis=0, keepdims=True)
+            return weights.astype(d_o.dtype), d_logits.astype(q.dtype)
+
+        def add(n: int, found: tuple[Array, Array]) -> None:
+            keys, turned, part = parts[n]
+            weights, d_logits = found
+            v_acc[keys.at] += dot(weights, d_o[0, 0, part.queries], NN)  # [N, V]
+            k_acc[keys.at] += dot(d_logits, q[0, 0, part.queries], NN)  # [N, K]
+            sums.here[:key_dim, part.queries] += dot(turned, d_logits, NN)  # [K, M]
+
+        staggered(len(parts), factors, weights, add)
 
     sums.enter()
     _by_kind(course, step.kind, work)
@@ -171,8 +190,8 @@ def _column_mass_kernel(course: Course, table: Any, bias: Any, *refs: Any) -> No
             for part in parts:
                 z = products(problem, k[0, 0, keys.at], q[0, 0, part.queries])
                 weights = jnp.exp2((problem.scale * LOG2_E) * z - lse[0, 0, 0:1, part.queries])
-                visible = _visible(course, tokens, keys, part)
-                weights = weights if visible is None else jnp.where(visible, weights, 0)
+                if part.masked:
+                    weights = jnp.where(_visible(course, tokens, keys, part), weights, 0)
                 total[keys.at] += jnp.sum(weights, axis=1, keepdims=True)
 
     _by_kind(course, step.kind, work)

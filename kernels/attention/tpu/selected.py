@@ -12,7 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from plait.kernels.attention.tpu.tiling import Operands, Problem
 from plait.kernels.attention.tpu.walk import Tile, Walk, Work
-from plait.kernels.attention.tpu.weights import LOG2_E, NN, Sums, dot, gradients, products, stacked_rows
+from plait.kernels.attention.tpu.weights import LOG2_E, NN, NT, Sums, dot, gradients, products, stacked_rows, staggered
 
 Array = jax.Array
 
@@ -27,7 +27,20 @@ def forward(problem: Problem, x: Operands) -> tuple[Array, tuple[Array, ...]]:
         sums.clear()
 
         def work(tile: Tile) -> Sequence[Array]:
-            sums.add(problem, tile.bias, tile.q, tile.k, tile.v.T, tile.visible, slice(None))
+            values, parts = tile.v.T, tile.rectangles
+
+            def logits(n: int, _: None) -> Array:
+                return products(problem, tile.k[parts[n].keys], tile.q[parts[n].queries])
+
+            def weights(n: int, z: Array) -> tuple[Array, Array]:
+                at = parts[n].queries
+                p, keep = sums.weigh(problem, tile.bias[:, at], z, parts[n].visible, at)
+                return p.astype(values.dtype), keep
+
+            def outputs(n: int, weighed: tuple[Array, Array]) -> None:
+                sums.collect(values[:, parts[n].keys], *weighed, parts[n].queries)
+
+            staggered(len(parts), logits, weights, outputs)
             return ()
 
         def finish(bias: Any) -> None:
@@ -61,12 +74,31 @@ def all_gradients(problem: Problem, x: Operands, d_o: Array, rows: Sequence[Arra
         shared_acc[...] = jnp.zeros_like(shared_acc)
 
         def work(tile: Tile) -> Sequence[Array]:
-            weights, d_logits, shared = gradients(problem, tile.bias, tile.q, tile.k, tile.v, tile.d_o, tile.rows, tile.visible)
-            if problem.sigmoid:
-                shared_acc[...] += jnp.sum(shared, axis=0, keepdims=True)
-            d_logits = d_logits.astype(tile.k.dtype)
-            acc[...] += dot(tile.k.T, d_logits, NN)  # [K, M]
-            return problem.scale * dot(d_logits, tile.q, NN), dot(weights.astype(tile.d_o.dtype), tile.d_o, NN)
+            turned, parts = tile.k.T, tile.rectangles
+            added: dict[int, tuple[Array, Array]] = {}
+
+            def factors(n: int, _: None) -> tuple[Array, Array]:
+                at, keys = parts[n][:2]
+                return products(problem, tile.k[keys], tile.q[at]), dot(tile.v[keys], tile.d_o[at], NT)
+
+            def weights(n: int, found: tuple[Array, Array]) -> tuple[Array, Array]:
+                at, keys, shows = parts[n]
+                visible = shows and shows(slice(0, keys.stop - keys.start))
+                weights, d_logits, shared = gradients(problem, tile.bias[:, at], *found, tile.rows[:, at], visible)
+                if problem.sigmoid:
+                    shared_acc[:, at] += jnp.sum(shared, axis=0, keepdims=True)
+                return weights.astype(tile.d_o.dtype), d_logits.astype(tile.k.dtype)
+
+            def add(n: int, found: tuple[Array, Array]) -> None:
+                at, keys = parts[n][:2]
+                weights, d_logits = found
+                acc[:, at] += dot(turned[:, keys], d_logits, NN)  # [K, M]
+                more = problem.scale * dot(d_logits, tile.q[at], NN), dot(weights, tile.d_o[at], NN)
+                before = added.get(keys.start)
+                added[keys.start] = more if before is None else (before[0] + more[0], before[1] + more[1])
+
+            staggered(len(parts), factors, weights, add)
+            return [jnp.concatenate([added[start][i] for start in sorted(added)], axis=0) for i in range(2)]
 
         def finish(_: Any) -> None:
             for n in range(cut.heads):
@@ -98,11 +130,14 @@ def column_mass(problem: Problem, x: Operands, lse: Array) -> Array:
         total[...] = jnp.zeros_like(total)
 
         def work(tile: Tile) -> Sequence[Array]:
-            z = products(problem, tile.k, tile.q)
-            weights = jnp.where(tile.visible, jnp.exp2((problem.scale * LOG2_E) * z - tile.rows), 0)
-            for n in range(cut.heads):
-                of_head = weights[:, n * cut.queries : (n + 1) * cut.queries]
-                total[:, n : n + 1] += jnp.sum(of_head, axis=1, keepdims=True)
+            for at, keys, shows in tile.rectangles:
+                z = products(problem, tile.k[keys], tile.q[at])
+                weights = jnp.exp2((problem.scale * LOG2_E) * z - tile.rows[:, at])
+                weights = jnp.where(shows(slice(0, keys.stop - keys.start)), weights, 0) if shows else weights
+                for n in range(at.start // cut.queries, -(-at.stop // cut.queries)):
+                    first = max(n * cut.queries, at.start)
+                    of_head = weights[:, first - at.start : (n + 1) * cut.queries - at.start]
+                    total[keys, n : n + 1] += jnp.sum(of_head, axis=1, keepdims=True)
             return ()
 
         def finish(_: Any) -> None:

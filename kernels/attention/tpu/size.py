@@ -14,22 +14,26 @@ SAMPLE = 32768
 GROWTH = 1.25
 """How far tiles may grow, for windows that are a little longer than a tile."""
 
-WORTH = 0.95
+WORTH = 0.98
 """The usual size stays, unless another has less than this share of its work."""
 
 
-def least(layout: Layout, usual: int) -> int:
-    """The size of square tiles, a multiple of 128, that has the least work where keys are the queries' own: from a quarter of the usual size
-    to GROWTH of it, or to itself where it is less than 1,024, of float32, which VMEM allows no more."""
+def least(layout: Layout, usual: tuple[int, int]) -> tuple[int, int]:
+    """The queries and keys of the tiles that have the least work where keys are the queries' own: the usual ones, or a square.
+
+    Squares have a multiple of 128 tokens, from a quarter of the usual queries to GROWTH of them, or to them where they are less than 1,024, of
+    float32, which VMEM allows no more.
+    """
     sample = layout._replace(num_queries=min(layout.num_queries, SAMPLE), num_keys=min(layout.num_keys, SAMPLE))
-    most = int(GROWTH * usual) if usual >= 1024 else usual
-    sizes = [size for size in range(CELL, most + 1, CELL) if 4 * size >= usual]
-    best = min(sizes, key=lambda size: work(sample, size))
-    return best if work(sample, best) < WORTH * work(sample, usual) else usual
+    queries = usual[0]
+    most = int(GROWTH * queries) if queries >= 1024 else queries
+    squares = [(size, size) for size in range(CELL, most + 1, CELL) if 4 * size >= queries]
+    best = min(squares, key=lambda tile: work(sample, *tile))
+    return best if work(sample, *best) < WORTH * work(sample, *usual) else usual
 
 
 @lru_cache(maxsize=256)
-def work(layout: Layout, size: int) -> float:
+def work(layout: Layout, block_q: int, block_kv: int) -> float:
     """Cells that tiles of a size compute, their steps counted as cells."""
-    known = edges(layout, size, size)
+    known = edges(layout, block_q, block_kv)
     return STEP * known.steps + known.num_cells

@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from plait.kernels.attention.tpu import carried
-from plait.kernels.attention.tpu.edges import CELL, FIRST_EDGE, WHOLLY, Edges, edges
+from plait.kernels.attention.tpu.edges import CELL, FIRST_EDGE, WHOLLY, Cells, Edges, edges
 from plait.kernels.attention.tpu.size import least
 from plait.kernels.attention.tpu.steps import Steps, most_steps, plan_steps
 from plait.kernels.attention.visits import FULL, Layout, tile_kinds
@@ -61,12 +61,14 @@ class Tiles:
     """Of all gradients, and of what each key receives."""
 
     def sized(self, layout: Layout) -> "Tiles":
-        """These tiles, square and of the size that has the least work under a layout."""
-        sized = {
-            name: replace(tile, **dict.fromkeys(("block_q", "block_kv"), least(layout, tile.block_q)))
-            for name, tile in vars(self).items()
-        }
-        return Tiles(**sized)
+        """These tiles, of the size that has the least work under a layout."""
+        sizes = {name: least(layout, (tile.block_q, tile.block_kv)) for name, tile in vars(self).items()}
+        return Tiles(
+            **{
+                name: replace(tile, block_q=q, block_kv=kv)
+                for (name, tile), (q, kv) in zip(vars(self).items(), sizes.values(), strict=True)
+            }
+        )
 
     def fit(self, num_queries: int, num_keys: int) -> "Tiles":
         """These tiles, none longer than the sequences need."""
@@ -129,31 +131,39 @@ class Course(NamedTuple):
     """Query heads of a key head."""
 
     def parts(self, kind: int) -> list[tuple[slice, list[Part]]]:
-        """Keys, and the parts of them that a tile of a kind computes: all of it, but for what order hides.
-
-        Of what is left, keys that many queries meet stand beside those that few do: then parts that wait for one another, as those of the
-        same queries do, stand apart.
-        """
+        """Keys, and the parts of them that a tile of a kind computes: all of it, but for what order hides."""
+        if kind >= FIRST_EDGE:
+            return edge_parts(self.edges.cells[kind - FIRST_EDGE], self.tile)
         tile = self.tile
-        if kind < FIRST_EDGE:
-            queries = [Part(at, kind != FULL) for at in _cuts(0, tile.block_q, tile.part_q)]
-            return [(keys, queries) for keys in _cuts(0, tile.block_kv, tile.part_kv)]
-        found = []
-        for keys in _cuts(0, tile.block_kv, tile.edge_kv):
-            rows = self.edges.cells[kind - FIRST_EDGE][keys.start // CELL : keys.stop // CELL]
-            columns = list(zip(*rows, strict=True))
-            shown = [any(states) for states in columns]
-            if parts := [
-                Part(at, any(set(states) != {WHOLLY} for states in columns[at.start // CELL : at.stop // CELL]))
-                for low, high in _runs(shown)
-                for at in _cuts(low * CELL, high * CELL, tile.edge_q)
-            ]:
-                found.append((keys, parts))
-        found.sort(key=lambda of: -sum(part.queries.stop - part.queries.start for part in of[1]))
-        return [found[n // 2 if n % 2 == 0 else len(found) - 1 - n // 2] for n in range(len(found))]
+        keys, queries = cuts(0, tile.block_kv, tile.part_kv), cuts(0, tile.block_q, tile.part_q)
+        if len(keys) == len(queries) == 1 and tile.block_q > LANES:  # parts overlap
+            queries = cuts(0, tile.block_q, rounded_up(tile.block_q // 2, LANES))
+        return [(at, [Part(some, kind != FULL) for some in queries]) for at in keys]
 
 
-def _cuts(start: int, stop: int, size: int) -> list[slice]:
+def edge_parts(cells: Cells, tile: Tile) -> list[tuple[slice, list[Part]]]:
+    """Keys, and the parts of them that are computed where order shows these cells.
+
+    Keys that many queries meet stand beside those that few do: then parts that wait for one another, as those of the same queries do, stand
+    apart.
+    """
+    found = []
+    for keys in cuts(0, tile.block_kv, tile.edge_kv):
+        rows = cells[keys.start // CELL : keys.stop // CELL]
+        columns = list(zip(*rows, strict=True))
+        shown = [any(states) for states in columns]
+        if parts := [
+            Part(at, any(set(states) != {WHOLLY} for states in columns[at.start // CELL : at.stop // CELL]))
+            for low, high in _runs(shown)
+            for at in cuts(low * CELL, high * CELL, tile.edge_q)
+        ]:
+            found.append((keys, parts))
+    found.sort(key=lambda of: -sum(part.queries.stop - part.queries.start for part in of[1]))
+    return [found[n // 2 if n % 2 == 0 else len(found) - 1 - n // 2] for n in range(len(found))]
+
+
+def cuts(start: int, stop: int, size: int) -> list[slice]:
+    """From start to stop in pieces of a size, of which the last may be shorter."""
     return [slice(at, min(at + size, stop)) for at in range(start, stop, size)]
 
 

@@ -14,15 +14,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from plait.kernels.attention.tpu.cut import Cut
+from plait.kernels.attention.tpu.edges import FIRST_EDGE
+from plait.kernels.attention.tpu.rectangles import Rectangle, Rectangles
 from plait.kernels.attention.tpu.tiling import SUBLANES, Operands, Problem
-from plait.kernels.attention.tpu.weights import seen
 from plait.kernels.attention.visits import FULL, MASKED, SKIP, ordered, segment_starts, tile_kinds
 from plait.kernels.costs import cost
-from plait.kernels.masks import block_number
 from plait.kernels.shapes import padded
 
 Array = jax.Array
@@ -48,14 +49,14 @@ class Tile(NamedTuple):
     """Some queries [M, ...] of all heads of a bundle, one head after the other, and some keys [N, ...]."""
 
     bias: Any
-    """Of the sigmoid, by query [1, M]; else 0."""
+    """Of the sigmoid, by query [1, M]; else a row of zeros."""
     q: Array
     k: Array
     v: Any
     d_o: Any
     rows: Any
-    visible: Array
-    """bool [N, M] or [1, M]"""
+    rectangles: list[Rectangle]
+    """All that may be visible."""
 
 
 Work = tuple[Callable[[Tile], Sequence[Array]], Callable[[Any], None]]
@@ -85,6 +86,8 @@ class Walk:
         each = min(x.selected.indices.shape[3] * cut.block_size, x.k.shape[2])  # keys of a query, if those of a tile choose alike
         self.pairs, self.columns = self.batch * x.q.shape[1] * x.q.shape[2] * each, columns
         self.num_queries, self.num_keys = queries.positions.shape[2] // cut.queries, keys.positions.shape[2] // cut.keys
+        self.rectangles = Rectangles.under(problem)
+        edge = self.rectangles.edge
         kinds = tile_kinds(
             problem.layout,
             queries,
@@ -95,6 +98,7 @@ class Walk:
             selected=selected,
             num_heads=choices,
             choice_alone=FULL,
+            masked=None if edge is None else np.where(edge.kinds == FIRST_EDGE, FIRST_EDGE, MASKED),
         )
         self.kinds = jnp.repeat(kinds, self.num_bundles // choices, axis=1)  # [B, bundles, NQ, NK]
 
@@ -208,7 +212,7 @@ class Walk:
             arrived, sum_arrived, sum_left, *state = left
             b, h, tile = (pl.program_id(axis) for axis in range(3))
             count, entry = _listed(visits, 0), lambda n: _listed(visits, 1 + n)
-            kinds, num_visits = possible(self.cut), pl.cdiv(count, fetched)
+            kinds, num_visits = self.rectangles.kinds(), pl.cdiv(count, fetched)
             work, finish = begin(self.problem, outs, state)
 
             def place(n: Array, p: int) -> tuple[Array, ...]:
@@ -307,10 +311,7 @@ class Walk:
         """A tile of what a kernel holds and what it fetched, each [heads, ., .]; of what belongs to keys one after the other."""
         tall = lambda name: parts[name][0].reshape(-1, parts[name][0].shape[2])  # [heads * T, .]
         joined = lambda name: jnp.concatenate([x[0] for x in parts[name]], axis=0)
-        visible = [
-            self._visible(parts["query_tokens"][0][0], tokens[0].T, bits, kind)
-            for tokens, bits in zip(parts["key_tokens"], parts["bits"], strict=True)
-        ]
+        queries, keys = parts["query_tokens"][0][0], [tokens[0].T for tokens in parts["key_tokens"]]
         return Tile(
             bias,
             tall("q"),
@@ -318,31 +319,15 @@ class Walk:
             joined("v") if "v" in parts else None,
             tall("d_o") if "d_o" in parts else None,
             jnp.concatenate(list(parts["rows"][0]), axis=1) if "rows" in parts else None,
-            jnp.concatenate([jnp.concatenate(visible, axis=0)] * self.cut.heads, axis=1),
+            self.rectangles.of(kind, queries, keys, parts["bits"]),
         )
-
-    def _visible(self, queries: Array, keys: Array, bits: Array, kind: int) -> Array:
-        """bool [N, T], or [1, T] where the choice alone hides keys, all of one block, from tokens of queries [2, T] and keys [N, 2], and bits
-        [1, T] of `SelectedBlocks.bits`."""
-        if kind == FULL:
-            return (bits & 1) == 1
-        size, visible = self.cut.block_size, seen(self.problem, queries, keys)
-        at = keys[:, 1:2]
-        begin = jnp.maximum(at - jax.lax.broadcasted_iota(jnp.int32, at.shape, 0), 0)
-        entry = jnp.broadcast_to(block_number(at, size) - block_number(begin, size), visible.shape)
-        return visible & ((jax.lax.shift_right_logical(jnp.broadcast_to(bits, visible.shape), entry) & 1) == 1)
 
     def _bias(self, bias: Any, bundle: Array) -> Any:
         """[1, M], of the sigmoid; else 0."""
         if not self.problem.sigmoid:
-            return 0.0
+            return jnp.zeros((1, self.cut.heads * self.cut.queries))
         heads = [jnp.full((1, self.cut.queries), bias[bundle * self.cut.heads + n]) for n in range(self.cut.heads)]
         return jnp.concatenate(heads, axis=1)
-
-
-def possible(cut: Cut) -> tuple[int, ...]:
-    """The kinds of tiles that are visited: in a tile of several blocks the choice is never alone."""
-    return (MASKED, FULL) if cut.block_size >= cut.keys and cut.fetched == 1 else (MASKED,)
 
 
 def _copies(

@@ -1,13 +1,13 @@
 """What the TPU kernels of attention make of some keys and some queries: weights, sums of them and gradients, kept keys by queries [N, M]."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from plait.kernels.attention.reference import MASKED as HIDDEN
-from plait.kernels.attention.tpu.tiling import Problem
+from plait.kernels.attention.tpu.tiling import SUBLANES, Problem
 from plait.kernels.shapes import matmul_precision
 
 Array = jax.Array
@@ -15,6 +15,12 @@ Array = jax.Array
 LOG2_E = 1.4426950408889634
 _NOTHING = HIDDEN / 2
 """The largest logit of a row that has seen no key yet: hidden ones lie so far below it that their weights are 0."""
+
+Visible = Callable[[slice], Array]
+"""Which of some keys a query sees, bool [N or 1, M]."""
+
+CHUNK = 32
+"""Keys whose weights are made together."""
 
 NT, NN = ((((a,), (b,)), ((), ())) for a, b in ((1, 1), (1, 0)))
 
@@ -37,6 +43,17 @@ def seen(problem: Problem, queries: Array, keys: Array) -> Array:
     """bool [N, M]: which keys the mask shows a query, from segments and positions of queries [2, M] and of keys [N, 2]."""
     ids = jnp.where(keys[:, 0:1] == 0, -1, keys[:, 0:1])  # padding is nobody's segment
     return (queries[0:1] == ids) & problem.layout.mask.reaches(queries[1:2], keys[:, 1:2])
+
+
+def staggered(num_parts: int, *stages: Callable[[int, Any], Any]) -> None:
+    """Takes each part through the stages, one stage behind the part before it: so what stands together in the program is of several parts, and
+    the compiler runs the products of one beside the exponentials of another. A stage gets the number of a part and what the stage before gave.
+    """
+    held: dict[int, Any] = {}
+    for step in range(num_parts + len(stages) - 1):
+        for stage, do in enumerate(stages):
+            if 0 <= (n := step - stage) < num_parts:
+                held[n] = do(n, held.pop(n, None))
 
 
 class Sums(NamedTuple):
@@ -64,24 +81,41 @@ class Sums(NamedTuple):
             if x is not None and x is not self.peak:
                 x[...] = jnp.zeros_like(x)
 
-    def add(self, problem: Problem, bias: Any, q: Array, k: Array, values: Array, visible: Array | None, at: slice) -> None:
-        """Adds keys k [N, K] of values [V, N] for the queries q [M, K], which stand `at` these columns; `visible` [N, M] is None for all."""
-        z = products(problem, k, q)
-        shown = z if visible is None else jnp.where(visible, z, HIDDEN)
+    def weigh(self, problem: Problem, bias: Any, z: Array, visible: Visible | None, at: slice) -> tuple[Array, Array]:
+        """The weights [N, M] of keys with products z [N, M], and the share [1, M] that earlier sums keep, of the queries that stand `at` these
+        columns; `visible` is None for all. The maximum, the mass and the entropy know of these keys then, and `collect` adds their values.
+
+        It goes a few keys at a time, so that what is between a product and its weight stays in registers.
+        """
+        chunks = _chunks(len(z))
+        rise, keep = None, jnp.ones_like(self.total[:, at])
         if _relative(problem):
+            z = jnp.concatenate([_shown(visible, n, z[n], HIDDEN) for n in chunks], axis=0)
             old = self.peak[:, at]
-            highest = jnp.maximum(old, jnp.max(shown, axis=0, keepdims=True))
+            highest = jnp.maximum(old, jnp.max(z, axis=0, keepdims=True))
             self.peak[:, at] = highest
-            exponents, rise = _bits_above(problem, bias, shown, highest), _bits_above(problem, bias, highest, old)
-            p, keep = jnp.exp2(exponents), jnp.exp2(-rise)
-        else:
-            p, keep = jax.nn.sigmoid(problem.scale * z + bias), jnp.float32(1)
-            p = p if visible is None else jnp.where(visible, p, 0)
-        mass = self.total[:, at]
+            rise = _bits_above(problem, bias, highest, old)
+            keep = jnp.exp2(-rise)
+        mass, spread, weights = (jnp.zeros((SUBLANES, z.shape[1]), jnp.float32),) * 2 + ([],)
+        for n in chunks:
+            if _relative(problem):
+                bits = _bits_above(problem, bias, z[n], highest)
+                p = jnp.exp2(bits)
+            else:
+                p = _shown(visible, n, jax.nn.sigmoid(problem.scale * z[n] + bias), 0)
+            mass += _folded(p)
+            if problem.stats:
+                spread += _folded(p * bits)
+            weights.append(p)
+        before = self.total[:, at]
         if problem.stats:
-            self.spread[:, at] = keep * (self.spread[:, at] - rise * mass) + jnp.sum(p * exponents, axis=0, keepdims=True)
-        self.total[:, at] = keep * mass + jnp.sum(p, axis=0, keepdims=True)
-        self.values[:, at] = keep * self.values[:, at] + dot(values, p.astype(values.dtype), NN)
+            self.spread[:, at] = keep * (self.spread[:, at] - rise * before) + jnp.sum(spread, axis=0, keepdims=True)
+        self.total[:, at] = keep * before + jnp.sum(mass, axis=0, keepdims=True)
+        return jnp.concatenate(weights, axis=0), keep
+
+    def collect(self, values: Array, p: Array, keep: Array, at: slice) -> None:
+        """Adds values [V, N] by weights p [N, M], in the values' dtype, to what is kept."""
+        self.values[:, at] = keep * self.values[:, at] + dot(values, p, NN)
 
     def results(self, problem: Problem, bias: Any) -> tuple[Array, list[Array]]:
         """o [V, M] and rows [1, M]: lse and, with statistics, maximum and entropy."""
@@ -96,6 +130,19 @@ class Sums(NamedTuple):
             rows.append(jnp.where(some, problem.scale * self.peak[...], HIDDEN))
             rows.append(jnp.where(some, log_mass - self.spread[...] / (LOG2_E * mass), 0))
         return values, rows
+
+
+def _chunks(num_keys: int) -> list[slice]:
+    return [slice(n, n + CHUNK) for n in range(0, num_keys, CHUNK)]
+
+
+def _shown(visible: Visible | None, keys: slice, x: Array, otherwise: float) -> Array:
+    return x if visible is None else jnp.where(visible(keys), x, otherwise)
+
+
+def _folded(x: Array) -> Array:
+    """x [N, M] added up to as many rows as a register has."""
+    return jnp.sum(x.reshape(-1, SUBLANES, x.shape[1]), axis=0)
 
 
 def _relative(problem: Problem) -> bool:
@@ -120,13 +167,13 @@ def _bits_above(problem: Problem, bias: Any, z: Array, low: Array) -> Array:
 
 
 def gradients(
-    problem: Problem, bias: Any, q: Array, k: Array, v: Array, d_o: Array, rows: Array, visible: Array | None
+    problem: Problem, bias: Any, z: Array, d_weights: Array, rows: Array, visible: Array | None
 ) -> tuple[Array, Array, Array]:
-    """The weights, dz and the part of dz that the sigmoid's bias shares, all [N, M], of keys k, v [N, ...] and queries q, d_o [M, ...].
+    """The weights, dz and the part of dz that the sigmoid's bias shares, all [N, M].
 
-    z is q . k without the scale, and the rows [R, M] fit it: see `stacked_rows`. The weights are A, of the sigmoid with statistics W.
+    z [N, M] are `products`, d_weights [N, M] the values times d_o, and the rows [R, M] fit z: see `stacked_rows`. The weights are A, of the
+    sigmoid with statistics W.
     """
-    z = products(problem, k, q)
     if problem.sigmoid and not problem.stats:
         weights = jax.nn.sigmoid(problem.scale * z + bias)
     else:
@@ -135,7 +182,7 @@ def gradients(
         weights = jnp.exp2(bits)
     if visible is not None:
         weights = jnp.where(visible, weights, 0)
-    d_weights = dot(v, d_o, NT) + rows[1:2]
+    d_weights = d_weights + rows[1:2]
     if problem.stats:
         d_weights -= rows[2:3] * bits
     d_logits = d_weights * weights

@@ -1,0 +1,117 @@
+"""The rectangles in which a tile of selected blocks is computed, and which of their keys a query sees."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from plait.kernels.attention.tpu.cut import Cut
+from plait.kernels.attention.tpu.edges import CELL, FIRST_EDGE, Edges, edges
+from plait.kernels.attention.tpu.tiling import Problem, Tile, cuts, edge_parts
+from plait.kernels.attention.tpu.weights import Visible, seen
+from plait.kernels.attention.visits import FULL, MASKED, Layout
+from plait.kernels.masks import block_number
+
+Array = jax.Array
+
+PAIRS, KEYS = 1 << 17, 512
+"""The most pairs of a query and a key, and the most keys, of a rectangle: a tile has several, which overlap."""
+
+EDGE_ROWS, EDGE_KEYS = 512, 128
+"""The most queries and keys of a rectangle of a tile on the diagonal."""
+
+
+class Rectangle(NamedTuple):
+    """What a kernel computes at once: some queries [M, ...] and some keys of a tile."""
+
+    queries: slice
+    keys: slice
+    visible: Visible | None
+    """Which of its keys, counted from its own first one, a query sees; None is all."""
+
+
+class Rectangles(NamedTuple):
+    """Of the tiles of one kernel."""
+
+    problem: Problem
+    cut: Cut
+    edge: Edges | None
+    """Tiles on the diagonal, of which order hides a part: of heads that choose by themselves, among the queries' own keys."""
+
+    @classmethod
+    def under(cls, problem: Problem) -> "Rectangles":
+        """Those of a problem."""
+        cut: Cut = problem.tiles
+        return cls(problem, cut, _edge(problem.layout, cut))
+
+    def kinds(self) -> tuple[int, ...]:
+        """Of the tiles that are visited. In a tile of several blocks the choice is never alone."""
+        alone = (FULL,) if self.cut.block_size >= self.cut.keys and self.cut.fetched == 1 else ()
+        return (MASKED, *alone, *((FIRST_EDGE,) if self.edge else ()))
+
+    def of(self, kind: int, queries: Array, keys: Sequence[Array], bits: Sequence[Array]) -> list[Rectangle]:
+        """All that may be visible in a tile of a kind; the queries of some keys follow one another.
+
+        Args:
+          queries: tokens [2, T] of the queries of a head.
+          keys: tokens [N, 2] of the tiles of keys that were brought together.
+          bits: [1, T] of `SelectedBlocks.bits`, of each of them.
+        """
+        found = []
+        for at, columns, rows in self._cuts(kind):
+            repeats = (columns.stop - columns.start) // (rows.stop - rows.start)
+
+            def shows(some: slice, at: slice = at, rows: slice = rows, repeats: int = repeats) -> Array:
+                wanted = slice(at.start + some.start, at.start + some.stop)
+                visible = self._visible(kind, queries[:, rows], keys, [x[:, rows] for x in bits], wanted)
+                return jnp.concatenate([visible] * repeats, axis=1)
+
+            found.append(Rectangle(columns, at, shows))
+        return found
+
+    def _cuts(self, kind: int) -> list[tuple[slice, slice, slice]]:
+        """Keys, queries [M] and the tokens [T] of these: whole heads, or a part of one."""
+        cut = self.cut
+        if kind == FIRST_EDGE and self.edge:
+            tile = Tile(cut.queries, cut.keys, edge_q=EDGE_ROWS, edge_kv=EDGE_KEYS)
+            found = edge_parts(self.edge.cells[0], tile)
+            return [(at, part.queries, part.queries) for at, parts in found for part in parts]
+        num_keys = cut.keys * cut.fetched
+        most = PAIRS // min(num_keys, KEYS)
+        together = max(1, most // cut.queries)  # heads
+        columns = []
+        for head in range(0, cut.heads, together):
+            some = min(together, cut.heads - head)
+            for rows in [slice(0, cut.queries)] if some > 1 else cuts(0, cut.queries, most):
+                first = head * cut.queries
+                columns.append((slice(first + rows.start, first + (some - 1) * cut.queries + rows.stop), rows))
+        return [(at, *some) for at in cuts(0, num_keys, KEYS) for some in columns]
+
+    def _visible(self, kind: int, queries: Array, keys: Sequence[Array], bits: Sequence[Array], wanted: slice) -> Array:
+        """bool [N, T], or [1, T] where the choice alone hides keys, all of one block."""
+        if kind == FULL:
+            return (bits[0] & 1) == 1
+        found = []
+        for n, tokens in enumerate(keys):
+            first, last = (min(max(end - n * self.cut.keys, 0), self.cut.keys) for end in (wanted.start, wanted.stop))
+            if first < last:
+                found.append(self._chosen(queries, tokens[first:last], bits[n], first))
+        return jnp.concatenate(found, axis=0)
+
+    def _chosen(self, queries: Array, keys: Array, bits: Array, first: int) -> Array:
+        """bool [N, T] of keys of a tile from its `first` on."""
+        size, visible, at = self.cut.block_size, seen(self.problem, queries, keys), keys[:, 1:2]
+        begin = jnp.maximum(at - first - jax.lax.broadcasted_iota(jnp.int32, at.shape, 0), 0)
+        entry = jnp.broadcast_to(block_number(at, size) - block_number(begin, size), visible.shape)
+        return visible & ((jax.lax.shift_right_logical(jnp.broadcast_to(bits, visible.shape), entry) & 1) == 1)
+
+
+def _edge(layout: Layout, cut: Cut) -> Edges | None:
+    if cut.heads > 1 or cut.keys < CELL or not layout.own_keys:
+        return None
+    known = edges(layout, cut.queries, cut.keys)
+    shown = known.cells and all(
+        any(map(any, known.cells[0][at.start : at.stop])) for at in cuts(0, cut.keys // CELL, EDGE_KEYS // CELL)
+    )
+    return known if shown else None
