@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 LEFT_SECONDS = 3600.0
 """After so long an unfinished file has no writer any more."""
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EACCES)
+"""What file systems without hard links answer."""
 DEEPEST = 64
 """Objects and lists inside each other that are read."""
 
 
-def write_atomically(path: Path, data: bytes | str, *, durable: bool = True) -> None:
+def write_atomically(path: Path, data: bytes | str, *, durable: bool = True, new: bool = False) -> None:
     """Writes `data` (text as UTF-8) beside `path` and renames it there, so that a reader sees the old file or the new one.
 
     Args:
         durable: whether it must outlive a crash of the machine, for which the write waits for the disk.
+        new: whether nothing may be there yet: of all that write a new file of one name at once, one does.
 
     Raises:
+        FileExistsError: `new`, and something is there.
         OSError: it cannot be written; what was there stays.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:  # it is the parent that is there, and no folder
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path.parent)) from error
     unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         with unfinished.open("wb") as file:
@@ -33,10 +42,40 @@ def write_atomically(path: Path, data: bytes | str, *, durable: bool = True) -> 
             file.flush()
             if durable:
                 os.fsync(file.fileno())
-        unfinished.replace(path)
+        if new:
+            _take_name(path, unfinished)
+        else:
+            unfinished.replace(path)
         _sweep(path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def first_new(path: Path, make: Callable[[Path], object], *, folder: bool = False) -> Path:
+    """The first of `path`, NAME_2.json, NAME_3.json and so on that `make` makes; of a folder NAME-2, NAME-3.
+
+    Args:
+        make: raises FileExistsError where something is there, also where another process makes it at the same time.
+    """
+    found, number = path, 1
+    while True:
+        try:
+            make(found)
+            return found
+        except FileExistsError:
+            number += 1
+            found = path.with_name(f"{path.name}-{number}" if folder else f"{path.stem}_{number}{path.suffix}")
+
+
+def _take_name(path: Path, whole: Path) -> None:
+    """Gives a whole file its name too. Raises FileExistsError where the name is taken."""
+    try:
+        path.hardlink_to(whole)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        path.touch(exist_ok=False)  # holds the name, for an instant without content
+        whole.replace(path)
 
 
 def _sweep(path: Path) -> None:

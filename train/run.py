@@ -128,9 +128,9 @@ def share(folder: Path) -> None:
         (folder / token).unlink()
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes `value` as indented JSON, atomically."""
-    write_atomically(path, json.dumps(value, indent=2) + "\n")
+def write_json(path: Path, value: Any, *, new: bool = False) -> None:
+    """Writes `value` as indented JSON, atomically. Raises FileExistsError for a `new` file that is there."""
+    write_atomically(path, json.dumps(value, indent=2) + "\n", new=new)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

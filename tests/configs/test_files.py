@@ -1,15 +1,19 @@
 """JSON is read strictly, whoever wrote it."""
 
+import contextlib
+import errno
 import math
 import os
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from plait.configs import codec
 from plait.configs.components import ConfigError
-from plait.configs.files import DEEPEST, LEFT_SECONDS, parse_json, read_json, write_atomically
+from plait.configs.files import DEEPEST, LEFT_SECONDS, first_new, parse_json, read_json, write_atomically
 
 BROKEN = {
     "no number of JSON": (b'{"a": NaN}', "NaN is not a number"),
@@ -70,6 +74,41 @@ def test_writers_of_one_file_do_not_meet(tmp_path):
     while any(thread.is_alive() for thread in threads):
         assert not file.exists() or file.read_text() in texts
     assert [path.name for path in tmp_path.iterdir()] == ["side.json"]
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["with links", "without links"])
+def test_of_all_that_make_a_new_file_at_once_each_has_its_own(links, tmp_path, monkeypatch):
+    if not links:
+
+        def none(self, target):
+            raise OSError(errno.EOPNOTSUPP, "no links here")
+
+        monkeypatch.setattr(Path, "hardlink_to", none)
+    texts, gate = [str(n) for n in range(8)], threading.Barrier(8)
+    monkeypatch.setattr(os, "fsync", lambda _: gate.wait(5))  # none has its name before all are whole
+
+    def make(text):
+        file = tmp_path / "eval.json"
+        with contextlib.suppress(threading.BrokenBarrierError):
+            first_new(file, lambda path: write_atomically(path, text, durable=path == file, new=True))
+
+    threads = [threading.Thread(target=make, args=(text,)) for text in texts]
+    before = sys.getswitchinterval()
+    try:
+        sys.setswitchinterval(1e-6)
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+    finally:
+        sys.setswitchinterval(before)
+    names = ["eval.json", *(f"eval_{n}.json" for n in range(2, 9))]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+    assert sorted((tmp_path / name).read_text() for name in names) == texts
+
+
+def test_a_new_file_in_a_file_is_refused_and_not_tried_under_other_names(tmp_path):
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(NotADirectoryError):
+        first_new(tmp_path / "file" / "eval.json", lambda path: write_atomically(path, "", new=True))
 
 
 def test_what_killed_writers_left_is_removed_in_time(tmp_path):

@@ -24,7 +24,7 @@ from plait.train.remote.reading import run_here
 from plait.train.run import Trained, opened
 from plait.train.scoring.evaluate import Evaluation
 from plait.train.scoring.held_out import OtherText, held_out, is_own
-from plait.train.terminal.results import keep
+from plait.train.terminal.results import check_new, keep
 from plait.train.watching.scoreboard import show
 
 
@@ -48,7 +48,7 @@ class EvalArgs:
     data: OtherText = OtherText()
     """Other text than the run's."""
     out: Path | None = None
-    """File of the results; eval_STEP.json in the run folder by default, eval_STEP_NAME.json for other text, and eval_STEP_lengths.json
+    """New file of the results; eval_STEP.json in the run folder by default, eval_STEP_NAME.json for other text, and eval_STEP_lengths.json
     for several lengths. One that holds results of other options stays, and eval_STEP_2.json and so on follow it."""
 
 
@@ -58,8 +58,7 @@ def parse(args: Sequence[str]) -> tuple[EvalArgs, dict[str, list[str]]]:
     for name, task in TASKS.all().items():
         words[name], rest = split_options(task, rest, prefix=f"{name.replace('_', '-')}.")
     options = words_of(EvalArgs, rest, prog="launch.py eval")
-    if options.out is not None and options.out.is_dir():
-        raise ValueError(f"out={str(options.out)!r} is a folder; give a file")
+    check_new("out", options.out)
     names = () if options.tasks is None else task_names(options.tasks)
     for name, given in words.items():
         if given and name not in names:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -14,12 +15,14 @@ from rich.table import Table
 
 from plait.configs.command_line.words import parse
 from plait.configs.domains import Counted, Length, Line, Seed, Steps
-from plait.configs.files import write_atomically
+from plait.configs.files import first_new, write_atomically
 from plait.train.harness.asking import Asked, AskOptions
 from plait.train.remote.reading import run_here
 from plait.train.run import opened
 from plait.train.terminal.console import console
-from plait.train.terminal.results import keep
+from plait.train.terminal.results import check_new, keep
+
+log = logging.getLogger("plait")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,9 +50,9 @@ class LmEvalArgs(AskOptions):
     step: Counted | None = None
     """Checkpoint; the newest by default."""
     out: Path | None = None
-    """File of the results; eval_STEP_lm-eval.json in the run folder by default."""
+    """New file of the results; eval_STEP_lm-eval.json in the run folder by default."""
     samples: Path | None = None
-    """File (.jsonl) of each question, what was asked and what was found."""
+    """New file (.jsonl) of each question, what was asked and what was found."""
 
 
 def is_asked(args: Sequence[str]) -> bool:
@@ -64,8 +67,7 @@ def run(args: Sequence[str]) -> None:
     if not names:
         raise ValueError(f"lm_eval={options.lm_eval!r} must name tasks, with commas between them")
     for field, path in (("out", options.out), ("samples", options.samples)):
-        if path is not None and path.is_dir():
-            raise ValueError(f"{field}={str(path)!r} is a folder; give a file")
+        check_new(field, path)
     for field, path, there in (
         ("include_path", options.include_path, Path.is_dir),
         ("chat_template", options.chat_template, Path.is_file),
@@ -102,7 +104,10 @@ def run(args: Sequence[str]) -> None:
     results = {"step": trained.step, "lm_eval": VERSION, "max_length": asked.max_length, **_kept(found)}
     results |= {"document_start": asked.texts.document_start, "chat": options.chat}
     if options.samples is not None:
-        write_atomically(options.samples, "".join(_lines(found["samples"])))
+        text = "".join(_lines(found["samples"]))
+        kept = first_new(options.samples, lambda path: write_atomically(path, text, new=True))
+        if kept != options.samples:
+            log.warning("%s was made meanwhile, and stays; these samples are in %s", options.samples, kept)
     elsewhere = ("run", "step", "out", "samples")
     question = {name: value for name, value in dataclasses.asdict(options).items() if name not in elsewhere}
     keep(results, question, options.out, options.run / f"eval_{trained.step}_lm-eval.json")

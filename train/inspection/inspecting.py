@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from plait.configs.files import write_atomically
+from plait.configs.files import first_new, write_atomically
 from plait.configs.probe import ProbeConfig
 from plait.data.batch import Batch
 from plait.train.convert.sample import ids_of, rows_of
@@ -151,10 +151,13 @@ def inspect(run: Path, options: InspectOptions) -> tuple[Inspection, Path]:
     models += [found(masking) for masking in _maskings(options, trained, models[0].recall)]
     read, (prompts, size) = min(rows * length, len(text)), needles.ids.shape
     inspection = Inspection(run, trained, options, read, len(text), length, window, prompts, size, heads, models)
-    write_atomically(out / RESULTS, json.dumps(strict(inspection.to_json())) + "\n")
+    made = first_new(out, lambda folder: folder.mkdir(parents=True), folder=True)
+    if made != out:
+        log.warning("%s was made meanwhile, and stays; this inspection is in %s", out, made)
+    write_atomically(made / RESULTS, json.dumps(strict(inspection.to_json())) + "\n")
     from plait.train.report.inspection import write_inspection
 
-    return inspection, write_inspection(inspection, out)
+    return inspection, write_inspection(inspection, made)
 
 
 def rows_of_text(ids: np.ndarray, rows: int, length: int, start: int | None, end: int) -> Batch:

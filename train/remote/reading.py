@@ -47,20 +47,27 @@ def run_here(run: str | Path, field: str = "run", *, step: int | None = None, we
     return address.opened / inside
 
 
-def give_back(path: Path) -> None:
-    """Also puts what was found about a run, a file or a folder of its folder here, where the run is; says so where that cannot be."""
+def give_back(path: Path, *, new: bool = False) -> bool:
+    """Also puts what was found about a run, a file or a folder of its folder here, where the run is; says so where that cannot be.
+
+    Gives False for a `new` file whose name another machine's has there: that one stays.
+    """
     address = stood_for(path)
     if address is None:
-        return
+        return True
     try:
         if path.is_file():
-            Store(address.parent, "run", patience=_SHORT).upload(address.name, path)
-            return
+            store = Store(address.parent, "run", patience=_SHORT)
+            if new:
+                return store.create(address.name, path.read_bytes())
+            store.upload(address.name, path)
+            return True
         store = Store(address, "run", patience=_SHORT)
         files = [file for file in sorted(path.rglob("*")) if file.is_file()]
         store.each(lambda file: store.upload(file.relative_to(path).as_posix(), file), files)
     except (StoreError, StoreLost) as error:
         log.warning("%s; it is in %s alone", error, path)
+    return True
 
 
 def _bring(store: Store, field: str, step: int | None, weights: bool) -> None:

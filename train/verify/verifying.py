@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import jax
 
+from plait.configs.files import first_new
 from plait.kernels.chips import chip_of
 from plait.train.mesh import make_mesh
 from plait.train.pods.hosts import hardware, together
@@ -48,9 +50,9 @@ def verify(options: VerifyArgs, words: Sequence[str]) -> list[str]:
     chip = chip_of(device.device_kind)
     name = chip.generation if chip is not None else device.platform
     trials = known(_listed(options.ops))
-    folder = options.out or Path("verify") / f"{name}-{at:%Y%m%d-%H%M%S}"
-    folder = Path(together.broadcast(str(folder)) if together.count() > 1 else folder)
-    config = training_config(options.preset, words, folder / "training", options.steps)
+    usual = Path("verify") / f"{name}-{at:%Y%m%d-%H%M%S}"
+    wanted = Path(together.broadcast(str(options.out or usual)) if together.count() > 1 else options.out or usual)
+    config = training_config(options.preset, words, wanted / "training", options.steps)
     mesh = make_mesh(config.mesh)
     dtypes = ("float32",) if kind == "cpu" else ("bfloat16", "float32")
     parts: dict[str, Callable[[], Iterator[Finding]]] = {
@@ -69,7 +71,8 @@ def verify(options: VerifyArgs, words: Sequence[str]) -> list[str]:
     for part in (asked := _listed(options.only) or tuple(parts)):
         if part not in parts:
             raise ValueError(f"only={part!r} is no part; use some of {', '.join(parts)}")
-    together.decide("folder", lambda: _make(folder))
+    folder = Path(together.decide("folder", lambda: str(_made(wanted, usual=options.out is None))))
+    config = dataclasses.replace(config, out=str(folder / "training"))
     if chip is None and kind == "accelerator":
         notes.print(f"{device.device_kind!r} is a device that plait does not know: kernels are declined, rooflines are measured")
     found = []
@@ -81,7 +84,7 @@ def verify(options: VerifyArgs, words: Sequence[str]) -> list[str]:
     if together.first():
         show(found, console)
         facts = {"at": at.isoformat(timespec="seconds"), "seconds": time.monotonic() - began, **hardware.environment()}
-        write_json(folder / FILE, {**facts, "findings": as_json(found)})
+        write_json(folder / FILE, {**facts, "findings": as_json(found)}, new=True)
         console.print(f"{len(found)} findings, {len(problems)} failed; written to {folder / FILE}", markup=False)
     for problem in problems:
         notes.print(f"failed: {problem}", style="red")
@@ -93,8 +96,14 @@ def _listed(text: str | None) -> tuple[str, ...] | None:
     return None if text is None else tuple(word.strip() for word in text.split(","))
 
 
-def _make(folder: Path) -> None:
-    """Makes the folder. Raises ValueError where it is there and holds something: nothing is overwritten."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"out={str(folder)!r} is there already; give a new folder")
-    folder.mkdir(parents=True, exist_ok=True)
+def _made(folder: Path, *, usual: bool) -> Path:
+    """The folder, made; where the usual one is there, the next that is not. Raises ValueError where another is there and holds something."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if usual:
+        return first_new(folder, Path.mkdir, folder=True)
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        if not folder.is_dir() or any(folder.iterdir()):
+            raise ValueError(f"out={str(folder)!r} is there already; give a new folder") from None
+    return folder

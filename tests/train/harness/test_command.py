@@ -34,6 +34,7 @@ def without(monkeypatch):
         (["--chat-template", "template"], "chat_template='template' is the template of a chat; add --chat, or leave it out"),
         (["--out", "."], "out='.' is a folder; give a file"),
         (["--samples", "."], "samples='.' is a folder; give a file"),
+        (["--samples", "template"], "samples='template' is there already, and would be lost"),
     ],
 )
 def test_bad_words_are_refused(words, message, without, tmp_path, monkeypatch, capsys):

@@ -37,10 +37,19 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def inspected(run, text):
-    """Two rows with probes of looks, gradients and all layers, and the model without two heads."""
-    out = run.parent / "out"
+    """Two rows with probes of looks, gradients and all layers, and the model without two heads. While it is made another takes its folder."""
+    out, check = run.parent / "out", inspecting._check_new
+
+    def check_and_lose(folder):
+        check(folder)
+        (folder / "inspection.json").mkdir(parents=True)
+
     options = ["--rows", "2", "--probe.only", "entropy,head_importance,rollout", "--heads", "1.2", "--mask-heads", "1.2,2.5"]
-    assert main(["inspect", str(run), "--text", str(text), "--out", str(out), *options, *NEEDLE]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inspecting, "_check_new", check_and_lose)
+        assert main(["inspect", str(run), "--text", str(text), "--out", str(out), *options, *NEEDLE]) == 0
+    assert [path.name for path in out.iterdir()] == ["inspection.json"], "what is there stays"
+    out = out.with_name("out-2")
     return out, json.loads((out / "inspection.json").read_text())
 
 

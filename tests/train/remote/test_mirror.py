@@ -21,6 +21,7 @@ from plait.train.remote.pulling import pull
 from plait.train.remote.reading import give_back, run_here
 from plait.train.run_folder import contents, owner, seal
 from plait.train.run_folder.owner import FolderInUse, FolderLost
+from plait.train.terminal.results import keep
 
 RUN = Address("s3", "bucket/run")
 
@@ -248,6 +249,9 @@ def test_run_is_read_through_a_folder_of_this_machine(s3, tmp_path):
     (here / "eval_8.json").write_text("{}")
     give_back(here / "eval_8.json")
     assert s3.objects["run/eval_8.json"] == b"{}"
+    (here / "eval_8.json").unlink()  # as on another machine that opened the run before
+    keep({"step": 8}, {"batches": 1}, None, here / "eval_8.json")
+    assert s3.objects["run/eval_8.json"] == b"{}" and json.loads(s3.objects["run/eval_8_2.json"])["asked"] == {"batches": 1}
     assert run_here("s3://bucket/run/checkpoints/4", "branch") == here / "checkpoints/4"
     assert seal.damage(here / "checkpoints/4") is None and (here / "eval_8.json").exists()
     with pytest.raises(StoreError, match="no whole checkpoint of step 5; it has 4, 8"):

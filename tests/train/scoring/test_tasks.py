@@ -1,7 +1,9 @@
 """Runs that train on a task: what they write, how they are evaluated, and that a model learns."""
 
+import contextlib
 import json
 import shutil
+import threading
 
 import jax
 import numpy as np
@@ -22,6 +24,7 @@ from plait.train.loss import token_losses, tokens_of
 from plait.train.run_folder.lines import read_metrics, series
 from plait.train.run_folder.probe_files import ATTENTION
 from plait.train.scoring.evaluate import Evaluator, judged_losses
+from plait.train.terminal import results
 
 MQAR = MQARTask(vocab_size=40, num_kv_pairs=3, val_rows=10)
 
@@ -113,6 +116,31 @@ def test_results_of_other_options_stay(finished, tmp_path, caplog):
     assert main(["eval", str(out)]) == 0 and main(other) == 0, "the same question has its file"
     assert sorted(path.name for path in out.glob("eval_*")) == [f"eval_6{end}.json" for end in ("", "_2", "_3", "_4")]
     assert (out / "eval_6.json").read_bytes() == first and (out / "eval_6_3.json").read_text() == "{"
+
+
+@pytest.mark.parametrize("out", [None, "mine.json"])
+def test_evaluations_that_end_at_once_keep_all_results(out, tmp_path, monkeypatch):
+    usual, gate, write = tmp_path / "eval_6.json", threading.Barrier(4), results.write_json
+
+    def together(path, value, **how):
+        with contextlib.suppress(threading.BrokenBarrierError):
+            gate.wait(0.5)
+        write(path, value, **how)
+
+    monkeypatch.setattr(results, "write_json", together)  # each has looked where it may write before any writes
+    named = None if out is None else tmp_path / out
+    threads = [threading.Thread(target=results.keep, args=({"step": 6}, {"batches": n}, named, usual)) for n in range(4)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    kept = [json.loads(path.read_text())["asked"]["batches"] for path in tmp_path.iterdir()]
+    assert sorted(kept) == [0, 1, 2, 3]
+
+
+def test_a_file_that_is_there_is_not_written_over_and_nothing_is_scored(tmp_path, capsys):
+    (tmp_path / "mine.json").write_text("mine")
+    assert main(["eval", str(tmp_path / "no run"), "--out", str(tmp_path / "mine.json")]) == 2
+    assert "mine.json' is there already, and would be lost; give another file" in capsys.readouterr().err
+    assert (tmp_path / "mine.json").read_text() == "mine"
 
 
 def test_text_run_is_evaluated_on_its_text_and_on_a_task(text_run, capsys):

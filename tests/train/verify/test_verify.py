@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import re
+import threading
 from pathlib import Path
 
 import jax
@@ -56,6 +57,19 @@ def test_what_is_right_passes_and_is_written(tmp_path, capsys):
     assert "0 failed" in capsys.readouterr().out
     assert main(["verify", "--only", "devices", "--out", str(out)]) == 2
     assert "is there already" in capsys.readouterr().err
+
+
+def test_verifications_that_begin_at_once_have_a_folder_each(tmp_path):
+    gate, made = threading.Barrier(4), []
+
+    def make():
+        gate.wait()
+        made.append(verifying._made(tmp_path / "verify" / "cpu-20260101-000000", usual=True))
+
+    threads = [threading.Thread(target=make) for _ in range(4)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert sorted(path.name for path in made) == ["cpu-20260101-000000", *(f"cpu-20260101-000000-{n}" for n in (2, 3, 4))]
 
 
 BROKEN = {

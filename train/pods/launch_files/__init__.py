@@ -106,9 +106,10 @@ def _write(options: LaunchOptions, text: str, name: str) -> Path:
     if options.out.exists() and not options.out.is_dir():
         raise ValueError(f"out={str(options.out)!r} is a file; give a folder")
     path = options.out / name
-    if path.exists() and not options.overwrite:
-        raise ValueError(f"{path} is there already; use --overwrite to replace it, or another --out or --name")
-    write_atomically(path, text)
+    try:
+        write_atomically(path, text, new=not options.overwrite)
+    except FileExistsError:
+        raise ValueError(f"{path} is there already; use --overwrite to replace it, or another --out or --name") from None
     if path.suffix == ".sh":
         path.chmod(0o755)
     return path

@@ -25,6 +25,7 @@ from plait.train.pods.plan.step_plan import Plan
 from plait.train.terminal.progress import format_seconds
 
 Row = tuple[str, ...]
+PLAN = "plan.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -318,10 +319,9 @@ def show(console: Console, parts: Sequence[Section]) -> None:
 
 
 def write(folder: Path, parts: Sequence[Section], title: str, data: dict[str, Any]) -> None:
-    """Writes `plan.md` and `plan.json`."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Writes `plan.json` and `plan.md`. Raises FileExistsError where the folder holds a plan."""
+    write_atomically(folder / PLAN, json.dumps(data, indent=2) + "\n", new=True)
     write_atomically(folder / "plan.md", _markdown(title, parts))
-    write_atomically(folder / "plan.json", json.dumps(data, indent=2) + "\n")
 
 
 def to_json(plan: Plan) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from plait.kernels.context import Exchange
 from plait.launch import main
 from plait.tests.train.common import hybrid, random_batch, tiny
 from plait.train.mesh import batch_sharding, make_mesh
+from plait.train.pods.plan import report
 from plait.train.pods.plan.compiled.compiling import (
     Outcome,
     compile_step,
@@ -335,6 +336,10 @@ def test_command_writes_a_plan_and_keeps_the_old_one(tmp_path: Path, capsys: pyt
     assert saved["kernel_cycles"] == {"made": 0, "kept": 0, "unknown": {}}
     assert main(args) == 2
     assert "already holds a plan" in capsys.readouterr().err
+    before = (out / "plan.json").read_bytes()
+    with pytest.raises(FileExistsError):  # as another command may have made it since this one looked
+        report.write(out, (), "another", {})
+    assert (out / "plan.json").read_bytes() == before and "another" not in (out / "plan.md").read_text()
 
 
 @pytest.mark.parametrize(
