@@ -91,6 +91,8 @@ def _study(name: str, args: Sequence[str]) -> tuple[SweepConfig, list[str]]:
         start = known[name]()
     elif name in presets():
         start = SweepConfig(preset=name)
+    elif Path(name).exists() or Path(name).name != name:
+        raise _no_sweep(name)
     else:
         near = difflib.get_close_matches(name, [*known, *presets()], n=2)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {', '.join([*known, *presets()])}"
@@ -99,3 +101,14 @@ def _study(name: str, args: Sequence[str]) -> tuple[SweepConfig, list[str]]:
     of_rule, rest = split_options(StopConfig, rest, "stop.")
     of_search, rest = split_options(SearchConfig, rest, "search.")
     return parse(type(start), [*mine, *of_rule, *of_search], default=start, prog=f"launch.py sweep {name}"), rest
+
+
+def _no_sweep(path: str) -> SweepError:
+    """What is wrong with a path in place of a study or preset."""
+    what = "a folder" if Path(path).is_dir() else "a file" if Path(path).exists() else "not there"
+    new = "FOLDER" if what == "a file" else path
+    holds = f" that holds no {SWEEP}: no sweep was begun there" if Path(path).is_dir() else ""
+    return SweepError(
+        f"{path!r} is {what}{holds}; give the folder of a sweep that was begun, or begin one with a study or a preset: "
+        f"launch.py sweep PRESET --KEY VALUE,VALUE --out {new}"
+    )

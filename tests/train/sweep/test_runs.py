@@ -114,6 +114,23 @@ def test_bad_commands(words, message, tmp_path, monkeypatch, capsys):
     assert main(words.split()) == 2 and message in capsys.readouterr().err and list(tmp_path.iterdir()) == []
 
 
+def test_a_path_without_a_sweep_says_so_and_lists_no_studies(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lr").mkdir()
+    (tmp_path / "notes.txt").touch()
+    begin = "; give the folder of a sweep that was begun, or begin one with a study or a preset: launch.py sweep PRESET"
+    for path, what in (
+        ("lr", "a folder that holds no sweep.json: no sweep was begun there"),
+        (str(tmp_path / "lr"), "a folder that holds no sweep.json: no sweep was begun there"),
+        ("sweeps/lr", "not there"),
+        ("notes.txt", "a file"),
+    ):
+        for more in ([], ["--status"]):
+            assert main(["sweep", path, *more]) == 2
+            said = capsys.readouterr().err
+            assert f"{path!r} is {what}{begin}" in said and "ratio" not in said
+
+
 def test_a_component_that_is_left_as_it_is_differs_from_none():
     rows = (
         {"seed": 0},
