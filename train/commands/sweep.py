@@ -14,7 +14,7 @@ from typing import Annotated
 from plait.configs.command_line.options import split_options
 from plait.configs.command_line.words import parse
 from plait.configs.domains import Whole
-from plait.train.terminal.console import console
+from plait.train.terminal.console import console, notes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,20 +59,22 @@ def _run(args: Sequence[str]) -> int:
     jax.config.update("jax_platforms", "cpu")  # accelerators are the workers'
     from plait.train.sweep import show
     from plait.train.sweep.asked import asked_for
-    from plait.train.sweep.record import begun, read
+    from plait.train.sweep.record import begun, read, refusal
     from plait.train.sweep.workers import claims
     from plait.train.sweep.workers.devices import shares
     from plait.train.sweep.workers.pool import run_workers
 
     mine, rest = split_options(SweepArgs, args[1:])
     options = parse(SweepArgs, mine, prog=f"launch.py sweep {args[0]} [options of train, with lists]")
-    wanted = asked_for(args[0], rest, options.out)
+    wanted = asked_for(args[0], rest, options.out, compared=not options.dry_run)
     if options.dry_run:
         if wanted.sweep.search is not None:
             console.print(show.space_table(wanted.sweep.search))
         if wanted.sweep.runs:
             alone = Path("runs") / wanted.sweep.runs[0].config.name
             console.print(show.plan_table(wanted.sweep.runs, wanted.folder, alone, console.width))
+        if (problem := refusal(wanted.folder, wanted.sweep)) is not None:
+            notes.print(f"without --dry-run this is refused: {problem}", style="yellow")
         return 0
     if options.status:
         show.watch(wanted.folder, read(wanted.folder), console)

@@ -29,11 +29,11 @@ class Asked:
     sweep: Sweep
 
 
-def asked_for(name: str, args: Sequence[str], out: Path | None, *, begun_elsewhere: bool = False) -> Asked:
+def asked_for(name: str, args: Sequence[str], out: Path | None, *, compared: bool = True) -> Asked:
     """What `launch.py sweep NAME ARGS` asks for: a study, a preset with lists of values, or the sweep that a folder holds.
 
     Args:
-        begun_elsewhere: whether the folder is another machine's, and none here is looked at.
+        compared: whether it must be the sweep that its folder holds, where that is one of this machine and is to be trained in.
 
     Raises:
         ValueError: there is none; values that cannot be used, all of them named.
@@ -66,7 +66,7 @@ def asked_for(name: str, args: Sequence[str], out: Path | None, *, begun_elsewhe
     check_stopping(study.stop, runs or resolved(study.preset, search.rows(search.first)[:1]) if search else runs)
     found = asked((name, *args), runs, study.stop, search)
     folder = out or Path("sweeps") / name
-    if not begun_elsewhere and (folder / SWEEP).exists():
+    if compared and (folder / SWEEP).exists():
         check(folder, read(folder), found)
     return Asked(folder, found)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from plait.configs import codec
-from plait.configs.components import validate
+from plait.configs.components import ConfigError, validate
 from plait.configs.files import write_atomically
 from plait.configs.sweeps.rows import shown
 from plait.configs.sweeps.stopping import StopConfig
@@ -94,8 +94,7 @@ def begun(folder: Path, sweep: Sweep) -> Sweep:
     Raises:
         SweepError: there is another one; the message says in what it differs.
     """
-    if folder.exists() and not folder.is_dir():
-        raise SweepError(f"out={str(folder)!r} is a file; give a folder")
+    _check_folder(folder)
     while not (folder / SWEEP).exists():
         try:
             with owned(folder):
@@ -109,6 +108,24 @@ def begun(folder: Path, sweep: Sweep) -> Sweep:
     found = read(folder)
     check(folder, found, sweep)
     return found
+
+
+def refusal(folder: Path, sweep: Sweep) -> str | None:
+    """Why `begun` would refuse the folder for the sweep; None where it would not. Nothing is written."""
+    try:
+        _check_folder(folder)
+        if (folder / SWEEP).exists():
+            check(folder, read(folder), sweep)
+        else:
+            _check_remains(folder, sweep)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def _check_folder(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise SweepError(f"out={str(folder)!r} is a file; give a folder")
 
 
 def _check_remains(folder: Path, sweep: Sweep) -> None:
@@ -132,7 +149,8 @@ def check(folder: Path, old: Sweep, new: Sweep) -> None:
         more = f"\n  and {len(found) - _MOST} more" if len(found) > _MOST else ""
         lines = "".join(f"\n  {line}" for line in found[:_MOST])
         raise SweepError(
-            f"out={str(folder)!r} holds another sweep, begun with {' '.join(old.command)!r}; use that command, or another --out. "
+            f"out={str(folder)!r} holds another sweep, begun with {' '.join(old.command)!r}; use that command, or another folder, as "
+            f"--out {folder}-2. "
             f"It differs in:{lines}{more}"
         )
     if old.search != new.search:

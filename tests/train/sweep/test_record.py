@@ -29,7 +29,8 @@ def test_another_command_is_refused_with_the_difference(tmp_path, corpus):
     small(tmp_path, corpus, "--seed", "0,1")
     small(tmp_path, corpus, "--seed", "1,0")  # the same runs
     with pytest.raises(
-        SweepError, match=r"holds another sweep, begun with 'lm_tiny .*' ?; use that command, or another --out"
+        SweepError,
+        match=r"holds another sweep, begun with 'lm_tiny .*' ?; use that command, or another folder, as --out \S+-2\. It differs",
     ) as error:
         small(tmp_path, corpus, "--seed", "0,2")
     assert "asked for now and not there: " in str(error.value) and "seed=2" in str(error.value)

@@ -1,6 +1,7 @@
 """Rows become runs, or all that is wrong with them is said."""
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -86,6 +87,22 @@ def test_dry_run_shows_runs_and_starts_none(tmp_path, monkeypatch, capsys):
     assert "4 runs; no time: nothing was measured yet" in shown and "45.6K" in shown and list(tmp_path.iterdir()) == []
     assert main(["sweep", "lm_tiny", "--dry-run"]) == 0
     assert "1 run; " in capsys.readouterr().out
+
+
+def test_dry_run_is_shown_where_the_usual_folder_holds_another_sweep(tmp_path, corpus, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small(Path("sweeps/lm_tiny"), corpus, "--seed", "0,1")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    words = ["sweep", "lm_tiny", "--seed", "5,6,7"]
+    assert main([*words, "--dry-run"]) == 0
+    told = capsys.readouterr()
+    assert "3 runs; " in told.out
+    refused = "out='sweeps/lm_tiny' holds another sweep, begun with 'lm_tiny --model.pattern=softmax"
+    assert f"without --dry-run this is refused: {refused}" in told.err and "as --out sweeps/lm_tiny-2. It" in told.err
+    assert main([*words, "--dry-run", "--out", "sweeps/other"]) == 0 and "refused" not in capsys.readouterr().err
+    assert main([*words, "--status"]) == 2 and refused in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_a_narrow_terminal_shows_in_one_column_what_sets_runs_apart(tmp_path, corpus):

@@ -37,7 +37,7 @@ def sweep_job(
         if rest:
             raise ValueError(f"{sweep!r} holds a sweep, whose runs stand in its {SWEEP}; leave out {' '.join(rest)}")
         sweep, *rest = read(Path(sweep)).command
-    runs = asked_for(sweep, rest, None, begun_elsewhere=True).sweep.planned
+    runs = asked_for(sweep, rest, None, compared=False).sweep.planned
     return Job(
         name=name or sweep.replace("_", "-"),
         machines=machines,
