@@ -139,6 +139,7 @@ class _Loop:
                     with heartbeat.phase("compile"):
                         self._compile()
                     self.journal.facts(self.setup, self.layers)
+                self.termination.compiling = False
                 state, last = self._until_the_end(state, first)
                 with heartbeat.phase("end"):
                     if last == self.config.steps:
@@ -201,7 +202,7 @@ class _Loop:
         """Both steps, ahead of time: compiling is then no part of any step's time, and its errors come before training."""
         log.info("compiling a step of %s", self.setup.blueprint.describe())
         self.programs[False] = self.setup.lower(controls=self._controls(0, 0)).compile()
-        if self.observer is not None:
+        if self.observer is not None and not self.termination.asked:
             self.programs[True] = self.setup.lower(self.observer, controls=self._controls(0, 0)).compile()
 
     def _until_the_end(self, state: TrainState, step: int) -> tuple[TrainState, int]:

@@ -7,7 +7,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,10 +152,10 @@ def write_corpus(folder: Path, *, files: int = 4, words: int = 300, seed: int = 
     return folder
 
 
-def launch(*args: object, cache: Path, **popen: Any) -> subprocess.Popen:
-    """`launch.py` with these arguments as a process, compiling through the cache."""
+def launch(*args: object, cache: Path, program: Sequence[str] = (str(ROOT / "launch.py"),), **popen: Any) -> subprocess.Popen:
+    """`launch.py`, or another program, with these arguments as a process, compiling through the cache."""
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "launch.py"), *map(str, args)],
+        [sys.executable, *program, *map(str, args)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

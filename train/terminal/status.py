@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from plait.configs.errors import is_bad_input
 from plait.train.pods.hosts.failure import TrainingFailed
 
+INTERRUPTED = 128 + signal.SIGINT
+"""Exit status after a Ctrl-C that ended what was in progress."""
 _UNEXPECTED = "This is no bad input but a fault of plait or of a library; what was saved before stays. Please report it with the lines above."
 
 
 def exit_status(command: Callable[[], int | None]) -> int:
-    """The exit status of a command, after its error is printed: 0 done, 2 bad input, 1 a failed run, or what it returns.
+    """The exit status of a command, after its error is printed: 0 done, 2 bad input, 1 a failed run, or what it returns. A Ctrl-C that
+    nobody caught ends the process.
 
     Raises:
         ValueError: one that is no bad input, with a note that says so.
@@ -25,6 +32,8 @@ def exit_status(command: Callable[[], int | None]) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        end_now()
     except (TrainingFailed, OSError) as error:
         print(f"error: {error}; what was saved before stays", file=sys.stderr)
         return 1
@@ -37,3 +46,13 @@ def exit_status(command: Callable[[], int | None]) -> int:
             file=sys.stderr,
         )
         return 1
+
+
+def end_now() -> NoReturn:
+    """Ends the process with status 130 after a Ctrl-C. Python itself would wait for threads of libraries, that compile as a rule."""
+    with contextlib.suppress(OSError, ValueError):
+        print("interrupted: what was saved before stays", file=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(INTERRUPTED)
