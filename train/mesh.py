@@ -52,17 +52,22 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """
     seen = devices is None
     devices = list(jax.devices() if devices is None else devices)
-    sizes = {name: getattr(config, name) for name in AXES}
-    rest = math.prod(size for size in sizes.values() if size is not None)
-    sizes = {name: len(devices) // rest if size is None else size for name, size in sizes.items()}
+    sizes = axis_sizes(config, len(devices), _seen if seen else str)
     used = math.prod(sizes.values())
-    if used != len(devices) and not (config.data is not None and used < len(devices) and jax.process_count() == 1):
-        product = " x ".join(f"mesh.{name}={getattr(config, name)}" for name in AXES)
-        raise ValueError(
-            f"{product} must multiply to the {len(devices)} devices; leave mesh.data=None to fill them{_seen() if seen else ''}"
-        )
     grid = _torus(devices, sizes) if devices[0].platform == "tpu" and used == len(devices) else _line(devices[:used], sizes)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def axis_sizes(config: MeshConfig, count: int, hint: Callable[[], str] = str) -> dict[str, int]:
+    """The size of each axis over so many devices. Raises ValueError, with a hint, where they do not multiply to it."""
+    sizes = {name: getattr(config, name) for name in AXES}
+    rest = math.prod(size for size in sizes.values() if size is not None)
+    sizes = {name: count // rest if size is None else size for name, size in sizes.items()}
+    used = math.prod(sizes.values())
+    if used != count and not (config.data is not None and used < count and jax.process_count() == 1):
+        product = " x ".join(f"mesh.{name}={getattr(config, name)}" for name in AXES)
+        raise ValueError(f"{product} must multiply to the {count} devices; leave mesh.data=None to fill them{hint()}")
+    return sizes
 
 
 def _seen() -> str:

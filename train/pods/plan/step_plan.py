@@ -10,7 +10,7 @@ from plait.configs.experiment import ExperimentConfig
 from plait.configs.mesh import MeshConfig
 from plait.kernels import chosen
 from plait.models import axes
-from plait.train.mesh import make_mesh, mesh_axes
+from plait.train.mesh import axis_sizes, make_mesh, mesh_axes
 from plait.train.pods.plan.compiled.compiling import Outcome, compile_step, largest_allocations, required_temporaries
 from plait.train.pods.plan.compiled.findings import find_oddities
 from plait.train.pods.plan.compiled.hlo import Collective, Computations, by_kind, by_layer_kind
@@ -88,12 +88,14 @@ class Plan:
 
 
 def check_batch(config: ExperimentConfig, target: Target) -> None:
-    """Raises ValueError where the batch does not divide over the devices that share it, with the changes that help."""
+    """Raises ValueError where the axes do not multiply to the devices, or the batch does not divide over those that share it, with the
+    changes that help. No device is described, so that none that is missing is told first."""
+    axis_sizes(config.mesh, target.num_devices)
     batch, parts = config.data.batch_size, config.optimizer.accumulate
     others = other_axes(config.mesh)
     split = math.prod(others.values())
-    if target.num_devices % split or config.mesh.data is not None:
-        return  # the mesh itself does not fit, which making it says
+    if config.mesh.data is not None:
+        return
     shares = target.num_devices // split
     if (batch // parts) % shares == 0:
         return

@@ -176,9 +176,10 @@ def _tpu_options(target: Target) -> dict[str, Any]:
 
 
 def _cpu_devices(target: Target) -> list[Any]:
-    """Asks for as many CPU devices as the target has, if JAX has not started yet."""
+    """Asks for as many CPU devices as the target has, or as XLA_FLAGS says, for others in this process, if JAX has not started yet."""
+    forced = re.findall(r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", "")) or [0]
     with contextlib.suppress(RuntimeError):  # where JAX runs already, with the devices it has
-        jax.config.update("jax_num_cpu_devices", target.num_devices)
+        jax.config.update("jax_num_cpu_devices", max(target.num_devices, *map(int, forced)))
     devices = jax.devices("cpu")
     if len(devices) < target.num_devices:
         raise TargetError(

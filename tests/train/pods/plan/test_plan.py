@@ -353,6 +353,7 @@ def test_command_writes_a_plan_and_keeps_the_old_one(tmp_path: Path, capsys: pyt
         (["lm_tiny", "--target", "v5e:2x2", "--search", "--exact"], "leave out --search"),
         (["lm_tiny", "--target", "cpu:8", "--data.batch-size", "12"], "--data.batch_size 16"),
         (["lm_tiny", "--target", "cpu:8", "--mesh.tensor", "3"], "mesh.tensor=3"),
+        (["lm_tiny", "--target", "cpu:256", "--mesh.tensor", "3"], "must multiply to the 256 devices"),  # which are not there
         (["lm_tiny", "--target", "v5e:2x2", "--data.tokenizer", "some/tokenizer.json"], "--model.vocab_size"),
     ],
 )
