@@ -59,7 +59,7 @@ def _run(args: Sequence[str]) -> int:
     jax.config.update("jax_platforms", "cpu")  # accelerators are the workers'
     from plait.train.sweep import show
     from plait.train.sweep.asked import asked_for
-    from plait.train.sweep.record import begun, read, refusal
+    from plait.train.sweep.record import begun, joined, read, refusal
     from plait.train.sweep.workers import claims
     from plait.train.sweep.workers.devices import shares
     from plait.train.sweep.workers.pool import run_workers
@@ -68,12 +68,13 @@ def _run(args: Sequence[str]) -> int:
     options = parse(SweepArgs, mine, prog=f"launch.py sweep {args[0]} [options of train, with lists]")
     wanted = asked_for(args[0], rest, options.out, compared=not options.dry_run)
     if options.dry_run:
+        problem = refusal(wanted.folder, wanted.sweep)
+        runs = joined(wanted.folder, wanted.sweep) if problem is None else wanted.sweep.runs
         if wanted.sweep.search is not None:
             console.print(show.space_table(wanted.sweep.search))
-        if wanted.sweep.runs:
-            alone = Path("runs") / wanted.sweep.runs[0].config.name
-            console.print(show.plan_table(wanted.sweep.runs, wanted.folder, alone, console.width))
-        if (problem := refusal(wanted.folder, wanted.sweep)) is not None:
+        if runs:
+            console.print(show.plan_table(runs, wanted.folder, Path("runs") / runs[0].config.name, console.width))
+        if problem is not None:
             notes.print(f"without --dry-run this is refused: {problem}", style="yellow")
         return 0
     if options.status:

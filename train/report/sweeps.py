@@ -24,6 +24,7 @@ from plait.train.sweep import fronts
 from plait.train.sweep.arms import LEVEL, RATE, Arm, Estimate, arms, baselines, difference, sensitivities
 from plait.train.sweep.better import Better
 from plait.train.sweep.better import better as better_of
+from plait.train.sweep.growth import Growth
 from plait.train.sweep.record import Sweep, read
 from plait.train.sweep.workers import claims
 
@@ -84,8 +85,13 @@ def _sections(
     if any(claims.logged(folder, run, name) for arm in found for run in arm.runs.values() for name in PROBED):
         yield Section("Attention", "Sinks and entropy of all runs", [_curves(folder, found, PROBED, "attention")])
     yield Section("Runs", "Runs without a result", [_missing(folder, sweep)])
-    command = f"launch.py sweep {' '.join(sweep.command)}"
-    yield Section("Settings", "Settings", [f"Begun {sweep.since} at commit {sweep.commit or 'unknown'} with: {command}"])
+    given: list[tuple[str, Sweep | Growth]] = [("Begun", sweep)]
+    given += [(f"Given {len(growth.runs)} runs more", growth) for growth in sweep.grown]
+    settings = [
+        f"{what} {one.since} at commit {one.commit or 'unknown'} with: launch.py sweep {' '.join(one.command)}"
+        for what, one in given
+    ]
+    yield Section("Settings", "Settings", settings)
 
 
 def _by_key(found: Sequence[Arm], metric: str, asked: bool) -> Picture | str:

@@ -2,6 +2,7 @@
 
 sweep.json                what was asked for: each run with its overrides and its config; command, commit, versions
 changes.diff              what the code differed in from that commit
+grown.json                runs that were added, by which commands
 runs/NAME/                run folders; a name ends in a hash of the config
 claims/NAME/              which worker has the run (`owner/`), its values where runs are compared (`compared.json`), its end (`outcome.json`)
 trials/                   of a search: what was proposed

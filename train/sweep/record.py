@@ -18,6 +18,7 @@ from plait.configs.sweeps.rows import shown
 from plait.configs.sweeps.stopping import StopConfig
 from plait.train.pods.hosts import hardware
 from plait.train.run_folder.owner import FolderInUse, owned
+from plait.train.sweep.growth import Growth, growths, write_growths
 from plait.train.sweep.runs import Run, SweepError
 from plait.train.sweep.trials import Search, trials
 from plait.train.sweep.workers import claims
@@ -44,6 +45,20 @@ class Sweep:
     """When runs end early."""
     search: Search | None = None
     """What is proposed beside `runs`."""
+    grown: tuple[Growth, ...] = ()
+    """By which commands the last of `runs` were added; they stand in a file of their own."""
+
+    @property
+    def latest(self) -> Growth | Sweep:
+        """What began it, or added runs last: its command asks for all of them."""
+        return self.grown[-1] if self.grown else self
+
+    @property
+    def stages(self) -> list[set[str]]:
+        """The contents of its runs, but for a search's, as it began and after each time that it was given more."""
+        own = [run.content for run in self.runs if run.trial is None]
+        ends = [len(own) - sum(len(growth.runs) for growth in self.grown[number:]) for number in range(len(self.grown) + 1)]
+        return [set(own[:end]) for end in ends]
 
     @property
     def planned(self) -> int:
@@ -73,6 +88,8 @@ def read(folder: Path) -> Sweep:
     found = codec.load(Sweep, folder / SWEEP)
     for index, run in enumerate(found.runs):
         validate(run.config, f"{SWEEP}: runs.{index}.config")
+    if grown := growths(folder):
+        found = dataclasses.replace(found, runs=(*found.runs, *(run for one in grown for run in one.runs)), grown=grown)
     if found.search is None:
         return found
     every = {run.name: run for run in found.runs} | {run.name: run for trial in trials(folder) for run in trial.runs}
@@ -89,7 +106,8 @@ def mark(folder: Path) -> tuple[int, int] | None:
 
 
 def begun(folder: Path, sweep: Sweep) -> Sweep:
-    """The sweep in `folder`, which is begun where there is none yet, by one of all that try.
+    """The sweep in `folder`, which is begun where there is none yet, by one of all that try, and is given the runs that it lacks where all
+    that it has are asked for.
 
     Raises:
         SweepError: there is another one; the message says in what it differs.
@@ -102,12 +120,41 @@ def begun(folder: Path, sweep: Sweep) -> Sweep:
                     _check_remains(folder, sweep)
                     if changes := hardware.changes():
                         write_atomically(folder / CHANGES, changes)
-                    write_atomically(folder / SWEEP, json.dumps(codec.encode(sweep), indent=1) + "\n")
+                    write_atomically(folder / SWEEP, json.dumps(_encoded(sweep), indent=1) + "\n")
         except FolderInUse:
             time.sleep(0.2)
-    found = read(folder)
-    check(folder, found, sweep)
-    return found
+    while True:
+        found = read(folder)
+        check(folder, found, sweep)
+        new = further(found, sweep)
+        if not new:
+            return found
+        try:
+            with owned(folder):
+                if read(folder).grown == found.grown:  # else another command was first
+                    log.info("%s: %d runs there, %d more now", folder, len(found.runs), len(new))
+                    facts = {name: getattr(sweep, name) for name in ("command", "since", "commit", "versions")}
+                    write_growths(folder, (*found.grown, Growth(**facts, runs=new)), hardware.changes())
+        except FolderInUse:
+            time.sleep(0.2)
+
+
+def further(there: Sweep, sweep: Sweep) -> tuple[Run, ...]:
+    """The runs that are asked for and are not there; none where a search proposes them."""
+    known = {run.content for run in there.runs}
+    return () if sweep.search is not None else tuple(run for run in sweep.runs if run.content not in known)
+
+
+def joined(folder: Path, sweep: Sweep) -> tuple[Run, ...]:
+    """The runs there will be, where nothing refuses the sweep: those of the folder, under their names there, then further ones."""
+    if sweep.search is not None or not (folder / SWEEP).exists():
+        return sweep.runs
+    there = read(folder)
+    return (*there.runs, *further(there, sweep))
+
+
+def _encoded(sweep: Sweep) -> Any:
+    return {name: value for name, value in codec.encode(sweep).items() if name != "grown"}
 
 
 def refusal(folder: Path, sweep: Sweep) -> str | None:
@@ -130,7 +177,7 @@ def _check_folder(folder: Path) -> None:
 
 def _check_remains(folder: Path, sweep: Sweep) -> None:
     """Raises SweepError where a sweep was here whose `sweep.json` is gone and whose runs this one has not: its table would be lost."""
-    names = {run.name for run in sweep.runs}
+    names = {run.name for run in (*sweep.runs, *(run for one in growths(folder) for run in one.runs))}
     there = sorted(path.name for path in (folder / claims.CLAIMS).glob("*") if path.is_dir())
     if others := [name for name in there if name not in names and not (sweep.search is not None and name.startswith("trial="))]:
         raise SweepError(
@@ -140,17 +187,19 @@ def _check_remains(folder: Path, sweep: Sweep) -> None:
 
 
 def check(folder: Path, old: Sweep, new: Sweep) -> None:
-    """Raises SweepError where the runs of two sweeps differ; says where their code does."""
+    """Raises SweepError where the runs of two sweeps differ, and the new ones are neither what the old sweep once was nor all of it and
+    more; says where their code does."""
     before, now = ({run.content: run for run in one.runs if run.trial is None} for one in (old, new))
-    if before.keys() != now.keys():
+    grows = old.search is None and new.search is None and before.keys() < now.keys()
+    if now.keys() not in old.stages and not grows:
         found = _differences(
             [before[one] for one in before.keys() - now.keys()], [now[one] for one in now.keys() - before.keys()]
         )
         more = f"\n  and {len(found) - _MOST} more" if len(found) > _MOST else ""
         lines = "".join(f"\n  {line}" for line in found[:_MOST])
         raise SweepError(
-            f"out={str(folder)!r} holds another sweep, begun with {' '.join(old.command)!r}; use that command, or another folder, as "
-            f"--out {folder}-2. "
+            f"out={str(folder)!r} holds another sweep, begun with {' '.join(old.latest.command)!r}; use that command, one that asks for "
+            f"its runs and for more, or another folder, as --out {folder}-2. "
             f"It differs in:{lines}{more}"
         )
     if old.search != new.search:
@@ -161,8 +210,9 @@ def check(folder: Path, old: Sweep, new: Sweep) -> None:
         raise SweepError(
             f"out={str(folder)!r} holds a sweep that ends runs by another rule: {'; '.join(found)}; use that, or another --out"
         )
-    if (old.commit, old.versions) != (new.commit, new.versions):
-        code = codec.differences({"commit": old.commit, **old.versions}, {"commit": new.commit, **new.versions})
+    last = old.latest
+    if (last.commit, last.versions) != (new.commit, new.versions):
+        code = codec.differences({"commit": last.commit, **last.versions}, {"commit": new.commit, **new.versions})
         log.warning("%s was begun with other code: %s", folder, "; ".join(code))
 
 

@@ -30,11 +30,63 @@ def test_another_command_is_refused_with_the_difference(tmp_path, corpus):
     small(tmp_path, corpus, "--seed", "1,0")  # the same runs
     with pytest.raises(
         SweepError,
-        match=r"holds another sweep, begun with 'lm_tiny .*' ?; use that command, or another folder, as --out \S+-2\. It differs",
+        match=r"holds another sweep, begun with 'lm_tiny .*' ?; use that command, one .* or another folder, as --out \S+-2\. It differs",
     ) as error:
         small(tmp_path, corpus, "--seed", "0,2")
     assert "asked for now and not there: " in str(error.value) and "seed=2" in str(error.value)
     assert "there and not asked for now: " in str(error.value) and "seed=1" in str(error.value)
+
+
+def test_a_command_that_asks_for_more_adds_runs_and_keeps_those_there(tmp_path, corpus, caplog):
+    first = small(tmp_path, corpus, "--seed", "0,1")
+    claims.write_outcome(tmp_path, first.runs[0], claims.Outcome(status="done"))
+    begun = (tmp_path / record.SWEEP).read_bytes()
+    rate = first.runs[0].config.optimizer.learning_rate
+    rates = ["--optimizer.learning-rate", f"{rate},{3 * rate}"]
+    with caplog.at_level("INFO", "plait"):
+        more = small(tmp_path, corpus, "--seed", "2,1,0", *rates)
+    assert more.runs[:2] == first.runs, "under their names"
+    assert len(more.runs) == 6 == len({run.content for run in more.runs})
+    assert [claims.status(tmp_path, run) for run in more.runs] == ["done", *["queued"] * 5]
+    assert (tmp_path / record.SWEEP).read_bytes() == begun, "by which workers know their sweep"
+    assert (
+        record.read(tmp_path) == more
+        and more.latest.command[-1] == rates[1]
+        and "2 runs there, 4 more now" in caplog.text
+    )
+
+    assert small(tmp_path, corpus, "--seed", "0,1") == more, "who began it helps with all of it"
+    most = small(tmp_path, corpus, "--seed", "2,1,0,3", *rates)
+    assert most.runs[:6] == more.runs and len(most.runs) == 8 and len(most.grown) == 2
+    for words in (["--seed", "0,2"], ["--seed", "0,1,2,3,4"], ["--seed", "0,1,2,3,4", *rates, "--steps", "9"]):
+        with pytest.raises(SweepError, match=r"(?s)holds another sweep, begun with 'lm_tiny .*--seed 2,1,0,3 .*It differs in:"):
+            small(tmp_path, corpus, *words)
+    with pytest.raises(SweepError, match="ends runs by another rule"):
+        small(
+            tmp_path,
+            corpus,
+            "--seed",
+            "0,1,2,3,4",
+            *rates,
+            "--stop.rule",
+            "median",
+            "--stop.first",
+            "2",
+            "--stop.metric",
+            "loss/train",
+        )
+    (tmp_path / record.SWEEP).unlink()
+    assert small(tmp_path, corpus, "--seed", "0,1").runs == most.runs, "the runs that were added are not another sweep's"
+
+
+def test_of_many_that_add_runs_at_once_all_find_one_sweep(tmp_path, corpus):
+    small(tmp_path, corpus, "--seed", "0,1")
+    found = []
+    add = lambda: found.append(small(tmp_path, corpus, "--seed", "0,1,2"))
+    threads = [threading.Thread(target=add) for _ in range(4)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert len(found) == 4 and all(one == found[0] for one in found) and len(found[0].grown) == 1
 
 
 def test_a_preset_that_changed_under_a_sweep_is_refused(tmp_path, corpus):

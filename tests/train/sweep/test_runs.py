@@ -7,7 +7,7 @@ import pytest
 
 from plait.configs.sweeps.rows import each, product, zipped
 from plait.launch import main
-from plait.tests.train.sweep.common import small
+from plait.tests.train.sweep.common import SMALL, small
 from plait.train.sweep import runs, show
 from plait.train.sweep.runs import SweepError, resolved
 from plait.train.sweep.table import varying
@@ -100,6 +100,10 @@ def test_dry_run_is_shown_where_the_usual_folder_holds_another_sweep(tmp_path, c
     assert "3 runs; " in told.out
     refused = "out='sweeps/lm_tiny' holds another sweep, begun with 'lm_tiny --model.pattern=softmax"
     assert f"without --dry-run this is refused: {refused}" in told.err and "as --out sweeps/lm_tiny-2. It" in told.err
+    grown = ["--seed", "0,1,2", *SMALL, "--data.source", str(corpus)]
+    assert main(["sweep", "lm_tiny", *grown, "--dry-run"]) == 0, "such a sweep would be given a run more"
+    told = capsys.readouterr()
+    assert "3 runs; " in told.out and "refused" not in told.err
     assert main([*words, "--dry-run", "--out", "sweeps/other"]) == 0 and "refused" not in capsys.readouterr().err
     assert main([*words, "--status"]) == 2 and refused in capsys.readouterr().err
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before

@@ -17,6 +17,7 @@ from plait.train.run_folder import owner
 from plait.train.run_folder.lines import read_metrics
 from plait.train.run_folder.owner import owned
 from plait.train.sweep import show
+from plait.train.sweep.record import read
 from plait.train.sweep.table import CSV, PARQUET
 from plait.train.sweep.workers import claims, worker
 from plait.train.sweep.workers.worker import work
@@ -163,3 +164,15 @@ def test_a_full_disk_in_one_run_harms_no_other(tmp_path, corpus, compile_cache, 
     assert {row["status"] for row in csv.DictReader((tmp_path / CSV).open())} == {"failed", "done"}
     free()
     assert work(tmp_path) == DONE and standing(tmp_path, sweep) == ["done", "done"]
+
+
+def test_runs_that_are_added_meanwhile_are_trained_too(tmp_path, corpus, monkeypatch):
+    def trained(config, judge):
+        small(tmp_path, corpus, "--seed", "0,1,2")
+        return Result(Path(config.folder), config.steps, True, {})
+
+    monkeypatch.setattr(worker, "train", trained)
+    small(tmp_path, corpus, "--seed", "0")
+    assert work(tmp_path) == DONE
+    assert standing(tmp_path, read(tmp_path)) == ["done"] * 3
+    assert [row["seed"] for row in csv.DictReader((tmp_path / CSV).open())] == ["0", "1", "2"]

@@ -36,7 +36,7 @@ def sweep_job(
     if (Path(sweep) / SWEEP).exists():
         if rest:
             raise ValueError(f"{sweep!r} holds a sweep, whose runs stand in its {SWEEP}; leave out {' '.join(rest)}")
-        sweep, *rest = read(Path(sweep)).command
+        sweep, *rest = read(Path(sweep)).latest.command
     runs = asked_for(sweep, rest, None, compared=False).sweep.planned
     return Job(
         name=name or sweep.replace("_", "-"),

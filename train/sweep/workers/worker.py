@@ -56,12 +56,10 @@ def work(folder: Path, number: int = 0, count: int = 1, failures: Mapping[str, i
                     return FAILED
                 if worker.is_due(run) and (patient or claims.holder(folder, run) is None) and not worker.take(run):
                     return STOPPED
-            if sweep.search is None:
-                break
             if worker.is_lost():
                 return FAILED
-            more = propose(folder, sweep.search, sweep.runs)
-            worker.sweep = read(folder)
+            more = sweep.search is not None and propose(folder, sweep.search, sweep.runs)
+            worker.sweep = read(folder)  # another command may have given it runs
             if not more and len(worker.sweep.runs) == len(runs):
                 break
     worker.write_table()
