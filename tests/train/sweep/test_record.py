@@ -49,11 +49,7 @@ def test_a_command_that_asks_for_more_adds_runs_and_keeps_those_there(tmp_path, 
     assert len(more.runs) == 6 == len({run.content for run in more.runs})
     assert [claims.status(tmp_path, run) for run in more.runs] == ["done", *["queued"] * 5]
     assert (tmp_path / record.SWEEP).read_bytes() == begun, "by which workers know their sweep"
-    assert (
-        record.read(tmp_path) == more
-        and more.latest.command[-1] == rates[1]
-        and "2 runs there, 4 more now" in caplog.text
-    )
+    assert record.read(tmp_path) == more and more.latest.command[-1] == rates[1] and "2 runs there, 4 more now" in caplog.text
 
     assert small(tmp_path, corpus, "--seed", "0,1") == more, "who began it helps with all of it"
     most = small(tmp_path, corpus, "--seed", "2,1,0,3", *rates)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,10 @@ from plait.train.pods.launch_files import gke, slurm, tpu_vm
 from plait.train.pods.launch_files.job import Job, checked_experiment
 from plait.train.pods.launch_files.machines import machines
 from plait.train.pods.launch_files.options import GkeOptions, LaunchOptions, SlurmOptions, SweepOptions, TpuVmOptions, check_label
+from plait.train.pods.launch_files.paths import doubts, paths_of
 from plait.train.pods.launch_files.sweep import sweep_job
+
+log = logging.getLogger("plait")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,13 +42,16 @@ KINDS = {
 
 def write_launch(args: Sequence[str]) -> tuple[Path, Job]:
     """Writes the file of `KIND PRESET [train overrides] --target TOPOLOGY [options]`, or of `KIND --sweep NAME ...`; returns its path and
-    what it starts.
+    what it starts. Says which paths the hosts may not find.
 
     Raises:
         ValueError: bad values; an experiment that does not fit the machines; a file that is there already.
     """
     options, job, text = prepare(args)
-    return _write(options, text, f"{job.name}.{KINDS[args[0]].suffix}"), job
+    path = _write(options, text, f"{job.name}.{KINDS[args[0]].suffix}")
+    for doubt in doubts(options, job.paths):
+        log.warning("%s", doubt)
+    return path, job
 
 
 def prepare(args: Sequence[str]) -> tuple[LaunchOptions, Job, str]:
@@ -74,8 +81,8 @@ def prepare(args: Sequence[str]) -> tuple[LaunchOptions, Job, str]:
             preset=preset,
             overrides=tuple(overrides),
             written_by=written_by,
+            paths=paths_of([checked_experiment(preset, overrides, there)]),
         )
-        checked_experiment(preset, overrides, job.machines)
     check_label("name", job.name)
     return options, job, kind.render(options, job)
 

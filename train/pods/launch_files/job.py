@@ -13,6 +13,7 @@ from plait.configs.vocabulary import with_vocabulary
 from plait.train.mesh import make_mesh
 from plait.train.pods.hosts.host import host_options
 from plait.train.pods.launch_files.machines import Machines
+from plait.train.pods.launch_files.paths import Paths
 from plait.train.program import Program
 
 _OWN_FLAGS = {
@@ -35,6 +36,8 @@ class Job:
     """Of the config, as given."""
     written_by: tuple[str, ...]
     """The command that wrote the file, to be pasted."""
+    paths: Paths = ()
+    """That it reads."""
     elements: int = 0
     """Hosts that share the runs of a sweep, each by itself; 0 for one run on all machines."""
 

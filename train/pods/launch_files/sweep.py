@@ -11,6 +11,7 @@ from plait.configs.command_line.words import parse
 from plait.train.commands.sweep import SweepArgs
 from plait.train.pods.launch_files.job import Job
 from plait.train.pods.launch_files.machines import Machines
+from plait.train.pods.launch_files.paths import paths_of
 from plait.train.sweep.asked import asked_for
 from plait.train.sweep.record import SWEEP, read
 
@@ -37,12 +38,13 @@ def sweep_job(
         if rest:
             raise ValueError(f"{sweep!r} holds a sweep, whose runs stand in its {SWEEP}; leave out {' '.join(rest)}")
         sweep, *rest = read(Path(sweep)).latest.command
-    runs = asked_for(sweep, rest, None, compared=False).sweep.planned
+    found = asked_for(sweep, rest, None, compared=False).sweep
     return Job(
         name=name or sweep.replace("_", "-"),
         machines=machines,
         preset=sweep,
         overrides=(*rest, *own),
         written_by=written_by,
-        elements=elements or min(math.ceil(runs / options.workers), _MOST_ELEMENTS),
+        paths=paths_of(run.config for run in found.runs),
+        elements=elements or min(math.ceil(found.planned / options.workers), _MOST_ELEMENTS),
     )

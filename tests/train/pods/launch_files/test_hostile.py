@@ -162,6 +162,7 @@ def nodes(node):
 @pytest.fixture(autouse=True)
 def _without_the_experiment(monkeypatch):
     monkeypatch.setattr(launch_files, "checked_experiment", lambda *_: None)
+    monkeypatch.setattr(launch_files, "paths_of", lambda _: ())
 
 
 @pytest.mark.parametrize("kind", COMMANDS)

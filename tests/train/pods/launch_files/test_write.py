@@ -101,6 +101,59 @@ def test_file_is_not_overwritten(tmp_path, capsys):
     assert "is a file; give a folder" in capsys.readouterr().err
 
 
+CONTAINER = f"{TO_SLURM} --image nvcr.io#team/plait:1"
+DOUBTS = {
+    "a name": (f"gke lm_tiny {TO_GKE}", None),
+    "an address": (f"gke lm_tiny {TO_GKE} --data.source gs://b-1/tokens", None),
+    "a task without text": (f"gke lm_tiny {TO_GKE} --data.source web --data.task mqar", None),
+    "a relative path": (
+        f"tpu-vm lm_tiny {TO_TPU} --data.source web",
+        "data.source='web' is a relative path, which each host looks for",
+    ),
+    "of a mixture": (
+        f"slurm lm_tiny {TO_SLURM} --data.sources.web.source web --data.sources.talk.source sotu",
+        "data.sources.web.source='web' is a relative path",
+    ),
+    "in the bucket": (f"tpu-vm lm_tiny {TO_TPU} --data.source /mnt/plait/web", None),
+    "outside of the bucket": (
+        f"tpu-vm lm_tiny {TO_TPU} --data.source /home/me/web",
+        "data.source='/home/me/web' is outside of mount='/mnt/plait', which all hosts share; put it there, give an address, or",
+    ),
+    "outside of the claim": (
+        f"gke lm_tiny {TO_GKE} --init-from /home/me/run",
+        "init_from='/home/me/run' is outside of mount='/runs'",
+    ),
+    "there": (f"slurm lm_tiny {TO_SLURM} --data.source HERE", None),
+    "a pattern that matches": (f"slurm lm_tiny {TO_SLURM} --data.source 'HERE/**/*.txt'", None),
+    "not there": (
+        f"slurm lm_tiny {TO_SLURM} --data.source HERE/no",
+        "no' is not on this machine; see that every host finds it there",
+    ),
+    "a tokenizer": (
+        f"slurm lm_tiny {TO_SLURM} --data.vocab-size None --model.vocab-size 300 --data.tokenizer /nowhere/tokenizer.json",
+        "data.tokenizer='/nowhere/tokenizer.json' is not on this machine",
+    ),
+    "not in the container": (
+        f"slurm lm_tiny {CONTAINER} --data.source HERE",
+        "is in no folder that the container sees; give one that holds it with --mount",
+    ),
+    "in the container": (f"slurm lm_tiny {CONTAINER} --data.source HERE --mount HERE", None),
+    "of a sweep": (f"slurm --sweep lm_tiny --seed 0,1 {TO_SWEEP} --data.source HERE/no", "is not on this machine"),
+}
+
+
+@pytest.mark.parametrize(("words", "doubt"), DOUBTS.values(), ids=DOUBTS)
+def test_paths_that_the_hosts_may_not_find_are_said_and_written(words, doubt, tmp_path, monkeypatch, caplog):
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "a.txt").touch()
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(words.replace("HERE", str(tmp_path / "corpus")))
+    assert main(["write-launch", *words, *([] if "--sweep" in words else ["--data.batch-size", "16"])]) == 0
+    assert len(list((tmp_path / "launch").iterdir())) == 1
+    told = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert told == [] if doubt is None else len(told) == 1 and doubt in told[0]
+
+
 def test_overrides_of_the_supervisor_pass_through(tmp_path):
     found = machines("h100:2x8")
     checked_experiment("lm_tiny", ["--data.batch-size", "16", "--hosts.step-seconds", "120"], found)
