@@ -15,7 +15,7 @@ from plait.train.probes.base import chosen, statistics
 from plait.train.report import write_report
 from plait.train.report.panels import curves
 from plait.train.report.panels.curves import smooth
-from plait.train.report.run import load_run
+from plait.train.report.run import load_run, load_runs
 from plait.train.report.style import panels
 from plait.train.run_folder.probe_files import write_attention, write_layers, write_probes
 from plait.train.run_folder.writer import MetricsWriter
@@ -184,6 +184,29 @@ def test_every_panel_is_drawn_and_every_statistic_and_event_defined(full_report)
         assert html.escape(words) in text, words
     for part in ("induction head", "Massive activations in layers", "heads are chosen by".capitalize(), "became a sink"):
         assert part in text, part
+
+
+def test_a_metric_of_kinds_of_layers_is_drawn_once(tmp_path, monkeypatch):
+    """Beside each other in one panel; what one kind alone has is that of all layers."""
+    runs = [make_run(tmp_path / name, pattern=("softmax", "gla"), heads=2, steps=20, probes=2, moh=False) for name in "ab"]
+    for run in runs:
+        with MetricsWriter(run, tensorboard=False) as writer:
+            entropy = {f"attn/{kind}entropy_mean": value for kind, value in (("", 1.0), ("full/", 1.5), ("linear/", 0.5))}
+            sinks = {"attn/sink_elsewhere": 0.2, "attn/full/sink_elsewhere": 0.2}
+            for step in (21, 22):
+                writer.write(step, entropy | sinks, tokens=1, seconds=1.0)
+    drawn, title = {}, curves.title
+    monkeypatch.setattr(curves, "title", lambda ax, words, **style: (drawn.update({words: ax}), title(ax, words, **style)))
+    curves.scalars(load_runs(runs[:1]))
+    assert [name for name in drawn if name.startswith("attn/")] == ["attn/entropy_mean", "attn/sink_elsewhere"]
+    labels = [[text.get_text() for text in found.get_texts()] for ax in drawn.values() if (found := ax.get_legend())]
+    assert labels == [["all", "full", "linear"]]
+    ends = {line.get_label(): line.get_ydata()[-1] for line in drawn["attn/entropy_mean"].lines}
+    assert ends["full"] == 1.5 and ends["linear"] == 0.5 and 0.4 < ends["all"] < 1.1
+    drawn.clear()
+    curves.scalars(load_runs(runs))
+    kinds = ["attn/entropy_mean", "attn/full/entropy_mean", "attn/linear/entropy_mean", "attn/sink_elsewhere"]
+    assert [name for name in drawn if name.startswith("attn/")] == kinds
 
 
 def test_what_no_layer_has_is_named_and_has_no_section(tmp_path):

@@ -14,6 +14,7 @@ from plait.train.report.panels import seeds
 from plait.train.report.run import Run
 from plait.train.report.style import (
     INK,
+    KIND_DASHES,
     MUTED,
     Picture,
     kind_colour,
@@ -222,6 +223,9 @@ def scalars(runs: Sequence[Run]) -> Picture | str:
     names = [name for name in SCALARS if name in logged] + sorted(
         name for name in logged if name not in (*SCALARS, *OFTEN, *drawn) and not name.startswith(POSITIONS)
     )
+    told_apart = {name: of for name in names if (of := _by_kind(name, names, sorted(kinds)))}
+    within = {one for of in told_apart.values() for one in of.values() if len(of) == 1 or len(runs) == 1}
+    names = [name for name in names if name not in within]
     if not names:
         return "Besides the loss nothing was logged: no speed, no gradient norm."
     shown = names[:24]
@@ -233,6 +237,18 @@ def scalars(runs: Sequence[Run]) -> Picture | str:
             if steps.size > 1 and runs[index].repeats == 1:
                 ax.plot(*thin(steps, values), color=run_colour(runs[index].place), linewidth=0.5, alpha=0.25)
         seeds.draw(ax, runs, {index: (steps, smooth(values)) for index, (steps, values) in found.items()}, thin)
+        if len(runs) == 1 and len(of := told_apart.get(name, {})) > 1:
+            for kind, one in of.items():
+                steps, values = runs[0].series(one)
+                ax.plot(
+                    *thin(steps, smooth(values)),
+                    color=kind_colour(kind),
+                    linestyle=KIND_DASHES.get(kind, "-"),
+                    linewidth=1.3,
+                    label=kind,
+                )
+            ax.lines[-len(of) - 1].set_label("all")
+            ax.legend(fontsize=6.5, loc="best", handlelength=1.4)
         title(ax, words, size=8.5)
         ax.set_ylabel(unit, fontsize=7.5)
         lines = [line.get_ydata() for line in ax.lines]
@@ -244,6 +260,11 @@ def scalars(runs: Sequence[Run]) -> Picture | str:
         step_axis(ax)
     more = f" {len(names) - len(shown)} more names are in metrics.jsonl." if len(names) > len(shown) else ""
     return picture("scalars", figure, "Faint: as logged. Solid: exponential mean over 2% of the points." + more)
+
+
+def _by_kind(name: str, names: Sequence[str], kinds: Sequence[str]) -> dict[str, str]:
+    """By kind of layer, the names of a metric of attention for the layers of each that has it; the metric of one kind alone is the same."""
+    return {kind: one for kind in kinds if name.startswith(ATTENTION) and (one := kind_name(name, kind)) in names}
 
 
 def event_title(kind: str) -> str:
