@@ -42,7 +42,7 @@ def main(folder: Path) -> None:
     """Writes the figure and prints a line a run."""
     runs = [run for run in read(folder).runs if claims.status(folder, run) in claims.ENDED]
     with matplotlib.rc_context({**RC, "font.size": 9.5}):
-        figure = Figure(figsize=(12.4, 3.3), facecolor=PAPER, layout="constrained")
+        figure = Figure(figsize=(12.4, 3.6), facecolor=PAPER, layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots(1, 4)
         for run in runs:
@@ -65,7 +65,7 @@ def main(folder: Path) -> None:
         axes[3].yaxis.set_major_formatter("{x:g}")
         axes[3].yaxis.set_minor_formatter(NullFormatter())
         handles = {text: line for line, text in zip(*axes[0].get_legend_handles_labels())}
-        axes[0].legend(handles.values(), handles.keys(), frameon=False)
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), frameon=False)
         figure.savefig(OUT, dpi=110)
     print(OUT)
     for run in sorted(runs, key=lambda run: (run.config.model.num_layers, ARMS.index(arm(run)), run.config.seed)):

@@ -14,6 +14,7 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from plait.train.report.style import FAINT, INK, PAPER, RC, RUN_COLOURS
 from plait.train.sweep.arms import Arm, arms
@@ -43,7 +44,7 @@ def main(folder: Path) -> None:
     found = [one for one in arms(folder, read(folder), [WARMUP], "loss/val") if one.values]
     labels = list(dict.fromkeys(named(one.keys) for one in found))
     with matplotlib.rc_context({**RC, "font.size": 9.5}):
-        figure = Figure(figsize=(12.4, 3.8), facecolor=PAPER, layout="constrained")
+        figure = Figure(figsize=(12.4, 4.1), facecolor=PAPER, layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots(1, 3, width_ratios=(1, 1, 1.1))
         for ax, name, title in zip(
@@ -59,6 +60,7 @@ def main(folder: Path) -> None:
             ax.grid(color=FAINT)
         axes[1].set(yscale="log")
         axes[1].yaxis.set_major_formatter("{x:g}")
+        axes[1].yaxis.set_minor_formatter(NullFormatter())
         axes[0].set(ylim=(0, 1))
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(labels), frameon=False)
         for one in found:
@@ -73,7 +75,7 @@ def main(folder: Path) -> None:
         axes[2].set(xlabel="validation loss, nats per byte")
         axes[2].set_title("Loss at the end, a point a seed", color=INK, loc="left")
         axes[2].grid(color=FAINT)
-        axes[2].legend(frameon=False)
+        axes[2].legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
         figure.savefig(OUT, dpi=110)
     print(OUT)
     for one in found:
