@@ -142,12 +142,13 @@ def test_sighup_asks_for_an_end_unless_it_is_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_is_passed_on_and_waited_for(number, run):
     threading.Timer(1.5, os.kill, (os.getpid(), number)).start()
     program = "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.5), os._exit(75)))\ntime.sleep(60)"
-    status, seconds, _ = run(program)
+    status, seconds, said = run(program)
     assert status == 75 and 1.9 < seconds < 6
+    assert ("a second one ends at once" in said) == (number == signal.SIGINT)
 
 
 def test_one_of_several_here_that_dies_ends_the_others(run):

@@ -223,6 +223,8 @@ class Signals:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and not self.asked:
+            print("Ctrl-C: ending after what is in progress; a second one ends at once", file=sys.stderr, flush=True)
         self.killed = self.asked and number == signal.SIGINT
         self.asked = True
         for child in self.children:
