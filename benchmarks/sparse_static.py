@@ -12,7 +12,10 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+import jax.numpy as jnp
 import tpu_static
+
+from plait.kernels.attention.pallas_tpu import choose_tiles
 
 LENGTH = 8192
 """Of the square of tiles."""
@@ -23,15 +26,15 @@ CUTS = (
     (64, 16, 128, 64),
     (64, 16, 128, 128),
     (64, 4, 256, 64),
-    (1024, 1, 1024, 512),
+    (1024, 1, 1024, 1024),
     (512, 1, 512, 512),
     (256, 1, 1024, 256),
     (128, 1, 1024, 128),
 )
 """Block size, heads, queries and keys of a tile where blocks are selected."""
 
-DIAGONAL = [[0 if query < key else 1 + (query > key) for query in range(8)] for key in range(8)]
-"""Of each 128 keys of a tile of 1,024 what order shows to 128 queries: nothing, some, all."""
+DIAGONAL = [[0 if query < key else 1 + (query > key) for query in range(8)] for key in range(16)]
+"""Of each 128 of 2,048 keys what order shows to 128 of the first 1,024 queries: nothing, some, all. A tile of fewer keys has the first rows."""
 
 
 def main() -> None:
@@ -52,25 +55,29 @@ def main() -> None:
 
     only = args.only.split(",")
     if "tiles" in only:
-        print(f"{args.target}, a tile of 1,024 by 1,024: all visible, all masked, edge, no work")
+        print(f"{args.target}, a tile: queries and keys, all visible, all masked, edge, no work")
         for kernel in tpu_static.KERNELS:
             kinds = ({"name": "full"}, {"name": "masked"}, {"name": "edge", "cells": DIAGONAL}, {"name": "skip"})
             found = (cycles(kernel=kernel, backward=kernel != "forward", **kind) for kind in kinds)
-            show(kernel, *(None if x is None else x / (LENGTH // 1024) ** 2 for x in found))
+            tile = getattr(choose_tiles(args.target, 128, 128, jnp.bfloat16), "forward" if kernel == "forward" else "gradients")
+            count = (LENGTH // tile.block_q) * (LENGTH // tile.block_kv)
+            show(f"{kernel}, {tile.block_q} by {tile.block_kv}", *(None if x is None else x / count for x in found))
     if "visits" in only:
-        print(f"{args.target}, a visit: forward under the mask, where the choice alone hides keys, all gradients")
+        print(
+            f"{args.target}, a visit: forward under the mask, where the choice alone hides keys, on the diagonal, all gradients"
+        )
         blind = args.target in ("v5e", "v5p")
         for cut in CUTS:
             kinds = [
                 ("forward", "selected"),
-                *[("forward", "chosen")] * (cut[0] >= cut[3]),
+                *[("forward", "chosen"), ("forward", "edge")] * (cut[0] >= cut[3]),
                 ("all_gradients", "open" if blind else "selected"),
             ]
             each = []
             for kernel, name in kinds:
                 ends = [cycles(kernel=kernel, backward=True, name=name, cut=cut, visits=n) for n in VISITS]
                 each.append(None if None in ends else (ends[1] - ends[0]) / (VISITS[1] - VISITS[0]))  # type: ignore[operator]
-            show("{1} heads, {2} queries, {3} keys".format(*cut), *each[:1], *(each[1:-1] or [None]), each[-1])
+            show("{1} heads, {2} queries, {3} keys".format(*cut), *each[:1], *(each[1:-1] or [None, None]), each[-1])
     if "choosing" in only:
         print(f"{args.target}, choosing of 32,768 queries of 16 heads: XLA's part")
         for name in ("chunked", "pallas_tpu"):

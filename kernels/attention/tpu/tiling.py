@@ -62,13 +62,12 @@ class Tiles:
 
     def sized(self, layout: Layout) -> "Tiles":
         """These tiles, of the size that has the least work under a layout."""
-        sizes = {name: least(layout, (tile.block_q, tile.block_kv)) for name, tile in vars(self).items()}
-        return Tiles(
-            **{
-                name: replace(tile, block_q=q, block_kv=kv)
-                for (name, tile), (q, kv) in zip(vars(self).items(), sizes.values(), strict=True)
-            }
-        )
+
+        def sized(tile: Tile) -> Tile:
+            block_q, block_kv = least(layout, (tile.block_q, tile.block_kv))
+            return replace(tile, block_q=block_q, block_kv=block_kv)
+
+        return Tiles(**{name: sized(tile) for name, tile in vars(self).items()})
 
     def fit(self, num_queries: int, num_keys: int) -> "Tiles":
         """These tiles, none longer than the sequences need."""
