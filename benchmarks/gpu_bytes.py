@@ -66,8 +66,12 @@ def array_bytes(text: str) -> int:
     )
 
 
-def traffic(hlo: str) -> list[Traffic]:
-    """What the optimised program launches, in its order; what a loop holds, once a trip."""
+def traffic(hlo: str, *, slices: bool = False) -> list[Traffic]:
+    """What the optimised program launches, in its order; what a loop holds, once a trip.
+
+    With `slices` an operand of which a pass reads slices alone, or numbers by a list, counts what is read of it, and a result that is one
+    operand but for a slice counts the slice; of a condition the branch counts that is taken where it holds.
+    """
     bodies: dict[str, list[tuple[str, str, str, str]]] = {}
     types: dict[str, str] = {}
     name = entry = ""
@@ -81,6 +85,33 @@ def traffic(hlo: str) -> list[Traffic]:
             if name:
                 bodies[name].append((found[1], found[3], re.split(r"\)(?:,|$)", found[4])[0], line))
 
+    def moved(result: str, operation: str, operands: list[str], inner: str | None) -> int:
+        """Bytes of a pass, which does its work in the computation `inner`, if in any."""
+        body = bodies.get(inner or "", ())
+        parameters = {int(x[2]): x[0] for x in body if x[1] == "parameter"}
+        whole, out = array_bytes(types[result]), 0
+        if slices and operation.endswith("-start"):  # its tuple names the operands again
+            whole -= sum(array_bytes(types[x]) for x in operands)
+        updates = [x for x in body if x[1] == "dynamic-update-slice"] if slices else []
+        begun: set[str] = set()
+        for name, _, text, _ in updates:
+            into, update = re.findall(r"%([\w.\-]+)", text)[:2]
+            if array_bytes(types[name]) == whole:
+                out, begun = array_bytes(types[update]), begun | {into}
+        total = out or whole
+        for i, operand in enumerate(operands):
+            size, parameter = array_bytes(types[operand]), parameters.get(i)
+            uses = [x for x in body if parameter and re.search(rf"%{re.escape(parameter)}\b(?![.\-])", x[2])]
+            if not slices or not uses:
+                total += size if operand not in operands[:i] else 0
+            elif parameter in begun and len(uses) == 1:
+                continue
+            elif all(x[1] in ("dynamic-slice", "slice", "gather") for x in uses):
+                total += min(size, sum(array_bytes(types[x[0]]) for x in uses))
+            else:
+                total += size
+        return total
+
     def walk(name: str) -> list[Traffic]:
         found: list[Traffic] = []
         for result, operation, operands, line in bodies.get(name, ()):
@@ -89,14 +120,16 @@ def traffic(hlo: str) -> list[Traffic]:
                 found += walk(loop[1]) * (int(trips[1]) if trips else 1)
             elif operation == "call" and (callee := re.search(r"to_apply=%?([\w.\-]+)", line)):
                 found += walk(callee[1])
-            if operation in FREE:
+            elif slices and operation == "conditional" and (branch := re.search(r"true_computation=%?([\w.\-]+)", line)):
+                found += walk(branch[1])
+            if operation in FREE or (slices and operation.endswith("-done")):
                 continue
             fused = re.search(r"calls=%?([\w.\-]+)", line)
             if fused and any("mosaic_gpu" in x[3] for x in bodies.get(fused[1], ())):  # A launch that reads or writes slices.
                 found += [x for x in walk(fused[1]) if x.kernel]
                 continue
-            read = dict.fromkeys(re.findall(r"%([\w.\-]+)", operands))
-            num_bytes = array_bytes(types[result]) + sum(array_bytes(types[x]) for x in read)
+            read = re.findall(r"%([\w.\-]+)", operands)
+            num_bytes = moved(result, operation, read, fused[1] if fused else None)
             kernel = "mosaic_gpu" in line
             label = re.search(r'op_name="[^"]*?(\w+)/mpmd_map"', line) if kernel else None
             found.append(Traffic(label[1] if label else result, kernel, num_bytes))

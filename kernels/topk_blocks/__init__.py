@@ -18,6 +18,7 @@ _op = Op(
     "topk_blocks",
     CONTEXT,
     pallas_tpu=kernel("tpu", "plait.kernels.topk_blocks.pallas_tpu", "topk_blocks"),
+    pallas_gpu=kernel("gpu", "plait.kernels.topk_blocks.pallas_gpu", "topk_blocks"),
     chunked=Implementation(chunked.topk_blocks),
     reference=Implementation(reference.topk_blocks),
 )
@@ -67,7 +68,7 @@ def topk_blocks(
       weights: [B, T, H] floating: scores are weights_ih relu(q_ih . c_n), as those of DSA's lightning indexer, and the heads of a group choose
         together; `by_group` and no `scale`.
       at: what is known of the queries; padding selects nothing. None is one segment.
-      implementation: "auto", "pallas_tpu", "chunked" or "reference".
+      implementation: "auto", "pallas_tpu", "pallas_gpu", "chunked" or "reference".
 
     Returns:
       `SelectedBlocks` of int32 [B, T, H, min(top_k, N + 1)], or of Hkv heads with `by_group`, to be used with a causal mask; with

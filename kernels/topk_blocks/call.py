@@ -39,6 +39,12 @@ class TopkCall(Call):
     weights: Any = field(metadata=letters("bth"), default=None)
     """[B, T, H], or None where scores are the products themselves."""
 
+    @property
+    def tokens_alone(self) -> bool:
+        """Whether what is chosen are tokens, by their scores alone."""
+        forced = self.num_local or self.num_first
+        return self.block_size == 1 and not forced and self.scale is None and self.stride is None
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)

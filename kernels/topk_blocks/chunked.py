@@ -19,10 +19,20 @@ def topk_blocks(call: TopkCall) -> Array:
     return in_runs(call, call.q.shape[2], reference.topk_blocks)
 
 
-def in_runs(call: TopkCall, heads: int, choose: Callable[[TopkCall], Array]) -> Array:
-    """The indices, chosen for some queries at a time; of each query there are scores of so many heads."""
+def in_runs(
+    call: TopkCall, heads: int, choose: Callable[[TopkCall], Array], *, scores: int | None = None, tile: int = 1
+) -> Array:
+    """The indices, chosen for some whole tiles of queries at a time, at least one.
+
+    Args:
+      heads: of each query there are scores of so many.
+      choose: of a call for some queries.
+      scores: that exist at a time; None is `MAX_SCORES`.
+      tile: queries.
+    """
     batch, length = call.q.shape[:2]
-    at_a_time = max(1, MAX_SCORES // max(1, batch * heads * call.blocks.shape[1]))
+    tiles = (scores or MAX_SCORES) // max(1, batch * heads * call.blocks.shape[1] * tile)
+    at_a_time = max(1, tiles) * tile
     if at_a_time >= length:
         return choose(call)
 

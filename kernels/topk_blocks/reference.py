@@ -1,5 +1,6 @@
 """Block selection as written: all scores of all queries with all that is scored."""
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -36,27 +37,42 @@ def scores(call: TopkCall) -> Array:
     return found.sum(3) if call.by_group else found.reshape(*found.shape[:2], -1, found.shape[-1])
 
 
-def choose(call: TopkCall, scores: Array) -> Array:
-    """The indices, of scores [B, T, Hs, N]."""
+def choose(
+    call: TopkCall,
+    scores: Array,
+    largest: Callable[[Array, int], Array] | None = None,
+    of_blocks: Callable[[TopkCall, Array], Array] | None = None,
+) -> Array:
+    """The indices, of scores [B, T, Hs, N]; `largest` finds places as `_largest` does, in any order, and `of_blocks` sums as
+    `blocks_of`."""
     ids, own = call.at.segment_ids, _own(call)
     number = call.blocks_at.positions[:, None, :]  # [B, 1, N]
     if call.stride is None:
         past = _same(call) & _before(call, number, own)
     else:
-        scores, number = _of_blocks(call, scores), jnp.arange(call.num_blocks, dtype=jnp.int32)[None, None]
+        scores, number = (of_blocks or blocks_of)(call, scores), jnp.arange(call.num_blocks, dtype=jnp.int32)[None, None]
         past = (ids != 0)[:, :, None] & _before(call, number, own)
     forced = past & ((number > own - call.num_local) | (number < call.num_first))
     scores = jnp.where(past[:, :, None], scores, _NEVER)
     scores = jnp.where(forced[:, :, None], _FORCED, scores)
     count = scores.shape[-1]
-    best, at = jax.lax.top_k(
-        scores[..., ::-1], min(call.top_k - (call.num_local > 0), count)
-    )  # of equal scores the later block counts more
-    numbers = jnp.take_along_axis(jnp.broadcast_to(number[:, :, None], scores.shape), count - 1 - at, axis=-1)
-    chosen = jnp.where(best > _NEVER / 2, numbers, -1)
+    at = (largest or _largest)(scores, min(call.top_k - (call.num_local > 0), count))
+    numbers = jnp.take_along_axis(jnp.broadcast_to(number[:, :, None], scores.shape), jnp.maximum(at, 0), axis=-1)
+    chosen = jnp.where(at >= 0, numbers, -1)
     if not call.num_local:
         return chosen.astype(jnp.int32)
     return jnp.concatenate([jnp.broadcast_to(own[:, :, None], (*chosen.shape[:3], 1)), chosen], axis=-1).astype(jnp.int32)
+
+
+def is_never(scores: Array) -> Array:
+    """Of scores as `choose` shows them, what may not be chosen."""
+    return scores <= _NEVER / 2
+
+
+def _largest(scores: Array, count: int) -> Array:
+    """The places int32 [..., count] of the largest scores [..., N], of equal ones the later; -1 where there are fewer that may be chosen."""
+    best, at = jax.lax.top_k(scores[..., ::-1], count)
+    return jnp.where(is_never(best), -1, scores.shape[-1] - 1 - at)
 
 
 def scored(call: TopkCall) -> Array:
@@ -88,14 +104,21 @@ def _same(call: TopkCall) -> Array:
     return (call.blocks_at.segment_ids[:, None, :] == ids) & (ids != 0)
 
 
-def _of_blocks(call: TopkCall, scores: Array) -> Array:
+def blocks_of(call: TopkCall, scores: Array) -> Array:
     """Scores [B, T, Hs, num_blocks] of the blocks of each query's segment, by number, of those [B, T, Hs, N] of the runs over them."""
-    step, reach = call.block_size // call.stride, call.span // call.stride
+    step, shares = shares_of_runs(call)
+    before = -min(shares)
     runs = jnp.zeros((*scores.shape[:3], call.num_blocks * step), scores.dtype)
     runs = jax.vmap(lambda runs, number, score: runs.at[..., number].add(score, mode="drop"))(
         runs, call.blocks_at.positions, scores
     )
-    runs = jnp.pad(runs, ((0, 0),) * 3 + ((reach - 1, 0),))  # the first are from `reach - 1` runs before the first block
-    shares = [sum(0 <= m < step for m in range(first, first + reach)) for first in range(1 - reach, step)]
+    runs = jnp.pad(runs, ((0, 0),) * 3 + ((before, 0),))
     last = (call.num_blocks - 1) * step + 1
-    return sum((share * runs[..., i : i + last : step] for i, share in enumerate(shares)), jnp.zeros((), scores.dtype))
+    parts = (share * runs[..., before + i : before + i + last : step] for i, share in shares.items())
+    return sum(parts, jnp.zeros((), scores.dtype))
+
+
+def shares_of_runs(call: TopkCall) -> tuple[int, dict[int, int]]:
+    """Runs that begin in a block, and how often each that lies over it, counted from the first of them, has a stride in it."""
+    step, reach = call.block_size // call.stride, call.span // call.stride
+    return step, {first: sum(0 <= m < step for m in range(first, first + reach)) for first in range(1 - reach, step)}

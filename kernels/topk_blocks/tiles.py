@@ -1,4 +1,7 @@
-"""What a TPU kernel of block selection reads: queries a tile, what is scored a chunk, and how many chunks a tile reaches."""
+"""What a kernel of block selection reads: queries a tile, what is scored a chunk, and which chunks a tile reaches.
+
+`Tiles` is as TPU kernels read it; the functions are for any kernel.
+"""
 
 from __future__ import annotations
 
@@ -45,16 +48,16 @@ class Tiles(NamedTuple):
         """Those of a call, with chunks of so many."""
         batch, length, num_heads, _ = call.q.shape
         queries, scored = (lambda x, axis: padded(x, axis, QUERIES)), (lambda x, axis: padded(x, axis, chunk))
-        ids, dtype, num_kv_heads = call.at.segment_ids, shared_dtype(call), call.blocks.shape[2]
+        dtype, num_kv_heads = shared_dtype(call), call.blocks.shape[2]
         q = queries(jnp.swapaxes(call.q.astype(dtype), 1, 2), 2)
         c = scored(jnp.swapaxes(call.blocks.astype(dtype), 1, 2), 2)
-        rows = queries(jnp.stack([jnp.where(ids == 0, -1, ids), reference.last_scored(call)], axis=1)[:, None], 3)
-        tokens = scored(jnp.stack([call.blocks_at.segment_ids, call.blocks_at.positions], axis=1)[:, None], 3)
+        rows, tokens = queries(query_rows(call), 2), scored(scored_rows(call), 2)
+        reach = bounds(rows, tokens, QUERIES, chunk)[:, :, 1].reshape(-1)
         weights: tuple[Array, ...] = ()
         if call.weights is not None:
             by_head = jnp.swapaxes(call.weights.astype(jnp.float32), 1, 2)
             weights = (queries(by_head.reshape(batch, num_kv_heads, num_heads // num_kv_heads, length), 3),)
-        return cls(q, c, rows, tokens, weights, _reach(rows, tokens, chunk), chunk)
+        return cls(q, c, rows[:, None], tokens[:, None], weights, reach, chunk)
 
     @property
     def num_tiles(self) -> int:
@@ -77,14 +80,31 @@ class Tiles(NamedTuple):
         return pl.BlockSpec((1, 1, x.shape[2], QUERIES), lambda b, g, i, s, reach: (b, g if of_group else 0, 0, i))
 
 
-def _reach(rows: Array, tokens: Array, chunk: int) -> Array:
-    """By the segments of tile and chunk from the first to the last, and the numbers that their queries have scores for."""
+def query_rows(call: TopkCall) -> Array:
+    """int32 [B, 2, T]: segment ids of the queries, -1 of padding, and the last number that each has a score for."""
+    ids = call.at.segment_ids
+    return jnp.stack([jnp.where(ids == 0, -1, ids), reference.last_scored(call)], axis=1)
+
+
+def scored_rows(call: TopkCall) -> Array:
+    """int32 [B, 2, N]: segment ids of what is scored, 0 where there is none, and numbers."""
+    return jnp.stack([call.blocks_at.segment_ids, call.blocks_at.positions], axis=1)
+
+
+def bounds(rows: Array, tokens: Array, queries: int, chunk: int) -> Array:
+    """int32 [B, tiles, 2]: the first chunk that has something to score for a tile of queries, or might, and the one after the last.
+
+    By the segments of tile and chunk from the first to the last, and the numbers that the queries have scores for.
+    """
     batch, some = rows.shape[0], jnp.iinfo(jnp.int32).max
     (ids, last), (of_chunk, numbers) = (
-        jnp.moveaxis(x.reshape(batch, 2, -1, size), 1, 0) for x, size in ((rows, QUERIES), (tokens, chunk))
+        jnp.moveaxis(x.reshape(batch, 2, -1, size), 1, 0) for x, size in ((rows, queries), (tokens, chunk))
     )
     first = lambda x, real: jnp.where(real, x, some).min(2)
     seen = first(ids, ids > 0)[:, :, None] <= of_chunk.max(2)[:, None]
     seen &= first(of_chunk, of_chunk > 0)[:, None] <= ids.max(2)[:, :, None]
     seen &= first(numbers, of_chunk > 0)[:, None] <= jnp.where(ids > 0, last, -1).max(2)[:, :, None]
-    return jnp.where(seen, jnp.arange(1, seen.shape[2] + 1, dtype=jnp.int32), 0).max(2).reshape(-1)
+    count = seen.shape[2]
+    place = jnp.arange(count, dtype=jnp.int32)
+    end = jnp.where(seen, place + 1, 0).max(2)
+    return jnp.stack([jnp.minimum(jnp.where(seen, place, count).min(2), end), end], axis=2)

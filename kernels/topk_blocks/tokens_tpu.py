@@ -57,7 +57,7 @@ class Problem(NamedTuple):
 
 def unsupported(call: TopkCall) -> str | None:
     """Why this kernel cannot serve a call that the scores' kernel serves, or None."""
-    if call.block_size > 1 or call.num_local or call.num_first or call.scale is not None or call.stride is not None:
+    if not call.tokens_alone:
         return "what is chosen are no tokens by their scores alone"
     here, num_keys = current(), call.blocks.shape[1]
     memory = 0 if here is None else here.vector_memory

@@ -1,6 +1,6 @@
 """The TPU kernel of block selection in Pallas' TPU interpreter, with race detection, and through the compiler, against the reference."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,30 +9,17 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from plait.kernels import Tokens, whole_blocks
+from plait.kernels import Tokens
 from plait.kernels.target import target
 from plait.kernels.topk_blocks import chunked, pallas_tpu, reference, tokens_tpu
 from plait.kernels.topk_blocks.call import TopkCall
 from plait.tests.kernels import cases
+from plait.tests.kernels.choices import Case, call_of
 from plait.tests.kernels.test_attention_tpu import run_checked
 from plait.tests.suites import usually
 from plait.tests.tolerances import assert_close, in_float64
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
-
-
-class Case(NamedTuple):
-    """One call."""
-
-    heads: tuple[int, int] = (4, 2)
-    length: int = 300
-    dim: int = 16
-    dtype: str = "float32"
-    segments: str | None = "several"
-    scale: float | None = 0.4
-    runs: tuple[int, int] | None = None
-    """Stride and span."""
-    weights: bool = False
 
 
 CASES = {
@@ -45,26 +32,9 @@ CASES = {
 }
 
 
-def _call(case: Case) -> tuple[Any, dict[str, jax.Array]]:
-    """A function of arrays to a call, and the arrays."""
-    rng, batch = np.random.default_rng(case.length), 1 if case.segments is None else cases.BATCH
-    (num_heads, num_kv_heads), size = case.heads, 1 if case.weights else 8
-    ids = jnp.ones((batch, case.length), jnp.int32) if case.segments is None else cases.segments(case.length, case.segments)
-    at = Tokens(None, ids).placed(batch, case.length)
-    blocks_at = at if case.weights else whole_blocks(at, *(case.runs or (size,))).at
-    shapes = {"q": (case.length, num_heads, case.dim), "blocks": (blocks_at.positions.shape[1], num_kv_heads, case.dim)}
-    arrays = {name: jnp.asarray(rng.standard_normal((batch, *shape)), case.dtype) for name, shape in shapes.items()}
-    if case.weights:
-        arrays["weights"] = jnp.asarray(rng.standard_normal((batch, case.length, num_heads)), case.dtype)
-    stride, span = case.runs or (None, None)
-    fields = {"top_k": 4, "block_size": size, "num_local": 0 if case.weights else 1, "num_first": 0, "by_group": True}
-    fields |= {"scale": case.scale, "num_blocks": -(-case.length // size), "stride": stride, "span": span}
-    return lambda arrays: TopkCall(at=at, blocks_at=blocks_at, **arrays, **fields), arrays
-
-
 @pytest.mark.parametrize("name", usually(CASES, "runs", "runs-bfloat16", "indexer", newest=("runs-bfloat16",)))
 def test_scores_match_reference(name: str):
-    call, arrays = _call(CASES[name])
+    call, arrays = call_of(CASES[name])
     got = run_checked(lambda arrays: pallas_tpu.scores(call(arrays)), arrays)
     plain = cases.quick_jit(lambda arrays: reference.scores(call(arrays)))
     assert_close(got, in_float64(plain, arrays), plain=plain(arrays), dtype=CASES[name].dtype)
@@ -75,7 +45,7 @@ def test_scores_match_reference(name: str):
 def test_selection_is_that_of_the_reference(name: str, monkeypatch: pytest.MonkeyPatch):
     """In runs of queries; whole numbers, of which no sum is rounded."""
     monkeypatch.setattr(chunked, "MAX_SCORES", 1 << 14)
-    call, arrays = _call(CASES[name]._replace(scale=None, dtype="float32"))
+    call, arrays = call_of(CASES[name]._replace(scale=None, dtype="float32"))
     arrays = {key: jnp.round(x) for key, x in arrays.items()}
     found = run_checked(lambda arrays: pallas_tpu.topk_blocks(call(arrays)), arrays)
     expected = np.asarray(reference.topk_blocks(call(arrays)))
@@ -93,7 +63,7 @@ TOKENS = {
 @pytest.mark.parametrize("name", usually(TOKENS, "several", "one-document", newest=("several",)))
 def test_tokens_are_those_of_the_reference(name: str, top_k: int):
     """Whole numbers, so that there are many ties and no sum is rounded."""
-    call, arrays = _call(TOKENS[name])
+    call, arrays = call_of(TOKENS[name])
     arrays = {key: jnp.round(x) for key, x in arrays.items()}
     choose = lambda arrays: call(arrays).replace(top_k=min(top_k, arrays["q"].shape[1] - 1))
     with target("v5e"):
@@ -113,7 +83,7 @@ def test_words_are_in_the_order_of_numbers():
 
 def test_unsupported_says_why():
     def reason(**fields: Any) -> str | None:
-        call, arrays = _call(CASES["softmax"])
+        call, arrays = call_of(CASES["softmax"])
         shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in arrays.items()} | fields.pop("arrays", {})
         with target("v5e"):
             return pallas_tpu.unsupported(call(shapes).replace(**fields))

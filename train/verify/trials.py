@@ -196,6 +196,34 @@ def _choose(x: Arrays, implementation: str, **options: Any) -> dict[str, Array]:
     return {"blocks": jnp.sort(chosen.indices, axis=-1).astype(jnp.float32)}
 
 
+def _scored(s: Shape) -> dict[str, Drawn]:
+    """Of whole numbers too: many scores of tokens are equal."""
+    wide = (s.batch, s.length, s.heads, s.dim)
+    return {"q": Drawn(wide, "whole"), "k": Drawn((*wide[:2], 1, s.dim), "whole"), "weights": Drawn(wide[:3], "whole")} | dict(
+        [_segments(s)]
+    )
+
+
+def _choose_tokens(x: Arrays, implementation: str) -> dict[str, Array]:
+    """The chosen tokens in order, as numbers."""
+    batch, length = x["q"].shape[:2]
+    at = (_at(x) or Tokens()).placed(batch, length)
+    chosen = kernels.topk_blocks(
+        x["q"],
+        x["k"],
+        weights=x["weights"],
+        blocks_at=at,
+        at=at,
+        top_k=min(length, TOP_K),
+        block_size=1,
+        num_blocks=length,
+        num_local=0,
+        by_group=True,
+        implementation=implementation,
+    )
+    return {"tokens": jnp.sort(chosen.indices, axis=-1).astype(jnp.float32)}
+
+
 def _at(x: Arrays) -> Tokens | None:
     return Tokens(segment_ids=x["segments"]) if "segments" in x else None
 
@@ -313,6 +341,7 @@ TRIALS: dict[str, Trial] = {
     "topk_blocks, runs": Trial(
         op="topk_blocks", arguments=_choice, run=partial(_choose, scale=0.125, stride=16, span=32), learns=False
     ),
+    "topk_blocks, tokens": Trial(op="topk_blocks", arguments=_scored, run=_choose_tokens, learns=False),
     "index_divergence": Trial(op="index_divergence", arguments=_indexed, run=_diverge),
     "column_mass": Trial(op="column_mass", arguments=_attention, run=_masses, learns=False),
     **{
