@@ -1,6 +1,6 @@
 """The largest of a row of whole numbers for Hopper (Mosaic GPU), without a sort: as bits, and from them in the order of the row.
 
-A block of threads is one row, which lies in shared memory as long as it fits there. The least number that is chosen is found some bits at a
+A block of threads is one row, of which as much lies in shared memory as fits there. The least number that is chosen is found some bits at a
 time, by counting how many reach each of several thresholds; of those that equal it, where they are too many, the later ones likewise by
 their places.
 """
@@ -37,8 +37,14 @@ LEAST_PART = 256
 NEVER = -(1 << 31)
 """Below all numbers; never chosen."""
 
-RESERVE = 12 << 10
-"""Bytes of shared memory beside a row: its bits, barriers and sums."""
+RESERVE = 4 << 10
+"""Bytes of shared memory beside a row and its bits."""
+
+MAX_BARRIERS = 32
+"""That a block of threads can have of a kind."""
+
+MAX_LENGTH = 256 * PIECE
+"""Numbers of a row whose bits one copy writes."""
 
 
 class Problem(NamedTuple):
@@ -60,21 +66,22 @@ class Problem(NamedTuple):
         return -(-self.length // PIECE)
 
     @property
-    def resident(self) -> bool:
-        """Whether a row lies in shared memory."""
-        return 4 * self.pieces * PIECE + RESERVE <= gpu.MAX_SMEM
+    def held(self) -> int:
+        """Pieces in shared memory, at most; others are read from memory each time."""
+        room = gpu.MAX_SMEM - RESERVE - 4 * WORDS * self.pieces
+        return min(self.pieces, room // (4 * PIECE), MAX_BARRIERS)
 
     @property
     def digit(self) -> int:
-        """Bits that are found at a time: more where each time reads the row from memory."""
-        return 2 if self.resident else 3
+        """Bits that are found at a time: more where each time reads from memory."""
+        return 2 if self.held == self.pieces else 3
 
 
 def largest_bits(x: Array, top_k: int, bounds: Array | None = None) -> Array:
     """Which numbers are chosen, bit i % 32 of word i // 32: the top_k largest above `NEVER`, of equal ones the later.
 
     Args:
-      x: int32 [R, S], S a multiple of 256, and above 2,048 of that.
+      x: int32 [R, S], S a multiple of 256, and above 2,048 of that; at most `MAX_LENGTH`.
       top_k: as many of each row, at least 1, or all that are there.
       bounds: int32 [tiles, 2]: of a tile of R / tiles rows the first number that is read, and the one after the last, multiples of 2,048;
         others are not there, whatever they are. None reads all.
@@ -97,9 +104,9 @@ def largest_bits(x: Array, top_k: int, bounds: Array | None = None) -> Array:
         name="largest_bits",
         out_type=shape,
         scratch_types=[
-            plgpu.SMEM((problem.pieces * WORDS, BITS), jnp.int32) if problem.resident else None,
+            plgpu.SMEM((problem.held * WORDS, BITS), jnp.int32),
             plgpu.SMEM((problem.pieces, WORDS), jnp.int32),
-            plgpu.Barrier(num_barriers=problem.pieces) if problem.resident else None,
+            plgpu.Barrier(num_barriers=problem.held),
         ],
         grid=(rows,),
         grid_names=("row",),
@@ -108,63 +115,79 @@ def largest_bits(x: Array, top_k: int, bounds: Array | None = None) -> Array:
     return found.reshape(rows, -1)[:, : length // BITS]
 
 
-def _body(problem: Problem, x: Any, bounds: Any, out: Any, row: Any, bits: Any, arrived: Any) -> None:
+def _body(problem: Problem, x: Any, bounds: Any, out: Any, held: Any, bits: Any, arrived: Any) -> None:
     r, size = lax.axis_index("row"), problem.size
     tile = lax.div(r, jnp.int32(problem.tile))
-    first, end = (lax.div(bounds[tile, i], jnp.int32(size)) for i in range(2))
-    source = x.at[r]
-    if row is not None:
-        _fetch(problem, source, row, arrived, first, end)
-        source = row
-    choice = _Choice(problem, source, first, end)
-    least, begin = choice.least()
-    for n in range(problem.pieces):
-        bits.at[n][...] = choice.bits(jnp.int32(n), least, begin)
+    first, end = (lax.div(bounds[tile, i] + (size - 1), jnp.int32(size)) for i in range(2))
+    row = _Row(problem, held, x.at[r], first, jnp.minimum(first + problem.held, end), end)
+    row.fetch(arrived)
+    least, begin = row.least()
+
+    def nothing(n: Array, _: None) -> None:
+        bits.at[n][...] = gpu.full((WORDS,), 0, jnp.int32)
+
+    def found(n: Array, source: Any, at: Array) -> None:
+        bits.at[n][...] = row.bits(n, source.at[pl.ds(at * WORDS, WORDS)], least, begin)
+
+    lax.fori_loop(0, first, nothing, None)
+    row.visit(lambda n, source, at, _: found(n, source, at), None)
+    lax.fori_loop(end, problem.pieces, nothing, None)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(bits, out.at[r])
     plgpu.wait_smem_to_gmem(0)
-
-
-def _fetch(problem: Problem, source: Any, row: Any, arrived: Any, first: Array, end: Array) -> None:
-    """Copies the parts of a row that are read; numbers that fill up a piece are never chosen."""
-    rows = problem.size // BITS
-
-    def copy(n: Array, _: None) -> None:
-        at = pl.ds(n * rows, rows)
-        plgpu.copy_gmem_to_smem(source.at[at], row.at[at], arrived.at[n])
-
-    lax.fori_loop(first, end, copy, None)
-    for start in range(rows, problem.pieces * WORDS if rows < WORDS else 0, LEAST_PART // BITS):
-        at = pl.ds(start, LEAST_PART // BITS)
-        row.at[at][...] = plgpu.layout_cast(jnp.full((LEAST_PART // BITS, BITS), NEVER, jnp.int32), _strided(LEAST_PART))
-    lax.fori_loop(first, end, lambda n, _: plgpu.barrier_wait(arrived.at[n]), None)
 
 
 def _strided(size: int) -> Any:
     return plgpu.Layout.WG_STRIDED((size // BITS, BITS), vec_size=math.gcd(4, size // 128))
 
 
-class _Choice(NamedTuple):
-    """The choice among the numbers [S / 32, 32] of some pieces."""
+class _Row(NamedTuple):
+    """The pieces of a row [S / 32, 32] from the first to before the end, those before `mid` in shared memory."""
 
     problem: Problem
-    numbers: Any
+    held: Any
+    source: Any
     first: Array
+    mid: Array
     end: Array
+
+    def fetch(self, arrived: Any) -> None:
+        """Copies what is held; numbers that fill up a piece are never chosen."""
+        rows = self.problem.size // BITS
+
+        def copy(n: Array, _: None) -> None:
+            to = self.held.at[pl.ds((n - self.first) * rows, rows)]
+            plgpu.copy_gmem_to_smem(self.source.at[pl.ds(n * rows, rows)], to, arrived.at[n - self.first])
+
+        lax.fori_loop(self.first, self.mid, copy, None)
+        missing = LEAST_PART // BITS
+        for start in range(rows, WORDS, missing):
+            fill = jnp.full((missing, BITS), NEVER, jnp.int32)
+            self.held.at[pl.ds(start, missing)][...] = plgpu.layout_cast(fill, _strided(LEAST_PART))
+        lax.fori_loop(0, self.mid - self.first, lambda n, _: plgpu.barrier_wait(arrived.at[n]), None)
+
+    def visit(self, step: Callable[[Array, Any, Array, Any], Any], state: Any) -> Any:
+        """The state after step(n, source, place of the piece there, state) of every piece n."""
+        state = lax.fori_loop(self.first, self.mid, lambda n, state: step(n, self.held, n - self.first, state), state)
+        if self.problem.held < self.problem.pieces:
+            state = lax.fori_loop(self.mid, self.end, lambda n, state: step(n, self.source, n, state), state)
+        return state
 
     def counts(self, tests: Callable[[Array, Array], list[Array]], number: int) -> list[Array]:
         """How many numbers pass each of so many tests of (numbers, their places)."""
-        size = self.problem.size
-        rows, layout = size // BITS, _strided(size)
+        size, parts = self.problem.size, 1 if self.problem.digit == 2 else 2  # so that registers hold all sums
+        rows, layout = size // parts // BITS, _strided(size // parts)
         word, bit = (plgpu.broadcasted_iota(jnp.int32, (rows, BITS), axis, layout=layout) for axis in (0, 1))
 
-        def add(n: Array, totals: tuple[Array, ...]) -> tuple[Array, ...]:
-            some = plgpu.load(self.numbers.at[pl.ds(n * rows, rows)], layout=layout)  # type: ignore[call-arg]
-            found = tests(some, n * size + word * BITS + bit)
-            return tuple(total + x.astype(jnp.int32) for total, x in zip(totals, found, strict=True))
+        def add(n: Array, source: Any, at: Array, totals: tuple[Array, ...]) -> tuple[Array, ...]:
+            for part in range(parts):
+                some = plgpu.load(source.at[pl.ds((at * parts + part) * rows, rows)], layout=layout)  # type: ignore[call-arg]
+                found = tests(some, n * size + (part * rows + word) * BITS + bit)
+                totals = tuple(total + x.astype(jnp.int32) for total, x in zip(totals, found, strict=True))
+            return totals
 
         nothing = plgpu.layout_cast(jnp.zeros((rows, BITS), jnp.int32), layout)
-        return [jnp.sum(x) for x in lax.fori_loop(self.first, self.end, add, (nothing,) * number)]
+        return [jnp.sum(x) for x in self.visit(add, (nothing,) * number)]
 
     def search(self, bits: int, target: Array, test: Callable[[Array, Array, Array], Array]) -> tuple[Array, Array]:
         """The largest v below 2^bits for which test(numbers, places, v) holds `target` times or more, and how often; 0 and -1 without one.
@@ -200,35 +223,29 @@ class _Choice(NamedTuple):
 
         return jnp.maximum(least, NEVER + 1), lax.cond(count > top_k, begin, lambda: jnp.int32(0))
 
-    def bits(self, n: Array, least: Array, begin: Array) -> Array:
-        """int32 [64] of a piece."""
+    def bits(self, n: Array, numbers: Any, least: Array, begin: Array) -> Array:
+        """int32 [64] of piece n, which is [64, 32]."""
         layout = plgpu.Layout.WGMMA
-        some = plgpu.load(self.numbers.at[pl.ds(n * WORDS, WORDS)], layout=layout, optimized=False)  # type: ignore[call-arg]
+        some = plgpu.load(numbers, layout=layout, optimized=False)  # type: ignore[call-arg]
         word, bit = (plgpu.broadcasted_iota(jnp.int32, (WORDS, BITS), axis, layout=layout) for axis in (0, 1))
         chosen = (some > least) | ((some == least) & (n * PIECE + word * BITS + bit >= begin))
-        start = n * PIECE
-        chosen &= (start >= self.first * self.problem.size) & (start < self.end * self.problem.size)
         one = lax.shift_left(jnp.ones_like(bit), bit)
         return jnp.sum(jnp.where(chosen, one, jnp.zeros_like(one)), axis=1)
 
 
 def places_of(bits: Array, count: int) -> Array:
-    """The places of the first `count` bits, in order, int32 [..., count] of int32 [..., W]; -1 at the end where there are fewer."""
+    """The places of the first `count` bits that are set, in order, int32 [R, count] of int32 [R, W]; -1 at the end where there are fewer."""
     of_words = lax.population_count(bits)
-    ends = jnp.cumsum(of_words, axis=-1)
-    take = lambda x, at: jnp.take_along_axis(x, at, axis=-1, mode="clip")
-    word = jnp.zeros((*bits.shape[:-1], count), jnp.int32)  # as many words end at this rank or before it
-    num_words, rank = bits.shape[-1], lax.broadcasted_iota(jnp.int32, word.shape, word.ndim - 1)
-    for step in (1 << n for n in reversed(range(num_words.bit_length()))):
-        tried = word + step
-        word = jnp.where((tried <= num_words) & (take(ends, tried - 1) <= rank), tried, word)
-    there = word < num_words
-    some = take(bits, word)
-    left = rank - (take(ends, word) - take(of_words, word))
-    place = jnp.zeros_like(word)
+    ends = jnp.cumsum(of_words, axis=1)
+    at_ranks = jnp.zeros((bits.shape[0], count), jnp.int32)
+    at_ranks = jax.vmap(lambda at, end: at.at[end].add(1, mode="drop"))(at_ranks, ends)
+    word = jnp.cumsum(at_ranks, axis=1)  # as many words end at this rank or before it
+    take = lambda x: jnp.take_along_axis(x, word, axis=1, mode="clip")
+    some, left = take(bits), lax.broadcasted_iota(jnp.int32, word.shape, 1) - take(ends - of_words)
+    place = word * BITS
     for width in (16, 8, 4, 2, 1):
         low = lax.population_count(some & ((1 << width) - 1))
         beyond = left >= low
         left, place = jnp.where(beyond, left - low, left), jnp.where(beyond, place + width, place)
         some = jnp.where(beyond, lax.shift_right_logical(some, width), some)
-    return jnp.where(there, word * BITS + place, -1)
+    return jnp.where(word < bits.shape[1], place, -1)

@@ -17,7 +17,7 @@ Array = jax.Array
 MIN_QUERIES = 32
 """Fewer queries than this (decoding) fill too little of a tile."""
 
-MAX_SCORES = 1 << 26
+MAX_SCORES = 1 << 25
 """Scores that exist at a time."""
 
 
@@ -31,6 +31,8 @@ def unsupported(call: TopkCall) -> str | None:
         return f"{call.q.shape[1]} queries fill no tile of at least {MIN_QUERIES}"
     if not {call.q.dtype.name, call.blocks.dtype.name} <= {"float32", "bfloat16"}:
         return f"q and blocks are {call.q.dtype} and {call.blocks.dtype}, not float32 or bfloat16"
+    if call.blocks.shape[1] > largest_gpu.MAX_LENGTH:
+        return f"{call.blocks.shape[1]} exceed the {largest_gpu.MAX_LENGTH} among which it finds the largest"
     if scores_gpu.tiles_of(call) is None:
         return f"{call.q.shape[3]} channels of {call.q.dtype} and {call.blocks.dtype} exceed the {gpu.MAX_SMEM} bytes of shared memory"
     return None
