@@ -78,6 +78,11 @@ class Problem(NamedTuple):
     parts: tuple[int, int]
     """Arrays of bfloat16 that q and what is scored are the sums of."""
 
+    @property
+    def unit(self) -> float:
+        """The scale of logits, in units of log 2."""
+        return LOG2E * (1.0 if self.scale is None else self.scale)
+
 
 def tiles_of(call: TopkCall) -> Tiles | None:
     """The tiles for a call, or None where none fit."""
@@ -162,6 +167,8 @@ def _num_parts(x: Array) -> int:
 
 def _in_parts(x: Array) -> tuple[Array, ...]:
     """Arrays of bfloat16 whose sum is x."""
+    if _num_parts(x) == 1:
+        return (x,)
     found: list[Array] = []
     for _ in range(_num_parts(x)):
         part = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
@@ -209,7 +216,7 @@ def normalizers(problem: Problem, x: Operands) -> Array:
                 visible = _visible(rows.at[b], tokens.at[b], own, pl.ds(start, chunk))
                 z = _product(queries, ring.read(n))
                 ring.release(n)
-                z = jnp.where(visible, z * (problem.scale * LOG2E), jnp.full_like(z, 2 * HIDDEN))
+                z = jnp.where(visible, z * problem.unit, jnp.full_like(z, 2 * HIDDEN))
                 highest = jnp.maximum(peak, jnp.max(z, axis=1))
                 grown = jnp.sum(jnp.exp2(z - gpu.rows_to(highest, chunk)), axis=1)
                 return highest, jnp.exp2(peak - highest) * total + grown
@@ -253,7 +260,6 @@ def sums(problem: Problem, x: Operands, lse: Array | None) -> Array:
 
     def body(*refs: Any) -> None:
         q, c, (rows, tokens, limits, *given, out, c_tiles, ring, staged, arrived) = _split(problem, refs)
-        factors = given[0] if given else None
         b, i, g, n, wg = (lax.axis_index(axis) for axis in ("batch", "tile", "group", "chunk", "warpgroup"))
         first, end = limits[b, i, 0], limits[b, i, 1]
         reached = (n >= first) & (n < end)
@@ -287,15 +293,13 @@ def sums(problem: Problem, x: Operands, lse: Array | None) -> Array:
             places = range(0, tiles.chunk, columns)
 
             def head(h: Array, totals: tuple[Array, ...]) -> tuple[Array, ...]:
-                row = None if factors is None else gpu.rows_to(gpu.load(factors.at[b, g * group + h, own], 0), columns)
+                row = gpu.rows_to(gpu.load(given[0].at[b, g * group + h, own], 0), columns) if given else None
                 queries = [tile.at[pl.ds(wg * ROWS, ROWS)] for tile in ring.read(h)]
                 found = []
                 for start, total in zip(places, totals, strict=True):
                     z = _product(queries, [tile.at[pl.ds(start, columns)] for tile in c_tiles])
-                    if problem.weighed:
-                        z = row * jnp.maximum(z, 0)
-                    elif problem.scale is not None:
-                        z = jnp.exp2(z * (problem.scale * LOG2E) - row)
+                    if row is not None:
+                        z = row * jnp.maximum(z, 0) if problem.weighed else jnp.exp2(z * problem.unit - row)
                     found.append(total + z)
                 ring.release(h)
                 return tuple(found)
