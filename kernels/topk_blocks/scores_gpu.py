@@ -21,7 +21,7 @@ from plait.kernels import gpu
 from plait.kernels.costs import cost
 from plait.kernels.shapes import padded
 from plait.kernels.topk_blocks.call import TopkCall
-from plait.kernels.topk_blocks.tiles import bounds, query_rows, scored_rows
+from plait.kernels.topk_blocks.tiles import query_rows, reached, scored_rows
 
 Array = jax.Array
 
@@ -110,6 +110,8 @@ class Operands(NamedTuple):
     """int32 [B, 2, N], as `tiles.scored_rows`."""
     bounds: Array
     """int32 [B, tiles, 2]: the first chunk that has something to score for a tile, or might, and the one after the last."""
+    whole: Array
+    """int32 [B, tiles, chunks], 1 where all queries of a tile have scores for all of a chunk."""
     weights: Array | None
     """float32 [B, H, T]."""
 
@@ -134,7 +136,7 @@ def operands(call: TopkCall, piece: int | None = None) -> tuple[Problem, Operand
         width=q[0].shape[3],
         parts=(len(q), len(c)),
     )
-    return problem, Operands(q, c, rows, tokens, bounds(rows, tokens, QUERIES, tiles.chunk), weights)
+    return problem, Operands(q, c, rows, tokens, *reached(rows, tokens, QUERIES, tiles.chunk), weights)
 
 
 def scores(call: TopkCall) -> Array:
@@ -182,22 +184,26 @@ def normalizers(problem: Problem, x: Operands) -> Array:
     (batch, length, num_heads, depth), (of_queries, of_chunk) = x.q[0].shape, problem.parts
     chunk = COLUMNS // 2 if of_chunk > 1 else min(problem.tiles.chunk, COLUMNS)
     ratio = problem.tiles.chunk // chunk
-    free = gpu.MAX_SMEM - (4 << 10) - 2 * of_queries * QUERIES * depth
-    stages = min(3, free // (2 * of_chunk * chunk * depth))
+    held, staged = 2 * of_queries * QUERIES * depth, 2 * of_chunk * chunk * depth
+    room = gpu.MAX_SMEM - (4 << 10)
+    together = 2 if problem.group % 2 == 0 and 2 * (held + staged) <= room else 1  # heads that read a chunk once
+    stages = min(3, (room - together * held) // staged)
 
     def body(*refs: Any) -> None:
-        q, c, (rows, tokens, limits, out, q_tiles, ring, row_tile, arrived) = _split(problem, refs)
-        b, i, h, wg = (lax.axis_index(axis) for axis in ("batch", "tile", "head", "warpgroup"))
+        q, c, (rows, tokens, limits, whole, out, q_tiles, ring, row_tile, arrived) = _split(problem, refs)
+        b, i, pair, wg = (lax.axis_index(axis) for axis in ("batch", "tile", "heads", "warpgroup"))
+        heads = [pair * together + j for j in range(together)]
         first, end = limits[b, i, 0] * ratio, limits[b, i, 1] * ratio
 
         @pl.when(wg == COMPUTE)
         def _load() -> None:
             plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
             for source, tile in zip(q, q_tiles, strict=True):
-                plgpu.copy_gmem_to_smem(source.at[b, pl.ds(i * QUERIES, QUERIES), h], tile, arrived)
+                for j, h in enumerate(heads):
+                    plgpu.copy_gmem_to_smem(source.at[b, pl.ds(i * QUERIES, QUERIES), h], tile.at[j], arrived)
 
             def copy(n: Array, _: None) -> None:
-                at = (b, pl.ds((first + n) * chunk, chunk), lax.div(h, jnp.int32(problem.group)))
+                at = (b, pl.ds((first + n) * chunk, chunk), lax.div(heads[0], jnp.int32(problem.group)))
                 ring.fill(n, *(source.at[at] for source in c))
 
             lax.fori_loop(0, end - first, copy, None)
@@ -208,27 +214,36 @@ def normalizers(problem: Problem, x: Operands) -> Array:
             plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
             own = pl.ds(i * QUERIES + wg * ROWS, ROWS)
             plgpu.barrier_wait(arrived)
-            queries = [tile.at[pl.ds(wg * ROWS, ROWS)] for tile in q_tiles]
+            queries = [[tile.at[j, pl.ds(wg * ROWS, ROWS)] for tile in q_tiles] for j in range(together)]
 
-            def step(n: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
-                peak, total = state
-                start = (first + n) * chunk
-                visible = _visible(rows.at[b], tokens.at[b], own, pl.ds(start, chunk))
-                z = _product(queries, ring.read(n))
-                ring.release(n)
-                z = jnp.where(visible, z * problem.unit, jnp.full_like(z, 2 * HIDDEN))
-                highest = jnp.maximum(peak, jnp.max(z, axis=1))
-                grown = jnp.sum(jnp.exp2(z - gpu.rows_to(highest, chunk)), axis=1)
-                return highest, jnp.exp2(peak - highest) * total + grown
+            def step(n: Array, state: tuple[tuple[Array, Array], ...]) -> tuple[tuple[Array, Array], ...]:
+                start, found = (first + n) * chunk, []
 
-            peak, total = lax.fori_loop(0, end - first, step, (gpu.full((ROWS,), HIDDEN), gpu.full((ROWS,), 0.0)))
-            some = total > 0
-            row_tile.at[wg][...] = peak + jnp.log2(jnp.where(some, total, gpu.full((ROWS,), 1.0)))
+                def hide(z: Array) -> Array:
+                    visible = _visible(rows.at[b], tokens.at[b], own, pl.ds(start, chunk))
+                    return jnp.where(visible, z, jnp.full_like(z, 2 * HIDDEN))
+
+                columns = ring.read(n)
+                for j, (of_head, (peak, total)) in enumerate(zip(queries, state, strict=True)):
+                    z = _product(of_head, columns) * problem.unit
+                    if j == together - 1:
+                        ring.release(n)
+                    z = lax.cond(whole[b, i, lax.div(first + n, jnp.int32(ratio))] == 1, lambda z: z, hide, z)
+                    highest = jnp.maximum(peak, jnp.max(z, axis=1))
+                    grown = jnp.sum(jnp.exp2(z - gpu.rows_to(highest, chunk)), axis=1)
+                    found.append((highest, jnp.exp2(peak - highest) * total + grown))
+                return tuple(found)
+
+            state = ((gpu.full((ROWS,), HIDDEN), gpu.full((ROWS,), 0.0)),) * together
+            for j, (peak, total) in enumerate(lax.fori_loop(0, end - first, step, state)):
+                some = jnp.where(total > 0, total, gpu.full((ROWS,), 1.0))
+                row_tile.at[wg, j][...] = peak + jnp.log2(some)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(row_tile.at[wg], out.at[b, h, own])
+            for j, h in enumerate(heads):
+                plgpu.copy_smem_to_gmem(row_tile.at[wg, j], out.at[b, h, own])
             plgpu.wait_smem_to_gmem(0)
 
-    arrays = (*x.q, *x.c, x.rows, x.tokens, x.bounds)
+    arrays = (*x.q, *x.c, x.rows, x.tokens, x.bounds, x.whole)
     shape = jax.ShapeDtypeStruct((batch, num_heads, length), jnp.float32)
     pairs = batch * num_heads * length * x.c[0].shape[1] // 2
     return gpu.call(
@@ -237,13 +252,13 @@ def normalizers(problem: Problem, x: Operands) -> Array:
         sums_columns=False,
         out_type=shape,
         scratch_types=[
-            tuple(gpu.tile((QUERIES, depth), jnp.bfloat16) for _ in range(of_queries)),
+            tuple(gpu.tile((together, QUERIES, depth), jnp.bfloat16) for _ in range(of_queries)),
             gpu.ring(*(gpu.tile((stages, chunk, depth), jnp.bfloat16) for _ in range(of_chunk)), readers=COMPUTE),
-            plgpu.SMEM((COMPUTE, ROWS), jnp.float32),
-            plgpu.Barrier(num_arrivals=of_queries),
+            plgpu.SMEM((COMPUTE, together, ROWS), jnp.float32),
+            plgpu.Barrier(num_arrivals=of_queries * together),
         ],
-        grid=(batch, length // QUERIES, num_heads),
-        grid_names=("batch", "tile", "head"),
+        grid=(batch, length // QUERIES, num_heads // together),
+        grid_names=("batch", "tile", "heads"),
         num_threads=COMPUTE + 1,
         thread_name="warpgroup",
         cost=cost((*arrays, shape), flops=2 * pairs * depth * _num_products(problem), transcendentals=pairs),
@@ -262,10 +277,10 @@ def sums(problem: Problem, x: Operands, lse: Array | None) -> Array:
         q, c, (rows, tokens, limits, *given, out, c_tiles, ring, staged, arrived) = _split(problem, refs)
         b, i, g, n, wg = (lax.axis_index(axis) for axis in ("batch", "tile", "group", "chunk", "warpgroup"))
         first, end = limits[b, i, 0], limits[b, i, 1]
-        reached = (n >= first) & (n < end)
+        is_reached = (n >= first) & (n < end)
         own = pl.ds(i * QUERIES + wg * ROWS, ROWS)
 
-        @pl.when((wg == COMPUTE) & reached)
+        @pl.when((wg == COMPUTE) & is_reached)
         def _load() -> None:
             plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
             for source, tile in zip(c, c_tiles, strict=True):
@@ -286,7 +301,7 @@ def sums(problem: Problem, x: Operands, lse: Array | None) -> Array:
                 plgpu.copy_smem_to_gmem(staged.at[wg], out.at[b, g, own, pl.ds(n * tiles.chunk + start + column, STAGED)])
                 plgpu.wait_smem_to_gmem(0)
 
-        @pl.when((wg < COMPUTE) & reached)
+        @pl.when((wg < COMPUTE) & is_reached)
         def _compute() -> None:
             plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
             plgpu.barrier_wait(arrived)
@@ -310,7 +325,7 @@ def sums(problem: Problem, x: Operands, lse: Array | None) -> Array:
                 shown = total if problem.piece is None else in_order(total)
                 write(start, jnp.where(visible, shown, jnp.full_like(shown, nothing)))
 
-        wanted = jnp.logical_not(reached)
+        wanted = jnp.logical_not(is_reached)
         if problem.piece is not None:
             together = jnp.int32(problem.piece // tiles.chunk)
             own_piece = lax.div(n, together)

@@ -92,9 +92,15 @@ def scored_rows(call: TopkCall) -> Array:
 
 
 def bounds(rows: Array, tokens: Array, queries: int, chunk: int) -> Array:
-    """int32 [B, tiles, 2]: the first chunk that has something to score for a tile of queries, or might, and the one after the last.
+    """The first of `reached`."""
+    return reached(rows, tokens, queries, chunk)[0]
 
-    By the segments of tile and chunk from the first to the last, and the numbers that the queries have scores for.
+
+def reached(rows: Array, tokens: Array, queries: int, chunk: int) -> tuple[Array, Array]:
+    """Which chunks a tile of queries has something to score in, or might, by their segments and numbers from the first to the last.
+
+    Returns:
+      int32 [B, tiles, 2], the first chunk and the one after the last; int32 [B, tiles, chunks], 1 where all queries have scores for all.
     """
     batch, some = rows.shape[0], jnp.iinfo(jnp.int32).max
     (ids, last), (of_chunk, numbers) = (
@@ -107,4 +113,8 @@ def bounds(rows: Array, tokens: Array, queries: int, chunk: int) -> Array:
     count = seen.shape[2]
     place = jnp.arange(count, dtype=jnp.int32)
     end = jnp.where(seen, place + 1, 0).max(2)
-    return jnp.stack([jnp.minimum(jnp.where(seen, place, count).min(2), end), end], axis=2)
+    limits = jnp.stack([jnp.minimum(jnp.where(seen, place, count).min(2), end), end], axis=2)
+    whole = numbers.max(2)[:, None] <= last.min(2)[:, :, None]
+    for least, most in ((ids.min(2), of_chunk.max(2)), (ids.max(2), of_chunk.min(2))):
+        whole &= (least[:, :, None] == most[:, None]) & (most > 0)[:, None]
+    return limits, whole.astype(jnp.int32)

@@ -13,7 +13,7 @@ from jax.sharding import SingleDeviceSharding
 
 from plait.kernels import Tokens, gpu, topk_blocks, whole_blocks
 from plait.kernels.target import target
-from plait.kernels.topk_blocks import largest_gpu, pallas_gpu, reference, scores_gpu
+from plait.kernels.topk_blocks import largest_gpu, pallas_gpu, reference, scores_gpu, tiles
 from plait.tests.kernels import cases
 from plait.tests.kernels.choices import Case, call_of
 from plait.tests.kernels.gpu_targets import TARGETS
@@ -96,6 +96,21 @@ def test_scores_of_blocks_are_those_of_the_reference(runs: tuple[int, int], layo
     by_place = np.asarray(pallas_gpu.by_place(call, scores))
     assert (np.asarray(pallas_gpu.blocks_of(call, scores)) == expected).all() and expected.any()
     assert (by_place == expected).all() == (layout != "inside")
+
+
+@pytest.mark.parametrize("layout", ["one", "several", "left", "long"])
+def test_chunks_are_reached_where_something_is_scored(layout: str):
+    """And whole where all of a tile's queries have scores for all."""
+    queries, chunk = 8, 4
+    call, arrays = call_of(Case(runs=(2, 4), length=96, segments=layout))
+    call = call(arrays)
+    limits, whole = (np.asarray(x) for x in tiles.reached(tiles.query_rows(call), tiles.scored_rows(call), queries, chunk))
+    scored = np.asarray(reference.scored(call)).reshape(cases.BATCH, 96 // queries, queries, 48 // chunk, chunk)
+    assert ((whole == 1) == scored.all(axis=(2, 4))).all()
+    assert whole.any() or layout == "several"
+    place = np.arange(48 // chunk)
+    within = (place >= limits[..., :1]) & (place < limits[..., 1:])
+    assert within[scored.any(axis=(2, 4))].all() and not within.all()
 
 
 def _rows(length: int) -> np.ndarray:
