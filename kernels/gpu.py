@@ -75,7 +75,8 @@ def call(
 ) -> Callable[..., Any]:
     """`plgpu.kernel` with fast exponentials and explicit layouts; interpreted under `interpreting`. `options` are its own.
 
-    `sums_columns` is whether a reduction runs down the columns of a matrix, and so over warps, which takes 2 KiB of shared memory.
+    `sums_columns` is whether a reduction runs down the columns of a matrix, or to one number, and so over warps, which takes 2 KiB of
+    shared memory.
     `cost` is told where JAX can (0.12).
     """
     body.__name__ = name

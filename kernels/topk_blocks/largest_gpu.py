@@ -212,6 +212,10 @@ class _Row(NamedTuple):
 
     def least(self) -> tuple[Array, Array]:
         """The least number that is chosen, and the place from which on those that equal it are."""
+        some = (self.end - self.first) * self.problem.size > self.problem.top_k
+        return lax.cond(some, self._least, lambda: (jnp.int32(NEVER + 1), jnp.int32(0)))
+
+    def _least(self) -> tuple[Array, Array]:
         top_k = jnp.int32(self.problem.top_k)
         bits, count = self.search(32, top_k, lambda some, _, v: some >= (v ^ NEVER))
         least = bits ^ NEVER
