@@ -308,9 +308,10 @@ EDGES = {
 
 @pytest.fixture
 def tiles_of_cells(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles of which order can hide a part."""
-    tile = tiling.Tile(256, 256, 256, 256, 128, 128)
-    tiles = tiling.Tiles(forward=tile, gradients=replace(tile, edge_q=256, edge_kv=256))
+    """Tiles of which order can hide a part, and which have several parts in both directions."""
+    tiles = tiling.Tiles(
+        forward=tiling.Tile(256, 512, 128, 256, 128, 128), gradients=tiling.Tile(256, 256, 128, 128, edge_q=256, edge_kv=256)
+    )
     monkeypatch.setattr(pallas_tpu, "choose_tiles", lambda *_: tiles)
 
 

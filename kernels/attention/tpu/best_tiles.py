@@ -12,9 +12,9 @@ def _tiles(keys: int, part: tuple[int, int], edge: tuple[int, int], gradients: t
 
 
 _V5 = {
-    64: _tiles(2048, (1024, 512), (512, 128)),
+    64: _tiles(2048, (256, 256), (512, 128)),
     128: _tiles(2048, (128, 128), (512, 128)),
-    256: _tiles(1024, (128, 128), (128, 128)),
+    256: _tiles(2048, (128, 128), (128, 128)),
 }
 BFLOAT16 = {
     "v5e": _V5,
@@ -22,12 +22,12 @@ BFLOAT16 = {
     "v6e": {
         64: _tiles(2048, (512, 512), (512, 128)),
         128: _tiles(2048, (512, 512), (512, 256)),
-        256: _tiles(2048, (1024, 512), (256, 256)),
+        256: _tiles(2048, (256, 512), (256, 256)),
     },
     "tpu7x": {
         64: _tiles(2048, (512, 512), (512, 256)),
         128: _tiles(2048, (512, 1024), (512, 256), gradients=(512, 1024)),
-        256: _tiles(2048, (1024, 512), (256, 256), gradients=(512, 1024)),
+        256: _tiles(2048, (256, 512), (256, 256), gradients=(512, 1024)),
     },
 }
 """By generation and the least head dim that is as large; 16 bits an element. v5p has v5e's order of candidates."""
