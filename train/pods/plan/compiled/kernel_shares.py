@@ -2,8 +2,8 @@
 
 SHARES: dict[str, dict[str, dict[int, float]]] = {
     "v5e": {
-        "attention_forward": {64: 0.3962, 128: 0.7346, 256: 0.8166},
-        "attention_gradients": {64: 0.5196, 128: 0.9176, 256: 0.9417},
+        "attention_forward": {64: 0.4462, 128: 0.8078, 256: 0.8678},
+        "attention_gradients": {64: 0.5084, 128: 0.9176, 256: 0.9417},
         "cross_entropy_forward": {0: 0.9097},
         "decay_and_add_backward": {128: 0.3259},
         "decay_and_add_by_channel_backward": {128: 0.1404},
@@ -13,13 +13,13 @@ SHARES: dict[str, dict[str, dict[int, float]]] = {
         "erase_and_write_by_channel_backward": {128: 0.0523},
         "erase_and_write_by_channel_forward": {128: 0.0732},
         "erase_and_write_forward": {128: 0.1349, 256: 0.2629},
-        "selected_attention_forward": {128: 0.6370},
+        "selected_attention_forward": {128: 0.6588},
         "short_conv_backward": {0: 0.0104},
         "short_conv_forward": {0: 0.0083},
     },
     "v6e": {
-        "attention_forward": {64: 0.1406, 128: 0.2626, 256: 0.4653},
-        "attention_gradients": {64: 0.2527, 128: 0.4788, 256: 0.8401},
+        "attention_forward": {64: 0.1928, 128: 0.3520, 256: 0.6064},
+        "attention_gradients": {64: 0.2515, 128: 0.4791, 256: 0.8400},
         "cross_entropy_forward": {0: 0.6098},
         "decay_and_add_backward": {64: 0.0465, 128: 0.1030},
         "decay_and_add_by_channel_backward": {64: 0.0163, 128: 0.0407},
@@ -29,8 +29,8 @@ SHARES: dict[str, dict[str, dict[int, float]]] = {
         "erase_and_write_by_channel_backward": {64: 0.0062, 128: 0.0153},
         "erase_and_write_by_channel_forward": {64: 0.0065, 128: 0.0163},
         "erase_and_write_forward": {64: 0.0122, 128: 0.0296, 256: 0.0658},
-        "selected_attention_forward": {64: 0.1100, 128: 0.2094},
-        "selected_attention_gradients": {64: 0.1965, 128: 0.3892},
+        "selected_attention_forward": {64: 0.1109, 128: 0.2089},
+        "selected_attention_gradients": {64: 0.2045, 128: 0.3890},
         "short_conv_backward": {0: 0.0037},
         "short_conv_forward": {0: 0.0040},
     },
