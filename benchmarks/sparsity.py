@@ -23,25 +23,28 @@ from plait.kernels.attention.tpu import size
 from plait.kernels.attention.tpu.best_tiles import SELECTED
 from plait.kernels.attention.tpu.cut import Cut
 from plait.kernels.attention.tpu.edges import CELL, FIRST_EDGE, edges
+from plait.kernels.attention.tpu.rectangles import Rectangles
+from plait.kernels.attention.tpu.tiling import Problem
 from plait.kernels.attention.visits import FULL, MASKED, SKIP, Layout, tile_kinds
 from plait.train.verify.rooflines import PEAKS
 
 CYCLES = {
-    (1, 1024, 512): ((3630, 5318), (3202, 5318)),
-    (1, 512, 512): ((2138, 2908), (1674, 2908)),
-    (1, 1024, 256): ((1692, 2757), (1665, 2757)),
-    (1, 1024, 128): ((1046, 1510), (902, 1510)),
-    (4, 256, 64): ((1045 / 2, 1510 / 2), None),
-    (16, 128, 64): ((1513 / 2, 2757 / 2), None),
+    (1, 1024, 1024): ((6518, 10463), (5401, 10463), (3701, 10463 * 36 / 64)),
+    (1, 512, 512): ((2145, 2759), (1547, 2759), (1447, 2759 * 10 / 16)),
+    (1, 1024, 256): ((1713, 2757), (1498, 2757), (1713 * 15 / 16, 2757 * 15 / 16)),
+    (1, 1024, 128): ((1075, 1454), (945, 1454), (1075, 1454)),
+    (4, 256, 64): ((1033 / 2, 1510 / 2),),
+    (16, 128, 64): ((1460 / 2, 2757 / 2),),
 }
-"""A tile's cycles by heads, queries and keys of it, two of 64 keys being fetched together: forward and all gradients, under the mask, and
-where the choice alone hides keys. Those of gradients are without a mask, with which there is no estimate; of many heads they are v5p's, which
-has v5e's where both have one."""
+"""A tile's cycles by heads, queries and keys of it, two of 64 keys being fetched together: forward and all gradients, under the mask, where the
+choice alone hides keys, and on the diagonal. Those of gradients are v5p's without a mask, with which there is no estimate, and of the diagonal
+follow its cells."""
 
-CAUSAL_TILE, CAUSAL_EDGE = (5308, 10912), (3743, 10912 * 40 / 64)
-"""Of full causal attention: a tile of 1,024 by 1,024, and one on the diagonal; that of gradients is by its cells."""
+CAUSAL_TILE, CAUSAL_EDGES = (9513, 10912), ((3544, 10912 * 40 / 64), (7430, 10912 * 40 / 64))
+"""Of full causal attention: a tile of 1,024 queries and 2,048 keys (of gradients 1,024), and one on the diagonal, at its beginning and in its
+middle; that of gradients is by its cells."""
 
-EMPTY = 362
+EMPTY = 482
 """Of a step of the forward pass without work."""
 
 
@@ -60,12 +63,15 @@ def cycles(indices: np.ndarray, block_size: int, heads: int) -> tuple[tuple[int,
     cut = Cut.of((heads, 1), (length, length), selected, *SELECTED[2])
     everyone = Tokens(None, jnp.ones((1, 1, length), jnp.int32), jnp.arange(length, dtype=jnp.int32)[None, None])
     layout = Layout(Mask(), length, length, own_keys=True, packed=False)
-    kinds = tile_kinds(layout, everyone, everyone, cut.queries, cut.keys, keep_first=False, selected=selected, choice_alone=FULL)
+    edge = Rectangles.under(Problem(layout, cut, 1.0, sigmoid=False, stats=False)).edge
+    diagonal = None if edge is None else np.where(edge.kinds == FIRST_EDGE, FIRST_EDGE, MASKED)
+    options = {"keep_first": False, "selected": selected, "choice_alone": FULL, "masked": diagonal}
+    kinds = tile_kinds(layout, everyone, everyone, cut.queries, cut.keys, **options)
     shape = cut.heads, cut.queries, cut.keys
-    under_mask, alone = CYCLES[shape]
-    visits = [int((kinds == kind).sum()) for kind in (MASKED, FULL)]
+    visits = [int((kinds == kind).sum()) for kind in (MASKED, FULL, FIRST_EDGE)]
     copied = np.array([512, 512 + 2048]) * cut.keys * PEAKS["v5e"].clock / PEAKS["v5e"].bandwidth  # sums of keys both ways
-    each = (np.maximum(of or under_mask, copied) for of in (under_mask, alone))  # copies run beside the work
+    each = [np.maximum(of, copied) for of in CYCLES[shape]]  # copies run beside the work
+    each += each[:1] * (len(visits) - len(each))
     return shape, sum(n * of for n, of in zip(visits, each, strict=True)) / cut.heads
 
 
@@ -78,7 +84,7 @@ def under(mask: Mask, length: int, usual: tuple[int, int]) -> tuple[float, float
         int((known.kinds == kind).sum()) * sum(state > 0 for row in cells for state in row)
         for kind, cells in enumerate(known.cells, FIRST_EDGE)
     )
-    whole, edge = (CAUSAL_TILE[0] - EMPTY) / 64, (CAUSAL_EDGE[0] - EMPTY) / 36  # a diagonal tile has 36 cells to compute
+    whole, edge = (CAUSAL_TILE[0] - EMPTY) / 128, (CAUSAL_EDGES[0][0] - EMPTY) / 36  # a diagonal tile has 36 cells to compute
     return size.work(layout, *tile), EMPTY * known.steps + whole * (known.num_cells - cut_through) + edge * cut_through
 
 
@@ -123,8 +129,8 @@ def main() -> None:
 
 def show_selected(length: int, rng: np.random.Generator) -> None:
     """Prints what selected blocks cost: those of a query head by itself, as MoBA has them, and of a group, as NSA."""
-    tiles = length // 1024
-    full = tiles * (tiles - 1) / 2 * np.array(CAUSAL_TILE) + tiles * np.array(CAUSAL_EDGE)
+    rows = [(row // np.array([2, 1]), CAUSAL_EDGES[row % 2]) for row in range(length // 1024)]
+    full = sum(tiles * CAUSAL_TILE + edge for tiles, edge in rows)
     print(
         f"\n{'blocks':>6} {'top':>4} {'heads':>5} {'choose':>9} {'density':>8} {'tile':>14}  share of the promise by cycles, v5e:"
     )
