@@ -144,10 +144,11 @@ def indexer(target: str, length: int, heads: int, chosen: int) -> dict[str, floa
         one = 256 if name == "index_gradients" else 1024
         job = {"target": target, "op": "chosen_tokens", "dtype": "bfloat16", "name": "chosen", "kernel": name, "stats": False}
         job |= {"heads": heads, "chunk": one}
-        found[f"loss: {name}"] = (cycles(job | {"chunks": chosen // one}) - cycles(job | {"chunks": 0})) / QUERIES
+        part = "loss, where attention tells no lse: normalizers" if name == "normalizers" else f"loss: {name}"
+        found[part] = (cycles(job | {"chunks": chosen // one}) - cycles(job | {"chunks": 0})) / QUERIES
     job = {"target": target, "op": "plain_indexer", "dtype": "bfloat16", "name": "plain", "length": length, "chosen": chosen}
-    for name, queries in (("choosing", 512), ("loss", length)):
-        job |= {"kernel": name, "queries": queries, "heads": heads, "profile": False}
+    for name, queries, told in (("choosing", 512, False), ("loss", length, False), ("loss, told lse", length, True)):
+        job |= {"kernel": name, "queries": queries, "heads": heads, "profile": False, "told": told}
         found[f"{name}, plain JAX by XLA's estimates"] = tpu_static._run(job, 900)["others"] / queries
     return found
 
@@ -176,14 +177,15 @@ def plain(job: dict[str, Any], array: Any) -> tuple[Any, tuple[Any, ...]]:
 
         return choose, (*index, numbers(1, queries), numbers(1, length))
 
-    def loss(q: Any, k: Any, weights: Any, of_heads: Any, of_keys: Any, indices: Any) -> Any:
+    def loss(q: Any, k: Any, weights: Any, of_heads: Any, of_keys: Any, indices: Any, lse: Any = None) -> Any:
         selected = SelectedBlocks(indices=indices, block_size=1, num_blocks=length)
-        options = {"mask": Mask(), "selected": selected, "implementation": "chunked"}
+        options = {"mask": Mask(), "selected": selected, "lse": lse, "implementation": "chunked"}
         total = lambda *learned: index_divergence(*learned, of_heads, of_keys, **options).sum()
         return jax.grad(total, (0, 1, 2))(q, k, weights)
 
     heads = array(1, length, job["heads"], HEAD + ROTARY)
-    return loss, (*index, heads, heads, numbers(1, length, 1, chosen))
+    normalizers = (array(1, length, job["heads"], dtype=jnp.float32),) if job["told"] else ()
+    return loss, (*index, heads, heads, numbers(1, length, 1, chosen), *normalizers)
 
 
 def cut(target: str, length: int, chosen: int, *, gradients: bool) -> tuple[int, float]:

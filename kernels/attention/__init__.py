@@ -48,8 +48,9 @@ def attention(
     logit_soft_cap: float | None = None,
     bias: Bias | None = None,
     return_stats: bool = False,
+    return_lse: bool = False,
     implementation: str = "auto",
-) -> Array | tuple[Array, AttentionStats]:
+) -> Array | tuple[Array, AttentionStats | Array]:
     """Each query's weighted mean of the values it may see, and on request what its row of weights looked like.
 
     A_ij = exp(z_ij) / (exp(sink_h) + sum_j exp(z_ij)),    z_ij = cap(scale q_i . k_j + bias_ij),    o_i = sum_j A_ij v_j,
@@ -73,10 +74,11 @@ def attention(
       logit_soft_cap: c, above 0, or None; sink logits and the sigmoid's bias are not capped.
       bias: added to the scaled logits: `LowRankBias`, which says what it costs, or `DistanceBias`.
       return_stats: also return `AttentionStats`, differentiable except for `max_logit` ties.
+      return_lse: of the statistics of a softmax return lse alone, which costs nothing more.
       implementation: "auto", "pallas_tpu", "pallas_gpu", "chunked" or "reference".
 
     Returns:
-      o [B, T, H, V] in q's dtype; with `return_stats`, (o, AttentionStats).
+      o [B, T, H, V] in q's dtype; with `return_stats`, (o, AttentionStats); with `return_lse`, (o, lse [B, T, H] float32).
 
     Raises:
       ValueError: a shape, ratio, option or known segment id does not fit, or the implementation is unknown.
@@ -104,8 +106,11 @@ def attention(
         logit_soft_cap=logit_soft_cap,
         bias=bias,
         return_stats=return_stats,
+        return_lse=return_lse,
     )
     o, stats = _op(implementation, call)
+    if return_lse:
+        return o, stats.lse
     return (o, stats) if return_stats else o
 
 

@@ -61,7 +61,7 @@ class AttentionCall(Call):
     values_in_keys: bool = field(metadata=OPTION, default=False)
     """v is the first channels of k."""
     return_lse: bool = field(metadata=OPTION, default=False)
-    """Without `return_stats`, of the softmax: of the statistics the log-normaliser alone is returned."""
+    """Of a softmax, in place of `return_stats`: of the statistics the log-normaliser alone is returned."""
     whole: Any = field(metadata=letters("bth"), default=None)
     """(o [B, T, H, V], lse [B, T, H]) over all keys, of which k and v are some, or None. With it, only gradients are asked for: those of
     these keys' share in the whole; the forward pass need not run, and the results may have any values. With `return_lse` only."""
@@ -200,6 +200,12 @@ class AttentionCall(Call):
             raise ValueError(f"{op}: logit_soft_cap={self.logit_soft_cap} must be above 0; use None for no cap")
         if self.sigmoid and self.sink_logits is not None:
             raise ValueError(f"{op}: sinks with normalizer='sigmoid' have no denominator to join; use sinks=None")
+        if self.return_lse and self.return_stats:
+            raise ValueError(
+                f"{op}: return_lse=True asks for lse alone, which return_stats=True gives among others; use one of them"
+            )
+        if self.return_lse and self.sigmoid:
+            raise ValueError(f"{op}: return_lse=True needs normalizer='softmax', not 'sigmoid'; use return_stats=True")
 
 
 @jax.tree_util.register_dataclass

@@ -113,23 +113,28 @@ def relative_weights(
     lse = jnp.where(some, jnp.log(mass) + highest, MASKED)
     share: Any = 1 if sinks is None else jax.nn.sigmoid(lse - sinks)  # of the keys beside the sink logit
     factor = jnp.where(some, jnp.exp(highest) if call.sigmoid else share / mass, 0)
+    lse = lse if sinks is None else jnp.logaddexp(lse, sinks)
     if not call.return_stats:
         return p, factor, lse_alone(by_head(lse[..., 0])) if call.return_lse else None
     spread = jnp.sum(jnp.where(visible, p * exponents, 0), axis=-1, keepdims=True)
     entropy = jnp.where(some, jnp.log(mass) - spread / mass, 0)
     first = some & (keys.positions == 0)[:, None, None, None, :]
     first_mass = share * jnp.sum(jnp.where(first, p, 0), axis=-1, keepdims=True) / mass
-    lse = lse if sinks is None else jnp.logaddexp(lse, sinks)
     peak = _largest(z)
     return p, factor, AttentionStats(*(by_head(x[..., 0]) for x in (lse, peak, entropy, first_mass)))
+
+
+def normalized_weights(call: AttentionCall, lse: Array, queries: Tokens, keys: Tokens, precision: jax.lax.PrecisionLike) -> Array:
+    """exp(z - lse) [B, Hkv, R, T, S] of rows whose lse [B, T, H] is known, 0 of hidden keys; other arguments as in `relative_weights`."""
+    z = logits(call, queries, keys, precision)
+    visible = visible_pairs(call, queries, keys)
+    return jnp.where(visible, jnp.exp(jnp.where(visible, z - by_group(lse, call.k.shape[2]), 0)), 0)
 
 
 def share(call: AttentionCall, queries: Tokens, keys: Tokens, precision: jax.lax.PrecisionLike) -> tuple[Array, AttentionStats]:
     """What has the gradients of these keys' share in `call.whole`: sum_j A_j (v_j - o) and sum_j A_j, with A_j = exp(z_j - lse)."""
     o, lse = call.whole
-    z = logits(call, queries, keys, precision)
-    visible = visible_pairs(call, queries, keys)
-    p = jnp.where(visible, jnp.exp(jnp.where(visible, z - by_group(lse, call.k.shape[2]), 0)), 0)
+    p = normalized_weights(call, lse, queries, keys, precision)
     mass = by_head(p.sum(-1))
     return apply(p, call.v.astype(p.dtype), precision) - o * mass[..., None], lse_alone(mass)
 

@@ -63,8 +63,8 @@ def attention(op: Op, parts: Parts, call: AttentionCall) -> Whole:
     o, rows = jax.tree.map(turn, (o.astype(dtype), rows))
     if sinks is not None:
         o, (lse, *rest) = with_sinks(o, [x for x in rows if x is not None], sinks)
-        rows = AttentionStats(lse, *rest) if call.return_stats else rows
-    return o, rows if call.return_stats else None
+        rows = AttentionStats(lse, *rest) if call.return_stats else lse_alone(lse)
+    return o, rows if call.return_stats or call.return_lse else None
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from plait.kernels.context.index_divergence import CONTEXT
 from plait.kernels.dispatch import Implementation, Op, kernel
@@ -36,6 +37,7 @@ def index_divergence(
     mask: Mask,
     selected: SelectedBlocks | None = None,
     scale: float | None = None,
+    lse: Array | None = None,
     at: Tokens | None = None,
     implementation: str = "auto",
 ) -> Array:
@@ -43,7 +45,7 @@ def index_divergence(
 
     `I_is = sum_h weights_ih relu(index_q_ih . index_k_s)`, and `p_i` is the mean over heads of the attention's weights, which sums to one:
     those of the selected keys alone where there is a selection. Differentiable in index_q, index_k and weights; the attention is the
-    target, and has no gradient from here.
+    target, and has no gradient from here, nor has `lse`.
 
     Args:
       index_q: [B, T, I, C], float32 or bfloat16.
@@ -54,6 +56,9 @@ def index_divergence(
       mask: what a query can see.
       selected: what of it it does see, one choice for all heads; None is all.
       scale: of the attention's logits; None is K^-1/2.
+      lse: [B, T, H] float32, natural log of sum_s exp(scale q_ih . k_s) over the keys that the query sees, as `attention` of the same
+        q, k and options returns it with `return_lse`: without sink logits, soft cap and bias, which are no part of p. Then nothing is
+        normalised again. None: it is made here.
       at: what is known of the tokens. None is one segment.
       implementation: "auto", "pallas_tpu", "chunked" or "reference".
 
@@ -66,7 +71,7 @@ def index_divergence(
 
     Source: DeepSeek-V3.2, arXiv 2512.02556, equations 1, 3 and 4.
     """
-    call = _call(index_q, index_k, weights, q, k, mask=mask, selected=selected, scale=scale, at=at)
+    call = _call(index_q, index_k, weights, q, k, mask=mask, selected=selected, scale=scale, lse=lse, at=at)
     return _op(implementation, call)
 
 
@@ -85,6 +90,7 @@ def _call(
     mask: Mask,
     selected: SelectedBlocks | None = None,
     scale: float | None = None,
+    lse: Array | None = None,
     at: Tokens | None = None,
 ) -> DivergenceCall:
     """The call, checked."""
@@ -108,7 +114,13 @@ def _call(
             (batch, length, 1, *selected.indices.shape[3:]),
             "[B, T, 1, N], one choice for all heads",
         )
-    q, k, selected = jax.lax.stop_gradient((q, k, selected))
+    if lse is not None:
+        check_shape(op, "lse", lse, q.shape[:3], "[B, T, H] of q")
+        if lse.dtype not in (jnp.float32, jnp.float64):
+            raise ValueError(
+                f"{op}: lse.dtype={lse.dtype} must be float32; pass what attention returns with return_lse, as it is"
+            )
+    q, k, selected, lse = jax.lax.stop_gradient((q, k, selected, lse))
     places = (at or Tokens()).placed(batch, length)
     places = Tokens(segment_ids=places.segment_ids, positions=places.positions)
     scale = resolved_scale(op, scale, q.shape[3])
@@ -121,6 +133,7 @@ def _call(
         at=places,
         kv_at=places,
         selected=selected,
+        lse=lse,
         mask=mask,
         scale=scale,
     )

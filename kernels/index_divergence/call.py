@@ -32,13 +32,15 @@ class DivergenceCall(Call):
     """`Tokens`, placed."""
     selected: Any = field(metadata=letters("bt"), default=None)
     """`SelectedBlocks`, or None where the mask says all."""
+    lse: Any = field(metadata=letters("bt"), default=None)
+    """[B, T, H], or None where nobody knows it."""
     mask: Mask = field(metadata=OPTION)
     scale: float = field(metadata=OPTION)
 
     @property
     def of_queries(self) -> dict[str, Any]:
         """The fields that belong to the queries."""
-        return {name: getattr(self, name) for name in ("index_q", "weights", "q", "at", "selected")}
+        return {name: getattr(self, name) for name in ("index_q", "weights", "q", "at", "selected", "lse")}
 
     def on_keys(self, function: Callable[[Array], Array]) -> Self:
         """The call with `function(x)` in place of each x [B, S, ...] that belongs to the keys."""

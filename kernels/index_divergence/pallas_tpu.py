@@ -60,7 +60,7 @@ def index_divergence(call: DivergenceCall) -> Array:
     if max(tables.cut(gradients=True)[1] for tables in (of_keys, of_index)) > 1:
         rows = jnp.sort(rows, axis=2)  # so that those of a table are neighbours
     hidden = jnp.broadcast_to(call.kv_at.segment_ids == 0, call.k.shape[:2])
-    target = mean_weights(of_keys, call.q, call.k[:, :, 0], rows, hidden)
+    target = mean_weights(of_keys, call.q, call.k[:, :, 0], rows, hidden, call.lse)
     return _divergence(of_index, call.index_q, call.index_k, call.weights, rows, target)
 
 

@@ -19,6 +19,9 @@ class AroundHeads(HeadMixer):
     def share(self, inputs, carry):
         return self.inner.share(inputs, carry)
 
+    def prepare(self, inputs, *, at):
+        return self.inner.prepare(inputs, at=at)
+
     def recall(self, inputs, carry, *, at, state):
         return self.inner.recall(inputs, carry, at=at, state=state)
 

@@ -269,7 +269,7 @@ class HeadMixer(Mixer):
 
     Subclasses write `project`, `attend`, `implied`, `init_state`, `output`; `finish` (per-head norm, gates), `share` where layers share
     something, `project_step`, `recall` and `attend_step` where decoding differs, `observe` and `auxiliary_losses` where they have them,
-    `counts` and `settle` where buffers follow the tokens of a step.
+    `prepare` where those losses need what attending finds, `counts` and `settle` where buffers follow the tokens of a step.
     """
 
     @property
@@ -295,6 +295,10 @@ class HeadMixer(Mixer):
     def share(self, inputs: Any, carry: Carry) -> tuple[Any, Carry]:
         """Takes what earlier layers left into the inputs, and leaves what later ones take."""
         return inputs, carry
+
+    def prepare(self, inputs: Any, *, at: Tokens) -> Any:
+        """The inputs of a training pass, with what both `attend` and `auxiliary_losses` would make; probes see them without."""
+        return inputs
 
     def recall(self, inputs: Any, carry: Carry, *, at: Tokens, state: State) -> tuple[Any, Carry, State]:
         """`share` for one new token; where decoding attends to a cache, the cache takes the token in and its entries are the inputs."""
@@ -336,10 +340,11 @@ class HeadMixer(Mixer):
         at = at.placed(*x.shape[:2])
         inputs, _ = self.project(x, at=at, state=None)
         inputs, carry = self.share(inputs, carry)
-        o = self.mix(inputs, x, at=at)
+        prepared = self.prepare(inputs, at=at)
+        o = self.mix(prepared, x, at=at)
         y = self.output(tapped(observer, "heads", self.finish(o, inputs, x), at=at))
         looks = () if observer is None else (look(observer, at=at, x=x, mixer=self, inputs=inputs, o=o),)
-        return Mixed(y, carry, self.auxiliary_losses(inputs, x, at=at), looks, self.counts(inputs, x, at=at))
+        return Mixed(y, carry, self.auxiliary_losses(prepared, x, at=at), looks, self.counts(inputs, x, at=at))
 
     def prefill(self, x: jax.Array, state: State, *, at: Tokens, carry: Carry) -> tuple[jax.Array, Carry, State]:
         at = at.placed(*x.shape[:2])

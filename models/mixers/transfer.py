@@ -140,14 +140,15 @@ class Transfer(AroundHeads):
     def __call__(self, x, *, at, carry, observer=None):
         at = at.placed(*x.shape[:2])
         inputs, _ = self.project(x, at=at, state=None)
-        o = self.mix(inputs, x, at=at)
+        prepared = self.prepare(inputs, at=at)
+        o = self.mix(prepared, x, at=at)
         heads = tapped(observer, "heads", self.finish(o, inputs, x), at=at)
         y = self.output(heads)
         target, found = self._pair(heads, x, at)
         error = jnp.square(found - target).reshape(*x.shape[:2], -1).mean(-1)
         losses = {LOSS: self.config.coefficient * _mean(error, at)}
         looks = () if observer is None else (look(observer, at=at, x=x, mixer=self, inputs=inputs, o=o),)
-        return Mixed(y, carry, {**self.auxiliary_losses(inputs, x, at=at), **losses}, looks, self.counts(inputs, x, at=at))
+        return Mixed(y, carry, {**self.auxiliary_losses(prepared, x, at=at), **losses}, looks, self.counts(inputs, x, at=at))
 
     def observe(self, inputs, x, *, at):
         heads = self.finish(self.mix(inputs, x, at=at), inputs, x)

@@ -164,25 +164,34 @@ def test_chosen_tokens_compile(generation: str, length: int, heads: int, dims: t
 
 
 @pytest.mark.parametrize(
-    ("generation", "length", "chosen"),
+    ("generation", "length", "chosen", "alone"),
     [
-        ("v5e", 4096, 128),
-        *(pytest.param(name, length, 2048, marks=pytest.mark.slow) for name in TOPOLOGIES for length in (4096, 32768)),
-        *(pytest.param(large, 131072, 2048, marks=pytest.mark.slow) for large in ("v5p", "tpu7x")),
+        ("v5e", 4096, 128, False),
+        *(
+            pytest.param(name, length, 2048, alone, marks=pytest.mark.slow)
+            for name in TOPOLOGIES
+            for length in (4096, 32768)
+            for alone in (False, True)
+        ),
+        *(pytest.param(large, 131072, 2048, False, marks=pytest.mark.slow) for large in ("v5p", "tpu7x")),
     ],
 )
-def test_divergence_over_chosen_tokens_compiles(generation: str, length: int, chosen: int):
-    def loss(index_q, index_k, weights, q, k, segment_ids, indices):
+def test_divergence_over_chosen_tokens_compiles(generation: str, length: int, chosen: int, alone: bool):
+    """`alone` it makes the normalisers that else attention tells."""
+
+    def loss(index_q, index_k, weights, q, k, segment_ids, indices, lse=None):
         selected = SelectedBlocks(indices=indices, block_size=1, num_blocks=length)
         q, k = jax.lax.stop_gradient((q, k))
         options = {"mask": Mask(), "at": Tokens(None, segment_ids), "selected": selected, "implementation": "pallas_tpu"}
-        return index_divergence(index_q, index_k, weights, q, k, **options).sum()
+        return index_divergence(index_q, index_k, weights, q, k, lse=lse, **options).sum()
 
     heads = 128 if length <= 4096 else 32
     wide = [(1, length, 64, 128), (1, length, 128), (1, length, 64), (1, length, heads, 576), (1, length, 1, 576)]
     shapes = [*((shape, jnp.bfloat16) for shape in wide), ((1, length), jnp.int32), ((1, length, 1, chosen), jnp.int32)]
-    found = compiled_kernels(generation, loss, *shapes)
-    assert set(found) == {"chosen_tokens_forward", "mean_weights", "index_scores", "index_scores_gradients"}
+    normalizers = [] if alone else [((1, length, heads), jnp.float32)]
+    found = compiled_kernels(generation, loss, *shapes, *normalizers)
+    of_loss = {"mean_weights", "index_scores", "index_scores_gradients"}
+    assert set(found) == of_loss | ({"chosen_tokens_forward"} if alone else set())
 
 
 def test_routed_attention_compiles():

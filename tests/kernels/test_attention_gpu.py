@@ -111,12 +111,13 @@ def _run(implementation: Any, case: Case, inputs: dict[str, jax.Array], tokens: 
             mask=case.mask,
             normalizer=normalizer,
             return_stats=case.stats,
+            return_lse=not (case.stats or case.sigmoid),
             selected=_selected(case, inputs["q"].shape[0]),
             **options,
             **static,
         )
         o, stats = implementation.attention(call)
-        found = {f: jnp.where(x > -1e29, x, 0) for f, x in (stats._asdict() if stats else {}).items()}
+        found = {f: jnp.where(x > -1e29, x, 0) for f, x in (stats._asdict() if stats else {}).items() if x is not None}
         return found if case.low else {"o": o, **found}
 
     return cases.with_gradients(outputs, inputs)

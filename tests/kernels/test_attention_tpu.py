@@ -133,10 +133,10 @@ def _run(implementation: Any, case: Case, inputs: dict[str, jax.Array], tokens: 
 
     def outputs(inputs: dict[str, jax.Array]) -> Any:
         normalizer = "sigmoid" if case.sigmoid else "softmax"
-        options = inputs | tokens | {"logit_soft_cap": case.soft_cap}
+        options = inputs | tokens | {"logit_soft_cap": case.soft_cap, "return_lse": not (case.stats or case.sigmoid)}
         call = AttentionCall.of("attention", mask=case.mask, normalizer=normalizer, return_stats=case.stats, **options)
         o, stats = implementation.attention(call)
-        found = {f: jnp.where(x > -1e29, x, 0) for f, x in (stats._asdict() if stats else {}).items()}
+        found = {f: jnp.where(x > -1e29, x, 0) for f, x in (stats._asdict() if stats else {}).items() if x is not None}
         return found if case.low else {"o": o, **found}
 
     return cases.with_gradients(outputs, inputs)

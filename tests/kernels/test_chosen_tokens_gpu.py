@@ -40,6 +40,7 @@ class Case(NamedTuple):
     segments: str | None = None
     sinks: bool = False
     stats: bool = True
+    """Without, lse alone."""
     dtype: str = "bfloat16"
 
 
@@ -93,10 +94,17 @@ def _run(implementation: Any, case: Case, inputs: dict[str, jax.Array], tokens: 
 
     def outputs(inputs: dict[str, jax.Array]) -> Any:
         call = AttentionCall.of(
-            "attention", mask=case.mask, return_stats=case.stats, value_dim=case.dims[1], **inputs, **tokens, **static
+            "attention",
+            mask=case.mask,
+            value_dim=case.dims[1],
+            return_stats=case.stats,
+            return_lse=not case.stats,
+            **inputs,
+            **tokens,
+            **static,
         )
         o, stats = implementation.attention(call)
-        return {"o": o} | {f: jnp.where(x > -1e29, x, 0) for f, x in (stats._asdict() if stats else {}).items()}
+        return {"o": o} | {f: jnp.where(x > -1e29, x, 0) for f, x in stats._asdict().items() if x is not None}
 
     return cases.with_gradients(outputs, inputs)
 

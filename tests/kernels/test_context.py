@@ -195,7 +195,8 @@ def test_other_attention_by_heads(name: str, caplog: pytest.LogCaptureFixture):
             return {"o": routed_attention(**inputs, active=active, mask=Mask(), at=at)}
         options: dict[str, Any] = {"normalizer": "sigmoid", "sigmoid_bias": jnp.arange(4.0)} if name == "sigmoid" else {}
         if "chosen" in name:
-            options["selected"] = SelectedBlocks(indices=blocks, block_size=4, num_blocks=16)
+            options |= {"selected": SelectedBlocks(indices=blocks, block_size=4, num_blocks=16), "return_lse": True}
+            return dict(zip(("o", "lse"), attention(**inputs, mask=Mask(), at=at, **options), strict=True))
         return {"o": attention(**inputs, mask=Mask(), at=at, **options)}
 
     heads = 3 if "cannot" in name else 4
@@ -212,7 +213,7 @@ def test_queries_that_choose_stay_where_they_are(chosen: bool):
     selected = SelectedBlocks(indices=blocks, block_size=4, num_blocks=16) if chosen else None
 
     def outputs(inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        return {"o": attention(**inputs, mask=Mask(), selected=selected)}
+        return dict(zip(("o", "lse"), attention(**inputs, mask=Mask(), selected=selected, return_lse=True), strict=True))
 
     inputs = arrays(q=(2, LENGTH, 4, 8), k=(2, LENGTH, 2, 8), v=(2, LENGTH, 2, 6))
     assert_same(outputs, inputs, mesh_of(context=4))

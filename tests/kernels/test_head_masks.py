@@ -58,6 +58,7 @@ def test_every_head_has_its_own_mask(bias: str):
             return {
                 "o": o,
                 **stats._asdict(),
+                "lse_alone": attention(q, k, v, return_lse=True, sinks=sinks, **some)[1],
                 "routed": routed_attention(q, k, v, active, **named),
                 "rows": jnp.swapaxes(attention_rows(q, k, rows=jnp.arange(3, 9), **some), 1, 2),
                 "first": first_masses(q, k, stats.lse, first_k=2, **some),

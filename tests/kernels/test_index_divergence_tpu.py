@@ -11,6 +11,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from plait.kernels import Mask, SelectedBlocks, Tokens
+from plait.kernels.attention import pallas_tpu as attention
 from plait.kernels.index_divergence import pallas_tpu, reference
 from plait.kernels.index_divergence.call import DivergenceCall
 from plait.kernels.target import target
@@ -96,13 +97,33 @@ def _results(divergence: Any, call: DivergenceCall) -> Any:
 
 @pytest.mark.parametrize("name", usually(CASES, "float32", "packed-bfloat16", "chunks-three-tables", newest=["packed-bfloat16"]))
 def test_kernel_matches_reference(name: str, monkeypatch: pytest.MonkeyPatch):
-    case = CASES[name]
-    call = _call(case)
+    case, call = CASES[name], _call(CASES[name])
     assert pallas_tpu.unsupported(call) is None
-    if case.parts > 1:
-        some = -(-call.k.shape[1] // case.parts) + 7 & -8
-        monkeypatch.setattr(pallas_tpu.Tables, "rows", lambda self, problem: some)
+    _cut(case, monkeypatch)
     got = jax.jit(partial(_results, pallas_tpu.index_divergence))(call)
+    exact = in_float64(partial(_results, reference.index_divergence), call)
+    plain = jax.jit(partial(_results, reference.index_divergence))(call)
+    assert_tree_close(got, exact, plain, dtype=case.dtype)
+
+
+def _cut(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Into as many tables as the case has."""
+    if case.parts > 1:
+        some = -(-(case.length + case.before) // case.parts) + 7 & -8
+        monkeypatch.setattr(pallas_tpu.Tables, "rows", lambda self, problem: some)
+
+
+@pytest.mark.parametrize("name", usually(CASES, "packed-bfloat16", "chunks-three-tables", newest=["packed-bfloat16"]))
+def test_where_attention_tells_its_normalisers_none_are_made(name: str, monkeypatch: pytest.MonkeyPatch):
+    """Those of attention's kernel; the reference makes its own."""
+    case, call = CASES[name], _call(CASES[name])
+    _cut(case, monkeypatch)
+    _, stats = jax.jit(attention.attention)(pallas_tpu._attention(call).replace(return_lse=True))
+    told = call.replace(lse=stats.lse)
+    kernels = {known: str(jax.make_jaxpr(pallas_tpu.index_divergence)(x)) for known, x in ((True, told), (False, call))}
+    assert all("mean_weights" in text for text in kernels.values())
+    assert ["chosen_tokens_forward" in kernels[known] for known in (True, False)] == [False, True]
+    got = jax.jit(partial(_results, pallas_tpu.index_divergence))(told)
     exact = in_float64(partial(_results, reference.index_divergence), call)
     plain = jax.jit(partial(_results, reference.index_divergence))(call)
     assert_tree_close(got, exact, plain, dtype=case.dtype)

@@ -39,6 +39,8 @@ def of(mask: str, segments: str, **options: Any):
 
     def outputs(inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
         found = attention(**inputs, mask=MASKS[mask], at=Tokens(None, segment_ids(SEGMENTS[segments])), **options)
+        if options.get("return_lse"):
+            return dict(zip(("o", "lse"), found, strict=True))
         if not options.get("return_stats"):
             return {"o": found}
         o, stats = found
@@ -64,7 +66,7 @@ def test_the_largest_logit_and_its_gradient():
     assert_same(outputs, {name: ATTENTION[name] for name in "qkv"}, mesh_of(context=4), exchange="ring")
 
 
-OPTIONS = ["sigmoid", "sigmoid with statistics", "soft cap and bias by distance", "sinks of each query", "values in keys",
+OPTIONS = ["lse", "sigmoid", "sigmoid with statistics", "soft cap and bias by distance", "sinks of each query", "values in keys",
            "bfloat16", "rows and heads divided too"]  # fmt: skip
 
 
@@ -74,6 +76,8 @@ def test_options(name: str):
         inputs, options = dict(inputs), {}
         if "sigmoid" in name:
             options = {"normalizer": "sigmoid", "return_stats": "statistics" in name}
+        if "lse" in name or "each query" in name:
+            options = {"return_lse": True}
         if "distance" in name:
             options = {"bias": DistanceBias(inputs.pop("table"), inputs.pop("slopes"), (1, 9)), "logit_soft_cap": 1.5}
         if "values" in name:
@@ -100,7 +104,7 @@ def test_what_cannot_go_round_is_gathered(name: str, caplog: pytest.LogCaptureFi
     def outputs(inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
         if name == "routed":
             return {"o": routed_attention(**inputs, active=active, mask=Mask(), at=at)}
-        return {"o": attention(**inputs, mask=Mask(), at=at, selected=blocks)}
+        return dict(zip(("o", "lse"), attention(**inputs, mask=Mask(), at=at, selected=blocks, return_lse=True), strict=True))
 
     assert_same(outputs, {name: ATTENTION[name] for name in "qkv"}, mesh_of(context=2), exchange="ring")
     reasons = {"routed": "routed heads tell no log-normaliser", "chosen": "chosen keys are of the whole row"}

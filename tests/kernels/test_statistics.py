@@ -42,8 +42,10 @@ def statistics(run: Callable[..., Any], level: str, x: dict[str, jax.Array]) -> 
     if "sigmoid_bias" in given:
         options |= {"normalizer": "sigmoid", "sigmoid_bias": x["sigmoid_bias"]}
     _, stats = run(x["q"], x["k"], x["v"], return_stats=True, **options)
-    options.pop("sinks")
     found = {name: getattr(stats, name) for name in ("lse", "entropy", "first_mass")}
+    if "sigmoid_bias" not in given:
+        _, found["lse"] = run(x["q"], x["k"], x["v"], return_lse=True, **options)
+    options.pop("sinks")
     found["first_masses"] = first_masses(x["q"], x["k"], stats.lse, first_k=3, **options)
     return {name: jnp.where(a > -1e29, a, 0) for name, a in found.items()}
 

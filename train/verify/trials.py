@@ -168,7 +168,10 @@ def _indexed(s: Shape) -> dict[str, Drawn]:
 def _diverge(x: Arrays, implementation: str) -> dict[str, Array]:
     selected = SelectedBlocks(indices=x["tokens"], block_size=1, num_blocks=x["q"].shape[1])
     options: dict[str, Any] = {"mask": Mask(), "selected": selected, "implementation": implementation}
-    return {"divergence": kernels.index_divergence(x["index_q"], x["index_k"], x["weights"], x["q"], x["k"], **options)}
+    _, lse = kernels.attention(x["q"], x["k"], value_dim=x["k"].shape[3], return_lse=True, **options)
+    arrays = [x[name] for name in ("index_q", "index_k", "weights", "q", "k")]
+    known = {"divergence": None, "divergence_after_attention": lse}
+    return {name: kernels.index_divergence(*arrays, lse=lse, **options) for name, lse in known.items()}
 
 
 def _choice(s: Shape, *more: tuple[str, Drawn]) -> dict[str, Drawn]:

@@ -14,7 +14,7 @@ from plait.kernels.attention.gpu import chosen_gradients, chosen_kernels
 from plait.kernels.attention.gpu.chosen_kernels import TILE, Operands, Problem
 from plait.kernels.attention.gpu.kernels import LN2, LOG2E, ROWS
 from plait.kernels.attention.per_query import first_mass, gradient_rows, with_sinks
-from plait.kernels.attention.reference import AttentionStats
+from plait.kernels.attention.reference import AttentionStats, lse_alone
 from plait.kernels.attention.visits import laid_out
 
 Array = jax.Array
@@ -78,6 +78,8 @@ def attention(call: AttentionCall) -> tuple[Array, AttentionStats | None]:
         stats.append(first_mass(call, stats[0], queries, keys))
     if call.sink_logits is not None:
         o, stats = with_sinks(o, stats, call.sink_logits)
+    if call.return_lse and not call.return_stats:
+        return o, lse_alone(stats[0])
     return o, AttentionStats(*stats) if call.return_stats else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -24,10 +25,10 @@ _LEAST = -1e29
 """Above the logit of such a one, below all others."""
 
 
-def mean_weights(tables: Tables, q: Array, k: Array, rows: Array, hidden: Array) -> Array:
+def mean_weights(tables: Tables, q: Array, k: Array, rows: Array, hidden: Array, lse: Array | None = None) -> Array:
     """[B, T, N] float32, `UNSEEN` where there is no token or one that is hidden.
 
-    A pass over the tokens for each head's log-sum-exp, and one for the weights, since tables of several parts share a sum.
+    One pass over the tokens where each head's log-sum-exp is known; else one more before it, since tables of several parts share a sum.
 
     Args:
       tables: of the keys, without values.
@@ -35,6 +36,7 @@ def mean_weights(tables: Tables, q: Array, k: Array, rows: Array, hidden: Array)
       k: [B, S, K].
       rows: [B, T, N] of k; -1 is none. No query has one twice.
       hidden: bool [B, S].
+      lse: [B, T, H] float32, natural, over the tokens of all tables; None where it is not known.
     """
     (length, chosen), (problem, parts) = rows.shape[1:], tables.cut(gradients=False)
     wide, cut = repelled(problem, whole(q)), cut_tables(problem, parts, k, hidden)
@@ -42,15 +44,12 @@ def mean_weights(tables: Tables, q: Array, k: Array, rows: Array, hidden: Array)
     def normalizers(low: Array, far: Array) -> Array:
         return kernels.forward(problem, wide, far, *listed(problem, rows, low))[0][:, :, 0]
 
-    def part(lse: Array, low: Array, far: Array) -> Array:
-        return weights(problem, wide, LOG2_E * jnp.where(lse > HIDDEN / 2, lse, 0), far, *listed(problem, rows, low))
+    def of_tables(function: Callable[[Array, Array], Array]) -> Array:
+        return function(*(x[0] for x in cut))[None] if parts == 1 else jax.lax.map(lambda at: function(*at), cut)
 
-    if parts == 1:
-        low, far = (x[0] for x in cut)
-        found = part(normalizers(low, far), low, far)
-    else:
-        lse = jax.nn.logsumexp(jax.lax.map(lambda at: normalizers(*at), cut), axis=0)
-        found = jax.lax.map(lambda at: part(lse, *at), cut).max(0)
+    lse = jax.nn.logsumexp(of_tables(normalizers), axis=0) if lse is None else whole(lse)
+    bits = LOG2_E * jnp.where(lse > HIDDEN / 2, lse, 0)
+    found = of_tables(lambda low, far: weights(problem, wide, bits, far, *listed(problem, rows, low))).max(0)
     return found[:, :length, :chosen]
 
 

@@ -104,6 +104,7 @@ class MLAInputs(NamedTuple):
     kv_at: Tokens | None = None  # where the keys stand, when they are a cache's
     index: Any = None  # what chooses among the keys, where something does
     selected: SelectedBlocks | None = None  # the keys that each query sees, where not all
+    attended: tuple[jax.Array, jax.Array] | None = None  # o [B, T, H, V] and lse [B, T, H], where they are known
 
 
 class Latents(NamedTuple):
@@ -182,10 +183,14 @@ class MLA(HeadMixer):
         mixtures."""
         return {"q": inputs.q, "k": inputs.k, "v": inputs.v}
 
-    def attend(self, inputs, *, at, state):
+    def attended(self, inputs: MLAInputs, at: Tokens) -> tuple[jax.Array, jax.Array]:
+        """The heads' outputs `[B, T, H, v_head_dim]` and log-normalisers `[B, T, H]` in whole sequences."""
         operands = self.operands(inputs, at)
-        o: Any = attention(**operands, at=at, **self.options(inputs))
-        o = self._from_latents(o) if "value_dim" in operands else o
+        o, lse = attention(**operands, at=at, return_lse=True, **self.options(inputs))
+        return self._from_latents(o) if "value_dim" in operands else o, lse
+
+    def attend(self, inputs, *, at, state):
+        o, _ = inputs.attended or self.attended(inputs, at)
         if state is not None:
             state = self.slots.write(state, self.kept(inputs), at)
         return o, state

@@ -150,14 +150,18 @@ class DSA(MLA):
                 return operands
         return super().operands(inputs, at)
 
+    def prepare(self, inputs, *, at):
+        return inputs if self.config.index_loss is None else inputs._replace(attended=self.attended(inputs, at))
+
     def auxiliary_losses(self, inputs, x, *, at):
         if self.config.index_loss is None:
             return {}
         options, operands = {**self.options(inputs), "at": at}, self.operands(inputs, at)
         index, q, k = inputs.index, operands["q"], operands["k"]
+        lse = None if inputs.attended is None else inputs.attended[1]
         if "value_dim" in operands and not divergence_served_by_kernel(index.q, index.k, index.weights, q, k, **options):
-            q, k = inputs.q, inputs.k  # less to be multiplied
-        return {LOSS: self.config.index_loss * index_loss(index, q, k, **options)}
+            q, k, lse = inputs.q, inputs.k, None  # less to be multiplied; logits that are rounded otherwise
+        return {LOSS: self.config.index_loss * index_loss(index, q, k, lse=lse, **options)}
 
     def entries(self):
         return {**super().entries(), "index": ((self.config.index_head_dim,), None)}

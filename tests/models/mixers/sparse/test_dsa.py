@@ -1,5 +1,6 @@
 """DeepSeek sparse attention: the published layer, the paper's losses, and what learns by which."""
 
+import collections
 import dataclasses
 from functools import partial
 
@@ -11,7 +12,7 @@ from flax import nnx
 from jax.experimental.pallas import tpu as pltpu
 
 from plait.configs.mesh import MeshConfig
-from plait.kernels import Mask, index_divergence
+from plait.kernels import Mask, dispatch, index_divergence
 from plait.kernels.attention.tpu.tokens import chosen_tokens
 from plait.kernels.index_divergence import chunked, pallas_tpu
 from plait.kernels.target import target
@@ -117,9 +118,33 @@ def test_latents_are_attended_to_where_a_kernel_brings_them_together(monkeypatch
         text = str(jax.make_jaxpr(run)(state, x))
         found = quick_jit(jax.value_and_grad(partial(run), (0, 1)))(state, x)
     for kernel in ("topk_tokens", "chosen_tokens_forward", "mean_weights", "index_scores"):
-        assert kernel in text
+        assert text.count(f"name={kernel}\n") == 1, "the loss takes the attention's normalisers"
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert_close(a, b) if np.asarray(b).any() else np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("stage", ["warm_up", "sparse"])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_attention_is_made_once_and_tells_the_loss_its_normalisers(stage, wrapped, monkeypatch):
+    """In a mixture of heads too; without, the loss is the same."""
+    config = dataclasses.replace(DSAConfig.example(), stage=stage)
+    mixer = build(MoHConfig(mixer=config) if wrapped else config, 64)
+    x, at = jax.random.normal(jax.random.key(0), (2, 16, 64)), layout((9, 5), (16,), length=16)
+    calls = collections.Counter()
+    for name in ("attention", "index_divergence"):
+        op = dispatch._ops[name].implementations["chunked"].run
+
+        def run(call, name=name, op=op):
+            calls[name, getattr(call, "lse", None) is not None] += 1
+            return op(call)
+
+        monkeypatch.setitem(dispatch._ops[name].implementations, "chunked", dispatch.Implementation(run))
+    loss = lambda: mixer(x, at=at, carry={}).losses[LOSS]
+    told = loss()
+    assert calls == {("attention", False): 1, ("index_divergence", True): 1}
+    monkeypatch.setattr(dsa.DSA, "prepare", lambda self, inputs, *, at: inputs)
+    assert_close(told, loss())
+    assert calls["index_divergence", False] == 1
 
 
 def divergence_inputs(length: int, dtype=jnp.float32) -> list[jax.Array]:
