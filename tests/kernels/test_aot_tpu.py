@@ -173,7 +173,11 @@ def test_chosen_tokens_compile(generation: str, length: int, heads: int, dims: t
             for length in (4096, 32768)
             for alone in (False, True)
         ),
-        *(pytest.param(large, 131072, 2048, False, marks=pytest.mark.slow) for large in ("v5p", "tpu7x")),
+        *(
+            pytest.param(large, 131072, 2048, alone, marks=pytest.mark.slow)
+            for large in ("v5p", "tpu7x")
+            for alone in (False, True)
+        ),
     ],
 )
 def test_divergence_over_chosen_tokens_compiles(generation: str, length: int, chosen: int, alone: bool):
