@@ -4,8 +4,8 @@ python benchmarks/attention_tiles.py FILE
 
 Needs the extra `aot`. What is found is appended to FILE, a line of JSON an estimate; the same command goes on where it was ended. Tiles and
 their parts are estimated with every tile visible, those that take the fewest cycles at twice the length too: the best are those that grow
-least. Parts of an edge are estimated with every tile on the diagonal of a causal mask. bfloat16; a chip that is at hand should be asked for times
-instead.
+least. Parts of an edge are estimated with every tile on the diagonal of a causal mask. bfloat16; a chip that is at hand should be asked for
+times instead.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ def main() -> None:
         for cut in CUTS:
             kinds = [
                 ("forward", "selected"),
-                *[("forward", "chosen"), ("forward", "edge")] * (cut[0] >= cut[3]),
+                *[("forward", "chosen"), ("forward", "edge")] * (cut[0] >= cut[3] >= 128),
                 ("all_gradients", "open" if blind else "selected"),
             ]
             each = []

@@ -6,28 +6,28 @@ Where candidates differ by less than 0.2% in what it finds, the one is taken tha
 from plait.kernels.attention.tpu.tiling import Tile, Tiles
 
 
-def _tiles(keys: int, part: tuple[int, int], edge: tuple[int, int], gradients: tuple[int, int] = (256, 1024)) -> Tiles:
-    """Tiles of 1,024 queries; of the forward pass their keys, and queries and keys of a part and of one of an edge; parts of gradients."""
-    return Tiles(forward=Tile(1024, keys, *part, *edge), gradients=Tile(1024, 1024, *gradients, 512, 256))
+def _tiles(part: tuple[int, int], edge: tuple[int, int], gradients: tuple[int, int] = (256, 1024)) -> Tiles:
+    """Of the forward pass queries and keys of a part and of one of an edge; of gradients of a part."""
+    return Tiles(forward=Tile(1024, 2048, *part, *edge), gradients=Tile(1024, 1024, *gradients, 512, 256))
 
 
 _V5 = {
-    64: _tiles(2048, (256, 256), (512, 128)),
-    128: _tiles(2048, (128, 128), (512, 128)),
-    256: _tiles(2048, (128, 128), (128, 128)),
+    64: _tiles((256, 256), (512, 128)),
+    128: _tiles((128, 128), (512, 128)),
+    256: _tiles((128, 128), (128, 128)),
 }
 BFLOAT16 = {
     "v5e": _V5,
     "v5p": _V5,
     "v6e": {
-        64: _tiles(2048, (512, 512), (512, 128)),
-        128: _tiles(2048, (512, 512), (512, 256)),
-        256: _tiles(2048, (256, 512), (256, 256)),
+        64: _tiles((512, 512), (512, 128)),
+        128: _tiles((512, 512), (512, 256)),
+        256: _tiles((256, 512), (256, 256)),
     },
     "tpu7x": {
-        64: _tiles(2048, (512, 512), (512, 256)),
-        128: _tiles(2048, (512, 1024), (512, 256), gradients=(512, 1024)),
-        256: _tiles(2048, (256, 512), (256, 256), gradients=(512, 1024)),
+        64: _tiles((512, 512), (512, 256)),
+        128: _tiles((512, 1024), (512, 256), gradients=(512, 1024)),
+        256: _tiles((256, 512), (256, 256), gradients=(512, 1024)),
     },
 }
 """By generation and the least head dim that is as large; 16 bits an element. v5p has v5e's order of candidates."""
