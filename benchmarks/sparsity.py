@@ -22,7 +22,7 @@ from plait.kernels.attention.pallas_tpu import choose_tiles
 from plait.kernels.attention.tpu import size
 from plait.kernels.attention.tpu.best_tiles import SELECTED
 from plait.kernels.attention.tpu.cut import Cut
-from plait.kernels.attention.tpu.edges import CELL, FIRST_EDGE, edges
+from plait.kernels.attention.tpu.edges import CELL, FIRST_EDGE, PARTLY, edges
 from plait.kernels.attention.tpu.rectangles import Rectangles
 from plait.kernels.attention.tpu.tiling import Problem
 from plait.kernels.attention.visits import FULL, MASKED, SKIP, Layout, tile_kinds
@@ -83,6 +83,7 @@ def under(mask: Mask, length: int, usual: tuple[int, int]) -> tuple[float, float
     cut_through = sum(
         int((known.kinds == kind).sum()) * sum(state > 0 for row in cells for state in row)
         for kind, cells in enumerate(known.cells, FIRST_EDGE)
+        if PARTLY in {state for row in cells for state in row}
     )
     whole, edge = (CAUSAL_TILE[0] - EMPTY) / 128, (CAUSAL_EDGES[0][0] - EMPTY) / 36  # a diagonal tile has 36 cells to compute
     return size.work(layout, *tile), EMPTY * known.steps + whole * (known.num_cells - cut_through) + edge * cut_through
