@@ -53,6 +53,21 @@ def by_hand(scored):
     return np.concatenate(nats), np.concatenate(sizes), np.concatenate(positions)
 
 
+def test_memory_is_linear_in_the_length(scored):
+    setup, params, buffers, evaluator, _ = scored
+    shapes = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+    one = jax.tree.map(lambda x: x[:1], next(iter(setup.data.val)))
+
+    def temporaries(length: int) -> int:
+        batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, length), x.dtype), one)
+        sizes = jax.ShapeDtypeStruct((setup.blueprint.config.model.vocab_size,), np.int32)
+        return (
+            evaluator._score.lower(shapes(params), shapes(buffers), batch, sizes).compile().memory_analysis().temp_size_in_bytes
+        )
+
+    assert temporaries(8192) < 1.2 * 4 * temporaries(2048)
+
+
 def test_loss_is_the_mean_over_all_held_out_tokens(scored, by_hand):
     setup, _, _, _, found = scored
     nats, sizes, _ = by_hand
