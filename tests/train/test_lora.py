@@ -146,8 +146,9 @@ def test_a_published_model_is_tuned_and_handed_back(compile_cache, corpus, tmp_p
     scores, other = [], tmp_path / "other.txt"
     other.write_text("What neither of the two was trained on is scored whole. " * 40)
     for one in (run_b, again):
-        do("eval", one, "--data.source", other, "--out", tmp_path / "scores.json")
-        scores.append(json.loads((tmp_path / "scores.json").read_text())["ppl"]["loss"])
+        scored = tmp_path / f"scores-{one.name}.json"
+        do("eval", one, "--data.source", other, "--out", scored)
+        scores.append(json.loads(scored.read_text())["ppl"]["loss"])
     assert scores[0] == pytest.approx(scores[1], rel=1e-5)
     do("report", run_b)
     # A whole model goes on from the adapters: they are merged.

@@ -37,8 +37,8 @@ def test_out_and_in_again(options, model_type, compile_cache, tmp_path, capsys):
         assert (folder / name).read_bytes() == (back / name).read_bytes(), name
     scores = []
     for one in (run, again):
-        do("eval", one, "--batches", 2, "--data.source", "sotu", "--out", tmp_path / "scores.json")
-        scores.append(json.loads((tmp_path / "scores.json").read_text()))
+        do("eval", one, "--batches", 2, "--data.source", "sotu", "--out", tmp_path / f"scores-{one.name}.json")
+        scores.append(json.loads((tmp_path / f"scores-{one.name}.json").read_text()))
     losses = [next(value for key, value in flat(score).items() if key.endswith("bits_per_byte")) for score in scores]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     capsys.readouterr()

@@ -81,6 +81,7 @@ def test_a_task_is_asked_at_several_lengths(task_run, text_run, tmp_path, capsys
     )
     found = json.loads(out.read_text())["reverse"]
     assert [(row["seq_len"], row["num_tokens"]) for row in found] == [(16, 30), (24, 30)]
+    out = tmp_path / "others.json"
     words = ["--tasks", "needle,ppl", "--seq-len", "300,320", "--needle.val-rows", "3", "--batches", "2", "--out", str(out)]
     assert main(["eval", str(text_run), *words]) == 0
     found = json.loads(out.read_text())
