@@ -11,11 +11,9 @@ import jax.numpy as jnp
 from plait.kernels import gpu
 from plait.kernels.topk_blocks import chunked, largest_gpu, reference, scores_gpu
 from plait.kernels.topk_blocks.call import TopkCall
+from plait.kernels.topk_blocks.tiles import unfit
 
 Array = jax.Array
-
-MIN_QUERIES = 32
-"""Fewer queries than this (decoding) fill too little of a tile."""
 
 MAX_SCORES = 1 << 25
 """Scores that exist at a time."""
@@ -23,14 +21,8 @@ MAX_SCORES = 1 << 25
 
 def unsupported(call: TopkCall) -> str | None:
     """Why these kernels cannot serve a call, or None."""
-    if reason := gpu.unavailable():
+    if reason := gpu.unavailable() or unfit(call):
         return reason
-    if not call.by_group:
-        return "each head chooses by itself: there are no sums of heads"
-    if call.q.shape[1] < MIN_QUERIES:
-        return f"{call.q.shape[1]} queries fill no tile of at least {MIN_QUERIES}"
-    if not {call.q.dtype.name, call.blocks.dtype.name} <= {"float32", "bfloat16"}:
-        return f"q and blocks are {call.q.dtype} and {call.blocks.dtype}, not float32 or bfloat16"
     if call.blocks.shape[1] > largest_gpu.MAX_LENGTH:
         return f"{call.blocks.shape[1]} exceed the {largest_gpu.MAX_LENGTH} among which it finds the largest"
     if scores_gpu.tiles_of(call) is None:

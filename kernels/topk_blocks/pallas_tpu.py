@@ -18,7 +18,7 @@ from plait.kernels.shapes import matmul_precision
 from plait.kernels.target import not_on
 from plait.kernels.topk_blocks import chunked, reference, tokens_tpu
 from plait.kernels.topk_blocks.call import TopkCall
-from plait.kernels.topk_blocks.tiles import QUERIES, Tiles, shared_dtype
+from plait.kernels.topk_blocks.tiles import QUERIES, Tiles, shared_dtype, unfit
 
 Array = jax.Array
 
@@ -27,9 +27,6 @@ CHUNK, PART = 512, 128
 
 HEADS = 16
 """Heads whose queries are one product."""
-
-MIN_QUERIES = 32
-"""Fewer queries than this (decoding) fill too little of a tile."""
 
 MAX_QUERY_BYTES = 4 << 20
 """Of the queries of a tile."""
@@ -49,14 +46,8 @@ class Problem(NamedTuple):
 
 def unsupported(call: TopkCall) -> str | None:
     """Why this kernel cannot serve a call, or None."""
-    if reason := not_on("tpu"):
+    if reason := not_on("tpu") or unfit(call):
         return reason
-    if not call.by_group:
-        return "each head chooses by itself: there are no sums of heads"
-    if call.q.shape[1] < MIN_QUERIES:
-        return f"{call.q.shape[1]} queries fill no tile of at least {MIN_QUERIES}"
-    if not {call.q.dtype.name, call.blocks.dtype.name} <= {"float32", "bfloat16"}:
-        return f"q and blocks are {call.q.dtype} and {call.blocks.dtype}, not float32 or bfloat16"
     group, width = call.q.shape[2] // call.blocks.shape[2], call.q.shape[3]
     if QUERIES * group * width * shared_dtype(call).itemsize > MAX_QUERY_BYTES:
         return f"{group} heads of {width} channels are more than a tile of queries holds"

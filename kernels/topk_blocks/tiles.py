@@ -20,6 +20,20 @@ Array = jax.Array
 QUERIES = 128
 """Queries a tile."""
 
+MIN_QUERIES = 32
+"""Fewer queries than this (decoding) fill too little of a tile."""
+
+
+def unfit(call: TopkCall) -> str | None:
+    """Why no kernel that goes by tiles can serve a call, or None."""
+    if not call.by_group:
+        return "each head chooses by itself: there are no sums of heads"
+    if call.q.shape[1] < MIN_QUERIES:
+        return f"{call.q.shape[1]} queries fill no tile of at least {MIN_QUERIES}"
+    if not {call.q.dtype.name, call.blocks.dtype.name} <= {"float32", "bfloat16"}:
+        return f"q and blocks are {call.q.dtype} and {call.blocks.dtype}, not float32 or bfloat16"
+    return None
+
 
 def shared_dtype(call: TopkCall) -> Any:
     """The dtype of the products' operands."""

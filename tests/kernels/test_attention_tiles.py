@@ -1,11 +1,13 @@
-"""What the TPU attention kernel is told to compute: edges of tiles, the list of visited ones, and their size; no kernel runs."""
+"""What the TPU attention kernel is told to compute: edges of tiles, visited ones, sizes, cuts of selected blocks; no kernel runs."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from plait.kernels import ChunkMask, GlobalMask, Mask, PowerMask
+from plait.kernels import ChunkMask, GlobalMask, Mask, PowerMask, SelectedBlocks
 from plait.kernels.attention.tpu import edges, size, steps
+from plait.kernels.attention.tpu.best_tiles import SELECTED
+from plait.kernels.attention.tpu.cut import Cut
 from plait.kernels.attention.visits import SKIP, Layout
 
 
@@ -73,3 +75,21 @@ def test_size_of_tiles_follows_the_mask():
         if window > 1024:  # the promise is what full attention does, by density
             promised = size.work(layout(Mask()), 1024, 2048) * pairs / (32768**2 / 2)
             assert promised >= 0.8 * size.work(layout(Mask(window_size=window)), *best)
+
+
+def test_cut_of_selected_blocks():
+    def sizes(*heads: int, size: int, length: int = 32768) -> tuple[int, int, int]:
+        num_heads, num_kv_heads, choices = heads
+        blocks = SelectedBlocks(indices=jnp.zeros((1, 1, choices, 1), jnp.int32), block_size=size, num_blocks=8)
+        found = Cut.of((num_heads, num_kv_heads), (length, length), blocks, *SELECTED[2])
+        return found.heads, found.queries, found.keys
+
+    assert sizes(16, 1, 1, size=64) == (16, 128, 64)
+    assert sizes(32, 1, 1, size=48) == (16, 128, 128)
+    assert sizes(16, 4, 4, size=64) == (4, 256, 64)
+    assert sizes(16, 4, 1, size=32) == (4, 256, 32)
+    assert sizes(16, 4, 16, size=512) == (1, 512, 512)
+    assert sizes(16, 4, 16, size=1024) == (1, 1024, 1024)
+    assert sizes(8, 8, 8, size=4096) == (1, 2048, 512)
+    assert sizes(12, 6, 4, size=64) == (1, 1024, 64)
+    assert sizes(8, 8, 8, size=1024, length=200) == (1, 256, 256)

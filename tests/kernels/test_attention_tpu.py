@@ -26,7 +26,7 @@ from plait.kernels import (
 )
 from plait.kernels.attention import pallas_tpu, reference
 from plait.kernels.attention.call import AttentionCall
-from plait.kernels.attention.tpu import best_tiles, cut, tiling
+from plait.kernels.attention.tpu import best_tiles, tiling
 from plait.kernels.attention.visits import FULL, SKIP, Layout, plan_visits
 from plait.kernels.chips import CHIPS
 from plait.kernels.target import target
@@ -226,24 +226,6 @@ def _selected(of: Choice) -> SelectedBlocks:
 def test_kernel_matches_reference_with_selected_blocks(name: str):
     of = CHOICES[name]
     _assert_matches(of.case, _inputs(of.case), _own(_segments(of.case)) | {"selected": _selected(of)})
-
-
-def test_cut_of_selected_blocks():
-    def sizes(*heads: int, size: int, length: int = 32768) -> tuple[int, int, int]:
-        num_heads, num_kv_heads, choices = heads
-        blocks = SelectedBlocks(indices=jnp.zeros((1, 1, choices, 1), jnp.int32), block_size=size, num_blocks=8)
-        found = cut.Cut.of((num_heads, num_kv_heads), (length, length), blocks, *best_tiles.SELECTED[2])
-        return found.heads, found.queries, found.keys
-
-    assert sizes(16, 1, 1, size=64) == (16, 128, 64)
-    assert sizes(32, 1, 1, size=48) == (16, 128, 128)
-    assert sizes(16, 4, 4, size=64) == (4, 256, 64)
-    assert sizes(16, 4, 1, size=32) == (4, 256, 32)
-    assert sizes(16, 4, 16, size=512) == (1, 512, 512)
-    assert sizes(16, 4, 16, size=1024) == (1, 1024, 1024)
-    assert sizes(8, 8, 8, size=4096) == (1, 2048, 512)
-    assert sizes(12, 6, 4, size=64) == (1, 1024, 64)
-    assert sizes(8, 8, 8, size=1024, length=200) == (1, 256, 256)
 
 
 @pytest.mark.parametrize("share", usually([0.0, 0.4, 1.0], 0.4, newest=(0.4,)))

@@ -82,13 +82,13 @@ class Sums(NamedTuple):
                 x[...] = jnp.zeros_like(x)
 
     def weigh(self, problem: Problem, bias: Any, z: Array, visible: Visible | None, at: slice) -> tuple[Array, Array]:
-        """The weights [N, M] of keys with products z [N, M], and the share [1, M] that earlier sums keep, of the queries that stand `at` these
-        columns; `visible` is None for all. The maximum, the mass and the entropy know of these keys then, and `collect` adds their values.
+        """The weights [N, M] of keys with products z [N, M], and the share [1, M], or 1, that earlier sums keep, of the queries that stand `at`
+        these columns; `visible` is None for all. Maximum, mass and entropy know of these keys then, and `collect` adds their values.
 
         It goes a few keys at a time, so that what is between a product and its weight stays in registers.
         """
         chunks = _chunks(len(z))
-        rise, keep = None, jnp.ones_like(self.total[:, at])
+        keep = jnp.float32(1)
         if _relative(problem):
             z = jnp.concatenate([_shown(visible, n, z[n], HIDDEN) for n in chunks], axis=0)
             old = self.peak[:, at]
@@ -96,7 +96,8 @@ class Sums(NamedTuple):
             self.peak[:, at] = highest
             rise = _bits_above(problem, bias, highest, old)
             keep = jnp.exp2(-rise)
-        mass, spread, weights = (jnp.zeros((SUBLANES, z.shape[1]), jnp.float32),) * 2 + ([],)
+        mass = spread = jnp.zeros((SUBLANES, z.shape[1]), jnp.float32)
+        weights = []
         for n in chunks:
             if _relative(problem):
                 bits = _bits_above(problem, bias, z[n], highest)
