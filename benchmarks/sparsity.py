@@ -64,8 +64,8 @@ def cycles(indices: np.ndarray, block_size: int, heads: int) -> tuple[tuple[int,
     everyone = Tokens(None, jnp.ones((1, 1, length), jnp.int32), jnp.arange(length, dtype=jnp.int32)[None, None])
     layout = Layout(Mask(), length, length, own_keys=True, packed=False)
     edge = Rectangles.under(Problem(layout, cut, 1.0, sigmoid=False, stats=False)).edge
-    diagonal = None if edge is None else np.where(edge.kinds == FIRST_EDGE, FIRST_EDGE, MASKED)
-    options = {"keep_first": False, "selected": selected, "choice_alone": FULL, "masked": diagonal}
+    diagonal = MASKED if edge is None else np.where(edge.kinds == FIRST_EDGE, FIRST_EDGE, MASKED)
+    options = {"keep_first": False, "selected": selected, "choice_alone": FULL, "masked": (diagonal, MASKED)}
     kinds = tile_kinds(layout, everyone, everyone, cut.queries, cut.keys, **options)
     shape = cut.heads, cut.queries, cut.keys
     visits = [int((kinds == kind).sum()) for kind in (MASKED, FULL, FIRST_EDGE)]

@@ -1,14 +1,16 @@
 """What the TPU attention kernel is told to compute: edges of tiles, visited ones, sizes, cuts of selected blocks; no kernel runs."""
 
+import itertools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from plait.kernels import ChunkMask, GlobalMask, Mask, PowerMask, SelectedBlocks
+from plait.kernels import ChunkMask, GlobalMask, Mask, PowerMask, SelectedBlocks, Tokens
 from plait.kernels.attention.tpu import edges, size, steps
 from plait.kernels.attention.tpu.best_tiles import SELECTED
 from plait.kernels.attention.tpu.cut import Cut
-from plait.kernels.attention.visits import SKIP, Layout
+from plait.kernels.attention.visits import SKIP, Layout, tile_kinds
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -30,19 +32,46 @@ def test_edges_hide_and_show_by_order(mask: Mask, block: int, packed: bool):
     length = 6 * block
     known = edges.edges(Layout(mask, length, length, own_keys=True, packed=packed), block, block)
     plain, hidden = mask.without_sinks(), 0
-    starts = (0, 77, length // 2) if packed else (0,)  # where the only segment, or the last of them, begins
+    starts = (0, 77, length // 2) if packed else (0,)  # where the second segment begins, or the only one
     for start in starts:
         at = jnp.arange(length) - start
-        ids = (at >= 0).astype(jnp.int32)
+        ids = 1 + (at >= 0).astype(jnp.int32)
+        at = jnp.where(at < 0, at + start, at)
         visible = np.asarray(plain.dense(at, at, ids, ids)).reshape(6, block, 6, block).swapaxes(1, 2)
         inside = np.arange(6) * block >= start
-        for i, j in np.argwhere((known.kinds >= edges.FIRST_EDGE) & inside[:, None] & inside):
+        for i, j in np.argwhere(known.kinds >= edges.FIRST_EDGE):
             cells = visible[i, j].T.reshape(block // 128, 128, block // 128, 128).swapaxes(1, 2)
-            states = np.asarray(known.cells[known.kinds[i, j] - edges.FIRST_EDGE])
+            of_one = inside[i] and inside[j]
+            shown, several = known.shown((known.kinds if of_one else known.of_several)[i, j])
+            states = np.asarray(shown)
             hidden += (states == edges.HIDDEN).sum()
             assert not cells[states == edges.HIDDEN].any(), "a visible cell is not computed"
-            assert cells[states == edges.WHOLLY].all(), "a hidden key is taken for visible"
+            assert several != of_one, "tiles of several segments are computed under the mask"
+            assert several or cells[states == edges.WHOLLY].all(), "a hidden key is taken for visible"
     assert hidden or mask.alignment > 1 or mask.dilation
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        Mask(),
+        Mask(window_size=600),
+        Mask(window_size=256, num_sink_tokens=3),
+        PowerMask(block_size=256),
+        ChunkMask(chunk_size=512),
+    ],
+    ids=str,
+)
+def test_kernels_have_every_kind_of_tile(mask: Mask):
+    """A tile of a kind that a kernel was not made with would be left out."""
+    for length, block, starts in itertools.product((2048, 2000), (256, 384), (None, (0,), (0, 512), (0, 300, 1900))):
+        layout = Layout(mask, length, length, own_keys=True, packed=starts is not None)
+        ids, at = np.zeros((2, 1, 1, -(-length // block) * block), np.int32)
+        for number, start in enumerate(starts or (0,), 1):
+            ids[..., start:length], at[..., start:length] = number, np.arange(length - start)
+        tokens, known = Tokens(None, jnp.asarray(ids), jnp.asarray(at)), edges.edges(layout, block, block)
+        kinds = tile_kinds(layout, tokens, tokens, block, block, keep_first=False, masked=(known.kinds, known.of_several))
+        assert set(np.unique(kinds)) <= {SKIP, *known.possible}, (length, block, starts)
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["shared", "by head"])

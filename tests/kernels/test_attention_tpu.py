@@ -279,11 +279,12 @@ def _assert_mass_matches(case: Case, soft_cap: float | None, **more: Any) -> Non
 
 
 EDGES = {
-    "causal": Case(heads=(2, 1), length=600, stats=False),
     "window": Case(mask=Mask(window_size=300), heads=(1, 1), length=700),
     "window-segments": Case(
         mask=Mask(window_size=300, num_sink_tokens=2), heads=(1, 1), length=700, segments="long", stats=False
     ),
+    "causal-segments": Case(heads=(2, 1), length=600, segments="several"),
+    "power-segments": Case(mask=PowerMask(block_size=512), heads=(1, 1), length=1100, segments="long", stats=False),
     "power-bfloat16": Case(mask=PowerMask(block_size=128), heads=(1, 1), length=1024, dtype="bfloat16", stats=False),
 }
 

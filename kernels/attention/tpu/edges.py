@@ -12,10 +12,11 @@ CELL = 128
 """Tokens on either side of what is computed or left out."""
 
 FIRST_EDGE = FULL + 1
-"""Kinds of tile from here on, beyond those of `visits`: computed without what order hides, and under the mask where order does not show all."""
+"""Kinds of tile from here on, beyond those of `visits`: computed without what order hides, and under the mask where order does not show all
+or, of the second half of these kinds, everywhere, since there are several segments or padding."""
 
 MAX_EDGES = 8
-"""Kinds of such tiles, each of which is code of its own in a kernel; tiles of rarer ones are MASKED."""
+"""Cuts of such tiles, each of which is code of its own in a kernel, twice where rows are packed; tiles of rarer ones are MASKED."""
 
 HIDDEN, PARTLY, WHOLLY = 0, 1, 2
 
@@ -29,13 +30,23 @@ class Edges(NamedTuple):
     kinds: np.ndarray
     """int [NQ, NK]: the kind of a tile of one segment that is not wholly visible and holds no sink token."""
     cells: tuple[Cells, ...]
-    """Of the kinds from FIRST_EDGE on."""
+    """Of the kinds from FIRST_EDGE on, of one segment and again of several."""
     possible: tuple[int, ...]
     """The kinds that tiles can have, SKIP aside."""
     steps: int
     """Tiles that order can show some of."""
     num_cells: int
     """Cells that are computed in these. Where keys are not the queries' own, both are what `Layout.expected` says."""
+
+    @property
+    def of_several(self) -> np.ndarray:
+        """int [NQ, NK]: the kind of such a tile of several segments or padding, of which order hides the same."""
+        return np.where(self.kinds < FIRST_EDGE, MASKED, self.kinds + len(self.cells))
+
+    def shown(self, kind: int) -> tuple[Cells, bool]:
+        """What is computed in a tile of a kind from FIRST_EDGE on, and whether there may be several segments."""
+        several, cut = divmod(kind - FIRST_EDGE, len(self.cells))
+        return self.cells[cut], bool(several)
 
 
 @lru_cache(maxsize=256)
@@ -63,10 +74,13 @@ def edges(layout: Layout, block_q: int, block_kv: int) -> Edges:
     work = np.full(len(patterns), size)
     work[parts] = (patterns[parts] != HIDDEN).sum((1, 2))
     possible = set(kinds[i, j])
-    if layout.packed or layout.mask.num_sink_tokens or layout.num_queries % block_q or layout.num_keys % block_kv:
+    padded = bool(layout.num_queries % block_q or layout.num_keys % block_kv)
+    if layout.packed or padded:
+        possible |= {kind + len(parts) for kind in possible if kind >= FIRST_EDGE}
+    if (near & every).any() or (layout.packed and layout.mask.alignment > 1):  # a segment may start where blocks of positions do
+        possible |= {FULL, MASKED} if layout.packed or padded else {FULL}
+    if layout.mask.num_sink_tokens:
         possible.add(MASKED)
-    if (near & every).any():
-        possible.add(FULL)
     cells = tuple(tuple(tuple(int(x) for x in row) for row in patterns[n]) for n in parts)
     steps = int(near.sum())
     return Edges(kinds, cells, tuple(sorted(int(x) for x in possible)), steps, (steps - len(i)) * size + int(counts @ work))

@@ -75,7 +75,7 @@ class Rectangles(NamedTuple):
         cut = self.cut
         if kind == FIRST_EDGE and self.edge:
             tile = Tile(cut.queries, cut.keys, edge_q=EDGE_ROWS, edge_kv=EDGE_KEYS)
-            found = edge_parts(self.edge.cells[0], tile)
+            found = edge_parts(*self.edge.shown(kind), tile)
             return [(at, part.queries, part.queries) for at, parts in found for part in parts]
         num_keys = cut.keys * cut.fetched
         most = PAIRS // min(num_keys, KEYS)

@@ -10,7 +10,7 @@ from plait.kernels.attention.visits import SKIP, Layout
 Array = jax.Array
 
 _FLAGS = 2
-_KIND = 4
+_KIND = 5
 """Bits of an entry that say whether a block of the outputs begins or ends, and of what kind the tile is."""
 
 ENTRY_BITS = 31

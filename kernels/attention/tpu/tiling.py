@@ -132,7 +132,7 @@ class Course(NamedTuple):
     def parts(self, kind: int) -> list[tuple[slice, list[Part]]]:
         """Keys, and the parts of them that a tile of a kind computes: all of it, but for what order hides."""
         if kind >= FIRST_EDGE:
-            return edge_parts(self.edges.cells[kind - FIRST_EDGE], self.tile)
+            return edge_parts(*self.edges.shown(kind), self.tile)
         tile = self.tile
         keys, queries = cuts(0, tile.block_kv, tile.part_kv), cuts(0, tile.block_q, tile.part_q)
         if len(keys) == len(queries) == 1 and tile.block_q > LANES:  # parts overlap
@@ -140,8 +140,8 @@ class Course(NamedTuple):
         return [(at, [Part(some, kind != FULL) for some in queries]) for at in keys]
 
 
-def edge_parts(cells: Cells, tile: Tile) -> list[tuple[slice, list[Part]]]:
-    """Keys, and the parts of them that are computed where order shows these cells.
+def edge_parts(cells: Cells, several: bool, tile: Tile) -> list[tuple[slice, list[Part]]]:
+    """Keys, and the parts of them that are computed where order shows these cells, of one segment or of several.
 
     Keys that many queries meet stand beside those that few do: then parts that wait for one another, as those of the same queries do, stand
     apart.
@@ -152,7 +152,7 @@ def edge_parts(cells: Cells, tile: Tile) -> list[tuple[slice, list[Part]]]:
         columns = list(zip(*rows, strict=True))
         shown = [any(states) for states in columns]
         if parts := [
-            Part(at, any(set(states) != {WHOLLY} for states in columns[at.start // CELL : at.stop // CELL]))
+            Part(at, several or any(set(states) != {WHOLLY} for states in columns[at.start // CELL : at.stop // CELL]))
             for low, high in _runs(shown)
             for at in cuts(low * CELL, high * CELL, tile.edge_q)
         ]:
@@ -196,7 +196,7 @@ class Tiling:
             block_q,
             block_kv,
             keep_first=False,
-            masked=self.edges.kinds,
+            masked=(self.edges.kinds, self.edges.of_several),
         )
         self.most = most_steps(problem.layout, block_q, block_kv)
 

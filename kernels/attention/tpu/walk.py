@@ -98,7 +98,7 @@ class Walk:
             selected=selected,
             num_heads=choices,
             choice_alone=FULL,
-            masked=None if edge is None else np.where(edge.kinds == FIRST_EDGE, FIRST_EDGE, MASKED),
+            masked=(MASKED if edge is None else np.where(edge.kinds == FIRST_EDGE, FIRST_EDGE, MASKED), MASKED),
         )
         self.kinds = jnp.repeat(kinds, self.num_bundles // choices, axis=1)  # [B, bundles, NQ, NK]
 
