@@ -2,16 +2,17 @@
 
     python benchmarks/sparsity.py [--seq-len 32768]
 
-No kernel runs. Under masks and with routed heads it counts the cells of 128 by 128 pairs that the kernel is told to compute, and adds to each
-tile the cells whose cycles a step costs (`STEP` in `kernels/attention/tpu/size.py`); that a cell under the mask costs more, or one of a short
-row of them, is not counted. "By cycles", and where blocks are selected, tiles count by v5e's static estimates for head dim 128, as
-`sparse_static.py` gives them. The promised work is the density of visible pairs times that of full causal attention. Routed heads are drawn
-at random, and so are selected blocks: by a run of queries together, or by each query apart.
+No kernel runs. Under masks, in packed rows and with routed heads it counts the cells of 128 by 128 pairs that the forward kernel is told to
+compute, and its steps; with routed heads a step counts as `STEP` cells (`kernels/attention/tpu/size.py`). Of masks `sparse_static.py` has
+cycles. Where blocks are selected, tiles count by v5e's static estimates for head dim 128, as that gives them too. The promised work is the
+density of visible pairs times that of full causal attention. Documents, routed heads and selected blocks are drawn at random, blocks by a run
+of queries together or by each query apart.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +23,11 @@ from plait.kernels.attention.pallas_tpu import choose_tiles
 from plait.kernels.attention.tpu import size
 from plait.kernels.attention.tpu.best_tiles import SELECTED
 from plait.kernels.attention.tpu.cut import Cut
-from plait.kernels.attention.tpu.edges import CELL, FIRST_EDGE, PARTLY, edges
+from plait.kernels.attention.tpu.edges import CELL, FIRST_EDGE, edges
 from plait.kernels.attention.tpu.rectangles import Rectangles
 from plait.kernels.attention.tpu.tiling import Problem
 from plait.kernels.attention.visits import FULL, MASKED, SKIP, Layout, tile_kinds
+from plait.kernels.shapes import padded
 from plait.train.verify.rooflines import PEAKS
 
 CYCLES = {
@@ -43,9 +45,6 @@ follow its cells."""
 CAUSAL_TILE, CAUSAL_EDGES = (9513, 10912), ((3544, 10912 * 40 / 64), (7430, 10912 * 40 / 64))
 """Of full causal attention: a tile of 1,024 queries and 2,048 keys (of gradients 1,024), and one on the diagonal, at its beginning and in its
 middle; that of gradients is by its cells."""
-
-EMPTY = 482
-"""Of a step of the forward pass without work."""
 
 
 def counted(queries: Tokens, length: int, block: int) -> float:
@@ -75,20 +74,6 @@ def cycles(indices: np.ndarray, block_size: int, heads: int) -> tuple[tuple[int,
     return shape, sum(n * of for n, of in zip(visits, each, strict=True)) / cut.heads
 
 
-def under(mask: Mask, length: int, usual: tuple[int, int]) -> tuple[float, float]:
-    """Cells of work, and cycles of the forward pass, under a mask, in tiles of the size that the kernel takes."""
-    layout = Layout(mask, length, length, own_keys=True, packed=False)
-    tile = size.least(layout, usual)
-    known = edges(layout, *tile)
-    cut_through = sum(
-        int((known.kinds == kind).sum()) * sum(state > 0 for row in cells for state in row)
-        for kind, cells in enumerate(known.cells, FIRST_EDGE)
-        if PARTLY in {state for row in cells for state in row}
-    )
-    whole, edge = (CAUSAL_TILE[0] - EMPTY) / 128, (CAUSAL_EDGES[0][0] - EMPTY) / 36  # a diagonal tile has 36 cells to compute
-    return size.work(layout, *tile), EMPTY * known.steps + whole * (known.num_cells - cut_through) + edge * cut_through
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seq-len", type=int, default=32768)
@@ -98,34 +83,66 @@ def main() -> None:
     rng = np.random.default_rng(0)
     everyone = Tokens(None, jnp.ones((1, 1, length), jnp.int32), jnp.arange(length, dtype=jnp.int32)[None, None])
     causal = length * (length + 1) / 2
-    full, full_cycles = under(Mask(), length, usual)
-    print(
-        f"T={length}, tiles of {usual}; full causal attention: {full * CELL**2 / causal:.2f} of its visible pairs, steps included"
-    )
-    print(f"{'what':38} {'density':>8} {'work':>7} {'speed-up':>9} {'promised':>9} {'share':>6} {'by cycles':>9}")
 
-    def show(what: str, density: float, cost: float, taken: float | None = None) -> None:
-        by_cycles = "" if taken is None else f"{full_cycles / taken * density:9.0%}"
-        shares = f"{1 / density:9.2f} {full / cost * density:6.0%} {by_cycles}"
-        print(f"{what:38} {density:8.4f} {cost / full:7.4f} {full / cost:9.2f} {shares}")
+    def show(what: str, density: float, mask: Mask) -> None:
+        layout = Layout(mask, length, length, own_keys=True, packed=False)
+        tile = size.least(layout, usual)
+        known = edges(layout, *tile)
+        share = full.num_cells / known.num_cells * density
+        print(
+            f"{what:22} {density:8.4f} {1 / density:9.2f} {' x '.join(map(str, tile)):>12} {known.num_cells:6} {known.steps:6} {share:6.0%}"
+        )
 
+    full = edges(Layout(Mask(), length, length, own_keys=True, packed=False), *usual)
+    print(f"T={length}, forward; full causal attention: tiles of {usual}, {full.num_cells} cells, {full.steps} steps")
+    print(f"{'mask':22} {'density':>8} {'promised':>9} {'tiles':>12} {'cells':>6} {'steps':>6} {'share':>6}")
     for share in (0.25, 0.125, 0.0625):
-        window = next(w for w in range(usual[0], length, usual[0] // 8) if w * length - w * w / 2 >= share * causal)
+        window = next(w for w in range(1024, length, CELL) if w * length - w * w / 2 >= share * causal)
         density = (window * length - window * (window - 1) / 2) / causal
-        show(f"window {window}", density, *under(Mask(window_size=window), length, usual))
+        show(f"window {window}", density, Mask(window_size=window))
     for block in (1024, 512, 256):
-        rule = PowerMask(block_size=block)
         back = np.arange(length // block)
         blocks = sum((n & (n - 1)) == 0 for i in back for n in range(i + 1))
         density = (blocks - len(back) / 2) * block**2 / causal
-        show(f"power, blocks of {block}", density, *under(rule, length, usual))
+        show(f"power, blocks of {block}", density, PowerMask(block_size=block))
+    whole = float(counted(everyone, length, usual[0]))
     for share in (0.75, 0.5):
         active = rng.random((1, 4, length)) < share
         order = jnp.argsort(~jnp.asarray(active), axis=-1, stable=True)
         gather = lambda x, order=order: jnp.take_along_axis(jnp.broadcast_to(x, order.shape), order, axis=-1)
         routed = Tokens(None, gather(jnp.asarray(active).astype(jnp.int32)), gather(everyone.positions))
-        show(f"routed heads, {share:.0%} of queries", active.mean(), counted(routed, length, usual[0]))
+        work = counted(routed, length, usual[0]) / whole
+        print(f"heads of {share:.0%} of queries: density {active.mean():.4f}, cells and steps {work:.4f} of all")
+    show_packed(rng)
     show_selected(length, rng)
+
+
+def show_packed(rng: np.random.Generator) -> None:
+    """Prints the cells of packed rows, beside those of kernels that compute tiles of several documents whole."""
+    print(f"\n{'packed rows':>11} {'documents':>9} {'window':>6} {'tiles':>11} {'cells':>6} {'whole tiles':>11}")
+    rows = 16
+    for length, mean, window in itertools.product((4096, 32768), (512, 1024, 4096), (None, 1024)):
+        ids, at = np.zeros((2, rows, 1, length), np.int32)
+        for row in range(rows):
+            ends = np.cumsum(np.maximum(16, rng.exponential(mean, length // 16)).astype(int))
+            begins = np.concatenate([[0], ends[ends < length]])
+            ids[row, 0] = np.searchsorted(begins, np.arange(length), side="right")
+            at[row, 0] = np.arange(length) - begins[ids[row, 0] - 1]
+        layout = Layout(Mask(window_size=window), length, length, own_keys=True, packed=True)
+        tile = size.least(layout, (1024, 2048))
+        tokens = [Tokens(None, *(padded(jnp.asarray(x), 2, each) for x in (ids, at))) for each in tile]
+        known, whole = edges(layout, *tile), tile[0] * tile[1] // CELL**2
+        kinds = np.asarray(tile_kinds(layout, *tokens, *tile, keep_first=False, masked=(known.kinds, known.of_several)))
+        computed = {
+            kind: sum(state > 0 for row in known.shown(kind)[0] for state in row) for kind in known.possible if kind >= FIRST_EDGE
+        }
+        cells = sum(int((kinds == kind).sum()) * computed.get(kind, whole) for kind in known.possible)
+        more = sum(
+            int((kinds == kind).sum()) * (whole - n) for kind, n in computed.items() if kind >= FIRST_EDGE + len(known.cells)
+        )
+        print(
+            f"{length:11} {mean:9} {window or '':>6} {' x '.join(map(str, tile)):>11} {cells / rows:6.0f} {(cells + more) / rows:11.0f}"
+        )
 
 
 def show_selected(length: int, rng: np.random.Generator) -> None:

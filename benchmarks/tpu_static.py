@@ -199,6 +199,7 @@ def _attention_kernel(job: dict[str, Any], array: Callable[..., Any]) -> tuple[C
     """
     import jax
     import jax.numpy as jnp
+    import numpy as np
 
     from plait.kernels import Mask, Tokens
     from plait.kernels.attention import pallas_tpu
@@ -237,7 +238,7 @@ def _attention_kernel(job: dict[str, Any], array: Callable[..., Any]) -> tuple[C
     block_q, block_kv = tile.block_q // edges.CELL, tile.block_kv // edges.CELL
     shown = sum(state > 0 for row in cells[:block_kv] for state in row) if kind == edges.FIRST_EDGE else block_q * block_kv
     num_cells = shown * (length // tile.block_q) * (length // tile.block_kv)
-    tiling.edges = lambda *_: edges.Edges(None, (cells,), (kind,) if kind else (), 0, num_cells)
+    tiling.edges = lambda *_: edges.Edges(np.array(MASKED), (cells,), (kind,) if kind else (), 0, num_cells)
     tiling.tile_kinds = lambda layout, q, kv, block_q, block_kv, **_: jnp.zeros(
         (1, 1, length // block_q, length // block_kv), int
     )

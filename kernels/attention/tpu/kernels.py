@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import jax
@@ -10,8 +11,22 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from plait.kernels.attention.tpu import carried
+from plait.kernels.attention.tpu.edges import CELL
 from plait.kernels.attention.tpu.tiling import SUBLANES, Course, Operands, Part, Problem, Tiling, rounded_up
-from plait.kernels.attention.tpu.weights import LOG2_E, NN, NT, Sums, dot, gradients, products, seen, stacked_rows, staggered
+from plait.kernels.attention.tpu.weights import (
+    LOG2_E,
+    NN,
+    NT,
+    Sums,
+    Visible,
+    dot,
+    gradients,
+    products,
+    seen,
+    shown,
+    stacked_rows,
+    staggered,
+)
 from plait.kernels.attention.visits import SKIP
 
 Array = jax.Array
@@ -27,12 +42,28 @@ class _Keys(NamedTuple):
 def _parts(course: Course, kind: int, tokens: Sequence[Any]) -> Iterator[tuple[_Keys, list[Part]]]:
     """The parts of a tile of a kind: some keys, and in turn some queries. `tokens` are those of queries and keys, [1, 1, 2, tile] each."""
     for at, parts in course.parts(kind):
-        yield _Keys(at, tokens[1][0, 0, :, at].T if any(part.masked for part in parts) else None), parts
+        yield _Keys(at, tokens[1][0, 0, :, at].T if any(_masked(part) for part in parts) else None), parts
 
 
-def _visible(course: Course, tokens: Sequence[Any], keys: _Keys, part: Part, at: slice = slice(None)) -> Array:
-    """bool [N, M]: which of the keys, those that stand `at` some rows, a query sees."""
-    return seen(course.problem, tokens[0][0, 0, :, part.queries], keys.tokens[at])
+def _masked(part: Part) -> bool:
+    return any(map(any, part.masked))
+
+
+def _visible(course: Course, tokens: Sequence[Any], keys: _Keys, part: Part) -> Visible | None:
+    """Which of the keys the queries of a part see; the mask is not looked at where nothing is hidden."""
+    if not _masked(part):
+        return None
+
+    def visible(some: slice) -> list[tuple[slice, Array | None]]:
+        found, first = [], 0
+        for masked, run in groupby(part.masked[some.start // CELL]):
+            at = slice(first, first := first + CELL * len(list(run)))
+            queries = slice(part.queries.start + at.start, part.queries.start + at.stop)
+            sees = seen(course.problem, tokens[0][0, 0, :, queries], keys.tokens[some]) if masked else None
+            found.append((at, sees))
+        return found
+
+    return visible
 
 
 def _by_kind(course: Course, kind: Array, work: Callable[[int], None]) -> None:
@@ -62,8 +93,7 @@ def _forward_kernel(course: Course, table: Any, bias: Any, *refs: Any) -> None:
 
         def weights(n: int, z: Array) -> tuple[Array, Array]:
             keys, values, part = parts[n]
-            visible = partial(_visible, course, tokens, keys, part) if part.masked else None
-            p, keep = sums.weigh(problem, bias[h], z, visible, part.queries)
+            p, keep = sums.weigh(problem, bias[h], z, _visible(course, tokens, keys, part), part.queries)
             return p.astype(values.dtype), keep
 
         def outputs(n: int, weighed: tuple[Array, Array]) -> None:
@@ -129,7 +159,7 @@ def _gradients_kernel(course: Course, table: Any, bias: Any, *refs: Any) -> None
 
         def weights(n: int, found: tuple[Array, Array]) -> tuple[Array, Array]:
             keys, _, part = parts[n]
-            visible = _visible(course, tokens, keys, part) if part.masked else None
+            visible = _visible(course, tokens, keys, part)
             weights, d_logits, shared = gradients(problem, bias[head], *found, rows[0, 0, :, part.queries], visible)
             if problem.sigmoid:
                 sums.here[key_dim : key_dim + 1, part.queries] += jnp.sum(shared, axis=0, keepdims=True)
@@ -190,8 +220,7 @@ def _column_mass_kernel(course: Course, table: Any, bias: Any, *refs: Any) -> No
             for part in parts:
                 z = products(problem, k[0, 0, keys.at], q[0, 0, part.queries])
                 weights = jnp.exp2((problem.scale * LOG2_E) * z - lse[0, 0, 0:1, part.queries])
-                if part.masked:
-                    weights = jnp.where(_visible(course, tokens, keys, part), weights, 0)
+                weights = shown(_visible(course, tokens, keys, part), weights, 0)
                 total[keys.at] += jnp.sum(weights, axis=1, keepdims=True)
 
     _by_kind(course, step.kind, work)

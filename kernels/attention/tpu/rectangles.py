@@ -62,10 +62,12 @@ class Rectangles(NamedTuple):
         for at, columns, rows in self._cuts(kind):
             repeats = (columns.stop - columns.start) // (rows.stop - rows.start)
 
-            def shows(some: slice, at: slice = at, rows: slice = rows, repeats: int = repeats) -> Array:
+            def shows(
+                some: slice, at: slice = at, rows: slice = rows, repeats: int = repeats
+            ) -> list[tuple[slice, Array | None]]:
                 wanted = slice(at.start + some.start, at.start + some.stop)
                 visible = self._visible(kind, queries[:, rows], keys, [x[:, rows] for x in bits], wanted)
-                return jnp.concatenate([visible] * repeats, axis=1)
+                return [(slice(None), jnp.concatenate([visible] * repeats, axis=1))]
 
             found.append(Rectangle(columns, at, shows))
         return found

@@ -12,7 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from plait.kernels.attention.tpu.tiling import Operands, Problem
 from plait.kernels.attention.tpu.walk import Tile, Walk, Work
-from plait.kernels.attention.tpu.weights import LOG2_E, NN, NT, Sums, dot, gradients, products, stacked_rows, staggered
+from plait.kernels.attention.tpu.weights import LOG2_E, NN, NT, Sums, dot, gradients, products, shown, stacked_rows, staggered
 
 Array = jax.Array
 
@@ -82,9 +82,8 @@ def all_gradients(problem: Problem, x: Operands, d_o: Array, rows: Sequence[Arra
                 return products(problem, tile.k[keys], tile.q[at]), dot(tile.v[keys], tile.d_o[at], NT)
 
             def weights(n: int, found: tuple[Array, Array]) -> tuple[Array, Array]:
-                at, keys, shows = parts[n]
-                visible = shows and shows(slice(0, keys.stop - keys.start))
-                weights, d_logits, shared = gradients(problem, tile.bias[:, at], *found, tile.rows[:, at], visible)
+                at = parts[n].queries
+                weights, d_logits, shared = gradients(problem, tile.bias[:, at], *found, tile.rows[:, at], parts[n].visible)
                 if problem.sigmoid:
                     shared_acc[:, at] += jnp.sum(shared, axis=0, keepdims=True)
                 return weights.astype(tile.d_o.dtype), d_logits.astype(tile.k.dtype)
@@ -130,10 +129,9 @@ def column_mass(problem: Problem, x: Operands, lse: Array) -> Array:
         total[...] = jnp.zeros_like(total)
 
         def work(tile: Tile) -> Sequence[Array]:
-            for at, keys, shows in tile.rectangles:
+            for at, keys, visible in tile.rectangles:
                 z = products(problem, tile.k[keys], tile.q[at])
-                weights = jnp.exp2((problem.scale * LOG2_E) * z - tile.rows[:, at])
-                weights = jnp.where(shows(slice(0, keys.stop - keys.start)), weights, 0) if shows else weights
+                weights = shown(visible, jnp.exp2((problem.scale * LOG2_E) * z - tile.rows[:, at]), 0)
                 for n in range(at.start // cut.queries, -(-at.stop // cut.queries)):
                     first = max(n * cut.queries, at.start)
                     of_head = weights[:, first - at.start : (n + 1) * cut.queries - at.start]

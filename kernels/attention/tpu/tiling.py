@@ -1,5 +1,6 @@
 """How attention for TPU is cut into tiles: their sizes, and a kernel's grid over those that are visited."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, groupby, pairwise
@@ -116,7 +117,8 @@ class Part(NamedTuple):
     """Some queries of a tile that meet some of its keys: a kernel computes one rectangle after the other."""
 
     queries: slice
-    masked: bool
+    masked: tuple[tuple[bool, ...], ...]
+    """Whether something of a cell may be hidden, of each CELL keys each CELL queries."""
 
 
 class Course(NamedTuple):
@@ -137,7 +139,8 @@ class Course(NamedTuple):
         keys, queries = cuts(0, tile.block_kv, tile.part_kv), cuts(0, tile.block_q, tile.part_q)
         if len(keys) == len(queries) == 1 and tile.block_q > LANES:  # parts overlap
             queries = cuts(0, tile.block_q, rounded_up(tile.block_q // 2, LANES))
-        return [(at, [Part(some, kind != FULL) for some in queries]) for at in keys]
+        masked = [[kind != FULL] * (tile.block_q // CELL)] * (tile.block_kv // CELL)
+        return [(at, [Part(some, _of_cells(masked, at, some)) for some in queries]) for at in keys]
 
 
 def edge_parts(cells: Cells, several: bool, tile: Tile) -> list[tuple[slice, list[Part]]]:
@@ -147,12 +150,11 @@ def edge_parts(cells: Cells, several: bool, tile: Tile) -> list[tuple[slice, lis
     apart.
     """
     found = []
+    masked = [[several or state != WHOLLY for state in row] for row in cells]
     for keys in cuts(0, tile.block_kv, tile.edge_kv):
-        rows = cells[keys.start // CELL : keys.stop // CELL]
-        columns = list(zip(*rows, strict=True))
-        shown = [any(states) for states in columns]
+        shown = [any(states) for states in zip(*cells[keys.start // CELL : keys.stop // CELL], strict=True)]
         if parts := [
-            Part(at, several or any(set(states) != {WHOLLY} for states in columns[at.start // CELL : at.stop // CELL]))
+            Part(at, _of_cells(masked, keys, at))
             for low, high in _runs(shown)
             for at in cuts(low * CELL, high * CELL, tile.edge_q)
         ]:
@@ -164,6 +166,12 @@ def edge_parts(cells: Cells, several: bool, tile: Tile) -> list[tuple[slice, lis
 def cuts(start: int, stop: int, size: int) -> list[slice]:
     """From start to stop in pieces of a size, of which the last may be shorter."""
     return [slice(at, min(at + size, stop)) for at in range(start, stop, size)]
+
+
+def _of_cells(masked: Sequence[Sequence[bool]], keys: slice, queries: slice) -> tuple[tuple[bool, ...], ...]:
+    """Those of some tokens."""
+    rows = masked[keys.start // CELL : keys.stop // CELL]
+    return tuple(tuple(row[queries.start // CELL : queries.stop // CELL]) for row in rows)
 
 
 def _runs(shown: list[bool]) -> list[tuple[int, int]]:

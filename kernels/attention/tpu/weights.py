@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from plait.kernels.attention.reference import MASKED as HIDDEN
-from plait.kernels.attention.tpu.tiling import SUBLANES, Problem
+from plait.kernels.attention.tpu.edges import CELL
+from plait.kernels.attention.tpu.tiling import SUBLANES, Problem, cuts
 from plait.kernels.shapes import matmul_precision
 
 Array = jax.Array
@@ -16,8 +17,8 @@ LOG2_E = 1.4426950408889634
 _NOTHING = HIDDEN / 2
 """The largest logit of a row that has seen no key yet: hidden ones lie so far below it that their weights are 0."""
 
-Visible = Callable[[slice], Array]
-"""Which of some keys a query sees, bool [N or 1, M]."""
+Visible = Callable[[slice], Sequence[tuple[slice, Array | None]]]
+"""Of some keys, no more than CELL from a multiple of it on, by runs of queries: which of them a query sees, bool [N or 1, run]; None is all."""
 
 CHUNK = 32
 """Keys whose weights are made together."""
@@ -87,10 +88,10 @@ class Sums(NamedTuple):
 
         It goes a few keys at a time, so that what is between a product and its weight stays in registers.
         """
-        chunks = _chunks(len(z))
+        chunks = cuts(0, len(z), CHUNK)
         keep = jnp.float32(1)
         if _relative(problem):
-            z = jnp.concatenate([_shown(visible, n, z[n], HIDDEN) for n in chunks], axis=0)
+            z = shown(visible, z, HIDDEN, chunks)
             old = self.peak[:, at]
             highest = jnp.maximum(old, jnp.max(z, axis=0, keepdims=True))
             self.peak[:, at] = highest
@@ -103,7 +104,7 @@ class Sums(NamedTuple):
                 bits = _bits_above(problem, bias, z[n], highest)
                 p = jnp.exp2(bits)
             else:
-                p = _shown(visible, n, jax.nn.sigmoid(problem.scale * z[n] + bias), 0)
+                p = _shown(visible and visible(n), jax.nn.sigmoid(problem.scale * z[n] + bias), 0)
             mass += _folded(p)
             if problem.stats:
                 spread += _folded(p * bits)
@@ -133,12 +134,17 @@ class Sums(NamedTuple):
         return values, rows
 
 
-def _chunks(num_keys: int) -> list[slice]:
-    return [slice(n, n + CHUNK) for n in range(0, num_keys, CHUNK)]
+def shown(visible: Visible | None, x: Array, otherwise: float, rows: Sequence[slice] = ()) -> Array:
+    """x [N, M] where a query sees a key; it goes `rows` of keys at a time."""
+    if visible is None:
+        return x
+    return jnp.concatenate([_shown(visible(n), x[n], otherwise) for n in rows or cuts(0, len(x), CELL)], axis=0)
 
 
-def _shown(visible: Visible | None, keys: slice, x: Array, otherwise: float) -> Array:
-    return x if visible is None else jnp.where(visible(keys), x, otherwise)
+def _shown(runs: Sequence[tuple[slice, Array | None]] | None, x: Array, otherwise: float) -> Array:
+    if runs is None:
+        return x
+    return jnp.concatenate([x[:, at] if sees is None else jnp.where(sees, x[:, at], otherwise) for at, sees in runs], axis=1)
 
 
 def _folded(x: Array) -> Array:
@@ -168,7 +174,7 @@ def _bits_above(problem: Problem, bias: Any, z: Array, low: Array) -> Array:
 
 
 def gradients(
-    problem: Problem, bias: Any, z: Array, d_weights: Array, rows: Array, visible: Array | None
+    problem: Problem, bias: Any, z: Array, d_weights: Array, rows: Array, visible: Visible | None
 ) -> tuple[Array, Array, Array]:
     """The weights, dz and the part of dz that the sigmoid's bias shares, all [N, M].
 
@@ -181,8 +187,7 @@ def gradients(
         e = LOG2_E * _log_sigmoid(problem.scale * z, bias) if problem.sigmoid else (problem.scale * LOG2_E) * z
         bits = e - rows[0:1]
         weights = jnp.exp2(bits)
-    if visible is not None:
-        weights = jnp.where(visible, weights, 0)
+    weights = shown(visible, weights, 0)
     d_weights = d_weights + rows[1:2]
     if problem.stats:
         d_weights -= rows[2:3] * bits
@@ -191,8 +196,7 @@ def gradients(
         d_logits *= 1 - (rows[5:6] * weights if problem.stats else weights)
     shared = d_logits
     if problem.stats:
-        highest = z >= rows[4:5]
-        d_logits += jnp.where(highest if visible is None else highest & visible, rows[3:4], 0)
+        d_logits += shown(visible, jnp.where(z >= rows[4:5], rows[3:4], 0), 0)
     if problem.soft_cap is not None:
         d_logits *= 1 - jnp.square(z * (problem.scale / problem.soft_cap))
     return weights, d_logits, shared
