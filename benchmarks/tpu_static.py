@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -207,10 +208,9 @@ def _attention_kernel(job: dict[str, Any], array: Callable[..., Any]) -> tuple[C
     from plait.kernels.attention.visits import FULL, MASKED, SKIP, Layout
 
     _, length, _, width, *_ = job["shape"]
+    tiles = pallas_tpu.choose_tiles(job["target"], width, width, jnp.dtype(job["dtype"]))
     if job["tile"]:
-        tiles = tiling.Tiles(**dict.fromkeys(("forward", "gradients"), tiling.Tile(*job["tile"])))
-    else:
-        tiles = pallas_tpu.choose_tiles(job["target"], width, width, jnp.dtype(job["dtype"]))
+        tiles = replace(tiles, **dict.fromkeys(("forward", "gradients"), tiling.Tile(*job["tile"])))
     tiles = tiles.fit(length, length)
     layout = Layout(mask=Mask(), num_queries=length, num_keys=length, own_keys=True, packed=True)
     name, _, stats = job["name"].partition("-")

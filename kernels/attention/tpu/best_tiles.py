@@ -6,9 +6,15 @@ Where candidates differ by less than 0.2% in what it finds, the one is taken tha
 from plait.kernels.attention.tpu.tiling import Tile, Tiles
 
 
-def _tiles(part: tuple[int, int], edge: tuple[int, int], gradients: tuple[int, int] = (256, 1024)) -> Tiles:
+def _tiles(
+    part: tuple[int, int], edge: tuple[int, int], gradients: tuple[int, int] = (256, 1024), *, mass_by_product: bool = False
+) -> Tiles:
     """Of the forward pass queries and keys of a part and of one of an edge; of gradients of a part."""
-    return Tiles(forward=Tile(1024, 2048, *part, *edge), gradients=Tile(1024, 1024, *gradients, 512, 256))
+    return Tiles(
+        forward=Tile(1024, 2048, *part, *edge),
+        gradients=Tile(1024, 1024, *gradients, 512, 256),
+        mass_by_product=mass_by_product,
+    )
 
 
 _V5 = {
@@ -20,8 +26,8 @@ BFLOAT16 = {
     "v5e": _V5,
     "v5p": _V5,
     "v6e": {
-        64: _tiles((512, 512), (512, 128)),
-        128: _tiles((512, 512), (512, 256)),
+        64: _tiles((512, 512), (512, 128), mass_by_product=True),
+        128: _tiles((512, 512), (512, 256), mass_by_product=True),
         256: _tiles((256, 512), (256, 256)),
     },
     "tpu7x": {

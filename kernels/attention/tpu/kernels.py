@@ -19,6 +19,7 @@ from plait.kernels.attention.tpu.weights import (
     NT,
     Sums,
     Visible,
+    Weighed,
     dot,
     gradients,
     products,
@@ -91,14 +92,13 @@ def _forward_kernel(course: Course, table: Any, bias: Any, *refs: Any) -> None:
             keys, _, part = parts[n]
             return products(problem, k[0, 0, keys.at], q[0, 0, part.queries])
 
-        def weights(n: int, z: Array) -> tuple[Array, Array]:
+        def weights(n: int, z: Array) -> Weighed:
             keys, values, part = parts[n]
-            p, keep = sums.weigh(problem, bias[h], z, _visible(course, tokens, keys, part), part.queries)
-            return p.astype(values.dtype), keep
+            return sums.weigh(problem, bias[h], z, _visible(course, tokens, keys, part), part.queries, values.dtype)
 
-        def outputs(n: int, weighed: tuple[Array, Array]) -> None:
+        def outputs(n: int, weighed: Weighed) -> None:
             _, values, part = parts[n]
-            sums.collect(values, *weighed, part.queries)
+            sums.collect(values, weighed, part.queries)
 
         staggered(len(parts), logits, weights, outputs)
 

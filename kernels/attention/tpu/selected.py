@@ -12,7 +12,19 @@ from jax.experimental.pallas import tpu as pltpu
 
 from plait.kernels.attention.tpu.tiling import Operands, Problem
 from plait.kernels.attention.tpu.walk import Tile, Walk, Work
-from plait.kernels.attention.tpu.weights import LOG2_E, NN, NT, Sums, dot, gradients, products, shown, stacked_rows, staggered
+from plait.kernels.attention.tpu.weights import (
+    LOG2_E,
+    NN,
+    NT,
+    Sums,
+    Weighed,
+    dot,
+    gradients,
+    products,
+    shown,
+    stacked_rows,
+    staggered,
+)
 
 Array = jax.Array
 
@@ -32,13 +44,12 @@ def forward(problem: Problem, x: Operands) -> tuple[Array, tuple[Array, ...]]:
             def logits(n: int, _: None) -> Array:
                 return products(problem, tile.k[parts[n].keys], tile.q[parts[n].queries])
 
-            def weights(n: int, z: Array) -> tuple[Array, Array]:
+            def weights(n: int, z: Array) -> Weighed:
                 at = parts[n].queries
-                p, keep = sums.weigh(problem, tile.bias[:, at], z, parts[n].visible, at)
-                return p.astype(values.dtype), keep
+                return sums.weigh(problem, tile.bias[:, at], z, parts[n].visible, at, values.dtype)
 
-            def outputs(n: int, weighed: tuple[Array, Array]) -> None:
-                sums.collect(values[:, parts[n].keys], *weighed, parts[n].queries)
+            def outputs(n: int, weighed: Weighed) -> None:
+                sums.collect(values[:, parts[n].keys], weighed, parts[n].queries)
 
             staggered(len(parts), logits, weights, outputs)
             return ()

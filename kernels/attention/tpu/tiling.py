@@ -60,6 +60,9 @@ class Tiles:
     forward: Tile
     gradients: Tile
     """Of all gradients, and of what each key receives."""
+    mass_by_product: bool = False
+    """The product with the values adds the weights up too, as they are rounded for it: where it has room, and additions are what a part takes
+    longest for."""
 
     def sized(self, layout: Layout) -> "Tiles":
         """These tiles, of the size that has the least work under a layout."""
@@ -68,11 +71,12 @@ class Tiles:
             block_q, block_kv = least(layout, (tile.block_q, tile.block_kv))
             return replace(tile, block_q=block_q, block_kv=block_kv)
 
-        return Tiles(**{name: sized(tile) for name, tile in vars(self).items()})
+        return replace(self, forward=sized(self.forward), gradients=sized(self.gradients))
 
     def fit(self, num_queries: int, num_keys: int) -> "Tiles":
         """These tiles, none longer than the sequences need."""
-        return Tiles(**{name: tile.fit(num_queries, num_keys) for name, tile in vars(self).items()})
+        fit = lambda tile: tile.fit(num_queries, num_keys)
+        return replace(self, forward=fit(self.forward), gradients=fit(self.gradients))
 
 
 class Problem(NamedTuple):
@@ -85,6 +89,11 @@ class Problem(NamedTuple):
     sigmoid: bool
     stats: bool
     soft_cap: float | None = None
+
+    @property
+    def mass_by_product(self) -> bool:
+        """As `Tiles` say."""
+        return isinstance(self.tiles, Tiles) and self.tiles.mass_by_product
 
 
 class Operands(NamedTuple):

@@ -23,6 +23,9 @@ Visible = Callable[[slice], Sequence[tuple[slice, Array | None]]]
 CHUNK = 32
 """Keys whose weights are made together."""
 
+ONES = 16
+"""Rows of ones below the values, where a product adds the weights up: those of a register of 16-bit numbers."""
+
 NT, NN = ((((a,), (b,)), ((), ())) for a, b in ((1, 1), (1, 0)))
 
 
@@ -57,6 +60,19 @@ def staggered(num_parts: int, *stages: Callable[[int, Any], Any]) -> None:
                 held[n] = do(n, held.pop(n, None))
 
 
+class Weighed(NamedTuple):
+    """Weights of some keys, and what they add to the sums of their queries."""
+
+    p: Array
+    """[N, M], in the values' dtype."""
+    rise: Array | None
+    """[1, M]: by how many bits the largest weight of the queries rose; None where weights are not relative to it."""
+    mass: Array | None
+    """[1, M]: sum of weights; None where `Sums.collect` takes it from the product."""
+    spread: Array | None
+    """[1, M], with statistics: of weights times bits."""
+
+
 class Sums(NamedTuple):
     """What a kernel carries for its queries while it goes through their keys: references to memory that a core keeps."""
 
@@ -82,21 +98,20 @@ class Sums(NamedTuple):
             if x is not None and x is not self.peak:
                 x[...] = jnp.zeros_like(x)
 
-    def weigh(self, problem: Problem, bias: Any, z: Array, visible: Visible | None, at: slice) -> tuple[Array, Array]:
-        """The weights [N, M] of keys with products z [N, M], and the share [1, M], or 1, that earlier sums keep, of the queries that stand `at`
-        these columns; `visible` is None for all. Maximum, mass and entropy know of these keys then, and `collect` adds their values.
+    def weigh(self, problem: Problem, bias: Any, z: Array, visible: Visible | None, at: slice, dtype: Any) -> Weighed:
+        """The weights of keys with products z [N, M] for the queries that stand `at` these columns; `visible` is None for all. The maximum
+        knows of these keys then, and `collect` adds the rest.
 
         It goes a few keys at a time, so that what is between a product and its weight stays in registers.
         """
         chunks = cuts(0, len(z), CHUNK)
-        keep = jnp.float32(1)
+        rise = None
         if _relative(problem):
             z = shown(visible, z, HIDDEN, chunks)
             old = self.peak[:, at]
             highest = jnp.maximum(old, jnp.max(z, axis=0, keepdims=True))
             self.peak[:, at] = highest
             rise = _bits_above(problem, bias, highest, old)
-            keep = jnp.exp2(-rise)
         mass = spread = jnp.zeros((SUBLANES, z.shape[1]), jnp.float32)
         weights = []
         for n in chunks:
@@ -105,19 +120,26 @@ class Sums(NamedTuple):
                 p = jnp.exp2(bits)
             else:
                 p = _shown(visible and visible(n), jax.nn.sigmoid(problem.scale * z[n] + bias), 0)
-            mass += _folded(p)
+            if not problem.mass_by_product:
+                mass += _folded(p)
             if problem.stats:
                 spread += _folded(p * bits)
             weights.append(p)
-        before = self.total[:, at]
-        if problem.stats:
-            self.spread[:, at] = keep * (self.spread[:, at] - rise * before) + jnp.sum(spread, axis=0, keepdims=True)
-        self.total[:, at] = keep * before + jnp.sum(mass, axis=0, keepdims=True)
-        return jnp.concatenate(weights, axis=0), keep
+        of = lambda x: jnp.sum(x, axis=0, keepdims=True)
+        p = jnp.concatenate(weights, axis=0).astype(dtype)
+        return Weighed(p, rise, None if problem.mass_by_product else of(mass), of(spread) if problem.stats else None)
 
-    def collect(self, values: Array, p: Array, keep: Array, at: slice) -> None:
-        """Adds values [V, N] by weights p [N, M], in the values' dtype, to what is kept."""
-        self.values[:, at] = keep * self.values[:, at] + dot(values, p, NN)
+    def collect(self, values: Array, weighed: Weighed, at: slice) -> None:
+        """Adds values [V, N] by weights, and the rest, to what is kept; parts of the same queries come in the order of their weighing."""
+        keep, num = jnp.float32(1) if weighed.rise is None else jnp.exp2(-weighed.rise), len(values)
+        mass, before = weighed.mass, self.total[:, at]
+        if mass is None:
+            values = jnp.concatenate([values, jnp.ones((ONES, values.shape[1]), values.dtype)], axis=0)
+        found = dot(values, weighed.p, NN)
+        self.values[:, at] = keep * self.values[:, at] + found[:num]
+        if weighed.spread is not None:
+            self.spread[:, at] = keep * (self.spread[:, at] - weighed.rise * before) + weighed.spread
+        self.total[:, at] = keep * before + (found[num : num + 1] if mass is None else mass)
 
     def results(self, problem: Problem, bias: Any) -> tuple[Array, list[Array]]:
         """o [V, M] and rows [1, M]: lse and, with statistics, maximum and entropy."""
