@@ -19,9 +19,11 @@ summed over tokens and what goes from state to state has two terms (`gpu_chunk.T
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -89,17 +91,17 @@ def _scale(by: Ref | None, x: Array) -> Array:
     return x if by is None else by_row(by, x.shape[1]) * x
 
 
-def forward(f: Factors, v: Array, initial: Array, *, keep: bool) -> tuple[Array, Array, Any, Terms]:
+def forward(f: Factors, v: Array, initial: Array, *, keep: int) -> tuple[Array, Array, Any, Terms]:
     """The outputs and the final state.
 
     Args:
       f: see there.
       v: [B, T, H, V] bfloat16.
       initial: [B, H, K, V] float32.
-      keep: whether what the backward pass reads is wanted.
+      keep: 0, or every how many chunks the state is kept for the backward pass, and whatever else that reads.
 
     Returns:
-      o [B, T, H, V] bfloat16, the last state [B, H, K, V] float32 and, if wanted, the states that enter the chunks [B, H, N, K, V]
+      o [B, T, H, V] bfloat16, the last state [B, H, K, V] float32 and, if wanted, the states that enter the chunks [B, H, N / keep, K, V]
       bfloat16 and X, rows of width V: in two terms, or v itself without the delta rule.
     """
 
@@ -128,9 +130,9 @@ def forward(f: Factors, v: Array, initial: Array, *, keep: bool) -> tuple[Array,
     return o, final, states, x or (v,)
 
 
-def backward(f: Factors, d_o: Array, d_final: Array) -> tuple[Array, Array, Array, Terms]:
-    """The gradients of the values, bfloat16, and of the initial state, those of the leaving states [B, H, N, K, V] bfloat16, and Y in
-    two terms, none without the delta rule. Arguments are as those of `forward`."""
+def backward(f: Factors, d_o: Array, d_final: Array, *, keep: int) -> tuple[Array, Array, Array, Terms]:
+    """The gradients of the values, bfloat16, and of the initial state, those of the states that leave every `keep`-th chunk
+    [B, H, N / keep, K, V] bfloat16, and Y in two terms, none without the delta rule. Arguments are as those of `forward`."""
 
     def step(chunk: Chunk, scratch: Scratch) -> Update:
         f, d_o, shape, updates = chunk.factors, chunk.values, chunk.values.shape, []
@@ -154,11 +156,11 @@ def backward(f: Factors, d_o: Array, d_final: Array) -> tuple[Array, Array, Arra
         scratch.give(d_x)
         return [*terms(flips(f.q_in.rows), [d_o]), *updates]
 
-    return _carry(step, Chunk(f, d_o), d_final, keep=True, reverse=True)
+    return _carry(step, Chunk(f, d_o), d_final, keep=keep, reverse=True)
 
 
 def _carry(
-    step: Callable[[Chunk, Scratch], Update], given: Chunk, initial: Array, *, keep: bool, reverse: bool = False
+    step: Callable[[Chunk, Scratch], Update], given: Chunk, initial: Array, *, keep: int, reverse: bool = False
 ) -> tuple[Array, Array, Any, Terms]:
     """What the steps give, the last state, the states before the steps if they are kept, and what the steps hold."""
     (batch, heads, chunks, key_dim), value_dim = given.factors.decay.shape, initial.shape[-1]
@@ -197,7 +199,9 @@ def _carry(
             store(state, *state_smem)
             plgpu.commit_smem()
             if states_ref is not None:
-                plgpu.copy_smem_to_gmem(state_smem[0], at(states_ref, b, h, n, columns))
+                where = at(states_ref, b, h, jax.lax.div(n, jnp.int32(keep)), columns)
+                copy = partial(plgpu.copy_smem_to_gmem, state_smem[0], where)
+                pl.when(jax.lax.rem(place[0], jnp.int32(keep)) == 0)(copy)
 
             def keep_held() -> None:
                 for term, ref in zip(held, held_refs, strict=False):
@@ -232,7 +236,7 @@ def _carry(
     rows = jax.ShapeDtypeStruct(given.values.shape, BF16)
     outputs = [rows, jax.ShapeDtypeStruct(initial.shape, F32)]
     if keep:
-        outputs += [jax.ShapeDtypeStruct((batch, heads, chunks, key_dim, value_dim), BF16)] + [rows] * num_held
+        outputs += [jax.ShapeDtypeStruct((batch, heads, chunks // keep, key_dim, value_dim), BF16)] + [rows] * num_held
     o, final, *kept = call(
         kernel,
         name=f"carry{'_delta' if num_held else ''}{'_back' if reverse else ''}",

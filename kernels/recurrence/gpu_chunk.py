@@ -18,6 +18,9 @@ Terms = tuple[Array, ...]
 CHUNK = 64
 """Tokens a chunk: the rows that one warpgroup multiplies."""
 
+PAIR = 2
+"""Chunks whose gradients are summed over the values together."""
+
 SQUARE = (CHUNK, CHUNK)
 BF16, F32 = jnp.bfloat16, jnp.float32
 

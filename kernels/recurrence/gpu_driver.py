@@ -1,8 +1,8 @@
 """The GPU driver of the linear recurrences: what their Hopper kernels share in arguments, order and gradients.
 
 A call is prepared (the scores and the inverse of every chunk, which do not depend on the state) and carried. Between the passes the
-arguments, the states [K, V] that enter each chunk, in bfloat16, and, instead of the delta rule's values, what it wrote are kept. What was
-prepared is kept where it takes no more memory than these states, and else prepared again.
+arguments, the states [K, V] that enter every second chunk, in bfloat16, and, instead of the delta rule's values, what it wrote are kept.
+What was prepared is kept where it takes no more memory than the states of all chunks, and else prepared again.
 """
 
 from functools import partial
@@ -24,9 +24,9 @@ from plait.kernels.recurrence import (
     summarize,
     token_norm,
 )
-from plait.kernels.recurrence.gpu_chunk import BLOCK, CHUNK, F32, Factors, Scaled, Terms, total
-from plait.kernels.recurrence.gpu_gradients import Sums
+from plait.kernels.recurrence.gpu_chunk import BLOCK, CHUNK, F32, PAIR, Factors, Scaled, Terms, total
 from plait.kernels.recurrence.gpu_scores import FORGET, Lines, Marks, heads_to_lines
+from plait.kernels.recurrence.gpu_sums import Sums
 
 Array = jax.Array
 
@@ -74,8 +74,8 @@ def run(call: RecurrenceCall) -> Results:
 
 
 def _fill(x: Array) -> Array:
-    """[B, T, ...] with zeros up to whole chunks."""
-    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % CHUNK)] + [(0, 0)] * (x.ndim - 2))
+    """[B, T, ...] with zeros up to whole pairs of chunks."""
+    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % (PAIR * CHUNK))] + [(0, 0)] * (x.ndim - 2))
 
 
 def _marks(segment_ids: Array | None, like: Array) -> Marks:
@@ -114,10 +114,20 @@ def _shared(prepared: tuple[Terms, Terms], lines: Lines, decay: Array, q: Array,
     )
 
 
-def _kept(prepared: Any, states: Array) -> Any:
-    """What was prepared, or None where it takes more memory than the states."""
-    num_bytes = lambda x: x.size * x.dtype.itemsize
-    return prepared if sum(map(num_bytes, jax.tree.leaves(prepared))) <= num_bytes(states) else None
+def _kept(prepared: Any, states_bytes: int) -> Any:
+    """What was prepared, or None where it takes more memory than the states of all chunks."""
+    return prepared if sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(prepared)) <= states_bytes else None
+
+
+def _every(q: Array, v: Array, g: Array, beta: Array | None) -> int:
+    """Every how many chunks the backward pass is given the state and its gradient.
+
+    With a decay by channel those between are made from rows that it would not read else: Q_in, K_out and K_in.
+    """
+    key_dim, value_dim = q.shape[3], v.shape[3]
+    rows = 0 if g.ndim == 3 else 2 if beta is None else 5  # [T, K] bfloat16
+    matrices = 4 * value_dim / (CHUNK * PAIR)  # likewise, not written and not read
+    return PAIR if matrices > rows else 1
 
 
 def _measure(k: Array, x: Array, states: Array, final: Array, segment_ids: Array | None) -> tuple[Array, Array]:
@@ -136,10 +146,10 @@ def _recur(
     scale: float, measure: bool, arguments: tuple[Any, ...], initial: Array, segment_ids: Array | None
 ) -> tuple[Array, Array, Any, Any]:
     """o, the final state and what `_measure` gives, or None."""
-    return _run(scale, measure, measure, arguments, initial, segment_ids)[0]
+    return _run(scale, measure, int(measure), arguments, initial, segment_ids)[0]
 
 
-def _run(scale: float, measure: bool, keep: bool, arguments: tuple[Any, ...], initial: Array, segment_ids: Array | None) -> Any:
+def _run(scale: float, measure: bool, keep: int, arguments: tuple[Any, ...], initial: Array, segment_ids: Array | None) -> Any:
     """The results, what was prepared, what was written and the states, which are there if the gradients are wanted."""
     q, k, v, g, beta = arguments
     marks = _marks(segment_ids, v)
@@ -158,9 +168,13 @@ def _run(scale: float, measure: bool, keep: bool, arguments: tuple[Any, ...], in
 
 
 def _recur_forward(scale: float, measure: bool, arguments: tuple[Any, ...], initial: Array, segment_ids: Array | None) -> Any:
-    results, prepared, x, states = _run(scale, measure, True, arguments, initial, segment_ids)
-    q, k, _, *gates = arguments
-    return results, ((q, k, *gates), _kept(prepared, states), x, states, segment_ids)
+    q, k, v, *gates = arguments
+    every = _every(q, v, *gates)
+    results, prepared, x, states = _run(scale, measure, 1 if measure else every, arguments, initial, segment_ids)
+    if measure:
+        states = states[:, :, ::every]
+    prepared = _kept(prepared, 2 * initial.size * (v.shape[1] // CHUNK))
+    return results, ((q, k, *gates), prepared, x, states, segment_ids)
 
 
 def _recur_backward(scale: float, measure: bool, saved: Any, cotangents: Any) -> Any:
@@ -170,7 +184,7 @@ def _recur_backward(scale: float, measure: bool, saved: Any, cotangents: Any) ->
         (lines, decay), pull = jax.vjp(partial(_lines, marks, scale), g, beta)
         factors = _shared(prepared or gpu_scores.shared(scale, q, k, lines), lines, decay, q, k)
         d_v, d_initial, sums = _backward(factors, x, states, d_o, d_final)
-        d_q, d_k, d_decay, d_lines = gpu_gradients.of_shared(sums, scale, q, k, lines)
+        d_q, d_k, d_decay, d_lines = gpu_gradients.of_shared(sums, scale, lines)
         d_g, d_beta = pull((d_lines, d_decay.sum(-1)))
     else:
         betas, pull_beta = jax.vjp(partial(jax.tree.map, partial(_beta, marks)), beta)
@@ -187,8 +201,9 @@ def _recur_backward(scale: float, measure: bool, saved: Any, cotangents: Any) ->
 
 def _backward(factors: Factors, x: Terms, states: Array, d_o: Array, d_final: Array) -> tuple[Array, Array, Sums]:
     """The gradients of the values and of the initial state, and what the others are sums of."""
-    d_v, d_initial, d_states, y = gpu_carry.backward(factors, d_o, d_final)
-    return d_v, d_initial, Sums((d_o, *x, *y), states, d_states)
+    every = factors.decay.shape[2] // states.shape[2]
+    d_v, d_initial, d_states, y = gpu_carry.backward(factors, d_o, d_final, keep=every)
+    return d_v, d_initial, Sums(factors, (d_o, *x, *y), states, d_states)
 
 
 _recur.defvjp(_recur_forward, _recur_backward)
