@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from plait.kernels.gpu import MAX_SMEM, call
+from plait.kernels.gpu import MAX_SMEM, call, full
 from plait.kernels.recurrence.gpu_chunk import (
     BF16,
     CHUNK,
@@ -91,13 +91,13 @@ def _scale(by: Ref | None, x: Array) -> Array:
     return x if by is None else by_row(by, x.shape[1]) * x
 
 
-def forward(f: Factors, v: Array, initial: Array, *, keep: int) -> tuple[Array, Array, Any, Terms]:
+def forward(f: Factors, v: Array, initial: Array | None, *, keep: int) -> tuple[Array, Array, Any, Terms]:
     """The outputs and the final state.
 
     Args:
       f: see there.
       v: [B, T, H, V] bfloat16.
-      initial: [B, H, K, V] float32.
+      initial: [B, H, K, V] float32; None for zeros.
       keep: 0, or every how many chunks the state is kept for the backward pass, and whatever else that reads.
 
     Returns:
@@ -130,8 +130,10 @@ def forward(f: Factors, v: Array, initial: Array, *, keep: int) -> tuple[Array, 
     return o, final, states, x or (v,)
 
 
-def backward(f: Factors, d_o: Array, d_final: Array, *, keep: int) -> tuple[Array, Array, Array, Terms]:
-    """The gradients of the values, bfloat16, and of the initial state, those of the states that leave every `keep`-th chunk
+def backward(
+    f: Factors, d_o: Array, d_final: Array | None, *, keep: int, to_initial: bool
+) -> tuple[Array, Array | None, Array, Terms]:
+    """The gradients of the values, bfloat16, and, where wanted, of the initial state, those of the states that leave every `keep`-th chunk
     [B, H, N / keep, K, V] bfloat16, and Y in two terms, none without the delta rule. Arguments are as those of `forward`."""
 
     def step(chunk: Chunk, scratch: Scratch) -> Update:
@@ -156,21 +158,30 @@ def backward(f: Factors, d_o: Array, d_final: Array, *, keep: int) -> tuple[Arra
         scratch.give(d_x)
         return [*terms(flips(f.q_in.rows), [d_o]), *updates]
 
-    return _carry(step, Chunk(f, d_o), d_final, keep=keep, reverse=True)
+    return _carry(step, Chunk(f, d_o), d_final, keep=keep, last=to_initial, reverse=True)
 
 
 def _carry(
-    step: Callable[[Chunk, Scratch], Update], given: Chunk, initial: Array, *, keep: int, reverse: bool = False
-) -> tuple[Array, Array, Any, Terms]:
-    """What the steps give, the last state, the states before the steps if they are kept, and what the steps hold."""
-    (batch, heads, chunks, key_dim), value_dim = given.factors.decay.shape, initial.shape[-1]
+    step: Callable[[Chunk, Scratch], Update],
+    given: Chunk,
+    initial: Array | None,
+    *,
+    keep: int,
+    last: bool = True,
+    reverse: bool = False,
+) -> tuple[Array, Any, Any, Terms]:
+    """What the steps give, the last state if wanted, the states before the steps if they are kept, and what the steps hold."""
+    (batch, heads, chunks, key_dim), value_dim = given.factors.decay.shape, given.values.shape[-1]
     leaves, tree = jax.tree.flatten(given)  # The values come last.
+    before = () if initial is None else (initial,)
     num_terms = 2 if given.factors.inverse else 1
     num_held = num_terms if num_terms > 1 else 0
     width, ahead = _fit(leaves, key_dim, num_terms, num_held)
 
-    def kernel(initial_ref: Ref, *refs: Ref) -> None:
-        ins, (o_ref, final_ref, *kept), (states, row_tiles) = refs[: len(leaves)], refs[len(leaves) : -2], refs[-2:]
+    def kernel(*refs: Ref) -> None:
+        first, refs = refs[: len(before)], refs[len(before) :]
+        ins, outs, (states, row_tiles) = refs[: len(leaves)], refs[len(leaves) : -2], refs[-2:]
+        (o_ref, *final_ref), kept = outs[: 1 + last], outs[1 + last :]
         states_ref, held_refs = kept[0] if keep else None, kept[1:]
         b, h, j = (jax.lax.axis_index(name) for name in "bhj")
         columns = pl.ds(j * width, width)
@@ -223,29 +234,31 @@ def _carry(
             grid=(chunks,),
             in_specs=[spec(x, i == len(leaves) - 1) for i, x in enumerate(leaves)],
             max_concurrent_steps=ahead,
-            init_carry=load(initial_ref.at[b, h, :, columns]),
+            init_carry=load(first[0].at[b, h, :, columns]) if first else full((key_dim, width), 0),
         )
         final = pipeline(*ins)
 
         def give_final(final_tile: Ref) -> None:
             final_tile[...] = final
-            send((final_tile, final_ref.at[b, h, :, columns]))
+            send((final_tile, final_ref[0].at[b, h, :, columns]))
 
-        pl.run_scoped(give_final, tile(key_dim, width, dtype=F32))  # Where the pipeline had its tiles.
+        if last:
+            pl.run_scoped(give_final, tile(key_dim, width, dtype=F32))  # Where the pipeline had its tiles.
 
     rows = jax.ShapeDtypeStruct(given.values.shape, BF16)
-    outputs = [rows, jax.ShapeDtypeStruct(initial.shape, F32)]
+    outputs = [rows, *[jax.ShapeDtypeStruct((batch, heads, key_dim, value_dim), F32)] * last]
     if keep:
         outputs += [jax.ShapeDtypeStruct((batch, heads, chunks // keep, key_dim, value_dim), BF16)] + [rows] * num_held
-    o, final, *kept = call(
+    out = call(
         kernel,
         name=f"carry{'_delta' if num_held else ''}{'_back' if reverse else ''}",
         out_type=outputs,
         grid=(batch, heads, value_dim // width),
         grid_names=tuple("bhj"),
         scratch_types=[tile(num_terms, key_dim, width), tile(num_held + 1, CHUNK, width)],
-    )(initial, *map(one_row, leaves))
-    return o, final, (kept[0] if keep else None), tuple(kept[1:])
+    )(*before, *map(one_row, leaves))
+    (o, *final), kept = out[: 1 + last], out[1 + last :]
+    return o, final[0] if last else None, kept[0] if keep else None, tuple(kept[1:])
 
 
 def _fit(leaves: list[Array], key_dim: int, num_terms: int, num_held: int) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 from plait.kernels import gpu
 from plait.kernels.chunking import segment_index
@@ -55,14 +56,13 @@ def unsupported(call: RecurrenceCall) -> str | None:
 def run(call: RecurrenceCall) -> Results:
     """See `plait.kernels.decay` and `plait.kernels.delta_rule`."""
     call = call.normalized()
-    q, v, g, initial_state, segment_ids = call.q, call.v, call.g, call.initial_state, call.segment_ids
-    batch, length, heads, value_dim = v.shape
-    if initial_state is None:
-        initial_state = jnp.zeros((batch, heads, q.shape[-1], value_dim), jnp.float32)
+    q, v, g, segment_ids = call.q, call.v, call.g, call.segment_ids
+    batch, length, heads, _ = v.shape
+    initial_state = None if call.initial_state is None else call.initial_state.astype(jnp.float32)
     decay = jnp.zeros((batch, length, heads)) if g is None else g
     arguments = tuple(None if x is None else _fill(x) for x in (q, call.k, v, decay, call.beta))
     ids = None if segment_ids is None else _fill(segment_ids)
-    o, final_state, norms, writes = _recur(call.scale, call.return_stats, arguments, initial_state.astype(jnp.float32), ids)
+    o, final_state, norms, writes = _recur(call.scale, call.return_stats, arguments, initial_state, ids)
     stats = None
     if call.return_stats:
         rates = log_decay_rate(decay)
@@ -119,14 +119,13 @@ def _kept(prepared: Any, states_bytes: int) -> Any:
     return prepared if sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(prepared)) <= states_bytes else None
 
 
-def _every(q: Array, v: Array, g: Array, beta: Array | None) -> int:
+def _every(v: Array, g: Array, beta: Array | None) -> int:
     """Every how many chunks the backward pass is given the state and its gradient.
 
     With a decay by channel those between are made from rows that it would not read else: Q_in, K_out and K_in.
     """
-    key_dim, value_dim = q.shape[3], v.shape[3]
-    rows = 0 if g.ndim == 3 else 2 if beta is None else 5  # [T, K] bfloat16
-    matrices = 4 * value_dim / (CHUNK * PAIR)  # likewise, not written and not read
+    rows = 0 if g.ndim == 3 else 2 if beta is None else 5  # [T, K] bfloat16, read
+    matrices = 4 * v.shape[3] / (CHUNK * PAIR)  # likewise, neither written nor read
     return PAIR if matrices > rows else 1
 
 
@@ -143,13 +142,15 @@ def _measure(k: Array, x: Array, states: Array, final: Array, segment_ids: Array
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _recur(
-    scale: float, measure: bool, arguments: tuple[Any, ...], initial: Array, segment_ids: Array | None
+    scale: float, measure: bool, arguments: tuple[Any, ...], initial: Array | None, segment_ids: Array | None
 ) -> tuple[Array, Array, Any, Any]:
     """o, the final state and what `_measure` gives, or None."""
     return _run(scale, measure, int(measure), arguments, initial, segment_ids)[0]
 
 
-def _run(scale: float, measure: bool, keep: int, arguments: tuple[Any, ...], initial: Array, segment_ids: Array | None) -> Any:
+def _run(
+    scale: float, measure: bool, keep: int, arguments: tuple[Any, ...], initial: Array | None, segment_ids: Array | None
+) -> Any:
     """The results, what was prepared, what was written and the states, which are there if the gradients are wanted."""
     q, k, v, g, beta = arguments
     marks = _marks(segment_ids, v)
@@ -167,29 +168,34 @@ def _run(scale: float, measure: bool, keep: int, arguments: tuple[Any, ...], ini
     return (o, final, *measured), prepared, x, states
 
 
-def _recur_forward(scale: float, measure: bool, arguments: tuple[Any, ...], initial: Array, segment_ids: Array | None) -> Any:
+def _recur_forward(scale: float, measure: bool, *primals: Any) -> Any:
+    is_primal = lambda x: isinstance(x, CustomVJPPrimal)
+    arguments, initial, segment_ids = jax.tree.map(lambda x: x.value, primals, is_leaf=is_primal)
     q, k, v, *gates = arguments
-    every = _every(q, v, *gates)
+    every = _every(v, *gates)
     results, prepared, x, states = _run(scale, measure, 1 if measure else every, arguments, initial, segment_ids)
     if measure:
         states = states[:, :, ::every]
-    prepared = _kept(prepared, 2 * initial.size * (v.shape[1] // CHUNK))
-    return results, ((q, k, *gates), prepared, x, states, segment_ids)
+    prepared = _kept(prepared, 2 * results[1].size * (v.shape[1] // CHUNK))
+    return results, ((q, k, *gates), prepared, x, states, None if initial is None else (), segment_ids)
 
 
 def _recur_backward(scale: float, measure: bool, saved: Any, cotangents: Any) -> Any:
-    ((q, k, g, beta), prepared, x, states, segment_ids), (d_o, d_final, *_) = saved, cotangents
+    ((q, k, g, beta), prepared, x, states, has_initial, segment_ids), (d_o, d_final, *_) = saved, cotangents
+    d_o = jnp.zeros(d_o.shape, d_o.dtype) if isinstance(d_o, SymbolicZero) else d_o
+    d_final = None if isinstance(d_final, SymbolicZero) else d_final
+    back = partial(_backward, x=x, states=states, d_o=d_o, d_final=d_final, to_initial=has_initial is not None)
     marks = _marks(segment_ids, q)
     if g.ndim == 3:
         (lines, decay), pull = jax.vjp(partial(_lines, marks, scale), g, beta)
         factors = _shared(prepared or gpu_scores.shared(scale, q, k, lines), lines, decay, q, k)
-        d_v, d_initial, sums = _backward(factors, x, states, d_o, d_final)
+        d_v, d_initial, sums = back(factors)
         d_q, d_k, d_decay, d_lines = gpu_gradients.of_shared(sums, scale, lines)
         d_g, d_beta = pull((d_lines, d_decay.sum(-1)))
     else:
         betas, pull_beta = jax.vjp(partial(jax.tree.map, partial(_beta, marks)), beta)
         factors = prepared or gpu_by_channel.factors(scale, q, k, g.astype(F32), marks, betas)
-        d_v, d_initial, sums = _backward(factors, x, states, d_o, d_final)
+        d_v, d_initial, sums = back(factors)
         d = gpu_gradients.of_rows(sums)
         d_q, (d_k, d_g) = gpu_by_channel.gradients(
             scale, q, k, g.astype(F32), marks, betas, rows=d.rows, scores=d.squares, decay=d.decay
@@ -199,11 +205,13 @@ def _recur_backward(scale: float, measure: bool, saved: Any, cotangents: Any) ->
     return (gpu_scores.of_group(d_q, q), gpu_scores.of_group(d_k, k), d_v, d_g, d_beta), d_initial, None
 
 
-def _backward(factors: Factors, x: Terms, states: Array, d_o: Array, d_final: Array) -> tuple[Array, Array, Sums]:
-    """The gradients of the values and of the initial state, and what the others are sums of."""
+def _backward(
+    factors: Factors, *, x: Terms, states: Array, d_o: Array, d_final: Array | None, to_initial: bool
+) -> tuple[Array, Array | None, Sums]:
+    """The gradients of the values and, where wanted, of the initial state, and what the others are sums of."""
     every = factors.decay.shape[2] // states.shape[2]
-    d_v, d_initial, d_states, y = gpu_carry.backward(factors, d_o, d_final, keep=every)
+    d_v, d_initial, d_states, y = gpu_carry.backward(factors, d_o, d_final, keep=every, to_initial=to_initial)
     return d_v, d_initial, Sums(factors, (d_o, *x, *y), states, d_states)
 
 
-_recur.defvjp(_recur_forward, _recur_backward)
+_recur.defvjp(_recur_forward, _recur_backward, symbolic_zeros=True)

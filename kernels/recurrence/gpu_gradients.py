@@ -28,7 +28,6 @@ from plait.kernels.recurrence.gpu_chunk import (
     flip,
     flips,
     key_head,
-    line,
     load,
     matmul,
     send,
@@ -129,7 +128,9 @@ class Scratch(NamedTuple):
     def like(num_lines: int, num_terms: int) -> "Scratch":
         """The types of the tiles for a number of terms of what was written."""
         square, rows, keys = tile(PAIR, *SQUARE), tile(PAIR, CHUNK, BLOCK), num_terms > 1
-        lines, d_lines, decay = (plgpu.SMEM((PAIR, *shape), F32) for shape in ((num_lines, CHUNK), (num_lines - 1, CHUNK), (BLOCK,)))
+        lines, d_lines, decay = (
+            plgpu.SMEM((PAIR, *shape), F32) for shape in ((num_lines, CHUNK), (num_lines - 1, CHUNK), (BLOCK,))
+        )
         sums, weights, of_keys = [tile(PAIR, CHUNK, BLOCK, dtype=F32)] * 2, [square] * num_terms, [square] * (num_terms * keys)
         barrier = plgpu.Barrier(num_arrivals=3, num_barriers=PAIR)
         return Scratch(rows, rows, lines, d_lines, decay, sums, square, [square] * 2, weights, of_keys, barrier)
@@ -185,7 +186,11 @@ def of_shared(sums: Sums, scale: float, lines: Lines) -> tuple[Array, Array, Arr
     leaves, tree = jax.tree.flatten(factors)
 
     def kernel(*refs: Ref) -> None:
-        ins, lines_ref, outs = refs[: len(given) + len(leaves)], refs[len(given) + len(leaves)], refs[len(given) + len(leaves) + 1 :]
+        ins, lines_ref, outs = (
+            refs[: len(given) + len(leaves)],
+            refs[len(given) + len(leaves)],
+            refs[len(given) + len(leaves) + 1 :],
+        )
         *place, w = (jax.lax.axis_index(name) for name in "bhni" + WARPGROUPS)
         b, h, pair, i = place
         n, block = PAIR * pair + w, pl.ds(i * BLOCK, BLOCK)

@@ -55,7 +55,8 @@ class Recurrence:
         named = {"q": q, "k": k, "v": normal(BATCH, length, NUM_HEADS, VALUE_DIM)}
         if self.g is not None:
             shape = (BATCH, length, NUM_HEADS) + ((KEY_DIM,) if self.g == "vector" else ())
-            kinds = {"none": (0.0,), "weak": (-1e-4,), "strong": (-20.0,), "total": (-1e4,), "mixed": (-20.0, -1.0, -0.05, -1e-4)}
+            kinds = {"none": (0.0,), "weak": (-1e-4,), "strong": (-20.0,), "total": (-1e4,)}
+            kinds |= {"mixed": (-20.0, -1.0, -0.05, -1e-4), "rare": (-1.5, *[-1e-4] * 31)}
             named["g"] = rng.choice(kinds[decay], shape) * rng.uniform(0.5, 1.0, shape)
         if self.beta:
             shape = (BATCH, length, NUM_HEADS)

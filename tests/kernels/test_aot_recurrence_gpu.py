@@ -95,12 +95,17 @@ def _reports(out: str) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(
-    ("op", "launches", "kilobytes"), [("gated_deltanet", (2, 5), (2.3, 6.8)), ("vector_decay", (2, 6), (2, 8))]
+    ("op", "dims", "launches", "kilobytes"),
+    [
+        ("gated_deltanet", (64, 64), (2, 5), (2.2, 6.5)),
+        ("vector_decay", (64, 64), (2, 6), (1.7, 5.9)),
+        ("gated_deltanet", (256, 512), (2, 4), (5.8, 29.4)),
+    ],
 )
-def test_recurrences_move_few_bytes(op: str, launches: tuple[int, int], kilobytes: tuple[float, float]):
+def test_recurrences_move_few_bytes(op: str, dims: tuple[int, int], launches: tuple[int, int], kilobytes: tuple[float, float]):
     """Launches and bytes a token and head, forward alone and with the backward pass, do not grow."""
-    length, heads = 1024, 2
-    for program, most, limit in zip(programs(op, 64, 64, length=length, heads=heads).values(), launches, kilobytes, strict=True):
+    length, heads = 4096, 2
+    for program, most, limit in zip(programs(op, *dims, length=length, heads=heads).values(), launches, kilobytes, strict=True):
         found = traffic(program.as_text())
         assert sum(x.kernel for x in found) == most, found
         assert sum(x.num_bytes for x in found) / length / heads / 1000 < limit, found

@@ -27,6 +27,8 @@ class Case(NamedTuple):
     heads: tuple[int, int] = (1, 1)
     dims: tuple[int, int] = (64, 64)
     batch: int = 1
+    bare: bool = False
+    """Without an initial state and statistics, and with gradients of the outputs alone."""
 
 
 CASES = [
@@ -36,6 +38,8 @@ CASES = [
     Case("gated_deltanet", 130, "several", heads=(1, 2)),
     Case("kda", 65, "several"),
     Case("gated_deltanet", 130, "several", heads=(1, 2), dims=(256, 64)),
+    Case("gated_deltanet", 190, "long", "rare", bare=True),
+    Case("kda", 130, None, "rare", dims=(64, 192), bare=True),
 ]
 MORE = [
     Case("scalar_decay", 64, "one", "strong", batch=2),
@@ -55,6 +59,11 @@ MORE = [
     Case("scalar_decay", 130, "several", dims=(256, 64)),
     Case("vector_decay", 65, "several", dims=(256, 64)),
     Case("kda", 65, "several", dims=(256, 64)),
+    Case("scalar_decay", 190, None, "rare", heads=(1, 2), bare=True),
+    Case("vector_decay", 190, "long", "rare", heads=(1, 2), dims=(64, 128), bare=True),
+    Case("deltanet", 130, None, "none", heads=(1, 2), dims=(128, 128), bare=True),
+    Case("gated_deltanet", 256, None, "strong", bare=True),
+    Case("kda", 256, "several", heads=(1, 2), dims=(64, 192), bare=True),
     *(Case(name, 2048, "several") for name in cases.WITH_KERNELS),
 ]
 
@@ -65,13 +74,14 @@ needs_interpreter = pytest.mark.skipif(
 
 def _run(implementation: str, case: Case, inputs: dict[str, jax.Array], state: jax.Array, ids: jax.Array | None) -> Any:
     """Values, statistics and all gradients."""
+    run = partial(cases.RECURRENCES[case.name].call, at=Tokens(None, ids), implementation=implementation)
 
     def outputs(inputs: dict[str, jax.Array], state: jax.Array) -> Any:
-        o, final_state, stats = cases.RECURRENCES[case.name].call(
-            inputs, initial_state=state, at=Tokens(None, ids), implementation=implementation, return_stats=True
-        )
+        o, final_state, stats = run(inputs, initial_state=state, return_stats=True)
         return {"o": o, "final_state": final_state, **stats._asdict()}
 
+    if case.bare:
+        return cases.with_gradients(lambda inputs: {"o": run(inputs)[0]}, inputs)
     return cases.with_gradients(outputs, inputs, state)
 
 
@@ -91,7 +101,7 @@ def _assert_matches(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
         assert not np.asarray(got["value"]["o"])[np.asarray(args[2]) == 0].any()
 
 
-_ids = lambda c: f"{c.name}-{c.length}-{c.segments}-{c.decay}-{c.dims[0]}x{c.dims[1]}"
+_ids = lambda c: f"{c.name}-{c.length}-{c.segments}-{c.decay}-{c.dims[0]}x{c.dims[1]}" + "-bare" * c.bare
 
 
 @needs_interpreter
