@@ -19,6 +19,8 @@ from typing import Any
 import tpu_static
 
 LATENT, ROTARY, HEAD, QUERIES = 512, 64, 128, 8
+STEPS = 2
+"""Grid steps: of one alone the lists would have an address that the compiler knows."""
 INDEX_HEADS, INDEX_DIM = 64, 128
 COUNTS = 17
 """Of three thresholds, at most: sixteen to find a word, and one of two."""
@@ -26,7 +28,7 @@ SHAPE = (1, 2048, 1, HEAD + ROTARY, 0)
 
 
 def kernel(job: dict[str, Any], array: Any) -> tuple[Any, tuple[Any, ...]]:
-    """One grid step, in which each of eight queries has `job["chunks"]` chunks of `job["chunk"]` tokens; with 0 nothing but its frame."""
+    """Grid steps, in which each of eight queries has `job["chunks"]` chunks of `job["chunk"]` tokens; with 0 nothing but its frame."""
     from dataclasses import replace
     from functools import partial
 
@@ -44,7 +46,7 @@ def kernel(job: dict[str, Any], array: Any) -> tuple[Any, tuple[Any, ...]]:
             i, c = jax.lax.div(n, jnp.int32(chunks)), jax.lax.rem(n, jnp.int32(chunks))
             before(i, c)
             self.fetch(i, c)
-            visit(i, c, self.here[...])
+            visit(i, c, self.keys())
             self.unpack()
 
         self.fetch(jnp.int32(0), self.low(0))
@@ -69,15 +71,18 @@ def kernel(job: dict[str, Any], array: Any) -> tuple[Any, tuple[Any, ...]]:
         heads = INDEX_HEADS
     elif job["kernel"] != "forward":
         problem = replace(problem, value_dim=LATENT if sums else 0)
-    q, far = array(1, QUERIES, heads, problem.width), array(1, problem.table_rows * problem.pitch, 128, dtype=jnp.int32)
-    numbers = lambda *shape: array(1, QUERIES, *shape, dtype=jnp.float32)
-    lists = array(1, 1, 1, QUERIES * size * max(1, chunks), dtype=jnp.int32), array(1, 1, 1, 2 * QUERIES, dtype=jnp.int32)
+    q, far = array(1, STEPS * QUERIES, heads, problem.width), array(1, problem.table_rows * problem.pitch, 128, dtype=jnp.int32)
+    numbers = lambda *shape: array(1, STEPS * QUERIES, *shape, dtype=jnp.float32)
+    lists = (
+        array(1, STEPS, 1, QUERIES * size * max(1, chunks), dtype=jnp.int32),
+        array(1, STEPS, 1, 2 * QUERIES, dtype=jnp.int32),
+    )
     of_token = numbers(size * max(1, chunks))
     return {
         "forward": (lambda *x: kernels.forward(problem, *x, q.dtype), (q, far, *lists)),
         "gradients": (
             lambda *x: kernels.gradients(problem, *x, q.dtype),
-            (q, array(1, QUERIES, heads, LATENT), numbers(5 if job["stats"] else 2, heads), far, *lists),
+            (q, array(1, STEPS * QUERIES, heads, LATENT), numbers(5 if job["stats"] else 2, heads), far, *lists),
         ),
         "normalizers": (partial(kernels.forward, problem), (q, far, *lists)),
         "mean_weights": (partial(mean_weights.weights, problem), (q, numbers(heads), far, *lists)),
@@ -145,7 +150,7 @@ def indexer(target: str, length: int, heads: int, chosen: int) -> dict[str, floa
         job = {"target": target, "op": "chosen_tokens", "dtype": "bfloat16", "name": "chosen", "kernel": name, "stats": False}
         job |= {"heads": heads, "chunk": one}
         part = "loss, where attention tells no lse: normalizers" if name == "normalizers" else f"loss: {name}"
-        found[part] = (cycles(job | {"chunks": chosen // one}) - cycles(job | {"chunks": 0})) / QUERIES
+        found[part] = (cycles(job | {"chunks": chosen // one}) - cycles(job | {"chunks": 0})) / (STEPS * QUERIES)
     job = {"target": target, "op": "plain_indexer", "dtype": "bfloat16", "name": "plain", "length": length, "chosen": chosen}
     for name, queries, told in (("choosing", 512, False), ("loss", length, False), ("loss, told lse", length, True)):
         job |= {"kernel": name, "queries": queries, "heads": heads, "profile": False, "told": told}
@@ -226,7 +231,7 @@ def main() -> None:
                 chunk, more = cut(target, length, args.chosen, gradients=name == "gradients")
                 job = {"target": target, "op": "chosen_tokens", "dtype": "bfloat16", "name": "chosen", "kernel": name}
                 job |= {"heads": args.heads, "chunk": chunk, "stats": args.stats}
-                chosen = (cycles(job | {"chunks": args.chosen // chunk}) - cycles(job | {"chunks": 0})) / QUERIES
+                chosen = (cycles(job | {"chunks": args.chosen // chunk}) - cycles(job | {"chunks": 0})) / (STEPS * QUERIES)
                 full = args.heads * tile * length / 2 / 1024**2
                 mean = args.chosen - args.chosen * (args.chosen - 1) / 2 / length
                 promised = length / 2 * (2 * HEAD + ROTARY) / (mean * (2 * LATENT + ROTARY))

@@ -22,7 +22,7 @@ from plait.kernels.costs import cost
 
 Array = jax.Array
 
-BATCH = 8
+BATCH = 4
 """Rows whose sums are read before the first is written back."""
 
 
@@ -37,7 +37,7 @@ class Chunks(NamedTuple):
     buffer: Any
     """The rows of a chunk as they lie in the table."""
     here: Any
-    """[C, W]: as the products read them."""
+    """[tiles, C / packing, 128] words: as the products read them."""
 
     def begin(self, far: Any, moved: Any) -> None:
         """Ahead of all else: at a sequence's first step its table of `far` comes here."""
@@ -52,10 +52,10 @@ class Chunks(NamedTuple):
     def high(self, i: Any) -> Array:
         return self.bounds[0, 0, 0, 2 * i + 1]
 
-    def row(self, i: Array, c: Array, n: int) -> Array:
-        """The line at which the row of the n-th chosen token of a chunk begins."""
-        length = self.entries.shape[3] // QUERIES
-        return self.entries[0, 0, 0, i * length + c * self.problem.chunk + n]
+    def rows(self, i: Array, c: Array) -> Any:
+        """The lines at which the rows of the chosen tokens of a chunk begin: one address, from which each is a constant away."""
+        start = i * (self.entries.shape[3] // QUERIES) + c * self.problem.chunk
+        return self.entries.at[0, 0, 0, pl.ds(start, self.problem.chunk)]
 
     def lanes(self, c: Array) -> Any:
         """Where chunk c stands among the chosen tokens of a query, for chunks of whole lines."""
@@ -63,22 +63,25 @@ class Chunks(NamedTuple):
 
     def fetch(self, i: Array, c: Array) -> None:
         """The rows of a chunk, as they lie."""
-        words = self.problem.words
+        words, rows = self.problem.words, self.rows(i, c)
         for n in range(self.problem.chunk):
-            self.buffer[pl.ds(n * words, words)] = self.table[pl.ds(self.row(i, c, n), words)]
+            self.buffer[pl.ds(n * words, words)] = self.table[pl.ds(rows[n], words)]
 
     def unpack(self) -> None:
         """What is fetched, as the products read it."""
         words = self.problem.words
         packing = self.problem.packing
-        tiles: list[list[Array]] = [[] for _ in range(words * packing)]
         for first in range(0, self.problem.chunk, 8 * packing):
             for word in range(words):
                 lines = [self.buffer[pl.ds((first + part) * words + word, 8, packing * words)] for part in range(packing)]
-                for part, tile in enumerate(_unpacked(lines, self.here.dtype)):
-                    tiles[word * packing + part].append(tile)
-        for n in range(self.problem.tiles):
-            self.here[:, n * LANES : (n + 1) * LANES] = jnp.concatenate(tiles[n])
+                for part, tile in enumerate(_unpacked(lines)):
+                    if (n := word * packing + part) < self.problem.tiles:
+                        self.here[n, first // packing : first // packing + 8] = tile
+
+    def keys(self) -> Array:
+        """What is unpacked, [C, W]."""
+        tiles = [pltpu.bitcast(self.here[n], jnp.dtype(self.problem.dtype)) for n in range(self.problem.tiles)]
+        return jnp.concatenate(tiles, axis=1)
 
     def each(
         self,
@@ -102,7 +105,7 @@ class Chunks(NamedTuple):
             then = following, jnp.where(last, self.low(following), c + 1)
             before(*earlier)
             self.fetch(*then)
-            visit(i, c, self.here[...])
+            visit(i, c, self.keys())
             self.unpack()
             pl.when(last)(partial(finish, i))
             return *then, i, c
@@ -141,10 +144,10 @@ class Sums(NamedTuple):
 
     def add(self, i: Array, c: Array) -> None:
         """What was put, of chunk c of query i, to the sums."""
-        tiles = self.chunks.problem.tiles
+        tiles, rows = self.chunks.problem.tiles, self.chunks.rows(i, c)
         for begin in range(0, self.chunks.problem.chunk, BATCH):
             members = range(begin, begin + BATCH)
-            where = [pl.ds(self.chunks.row(i, c, m), tiles) for m in members]
+            where = [pl.ds(rows[m], tiles) for m in members]
             found = [self.sums[at] + self.added[pl.ds(m * tiles, tiles)] for m, at in zip(members, where, strict=True)]
             for at, x in zip(where, found, strict=True):
                 self.sums[at] = x
@@ -157,14 +160,12 @@ class Sums(NamedTuple):
             copy_now(self.sums, d_table.at[pl.program_id(0)], moved)
 
 
-def _unpacked(lines: Sequence[Array], dtype: Any) -> list[Array]:
-    """Tiles of 8 rows, or of 16 of two lines of words of 16-bit elements, in which rows of the two take turns."""
+def _unpacked(lines: Sequence[Array]) -> list[Array]:
+    """Words of tiles of 8 rows, or of 16 of two lines of words of 16-bit elements, in which rows of the two take turns."""
     if len(lines) == 1:
-        return [pltpu.bitcast(lines[0], dtype)]
+        return list(lines)
     a, b = lines
-    low = (a & 0xFFFF) | (b << 16)
-    high = lax.shift_right_logical(a, 16) | (b & jnp.int32(-65536))
-    return [pltpu.bitcast(low, dtype), pltpu.bitcast(high, dtype)]
+    return [(a & 0xFFFF) | (b << 16), lax.shift_right_logical(a, 16) | (b & jnp.int32(-65536))]
 
 
 def own_column(columns: Array, i: Array) -> Array:
@@ -185,7 +186,7 @@ def row_scratch(problem: Problem, dtype: Any) -> list[Any]:
     return [
         pltpu.VMEM((problem.table_rows * problem.pitch, LANES), jnp.int32),
         pltpu.VMEM((problem.chunk * problem.words, LANES), jnp.int32),
-        pltpu.VMEM((problem.chunk, problem.width), dtype),
+        pltpu.VMEM((problem.tiles, problem.chunk // problem.packing, LANES), jnp.int32),
         pltpu.SemaphoreType.DMA(()),
     ]
 
