@@ -6,7 +6,7 @@
 Both are of DeepSeek's shape: full attention has keys of 192 and values of 128 channels of each head, that to chosen tokens one latent of
 512 and 64 channels for all heads. The promise is full attention's operations over those of the chosen pairs; the indexer, which both would
 need, is in neither: `--indexer` gives what it takes, choosing (of a query that reaches all T tokens) and its loss. Keys beyond what a core
-holds are several tables; the chunks at their ends, which two of them visit, count twice.
+holds are several tables, each of which has half a chunk a query in vain, the mean of tables of even shares.
 Nothing runs. Copies by hand have no estimate: that of a table, once a sequence, is not counted.
 """
 
@@ -43,7 +43,7 @@ def kernel(job: dict[str, Any], array: Any) -> tuple[Any, tuple[Any, ...]]:
 
     def each(self: Any, visit: Any, finish: Any = lambda i: None, before: Any = lambda i, c: None) -> None:
         def chunk(n: Any, _: None) -> None:
-            i, c = jax.lax.div(n, jnp.int32(chunks)), jax.lax.rem(n, jnp.int32(chunks))
+            i, c = jax.lax.div(n, jnp.int32(chunks)), size * jax.lax.rem(n, jnp.int32(chunks))
             before(i, c)
             self.fetch(i, c)
             visit(i, c, self.keys())
@@ -146,7 +146,7 @@ def indexer(target: str, length: int, heads: int, chosen: int) -> dict[str, floa
     for name, times in (("score", 1), ("count", COUNTS), ("mark", 1), ("compact", 1)):
         found[f"choosing: {name}"] = times * cycles(job | {"kernel": name}) / 128
     for name in ("normalizers", "mean_weights", "index_scores", "index_gradients"):
-        one = 256 if name == "index_gradients" else 1024
+        one = 512 if name == "index_gradients" else 1024
         job = {"target": target, "op": "chosen_tokens", "dtype": "bfloat16", "name": "chosen", "kernel": name, "stats": False}
         job |= {"heads": heads, "chunk": one}
         part = "loss, where attention tells no lse: normalizers" if name == "normalizers" else f"loss: {name}"
@@ -194,14 +194,14 @@ def plain(job: dict[str, Any], array: Any) -> tuple[Any, tuple[Any, ...]]:
 
 
 def cut(target: str, length: int, chosen: int, *, gradients: bool) -> tuple[int, float]:
-    """Chosen tokens a chunk, and the chunks of a query over those of its tokens: two tables visit that in which one ends."""
+    """Chosen tokens a chunk, and the chunks of a query over those of its tokens: of several tables each has half a chunk in vain."""
     from plait.kernels.attention.tpu.tokens import tables
     from plait.kernels.chips import CHIPS
 
     sizes = {"key_dim": LATENT + ROTARY, "value_dim": LATENT, "dtype": "bfloat16", "chunk": tables.CHUNK, "rows": 0}
     problem = tables.Problem(scale=0.07, stats=False, sums=False, **sizes)
     one, count = tables.Tables(problem, length, chosen, CHIPS[target].vector_memory).cut(gradients=gradients)
-    return one.chunk, 1 + (count - 1) * one.chunk / chosen
+    return one.chunk, 1 + (count / 2 if count > 1 else 0) * one.chunk / chosen
 
 
 def main() -> None:

@@ -40,7 +40,7 @@ def chosen_scores(tables: Tables, index_q: Array, index_k: Array, weights: Array
     queries = _wide(problem, index_q), whole(weights.astype(jnp.float32))
 
     def of_part(low: Array, far: Array) -> Array:
-        return forward(problem, *queries, far, *listed(problem, rows, low))
+        return forward(problem, *queries, far, *listed(problem, rows, low, aligned=True))
 
     return jax.lax.map(lambda part: of_part(*part), _cut(problem, parts, index_q, index_k)).sum(0)[:, :length, :chosen]
 
@@ -54,7 +54,7 @@ def score_gradients(
     queries = _wide(problem, index_q), whole(weights.astype(jnp.float32))
 
     def of_part(low: Array, far: Array) -> tuple[Array, Array, Array]:
-        return gradients(problem, *queries, d_scores, far, *listed(problem, rows, low))
+        return gradients(problem, *queries, d_scores, far, *listed(problem, rows, low, aligned=True))
 
     d_q, d_weights, d_rows = jax.lax.map(lambda part: of_part(*part), _cut(problem, parts, index_q, index_k))
     d_rows = d_rows[:, :, : problem.rows]
@@ -87,7 +87,7 @@ def forward(problem: Problem, q: Array, weights: Array, far: Array, entries: Arr
         far,
         (entries, bounds),
         outputs=[jax.ShapeDtypeStruct((*weights.shape[:2], entries.shape[3] // QUERIES), jnp.float32)],
-        scratch=row_scratch(problem, q.dtype),
+        scratch=row_scratch(problem),
         columns=q.shape[3],
         problem=problem,
     )
@@ -107,7 +107,7 @@ def gradients(
         (entries, bounds),
         outputs=[*(jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (q, weights)), sums_shape(problem, batch)],
         scratch=[
-            *row_scratch(problem, q.dtype),
+            *row_scratch(problem),
             *sums_scratch(problem),
             *[pltpu.VMEM((heads, n), jnp.float32) for n in (width, QUERIES)],
         ],

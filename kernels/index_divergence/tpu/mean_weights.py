@@ -42,14 +42,14 @@ def mean_weights(tables: Tables, q: Array, k: Array, rows: Array, hidden: Array,
     wide, cut = repelled(problem, whole(q)), cut_tables(problem, parts, k, hidden)
 
     def normalizers(low: Array, far: Array) -> Array:
-        return kernels.forward(problem, wide, far, *listed(problem, rows, low))[0][:, :, 0]
+        return kernels.forward(problem, wide, far, *listed(problem, rows, low, aligned=True))[0][:, :, 0]
 
     def of_tables(function: Callable[[Array, Array], Array]) -> Array:
         return function(*(x[0] for x in cut))[None] if parts == 1 else jax.lax.map(lambda at: function(*at), cut)
 
     lse = jax.nn.logsumexp(of_tables(normalizers), axis=0) if lse is None else whole(lse)
     bits = LOG2_E * jnp.where(lse > HIDDEN / 2, lse, 0)
-    found = of_tables(lambda low, far: weights(problem, wide, bits, far, *listed(problem, rows, low))).max(0)
+    found = of_tables(lambda low, far: weights(problem, wide, bits, far, *listed(problem, rows, low, aligned=True))).max(0)
     return found[:, :length, :chosen]
 
 
@@ -69,7 +69,7 @@ def weights(problem: Problem, q: Array, lse: Array, far: Array, entries: Array, 
         far,
         (entries, bounds),
         outputs=[jax.ShapeDtypeStruct((*lse.shape[:2], entries.shape[3] // QUERIES), jnp.float32)],
-        scratch=row_scratch(problem, q.dtype),
+        scratch=row_scratch(problem),
         columns=q.shape[3],
         problem=problem,
     )

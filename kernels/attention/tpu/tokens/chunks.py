@@ -54,12 +54,12 @@ class Chunks(NamedTuple):
 
     def rows(self, i: Array, c: Array) -> Any:
         """The lines at which the rows of the chosen tokens of a chunk begin: one address, from which each is a constant away."""
-        start = i * (self.entries.shape[3] // QUERIES) + c * self.problem.chunk
+        start = i * (self.entries.shape[3] // QUERIES) + c
         return self.entries.at[0, 0, 0, pl.ds(start, self.problem.chunk)]
 
     def lanes(self, c: Array) -> Any:
-        """Where chunk c stands among the chosen tokens of a query, for chunks of whole lines."""
-        return pl.ds(pl.multiple_of(c * self.problem.chunk, LANES), self.problem.chunk)
+        """Where chunk c stands among the chosen tokens of a query, for aligned chunks of whole lines."""
+        return pl.ds(pl.multiple_of(c, LANES), self.problem.chunk)
 
     def fetch(self, i: Array, c: Array) -> None:
         """The rows of a chunk, as they lie."""
@@ -89,20 +89,22 @@ class Chunks(NamedTuple):
         finish: Callable[[Array], None] = lambda i: None,
         before: Callable[[Array, Array], None] = lambda i, c: None,
     ) -> None:
-        """`visit(i, c, k)` for each chunk c of each query i, whose rows are k, and `finish(i)` after a query's last.
+        """`visit(i, c, k)` for each chunk of each query i, which begins at its chosen token c and has rows k, and `finish(i)` after a
+        query's last.
 
         `before(i, c)` stands ahead of a visit, with the chunk that was visited last, of the first visit its own. What it writes, and the
         rows of the next chunk, the compiler moves while it makes the products of this one.
         """
-        count = sum(self.high(i) - self.low(i) for i in range(QUERIES))
+        size = self.problem.chunk
+        count = sum(lax.div(self.high(i) - self.low(i), size) for i in range(QUERIES))
         self.fetch(jnp.int32(0), self.low(0))
         self.unpack()
 
         def step(_: Array, at: tuple[Array, ...]) -> tuple[Array, ...]:
             i, c, *earlier = at
-            last = c + 1 >= self.high(i)
+            last = c + size >= self.high(i)
             following = jnp.where(last, jnp.minimum(i + 1, QUERIES - 1), i)
-            then = following, jnp.where(last, self.low(following), c + 1)
+            then = following, jnp.where(last, self.low(following), c + size)
             before(*earlier)
             self.fetch(*then)
             visit(i, c, self.keys())
@@ -181,7 +183,7 @@ def copy_now(source: Any, to: Any, done: Any) -> None:
     copy.wait()
 
 
-def row_scratch(problem: Problem, dtype: Any) -> list[Any]:
+def row_scratch(problem: Problem) -> list[Any]:
     """The table, the chunk that is fetched as it lies there, and as the products read it; and what says that a copy is done."""
     return [
         pltpu.VMEM((problem.table_rows * problem.pitch, LANES), jnp.int32),

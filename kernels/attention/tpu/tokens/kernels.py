@@ -131,7 +131,7 @@ def forward(problem: Problem, q: Array, far: Array, entries: Array, bounds: Arra
         far,
         (entries, bounds),
         outputs=outputs,
-        scratch=[*row_scratch(problem, q.dtype), *(pltpu.VMEM(shape, jnp.float32) for shape in state)],
+        scratch=[*row_scratch(problem), *(pltpu.VMEM(shape, jnp.float32) for shape in state)],
         columns=width + problem.value_dim,
         problem=problem,
     )
@@ -151,7 +151,7 @@ def gradients(
         far,
         (entries, bounds),
         outputs=[jax.ShapeDtypeStruct(q.shape, dtype), sums_shape(problem, q.shape[0])],
-        scratch=[*row_scratch(problem, q.dtype), *sums_scratch(problem), pltpu.VMEM(q.shape[2:], jnp.float32)],
+        scratch=[*row_scratch(problem), *sums_scratch(problem), pltpu.VMEM(q.shape[2:], jnp.float32)],
         columns=3 * q.shape[3] + 2 * problem.value_dim,
         problem=problem,
     )

@@ -18,7 +18,7 @@ QUERIES = 8
 """Queries a grid step."""
 
 CHUNK = 1024
-"""Chosen tokens whose products are made at a time, at most; of gradients a quarter."""
+"""Chosen tokens whose products are made at a time, at most; of gradients half."""
 
 RESERVE = 24 << 20
 """Bytes of a core's memory beside tables and their sums."""
@@ -109,24 +109,28 @@ def repelled(problem: Problem, q: Array) -> Array:
     return jnp.concatenate([q, rest(1, 1), rest(problem.width - q.shape[3] - 1, 0)], axis=3)
 
 
-def listed(problem: Problem, rows: Array, low: Array) -> tuple[Array, Array]:
-    """Of each query the lines at which its rows of the table from row `low` on begin, int32 [B, T / 8, 1, 8 L], and between which chunks of
-    them those are that are not hidden, at least one, [B, T / 8, 1, 16].
+def listed(problem: Problem, rows: Array, low: Array, *, aligned: bool = False) -> tuple[Array, Array]:
+    """Of each query the lines at which its rows of the table from row `low` on begin, int32 [B, T / 8, 1, 8 L], and the chosen tokens from
+    which and up to which chunks hold those that are not hidden, at least one chunk, [B, T / 8, 1, 16].
 
     Args:
       rows: [B, T, N] of the whole memory; -1 is none.
+      aligned: chunks begin at multiples of a chunk. Else the first begins at the table's first token, and there are as few as can be.
     """
     batch, length, count = rows.shape
-    wide = -(-count // problem.chunk) * problem.chunk
+    size = problem.chunk
+    wide = -(-count // size) * size
     rows = jnp.pad(rows, ((0, 0), (0, -length % QUERIES), (0, wide - count)), constant_values=-1)
     inside = (rows >= low) & (rows < low + problem.rows)
     index = jnp.arange(wide, dtype=jnp.int32)[None, None]
-    first = jnp.min(jnp.where(inside, index, wide - 1), axis=2) // problem.chunk
-    last = jnp.max(jnp.where(inside, index, 0), axis=2) // problem.chunk
-    bounds = jnp.stack([first, jnp.maximum(last, first) + 1], axis=2)
+    last = jnp.max(jnp.where(inside, index, 0), axis=2)
+    first = jnp.minimum(jnp.min(jnp.where(inside, index, wide - 1), axis=2), last)
+    first = first // size * size if aligned else first
+    taken = ((last - first) // size + 1) * size
+    begin = jnp.minimum(first, wide - taken)
     entries = problem.pitch * jnp.where(inside, rows - low, problem.rows)
     by_step = lambda x: x.reshape(batch, -1, 1, QUERIES * x.shape[2])
-    return by_step(entries), by_step(bounds)
+    return by_step(entries), by_step(jnp.stack([begin, begin + taken], axis=2))
 
 
 def core_memory() -> int:
@@ -153,7 +157,7 @@ class Tables:
         """A table, and how many there are."""
         problem = replace(self.problem, sums=gradients)
         parts = -(-self.tokens // self.rows(problem))
-        chunk = self._chunk(parts, problem.chunk // (4 if gradients else 1))
+        chunk = self._chunk(parts, problem.chunk // (2 if gradients else 1))
         return replace(problem, rows=-(-self.tokens // (8 * parts)) * 8, chunk=chunk), parts
 
     def rows(self, problem: Problem) -> int:
@@ -162,9 +166,10 @@ class Tables:
         return (self.memory * 7 // 8 - RESERVE) // one - 8
 
     def _chunk(self, parts: int, most: int) -> int:
-        """Of the most by halves what takes least: two tables visit the chunk in which one ends and the next begins."""
+        """Of the most by halves what takes least: of several tables each has half a chunk in vain, on average."""
         sizes = [self.step, *(most >> n for n in range(6) if (most >> n) % self.step == 0 and most >> n > self.step)]
-        return min(sizes, key=lambda size: (1 + BESIDES / size) * (1 + (parts - 1) * size / self.chosen))
+        in_vain = parts / 2 if parts > 1 else 0
+        return min(sizes, key=lambda size: (1 + BESIDES / size) * (1 + in_vain * size / self.chosen))
 
 
 def cut_tables(problem: Problem, parts: int, k: Array, hidden: Array) -> tuple[Array, Array]:
