@@ -18,7 +18,7 @@ SHARES: dict[str, dict[str, dict[int, float]]] = {
         "short_conv_forward": {0: 0.0083},
     },
     "v6e": {
-        "attention_forward": {64: 0.1928, 128: 0.3520, 256: 0.6064},
+        "attention_forward": {64: 0.2157, 128: 0.3916, 256: 0.6062},
         "attention_gradients": {64: 0.2515, 128: 0.4791, 256: 0.8400},
         "cross_entropy_forward": {0: 0.6098},
         "decay_and_add_backward": {64: 0.0465, 128: 0.1030},
