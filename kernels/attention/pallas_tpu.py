@@ -101,7 +101,8 @@ def _unsupported(call: AttentionCall, layout: Layout, heads: int) -> str | None:
         if (listed := cut.longest_list(_sizes(call)[1])) > MAX_LIST:
             return f"a list of {listed} tiles exceeds the {MAX_LIST} that scalar memory holds; use shorter sequences"
         return call.selected.unfit(cut.keys)
-    for tile in set(vars(_tiles(call, layout)).values()):
+    tiles = _tiles(call, layout)
+    for tile in {tiles.forward, tiles.gradients}:
         steps = q.shape[0] * heads * max(most_steps(layout, tile.block_q, tile.block_kv))
         if steps > MAX_TABLE:
             return (
