@@ -93,10 +93,10 @@ def _compared(trial: Trial, implementation: str, shape: Shape, dtype: str, exact
     return {"status": "passed" if ratio <= 1 else "failed", "detail": detail, "numbers": {"error": largest, "allowed": limit}}
 
 
-def known(op_names: tuple[str, ...] | None) -> dict[str, Trial]:
-    """The trials of these ops, or all. Raises ValueError for an op that has none."""
+def known(op_names: tuple[str, ...] | None, of: Mapping[str, Trial] = TRIALS) -> dict[str, Trial]:
+    """The trials of these ops, or all, `of` some. Raises ValueError for an op that has none."""
     ops = sorted({trial.op for trial in TRIALS.values()})
     for name in op_names or ():
         if name not in ops:
             raise ValueError(f"ops={name!r} is no op that is tried; use some of {', '.join(ops)}")
-    return {name: trial for name, trial in TRIALS.items() if op_names is None or trial.op in op_names}
+    return {name: trial for name, trial in of.items() if op_names is None or trial.op in op_names}

@@ -26,12 +26,26 @@ class Drawn(NamedTuple):
 
     shape: tuple[int, ...]
     what: Literal[
-        "values", "unit", "log_decay", "strength", "weight", "state", "words", "segments", "active", "blocks", "tokens", "whole"
+        "values",
+        "unit",
+        "log_decay",
+        "strength",
+        "weight",
+        "state",
+        "words",
+        "segments",
+        "long segments",
+        "active",
+        "blocks",
+        "tokens",
+        "whole",
     ] = "values"
 
 
-_WHOLE = ("words", "segments", "active", "blocks", "tokens")
+_WHOLE = ("words", "segments", "long segments", "active", "blocks", "tokens")
 _FLOAT32 = ("log_decay", "state")
+_ENDS = (0.78, 0.95)
+"""Where long documents end, of a row."""
 BLOCK = 64
 """Tokens a selected block."""
 TOP_K = 200
@@ -84,6 +98,10 @@ def _values(rng: np.random.Generator, drawn: Drawn, shape: Shape) -> np.ndarray:
             return rng.random(drawn.shape) < 0.75
         case "segments":
             return _documents(drawn.shape)
+        case "long segments":
+            return np.broadcast_to(
+                np.searchsorted(_ENDS, np.arange(drawn.shape[1]) / drawn.shape[1], side="right") + 1, drawn.shape
+            )
         case "blocks":
             return _selected(rng, drawn.shape)
         case "tokens":
@@ -291,6 +309,10 @@ def _segments(s: Shape) -> tuple[str, Drawn]:
     return "segments", Drawn((s.batch, s.length), "segments")
 
 
+def _long(s: Shape) -> dict[str, Drawn]:
+    return _attention(s, ("segments", Drawn((s.batch, s.length), "long segments")))
+
+
 def _packed(s: Shape) -> dict[str, Drawn]:
     return _attention(s, _segments(s))
 
@@ -354,3 +376,16 @@ TRIALS: dict[str, Trial] = {
     "short_conv, documents": Trial(op="short_conv", arguments=lambda s: _channels(s, _segments(s)), run=_conv),
 }
 """Every call that is tried, by name."""
+
+LONG: dict[str, Trial] = {
+    "attention, several tiles": Trial(op="attention", arguments=_long, run=partial(_attend, stats=True)),
+    "attention, window, several tiles": Trial(op="attention", arguments=_long, run=partial(_attend, mask=Mask(window_size=1152))),
+    "attention, PowerAttention, several tiles": Trial(
+        op="attention", arguments=_long, run=partial(_attend, mask=PowerMask(block_size=1024))
+    ),
+    **{
+        f"{name}, several blocks": Trial(op=TIMED[name].op, arguments=partial(_recurrence, **options), run=_recur)
+        for name, options in _RECURRENCES.items()
+    },
+}
+"""Calls of rows that are longer than what a kernel does at once, tried on an accelerator."""

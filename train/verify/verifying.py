@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,7 @@ from plait.train.verify.findings import Finding, as_json, failed, show
 from plait.train.verify.rooflines import Shape
 from plait.train.verify.speed import speed
 from plait.train.verify.training import training, training_config
-from plait.train.verify.trials import TIMED
+from plait.train.verify.trials import LONG, TIMED
 
 if TYPE_CHECKING:
     from plait.train.commands.verify import VerifyArgs
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 FILE = "verify.json"
 TRIED = {"cpu": Shape(2, 160, 4, 32, 512, group=2), "accelerator": Shape(2, 512, 4, 128, 4096, group=2)}
 """Of the calls that are held against the reference, which runs on the CPU, token by token."""
+LONG_AT = Shape(1, 4096, 1, 128, 4096)
+"""Likewise, of rows that are several tiles long, on an accelerator."""
 TIMED_AT = {"cpu": Shape(1, 1024, 4, 64, 8192), "accelerator": Shape(4, 4096, 16, 128, 32_768)}
 
 
@@ -49,7 +52,7 @@ def verify(options: VerifyArgs, words: Sequence[str]) -> list[str]:
     device, kind = jax.devices()[0], "cpu" if jax.default_backend() == "cpu" else "accelerator"
     chip = chip_of(device.device_kind)
     name = chip.generation if chip is not None else device.platform
-    trials = known(_listed(options.ops))
+    trials = known(ops := _listed(options.ops))
     usual = Path("verify") / f"{name}-{at:%Y%m%d-%H%M%S}"
     wanted = Path(together.broadcast(str(options.out or usual)) if together.count() > 1 else options.out or usual)
     config = training_config(options.preset, words, wanted / "training", options.steps)
@@ -57,7 +60,9 @@ def verify(options: VerifyArgs, words: Sequence[str]) -> list[str]:
     dtypes = ("float32",) if kind == "cpu" else ("bfloat16", "float32")
     parts: dict[str, Callable[[], Iterator[Finding]]] = {
         "devices": lambda: devices(dtypes[0]),
-        "agreement": lambda: agreement(trials, TRIED[kind], dtypes),
+        "agreement": lambda: chain(
+            agreement(trials, TRIED[kind], dtypes), agreement(known(ops, LONG) if kind == "accelerator" else {}, LONG_AT, dtypes)
+        ),
         "speed": lambda: speed(
             {name: trial for name, trial in trials.items() if name in TIMED},
             TIMED_AT[kind],

@@ -18,11 +18,12 @@ from plait.kernels.short_conv import _op as conv
 from plait.launch import main
 from plait.train.mesh import make_mesh
 from plait.train.verify import collectives, devices, speed, verifying
+from plait.train.verify.agreement import agreement
 from plait.train.verify.findings import failed
 from plait.train.verify.peers import peers
 from plait.train.verify.rooflines import Peak, Shape
 from plait.train.verify.training import training_config
-from plait.train.verify.trials import TIMED, TRIALS
+from plait.train.verify.trials import LONG, TIMED, TRIALS
 
 SMALL = Shape(2, 40, 2, 8, 64, group=2)
 
@@ -44,6 +45,16 @@ def test_every_op_with_a_kernel_is_tried():
     everywhere = registered(everywhere=True)
     with_kernels = {op for op, names in registered().items() if names != everywhere[op]}
     assert with_kernels <= {trial.op for trial in TRIALS.values()}
+
+
+def test_long_rows_are_tried_where_a_kernel_does_a_part_of_them_at_once():
+    shape = verifying.LONG_AT
+    assert {trial.op for trial in LONG.values()} == {"attention", "decay", "delta_rule"}
+    (ids,) = np.asarray(LONG["attention, several tiles"].draw(shape, "bfloat16")["segments"])
+    assert ids[0] == ids[3071] == 1, "the third tile of queries sees all of the first of keys"
+    assert ids[-1] == 3, "the fourth holds several documents"
+    found = list(agreement(LONG, SMALL._replace(length=48), ("float32",)))
+    assert [one.status for one in found if one.by == "chunked"] == ["passed"] * len(LONG)
 
 
 def test_what_is_right_passes_and_is_written(tmp_path, capsys):
