@@ -15,8 +15,11 @@ from plait.kernels.masks import block_number
 
 Array = jax.Array
 
-PAIRS, KEYS = 1 << 17, 512
+MOST = 1 << 17, 512
 """The most pairs of a query and a key, and the most keys, of a rectangle: a tile has several, which overlap."""
+
+MOST_FORWARD = 1 << 16, 128
+"""Likewise in the forward pass of heads that choose by themselves, whose tiles have few rows."""
 
 EDGE_ROWS, EDGE_KEYS = 512, 128
 """The most queries and keys of a rectangle of a tile on the diagonal."""
@@ -38,12 +41,13 @@ class Rectangles(NamedTuple):
     cut: Cut
     edge: Edges | None
     """Tiles on the diagonal, of which order hides a part: of heads that choose by themselves, among the queries' own keys."""
+    most: tuple[int, int]
 
     @classmethod
-    def under(cls, problem: Problem) -> "Rectangles":
-        """Those of a problem."""
+    def under(cls, problem: Problem, *, forward: bool) -> "Rectangles":
+        """Those of a problem, of its forward pass or another."""
         cut: Cut = problem.tiles
-        return cls(problem, cut, _edge(problem.layout, cut))
+        return cls(problem, cut, _edge(problem.layout, cut), MOST_FORWARD if forward and cut.heads == 1 else MOST)
 
     def kinds(self) -> tuple[int, ...]:
         """Of the tiles that are visited. In a tile of several blocks the choice is never alone."""
@@ -79,8 +83,8 @@ class Rectangles(NamedTuple):
             tile = Tile(cut.queries, cut.keys, edge_q=EDGE_ROWS, edge_kv=EDGE_KEYS)
             found = edge_parts(*self.edge.shown(kind), tile)
             return [(at, part.queries, part.queries) for at, parts in found for part in parts]
-        num_keys = cut.keys * cut.fetched
-        most = PAIRS // min(num_keys, KEYS)
+        num_keys, (pairs, most_keys) = cut.keys * cut.fetched, self.most
+        most = pairs // min(num_keys, most_keys)
         together = max(1, most // cut.queries)  # heads
         columns = []
         for head in range(0, cut.heads, together):
@@ -88,7 +92,7 @@ class Rectangles(NamedTuple):
             for rows in [slice(0, cut.queries)] if some > 1 else cuts(0, cut.queries, most):
                 first = head * cut.queries
                 columns.append((slice(first + rows.start, first + (some - 1) * cut.queries + rows.stop), rows))
-        return [(at, *some) for at in cuts(0, num_keys, KEYS) for some in columns]
+        return [(at, *some) for at in cuts(0, num_keys, most_keys) for some in columns]
 
     def _visible(self, kind: int, queries: Array, keys: Sequence[Array], bits: Sequence[Array], wanted: slice) -> Array:
         """bool [N, T], or [1, T] where the choice alone hides keys, all of one block."""

@@ -65,7 +65,7 @@ def forward(problem: Problem, x: Operands) -> tuple[Array, tuple[Array, ...]]:
         return work, finish
 
     num_rows = 3 if problem.stats else 1
-    o, rows = Walk(problem, x, x.q.shape[3] + value_dim).over_queries(
+    o, rows = Walk(problem, x, x.q.shape[3] + value_dim, forward=True).over_queries(
         begin,
         "selected_attention_forward",
         outputs=[(value_dim, x.q.dtype), (num_rows, jnp.float32)],

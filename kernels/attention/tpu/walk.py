@@ -73,7 +73,7 @@ class Walk:
       extra: what this one reads besides, of the queries: d_o [B, H, T, V], rows [B, H, R, T].
     """
 
-    def __init__(self, problem: Problem, x: Operands, columns: int, **extra: Array):
+    def __init__(self, problem: Problem, x: Operands, columns: int, *, forward: bool = False, **extra: Array):
         self.problem, self.bias, self.cut = problem, x.bias, problem.tiles
         cut: Cut = problem.tiles
         self.batch, self.num_bundles, self.num_kv_heads = x.q.shape[0], x.q.shape[1] // cut.heads, x.k.shape[1]
@@ -86,7 +86,7 @@ class Walk:
         each = min(x.selected.indices.shape[3] * cut.block_size, x.k.shape[2])  # keys of a query, if those of a tile choose alike
         self.pairs, self.columns = self.batch * x.q.shape[1] * x.q.shape[2] * each, columns
         self.num_queries, self.num_keys = queries.positions.shape[2] // cut.queries, keys.positions.shape[2] // cut.keys
-        self.rectangles = Rectangles.under(problem)
+        self.rectangles = Rectangles.under(problem, forward=forward)
         edge = self.rectangles.edge
         kinds = tile_kinds(
             problem.layout,
