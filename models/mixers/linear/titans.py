@@ -118,12 +118,12 @@ class PersistentAttention(HeadMixer):
     def _attend(self, q, k, v, at, kv_at):
         """Attention to keys, and to the persistent ones in the same softmax: two means, weighed by their normalisers."""
         turned = q if self.theta is None else rotate(q, at.positions, self.theta)
-        o, stats = attention(turned, k, v, mask=self.mask, at=at, kv_at=kv_at, return_stats=True)
+        o, lse = attention(turned, k, v, mask=self.mask, at=at, kv_at=kv_at, return_lse=True)
         if not self.persistent.shape[0]:
             return o, None
         logits, values = self._persistent(q)
         total = jax.nn.logsumexp(logits, axis=-1)
-        share = jax.nn.sigmoid(stats.lse - total)[..., None]  # [B, T, H, 1]
+        share = jax.nn.sigmoid(lse - total)[..., None]  # [B, T, H, 1]
         mean = dot("bthp,phv->bthv", jnp.exp(logits - total[..., None]), values)
         return (share * o + (1 - share) * mean).astype(o.dtype), share
 

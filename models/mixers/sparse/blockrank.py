@@ -136,8 +136,8 @@ class BlockRank(MultiHead):
         yield {**common, "at": _only(at, number == QUERY), "kv_at": _only(keys, (kv_number > 0) & (kv_number < QUERY))}
 
     def weigh(self, inputs, *, at):
-        found = [attention(inputs.q, inputs.k, inputs.v, return_stats=True, **options) for options in self.parts(inputs, at)]
-        o, lse = jnp.stack([o for o, _ in found]), jnp.stack([stats.lse for _, stats in found])
+        found = [attention(inputs.q, inputs.k, inputs.v, return_lse=True, **options) for options in self.parts(inputs, at)]
+        o, lse = map(jnp.stack, zip(*found, strict=True))
         return jnp.sum(jax.nn.softmax(lse, axis=0)[..., None] * o, axis=0).astype(inputs.q.dtype)
 
     def attend_active(self, inputs, active, *, at):
@@ -145,7 +145,7 @@ class BlockRank(MultiHead):
 
     def implied(self, inputs, rows, *, at):
         options = list(self.parts(inputs, at))
-        lse = [attention(inputs.q, inputs.k, inputs.v, return_stats=True, **one)[1].lse for one in options]
+        lse = [attention(inputs.q, inputs.k, inputs.v, return_lse=True, **one)[1] for one in options]
         share = jnp.swapaxes(jax.nn.softmax(jnp.stack(lse), axis=0)[:, :, rows], 2, 3)[..., None]  # [3, B, H, R, 1]
         return sum(s * attention_rows(inputs.q, inputs.k, rows=rows, **one) for s, one in zip(share, options, strict=True))
 

@@ -148,8 +148,7 @@ class Pair:
         if gathered := keys is None and self.dilation > 1:
             order = jnp.argsort(queries.segment_ids == 0, axis=1, stable=True)
             q, k, v, queries = jax.tree.map(lambda x: _pick(x, order), (q, k, v, queries))
-        o, stats = attention(q, k, v, mask=self.mask, at=queries, kv_at=keys, scale=scale, return_stats=True)
-        found = o, stats.lse
+        found = attention(q, k, v, mask=self.mask, at=queries, kv_at=keys, scale=scale, return_lse=True)
         if gathered:
             found = jax.tree.map(lambda x: _pick(x, jnp.argsort(order, axis=1)), found)
         o, lse = map(self.together, found)
