@@ -85,7 +85,9 @@ class SelectionProbe(Probe):
         without = [layer["mixer"] for layer, chooses in zip(run.layers, there, strict=True) if not chooses and "mixer" in layer]
         last = kept[-1][np.isfinite(kept[-1])]
         text = f"What queries choose keeps {np.median(last):.0%} of their attention (median of heads; least {last.min():.0%})."
-        return text + (f" {', '.join(dict.fromkeys(without))} choose nothing by scores, and have none." if without else "")
+        return text + (
+            f" {', '.join(dict.fromkeys(without))} have none: they choose nothing by scores, or all there is." if without else ""
+        )
 
 
 def told(look: Look) -> Selection | None:

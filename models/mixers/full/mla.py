@@ -18,7 +18,7 @@ from plait.models.build import BuildContext
 from plait.models.layers.cache import Slots
 from plait.models.layers.linear import Dense
 from plait.models.layers.norms import RMSNorm
-from plait.models.looks.look import GateValues
+from plait.models.looks.look import GateValues, Selection
 from plait.models.mixers.base import Direction, HeadMixer, MixerConfig, register
 from plait.models.mixers.full.softmax import with_positions
 from plait.models.mixers.heads import join_heads, require_divides, split_heads
@@ -265,4 +265,7 @@ class MLA(HeadMixer):
         }
         gate = self.output_gate(x)
         gates = {} if gate is None else {"output": GateValues(gate, 1.0)}
-        return {"attention": stats, "logits": (inputs.q, inputs.k, self.scale), **masses, "gates": gates}
+        found = {"attention": stats, "logits": (inputs.q, inputs.k, self.scale), **masses, "gates": gates}
+        if (selected := options.pop("selected")) is not None:
+            found["selection"] = Selection(selected, functools.partial(attention_rows, inputs.q, inputs.k, **options))
+        return found

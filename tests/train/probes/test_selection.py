@@ -13,6 +13,7 @@ from plait.kernels import SelectedBlocks
 from plait.models.build import BuildContext
 from plait.models.looks.look import Look, Selection
 from plait.models.mixers.sparse.dma import DMAConfig
+from plait.models.mixers.sparse.dsa import DSAConfig
 from plait.models.mixers.sparse.moba import MoBAConfig
 from plait.models.mixers.sparse.nsa import NSAConfig
 from plait.tests.models.common import layout, quick_jit
@@ -76,7 +77,7 @@ def test_where_all_is_seen_there_is_nothing_to_tell():
     assert found and all(np.isnan(value).all() for value in found.values())
 
 
-@pytest.mark.parametrize("make", [MoBAConfig, NSAConfig, DMAConfig], ids=["moba", "nsa", "dma"])
+@pytest.mark.parametrize("make", [MoBAConfig, NSAConfig, DMAConfig, DSAConfig], ids=["moba", "nsa", "dma", "dsa"])
 def test_of_mixers_that_choose_against_dense_attention(make):
     """Documents, padding, and rows picked here and there, in float64."""
     config, length = dataclasses.replace(make.example(), positions=None), 40
@@ -93,12 +94,13 @@ def test_of_mixers_that_choose_against_dense_attention(make):
         look = Look(at=at, x=x, rows=rows, mixer=mixer, inputs=inputs)
         k = inputs.selected.k if make is NSAConfig else inputs.k
         d = inputs.d if make is DMAConfig else jnp.zeros(k.shape[:3])
-        return Probes(ProbeConfig(only="selection")).measure((look,)), mixer.select(inputs, at), inputs.q, k, d
+        blocks = inputs.selected if make is DSAConfig else mixer.select(inputs, at)
+        return Probes(ProbeConfig(only="selection")).measure((look,)), blocks, inputs.q, k, d
 
     found, blocks, q, k, d = run(state, x)
-    q, k = (np.asarray(y, np.float64) for y in (q, np.repeat(k, 2, axis=2)))
+    q, k = (np.asarray(y, np.float64) for y in (q, np.repeat(k, 4 // k.shape[2], axis=2)))
     z = np.einsum("bthk,bshk->bhts", q, k) * mixer.scale
-    z += np.repeat(np.asarray(d, np.float64), 2, axis=2).swapaxes(1, 2)[:, :, None]
+    z += np.repeat(np.asarray(d, np.float64), 4 // d.shape[2], axis=2).swapaxes(1, 2)[:, :, None]
     segments, positions = np.asarray(at.segment_ids), np.asarray(at.positions)
     kept, ages = [], []
     for b in range(2):
