@@ -43,7 +43,7 @@ def layer_flops(config: ExperimentConfig) -> list[LayerFlops]:
 def _layer(config: ExperimentConfig, name: str, count: int) -> LayerFlops:
     model = config.model
     mixer = model.mixers[name]
-    mixing = count * mixer.mixing_flops(model.d_model, config.data.seq_len)
+    mixing = count * mixer.between_flops(model.d_model, config.data.seq_len)
     products = count * mixer.flops(model.d_model, config.data.seq_len) - mixing
     again = {"full": products + mixing, "dots": mixing, None: 0.0}[model.remat]
     return LayerFlops(name, count, products, mixing, again)

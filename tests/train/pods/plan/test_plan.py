@@ -18,6 +18,7 @@ from plait.configs.vocabulary import with_vocabulary
 from plait.kernels.chips import CHIPS, GIB
 from plait.kernels.context import Exchange
 from plait.launch import main
+from plait.models.mixers.sparse.nsa import NSAConfig
 from plait.tests.train.common import hybrid, random_batch, tiny
 from plait.train.mesh import batch_sharding, make_mesh
 from plait.train.pods.plan import report
@@ -165,6 +166,15 @@ def test_flops_add_up(remat: str | None):
         None: 0, "dots": rows["gated_deltanet"].mixing, "full": rows["gated_deltanet"].forward,
     }[remat]  # fmt: skip
     assert step_flops(config, 8).model == pytest.approx(3 * config.model.flops(16) * 4 * 16 / 8)
+
+
+def test_products_with_weights_are_not_mixing():
+    """NSA compresses by a network that runs once in `stride` tokens."""
+    config = with_vocabulary(tiny({"model.pattern": "nsa", "model.mixers": {"nsa": NSAConfig(num_heads=2, head_dim=8)}}))
+    row, mixer = layer_flops(config)[0], config.model.mixers["nsa"]
+    each = mixer.between_flops(config.model.d_model, config.data.seq_len)
+    assert row.mixing == pytest.approx(row.count * each) and row.mixing > 0 and row.products > 0
+    assert row.forward == pytest.approx(row.count * mixer.flops(config.model.d_model, config.data.seq_len))
 
 
 def test_a_batch_that_does_not_divide_names_one_that_does():
