@@ -11,6 +11,7 @@ import jax
 
 from plait.configs.command_line.cli import parse_experiment
 from plait.configs.experiment import ExperimentConfig
+from plait.configs.presets import presets
 from plait.kernels import chosen
 from plait.kernels.dispatch import forget_chosen
 from plait.train.loop import train
@@ -33,15 +34,15 @@ _SHOWN = {
 def training_config(preset: str | None, words: Sequence[str], out: Path, steps: int) -> ExperimentConfig:
     """The run: a preset, or one that suits the devices, with a few steps. Raises ValueError for options that do not fit."""
     accelerator = jax.default_backend() != "cpu"
+    if words and words[0] in presets():
+        raise ValueError(f"{words[0]!r} is the name of a preset and no option of verify; use --preset {words[0]}")
     if preset is None:
         preset = "hybrid_340m" if accelerator else "lm_tiny"
         if accelerator:  # bytes, for which no tokenizer must be learned
             words = ["--data.tokenizer=byte", "--data.vocab-size=None", "--data.batch-size", str(4 * len(jax.devices())), *words]
     every = max(1, steps // 4)
     fixed = [f"--steps={steps}", f"--optimizer.warmup-steps={every}", f"--log-every={every}", f"--probe-every={every}"]
-    return parse_experiment(
-        preset, [*words, *fixed, "--eval-every=None", "--checkpoint-every=None", f"--out={out}"], prog="launch.py verify"
-    )
+    return parse_experiment(preset, [*words, *fixed, "--eval-every=None", "--checkpoint-every=None", f"--out={out}"])
 
 
 def training(config: ExperimentConfig) -> Iterator[Finding]:

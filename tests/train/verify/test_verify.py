@@ -172,7 +172,9 @@ BAD = {
     "a part": (["--only", "agreement,sped"], "only='sped' is no part; use some of devices"),
     "a mesh": (["--mesh.data", "3", "--mesh.fsdp", "5"], "mesh.data=3"),
     "a preset": (["--preset", "lm_tny"], "did you mean 'lm_tiny'"),
+    "a preset's place": (["lm_tiny"], "use --preset lm_tiny"),
     "an option": (["--model.patern", "gla"], "--model.patern"),
+    "no option at all": (["--device", "foo"], "'launch.py train lm_tiny --help' lists them"),
 }
 
 
