@@ -76,7 +76,7 @@ def _compared(trial: Trial, implementation: str, shape: Shape, dtype: str, exact
         return None if "the backend is" in reason or "the target is" in reason else {"status": "declined", "detail": reason}
     except Exception as error:
         return {"status": "failed", "detail": first_line(error)}
-    worst, ratio, largest, limit = "", 0.0, 0.0, 0.0
+    worst, ratio, largest, limit = "", -1.0, 0.0, 0.0
     for (path, a), (_, want), (_, own) in zip(*map(jax.tree.leaves_with_path, (got, exact, plain)), strict=True):
         name = path[0].key + " " + str(path[-1].key)
         if not np.isfinite(np.asarray(a, np.float64)).all():

@@ -70,6 +70,14 @@ def test_what_is_right_passes_and_is_written(tmp_path, capsys):
     assert "is there already" in capsys.readouterr().err
 
 
+def test_where_nothing_differs_a_value_and_its_bound_are_named(tmp_path):
+    out = tmp_path / "v"
+    assert main(["verify", "--only", "agreement", "--ops", "topk_blocks", "--out", str(out)]) == 0
+    for one in json.loads((out / "verify.json").read_text())["findings"]:
+        assert one["numbers"]["error"] == 0 < one["numbers"]["allowed"]
+        assert "allowed, in the value " in one["detail"]
+
+
 def test_verifications_that_begin_at_once_have_a_folder_each(tmp_path):
     gate, made = threading.Barrier(4), []
 
