@@ -9,7 +9,9 @@ import pytest
 from plait.configs import codec
 from plait.configs.presets import preset
 from plait.launch import main
+from plait.models.mixers.full.mla import MLAConfig
 from plait.models.mixers.full.softmax import SoftmaxConfig
+from plait.models.mixers.sparse.dsa import DSAConfig
 from plait.train.report.panels import costs
 from plait.train.report.sweeps import _speed_up as shown
 from plait.train.run_folder.lines import METRICS
@@ -131,6 +133,11 @@ def test_costs_are_those_of_the_model():
     assert fronts.density(attends()) == 1, "the linear layer has none"
     seen = sum(min(i + 1, 8) for i in range(config.data.seq_len)) / sum(i + 1 for i in range(config.data.seq_len))
     assert fronts.density(attends(window_size=8)) == pytest.approx(seen)
+    latents = lambda mixer: dataclasses.replace(
+        config, model=dataclasses.replace(config.model, pattern=mixer.name, mixers={mixer.name: mixer})
+    )
+    assert fronts.density(latents(MLAConfig(num_heads=2))) == 1, "heads of several widths"
+    assert fronts.density(latents(DSAConfig(num_heads=2, top_k=4, index_heads=1))) > 0
 
 
 def test_the_page_shows_both(folder, capsys):
