@@ -38,6 +38,10 @@ BFLOAT16 = {
 }
 """By generation and the least head dim that is as large; 16 bits an element. v5p has v5e's order of candidates."""
 
+CROWDED = 512
+"""The most keys of a part of gradients with statistics under a sigmoid or a soft cap, for head dims above 128: so much more is there between
+the products that parts of 1,024 keys need more than the 16 MiB of v5e and v5p."""
+
 FLOAT32 = Tiles(
     forward=Tile(512, 512, 128, 128, 128, 128),
     gradients=Tile(512, 512, 256, 512, 256, 256),
