@@ -83,8 +83,8 @@ def test_attention_compiles(generation: str, length: int, head_dim: int):
         (PowerMask(block_size=1024, window_size=512), 128, {"return_stats": True}),
         (Mask(window_size=64, dilation=4), 192, {}),
         (Mask(), 128, {"logit_soft_cap": 30.0, "return_stats": True}),
-        (Mask(), 256, {"logit_soft_cap": 30.0, "return_stats": True}),
-        (Mask(), 256, {"normalizer": "sigmoid", "sigmoid_bias": -8.0, "return_stats": True}),
+        pytest.param(Mask(), 256, {"logit_soft_cap": 30.0, "return_stats": True}, marks=pytest.mark.slow),
+        pytest.param(Mask(), 256, {"normalizer": "sigmoid", "sigmoid_bias": -8.0, "return_stats": True}, marks=pytest.mark.slow),
     ],
     ids=["window", "sigmoid", "power", "dilated", "soft-cap", "soft-cap-wide", "sigmoid-statistics-wide"],
 )
