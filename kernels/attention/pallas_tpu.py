@@ -22,7 +22,7 @@ from plait.kernels.attention.per_query import first_mass, gradient_rows, with_bi
 from plait.kernels.attention.reference import MASKED as HIDDEN
 from plait.kernels.attention.reference import AttentionStats, lse_alone
 from plait.kernels.attention.tpu import kernels, selected
-from plait.kernels.attention.tpu.best_tiles import BFLOAT16, CROWDED, FLOAT32, SELECTED
+from plait.kernels.attention.tpu.best_tiles import BFLOAT16, FLOAT32, SELECTED
 from plait.kernels.attention.tpu.cut import Cut
 from plait.kernels.attention.tpu.steps import ENTRY_BITS, entry_bits, most_steps
 from plait.kernels.attention.tpu.tiling import LANES, Operands, Problem, Tiles
@@ -37,8 +37,6 @@ MIN_QUERIES = 32
 """Fewer queries than this (decoding) fill too little of a tile."""
 
 MAX_HEAD_DIM = 256
-_V5 = ("v4", "v5e", "v5p")
-"""Generations that take the tiles of v5e."""
 MAX_TABLE = 1 << 17
 """Entries of a list of tiles in scalar memory (4 bytes each; the core has 1 MiB)."""
 MAX_LIST = MAX_TABLE // 4
@@ -119,11 +117,7 @@ def _unsupported(call: AttentionCall, layout: Layout, heads: int) -> str | None:
 def _tiles(call: AttentionCall, layout: Layout) -> Tiles:
     """The tiles of a call that selects no blocks; where keys are not the queries' own, a window of less than four tiles gets smaller ones."""
     q, k, mask = call.q, call.k, call.mask
-    dims = q.shape[-1], (k if call.v is None else call.v).shape[-1]
-    tiles = choose_tiles(_generation(), *dims, q.dtype)
-    if call.return_stats and (call.sigmoid or call.logit_soft_cap is not None) and max(dims) > 128 and _generation() in _V5:
-        gradients = replace(tiles.gradients, part_kv=min(tiles.gradients.part_kv, CROWDED))
-        tiles = replace(tiles, gradients=gradients)
+    tiles = choose_tiles(_generation(), q.shape[-1], (k if call.v is None else call.v).shape[-1], q.dtype)
     if layout.own_keys:
         return tiles.sized(layout).fit(q.shape[1], k.shape[1])
     reach = mask.reach_back()

@@ -101,6 +101,11 @@ class MixerConfig(Component, abc.ABC):
         positions = getattr(self, "positions", None)
         return None if positions is None else positions.longest
 
+    @property
+    def head_channels(self) -> int:
+        """Channels of a key and of a value of a head, together; 0 of mixers without heads of one width."""
+        return 2 * getattr(self, "head_dim", 0)
+
     def head_count(self, d_model: int) -> int:
         """Number of output heads at width `d_model`."""
         return abstract(self, d_model).num_heads

@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from plait.configs.experiment import ExperimentConfig
 from plait.configs.vocabulary import with_vocabulary
@@ -69,16 +69,9 @@ def _state(model: LMConfig, length: int) -> float:
 
 @functools.lru_cache
 def _density(model: LMConfig, length: int) -> float:
-    layers = [(one, width) for one in model.layer_mixers if one.kind in ("full", "sparse") and (width := _width(one))]
+    layers = [(one, width) for one in model.layer_mixers if one.kind in ("full", "sparse") and (width := one.head_channels)]
     full = sum(2.0 * one.head_count(model.d_model) * width * mean_keys(length) for one, width in layers)
     return sum(one.between_flops(model.d_model, length) for one, _ in layers) / full if layers else 0.0
-
-
-def _width(mixer: Any) -> int:
-    """Channels of a key and of a value of a head; 0 of mixers without heads."""
-    if hasattr(mixer, "head_dim"):
-        return 2 * mixer.head_dim
-    return sum(getattr(mixer, name, 0) for name in ("nope_head_dim", "rope_head_dim", "v_head_dim"))
 
 
 COSTS: Mapping[Cost, tuple[Callable[[ExperimentConfig], float], str]] = {

@@ -20,7 +20,7 @@ def _tiles(
 _V5 = {
     64: _tiles((256, 256), (512, 128)),
     128: _tiles((128, 128), (512, 128)),
-    256: _tiles((128, 128), (128, 128)),
+    256: _tiles((128, 128), (128, 128), gradients=(256, 512)),  # with 1,024 keys statistics of a sigmoid do not fit VMEM
 }
 BFLOAT16 = {
     "v5e": _V5,
@@ -37,10 +37,6 @@ BFLOAT16 = {
     },
 }
 """By generation and the least head dim that is as large; 16 bits an element. v5p has v5e's order of candidates."""
-
-CROWDED = 512
-"""The most keys of a part of gradients with statistics under a sigmoid or a soft cap, for head dims above 128: so much more is there between
-the products that parts of 1,024 keys need more than the 16 MiB of v5e and v5p."""
 
 FLOAT32 = Tiles(
     forward=Tile(512, 512, 128, 128, 128, 128),

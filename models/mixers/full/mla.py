@@ -87,9 +87,12 @@ class MLAConfig(MixerConfig):
     def build(self, d_model: int, ctx: BuildContext) -> MLA:
         return MLA(self, d_model, ctx)
 
+    @property
+    def head_channels(self) -> int:
+        return self.nope_head_dim + self.rope_head_dim + self.v_head_dim
+
     def mixing_flops(self, d_model: int, seq_len: int) -> float:
-        channels = self.nope_head_dim + self.rope_head_dim + self.v_head_dim
-        return 2.0 * self.num_heads * channels * (seq_len + 1) / 2
+        return 2.0 * self.num_heads * self.head_channels * (seq_len + 1) / 2
 
     def decode_flops(self, d_model: int, context: int) -> float:
         return 2.0 * self.num_heads * (2 * self.kv_rank + self.rope_head_dim) * (context + 1)  # of the latents themselves
