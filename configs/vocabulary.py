@@ -21,7 +21,7 @@ def with_vocabulary(config: ExperimentConfig, elsewhere: int | None = None) -> E
     size = data.vocabulary() or config.model.vocab_size or elsewhere
     if size is None:
         raise ValueError(
-            f"model.vocab_size=None is not known from data.tokenizer={data.tokenizer!r} here; give --model.vocab_size"
+            f"model.vocab_size=None is not known from data.tokenizer={data.tokenizer!r} here; give --model.vocab-size"
         )
     return dataclasses.replace(config, model=config.model.with_vocab(size))
 

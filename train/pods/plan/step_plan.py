@@ -103,7 +103,7 @@ def check_batch(config: ExperimentConfig, target: Target) -> None:
     context = target.num_devices // math.gcd(target.num_devices, batch // parts) * config.mesh.context // split
     raise ValueError(
         f"data.batch_size={batch} / optimizer.accumulate={parts} must be a multiple of the {shares} devices of {target.name} that share "
-        f"its rows; use --data.batch_size {more}, or let several devices share a row: --mesh.context {max(context, 2 * config.mesh.context)}"
+        f"its rows; use --data.batch-size {more}, or let several devices share a row: --mesh.context {max(context, 2 * config.mesh.context)}"
     )
 
 

@@ -179,7 +179,7 @@ def test_products_with_weights_are_not_mixing():
 
 def test_a_batch_that_does_not_divide_names_one_that_does():
     config = with_vocabulary(tiny({"mesh.data": None, "data.batch_size": 96, "data.seq_len": 64}))
-    with pytest.raises(ValueError, match=r"--data.batch_size 256, .*--mesh.context 8"):
+    with pytest.raises(ValueError, match=r"--data.batch-size 256, .*--mesh.context 8"):
         check_batch(config, parse_target("v5e:16x16"))
     check_batch(dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, context=8)), parse_target("v5e:16x16"))
 
@@ -361,10 +361,10 @@ def test_command_writes_a_plan_and_keeps_the_old_one(tmp_path: Path, capsys: pyt
         (["lm_tinny", "--target", "cpu:8"], "did you mean 'lm_tiny'"),
         (["lm_tiny", "--target", "cpu:8", "--search"], "no peak to rank by"),
         (["lm_tiny", "--target", "v5e:2x2", "--search", "--exact"], "leave out --search"),
-        (["lm_tiny", "--target", "cpu:8", "--data.batch-size", "12"], "--data.batch_size 16"),
+        (["lm_tiny", "--target", "cpu:8", "--data.batch-size", "12"], "--data.batch-size 16"),
         (["lm_tiny", "--target", "cpu:8", "--mesh.tensor", "3"], "mesh.tensor=3"),
         (["lm_tiny", "--target", "cpu:256", "--mesh.tensor", "3"], "must multiply to the 256 devices"),  # which are not there
-        (["lm_tiny", "--target", "v5e:2x2", "--data.tokenizer", "some/tokenizer.json"], "--model.vocab_size"),
+        (["lm_tiny", "--target", "v5e:2x2", "--data.tokenizer", "some/tokenizer.json"], "--model.vocab-size"),
     ],
 )
 def test_bad_input_ends_before_a_compile(args: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch, tmp_path):
