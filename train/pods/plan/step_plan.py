@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import time
 
@@ -23,6 +24,8 @@ from plait.train.pods.plan.memory import Memory, StateBytes, compiled_memory, es
 from plait.train.pods.plan.roofline import Times, exchange_seconds, route, times
 from plait.train.pods.plan.topology import Target
 from plait.train.program import Program
+
+log = logging.getLogger("plait")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +127,7 @@ def compile_plan(step: Program, target: Target, start: float | None = None, cycl
     """The plan of a described step, compiled; without a look for changes. `cycles` estimates its kernels, each by itself."""
     start = time.monotonic() if start is None else start
     generation = None if target.chip is None else target.generation
+    log.info("compiling a step of %s for %s", step.blueprint.describe(), target.name)
     outcome = compile_step(step, generation)
     state = state_bytes(step.like, step.config, step.mesh)
     limit = target.chip.memory if target.chip else None

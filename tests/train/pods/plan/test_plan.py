@@ -320,7 +320,7 @@ def test_what_does_not_fit_gets_changes_that_do(exchange: Exchange, monkeypatch:
     assert "DOES NOT FIT" in headline(plan)
 
 
-def test_command_writes_a_plan_and_keeps_the_old_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_command_writes_a_plan_and_keeps_the_old_one(tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog):
     out = tmp_path / "plan"
     args = [
         "plan",
@@ -336,6 +336,7 @@ def test_command_writes_a_plan_and_keeps_the_old_one(tmp_path: Path, capsys: pyt
         "1",
     ]
     assert main(args) == 0
+    assert re.search(r"compiling a step of [\d,]+ parameters for cpu:2$", caplog.text, re.M), "which takes a while"
     saved = json.loads((out / "plan.json").read_text())
     assert saved["fits"] and saved["mesh"]["data"] == 2
     assert math.isclose(
