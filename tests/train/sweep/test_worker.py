@@ -116,6 +116,26 @@ def test_a_table_that_lags_or_is_gone_is_written_by_the_next_command(tmp_path, c
     assert work(tmp_path) == DONE
 
 
+def test_an_error_that_runs_share_is_said_once(tmp_path, corpus, monkeypatch, caplog):
+    sweep = small(tmp_path, corpus, "--seed", "0,1,2,3", "--steps", "4")
+
+    def trained(config, judge):
+        where = Path(config.out)
+        raise ValueError(f"{where} has too few rows" if config.seed < 2 else "another") from (
+            None if config.seed < 3 else KeyError()
+        )
+
+    monkeypatch.setattr(worker, "train", trained)
+    monkeypatch.setattr(worker, "is_bad_input", lambda error: "another" not in str(error))
+    with caplog.at_level("INFO", "plait"):
+        assert work(tmp_path) == FAILED
+    ended = [one.getMessage() for one in caplog.records if " is failed: " in one.getMessage()]
+    assert "has too few rows" in ended[0] and ended[1] == "run 2 of 4 is failed: the same error as run 1"
+    assert ended[2].endswith("ValueError: another") and ended[3] == "run 4 of 4 is failed: the same error as run 3"
+    assert caplog.text.count("Traceback") == 1
+    assert all("too few rows" in claims.outcome(tmp_path, run).error for run in sweep.runs[:2]), "kept in full"
+
+
 def test_runs_that_an_event_ended_say_which(tmp_path, corpus, monkeypatch):
     sweep = small(tmp_path, corpus, "--seed", "0,1", "--steps", "9", "--event.loss_spike.action", "stop")
 

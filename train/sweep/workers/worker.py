@@ -73,6 +73,8 @@ class _Worker:
         """By run: one that has failed since is for the next command."""
         self.lost: set[str] = set()
         """Runs that this worker could not keep track of, as where the disk is full."""
+        self._told: dict[str, int] = {}
+        """By error, without the name of its run: the number of the first run that has had it."""
 
     def is_lost(self) -> bool:
         """Whether the folder was removed, or another sweep begun there: nothing more may be written."""
@@ -113,13 +115,13 @@ class _Worker:
                 check()
                 claims.write_outcome(self.folder, run, found)
                 table.write(self.folder, self.sweep)
-                log.info(
-                    "run %d of %d is %s%s",
-                    where,
-                    len(self.sweep.runs),
-                    found.status,
-                    f": {told}" if (told := found.error or found.why) else "",
-                )
+                told = found.error or found.why
+                if (
+                    found.error is not None
+                    and (first := self._told.setdefault(found.error.replace(run.name, ""), where)) != where
+                ):
+                    told = f"the same error as run {first}"
+                log.info("run %d of %d is %s%s", where, len(self.sweep.runs), found.status, f": {told}" if told else "")
         except (FolderInUse, FolderLost) as error:
             log.info("%s is left to another worker: %s", run.name, error)
         except OSError as error:  # of the claim or the outcome: the run is as it was
@@ -137,9 +139,10 @@ class _Worker:
         except (FolderInUse, FolderLost):
             raise
         except Exception as error:  # of this run alone, whatever it is
-            if not (isinstance(error, TrainingFailed | OSError) or (isinstance(error, ValueError) and is_bad_input(error))):
-                log.error("%s", traceback.format_exc())
             message = f"{type(error).__name__}: {error}"[:2000]
+            known = isinstance(error, TrainingFailed | OSError) or (isinstance(error, ValueError) and is_bad_input(error))
+            if not known and message.replace(run.name, "") not in self._told:
+                log.error("%s", traceback.format_exc())
             return claims.failed(self.folder, run, message)
         finally:
             forget_chosen()
