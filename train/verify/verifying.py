@@ -30,7 +30,7 @@ from plait.train.verify.trials import LONG, TIMED
 if TYPE_CHECKING:
     from plait.train.commands.verify import VerifyArgs
 
-FILE = "verify.json"
+FILE, BEGUN = "verify.json", "begun"
 TRIED = {"cpu": Shape(2, 160, 4, 32, 512, group=2), "accelerator": Shape(2, 512, 4, 128, 4096, group=2)}
 """Of the calls that are held against the reference, which runs on the CPU, token by token."""
 LONG_AT = Shape(1, 4096, 1, 128, 4096)
@@ -90,6 +90,7 @@ def verify(options: VerifyArgs, words: Sequence[str]) -> list[str]:
         show(found, console)
         facts = {"at": at.isoformat(timespec="seconds"), "seconds": time.monotonic() - began, **hardware.environment()}
         write_json(folder / FILE, {**facts, "findings": as_json(found)}, new=True)
+        (folder / BEGUN).unlink(missing_ok=True)
         console.print(f"{len(found)} findings, {len(problems)} failed; written to {folder / FILE}", markup=False)
     for problem in problems:
         notes.print(f"failed: {problem}", style="red")
@@ -102,13 +103,18 @@ def _listed(text: str | None) -> tuple[str, ...] | None:
 
 
 def _made(folder: Path, *, usual: bool) -> Path:
-    """The folder, made; where the usual one is there, the next that is not. Raises ValueError where another is there and holds something."""
+    """The folder, made; where the usual one is there, the next that is not. Raises ValueError where another is there and holds something,
+    if only that a verification has begun there."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     if usual:
         return first_new(folder, Path.mkdir, folder=True)
     try:
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
+        if any(folder.iterdir()):
+            raise FileExistsError
+        (folder / BEGUN).touch(exist_ok=False)
     except FileExistsError:
-        if not folder.is_dir() or any(folder.iterdir()):
-            raise ValueError(f"out={str(folder)!r} is there already; give a new folder") from None
+        raise ValueError(
+            f"out={str(folder)!r} is there already, or another verification has just begun there; give a new folder"
+        ) from None
     return folder

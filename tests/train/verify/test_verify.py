@@ -65,7 +65,7 @@ def test_what_is_right_passes_and_is_written(tmp_path, capsys):
     tried = [one for one in told["findings"] if "agreement" in one["part"]]
     assert [one["what"] for one in tried] == ["short_conv, float32", "short_conv, documents, float32"]
     assert all(0 < one["numbers"]["error"] < one["numbers"]["allowed"] < 1e-4 for one in tried)
-    assert "0 failed" in capsys.readouterr().out
+    assert "0 failed" in capsys.readouterr().out and [path.name for path in out.iterdir()] == ["verify.json"]
     assert main(["verify", "--only", "devices", "--out", str(out)]) == 2
     assert "is there already" in capsys.readouterr().err
 
@@ -89,6 +89,22 @@ def test_verifications_that_begin_at_once_have_a_folder_each(tmp_path):
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
     assert sorted(path.name for path in made) == ["cpu-20260101-000000", *(f"cpu-20260101-000000-{n}" for n in (2, 3, 4))]
+
+
+def test_of_verifications_in_one_empty_folder_one_goes_on(tmp_path):
+    gate, made, refused = threading.Barrier(4), [], []
+
+    def make():
+        gate.wait()
+        try:
+            made.append(verifying._made(tmp_path, usual=False))
+        except ValueError as error:
+            refused.append(str(error))
+
+    threads = [threading.Thread(target=make) for _ in range(4)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert made == [tmp_path] and len(refused) == 3 and all("another verification" in one for one in refused)
 
 
 BROKEN = {
