@@ -54,13 +54,6 @@ class Sweep:
         return self.grown[-1] if self.grown else self
 
     @property
-    def stages(self) -> list[set[str]]:
-        """The contents of its runs, but for a search's, as it began and after each time that it was given more."""
-        own = [run.content for run in self.runs if run.trial is None]
-        ends = [len(own) - sum(len(growth.runs) for growth in self.grown[number:]) for number in range(len(self.grown) + 1)]
-        return [set(own[:end]) for end in ends]
-
-    @property
     def planned(self) -> int:
         """Runs there are to be, those of trials that were not proposed yet among them."""
         own = sum(run.trial is None for run in self.runs)
@@ -107,7 +100,7 @@ def mark(folder: Path) -> tuple[int, int] | None:
 
 def begun(folder: Path, sweep: Sweep) -> Sweep:
     """The sweep in `folder`, which is begun where there is none yet, by one of all that try, and is given the runs that it lacks where all
-    that it has are asked for.
+    that it has are asked for. Where only some are asked for, it stays what it is.
 
     Raises:
         SweepError: there is another one; the message says in what it differs.
@@ -128,6 +121,10 @@ def begun(folder: Path, sweep: Sweep) -> Sweep:
         check(folder, found, sweep)
         new = further(found, sweep)
         if not new:
+            if found.search is None and len(sweep.runs) < len(found.runs):
+                log.info(
+                    "%s: %d runs there, of which %d are asked for now; all are trained", folder, len(found.runs), len(sweep.runs)
+                )
             return found
         try:
             with owned(folder):
@@ -187,11 +184,11 @@ def _check_remains(folder: Path, sweep: Sweep) -> None:
 
 
 def check(folder: Path, old: Sweep, new: Sweep) -> None:
-    """Raises SweepError where the runs of two sweeps differ, and the new ones are neither what the old sweep once was nor all of it and
-    more; says where their code does."""
+    """Raises SweepError where the runs of two sweeps differ, and the new ones are neither some of the old sweep's nor all of them and more;
+    says where their code does."""
     before, now = ({run.content: run for run in one.runs if run.trial is None} for one in (old, new))
-    grows = old.search is None and new.search is None and before.keys() < now.keys()
-    if now.keys() not in old.stages and not grows:
+    nested = old.search is None and new.search is None and (before.keys() <= now.keys() or now.keys() <= before.keys())
+    if not nested and before.keys() != now.keys():
         found = _differences(
             [before[one] for one in before.keys() - now.keys()], [now[one] for one in now.keys() - before.keys()]
         )
@@ -199,7 +196,7 @@ def check(folder: Path, old: Sweep, new: Sweep) -> None:
         lines = "".join(f"\n  {line}" for line in found[:_MOST])
         raise SweepError(
             f"out={str(folder)!r} holds another sweep, begun with {' '.join(old.latest.command)!r}; use that command, one that asks for "
-            f"its runs and for more, or another folder, as --out {folder}-2. "
+            f"some of its runs, or for all and more, or another folder, as --out {folder}-2. "
             f"It differs in:{lines}{more}"
         )
     if old.search != new.search:
