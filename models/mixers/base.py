@@ -102,6 +102,11 @@ class MixerConfig(Component, abc.ABC):
         return None if positions is None else positions.longest
 
     @property
+    def told_as(self) -> str:
+        """What layers of it are called where they are told of by kind: a window is no full attention."""
+        return "window" if self.kind == "full" and getattr(self, "window_size", None) is not None else self.kind
+
+    @property
     def head_channels(self) -> int:
         """Channels of a key and of a value of a head, together; 0 of mixers without heads of one width."""
         return 2 * getattr(self, "head_dim", 0)
@@ -147,6 +152,10 @@ class WrapperConfig(MixerConfig):
     def kind(self):  # type: ignore[override]
         """That of the wrapped mixer."""
         return self.mixer.kind
+
+    @property
+    def told_as(self) -> str:
+        return self.mixer.told_as
 
     @property
     def directions(self):  # type: ignore[override]

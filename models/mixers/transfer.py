@@ -62,6 +62,10 @@ class TransferConfig(WrapperConfig):
         return self.teacher.kind
 
     @property
+    def told_as(self) -> str:
+        return self.teacher.told_as
+
+    @property
     def directions(self):  # type: ignore[override]
         """Those of both."""
         return tuple(one for one in self.teacher.directions if one in self.mixer.directions)

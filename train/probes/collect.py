@@ -40,7 +40,7 @@ def probe_metrics(
     Args:
         arrays: of each statistic, `[L, ...]`.
         probes: which declare them.
-        kinds: of each layer's mixer: where there are several, those of `attn/` are also told for the layers of each, as
+        kinds: what each layer is told of as: where there are several, those of `attn/` are also told for the layers of each, as
             `attn/linear/entropy_mean`.
         sources: of a mixture: what is by source is told of each, as `attn/dormant_share/source/web`.
     """
@@ -94,7 +94,7 @@ def describe_layers(config: LMConfig) -> list[dict[str, Any]]:
     described = []
     for index, (name, mixer) in enumerate(zip(config.layers, config.layer_mixers, strict=True)):
         kinds = list(mixer.head_kinds(config.d_model))
-        described.append({"index": index, "mixer": name, "kind": mixer.kind, "num_heads": len(kinds), "head_kinds": kinds})
+        described.append({"index": index, "mixer": name, "kind": mixer.told_as, "num_heads": len(kinds), "head_kinds": kinds})
     return described
 
 

@@ -19,7 +19,7 @@ from plait.train.run_folder.lines import EVENTS, METRICS, read_events, read_line
 from plait.train.run_folder.probe_files import ATTENTION, ProbeSeries, probe_files, read_npz, read_probes, step_of
 from plait.train.terminal.progress import format_seconds
 
-KINDS = ("full", "sparse", "linear", "parallel")
+KINDS = ("full", "window", "sparse", "linear", "parallel")
 """Kinds of layers in the order in which they are told of."""
 MOST_PROBES = 400
 """Probe steps of a run that are drawn; a panel has no more pixels for them."""

@@ -27,8 +27,14 @@ if TYPE_CHECKING:
 
 INK, MUTED, FAINT, PAPER = "#1c2733", "#66727f", "#e4e8ec", "#ffffff"
 RUN_COLOURS = ("#0077bb", "#ee7733", "#009988", "#cc3311", "#aa3377", "#33a6d8", "#777777")  # Tol, vibrant: colour-blind safe
-KIND_COLOURS = {"full": "#004488", "sparse": "#bb5566", "linear": "#c2902a", "parallel": "#3a8f6d"}  # Tol, high contrast
-KIND_DASHES = {"full": "-", "sparse": (0, (6, 2)), "parallel": (0, (6, 1.5, 1, 1.5))}
+KIND_COLOURS = {  # Tol, high contrast and two more
+    "full": "#004488",
+    "window": "#6699cc",
+    "sparse": "#bb5566",
+    "linear": "#c2902a",
+    "parallel": "#3a8f6d",
+}
+KIND_DASHES = {"full": "-", "window": (0, (8, 1.5)), "sparse": (0, (6, 2)), "parallel": (0, (6, 1.5, 1, 1.5))}
 STATE_DASH = (0, (2, 1.5))
 ROUND = (1, 2, 2.5, 5, 10)  # the steps between axis numbers
 WIDTH, DPI = 11.2, 150  # inches; shown 1075 CSS pixels wide

@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 
 from plait.models.mixers.linear.mamba2 import Mamba2Config
+from plait.models.mixers.moh import MoHConfig
 from plait.models.mixers.parallel.parallel import ParallelConfig
 from plait.tests.train.common import hybrid, tiny
 from plait.train.probes.base import chosen
 from plait.train.probes.collect import describe_layers, padded_layers, probe_arrays, probe_metrics
+from plait.train.report.run import KINDS
+from plait.train.report.style import KIND_COLOURS
 
 NAN = np.nan
 
@@ -91,6 +94,16 @@ def test_layers_are_described():
         {"index": 0, "mixer": "gated_deltanet", "kind": "linear", "num_heads": 2, "head_kinds": ["state"] * 2},
         {"index": 1, "mixer": "moh+softmax", "kind": "full", "num_heads": 4, "head_kinds": ["attention"] * 4},
     ]
+
+
+@pytest.mark.parametrize("around", ["", "moh+"])
+def test_a_window_is_called_one(around):
+    base = tiny().model.mixers["softmax"]
+    one = lambda mixer: MoHConfig(mixer=mixer, top_k=1) if around else mixer
+    mixers = {f"{around}softmax": one(base), f"{around}softmax/near": one(dataclasses.replace(base, window_size=8))}
+    model = dataclasses.replace(tiny().model, pattern=",".join(mixers), num_layers=2, mixers=mixers)
+    kinds = [layer["kind"] for layer in describe_layers(model)]
+    assert kinds == ["full", "window"] and set(kinds) <= set(KINDS) == set(KIND_COLOURS)
 
 
 def test_heads_of_a_parallel_layer_are_described_one_by_one():
