@@ -37,6 +37,7 @@ from plait.train.watching.actions import Actions, Rewind, check_told, watchers_o
 from plait.train.watching.journal import Journal
 from plait.train.watching.spikes import SpikeWatch
 from plait.train.watching.watchers import Event, Memory, load_states, states
+from plait.train.whole_rows import whole_rows
 
 log = logging.getLogger("plait")
 
@@ -200,6 +201,8 @@ class _Loop:
 
     def _compile(self) -> None:
         """Both steps, ahead of time: compiling is then no part of any step's time, and its errors come before training."""
+        for notice in whole_rows(self.config):
+            log.info("%s", notice)
         log.info("compiling a step of %s", self.setup.blueprint.describe())
         self.programs[False] = self.setup.lower(controls=self._controls(0, 0)).compile()
         if self.observer is not None and not self.termination.asked:

@@ -69,6 +69,15 @@ class MixerConfig(Component, abc.ABC):
         """Of `mixing_flops` those of a token with others: all, unless a mixer has products with weights among them."""
         return self.mixing_flops(d_model, seq_len)
 
+    def seen_keys(self, d_model: int, seq_len: int) -> float | None:
+        """Keys that a causal query sees, the mean over a sequence and the heads; None where no number is told."""
+        return None
+
+    def sees_whole(self, d_model: int, seq_len: int) -> bool:
+        """Whether every causal query of a sequence is known to see all tokens up to itself."""
+        seen = self.seen_keys(d_model, seq_len)
+        return seen is not None and math.isclose(seen, (seq_len + 1) / 2, rel_tol=1e-13)
+
     def decode_flops(self, d_model: int, context: int) -> float:
         """Operations besides the projections of the token after `context` others: what it adds to those of a causal sequence, unless
         decoding works otherwise."""
@@ -187,6 +196,9 @@ class WrapperConfig(MixerConfig):
 
     def mixing_flops(self, d_model: int, seq_len: int) -> float:
         return self.mixer.mixing_flops(d_model, seq_len)
+
+    def seen_keys(self, d_model: int, seq_len: int) -> float | None:
+        return self.mixer.seen_keys(d_model, seq_len)
 
     def decode_flops(self, d_model: int, context: int) -> float:
         return self.mixer.decode_flops(d_model, context)

@@ -23,6 +23,7 @@ from plait.models.layers.linear import Dense
 from plait.models.layers.norms import AnyNorm, RMSNorm, make_norm
 from plait.models.looks.look import GateValues, LogitMap
 from plait.models.mixers.base import Direction, HeadMixer, MixerConfig, register
+from plait.models.mixers.full.weighted import mean_keys
 from plait.models.mixers.heads import join_heads, require_divides, resolve_heads, split_heads
 from plait.models.positions.base import POSITIONS, PositionConfig
 from plait.models.positions.rotary import RotaryConfig
@@ -194,17 +195,15 @@ class SoftmaxConfig(MixerConfig):
         channels = 2 * self.head_dim
         if self.positions is not None and self.positions.bias_rank:
             channels += folded_columns(self.positions.bias_rank, self.head_dim)
-        return 2.0 * self.heads(d_model)[0] * (channels * self.mean_keys(seq_len) + self._bias_channels)
+        return 2.0 * self.heads(d_model)[0] * (channels * self.seen_keys(d_model, seq_len) + self._bias_channels)
 
     @property
     def _bias_channels(self) -> int:
         """Channels of the product of a query with the learned key."""
         return self.head_dim if self.sink_bias in ("k", "kv") else 0
 
-    def mean_keys(self, seq_len: int) -> float:
-        """Visible keys of a query, the mean over a sequence."""
-        most = seq_len if self.window_size is None else min(seq_len, self.window_size + self.num_sink_tokens)
-        return most - most * (most - 1) / 2 / seq_len
+    def seen_keys(self, d_model: int, seq_len: int) -> float:
+        return mean_keys(seq_len, None if self.window_size is None else self.window_size + self.num_sink_tokens)
 
 
 class QKV(NamedTuple):

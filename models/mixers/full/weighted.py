@@ -14,9 +14,10 @@ from plait.models.layers.cache import Cache, Slots
 from plait.models.mixers.base import HeadMixer
 
 
-def mean_keys(seq_len: int) -> float:
-    """Keys that a causal query sees, the mean over a sequence."""
-    return (seq_len + 1) / 2
+def mean_keys(seq_len: int, most: int | None = None) -> float:
+    """Keys that a causal query sees, the mean over a sequence; `most` of them where there are more."""
+    most = seq_len if most is None else min(seq_len, most)
+    return most - most * (most - 1) / 2 / seq_len
 
 
 class QKV(NamedTuple):

@@ -63,7 +63,7 @@ class BigBirdConfig(BlocksConfig):
         return window + first + np.minimum(self.num_random_blocks, apart - first)
 
     def mixing_flops(self, d_model: int, seq_len: int) -> float:
-        return self.pair_flops(d_model) * self.mean_keys(seq_len)
+        return self.pair_flops(d_model) * self.seen_keys(d_model, seq_len)
 
 
 @functools.lru_cache(maxsize=32)

@@ -59,13 +59,17 @@ class DilatedConfig(MaskedConfig):
     def slots(self) -> Slots:
         return Slots(max(self.segment_lengths))
 
-    def mean_keys(self, d_model: int, seq_len: int) -> float:
+    def seen_keys(self, d_model: int, seq_len: int) -> float:
+        """A key counts in each pair that shows it."""
         _, num_kv_heads = self.heads(d_model)
         return sum(
             _seen(length, dilation, head % dilation, seq_len) / num_kv_heads
             for length, dilation in zip(self.segment_lengths, self.dilations)
             for head in range(num_kv_heads)
         )
+
+    def sees_whole(self, d_model: int, seq_len: int) -> bool:
+        return any(length >= seq_len and dilation == 1 for length, dilation in zip(self.segment_lengths, self.dilations))
 
     def build(self, d_model: int, ctx: BuildContext) -> Dilated:
         return Dilated(self, d_model, ctx)

@@ -17,6 +17,7 @@ from plait.models.layers.linear import Dense
 from plait.models.layers.norms import RMSNorm
 from plait.models.mixers.base import register
 from plait.models.mixers.full.dot_product import DotProduct, GroupedConfig
+from plait.models.mixers.full.weighted import mean_keys
 from plait.models.mixers.heads import join_heads
 from plait.models.mixers.sparse.selecting import mean_past
 
@@ -63,10 +64,12 @@ class DMAConfig(GroupedConfig):
     def build(self, d_model: int, ctx: BuildContext) -> DMA:
         return DMA(self, d_model, ctx)
 
+    def seen_keys(self, d_model: int, seq_len: int) -> float:
+        return mean_keys(seq_len, self.top_k)
+
     def mixing_flops(self, d_model: int, seq_len: int) -> float:
         maps, keys, values = self.maps(d_model)
-        most = min(seq_len, self.top_k)
-        seen = most - most * (most - 1) / 2 / seq_len
+        seen = self.seen_keys(d_model, seq_len)
         scores = 2.0 * self.heads(d_model)[1] * mean_past(seq_len, 1, 1) if seq_len > self.top_k else 0.0
         return 2.0 * maps * (keys + values + folded_columns(1, keys)) * seen + scores
 

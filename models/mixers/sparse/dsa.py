@@ -12,6 +12,7 @@ from plait.kernels import Tokens, divergence_served_by_kernel, served_by_kernel
 from plait.models.build import BuildContext
 from plait.models.mixers.base import register
 from plait.models.mixers.full.mla import MLA, MLAConfig, MLAInputs
+from plait.models.mixers.full.weighted import mean_keys
 from plait.models.mixers.sparse.indexer import Index, Indexer, chosen, index_loss
 from plait.models.mixers.sparse.selecting import mean_past
 
@@ -79,11 +80,14 @@ class DSAConfig(MLAConfig):
     def build(self, d_model: int, ctx: BuildContext) -> DSA:
         return DSA(self, d_model, ctx)
 
+    def seen_keys(self, d_model: int, seq_len: int) -> float:
+        return mean_keys(seq_len, self.top_k if self.stage == "sparse" else None)
+
     def mixing_flops(self, d_model: int, seq_len: int) -> float:
         if not self._chooses(seq_len):
             return super().mixing_flops(d_model, seq_len)
         channels = self.nope_head_dim + self.rope_head_dim + self.v_head_dim
-        seen = self.top_k - self.top_k * (self.top_k - 1) / 2 / seq_len
+        seen = self.seen_keys(d_model, seq_len)
         return 2.0 * self.num_heads * channels * seen + self._score_flops * mean_past(seq_len, 1, 1)
 
     def decode_flops(self, d_model: int, context: int) -> float:

@@ -60,7 +60,7 @@ class HCAMConfig(SelectingConfig):
 
     def mixing_flops(self, d_model: int, seq_len: int) -> float:
         scores = 2.0 * self.channels * (mean_past(seq_len, self.block_size, self.block_size + 1) + self.top_k)
-        return self.pair_flops(d_model) * self.mean_keys(seq_len) + scores
+        return self.pair_flops(d_model) * self.seen_keys(d_model, seq_len) + scores
 
 
 class HCAMInputs(NamedTuple):

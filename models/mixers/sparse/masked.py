@@ -32,13 +32,12 @@ class MaskedConfig(GroupedConfig, abc.ABC):
         """Where decoding keeps keys and values: all of them, unless none beyond a window is ever seen again."""
         return Slots()
 
-    def mean_keys(self, d_model: int, seq_len: int) -> float:
-        """Keys that a causal query sees, the mean over a sequence and the heads."""
+    def seen_keys(self, d_model: int, seq_len: int) -> float:
         return mean_visible(self.mask(self.count_heads(d_model), True), seq_len)
 
     def mixing_flops(self, d_model: int, seq_len: int) -> float:
         full = super().mixing_flops(d_model, seq_len)
-        return full * self.mean_keys(d_model, seq_len) / mean_visible(Mask(), seq_len)
+        return full * self.seen_keys(d_model, seq_len) / mean_visible(Mask(), seq_len)
 
     def build(self, d_model: int, ctx: BuildContext) -> Masked:
         return Masked(self, d_model, ctx)

@@ -37,7 +37,7 @@ class MoBAConfig(SelectingConfig):
 
     def mixing_flops(self, d_model: int, seq_len: int) -> float:
         scores = 2.0 * self.count_heads(d_model) * self.head_dim * mean_past(seq_len, self.block_size, self.block_size + 1)
-        return self.pair_flops(d_model) * self.mean_keys(seq_len) + scores
+        return self.pair_flops(d_model) * self.seen_keys(d_model, seq_len) + scores
 
 
 class MoBA(Selecting):

@@ -20,6 +20,7 @@ from plait.models.layers.linear import Dense
 from plait.models.looks.look import GateValues, Selection
 from plait.models.mixers.base import abstract, products, register
 from plait.models.mixers.full.dot_product import DotProduct
+from plait.models.mixers.full.weighted import mean_keys
 from plait.models.mixers.heads import split_heads
 from plait.models.mixers.sparse.compression import Compression, mean
 from plait.models.mixers.sparse.selecting import Blocks, SelectingConfig, mean_past
@@ -110,8 +111,8 @@ class NSAConfig(SelectingConfig):
         return through(context + 1) - through(context) + (self.heads(d_model)[1] - 1) * self._network_flops(d_model)
 
     def between_flops(self, d_model: int, seq_len: int) -> float:
-        runs, most = mean_past(seq_len, self.stride, self.span), min(seq_len, self.window_size)
-        seen = runs + self.mean_keys(seq_len) + most - most * (most - 1) / 2 / seq_len
+        runs = mean_past(seq_len, self.stride, self.span)
+        seen = runs + self.seen_keys(d_model, seq_len) + mean_keys(seq_len, self.window_size)
         return self.pair_flops(d_model) * seen + 2.0 * self.count_heads(d_model) * self.head_dim * runs
 
     def _network_flops(self, d_model: int) -> float:

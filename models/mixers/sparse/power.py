@@ -46,7 +46,7 @@ class PowerConfig(SoftmaxConfig):
     def slots(self) -> Slots:
         return Slots()
 
-    def mean_keys(self, seq_len: int) -> float:
+    def seen_keys(self, d_model: int, seq_len: int) -> float:
         return _mean_keys(self, seq_len)
 
 

@@ -15,6 +15,7 @@ from plait.models.build import BuildContext, Moved
 from plait.models.mixers.base import register
 from plait.models.mixers.full.by_rule import MultiHead
 from plait.models.mixers.full.dot_product import GroupedConfig
+from plait.models.mixers.full.weighted import mean_keys
 from plait.models.mixers.sparse.selecting import mean_past
 
 _SMALL = 1e-6
@@ -63,10 +64,12 @@ class RoutingConfig(GroupedConfig):
     def build(self, d_model: int, ctx: BuildContext) -> Routing:
         return Routing(self, d_model, ctx)
 
+    def seen_keys(self, d_model: int, seq_len: int) -> float:
+        return mean_keys(seq_len, self.top_k)
+
     def mixing_flops(self, d_model: int, seq_len: int) -> float:
         (heads, kv_heads), (maps, keys, values) = self.heads(d_model), self.maps(d_model)
-        most = min(seq_len, self.top_k)
-        seen = most - most * (most - 1) / 2 / seq_len
+        seen = self.seen_keys(d_model, seq_len)
         clusters = 2.0 * self.num_clusters * self.head_dim * (heads + kv_heads)
         scores = 2.0 * heads * self.num_clusters * mean_past(seq_len, 1, 1) if seq_len > self.top_k else 0.0
         return 2.0 * maps * (keys + values) * seen + clusters + scores

@@ -18,6 +18,7 @@ from plait.models.looks.look import Selection
 from plait.models.mixers.base import register
 from plait.models.mixers.full.by_rule import MultiHead
 from plait.models.mixers.full.dot_product import GroupedConfig
+from plait.models.mixers.full.weighted import mean_keys
 from plait.models.mixers.linear.sums import Sums, read_flops
 from plait.models.mixers.sparse.columns import best, how_many, most_tokens, seen_by, tokens_under
 from plait.models.mixers.sparse.estimator import UPSAMPLE, Estimator, EstimatorState, estimator_flops
@@ -94,14 +95,16 @@ class SEAConfig(GroupedConfig):
     def build(self, d_model: int, ctx: BuildContext) -> SEA:
         return SEA(self, d_model, ctx)
 
+    def seen_keys(self, d_model: int, seq_len: int) -> float:
+        return mean_keys(seq_len, self.top_k)
+
     def mixing_flops(self, d_model: int, seq_len: int) -> float:
         with_weights, _ = estimator_flops(*self.heads(d_model), self.head_dim, self.width)
         return with_weights + self.between_flops(d_model, seq_len)
 
     def between_flops(self, d_model: int, seq_len: int) -> float:
         (heads, kv_heads), (maps, keys, values) = self.heads(d_model), self.maps(d_model)
-        most = min(seq_len, self.top_k)
-        seen = most - most * (most - 1) / 2 / seq_len
+        seen = self.seen_keys(d_model, seq_len)
         _, memory = estimator_flops(heads, kv_heads, self.head_dim, self.width)
         return 2.0 * maps * (keys + values) * seen + memory + kv_heads * read_flops(1, self.head_dim)
 

@@ -42,8 +42,7 @@ class BlocksConfig(GroupedConfig, abc.ABC):
         maps, keys, values = self.maps(d_model)
         return 2.0 * maps * (keys + values)
 
-    def mean_keys(self, seq_len: int) -> float:
-        """Keys that a query sees, the mean over a sequence."""
+    def seen_keys(self, d_model: int, seq_len: int) -> float:
         block = np.arange(-(-seq_len // self.block_size))
         tokens = np.minimum(seq_len - block * self.block_size, self.block_size)
         whole = self.whole_blocks(block) * self.block_size

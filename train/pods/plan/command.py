@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import jax
@@ -14,6 +15,9 @@ from plait.train.pods.plan.report import PLAN, headline, search_json, search_sec
 from plait.train.pods.plan.search import search as find_layouts
 from plait.train.pods.plan.step_plan import Plan, check_batch
 from plait.train.pods.plan.topology import TargetError, parse_target
+from plait.train.whole_rows import whole_rows
+
+log = logging.getLogger("plait")
 
 
 def run_plan(
@@ -47,6 +51,8 @@ def run_plan(
         _check_new(out)
     if machine.chip is not None:
         jax.config.update("jax_platforms", "cpu")  # what is described is not at hand, and what is at hand is not asked
+    for notice in whole_rows(config):
+        log.info("%s", notice)
     plan: Plan | None
     if search is None:
         check_batch(config, machine)

@@ -190,7 +190,7 @@ def test_mean_keys_is_a_count_of_the_mask(config):
     count = [
         one.reaches(jnp.asarray(at[:, None]), jnp.asarray(at[None])).sum() / len(at) for one in getattr(mask, "masks", [mask])
     ]
-    assert config.mean_keys(WIDTH, len(at)) == pytest.approx(float(np.mean(count)))
+    assert config.seen_keys(WIDTH, len(at)) == pytest.approx(float(np.mean(count)))
 
 
 @pytest.mark.parametrize(
