@@ -3,7 +3,7 @@
     python benchmarks/sparsity.py [--seq-len 32768]
 
 No kernel runs. Under masks, in packed rows and with routed heads it counts the cells of 128 by 128 pairs that the forward kernel is told to
-compute, and its steps; with routed heads a step counts as `STEP` cells (`kernels/attention/tpu/size.py`). Of masks `sparse_static.py` has
+compute, and its steps; with routed heads a step counts as `Tile.step` cells. Tiles are those of v5e. Of masks `sparse_static.py` has
 cycles. Where blocks are selected, tiles count by v5e's static estimates for head dim 128, as that gives them too. The promised work is the
 density of visible pairs times that of full causal attention. Documents, routed heads and selected blocks are drawn at random, blocks by a run
 of queries together or by each query apart.
@@ -20,7 +20,6 @@ import numpy as np
 
 from plait.kernels import Mask, PowerMask, SelectedBlocks, Tokens
 from plait.kernels.attention.pallas_tpu import choose_tiles
-from plait.kernels.attention.tpu import size
 from plait.kernels.attention.tpu.best_tiles import SELECTED
 from plait.kernels.attention.tpu.cut import Cut
 from plait.kernels.attention.tpu.edges import CELL, FIRST_EDGE, edges
@@ -29,6 +28,8 @@ from plait.kernels.attention.tpu.tiling import Problem
 from plait.kernels.attention.visits import FULL, MASKED, SKIP, Layout, tile_kinds
 from plait.kernels.shapes import padded
 from plait.train.verify.rooflines import PEAKS
+
+TILES = choose_tiles("v5e", 128, 128, jnp.bfloat16)
 
 CYCLES = {
     (1, 1024, 1024): ((5934, 10463), (4680, 10463), (3651, 10463 * 36 / 64)),
@@ -47,12 +48,18 @@ CAUSAL_TILE, CAUSAL_EDGES = (9513, 10912), ((3544, 10912 * 40 / 64), (7430, 1091
 middle; that of gradients is by its cells."""
 
 
+def sized(layout: Layout) -> tuple[int, int]:
+    """Queries and keys of the tiles under a layout."""
+    tile = TILES.sized(layout).forward
+    return tile.block_q, tile.block_kv
+
+
 def counted(queries: Tokens, length: int, block: int) -> float:
     """Cells of work of each query head that `queries` [1, H, T] have, in square tiles."""
     keys = Tokens(None, jnp.ones((1, 1, length), jnp.int32), jnp.arange(length, dtype=jnp.int32)[None, None])
     layout = Layout(Mask(), length, length, own_keys=False, packed=True)
     kinds = np.asarray(tile_kinds(layout, queries, keys, block, block, keep_first=False))
-    return float((kinds != SKIP).sum() * (size.STEP + (block / CELL) ** 2) / kinds.shape[1])
+    return float((kinds != SKIP).sum() * (TILES.forward.step + (block / CELL) ** 2) / kinds.shape[1])
 
 
 def cycles(indices: np.ndarray, block_size: int, heads: int) -> tuple[tuple[int, int, int], np.ndarray]:
@@ -78,15 +85,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seq-len", type=int, default=32768)
     args = parser.parse_args()
-    length, tile = args.seq_len, choose_tiles("v5e", 128, 128, jnp.bfloat16).forward
-    usual = tile.block_q, tile.block_kv
+    length, usual = args.seq_len, (TILES.forward.block_q, TILES.forward.block_kv)
     rng = np.random.default_rng(0)
     everyone = Tokens(None, jnp.ones((1, 1, length), jnp.int32), jnp.arange(length, dtype=jnp.int32)[None, None])
     causal = length * (length + 1) / 2
 
     def show(what: str, density: float, mask: Mask) -> None:
         layout = Layout(mask, length, length, own_keys=True, packed=False)
-        tile = size.least(layout, usual)
+        tile = sized(layout)
         known = edges(layout, *tile)
         share = full.num_cells / known.num_cells * density
         print(
@@ -129,7 +135,7 @@ def show_packed(rng: np.random.Generator) -> None:
             ids[row, 0] = np.searchsorted(begins, np.arange(length), side="right")
             at[row, 0] = np.arange(length) - begins[ids[row, 0] - 1]
         layout = Layout(Mask(window_size=window), length, length, own_keys=True, packed=True)
-        tile = size.least(layout, (1024, 2048))
+        tile = sized(layout)
         tokens = [Tokens(None, *(padded(jnp.asarray(x), 2, each) for x in (ids, at))) for each in tile]
         known, whole = edges(layout, *tile), tile[0] * tile[1] // CELL**2
         kinds = np.asarray(tile_kinds(layout, *tokens, *tile, keep_first=False, masked=(known.kinds, known.of_several)))

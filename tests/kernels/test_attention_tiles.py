@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from plait.kernels import ChunkMask, GlobalMask, Mask, PowerMask, SelectedBlocks, Tokens
+from plait.kernels.attention.pallas_tpu import choose_tiles
 from plait.kernels.attention.tpu import edges, size, steps
-from plait.kernels.attention.tpu.best_tiles import SELECTED
+from plait.kernels.attention.tpu.best_tiles import FLOAT32, SELECTED
 from plait.kernels.attention.tpu.cut import Cut
+from plait.kernels.attention.tpu.tiling import Tile
 from plait.kernels.attention.visits import SKIP, Layout, tile_kinds
 
 
@@ -93,17 +95,26 @@ def test_steps_are_the_tiles_in_order(own: bool):
         assert all(tile == (*expected[-1][:3], SKIP, 0, 0) for tile in got[len(expected) :])
 
 
-def test_size_of_tiles_follows_the_mask():
-    layout = lambda mask, length=32768: Layout(mask, length, length, own_keys=True, packed=False)
-    assert size.least(layout(Mask()), (1024, 2048)) == (1024, 2048)
-    assert size.least(layout(Mask(causal=False)), (512, 512)) == (512, 512)
+@pytest.mark.parametrize("generation", ["v5e", "v6e"])
+def test_size_of_tiles_follows_the_mask(generation: str):
+    layout = lambda mask, length=32768, packed=False: Layout(mask, length, length, own_keys=True, packed=packed)
+    of_chip = choose_tiles(generation, 128, 128, jnp.bfloat16)
+
+    def work(tile: Tile, window: int | None) -> float:
+        return size.work(layout(Mask(window_size=window)), tile.block_q, tile.block_kv, step=tile.step)
+
+    assert of_chip.sized(layout(Mask(), packed=True)) == of_chip
+    assert (of_chip.sized(layout(Mask())) == of_chip) == (generation == "v5e"), "a step of v6e costs more"
+    assert FLOAT32.sized(layout(Mask(causal=False))) == FLOAT32
     for window in (128, 1152, 2176, 4480):
-        best = size.least(layout(Mask(window_size=window)), (1024, 2048))
-        pairs = window * 32768 - window**2 / 2
-        assert size.work(layout(Mask(window_size=window)), *best) <= size.work(layout(Mask(window_size=window)), 1024, 2048)
-        if window > 1024:  # the promise is what full attention does, by density
-            promised = size.work(layout(Mask()), 1024, 2048) * pairs / (32768**2 / 2)
-            assert promised >= 0.8 * size.work(layout(Mask(window_size=window)), *best)
+        for kernel in ("forward", "gradients"):
+            usual, best = (getattr(tiles, kernel) for tiles in (of_chip, of_chip.sized(layout(Mask(window_size=window)))))
+            pairs = window * 32768 - window**2 / 2
+            assert work(best, window) <= work(usual, window)
+            if window > 1024:  # the promise is what full attention does, by density
+                assert work(usual, None) * pairs / (32768**2 / 2) >= 0.8 * work(best, window)
+    largest = [of_chip.sized(layout(Mask(window_size=1152))).forward.block_q for of_chip in (of_chip, FLOAT32)]
+    assert largest == [{"v5e": 2048, "v6e": 4096}[generation], 512]
 
 
 def test_cut_of_selected_blocks():

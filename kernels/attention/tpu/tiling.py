@@ -41,10 +41,14 @@ class Tile:
     """The most queries of a part of a tile of which order hides some."""
     edge_kv: int = 128
     """Keys of a part of such a tile."""
+    largest: int = 1024
+    """The most tokens on either side of the squares that may take its place where keys are the queries' own."""
+    step: int = 18
+    """Cells whose cycles a tile costs besides: the grid, and waits of the first and last parts."""
 
     def __post_init__(self) -> None:
         for name, size in vars(self).items():
-            if size < LANES or size % LANES:
+            if name != "step" and (size < LANES or size % LANES):
                 raise ValueError(f"{name}={size} must be a positive multiple of {LANES}; use 128, 256, 512 or 1024")
 
     def fit(self, num_queries: int, num_keys: int) -> "Tile":
@@ -68,7 +72,7 @@ class Tiles:
         """These tiles, of the size that has the least work under a layout."""
 
         def sized(tile: Tile) -> Tile:
-            block_q, block_kv = least(layout, (tile.block_q, tile.block_kv))
+            block_q, block_kv = least(layout, (tile.block_q, tile.block_kv), largest=tile.largest, step=tile.step)
             return replace(tile, block_q=block_q, block_kv=block_kv)
 
         return replace(self, forward=sized(self.forward), gradients=sized(self.gradients))
