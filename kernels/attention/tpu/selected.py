@@ -108,7 +108,7 @@ def all_gradients(problem: Problem, x: Operands, d_o: Array, rows: Sequence[Arra
                 added[keys.start] = more if before is None else (before[0] + more[0], before[1] + more[1])
 
             staggered(len(parts), factors, weights, add)
-            return [jnp.concatenate([added[start][i] for start in sorted(added)], axis=0) for i in range(2)]
+            return [jnp.concatenate([jnp.concatenate(added[start], axis=1) for start in sorted(added)], axis=0)]
 
         def finish(_: Any) -> None:
             for n in range(cut.heads):
@@ -118,16 +118,18 @@ def all_gradients(problem: Problem, x: Operands, d_o: Array, rows: Sequence[Arra
 
         return work, finish
 
-    d_q, d_bias, d_k, d_v = Walk(
+    d_q, d_bias, of_keys = Walk(
         problem, x, 3 * key_dim + 2 * value_dim, d_o=d_o, rows=stacked_rows(problem.scale, rows)
     ).over_queries(
         begin,
         "selected_attention_gradients",
         outputs=[(key_dim, x.q.dtype), (1, jnp.float32)],
         scratch=[pltpu.VMEM((n, cut.heads * cut.queries), jnp.float32) for n in (key_dim, 1)],
-        sums=(key_dim, value_dim),
+        sums=(key_dim + value_dim,),  # as one array, so that narrow heads fill its lanes
     )
-    d_k, d_v = (total[:, :, :num_keys].astype(of.dtype) for total, of in ((d_k, x.k), (d_v, x.v)))
+    d_k, d_v = (
+        total[:, :, :num_keys].astype(of.dtype) for total, of in ((of_keys[..., :key_dim], x.k), (of_keys[..., key_dim:], x.v))
+    )
     return jnp.swapaxes(d_q[..., :length], 2, 3), d_k, d_v, jnp.sum(d_bias, axis=(0, 2, 3))
 
 
