@@ -19,7 +19,7 @@ _op = Op(
     CONTEXT,
     pallas_tpu=kernel("tpu", "plait.kernels.topk_blocks.pallas_tpu", "topk_blocks"),
     pallas_gpu=kernel("gpu", "plait.kernels.topk_blocks.pallas_gpu", "topk_blocks"),
-    chunked=Implementation(chunked.topk_blocks),
+    chunked=Implementation(chunked.topk_blocks, per_device=True),  # its runs of queries are as long as one device has room for
     reference=Implementation(reference.topk_blocks),
 )
 

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from plait.kernels import Mask, Tokens, attention, decay, dispatch
+from plait.kernels import Mask, Tokens, attention, decay, dispatch, topk_blocks, whole_blocks
 from plait.kernels.attention.call import AttentionCall
 from plait.kernels.masks import SelectedBlocks
 from plait.kernels.sharding import Shards, splitting
+from plait.kernels.topk_blocks import reference
 from plait.tests.kernels import cases
 from plait.tests.tolerances import assert_close
 
@@ -121,3 +122,25 @@ def test_one_device_sees_axes_that_nothing_divides(mesh: Mesh):
         local = Shards(call).local()
     assert (local.q.shape, local.k.shape) == ((2, LENGTH, 2, 8), (2, LENGTH, 1, 8))
     assert local.selected.indices.shape == (2, LENGTH, 1, 3)
+
+
+def test_a_device_chooses_for_its_own_queries(mesh: Mesh, monkeypatch: pytest.MonkeyPatch):
+    """So that as many are taken at a time as fit one device, not all of them."""
+    plain, shapes = reference.topk_blocks, []
+    q = jnp.asarray(np.random.default_rng(0).standard_normal((4, LENGTH, 4, 8)), jnp.float32)
+
+    def run(call: Any) -> Any:
+        shapes.append(call.q.shape)
+        return plain(call)
+
+    def choose(q: jax.Array) -> jax.Array:
+        blocks, options = whole_blocks(Tokens().placed(*q.shape[:2]), 8), {"block_size": 8, "num_blocks": LENGTH // 8}
+        chosen = topk_blocks(q, blocks.mean(q), blocks_at=blocks.at, top_k=3, implementation="chunked", **options)
+        return chosen.indices
+
+    monkeypatch.setattr(reference, "topk_blocks", run)
+    alone = cases.quick_jit(choose)(q)
+    with splitting(mesh, batch=("data", "fsdp"), heads=("tensor",)):
+        together = cases.quick_jit(partial(choose))(q)
+    assert shapes == [q.shape, (1, LENGTH, 2, 8)]
+    np.testing.assert_array_equal(together, alone)
