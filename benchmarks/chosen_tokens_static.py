@@ -19,6 +19,8 @@ from typing import Any
 import tpu_static
 
 LATENT, ROTARY, HEAD, QUERIES = 512, 64, 128, 8
+SAMPLE = 64
+"""Grid steps of a row whose chunks are counted."""
 STEPS = 2
 """Grid steps: of one alone the lists would have an address that the compiler knows."""
 INDEX_HEADS, INDEX_DIM = 64, 128
@@ -41,15 +43,14 @@ def kernel(job: dict[str, Any], array: Any) -> tuple[Any, tuple[Any, ...]]:
 
     chunks, size, heads, sums = job["chunks"], job["chunk"], job["heads"], "gradients" in job["kernel"]
 
-    def each(self: Any, visit: Any, finish: Any = lambda i: None, before: Any = lambda i, c: None) -> None:
+    def each(self: Any, visit: Any, finish: Any = lambda i: None, nothing: Any = None, sums: Any = None) -> None:
         def chunk(n: Any, _: None) -> None:
             i, c = jax.lax.div(n, jnp.int32(chunks)), size * jax.lax.rem(n, jnp.int32(chunks))
-            before(i, c)
-            self.fetch(i, c)
+            self.move(i, c, sums, i, c)
             visit(i, c, self.keys())
             self.unpack()
 
-        self.fetch(jnp.int32(0), self.low(0))
+        self.move(jnp.int32(0), self.low(0))
         self.unpack()
         if chunks:
             jax.lax.fori_loop(0, QUERIES * chunks, chunk, None)
@@ -59,16 +60,18 @@ def kernel(job: dict[str, Any], array: Any) -> tuple[Any, tuple[Any, ...]]:
     problem = tables.Problem(
         scale=0.07,
         stats=job["stats"],
+        heads=heads,
         key_dim=LATENT + ROTARY,
         value_dim=LATENT,
         dtype=job["dtype"],
         chunk=size,
         rows=4096,
         sums=sums,
+        deep=tables.deep(heads),
     )
     if job["kernel"].startswith("index"):
-        problem = replace(problem, value_dim=0, key_dim=INDEX_DIM, hiding=False)
         heads = INDEX_HEADS
+        problem = replace(problem, heads=heads, value_dim=0, key_dim=INDEX_DIM, hiding=False)
     elif job["kernel"] != "forward":
         problem = replace(problem, value_dim=LATENT if sums else 0)
     q, far = array(1, STEPS * QUERIES, heads, problem.width), array(1, problem.table_rows * problem.pitch, 128, dtype=jnp.int32)
@@ -193,15 +196,36 @@ def plain(job: dict[str, Any], array: Any) -> tuple[Any, tuple[Any, ...]]:
     return loss, (*index, heads, heads, numbers(1, length, 1, chosen), *normalizers)
 
 
-def cut(target: str, length: int, chosen: int, *, gradients: bool) -> tuple[int, float]:
-    """Chosen tokens a chunk, and the chunks of a query over those of its tokens: of several tables each has half a chunk in vain."""
+def visits(target: str, length: int, heads: int, chosen: int, *, gradients: bool) -> tuple[int, float]:
+    """Chosen tokens a chunk, and chunks of a query: the mean over a causal row of which queries choose at random."""
+    from itertools import pairwise
+
+    import jax.numpy as jnp
+    import numpy as np
+
     from plait.kernels.attention.tpu.tokens import tables
     from plait.kernels.chips import CHIPS
 
-    sizes = {"key_dim": LATENT + ROTARY, "value_dim": LATENT, "dtype": "bfloat16", "chunk": tables.CHUNK, "rows": 0}
+    sizes = {
+        "heads": heads,
+        "key_dim": LATENT + ROTARY,
+        "value_dim": LATENT,
+        "dtype": "bfloat16",
+        "chunk": tables.CHUNK,
+        "rows": 0,
+    }
     problem = tables.Problem(scale=0.07, stats=False, sums=False, **sizes)
-    one, count = tables.Tables(problem, length, chosen, CHIPS[target].vector_memory).cut(gradients=gradients)
-    return one.chunk, 1 + (count / 2 if count > 1 else 0) * one.chunk / chosen
+    problem, parts = tables.Tables(problem, length, chosen, CHIPS[target].vector_memory).cut(gradients=gradients)
+    rng, rows = np.random.default_rng(0), np.full((1, SAMPLE * QUERIES, chosen), -1, np.int32)
+    for n, step in enumerate(rng.integers(length // QUERIES, size=SAMPLE)):
+        for query in range(QUERIES):
+            seen = step * QUERIES + query + 1
+            rows[0, n * QUERIES + query, -seen:] = np.sort(rng.choice(seen, min(seen, chosen), replace=False))
+    rows, taken = jnp.array(rows), 0
+    for n, share in enumerate(pairwise(tables.ends(problem, parts, rows, aligned=False))):
+        _, bounds = tables.listed(problem, rows, tables.Part(n * problem.stride, *share, None))
+        taken += int(bounds[..., 1::2].sum() - bounds[..., ::2].sum())
+    return problem.chunk, taken / problem.chunk / rows.shape[1]
 
 
 def main() -> None:
@@ -228,14 +252,14 @@ def main() -> None:
             job = {"target": target, "op": "attention", "dtype": "bfloat16", "name": "full-stats" if args.stats else "full"}
             tile = cycles(job | {"kernel": full_name, "shape": SHAPE, "value_dim": HEAD, "tile": None}) / (SHAPE[1] / 1024) ** 2
             for length in map(int, args.seq_lens.split(",")):
-                chunk, more = cut(target, length, args.chosen, gradients=name == "gradients")
+                chunk, count = visits(target, length, args.heads, args.chosen, gradients=name == "gradients")
                 job = {"target": target, "op": "chosen_tokens", "dtype": "bfloat16", "name": "chosen", "kernel": name}
                 job |= {"heads": args.heads, "chunk": chunk, "stats": args.stats}
-                chosen = (cycles(job | {"chunks": args.chosen // chunk}) - cycles(job | {"chunks": 0})) / (STEPS * QUERIES)
+                one = (cycles(job | {"chunks": args.chosen // chunk}) - cycles(job | {"chunks": 0})) / (STEPS * QUERIES)
                 full = args.heads * tile * length / 2 / 1024**2
                 mean = args.chosen - args.chosen * (args.chosen - 1) / 2 / length
                 promised = length / 2 * (2 * HEAD + ROTARY) / (mean * (2 * LATENT + ROTARY))
-                cost = chosen * more * mean / args.chosen
+                cost = one * count * chunk / args.chosen
                 print(
                     f"| {target} | {args.heads} | {name} | {length:,} | {full:,.0f} | {cost:,.0f} | {full / cost:.2f} | {promised:.2f} "
                     f"| {full / cost / promised:.0%} |",

@@ -33,6 +33,8 @@ class Chip:
     """Of a device, which share its work."""
     vector_memory: int = 0
     """Bytes of the memory of one of a TPU's cores."""
+    matrix_unit: int = 128
+    """Rows and columns of a TPU's matrix unit."""
     wgmma: bool = False
     """Whether a GPU has Hopper's products of a warpgroup."""
     source: str
@@ -58,12 +60,12 @@ _CHIPS = (
         source=f"Cloud TPU v5p page (459 TFLOP/s, 2765 GB/s, 1200 GB/s of ICI both ways over 6 links, 50 Gb/s of DCN a chip); {_XLA}",
     ),
     Chip(
-        generation="v6e", platform="tpu", kinds=("TPU v6 lite", "TPU v6e"), clock=1.75e9, vector_memory=128 << 20,
+        generation="v6e", platform="tpu", kinds=("TPU v6 lite", "TPU v6e"), clock=1.75e9, vector_memory=128 << 20, matrix_unit=256,
         flops=918e12, memory=31.25 * GIB, memory_bandwidth=1638e9, link=100e9, network=12.5e9,
         source=f"Cloud TPU v6e page (918 TFLOP/s, 1638 GB/s, 3200 Gb/s of ICI over 4 links, 25.6 Tb/s of DCN a pod of 256); {_XLA}",
     ),
     Chip(
-        generation="tpu7x", platform="tpu", kinds=("TPU7x",), devices_per_chip=2, clock=2.2e9, vector_memory=64 << 20,
+        generation="tpu7x", platform="tpu", kinds=("TPU7x",), devices_per_chip=2, clock=2.2e9, vector_memory=64 << 20, matrix_unit=256,
         flops=1153e12, memory=94.75 * GIB, memory_bandwidth=3690e9, link=100e9, network=6.25e9,
         source=f"Cloud TPU7x page (two devices: 2307 TFLOP/s, 7380 GB/s, 1200 GB/s of ICI both ways, 6 links); DCN as v6e's; {_XLA}",
     ),

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from plait.kernels.attention import pallas_tpu as attention
 from plait.kernels.attention.call import AttentionCall
 from plait.kernels.attention.chosen_rows import chosen_rows
-from plait.kernels.attention.tpu.tokens.tables import CHUNK, LANES, Problem, Tables, core_memory
+from plait.kernels.attention.tpu.tokens.tables import CHUNK, LANES, LEAST, Problem, Tables, core_memory
 from plait.kernels.index_divergence.call import DivergenceCall
 from plait.kernels.index_divergence.tpu.chosen_scores import chosen_scores, score_gradients
 from plait.kernels.index_divergence.tpu.mean_weights import mean_weights
@@ -36,16 +36,31 @@ def unsupported(call: DivergenceCall) -> str | None:
         return f"{heads} heads of the indexer are no multiple of 8"
     if call.index_q.dtype.name not in ("float32", "bfloat16"):
         return f"index_q is {call.index_q.dtype}, not float32 or bfloat16"
-    return attention.unsupported(_attention(call))
+    if reason := attention.unsupported(_attention(call)):
+        return reason
+    if _tables(call)[1].room(gradients=True) < LEAST:
+        return f"{heads} heads of the indexer leave a core's memory of {core_memory() >> 20} MiB no room for a table of its keys"
+    return None
 
 
 def index_divergence(call: DivergenceCall) -> Array:
     """See `plait.kernels.index_divergence`."""
     rows = chosen_rows(_attention(call), padding=not call.mask.causal)[:, :, 0]
-    chosen, tokens = rows.shape[2], call.k.shape[1]
+    of_keys, of_index = _tables(call)
+    if max(tables.cut(gradients=True)[1] for tables in (of_keys, of_index)) > 1:
+        rows = jnp.sort(rows, axis=2)  # so that those of a table are neighbours
+    hidden = jnp.broadcast_to(call.kv_at.segment_ids == 0, call.k.shape[:2])
+    target = mean_weights(of_keys, call.q, call.k[:, :, 0], rows, hidden, call.lse)
+    return _divergence(of_index, call.index_q, call.index_k, call.weights, rows, target)
+
+
+def _tables(call: DivergenceCall) -> tuple[Tables, Tables]:
+    """Of the keys, and of the indexer's."""
+    chosen = call.selected.indices.shape[3]
     problem = Problem(
         scale=call.scale,
         stats=False,
+        heads=call.q.shape[2],
         key_dim=call.k.shape[3],
         value_dim=0,
         dtype=call.q.dtype.name,
@@ -53,15 +68,10 @@ def index_divergence(call: DivergenceCall) -> Array:
         rows=0,
         sums=False,
     )
-    of_keys = Tables(problem, tokens, chosen, core_memory(), step=LANES)
-    of_index = replace(
-        of_keys, problem=replace(problem, key_dim=call.index_q.shape[3], dtype=call.index_q.dtype.name, hiding=False)
-    )
-    if max(tables.cut(gradients=True)[1] for tables in (of_keys, of_index)) > 1:
-        rows = jnp.sort(rows, axis=2)  # so that those of a table are neighbours
-    hidden = jnp.broadcast_to(call.kv_at.segment_ids == 0, call.k.shape[:2])
-    target = mean_weights(of_keys, call.q, call.k[:, :, 0], rows, hidden, call.lse)
-    return _divergence(of_index, call.index_q, call.index_k, call.weights, rows, target)
+    of_keys = Tables(problem, call.k.shape[1], chosen, core_memory(), step=LANES)
+    (_, _, heads, key_dim), dtype = call.index_q.shape, call.index_q.dtype.name
+    of_index = replace(problem, heads=heads, key_dim=key_dim, dtype=dtype, hiding=False)
+    return of_keys, replace(of_keys, problem=of_index)
 
 
 def _attention(call: DivergenceCall) -> AttentionCall:

@@ -39,6 +39,9 @@ class Case(NamedTuple):
     """Tokens of which there are keys only, before the queries' own."""
     parts: int = 1
     """Tables of gradients."""
+    shared: int = 0
+    """Tokens that neighbouring ones have in common."""
+    chip: str = "v5e"
     stats: bool = True
     """Without, lse alone."""
 
@@ -49,6 +52,9 @@ CASES = {
     "wide-three-tables": Case(dims=(130, 128), parts=3),
     "window-beyond-the-queries": Case(mask=Mask(window_size=9), before=7, stats=False),
     "packed-two-tables-bfloat16": Case(length=50, packed=True, dims=(300, 257), chosen=40, parts=2, dtype="bfloat16"),
+    "tables-that-share-bfloat16": Case(length=70, dims=(130, 128), chosen=40, parts=3, shared=8, dtype="bfloat16"),
+    "one-product-bfloat16": Case(heads=128, dims=(130, 128), dtype="bfloat16", chip="v6e"),
+    "one-product-without-rest": Case(heads=128, dims=(120, 100), stats=False, chip="v6e"),
     "all": Case(mask=Mask(causal=False), packed=True, dims=(128, 128), chosen=16, heads=24),
 }
 
@@ -103,7 +109,16 @@ def _results(attention: Any, call: AttentionCall) -> Any:
 
 @pytest.mark.parametrize(
     "name",
-    usually(CASES, "float32", "packed-bfloat16", "wide-three-tables", "window-beyond-the-queries", newest=["packed-bfloat16"]),
+    usually(
+        CASES,
+        "float32",
+        "packed-bfloat16",
+        "wide-three-tables",
+        "tables-that-share-bfloat16",
+        "one-product-bfloat16",
+        "window-beyond-the-queries",
+        newest=["packed-bfloat16"],
+    ),
 )
 def test_kernel_matches_reference(name: str, monkeypatch: pytest.MonkeyPatch):
     case = CASES[name]
@@ -111,14 +126,44 @@ def test_kernel_matches_reference(name: str, monkeypatch: pytest.MonkeyPatch):
     assert pallas_tpu.unsupported(call) is None
     if case.parts > 1:
         problem = chosen_tokens.tables_of(call).problem
-        rows = -(-call.k.shape[1] // (8 * case.parts)) * 8
+        rows = -(-call.k.shape[1] // (8 * case.parts)) * 8 + case.shared
         least = replace(problem, sums=True, rows=rows).bytes
-        monkeypatch.setattr(chosen_tokens, "core_memory", lambda: (tables.RESERVE + least) * 8 // 7 + 8)
-        assert chosen_tokens.tables_of(call).cut(gradients=True)[1] == case.parts
-    got = jax.jit(partial(_results, pallas_tpu.attention))(call)
+        monkeypatch.setattr(chosen_tokens, "core_memory", lambda: (problem.besides + least) * 8 // 7 + 8)
+        problem, parts = chosen_tokens.tables_of(call).cut(gradients=True)
+        assert (parts, problem.rows - problem.stride) == (case.parts, case.shared)
+    with target(case.chip):
+        assert chosen_tokens.tables_of(call).problem.deep == (case.chip == "v6e")
+        got = jax.jit(partial(_results, pallas_tpu.attention))(call)
     exact = in_float64(partial(_results, reference.attention), call)
     plain = jax.jit(partial(_results, reference.attention))(call)
     assert_tree_close(got, exact, plain, dtype=case.dtype)
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+def test_each_chosen_token_is_brought_once(aligned: bool):
+    """By a table that has it; and where tables share more than a chunk of a query's tokens, in as few chunks as of one table."""
+    rng, tokens, count, chosen = np.random.default_rng(1), 4096, 64, 128
+    rows = np.full((1, count, chosen), -1, np.int32)
+    for query in range(count):
+        seen = 512 * (query // 8 + 1)
+        rows[0, query] = np.sort(rng.choice(seen, chosen, replace=False))
+    rows[0, :8, :20] = -1
+    sizes = {"heads": 8, "key_dim": 8, "value_dim": 8, "dtype": "float32", "chunk": 8, "rows": 2048, "stride": 1376}
+    problem, parts = tables.Problem(scale=1.0, stats=False, sums=False, **sizes), 3
+    keys, hidden = jnp.zeros((1, tokens, 8)), jnp.zeros((1, tokens), bool)
+    cut = tables.cut_tables(problem, parts, jnp.asarray(rows), keys, hidden, aligned=aligned)
+    each = [tables.Part(*(x[n] for x in cut)) for n in range(parts)]
+    found: list[list[int]] = [[] for _ in range(count)]
+    taken = 0
+    for part in each:
+        entries, bounds = (np.asarray(x).reshape(count, -1) for x in tables.listed(problem, rows, part, aligned=aligned))
+        taken += (bounds[:, 1] - bounds[:, 0]).sum()
+        for query, (lines, (low, high)) in enumerate(zip(entries, bounds, strict=True)):
+            here = lines[low:high] // problem.pitch
+            found[query] += [int(part.low) + row for row in here[here < problem.rows]]
+    for query in range(count):
+        assert found[query] == [row for row in rows[0, query] if row >= 0]
+    assert taken == count * chosen - 8 * 16
 
 
 def test_padding_of_memory_is_no_token():
@@ -133,6 +178,7 @@ BAD = {
     "no channels of the keys": lambda call: call.replace(values_in_keys=False),
     "of 2 key heads": lambda call: call.replace(k=jnp.repeat(call.k, 2, 2), v=jnp.repeat(call.v, 2, 2)),
     "no multiple of 8": lambda call: call.replace(q=call.q[:, :, :4]),
+    "no room for a table": lambda call: call.replace(q=jnp.repeat(call.q, 512, 2)),
     "without a soft cap": lambda call: call.replace(logit_soft_cap=3.0),
 }
 

@@ -20,7 +20,7 @@ from plait.kernels.attention.tpu.tokens.chunks import (
     sums_scratch,
     sums_shape,
 )
-from plait.kernels.attention.tpu.tokens.tables import LANES, QUERIES, Problem, Tables, cut_tables, listed, whole
+from plait.kernels.attention.tpu.tokens.tables import LANES, QUERIES, Part, Problem, Tables, cut_tables, listed, sums_of, whole
 from plait.kernels.attention.tpu.weights import NN, NT, dot
 
 Array = jax.Array
@@ -39,10 +39,10 @@ def chosen_scores(tables: Tables, index_q: Array, index_k: Array, weights: Array
     (length, chosen), (problem, parts) = rows.shape[1:], tables.cut(gradients=False)
     queries = _wide(problem, index_q), whole(weights.astype(jnp.float32))
 
-    def of_part(low: Array, far: Array) -> Array:
-        return forward(problem, *queries, far, *listed(problem, rows, low, aligned=True))
+    def of_part(part: Part) -> Array:
+        return forward(problem, *queries, part.far, *listed(problem, rows, part, aligned=True))
 
-    return jax.lax.map(lambda part: of_part(*part), _cut(problem, parts, index_q, index_k)).sum(0)[:, :length, :chosen]
+    return jax.lax.map(of_part, _cut(problem, parts, rows, index_q, index_k)).sum(0)[:, :length, :chosen]
 
 
 def score_gradients(
@@ -53,12 +53,11 @@ def score_gradients(
     d_scores = jnp.pad(whole(d_scores), ((0, 0), (0, 0), (0, -chosen % problem.chunk)))
     queries = _wide(problem, index_q), whole(weights.astype(jnp.float32))
 
-    def of_part(low: Array, far: Array) -> tuple[Array, Array, Array]:
-        return gradients(problem, *queries, d_scores, far, *listed(problem, rows, low, aligned=True))
+    def of_part(part: Part) -> tuple[Array, Array, Array]:
+        return gradients(problem, *queries, d_scores, part.far, *listed(problem, rows, part, aligned=True))
 
-    d_q, d_weights, d_rows = jax.lax.map(lambda part: of_part(*part), _cut(problem, parts, index_q, index_k))
-    d_rows = d_rows[:, :, : problem.rows]
-    d_k = jnp.moveaxis(d_rows, 0, 1).reshape(index_k.shape[0], -1, problem.width)[:, : index_k.shape[1], : index_k.shape[2]]
+    d_q, d_weights, found = jax.lax.map(of_part, _cut(problem, parts, rows, index_q, index_k))
+    d_k = sums_of(problem, found)[:, : index_k.shape[1], : index_k.shape[2]]
     d_q = d_q.sum(0)[:, :length, :, : index_q.shape[3]]
     return d_q.astype(index_q.dtype), d_k.astype(index_k.dtype), d_weights.sum(0)[:, :length].astype(weights.dtype)
 
@@ -67,8 +66,9 @@ def _wide(problem: Problem, index_q: Array) -> Array:
     return jnp.pad(whole(index_q), ((0, 0),) * 3 + ((0, problem.width - index_q.shape[3]),))
 
 
-def _cut(problem: Problem, parts: int, index_q: Array, index_k: Array) -> tuple[Array, Array]:
-    return cut_tables(problem, parts, index_k.astype(index_q.dtype), jnp.zeros(index_k.shape[:2], bool))
+def _cut(problem: Problem, parts: int, rows: Array, index_q: Array, index_k: Array) -> Part:
+    seen = jnp.zeros(index_k.shape[:2], bool)
+    return cut_tables(problem, parts, rows, index_k.astype(index_q.dtype), seen, aligned=True)
 
 
 def forward(problem: Problem, q: Array, weights: Array, far: Array, entries: Array, bounds: Array) -> Array:
@@ -97,9 +97,9 @@ def forward(problem: Problem, q: Array, weights: Array, far: Array, entries: Arr
 def gradients(
     problem: Problem, q: Array, weights: Array, d_scores: Array, far: Array, entries: Array, bounds: Array
 ) -> tuple[Array, Array, Array]:
-    """Those of q, weights and the table's rows, [B, table_rows, width], all float32, from d_scores [B, T, L]; others as in `forward`."""
+    """Those of q and weights, float32, and the table with its rows' in the sums, from d_scores [B, T, L]; others as in `forward`."""
     (batch, _, heads, width) = q.shape
-    d_q, d_weights, d_table = call_kernel(
+    return call_kernel(
         partial(_gradients_kernel, problem),
         "index_scores_gradients",
         (q, weights, d_scores),
@@ -114,7 +114,6 @@ def gradients(
         columns=3 * width,
         problem=problem,
     )
-    return d_q, d_weights, d_table.reshape(batch, problem.table_rows, width)
 
 
 def _forward_kernel(
@@ -135,10 +134,10 @@ def _forward_kernel(
 
 
 def _gradients_kernel(problem: Problem, bounds: Any, entries: Any, far: Any, *refs: Any) -> None:
-    q, weights, d_scores, d_q, d_weights, d_table, *rows, moved, sums, added, acc, of_weights = refs
+    q, weights, d_scores, d_q, d_weights, d_table, *rows, moved, added, acc, of_weights = refs
     chunks = Chunks(problem, entries, bounds, *rows)
     chunks.begin(far, moved)
-    of_rows = Sums(chunks, sums, added)
+    of_rows = Sums(chunks, added)
     of_rows.begin()
     of_weights[...] = jnp.zeros_like(of_weights)
     columns = weights[0].T  # [I, 8]
@@ -157,6 +156,9 @@ def _gradients_kernel(problem: Problem, bounds: Any, entries: Any, far: Any, *re
     def finish(i: Array) -> None:
         d_q[0, i] = acc[...]
 
-    chunks.each(visit, finish, before=of_rows.add)
+    def nothing() -> None:
+        d_q[...] = jnp.zeros_like(d_q)
+
+    chunks.each(visit, finish, nothing, of_rows)
     d_weights[0] = of_weights[...].T
     of_rows.end(d_table, moved)

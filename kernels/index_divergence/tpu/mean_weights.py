@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from plait.kernels.attention.reference import MASKED as HIDDEN
 from plait.kernels.attention.tpu.tokens import kernels
 from plait.kernels.attention.tpu.tokens.chunks import Chunks, call_kernel, own_column, row_scratch
-from plait.kernels.attention.tpu.tokens.tables import QUERIES, Problem, Tables, cut_tables, listed, repelled, whole
+from plait.kernels.attention.tpu.tokens.tables import QUERIES, Part, Problem, Tables, cut_tables, listed, repelled, whole
 from plait.kernels.attention.tpu.weights import LOG2_E, NT, dot
 
 Array = jax.Array
@@ -39,17 +39,17 @@ def mean_weights(tables: Tables, q: Array, k: Array, rows: Array, hidden: Array,
       lse: [B, T, H] float32, natural, over the tokens of all tables; None where it is not known.
     """
     (length, chosen), (problem, parts) = rows.shape[1:], tables.cut(gradients=False)
-    wide, cut = repelled(problem, whole(q)), cut_tables(problem, parts, k, hidden)
+    wide, cut = repelled(problem, whole(q)), cut_tables(problem, parts, rows, k, hidden, aligned=True)
 
-    def normalizers(low: Array, far: Array) -> Array:
-        return kernels.forward(problem, wide, far, *listed(problem, rows, low, aligned=True))[0][:, :, 0]
+    def normalizers(part: Part) -> Array:
+        return kernels.forward(problem, wide, part.far, *listed(problem, rows, part, aligned=True))[0][:, :, 0]
 
-    def of_tables(function: Callable[[Array, Array], Array]) -> Array:
-        return function(*(x[0] for x in cut))[None] if parts == 1 else jax.lax.map(lambda at: function(*at), cut)
+    def of_tables(function: Callable[[Part], Array]) -> Array:
+        return function(jax.tree.map(lambda x: x[0], cut))[None] if parts == 1 else jax.lax.map(function, cut)
 
     lse = jax.nn.logsumexp(of_tables(normalizers), axis=0) if lse is None else whole(lse)
     bits = LOG2_E * jnp.where(lse > HIDDEN / 2, lse, 0)
-    found = of_tables(lambda low, far: weights(problem, wide, bits, far, *listed(problem, rows, low, aligned=True))).max(0)
+    found = of_tables(lambda part: weights(problem, wide, bits, part.far, *listed(problem, rows, part, aligned=True))).max(0)
     return found[:, :length, :chosen]
 
 

@@ -19,13 +19,17 @@ from plait.kernels.attention.reference import MASKED as HIDDEN
 from plait.kernels.attention.tpu.tokens import kernels
 from plait.kernels.attention.tpu.tokens.tables import (
     CHUNK,
+    LEAST,
     MIN_MEMORY,
+    Part,
     Problem,
     Tables,
     core_memory,
     cut_tables,
+    deep,
     listed,
     repelled,
+    sums_of,
     whole,
 )
 from plait.kernels.attention.tpu.weights import stacked_rows
@@ -59,6 +63,10 @@ def unsupported(call: AttentionCall) -> str | None:
         return f"{chosen} tokens a query exceed the {MAX_CHOSEN} that scalar memory holds"
     if call.sigmoid or call.logit_soft_cap is not None:
         return "tokens are selected one by one, under a softmax without a soft cap only"
+    if tables_of(call).room(gradients=True) < LEAST:
+        return (
+            f"{heads} heads of {call.k.shape[3]} channels leave a core's memory of {memory >> 20} MiB no room for a table of keys"
+        )
     return None
 
 
@@ -67,12 +75,14 @@ def tables_of(call: AttentionCall) -> Tables:
     problem = Problem(
         scale=call.scale,
         stats=call.return_stats,
+        heads=call.q.shape[2],
         key_dim=call.k.shape[3],
         value_dim=call.v.shape[3],
         dtype=call.k.dtype.name,
         chunk=min(CHUNK, -(-call.selected.indices.shape[3] // 16) * 16),
         rows=0,
         sums=False,
+        deep=deep(call.q.shape[2]),
     )
     return Tables(problem, call.k.shape[1], call.selected.indices.shape[3], core_memory())
 
@@ -98,22 +108,22 @@ def _forward(tables: Tables, q: Array, k: Array, rows: Array, hidden: Array) -> 
     wide = repelled(problem, whole(q))
     dtype = q.dtype if parts == 1 else jnp.float32
 
-    def of_part(low: Array, far: Array) -> tuple[Array, Array]:
-        stacked, o = kernels.forward(problem, wide, far, *listed(problem, rows, low), dtype)
+    def of_part(part: Part) -> tuple[Array, Array]:
+        stacked, o = kernels.forward(problem, wide, part.far, *listed(problem, rows, part), dtype)
         return o, stacked
 
-    o, stacked = _joined(of_part, cut_tables(problem, parts, k, hidden))
+    o, stacked = _joined(of_part, cut_tables(problem, parts, rows, k, hidden))
     o, found = o[:, :length].astype(q.dtype), tuple(jnp.moveaxis(stacked[:, :length], 2, 0))
     return (o, found), (q, k, rows, hidden, o, found)
 
 
-def _joined(of_part: Callable[[Array, Array], tuple[Array, Array]], parts: tuple[Array, Array]) -> tuple[Array, Array]:
+def _joined(of_part: Callable[[Part], tuple[Array, Array]], parts: Part) -> tuple[Array, Array]:
     """Outputs and rows over all keys, of those over the keys of each part."""
     first, others = jax.tree.map(lambda x: x[0], parts), jax.tree.map(lambda x: x[1:], parts)
-    found = of_part(*first)
-    if not len(others[0]):
+    found = of_part(first)
+    if not len(others.low):
         return found
-    return jax.lax.scan(lambda found, part: (_both(found, of_part(*part)), None), found, others)[0]
+    return jax.lax.scan(lambda found, part: (_both(found, of_part(part)), None), found, others)[0]
 
 
 def _both(*parts: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -140,22 +150,22 @@ def _backward(tables: Tables, saved: Any, cotangents: tuple[Array, tuple[Array, 
     wide, d_o, stacked = repelled(problem, whole(q)), whole(d_o.astype(q.dtype)), whole(stacked)
     dtype = q.dtype if parts == 1 else jnp.float32
 
-    def of_part(low: Array, far: Array) -> tuple[Array, Array]:
-        d_q, d_rows = kernels.gradients(problem, wide, d_o, stacked, far, *listed(problem, rows, low), dtype)
-        return d_q, d_rows[:, : problem.rows, :key_dim]
+    def of_part(part: Part) -> tuple[Array, Array]:
+        return kernels.gradients(problem, wide, d_o, stacked, part.far, *listed(problem, rows, part), dtype)
 
-    lows, far = cut_tables(problem, parts, k, hidden)
+    cut = cut_tables(problem, parts, rows, k, hidden)
     if parts == 1:
-        d_q, d_k = of_part(lows[0], far[0])
+        d_q, found = of_part(jax.tree.map(lambda x: x[0], cut))
+        found = found[None]
     else:
 
-        def add(total: Array, part: tuple[Array, Array]) -> tuple[Array, Array]:
-            d_q, d_k = of_part(*part)
-            return total + d_q, d_k
+        def add(total: Array, part: Part) -> tuple[Array, Array]:
+            d_q, found = of_part(part)
+            return total + d_q, found
 
-        d_q, d_k = jax.lax.scan(add, jnp.zeros(wide.shape, dtype), (lows, far))
-        d_k = jnp.moveaxis(d_k, 0, 1).reshape(k.shape[0], -1, key_dim)
-    return d_q[:, :length, :, :key_dim].astype(q.dtype), d_k[:, : k.shape[1]].astype(k.dtype), None, None
+        d_q, found = jax.lax.scan(add, jnp.zeros(wide.shape, dtype), cut)
+    d_k = sums_of(problem, found)[:, : k.shape[1], :key_dim]
+    return d_q[:, :length, :, :key_dim].astype(q.dtype), d_k.astype(k.dtype), None, None
 
 
 _attend.defvjp(_forward, _backward)

@@ -17,13 +17,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from plait.kernels.attention.tpu.tokens.tables import LANES, QUERIES, RESERVE, Problem
+from plait.kernels.attention.tpu.tokens.tables import LANES, QUERIES, Problem
 from plait.kernels.costs import cost
 
 Array = jax.Array
 
 BATCH = 4
-"""Rows whose sums are read before the first is written back."""
+"""Rows that are read before the first is written."""
 
 
 class Chunks(NamedTuple):
@@ -61,11 +61,15 @@ class Chunks(NamedTuple):
         """Where chunk c stands among the chosen tokens of a query, for aligned chunks of whole lines."""
         return pl.ds(pl.multiple_of(c, LANES), self.problem.chunk)
 
-    def fetch(self, i: Array, c: Array) -> None:
-        """The rows of a chunk, as they lie."""
+    def move(self, i: Array, c: Array, sums: Sums | None = None, *earlier: Array) -> None:
+        """The rows of a chunk come to the buffer as they lie, while what was put of an earlier one is added to the sums."""
         words, rows = self.problem.words, self.rows(i, c)
-        for n in range(self.problem.chunk):
-            self.buffer[pl.ds(n * words, words)] = self.table[pl.ds(rows[n], words)]
+        for begin in range(0, self.problem.chunk, BATCH):
+            members = range(begin, begin + BATCH)
+            moved = [] if sums is None else sums.added_to(members, *earlier)
+            moved += [(self.buffer, pl.ds(n * words, words), self.table[pl.ds(rows[n], words)]) for n in members]
+            for to, at, x in moved:
+                to[at] = x
 
     def unpack(self) -> None:
         """What is fetched, as the products read it."""
@@ -87,55 +91,49 @@ class Chunks(NamedTuple):
         self,
         visit: Callable[[Array, Array, Array], None],
         finish: Callable[[Array], None] = lambda i: None,
-        before: Callable[[Array, Array], None] = lambda i, c: None,
+        nothing: Callable[[], None] = lambda: None,
+        sums: Sums | None = None,
     ) -> None:
         """`visit(i, c, k)` for each chunk of each query i, which begins at its chosen token c and has rows k, and `finish(i)` after a
-        query's last.
+        query's last; or `nothing()` where there is no chunk.
 
-        `before(i, c)` stands ahead of a visit, with the chunk that was visited last, of the first visit its own. What it writes, and the
-        rows of the next chunk, the compiler moves while it makes the products of this one.
+        What a visit puts to the `sums`, and the rows of the next chunk, the compiler moves while it makes the products of this one.
         """
         size = self.problem.chunk
         count = sum(lax.div(self.high(i) - self.low(i), size) for i in range(QUERIES))
-        self.fetch(jnp.int32(0), self.low(0))
-        self.unpack()
 
         def step(_: Array, at: tuple[Array, ...]) -> tuple[Array, ...]:
             i, c, *earlier = at
             last = c + size >= self.high(i)
             following = jnp.where(last, jnp.minimum(i + 1, QUERIES - 1), i)
             then = following, jnp.where(last, self.low(following), c + size)
-            before(*earlier)
-            self.fetch(*then)
+            self.move(*then, sums, *earlier)
             visit(i, c, self.keys())
             self.unpack()
             pl.when(last)(partial(finish, i))
             return *then, i, c
 
-        begin = jnp.int32(0), self.low(0)
-        *_, i, c = lax.fori_loop(0, count, step, (*begin, *begin))
-        before(i, c)
+        @pl.when(count > 0)
+        def _visits():
+            begin = jnp.int32(0), self.low(0)
+            self.move(*begin)
+            self.unpack()
+            *_, i, c = lax.fori_loop(0, count, step, (*begin, *begin))
+            if sums is not None:
+                sums.add(i, c)
+
+        pl.when(count == 0)(nothing)
 
 
 class Sums(NamedTuple):
-    """Sums of the gradients of a table's rows. No query may choose a token twice."""
+    """Sums of the gradients of a table's rows, behind each. No query may choose a token twice."""
 
     chunks: Chunks
-    sums: Any
     added: Any
     """Those of the chunk that was visited last."""
 
     def begin(self) -> None:
         """Ahead of the visits."""
-        lines = 8 * self.chunks.problem.pitch
-
-        def clear(n: Array, _: None) -> None:
-            self.sums[pl.ds(n * lines, lines)] = jnp.zeros((lines, LANES), jnp.float32)
-
-        @pl.when(pl.program_id(1) == 0)
-        def _begin():
-            lax.fori_loop(0, self.chunks.problem.table_rows // 8, clear, None)
-
         self.added[...] = jnp.zeros_like(self.added)
 
     def put(self, n: int, tile: Array) -> None:
@@ -144,22 +142,28 @@ class Sums(NamedTuple):
         for m in range(0, tile.shape[0], 8):
             self.added[pl.ds(m * tiles + n, 8, tiles)] = tile[m : m + 8]
 
+    def added_to(self, members: range, i: Array, c: Array) -> list[Any]:
+        """Where the sums of some rows of chunk c of query i are, and with what was put."""
+        problem, rows = self.chunks.problem, self.chunks.rows(i, c)
+        table, where = self.chunks.table, [pl.ds(rows[m] + problem.words, problem.tiles) for m in members]
+        put = [self.added[pl.ds(m * problem.tiles, problem.tiles)] for m in members]
+        return [
+            (table, at, pltpu.bitcast(pltpu.bitcast(table[at], jnp.float32) + x, jnp.int32))
+            for at, x in zip(where, put, strict=True)
+        ]
+
     def add(self, i: Array, c: Array) -> None:
         """What was put, of chunk c of query i, to the sums."""
-        tiles, rows = self.chunks.problem.tiles, self.chunks.rows(i, c)
         for begin in range(0, self.chunks.problem.chunk, BATCH):
-            members = range(begin, begin + BATCH)
-            where = [pl.ds(rows[m], tiles) for m in members]
-            found = [self.sums[at] + self.added[pl.ds(m * tiles, tiles)] for m, at in zip(members, where, strict=True)]
-            for at, x in zip(where, found, strict=True):
-                self.sums[at] = x
+            for to, at, x in self.added_to(range(begin, begin + BATCH), i, c):
+                to[at] = x
 
     def end(self, d_table: Any, moved: Any) -> None:
-        """Behind the visits: at a sequence's last step the sums leave."""
+        """Behind the visits: at a sequence's last step the table leaves, with its sums."""
 
         @pl.when(pl.program_id(1) == pl.num_programs(1) - 1)
         def _end():
-            copy_now(self.sums, d_table.at[pl.program_id(0)], moved)
+            copy_now(self.chunks.table, d_table.at[pl.program_id(0)], moved)
 
 
 def _unpacked(lines: Sequence[Array]) -> list[Array]:
@@ -195,15 +199,12 @@ def row_scratch(problem: Problem) -> list[Any]:
 
 def sums_scratch(problem: Problem) -> list[Any]:
     """Of `Sums`."""
-    return [
-        pltpu.VMEM((problem.table_rows * problem.pitch, LANES), jnp.float32),
-        pltpu.VMEM((problem.chunk * problem.tiles, LANES), jnp.float32),
-    ]
+    return [pltpu.VMEM((problem.chunk * problem.tiles, LANES), jnp.float32)]
 
 
 def sums_shape(problem: Problem, batch: int) -> jax.ShapeDtypeStruct:
-    """The sums as they leave, [B, table_rows * pitch, 128]."""
-    return jax.ShapeDtypeStruct((batch, problem.table_rows * problem.pitch, LANES), jnp.float32)
+    """The tables as they leave with their sums, [B, table_rows * pitch, 128]."""
+    return jax.ShapeDtypeStruct((batch, problem.table_rows * problem.pitch, LANES), jnp.int32)
 
 
 def call_kernel(
@@ -239,6 +240,6 @@ def call_kernel(
         scratch_shapes=list(scratch),
         cost_estimate=cost((*queries, far, *lists, *outputs), flops=2 * pairs * columns, transcendentals=pairs),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=problem.bytes + RESERVE
+            dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=problem.bytes + problem.besides
         ),
     )(bounds, entries, far, *queries)

@@ -70,14 +70,20 @@ def _forward_kernel(problem: Problem, bounds: Any, entries: Any, far: Any, q: An
             tile = jnp.where(lane == n, column, tile)
         found[0, i] = tile.T[: found.shape[2]]
 
-    chunks.each(visit, finish)
+    def nothing() -> None:
+        for output in o:
+            output[...] = jnp.zeros_like(output)
+        for n, value in enumerate((HIDDEN, HIDDEN, 0)[: found.shape[2]]):
+            found[0, :, n] = jnp.full(found.shape[1::2], value, jnp.float32)
+
+    chunks.each(visit, finish, nothing)
 
 
 def _gradients_kernel(problem: Problem, bounds: Any, entries: Any, far: Any, *refs: Any) -> None:
-    q, d_o, rows, d_q, d_table, table, buffer, here, moved, sums, added, acc = refs
+    q, d_o, rows, d_q, d_table, table, buffer, here, moved, added, acc = refs
     chunks = Chunks(problem, entries, bounds, table, buffer, here)
     chunks.begin(far, moved)
-    of_rows = Sums(chunks, sums, added)
+    of_rows = Sums(chunks, added)
     of_rows.begin()
 
     def visit(i: Array, c: Array, k: Array) -> None:
@@ -92,22 +98,32 @@ def _gradients_kernel(problem: Problem, bounds: Any, entries: Any, far: Any, *re
         d_logits = d_weights * weights
         if problem.stats:
             d_logits += jnp.where(z >= row[4:5], row[3:4], 0)
-        d_logits = d_logits.astype(k.dtype)
+        d_logits = (problem.scale * d_logits).astype(k.dtype)
         acc[...] = jnp.where(first, 0, acc[...]) + dot(d_logits.T, k, NN)  # [H, W]
-        d_k = problem.scale * dot(d_logits, of_query, NN)
-        d_v = dot(weights.astype(of_o.dtype), of_o, NN)
-        for n in range(problem.tiles):
-            at = slice(n * LANES, (n + 1) * LANES)
-            tile, values = d_k[:, at], d_v[:, at]
-            if n * LANES < problem.value_dim:
-                tile += jnp.pad(values, ((0, 0), (0, LANES - values.shape[1])))
+        for n, tile in enumerate(_of_keys(problem, d_logits, weights.astype(of_o.dtype), of_query, of_o)):
             of_rows.put(n, tile)
 
     def finish(i: Array) -> None:
-        d_q[0, i] = (problem.scale * acc[...]).astype(d_q.dtype)
+        d_q[0, i] = acc[...].astype(d_q.dtype)
 
-    chunks.each(visit, finish, before=of_rows.add)
+    def nothing() -> None:
+        d_q[...] = jnp.zeros_like(d_q)
+
+    chunks.each(visit, finish, nothing, of_rows)
     of_rows.end(d_table, moved)
+
+
+def _of_keys(problem: Problem, d_logits: Array, weights: Array, q: Array, d_o: Array) -> list[Array]:
+    """The gradients [C, 128] of a chunk's rows as keys and as values, from those of the logits and the weights [C, H]."""
+    d_o = jnp.pad(d_o, ((0, 0), (0, -d_o.shape[1] % LANES)))
+    values = d_o.shape[1]
+    of_tiles = lambda x: [x[:, n : n + LANES] for n in range(0, x.shape[1], LANES)]
+    if problem.deep:
+        sides = jnp.concatenate([q[:, :values], d_o], axis=0)
+        found = of_tiles(dot(jnp.concatenate([d_logits, weights], axis=1), sides, NN))
+        return found + (of_tiles(dot(d_logits, q[:, values:], NN)) if values < problem.width else [])
+    as_keys, as_values = of_tiles(dot(d_logits, q, NN)), of_tiles(dot(weights, d_o, NN))
+    return [a + b for a, b in zip(as_keys, as_values)] + as_keys[len(as_values) :]
 
 
 def forward(problem: Problem, q: Array, far: Array, entries: Array, bounds: Array, dtype: Any = jnp.float32) -> tuple[Array, ...]:
@@ -140,11 +156,11 @@ def forward(problem: Problem, q: Array, far: Array, entries: Array, bounds: Arra
 def gradients(
     problem: Problem, q: Array, d_o: Array, rows: Array, far: Array, entries: Array, bounds: Array, dtype: Any
 ) -> tuple[Array, Array]:
-    """Those of q, [B, T, H, width] of a dtype, and of the table's rows, float32 [B, table_rows, width], from d_o [B, T, H, V].
+    """Those of q, [B, T, H, width] of a dtype, and the table with its rows' in the sums, from d_o [B, T, H, V].
 
     The float32 rows [B, T, R, H] are those of `weights.stacked_rows`; other arguments as in `forward`.
     """
-    d_q, d_table = call_kernel(
+    return call_kernel(
         partial(_gradients_kernel, problem),
         "chosen_tokens_gradients",
         (q, d_o, rows),
@@ -155,4 +171,3 @@ def gradients(
         columns=3 * q.shape[3] + 2 * problem.value_dim,
         problem=problem,
     )
-    return d_q, d_table.reshape(q.shape[0], problem.table_rows, q.shape[3])

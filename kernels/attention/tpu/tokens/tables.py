@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +21,11 @@ QUERIES = 8
 CHUNK = 1024
 """Chosen tokens whose products are made at a time, at most; of gradients half."""
 
-RESERVE = 24 << 20
-"""Bytes of a core's memory beside tables and their sums."""
+RESERVE = 12 << 20
+"""Bytes of a core's memory beside a table and what is of the queries: a chunk's rows and products."""
+
+LEAST = 512
+"""Tokens for which a table has room at least."""
 
 MIN_MEMORY = 64 << 20
 """Bytes of a core's memory that tables and what stands beside them need at least."""
@@ -39,6 +43,7 @@ class Problem:
 
     scale: float
     stats: bool
+    heads: int
     key_dim: int
     value_dim: int
     dtype: str
@@ -47,7 +52,11 @@ class Problem:
     rows: int
     """Tokens a table, of which there is one row more."""
     sums: bool
-    """Whether there are sums of the rows' gradients beside the table."""
+    """Whether float32 sums of a row's gradients follow it."""
+    deep: bool = False
+    """Whether products over the heads that are added are one product."""
+    stride: int = 0
+    """Tokens from the first of a table to that of the next, `rows` of one at most."""
     hiding: bool = True
     """Whether a channel hides rows that nobody sees; without, they are zeros."""
 
@@ -68,8 +77,8 @@ class Problem:
 
     @property
     def pitch(self) -> int:
-        """Lines from one row to the next, those of its sums where there are any, so that one number finds both."""
-        return self.tiles if self.sums else self.words
+        """Lines from one row to the next, its sums behind it where there are any, so that one number finds both."""
+        return self.words + (self.tiles if self.sums else 0)
 
     @property
     def width(self) -> int:
@@ -82,14 +91,19 @@ class Problem:
 
     @property
     def bytes(self) -> int:
-        """Of a core's memory that table and sums take."""
-        return self.table_rows * self.pitch * LANES * 4 * (2 if self.sums else 1)
+        """Of a core's memory that a table takes."""
+        return self.table_rows * self.pitch * LANES * 4
+
+    @property
+    def besides(self) -> int:
+        """Bytes that stand beside it: of a grid step's queries, their cotangents and float32 gradients, twice, as those of the next come."""
+        return RESERVE + 2 * QUERIES * self.heads * self.width * (2 * jnp.dtype(self.dtype).itemsize + 4)
 
 
 def table(problem: Problem, k: Array, hidden: Array) -> Array:
     """int32 [B, table_rows * pitch, 128] of rows k [B, S, K], S at most `rows`; those that are `hidden` [B, S] nobody sees.
 
-    A word holds the same channel of neighbouring tiles, the first in its lower bits.
+    A word holds the same channel of neighbouring tiles, the first in its lower bits. Sums are zeros.
     """
     batch, length, key_dim = k.shape
     wide = jnp.pad(k, ((0, 0), (0, problem.table_rows - length), (0, problem.words * problem.packing * LANES - key_dim)))
@@ -109,26 +123,76 @@ def repelled(problem: Problem, q: Array) -> Array:
     return jnp.concatenate([q, rest(1, 1), rest(problem.width - q.shape[3] - 1, 0)], axis=3)
 
 
-def listed(problem: Problem, rows: Array, low: Array, *, aligned: bool = False) -> tuple[Array, Array]:
-    """Of each query the lines at which its rows of the table from row `low` on begin, int32 [B, T / 8, 1, 8 L], and the chosen tokens from
-    which and up to which chunks hold those that are not hidden, at least one chunk, [B, T / 8, 1, 16].
+class Part(NamedTuple):
+    """A table, and what queries bring from it; or several, on a leading axis."""
+
+    low: Array
+    """The first token of the table, []."""
+    begin: Array
+    """Of a query's chosen tokens the first that this table brings, [B, T]."""
+    end: Array
+    """The first that it does not."""
+    far: Array
+    """The `table`."""
+
+
+def cut_tables(problem: Problem, parts: int, rows: Array, k: Array, hidden: Array, *, aligned: bool = False) -> Part:
+    """All tables of the keys k [B, S, K] and `hidden` [B, S].
 
     Args:
-      rows: [B, T, N] of the whole memory; -1 is none.
-      aligned: chunks begin at multiples of a chunk. Else the first begins at the table's first token, and there are as few as can be.
+      rows: [B, T, N] of the keys that queries choose, ascending where there are several tables; -1 is none.
+      aligned: chunks begin at multiples of a chunk among a query's tokens, and not at a table's first.
+    """
+    lows = [part * problem.stride for part in range(parts)]
+    more = lows[-1] + problem.rows - k.shape[1]
+    cut = lambda x: jnp.stack([x[:, low : low + problem.rows] for low in lows])
+    k, hidden = jnp.pad(k, ((0, 0), (0, more), (0, 0))), jnp.pad(hidden, ((0, 0), (0, more)), constant_values=True)
+    found = ends(problem, parts, rows, aligned=aligned)
+    return Part(jnp.array(lows), found[:-1], found[1:], jax.vmap(partial(table, problem))(cut(k), cut(hidden)))
+
+
+def ends(problem: Problem, parts: int, rows: Array, *, aligned: bool) -> Array:
+    """Which of a query's chosen tokens each table brings, from one up to the next, int32 [parts + 1, B, T]: whole chunks, where the next table
+    has the rows that are left."""
+    count = rows.shape[2]
+    if parts == 1:
+        index = jnp.arange(count)[None, None]
+        first = jnp.min(jnp.where(rows >= 0, index, count), axis=2)
+        return jnp.stack([first, jnp.maximum(first, 1 + jnp.max(jnp.where(rows >= 0, index, -1), axis=2))])
+    before = lambda row: jnp.sum(rows < row, axis=2)
+
+    def following(begin: Array, part: Array) -> tuple[Array, Array]:
+        low = part * problem.stride
+        least, most = before(low + problem.stride), before(low + problem.rows)
+        anchor = 0 if aligned else begin
+        whole = anchor + (most - anchor) // problem.chunk * problem.chunk
+        end = jnp.where(whole >= jnp.maximum(least, begin), whole, most)
+        return end, end
+
+    begin = before(0)
+    rest = lax.scan(following, begin, jnp.arange(parts - 1))[1]
+    return jnp.concatenate([begin[None], rest, jnp.full_like(begin, count)[None]])
+
+
+def listed(problem: Problem, rows: Array, part: Part, *, aligned: bool = False) -> tuple[Array, Array]:
+    """Of each query the lines at which its rows of a part's table begin, int32 [B, T / 8, 1, 8 L], and the chosen tokens from which and up to
+    which chunks hold the part's, [B, T / 8, 1, 16]: at least one chunk, unless no query of the grid step has any.
+
+    Args:
+      rows, aligned: as in `cut_tables`.
     """
     batch, length, count = rows.shape
     size = problem.chunk
     wide = -(-count // size) * size
     rows = jnp.pad(rows, ((0, 0), (0, -length % QUERIES), (0, wide - count)), constant_values=-1)
-    inside = (rows >= low) & (rows < low + problem.rows)
+    begin, end = (jnp.pad(x, ((0, 0), (0, -length % QUERIES))) for x in (part.begin, part.end))
     index = jnp.arange(wide, dtype=jnp.int32)[None, None]
-    last = jnp.max(jnp.where(inside, index, 0), axis=2)
-    first = jnp.minimum(jnp.min(jnp.where(inside, index, wide - 1), axis=2), last)
-    first = first // size * size if aligned else first
-    taken = ((last - first) // size + 1) * size
-    begin = jnp.minimum(first, wide - taken)
-    entries = problem.pitch * jnp.where(inside, rows - low, problem.rows)
+    inside = (rows >= 0) & (index >= begin[..., None]) & (index < end[..., None])
+    entries = problem.pitch * jnp.where(inside, rows - part.low, problem.rows)
+    some = jnp.any((end > begin).reshape(batch, -1, QUERIES), axis=2)
+    begin = begin // size * size if aligned else begin
+    taken = jnp.where(jnp.repeat(some, QUERIES, axis=1), jnp.maximum(-(-(end - begin) // size), 1) * size, 0)
+    begin = jnp.minimum(begin, wide - taken)
     by_step = lambda x: x.reshape(batch, -1, 1, QUERIES * x.shape[2])
     return by_step(entries), by_step(jnp.stack([begin, begin + taken], axis=2))
 
@@ -137,6 +201,12 @@ def core_memory() -> int:
     """Bytes that a core has."""
     here = current()
     return MIN_MEMORY if here is None else here.vector_memory
+
+
+def deep(heads: int) -> bool:
+    """Whether a matrix unit has room for all heads twice, in whole lines."""
+    here = current()
+    return here is not None and heads % LANES == 0 and 2 * heads <= here.matrix_unit
 
 
 @dataclass(frozen=True)
@@ -154,30 +224,41 @@ class Tables:
     """A chunk is a multiple of so many tokens."""
 
     def cut(self, *, gradients: bool) -> tuple[Problem, int]:
-        """A table, and how many there are."""
-        problem = replace(self.problem, sums=gradients)
-        parts = -(-self.tokens // self.rows(problem))
-        chunk = self._chunk(parts, problem.chunk // (2 if gradients else 1))
-        return replace(problem, rows=-(-self.tokens // (8 * parts)) * 8, chunk=chunk), parts
+        """A table, and how many there are: neighbours share what rows there is room for, which either can bring."""
+        problem, room = replace(self.problem, sums=gradients), self.room(gradients=gradients)
+        parts = -(-self.tokens // room)
+        stride = -(-self.tokens // (8 * parts)) * 8
+        rows = stride if parts == 1 else min(room // 8 * 8, 2 * stride)
+        chunk = self._chunk(parts, self.chosen * (rows - stride) / self.tokens, problem.chunk // (2 if gradients else 1))
+        return replace(problem, rows=rows, stride=stride, chunk=chunk), parts
 
-    def rows(self, problem: Problem) -> int:
+    def room(self, *, gradients: bool) -> int:
         """Tokens that a table has room for."""
+        problem = replace(self.problem, sums=gradients)
         one = replace(problem, rows=7).bytes // 8
-        return (self.memory * 7 // 8 - RESERVE) // one - 8
+        return (self.memory * 7 // 8 - problem.besides) // one - 8
 
-    def _chunk(self, parts: int, most: int) -> int:
-        """Of the most by halves what takes least: of several tables each has half a chunk in vain, on average."""
+    def _chunk(self, parts: int, shared: float, most: int) -> int:
+        """Of the most by halves what takes least, where two tables share so many tokens of a query: with fewer than a chunk, both may have
+        half of one in vain."""
         sizes = [self.step, *(most >> n for n in range(6) if (most >> n) % self.step == 0 and most >> n > self.step)]
-        in_vain = parts / 2 if parts > 1 else 0
-        return min(sizes, key=lambda size: (1 + BESIDES / size) * (1 + in_vain * size / self.chosen))
+
+        def work(size: int) -> float:
+            broken = (parts - 1) * max(0, 1 - shared / size)
+            in_vain = (broken + min(1, broken)) / 2 / 2  # a query of a causal row reaches half of the tables
+            return (1 + BESIDES / size) * (1 + in_vain * size / self.chosen)
+
+        return min(sizes, key=work)
 
 
-def cut_tables(problem: Problem, parts: int, k: Array, hidden: Array) -> tuple[Array, Array]:
-    """The first key of each table, [parts], and the tables, [parts, B, ...]."""
-    more = parts * problem.rows - k.shape[1]
-    cut = lambda x: jnp.moveaxis(x.reshape(x.shape[0], parts, problem.rows, *x.shape[2:]), 1, 0)
-    k, hidden = jnp.pad(k, ((0, 0), (0, more), (0, 0))), jnp.pad(hidden, ((0, 0), (0, more)), constant_values=True)
-    return problem.rows * jnp.arange(parts), jax.vmap(partial(table, problem))(cut(k), cut(hidden))
+def sums_of(problem: Problem, tables: Array) -> Array:
+    """The sums of all tokens' gradients, float32 [B, parts * stride, width], in tables [parts, B, table_rows * pitch, 128] of words."""
+    parts, batch = tables.shape[:2]
+    lines = tables.reshape(parts, batch, problem.table_rows, problem.pitch, LANES)[:, :, : problem.rows, problem.words :]
+    sums = lax.bitcast_convert_type(lines, jnp.float32).reshape(parts, batch, problem.rows, problem.width)
+    own, shared = sums[:, :, : problem.stride], sums[:-1, :, problem.stride :]
+    own = own.at[1:, :, : shared.shape[2]].add(shared)
+    return jnp.moveaxis(own, 0, 1).reshape(batch, -1, problem.width)
 
 
 def whole(x: Array) -> Array:
