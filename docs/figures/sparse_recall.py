@@ -23,6 +23,8 @@ OUT = Path(__file__).with_suffix(".png")
 METRIC = "task/mqar/accuracy"
 WIDEST = 1.4
 """Density at the right end; what has more stands there."""
+STEPS = 200
+"""Of all runs but those that say so."""
 LABELS = {
     "moba": (True, 5),
     "hcam": (True, 9),
@@ -51,6 +53,8 @@ def main(folder: Path) -> None:
         window = getattr(config.model.mixers[name], "window_size", None)
         if name == "softmax" and window is not None:
             name = "window"
+        if config.steps > STEPS:
+            name = f"{name}, {config.steps:,} steps"
         lines.setdefault(name, []).append((of_last(config), one.estimate.mean))
         print(name, f"{of_last(config):.2f}", *(f"{value:.2f}" for value in one.values.values()))
     with matplotlib.rc_context({**RC, "font.size": 9.5}):

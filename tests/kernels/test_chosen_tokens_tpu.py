@@ -178,7 +178,7 @@ BAD = {
     "no channels of the keys": lambda call: call.replace(values_in_keys=False),
     "of 2 key heads": lambda call: call.replace(k=jnp.repeat(call.k, 2, 2), v=jnp.repeat(call.v, 2, 2)),
     "no multiple of 8": lambda call: call.replace(q=call.q[:, :, :4]),
-    "no room for a table": lambda call: call.replace(q=jnp.repeat(call.q, 512, 2)),
+    "no room for a table": lambda call: call.replace(q=jnp.repeat(call.q, 1024, 2)),
     "without a soft cap": lambda call: call.replace(logit_soft_cap=3.0),
 }
 
