@@ -21,7 +21,7 @@ from plait.train.sweep.record import read
 
 OUT = Path(__file__).with_suffix(".png")
 METRIC = "task/mqar/accuracy"
-WIDEST = 1.4
+WIDEST = 1.8
 """Density at the right end; what has more stands there."""
 STEPS = 200
 """Of all runs but those that say so."""
