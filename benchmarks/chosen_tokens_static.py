@@ -84,7 +84,7 @@ def kernel(job: dict[str, Any], array: Any) -> tuple[Any, tuple[Any, ...]]:
     return {
         "forward": (lambda *x: kernels.forward(problem, *x, q.dtype), (q, far, *lists)),
         "gradients": (
-            lambda *x: kernels.gradients(problem, *x, q.dtype),
+            lambda *x: kernels.gradients(problem, *x),
             (q, array(1, STEPS * QUERIES, heads, LATENT), numbers(5 if job["stats"] else 2, heads), far, *lists),
         ),
         "normalizers": (partial(kernels.forward, problem), (q, far, *lists)),

@@ -148,22 +148,16 @@ def _backward(tables: Tables, saved: Any, cotangents: tuple[Array, tuple[Array, 
     lse, *others = gradient_rows(found, d_found, delta, ties=TIES)
     stacked = stacked_rows(problem.scale, [jnp.where(lse > HIDDEN / 2, lse, 0), *others])  # [B, T, R, H]
     wide, d_o, stacked = repelled(problem, whole(q)), whole(d_o.astype(q.dtype)), whole(stacked)
-    dtype = q.dtype if parts == 1 else jnp.float32
 
-    def of_part(part: Part) -> tuple[Array, Array]:
-        return kernels.gradients(problem, wide, d_o, stacked, part.far, *listed(problem, rows, part), dtype)
+    def of_part(before: Array | None, part: Part) -> tuple[Array, Array]:
+        return kernels.gradients(problem, wide, d_o, stacked, part.far, *listed(problem, rows, part), before)
 
     cut = cut_tables(problem, parts, rows, k, hidden)
     if parts == 1:
-        d_q, found = of_part(jax.tree.map(lambda x: x[0], cut))
+        d_q, found = of_part(None, jax.tree.map(lambda x: x[0], cut))
         found = found[None]
     else:
-
-        def add(total: Array, part: Part) -> tuple[Array, Array]:
-            d_q, found = of_part(part)
-            return total + d_q, found
-
-        d_q, found = jax.lax.scan(add, jnp.zeros(wide.shape, dtype), cut)
+        d_q, found = jax.lax.scan(of_part, jnp.zeros(wide.shape, jnp.float32), cut)
     d_k = sums_of(problem, found)[:, : k.shape[1], :key_dim]
     return d_q[:, :length, :, :key_dim].astype(q.dtype), d_k.astype(k.dtype), None, None
 

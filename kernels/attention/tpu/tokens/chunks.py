@@ -218,10 +218,11 @@ def call_kernel(
     scratch: Sequence[Any],
     columns: int,
     problem: Problem,
+    in_place: bool = False,
 ) -> Any:
     """Arrays of `queries` and `outputs` are [B, T, ...], but for the last output where there are sums, [B, ...].
 
-    Args: `queries`, the first [B, T, H, width]; `columns` of all products.
+    Args: `queries`, the first [B, T, H, width], of which the last is the first output's with `in_place`; `columns` of all products.
     """
     entries, bounds = lists
     batch, length, heads = queries[0].shape[:3]
@@ -238,6 +239,7 @@ def call_kernel(
         in_specs=[scalars(bounds), scalars(entries), apart, *(of_queries(x) for x in queries)],
         out_specs=out_specs,
         scratch_shapes=list(scratch),
+        input_output_aliases={2 + len(queries): 0} if in_place else {},
         cost_estimate=cost((*queries, far, *lists, *outputs), flops=2 * pairs * columns, transcendentals=pairs),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=problem.bytes + problem.besides

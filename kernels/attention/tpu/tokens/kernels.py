@@ -80,7 +80,7 @@ def _forward_kernel(problem: Problem, bounds: Any, entries: Any, far: Any, q: An
 
 
 def _gradients_kernel(problem: Problem, bounds: Any, entries: Any, far: Any, *refs: Any) -> None:
-    q, d_o, rows, d_q, d_table, table, buffer, here, moved, added, acc = refs
+    q, d_o, rows, *before, d_q, d_table, table, buffer, here, moved, added, acc = refs
     chunks = Chunks(problem, entries, bounds, table, buffer, here)
     chunks.begin(far, moved)
     of_rows = Sums(chunks, added)
@@ -104,10 +104,10 @@ def _gradients_kernel(problem: Problem, bounds: Any, entries: Any, far: Any, *re
             of_rows.put(n, tile)
 
     def finish(i: Array) -> None:
-        d_q[0, i] = acc[...].astype(d_q.dtype)
+        d_q[0, i] = sum((x[0, i] for x in before), acc[...]).astype(d_q.dtype)
 
     def nothing() -> None:
-        d_q[...] = jnp.zeros_like(d_q)
+        d_q[...] = before[0][...] if before else jnp.zeros_like(d_q)
 
     chunks.each(visit, finish, nothing, of_rows)
     of_rows.end(d_table, moved)
@@ -154,20 +154,23 @@ def forward(problem: Problem, q: Array, far: Array, entries: Array, bounds: Arra
 
 
 def gradients(
-    problem: Problem, q: Array, d_o: Array, rows: Array, far: Array, entries: Array, bounds: Array, dtype: Any
+    problem: Problem, q: Array, d_o: Array, rows: Array, far: Array, entries: Array, bounds: Array, before: Array | None = None
 ) -> tuple[Array, Array]:
-    """Those of q, [B, T, H, width] of a dtype, and the table with its rows' in the sums, from d_o [B, T, H, V].
+    """Those of q, [B, T, H, width], and the table with its rows' in the sums, from d_o [B, T, H, V].
 
-    The float32 rows [B, T, R, H] are those of `weights.stacked_rows`; other arguments as in `forward`.
+    The float32 rows [B, T, R, H] are those of `weights.stacked_rows`; other arguments as in `forward`. To `before`, float32, those of q are
+    added in place.
     """
+    further = [] if before is None else [before]
     return call_kernel(
         partial(_gradients_kernel, problem),
         "chosen_tokens_gradients",
-        (q, d_o, rows),
+        (q, d_o, rows, *further),
         far,
         (entries, bounds),
-        outputs=[jax.ShapeDtypeStruct(q.shape, dtype), sums_shape(problem, q.shape[0])],
+        outputs=[jax.ShapeDtypeStruct(q.shape, q.dtype if before is None else before.dtype), sums_shape(problem, q.shape[0])],
         scratch=[*row_scratch(problem), *sums_scratch(problem), pltpu.VMEM(q.shape[2:], jnp.float32)],
         columns=3 * q.shape[3] + 2 * problem.value_dim,
         problem=problem,
+        in_place=before is not None,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -21,7 +22,7 @@ QUERIES = 8
 CHUNK = 1024
 """Chosen tokens whose products are made at a time, at most; of gradients half."""
 
-RESERVE = 12 << 20
+RESERVE = 8 << 20
 """Bytes of a core's memory beside a table and what is of the queries: a chunk's rows and products."""
 
 LEAST = 512
@@ -32,6 +33,13 @@ MIN_MEMORY = 64 << 20
 
 BESIDES = 160
 """Chosen tokens whose cycles a chunk takes besides its own, by static estimates for v5e and v6e."""
+
+OF_TABLE = 200
+"""Chosen tokens whose cycles one of several tables takes besides: a query comes and goes, and what it has from other tables, at v5e's and v6e's
+bandwidth."""
+
+MORE, SAMPLE = 4, 16
+"""Numbers of tables that are compared, and queries for which they are."""
 
 _HIDING = -1e30
 """q . k of a row that nobody sees."""
@@ -96,8 +104,9 @@ class Problem:
 
     @property
     def besides(self) -> int:
-        """Bytes that stand beside it: of a grid step's queries, their cotangents and float32 gradients, twice, as those of the next come."""
-        return RESERVE + 2 * QUERIES * self.heads * self.width * (2 * jnp.dtype(self.dtype).itemsize + 4)
+        """Bytes that stand beside it: of a grid step's queries, their cotangents and float32 gradients, before and with those of this table,
+        or outputs; twice, as those of the next come."""
+        return RESERVE + 2 * QUERIES * self.heads * self.width * (2 * jnp.dtype(self.dtype).itemsize + (8 if self.sums else 4))
 
 
 def table(problem: Problem, k: Array, hidden: Array) -> Array:
@@ -224,13 +233,17 @@ class Tables:
     """A chunk is a multiple of so many tokens."""
 
     def cut(self, *, gradients: bool) -> tuple[Problem, int]:
-        """A table, and how many there are: neighbours share what rows there is room for, which either can bring."""
+        """A table, and how many there are: neighbours share what rows there is room for, which either can bring. Of as few as can be and a few
+        more, which share more, and of chunks by halves, what takes least."""
         problem, room = replace(self.problem, sums=gradients), self.room(gradients=gradients)
-        parts = -(-self.tokens // room)
-        stride = -(-self.tokens // (8 * parts)) * 8
-        rows = stride if parts == 1 else min(room // 8 * 8, 2 * stride)
-        chunk = self._chunk(parts, self.chosen * (rows - stride) / self.tokens, problem.chunk // (2 if gradients else 1))
-        return replace(problem, rows=rows, stride=stride, chunk=chunk), parts
+        least, most = -(-self.tokens // room), problem.chunk // (2 if gradients else 1)
+        sizes = [self.step, *(most >> n for n in range(6) if (most >> n) % self.step == 0 and most >> n > self.step)]
+        cuts = []
+        for parts in range(least, least + (1 if least == 1 else MORE)):
+            stride = -(-self.tokens // (8 * parts)) * 8
+            rows = stride if parts == 1 else min(room // 8 * 8, 2 * stride)
+            cuts += [(replace(problem, rows=rows, stride=stride, chunk=size), parts) for size in sizes]
+        return min(cuts, key=lambda cut: self._work(*cut))
 
     def room(self, *, gradients: bool) -> int:
         """Tokens that a table has room for."""
@@ -238,17 +251,19 @@ class Tables:
         one = replace(problem, rows=7).bytes // 8
         return (self.memory * 7 // 8 - problem.besides) // one - 8
 
-    def _chunk(self, parts: int, shared: float, most: int) -> int:
-        """Of the most by halves what takes least, where two tables share so many tokens of a query: with fewer than a chunk, both may have
-        half of one in vain."""
-        sizes = [self.step, *(most >> n for n in range(6) if (most >> n) % self.step == 0 and most >> n > self.step)]
-
-        def work(size: int) -> float:
-            broken = (parts - 1) * max(0, 1 - shared / size)
-            in_vain = (broken + min(1, broken)) / 2 / 2  # a query of a causal row reaches half of the tables
-            return (1 + BESIDES / size) * (1 + in_vain * size / self.chosen)
-
-        return min(sizes, key=work)
+    def _work(self, problem: Problem, parts: int) -> float:
+        """Chosen tokens whose cycles a query takes, the mean over a causal row that chooses evenly, as `ends` shares them out."""
+        chunks, size = 0, problem.chunk
+        for n in range(SAMPLE):
+            reach = self.tokens * (n + 1) / SAMPLE
+            chosen, begin = min(self.chosen, reach), 0.0
+            for low in range(0, math.ceil(reach), problem.stride):
+                least, most = (min(chosen, chosen * (low + to) / reach) for to in (problem.stride, problem.rows))
+                whole = begin + (most - begin) // size * size
+                end = whole if whole >= max(least, begin) else most
+                chunks += math.ceil((end - begin) / size - 1e-6)
+                begin = end
+        return (size + BESIDES) * chunks / SAMPLE + OF_TABLE * parts
 
 
 def sums_of(problem: Problem, tables: Array) -> Array:
