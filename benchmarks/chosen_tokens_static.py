@@ -1,6 +1,6 @@
 """Cycles of the TPU kernels for tokens that queries choose one by one, beside full causal attention: estimates of libtpu's compiler.
 
-    python benchmarks/chosen_tokens_static.py v5e,v6e [--heads 128] [--chosen 2048] [--seq-lens 32768,131072] [--stats]
+    python benchmarks/chosen_tokens_static.py v5e,v6e [--heads 128] [--chosen 2048] [--seq-lens 32768,131072] [--stats] [--products]
     python benchmarks/chosen_tokens_static.py v5e,v6e --indexer [--heads 128] [--seq-lens 32768]
 
 Both are of DeepSeek's shape: full attention has keys of 192 and values of 128 channels of each head, that to chosen tokens one latent of
@@ -57,6 +57,8 @@ def kernel(job: dict[str, Any], array: Any) -> tuple[Any, tuple[Any, ...]]:
             jax.lax.fori_loop(0, QUERIES, lambda i, _: finish(i), None)
 
     by_chunks.Chunks.each, by_chunks.copy_now = each, lambda *_: None
+    if job.get("products"):
+        by_chunks.Chunks.move = by_chunks.Chunks.unpack = lambda *_: None
     problem = tables.Problem(
         scale=0.07,
         stats=job["stats"],
@@ -236,6 +238,9 @@ def main() -> None:
     parser.add_argument("--seq-lens", default="32768,131072")
     parser.add_argument("--stats", action="store_true")
     parser.add_argument("--indexer", action="store_true")
+    parser.add_argument(
+        "--products", action="store_true", help="as if rows were there: what a kernel that brings them cannot beat"
+    )
     args = parser.parse_args()
     if args.indexer:
         print(f"{args.heads} heads, {args.chosen} tokens, an indexer of {INDEX_HEADS} heads; cycles a query, estimated")
@@ -254,7 +259,7 @@ def main() -> None:
             for length in map(int, args.seq_lens.split(",")):
                 chunk, count = visits(target, length, args.heads, args.chosen, gradients=name == "gradients")
                 job = {"target": target, "op": "chosen_tokens", "dtype": "bfloat16", "name": "chosen", "kernel": name}
-                job |= {"heads": args.heads, "chunk": chunk, "stats": args.stats}
+                job |= {"heads": args.heads, "chunk": chunk, "stats": args.stats, "products": args.products}
                 one = (cycles(job | {"chunks": args.chosen // chunk}) - cycles(job | {"chunks": 0})) / (STEPS * QUERIES)
                 full = args.heads * tile * length / 2 / 1024**2
                 mean = args.chosen - args.chosen * (args.chosen - 1) / 2 / length
