@@ -7,13 +7,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from plait.kernels.shapes import accumulation_dtype, matmul_precision
+from plait.kernels.shapes import accumulation_dtype
 from plait.kernels.tokens import Tokens
 
 Array = jax.Array
-
-MAX_PAIRS = 1 << 26
-"""Pairs of a block and a token of a row up to which blocks are summed up by a product."""
 
 
 class WholeBlocks(NamedTuple):
@@ -47,15 +44,9 @@ class WholeBlocks(NamedTuple):
 
     def mean(self, x: Array) -> Array:
         """The mean over each block's real tokens, [B, N, ...] of x [B, T, ...] in the accumulation dtype; zeros where there is no block."""
-        dtype = accumulation_dtype(x)
-        if self.index.shape[1] * x.shape[1] <= MAX_PAIRS:  # tokens stay where they are
-            holds, precision = self.holds(), matmul_precision(x.dtype)
-            total = jnp.einsum("bnt,bt...->bn...", holds.astype(x.dtype), x, precision=precision, preferred_element_type=dtype)
-            number = holds.sum(2)
-        else:
-            real = self.real.reshape(*self.real.shape, *[1] * (x.ndim - 2))
-            total, number = jnp.sum(jnp.where(real, self.gather(x).astype(dtype), 0), axis=2), self.real.sum(2)
-        return total / jnp.maximum(number, 1).astype(dtype).reshape(*number.shape, *[1] * (x.ndim - 2))
+        real = self.real.reshape(*self.real.shape, *[1] * (x.ndim - 2))
+        total = jnp.sum(jnp.where(real, self.gather(x).astype(accumulation_dtype(x)), 0), axis=2)
+        return total / jnp.maximum(real.sum(2), 1).astype(total.dtype)
 
 
 def whole_blocks(at: Tokens, block_size: int, span: int | None = None) -> WholeBlocks:
