@@ -22,25 +22,12 @@ class WholeBlocks(NamedTuple):
     """bool [B, N, C]; False for padding and where there is no block."""
     at: Tokens
     """Segments, 0 where there is no block, and numbers in their segment, int32 [B, N], as `positions`."""
-    begin: Array
-    """int32 [B, N], where in the row each block's first token stands, or would if the row began before it."""
-    first: Array
-    """int32 [B, N], that token's position."""
-    row: tuple[Array, Array]
-    """Segments and positions of all tokens, int32 [B, T]."""
 
     def gather(self, x: Array) -> Array:
         """The tokens [B, N, C, ...] of x [B, T, ...]; what is not real is any."""
         batch, count, size = self.index.shape
         flat = self.index.reshape(batch, count * size, *[1] * (x.ndim - 2))
         return jnp.take_along_axis(x, flat, axis=1).reshape(batch, count, size, *x.shape[2:])
-
-    def holds(self) -> Array:
-        """bool [B, N, T]: which blocks each token of the row is in."""
-        ids, positions = (x[:, None] for x in self.row)
-        offset = jnp.arange(ids.shape[-1], dtype=jnp.int32)[None, None] - self.begin[..., None]
-        inside = (offset >= 0) & (offset < self.index.shape[-1]) & (positions == self.first[..., None] + offset)
-        return inside & (ids != 0) & (ids == self.at.segment_ids[..., None])
 
     def mean(self, x: Array) -> Array:
         """The mean over each block's real tokens, [B, N, ...] of x [B, T, ...] in the accumulation dtype; zeros where there is no block."""
@@ -71,10 +58,9 @@ def whole_blocks(at: Tokens, block_size: int, span: int | None = None) -> WholeB
     found, last = last < length, jnp.minimum(last, length - 1)
     of = lambda x: jnp.take_along_axis(x, last, axis=1)
     own = Tokens(segment_ids=jnp.where(found, of(ids), 0), positions=jnp.where(found, of(number), 0))
-    first = own.positions * block_size
-    begin = last - (of(positions) - first)  # a block takes up its places, padding included
+    begin = last - (of(positions) - own.positions * block_size)  # a block takes up its places, padding included
     offset = jnp.arange(span or block_size, dtype=jnp.int32)[None, None]
     index = jnp.clip(begin[:, :, None] + offset, 0, length - 1)
     flat = lambda x: jnp.take_along_axis(x, index.reshape(batch, -1), axis=1).reshape(index.shape)
-    same = (flat(ids) == own.segment_ids[..., None]) & (flat(positions) == first[..., None] + offset)
-    return WholeBlocks(index, same & found[..., None], own, begin, first, (ids, positions))
+    same = (flat(ids) == own.segment_ids[..., None]) & (flat(positions) == own.positions[..., None] * block_size + offset)
+    return WholeBlocks(index, same & found[..., None], own)

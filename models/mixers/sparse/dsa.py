@@ -86,9 +86,9 @@ class DSAConfig(MLAConfig):
     def mixing_flops(self, d_model: int, seq_len: int) -> float:
         if not self._chooses(seq_len):
             return super().mixing_flops(d_model, seq_len)
-        channels = self.nope_head_dim + self.rope_head_dim + self.v_head_dim
-        seen = self.seen_keys(d_model, seq_len)
-        return 2.0 * self.num_heads * channels * seen + self._score_flops * mean_past(seq_len, 1, 1)
+        return 2.0 * self.num_heads * self.head_channels * self.seen_keys(d_model, seq_len) + self._score_flops * mean_past(
+            seq_len, 1, 1
+        )
 
     def decode_flops(self, d_model: int, context: int) -> float:
         if not self._chooses(context + 1):

@@ -243,7 +243,7 @@ class NSA(DotProduct):
             return None
         runs = whole_blocks(at.placed(*inputs.q.shape[:2]), self.config.stride, self.config.span)
         shown = [attention_rows(inputs.q, kv.k, rows=rows, **options) for kv, options in self.branches(inputs, at)]
-        shown[0] = jnp.einsum("bhrn,bns->bhrs", shown[0], _shares(runs), precision="highest")
+        shown[0] = jnp.einsum("bhrn,bns->bhrs", shown[0], _shares(runs, inputs.q.shape[1]), precision="highest")
         gates = jnp.moveaxis(inputs.gates[:, rows], (3, 2), (0, 2))[..., None]
         return sum(gate * a for gate, a in zip(gates, shown, strict=True))
 
@@ -304,7 +304,10 @@ class NSA(DotProduct):
         return Cache(entries, put(cache.positions, kv.at.positions))
 
 
-def _shares(runs: WholeBlocks) -> jax.Array:
+def _shares(runs: WholeBlocks, length: int) -> jax.Array:
     """`[B, N, T]`: of each run's mean the share of each token."""
-    holds = runs.holds()
-    return holds / jnp.maximum(holds.sum(2, keepdims=True), 1)
+    share = runs.real / jnp.maximum(runs.real.sum(2, keepdims=True), 1)
+    batch, count, _ = runs.index.shape
+    nothing = jnp.zeros((batch, count, length), jnp.float32)
+    row, run = jnp.arange(batch)[:, None, None], jnp.arange(count)[None, :, None]
+    return nothing.at[row, run, runs.index].add(share)
