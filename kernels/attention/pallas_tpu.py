@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from plait.kernels.attention.call import AttentionCall, MassCall, RoutedCall
-from plait.kernels.attention.per_query import first_mass, gradient_rows, with_bias, with_sinks
+from plait.kernels.attention.per_query import first_mass, gradient_rows, ties, with_bias, with_sinks
 from plait.kernels.attention.reference import MASKED as HIDDEN
 from plait.kernels.attention.reference import AttentionStats, lse_alone
 from plait.kernels.attention.tpu import kernels, selected
@@ -243,7 +243,9 @@ def _flash_backward(problem: Problem, saved: Any, cotangents: tuple[Array, tuple
     x, o, rows = saved
     d_o, d_rows = cotangents
     delta = jnp.sum(d_o.astype(jnp.float32) * o, axis=2)
-    rows = gradient_rows(rows, d_rows, delta, sigmoid_bias=x.bias if problem.sigmoid else None)
+    q, k = jnp.swapaxes(x.q, 1, 2), jnp.swapaxes(x.k, 1, 2)
+    near = lambda: jnp.swapaxes(ties(problem.scale, q, k, x.keys.segment_ids[:, 0] == 0), 1, 2)
+    rows = gradient_rows(rows, d_rows, delta, sigmoid_bias=x.bias if problem.sigmoid else None, near=near)
     if problem.sigmoid and problem.stats:
         d_o = (d_o * rows[-1][:, :, None]).astype(d_o.dtype)
     d_o = jnp.swapaxes(d_o, 2, 3)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from plait.kernels.attention.call import AttentionCall, RoutedCall
-from plait.kernels.attention.per_query import with_sinks
+from plait.kernels.attention.per_query import ties, with_sinks
 from plait.kernels.attention.reference import MASKED, AttentionStats, lse_alone
 from plait.kernels.context import Parts
 from plait.kernels.shapes import accumulation_dtype
@@ -32,9 +32,6 @@ Whole = tuple[Array, Any]
 RING = "ring_of_parts"
 MERGE = "merge_parts"
 """Names, in a program, what is sent beside the attention to a part, with that attention; and where parts are added up."""
-
-_TIES = 1e-6
-"""A part whose largest logit is this close to the row's, relatively, has it: both passes make it."""
 
 
 class _Held(NamedTuple):
@@ -167,6 +164,9 @@ def _share(op: Op, call: AttentionCall, o: Array, rows: Any) -> Whole:
     weight = jnp.exp(part.lse - rows.lse)
     if not call.sigmoid:
         part_o = (part_o - o) * weight[..., None]
-    largest = jnp.where(part.max_logit >= rows.max_logit - _TIES * abs(rows.max_logit), part.max_logit, 0)
+    near = ties(call.scale, call.q, call.k, call.kv_at.segment_ids == 0)
+    if call.bias is not None:
+        near += jnp.finfo(near.dtype).eps * abs(rows.max_logit)
+    largest = jnp.where(part.max_logit >= rows.max_logit - near, part.max_logit, 0)
     entropy = weight * (part.entropy - part.lse - (rows.entropy - rows.lse)) + weight
     return part_o, AttentionStats(weight, largest, entropy, weight * (part.first_mass - rows.first_mass))

@@ -139,6 +139,17 @@ def test_kernel_matches_reference(name: str, monkeypatch: pytest.MonkeyPatch):
     assert_tree_close(got, exact, plain, dtype=case.dtype)
 
 
+def test_the_largest_logit_has_a_gradient_however_near_0_it_is():
+    """The backward pass makes products with the queries on the other side, which round otherwise."""
+    call = _call(Case(heads=64, chosen=1, mask=Mask(causal=False)))
+
+    @partial(jax.jit, static_argnums=0)
+    def gradient(attention: Any, q: jax.Array) -> jax.Array:
+        return jax.grad(lambda q: attention(call.replace(q=q))[1].max_logit.sum())(q)
+
+    np.testing.assert_allclose(*(gradient(x.attention, call.q) for x in (pallas_tpu, reference)), rtol=1e-6)
+
+
 @pytest.mark.parametrize("aligned", [False, True])
 def test_each_chosen_token_is_brought_once(aligned: bool):
     """By a table that has it; and where tables share more than a chunk of a query's tokens, in as few chunks as of one table."""

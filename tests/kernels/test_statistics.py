@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from plait.kernels import Mask, Tokens, attention, first_masses
+from plait.kernels.attention.per_query import ties
 from plait.tests.kernels import cases, loops
 from plait.tests.tolerances import assert_close
 
@@ -99,3 +100,16 @@ def test_statistics_are_the_loop_s(implementation: str, level: str):
 @pytest.mark.parametrize("level", ["beside a sink", "weights below float32"])
 def test_statistics_in_bfloat16(level: str):
     assert_right(partial(attention, implementation="chunked"), level, "bfloat16")
+
+
+@pytest.mark.parametrize("dim", [16, 64, 256, 576])
+def test_ties_are_as_far_apart_as_a_product_of_another_order(dim: int):
+    """And not much farther, or keys that are not the largest would get its gradient."""
+    rng = np.random.default_rng(0)
+    q, k = (rng.standard_normal((1, 256, 4, dim)).astype(np.float32) for _ in range(2))
+    k[:, -1] = 1e6
+    near = np.asarray(ties(0.5, jnp.asarray(q), jnp.asarray(k), jnp.arange(256)[None] == 255))
+    terms = np.float32(0.5) * q * k
+    apart = abs(terms.cumsum(-1)[..., -1] - terms[..., ::-1].cumsum(-1)[..., -1])[:, :-1]
+    assert (apart < near[:, :-1]).all()
+    assert near.mean() < 64 * apart.mean()

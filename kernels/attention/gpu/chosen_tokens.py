@@ -13,7 +13,7 @@ from plait.kernels.attention.chosen_rows import chosen_rows
 from plait.kernels.attention.gpu import chosen_gradients, chosen_kernels
 from plait.kernels.attention.gpu.chosen_kernels import TILE, Operands, Problem
 from plait.kernels.attention.gpu.kernels import LN2, LOG2E, ROWS
-from plait.kernels.attention.per_query import first_mass, gradient_rows, with_sinks
+from plait.kernels.attention.per_query import first_mass, gradient_rows, ties, with_sinks
 from plait.kernels.attention.reference import AttentionStats, lse_alone
 from plait.kernels.attention.visits import laid_out
 
@@ -58,6 +58,7 @@ def attention(call: AttentionCall) -> tuple[Array, AttentionStats | None]:
     batch, length, num_heads = call.q.shape[:3]
     num_keys, groups = call.k.shape[1:3]
     group = num_heads // groups
+    _, queries, keys = laid_out(call)
     rows = chosen_rows(call)
     first = jnp.arange(batch, dtype=jnp.int32)[:, None, None, None] * num_keys
     flat = (first + rows) * groups + jnp.arange(groups, dtype=jnp.int32)[None, None, :, None]
@@ -71,10 +72,10 @@ def attention(call: AttentionCall) -> tuple[Array, AttentionStats | None]:
     by_head = lambda x: x.reshape(-1, problem.blocks * size, *x.shape[2:])[:, :group].reshape(
         batch, length, num_heads, *x.shape[2:]
     )
-    o, found = _gathered(problem, q.reshape(-1, size, q.shape[2]), k, v, rows)
+    hidden = jnp.broadcast_to((keys.segment_ids == 0)[..., None], call.k.shape[:3]).reshape(1, -1)
+    o, found = _gathered(problem, q.reshape(-1, size, q.shape[2]), k, v, rows, hidden)
     o, stats = by_head(o)[..., : call.v.shape[3]], [by_head(x) for x in found]
     if call.return_stats:
-        _, queries, keys = laid_out(call)
         stats.append(first_mass(call, stats[0], queries, keys))
     if call.sink_logits is not None:
         o, stats = with_sinks(o, stats, call.sink_logits)
@@ -94,28 +95,30 @@ def _pad(x: Array, after: Sequence[int]) -> Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gathered(problem: Problem, q: Array, k: Array, v: Array | None, rows: Array) -> tuple[Array, list[Array]]:
-    """o and lse and, with statistics, maximum and entropy, [P * blocks, R], of what `chosen_kernels.Operands` describes."""
-    return _forward(problem, q, k, v, rows)[0]
+def _gathered(problem: Problem, q: Array, k: Array, v: Array | None, rows: Array, hidden: Array) -> tuple[Array, list[Array]]:
+    """o and lse and, with statistics, maximum and entropy, [P * blocks, R], of what `chosen_kernels.Operands` describes; rows of k that are
+    `hidden`, bool [1, B * S * G], no query sees."""
+    return _forward(problem, q, k, v, rows, hidden)[0]
 
 
-def _forward(problem: Problem, q: Array, k: Array, v: Array | None, rows: Array) -> Any:
+def _forward(problem: Problem, q: Array, k: Array, v: Array | None, rows: Array, hidden: Array) -> Any:
     o, found = chosen_kernels.forward(problem, Operands(q, k, v, rows))
     results = o, [found[:, i, : q.shape[1]] for i in range(found.shape[1])]
-    return results, (Operands(q, k, v, rows), *results)
+    return results, (Operands(q, k, v, rows), hidden, *results)
 
 
 def _backward(problem: Problem, saved: Any, cotangents: tuple[Array, list[Array]]) -> Any:
-    x, o, found = saved
+    x, hidden, o, found = saved
     d_o, d_found = cotangents
     delta = jnp.einsum("prv,prv->pr", d_o.astype(jnp.float32), o.astype(jnp.float32))
-    given = [row * unit for row, unit in zip(gradient_rows(found, d_found, delta), (LOG2E, 1.0, LN2, 1.0, LOG2E))]
+    read = gradient_rows(found, d_found, delta, near=lambda: ties(problem.scale, x.q[None], x.k[None, :, None], hidden)[0])
+    given = [row * unit for row, unit in zip(read, (LOG2E, 1.0, LN2, 1.0, LOG2E))]
     if problem.stats:
         given[chosen_gradients.D_PEAK] *= jnp.exp(found[0] - found[1])  # joins the other terms before the weight multiplies them
     rows = jnp.stack(given, axis=1)
     rows = _pad(rows.astype(jnp.float32), (0, 0, ROWS - rows.shape[2]))
     d_q, d_k, d_v = chosen_gradients.gradients(problem, x, d_o, rows)
-    return d_q, d_k.astype(x.k.dtype), None if x.v is None or d_v is None else d_v.astype(x.v.dtype), None
+    return d_q, d_k.astype(x.k.dtype), None if x.v is None or d_v is None else d_v.astype(x.v.dtype), None, None
 
 
 _gathered.defvjp(_forward, _backward)

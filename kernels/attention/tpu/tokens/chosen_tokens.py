@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from plait.kernels.attention.call import AttentionCall
 from plait.kernels.attention.chosen_rows import chosen_rows
-from plait.kernels.attention.per_query import gradient_rows
+from plait.kernels.attention.per_query import gradient_rows, ties
 from plait.kernels.attention.reference import MASKED as HIDDEN
 from plait.kernels.attention.tpu.tokens import kernels
 from plait.kernels.attention.tpu.tokens.tables import (
@@ -41,9 +41,6 @@ MAX_DIM = 1024
 
 MAX_CHOSEN = 4096
 """Tokens that a query chooses: lists of eight queries, two at a time, in the core's 1 MiB of scalar memory."""
-
-TIES = 1e-5
-"""See `gradient_rows`; products of the backward pass have the queries on the other side."""
 
 
 def unsupported(call: AttentionCall) -> str | None:
@@ -145,7 +142,7 @@ def _backward(tables: Tables, saved: Any, cotangents: tuple[Array, tuple[Array, 
     d_o, d_found = cotangents
     (length, key_dim), (problem, parts) = q.shape[1::2], tables.cut(gradients=True)
     delta = jnp.sum(d_o.astype(jnp.float32) * o, axis=3)
-    lse, *others = gradient_rows(found, d_found, delta, ties=TIES)
+    lse, *others = gradient_rows(found, d_found, delta, near=lambda: ties(problem.scale, q, k[:, :, None], hidden))
     stacked = stacked_rows(problem.scale, [jnp.where(lse > HIDDEN / 2, lse, 0), *others])  # [B, T, R, H]
     wide, d_o, stacked = repelled(problem, whole(q)), whole(d_o.astype(q.dtype)), whole(stacked)
 
