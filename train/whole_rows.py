@@ -1,9 +1,10 @@
-"""Layers that are sparse by name and see all of a row, because it is short."""
+"""Layers that are sparse by name and see all of a row, because it is short or because an option says so."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import typing
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from plait.configs.command_line.words import flag
@@ -15,21 +16,32 @@ _MUCH_LONGER, _SMALL = 64, 32
 
 
 def whole_rows(config: ExperimentConfig) -> list[str]:
-    """A sentence on each sparse mixer and each window whose queries see all tokens of a row up to their own, with what would be less. A
-    mixer of which neither a smaller option nor a longer row would is one that is meant to see all."""
+    """A sentence on each sparse mixer and each window whose queries see all tokens of a row up to their own, with what would be less; and
+    on each that does so in rows without certain tokens. A mixer of which neither other options nor a longer row would see less is one
+    that is meant to see all."""
     width, length, found = config.model.d_model, config.data.seq_len, []
     for path, mixer in _mixers(config.model, "model"):
-        if mixer.told_as not in ("sparse", "window") or not mixer.sees_whole(width, length):
+        if mixer.told_as not in ("sparse", "window"):
             continue
-        limits = _limits(mixer, width, length)
-        if not limits and mixer.sees_whole(width, _MUCH_LONGER * length):
+        if without := mixer.whole_without:
+            ids = " and ".join(f"{name}={one}" for name, one in without.items())
+            flags = " and ".join(flag(f"{path}.{name}") for name in without)
+            found.append(
+                f"{mixer.name} ({path}) sees all of a row without tokens {ids}, as full attention does; use {flags} of tokens that "
+                "stand in the data"
+            )
+        if not mixer.sees_whole(width, length):
             continue
-        options = "".join(f"{flag(f'{path}.{name}')} {less} or less, " for name, less in limits.items())
-        having = ", ".join(f"{name}={getattr(mixer, name)}" for name in limits)
-        found.append(
-            f"{mixer.name} ({path}) sees all of a row of {length} tokens, as full attention does{having and f', with {having}'}; "
-            f"use {options and f'{options}or '}a longer --data.seq-len"
-        )
+        having, ways = list(_limits(mixer, path, width, length)), _ways(mixer, path, width, length)
+        if not ways:
+            having, ways = _choices(mixer, path, width, length)
+        if ways:
+            having = ", ".join(f"{name}={getattr(mixer, name)}" for name in having)
+            use = f"{', '.join(ways[:-1])}, or {ways[-1]}" if len(ways) > 1 else ways[0]
+            found.append(
+                f"{mixer.name} ({path}) sees all of a row of {length} tokens, as full attention does{having and f', with {having}'}; "
+                f"use {use}"
+            )
     return found
 
 
@@ -41,20 +53,55 @@ def _mixers(config: Any, path: str) -> Iterator[tuple[str, MixerConfig]]:
         yield from _mixers(child, f"{path}.{key}")
 
 
-def _limits(mixer: MixerConfig, width: int, length: int) -> dict[str, int]:
-    """The options of which a smaller value by itself leaves tokens out, with such a value: theirs halved again and again, or a small one."""
+def _ways(mixer: MixerConfig, path: str, width: int, length: int) -> list[str]:
+    """What would leave tokens out: a smaller option, a longer row."""
+    ways = [f"{name} {less} or less" for name, less in _limits(mixer, path, width, length).values()]
+    return ways if mixer.sees_whole(width, _MUCH_LONGER * length) else [*ways, "a longer --data.seq-len"]
+
+
+def _limits(mixer: MixerConfig, path: str, width: int, length: int) -> dict[str, tuple[str, int]]:
+    """By option of which a smaller value by itself leaves tokens out, its flag and such a value: its own halved again and again, where it
+    has none the row's length, or a small one."""
     settled, found = mixer.settled(width), {}
-    for name in (field.name for field in dataclasses.fields(mixer)):
+    for name, kinds in _kinds(mixer).items():
         value = getattr(settled, name)
+        if value is None and int in kinds:
+            value = length
         if type(value) is not int:
             continue
         halved = [value >> times for times in range(1, value.bit_length())]
         for less in (*halved, *range(min(value - 1, _SMALL), 0, -1)):
-            try:
-                whole = dataclasses.replace(settled, **{name: less}).sees_whole(width, length)
-            except ValueError:  # options that do not go together
-                continue
-            if not whole:
-                found[name] = less
+            if _whole(settled, {name: less}, width, length) is False:
+                found[name] = flag(f"{path}.{name}"), less
                 break
     return found
+
+
+def _choices(mixer: MixerConfig, path: str, width: int, length: int) -> tuple[list[str], list[str]]:
+    """Names of options of which another choice leaves tokens out, by itself or with what `_ways` would do then; and how."""
+    settled, names, found = mixer.settled(width), [], []
+    for name, kinds in _kinds(mixer).items():
+        value = getattr(settled, name)
+        for choice in (kind for kind in kinds if isinstance(kind, str) and isinstance(value, str) and kind != value):
+            whole = _whole(settled, {name: choice}, width, length)
+            if whole is None:
+                continue
+            more = _ways(dataclasses.replace(settled, **{name: choice}), path, width, length) if whole else []
+            if more or not whole:
+                names.append(name)
+                found.append(" with ".join([f"{flag(f'{path}.{name}')} {choice}", *([" or ".join(more)] if more else [])]))
+    return names, found
+
+
+def _kinds(mixer: MixerConfig) -> Mapping[str, tuple[Any, ...]]:
+    """By field, what its type is one of: types, and the values of a `Literal`."""
+    hints = typing.get_type_hints(type(mixer))
+    return {field.name: typing.get_args(hints[field.name]) for field in dataclasses.fields(mixer)}
+
+
+def _whole(mixer: MixerConfig, options: Mapping[str, Any], width: int, length: int) -> bool | None:
+    """Whether it would see all with these options; None where they do not go together."""
+    try:
+        return dataclasses.replace(mixer, **options).sees_whole(width, length)
+    except ValueError:
+        return None

@@ -78,6 +78,11 @@ class MixerConfig(Component, abc.ABC):
         seen = self.seen_keys(d_model, seq_len)
         return seen is not None and math.isclose(seen, (seq_len + 1) / 2, rel_tol=1e-13)
 
+    @property
+    def whole_without(self) -> Mapping[str, int]:
+        """By option, ids of tokens: in rows that have none of them every query sees all up to itself."""
+        return {}
+
     def decode_flops(self, d_model: int, context: int) -> float:
         """Operations besides the projections of the token after `context` others: what it adds to those of a causal sequence, unless
         decoding works otherwise."""

@@ -13,8 +13,8 @@ from plait.train.whole_rows import whole_rows
 
 LENGTH = 256
 SPARSE = [name for name, kind in MIXERS.all().items() if kind.kind == "sparse"]
-MEANT = ["blockrank", "landmark"]
-"""See what the text or the training says, whatever the length."""
+OTHERWISE = ["blockrank", "landmark"]
+"""See all by the text, or by an option, whatever the length."""
 
 
 def told(*words):
@@ -33,7 +33,7 @@ def test_a_notice_says_which_layer_and_what_would_be_less():
     assert found.startswith("softmax (model.mixers.moh+softmax/near.mixer) sees") and "mixer.window-size 128 or less" in found
 
 
-@pytest.mark.parametrize("name", [name for name in SPARSE if name not in MEANT])
+@pytest.mark.parametrize("name", [name for name in SPARSE if name not in OTHERWISE])
 def test_every_sparse_mixer_is_told_in_the_shortest_rows_alone(name):
     example = MIXERS.all()[name].example()
     at = lambda mixer, length: tiny(
@@ -45,14 +45,39 @@ def test_every_sparse_mixer_is_told_in_the_shortest_rows_alone(name):
 
 
 def test_what_is_said_leaves_tokens_out():
-    for name in SPARSE:
+    for name in (name for name in SPARSE if name != "blockrank"):  # which asks for ids, not for less
         for notice in told("--model.pattern", name):
             words = [word.split() for word in notice.split("; use ")[1].split(", ") if word.startswith("--")]
             assert all(not told("--model.pattern", name, *two[:2]) for two in words), notice
 
 
+def test_layers_that_an_option_lets_see_all_are_told():
+    (found,) = told("--model.pattern", "landmark")
+    assert found == (
+        "landmark (model.mixers.landmark) sees all of a row of 256 tokens, as full attention does, with top_k=None; "
+        "use --model.mixers.landmark.top-k 2 or less"
+    )
+    few = ["--model.pattern", "landmark", "--model.mixers.landmark.top-k"]
+    assert not told(*few, "2") and "with block_size=64, top_k=3; use --model.mixers.landmark.block-size" in told(*few, "3")[0]
+    warm_up = ["--model.pattern", "dsa", "--model.mixers.dsa.stage", "warm_up"]
+    (found,) = told(*warm_up)
+    assert found == (
+        "dsa (model.mixers.dsa) sees all of a row of 256 tokens, as full attention does, with stage=warm_up; "
+        "use --model.mixers.dsa.stage sparse with --model.mixers.dsa.top-k 128 or less or a longer --data.seq-len"
+    )
+    (found,) = told(*warm_up, "--model.mixers.dsa.top-k", "255")
+    assert found.endswith("with stage=warm_up; use --model.mixers.dsa.stage sparse")
+
+
+def test_layers_that_see_all_of_some_texts_say_of_which():
+    assert told("--model.pattern", "blockrank", "--model.mixers.blockrank.query-id", "7") == [
+        "blockrank (model.mixers.blockrank) sees all of a row without tokens document_id=1 and query_id=7, as full attention does; "
+        "use --model.mixers.blockrank.document-id and --model.mixers.blockrank.query-id of tokens that stand in the data"
+    ]
+
+
 def test_layers_that_are_meant_to_see_all_are_not_told():
-    assert not told("--model.pattern", "softmax") and not told("--model.pattern", "dsa", "--model.mixers.dsa.stage", "warm_up")
+    assert not told("--model.pattern", "softmax")
     assert not told("--model.pattern", "moba", "--model.mixers.moba.block-size", "64")
 
 

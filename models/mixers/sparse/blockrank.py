@@ -67,6 +67,10 @@ class BlockRankConfig(GroupedConfig):
                 f"positions={self.positions.name} adds to the logits, which here are those of several parts; use rotary or another"
             )
 
+    @property
+    def whole_without(self):
+        return {"document_id": self.document_id, "query_id": self.query_id}
+
     @classmethod
     def example(cls) -> BlockRankConfig:
         return cls(num_heads=4, num_kv_heads=2, head_dim=16, answer_id=3, num_documents=4)

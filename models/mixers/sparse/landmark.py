@@ -45,6 +45,9 @@ class LandmarkConfig(RuleConfig):
         if self.block_size < 2:
             raise ValueError(f"block_size={self.block_size} must hold a token and its landmark; use 64")
 
+    def sees_whole(self, d_model: int, seq_len: int) -> bool:
+        return self.top_k is None or self.top_k >= (seq_len - 1) // self.block_size
+
     @classmethod
     def example(cls) -> LandmarkConfig:
         return cls(num_heads=4, num_kv_heads=2, head_dim=16, block_size=8)
