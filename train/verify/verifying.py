@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
+import re
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +20,7 @@ from plait.kernels.chips import chip_of
 from plait.train.mesh import make_mesh
 from plait.train.pods.hosts import hardware, together
 from plait.train.run import write_json
+from plait.train.run_folder.owner import OWNER, owned
 from plait.train.terminal.console import console, notes
 from plait.train.verify.agreement import agreement, known
 from plait.train.verify.collectives import collectives
@@ -30,7 +34,7 @@ from plait.train.verify.trials import LONG, TIMED
 if TYPE_CHECKING:
     from plait.train.commands.verify import VerifyArgs
 
-FILE, BEGUN = "verify.json", "begun"
+FILE, TRAINING = "verify.json", "training"
 TRIED = {"cpu": Shape(2, 160, 4, 32, 512, group=2), "accelerator": Shape(2, 512, 4, 128, 4096, group=2)}
 """Of the calls that are held against the reference, which runs on the CPU, token by token."""
 LONG_AT = Shape(1, 4096, 1, 128, 4096)
@@ -55,7 +59,7 @@ def verify(options: VerifyArgs, words: Sequence[str]) -> list[str]:
     trials = known(ops := _listed(options.ops))
     usual = Path("verify") / f"{name}-{at:%Y%m%d-%H%M%S}"
     wanted = Path(together.broadcast(str(options.out or usual)) if together.count() > 1 else options.out or usual)
-    config = training_config(options.preset, words, wanted / "training", options.steps)
+    config = training_config(options.preset, words, wanted / TRAINING, options.steps)
     mesh = make_mesh(config.mesh)
     dtypes = ("float32",) if kind == "cpu" else ("bfloat16", "float32")
     parts: dict[str, Callable[[], Iterator[Finding]]] = {
@@ -76,22 +80,25 @@ def verify(options: VerifyArgs, words: Sequence[str]) -> list[str]:
     for part in (asked := _listed(options.only) or tuple(parts)):
         if part not in parts:
             raise ValueError(f"only={part!r} is no part; use some of {', '.join(parts)}")
-    folder = Path(together.decide("folder", lambda: str(_made(wanted, usual=options.out is None))))
-    config = dataclasses.replace(config, out=str(folder / "training"))
-    if chip is None and kind == "accelerator":
-        notes.print(f"{device.device_kind!r} is a device that plait does not know: kernels are declined, rooflines are measured")
-    found = []
-    for part in asked:
-        for finding in parts[part]():
-            found.append(finding)
-            notes.print(f"{time.monotonic() - began:6.1f} s  {finding.status:8} {finding.what}  {finding.by}")
-    problems = [f"{one.what}, {one.by}: {one.detail}" for one in failed(found)]
-    if together.first():
-        show(found, console)
-        facts = {"at": at.isoformat(timespec="seconds"), "seconds": time.monotonic() - began, **hardware.environment()}
-        write_json(folder / FILE, {**facts, "findings": as_json(found)}, new=True)
-        (folder / BEGUN).unlink(missing_ok=True)
-        console.print(f"{len(found)} findings, {len(problems)} failed; written to {folder / FILE}", markup=False)
+    with contextlib.ExitStack() as held:
+        take = lambda: list(map(str, held.enter_context(_taken(wanted, usual=options.out is None))))
+        folder, run = map(Path, together.decide("folder", take))
+        config = dataclasses.replace(config, out=str(run))
+        if chip is None and kind == "accelerator":
+            notes.print(
+                f"{device.device_kind!r} is a device that plait does not know: kernels are declined, rooflines are measured"
+            )
+        found = []
+        for part in asked:
+            for finding in parts[part]():
+                found.append(finding)
+                notes.print(f"{time.monotonic() - began:6.1f} s  {finding.status:8} {finding.what}  {finding.by}")
+        problems = [f"{one.what}, {one.by}: {one.detail}" for one in failed(found)]
+        if together.first():
+            show(found, console)
+            facts = {"at": at.isoformat(timespec="seconds"), "seconds": time.monotonic() - began, **hardware.environment()}
+            write_json(folder / FILE, {**facts, "findings": as_json(found)}, new=True)
+            console.print(f"{len(found)} findings, {len(problems)} failed; written to {folder / FILE}", markup=False)
     for problem in problems:
         notes.print(f"failed: {problem}", style="red")
     elsewhere = together.any_of("; ".join(problems) or None)
@@ -102,19 +109,29 @@ def _listed(text: str | None) -> tuple[str, ...] | None:
     return None if text is None else tuple(word.strip() for word in text.split(","))
 
 
-def _made(folder: Path, *, usual: bool) -> Path:
-    """The folder, made; where the usual one is there, the next that is not. Raises ValueError where another is there and holds something,
-    if only that a verification has begun there."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    if usual:
-        return first_new(folder, Path.mkdir, folder=True)
-    try:
-        folder.mkdir(exist_ok=True)
-        if any(folder.iterdir()):
-            raise FileExistsError
-        (folder / BEGUN).touch(exist_ok=False)
-    except FileExistsError:
-        raise ValueError(
-            f"out={str(folder)!r} is there already, or another verification has just begun there; give a new folder"
-        ) from None
-    return folder
+@contextlib.contextmanager
+def _taken(wanted: Path, *, usual: bool) -> Iterator[tuple[Path, Path]]:
+    """The folder, which no other verification gets inside, and that of the run in it; where the usual one is there, the next that is not.
+
+    One in which a verification was killed is free, and the run that it left stays beside the new one.
+
+    Raises:
+        ValueError: another than the usual one is there and holds something else, or belongs to a process that lives.
+    """
+    wanted.parent.mkdir(parents=True, exist_ok=True)
+    folder = first_new(wanted, Path.mkdir, folder=True) if usual else wanted
+    _check(folder)
+    with owned(folder):
+        _check(folder)  # another may have ended there meanwhile
+        names = (f"{TRAINING}{f'-{number}' if number > 1 else ''}" for number in count(1))
+        yield folder, next(path for path in map(folder.joinpath, names) if not path.exists())
+    if (folder / FILE).exists():
+        shutil.rmtree(folder / OWNER, ignore_errors=True)
+
+
+def _check(folder: Path) -> None:
+    """Raises ValueError where there is more than what a verification leaves that was killed."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {""} if folder.exists() else set()
+    left = {OWNER, *(name for name in names if re.fullmatch(rf"{TRAINING}(-[0-9]+)?", name))} if OWNER in names else set()
+    if names - left:
+        raise ValueError(f"out={str(folder)!r} is there already; give a new folder")

@@ -4,6 +4,9 @@ import dataclasses
 import importlib.util
 import json
 import re
+import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -79,11 +82,13 @@ def test_where_nothing_differs_a_value_and_its_bound_are_named(tmp_path):
 
 
 def test_verifications_that_begin_at_once_have_a_folder_each(tmp_path):
-    gate, made = threading.Barrier(4), []
+    gate, ended, made = threading.Barrier(4), threading.Barrier(4), []
 
     def make():
         gate.wait()
-        made.append(verifying._made(tmp_path / "verify" / "cpu-20260101-000000", usual=True))
+        with verifying._taken(tmp_path / "verify" / "cpu-20260101-000000", usual=True) as (folder, _):
+            made.append(folder)
+            ended.wait()
 
     threads = [threading.Thread(target=make) for _ in range(4)]
     [thread.start() for thread in threads]
@@ -92,19 +97,46 @@ def test_verifications_that_begin_at_once_have_a_folder_each(tmp_path):
 
 
 def test_of_verifications_in_one_empty_folder_one_goes_on(tmp_path):
-    gate, made, refused = threading.Barrier(4), [], []
+    gate, ended, made, refused = threading.Barrier(4), threading.Barrier(4), [], []
 
     def make():
         gate.wait()
         try:
-            made.append(verifying._made(tmp_path, usual=False))
+            with verifying._taken(tmp_path, usual=False) as (folder, _):
+                made.append(folder)
+                ended.wait()
         except ValueError as error:
             refused.append(str(error))
+            ended.wait()
 
     threads = [threading.Thread(target=make) for _ in range(4)]
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
-    assert made == [tmp_path] and len(refused) == 3 and all("another verification" in one for one in refused)
+    assert made == [tmp_path] and len(refused) == 3 and all("is in use: process" in one for one in refused)
+
+
+def test_a_folder_in_which_a_verification_was_killed_is_free(tmp_path):
+    out, command = tmp_path / "v", ["verify", "--only", "devices", "--out"]
+    killed = "import os, signal\nfrom plait.launch import main\nfrom plait.train.verify import verifying\n"
+    killed += "verifying.devices = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
+    done = subprocess.run([sys.executable, "-c", f"{killed}main({[*command, str(out)]})"], check=False, timeout=300)
+    assert done.returncode == -signal.SIGKILL and [path.name for path in out.iterdir()] == ["owner"]
+    (out / "training").mkdir()
+    (out / "training" / "metrics.jsonl").write_text("of the one before")
+    with verifying._taken(out, usual=False) as (folder, run):
+        assert folder == out and run == out / "training-2", "what was written stays"
+        assert main([*command, str(out)]) == 2, "which this process has"
+    assert main([*command, str(out)]) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["training", "verify.json"]
+    assert (out / "training" / "metrics.jsonl").read_text() == "of the one before"
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "training"])
+def test_a_folder_of_something_else_is_refused_and_left_as_it_is(name, tmp_path, capsys):
+    (tmp_path / name).mkdir()
+    assert main(["verify", "--only", "devices", "--out", str(tmp_path)]) == 2
+    assert "is there already; give a new folder" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 BROKEN = {
