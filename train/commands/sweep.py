@@ -23,6 +23,7 @@ class SweepArgs:
 
     Every option of `train PRESET` may follow, with several values where commas part them. A pattern and other texts have commas of their
     own: write their flag several times. The same command again goes on: runs that are done stay, others are trained by whoever is free.
+    One that asks for some of the folder's runs trains those; the folder in place of a name asks for all.
     """
 
     out: Path | None = None
@@ -59,30 +60,36 @@ def _run(args: Sequence[str]) -> int:
     jax.config.update("jax_platforms", "cpu")  # accelerators are the workers'
     from plait.train.sweep import show
     from plait.train.sweep.asked import asked_for
-    from plait.train.sweep.record import begun, joined, read, refusal
+    from plait.train.sweep.record import begun, joined, read, refusal, wanted
     from plait.train.sweep.workers import claims
     from plait.train.sweep.workers.devices import shares
     from plait.train.sweep.workers.pool import run_workers
 
     mine, rest = split_options(SweepArgs, args[1:])
     options = parse(SweepArgs, mine, prog=f"launch.py sweep {args[0]} [options of train, with lists]")
-    wanted = asked_for(args[0], rest, options.out, compared=not options.dry_run)
+    asked = asked_for(args[0], rest, options.out, compared=not options.dry_run)
     if options.dry_run:
-        problem = refusal(wanted.folder, wanted.sweep)
-        runs = joined(wanted.folder, wanted.sweep) if problem is None else wanted.sweep.runs
-        if wanted.sweep.search is not None:
-            console.print(show.space_table(wanted.sweep.search))
+        problem = refusal(asked.folder, asked.sweep)
+        runs = joined(asked.folder, asked.sweep) if problem is None else asked.sweep.runs
+        if asked.sweep.search is not None:
+            console.print(show.space_table(asked.sweep.search))
         if runs:
-            console.print(show.plan_table(runs, wanted.folder, Path("runs") / runs[0].config.name, console.width))
+            console.print(show.plan_table(runs, asked.folder, Path("runs") / runs[0].config.name, console.width))
         if problem is not None:
             notes.print(f"without --dry-run this is refused: {problem}", style="yellow")
         return 0
     if options.status:
-        show.watch(wanted.folder, read(wanted.folder), console)
+        show.watch(asked.folder, read(asked.folder), console)
         return 0
     parts = shares(options.workers)
-    sweep = begun(wanted.folder, wanted.sweep)
-    status = run_workers(wanted.folder, sweep, parts)
-    counted = collections.Counter(claims.status(wanted.folder, one) for one in read(wanted.folder).runs)
-    console.print(f"{wanted.folder}: {show.tally(counted)}; results: {wanted.folder / 'results.csv'}", markup=False)
+    sweep = begun(asked.folder, asked.sweep)
+    some = {run.name for run in wanted(sweep.runs, asked.sweep)}
+    only = None if sweep.search is not None or len(some) == len(sweep.runs) else frozenset(some)
+    status = run_workers(asked.folder, sweep, parts, only)
+    runs = read(asked.folder).runs
+    trained = [run for run in runs if only is None or run.name in only]
+    counted = collections.Counter(claims.status(asked.folder, run) for run in trained)
+    others = f" of {len(trained)} asked for, {len(runs) - len(trained)} others there" if only is not None else ""
+    results = asked.folder / "results.csv"
+    console.print(f"{asked.folder}: {show.tally(counted)}{others}; results: {results}", markup=False)
     return status

@@ -7,7 +7,7 @@ import datetime
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,7 @@ def mark(folder: Path) -> tuple[int, int] | None:
 
 def begun(folder: Path, sweep: Sweep) -> Sweep:
     """The sweep in `folder`, which is begun where there is none yet, by one of all that try, and is given the runs that it lacks where all
-    that it has are asked for. Where only some are asked for, it stays what it is.
+    that it has are asked for. Where only some are asked for, it stays what it is; see `wanted`.
 
     Raises:
         SweepError: there is another one; the message says in what it differs.
@@ -123,7 +123,10 @@ def begun(folder: Path, sweep: Sweep) -> Sweep:
         if not new:
             if found.search is None and len(sweep.runs) < len(found.runs):
                 log.info(
-                    "%s: %d runs there, of which %d are asked for now; all are trained", folder, len(found.runs), len(sweep.runs)
+                    "%s: %d runs there, of which the %d that are asked for now are trained",
+                    folder,
+                    len(found.runs),
+                    len(sweep.runs),
                 )
             return found
         try:
@@ -142,12 +145,18 @@ def further(there: Sweep, sweep: Sweep) -> tuple[Run, ...]:
     return () if sweep.search is not None else tuple(run for run in sweep.runs if run.content not in known)
 
 
+def wanted(runs: Sequence[Run], sweep: Sweep) -> tuple[Run, ...]:
+    """Those of some runs that are asked for, under the names that they have there."""
+    contents = {run.content for run in sweep.runs}
+    return tuple(run for run in runs if run.content in contents)
+
+
 def joined(folder: Path, sweep: Sweep) -> tuple[Run, ...]:
-    """The runs there will be, where nothing refuses the sweep: those of the folder, under their names there, then further ones."""
+    """The runs that are trained, where nothing refuses the sweep: those of the folder that are asked for, then further ones."""
     if sweep.search is not None or not (folder / SWEEP).exists():
         return sweep.runs
     there = read(folder)
-    return (*there.runs, *further(there, sweep))
+    return wanted((*there.runs, *further(there, sweep)), sweep)
 
 
 def _encoded(sweep: Sweep) -> Any:

@@ -27,6 +27,17 @@ def test_each_run_that_ends_is_told_once_with_how_many_are_left(tmp_path, corpus
     assert lines[2:] == [f"{second.name} is done: 3 of 4 are over"]
 
 
+def test_of_some_runs_those_are_told(tmp_path, corpus, monkeypatch, caplog):
+    first, second, third = small(tmp_path, corpus, "--seed=0,1,2").runs
+    monkeypatch.setattr(news, "EVERY_SECONDS", 0.0)
+    told = News(tmp_path, 3, {second.name, third.name})
+    for run in (first, second):
+        claims.write_outcome(tmp_path, run, Outcome(status="done"))
+    with caplog.at_level(logging.INFO, logger="plait"):
+        told.look()
+    assert [line.split(", left")[0] for line in caplog.messages] == [f"{second.name} is done: 1 of 2 are over"]
+
+
 def test_what_was_removed_or_damaged_ends_nobody_who_waits(tmp_path, corpus, monkeypatch):
     sweep = small(tmp_path, corpus, "--seed=0,1")
     monkeypatch.setattr(news, "EVERY_SECONDS", 0.0)

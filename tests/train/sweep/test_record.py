@@ -51,12 +51,12 @@ def test_a_command_that_asks_for_more_adds_runs_and_keeps_those_there(tmp_path, 
     assert (tmp_path / record.SWEEP).read_bytes() == begun, "by which workers know their sweep"
     assert record.read(tmp_path) == more and more.latest.command[-1] == rates[1] and "2 runs there, 4 more now" in caplog.text
 
-    assert small(tmp_path, corpus, "--seed", "0,1") == more, "who began it helps with all of it"
+    assert small(tmp_path, corpus, "--seed", "0,1") == more, "nothing is taken away"
     most = small(tmp_path, corpus, "--seed", "2,1,0,3", *rates)
     assert most.runs[:6] == more.runs and len(most.runs) == 8 and len(most.grown) == 2
     with caplog.at_level("INFO", "plait"):
         assert small(tmp_path, corpus, "--seed", "0,2") == most, "nothing is taken away"
-    assert "8 runs there, of which 2 are asked for now; all are trained" in caplog.text
+    assert "8 runs there, of which the 2 that are asked for now are trained" in caplog.text
     for words in (["--seed", "0,5"], ["--seed", "0,1,2,3,4"], ["--seed", "0,1,2,3,4", *rates, "--steps", "9"]):
         with pytest.raises(SweepError, match=r"(?s)holds another sweep, begun with 'lm_tiny .*--seed 2,1,0,3 .*It differs in:"):
             small(tmp_path, corpus, *words)

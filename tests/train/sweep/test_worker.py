@@ -10,7 +10,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from plait.tests.train.sweep.common import small
+from plait.launch import main
+from plait.tests.train.sweep.common import SMALL, small
 from plait.train.loop import Result
 from plait.train.pods.hosts.supervise import DONE, FAILED
 from plait.train.run_folder import owner
@@ -63,6 +64,22 @@ def test_runs_end_once_fail_alone_and_are_left_to_who_has_them(tmp_path, corpus,
     assert [float(row["loss/train"]) for row in rows] == losses and "steps" not in rows[0], "keys that differ"
     table = pq.read_table(tmp_path / PARQUET).to_pydict()
     assert table["seed"] == [0, 1, 2] and table["loss/train"] == losses and table["run"] == [run.name for run in sweep.runs]
+
+
+def test_a_command_for_some_of_the_runs_trains_those(tmp_path, corpus, compile_cache, capsys):
+    folder, words = tmp_path / "sweep", ["--seed", "0,1,2,3", "--steps", "2"]
+    sweep = small(folder, corpus, *words)
+    claims.write_outcome(folder, sweep.runs[0], claims.Outcome(status="failed", error="x", failures=1))
+    claims.run_folder(folder, sweep.runs[3]).mkdir(parents=True)
+    (claims.run_folder(folder, sweep.runs[3]) / "config.json").write_text("{}")
+    before = ["failed", "queued", "queued", "interrupted"]
+    assert standing(folder, sweep) == before
+    few = ["sweep", "lm_tiny", *SMALL, "--data.source", str(corpus), "--seed", "1", "--steps", "2", "--out", str(folder)]
+    assert main([*few, "--dry-run"]) == 0 and "1 run;" in capsys.readouterr().out
+    assert main(few) == DONE
+    assert standing(folder, sweep) == ["failed", "done", "queued", "interrupted"]
+    assert f"{folder}: 1 done of 1 asked for, 3 others there; results: " in capsys.readouterr().out.replace("\n", "")
+    assert len(list(csv.DictReader((folder / CSV).open()))) == 4, "the table is of all"
 
 
 def test_a_run_of_a_dead_worker_is_interrupted_and_free(tmp_path, corpus):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 from plait.configs import codec
@@ -18,8 +19,10 @@ EVERY_SECONDS = 2.0
 class News:
     """Says of each run that ends how it did, how many there still are, and when they may be done at the pace since the start."""
 
-    def __init__(self, folder: Path, planned: int):
-        self._folder, self._planned = folder, planned
+    def __init__(self, folder: Path, planned: int, only: Collection[str] | None = None):
+        """Args: `only` these runs, by name; None for all, of which so many are planned."""
+        self._folder, self._only = folder, only
+        self._planned = planned if only is None else len(only)
         self._start = self._last = time.monotonic()
         self._known: dict[Path, int] = {}
         self._over = {path.parent.name for path, status in self._new() if status in claims.OVER}
@@ -43,6 +46,8 @@ class News:
         """Outcomes that were written since the last time."""
         found: list[tuple[Path, str]] = []
         for path in sorted((self._folder / claims.CLAIMS).glob(f"*/{claims.OUTCOME}")):
+            if self._only is not None and path.parent.name not in self._only:
+                continue
             try:
                 changed = path.stat().st_mtime_ns
                 if self._known.get(path) != changed:

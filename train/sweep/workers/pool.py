@@ -11,7 +11,7 @@ import platform
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from plait.train.pods.hosts.supervise import BAD_INPUT, DONE, FAILED, LAUNCH, STOPPED, Signals
@@ -32,7 +32,9 @@ _POLL_SECONDS = 0.2
 
 
 class _Worker:
-    def __init__(self, folder: Path, number: int, shares: Sequence[Share], failures: Mapping[str, int]):
+    def __init__(
+        self, folder: Path, number: int, shares: Sequence[Share], failures: Mapping[str, int], only: Collection[str] | None
+    ):
         logs = folder / "logs"
         with contextlib.ExitStack() as stack:
             output = None
@@ -51,7 +53,8 @@ class _Worker:
             )
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError), self.process.stdin as told:
-            json.dump({"number": number, "count": len(shares), "failures": failures}, told)
+            names = None if only is None else sorted(only)
+            json.dump({"number": number, "count": len(shares), "failures": failures, "only": names}, told)
         if (cores := shares[number].cores) is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.sched_setaffinity(self.process.pid, cores)
@@ -61,14 +64,18 @@ class _Worker:
             self.process.send_signal(number)
 
 
-def run_workers(folder: Path, sweep: Sweep, shares: Sequence[Share]) -> int:
-    """Until no run is left that nobody has; the exit status of the sweep."""
+def run_workers(folder: Path, sweep: Sweep, shares: Sequence[Share], only: Collection[str] | None = None) -> int:
+    """Until no run is left that nobody has; the exit status of the sweep.
+
+    Args:
+        only: names of the runs that are trained; None for all, those too that another command adds meanwhile.
+    """
     deaths: collections.Counter[str] = collections.Counter()
     statuses: list[int] = []
     failures = claims.failures(folder, sweep.runs)
-    news = News(folder, sweep.planned) if len(shares) > 1 else None
+    news = News(folder, sweep.planned, only) if len(shares) > 1 else None
     with Signals() as signals:
-        workers = [_Worker(folder, number, shares, failures) for number in range(len(shares))]
+        workers = [_Worker(folder, number, shares, failures, only) for number in range(len(shares))]
         try:
             while workers:
                 signals.children = workers
@@ -85,7 +92,7 @@ def run_workers(folder: Path, sweep: Sweep, shares: Sequence[Share]) -> int:
                     if status in (DONE, FAILED, BAD_INPUT, STOPPED) or signals.asked:
                         statuses.append(status if status in (DONE, FAILED, BAD_INPUT) else STOPPED)
                     elif _outlived(folder, sweep, worker, deaths):
-                        workers.append(_Worker(folder, worker.number, shares, failures))
+                        workers.append(_Worker(folder, worker.number, shares, failures, only))
                     else:
                         statuses.append(FAILED)
         finally:

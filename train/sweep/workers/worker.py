@@ -6,7 +6,7 @@ import dataclasses
 import gc
 import logging
 import traceback
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -35,7 +35,13 @@ log = logging.getLogger("plait")
 COMPILED, DATA = "compiled", "data"
 
 
-def work(folder: Path, number: int = 0, count: int = 1, failures: Mapping[str, int] | None = None) -> int:
+def work(
+    folder: Path,
+    number: int = 0,
+    count: int = 1,
+    failures: Mapping[str, int] | None = None,
+    only: Collection[str] | None = None,
+) -> int:
     """Trains runs of the sweep in `folder` that nobody has, and gives the exit status: done, failed where one is (or where the sweep is
     gone from the folder), or stopped by a signal.
 
@@ -43,14 +49,15 @@ def work(folder: Path, number: int = 0, count: int = 1, failures: Mapping[str, i
         number: of this worker among the `count` on this machine, which begin at different runs: neighbours are alike, and the second of
             them finds its program compiled.
         failures: by run, when the command began; None where that is now.
+        only: names of the runs that are trained; None for all.
     """
     begun, sweep = mark(folder), read(folder)
     _share_programs(folder)
-    worker = _Worker(folder, sweep, begun, claims.failures(folder, sweep.runs) if failures is None else failures)
-    first = number * len(sweep.runs) // count
+    worker = _Worker(folder, sweep, begun, claims.failures(folder, sweep.runs) if failures is None else failures, only)
+    first = number * len(worker.runs) // count
     for patient in (False, True):  # what others seem to have is watched at the end, which takes its time
         while True:
-            runs = worker.sweep.runs
+            runs = worker.runs
             for run in (*runs[first:], *runs[:first]):
                 if worker.is_lost():
                     return FAILED
@@ -60,21 +67,33 @@ def work(folder: Path, number: int = 0, count: int = 1, failures: Mapping[str, i
                 return FAILED
             more = sweep.search is not None and propose(folder, sweep.search, sweep.runs)
             worker.sweep = read(folder)  # another command may have given it runs
-            if not more and len(worker.sweep.runs) == len(runs):
+            if not more and len(worker.runs) == len(runs):
                 break
     worker.write_table()
-    return FAILED if worker.lost or any(claims.status(folder, run) == "failed" for run in worker.sweep.runs) else DONE
+    return FAILED if worker.lost or any(claims.status(folder, run) == "failed" for run in worker.runs) else DONE
 
 
 class _Worker:
-    def __init__(self, folder: Path, sweep: Sweep, begun: tuple[int, int] | None, failures: Mapping[str, int]):
-        self.folder, self.sweep, self._begun = folder, sweep, begun
+    def __init__(
+        self,
+        folder: Path,
+        sweep: Sweep,
+        begun: tuple[int, int] | None,
+        failures: Mapping[str, int],
+        only: Collection[str] | None,
+    ):
+        self.folder, self.sweep, self._begun, self._only = folder, sweep, begun, only
         self.failures = failures
         """By run: one that has failed since is for the next command."""
         self.lost: set[str] = set()
         """Runs that this worker could not keep track of, as where the disk is full."""
         self._told: dict[str, int] = {}
         """By error, without the name of its run: the number of the first run that has had it."""
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """Those that it trains, where no other worker does."""
+        return tuple(run for run in self.sweep.runs if self._only is None or run.name in self._only)
 
     def is_lost(self) -> bool:
         """Whether the folder was removed, or another sweep begun there: nothing more may be written."""
