@@ -147,10 +147,31 @@ def test_an_error_that_runs_share_is_said_once(tmp_path, corpus, monkeypatch, ca
     with caplog.at_level("INFO", "plait"):
         assert work(tmp_path) == FAILED
     ended = [one.getMessage() for one in caplog.records if " is failed: " in one.getMessage()]
-    assert "has too few rows" in ended[0] and ended[1] == "run 2 of 4 is failed: the same error as run 1"
+    assert len(ended) == 4 and "has too few rows" in ended[0] and ended[1] == "run 2 of 4 is failed: the same error as run 1"
     assert ended[2].endswith("ValueError: another") and ended[3] == "run 4 of 4 is failed: the same error as run 3"
     assert caplog.text.count("Traceback") == 1
     assert all("too few rows" in claims.outcome(tmp_path, run).error for run in sweep.runs[:2]), "kept in full"
+    with caplog.at_level("INFO", "plait"):
+        assert work(tmp_path) == FAILED
+    again = [one.getMessage() for one in caplog.records if " is failed: " in one.getMessage()][4:]
+    assert again == ended, "a new command says it again"
+
+
+def test_an_error_that_runs_of_two_workers_share_is_said_once(tmp_path, corpus, monkeypatch, caplog):
+    sweep = small(tmp_path, corpus, "--seed", "0,1", "--steps", "4")
+    failures = claims.failures(tmp_path, sweep.runs)
+
+    def trained(config, judge):
+        raise ValueError(f"{config.out} is of no use")
+
+    monkeypatch.setattr(worker, "train", trained)
+    monkeypatch.setattr(worker, "is_bad_input", lambda error: False)
+    with caplog.at_level("INFO", "plait"):
+        for number, run in enumerate(sweep.runs):
+            assert work(tmp_path, number, 2, failures, only=[run.name]) == FAILED
+    ended = [one.getMessage() for one in caplog.records if " is failed: " in one.getMessage()]
+    assert ended[0].endswith("is of no use") and ended[1] == "run 2 of 2 is failed: the same error as run 1"
+    assert caplog.text.count("Traceback") == 1
 
 
 def test_runs_that_an_event_ended_say_which(tmp_path, corpus, monkeypatch):

@@ -85,6 +85,27 @@ def failed(folder: Path, run: Run, error: str) -> Outcome:
     return Outcome(status="failed", error=error, failures=failures(folder, [run])[run.name] + 1, **progress(folder, run))
 
 
+def first_with_error(folder: Path, runs: Sequence[Run], run: Run, before: Mapping[str, int]) -> Run:
+    """The first of the runs, by whichever workers, that failed with the error of `run`, whose outcome has been written.
+
+    Args:
+        before: by run, how often it had failed when that began to count.
+    """
+    found: dict[str, list[tuple[int, str, Run]]] = {}
+    own = ""
+    for one in runs:
+        try:
+            last, at = outcome(folder, one), (claim(folder, one) / OUTCOME).stat().st_mtime_ns
+        except (OSError, SweepError):  # none, or of another that is removed or damaged meanwhile
+            continue
+        if last is None or last.error is None or last.failures <= before.get(one.name, 0):
+            continue
+        error = last.error.replace(one.name, "")
+        found.setdefault(error, []).append((at, one.name, one))
+        own = error if one.name == run.name else own
+    return min(found.get(own, [(0, run.name, run)]), key=lambda x: x[:2])[2]
+
+
 def holder(folder: Path, run: Run) -> Record | None:
     """The worker that has the run, as far as that is known here without waiting; None where none has, or it is dead."""
     found = last_owner(claim(folder, run))

@@ -87,8 +87,8 @@ class _Worker:
         """By run: one that has failed since is for the next command."""
         self.lost: set[str] = set()
         """Runs that this worker could not keep track of, as where the disk is full."""
-        self._told: dict[str, int] = {}
-        """By error, without the name of its run: the number of the first run that has had it."""
+        self._traceback: str | None = None
+        """Of the run that is being trained, where nobody knows what its error means."""
 
     @property
     def runs(self) -> tuple[Run, ...]:
@@ -135,11 +135,12 @@ class _Worker:
                 claims.write_outcome(self.folder, run, found)
                 table.write(self.folder, self.sweep)
                 told = found.error or found.why
-                if (
-                    found.error is not None
-                    and (first := self._told.setdefault(found.error.replace(run.name, ""), where)) != where
-                ):
-                    told = f"the same error as run {first}"
+                if found.error is not None:
+                    first = claims.first_with_error(self.folder, self.sweep.runs, run, self.failures)
+                    if first.name != run.name:
+                        told = f"the same error as run {self.sweep.runs.index(first) + 1}"
+                    elif self._traceback is not None:
+                        log.error("%s", self._traceback)
                 log.info("run %d of %d is %s%s", where, len(self.sweep.runs), found.status, f": {told}" if told else "")
         except (FolderInUse, FolderLost) as error:
             log.info("%s is left to another worker: %s", run.name, error)
@@ -160,8 +161,7 @@ class _Worker:
         except Exception as error:  # of this run alone, whatever it is
             message = f"{type(error).__name__}: {error}"[:2000]
             known = isinstance(error, TrainingFailed | OSError) or (isinstance(error, ValueError) and is_bad_input(error))
-            if not known and message.replace(run.name, "") not in self._told:
-                log.error("%s", traceback.format_exc())
+            self._traceback = None if known else traceback.format_exc()
             return claims.failed(self.folder, run, message)
         finally:
             forget_chosen()
