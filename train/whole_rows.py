@@ -36,10 +36,10 @@ def whole_rows(config: ExperimentConfig) -> list[str]:
         if not ways:
             having, ways = _choices(mixer, path, width, length)
         if ways:
-            having = ", ".join(f"{name}={getattr(mixer, name)}" for name in having)
+            options = ", ".join(f"{name}={getattr(mixer, name)}" for name in having)
             use = f"{', '.join(ways[:-1])}, or {ways[-1]}" if len(ways) > 1 else ways[0]
             found.append(
-                f"{mixer.name} ({path}) sees all of a row of {length} tokens, as full attention does{having and f', with {having}'}; "
+                f"{mixer.name} ({path}) sees all of a row of {length} tokens, as full attention does{options and f', with {options}'}; "
                 f"use {use}"
             )
     return found
