@@ -181,7 +181,8 @@ def _flash_backward(problem: Problem, saved: Any, cotangents: tuple[Array, tuple
     d_o, d_rows = cotangents
     delta = jnp.einsum("bthv,bthv->bht", d_o.astype(jnp.float32), o.astype(jnp.float32))
     near = lambda: jnp.swapaxes(ties(problem.scale, x.q, x.k, x.keys.segment_ids[:, 0] == 0), 1, 2)
-    read = gradient_rows(rows, d_rows, delta, sigmoid_bias=x.bias if problem.sigmoid else None, near=near)
+    bias = x.bias if problem.sigmoid else None
+    read = gradient_rows(rows, d_rows, delta, sigmoid_bias=bias, near=near, soft_cap=problem.soft_cap)
     rows = gradients.in_units(rows, read, sigmoid=problem.sigmoid)
     if problem.sigmoid and problem.stats:
         d_o = (d_o * jnp.swapaxes(read[-1], 1, 2)[..., None]).astype(d_o.dtype)

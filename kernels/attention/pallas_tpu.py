@@ -245,7 +245,8 @@ def _flash_backward(problem: Problem, saved: Any, cotangents: tuple[Array, tuple
     delta = jnp.sum(d_o.astype(jnp.float32) * o, axis=2)
     q, k = jnp.swapaxes(x.q, 1, 2), jnp.swapaxes(x.k, 1, 2)
     near = lambda: jnp.swapaxes(ties(problem.scale, q, k, x.keys.segment_ids[:, 0] == 0), 1, 2)
-    rows = gradient_rows(rows, d_rows, delta, sigmoid_bias=x.bias if problem.sigmoid else None, near=near)
+    bias = x.bias if problem.sigmoid else None
+    rows = gradient_rows(rows, d_rows, delta, sigmoid_bias=bias, near=near, soft_cap=problem.soft_cap)
     if problem.sigmoid and problem.stats:
         d_o = (d_o * rows[-1][:, :, None]).astype(d_o.dtype)
     d_o = jnp.swapaxes(d_o, 2, 3)

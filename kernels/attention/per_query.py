@@ -51,6 +51,14 @@ def ties(scale: float, q: Array, k: Array, hidden: Array | None = None) -> Array
     return _ROUNDINGS * jnp.finfo(dtype).eps * scale * lengths(q) * longest
 
 
+def under_cap(near: Array, peak: Array, soft_cap: float | None) -> Array:
+    """`ties` of logits whose largest, `peak`, is one that was capped: a cap brings them together as it rounds them."""
+    if soft_cap is None:
+        return near
+    share = jnp.clip(peak / soft_cap, -1, 1)
+    return near * (1 - share) * (1 + share) + _ROUNDINGS * jnp.finfo(near.dtype).eps * abs(share) * soft_cap
+
+
 def gradient_rows(
     rows: Sequence[Array],
     d_rows: Sequence[Array],
@@ -58,6 +66,7 @@ def gradient_rows(
     *,
     sigmoid_bias: Array | None = None,
     near: Callable[[], Array],
+    soft_cap: float | None = None,
 ) -> list[Array]:
     """The rows that the backward kernels read: lse (of the sigmoid with statistics log a, less the bias), c1 and, with statistics, c,
     dfirst, dmax, the logit from which dmax applies and, for the sigmoid, a.
@@ -69,6 +78,7 @@ def gradient_rows(
       delta: sum of do o over the values of each row.
       sigmoid_bias: [H], of the sigmoid, whose weights are not normalised.
       near: makes `ties`, of the rows' shape: logits so close to the row's maximum get its gradient.
+      soft_cap: of the logits.
     """
     lse, d_lse, sigmoid = rows[0], d_rows[0], sigmoid_bias is not None
     if len(rows) == 1:
@@ -81,7 +91,7 @@ def gradient_rows(
     d_peak, d_entropy, *d_firsts = d_rows[1:]
     c, d_firsts = d_entropy * inverse, [d * inverse for d in d_firsts]
     c1 += jnp.where(seen, c * (lse - base - entropy) - sum(d * first for d, first in zip(d_firsts, firsts)), 0)
-    edge = jnp.where(seen, peak - near(), -HIDDEN)
+    edge = jnp.where(seen, peak - under_cap(near(), peak, soft_cap), -HIDDEN)
     return [
         base,
         c1,

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from plait.kernels.attention.call import AttentionCall, RoutedCall
-from plait.kernels.attention.per_query import ties, with_sinks
+from plait.kernels.attention.per_query import ties, under_cap, with_sinks
 from plait.kernels.attention.reference import MASKED, AttentionStats, lse_alone
 from plait.kernels.context import Parts
 from plait.kernels.shapes import accumulation_dtype
@@ -167,6 +167,7 @@ def _share(op: Op, call: AttentionCall, o: Array, rows: Any) -> Whole:
     near = ties(call.scale, call.q, call.k, call.kv_at.segment_ids == 0)
     if call.bias is not None:
         near += jnp.finfo(near.dtype).eps * abs(rows.max_logit)
+    near = under_cap(near, rows.max_logit, call.logit_soft_cap)
     largest = jnp.where(part.max_logit >= rows.max_logit - near, part.max_logit, 0)
     entropy = weight * (part.entropy - part.lse - (rows.entropy - rows.lse)) + weight
     return part_o, AttentionStats(weight, largest, entropy, weight * (part.first_mass - rows.first_mass))
