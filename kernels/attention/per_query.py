@@ -28,6 +28,9 @@ _ROUNDINGS = 4
 products were within one of the exact ones in each of some 100,000 rows of 24 to 576 channels, whichever side the queries were on; units are
 changed twice on top."""
 
+_CAP_ROUNDINGS = 2
+"""By how many roundings of its own size a capped logit may, besides: of the hyperbolic tangent and of units."""
+
 
 def with_bias(rows: Sequence[Array], bias: Array) -> tuple[Array, ...]:
     """The rows of a sigmoid's kernel with statistics, [B, H, T], the lse no more less the bias [H]."""
@@ -56,7 +59,7 @@ def under_cap(near: Array, peak: Array, soft_cap: float | None) -> Array:
     if soft_cap is None:
         return near
     share = jnp.clip(peak / soft_cap, -1, 1)
-    return near * (1 - share) * (1 + share) + _ROUNDINGS * jnp.finfo(near.dtype).eps * abs(share) * soft_cap
+    return near * (1 - share) * (1 + share) + _CAP_ROUNDINGS * jnp.finfo(near.dtype).eps * abs(share) * soft_cap
 
 
 def gradient_rows(

@@ -195,7 +195,7 @@ def all_gradients(problem: Problem, x: Operands, d_o: Array, rows: Sequence[Arra
     d_k, d_v, sums = Tiling(problem, x, tile, 3 * dims[0] + 2 * dims[1]).over_keys(
         _gradients_kernel,
         "attention_gradients",
-        extra=((d_o, "q", 2), (stacked_rows(problem.scale, rows), "q", 3)),
+        extra=((d_o, "q", 2), (stacked_rows(problem.unit, rows), "q", 3)),
         outputs=((dims[0], x.k.dtype), (dims[1], x.v.dtype)),
         scratch=[pltpu.VMEM((tile.block_kv, n), jnp.float32) for n in dims],
         sums=width,
@@ -219,7 +219,7 @@ def _column_mass_kernel(course: Course, table: Any, bias: Any, *refs: Any) -> No
         for keys, parts in _parts(course, kind, tokens):
             for part in parts:
                 z = products(problem, k[0, 0, keys.at], q[0, 0, part.queries])
-                weights = jnp.exp2((problem.scale * LOG2_E) * z - lse[0, 0, 0:1, part.queries])
+                weights = jnp.exp2((problem.unit * LOG2_E) * z - lse[0, 0, 0:1, part.queries])
                 weights = shown(_visible(course, tokens, keys, part), weights, 0)
                 total[keys.at] += jnp.sum(weights, axis=1, keepdims=True)
 

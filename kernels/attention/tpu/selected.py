@@ -119,7 +119,7 @@ def all_gradients(problem: Problem, x: Operands, d_o: Array, rows: Sequence[Arra
         return work, finish
 
     d_q, d_bias, of_keys = Walk(
-        problem, x, 3 * key_dim + 2 * value_dim, d_o=d_o, rows=stacked_rows(problem.scale, rows)
+        problem, x, 3 * key_dim + 2 * value_dim, d_o=d_o, rows=stacked_rows(problem.unit, rows)
     ).over_queries(
         begin,
         "selected_attention_gradients",
@@ -144,7 +144,7 @@ def column_mass(problem: Problem, x: Operands, lse: Array) -> Array:
         def work(tile: Tile) -> Sequence[Array]:
             for at, keys, visible in tile.rectangles:
                 z = products(problem, tile.k[keys], tile.q[at])
-                weights = shown(visible, jnp.exp2((problem.scale * LOG2_E) * z - tile.rows[:, at]), 0)
+                weights = shown(visible, jnp.exp2((problem.unit * LOG2_E) * z - tile.rows[:, at]), 0)
                 for n in range(at.start // cut.queries, -(-at.stop // cut.queries)):
                     first = max(n * cut.queries, at.start)
                     of_head = weights[:, first - at.start : (n + 1) * cut.queries - at.start]

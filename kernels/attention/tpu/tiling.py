@@ -95,6 +95,11 @@ class Problem(NamedTuple):
     soft_cap: float | None = None
 
     @property
+    def unit(self) -> float:
+        """Of the logits that a kernel keeps: they are q . k, or what is capped over the cap."""
+        return self.scale if self.soft_cap is None else self.soft_cap
+
+    @property
     def mass_by_product(self) -> bool:
         """As `Tiles` say."""
         return isinstance(self.tiles, Tiles) and self.tiles.mass_by_product

@@ -35,12 +35,9 @@ def dot(a: Array, b: Array, dims: Any) -> Array:
 
 
 def products(problem: Problem, k: Array, q: Array) -> Array:
-    """k . q [N, M], unscaled; with a soft cap, what scaled is the capped logit."""
+    """The logits [N, M] in the problem's unit: k . q, with a soft cap the hyperbolic tangent, of which no digit may go near 1."""
     z = dot(k, q, NT)
-    if problem.soft_cap is None:
-        return z
-    unit = problem.soft_cap / problem.scale
-    return unit * jnp.tanh(z * (1 / unit))
+    return z if problem.soft_cap is None else jnp.tanh(z * (problem.scale / problem.soft_cap))
 
 
 def seen(problem: Problem, queries: Array, keys: Array) -> Array:
@@ -79,7 +76,7 @@ class Sums(NamedTuple):
     values: Any
     """[V, M]: sum of weights times values."""
     peak: Any
-    """[1, M]: the largest q . k."""
+    """[1, M]: the largest of `products`."""
     total: Any
     """[1, M]: sum of weights."""
     spread: Any = None
@@ -119,7 +116,7 @@ class Sums(NamedTuple):
                 bits = _bits_above(problem, bias, z[n], highest)
                 p = jnp.exp2(bits)
             else:
-                p = _shown(visible and visible(n), jax.nn.sigmoid(problem.scale * z[n] + bias), 0)
+                p = _shown(visible and visible(n), jax.nn.sigmoid(problem.unit * z[n] + bias), 0)
             if not problem.mass_by_product:
                 mass += _folded(p)
             if problem.stats:
@@ -151,7 +148,7 @@ class Sums(NamedTuple):
             values = values * jnp.exp(highest + bias) if problem.sigmoid else values / mass
         rows = [jnp.where(some, log_mass + highest if relative else log_mass, HIDDEN)]
         if problem.stats:
-            rows.append(jnp.where(some, problem.scale * self.peak[...], HIDDEN))
+            rows.append(jnp.where(some, problem.unit * self.peak[...], HIDDEN))
             rows.append(jnp.where(some, log_mass - self.spread[...] / (LOG2_E * mass), 0))
         return values, rows
 
@@ -185,14 +182,14 @@ def _log_sigmoid(x: Array, bias: Any) -> Array:
 
 
 def _log_weight(problem: Problem, bias: Any, z: Array) -> Array:
-    return _log_sigmoid(problem.scale * z, bias) if problem.sigmoid else problem.scale * z
+    return _log_sigmoid(problem.unit * z, bias) if problem.sigmoid else problem.unit * z
 
 
 def _bits_above(problem: Problem, bias: Any, z: Array, low: Array) -> Array:
     """log2 of the ratio of the weights of two logits."""
     if problem.sigmoid:
         return LOG2_E * (_log_weight(problem, bias, z) - _log_weight(problem, bias, low))
-    return (problem.scale * LOG2_E) * (z - low)
+    return (problem.unit * LOG2_E) * (z - low)
 
 
 def gradients(
@@ -204,9 +201,9 @@ def gradients(
     sigmoid with statistics W.
     """
     if problem.sigmoid and not problem.stats:
-        weights = jax.nn.sigmoid(problem.scale * z + bias)
+        weights = jax.nn.sigmoid(problem.unit * z + bias)
     else:
-        e = LOG2_E * _log_sigmoid(problem.scale * z, bias) if problem.sigmoid else (problem.scale * LOG2_E) * z
+        e = LOG2_E * _log_sigmoid(problem.unit * z, bias) if problem.sigmoid else (problem.unit * LOG2_E) * z
         bits = e - rows[0:1]
         weights = jnp.exp2(bits)
     weights = shown(visible, weights, 0)
@@ -220,15 +217,15 @@ def gradients(
     if problem.stats:
         d_logits += shown(visible, jnp.where(z >= rows[4:5], rows[3:4], 0), 0)
     if problem.soft_cap is not None:
-        d_logits *= 1 - jnp.square(z * (problem.scale / problem.soft_cap))
+        d_logits *= (1 - z) * (1 + z)
     return weights, d_logits, shared
 
 
-def stacked_rows(scale: float, rows: Sequence[Array]) -> Array:
-    """The rows of `plait.kernels.attention.per_query.gradient_rows`, stacked [B, H, R, T] and in the units of unscaled logits."""
+def stacked_rows(unit: float, rows: Sequence[Array]) -> Array:
+    """The rows of `plait.kernels.attention.per_query.gradient_rows`, stacked [B, H, R, T] and in a unit of logits."""
     lse, c1, *stats = rows
     stacked = [lse * LOG2_E, c1]
     if stats:
         c, d_peak, threshold, *total = stats
-        stacked += [c / LOG2_E, d_peak, threshold / scale, *total]
+        stacked += [c / LOG2_E, d_peak, threshold / unit, *total]
     return jnp.stack(stacked, axis=2).astype(jnp.float32)
