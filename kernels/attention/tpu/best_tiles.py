@@ -15,6 +15,7 @@ def _tiles(
     largest: tuple[int, int] = (2304, 1280),
     steps: tuple[int, int] = (18, 18),
     mass_by_product: bool = False,
+    sums_by_key_column: bool = False,
 ) -> Tiles:
     """Of the forward pass queries and keys of a part and of one of an edge; of gradients likewise; of both the largest square that takes the
     tile's place, and what a step costs."""
@@ -22,6 +23,7 @@ def _tiles(
         forward=Tile(1024, 2048, *part, *edge, largest[0], steps[0]),
         gradients=Tile(1024, 1024, *gradients, *gradients_edge, largest[1], steps[1]),
         mass_by_product=mass_by_product,
+        sums_by_key_column=sums_by_key_column,
     )
 
 
@@ -31,7 +33,14 @@ _V5 = {
     256: _tiles((128, 128), (128, 128), gradients=(256, 512)),  # with 1,024 keys statistics of a sigmoid do not fit VMEM
 }
 _V6E = _tiles(
-    (512, 512), (4096, 128), gradients_edge=(256, 256), largest=(4096, 4096), steps=(36, 11), mass_by_product=True
+    (512, 512),
+    (4096, 128),
+    gradients=(256, 256),
+    gradients_edge=(256, 256),
+    largest=(4096, 4096),
+    steps=(36, 11),
+    mass_by_product=True,
+    sums_by_key_column=True,
 )  # edges of as many queries as a tile has: the best over all kinds of edges that a causal mask or a window has
 BFLOAT16 = {
     "v5e": _V5,
@@ -42,8 +51,8 @@ BFLOAT16 = {
         256: _tiles((256, 512), (256, 256)),
     },
     "tpu7x": {
-        64: _tiles((512, 512), (512, 256), mass_by_product=True),
-        128: _tiles((512, 1024), (512, 256), gradients=(512, 1024), mass_by_product=True),
+        64: _tiles((512, 512), (512, 256), gradients=(256, 256), mass_by_product=True, sums_by_key_column=True),
+        128: _tiles((512, 1024), (512, 256), gradients=(256, 256), mass_by_product=True, sums_by_key_column=True),
         256: _tiles((256, 512), (256, 256), gradients=(512, 1024)),
     },
 }

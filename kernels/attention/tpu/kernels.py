@@ -131,7 +131,7 @@ def _gradients_kernel(course: Course, table: Any, bias: Any, *refs: Any) -> None
     problem = course.problem
     *inputs, _, d_k, d_v, far, k_acc, v_acc, blocks, arrived, left, state = refs
     q, k, v, d_o, rows, *tokens = inputs
-    key_dim = q.shape[3]
+    key_dim, upright = q.shape[3], problem.sums_by_key_column
     b, h, index, member = (pl.program_id(axis) for axis in range(4))
     num_members = pl.num_programs(3)
 
@@ -151,6 +151,7 @@ def _gradients_kernel(course: Course, table: Any, bias: Any, *refs: Any) -> None
 
     def work(kind: int) -> None:
         parts = [(keys, k[0, 0, keys.at].T, part) for keys, of_keys in _parts(course, kind, tokens) for part in of_keys]
+        sides = [x[0, 0].T for x in (d_o, q)] if upright else []  # [V, M], [K, M]
 
         def factors(n: int, _: None) -> tuple[Array, Array]:
             keys, _, part = parts[n]
@@ -168,8 +169,12 @@ def _gradients_kernel(course: Course, table: Any, bias: Any, *refs: Any) -> None
         def add(n: int, found: tuple[Array, Array]) -> None:
             keys, turned, part = parts[n]
             weights, d_logits = found
-            v_acc[keys.at] += dot(weights, d_o[0, 0, part.queries], NN)  # [N, V]
-            k_acc[keys.at] += dot(d_logits, q[0, 0, part.queries], NN)  # [N, K]
+            if upright:
+                for acc, side, x in zip((v_acc, k_acc), sides, found, strict=True):
+                    acc[:, keys.at] += dot(side[:, part.queries], x, NT)  # [V, N], [K, N]
+            else:
+                v_acc[keys.at] += dot(weights, d_o[0, 0, part.queries], NN)  # [N, V]
+                k_acc[keys.at] += dot(d_logits, q[0, 0, part.queries], NN)  # [N, K]
             sums.here[:key_dim, part.queries] += dot(turned, d_logits, NN)  # [K, M]
 
         staggered(len(parts), factors, weights, add)
@@ -180,8 +185,9 @@ def _gradients_kernel(course: Course, table: Any, bias: Any, *refs: Any) -> None
 
     @pl.when((step.last == 1) & (member == num_members - 1))
     def _finish():
-        d_k[0, 0] = (problem.scale * k_acc[...]).astype(d_k.dtype)
-        d_v[0, 0] = v_acc[...].astype(d_v.dtype)
+        turn = (lambda x: x.T) if upright else (lambda x: x)
+        d_k[0, 0] = turn(problem.scale * k_acc[...]).astype(d_k.dtype)
+        d_v[0, 0] = turn(v_acc[...]).astype(d_v.dtype)
 
 
 def all_gradients(problem: Problem, x: Operands, d_o: Array, rows: Sequence[Array]) -> tuple[Array, Array, Array, Array]:
@@ -197,7 +203,7 @@ def all_gradients(problem: Problem, x: Operands, d_o: Array, rows: Sequence[Arra
         "attention_gradients",
         extra=((d_o, "q", 2), (stacked_rows(problem.unit, rows), "q", 3)),
         outputs=((dims[0], x.k.dtype), (dims[1], x.v.dtype)),
-        scratch=[pltpu.VMEM((tile.block_kv, n), jnp.float32) for n in dims],
+        scratch=[pltpu.VMEM((n, tile.block_kv) if problem.sums_by_key_column else (tile.block_kv, n), jnp.float32) for n in dims],
         sums=width,
     )
     d_q = (problem.scale * jnp.swapaxes(sums[:, :, : dims[0], :length], 2, 3)).astype(x.q.dtype)

@@ -67,6 +67,9 @@ class Tiles:
     mass_by_product: bool = False
     """The product with the values adds the weights up too, as they are rounded for it: where it has room, and additions are what a part takes
     longest for."""
+    sums_by_key_column: bool = False
+    """Gradients of keys and values are summed transposed: products whose columns are keys fill a matrix unit of 256, while those whose columns
+    are 128 channels fill half of it."""
 
     def sized(self, layout: Layout) -> "Tiles":
         """These tiles, of the size that has the least work under a layout."""
@@ -103,6 +106,11 @@ class Problem(NamedTuple):
     def mass_by_product(self) -> bool:
         """As `Tiles` say."""
         return isinstance(self.tiles, Tiles) and self.tiles.mass_by_product
+
+    @property
+    def sums_by_key_column(self) -> bool:
+        """As `Tiles` say."""
+        return isinstance(self.tiles, Tiles) and self.tiles.sums_by_key_column
 
 
 class Operands(NamedTuple):
