@@ -22,7 +22,8 @@ import tpu_static
 
 from plait.kernels import Mask, PowerMask
 from plait.kernels.attention.pallas_tpu import choose_tiles
-from plait.kernels.attention.tpu.edges import FIRST_EDGE, Cells, edges
+from plait.kernels.attention.tpu.bands import banded_edges
+from plait.kernels.attention.tpu.edges import FIRST_EDGE, Cells
 from plait.kernels.attention.tpu.tiling import Tile
 from plait.kernels.attention.visits import Layout
 
@@ -50,8 +51,8 @@ MASKS = {
 TOKENS = 32768
 """Of rows under these masks, or a few less, for whole tiles."""
 
-DIAGONAL = [[0 if query < key else 1 + (query > key) for query in range(8)] for key in range(16)]
-"""Of each 128 of 2,048 keys what order shows to 128 of the first 1,024 queries: nothing, some, all. A tile of fewer keys has the first rows."""
+DIAGONAL = [[0 if query < key else 2 if query > key else (0, 127) for query in range(8)] for key in range(16)]
+"""Of each 128 of 2,048 keys what order shows to 128 of the first 1,024 queries: nothing, a band, all. A tile of fewer keys has the first."""
 
 
 class Masked:
@@ -83,7 +84,7 @@ class Masked:
         tile = self.tile(target, Layout(mask, TOKENS, TOKENS, own_keys=True, packed=False))
         length = TOKENS // tile.block_kv * tile.block_kv
         layout = Layout(mask, length, length, own_keys=True, packed=False)
-        known, near = edges(layout, tile.block_q, tile.block_kv), layout.near(tile.block_q, tile.block_kv)
+        known, near = banded_edges(layout, tile.block_q, tile.block_kv), layout.near(tile.block_q, tile.block_kv)
         if self.by_cells:
             sizes = [replace(tile, block_q=n, block_kv=n) for n in (512, 1024)]
             each = [self.estimate(size, None) for size in sizes]

@@ -233,12 +233,13 @@ def _attention_kernel(job: dict[str, Any], array: Callable[..., Any]) -> tuple[C
     carried.pltpu = type(
         "Memory", (), {"SMEM": tiling.pltpu.VMEM, "VMEM": tiling.pltpu.VMEM, "SemaphoreType": tiling.pltpu.SemaphoreType}
     )
-    cells = tuple(tuple(row) for row in job.get("cells", ()))
+    sight = lambda state: edges.Band(*state) if isinstance(state, list) else state
+    cells = tuple(tuple(map(sight, row)) for row in job.get("cells", ()))
     tile = tiles.forward if job["kernel"] == "forward" else tiles.gradients
     block_q, block_kv = tile.block_q // edges.CELL, tile.block_kv // edges.CELL
-    shown = sum(state > 0 for row in cells[:block_kv] for state in row) if kind == edges.FIRST_EDGE else block_q * block_kv
+    shown = sum(bool(state) for row in cells[:block_kv] for state in row) if kind == edges.FIRST_EDGE else block_q * block_kv
     num_cells = shown * (length // tile.block_q) * (length // tile.block_kv)
-    tiling.edges = lambda *_: edges.Edges(np.array(MASKED), (cells,), (kind,) if kind else (), 0, num_cells)
+    tiling.banded_edges = lambda *_: edges.Edges(np.array(MASKED), (cells,), (kind,) if kind else (), 0, num_cells)
     tiling.tile_kinds = lambda layout, q, kv, block_q, block_kv, **_: jnp.zeros(
         (1, 1, length // block_q, length // block_kv), int
     )

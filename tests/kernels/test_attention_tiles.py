@@ -8,7 +8,7 @@ import pytest
 
 from plait.kernels import ChunkMask, GlobalMask, Mask, PowerMask, SelectedBlocks, Tokens
 from plait.kernels.attention.pallas_tpu import choose_tiles
-from plait.kernels.attention.tpu import edges, size, steps
+from plait.kernels.attention.tpu import bands, edges, size, steps
 from plait.kernels.attention.tpu.best_tiles import FLOAT32, SELECTED
 from plait.kernels.attention.tpu.cut import Cut
 from plait.kernels.attention.tpu.tiling import Tile
@@ -32,8 +32,9 @@ from plait.kernels.attention.visits import SKIP, Layout, tile_kinds
 )
 def test_edges_hide_and_show_by_order(mask: Mask, block: int, packed: bool):
     length = 6 * block
-    known = edges.edges(Layout(mask, length, length, own_keys=True, packed=packed), block, block)
-    plain, hidden = mask.without_sinks(), 0
+    known = bands.banded_edges(Layout(mask, length, length, own_keys=True, packed=packed), block, block)
+    plain, hidden, banded = mask.without_sinks(), 0, 0
+    apart = np.arange(128) - np.arange(128)[:, None]
     starts = (0, 77, length // 2) if packed else (0,)  # where the second segment begins, or the only one
     for start in starts:
         at = jnp.arange(length) - start
@@ -45,12 +46,18 @@ def test_edges_hide_and_show_by_order(mask: Mask, block: int, packed: bool):
             cells = visible[i, j].T.reshape(block // 128, 128, block // 128, 128).swapaxes(1, 2)
             of_one = inside[i] and inside[j]
             shown, several = known.shown((known.kinds if of_one else known.of_several)[i, j])
-            states = np.asarray(shown)
+            of_band = {at: shown[at[0]][at[1]] for at in np.ndindex(cells.shape[:2])}
+            of_band = {at: state for at, state in of_band.items() if isinstance(state, edges.Band)}
+            states = np.array([[edges.PARTLY if isinstance(state, edges.Band) else state for state in row] for row in shown])
             hidden += (states == edges.HIDDEN).sum()
+            banded += len(of_band)
+            for at, band in of_band.items() if of_one else ():
+                assert (cells[at] == ((band.low <= apart) & (apart <= band.high))).all(), "a band shows what order does not"
             assert not cells[states == edges.HIDDEN].any(), "a visible cell is not computed"
             assert several != of_one, "tiles of several segments are computed under the mask"
             assert several or cells[states == edges.WHOLLY].all(), "a hidden key is taken for visible"
     assert hidden or mask.alignment > 1 or mask.dilation
+    assert banded or mask.dilation or isinstance(mask, ChunkMask | GlobalMask) or (packed and mask.alignment > 1)
 
 
 @pytest.mark.parametrize(

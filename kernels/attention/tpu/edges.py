@@ -20,8 +20,19 @@ MAX_EDGES = 8
 
 HIDDEN, PARTLY, WHOLLY = 0, 1, 2
 
-Cells = tuple[tuple[int, ...], ...]
-"""Whether order hides a cell, of each CELL keys those of the queries, leaves it to the mask, or shows all of it within one segment."""
+
+class Band(NamedTuple):
+    """The keys of a cell that its queries see: by the number of a query in it less that of a key, from `low` to `high`."""
+
+    low: int
+    high: int
+
+
+Sight = int | Band
+"""What is visible of a cell: nothing, what the mask shows, everything, or a band."""
+
+Cells = tuple[tuple[Sight, ...], ...]
+"""What order shows of each cell, of each CELL keys those of the queries, within one segment."""
 
 
 class Edges(NamedTuple):

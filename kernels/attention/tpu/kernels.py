@@ -11,17 +11,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from plait.kernels.attention.tpu import carried
-from plait.kernels.attention.tpu.edges import CELL
+from plait.kernels.attention.tpu.edges import CELL, PARTLY, WHOLLY, Band
 from plait.kernels.attention.tpu.tiling import SUBLANES, Course, Operands, Part, Problem, Tiling, rounded_up
 from plait.kernels.attention.tpu.weights import (
     LOG2_E,
     NN,
     NT,
+    Sees,
     Sums,
     Visible,
     Weighed,
     dot,
     gradients,
+    in_band,
     products,
     seen,
     shown,
@@ -43,25 +45,27 @@ class _Keys(NamedTuple):
 def _parts(course: Course, kind: int, tokens: Sequence[Any]) -> Iterator[tuple[_Keys, list[Part]]]:
     """The parts of a tile of a kind: some keys, and in turn some queries. `tokens` are those of queries and keys, [1, 1, 2, tile] each."""
     for at, parts in course.parts(kind):
-        yield _Keys(at, tokens[1][0, 0, :, at].T if any(_masked(part) for part in parts) else None), parts
-
-
-def _masked(part: Part) -> bool:
-    return any(map(any, part.masked))
+        asked = any(state == PARTLY for part in parts for row in part.cells for state in row)
+        yield _Keys(at, tokens[1][0, 0, :, at].T if asked else None), parts
 
 
 def _visible(course: Course, tokens: Sequence[Any], keys: _Keys, part: Part) -> Visible | None:
     """Which of the keys the queries of a part see; the mask is not looked at where nothing is hidden."""
-    if not _masked(part):
+    if all(state == WHOLLY for row in part.cells for state in row):
         return None
 
-    def visible(some: slice) -> list[tuple[slice, Array | None]]:
-        found, first = [], 0
-        for masked, run in groupby(part.masked[some.start // CELL]):
+    def visible(some: slice) -> list[tuple[slice, Sees]]:
+        found: list[tuple[slice, Sees]] = []
+        first = 0
+        for state, run in groupby(part.cells[some.start // CELL]):
             at = slice(first, first := first + CELL * len(list(run)))
             queries = slice(part.queries.start + at.start, part.queries.start + at.stop)
-            sees = seen(course.problem, tokens[0][0, 0, :, queries], keys.tokens[some]) if masked else None
-            found.append((at, sees))
+            if isinstance(state, Band):
+                found += [(slice(n, n + CELL), in_band(state, some)) for n in range(at.start, at.stop, CELL)]
+            elif state == PARTLY:
+                found.append((at, seen(course.problem, tokens[0][0, 0, :, queries], keys.tokens[some])))
+            else:
+                found.append((at, None if state == WHOLLY else False))
         return found
 
     return visible
@@ -100,7 +104,7 @@ def _forward_kernel(course: Course, table: Any, bias: Any, *refs: Any) -> None:
             _, values, part = parts[n]
             sums.collect(values, weighed, part.queries)
 
-        staggered(len(parts), logits, weights, outputs)
+        staggered(course.groups([part for _, _, part in parts]), logits, weights, outputs)
 
     _by_kind(course, step.kind, work)
 
@@ -177,7 +181,7 @@ def _gradients_kernel(course: Course, table: Any, bias: Any, *refs: Any) -> None
                 k_acc[keys.at] += dot(d_logits, q[0, 0, part.queries], NN)  # [N, K]
             sums.here[:key_dim, part.queries] += dot(turned, d_logits, NN)  # [K, M]
 
-        staggered(len(parts), factors, weights, add)
+        staggered(course.groups([part for _, _, part in parts]), factors, weights, add)
 
     sums.enter()
     _by_kind(course, step.kind, work)

@@ -51,7 +51,7 @@ def forward(problem: Problem, x: Operands) -> tuple[Array, tuple[Array, ...]]:
             def outputs(n: int, weighed: Weighed) -> None:
                 sums.collect(values[:, parts[n].keys], weighed, parts[n].queries)
 
-            staggered(len(parts), logits, weights, outputs)
+            staggered([[n] for n in range(len(parts))], logits, weights, outputs)
             return ()
 
         def finish(bias: Any) -> None:
@@ -107,7 +107,7 @@ def all_gradients(problem: Problem, x: Operands, d_o: Array, rows: Sequence[Arra
                 before = added.get(keys.start)
                 added[keys.start] = more if before is None else (before[0] + more[0], before[1] + more[1])
 
-            staggered(len(parts), factors, weights, add)
+            staggered([[n] for n in range(len(parts))], factors, weights, add)
             return [jnp.concatenate([jnp.concatenate(added[start], axis=1) for start in sorted(added)], axis=0)]
 
         def finish(_: Any) -> None:

@@ -12,7 +12,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from plait.kernels.attention.tpu import carried
-from plait.kernels.attention.tpu.edges import CELL, FIRST_EDGE, WHOLLY, Cells, Edges, edges
+from plait.kernels.attention.tpu.bands import banded_edges
+from plait.kernels.attention.tpu.edges import CELL, FIRST_EDGE, PARTLY, WHOLLY, Cells, Edges, Sight
 from plait.kernels.attention.tpu.size import least
 from plait.kernels.attention.tpu.steps import Steps, most_steps, plan_steps
 from plait.kernels.attention.visits import FULL, Layout, tile_kinds
@@ -143,8 +144,8 @@ class Part(NamedTuple):
     """Some queries of a tile that meet some of its keys: a kernel computes one rectangle after the other."""
 
     queries: slice
-    masked: tuple[tuple[bool, ...], ...]
-    """Whether something of a cell may be hidden, of each CELL keys each CELL queries."""
+    cells: Cells
+    """What is visible of each CELL keys to each CELL queries."""
 
 
 class Course(NamedTuple):
@@ -165,8 +166,22 @@ class Course(NamedTuple):
         keys, queries = cuts(0, tile.block_kv, tile.part_kv), cuts(0, tile.block_q, tile.part_q)
         if len(keys) == len(queries) == 1 and tile.block_q > LANES:  # parts overlap
             queries = cuts(0, tile.block_q, rounded_up(tile.block_q // 2, LANES))
-        masked = [[kind != FULL] * (tile.block_q // CELL)] * (tile.block_kv // CELL)
-        return [(at, [Part(some, _of_cells(masked, at, some)) for some in queries]) for at in keys]
+        cells = [[WHOLLY if kind == FULL else PARTLY] * (tile.block_q // CELL)] * (tile.block_kv // CELL)
+        return [(at, [Part(some, _of_cells(cells, at, some)) for some in queries]) for at in keys]
+
+    def groups(self, parts: Sequence[Part]) -> list[list[int]]:
+        """The numbers of parts in order, small ones in groups of no more cells than half a part of a tile that is wholly visible has: one of
+        them alone is too little to fill the units."""
+        most, filled = self.tile.part_q * self.tile.part_kv // (2 * CELL**2), 0
+        found: list[list[int]] = []
+        for n, part in enumerate(parts):
+            size = len(part.cells) * len(part.cells[0])
+            if not found or filled + size > most:
+                found.append([])
+                filled = 0
+            found[-1].append(n)
+            filled += size
+        return found
 
 
 def edge_parts(cells: Cells, several: bool, tile: Tile) -> list[tuple[slice, list[Part]]]:
@@ -176,11 +191,11 @@ def edge_parts(cells: Cells, several: bool, tile: Tile) -> list[tuple[slice, lis
     apart.
     """
     found = []
-    masked = [[several or state != WHOLLY for state in row] for row in cells]
+    sights = [[PARTLY if several and state else state for state in row] for row in cells]
     for keys in cuts(0, tile.block_kv, tile.edge_kv):
         shown = [any(states) for states in zip(*cells[keys.start // CELL : keys.stop // CELL], strict=True)]
         if parts := [
-            Part(at, _of_cells(masked, keys, at))
+            Part(at, _of_cells(sights, keys, at))
             for low, high in _runs(shown)
             for at in cuts(low * CELL, high * CELL, tile.edge_q)
         ]:
@@ -194,9 +209,9 @@ def cuts(start: int, stop: int, size: int) -> list[slice]:
     return [slice(at, min(at + size, stop)) for at in range(start, stop, size)]
 
 
-def _of_cells(masked: Sequence[Sequence[bool]], keys: slice, queries: slice) -> tuple[tuple[bool, ...], ...]:
+def _of_cells(cells: Sequence[Sequence[Sight]], keys: slice, queries: slice) -> Cells:
     """Those of some tokens."""
-    rows = masked[keys.start // CELL : keys.stop // CELL]
+    rows = cells[keys.start // CELL : keys.stop // CELL]
     return tuple(tuple(row[queries.start // CELL : queries.stop // CELL]) for row in rows)
 
 
@@ -222,7 +237,7 @@ class Tiling:
             side: jax.tree.map(partial(self._pad, side=side, axis=2), both) for side, both in (("q", x.queries), ("kv", x.keys))
         }
         self.count = {side: both.positions.shape[2] // self.blocks[side] for side, both in self.tokens.items()}
-        self.edges: Edges = edges(problem.layout, block_q, block_kv)
+        self.edges: Edges = banded_edges(problem.layout, block_q, block_kv)
         self.kinds = tile_kinds(
             problem.layout,
             self.tokens["q"],

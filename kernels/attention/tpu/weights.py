@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from plait.kernels.attention.reference import MASKED as HIDDEN
-from plait.kernels.attention.tpu.edges import CELL
+from plait.kernels.attention.tpu.edges import CELL, Band
 from plait.kernels.attention.tpu.tiling import SUBLANES, Problem, cuts
 from plait.kernels.shapes import matmul_precision
 
@@ -17,8 +17,11 @@ LOG2_E = 1.4426950408889634
 _NOTHING = HIDDEN / 2
 """The largest logit of a row that has seen no key yet: hidden ones lie so far below it that their weights are 0."""
 
-Visible = Callable[[slice], Sequence[tuple[slice, Array | None]]]
-"""Of some keys, no more than CELL from a multiple of it on, by runs of queries: which of them a query sees, bool [N or 1, run]; None is all."""
+Sees = Array | bool | None
+"""Which of some keys a query sees, bool [N or 1, M]; None is all, False is none."""
+
+Visible = Callable[[slice], Sequence[tuple[slice, Sees]]]
+"""Of some keys, no more than CELL from a multiple of it on, by runs of queries: which of them a query sees."""
 
 CHUNK = 32
 """Keys whose weights are made together."""
@@ -46,14 +49,23 @@ def seen(problem: Problem, queries: Array, keys: Array) -> Array:
     return (queries[0:1] == ids) & problem.layout.mask.reaches(queries[1:2], keys[:, 1:2])
 
 
-def staggered(num_parts: int, *stages: Callable[[int, Any], Any]) -> None:
-    """Takes each part through the stages, one stage behind the part before it: so what stands together in the program is of several parts, and
-    the compiler runs the products of one beside the exponentials of another. A stage gets the number of a part and what the stage before gave.
+def in_band(band: Band, keys: slice) -> Array:
+    """bool [N, CELL]: which keys, counted from a multiple of CELL, the queries of a cell see."""
+    shape, first = (keys.stop - keys.start, CELL), keys.start % CELL
+    apart = jax.lax.broadcasted_iota(jnp.int32, shape, 1) - jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    low, high = (apart >= band.low + first, apart <= band.high + first)
+    return low if band.high >= CELL - 1 else high if band.low <= 1 - CELL else low & high
+
+
+def staggered(groups: Sequence[Sequence[int]], *stages: Callable[[int, Any], Any]) -> None:
+    """Takes the parts of each group through the stages, one stage behind the group before it: so what stands together in the program is of
+    several parts, and the compiler runs the products of one beside the exponentials of another. A stage gets the number of a part and what the
+    stage before gave.
     """
     held: dict[int, Any] = {}
-    for step in range(num_parts + len(stages) - 1):
+    for step in range(len(groups) + len(stages) - 1):
         for stage, do in enumerate(stages):
-            if 0 <= (n := step - stage) < num_parts:
+            for n in groups[step - stage] if 0 <= step - stage < len(groups) else ():
                 held[n] = do(n, held.pop(n, None))
 
 
@@ -102,21 +114,22 @@ class Sums(NamedTuple):
         It goes a few keys at a time, so that what is between a product and its weight stays in registers.
         """
         chunks = cuts(0, len(z), CHUNK)
+        sights = [visible and visible(n) for n in chunks]
         rise = None
         if _relative(problem):
-            z = shown(visible, z, HIDDEN, chunks)
+            z = jnp.concatenate([_shown(sight, z[n], HIDDEN) for n, sight in zip(chunks, sights, strict=True)], axis=0)
             old = self.peak[:, at]
             highest = jnp.maximum(old, jnp.max(z, axis=0, keepdims=True))
             self.peak[:, at] = highest
             rise = _bits_above(problem, bias, highest, old)
         mass = spread = jnp.zeros((SUBLANES, z.shape[1]), jnp.float32)
         weights = []
-        for n in chunks:
+        for n, sight in zip(chunks, sights, strict=True):
             if _relative(problem):
                 bits = _bits_above(problem, bias, z[n], highest)
-                p = jnp.exp2(bits)
+                p = _left_out(sight, jnp.exp2(bits))
             else:
-                p = _shown(visible and visible(n), jax.nn.sigmoid(problem.unit * z[n] + bias), 0)
+                p = _shown(sight, jax.nn.sigmoid(problem.unit * z[n] + bias), 0)
             if not problem.mass_by_product:
                 mass += _folded(p)
             if problem.stats:
@@ -153,17 +166,25 @@ class Sums(NamedTuple):
         return values, rows
 
 
-def shown(visible: Visible | None, x: Array, otherwise: float, rows: Sequence[slice] = ()) -> Array:
-    """x [N, M] where a query sees a key; it goes `rows` of keys at a time."""
+def shown(visible: Visible | None, x: Array, otherwise: float) -> Array:
+    """x [N, M] where a query sees a key."""
     if visible is None:
         return x
-    return jnp.concatenate([_shown(visible(n), x[n], otherwise) for n in rows or cuts(0, len(x), CELL)], axis=0)
+    return jnp.concatenate([_shown(visible(n), x[n], otherwise) for n in cuts(0, len(x), CELL)], axis=0)
 
 
-def _shown(runs: Sequence[tuple[slice, Array | None]] | None, x: Array, otherwise: float) -> Array:
-    if runs is None:
-        return x
-    return jnp.concatenate([x[:, at] if sees is None else jnp.where(sees, x[:, at], otherwise) for at, sees in runs], axis=1)
+def _shown(runs: Sequence[tuple[slice, Sees]] | None, x: Array, otherwise: float) -> Array:
+    def shown(x: Array, sees: Sees) -> Array:
+        if sees is None:
+            return x
+        return jnp.full_like(x, otherwise) if sees is False else jnp.where(sees, x, otherwise)
+
+    return x if runs is None else jnp.concatenate([shown(x[:, at], sees) for at, sees in runs], axis=1)
+
+
+def _left_out(runs: Sequence[tuple[slice, Sees]] | None, x: Array) -> Array:
+    """x [N, M], and 0 where a query sees none of the keys: nothing is computed there."""
+    return _shown(runs and [(at, sees if sees is False else None) for at, sees in runs], x, 0)
 
 
 def _folded(x: Array) -> Array:
