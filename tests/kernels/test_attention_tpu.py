@@ -294,8 +294,8 @@ def tiles_of_cells(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of which order can hide a part, and which have several parts in both directions, of edges in groups; sums of keys lie transposed,
     and with 16 bits products add the weights up."""
     tiles = tiling.Tiles(
-        forward=tiling.Tile(512, 512, 256, 256, 128, 128),
-        gradients=tiling.Tile(256, 256, 128, 128, edge_q=256, edge_kv=256),
+        forward=tiling.Tile(512, 512, 256, 256, 128, 128, largest=128),
+        gradients=tiling.Tile(256, 256, 128, 128, edge_q=256, edge_kv=256, largest=128),
         sums_by_key_column=True,
     )
     choose = lambda *given: replace(tiles, mass_by_product=jnp.dtype(given[-1]).itemsize == 2)
