@@ -44,19 +44,26 @@ def kernel(job: dict[str, Any], array: Any) -> tuple[Any, tuple[Any, ...]]:
     chunks, size, heads, sums = job["chunks"], job["chunk"], job["heads"], "gradients" in job["kernel"]
 
     def each(self: Any, visit: Any, finish: Any = lambda i: None, nothing: Any = None, sums: Any = None) -> None:
-        def chunk(n: Any, _: None) -> None:
-            i, c = jax.lax.div(n, jnp.int32(chunks)), size * jax.lax.rem(n, jnp.int32(chunks))
-            self.move(i, c, sums, i, c)
+        of = lambda n: (jax.lax.div(n, jnp.int32(chunks)), size * jax.lax.rem(n, jnp.int32(chunks)))
+
+        def chunk(n: Any, earlier: tuple[Any, ...]) -> tuple[Any, ...]:
+            i, c = of(n)
+            if sums is None:
+                self.unpack()
+            self.move(*of(jax.lax.rem(n + 1, jnp.int32(QUERIES * chunks))), sums, *earlier)
             visit(i, c, self.keys())
-            self.unpack()
+            if sums is not None:
+                self.unpack()
+            return i, c
 
         self.move(jnp.int32(0), self.low(0))
-        self.unpack()
+        if sums is not None:
+            self.unpack()
         if chunks:
-            jax.lax.fori_loop(0, QUERIES * chunks, chunk, None)
+            jax.lax.fori_loop(0, QUERIES * chunks, chunk, (jnp.int32(0), jnp.int32(0)))
             jax.lax.fori_loop(0, QUERIES, lambda i, _: finish(i), None)
 
-    by_chunks.Chunks.each, by_chunks.copy_now = each, lambda *_: None
+    by_chunks.Chunks.each, by_chunks.Chunks.copy = each, lambda *_: None
     if job.get("products"):
         by_chunks.Chunks.move = by_chunks.Chunks.unpack = lambda *_: None
     problem = tables.Problem(
@@ -70,6 +77,7 @@ def kernel(job: dict[str, Any], array: Any) -> tuple[Any, tuple[Any, ...]]:
         rows=4096,
         sums=sums,
         deep=tables.deep(heads),
+        batch=tables.batch(),
     )
     if job["kernel"].startswith("index"):
         heads = INDEX_HEADS

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from plait.kernels.attention import pallas_tpu as attention
 from plait.kernels.attention.call import AttentionCall
 from plait.kernels.attention.chosen_rows import chosen_rows
-from plait.kernels.attention.tpu.tokens.tables import CHUNK, LANES, LEAST, Problem, Tables, core_memory
+from plait.kernels.attention.tpu.tokens.tables import CHUNK, LANES, LEAST, Problem, Tables, batch, core_memory
 from plait.kernels.index_divergence.call import DivergenceCall
 from plait.kernels.index_divergence.tpu.chosen_scores import chosen_scores, score_gradients
 from plait.kernels.index_divergence.tpu.mean_weights import mean_weights
@@ -67,6 +67,7 @@ def _tables(call: DivergenceCall) -> tuple[Tables, Tables]:
         chunk=min(CHUNK, -(-chosen // LANES) * LANES),
         rows=0,
         sums=False,
+        batch=batch(),
     )
     of_keys = Tables(problem, call.k.shape[1], chosen, core_memory(), step=LANES)
     (_, _, heads, key_dim), dtype = call.index_q.shape, call.index_q.dtype.name

@@ -16,7 +16,6 @@ from plait.kernels.attention.tpu.tokens.chunks import (
     Sums,
     call_kernel,
     own_column,
-    row_scratch,
     sums_scratch,
     sums_shape,
 )
@@ -87,7 +86,7 @@ def forward(problem: Problem, q: Array, weights: Array, far: Array, entries: Arr
         far,
         (entries, bounds),
         outputs=[jax.ShapeDtypeStruct((*weights.shape[:2], entries.shape[3] // QUERIES), jnp.float32)],
-        scratch=row_scratch(problem),
+        scratch=[],
         columns=q.shape[3],
         problem=problem,
     )
@@ -107,7 +106,6 @@ def gradients(
         (entries, bounds),
         outputs=[*(jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (q, weights)), sums_shape(problem, batch)],
         scratch=[
-            *row_scratch(problem),
             *sums_scratch(problem),
             *[pltpu.VMEM((heads, n), jnp.float32) for n in (width, QUERIES)],
         ],
@@ -119,9 +117,7 @@ def gradients(
 def _forward_kernel(
     problem: Problem, bounds: Any, entries: Any, far: Any, q: Any, weights: Any, found: Any, *scratch: Any
 ) -> None:
-    *rows, moved = scratch
-    chunks = Chunks(problem, entries, bounds, *rows)
-    chunks.begin(far, moved)
+    chunks = Chunks.begin(problem, bounds, entries, far, scratch)
     found[...] = jnp.zeros_like(found)
     columns = weights[0].T  # [I, 8]
 
@@ -134,9 +130,8 @@ def _forward_kernel(
 
 
 def _gradients_kernel(problem: Problem, bounds: Any, entries: Any, far: Any, *refs: Any) -> None:
-    q, weights, d_scores, d_q, d_weights, d_table, *rows, moved, added, acc, of_weights = refs
-    chunks = Chunks(problem, entries, bounds, *rows)
-    chunks.begin(far, moved)
+    q, weights, d_scores, d_q, d_weights, d_table, *rows, added, acc, of_weights = refs
+    chunks = Chunks.begin(problem, bounds, entries, far, rows)
     of_rows = Sums(chunks, added)
     of_rows.begin()
     of_weights[...] = jnp.zeros_like(of_weights)
@@ -161,4 +156,4 @@ def _gradients_kernel(problem: Problem, bounds: Any, entries: Any, far: Any, *re
 
     chunks.each(visit, finish, nothing, of_rows)
     d_weights[0] = of_weights[...].T
-    of_rows.end(d_table, moved)
+    of_rows.end(d_table)

@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 
 from plait.kernels.attention.reference import MASKED as HIDDEN
 from plait.kernels.attention.tpu.tokens import kernels
-from plait.kernels.attention.tpu.tokens.chunks import Chunks, call_kernel, own_column, row_scratch
+from plait.kernels.attention.tpu.tokens.chunks import Chunks, call_kernel, own_column
 from plait.kernels.attention.tpu.tokens.tables import QUERIES, Part, Problem, Tables, cut_tables, listed, repelled, whole
 from plait.kernels.attention.tpu.weights import LOG2_E, NT, dot
 
@@ -69,7 +69,7 @@ def weights(problem: Problem, q: Array, lse: Array, far: Array, entries: Array, 
         far,
         (entries, bounds),
         outputs=[jax.ShapeDtypeStruct((*lse.shape[:2], entries.shape[3] // QUERIES), jnp.float32)],
-        scratch=row_scratch(problem),
+        scratch=[],
         columns=q.shape[3],
         problem=problem,
     )
@@ -77,9 +77,7 @@ def weights(problem: Problem, q: Array, lse: Array, far: Array, entries: Array, 
 
 
 def _kernel(problem: Problem, bounds: Any, entries: Any, far: Any, q: Any, lse: Any, found: Any, *scratch: Any) -> None:
-    *rows, moved = scratch
-    chunks = Chunks(problem, entries, bounds, *rows)
-    chunks.begin(far, moved)
+    chunks = Chunks.begin(problem, bounds, entries, far, scratch)
     found[...] = jnp.full_like(found, UNSEEN)
     columns, heads = lse[0].T, q.shape[2]  # [H, 8]
 

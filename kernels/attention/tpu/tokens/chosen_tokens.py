@@ -24,6 +24,7 @@ from plait.kernels.attention.tpu.tokens.tables import (
     Part,
     Problem,
     Tables,
+    batch,
     core_memory,
     cut_tables,
     deep,
@@ -80,6 +81,7 @@ def tables_of(call: AttentionCall) -> Tables:
         rows=0,
         sums=False,
         deep=deep(call.q.shape[2]),
+        batch=batch(),
     )
     return Tables(problem, call.k.shape[1], call.selected.indices.shape[3], core_memory())
 

@@ -22,29 +22,52 @@ from plait.kernels.costs import cost
 
 Array = jax.Array
 
-BATCH = 4
-"""Rows that are read before the first is written."""
-
 
 class Chunks(NamedTuple):
     """The chunks of a grid step's queries, one after the other, each fetched while that before is worked on."""
 
     problem: Problem
-    entries: Any
     bounds: Any
-    """With `entries`, the lists of `listed`."""
+    """Of `listed`."""
+    lists: Any
+    """Its entries, of this grid step and of the next. It lies where an instruction that reads a number has the constant part of its address;
+    a list that came by itself would take one more instruction a row."""
     table: Any
     buffer: Any
     """The rows of a chunk as they lie in the table."""
     here: Any
     """[tiles, C / packing, 128] words: as the products read them."""
+    moved: Any
+    """What says that copies are done: of the two lists, and of the table."""
+    first: Any
+    """Where this step's list begins."""
 
-    def begin(self, far: Any, moved: Any) -> None:
-        """Ahead of all else: at a sequence's first step its table of `far` comes here."""
+    @classmethod
+    def begin(cls, problem: Problem, bounds: Any, entries: Any, far: Any, memory: Sequence[Any]) -> Chunks:
+        """Ahead of all else, in the memory of `_row_scratch`: at a sequence's first step its table of `far` comes here, and at each the list
+        of the next among `entries`."""
+        steps, (lists, table, buffer, here, moved) = pl.num_programs(1), memory
+        step = pl.program_id(0) * steps + pl.program_id(1)
+        first = lambda step: lax.rem(step, 2) * entries.shape[3]
 
-        @pl.when(pl.program_id(1) == 0)
-        def _begin():
-            copy_now(far.at[pl.program_id(0)], self.table, moved)
+        def of(step: Any) -> Any:
+            slot = lists.at[pl.ds(first(step), entries.shape[3])]
+            of_step = entries.at[lax.div(step, steps), lax.rem(step, steps), 0]
+            return pltpu.make_async_copy(of_step, slot, moved.at[lax.rem(step, 2)])
+
+        chunks = cls(problem, bounds, lists, table, buffer, here, moved, first(step))
+        pl.when(step == 0)(lambda: of(step).start())
+        pl.when(step + 1 < pl.num_programs(0) * steps)(lambda: of(step + 1).start())
+        sequence, new = pl.program_id(0), pl.program_id(1) == 0
+        pl.when(new)(lambda: chunks.copy(far.at[sequence], chunks.table))
+        of(step).wait()
+        return chunks
+
+    def copy(self, source: Any, to: Any) -> None:
+        """A table comes or goes, and is waited for."""
+        copy = pltpu.make_async_copy(source, to, self.moved.at[2])
+        copy.start()
+        copy.wait()
 
     def low(self, i: Any) -> Array:
         return self.bounds[0, 0, 0, 2 * i]
@@ -52,10 +75,11 @@ class Chunks(NamedTuple):
     def high(self, i: Any) -> Array:
         return self.bounds[0, 0, 0, 2 * i + 1]
 
-    def rows(self, i: Array, c: Array) -> Any:
-        """The lines at which the rows of the chosen tokens of a chunk begin: one address, from which each is a constant away."""
-        start = i * (self.entries.shape[3] // QUERIES) + c
-        return self.entries.at[0, 0, 0, pl.ds(start, self.problem.chunk)]
+    def rows(self, i: Array, c: Array) -> Callable[[int], Array]:
+        """The line at which the row of the n-th chosen token of a chunk begins."""
+        total = self.lists.shape[0]
+        start = self.first + i * (total // (2 * QUERIES)) + c
+        return lambda n: self.lists.at[pl.ds(n, total - n)][start]
 
     def lanes(self, c: Array) -> Any:
         """Where chunk c stands among the chosen tokens of a query, for aligned chunks of whole lines."""
@@ -64,10 +88,9 @@ class Chunks(NamedTuple):
     def move(self, i: Array, c: Array, sums: Sums | None = None, *earlier: Array) -> None:
         """The rows of a chunk come to the buffer as they lie, while what was put of an earlier one is added to the sums."""
         words, rows = self.problem.words, self.rows(i, c)
-        for begin in range(0, self.problem.chunk, BATCH):
-            members = range(begin, begin + BATCH)
+        for members in self.problem.batches:
             moved = [] if sums is None else sums.added_to(members, *earlier)
-            moved += [(self.buffer, pl.ds(n * words, words), self.table[pl.ds(rows[n], words)]) for n in members]
+            moved += [(self.buffer, pl.ds(n * words, words), self.table[pl.ds(rows(n), words)]) for n in members]
             for to, at, x in moved:
                 to[at] = x
 
@@ -97,7 +120,8 @@ class Chunks(NamedTuple):
         """`visit(i, c, k)` for each chunk of each query i, which begins at its chosen token c and has rows k, and `finish(i)` after a
         query's last; or `nothing()` where there is no chunk.
 
-        What a visit puts to the `sums`, and the rows of the next chunk, the compiler moves while it makes the products of this one.
+        What a visit puts to the `sums`, and the rows of the next chunk, the compiler moves while it makes the products of this one. Where
+        there are sums it has enough to move at a visit's begin, so that rows are unpacked behind it, else ahead of it.
         """
         size = self.problem.chunk
         count = sum(lax.div(self.high(i) - self.low(i), size) for i in range(QUERIES))
@@ -107,9 +131,12 @@ class Chunks(NamedTuple):
             last = c + size >= self.high(i)
             following = jnp.where(last, jnp.minimum(i + 1, QUERIES - 1), i)
             then = following, jnp.where(last, self.low(following), c + size)
+            if sums is None:
+                self.unpack()
             self.move(*then, sums, *earlier)
             visit(i, c, self.keys())
-            self.unpack()
+            if sums is not None:
+                self.unpack()
             pl.when(last)(partial(finish, i))
             return *then, i, c
 
@@ -117,7 +144,8 @@ class Chunks(NamedTuple):
         def _visits():
             begin = jnp.int32(0), self.low(0)
             self.move(*begin)
-            self.unpack()
+            if sums is not None:
+                self.unpack()
             *_, i, c = lax.fori_loop(0, count, step, (*begin, *begin))
             if sums is not None:
                 sums.add(i, c)
@@ -145,7 +173,7 @@ class Sums(NamedTuple):
     def added_to(self, members: range, i: Array, c: Array) -> list[Any]:
         """Where the sums of some rows of chunk c of query i are, and with what was put."""
         problem, rows = self.chunks.problem, self.chunks.rows(i, c)
-        table, where = self.chunks.table, [pl.ds(rows[m] + problem.words, problem.tiles) for m in members]
+        table, where = self.chunks.table, [pl.ds(rows(m) + problem.words, problem.tiles) for m in members]
         put = [self.added[pl.ds(m * problem.tiles, problem.tiles)] for m in members]
         return [
             (table, at, pltpu.bitcast(pltpu.bitcast(table[at], jnp.float32) + x, jnp.int32))
@@ -154,16 +182,15 @@ class Sums(NamedTuple):
 
     def add(self, i: Array, c: Array) -> None:
         """What was put, of chunk c of query i, to the sums."""
-        for begin in range(0, self.chunks.problem.chunk, BATCH):
-            for to, at, x in self.added_to(range(begin, begin + BATCH), i, c):
+        for members in self.chunks.problem.batches:
+            for to, at, x in self.added_to(members, i, c):
                 to[at] = x
 
-    def end(self, d_table: Any, moved: Any) -> None:
+    def end(self, d_table: Any) -> None:
         """Behind the visits: at a sequence's last step the table leaves, with its sums."""
 
-        @pl.when(pl.program_id(1) == pl.num_programs(1) - 1)
-        def _end():
-            copy_now(self.chunks.table, d_table.at[pl.program_id(0)], moved)
+        sequence, last = pl.program_id(0), pl.program_id(1) == pl.num_programs(1) - 1
+        pl.when(last)(lambda: self.chunks.copy(self.chunks.table, d_table.at[sequence]))
 
 
 def _unpacked(lines: Sequence[Array]) -> list[Array]:
@@ -180,20 +207,14 @@ def own_column(columns: Array, i: Array) -> Array:
     return jnp.sum(jnp.where(lane == i, columns, 0), axis=1, keepdims=True)
 
 
-def copy_now(source: Any, to: Any, done: Any) -> None:
-    """Copies by hand, and waits."""
-    copy = pltpu.make_async_copy(source, to, done)
-    copy.start()
-    copy.wait()
-
-
-def row_scratch(problem: Problem) -> list[Any]:
-    """The table, the chunk that is fetched as it lies there, and as the products read it; and what says that a copy is done."""
+def _row_scratch(problem: Problem, entries: int) -> list[Any]:
+    """What `Chunks` keeps, from `lists` on, of a grid step with so many entries."""
     return [
+        pltpu.SMEM((2 * entries,), jnp.int32),
         pltpu.VMEM((problem.table_rows * problem.pitch, LANES), jnp.int32),
         pltpu.VMEM((problem.chunk * problem.words, LANES), jnp.int32),
         pltpu.VMEM((problem.tiles, problem.chunk // problem.packing, LANES), jnp.int32),
-        pltpu.SemaphoreType.DMA(()),
+        pltpu.SemaphoreType.DMA((3,)),
     ]
 
 
@@ -222,7 +243,8 @@ def call_kernel(
 ) -> Any:
     """Arrays of `queries` and `outputs` are [B, T, ...], but for the last output where there are sums, [B, ...].
 
-    Args: `queries`, the first [B, T, H, width], of which the last is the first output's with `in_place`; `columns` of all products.
+    Args: `queries`, the first [B, T, H, width], of which the last is the first output's with `in_place`; `scratch` beside the chunks';
+    `columns` of all products.
     """
     entries, bounds = lists
     batch, length, heads = queries[0].shape[:3]
@@ -236,9 +258,9 @@ def call_kernel(
         name=name,
         out_shape=list(outputs),
         grid=(batch, length // QUERIES),
-        in_specs=[scalars(bounds), scalars(entries), apart, *(of_queries(x) for x in queries)],
+        in_specs=[scalars(bounds), apart, apart, *(of_queries(x) for x in queries)],
         out_specs=out_specs,
-        scratch_shapes=list(scratch),
+        scratch_shapes=[*_row_scratch(problem, entries.shape[3]), *scratch],
         input_output_aliases={2 + len(queries): 0} if in_place else {},
         cost_estimate=cost((*queries, far, *lists, *outputs), flops=2 * pairs * columns, transcendentals=pairs),
         compiler_params=pltpu.CompilerParams(

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from plait.kernels.attention.reference import MASKED as HIDDEN
-from plait.kernels.attention.tpu.tokens.chunks import Chunks, Sums, call_kernel, row_scratch, sums_scratch, sums_shape
+from plait.kernels.attention.tpu.tokens.chunks import Chunks, Sums, call_kernel, sums_scratch, sums_shape
 from plait.kernels.attention.tpu.tokens.tables import LANES, Problem
 from plait.kernels.attention.tpu.weights import LOG2_E, NN, NT, dot
 
@@ -28,9 +28,8 @@ _LOWEST = -1e20
 
 def _forward_kernel(problem: Problem, bounds: Any, entries: Any, far: Any, q: Any, *refs: Any) -> None:
     mixed = problem.value_dim > 0
-    found, *o, table, buffer, here, moved, peak, total, spread, acc = refs if mixed else (*refs, None)
-    chunks = Chunks(problem, entries, bounds, table, buffer, here)
-    chunks.begin(far, moved)
+    found, *o, lists, table, buffer, here, moved, peak, total, spread, acc = refs if mixed else (*refs, None)
+    chunks = Chunks.begin(problem, bounds, entries, far, (lists, table, buffer, here, moved))
     bits = problem.scale * LOG2_E
     if mixed:
 
@@ -80,9 +79,8 @@ def _forward_kernel(problem: Problem, bounds: Any, entries: Any, far: Any, q: An
 
 
 def _gradients_kernel(problem: Problem, bounds: Any, entries: Any, far: Any, *refs: Any) -> None:
-    q, d_o, rows, *before, d_q, d_table, table, buffer, here, moved, added, acc = refs
-    chunks = Chunks(problem, entries, bounds, table, buffer, here)
-    chunks.begin(far, moved)
+    q, d_o, rows, *before, d_q, d_table, lists, table, buffer, here, moved, added, acc = refs
+    chunks = Chunks.begin(problem, bounds, entries, far, (lists, table, buffer, here, moved))
     of_rows = Sums(chunks, added)
     of_rows.begin()
 
@@ -99,9 +97,9 @@ def _gradients_kernel(problem: Problem, bounds: Any, entries: Any, far: Any, *re
         if problem.stats:
             d_logits += jnp.where(z >= row[4:5], row[3:4], 0)
         d_logits = (problem.scale * d_logits).astype(k.dtype)
-        acc[...] = jnp.where(first, 0, acc[...]) + dot(d_logits.T, k, NN)  # [H, W]
         for n, tile in enumerate(_of_keys(problem, d_logits, weights.astype(of_o.dtype), of_query, of_o)):
             of_rows.put(n, tile)
+        acc[...] = jnp.where(first, 0, acc[...]) + dot(d_logits.T, k, NN)  # [H, W]
 
     def finish(i: Array) -> None:
         d_q[0, i] = sum((x[0, i] for x in before), acc[...]).astype(d_q.dtype)
@@ -110,7 +108,7 @@ def _gradients_kernel(problem: Problem, bounds: Any, entries: Any, far: Any, *re
         d_q[...] = before[0][...] if before else jnp.zeros_like(d_q)
 
     chunks.each(visit, finish, nothing, of_rows)
-    of_rows.end(d_table, moved)
+    of_rows.end(d_table)
 
 
 def _of_keys(problem: Problem, d_logits: Array, weights: Array, q: Array, d_o: Array) -> list[Array]:
@@ -147,7 +145,7 @@ def forward(problem: Problem, q: Array, far: Array, entries: Array, bounds: Arra
         far,
         (entries, bounds),
         outputs=outputs,
-        scratch=[*row_scratch(problem), *(pltpu.VMEM(shape, jnp.float32) for shape in state)],
+        scratch=[pltpu.VMEM(shape, jnp.float32) for shape in state],
         columns=width + problem.value_dim,
         problem=problem,
     )
@@ -169,7 +167,7 @@ def gradients(
         far,
         (entries, bounds),
         outputs=[jax.ShapeDtypeStruct(q.shape, q.dtype if before is None else before.dtype), sums_shape(problem, q.shape[0])],
-        scratch=[*row_scratch(problem), *sums_scratch(problem), pltpu.VMEM(q.shape[2:], jnp.float32)],
+        scratch=[*sums_scratch(problem), pltpu.VMEM(q.shape[2:], jnp.float32)],
         columns=3 * q.shape[3] + 2 * problem.value_dim,
         problem=problem,
         in_place=before is not None,

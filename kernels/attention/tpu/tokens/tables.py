@@ -31,8 +31,8 @@ LEAST = 512
 MIN_MEMORY = 64 << 20
 """Bytes of a core's memory that tables and what stands beside them need at least."""
 
-BESIDES = 160
-"""Chosen tokens whose cycles a chunk takes besides its own, by static estimates for v5e and v6e."""
+BESIDES = {False: 250, True: 60}
+"""Chosen tokens whose cycles a chunk takes besides its own, by whether there are sums; by static estimates for v5e and v6e."""
 
 OF_TABLE = 200
 """Chosen tokens whose cycles one of several tables takes besides: a query comes and goes, and what it has from other tables, at v5e's and v6e's
@@ -65,6 +65,8 @@ class Problem:
     """Whether products over the heads that are added are one product."""
     stride: int = 0
     """Tokens from the first of a table to that of the next, `rows` of one at most."""
+    batch: int = 2
+    """Rows that are read before the first is written."""
     hiding: bool = True
     """Whether a channel hides rows that nobody sees; without, they are zeros."""
 
@@ -82,6 +84,11 @@ class Problem:
     def words(self) -> int:
         """Lines of 128 words of a row."""
         return -(-self.tiles // self.packing)
+
+    @property
+    def batches(self) -> list[range]:
+        """Of a chunk's rows."""
+        return [range(n, n + self.batch) for n in range(0, self.chunk, self.batch)]
 
     @property
     def pitch(self) -> int:
@@ -218,6 +225,12 @@ def deep(heads: int) -> bool:
     return here is not None and heads % LANES == 0 and 2 * heads <= here.matrix_unit
 
 
+def batch() -> int:
+    """Rows at a time: as many as hide that a read of the table waits for writes before it, and fewer where a core writes one a cycle."""
+    here = current()
+    return 8 if here is not None and here.matrix_unit > LANES else 2
+
+
 @dataclass(frozen=True)
 class Tables:
     """How the keys are cut into tables."""
@@ -263,7 +276,7 @@ class Tables:
                 end = whole if whole >= max(least, begin) else most
                 chunks += math.ceil((end - begin) / size - 1e-6)
                 begin = end
-        return (size + BESIDES) * chunks / SAMPLE + OF_TABLE * parts
+        return (size + BESIDES[problem.sums]) * chunks / SAMPLE + OF_TABLE * parts
 
 
 def sums_of(problem: Problem, tables: Array) -> Array:
