@@ -261,7 +261,8 @@ def _selected_kernel(job: dict[str, Any], array: Callable[..., Any]) -> tuple[Ca
     """One kernel of attention to selected blocks, forward or all_gradients: one tile of queries, with `job["visits"]` visits.
 
     `job["cut"]` are the block size, the heads, queries and keys of a tile. By the name "chosen" the choice alone hides keys,
-    by "open" nothing does: under a mask the products of v5e's and v5p's key gradients have no estimate.
+    of several tiles "edge" has one, on the diagonal, and "last" that after
+    others; by "open" nothing hides any: under a mask the products of v5e's and v5p's key gradients have no estimate.
     """
     import jax
     import jax.numpy as jnp
@@ -270,9 +271,11 @@ def _selected_kernel(job: dict[str, Any], array: Callable[..., Any]) -> tuple[Ca
     from plait.kernels import Mask, SelectedBlocks, Tokens
     from plait.kernels.attention.tpu import edges, rectangles, selected, tiling, walk
     from plait.kernels.attention.tpu.cut import Cut
-    from plait.kernels.attention.visits import FULL, MASKED, Layout, Visits
+    from plait.kernels.attention.visits import FULL, MASKED, SKIP, Layout, Visits
+    from plait.kernels.chips import CHIPS
 
-    cut, visits, width = Cut(*job["cut"]), job["visits"], job["shape"][3]
+    visits, width = job["visits"], job["shape"][3]
+    cut = Cut(*job["cut"], wide=CHIPS[job["target"]].matrix_unit == 256)
     num_queries, num_keys = cut.queries, cut.keys * visits * cut.fetched
     # Lists in scalar memory, copies by hand and gathers have no estimate: tiles are visited in order, and the copies are left out.
     nothing = type("Copy", (), dict.fromkeys(("start", "wait"), lambda _: None))()
@@ -280,14 +283,19 @@ def _selected_kernel(job: dict[str, Any], array: Callable[..., Any]) -> tuple[Ca
     walk.tile_kinds = lambda *_, **__: jnp.zeros((1, 1, num_queries // cut.queries, num_keys // cut.keys), int)
     walk.ordered = lambda kinds, _: Visits(kinds)
     walk._listed = lambda _, n: 4 * n + 1
-    kind = {"chosen": FULL, "edge": edges.FIRST_EDGE}.get(job["name"].partition("-")[0], MASKED)
-    rectangles.Rectangles.kinds = lambda _: (kind,)
-    if kind == edges.FIRST_EDGE:
+    name, rest = job["name"].partition("-")[0], cut.fetched - 1
+    kinds = {
+        "chosen": [FULL] * (1 + rest),
+        "edge": [edges.FIRST_EDGE] + [SKIP] * rest,
+        "last": [FULL] * rest + [edges.FIRST_EDGE],
+    }
+    rectangles.Rectangles.kinds = lambda *_: [kinds.get(name, [MASKED] * (1 + rest))]
+    if name in ("edge", "last"):
         cells = tuple(
             tuple(0 if query < key else 1 + (query > key) for query in range(cut.queries // edges.CELL))
             for key in range(cut.keys // edges.CELL)
         )
-        rectangles._edge = lambda *_: edges.Edges(np.zeros(()), (cells,), (kind,), 0, 0)
+        rectangles._edge = lambda *_: edges.Edges(np.zeros(()), (cells,), (edges.FIRST_EDGE,), 0, 0)
     if job["name"].startswith("open"):
         every = rectangles.Rectangles.of
         rectangles.Rectangles.of = lambda *args: [part._replace(visible=None) for part in every(*args)]

@@ -135,7 +135,13 @@ def _generation() -> str:
 def _cut(call: AttentionCall) -> Cut:
     """How the work of a call that selects blocks is cut."""
     heads, lengths = _sizes(call)
-    return Cut.of(heads, lengths, call.selected, *SELECTED[call.q.dtype.itemsize])
+    return Cut.of(heads, lengths, call.selected, *SELECTED[call.q.dtype.itemsize], wide=_wide(call))
+
+
+def _wide(call: AttentionCall) -> bool:
+    """Blocks are selected on a chip whose matrix unit is 256 wide, with operands of 16 bits."""
+    here = current()
+    return call.q.dtype.itemsize == 2 and here is not None and here.matrix_unit == 256
 
 
 def _sizes(call: AttentionCall) -> tuple[tuple[int, int], tuple[int, int]]:

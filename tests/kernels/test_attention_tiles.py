@@ -1,18 +1,21 @@
 """What the TPU attention kernel is told to compute: edges of tiles, visited ones, sizes, cuts of selected blocks; no kernel runs."""
 
 import itertools
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from plait.kernels import ChunkMask, GlobalMask, Mask, PowerMask, SelectedBlocks, Tokens
+from plait.kernels.attention import pallas_tpu
 from plait.kernels.attention.pallas_tpu import choose_tiles
 from plait.kernels.attention.tpu import bands, edges, size, steps
 from plait.kernels.attention.tpu.best_tiles import FLOAT32, SELECTED
 from plait.kernels.attention.tpu.cut import Cut
 from plait.kernels.attention.tpu.tiling import Tile
 from plait.kernels.attention.visits import SKIP, Layout, tile_kinds
+from plait.kernels.target import target
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -140,3 +143,14 @@ def test_cut_of_selected_blocks():
     assert sizes(8, 8, 8, size=4096) == (1, 2048, 512)
     assert sizes(12, 6, 4, size=64) == (1, 1024, 64)
     assert sizes(8, 8, 8, size=1024, length=200) == (1, 256, 256)
+    assert [Cut(size, 1, 1024, size, wide=True).fetched for size in (64, 128, 512, 1024)] == [4, 2, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("generation", "dtype", "wide"), [("v5e", "bfloat16", False), ("v6e", "bfloat16", True), ("v6e", "float32", False)]
+)
+def test_selected_blocks_are_cut_for_the_matrix_unit(generation: str, dtype: str, wide: bool):
+    q = jnp.zeros((1, 512, 2, 64), dtype)
+    selected = SelectedBlocks(indices=jnp.zeros((1, 512, 2, 1), jnp.int32), block_size=256, num_blocks=2)
+    with target(generation):
+        assert pallas_tpu._cut(SimpleNamespace(q=q, k=q, selected=selected)).wide == wide  # type: ignore[arg-type]

@@ -228,6 +228,18 @@ def test_kernel_matches_reference_with_selected_blocks(name: str):
     _assert_matches(of.case, _inputs(of.case), _own(_segments(of.case)) | {"selected": _selected(of)})
 
 
+WIDE = ("diagonal", "diagonal-segments", "groups", "many-heads-sigmoid", "each-head", "window-left-padding")
+
+
+@pytest.mark.parametrize("name", usually(WIDE, *WIDE[:4], newest=("diagonal",)))
+def test_selected_blocks_match_reference_on_a_wide_matrix_unit(name: str, monkeypatch: pytest.MonkeyPatch):
+    """In tiles as large as blocks, so that what is visited together is of every kind."""
+    monkeypatch.setattr(pallas_tpu, "_wide", lambda _: True)
+    monkeypatch.setattr(pallas_tpu, "SELECTED", dict.fromkeys((2, 4), (1024, 1 << 18)))
+    of = CHOICES[name]
+    _assert_matches(of.case, _inputs(of.case), _own(_segments(of.case)) | {"selected": _selected(of)})
+
+
 @pytest.mark.parametrize("share", usually([0.0, 0.4, 1.0], 0.4, newest=(0.4,)))
 def test_routed_matches_reference(share: float):
     case = Case(mask=Mask(window_size=90), heads=(4, 2), segments="several", dtype="float32" if share else "bfloat16", sinks=True)

@@ -25,14 +25,29 @@ class Cut:
     """Queries a tile, of each head; a multiple of 128."""
     keys: int
     """Keys a tile: 32, 64 or a multiple of 128."""
+    wide: bool = False
+    """For a matrix unit of 256 rows and columns, with operands of 16 bits."""
+
+    @property
+    def mass_by_product(self) -> bool:
+        """See `plait.kernels.attention.tpu.tiling.Tiles`."""
+        return self.wide
+
+    @property
+    def sums_by_key_column(self) -> bool:
+        """Likewise; tiles of fewer keys fill no row of memory."""
+        return self.wide and self.keys >= LANES
 
     @property
     def fetched(self) -> int:
-        """Tiles of keys that a visit brings together, which may stand anywhere, so that a product has 128 keys."""
-        return max(1, LANES // self.keys)
+        """Tiles of keys that a visit brings together, which may stand anywhere: so that a product has 128 keys. For a wide matrix unit two of
+        that where they are not large, so that the one begins while the other ends."""
+        return max(1, LANES // self.keys) * (2 if self.wide and self.keys <= 512 else 1)
 
     @staticmethod
-    def of(heads: tuple[int, int], lengths: tuple[int, int], blocks: SelectedBlocks, rows: int, pairs: int) -> "Cut":
+    def of(
+        heads: tuple[int, int], lengths: tuple[int, int], blocks: SelectedBlocks, rows: int, pairs: int, *, wide: bool = False
+    ) -> "Cut":
         """The cut into tiles of at most so many rows, that is queries of all heads, and so many pairs of a row and a key. There are as many
         queries as a block has keys, since neighbours select alike, but a quarter of the pairs where they can be, which a visit is worth, and no
         more keys than a block has.
@@ -50,7 +65,7 @@ class Cut:
         keys = min(most, _tokens(pairs // (queries * together)), _tokens(lengths[1] + LANES - 1))
         if blocks.block_size in SMALL:
             keys = blocks.block_size
-        return Cut(blocks.block_size, together, queries, keys)
+        return Cut(blocks.block_size, together, queries, keys, wide)
 
     def longest_list(self, lengths: tuple[int, int]) -> int:
         """The most tiles that one of queries, or one of keys, may have to do with; `lengths` as in `of`."""

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 
 from plait.kernels.attention.tpu.cut import Cut
 from plait.kernels.attention.tpu.edges import CELL, FIRST_EDGE, Edges, edges
-from plait.kernels.attention.tpu.tiling import Problem, Tile, cuts, edge_parts
+from plait.kernels.attention.tpu.tiling import LANES, Problem, Tile, cuts, edge_parts, grouped
 from plait.kernels.attention.tpu.weights import Visible, seen
-from plait.kernels.attention.visits import FULL, MASKED, Layout
+from plait.kernels.attention.visits import FULL, MASKED, SKIP, Layout
 from plait.kernels.masks import block_number
 
 Array = jax.Array
@@ -20,6 +20,9 @@ MOST = 1 << 17, 512
 
 MOST_FORWARD = 1 << 16, 128
 """Likewise in the forward pass of heads that choose by themselves, whose tiles have few rows."""
+
+MOST_WIDE = 1 << 18, 512
+"""Likewise for a wide matrix unit, of any pass and heads."""
 
 EDGE_ROWS, EDGE_KEYS = 512, 128
 """The most queries and keys of a rectangle of a tile on the diagonal."""
@@ -47,23 +50,44 @@ class Rectangles(NamedTuple):
     def under(cls, problem: Problem, *, forward: bool) -> "Rectangles":
         """Those of a problem, of its forward pass or another."""
         cut: Cut = problem.tiles
-        return cls(problem, cut, _edge(problem.layout, cut), MOST_FORWARD if forward and cut.heads == 1 else MOST)
+        most = MOST_WIDE if cut.wide else MOST_FORWARD if forward and cut.heads == 1 else MOST
+        return cls(problem, cut, _edge(problem.layout, cut), most)
 
-    def kinds(self) -> tuple[int, ...]:
-        """Of the tiles that are visited. In a tile of several blocks the choice is never alone."""
-        alone = (FULL,) if self.cut.block_size >= self.cut.keys and self.cut.fetched == 1 else ()
-        return (MASKED, *alone, *((FIRST_EDGE,) if self.edge else ()))
+    def kinds(self, together: int) -> list[tuple[int, ...]]:
+        """Of the tiles that are visited together; the first stand for all others too. In a tile of several blocks the choice is never
+        alone, and what stands on the diagonal is last."""
+        found, edge = [(MASKED,) * together], [FIRST_EDGE] if self.edge else []
+        if self.cut.block_size >= self.cut.keys >= LANES:
+            found.append((FULL,) * together)
+            edge = [*[FULL] * (together - 1), *edge] if edge else []
+        if edge:
+            found.append(tuple(edge))
+            if together > 1:
+                found.append((FIRST_EDGE, *[SKIP] * (together - 1)))
+        return found
 
-    def of(self, kind: int, queries: Array, keys: Sequence[Array], bits: Sequence[Array]) -> list[Rectangle]:
-        """All that may be visible in a tile of a kind; the queries of some keys follow one another.
+    def of(self, kinds: Sequence[int], queries: Array, keys: Sequence[Array], bits: Sequence[Array]) -> list[Rectangle]:
+        """All that may be visible in tiles of these kinds; the queries of some keys follow one another. Small tiles are one.
 
         Args:
           queries: tokens [2, T] of the queries of a head.
           keys: tokens [N, 2] of the tiles of keys that were brought together.
           bits: [1, T] of `SelectedBlocks.bits`, of each of them.
         """
+        if self.cut.keys < LANES:
+            return self._of(MASKED, 0, queries, keys, bits)
+        each = enumerate(zip(kinds, keys, bits, strict=True))
+        return [
+            part
+            for n, (kind, tokens, chosen) in each
+            if kind != SKIP
+            for part in self._of(kind, n * self.cut.keys, queries, [tokens], [chosen])
+        ]
+
+    def _of(self, kind: int, first: int, queries: Array, keys: Sequence[Array], bits: Sequence[Array]) -> list[Rectangle]:
+        """Of one tile, whose keys are those from the first on."""
         found = []
-        for at, columns, rows in self._cuts(kind):
+        for at, columns, rows in self._cuts(kind, len(keys) * self.cut.keys):
             repeats = (columns.stop - columns.start) // (rows.stop - rows.start)
 
             def shows(
@@ -73,17 +97,22 @@ class Rectangles(NamedTuple):
                 visible = self._visible(kind, queries[:, rows], keys, [x[:, rows] for x in bits], wanted)
                 return [(slice(None), jnp.concatenate([visible] * repeats, axis=1))]
 
-            found.append(Rectangle(columns, at, shows))
+            found.append(Rectangle(columns, slice(first + at.start, first + at.stop), shows))
         return found
 
-    def _cuts(self, kind: int) -> list[tuple[slice, slice, slice]]:
+    def groups(self, parts: Sequence[Rectangle]) -> list[list[int]]:
+        """The numbers of rectangles in order, for a wide matrix unit small ones in groups of no more pairs than one of a diagonal has."""
+        sizes = [(part.queries.stop - part.queries.start) * (part.keys.stop - part.keys.start) for part in parts]
+        return grouped(sizes, EDGE_ROWS * EDGE_KEYS if self.cut.wide else 0)
+
+    def _cuts(self, kind: int, num_keys: int) -> list[tuple[slice, slice, slice]]:
         """Keys, queries [M] and the tokens [T] of these: whole heads, or a part of one."""
         cut = self.cut
         if kind == FIRST_EDGE and self.edge:
             tile = Tile(cut.queries, cut.keys, edge_q=EDGE_ROWS, edge_kv=EDGE_KEYS)
             found = edge_parts(*self.edge.shown(kind), tile)
             return [(at, part.queries, part.queries) for at, parts in found for part in parts]
-        num_keys, (pairs, most_keys) = cut.keys * cut.fetched, self.most
+        pairs, most_keys = self.most
         most = pairs // min(num_keys, most_keys)
         together = max(1, most // cut.queries)  # heads
         columns = []

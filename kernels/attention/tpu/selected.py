@@ -51,7 +51,7 @@ def forward(problem: Problem, x: Operands) -> tuple[Array, tuple[Array, ...]]:
             def outputs(n: int, weighed: Weighed) -> None:
                 sums.collect(values[:, parts[n].keys], weighed, parts[n].queries)
 
-            staggered([[n] for n in range(len(parts))], logits, weights, outputs)
+            staggered(tile.groups, logits, weights, outputs)
             return ()
 
         def finish(bias: Any) -> None:
@@ -80,12 +80,13 @@ def all_gradients(problem: Problem, x: Operands, d_o: Array, rows: Sequence[Arra
 
     def begin(problem: Problem, outs: Any, state: Any) -> Work:
         d_q, d_bias = outs
-        acc, shared_acc = state
+        (acc, shared_acc), upright = state, problem.sums_by_key_column
         acc[...] = jnp.zeros_like(acc)
         shared_acc[...] = jnp.zeros_like(shared_acc)
 
         def work(tile: Tile) -> Sequence[Array]:
             turned, parts = tile.k.T, tile.rectangles
+            sides = [x.T for x in (tile.q, tile.d_o)] if upright else []  # [K, M], [V, M]
             added: dict[int, tuple[Array, Array]] = {}
 
             def factors(n: int, _: None) -> tuple[Array, Array]:
@@ -103,12 +104,19 @@ def all_gradients(problem: Problem, x: Operands, d_o: Array, rows: Sequence[Arra
                 at, keys = parts[n][:2]
                 weights, d_logits = found
                 acc[:, at] += dot(turned[:, keys], d_logits, NN)  # [K, M]
-                more = problem.scale * dot(d_logits, tile.q[at], NN), dot(weights, tile.d_o[at], NN)
+                if upright:
+                    of_k, of_v = (
+                        dot(side[:, at], x, NT) for side, x in zip(sides, (d_logits, weights), strict=True)
+                    )  # [K, N], [V, N]
+                else:
+                    of_k, of_v = dot(d_logits, tile.q[at], NN), dot(weights, tile.d_o[at], NN)
+                more = problem.scale * of_k, of_v
                 before = added.get(keys.start)
                 added[keys.start] = more if before is None else (before[0] + more[0], before[1] + more[1])
 
-            staggered([[n] for n in range(len(parts))], factors, weights, add)
-            return [jnp.concatenate([jnp.concatenate(added[start], axis=1) for start in sorted(added)], axis=0)]
+            staggered(tile.groups, factors, weights, add)
+            channels, tokens = (0, 1) if upright else (1, 0)
+            return [jnp.concatenate([jnp.concatenate(added[start], axis=channels) for start in sorted(added)], axis=tokens)]
 
         def finish(_: Any) -> None:
             for n in range(cut.heads):
@@ -127,6 +135,7 @@ def all_gradients(problem: Problem, x: Operands, d_o: Array, rows: Sequence[Arra
         scratch=[pltpu.VMEM((n, cut.heads * cut.queries), jnp.float32) for n in (key_dim, 1)],
         sums=(key_dim + value_dim,),  # as one array, so that narrow heads fill its lanes
     )
+    of_keys = jnp.swapaxes(of_keys, 2, 3) if problem.sums_by_key_column else of_keys
     d_k, d_v = (
         total[:, :, :num_keys].astype(of.dtype) for total, of in ((of_keys[..., :key_dim], x.k), (of_keys[..., key_dim:], x.v))
     )

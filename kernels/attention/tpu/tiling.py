@@ -106,12 +106,12 @@ class Problem(NamedTuple):
     @property
     def mass_by_product(self) -> bool:
         """As `Tiles` say."""
-        return isinstance(self.tiles, Tiles) and self.tiles.mass_by_product
+        return self.tiles.mass_by_product
 
     @property
     def sums_by_key_column(self) -> bool:
         """As `Tiles` say."""
-        return isinstance(self.tiles, Tiles) and self.tiles.sums_by_key_column
+        return self.tiles.sums_by_key_column
 
 
 class Operands(NamedTuple):
@@ -172,16 +172,8 @@ class Course(NamedTuple):
     def groups(self, parts: Sequence[Part]) -> list[list[int]]:
         """The numbers of parts in order, small ones in groups of no more cells than half a part of a tile that is wholly visible has: one of
         them alone is too little to fill the units."""
-        most, filled = self.tile.part_q * self.tile.part_kv // (2 * CELL**2), 0
-        found: list[list[int]] = []
-        for n, part in enumerate(parts):
-            size = len(part.cells) * len(part.cells[0])
-            if not found or filled + size > most:
-                found.append([])
-                filled = 0
-            found[-1].append(n)
-            filled += size
-        return found
+        sizes = [len(part.cells) * len(part.cells[0]) for part in parts]
+        return grouped(sizes, self.tile.part_q * self.tile.part_kv // (2 * CELL**2))
 
 
 def edge_parts(cells: Cells, several: bool, tile: Tile) -> list[tuple[slice, list[Part]]]:
@@ -202,6 +194,18 @@ def edge_parts(cells: Cells, several: bool, tile: Tile) -> list[tuple[slice, lis
             found.append((keys, parts))
     found.sort(key=lambda of: -sum(part.queries.stop - part.queries.start for part in of[1]))
     return [found[n // 2 if n % 2 == 0 else len(found) - 1 - n // 2] for n in range(len(found))]
+
+
+def grouped(sizes: Sequence[int], most: int) -> list[list[int]]:
+    """The numbers of these in order, in groups of no more than so much; a larger one stands alone."""
+    filled, found = 0, list[list[int]]()
+    for n, size in enumerate(sizes):
+        if not found or filled + size > most:
+            found.append([])
+            filled = 0
+        found[-1].append(n)
+        filled += size
+    return found
 
 
 def cuts(start: int, stop: int, size: int) -> list[slice]:

@@ -9,7 +9,7 @@ Sums of the keys, such as their gradients, are fetched and written back like the
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -57,6 +57,8 @@ class Tile(NamedTuple):
     rows: Any
     rectangles: list[Rectangle]
     """All that may be visible."""
+    groups: list[list[int]]
+    """The numbers of those that are worked off side by side."""
 
 
 Work = tuple[Callable[[Tile], Sequence[Array]], Callable[[Any], None]]
@@ -144,7 +146,8 @@ class Walk:
 
         Args:
           begin: makes the kernel's work of references to its outputs and its scratch memory.
-          sums: widths of float32 sums [B, Hkv, S, width] of the keys, which follow the outputs.
+          sums: widths of float32 sums [B, Hkv, S, width] of the keys, [B, Hkv, width, S] with `Problem.sums_by_key_column`, which follow the
+            outputs.
         """
         length, cut, each = self.num_queries * self.cut.queries, self.cut, self.num_bundles // self.num_kv_heads
         kinds = self.kinds.reshape(self.batch, self.num_kv_heads, -1, self.num_keys)
@@ -169,8 +172,21 @@ class Walk:
             ],
             out_specs=[pl.BlockSpec((1, cut.heads, n, cut.queries), where) for n, _ in outputs],
             scratch=scratch,
-            sums=[jnp.zeros((self.batch, self.num_kv_heads, self.num_keys * cut.keys, n), jnp.float32) for n in sums],
+            sums=[self._sum(n) for n in sums],
         )
+
+    def _sum(self, width: int) -> _Array:
+        """Zeros to begin a sum of the keys with."""
+        of_keys, length = self.of_keys["k"], self.num_keys * self.cut.keys
+        if not self.problem.sums_by_key_column:
+            value = jnp.zeros((self.batch, self.num_kv_heads, length, width), jnp.float32)
+            return of_keys._replace(value=value, block=(*of_keys.block[:3], width))
+
+        def where(*at: Array) -> tuple[Any, ...]:
+            b, h, j, _ = of_keys.where(*at)
+            return b, h, 0, j
+
+        return _Array(jnp.zeros((self.batch, self.num_kv_heads, width, length), jnp.float32), (1, 1, width, self.cut.keys), where)
 
     def over_keys(
         self, begin: Callable[..., Work], name: str, *, outputs: list[tuple[int, Any]], scratch: list[Any]
@@ -195,8 +211,6 @@ class Walk:
         """`at(b, h, n, entry)` gives row, bundle, tile of queries and tile of keys for a step of the grid and an entry of its list; a visit
         fetches `fetched` of these. `kinds` are [B, ., ., entries] over the grid."""
         streamed = streamed | {"bits": self.bits}
-        of_keys = self.of_keys["k"]
-        sum_of = [of_keys._replace(value=x, block=(*of_keys.block[:3], x.shape[3])) for x in sums]
         visits = ordered(kinds, kinds.shape[-1]).entries
         counts = jnp.sum((visits & 3) != SKIP, axis=-1, keepdims=True, dtype=jnp.int32)
         table = jnp.concatenate([counts, visits], axis=-1)[..., None, :]  # [B, heads, tiles, 1, 1 + the other side's]
@@ -212,7 +226,7 @@ class Walk:
             arrived, sum_arrived, sum_left, *state = left
             b, h, tile = (pl.program_id(axis) for axis in range(3))
             count, entry = _listed(visits, 0), lambda n: _listed(visits, 1 + n)
-            kinds, num_visits = self.rectangles.kinds(), pl.cdiv(count, fetched)
+            kinds, num_visits = self.rectangles.kinds(fetched), pl.cdiv(count, fetched)
             work, finish = begin(self.problem, outs, state)
 
             def place(n: Array, p: int) -> tuple[Array, ...]:
@@ -228,7 +242,7 @@ class Walk:
             def move_sums(n: Array, move: Callable[[Any], None], *, back: bool) -> None:
                 """Moves the sums of a visit's keys to this core, or back."""
                 for p in range(fetched if sums else 0):
-                    moving = sum_of, totals, sum_buffers, sum_left if back else sum_arrived
+                    moving = sums, totals, sum_buffers, sum_left if back else sum_arrived
                     found = partial(_copies, *moving, (jax.lax.rem(n, SUM_SLOTS), p), place(n, p), back=back)
 
                     def moved(found: Callable[[], list[Any]] = found) -> None:
@@ -251,7 +265,7 @@ class Walk:
                 move_sums(n, _wait, back=False)
                 bundle = place(n, 0)[1]
 
-                def of_kind(kind: int) -> None:
+                def of_kinds(kinds: tuple[int, ...]) -> None:
                     parts = {key: [ref[0]] for key, ref in here.items()}
                     parts |= {
                         key: [buffer[n & 1, p, 0] for p in range(fetched)] for key, buffer in buffers.items() if key != "bits"
@@ -260,15 +274,19 @@ class Walk:
                     parts["bits"] = [buffers["bits"][n & 1, p, 0, 0, 0, pl.ds(row, 1)] for p, row in enumerate(own)]
                     if fetched > 1:  # beyond the last tile of the list
                         parts["bits"] = [jnp.where(real(n, p), x, 0) for p, x in enumerate(parts["bits"])]
-                    added = work(self._tile(parts, self._bias(bias, bundle), kind))
+                    added = work(self._tile(parts, self._bias(bias, bundle), kinds))
                     for buffer, x in zip(sum_buffers, added, strict=True):
-                        for p in range(fetched):
-                            of_tile = x[p * self.cut.keys : (p + 1) * self.cut.keys]
+                        for p in (p for p, kind in enumerate(kinds) if kind != SKIP):
+                            at_keys = slice(p * self.cut.keys, (p + 1) * self.cut.keys)
+                            of_tile = x[:, at_keys] if self.problem.sums_by_key_column else x[at_keys]
                             buffer[jax.lax.rem(n, SUM_SLOTS), p, 0, 0] += of_tile
 
-                for kind in kinds:
-                    one = partial(of_kind, kind)
-                    pl.when(entry(n) & 3 == kind)(one) if len(kinds) > 1 else one()
+                others = True
+                for some in kinds[1:]:
+                    these = reduce(jnp.logical_and, [entry(n * fetched + p) & 3 == kind for p, kind in enumerate(some)])
+                    pl.when(these)(partial(of_kinds, some))
+                    others &= ~these
+                pl.when(others)(partial(of_kinds, kinds[0]))
                 move_sums(n, _start, back=True)
 
             pl.when(count > 0)(partial(start, jnp.int32(0)))
@@ -277,8 +295,14 @@ class Walk:
                 pl.when(last >= 0)(partial(move_sums, last, _wait, back=True))
             finish(self._bias(bias, at(b, h, tile, tile)[1]))
 
-        operands = self.bias, table, *(a.value for a in held.values()), *(a.value for a in streamed.values()), *sums
-        results = [*out_shape, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in sums)]
+        operands = (
+            self.bias,
+            table,
+            *(a.value for a in held.values()),
+            *(a.value for a in streamed.values()),
+            *(a.value for a in sums),
+        )
+        results = [*out_shape, *(jax.ShapeDtypeStruct(a.value.shape, a.value.dtype) for a in sums)]
         return pl.pallas_call(
             kernel,
             name=name,
@@ -295,7 +319,7 @@ class Walk:
                 out_specs=[*out_specs, *[pl.BlockSpec(memory_space=pl.ANY)] * len(sums)],
                 scratch_shapes=[
                     *(pltpu.VMEM((2, fetched, *a.block), a.value.dtype) for a in streamed.values()),
-                    *(pltpu.VMEM((SUM_SLOTS, fetched, *a.block), jnp.float32) for a in sum_of),
+                    *(pltpu.VMEM((SUM_SLOTS, fetched, *a.block), jnp.float32) for a in sums),
                     pltpu.SemaphoreType.DMA((2, fetched, len(streamed))),
                     *[pltpu.SemaphoreType.DMA((SUM_SLOTS, fetched, max(1, len(sums))))] * 2,
                     *scratch,
@@ -307,11 +331,12 @@ class Walk:
             cost_estimate=cost((*operands, *results), flops=2 * self.pairs * self.columns, transcendentals=self.pairs),
         )(*operands)
 
-    def _tile(self, parts: dict[str, list[Array]], bias: Any, kind: int) -> Tile:
+    def _tile(self, parts: dict[str, list[Array]], bias: Any, kinds: Sequence[int]) -> Tile:
         """A tile of what a kernel holds and what it fetched, each [heads, ., .]; of what belongs to keys one after the other."""
         tall = lambda name: parts[name][0].reshape(-1, parts[name][0].shape[2])  # [heads * T, .]
         joined = lambda name: jnp.concatenate([x[0] for x in parts[name]], axis=0)
         queries, keys = parts["query_tokens"][0][0], [tokens[0].T for tokens in parts["key_tokens"]]
+        rectangles = self.rectangles.of(kinds, queries, keys, parts["bits"])
         return Tile(
             bias,
             tall("q"),
@@ -319,7 +344,8 @@ class Walk:
             joined("v") if "v" in parts else None,
             tall("d_o") if "d_o" in parts else None,
             jnp.concatenate(list(parts["rows"][0]), axis=1) if "rows" in parts else None,
-            self.rectangles.of(kind, queries, keys, parts["bits"]),
+            rectangles,
+            self.rectangles.groups(rectangles),
         )
 
     def _bias(self, bias: Any, bundle: Array) -> Any:
