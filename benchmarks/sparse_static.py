@@ -5,8 +5,9 @@
 Needs the extra `aot`. Cycles are the compiler's estimates (`tpu_static.py`), one head dim, 128, in bfloat16; a kernel that it has none for is
 "-". Tiles are those of a row of 8 by 8, and an edge is a tile on the diagonal. Masks are those of windows and PowerAttention in the tiles that
 the kernels take, each kind compiled; shares are of the speed-up over full causal attention that their density promises. A visit is what one
-more costs a loop. Of key gradients under a mask v5e and v5p have no estimate: gradients are estimated without one there, and those of masks by
-the cells of their tiles. Of choosing, XLA's estimates of all but kernels are given.
+more costs a loop: of two tiles where the matrix unit is 256 wide, of 1,024 keys one.
+Of key gradients under a mask v5e and v5p have no estimate: gradients are estimated without one there, and those of masks by the cells of their
+tiles. Of choosing, XLA's estimates of all but kernels are given.
 """
 
 from __future__ import annotations
@@ -154,19 +155,17 @@ def main() -> None:
             print(f"{what:24} {density(mask):8.4f} {', '.join(sizes):>26}", *(f"{share:>6}" for share in shares), flush=True)
     if "visits" in only:
         print(
-            f"{args.target}, a visit: forward under the mask, where the choice alone hides keys, on the diagonal, all gradients"
+            f"{args.target}, a visit: under the mask, where the choice alone hides keys, after such a tile the diagonal, the diagonal alone"
         )
         for cut in CUTS:
-            kinds = [
-                ("forward", "selected"),
-                *[("forward", "chosen"), ("forward", "edge")] * (cut[0] >= cut[3] >= 128),
-                ("all_gradients", "open" if blind else "selected"),
-            ]
-            each = []
-            for kernel, name in kinds:
-                ends = [cycles(kernel=kernel, backward=True, name=name, cut=cut, visits=n) for n in VISITS]
-                each.append(None if None in ends else (ends[1] - ends[0]) / (VISITS[1] - VISITS[0]))  # type: ignore[operator]
-            show("{1} heads, {2} queries, {3} keys".format(*cut), *each[:1], *(each[1:-1] or [None, None]), each[-1])
+            for kernel in ("forward", "all_gradients"):
+                names = ["open" if blind and kernel != "forward" else "selected"]
+                names += ["chosen", "last", "edge"] if cut[0] >= cut[3] >= 128 and names[0] != "open" else []
+                each = []
+                for name in names:
+                    ends = [cycles(kernel=kernel, backward=True, name=name, cut=cut, visits=n) for n in VISITS]
+                    each.append(None if None in ends else (ends[1] - ends[0]) / (VISITS[1] - VISITS[0]))  # type: ignore[operator]
+                show("{1} heads, {2} queries, {3} keys, ".format(*cut) + kernel, *each)
     if "choosing" in only:
         print(f"{args.target}, choosing of 32,768 queries of 16 heads: XLA's part")
         for name in ("chunked", "pallas_tpu"):
