@@ -281,7 +281,7 @@ class Walk:
                             of_tile = x[:, at_keys] if self.problem.sums_by_key_column else x[at_keys]
                             buffer[jax.lax.rem(n, SUM_SLOTS), p, 0, 0] += of_tile
 
-                others = True
+                others: Any = True
                 for some in kinds[1:]:
                     these = reduce(jnp.logical_and, [entry(n * fetched + p) & 3 == kind for p, kind in enumerate(some)])
                     pl.when(these)(partial(of_kinds, some))
