@@ -11,6 +11,8 @@ from plait.configs.command_line.options import split_options
 from plait.configs.command_line.words import parse
 from plait.configs.domains import Line, Name, Whole
 from plait.train.pods.hosts.on_hosts import on_hosts
+from plait.train.pods.hosts.supervise import STOPPED
+from plait.train.terminal.console import console
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +46,11 @@ def run(args: Sequence[str]) -> int:
 def _verify(args: Sequence[str]) -> int:
     mine, rest = split_options(VerifyArgs, args)
     options = parse(VerifyArgs, mine, prog="launch.py verify [train options]")  # --help ends here
+    from plait.train.verify.training import Stopped
     from plait.train.verify.verifying import verify
 
-    return 1 if verify(options, rest) else 0
+    try:
+        return 1 if verify(options, rest) else 0
+    except Stopped:
+        console.print("stopped: nothing is judged, and the folder is free", markup=False)
+        return STOPPED

@@ -31,6 +31,10 @@ _SHOWN = {
 """Metrics that are told, and how."""
 
 
+class Stopped(Exception):
+    """A signal ended the training, of which nothing is judged then."""
+
+
 def training_config(preset: str | None, words: Sequence[str], out: Path, steps: int) -> ExperimentConfig:
     """The run: a preset, or one that suits the devices, with a few steps. Raises ValueError for options that do not fit."""
     accelerator = jax.default_backend() != "cpu"
@@ -46,9 +50,11 @@ def training_config(preset: str | None, words: Sequence[str], out: Path, steps: 
 
 
 def training(config: ExperimentConfig) -> Iterator[Finding]:
-    """One finding: failed where the loss is not finite or does not fall."""
+    """One finding: failed where the loss is not finite or does not fall. Raises `Stopped` where a signal ended it."""
     forget_chosen()
-    train(config)
+    result = train(config)
+    if not result.finished and not result.by_event:
+        raise Stopped
     lines = [json.loads(line) for line in (Path(config.folder) / METRICS).read_text("utf-8").splitlines()]
     losses = [line["loss/train"] for line in lines if "loss/train" in line]
     last = {name: value for line in lines for name, value in line.items() if name in _SHOWN}

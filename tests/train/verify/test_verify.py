@@ -15,12 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from plait.configs.experiment import ExperimentConfig
 from plait.configs.mesh import MeshConfig
 from plait.kernels import registered
 from plait.kernels.short_conv import _op as conv
 from plait.launch import main
+from plait.train.loop import Result
 from plait.train.mesh import make_mesh
 from plait.train.verify import collectives, devices, speed, verifying
+from plait.train.verify import training as short_training
 from plait.train.verify.agreement import agreement
 from plait.train.verify.findings import failed
 from plait.train.verify.peers import peers
@@ -129,6 +132,18 @@ def test_a_folder_in_which_a_verification_was_killed_is_free(tmp_path):
     assert main([*command, str(out)]) == 0
     assert sorted(path.name for path in out.iterdir()) == ["training", "verify.json"]
     assert (out / "training" / "metrics.jsonl").read_text() == "of the one before"
+
+
+def test_a_training_that_a_signal_stops_is_not_judged_and_leaves_the_folder_free(tmp_path, monkeypatch):
+    command = ["verify", "--only", "training", "--steps", "4", "--out", str(tmp_path)]
+
+    def stopped(config: ExperimentConfig) -> Result:
+        Path(config.folder).mkdir(parents=True)
+        return Result(Path(config.folder), 2, False, {})
+
+    monkeypatch.setattr(short_training, "train", stopped)
+    assert main(command) == 75 and sorted(path.name for path in tmp_path.iterdir()) == ["owner", "training"]
+    assert main(command) == 75 and (tmp_path / "training-2").is_dir()
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "training"])
