@@ -5,9 +5,9 @@
 
 Both are of DeepSeek's shape: full attention has keys of 192 and values of 128 channels of each head, that to chosen tokens one latent of
 512 and 64 channels for all heads. The promise is full attention's operations over those of the chosen pairs; the indexer, which both would
-need, is in neither: `--indexer` gives what it takes, choosing (of a query that reaches all T tokens) and its loss. Keys beyond what a core
-holds are several tables, each of which has half a chunk a query in vain, the mean of tables of even shares.
-Nothing runs. Copies by hand have no estimate: that of a table, once a sequence, is not counted.
+need, is in neither: `--indexer` gives what it takes, choosing (of a query that reaches all T tokens) and its loss. Chunks are those that the
+kernel's lists have, also where keys are more than a core holds and so several tables.
+Nothing runs. Copies by hand have no estimate: that of a table, once a sequence, and of lists, is not counted.
 """
 
 from __future__ import annotations
@@ -30,11 +30,10 @@ SHAPE = (1, 2048, 1, HEAD + ROTARY, 0)
 
 
 def kernel(job: dict[str, Any], array: Any) -> tuple[Any, tuple[Any, ...]]:
-    """Grid steps, in which each of eight queries has `job["chunks"]` chunks of `job["chunk"]` tokens; with 0 nothing but its frame."""
+    """Grid steps of eight queries, each of which has `job["chunks"]` chunks of `job["chunk"]` tokens and, if `job["ends"]`, its end."""
     from dataclasses import replace
     from functools import partial
 
-    import jax
     import jax.numpy as jnp
 
     from plait.kernels.attention.tpu.tokens import chunks as by_chunks
@@ -42,28 +41,14 @@ def kernel(job: dict[str, Any], array: Any) -> tuple[Any, tuple[Any, ...]]:
     from plait.kernels.index_divergence.tpu import chosen_scores, mean_weights
 
     chunks, size, heads, sums = job["chunks"], job["chunk"], job["heads"], "gradients" in job["kernel"]
+    each = by_chunks.Chunks.each
 
-    def each(self: Any, visit: Any, finish: Any = lambda i: None, nothing: Any = None, sums: Any = None) -> None:
-        of = lambda n: (jax.lax.div(n, jnp.int32(chunks)), size * jax.lax.rem(n, jnp.int32(chunks)))
+    def endless(self: Any, visit: Any, finish: Any = None, *others: Any, **named: Any) -> None:
+        each(self, visit, *([] if finish is None else [lambda _: None]), *others, **named)
 
-        def chunk(n: Any, earlier: tuple[Any, ...]) -> tuple[Any, ...]:
-            i, c = of(n)
-            if sums is None:
-                self.unpack()
-            self.move(*of(jax.lax.rem(n + 1, jnp.int32(QUERIES * chunks))), sums, *earlier)
-            visit(i, c, self.keys())
-            if sums is not None:
-                self.unpack()
-            return i, c
-
-        self.move(jnp.int32(0), self.low(0))
-        if sums is not None:
-            self.unpack()
-        if chunks:
-            jax.lax.fori_loop(0, QUERIES * chunks, chunk, (jnp.int32(0), jnp.int32(0)))
-            jax.lax.fori_loop(0, QUERIES, lambda i, _: finish(i), None)
-
-    by_chunks.Chunks.each, by_chunks.Chunks.copy = each, lambda *_: None
+    by_chunks.Chunks.num_chunks, by_chunks.Chunks.copy = lambda _: jnp.int32(QUERIES * chunks), lambda *_: None
+    if not job["ends"]:
+        by_chunks.Chunks.each = endless
     if job.get("products"):
         by_chunks.Chunks.move = by_chunks.Chunks.unpack = lambda *_: None
     problem = tables.Problem(
@@ -87,10 +72,10 @@ def kernel(job: dict[str, Any], array: Any) -> tuple[Any, tuple[Any, ...]]:
     q, far = array(1, STEPS * QUERIES, heads, problem.width), array(1, problem.table_rows * problem.pitch, 128, dtype=jnp.int32)
     numbers = lambda *shape: array(1, STEPS * QUERIES, *shape, dtype=jnp.float32)
     lists = (
-        array(1, STEPS, 1, QUERIES * size * max(1, chunks), dtype=jnp.int32),
+        array(1, STEPS, 1, QUERIES * size * chunks, dtype=jnp.int32),
         array(1, STEPS, 1, 2 * QUERIES, dtype=jnp.int32),
     )
-    of_token = numbers(size * max(1, chunks))
+    of_token = numbers(size * chunks)
     return {
         "forward": (lambda *x: kernels.forward(problem, *x, q.dtype), (q, far, *lists)),
         "gradients": (
@@ -163,12 +148,18 @@ def indexer(target: str, length: int, heads: int, chosen: int) -> dict[str, floa
         job = {"target": target, "op": "chosen_tokens", "dtype": "bfloat16", "name": "chosen", "kernel": name, "stats": False}
         job |= {"heads": heads, "chunk": one}
         part = "loss, where attention tells no lse: normalizers" if name == "normalizers" else f"loss: {name}"
-        found[part] = (cycles(job | {"chunks": chosen // one}) - cycles(job | {"chunks": 0})) / (STEPS * QUERIES)
+        found[part] = of_query(job, chosen // one)
     job = {"target": target, "op": "plain_indexer", "dtype": "bfloat16", "name": "plain", "length": length, "chosen": chosen}
     for name, queries, told in (("choosing", 512, False), ("loss", length, False), ("loss, told lse", length, True)):
         job |= {"kernel": name, "queries": queries, "heads": heads, "profile": False, "told": told}
         found[f"{name}, plain JAX by XLA's estimates"] = tpu_static._run(job, 900)["others"] / queries
     return found
+
+
+def of_query(job: dict[str, Any], chunks: float) -> float:
+    """Cycles of a query with so many chunks. The estimate has a query's end behind each of its chunks, where the kernel has it once."""
+    few, many, ended = (cycles(job | {"chunks": n, "ends": ends}) for n, ends in ((1, False), (3, False), (3, True)))
+    return (chunks * (many - few) / 2 + (ended - many) / 3) / (STEPS * QUERIES)
 
 
 def plain(job: dict[str, Any], array: Any) -> tuple[Any, tuple[Any, ...]]:
@@ -268,11 +259,10 @@ def main() -> None:
                 chunk, count = visits(target, length, args.heads, args.chosen, gradients=name == "gradients")
                 job = {"target": target, "op": "chosen_tokens", "dtype": "bfloat16", "name": "chosen", "kernel": name}
                 job |= {"heads": args.heads, "chunk": chunk, "stats": args.stats, "products": args.products}
-                one = (cycles(job | {"chunks": args.chosen // chunk}) - cycles(job | {"chunks": 0})) / (STEPS * QUERIES)
+                cost = of_query(job, count)
                 full = args.heads * tile * length / 2 / 1024**2
                 mean = args.chosen - args.chosen * (args.chosen - 1) / 2 / length
                 promised = length / 2 * (2 * HEAD + ROTARY) / (mean * (2 * LATENT + ROTARY))
-                cost = one * count * chunk / args.chosen
                 print(
                     f"| {target} | {args.heads} | {name} | {length:,} | {full:,.0f} | {cost:,.0f} | {full / cost:.2f} | {promised:.2f} "
                     f"| {full / cost / promised:.0%} |",

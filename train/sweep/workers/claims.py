@@ -91,19 +91,20 @@ def first_with_error(folder: Path, runs: Sequence[Run], run: Run, before: Mappin
     Args:
         before: by run, how often it had failed when that began to count.
     """
-    found: dict[str, list[tuple[int, str, Run]]] = {}
-    own = ""
-    for one in runs:
+
+    def told(one: Run) -> tuple[str, int] | None:
+        """Its error, but for its name, and when it was written."""
         try:
-            last, at = outcome(folder, one), (claim(folder, one) / OUTCOME).stat().st_mtime_ns
+            found, at = outcome(folder, one), (claim(folder, one) / OUTCOME).stat().st_mtime_ns
         except (OSError, SweepError):  # none, or of another that is removed or damaged meanwhile
-            continue
-        if last is None or last.error is None or last.failures <= before.get(one.name, 0):
-            continue
-        error = last.error.replace(one.name, "")
-        found.setdefault(error, []).append((at, one.name, one))
-        own = error if one.name == run.name else own
-    return min(found.get(own, [(0, run.name, run)]), key=lambda x: x[:2])[2]
+            return None
+        if found is None or found.error is None or found.failures <= before.get(one.name, 0):
+            return None
+        return found.error.replace(one.name, ""), at
+
+    own = told(run)
+    alike = [(each[1], one.name, one) for one in runs if own and (each := told(one)) and each[0] == own[0]]
+    return min(alike, key=lambda x: x[:2])[2] if alike else run
 
 
 def holder(folder: Path, run: Run) -> Record | None:

@@ -75,6 +75,11 @@ class Chunks(NamedTuple):
     def high(self, i: Any) -> Array:
         return self.bounds[0, 0, 0, 2 * i + 1]
 
+    def num_chunks(self) -> Array:
+        """Of this step's queries."""
+        of = lambda i: lax.div(self.high(i) - self.low(i), jnp.int32(self.problem.chunk))
+        return sum((of(i) for i in range(QUERIES)), jnp.int32(0))
+
     def rows(self, i: Array, c: Array) -> Callable[[int], Array]:
         """The line at which the row of the n-th chosen token of a chunk begins."""
         total = self.lists.shape[0]
@@ -123,8 +128,7 @@ class Chunks(NamedTuple):
         What a visit puts to the `sums`, and the rows of the next chunk, the compiler moves while it makes the products of this one. Where
         there are sums it has enough to move at a visit's begin, so that rows are unpacked behind it, else ahead of it.
         """
-        size = self.problem.chunk
-        count = sum(lax.div(self.high(i) - self.low(i), size) for i in range(QUERIES))
+        size, count = self.problem.chunk, self.num_chunks()
 
         def step(_: Array, at: tuple[Array, ...]) -> tuple[Array, ...]:
             i, c, *earlier = at
