@@ -276,7 +276,7 @@ def _selected_kernel(job: dict[str, Any], array: Callable[..., Any]) -> tuple[Ca
 
     visits, width = job["visits"], job["shape"][3]
     cut = Cut(*job["cut"], wide=CHIPS[job["target"]].matrix_unit == 256)
-    num_queries, num_keys = cut.queries, cut.keys * visits * cut.fetched
+    num_queries, num_keys = cut.queries * job.get("steps", 1), cut.keys * visits * cut.fetched
     # Lists in scalar memory, copies by hand and gathers have no estimate: tiles are visited in order, and the copies are left out.
     nothing = type("Copy", (), dict.fromkeys(("start", "wait"), lambda _: None))()
     walk.pltpu.SMEM, walk.pltpu.make_async_copy = walk.pltpu.VMEM, lambda *_: nothing

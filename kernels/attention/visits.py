@@ -139,8 +139,8 @@ def tile_kinds(
     Tokens are padded to whole blocks, int32 [B or 1, H or 1, T or S], and renumbered where the keys are the queries' own. With
     `keep_first` no tile that holds a segment's first key is FULL. A tile is left out only if nothing in it is visible.
     `selected` has indices for all of the padded queries, and `num_heads` is how many heads share them. `masked` [NQ, NK] are, in place of
-    MASKED, the kinds of tiles that lie in one segment and in several and hold no visible sink token; `choice_alone` is the kind of those of
-    whose keys, all of one block, nothing hides any but the choice.
+    MASKED, the kinds of tiles that lie in one segment, their keys in one block, and of others, that hold no visible sink token;
+    `choice_alone` is the kind of those of whose keys, all of one block, nothing hides any but the choice.
     """
     mask = layout.mask
     q, k = (_summary(x, block) for x, block in ((queries, block_q), (keys, block_kv)))
@@ -160,7 +160,8 @@ def tile_kinds(
         if shown.shape[1] > 1:
             shown = jnp.repeat(shown, num_heads // shown.shape[1], axis=1)
         visible, full = visible & shown, choice_alone
-        whole &= k.low_position // selected.block_size == k.high_position // selected.block_size
+        one_block = k.low_position // selected.block_size == k.high_position // selected.block_size
+        whole, alone = whole & one_block, alone & one_block
     one, several = (jnp.where(sinks, MASKED, lift(kinds)) for kinds in masked)
     partly = jnp.where(alone, one, several)
     return jnp.where(visible, jnp.where(whole, full, partly), SKIP)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import groupby
 from typing import Any, NamedTuple
 
 import jax
@@ -11,19 +10,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from plait.kernels.attention.tpu import carried
-from plait.kernels.attention.tpu.edges import CELL, PARTLY, WHOLLY, Band
+from plait.kernels.attention.tpu.edges import PARTLY
 from plait.kernels.attention.tpu.tiling import SUBLANES, Course, Operands, Part, Problem, Tiling, rounded_up
 from plait.kernels.attention.tpu.weights import (
     LOG2_E,
     NN,
     NT,
-    Sees,
     Sums,
     Visible,
     Weighed,
     dot,
     gradients,
-    in_band,
+    of_cells,
     products,
     seen,
     shown,
@@ -51,24 +49,12 @@ def _parts(course: Course, kind: int, tokens: Sequence[Any]) -> Iterator[tuple[_
 
 def _visible(course: Course, tokens: Sequence[Any], keys: _Keys, part: Part) -> Visible | None:
     """Which of the keys the queries of a part see; the mask is not looked at where nothing is hidden."""
-    if all(state == WHOLLY for row in part.cells for state in row):
-        return None
 
-    def visible(some: slice) -> list[tuple[slice, Sees]]:
-        found: list[tuple[slice, Sees]] = []
-        first = 0
-        for state, run in groupby(part.cells[some.start // CELL]):
-            at = slice(first, first := first + CELL * len(list(run)))
-            queries = slice(part.queries.start + at.start, part.queries.start + at.stop)
-            if isinstance(state, Band):
-                found += [(slice(n, n + CELL), in_band(state, some)) for n in range(at.start, at.stop, CELL)]
-            elif state == PARTLY:
-                found.append((at, seen(course.problem, tokens[0][0, 0, :, queries], keys.tokens[some])))
-            else:
-                found.append((at, None if state == WHOLLY else False))
-        return found
+    def partly(some: slice, at: slice) -> Array:
+        queries = slice(part.queries.start + at.start, part.queries.start + at.stop)
+        return seen(course.problem, tokens[0][0, 0, :, queries], keys.tokens[some])
 
-    return visible
+    return of_cells(part.cells, partly)
 
 
 def _by_kind(course: Course, kind: Array, work: Callable[[int], None]) -> None:

@@ -1,15 +1,16 @@
 """The rectangles in which a tile of selected blocks is computed, and which of their keys a query sees."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from plait.kernels.attention.tpu.bands import banded_edges
 from plait.kernels.attention.tpu.cut import Cut
-from plait.kernels.attention.tpu.edges import CELL, FIRST_EDGE, Edges, edges
-from plait.kernels.attention.tpu.tiling import LANES, Problem, Tile, cuts, edge_parts, grouped
-from plait.kernels.attention.tpu.weights import Visible, seen
+from plait.kernels.attention.tpu.edges import CELL, FIRST_EDGE, Cells, Edges
+from plait.kernels.attention.tpu.tiling import LANES, Problem, Tile, cells_of, cuts, edge_parts
+from plait.kernels.attention.tpu.weights import Visible, of_cells, seen
 from plait.kernels.attention.visits import FULL, MASKED, SKIP, Layout
 from plait.kernels.masks import block_number
 
@@ -35,6 +36,8 @@ class Rectangle(NamedTuple):
     keys: slice
     visible: Visible | None
     """Which of its keys, counted from its own first one, a query sees; None is all."""
+    chosen: Array | None
+    """The queries that see any, bool [1, M]; None is all, of `visible` too."""
 
 
 class Rectangles(NamedTuple):
@@ -57,7 +60,7 @@ class Rectangles(NamedTuple):
         """Of the tiles that are visited together; the first stand for all others too. In a tile of several blocks the choice is never
         alone, and what stands on the diagonal is last."""
         found, edge = [(MASKED,) * together], [FIRST_EDGE] if self.edge else []
-        if self.cut.block_size >= self.cut.keys >= LANES:
+        if self.cut.block_size >= self.cut.keys:
             found.append((FULL,) * together)
             edge = [*[FULL] * (together - 1), *edge] if edge else []
         if edge:
@@ -66,8 +69,14 @@ class Rectangles(NamedTuple):
                 found.append((FIRST_EDGE, *[SKIP] * (together - 1)))
         return found
 
+    def first(self, together: int) -> tuple[slice, slice]:
+        """Queries and keys of the first of so many tiles that are visited together, if they are wholly computed."""
+        keys, queries, *_ = self._cuts(MASKED, self.cut.keys * (together if self.cut.keys < LANES else 1))[0]
+        return queries, keys
+
     def of(self, kinds: Sequence[int], queries: Array, keys: Sequence[Array], bits: Sequence[Array]) -> list[Rectangle]:
-        """All that may be visible in tiles of these kinds; the queries of some keys follow one another. Small tiles are one.
+        """All that may be visible in tiles of these kinds; the queries of some keys follow one another. Small tiles are one. For a wide matrix
+        unit the first has the same queries and keys whatever the kinds.
 
         Args:
           queries: tokens [2, T] of the queries of a head.
@@ -75,7 +84,7 @@ class Rectangles(NamedTuple):
           bits: [1, T] of `SelectedBlocks.bits`, of each of them.
         """
         if self.cut.keys < LANES:
-            return self._of(MASKED, 0, queries, keys, bits)
+            return self._of(FULL if set(kinds) == {FULL} else MASKED, 0, queries, keys, bits)
         each = enumerate(zip(kinds, keys, bits, strict=True))
         return [
             part
@@ -87,31 +96,40 @@ class Rectangles(NamedTuple):
     def _of(self, kind: int, first: int, queries: Array, keys: Sequence[Array], bits: Sequence[Array]) -> list[Rectangle]:
         """Of one tile, whose keys are those from the first on."""
         found = []
-        for at, columns, rows in self._cuts(kind, len(keys) * self.cut.keys):
+        for at, columns, rows, cells in self._cuts(kind, len(keys) * self.cut.keys):
             repeats = (columns.stop - columns.start) // (rows.stop - rows.start)
+            repeated = lambda x, repeats=repeats: jnp.concatenate([x] * repeats, axis=1)
 
-            def shows(
-                some: slice, at: slice = at, rows: slice = rows, repeats: int = repeats
-            ) -> list[tuple[slice, Array | None]]:
+            def under_mask(some: slice, at: slice = at, rows: slice = rows, repeated: Any = repeated) -> Any:
                 wanted = slice(at.start + some.start, at.start + some.stop)
-                visible = self._visible(kind, queries[:, rows], keys, [x[:, rows] for x in bits], wanted)
-                return [(slice(None), jnp.concatenate([visible] * repeats, axis=1))]
+                return [(slice(None), repeated(self._visible(queries[:, rows], keys, [x[:, rows] for x in bits], wanted)))]
 
-            found.append(Rectangle(columns, slice(first + at.start, first + at.stop), shows))
+            def of_choice(some: slice, at: slice = at, rows: slice = rows, repeated: Any = repeated) -> Any:
+                shown, found = [(x[:, rows] & 1) == 1 for x in bits], []
+                for n in range(some.start, some.stop, self.cut.keys):
+                    of_tile = shown[(at.start + n) // self.cut.keys]
+                    found.append(jnp.broadcast_to(of_tile, (min(self.cut.keys, some.stop - n), of_tile.shape[1])))
+                return [(slice(None), repeated(jnp.concatenate(found, axis=0)))]
+
+            def partly(some: slice, part: slice, at: slice = at, rows: slice = rows) -> Array:
+                each = slice(rows.start + part.start, rows.start + part.stop)
+                return seen(self.problem, queries[:, each], keys[0][at.start + some.start : at.start + some.stop])
+
+            several = kind == FULL and len(keys) > 1
+            visible = under_mask if kind == MASKED else of_choice if several else of_cells(cells, partly)
+            chosen = None if kind == MASKED or several else repeated((bits[0][:, rows] & 1) == 1)
+            found.append(Rectangle(columns, slice(first + at.start, first + at.stop), visible, chosen))
         return found
 
-    def groups(self, parts: Sequence[Rectangle]) -> list[list[int]]:
-        """The numbers of rectangles in order, for a wide matrix unit small ones in groups of no more pairs than one of a diagonal has."""
-        sizes = [(part.queries.stop - part.queries.start) * (part.keys.stop - part.keys.start) for part in parts]
-        return grouped(sizes, EDGE_ROWS * EDGE_KEYS if self.cut.wide else 0)
-
-    def _cuts(self, kind: int, num_keys: int) -> list[tuple[slice, slice, slice]]:
-        """Keys, queries [M] and the tokens [T] of these: whole heads, or a part of one."""
+    def _cuts(self, kind: int, num_keys: int) -> list[tuple[slice, slice, slice, Cells]]:
+        """Keys, queries [M] and the tokens [T] of these, whole heads or a part of one, and of a tile in which the choice is apart its cells."""
         cut = self.cut
         if kind == FIRST_EDGE and self.edge:
-            tile = Tile(cut.queries, cut.keys, edge_q=EDGE_ROWS, edge_kv=EDGE_KEYS)
-            found = edge_parts(*self.edge.shown(kind), tile)
-            return [(at, part.queries, part.queries) for at, parts in found for part in parts]
+            cells, _ = self.edge.shown(kind)
+            if not cut.wide:
+                tile = Tile(cut.queries, cut.keys, edge_q=EDGE_ROWS, edge_kv=EDGE_KEYS)
+                parts = [(at, part) for at, parts in edge_parts(cells, False, tile) for part in parts]
+                return [(at, part.queries, part.queries, part.cells) for at, part in parts]
         pairs, most_keys = self.most
         most = pairs // min(num_keys, most_keys)
         together = max(1, most // cut.queries)  # heads
@@ -121,12 +139,14 @@ class Rectangles(NamedTuple):
             for rows in [slice(0, cut.queries)] if some > 1 else cuts(0, cut.queries, most):
                 first = head * cut.queries
                 columns.append((slice(first + rows.start, first + (some - 1) * cut.queries + rows.stop), rows))
-        return [(at, *some) for at in cuts(0, num_keys, most_keys) for some in columns]
+        found = [(at, *some) for at in cuts(0, num_keys, most_keys) for some in columns]
+        if kind != FIRST_EDGE:
+            return [(*each, ()) for each in found]
+        shown = [(*each, cells_of(cells, each[0], each[2])) for each in found]
+        return [each for n, each in enumerate(shown) if n == 0 or any(map(any, each[3]))]
 
-    def _visible(self, kind: int, queries: Array, keys: Sequence[Array], bits: Sequence[Array], wanted: slice) -> Array:
-        """bool [N, T], or [1, T] where the choice alone hides keys, all of one block."""
-        if kind == FULL:
-            return (bits[0] & 1) == 1
+    def _visible(self, queries: Array, keys: Sequence[Array], bits: Sequence[Array], wanted: slice) -> Array:
+        """bool [N, T]."""
         found = []
         for n, tokens in enumerate(keys):
             first, last = (min(max(end - n * self.cut.keys, 0), self.cut.keys) for end in (wanted.start, wanted.stop))
@@ -143,9 +163,9 @@ class Rectangles(NamedTuple):
 
 
 def _edge(layout: Layout, cut: Cut) -> Edges | None:
-    if cut.heads > 1 or cut.keys < CELL or not layout.own_keys:
+    if cut.heads > 1 or not cut.block_size >= cut.keys >= CELL or not layout.own_keys:
         return None
-    known = edges(layout, cut.queries, cut.keys)
+    known = banded_edges(layout, cut.queries, cut.keys)
     shown = known.cells and all(
         any(map(any, known.cells[0][at.start : at.stop])) for at in cuts(0, cut.keys // CELL, EDGE_KEYS // CELL)
     )

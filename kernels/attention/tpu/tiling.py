@@ -167,13 +167,20 @@ class Course(NamedTuple):
         if len(keys) == len(queries) == 1 and tile.block_q > LANES:  # parts overlap
             queries = cuts(0, tile.block_q, rounded_up(tile.block_q // 2, LANES))
         cells = [[WHOLLY if kind == FULL else PARTLY] * (tile.block_q // CELL)] * (tile.block_kv // CELL)
-        return [(at, [Part(some, _of_cells(cells, at, some)) for some in queries]) for at in keys]
+        return [(at, [Part(some, cells_of(cells, at, some)) for some in queries]) for at in keys]
 
     def groups(self, parts: Sequence[Part]) -> list[list[int]]:
         """The numbers of parts in order, small ones in groups of no more cells than half a part of a tile that is wholly visible has: one of
         them alone is too little to fill the units."""
-        sizes = [len(part.cells) * len(part.cells[0]) for part in parts]
-        return grouped(sizes, self.tile.part_q * self.tile.part_kv // (2 * CELL**2))
+        most, filled, found = self.tile.part_q * self.tile.part_kv // (2 * CELL**2), 0, list[list[int]]()
+        for n, part in enumerate(parts):
+            size = len(part.cells) * len(part.cells[0])
+            if not found or filled + size > most:
+                found.append([])
+                filled = 0
+            found[-1].append(n)
+            filled += size
+        return found
 
 
 def edge_parts(cells: Cells, several: bool, tile: Tile) -> list[tuple[slice, list[Part]]]:
@@ -187,7 +194,7 @@ def edge_parts(cells: Cells, several: bool, tile: Tile) -> list[tuple[slice, lis
     for keys in cuts(0, tile.block_kv, tile.edge_kv):
         shown = [any(states) for states in zip(*cells[keys.start // CELL : keys.stop // CELL], strict=True)]
         if parts := [
-            Part(at, _of_cells(sights, keys, at))
+            Part(at, cells_of(sights, keys, at))
             for low, high in _runs(shown)
             for at in cuts(low * CELL, high * CELL, tile.edge_q)
         ]:
@@ -196,24 +203,12 @@ def edge_parts(cells: Cells, several: bool, tile: Tile) -> list[tuple[slice, lis
     return [found[n // 2 if n % 2 == 0 else len(found) - 1 - n // 2] for n in range(len(found))]
 
 
-def grouped(sizes: Sequence[int], most: int) -> list[list[int]]:
-    """The numbers of these in order, in groups of no more than so much; a larger one stands alone."""
-    filled, found = 0, list[list[int]]()
-    for n, size in enumerate(sizes):
-        if not found or filled + size > most:
-            found.append([])
-            filled = 0
-        found[-1].append(n)
-        filled += size
-    return found
-
-
 def cuts(start: int, stop: int, size: int) -> list[slice]:
     """From start to stop in pieces of a size, of which the last may be shorter."""
     return [slice(at, min(at + size, stop)) for at in range(start, stop, size)]
 
 
-def _of_cells(cells: Sequence[Sequence[Sight]], keys: slice, queries: slice) -> Cells:
+def cells_of(cells: Sequence[Sequence[Sight]], keys: slice, queries: slice) -> Cells:
     """Those of some tokens."""
     rows = cells[keys.start // CELL : keys.stop // CELL]
     return tuple(tuple(row[queries.start // CELL : queries.stop // CELL]) for row in rows)

@@ -22,6 +22,7 @@ from plait.kernels.attention.tpu.cut import Cut
 from plait.kernels.attention.tpu.edges import FIRST_EDGE
 from plait.kernels.attention.tpu.rectangles import Rectangle, Rectangles
 from plait.kernels.attention.tpu.tiling import SUBLANES, Operands, Problem
+from plait.kernels.attention.tpu.weights import staggered
 from plait.kernels.attention.visits import FULL, MASKED, SKIP, ordered, segment_starts, tile_kinds
 from plait.kernels.costs import cost
 from plait.kernels.shapes import padded
@@ -50,20 +51,30 @@ class Tile(NamedTuple):
 
     bias: Any
     """Of the sigmoid, by query [1, M]; else a row of zeros."""
-    q: Array
-    k: Array
+    q: Any
+    k: Any
     v: Any
     d_o: Any
     rows: Any
-    rectangles: list[Rectangle]
+    rectangles: Sequence[Rectangle]
     """All that may be visible."""
-    groups: list[list[int]]
-    """The numbers of those that are worked off side by side."""
 
 
-Work = tuple[Callable[[Tile], Sequence[Array]], Callable[[Any], None]]
-"""What a kernel does with a tile, which gives what it adds to the sums of its keys [N, .], and what it writes at the end, where it is given the
-sigmoid's bias of the queries of its grid."""
+Stage = Callable[[int, Any], Any]
+"""What is done with the rectangle of a number, of what the stage before it gave."""
+
+
+class Work(NamedTuple):
+    """What a kernel does at a step of its grid."""
+
+    prepare: Callable[[Tile], None]
+    """What is done ahead of all keys, of which the tile has none."""
+    products: Callable[[Tile, slice, slice], Any]
+    """The first stage, of some queries and keys of a tile: an array [N, M] in float32, or several."""
+    rest: Callable[[Tile], tuple[Sequence[Stage], Callable[[], Sequence[Array]]]]
+    """The other stages of a tile's rectangles, and what these add in the end to the sums of the tile's keys [N, .]."""
+    finish: Callable[[Any], None]
+    """What is written at the end, given the sigmoid's bias of the queries of the grid."""
 
 
 class Walk:
@@ -140,12 +151,14 @@ class Walk:
         *,
         outputs: list[tuple[int, Any]],
         scratch: list[Any],
+        ahead: bool = False,
         sums: Sequence[int] = (),
     ) -> list[Array]:
         """Runs a kernel over (batch, key heads, their bundles' tiles of queries); outputs [B, H, width, T] belong to the queries.
 
         Args:
           begin: makes the kernel's work of references to its outputs and its scratch memory.
+          ahead: make the one product of a visit's first rectangle, which is the same in all, during the visit before.
           sums: widths of float32 sums [B, Hkv, S, width] of the keys, [B, Hkv, width, S] with `Problem.sums_by_key_column`, which follow the
             outputs.
         """
@@ -173,6 +186,7 @@ class Walk:
             out_specs=[pl.BlockSpec((1, cut.heads, n, cut.queries), where) for n, _ in outputs],
             scratch=scratch,
             sums=[self._sum(n) for n in sums],
+            ahead=ahead,
         )
 
     def _sum(self, width: int) -> _Array:
@@ -205,9 +219,12 @@ class Walk:
             out_specs=[pl.BlockSpec((1, 1, self.cut.keys, n), lambda b, c, j, _: (b, c, j, 0)) for n, _ in outputs],
             scratch=scratch,
             sums=[],
+            ahead=False,
         )
 
-    def _call(self, begin, name, kinds, at, held, streamed, *, fetched, out_shape, out_specs, scratch, sums) -> list[Array]:
+    def _call(
+        self, begin, name, kinds, at, held, streamed, *, fetched, out_shape, out_specs, scratch, sums, ahead
+    ) -> list[Array]:
         """`at(b, h, n, entry)` gives row, bundle, tile of queries and tile of keys for a step of the grid and an entry of its list; a visit
         fetches `fetched` of these. `kinds` are [B, ., ., entries] over the grid."""
         streamed = streamed | {"bits": self.bits}
@@ -215,6 +232,7 @@ class Walk:
         counts = jnp.sum((visits & 3) != SKIP, axis=-1, keepdims=True, dtype=jnp.int32)
         table = jnp.concatenate([counts, visits], axis=-1)[..., None, :]  # [B, heads, tiles, 1, 1 + the other side's]
         table = jnp.pad(table, [(0, 0)] * 4 + [(0, fetched - 1)])  # of kind SKIP
+        slots, first = 3 if ahead else 2, self.rectangles.first(fetched)
 
         def kernel(bias: Any, visits: Any, *refs: Any) -> None:
             left = iter(refs)
@@ -223,11 +241,12 @@ class Walk:
                 next(left)  # the same memory as the outputs
             outs, totals = [next(left) for _ in out_shape], [next(left) for _ in sums]
             buffers, sum_buffers = {key: next(left) for key in streamed}, [next(left) for _ in sums]
-            arrived, sum_arrived, sum_left, *state = left
+            arrived, sum_arrived, sum_left = (next(left) for _ in range(3))
+            begun: Any = next(left) if ahead else None
             b, h, tile = (pl.program_id(axis) for axis in range(3))
             count, entry = _listed(visits, 0), lambda n: _listed(visits, 1 + n)
             kinds, num_visits = self.rectangles.kinds(fetched), pl.cdiv(count, fetched)
-            work, finish = begin(self.problem, outs, state)
+            work = begin(self.problem, outs, list(left))
 
             def place(n: Array, p: int) -> tuple[Array, ...]:
                 return at(b, h, tile, entry(n * fetched + p) >> 2)
@@ -235,9 +254,23 @@ class Walk:
             def real(n: Array, p: int) -> Array:
                 return (entry(n * fetched + p) & 3) != SKIP
 
+            def slot(n: Array) -> Array:
+                return jax.lax.rem(n, slots)
+
             def copies(n: Array) -> list[Any]:
                 moving = list(streamed.values()), list(far.values()), list(buffers.values()), arrived
-                return [copy for p in range(fetched) for copy in _copies(*moving, (n & 1, p), place(n, p))]
+                return [copy for p in range(fetched) for copy in _copies(*moving, (slot(n), p), place(n, p))]
+
+            def parts(n: Array) -> dict[str, list[Array]]:
+                """What is here of a visit, [heads, ., .] each; of what belongs to keys one after the other."""
+                found = {key: [ref[0]] for key, ref in here.items()}
+                return found | {
+                    key: [buffer[slot(n), p, 0] for p in range(fetched)] for key, buffer in buffers.items() if key != "bits"
+                }
+
+            def put(n: Array) -> None:
+                """Makes the product of a visit's first rectangle."""
+                begun[...] = work.products(self._tile(parts(n)), *first)
 
             def move_sums(n: Array, move: Callable[[Any], None], *, back: bool) -> None:
                 """Moves the sums of a visit's keys to this core, or back."""
@@ -254,28 +287,50 @@ class Walk:
             def start(n: Array) -> None:
                 for copy in copies(n):
                     _start(copy)
-                move_sums(n, _start, back=False)
+
+            def wait(n: Array) -> None:
+                for copy in copies(n):
+                    _wait(copy)
+
+            def begin_list() -> None:
+                start(jnp.int32(0))
+                move_sums(jnp.int32(0), _start, back=False)
+                if ahead:
+                    pl.when(count > fetched)(lambda: start(jnp.int32(1)))
+                    wait(jnp.int32(0))
+                    put(jnp.int32(0))
 
             def visit(n: Array, _: None) -> None:
                 earlier = n - (SUM_SLOTS - 1)  # those of a slot are back before others come to it
                 pl.when(earlier >= 0)(partial(move_sums, earlier, _wait, back=True))
-                pl.when(n + 1 < num_visits)(partial(start, n + 1))
-                for copy in copies(n):
-                    _wait(copy)
+                pl.when(n + 1 < num_visits)(partial(move_sums, n + 1, _start, back=False))
+                coming = n + slots - 1
+                pl.when(coming < num_visits)(partial(start, coming))
+                if ahead:
+                    pl.when(n + 1 < num_visits)(partial(wait, n + 1))
+                else:
+                    wait(n)
                 move_sums(n, _wait, back=False)
                 bundle = place(n, 0)[1]
 
                 def of_kinds(kinds: tuple[int, ...]) -> None:
-                    parts = {key: [ref[0]] for key, ref in here.items()}
-                    parts |= {
-                        key: [buffer[n & 1, p, 0] for p in range(fetched)] for key, buffer in buffers.items() if key != "bits"
-                    }
+                    found = parts(n)
                     own = [jax.lax.rem(place(n, p)[3], SUBLANES) for p in range(fetched)]
-                    parts["bits"] = [buffers["bits"][n & 1, p, 0, 0, 0, pl.ds(row, 1)] for p, row in enumerate(own)]
+                    bits = [buffers["bits"][slot(n), p, 0, 0, 0, pl.ds(row, 1)] for p, row in enumerate(own)]
                     if fetched > 1:  # beyond the last tile of the list
-                        parts["bits"] = [jnp.where(real(n, p), x, 0) for p, x in enumerate(parts["bits"])]
-                    added = work(self._tile(parts, self._bias(bias, bundle), kinds))
-                    for buffer, x in zip(sum_buffers, added, strict=True):
+                        bits = [jnp.where(real(n, p), x, 0) for p, x in enumerate(bits)]
+                    queries, keys = found["query_tokens"][0][0], [tokens[0].T for tokens in found["key_tokens"]]
+                    rectangles = self.rectangles.of(kinds, queries, keys, bits)
+                    tile = self._tile(found, rectangles, self._bias(bias, bundle))
+                    stages, added = work.rest(tile)
+                    staggered(
+                        [[i] for i in range(len(rectangles))],
+                        lambda i, _: work.products(tile, *rectangles[i][:2]),
+                        *stages,
+                        begun=begun[...] if ahead else None,
+                        ahead=partial(put, jnp.minimum(n + 1, num_visits - 1)) if ahead else lambda: None,
+                    )
+                    for buffer, x in zip(sum_buffers, added(), strict=True):
                         for p in (p for p, kind in enumerate(kinds) if kind != SKIP):
                             at_keys = slice(p * self.cut.keys, (p + 1) * self.cut.keys)
                             of_tile = x[:, at_keys] if self.problem.sums_by_key_column else x[at_keys]
@@ -289,11 +344,12 @@ class Walk:
                 pl.when(others)(partial(of_kinds, kinds[0]))
                 move_sums(n, _start, back=True)
 
-            pl.when(count > 0)(partial(start, jnp.int32(0)))
+            work.prepare(self._tile({key: [ref[0]] for key, ref in here.items()}))
+            pl.when(count > 0)(begin_list)
             _each(num_visits, visit)
             for last in (num_visits - n for n in range(1, SUM_SLOTS)):
                 pl.when(last >= 0)(partial(move_sums, last, _wait, back=True))
-            finish(self._bias(bias, at(b, h, tile, tile)[1]))
+            work.finish(self._bias(bias, at(b, h, tile, tile)[1]))
 
         operands = (
             self.bias,
@@ -318,10 +374,11 @@ class Walk:
                 ],
                 out_specs=[*out_specs, *[pl.BlockSpec(memory_space=pl.ANY)] * len(sums)],
                 scratch_shapes=[
-                    *(pltpu.VMEM((2, fetched, *a.block), a.value.dtype) for a in streamed.values()),
+                    *(pltpu.VMEM((slots, fetched, *a.block), a.value.dtype) for a in streamed.values()),
                     *(pltpu.VMEM((SUM_SLOTS, fetched, *a.block), jnp.float32) for a in sums),
-                    pltpu.SemaphoreType.DMA((2, fetched, len(streamed))),
+                    pltpu.SemaphoreType.DMA((slots, fetched, len(streamed))),
                     *[pltpu.SemaphoreType.DMA((SUM_SLOTS, fetched, max(1, len(sums))))] * 2,
+                    *[pltpu.VMEM([at.stop - at.start for at in first[::-1]], jnp.float32)] * ahead,
                     *scratch,
                 ],
             ),
@@ -331,22 +388,12 @@ class Walk:
             cost_estimate=cost((*operands, *results), flops=2 * self.pairs * self.columns, transcendentals=self.pairs),
         )(*operands)
 
-    def _tile(self, parts: dict[str, list[Array]], bias: Any, kinds: Sequence[int]) -> Tile:
+    def _tile(self, parts: dict[str, list[Array]], rectangles: Sequence[Rectangle] = (), bias: Any = None) -> Tile:
         """A tile of what a kernel holds and what it fetched, each [heads, ., .]; of what belongs to keys one after the other."""
-        tall = lambda name: parts[name][0].reshape(-1, parts[name][0].shape[2])  # [heads * T, .]
-        joined = lambda name: jnp.concatenate([x[0] for x in parts[name]], axis=0)
-        queries, keys = parts["query_tokens"][0][0], [tokens[0].T for tokens in parts["key_tokens"]]
-        rectangles = self.rectangles.of(kinds, queries, keys, parts["bits"])
-        return Tile(
-            bias,
-            tall("q"),
-            joined("k"),
-            joined("v") if "v" in parts else None,
-            tall("d_o") if "d_o" in parts else None,
-            jnp.concatenate(list(parts["rows"][0]), axis=1) if "rows" in parts else None,
-            rectangles,
-            self.rectangles.groups(rectangles),
-        )
+        tall = lambda name: parts[name][0].reshape(-1, parts[name][0].shape[2]) if name in parts else None  # [heads * T, .]
+        joined = lambda name: jnp.concatenate([x[0] for x in parts[name]], axis=0) if name in parts else None
+        rows = jnp.concatenate(list(parts["rows"][0]), axis=1) if "rows" in parts else None
+        return Tile(bias, tall("q"), joined("k"), joined("v"), tall("d_o"), rows, rectangles)
 
     def _bias(self, bias: Any, bundle: Array) -> Any:
         """[1, M], of the sigmoid; else 0."""

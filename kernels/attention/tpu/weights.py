@@ -1,13 +1,14 @@
 """What the TPU kernels of attention make of some keys and some queries: weights, sums of them and gradients, kept keys by queries [N, M]."""
 
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from plait.kernels.attention.reference import MASKED as HIDDEN
-from plait.kernels.attention.tpu.edges import CELL, Band
+from plait.kernels.attention.tpu.edges import CELL, PARTLY, WHOLLY, Band, Cells
 from plait.kernels.attention.tpu.tiling import SUBLANES, Problem, cuts
 from plait.kernels.shapes import matmul_precision
 
@@ -37,9 +38,10 @@ def dot(a: Array, b: Array, dims: Any) -> Array:
     return jax.lax.dot_general(a, b, dims, precision=matmul_precision(a.dtype), preferred_element_type=jnp.float32)
 
 
-def products(problem: Problem, k: Array, q: Array) -> Array:
-    """The logits [N, M] in the problem's unit: k . q, with a soft cap the hyperbolic tangent, of which no digit may go near 1."""
-    z = dot(k, q, NT)
+def products(problem: Problem, k: Array, q: Array, dims: Any = NT) -> Array:
+    """The logits [N, M] in the problem's unit: k . q, with a soft cap the hyperbolic tangent, of which no digit may go near 1. The queries are
+    rows [M, K], or with NN columns [K, M]."""
+    z = dot(k, q, dims)
     return z if problem.soft_cap is None else jnp.tanh(z * (problem.scale / problem.soft_cap))
 
 
@@ -57,14 +59,48 @@ def in_band(band: Band, keys: slice) -> Array:
     return low if band.high >= CELL - 1 else high if band.low <= 1 - CELL else low & high
 
 
-def staggered(groups: Sequence[Sequence[int]], *stages: Callable[[int, Any], Any]) -> None:
+def of_cells(cells: Cells, partly: Callable[[slice, slice], Array]) -> Visible | None:
+    """What cells show of some keys and queries; `partly` is what the mask shows of such of these as it is given. None where they show all."""
+    if all(state == WHOLLY for row in cells for state in row):
+        return None
+
+    def visible(some: slice) -> list[tuple[slice, Sees]]:
+        found: list[tuple[slice, Sees]] = []
+        first = 0
+        for state, run in groupby(cells[some.start // CELL]):
+            at = slice(first, first := first + CELL * len(list(run)))
+            if isinstance(state, Band):
+                found += [(slice(n, n + CELL), in_band(state, some)) for n in range(at.start, at.stop, CELL)]
+            elif state == PARTLY:
+                found.append((at, partly(some, at)))
+            else:
+                found.append((at, None if state == WHOLLY else False))
+        return found
+
+    return visible
+
+
+def staggered(
+    groups: Sequence[Sequence[int]],
+    *stages: Callable[[int, Any], Any],
+    begun: Any = None,
+    ahead: Callable[[], None] = lambda: None,
+) -> None:
     """Takes the parts of each group through the stages, one stage behind the group before it: so what stands together in the program is of
     several parts, and the compiler runs the products of one beside the exponentials of another. A stage gets the number of a part and what the
     stage before gave.
+
+    Args:
+      begun: what the first stage gave for the first part, a group by itself, if it is done.
+      ahead: is called where the first stage of one more group would be.
     """
-    held: dict[int, Any] = {}
+    held: dict[int, Any] = {} if begun is None else {groups[0][0]: begun}
     for step in range(len(groups) + len(stages) - 1):
+        if step == len(groups):
+            ahead()
         for stage, do in enumerate(stages):
+            if stage == step == 0 and begun is not None:
+                continue
             for n in groups[step - stage] if 0 <= step - stage < len(groups) else ():
                 held[n] = do(n, held.pop(n, None))
 
@@ -107,9 +143,11 @@ class Sums(NamedTuple):
             if x is not None and x is not self.peak:
                 x[...] = jnp.zeros_like(x)
 
-    def weigh(self, problem: Problem, bias: Any, z: Array, visible: Visible | None, at: slice, dtype: Any) -> Weighed:
-        """The weights of keys with products z [N, M] for the queries that stand `at` these columns; `visible` is None for all. The maximum
-        knows of these keys then, and `collect` adds the rest.
+    def weigh(
+        self, problem: Problem, bias: Any, z: Array, visible: Visible | None, at: slice, dtype: Any, chosen: Array | None = None
+    ) -> Weighed:
+        """The weights of keys with products z [N, M] for the queries that stand `at` these columns, of which those see any that are `chosen`,
+        bool [1, M]; None is all, of `visible` too. The maximum knows of these keys then, and `collect` adds the rest.
 
         It goes a few keys at a time, so that what is between a product and its weight stays in registers.
         """
@@ -120,8 +158,12 @@ class Sums(NamedTuple):
             z = jnp.concatenate([_shown(sight, z[n], HIDDEN) for n, sight in zip(chunks, sights, strict=True)], axis=0)
             old = self.peak[:, at]
             highest = jnp.maximum(old, jnp.max(z, axis=0, keepdims=True))
+            if chosen is not None:
+                highest = jnp.where(chosen, highest, old)
             self.peak[:, at] = highest
             rise = _bits_above(problem, bias, highest, old)
+            if chosen is not None and not problem.sigmoid:  # so far above all that their weights are 0
+                highest, chosen = jnp.where(chosen, highest, -HIDDEN), None
         mass = spread = jnp.zeros((SUBLANES, z.shape[1]), jnp.float32)
         weights = []
         for n, sight in zip(chunks, sights, strict=True):
@@ -130,6 +172,8 @@ class Sums(NamedTuple):
                 p = _left_out(sight, jnp.exp2(bits))
             else:
                 p = _shown(sight, jax.nn.sigmoid(problem.unit * z[n] + bias), 0)
+            if chosen is not None:
+                p = jnp.where(chosen, p, 0)
             if not problem.mass_by_product:
                 mass += _folded(p)
             if problem.stats:
@@ -214,13 +258,15 @@ def _bits_above(problem: Problem, bias: Any, z: Array, low: Array) -> Array:
 
 
 def gradients(
-    problem: Problem, bias: Any, z: Array, d_weights: Array, rows: Array, visible: Visible | None
+    problem: Problem, bias: Any, z: Array, d_weights: Array, rows: Array, visible: Visible | None, chosen: Array | None = None
 ) -> tuple[Array, Array, Array]:
     """The weights, dz and the part of dz that the sigmoid's bias shares, all [N, M].
 
     z [N, M] are `products`, d_weights [N, M] the values times d_o, and the rows [R, M] fit z: see `stacked_rows`. The weights are A, of the
-    sigmoid with statistics W.
+    sigmoid with statistics W. Queries that are not `chosen`, bool [1, M], see nothing.
     """
+    if chosen is not None:  # logarithms of sums so far above all that weights are 0, and nothing to give
+        rows = jnp.concatenate([jnp.where(chosen, rows[:1], -HIDDEN), jnp.where(chosen, rows[1:], 0)], axis=0)
     if problem.sigmoid and not problem.stats:
         weights = jax.nn.sigmoid(problem.unit * z + bias)
     else:
@@ -228,6 +274,8 @@ def gradients(
         bits = e - rows[0:1]
         weights = jnp.exp2(bits)
     weights = shown(visible, weights, 0)
+    if chosen is not None and problem.sigmoid:
+        weights = jnp.where(chosen, weights, 0)
     d_weights = d_weights + rows[1:2]
     if problem.stats:
         d_weights -= rows[2:3] * bits
