@@ -299,6 +299,7 @@ def _selected_kernel(job: dict[str, Any], array: Callable[..., Any]) -> tuple[Ca
     if job["name"].startswith("open"):
         every = rectangles.Rectangles.of
         rectangles.Rectangles.of = lambda *args: [part._replace(visible=None) for part in every(*args)]
+    selected.AHEAD = 0 if job.get("ahead", True) else 1 << 30
     walk._each = lambda _, visit: jax.lax.fori_loop(0, visits, visit, None)
     layout = Layout(mask=Mask(), num_queries=num_queries, num_keys=num_keys, own_keys=False, packed=True)
     problem = tiling.Problem(layout, cut, width**-0.5, False, job["name"].endswith("stats"))

@@ -38,6 +38,12 @@ def current() -> Chip | None:
     return _target.get() or chip_of(jax.devices()[0].device_kind)
 
 
+def core_memory() -> int:
+    """Bytes of the memory of a core of that chip; where it is unknown, of the least that a core has but for v4's."""
+    here = current()
+    return 64 << 20 if here is None else here.vector_memory
+
+
 def on_cpu() -> bool:
     """Whether what is traced here is for a CPU."""
     return current() is None and jax.default_backend() == "cpu"

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 from plait.kernels.attention import pallas_tpu as attention
 from plait.kernels.attention.call import AttentionCall
 from plait.kernels.attention.chosen_rows import chosen_rows
-from plait.kernels.attention.tpu.tokens.tables import CHUNK, LANES, LEAST, Problem, Tables, batch, core_memory
+from plait.kernels.attention.tpu.tokens.tables import CHUNK, LANES, LEAST, Problem, Tables, batch
 from plait.kernels.index_divergence.call import DivergenceCall
 from plait.kernels.index_divergence.tpu.chosen_scores import chosen_scores, score_gradients
 from plait.kernels.index_divergence.tpu.mean_weights import mean_weights
-from plait.kernels.target import not_on
+from plait.kernels.target import core_memory, not_on
 
 Array = jax.Array
 

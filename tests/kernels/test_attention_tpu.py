@@ -26,7 +26,7 @@ from plait.kernels import (
 )
 from plait.kernels.attention import pallas_tpu, reference
 from plait.kernels.attention.call import AttentionCall
-from plait.kernels.attention.tpu import best_tiles, tiling
+from plait.kernels.attention.tpu import best_tiles, key_sums, rectangles, selected, tiling, walk
 from plait.kernels.attention.visits import FULL, SKIP, Layout, plan_visits
 from plait.kernels.chips import CHIPS
 from plait.kernels.target import target
@@ -221,9 +221,16 @@ def _selected(of: Choice) -> SelectedBlocks:
 
 
 @pytest.mark.parametrize(
-    "name", usually(CHOICES, "groups", "diagonal", "diagonal-segments", MASSES[2], "window-left-padding", newest=("groups",))
+    ("name", "few"),
+    usually(
+        [(name, few) for name in CHOICES for few in (0, 1024)],
+        *(("groups", 1024), ("diagonal", 0), ("diagonal-segments", 1024), (MASSES[2], 0), ("window-left-padding", 1024)),
+        newest=(("groups", 1024),),
+    ),
 )
-def test_kernel_matches_reference_with_selected_blocks(name: str):
+def test_kernel_matches_reference_with_selected_blocks(name: str, few: int, monkeypatch: pytest.MonkeyPatch):
+    """With sums of keys that come and go, and with sums that stay."""
+    monkeypatch.setattr(key_sums, "FEW", few)
     of = CHOICES[name]
     _assert_matches(of.case, _inputs(of.case), _own(_segments(of.case)) | {"selected": _selected(of)})
 
@@ -233,9 +240,13 @@ WIDE = ("diagonal", "diagonal-segments", "groups", "many-heads-sigmoid", "each-h
 
 @pytest.mark.parametrize("name", usually(WIDE, *WIDE[:4], newest=("diagonal",)))
 def test_selected_blocks_match_reference_on_a_wide_matrix_unit(name: str, monkeypatch: pytest.MonkeyPatch):
-    """In tiles as large as blocks, so that what is visited together is of every kind."""
+    """In tiles as large as blocks, so that what is visited together is of every kind, and several rectangles each; with first products made
+    ahead, and the sums of one head leaving during the next."""
     monkeypatch.setattr(pallas_tpu, "_wide", lambda _: True)
     monkeypatch.setattr(pallas_tpu, "SELECTED", dict.fromkeys((2, 4), (1024, 1 << 18)))
+    monkeypatch.setattr(rectangles, "MOST_WIDE", (1 << 15, 128))
+    monkeypatch.setattr(selected, "AHEAD", 0)
+    monkeypatch.setattr(walk, "current", lambda: CHIPS["v6e"])
     of = CHOICES[name]
     _assert_matches(of.case, _inputs(of.case), _own(_segments(of.case)) | {"selected": _selected(of)})
 

@@ -148,9 +148,10 @@ def all_gradients(problem: Problem, x: Operands, d_o: Array, rows: Sequence[Arra
         "selected_attention_gradients",
         outputs=[(key_dim, x.q.dtype), (1, jnp.float32)],
         scratch=[*(pltpu.VMEM((n, num_rows), jnp.float32) for n in (key_dim, 1)), *turned],
-        sums=(key_dim + value_dim,),  # as one array, so that narrow heads fill its lanes
+        sums=key_dim + value_dim,  # as one array, so that narrow heads fill its lanes
     )
-    of_keys = jnp.swapaxes(of_keys, 2, 3) if problem.sums_by_key_column else of_keys
+    of_keys = jnp.swapaxes(of_keys, 3, 4) if problem.sums_by_key_column else of_keys  # [B, Hkv, NK, keys, K + V]
+    of_keys = of_keys.reshape(*of_keys.shape[:2], -1, of_keys.shape[4])
     d_k, d_v = (
         total[:, :, :num_keys].astype(of.dtype) for total, of in ((of_keys[..., :key_dim], x.k), (of_keys[..., key_dim:], x.v))
     )

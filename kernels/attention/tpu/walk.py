@@ -4,7 +4,7 @@ A step of the grid is a tile of queries of all heads that share keys and choice,
 the other side that some query has to do with, and copies the next from memory while it works on one. So few queries of many heads make one
 tall product, a tile that is visited costs its own work and no step of a grid, and a list is no longer than a row of them.
 
-Sums of the keys, such as their gradients, are fetched and written back like the keys, in the loop over the keys of some queries.
+What is summed for keys in the loop over the keys of some queries is in `key_sums`.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,17 +20,16 @@ from jax.experimental.pallas import tpu as pltpu
 
 from plait.kernels.attention.tpu.cut import Cut
 from plait.kernels.attention.tpu.edges import FIRST_EDGE
+from plait.kernels.attention.tpu.key_sums import KeySums, Moving, Place, Resident, resident_bytes
 from plait.kernels.attention.tpu.rectangles import Rectangle, Rectangles
 from plait.kernels.attention.tpu.tiling import SUBLANES, Operands, Problem
 from plait.kernels.attention.tpu.weights import staggered
 from plait.kernels.attention.visits import FULL, MASKED, SKIP, ordered, segment_starts, tile_kinds
 from plait.kernels.costs import cost
 from plait.kernels.shapes import padded
+from plait.kernels.target import core_memory, current
 
 Array = jax.Array
-
-SUM_SLOTS = 3
-"""Tiles of the sums of keys that are on the core: one that comes, one that is added to, and one on its way back."""
 
 
 class _Array(NamedTuple):
@@ -152,15 +151,15 @@ class Walk:
         outputs: list[tuple[int, Any]],
         scratch: list[Any],
         ahead: bool = False,
-        sums: Sequence[int] = (),
+        sums: int = 0,
     ) -> list[Array]:
         """Runs a kernel over (batch, key heads, their bundles' tiles of queries); outputs [B, H, width, T] belong to the queries.
 
         Args:
           begin: makes the kernel's work of references to its outputs and its scratch memory.
           ahead: make the one product of a visit's first rectangle, which is the same in all, during the visit before.
-          sums: widths of float32 sums [B, Hkv, S, width] of the keys, [B, Hkv, width, S] with `Problem.sums_by_key_column`, which follow the
-            outputs.
+          sums: width of float32 sums of the keys, by tile of keys [B, Hkv, NK, keys, width], with `Problem.sums_by_key_column`
+            [B, Hkv, NK, width, keys], which follow the outputs; 0 is none.
         """
         length, cut, each = self.num_queries * self.cut.queries, self.cut, self.num_bundles // self.num_kv_heads
         kinds = self.kinds.reshape(self.batch, self.num_kv_heads, -1, self.num_keys)
@@ -185,22 +184,9 @@ class Walk:
             ],
             out_specs=[pl.BlockSpec((1, cut.heads, n, cut.queries), where) for n, _ in outputs],
             scratch=scratch,
-            sums=[self._sum(n) for n in sums],
+            sums=sums,
             ahead=ahead,
         )
-
-    def _sum(self, width: int) -> _Array:
-        """Zeros to begin a sum of the keys with."""
-        of_keys, length = self.of_keys["k"], self.num_keys * self.cut.keys
-        if not self.problem.sums_by_key_column:
-            value = jnp.zeros((self.batch, self.num_kv_heads, length, width), jnp.float32)
-            return of_keys._replace(value=value, block=(*of_keys.block[:3], width))
-
-        def where(*at: Array) -> tuple[Any, ...]:
-            b, h, j, _ = of_keys.where(*at)
-            return b, h, 0, j
-
-        return _Array(jnp.zeros((self.batch, self.num_kv_heads, width, length), jnp.float32), (1, 1, width, self.cut.keys), where)
 
     def over_keys(
         self, begin: Callable[..., Work], name: str, *, outputs: list[tuple[int, Any]], scratch: list[Any]
@@ -218,7 +204,7 @@ class Walk:
             out_shape=[jax.ShapeDtypeStruct((self.batch, self.num_bundles, length, n), dtype) for n, dtype in outputs],
             out_specs=[pl.BlockSpec((1, 1, self.cut.keys, n), lambda b, c, j, _: (b, c, j, 0)) for n, _ in outputs],
             scratch=scratch,
-            sums=[],
+            sums=0,
             ahead=False,
         )
 
@@ -233,15 +219,22 @@ class Walk:
         table = jnp.concatenate([counts, visits], axis=-1)[..., None, :]  # [B, heads, tiles, 1, 1 + the other side's]
         table = jnp.pad(table, [(0, 0)] * 4 + [(0, fetched - 1)])  # of kind SKIP
         slots, first = 3 if ahead else 2, self.rectangles.first(fetched)
+        tile = (sums, self.cut.keys) if self.problem.sums_by_key_column else (self.cut.keys, sums)
+        chip = current()
+        overlap = chip is not None and chip.cores == 1
+        stay = resident_bytes(self.cut.heads * self.cut.queries, self.num_keys, tile, core_memory()) if sums else 0
+        total = jax.ShapeDtypeStruct((self.batch, self.num_kv_heads, self.num_keys, *tile), jnp.float32)
+        come = [jnp.zeros_like(total)] if sums and not stay else []
+        of_sums = Resident.scratch(self.num_keys, tile) if stay else Moving.scratch(tile, fetched) if sums else []
 
         def kernel(bias: Any, visits: Any, *refs: Any) -> None:
             left = iter(refs)
             here, far = ({key: next(left) for key in names} for names in (held, streamed))
-            for _ in sums:
-                next(left)  # the same memory as the outputs
-            outs, totals = [next(left) for _ in out_shape], [next(left) for _ in sums]
-            buffers, sum_buffers = {key: next(left) for key in streamed}, [next(left) for _ in sums]
-            arrived, sum_arrived, sum_left = (next(left) for _ in range(3))
+            for _ in come:
+                next(left)  # the same memory as the sums'
+            outs, totals = [next(left) for _ in out_shape], [next(left) for _ in range(bool(sums))]
+            buffers, arrived = {key: next(left) for key in streamed}, next(left)
+            sum_memory = [next(left) for _ in of_sums]
             begun: Any = next(left) if ahead else None
             b, h, tile = (pl.program_id(axis) for axis in range(3))
             count, entry = _listed(visits, 0), lambda n: _listed(visits, 1 + n)
@@ -272,17 +265,15 @@ class Walk:
                 """Makes the product of a visit's first rectangle."""
                 begun[...] = work.products(self._tile(parts(n)), *first)
 
-            def move_sums(n: Array, move: Callable[[Any], None], *, back: bool) -> None:
-                """Moves the sums of a visit's keys to this core, or back."""
-                for p in range(fetched if sums else 0):
-                    moving = sums, totals, sum_buffers, sum_left if back else sum_arrived
-                    found = partial(_copies, *moving, (jax.lax.rem(n, SUM_SLOTS), p), place(n, p), back=back)
+            def of_keys(n: Array, p: int) -> Place:
+                row, bundle, _, tile = place(n, p)
+                return Place(row, jax.lax.div(bundle, self.num_bundles // self.num_kv_heads), tile, real(n, p))
 
-                    def moved(found: Callable[[], list[Any]] = found) -> None:
-                        for copy in found():
-                            move(copy)
-
-                    pl.when(real(n, p))(moved)
+            key_sums: list[KeySums] = []
+            if stay:
+                key_sums.append(Resident(totals[0], sum_memory[0], sum_memory[1], of_keys, overlap))
+            elif sums:
+                key_sums.append(Moving(totals[0], sum_memory[0], sum_memory[1], sum_memory[2], of_keys, num_visits))
 
             def start(n: Array) -> None:
                 for copy in copies(n):
@@ -294,23 +285,22 @@ class Walk:
 
             def begin_list() -> None:
                 start(jnp.int32(0))
-                move_sums(jnp.int32(0), _start, back=False)
+                for x in key_sums:
+                    x.enter(jnp.int32(-1))
                 if ahead:
                     pl.when(count > fetched)(lambda: start(jnp.int32(1)))
                     wait(jnp.int32(0))
                     put(jnp.int32(0))
 
             def visit(n: Array, _: None) -> None:
-                earlier = n - (SUM_SLOTS - 1)  # those of a slot are back before others come to it
-                pl.when(earlier >= 0)(partial(move_sums, earlier, _wait, back=True))
-                pl.when(n + 1 < num_visits)(partial(move_sums, n + 1, _start, back=False))
                 coming = n + slots - 1
                 pl.when(coming < num_visits)(partial(start, coming))
                 if ahead:
                     pl.when(n + 1 < num_visits)(partial(wait, n + 1))
                 else:
                     wait(n)
-                move_sums(n, _wait, back=False)
+                for x in key_sums:
+                    x.enter(n)
                 bundle = place(n, 0)[1]
 
                 def of_kinds(kinds: tuple[int, ...]) -> None:
@@ -330,11 +320,10 @@ class Walk:
                         begun=begun[...] if ahead else None,
                         ahead=partial(put, jnp.minimum(n + 1, num_visits - 1)) if ahead else lambda: None,
                     )
-                    for buffer, x in zip(sum_buffers, added(), strict=True):
+                    for to, x in zip(key_sums, added(), strict=True):
                         for p in (p for p, kind in enumerate(kinds) if kind != SKIP):
                             at_keys = slice(p * self.cut.keys, (p + 1) * self.cut.keys)
-                            of_tile = x[:, at_keys] if self.problem.sums_by_key_column else x[at_keys]
-                            buffer[jax.lax.rem(n, SUM_SLOTS), p, 0, 0] += of_tile
+                            to.add(n, p, x[:, at_keys] if self.problem.sums_by_key_column else x[at_keys])
 
                 others: Any = True
                 for some in kinds[1:]:
@@ -342,13 +331,16 @@ class Walk:
                     pl.when(these)(partial(of_kinds, some))
                     others &= ~these
                 pl.when(others)(partial(of_kinds, kinds[0]))
-                move_sums(n, _start, back=True)
+                for x in key_sums:
+                    x.leave(n)
 
+            for x in key_sums:
+                x.begin()
             work.prepare(self._tile({key: [ref[0]] for key, ref in here.items()}))
             pl.when(count > 0)(begin_list)
             _each(num_visits, visit)
-            for last in (num_visits - n for n in range(1, SUM_SLOTS)):
-                pl.when(last >= 0)(partial(move_sums, last, _wait, back=True))
+            for x in key_sums:
+                x.end()
             work.finish(self._bias(bias, at(b, h, tile, tile)[1]))
 
         operands = (
@@ -356,34 +348,35 @@ class Walk:
             table,
             *(a.value for a in held.values()),
             *(a.value for a in streamed.values()),
-            *(a.value for a in sums),
+            *come,
         )
-        results = [*out_shape, *(jax.ShapeDtypeStruct(a.value.shape, a.value.dtype) for a in sums)]
+        results = [*out_shape, *[total] * bool(sums)]
+        across: Any = "arbitrary" if stay and overlap else "parallel"
         return pl.pallas_call(
             kernel,
             name=name,
             out_shape=results,
-            input_output_aliases={2 + len(held) + len(streamed) + i: len(out_shape) + i for i in range(len(sums))},
+            input_output_aliases={2 + len(held) + len(streamed): len(out_shape)} if come else {},
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=1,
                 grid=kinds.shape[:3],
                 in_specs=[
                     pl.BlockSpec((1, 1, 1, *table.shape[3:]), lambda b, h, n, _: (b, h, n, 0, 0), memory_space=pltpu.SMEM),
                     *(pl.BlockSpec(a.block, lambda b, h, n, _, a=a: a.where(*at(b, h, n, 0))) for a in held.values()),
-                    *[pl.BlockSpec(memory_space=pl.ANY)] * (len(streamed) + len(sums)),
+                    *[pl.BlockSpec(memory_space=pl.ANY)] * (len(streamed) + len(come)),
                 ],
-                out_specs=[*out_specs, *[pl.BlockSpec(memory_space=pl.ANY)] * len(sums)],
+                out_specs=[*out_specs, *[pl.BlockSpec(memory_space=pl.ANY)] * bool(sums)],
                 scratch_shapes=[
                     *(pltpu.VMEM((slots, fetched, *a.block), a.value.dtype) for a in streamed.values()),
-                    *(pltpu.VMEM((SUM_SLOTS, fetched, *a.block), jnp.float32) for a in sums),
                     pltpu.SemaphoreType.DMA((slots, fetched, len(streamed))),
-                    *[pltpu.SemaphoreType.DMA((SUM_SLOTS, fetched, max(1, len(sums))))] * 2,
+                    *of_sums,
                     *[pltpu.VMEM([at.stop - at.start for at in first[::-1]], jnp.float32)] * ahead,
                     *scratch,
                 ],
             ),
             compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", "parallel", "arbitrary" if sums else "parallel")
+                dimension_semantics=(across, across, "arbitrary" if sums else "parallel"),
+                vmem_limit_bytes=stay or None,
             ),
             cost_estimate=cost((*operands, *results), flops=2 * self.pairs * self.columns, transcendentals=self.pairs),
         )(*operands)

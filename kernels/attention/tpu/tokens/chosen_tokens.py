@@ -25,7 +25,6 @@ from plait.kernels.attention.tpu.tokens.tables import (
     Problem,
     Tables,
     batch,
-    core_memory,
     cut_tables,
     deep,
     listed,
@@ -34,6 +33,7 @@ from plait.kernels.attention.tpu.tokens.tables import (
     whole,
 )
 from plait.kernels.attention.tpu.weights import stacked_rows
+from plait.kernels.target import core_memory
 
 Array = jax.Array
 

@@ -213,12 +213,6 @@ def listed(problem: Problem, rows: Array, part: Part, *, aligned: bool = False) 
     return by_step(entries), by_step(jnp.stack([begin, begin + taken], axis=2))
 
 
-def core_memory() -> int:
-    """Bytes that a core has."""
-    here = current()
-    return MIN_MEMORY if here is None else here.vector_memory
-
-
 def deep(heads: int) -> bool:
     """Whether a matrix unit has room for all heads twice, in whole lines."""
     here = current()
