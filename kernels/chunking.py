@@ -15,6 +15,8 @@ SOLVED_AT_ONCE = 16
 """Tokens of the diagonal blocks that `solve_unit_lower` inverts."""
 SCANNED_AT_ONCE, SCAN = 4096, 512
 """Tokens of a row that are gone through in one scan, and of a run of a longer one."""
+PAIRED = 64
+"""Tokens of which `segment_max` compares all pairs."""
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -70,6 +72,24 @@ def _running(x: Array, scan: Callable[..., Array], join: Callable[[Array, Array]
     before = _running(inside[:, :-1, -1], scan, join, nothing)
     before = jnp.pad(before, ((0, 0), (1, 0)), constant_values=nothing)
     return join(inside, before[:, :, None]).reshape(batch, -1)[:, :length]
+
+
+def segment_max(x: Array, index: Array) -> Array:
+    """The largest of x [B, T, H], none negative, so far in each segment: neighbours with one number in index [B or 1, T] are of one.
+
+    All pairs of a run are compared, and the ends of runs likewise: a TPU's compiler takes half a minute for an associative scan of 131,072
+    tokens.
+    """
+    length, heads = x.shape[1:]
+    size = min(PAIRED, length)
+    runs, numbers = (to_chunks(each, size) for each in (x, index))
+    seen = jnp.tril(numbers[..., :, None] == numbers[..., None, :])
+    inside = jnp.max(jnp.where(seen[..., None], runs[:, :, None], 0), axis=3)
+    if runs.shape[1] > 1:
+        before = segment_max(inside[:, :-1, -1], numbers[:, :-1, -1])
+        before = jnp.where((numbers[:, 1:] == numbers[:, :-1, -1:])[..., None], before[:, :, None], 0)
+        inside = jnp.maximum(inside, jnp.pad(before, ((0, 0), (1, 0), (0, 0), (0, 0))))
+    return inside.reshape(-1, runs.shape[1] * size, heads)[:, :length]
 
 
 def segment_index(segment_ids: Array) -> tuple[Array, Array]:

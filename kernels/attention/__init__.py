@@ -73,7 +73,8 @@ def attention(
       sigmoid_bias: scalar or [H], added to the sigmoid's logits; usually -log of the longest training sequence.
       logit_soft_cap: c, above 0, or None; sink logits and the sigmoid's bias are not capped.
       bias: added to the scaled logits: `LowRankBias`, which says what it costs, or `DistanceBias`.
-      return_stats: also return `AttentionStats`, differentiable except for `max_logit` ties.
+      return_stats: also return `AttentionStats`, all differentiable. Where several keys tie for `max_logit`, the first of them has its
+        gradient in the reference and the chunked form, and each of them the whole of it in kernels and across a ring's devices.
       return_lse: of the statistics of a softmax return lse alone, which costs nothing more.
       implementation: "auto", "pallas_tpu", "pallas_gpu", "chunked" or "reference".
 

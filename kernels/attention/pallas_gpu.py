@@ -17,8 +17,9 @@ from plait.kernels import gpu
 from plait.kernels.attention.call import AttentionCall, RoutedCall
 from plait.kernels.attention.gpu import chosen_tokens, gradients, kernels
 from plait.kernels.attention.gpu.kernels import BLOCK, Operands, Problem, Tiles
-from plait.kernels.attention.per_query import gradient_rows, ties, with_bias, with_sinks
+from plait.kernels.attention.per_query import gradient_rows, with_bias, with_sinks
 from plait.kernels.attention.reference import AttentionStats, lse_alone
+from plait.kernels.attention.ties import longest_keys, ties
 from plait.kernels.attention.visits import Layout, laid_out
 from plait.kernels.tokens import Tokens
 
@@ -180,7 +181,8 @@ def _flash_backward(problem: Problem, saved: Any, cotangents: tuple[Array, tuple
     x, o, rows = saved
     d_o, d_rows = cotangents
     delta = jnp.einsum("bthv,bthv->bht", d_o.astype(jnp.float32), o.astype(jnp.float32))
-    near = lambda: jnp.swapaxes(ties(problem.scale, x.q, x.k, x.keys.segment_ids[:, 0] == 0), 1, 2)
+    queries, keys = jax.tree.map(lambda x: x[:, 0], (x.queries, x.keys))
+    near = lambda: jnp.swapaxes(ties(problem.scale, x.q, longest_keys(problem.layout, queries, keys, x.k)), 1, 2)
     bias = x.bias if problem.sigmoid else None
     read = gradient_rows(rows, d_rows, delta, sigmoid_bias=bias, near=near, soft_cap=problem.soft_cap)
     rows = gradients.in_units(rows, read, sigmoid=problem.sigmoid)

@@ -18,9 +18,10 @@ import jax
 import jax.numpy as jnp
 
 from plait.kernels.attention.call import AttentionCall, MassCall, RoutedCall
-from plait.kernels.attention.per_query import first_mass, gradient_rows, ties, with_bias, with_sinks
+from plait.kernels.attention.per_query import first_mass, gradient_rows, with_bias, with_sinks
 from plait.kernels.attention.reference import MASKED as HIDDEN
 from plait.kernels.attention.reference import AttentionStats, lse_alone
+from plait.kernels.attention.ties import longest_keys, ties
 from plait.kernels.attention.tpu import kernels, selected
 from plait.kernels.attention.tpu.best_tiles import BFLOAT16, FLOAT32, SELECTED
 from plait.kernels.attention.tpu.cut import Cut
@@ -250,7 +251,8 @@ def _flash_backward(problem: Problem, saved: Any, cotangents: tuple[Array, tuple
     d_o, d_rows = cotangents
     delta = jnp.sum(d_o.astype(jnp.float32) * o, axis=2)
     q, k = jnp.swapaxes(x.q, 1, 2), jnp.swapaxes(x.k, 1, 2)
-    near = lambda: jnp.swapaxes(ties(problem.scale, q, k, x.keys.segment_ids[:, 0] == 0), 1, 2)
+    queries, keys = jax.tree.map(lambda x: x[:, 0], (x.queries, x.keys))
+    near = lambda: jnp.swapaxes(ties(problem.scale, q, longest_keys(problem.layout, queries, keys, k)), 1, 2)
     bias = x.bias if problem.sigmoid else None
     rows = gradient_rows(rows, d_rows, delta, sigmoid_bias=bias, near=near, soft_cap=problem.soft_cap)
     if problem.sigmoid and problem.stats:

@@ -18,48 +18,17 @@ import jax.numpy as jnp
 from plait.kernels.attention.call import AttentionCall
 from plait.kernels.attention.reference import MASKED as HIDDEN
 from plait.kernels.attention.reference import capped
-from plait.kernels.shapes import accumulation_dtype, matmul_precision
+from plait.kernels.attention.ties import under_cap
+from plait.kernels.shapes import matmul_precision
 from plait.kernels.tokens import Tokens
 
 Array = jax.Array
-
-_ROUNDINGS = 4
-"""By how many roundings of |q| |k|, and not of its own size, a logit that is made twice may differ from itself: its terms may cancel. The
-products were within one of the exact ones in each of some 100,000 rows of 24 to 576 channels, whichever side the queries were on; units are
-changed twice on top."""
-
-_CAP_ROUNDINGS = 2
-"""By how many roundings of its own size a capped logit may, besides: of the hyperbolic tangent and of units."""
 
 
 def with_bias(rows: Sequence[Array], bias: Array) -> tuple[Array, ...]:
     """The rows of a sigmoid's kernel with statistics, [B, H, T], the lse no more less the bias [H]."""
     lse = rows[0]
     return jnp.where(lse > HIDDEN / 2, lse + bias[None, :, None], HIDDEN), *rows[1:]
-
-
-def ties(scale: float, q: Array, k: Array, hidden: Array | None = None) -> Array:
-    """[B, T, H], in the accumulation dtype: logits this close to the largest of their row may be it, made once more.
-
-    Args:
-      scale: of the logits.
-      q: [B, T, H, K].
-      k: [B, S, Hkv, K].
-      hidden: bool [B or 1, S], of keys that hold anything, which no query sees; or None.
-    """
-    dtype = accumulation_dtype(q, k)
-    lengths = lambda x: jnp.sqrt(jnp.sum(jnp.square(x.astype(dtype)), axis=-1))
-    of_keys = lengths(k) if hidden is None else jnp.where(hidden[:, :, None], 0, lengths(k))
-    longest = jnp.repeat(of_keys.max(1, keepdims=True), q.shape[2] // k.shape[2], axis=2)
-    return _ROUNDINGS * jnp.finfo(dtype).eps * scale * lengths(q) * longest
-
-
-def under_cap(near: Array, peak: Array, soft_cap: float | None) -> Array:
-    """`ties` of logits whose largest, `peak`, is one that was capped: a cap brings them together as it rounds them."""
-    if soft_cap is None:
-        return near
-    share = jnp.clip(peak / soft_cap, -1, 1)
-    return near * (1 - share) * (1 + share) + _CAP_ROUNDINGS * jnp.finfo(near.dtype).eps * abs(share) * soft_cap
 
 
 def gradient_rows(

@@ -18,8 +18,10 @@ import jax
 import jax.numpy as jnp
 
 from plait.kernels.attention.call import AttentionCall, RoutedCall
-from plait.kernels.attention.per_query import ties, under_cap, with_sinks
+from plait.kernels.attention.per_query import with_sinks
 from plait.kernels.attention.reference import MASKED, AttentionStats, lse_alone
+from plait.kernels.attention.ties import longest_keys, ties, under_cap
+from plait.kernels.attention.visits import layout_of
 from plait.kernels.context import Parts
 from plait.kernels.shapes import accumulation_dtype
 from plait.kernels.tokens import Tokens
@@ -164,7 +166,7 @@ def _share(op: Op, call: AttentionCall, o: Array, rows: Any) -> Whole:
     weight = jnp.exp(part.lse - rows.lse)
     if not call.sigmoid:
         part_o = (part_o - o) * weight[..., None]
-    near = ties(call.scale, call.q, call.k, call.kv_at.segment_ids == 0)
+    near = ties(call.scale, call.q, longest_keys(layout_of(call), *call.sides, call.k))
     if call.bias is not None:
         near += jnp.finfo(near.dtype).eps * abs(rows.max_logit)
     near = under_cap(near, rows.max_logit, call.logit_soft_cap)

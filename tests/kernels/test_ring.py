@@ -66,6 +66,18 @@ def test_the_largest_logit_and_its_gradient():
     assert_same(outputs, {name: ATTENTION[name] for name in "qkv"}, mesh_of(context=4), exchange="ring")
 
 
+def test_a_long_key_that_no_query_sees_has_no_part_in_ties():
+    """It stands in another document, or later, beside keys that the queries see of that part of the row."""
+
+    def outputs(inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        at = Tokens(None, 1 + (jnp.arange(LENGTH, dtype=jnp.int32)[None] >= 6).repeat(2, 0))
+        return {"max": attention(**inputs, mask=Mask(), at=at, return_stats=True)[1].max_logit[:, 6:-1]}
+
+    inputs = {name: ATTENTION[name] for name in "qkv"}
+    for long in (3, LENGTH - 1):
+        assert_same(outputs, inputs | {"k": inputs["k"].at[:, long].multiply(1e6)}, mesh_of(context=4), exchange="ring")
+
+
 OPTIONS = ["lse", "sigmoid", "sigmoid with statistics", "soft cap and bias by distance", "sinks of each query", "values in keys",
            "bfloat16", "rows and heads divided too"]  # fmt: skip
 

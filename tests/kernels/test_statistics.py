@@ -10,12 +10,8 @@ import numpy as np
 import pytest
 
 from plait.kernels import Mask, Tokens, attention, first_masses
-from plait.kernels.attention import pallas_tpu, reference
-from plait.kernels.attention.call import AttentionCall
-from plait.kernels.attention.per_query import ties
 from plait.tests.kernels import cases, loops
-from plait.tests.kernels.test_attention_tpu import run_checked
-from plait.tests.tolerances import assert_close, assert_tree_close, in_float64
+from plait.tests.tolerances import assert_close
 
 IDS = np.int32([[0, 0, 1, 1, 1, 1, 0, 2], [1, 1, 1, 1, 1, 2, 2, 0]])
 """Leading padding, padding between, and rows that see one key."""
@@ -103,33 +99,3 @@ def test_statistics_are_the_loop_s(implementation: str, level: str):
 @pytest.mark.parametrize("level", ["beside a sink", "weights below float32"])
 def test_statistics_in_bfloat16(level: str):
     assert_right(partial(attention, implementation="chunked"), level, "bfloat16")
-
-
-@pytest.mark.parametrize("dim", [16, 64, 256, 576])
-def test_ties_are_as_far_apart_as_a_product_of_another_order(dim: int):
-    """And not much farther, or keys that are not the largest would get its gradient."""
-    rng = np.random.default_rng(0)
-    q, k = (rng.standard_normal((1, 256, 4, dim)).astype(np.float32) for _ in range(2))
-    k[:, -1] = 1e6
-    near = np.asarray(ties(0.5, jnp.asarray(q), jnp.asarray(k), jnp.arange(256)[None] == 255))
-    terms = np.float32(0.5) * q * k
-    apart = abs(terms.cumsum(-1)[..., -1] - terms[..., ::-1].cumsum(-1)[..., -1])[:, :-1]
-    assert (apart < near[:, :-1]).all()
-    assert near.mean() < 64 * apart.mean()
-
-
-def test_the_largest_logit_s_gradient_near_a_soft_cap():
-    """Where the tangent is near 1 its slope is what rounding leaves, and many a logit is near the largest."""
-    rng = np.random.default_rng(1)
-    q, k = (jnp.asarray(rng.standard_normal((1, 130, n, 16)), jnp.float32) for n in (2, 1))
-
-    def run(implementation: Any, q: jax.Array, k: jax.Array) -> Any:
-        def outputs(x: dict[str, jax.Array]) -> dict[str, jax.Array]:
-            options: dict[str, Any] = {"mask": Mask(), "logit_soft_cap": 30.0, "return_stats": True}
-            return {"max": implementation.attention(AttentionCall.of("attention", v=k, **x, **options))[1].max_logit}
-
-        return cases.with_gradients(outputs, {"q": q, "k": k})
-
-    plain = cases.quick_jit(partial(run, reference))
-    got = run_checked(partial(run, pallas_tpu), 96 * q, k)
-    assert_tree_close(got, in_float64(plain, 96 * q, k), plain(96 * q, k), dtype="float32")

@@ -51,3 +51,13 @@ def test_running_max_and_sum_are_numpys(length: int):
     x = np.random.default_rng(0).integers(-5, length, (2, length)).astype(np.int32)
     assert (np.asarray(chunking.running_max(jnp.asarray(x))) == np.maximum.accumulate(x, axis=1)).all()
     assert (np.asarray(chunking.running_sum(jnp.asarray(x))) == np.cumsum(x, axis=1, dtype=np.int32)).all()
+
+
+@pytest.mark.parametrize("length", [1, 64, 65, 5000])
+def test_segment_max_is_numpys(length: int):
+    rng = np.random.default_rng(0)
+    x, index = rng.random((2, length, 3)).astype(np.float32), np.cumsum(rng.random((2, length)) < 0.02, axis=1)
+    want = x.copy()
+    for t in range(1, length):
+        want[:, t] = np.where((index[:, t] == index[:, t - 1])[:, None], np.maximum(want[:, t - 1], x[:, t]), x[:, t])
+    np.testing.assert_array_equal(chunking.segment_max(jnp.asarray(x), jnp.asarray(index)), want)

@@ -13,8 +13,9 @@ from plait.kernels.attention.chosen_rows import chosen_rows
 from plait.kernels.attention.gpu import chosen_gradients, chosen_kernels
 from plait.kernels.attention.gpu.chosen_kernels import TILE, Operands, Problem
 from plait.kernels.attention.gpu.kernels import LN2, LOG2E, ROWS
-from plait.kernels.attention.per_query import first_mass, gradient_rows, ties, with_sinks
+from plait.kernels.attention.per_query import first_mass, gradient_rows, with_sinks
 from plait.kernels.attention.reference import AttentionStats, lse_alone
+from plait.kernels.attention.ties import longest_keys, ties
 from plait.kernels.attention.visits import laid_out
 
 Array = jax.Array
@@ -58,7 +59,7 @@ def attention(call: AttentionCall) -> tuple[Array, AttentionStats | None]:
     batch, length, num_heads = call.q.shape[:3]
     num_keys, groups = call.k.shape[1:3]
     group = num_heads // groups
-    _, queries, keys = laid_out(call)
+    layout, queries, keys = laid_out(call)
     rows = chosen_rows(call)
     first = jnp.arange(batch, dtype=jnp.int32)[:, None, None, None] * num_keys
     flat = (first + rows) * groups + jnp.arange(groups, dtype=jnp.int32)[None, None, :, None]
@@ -72,8 +73,10 @@ def attention(call: AttentionCall) -> tuple[Array, AttentionStats | None]:
     by_head = lambda x: x.reshape(-1, problem.blocks * size, *x.shape[2:])[:, :group].reshape(
         batch, length, num_heads, *x.shape[2:]
     )
-    hidden = jnp.broadcast_to((keys.segment_ids == 0)[..., None], call.k.shape[:3]).reshape(1, -1)
-    o, found = _gathered(problem, q.reshape(-1, size, q.shape[2]), k, v, rows, hidden)
+    longest = None
+    if call.return_stats:
+        longest = jnp.repeat(longest_keys(layout, queries, keys, call.k).reshape(-1, 1), problem.blocks, axis=0)
+    o, found = _gathered(problem, q.reshape(-1, size, q.shape[2]), k, v, rows, longest)
     o, stats = by_head(o)[..., : call.v.shape[3]], [by_head(x) for x in found]
     if call.return_stats:
         stats.append(first_mass(call, stats[0], queries, keys))
@@ -95,23 +98,25 @@ def _pad(x: Array, after: Sequence[int]) -> Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gathered(problem: Problem, q: Array, k: Array, v: Array | None, rows: Array, hidden: Array) -> tuple[Array, list[Array]]:
-    """o and lse and, with statistics, maximum and entropy, [P * blocks, R], of what `chosen_kernels.Operands` describes; rows of k that are
-    `hidden`, bool [1, B * S * G], no query sees."""
-    return _forward(problem, q, k, v, rows, hidden)[0]
+def _gathered(
+    problem: Problem, q: Array, k: Array, v: Array | None, rows: Array, longest: Array | None
+) -> tuple[Array, list[Array]]:
+    """o and lse and, with statistics, maximum and entropy, [P * blocks, R], of what `chosen_kernels.Operands` describes; with statistics,
+    `longest` [P * blocks, 1] has the lengths that `longest_keys` finds."""
+    return _forward(problem, q, k, v, rows, longest)[0]
 
 
-def _forward(problem: Problem, q: Array, k: Array, v: Array | None, rows: Array, hidden: Array) -> Any:
+def _forward(problem: Problem, q: Array, k: Array, v: Array | None, rows: Array, longest: Array | None) -> Any:
     o, found = chosen_kernels.forward(problem, Operands(q, k, v, rows))
     results = o, [found[:, i, : q.shape[1]] for i in range(found.shape[1])]
-    return results, (Operands(q, k, v, rows), hidden, *results)
+    return results, (Operands(q, k, v, rows), longest, *results)
 
 
 def _backward(problem: Problem, saved: Any, cotangents: tuple[Array, list[Array]]) -> Any:
-    x, hidden, o, found = saved
+    x, longest, o, found = saved
     d_o, d_found = cotangents
     delta = jnp.einsum("prv,prv->pr", d_o.astype(jnp.float32), o.astype(jnp.float32))
-    read = gradient_rows(found, d_found, delta, near=lambda: ties(problem.scale, x.q[None], x.k[None, :, None], hidden)[0])
+    read = gradient_rows(found, d_found, delta, near=lambda: ties(problem.scale, x.q, longest))
     given = [row * unit for row, unit in zip(read, (LOG2E, 1.0, LN2, 1.0, LOG2E))]
     if problem.stats:
         given[chosen_gradients.D_PEAK] *= jnp.exp(found[0] - found[1])  # joins the other terms before the weight multiplies them

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 
 from plait.kernels.attention.call import AttentionCall
 from plait.kernels.attention.chosen_rows import chosen_rows
-from plait.kernels.attention.per_query import gradient_rows, ties
+from plait.kernels.attention.per_query import gradient_rows
 from plait.kernels.attention.reference import MASKED as HIDDEN
+from plait.kernels.attention.ties import longest_keys, ties
 from plait.kernels.attention.tpu.tokens import kernels
 from plait.kernels.attention.tpu.tokens.tables import (
     CHUNK,
@@ -33,6 +34,7 @@ from plait.kernels.attention.tpu.tokens.tables import (
     whole,
 )
 from plait.kernels.attention.tpu.weights import stacked_rows
+from plait.kernels.attention.visits import laid_out
 from plait.kernels.target import core_memory
 
 Array = jax.Array
@@ -91,18 +93,21 @@ def attention(call: AttentionCall) -> tuple[Array, list[Array]]:
     rows, tables = chosen_rows(call, padding=not call.mask.causal)[:, :, 0], tables_of(call)
     if tables.cut(gradients=True)[1] > 1:
         rows = jnp.sort(rows, axis=2)  # so that those of a table are neighbours
-    _, keys = call.sides
+    layout, queries, keys = laid_out(call)
     hidden = jnp.broadcast_to(keys.segment_ids == 0, call.k.shape[:2])
-    o, found = _attend(tables, call.q, call.k[:, :, 0], rows, hidden)
+    longest = longest_keys(layout, queries, keys, call.k) if call.return_stats else None
+    o, found = _attend(tables, call.q, call.k[:, :, 0], rows, hidden, longest)
     return o, list(found)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(tables: Tables, q: Array, k: Array, rows: Array, hidden: Array) -> tuple[Array, tuple[Array, ...]]:
-    return _forward(tables, q, k, rows, hidden)[0]
+def _attend(
+    tables: Tables, q: Array, k: Array, rows: Array, hidden: Array, longest: Array | None
+) -> tuple[Array, tuple[Array, ...]]:
+    return _forward(tables, q, k, rows, hidden, longest)[0]
 
 
-def _forward(tables: Tables, q: Array, k: Array, rows: Array, hidden: Array) -> Any:
+def _forward(tables: Tables, q: Array, k: Array, rows: Array, hidden: Array, longest: Array | None) -> Any:
     length, (problem, parts) = q.shape[1], tables.cut(gradients=False)
     wide = repelled(problem, whole(q))
     dtype = q.dtype if parts == 1 else jnp.float32
@@ -113,7 +118,7 @@ def _forward(tables: Tables, q: Array, k: Array, rows: Array, hidden: Array) -> 
 
     o, stacked = _joined(of_part, cut_tables(problem, parts, rows, k, hidden))
     o, found = o[:, :length].astype(q.dtype), tuple(jnp.moveaxis(stacked[:, :length], 2, 0))
-    return (o, found), (q, k, rows, hidden, o, found)
+    return (o, found), (q, k, rows, hidden, longest, o, found)
 
 
 def _joined(of_part: Callable[[Part], tuple[Array, Array]], parts: Part) -> tuple[Array, Array]:
@@ -140,11 +145,11 @@ def _both(*parts: tuple[Array, Array]) -> tuple[Array, Array]:
 
 
 def _backward(tables: Tables, saved: Any, cotangents: tuple[Array, tuple[Array, ...]]) -> Any:
-    q, k, rows, hidden, o, found = saved
+    q, k, rows, hidden, longest, o, found = saved
     d_o, d_found = cotangents
     (length, key_dim), (problem, parts) = q.shape[1::2], tables.cut(gradients=True)
     delta = jnp.sum(d_o.astype(jnp.float32) * o, axis=3)
-    lse, *others = gradient_rows(found, d_found, delta, near=lambda: ties(problem.scale, q, k[:, :, None], hidden))
+    lse, *others = gradient_rows(found, d_found, delta, near=lambda: ties(problem.scale, q, longest))
     stacked = stacked_rows(problem.scale, [jnp.where(lse > HIDDEN / 2, lse, 0), *others])  # [B, T, R, H]
     wide, d_o, stacked = repelled(problem, whole(q)), whole(d_o.astype(q.dtype)), whole(stacked)
 
@@ -158,7 +163,7 @@ def _backward(tables: Tables, saved: Any, cotangents: tuple[Array, tuple[Array, 
     else:
         d_q, found = jax.lax.scan(of_part, jnp.zeros(wide.shape, jnp.float32), cut)
     d_k = sums_of(problem, found)[:, : k.shape[1], :key_dim]
-    return d_q[:, :length, :, :key_dim].astype(q.dtype), d_k.astype(k.dtype), None, None
+    return d_q[:, :length, :, :key_dim].astype(q.dtype), d_k.astype(k.dtype), None, None, None
 
 
 _attend.defvjp(_forward, _backward)
