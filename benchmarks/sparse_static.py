@@ -1,11 +1,13 @@
 """Static cycles of what sparse attention on TPU is made of: tiles under a mask, visits where blocks are selected, and choosing.
 
-    python benchmarks/sparse_static.py [--target v5e] [--only tiles,masks,visits,choosing]
+    python benchmarks/sparse_static.py [--target v5e] [--only tiles,masks,visits,choosing] [--visits 33 65]
 
 Needs the extra `aot`. Cycles are the compiler's estimates (`tpu_static.py`), one head dim, 128, in bfloat16; a kernel that it has none for is
 "-". Tiles are those of a row of 8 by 8, and an edge is a tile on the diagonal. Masks are those of windows and PowerAttention in the tiles that
 the kernels take, each kind compiled; shares are of the speed-up over full causal attention that their density promises. A visit is what one
-more costs a loop: of two tiles where the matrix unit is 256 wide, of 1,024 keys one.
+more costs a loop, by the kinds of the tiles in it, and a step what the queries of a tile cost besides; from them and full causal attention
+follow the shares where blocks are selected at random, by runs of queries together or by each query apart. A visit of gradients takes the
+cycles of its work or those of its copies of key sums at the chip's bandwidth, whichever are more.
 Of key gradients under a mask v5e and v5p have no estimate: gradients are estimated without one there, and those of masks by the cells of their
 tiles. Of choosing, XLA's estimates of all but kernels are given.
 """
@@ -17,32 +19,38 @@ from collections.abc import Callable
 from dataclasses import astuple, replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import tpu_static
 
-from plait.kernels import Mask, PowerMask
+from plait.kernels import Mask, PowerMask, SelectedBlocks, Tokens
 from plait.kernels.attention.pallas_tpu import choose_tiles
 from plait.kernels.attention.tpu.bands import banded_edges
-from plait.kernels.attention.tpu.edges import FIRST_EDGE, Cells
-from plait.kernels.attention.tpu.tiling import Tile
-from plait.kernels.attention.visits import Layout
+from plait.kernels.attention.tpu.best_tiles import SELECTED
+from plait.kernels.attention.tpu.cut import Cut
+from plait.kernels.attention.tpu.edges import CELL, FIRST_EDGE, Cells
+from plait.kernels.attention.tpu.key_sums import resident_bytes
+from plait.kernels.attention.tpu.rectangles import Rectangles
+from plait.kernels.attention.tpu.selected import AHEAD
+from plait.kernels.attention.tpu.tiling import Problem, Tile
+from plait.kernels.attention.visits import FULL, MASKED, SKIP, Layout, tile_kinds
+from plait.kernels.chips import CHIPS
 
 LENGTH = 8192
 """Of the square of tiles."""
 
-VISITS = (33, 65)
-
-CUTS = (
-    (64, 16, 128, 64),
-    (64, 16, 128, 128),
-    (64, 4, 256, 64),
-    (1024, 1, 1024, 1024),
-    (512, 1, 512, 512),
-    (256, 1, 1024, 256),
-    (128, 1, 1024, 128),
+CHOICES = (
+    (1, 1024, 8),
+    (1, 1024, 3),
+    (1, 512, 8),
+    (1, 512, 3),
+    (1, 256, 8),
+    (1, 128, 16),
+    (16, 64, 16),
+    (4, 64, 16),
 )
-"""Block size, heads, queries and keys of a tile where blocks are selected."""
+"""Heads that choose together, keys of a block, blocks of a query."""
 
 MASKS = {
     **{f"window {n}": Mask(window_size=n) for n in (4480, 2176, 1152)},
@@ -115,11 +123,130 @@ def density(mask: Mask) -> float:
     return float(pairs / (TOKENS * (TOKENS + 1) / 2))
 
 
+class Visits:
+    """What one kernel takes where blocks are selected."""
+
+    def __init__(self, target: str, kernel: str, lists: tuple[int, int], cycles: Callable[..., int | None], *, blind: bool):
+        """`cycles` of a job; `blind` has none of gradients under a mask."""
+        self.target, self.kernel, self.lists, self.cycles = target, kernel, lists, cycles
+        self.blind = blind and kernel != "forward"
+        self.known: dict[Any, float | None] = {}
+
+    def _of(self, cut: Cut, name: str, ahead: bool) -> tuple[float | None, float | None]:
+        job = {"kernel": self.kernel, "backward": True, "name": name, "cut": astuple(cut)[:4], "ahead": ahead}
+        (short, long), run = self.lists, lambda n, **more: self.cycles(**job, visits=n, **more) or None
+        one, more = run(short), run(long)
+        if one is None or more is None:
+            return None, None
+        visit = (more - one) / (long - short)
+        two = run(short, steps=2) or run(short, batch=2)  # not each kernel has an estimate of both
+        return visit, None if two is None else two - one - short * visit
+
+    def estimate(self, cut: Cut, name: str, ahead: bool) -> float | None:
+        """Of a visit: of tiles under the mask ("selected"), of which the choice alone hides keys ("chosen"), of such and the diagonal ("last"),
+        of the diagonal alone ("edge"); or of what a step takes besides ("step")."""
+        if (cut, name, ahead) not in self.known:
+            usual = "open" if self.blind else "chosen" if cut.block_size >= cut.keys else "selected"
+            if name == "step":
+                found = self._of(cut, usual, ahead)[1]
+            elif self.blind:
+                found = self._of(cut, usual, ahead)[0]
+                if name == "edge" and found is not None:  # by its cells
+                    rows, columns = cut.queries // CELL, cut.keys // CELL
+                    found *= sum(query >= key for query in range(rows) for key in range(columns)) / (rows * columns)
+            else:
+                found = self._of(cut, name, ahead)[0]
+            self.known[cut, name, ahead] = found
+        return self.known[cut, name, ahead]
+
+    def total(self, cut: Cut, counts: dict[str, int], top: int) -> float | None:
+        """Of the visits that have been counted."""
+        ahead = self.kernel == "forward" and cut.wide and top * cut.block_size / (cut.keys * cut.fetched) >= AHEAD
+        each = {name: self.estimate(cut, name, ahead) for name in counts}
+        if None in each.values():
+            return None
+        copied = self._copied(cut)
+        least = {name: {"step": 0, "edge": 1}.get(name, cut.fetched) * copied for name in counts}
+        return sum(n * max(each[name], least[name]) for name, n in counts.items())
+
+    def _copied(self, cut: Cut) -> float:
+        """Cycles in which sums of a tile of keys come and go."""
+        chip = CHIPS[self.target]
+        tiles, tile = TOKENS // cut.keys, (cut.keys, 256)
+        if self.kernel == "forward" or resident_bytes(cut.heads * cut.queries, tiles, tile, chip.vector_memory):
+            return 0.0
+        return 2 * 4 * cut.keys * 256 * chip.clock / (chip.memory_bandwidth / chip.cores)
+
+
+def drawn(block: int, top: int, run: int, rng: np.random.Generator) -> tuple[np.ndarray, float]:
+    """Blocks [T, top] that queries choose, their own and others at random, so many neighbours together; and the density of the pairs."""
+    number = np.arange(0, TOKENS, run) // block
+    order = np.argsort(np.where(np.arange(TOKENS // block) < number[:, None], rng.random((len(number), TOKENS // block)), 2))
+    others = np.where(np.arange(top - 1) < number[:, None], order[:, : top - 1], -1)
+    indices = np.repeat(np.concatenate([number[:, None], others], axis=1), run, axis=0).astype(np.int32)
+    pairs = ((others >= 0).sum(1) * block).repeat(run).sum() + (np.arange(TOKENS) % block + 1).sum()
+    return indices, float(pairs / (TOKENS * (TOKENS + 1) / 2))
+
+
+def visited(indices: np.ndarray, block: int, heads: int, *, wide: bool) -> tuple[Cut, dict[str, int]]:
+    """The cut where so many heads select the blocks [T, N] together, and how many visits of each kind and steps there are."""
+    selected = SelectedBlocks(indices=jnp.asarray(indices)[None, :, None], block_size=block, num_blocks=TOKENS // block)
+    cut = Cut.of((heads, 1), (TOKENS, TOKENS), selected, *SELECTED[2], wide=wide)
+    everyone = Tokens(None, jnp.ones((1, 1, TOKENS), jnp.int32), jnp.arange(TOKENS, dtype=jnp.int32)[None, None])
+    layout = Layout(Mask(), TOKENS, TOKENS, own_keys=True, packed=False)
+    rectangles = Rectangles.under(Problem(layout, cut, 1.0, sigmoid=False, stats=False), forward=True)
+    edge, known = rectangles.edge, rectangles.kinds(cut.fetched)
+    diagonal = MASKED if edge is None else np.where(edge.kinds == FIRST_EDGE, FIRST_EDGE, MASKED)
+    options = {"keep_first": False, "selected": selected, "choice_alone": FULL, "masked": (diagonal, MASKED)}
+    kinds = np.asarray(tile_kinds(layout, everyone, everyone, cut.queries, cut.keys, **options))[0, 0]
+    counts: dict[str, int] = {"step": len(kinds)}
+    for row in kinds:
+        some = [int(kind) for kind in row if kind != SKIP]
+        for n in range(0, len(some), cut.fetched):
+            these = tuple(some[n : n + cut.fetched] + [SKIP] * (n + cut.fetched - len(some)))
+            name = "selected"
+            if these in known[1:]:
+                name = "chosen" if FIRST_EDGE not in these else "edge" if these[0] == FIRST_EDGE else "last"
+            counts[name] = counts.get(name, 0) + 1
+    return cut, counts
+
+
+def show_visits(target: str, lists: tuple[int, int], cycles: Callable[..., int | None], *, blind: bool) -> None:
+    """Prints shares of what chosen blocks promise, and the cycles that they are made of."""
+    kernels = [Visits(target, kernel, lists, cycles, blind=blind) for kernel in ("forward", "all_gradients")]
+    masked = [Masked(kernel, cycles, by_cells=blind and kernel != "forward") for kernel in tpu_static.KERNELS]
+    of_pairs = [kernel.total(Mask(), target)[0] for kernel in masked]
+    full = [None if x is None else x * TOKENS * (TOKENS + 1) / 2 for x in of_pairs]
+    print(f"{target}, {TOKENS} tokens, full causal attention:", *("-" if x is None else f"{x:,.0f}" for x in full))
+    rng = np.random.default_rng(0)
+    print("blocks, top, heads together, choose, density, tile; of the promised speed-up forward, gradients, both")
+    for heads, block, top in CHOICES:
+        for run in sorted({max(block, 128), block, 1}, reverse=True):
+            indices, density = drawn(block, top, run, rng)
+            cut, counts = visited(indices, block, heads, wide=CHIPS[target].matrix_unit == 256)
+            each = [kernel.total(cut, counts, top) for kernel in kernels]
+            promised = [None if x is None else density * heads * x for x in full]
+            both = [*zip(promised, each, strict=True)]
+            both.append((None, None) if None in (*promised, *each) else (sum(promised), sum(each)))
+            shares = ["-" if None in pair else f"{pair[0] / pair[1]:.0%}" for pair in both]
+            what = f"{block:5} {top:3} {heads:3} {'apart' if run == 1 else f'{run} together':>14} {density:8.2%}"
+            print(f"{what} {cut.heads:3} x {cut.queries} x {cut.keys}", *(f"{x:>5}" for x in shares), counts, flush=True)
+    for kernel in kernels:
+        for (cut, name, ahead), cost in kernel.known.items():
+            shape = f"{cut.heads} heads, {cut.queries} queries, {cut.fetched} x {cut.keys} keys"
+            print(
+                f"{shape:44} {kernel.kernel:14} {name:9} {'ahead' if ahead else '':6}",
+                "-" if cost is None else f"{cost:8,.0f}",
+                flush=True,
+            )
+
+
 def main() -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", default="v5e", choices=tpu_static.TOPOLOGY)
     parser.add_argument("--only", default="tiles,masks,visits,choosing")
+    parser.add_argument("--visits", type=int, nargs=2, default=(33, 65), help="lengths of lists that estimates are of")
     parser.add_argument("--timeout", type=int, default=600, help="seconds an estimate")
     args = parser.parse_args()
 
@@ -154,18 +281,7 @@ def main() -> None:
             ]
             print(f"{what:24} {density(mask):8.4f} {', '.join(sizes):>26}", *(f"{share:>6}" for share in shares), flush=True)
     if "visits" in only:
-        print(
-            f"{args.target}, a visit: under the mask, where the choice alone hides keys, after such a tile the diagonal, the diagonal alone"
-        )
-        for cut in CUTS:
-            for kernel in ("forward", "all_gradients"):
-                names = ["open" if blind and kernel != "forward" else "selected"]
-                names += ["chosen", "last", "edge"] if cut[0] >= cut[3] >= 128 and names[0] != "open" else []
-                each = []
-                for name in names:
-                    ends = [cycles(kernel=kernel, backward=True, name=name, cut=cut, visits=n) for n in VISITS]
-                    each.append(None if None in ends else (ends[1] - ends[0]) / (VISITS[1] - VISITS[0]))  # type: ignore[operator]
-                show("{1} heads, {2} queries, {3} keys, ".format(*cut) + kernel, *each)
+        show_visits(args.target, tuple(args.visits), cycles, blind=blind)
     if "choosing" in only:
         print(f"{args.target}, choosing of 32,768 queries of 16 heads: XLA's part")
         for name in ("chunked", "pallas_tpu"):
@@ -175,4 +291,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")
     main()

@@ -1,12 +1,10 @@
-"""How far the work of the TPU attention kernels follows the density that a mask, selected blocks or routed heads promise.
+"""How far the work of the TPU attention kernels follows the density that a mask, packed rows or routed heads promise.
 
     python benchmarks/sparsity.py [--seq-len 32768]
 
-No kernel runs. Under masks, in packed rows and with routed heads it counts the cells of 128 by 128 pairs that the forward kernel is told to
-compute, and its steps; with routed heads a step counts as `Tile.step` cells. Tiles are those of v5e. Of masks `sparse_static.py` has
-cycles. Where blocks are selected, tiles count by v5e's static estimates for head dim 128, as that gives them too. The promised work is the
-density of visible pairs times that of full causal attention. Documents, routed heads and selected blocks are drawn at random, blocks by a run
-of queries together or by each query apart.
+No kernel runs. It counts the cells of 128 by 128 pairs that the forward kernel is told to compute, and its steps; with routed heads a step
+counts as `Tile.step` cells. Tiles are those of v5e. Of masks, and where blocks are selected, `sparse_static.py` has cycles. The promised work
+is the density of visible pairs times that of full causal attention. Documents and routed heads are drawn at random.
 """
 
 from __future__ import annotations
@@ -18,34 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from plait.kernels import Mask, PowerMask, SelectedBlocks, Tokens
+from plait.kernels import Mask, PowerMask, Tokens
 from plait.kernels.attention.pallas_tpu import choose_tiles
-from plait.kernels.attention.tpu.best_tiles import SELECTED
-from plait.kernels.attention.tpu.cut import Cut
 from plait.kernels.attention.tpu.edges import CELL, FIRST_EDGE, edges
-from plait.kernels.attention.tpu.rectangles import Rectangles
-from plait.kernels.attention.tpu.tiling import Problem
-from plait.kernels.attention.visits import FULL, MASKED, SKIP, Layout, tile_kinds
+from plait.kernels.attention.visits import SKIP, Layout, tile_kinds
 from plait.kernels.shapes import padded
-from plait.train.verify.rooflines import PEAKS
 
 TILES = choose_tiles("v5e", 128, 128, jnp.bfloat16)
-
-CYCLES = {
-    (1, 1024, 1024): ((5934, 10463), (4680, 10463), (3651, 10463 * 36 / 64)),
-    (1, 512, 512): ((1780, 2759), (1327, 2759), (1447, 2759 * 10 / 16)),
-    (1, 1024, 256): ((1721, 2757), (1265, 2757), (1680, 2757)),
-    (1, 1024, 128): ((1075, 1510), (845, 1510), (1075, 1510)),
-    (4, 256, 64): ((1033 / 2, 1510 / 2),),
-    (16, 128, 64): ((1460 / 2, 2757 / 2),),
-}
-"""A tile's cycles by heads, queries and keys of it, two of 64 keys being fetched together: forward and all gradients, under the mask, where the
-choice alone hides keys, and on the diagonal. Those of gradients are v5p's without a mask, with which there is no estimate, and of the diagonal
-follow its cells."""
-
-CAUSAL_TILE, CAUSAL_EDGES = (9513, 10912), ((3544, 10912 * 40 / 64), (7430, 10912 * 40 / 64))
-"""Of full causal attention: a tile of 1,024 queries and 2,048 keys (of gradients 1,024), and one on the diagonal, at its beginning and in its
-middle; that of gradients is by its cells."""
 
 
 def sized(layout: Layout) -> tuple[int, int]:
@@ -60,25 +37,6 @@ def counted(queries: Tokens, length: int, block: int) -> float:
     layout = Layout(Mask(), length, length, own_keys=False, packed=True)
     kinds = np.asarray(tile_kinds(layout, queries, keys, block, block, keep_first=False))
     return float((kinds != SKIP).sum() * (TILES.forward.step + (block / CELL) ** 2) / kinds.shape[1])
-
-
-def cycles(indices: np.ndarray, block_size: int, heads: int) -> tuple[tuple[int, int, int], np.ndarray]:
-    """The cut, and the cycles of each kernel for a query head, where so many heads select the blocks [T, N] together."""
-    length = len(indices)
-    selected = SelectedBlocks(indices=jnp.asarray(indices)[None, :, None], block_size=block_size, num_blocks=length // block_size)
-    cut = Cut.of((heads, 1), (length, length), selected, *SELECTED[2])
-    everyone = Tokens(None, jnp.ones((1, 1, length), jnp.int32), jnp.arange(length, dtype=jnp.int32)[None, None])
-    layout = Layout(Mask(), length, length, own_keys=True, packed=False)
-    edge = Rectangles.under(Problem(layout, cut, 1.0, sigmoid=False, stats=False), forward=True).edge
-    diagonal = MASKED if edge is None else np.where(edge.kinds == FIRST_EDGE, FIRST_EDGE, MASKED)
-    options = {"keep_first": False, "selected": selected, "choice_alone": FULL, "masked": (diagonal, MASKED)}
-    kinds = tile_kinds(layout, everyone, everyone, cut.queries, cut.keys, **options)
-    shape = cut.heads, cut.queries, cut.keys
-    visits = [int((kinds == kind).sum()) for kind in (MASKED, FULL, FIRST_EDGE)]
-    copied = np.array([512, 512 + 2048]) * cut.keys * PEAKS["v5e"].clock / PEAKS["v5e"].bandwidth  # sums of keys both ways
-    each = [np.maximum(of, copied) for of in CYCLES[shape]]  # copies run beside the work
-    each += each[:1] * (len(visits) - len(each))
-    return shape, sum(n * of for n, of in zip(visits, each, strict=True)) / cut.heads
 
 
 def main() -> None:
@@ -120,7 +78,6 @@ def main() -> None:
         work = counted(routed, length, usual[0]) / whole
         print(f"heads of {share:.0%} of queries: density {active.mean():.4f}, cells and steps {work:.4f} of all")
     show_packed(rng)
-    show_selected(length, rng)
 
 
 def show_packed(rng: np.random.Generator) -> None:
@@ -149,39 +106,6 @@ def show_packed(rng: np.random.Generator) -> None:
         print(
             f"{length:11} {mean:9} {window or '':>6} {' x '.join(map(str, tile)):>11} {cells / rows:6.0f} {(cells + more) / rows:11.0f}"
         )
-
-
-def show_selected(length: int, rng: np.random.Generator) -> None:
-    """Prints what selected blocks cost: those of a query head by itself, as MoBA has them, and of a group, as NSA."""
-    rows = [(row // np.array([2, 1]), CAUSAL_EDGES[row % 2]) for row in range(length // 1024)]
-    full = sum(tiles * CAUSAL_TILE + edge for tiles, edge in rows)
-    print(
-        f"\n{'blocks':>6} {'top':>4} {'heads':>5} {'choose':>9} {'density':>8} {'tile':>14}  share of the promise by cycles, v5e:"
-    )
-    print(f"{'':52} forward, gradients, both")
-    for heads, block, top in (
-        (1, 1024, 8),
-        (1, 1024, 3),
-        (1, 512, 8),
-        (1, 512, 3),
-        (1, 256, 8),
-        (1, 128, 16),
-        (16, 64, 16),
-        (4, 64, 16),
-    ):
-        for run in sorted({max(block, 128), block, 1}, reverse=True):
-            number = np.arange(0, length, run) // block
-            drawn = np.argsort(
-                np.where(np.arange(length // block) < number[:, None], rng.random((len(number), length // block)), 2)
-            )
-            others = np.where(np.arange(top - 1) < number[:, None], drawn[:, : top - 1], -1)
-            indices = np.repeat(np.concatenate([number[:, None], others], axis=1), run, axis=0).astype(np.int32)
-            pairs = ((others >= 0).sum(1) * block).repeat(run).sum() + (np.arange(length) % block + 1).sum()
-            density = pairs / (length * (length + 1) / 2)
-            shape, cost = cycles(indices, block, heads)
-            shares = ", ".join(f"{share:.0%}" for share in (*(full * density / cost), full.sum() * density / cost.sum()))
-            who = "apart" if run == 1 else f"by {run}"
-            print(f"{block:6} {top:4} {heads:5} {who:>9} {density:8.2%} {'x'.join(map(str, shape)):>14}  {shares}")
 
 
 if __name__ == "__main__":

@@ -258,7 +258,8 @@ def _attention_kernel(job: dict[str, Any], array: Callable[..., Any]) -> tuple[C
 
 
 def _selected_kernel(job: dict[str, Any], array: Callable[..., Any]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """One kernel of attention to selected blocks, forward or all_gradients: one tile of queries, with `job["visits"]` visits.
+    """One kernel of attention to selected blocks, forward or all_gradients: `job["batch"]` rows of `job["steps"]` tiles of queries,
+    each with `job["visits"]` visits.
 
     `job["cut"]` are the block size, the heads, queries and keys of a tile. By the name "chosen" the choice alone hides keys,
     of several tiles "edge" has one, on the diagonal, and "last" that after
@@ -276,11 +277,11 @@ def _selected_kernel(job: dict[str, Any], array: Callable[..., Any]) -> tuple[Ca
 
     visits, width = job["visits"], job["shape"][3]
     cut = Cut(*job["cut"], wide=CHIPS[job["target"]].matrix_unit == 256)
-    num_queries, num_keys = cut.queries * job.get("steps", 1), cut.keys * visits * cut.fetched
+    batch, num_queries, num_keys = job.get("batch", 1), cut.queries * job.get("steps", 1), cut.keys * visits * cut.fetched
     # Lists in scalar memory, copies by hand and gathers have no estimate: tiles are visited in order, and the copies are left out.
     nothing = type("Copy", (), dict.fromkeys(("start", "wait"), lambda _: None))()
     walk.pltpu.SMEM, walk.pltpu.make_async_copy = walk.pltpu.VMEM, lambda *_: nothing
-    walk.tile_kinds = lambda *_, **__: jnp.zeros((1, 1, num_queries // cut.queries, num_keys // cut.keys), int)
+    walk.tile_kinds = lambda *_, **__: jnp.zeros((batch, 1, num_queries // cut.queries, num_keys // cut.keys), int)
     walk.ordered = lambda kinds, _: Visits(kinds)
     walk._listed = lambda _, n: 4 * n + 1
     name, rest = job["name"].partition("-")[0], cut.fetched - 1
@@ -303,13 +304,15 @@ def _selected_kernel(job: dict[str, Any], array: Callable[..., Any]) -> tuple[Ca
     walk._each = lambda _, visit: jax.lax.fori_loop(0, visits, visit, None)
     layout = Layout(mask=Mask(), num_queries=num_queries, num_keys=num_keys, own_keys=False, packed=True)
     problem = tiling.Problem(layout, cut, width**-0.5, False, job["name"].endswith("stats"))
-    q, k = array(1, cut.heads, num_queries, width), array(1, 1, num_keys, width)
-    sides = (Tokens(None, *[array(1, 1, n, dtype=jnp.int32)] * 2) for n in (num_queries, num_keys))
+    q, k = array(batch, cut.heads, num_queries, width), array(batch, 1, num_keys, width)
+    sides = (Tokens(None, *[array(batch, 1, n, dtype=jnp.int32)] * 2) for n in (num_queries, num_keys))
     blocks = SelectedBlocks(
-        indices=array(1, num_queries, 1, 4, dtype=jnp.int32), block_size=cut.block_size, num_blocks=num_keys // cut.block_size + 1
+        indices=array(batch, num_queries, 1, 4, dtype=jnp.int32),
+        block_size=cut.block_size,
+        num_blocks=num_keys // cut.block_size + 1,
     )
     operands = tiling.Operands(q, k, k, array(cut.heads, dtype=jnp.float32), *sides, blocks)
-    rows = [array(1, cut.heads, num_queries, dtype=jnp.float32)] * (5 if problem.stats else 2)
+    rows = [array(batch, cut.heads, num_queries, dtype=jnp.float32)] * (5 if problem.stats else 2)
     kernel = partial(getattr(selected, job["kernel"]), problem)
     return kernel, (operands, *(() if job["kernel"] == "forward" else (q, rows)))
 

@@ -11,6 +11,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from plait.kernels import Mask, PowerMask, SelectedBlocks, Tokens, attention, column_mass, index_divergence, routed_attention
+from plait.kernels.chips import CHIPS
 from plait.kernels.target import target
 
 pytest.importorskip("libtpu", reason="compiling for TPU needs libtpu: pip install 'plait[aot]'")
@@ -138,7 +139,8 @@ def test_selected_blocks_compile(
     shapes = [(q, dtype), (k, dtype), (k, dtype), ids, ((1, length, choices, 16), jnp.int32)]
     found = compiled_kernels(generation, loss, *shapes)
     assert set(found) == {"attention_forward", "attention_gradients"}
-    assert max(found.values()) <= SCOPED_VMEM[generation]
+    assert found["attention_forward"] <= SCOPED_VMEM[generation]
+    assert found["attention_gradients"] <= CHIPS[generation].vector_memory  # where sums of keys may stay
 
 
 @pytest.mark.parametrize(
