@@ -32,7 +32,6 @@ from plait.kernels.attention.tpu.cut import Cut
 from plait.kernels.attention.tpu.edges import CELL, FIRST_EDGE, Cells
 from plait.kernels.attention.tpu.key_sums import resident_bytes
 from plait.kernels.attention.tpu.rectangles import Rectangles
-from plait.kernels.attention.tpu.selected import AHEAD
 from plait.kernels.attention.tpu.tiling import Problem, Tile
 from plait.kernels.attention.visits import FULL, MASKED, SKIP, Layout, tile_kinds
 from plait.kernels.chips import CHIPS
@@ -132,8 +131,8 @@ class Visits:
         self.blind = blind and kernel != "forward"
         self.known: dict[Any, float | None] = {}
 
-    def _of(self, cut: Cut, name: str, ahead: bool) -> tuple[float | None, float | None]:
-        job = {"kernel": self.kernel, "backward": True, "name": name, "cut": astuple(cut)[:4], "ahead": ahead}
+    def _of(self, cut: Cut, name: str) -> tuple[float | None, float | None]:
+        job = {"kernel": self.kernel, "backward": True, "name": name, "cut": astuple(cut), "longest": self.lists[1]}
         (short, long), run = self.lists, lambda n, **more: self.cycles(**job, visits=n, **more) or None
         one, more = run(short), run(long)
         if one is None or more is None:
@@ -142,31 +141,30 @@ class Visits:
         two = run(short, steps=2) or run(short, batch=2)  # not each kernel has an estimate of both
         return visit, None if two is None else two - one - short * visit
 
-    def estimate(self, cut: Cut, name: str, ahead: bool) -> float | None:
+    def estimate(self, cut: Cut, name: str) -> float | None:
         """Of a visit: of tiles under the mask ("selected"), of which the choice alone hides keys ("chosen"), of such and the diagonal ("last"),
         of the diagonal alone ("edge"); or of what a step takes besides ("step")."""
-        if (cut, name, ahead) not in self.known:
+        if (cut, name) not in self.known:
             usual = "open" if self.blind else "chosen" if cut.block_size >= cut.keys else "selected"
             if name == "step":
-                found = self._of(cut, usual, ahead)[1]
+                found = self._of(cut, usual)[1]
             elif self.blind:
-                found = self._of(cut, usual, ahead)[0]
+                found = self._of(cut, usual)[0]
                 if name == "edge" and found is not None:  # by its cells
                     rows, columns = cut.queries // CELL, cut.keys // CELL
                     found *= sum(query >= key for query in range(rows) for key in range(columns)) / (rows * columns)
             else:
-                found = self._of(cut, name, ahead)[0]
-            self.known[cut, name, ahead] = found
-        return self.known[cut, name, ahead]
+                found = self._of(cut, name)[0]
+            self.known[cut, name] = found
+        return self.known[cut, name]
 
-    def total(self, cut: Cut, counts: dict[str, int], top: int) -> float | None:
+    def total(self, cut: Cut, counts: dict[str, int]) -> float | None:
         """Of the visits that have been counted."""
-        ahead = self.kernel == "forward" and cut.wide and top * cut.block_size / (cut.keys * cut.fetched) >= AHEAD
-        each = {name: self.estimate(cut, name, ahead) for name in counts}
+        each = {name: self.estimate(cut, name) for name in counts}
         if None in each.values():
             return None
         copied = self._copied(cut)
-        least = {name: {"step": 0, "edge": 1}.get(name, cut.fetched) * copied for name in counts}
+        least = {name: {"step": 0, "edge": 1}.get(name, cut.visited) * copied for name in counts}
         return sum(n * max(each[name], least[name]) for name, n in counts.items())
 
     def _copied(self, cut: Cut) -> float:
@@ -195,15 +193,15 @@ def visited(indices: np.ndarray, block: int, heads: int, *, wide: bool) -> tuple
     everyone = Tokens(None, jnp.ones((1, 1, TOKENS), jnp.int32), jnp.arange(TOKENS, dtype=jnp.int32)[None, None])
     layout = Layout(Mask(), TOKENS, TOKENS, own_keys=True, packed=False)
     rectangles = Rectangles.under(Problem(layout, cut, 1.0, sigmoid=False, stats=False), forward=True)
-    edge, known = rectangles.edge, rectangles.kinds(cut.fetched)
+    edge, known = rectangles.edge, rectangles.kinds(cut.visited)
     diagonal = MASKED if edge is None else np.where(edge.kinds == FIRST_EDGE, FIRST_EDGE, MASKED)
     options = {"keep_first": False, "selected": selected, "choice_alone": FULL, "masked": (diagonal, MASKED)}
     kinds = np.asarray(tile_kinds(layout, everyone, everyone, cut.queries, cut.keys, **options))[0, 0]
     counts: dict[str, int] = {"step": len(kinds)}
     for row in kinds:
         some = [int(kind) for kind in row if kind != SKIP]
-        for n in range(0, len(some), cut.fetched):
-            these = tuple(some[n : n + cut.fetched] + [SKIP] * (n + cut.fetched - len(some)))
+        for n in range(0, len(some), cut.visited):
+            these = tuple(some[n : n + cut.visited] + [SKIP] * (n + cut.visited - len(some)))
             name = "selected"
             if these in known[1:]:
                 name = "chosen" if FIRST_EDGE not in these else "edge" if these[0] == FIRST_EDGE else "last"
@@ -224,7 +222,7 @@ def show_visits(target: str, lists: tuple[int, int], cycles: Callable[..., int |
         for run in sorted({max(block, 128), block, 1}, reverse=True):
             indices, density = drawn(block, top, run, rng)
             cut, counts = visited(indices, block, heads, wide=CHIPS[target].matrix_unit == 256)
-            each = [kernel.total(cut, counts, top) for kernel in kernels]
+            each = [kernel.total(cut, counts) for kernel in kernels]
             promised = [None if x is None else density * heads * x for x in full]
             both = [*zip(promised, each, strict=True)]
             both.append((None, None) if None in (*promised, *each) else (sum(promised), sum(each)))
@@ -232,10 +230,10 @@ def show_visits(target: str, lists: tuple[int, int], cycles: Callable[..., int |
             what = f"{block:5} {top:3} {heads:3} {'apart' if run == 1 else f'{run} together':>14} {density:8.2%}"
             print(f"{what} {cut.heads:3} x {cut.queries} x {cut.keys}", *(f"{x:>5}" for x in shares), counts, flush=True)
     for kernel in kernels:
-        for (cut, name, ahead), cost in kernel.known.items():
-            shape = f"{cut.heads} heads, {cut.queries} queries, {cut.fetched} x {cut.keys} keys"
+        for (cut, name), cost in kernel.known.items():
+            shape = f"{cut.heads} heads, {cut.queries} queries, {cut.visited} x {cut.keys} keys"
             print(
-                f"{shape:44} {kernel.kernel:14} {name:9} {'ahead' if ahead else '':6}",
+                f"{shape:44} {kernel.kernel:14} {name:9}",
                 "-" if cost is None else f"{cost:8,.0f}",
                 flush=True,
             )

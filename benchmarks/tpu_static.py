@@ -261,7 +261,7 @@ def _selected_kernel(job: dict[str, Any], array: Callable[..., Any]) -> tuple[Ca
     """One kernel of attention to selected blocks, forward or all_gradients: `job["batch"]` rows of `job["steps"]` tiles of queries,
     each with `job["visits"]` visits.
 
-    `job["cut"]` are the block size, the heads, queries and keys of a tile. By the name "chosen" the choice alone hides keys,
+    `job["cut"]` is a `Cut`. By the name "chosen" the choice alone hides keys,
     of several tiles "edge" has one, on the diagonal, and "last" that after
     others; by "open" nothing hides any: under a mask the products of v5e's and v5p's key gradients have no estimate.
     """
@@ -273,18 +273,21 @@ def _selected_kernel(job: dict[str, Any], array: Callable[..., Any]) -> tuple[Ca
     from plait.kernels.attention.tpu import edges, rectangles, selected, tiling, walk
     from plait.kernels.attention.tpu.cut import Cut
     from plait.kernels.attention.visits import FULL, MASKED, SKIP, Layout, Visits
-    from plait.kernels.chips import CHIPS
 
     visits, width = job["visits"], job["shape"][3]
-    cut = Cut(*job["cut"], wide=CHIPS[job["target"]].matrix_unit == 256)
-    batch, num_queries, num_keys = job.get("batch", 1), cut.queries * job.get("steps", 1), cut.keys * visits * cut.fetched
+    cut = Cut(*job["cut"])
+    batch, num_queries, num_keys = (
+        job.get("batch", 1),
+        cut.queries * job.get("steps", 1),
+        cut.keys * cut.visited * job.get("longest", visits),
+    )
     # Lists in scalar memory, copies by hand and gathers have no estimate: tiles are visited in order, and the copies are left out.
     nothing = type("Copy", (), dict.fromkeys(("start", "wait"), lambda _: None))()
     walk.pltpu.SMEM, walk.pltpu.make_async_copy = walk.pltpu.VMEM, lambda *_: nothing
     walk.tile_kinds = lambda *_, **__: jnp.zeros((batch, 1, num_queries // cut.queries, num_keys // cut.keys), int)
     walk.ordered = lambda kinds, _: Visits(kinds)
     walk._listed = lambda _, n: 4 * n + 1
-    name, rest = job["name"].partition("-")[0], cut.fetched - 1
+    name, rest = job["name"].partition("-")[0], cut.visited - 1
     kinds = {
         "chosen": [FULL] * (1 + rest),
         "edge": [edges.FIRST_EDGE] + [SKIP] * rest,
@@ -300,7 +303,6 @@ def _selected_kernel(job: dict[str, Any], array: Callable[..., Any]) -> tuple[Ca
     if job["name"].startswith("open"):
         every = rectangles.Rectangles.of
         rectangles.Rectangles.of = lambda *args: [part._replace(visible=None) for part in every(*args)]
-    selected.AHEAD = 0 if job.get("ahead", True) else 1 << 30
     walk._each = lambda _, visit: jax.lax.fori_loop(0, visits, visit, None)
     layout = Layout(mask=Mask(), num_queries=num_queries, num_keys=num_keys, own_keys=False, packed=True)
     problem = tiling.Problem(layout, cut, width**-0.5, False, job["name"].endswith("stats"))

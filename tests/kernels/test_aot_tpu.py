@@ -124,6 +124,7 @@ def test_windows_compile_in_grown_tiles(generation: str):
             for generation in TOPOLOGIES
             for dtype in (jnp.bfloat16, jnp.float32)
         ),
+        *(pytest.param(generation, 32768, (2, 2), 2, 512, 80, jnp.bfloat16, marks=pytest.mark.slow) for generation in TOPOLOGIES),
     ],
 )
 def test_selected_blocks_compile(

@@ -13,7 +13,9 @@ from plait.kernels.attention.pallas_tpu import choose_tiles
 from plait.kernels.attention.tpu import bands, edges, size, steps
 from plait.kernels.attention.tpu.best_tiles import FLOAT32, SELECTED
 from plait.kernels.attention.tpu.cut import Cut
+from plait.kernels.attention.tpu.key_sums import RESERVE, resident_bytes
 from plait.kernels.attention.tpu.tiling import Tile
+from plait.kernels.attention.tpu.weights import _log_sigmoid
 from plait.kernels.attention.visits import SKIP, Layout, tile_kinds
 from plait.kernels.target import target
 
@@ -143,7 +145,30 @@ def test_cut_of_selected_blocks():
     assert sizes(8, 8, 8, size=4096) == (1, 2048, 512)
     assert sizes(12, 6, 4, size=64) == (1, 1024, 64)
     assert sizes(8, 8, 8, size=1024, length=200) == (1, 256, 256)
-    assert [Cut(size, 1, 1024, size, wide=True).fetched for size in (64, 128, 512, 1024)] == [4, 2, 2, 1]
+
+
+def test_sums_of_keys_stay_where_there_is_room_for_whole_lines():
+    assert resident_bytes(512, 64, (256, 512), 128 << 20) == (64 << 20) + RESERVE
+    assert resident_bytes(512, 64, (512, 160), 128 << 20) == (64 << 20) + RESERVE
+    assert resident_bytes(512, 64, (512, 272), 128 << 20) == 0
+    assert resident_bytes(1024, 64, (256, 512), 128 << 20) == resident_bytes(512, 64, (256, 512), 64 << 20) == 0
+
+
+def test_log_sigmoid_keeps_a_bias_beside_a_large_logit():
+    x, bias = np.float32([-300.1, -1, 30.1, 300.1, 1000.3]), np.float32(-2.517)
+    exact = -np.logaddexp(0, -(np.float64(x) + np.float64(bias))) - np.float64(bias)
+    np.testing.assert_allclose(_log_sigmoid(jnp.asarray(x), jnp.float32(bias)), exact, rtol=2e-7)
+
+
+def test_a_visit_brings_what_is_chosen_in_few_equal_parts():
+    def visited(heads: int, size: int, top: int, *, wide: bool = True) -> int:
+        blocks = SelectedBlocks(indices=jnp.zeros((1, 1, 1, top), jnp.int32), block_size=size, num_blocks=64)
+        return Cut.of((heads, 1), (32768, 32768), blocks, *SELECTED[2], wide=wide).visited
+
+    assert [visited(1, 512, top) for top in (1, 3, 5, 8)] == [1, 3, 3, 4]
+    assert [visited(1, 1024, top) for top in (1, 3, 8)] == [1, 2, 2]
+    assert [visited(16, 64, top) for top in (1, 16)] == [2, 8]
+    assert [visited(16, 64, 16, wide=False), visited(1, 512, 8, wide=False)] == [2, 1]
 
 
 @pytest.mark.parametrize(

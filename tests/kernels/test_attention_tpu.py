@@ -26,7 +26,7 @@ from plait.kernels import (
 )
 from plait.kernels.attention import pallas_tpu, reference
 from plait.kernels.attention.call import AttentionCall
-from plait.kernels.attention.tpu import best_tiles, key_sums, rectangles, selected, tiling, walk
+from plait.kernels.attention.tpu import best_tiles, key_sums, rectangles, tiling, walk
 from plait.kernels.attention.visits import FULL, SKIP, Layout, plan_visits
 from plait.kernels.chips import CHIPS
 from plait.kernels.target import target
@@ -240,12 +240,11 @@ WIDE = ("diagonal", "diagonal-segments", "groups", "many-heads-sigmoid", "each-h
 
 @pytest.mark.parametrize("name", usually(WIDE, *WIDE[:4], newest=("diagonal",)))
 def test_selected_blocks_match_reference_on_a_wide_matrix_unit(name: str, monkeypatch: pytest.MonkeyPatch):
-    """In tiles as large as blocks, so that what is visited together is of every kind, and several rectangles each; with first products made
-    ahead, and the sums of one head leaving during the next."""
+    """In tiles as large as blocks, so that what is visited together is of every kind, and in several rectangles each; and with the sums of one
+    head leaving during the next."""
     monkeypatch.setattr(pallas_tpu, "_wide", lambda _: True)
     monkeypatch.setattr(pallas_tpu, "SELECTED", dict.fromkeys((2, 4), (1024, 1 << 18)))
     monkeypatch.setattr(rectangles, "MOST_WIDE", (1 << 15, 128))
-    monkeypatch.setattr(selected, "AHEAD", 0)
     monkeypatch.setattr(walk, "current", lambda: CHIPS["v6e"])
     of = CHOICES[name]
     _assert_matches(of.case, _inputs(of.case), _own(_segments(of.case)) | {"selected": _selected(of)})

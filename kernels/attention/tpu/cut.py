@@ -6,6 +6,10 @@ from math import gcd
 from plait.kernels.attention.tpu.tiling import LANES
 from plait.kernels.masks import SelectedBlocks
 
+VISITED = 1 << 21, 4, 512
+"""For a wide matrix unit: the most pairs of a row and a key in a visit, and the most tiles of it, but for small ones, that have so many keys
+together."""
+
 MAX_HEADS = 16
 """Heads whose queries share a tile."""
 
@@ -27,6 +31,8 @@ class Cut:
     """Keys a tile: 32, 64 or a multiple of 128."""
     wide: bool = False
     """For a matrix unit of 256 rows and columns, with operands of 16 bits."""
+    visited: int = 1
+    """Tiles of keys that a visit brings together, which may stand anywhere."""
 
     @property
     def mass_by_product(self) -> bool:
@@ -38,12 +44,6 @@ class Cut:
         """Likewise; tiles of fewer keys fill no row of memory."""
         return self.wide and self.keys >= LANES
 
-    @property
-    def fetched(self) -> int:
-        """Tiles of keys that a visit brings together, which may stand anywhere: so that a product has 128 keys. For a wide matrix unit two of
-        that where they are not large, so that the one begins while the other ends."""
-        return max(1, LANES // self.keys) * (2 if self.wide and self.keys <= 512 else 1)
-
     @staticmethod
     def of(
         heads: tuple[int, int], lengths: tuple[int, int], blocks: SelectedBlocks, rows: int, pairs: int, *, wide: bool = False
@@ -51,6 +51,9 @@ class Cut:
         """The cut into tiles of at most so many rows, that is queries of all heads, and so many pairs of a row and a key. There are as many
         queries as a block has keys, since neighbours select alike, but a quarter of the pairs where they can be, which a visit is worth, and no
         more keys than a block has.
+
+        A visit brings so many tiles of keys that a product has 128, and for a wide matrix unit as many as `VISITED` allows, so that products
+        of one tile begin while those of another end: what queries that choose alike have, in the fewest visits of one size.
 
         Args:
           heads: of queries, and of keys.
@@ -65,7 +68,13 @@ class Cut:
         keys = min(most, _tokens(pairs // (queries * together)), _tokens(lengths[1] + LANES - 1))
         if blocks.block_size in SMALL:
             keys = blocks.block_size
-        return Cut(blocks.block_size, together, queries, keys, wide)
+        visited = max(1, LANES // keys)
+        if wide:
+            pairs_of_visit, tiles, keys_of_small = VISITED
+            most = max(visited, min(pairs_of_visit // (together * queries * keys), max(tiles, keys_of_small // keys)))
+            chosen = max(1, -(-blocks.indices.shape[3] * blocks.block_size // keys))
+            visited = max(visited, -(-chosen // -(-chosen // most)))
+        return Cut(blocks.block_size, together, queries, keys, wide, visited)
 
     def longest_list(self, lengths: tuple[int, int]) -> int:
         """The most tiles that one of queries, or one of keys, may have to do with; `lengths` as in `of`."""

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from plait.kernels.attention.tpu.tiling import LANES, rounded_up
+
 Array = jax.Array
 
 SLOTS = 3
@@ -162,7 +164,8 @@ class Resident(NamedTuple):
 
 def resident_bytes(num_queries: int, tiles: int, tile: Sequence[int], memory: int) -> int:
     """What a kernel with `Resident` takes of a core's memory, where sums of these tiles had better lie there and can; else 0."""
-    needed = 2 * 4 * tiles * prod(tile) + RESERVE
+    *rows, last = tile
+    needed = 2 * 4 * tiles * prod(rows) * rounded_up(last, LANES) + RESERVE
     return needed if num_queries <= FEW and needed <= memory * 7 // 8 else 0
 
 

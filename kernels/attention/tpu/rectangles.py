@@ -69,14 +69,14 @@ class Rectangles(NamedTuple):
                 found.append((FIRST_EDGE, *[SKIP] * (together - 1)))
         return found
 
-    def first(self, together: int) -> tuple[slice, slice]:
-        """Queries and keys of the first of so many tiles that are visited together, if they are wholly computed."""
-        keys, queries, *_ = self._cuts(MASKED, self.cut.keys * (together if self.cut.keys < LANES else 1))[0]
-        return queries, keys
+    @property
+    def largest(self) -> tuple[int, int]:
+        """Queries and keys of the largest."""
+        keys, queries, *_ = self._cuts(MASKED, self.cut.keys * (self.cut.visited if self.cut.keys < LANES else 1))[0]
+        return queries.stop, keys.stop
 
     def of(self, kinds: Sequence[int], queries: Array, keys: Sequence[Array], bits: Sequence[Array]) -> list[Rectangle]:
-        """All that may be visible in tiles of these kinds; the queries of some keys follow one another. Small tiles are one. For a wide matrix
-        unit the first has the same queries and keys whatever the kinds.
+        """All that may be visible in tiles of these kinds; the queries of some keys follow one another. Small tiles are one.
 
         Args:
           queries: tokens [2, T] of the queries of a head.
@@ -143,7 +143,7 @@ class Rectangles(NamedTuple):
         if kind != FIRST_EDGE:
             return [(*each, ()) for each in found]
         shown = [(*each, cells_of(cells, each[0], each[2])) for each in found]
-        return [each for n, each in enumerate(shown) if n == 0 or any(map(any, each[3]))]
+        return [each for each in shown if any(map(any, each[3]))]
 
     def _visible(self, queries: Array, keys: Sequence[Array], bits: Sequence[Array], wanted: slice) -> Array:
         """bool [N, T]."""

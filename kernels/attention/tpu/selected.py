@@ -28,10 +28,6 @@ from plait.kernels.attention.tpu.weights import (
 
 Array = jax.Array
 
-AHEAD = 3
-"""Visits of a list from which on it pays to make the first products of each during the visit before, for a wide matrix unit: this saves a
-quarter of a visit, and costs as much as half of one where nothing is before."""
-
 
 def forward(problem: Problem, x: Operands) -> tuple[Array, tuple[Array, ...]]:
     """See `plait.kernels.attention.tpu.kernels.forward`."""
@@ -65,13 +61,11 @@ def forward(problem: Problem, x: Operands) -> tuple[Array, tuple[Array, ...]]:
         return Work(lambda _: None, lambda tile, at, keys: products(problem, tile.k[keys], tile.q[at]), rest, finish)
 
     num_rows = 3 if problem.stats else 1
-    visits = x.selected.indices.shape[3] * cut.block_size / (cut.keys * cut.fetched)  # of a tile whose queries choose alike
     o, rows = Walk(problem, x, x.q.shape[3] + value_dim, forward=True).over_queries(
         begin,
         "selected_attention_forward",
         outputs=[(value_dim, x.q.dtype), (num_rows, jnp.float32)],
         scratch=Sums.of(problem, value_dim, cut.heads * cut.queries, pltpu.VMEM),
-        ahead=cut.wide and visits >= AHEAD,
     )
     return o[..., :length], tuple(rows[:, :, i, :length] for i in range(num_rows))
 
@@ -141,8 +135,7 @@ def all_gradients(problem: Problem, x: Operands, d_o: Array, rows: Sequence[Arra
     walk = Walk(problem, x, 3 * key_dim + 2 * value_dim, d_o=d_o, rows=stacked_rows(problem.unit, rows))
     turned = []
     if cut.wide:
-        queries, keys = walk.rectangles.first(cut.fetched)
-        turned = Turned.of((key_dim, value_dim), num_rows, (queries.stop, keys.stop), x.q.dtype, pltpu.VMEM)
+        turned = Turned.of((key_dim, value_dim), num_rows, walk.rectangles.largest, x.q.dtype, pltpu.VMEM)
     d_q, d_bias, of_keys = walk.over_queries(
         begin,
         "selected_attention_gradients",

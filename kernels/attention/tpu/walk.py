@@ -150,14 +150,12 @@ class Walk:
         *,
         outputs: list[tuple[int, Any]],
         scratch: list[Any],
-        ahead: bool = False,
         sums: int = 0,
     ) -> list[Array]:
         """Runs a kernel over (batch, key heads, their bundles' tiles of queries); outputs [B, H, width, T] belong to the queries.
 
         Args:
           begin: makes the kernel's work of references to its outputs and its scratch memory.
-          ahead: make the one product of a visit's first rectangle, which is the same in all, during the visit before.
           sums: width of float32 sums of the keys, by tile of keys [B, Hkv, NK, keys, width], with `Problem.sums_by_key_column`
             [B, Hkv, NK, width, keys], which follow the outputs; 0 is none.
         """
@@ -178,14 +176,13 @@ class Walk:
             at,
             self.of_queries,
             self.of_keys,
-            fetched=cut.fetched,
+            fetched=cut.visited,
             out_shape=[
                 jax.ShapeDtypeStruct((self.batch, self.num_bundles * cut.heads, n, length), dtype) for n, dtype in outputs
             ],
             out_specs=[pl.BlockSpec((1, cut.heads, n, cut.queries), where) for n, _ in outputs],
             scratch=scratch,
             sums=sums,
-            ahead=ahead,
         )
 
     def over_keys(
@@ -205,12 +202,9 @@ class Walk:
             out_specs=[pl.BlockSpec((1, 1, self.cut.keys, n), lambda b, c, j, _: (b, c, j, 0)) for n, _ in outputs],
             scratch=scratch,
             sums=0,
-            ahead=False,
         )
 
-    def _call(
-        self, begin, name, kinds, at, held, streamed, *, fetched, out_shape, out_specs, scratch, sums, ahead
-    ) -> list[Array]:
+    def _call(self, begin, name, kinds, at, held, streamed, *, fetched, out_shape, out_specs, scratch, sums) -> list[Array]:
         """`at(b, h, n, entry)` gives row, bundle, tile of queries and tile of keys for a step of the grid and an entry of its list; a visit
         fetches `fetched` of these. `kinds` are [B, ., ., entries] over the grid."""
         streamed = streamed | {"bits": self.bits}
@@ -218,7 +212,6 @@ class Walk:
         counts = jnp.sum((visits & 3) != SKIP, axis=-1, keepdims=True, dtype=jnp.int32)
         table = jnp.concatenate([counts, visits], axis=-1)[..., None, :]  # [B, heads, tiles, 1, 1 + the other side's]
         table = jnp.pad(table, [(0, 0)] * 4 + [(0, fetched - 1)])  # of kind SKIP
-        slots, first = 3 if ahead else 2, self.rectangles.first(fetched)
         tile = (sums, self.cut.keys) if self.problem.sums_by_key_column else (self.cut.keys, sums)
         chip = current()
         overlap = chip is not None and chip.cores == 1
@@ -235,7 +228,6 @@ class Walk:
             outs, totals = [next(left) for _ in out_shape], [next(left) for _ in range(bool(sums))]
             buffers, arrived = {key: next(left) for key in streamed}, next(left)
             sum_memory = [next(left) for _ in of_sums]
-            begun: Any = next(left) if ahead else None
             b, h, tile = (pl.program_id(axis) for axis in range(3))
             count, entry = _listed(visits, 0), lambda n: _listed(visits, 1 + n)
             kinds, num_visits = self.rectangles.kinds(fetched), pl.cdiv(count, fetched)
@@ -247,23 +239,16 @@ class Walk:
             def real(n: Array, p: int) -> Array:
                 return (entry(n * fetched + p) & 3) != SKIP
 
-            def slot(n: Array) -> Array:
-                return jax.lax.rem(n, slots)
-
             def copies(n: Array) -> list[Any]:
                 moving = list(streamed.values()), list(far.values()), list(buffers.values()), arrived
-                return [copy for p in range(fetched) for copy in _copies(*moving, (slot(n), p), place(n, p))]
+                return [copy for p in range(fetched) for copy in _copies(*moving, (n & 1, p), place(n, p))]
 
             def parts(n: Array) -> dict[str, list[Array]]:
                 """What is here of a visit, [heads, ., .] each; of what belongs to keys one after the other."""
                 found = {key: [ref[0]] for key, ref in here.items()}
                 return found | {
-                    key: [buffer[slot(n), p, 0] for p in range(fetched)] for key, buffer in buffers.items() if key != "bits"
+                    key: [buffer[n & 1, p, 0] for p in range(fetched)] for key, buffer in buffers.items() if key != "bits"
                 }
-
-            def put(n: Array) -> None:
-                """Makes the product of a visit's first rectangle."""
-                begun[...] = work.products(self._tile(parts(n)), *first)
 
             def of_keys(n: Array, p: int) -> Place:
                 row, bundle, _, tile = place(n, p)
@@ -287,18 +272,10 @@ class Walk:
                 start(jnp.int32(0))
                 for x in key_sums:
                     x.enter(jnp.int32(-1))
-                if ahead:
-                    pl.when(count > fetched)(lambda: start(jnp.int32(1)))
-                    wait(jnp.int32(0))
-                    put(jnp.int32(0))
 
             def visit(n: Array, _: None) -> None:
-                coming = n + slots - 1
-                pl.when(coming < num_visits)(partial(start, coming))
-                if ahead:
-                    pl.when(n + 1 < num_visits)(partial(wait, n + 1))
-                else:
-                    wait(n)
+                pl.when(n + 1 < num_visits)(partial(start, n + 1))
+                wait(n)
                 for x in key_sums:
                     x.enter(n)
                 bundle = place(n, 0)[1]
@@ -306,20 +283,15 @@ class Walk:
                 def of_kinds(kinds: tuple[int, ...]) -> None:
                     found = parts(n)
                     own = [jax.lax.rem(place(n, p)[3], SUBLANES) for p in range(fetched)]
-                    bits = [buffers["bits"][slot(n), p, 0, 0, 0, pl.ds(row, 1)] for p, row in enumerate(own)]
+                    bits = [buffers["bits"][n & 1, p, 0, 0, 0, pl.ds(row, 1)] for p, row in enumerate(own)]
                     if fetched > 1:  # beyond the last tile of the list
                         bits = [jnp.where(real(n, p), x, 0) for p, x in enumerate(bits)]
                     queries, keys = found["query_tokens"][0][0], [tokens[0].T for tokens in found["key_tokens"]]
                     rectangles = self.rectangles.of(kinds, queries, keys, bits)
                     tile = self._tile(found, rectangles, self._bias(bias, bundle))
                     stages, added = work.rest(tile)
-                    staggered(
-                        [[i] for i in range(len(rectangles))],
-                        lambda i, _: work.products(tile, *rectangles[i][:2]),
-                        *stages,
-                        begun=begun[...] if ahead else None,
-                        ahead=partial(put, jnp.minimum(n + 1, num_visits - 1)) if ahead else lambda: None,
-                    )
+                    each = [[i] for i in range(len(rectangles))]
+                    staggered(each, lambda i, _: work.products(tile, *rectangles[i][:2]), *stages)
                     for to, x in zip(key_sums, added(), strict=True):
                         for p in (p for p, kind in enumerate(kinds) if kind != SKIP):
                             at_keys = slice(p * self.cut.keys, (p + 1) * self.cut.keys)
@@ -367,10 +339,9 @@ class Walk:
                 ],
                 out_specs=[*out_specs, *[pl.BlockSpec(memory_space=pl.ANY)] * bool(sums)],
                 scratch_shapes=[
-                    *(pltpu.VMEM((slots, fetched, *a.block), a.value.dtype) for a in streamed.values()),
-                    pltpu.SemaphoreType.DMA((slots, fetched, len(streamed))),
+                    *(pltpu.VMEM((2, fetched, *a.block), a.value.dtype) for a in streamed.values()),
+                    pltpu.SemaphoreType.DMA((2, fetched, len(streamed))),
                     *of_sums,
-                    *[pltpu.VMEM([at.stop - at.start for at in first[::-1]], jnp.float32)] * ahead,
                     *scratch,
                 ],
             ),

@@ -80,27 +80,14 @@ def of_cells(cells: Cells, partly: Callable[[slice, slice], Array]) -> Visible |
     return visible
 
 
-def staggered(
-    groups: Sequence[Sequence[int]],
-    *stages: Callable[[int, Any], Any],
-    begun: Any = None,
-    ahead: Callable[[], None] = lambda: None,
-) -> None:
+def staggered(groups: Sequence[Sequence[int]], *stages: Callable[[int, Any], Any]) -> None:
     """Takes the parts of each group through the stages, one stage behind the group before it: so what stands together in the program is of
     several parts, and the compiler runs the products of one beside the exponentials of another. A stage gets the number of a part and what the
     stage before gave.
-
-    Args:
-      begun: what the first stage gave for the first part, a group by itself, if it is done.
-      ahead: is called where the first stage of one more group would be.
     """
-    held: dict[int, Any] = {} if begun is None else {groups[0][0]: begun}
+    held: dict[int, Any] = {}
     for step in range(len(groups) + len(stages) - 1):
-        if step == len(groups):
-            ahead()
         for stage, do in enumerate(stages):
-            if stage == step == 0 and begun is not None:
-                continue
             for n in groups[step - stage] if 0 <= step - stage < len(groups) else ():
                 held[n] = do(n, held.pop(n, None))
 
@@ -243,7 +230,7 @@ def _relative(problem: Problem) -> bool:
 
 def _log_sigmoid(x: Array, bias: Any) -> Array:
     """log sigmoid(x + bias) - bias, which does not lose x beside a large bias."""
-    return x - jnp.maximum(x + bias, 0) - jnp.log1p(jnp.exp(-abs(x + bias)))
+    return jnp.minimum(x, -bias) - jnp.log1p(jnp.exp(-abs(x + bias)))
 
 
 def _log_weight(problem: Problem, bias: Any, z: Array) -> Array:
