@@ -131,15 +131,21 @@ class Visits:
         self.blind = blind and kernel != "forward"
         self.known: dict[Any, float | None] = {}
 
-    def _of(self, cut: Cut, name: str) -> tuple[float | None, float | None]:
+    def _run(self, cut: Cut, name: str, length: int, **more: int) -> int | None:
         job = {"kernel": self.kernel, "backward": True, "name": name, "cut": astuple(cut), "longest": self.lists[1]}
-        (short, long), run = self.lists, lambda n, **more: self.cycles(**job, visits=n, **more) or None
-        one, more = run(short), run(long)
-        if one is None or more is None:
-            return None, None
-        visit = (more - one) / (long - short)
-        two = run(short, steps=2) or run(short, batch=2)  # not each kernel has an estimate of both
-        return visit, None if two is None else two - one - short * visit
+        return self.cycles(**job, visits=length, **more) or None
+
+    def _visit(self, cut: Cut, name: str) -> float | None:
+        short, long = (self._run(cut, name, length) for length in self.lists)
+        return None if short is None or long is None else (long - short) / (self.lists[1] - self.lists[0])
+
+    def _step(self, cut: Cut, name: str) -> float | None:
+        visit, short = self.estimate(cut, "chosen" if name == "open" else name), self.lists[0]
+        one = self._run(cut, name, short)
+        two = self._run(cut, name, short, steps=2) or self._run(
+            cut, name, short, batch=2
+        )  # not each kernel has an estimate of both
+        return None if visit is None or one is None or two is None else two - one - short * visit
 
     def estimate(self, cut: Cut, name: str) -> float | None:
         """Of a visit: of tiles under the mask ("selected"), of which the choice alone hides keys ("chosen"), of such and the diagonal ("last"),
@@ -147,14 +153,16 @@ class Visits:
         if (cut, name) not in self.known:
             usual = "open" if self.blind else "chosen" if cut.block_size >= cut.keys else "selected"
             if name == "step":
-                found = self._of(cut, usual)[1]
-            elif self.blind:
-                found = self._of(cut, usual)[0]
+                found = self._step(cut, usual)
+            elif not self.blind:
+                found = self._visit(cut, name)
+            elif name == "chosen":
+                found = self._visit(cut, "open")
+            else:
+                found = self.estimate(cut, "chosen")
                 if name == "edge" and found is not None:  # by its cells
                     rows, columns = cut.queries // CELL, cut.keys // CELL
                     found *= sum(query >= key for query in range(rows) for key in range(columns)) / (rows * columns)
-            else:
-                found = self._of(cut, name)[0]
             self.known[cut, name] = found
         return self.known[cut, name]
 
