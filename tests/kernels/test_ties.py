@@ -18,7 +18,7 @@ from plait.kernels.attention.visits import layout_of
 from plait.kernels.target import target
 from plait.tests.kernels import cases
 from plait.tests.kernels.test_attention_tpu import run_checked
-from plait.tests.tolerances import assert_tree_close, in_float64
+from plait.tests.tolerances import assert_close, assert_tree_close, in_float64
 
 
 @pytest.mark.parametrize("dim", [16, 64, 256, 576])
@@ -76,7 +76,7 @@ def test_the_longest_key_of_a_query_s_segment(layout: str, keys: str, causal: bo
     shown = call.mask.dense(queries.positions, at_keys.positions, queries.segment_ids, at_keys.segment_ids)
     want = np.where(shown[..., None], np.linalg.norm(k, axis=-1)[:, None], 0).max(2)
     real = np.asarray(queries.segment_ids) != 0
-    np.testing.assert_allclose(found[real], want[real], rtol=1e-6)
+    assert_close(found[real], want[real])
     assert layout == "hidden" or real.sum() > 60
 
 

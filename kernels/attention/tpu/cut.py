@@ -6,9 +6,8 @@ from math import gcd
 from plait.kernels.attention.tpu.tiling import LANES
 from plait.kernels.masks import SelectedBlocks
 
-VISITED = 1 << 21, 4, 512
-"""For a wide matrix unit: the most pairs of a row and a key in a visit, and the most tiles of it, but for small ones, that have so many keys
-together."""
+VISIT_PAIRS, VISIT_TILES, VISIT_KEYS = 1 << 21, 4, 512
+"""For a wide matrix unit: the most pairs of a row and a key in a visit, and the most tiles, or as many small ones as have so many keys."""
 
 MAX_HEADS = 16
 """Heads whose queries share a tile."""
@@ -52,8 +51,8 @@ class Cut:
         queries as a block has keys, since neighbours select alike, but a quarter of the pairs where they can be, which a visit is worth, and no
         more keys than a block has.
 
-        A visit brings so many tiles of keys that a product has 128, and for a wide matrix unit as many as `VISITED` allows, so that products
-        of one tile begin while those of another end: what queries that choose alike have, in the fewest visits of one size.
+        A visit brings so many tiles of keys that a product has 128, and for a wide matrix unit as many as `VISIT_PAIRS` and the others allow,
+        so that products of one tile begin while those of another end: what queries that choose alike have, in the fewest visits of one size.
 
         Args:
           heads: of queries, and of keys.
@@ -70,8 +69,7 @@ class Cut:
             keys = blocks.block_size
         visited = max(1, LANES // keys)
         if wide:
-            pairs_of_visit, tiles, keys_of_small = VISITED
-            most = max(visited, min(pairs_of_visit // (together * queries * keys), max(tiles, keys_of_small // keys)))
+            most = max(visited, min(VISIT_PAIRS // (together * queries * keys), max(VISIT_TILES, VISIT_KEYS // keys)))
             chosen = max(1, -(-blocks.indices.shape[3] * blocks.block_size // keys))
             visited = max(visited, -(-chosen // -(-chosen // most)))
         return Cut(blocks.block_size, together, queries, keys, wide, visited)

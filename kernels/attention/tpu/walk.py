@@ -262,11 +262,11 @@ class Walk:
 
             def start(n: Array) -> None:
                 for copy in copies(n):
-                    _start(copy)
+                    copy.start()
 
             def wait(n: Array) -> None:
                 for copy in copies(n):
-                    _wait(copy)
+                    copy.wait()
 
             def begin_list() -> None:
                 start(jnp.int32(0))
@@ -374,23 +374,12 @@ def _copies(
     semaphores: Any,
     at: tuple[Any, int],
     place: Any,
-    *,
-    back: bool = False,
 ) -> list[Any]:
-    """The copies of a tile's parts of arrays into the buffers, at a slot and one of the tiles there, or back."""
+    """The copies of a tile's parts of arrays into the buffers, at a slot and one of the tiles there."""
     found = []
     for i, (array, ref, buffer) in enumerate(zip(arrays, far, buffers, strict=True)):
-        ends = array.of(ref, *place), buffer.at[at]
-        found.append(pltpu.make_async_copy(*(ends[::-1] if back else ends), semaphores.at[(*at, i)]))
+        found.append(pltpu.make_async_copy(array.of(ref, *place), buffer.at[at], semaphores.at[(*at, i)]))
     return found
-
-
-def _start(copy: Any) -> None:
-    copy.start()
-
-
-def _wait(copy: Any) -> None:
-    copy.wait()
 
 
 def _listed(visits: Any, n: Any) -> Array:
