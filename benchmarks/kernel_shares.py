@@ -46,9 +46,9 @@ def jobs(target: str) -> list[dict[str, Any]]:
                 found.append(job | {"shape": (1, 2048, heads, width, 8192), "name": "pallas_tpu"})
     blind = target in ("v5e", "v5p")  # of masked gradients there is no estimate
     for kernel, width in itertools.product(tpu_static.KERNELS, (64, 128)):
-        name = "open" if blind and kernel == "all_gradients" else "selected"
         job = {"target": target, "op": "attention", "shape": (1, 2048, 1, width), "dtype": "bfloat16", "backward": True}
-        found.append(job | {"kernel": kernel, "name": name, "cut": CUT, "visits": VISITS})
+        job |= {"kernel": kernel, "name": "selected", "open": blind and kernel == "all_gradients"}
+        found.append(job | {"cut": CUT, "visits": VISITS})
     return found
 
 

@@ -33,7 +33,7 @@ from plait.kernels.attention.tpu.edges import CELL, FIRST_EDGE, Cells
 from plait.kernels.attention.tpu.key_sums import resident_bytes
 from plait.kernels.attention.tpu.rectangles import Rectangles
 from plait.kernels.attention.tpu.tiling import Problem, Tile
-from plait.kernels.attention.visits import FULL, MASKED, SKIP, Layout, tile_kinds
+from plait.kernels.attention.visits import FULL, MASKED, SKIP, Layout, ordered, tile_kinds
 from plait.kernels.chips import CHIPS
 
 LENGTH = 8192
@@ -132,37 +132,36 @@ class Visits:
         self.known: dict[Any, float | None] = {}
 
     def _run(self, cut: Cut, name: str, length: int, **more: int) -> int | None:
-        job = {"kernel": self.kernel, "backward": True, "name": name, "cut": astuple(cut), "longest": self.lists[1]}
-        return self.cycles(**job, visits=length, **more) or None
+        job = {"kernel": self.kernel, "backward": True, "name": name, "open": self.blind}
+        return self.cycles(**job, cut=astuple(cut), visits=length, longest=self.lists[1], **more) or None
 
     def _visit(self, cut: Cut, name: str) -> float | None:
         short, long = (self._run(cut, name, length) for length in self.lists)
         return None if short is None or long is None else (long - short) / (self.lists[1] - self.lists[0])
 
-    def _step(self, cut: Cut, name: str) -> float | None:
-        visit, short = self.estimate(cut, "chosen" if name == "open" else name), self.lists[0]
-        one = self._run(cut, name, short)
-        two = self._run(cut, name, short, steps=2) or self._run(
-            cut, name, short, batch=2
+    def _step(self, cut: Cut) -> float | None:
+        name, short = "selected" if cut.block_size < cut.keys else "chosen" if cut.visited > 1 else "one", self.lists[0]
+        visit, one = self.estimate(cut, name), self._run(cut, name, short)
+        both = (
+            self._run(cut, name, short, **more) for more in ({"steps": 2}, {"batch": 2})
         )  # not each kernel has an estimate of both
+        two = next(filter(None, both), None)
         return None if visit is None or one is None or two is None else two - one - short * visit
 
     def estimate(self, cut: Cut, name: str) -> float | None:
-        """Of a visit: of tiles under the mask ("selected"), of which the choice alone hides keys ("chosen"), of such and the diagonal ("last"),
-        of the diagonal alone ("edge"); or of what a step takes besides ("step")."""
+        """Of a visit by its name in `tpu_static.visit_kinds`, or of what a step takes besides ("step")."""
         if (cut, name) not in self.known:
-            usual = "open" if self.blind else "chosen" if cut.block_size >= cut.keys else "selected"
             if name == "step":
-                found = self._step(cut, usual)
-            elif not self.blind:
-                found = self._visit(cut, name)
-            elif name == "chosen":
-                found = self._visit(cut, "open")
-            else:
+                found = self._step(cut)
+            elif self.blind and name == "edge":  # by its cells
+                rows, columns = cut.queries // CELL, cut.keys // CELL
+                shown = sum(query >= key for query in range(rows) for key in range(columns)) / (rows * columns)
+                found = self.estimate(cut, "one")
+                found = None if found is None else found * shown
+            elif self.blind and name not in ("one", "chosen"):
                 found = self.estimate(cut, "chosen")
-                if name == "edge" and found is not None:  # by its cells
-                    rows, columns = cut.queries // CELL, cut.keys // CELL
-                    found *= sum(query >= key for query in range(rows) for key in range(columns)) / (rows * columns)
+            else:
+                found = self._visit(cut, name)
             self.known[cut, name] = found
         return self.known[cut, name]
 
@@ -172,7 +171,7 @@ class Visits:
         if None in each.values():
             return None
         copied = self._copied(cut)
-        least = {name: {"step": 0, "edge": 1}.get(name, cut.visited) * copied for name in counts}
+        least = {name: {"step": 0, "one": 1, "edge": 1}.get(name, cut.visited) * copied for name in counts}
         return sum(n * max(each[name], least[name]) for name, n in counts.items())
 
     def _copied(self, cut: Cut) -> float:
@@ -186,10 +185,10 @@ class Visits:
 
 def drawn(block: int, top: int, run: int, rng: np.random.Generator) -> tuple[np.ndarray, float]:
     """Blocks [T, top] that queries choose, their own and others at random, so many neighbours together; and the density of the pairs."""
-    number = np.arange(0, TOKENS, run) // block
+    number, own = np.arange(0, TOKENS, run) // block, np.arange(TOKENS) // block
     order = np.argsort(np.where(np.arange(TOKENS // block) < number[:, None], rng.random((len(number), TOKENS // block)), 2))
     others = np.where(np.arange(top - 1) < number[:, None], order[:, : top - 1], -1)
-    indices = np.repeat(np.concatenate([number[:, None], others], axis=1), run, axis=0).astype(np.int32)
+    indices = np.concatenate([own[:, None], np.repeat(others, run, axis=0)], axis=1).astype(np.int32)
     pairs = ((others >= 0).sum(1) * block).repeat(run).sum() + (np.arange(TOKENS) % block + 1).sum()
     return indices, float(pairs / (TOKENS * (TOKENS + 1) / 2))
 
@@ -202,17 +201,16 @@ def visited(indices: np.ndarray, block: int, heads: int, *, wide: bool) -> tuple
     layout = Layout(Mask(), TOKENS, TOKENS, own_keys=True, packed=False)
     rectangles = Rectangles.under(Problem(layout, cut, 1.0, sigmoid=False, stats=False), forward=True)
     edge, known = rectangles.edge, rectangles.kinds(cut.visited)
+    names = {kinds: name for name, kinds in tpu_static.visit_kinds(cut).items()}
     diagonal = MASKED if edge is None else np.where(edge.kinds == FIRST_EDGE, FIRST_EDGE, MASKED)
     options = {"keep_first": False, "selected": selected, "choice_alone": FULL, "masked": (diagonal, MASKED)}
     kinds = np.asarray(tile_kinds(layout, everyone, everyone, cut.queries, cut.keys, **options))[0, 0]
     counts: dict[str, int] = {"step": len(kinds)}
-    for row in kinds:
+    for row in np.asarray(ordered(jnp.asarray(kinds)[None, None], kinds.shape[1], late=FULL).entries)[0, 0] & 3:
         some = [int(kind) for kind in row if kind != SKIP]
         for n in range(0, len(some), cut.visited):
             these = tuple(some[n : n + cut.visited] + [SKIP] * (n + cut.visited - len(some)))
-            name = "selected"
-            if these in known[1:]:
-                name = "chosen" if FIRST_EDGE not in these else "edge" if these[0] == FIRST_EDGE else "last"
+            name = names[next(kinds for kinds in known if Rectangles.fit(kinds, these))]
             counts[name] = counts.get(name, 0) + 1
     return cut, counts
 

@@ -261,18 +261,17 @@ def _selected_kernel(job: dict[str, Any], array: Callable[..., Any]) -> tuple[Ca
     """One kernel of attention to selected blocks, forward or all_gradients: `job["batch"]` rows of `job["steps"]` tiles of queries,
     each with `job["visits"]` visits.
 
-    `job["cut"]` is a `Cut`. By the name "chosen" the choice alone hides keys,
-    of several tiles "edge" has one, on the diagonal, and "last" that after
-    others; by "open" nothing hides any: under a mask the products of v5e's and v5p's key gradients have no estimate.
+    `job["cut"]` is a `Cut`, and the name is one of `visit_kinds`. With `job["open"]` nothing hides any key: under a mask the products of v5e's
+    and v5p's key gradients have no estimate.
     """
     import jax
     import jax.numpy as jnp
     import numpy as np
 
     from plait.kernels import Mask, SelectedBlocks, Tokens
-    from plait.kernels.attention.tpu import edges, rectangles, selected, tiling, walk
+    from plait.kernels.attention.tpu import edges, lists, rectangles, selected, tiling, walk
     from plait.kernels.attention.tpu.cut import Cut
-    from plait.kernels.attention.visits import FULL, MASKED, SKIP, Layout, Visits
+    from plait.kernels.attention.visits import Layout, Visits
 
     visits, width = job["visits"], job["shape"][3]
     cut = Cut(*job["cut"])
@@ -285,24 +284,19 @@ def _selected_kernel(job: dict[str, Any], array: Callable[..., Any]) -> tuple[Ca
     nothing = type("Copy", (), dict.fromkeys(("start", "wait"), lambda _: None))()
     walk.pltpu.SMEM, walk.pltpu.make_async_copy = walk.pltpu.VMEM, lambda *_: nothing
     walk.tile_kinds = lambda *_, **__: jnp.zeros((batch, 1, num_queries // cut.queries, num_keys // cut.keys), int)
-    walk.ordered = lambda kinds, _: Visits(kinds)
-    walk._listed = lambda _, n: 4 * n + 1
-    name, rest = job["name"].partition("-")[0], cut.visited - 1
-    kinds = {
-        "chosen": [FULL] * (1 + rest),
-        "edge": [edges.FIRST_EDGE] + [SKIP] * rest,
-        "last": [FULL] * rest + [edges.FIRST_EDGE],
-    }
-    rectangles.Rectangles.kinds = lambda *_: [kinds.get(name, [MASKED] * (1 + rest))]
-    if name in ("edge", "last"):
+    lists.ordered = lambda kinds, *_, **__: Visits(kinds)
+    lists._listed = lambda _, n: 4 * n + 1
+    kinds = visit_kinds(cut)[job["name"].partition("-")[0]]
+    rectangles.Rectangles.kinds = lambda *_: [kinds]
+    if edges.FIRST_EDGE in kinds:
         cells = tuple(
             tuple(0 if query < key else 1 + (query > key) for query in range(cut.queries // edges.CELL))
             for key in range(cut.keys // edges.CELL)
         )
         rectangles._edge = lambda *_: edges.Edges(np.zeros(()), (cells,), (edges.FIRST_EDGE,), 0, 0)
-    if job["name"].startswith("open"):
+    if job.get("open"):
         every = rectangles.Rectangles.of
-        rectangles.Rectangles.of = lambda *args: [part._replace(visible=None) for part in every(*args)]
+        rectangles.Rectangles.of = lambda *args: [part._replace(visible=None, chosen=None) for part in every(*args)]
     walk._each = lambda _, visit: jax.lax.fori_loop(0, visits, visit, None)
     layout = Layout(mask=Mask(), num_queries=num_queries, num_keys=num_keys, own_keys=False, packed=True)
     problem = tiling.Problem(layout, cut, width**-0.5, False, job["name"].endswith("stats"))
@@ -317,6 +311,24 @@ def _selected_kernel(job: dict[str, Any], array: Callable[..., Any]) -> tuple[Ca
     rows = [array(batch, cut.heads, num_queries, dtype=jnp.float32)] * (5 if problem.stats else 2)
     kernel = partial(getattr(selected, job["kernel"]), problem)
     return kernel, (operands, *(() if job["kernel"] == "forward" else (q, rows)))
+
+
+def visit_kinds(cut: Any) -> dict[str, tuple[int, ...]]:
+    """The kinds of the tiles that a visit of selected blocks brings together, by name: "selected" are under the mask, and of "chosen" ones the
+    choice alone hides keys, as of "one" by itself; "own" has such behind those that queries have of their own, "diagonal" behind the one on
+    the diagonal, and "edge" is that by itself. A visit of one tile has the last name that fits."""
+    from plait.kernels.attention.tpu.edges import FIRST_EDGE
+    from plait.kernels.attention.visits import FULL, MASKED, SKIP
+
+    own, rest = max(1, cut.queries // cut.keys), cut.visited - 1
+    return {
+        "selected": (MASKED,) * cut.visited,
+        "own": (*[MASKED] * own, *[FULL] * (cut.visited - own)),
+        "diagonal": (FIRST_EDGE, *[FULL] * rest),
+        "edge": (FIRST_EDGE, *[SKIP] * rest),
+        "chosen": (FULL,) * cut.visited,
+        "one": (FULL, *[SKIP] * rest),
+    }
 
 
 def _choosing(job: dict[str, Any], array: Callable[..., Any]) -> tuple[Callable[..., Any], tuple[Any, ...]]:

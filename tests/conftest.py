@@ -65,7 +65,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return BySharedPrograms(config, log)
 
 
-BY_CASE = ("tests/models/mixers/test_contract.py", "tests/kernels/test_attention_tpu.py")
+BY_CASE = (
+    "tests/models/mixers/test_contract.py",
+    "tests/kernels/test_attention_tpu.py",
+    "tests/kernels/test_attention_tpu_selected.py",
+)
 
 
 def shared_by(nodeid: str) -> str:

@@ -203,9 +203,10 @@ def segment_starts(layout: Layout, queries: Tokens, keys: Tokens) -> Array:
     return jnp.max(jnp.where(same, began[:, None], -_FAR), axis=2)
 
 
-def ordered(kinds: Array, width: int) -> Visits:
-    """The tiles that each row of kinds [B, H, N, M] visits, at most `width`."""
-    order = jnp.argsort(kinds == SKIP, axis=-1, stable=True)[..., :width]
+def ordered(kinds: Array, width: int, late: int = SKIP) -> Visits:
+    """The tiles that each row of kinds [B, H, N, M] visits, at most `width`; those of the kind `late` behind the others."""
+    rank = jnp.where(kinds == SKIP, 2, kinds == late)
+    order = jnp.argsort(rank, axis=-1, stable=True)[..., :width]
     count = jnp.sum(kinds != SKIP, axis=-1, keepdims=True)
     step = jnp.arange(width).reshape(1, 1, 1, -1)
     blocks = jnp.take_along_axis(order, jnp.minimum(step, jnp.maximum(count - 1, 0)), axis=-1)

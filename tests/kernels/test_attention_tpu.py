@@ -1,56 +1,48 @@
 """The TPU attention kernel in Pallas' TPU interpreter, with race detection, against the reference; and the tiles it visits."""
 
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 
 from plait.kernels import (
     ChunkMask,
     DistanceBias,
     GlobalMask,
-    LowRankBias,
     Mask,
     PowerMask,
-    SelectedBlocks,
     Tokens,
-    attention,
-    column_mass,
     routed_attention,
 )
-from plait.kernels.attention import pallas_tpu, reference
+from plait.kernels.attention import pallas_tpu
 from plait.kernels.attention.call import AttentionCall
-from plait.kernels.attention.tpu import best_tiles, key_sums, rectangles, tiling, walk
+from plait.kernels.attention.tpu import best_tiles, tiling
 from plait.kernels.attention.visits import FULL, SKIP, Layout, plan_visits
 from plait.kernels.chips import CHIPS
 from plait.kernels.target import target
 from plait.tests.kernels import cases
+from plait.tests.kernels.tpu_calls import (
+    CHOSEN,
+    Case,
+    assert_mass_matches,
+    assert_matches,
+    inputs_of,
+    own,
+    run_checked,
+    segments_of,
+    small_tiles,
+)
 from plait.tests.suites import usually
-from plait.tests.tolerances import assert_close, assert_tree_close, in_float64
+from plait.tests.tolerances import assert_tree_close, in_float64
 
 
-class Case(NamedTuple):
-    """One call: sizes, a layout of segments and options."""
-
-    mask: Mask = Mask()
-    length: int = 200
-    heads: tuple[int, int] = (2, 1)
-    dims: tuple[int, int] = (16, 16)
-    dtype: str = "float32"
-    segments: str | None = None
-    sinks: bool = False
-    sigmoid: bool = False
-    stats: bool = True
-    soft_cap: float | None = None
-    bias: bool = False
-    low: bool = False
-    """The keys' weights are tiny; outputs, which then are nothing, are left out."""
+@pytest.fixture(autouse=True)
+def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    small_tiles(monkeypatch)
 
 
 SINKS = Mask(window_size=9, num_sink_tokens=3)
@@ -81,80 +73,6 @@ CASES = {
 }
 
 
-def run_checked(function: Callable[..., Any], *args: Any) -> Any:
-    """Runs under the TPU interpreter; raises on a data race in every supported JAX."""
-    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)), target("v5e"):
-        out = jax.block_until_ready(jax.jit(function)(*args))
-    from jax._src.pallas.mosaic.interpret import interpret_pallas_call as state  # before JAX 0.12 a race only sets this flag
-
-    if getattr(getattr(state, "races", None), "races_found", False):
-        raise RuntimeError("data race in kernel")
-    return out
-
-
-@pytest.fixture(autouse=True)
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Several tiles even in sequences of 200."""
-    monkeypatch.setattr(
-        pallas_tpu, "choose_tiles", lambda *_: tiling.Tiles(**dict.fromkeys(TILES, tiling.Tile(128, 128, 128, 128)))
-    )
-    monkeypatch.setattr(pallas_tpu, "SELECTED", dict.fromkeys((2, 4), (512, 1 << 15)))
-    yield
-
-
-CHOSEN = pallas_tpu.choose_tiles
-TILES = ("forward", "gradients")
-
-
-def _inputs(case: Case) -> dict[str, Any]:
-    rng = np.random.default_rng(case.length)
-    (num_heads, num_kv_heads), (key_dim, value_dim) = case.heads, case.dims
-    batch = 1 if case.segments is None else cases.BATCH
-    shapes = {"q": (num_heads, key_dim), "k": (num_kv_heads, key_dim), "v": (num_kv_heads, value_dim)}
-    inputs = {name: jnp.asarray(rng.standard_normal((batch, case.length, *s)), case.dtype) for name, s in shapes.items()}
-    if case.sinks:
-        inputs["sinks"] = jnp.asarray(rng.standard_normal(num_heads) + (60 if case.low else 0), jnp.float32)
-    if case.bias:
-        sides = (jnp.asarray(rng.standard_normal((1, case.length, n, 3)), case.dtype) for n in case.heads)
-        inputs["bias"] = LowRankBias(*sides)
-    if case.sigmoid:
-        inputs["sigmoid_bias"] = jnp.asarray(rng.standard_normal(num_heads) - (150 if case.low else 3), jnp.float32)
-    return inputs
-
-
-def _segments(case: Case) -> jax.Array | None:
-    if case.segments in (None, "none"):
-        return None if case.segments is None else jnp.zeros((cases.BATCH, case.length), jnp.int32)
-    return cases.segments(case.length, case.segments)
-
-
-def _run(implementation: Any, case: Case, inputs: dict[str, jax.Array], tokens: dict[str, Any]) -> Any:
-    """Outputs and all gradients; `tokens` are further options."""
-
-    def outputs(inputs: dict[str, jax.Array]) -> Any:
-        normalizer = "sigmoid" if case.sigmoid else "softmax"
-        options = inputs | tokens | {"logit_soft_cap": case.soft_cap, "return_lse": not (case.stats or case.sigmoid)}
-        call = AttentionCall.of("attention", mask=case.mask, normalizer=normalizer, return_stats=case.stats, **options)
-        o, stats = implementation.attention(call)
-        found = {f: jnp.where(x > -1e29, x, 0) for f, x in (stats._asdict() if stats else {}).items() if x is not None}
-        return found if case.low else {"o": o, **found}
-
-    return cases.with_gradients(outputs, inputs)
-
-
-def _assert_matches(case: Case, inputs: dict[str, jax.Array], tokens: dict[str, Any]) -> Any:
-    plain = cases.quick_jit(partial(_run, reference, case))
-    got = run_checked(partial(_run, pallas_tpu, case), inputs, tokens)
-    assert case.low or got["value"]["o"].dtype == case.dtype
-    assert_tree_close(got, in_float64(plain, inputs, tokens), plain(inputs, tokens), dtype=case.dtype)
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(got))
-    return got
-
-
-def _own(segment_ids: jax.Array | None) -> dict[str, Any]:
-    return {"at": Tokens(None, segment_ids)}
-
-
 USUAL = (
     "causal-65-without-statistics",
     "full-sigmoid",
@@ -172,88 +90,27 @@ USUAL = (
 @pytest.mark.parametrize("name", usually(CASES, *USUAL, newest=("window-sinks-segments-bfloat16", "full-sigmoid")))
 def test_kernel_matches_reference(name: str):
     case = CASES[name]
-    got = _assert_matches(case, _inputs(case), _own(_segments(case)))
+    got = assert_matches(case, inputs_of(case), own(segments_of(case)))
     if name == "hidden":
         assert not any(np.asarray(x).any() for key, x in got["value"].items() if key != "lse")
 
 
 def test_kernel_matches_reference_with_shuffled_keys():
     case = Case(mask=Mask(window_size=90, num_sink_tokens=2), length=64)
-    inputs, rng = _inputs(case), np.random.default_rng(0)
+    inputs, rng = inputs_of(case), np.random.default_rng(0)
     longer = {name: jnp.asarray(rng.standard_normal((1, 200, *x.shape[2:])), case.dtype) for name, x in inputs.items()}
     positions = jnp.asarray(rng.permutation(200)[None], jnp.int32)
     tokens = {
         "at": Tokens(None, None, 130 + jnp.arange(64)[None, :]),
         "kv_at": Tokens(None, (positions < 190).astype(jnp.int32), positions),
     }
-    _assert_matches(case, inputs | {"k": longer["k"], "v": longer["v"]}, tokens)
-
-
-class Choice(NamedTuple):
-    """What is selected: the keys of a block, and the heads that choose apart."""
-
-    size: int
-    choices: int
-    case: Case = Case(heads=(4, 2), segments="several", stats=False)
-
-
-CHOICES = {
-    "each-head": Choice(16, 4, Case(heads=(4, 2), segments="several")),
-    "one-for-all": Choice(128, 1),
-    "groups": Choice(24, 2, Case(heads=(4, 2), segments="several", length=300, soft_cap=2.0, sinks=True, dtype="bfloat16")),
-    "groups-beside-key-heads": Choice(40, 3, Case(heads=(6, 2), length=130, stats=False)),
-    "large": Choice(200, 4, Case(heads=(4, 2), length=460)),
-    "diagonal": Choice(256, 2, Case(heads=(2, 2), length=600)),
-    "diagonal-segments": Choice(256, 1, Case(heads=(1, 1), length=700, segments="long", stats=False, dtype="bfloat16")),
-    "many-heads-sigmoid": Choice(64, 1, Case(heads=(8, 1), length=280, sigmoid=True)),
-    "window-left-padding": Choice(
-        32, 2, Case(mask=Mask(window_size=70, num_sink_tokens=3), heads=(4, 2), segments="left", length=300)
-    ),
-    "bias": Choice(16, 2, Case(heads=(2, 2), segments="several", bias=True, stats=False)),
-}
-MASSES = ["each-head", "one-for-all", "many-heads-sigmoid"]
-
-
-def _selected(of: Choice) -> SelectedBlocks:
-    count, batch = -(-of.case.length // of.size), 1 if of.case.segments is None else cases.BATCH
-    indices = np.random.default_rng(0).integers(-1, count, (batch, of.case.length, of.choices, 2), np.int32)
-    return SelectedBlocks(indices=jnp.asarray(indices), block_size=of.size, num_blocks=count)
-
-
-@pytest.mark.parametrize(
-    ("name", "few"),
-    usually(
-        [(name, few) for name in CHOICES for few in (0, 1024)],
-        *(("groups", 1024), ("diagonal", 0), ("diagonal-segments", 1024), (MASSES[2], 0), ("window-left-padding", 1024)),
-        newest=(("groups", 1024),),
-    ),
-)
-def test_kernel_matches_reference_with_selected_blocks(name: str, few: int, monkeypatch: pytest.MonkeyPatch):
-    """With sums of keys that come and go, and with sums that stay."""
-    monkeypatch.setattr(key_sums, "FEW", few)
-    of = CHOICES[name]
-    _assert_matches(of.case, _inputs(of.case), _own(_segments(of.case)) | {"selected": _selected(of)})
-
-
-WIDE = ("diagonal", "diagonal-segments", "groups", "many-heads-sigmoid", "each-head", "window-left-padding")
-
-
-@pytest.mark.parametrize("name", usually(WIDE, *WIDE[:4], newest=("diagonal",)))
-def test_selected_blocks_match_reference_on_a_wide_matrix_unit(name: str, monkeypatch: pytest.MonkeyPatch):
-    """In tiles as large as blocks, so that what is visited together is of every kind, and in several rectangles each; and with the sums of one
-    head leaving during the next."""
-    monkeypatch.setattr(pallas_tpu, "_wide", lambda _: True)
-    monkeypatch.setattr(pallas_tpu, "SELECTED", dict.fromkeys((2, 4), (1024, 1 << 18)))
-    monkeypatch.setattr(rectangles, "MOST_WIDE", (1 << 15, 128))
-    monkeypatch.setattr(walk, "current", lambda: CHIPS["v6e"])
-    of = CHOICES[name]
-    _assert_matches(of.case, _inputs(of.case), _own(_segments(of.case)) | {"selected": _selected(of)})
+    assert_matches(case, inputs | {"k": longer["k"], "v": longer["v"]}, tokens)
 
 
 @pytest.mark.parametrize("share", usually([0.0, 0.4, 1.0], 0.4, newest=(0.4,)))
 def test_routed_matches_reference(share: float):
     case = Case(mask=Mask(window_size=90), heads=(4, 2), segments="several", dtype="float32" if share else "bfloat16", sinks=True)
-    inputs, rng = _inputs(case), np.random.default_rng(0)
+    inputs, rng = inputs_of(case), np.random.default_rng(0)
     active = jnp.asarray(rng.random(inputs["q"].shape[:3]) < share).at[:, :, 0].set(rng.random() < 0.5)
 
     def run(implementation: str, inputs: dict[str, jax.Array]) -> Any:
@@ -261,7 +118,7 @@ def test_routed_matches_reference(share: float):
             q, k, v = (inputs[name] for name in "qkv")
             options = {
                 "mask": case.mask,
-                "at": Tokens(None, _segments(case)),
+                "at": Tokens(None, segments_of(case)),
                 "sinks": inputs["sinks"],
                 "logit_soft_cap": 2.0 if share == 1 else None,
             }
@@ -281,23 +138,7 @@ COLUMNS = [(None, None), ("left", None), ("several", None), ("several", 1.5)]
 @pytest.mark.parametrize(("segments", "soft_cap"), usually(COLUMNS, ("left", None), ("several", 1.5), newest=[("several", 1.5)]))
 def test_column_mass_matches_reference(segments: str | None, soft_cap: float | None):
     case = Case(mask=Mask(window_size=90), heads=(4, 2), segments=segments, length=200)
-    _assert_mass_matches(case, soft_cap)
-
-
-@pytest.mark.parametrize("name", usually(MASSES, *MASSES[::2], newest=MASSES[:1]))
-def test_column_mass_of_selected_blocks_matches_reference(name: str):
-    of = CHOICES[name]
-    _assert_mass_matches(of.case._replace(sigmoid=False), None, selected=_selected(of))
-
-
-def _assert_mass_matches(case: Case, soft_cap: float | None, **more: Any) -> None:
-    inputs = _inputs(case)
-    options = {"mask": case.mask, "at": Tokens(None, _segments(case)), "logit_soft_cap": soft_cap, **more}
-    q, k, v = (inputs[name] for name in "qkv")
-    _, stats = cases.quick_jit(partial(attention, return_stats=True, implementation="reference", **options))(q, k, v)
-    plain = cases.quick_jit(partial(column_mass, implementation="reference", **options))
-    got = run_checked(partial(column_mass, implementation="pallas_tpu", **options), q, k, stats.lse)
-    assert_close(got, in_float64(plain, q, k, stats.lse), plain=plain(q, k, stats.lse))
+    assert_mass_matches(case, soft_cap)
 
 
 EDGES = {
@@ -327,7 +168,7 @@ def tiles_of_cells(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", usually(EDGES, *EDGES, newest=("window-segments",)))
 def test_kernel_matches_reference_at_edges(name: str, tiles_of_cells: None):
     case = EDGES[name]
-    _assert_matches(case, _inputs(case), _own(_segments(case)))
+    assert_matches(case, inputs_of(case), own(segments_of(case)))
 
 
 MASKS = (
@@ -427,4 +268,4 @@ def test_every_generation_has_tiles_for_every_head_dim():
 )
 def test_kernel_matches_reference_with_its_own_tiles(case: Case, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(pallas_tpu, "choose_tiles", CHOSEN)
-    _assert_matches(case, _inputs(case), _own(_segments(case)))
+    assert_matches(case, inputs_of(case), own(segments_of(case)))

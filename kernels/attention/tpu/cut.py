@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from math import gcd
 
-from plait.kernels.attention.tpu.tiling import LANES
+from plait.kernels.attention.tpu.tiling import LANES, rounded_up
 from plait.kernels.masks import SelectedBlocks
 
 VISIT_PAIRS, VISIT_TILES, VISIT_KEYS = 1 << 21, 4, 512
@@ -52,7 +52,8 @@ class Cut:
         more keys than a block has.
 
         A visit brings so many tiles of keys that a product has 128, and for a wide matrix unit as many as `VISIT_PAIRS` and the others allow,
-        so that products of one tile begin while those of another end: what queries that choose alike have, in the fewest visits of one size.
+        so that products of one tile begin while those of another end: what queries that choose alike have, in the fewest visits of one size,
+        and small tiles as they fill the unit.
 
         Args:
           heads: of queries, and of keys.
@@ -70,8 +71,9 @@ class Cut:
         visited = max(1, LANES // keys)
         if wide:
             most = max(visited, min(VISIT_PAIRS // (together * queries * keys), max(VISIT_TILES, VISIT_KEYS // keys)))
-            chosen = max(1, -(-blocks.indices.shape[3] * blocks.block_size // keys))
-            visited = max(visited, -(-chosen // -(-chosen // most)))
+            chosen = -(-(blocks.indices.shape[3] * blocks.block_size + max(queries - blocks.block_size, 0)) // keys)
+            chosen = max(1, min(chosen, -(-lengths[1] // keys)))
+            visited = min(most, rounded_up(-(-chosen // -(-chosen // most)), max(1, 2 * LANES // keys)))
         return Cut(blocks.block_size, together, queries, keys, wide, visited)
 
     def longest_list(self, lengths: tuple[int, int]) -> int:

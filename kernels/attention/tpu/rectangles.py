@@ -1,6 +1,8 @@
 """The rectangles in which a tile of selected blocks is computed, and which of their keys a query sees."""
 
 from collections.abc import Sequence
+from functools import reduce
+from operator import and_
 from typing import Any, NamedTuple
 
 import jax
@@ -36,8 +38,8 @@ class Rectangle(NamedTuple):
     keys: slice
     visible: Visible | None
     """Which of its keys, counted from its own first one, a query sees; None is all."""
-    chosen: Array | None
-    """The queries that see any, bool [1, M]; None is all, of `visible` too."""
+    chosen: Sequence[Array] | None
+    """Of each of equal shares of its keys the queries that see any, bool [1, M]; None is all, of `visible` too."""
 
 
 class Rectangles(NamedTuple):
@@ -57,23 +59,35 @@ class Rectangles(NamedTuple):
         return cls(problem, cut, _edge(problem.layout, cut), most)
 
     def kinds(self, together: int) -> list[tuple[int, ...]]:
-        """Of the tiles that are visited together; the first stand for all others too. In a tile of several blocks the choice is never
-        alone, and what stands on the diagonal is last."""
-        found, edge = [(MASKED,) * together], [FIRST_EDGE] if self.edge else []
-        if self.cut.block_size >= self.cut.keys:
-            found.append((FULL,) * together)
-            edge = [*[FULL] * (together - 1), *edge] if edge else []
-        if edge:
-            found.append(tuple(edge))
-            if together > 1:
-                found.append((FIRST_EDGE, *[SKIP] * (together - 1)))
-        return found
+        """Of the tiles that are visited together, by `fit` the first that does; the last fit all. In a tile of several blocks the choice is
+        never alone; where it may be, tiles of which more hides keys are visited first: that on the diagonal, or of few keys as many as the
+        queries have of their own."""
+        found, rest, apart = [], together - 1, self.cut.block_size >= self.cut.keys
+        own = max(1, self.cut.queries // self.cut.keys)
+        if apart:
+            found += [(FULL, *[SKIP] * rest), (FULL,) * together]
+        if self.edge:
+            found += [(FIRST_EDGE, *[SKIP] * rest), (FIRST_EDGE, *[FULL] * rest)]
+        elif apart and own < together:
+            found.append((*[MASKED] * own, *[FULL] * (together - own)))
+        return [*dict.fromkeys(found), (MASKED,) * together]
+
+    @staticmethod
+    def fit(kinds: Sequence[int], tiles: Sequence[Any]) -> Any:
+        """Whether what is computed for these kinds is right for tiles of other kinds: nothing is chosen of those beyond the end of a list."""
+        alike = ((of == kind) | ((kind == FULL) & (of == SKIP)) for kind, of in zip(kinds, tiles, strict=True) if kind != MASKED)
+        return reduce(and_, alike, True)
 
     @property
     def largest(self) -> tuple[int, int]:
         """Queries and keys of the largest."""
-        keys, queries, *_ = self._cuts(MASKED, self.cut.keys * (self.cut.visited if self.cut.keys < LANES else 1))[0]
+        keys, queries, *_ = self._cuts(MASKED, self._together)[0]
         return queries.stop, keys.stop
+
+    @property
+    def _together(self) -> int:
+        """Keys that are computed as one at most: those of small tiles, or of one."""
+        return self.cut.keys * (self.cut.visited if self.cut.keys < LANES else 1)
 
     def of(self, kinds: Sequence[int], queries: Array, keys: Sequence[Array], bits: Sequence[Array]) -> list[Rectangle]:
         """All that may be visible in tiles of these kinds; the queries of some keys follow one another. Small tiles are one.
@@ -83,42 +97,44 @@ class Rectangles(NamedTuple):
           keys: tokens [N, 2] of the tiles of keys that were brought together.
           bits: [1, T] of `SelectedBlocks.bits`, of each of them.
         """
-        if self.cut.keys < LANES:
-            return self._of(FULL if set(kinds) == {FULL} else MASKED, 0, queries, keys, bits)
-        each = enumerate(zip(kinds, keys, bits, strict=True))
-        return [
-            part
-            for n, (kind, tokens, chosen) in each
-            if kind != SKIP
-            for part in self._of(kind, n * self.cut.keys, queries, [tokens], [chosen])
-        ]
-
-    def _of(self, kind: int, first: int, queries: Array, keys: Sequence[Array], bits: Sequence[Array]) -> list[Rectangle]:
-        """Of one tile, whose keys are those from the first on."""
+        each = [[n] for n in range(len(kinds))] if self.cut.keys >= LANES else [range(len(kinds))]
         found = []
-        for at, columns, rows, cells in self._cuts(kind, len(keys) * self.cut.keys):
+        for numbers in each:
+            some = [n for n in numbers if kinds[n] != SKIP]
+            if some:
+                found += self._of([kinds[n] for n in some], some[0], queries, [keys[n] for n in some], [bits[n] for n in some])
+        return found
+
+    def _of(
+        self, kinds: Sequence[int], number: int, queries: Array, keys: Sequence[Array], bits: Sequence[Array]
+    ) -> list[Rectangle]:
+        """Of tiles from a number on that are computed as one."""
+        found, size, first = [], self.cut.keys, number * self.cut.keys
+        for at, columns, rows, cells in self._cuts(kinds[0], len(keys) * size):
             repeats = (columns.stop - columns.start) // (rows.stop - rows.start)
             repeated = lambda x, repeats=repeats: jnp.concatenate([x] * repeats, axis=1)
+            tiles = range(at.start // size, -(-at.stop // size))
 
-            def under_mask(some: slice, at: slice = at, rows: slice = rows, repeated: Any = repeated) -> Any:
+            def of_each(some: slice, at: slice = at, rows: slice = rows, repeated: Any = repeated) -> Any:
                 wanted = slice(at.start + some.start, at.start + some.stop)
-                return [(slice(None), repeated(self._visible(queries[:, rows], keys, [x[:, rows] for x in bits], wanted)))]
-
-            def of_choice(some: slice, at: slice = at, rows: slice = rows, repeated: Any = repeated) -> Any:
-                shown, found = [(x[:, rows] & 1) == 1 for x in bits], []
-                for n in range(some.start, some.stop, self.cut.keys):
-                    of_tile = shown[(at.start + n) // self.cut.keys]
-                    found.append(jnp.broadcast_to(of_tile, (min(self.cut.keys, some.stop - n), of_tile.shape[1])))
-                return [(slice(None), repeated(jnp.concatenate(found, axis=0)))]
+                shown = self._visible(kinds, queries[:, rows], keys, [x[:, rows] for x in bits], wanted)
+                return [(slice(None), None if shown is None else repeated(shown))]
 
             def partly(some: slice, part: slice, at: slice = at, rows: slice = rows) -> Array:
                 each = slice(rows.start + part.start, rows.start + part.stop)
                 return seen(self.problem, queries[:, each], keys[0][at.start + some.start : at.start + some.stop])
 
-            several = kind == FULL and len(keys) > 1
-            visible = under_mask if kind == MASKED else of_choice if several else of_cells(cells, partly)
-            chosen = None if kind == MASKED or several else repeated((bits[0][:, rows] & 1) == 1)
-            found.append(Rectangle(columns, slice(first + at.start, first + at.stop), visible, chosen))
+            under_mask = [kinds[n] == MASKED for n in tiles]
+            chosen = [(bits[n][:, rows] & 1) == 1 for n in tiles]
+            chosen = [jnp.ones_like(x) if masked else x for x, masked in zip(chosen, under_mask, strict=True)]
+            found.append(
+                Rectangle(
+                    columns,
+                    slice(first + at.start, first + at.stop),
+                    of_each if any(under_mask) else of_cells(cells, partly) if cells else None,
+                    None if all(under_mask) else [repeated(x) for x in chosen],
+                )
+            )
         return found
 
     def _cuts(self, kind: int, num_keys: int) -> list[tuple[slice, slice, slice, Cells]]:
@@ -131,7 +147,7 @@ class Rectangles(NamedTuple):
                 parts = [(at, part) for at, parts in edge_parts(cells, False, tile) for part in parts]
                 return [(at, part.queries, part.queries, part.cells) for at, part in parts]
         pairs, most_keys = self.most
-        most = pairs // min(num_keys, most_keys)
+        most = pairs // min(self._together, most_keys)
         together = max(1, most // cut.queries)  # heads
         columns = []
         for head in range(0, cut.heads, together):
@@ -145,14 +161,16 @@ class Rectangles(NamedTuple):
         shown = [(*each, cells_of(cells, each[0], each[2])) for each in found]
         return [each for each in shown if any(map(any, each[3]))]
 
-    def _visible(self, queries: Array, keys: Sequence[Array], bits: Sequence[Array], wanted: slice) -> Array:
-        """bool [N, T]."""
+    def _visible(
+        self, kinds: Sequence[int], queries: Array, keys: Sequence[Array], bits: Sequence[Array], wanted: slice
+    ) -> Array | None:
+        """bool [N, T] of the keys that are wanted of these tiles, of one kind; None where the choice alone hides any."""
         found = []
-        for n, tokens in enumerate(keys):
+        for n, (kind, tokens, chosen) in enumerate(zip(kinds, keys, bits, strict=True)):
             first, last = (min(max(end - n * self.cut.keys, 0), self.cut.keys) for end in (wanted.start, wanted.stop))
-            if first < last:
-                found.append(self._chosen(queries, tokens[first:last], bits[n], first))
-        return jnp.concatenate(found, axis=0)
+            if first < last and kind == MASKED:
+                found.append(self._chosen(queries, tokens[first:last], chosen, first))
+        return jnp.concatenate(found, axis=0) if found else None
 
     def _chosen(self, queries: Array, keys: Array, bits: Array, first: int) -> Array:
         """bool [N, T] of keys of a tile from its `first` on."""

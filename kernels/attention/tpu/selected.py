@@ -163,7 +163,7 @@ def column_mass(problem: Problem, x: Operands, lse: Array) -> Array:
             def mass(n: int, z: Array) -> None:
                 at, keys, visible, chosen = tile.rectangles[n]
                 weights = shown(visible, jnp.exp2((problem.unit * LOG2_E) * z - tile.rows[:, at]), 0)
-                weights = weights if chosen is None else jnp.where(chosen, weights, 0)
+                weights = weights if chosen is None else jnp.where(chosen[0], weights, 0)
                 for head in range(at.start // cut.queries, -(-at.stop // cut.queries)):
                     first = max(head * cut.queries, at.start)
                     of_head = weights[:, first - at.start : (head + 1) * cut.queries - at.start]

@@ -1,15 +1,16 @@
 """The way of a TPU kernel of attention through the tiles that queries have to do with, where they select blocks.
 
 A step of the grid is a tile of queries of all heads that share keys and choice, or a tile of keys. In it a loop goes through the tiles of
-the other side that some query has to do with, and copies the next from memory while it works on one. So few queries of many heads make one
-tall product, a tile that is visited costs its own work and no step of a grid, and a list is no longer than a row of them.
+the other side that some query has to do with, and copies what comes next from memory while it works on one: the next tile, or at the end of
+the list the first of the next step. So few queries of many heads make one tall product, a tile that is visited costs its own work and no step
+of a grid, and a list is no longer than a row of them.
 
 What is summed for keys in the loop over the keys of some queries is in `key_sums`.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial, reduce
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -21,10 +22,11 @@ from jax.experimental.pallas import tpu as pltpu
 from plait.kernels.attention.tpu.cut import Cut
 from plait.kernels.attention.tpu.edges import FIRST_EDGE
 from plait.kernels.attention.tpu.key_sums import KeySums, Moving, Place, Resident, resident_bytes
+from plait.kernels.attention.tpu.lists import TileList
 from plait.kernels.attention.tpu.rectangles import Rectangle, Rectangles
 from plait.kernels.attention.tpu.tiling import SUBLANES, Operands, Problem
 from plait.kernels.attention.tpu.weights import staggered
-from plait.kernels.attention.visits import FULL, MASKED, SKIP, ordered, segment_starts, tile_kinds
+from plait.kernels.attention.visits import FULL, MASKED, SKIP, segment_starts, tile_kinds
 from plait.kernels.costs import cost
 from plait.kernels.shapes import padded
 from plait.kernels.target import core_memory, current
@@ -208,10 +210,7 @@ class Walk:
         """`at(b, h, n, entry)` gives row, bundle, tile of queries and tile of keys for a step of the grid and an entry of its list; a visit
         fetches `fetched` of these. `kinds` are [B, ., ., entries] over the grid."""
         streamed = streamed | {"bits": self.bits}
-        visits = ordered(kinds, kinds.shape[-1]).entries
-        counts = jnp.sum((visits & 3) != SKIP, axis=-1, keepdims=True, dtype=jnp.int32)
-        table = jnp.concatenate([counts, visits], axis=-1)[..., None, :]  # [B, heads, tiles, 1, 1 + the other side's]
-        table = jnp.pad(table, [(0, 0)] * 4 + [(0, fetched - 1)])  # of kind SKIP
+        table, steps = TileList.table(kinds, fetched), kinds.shape[2]
         tile = (sums, self.cut.keys) if self.problem.sums_by_key_column else (self.cut.keys, sums)
         chip = current()
         overlap = chip is not None and chip.cores == 1
@@ -220,7 +219,7 @@ class Walk:
         come = [jnp.zeros_like(total)] if sums and not stay else []
         of_sums = Resident.scratch(self.num_keys, tile) if stay else Moving.scratch(tile, fetched) if sums else []
 
-        def kernel(bias: Any, visits: Any, *refs: Any) -> None:
+        def kernel(bias: Any, visits: Any, later: Any, *refs: Any) -> None:
             left = iter(refs)
             here, far = ({key: next(left) for key in names} for names in (held, streamed))
             for _ in come:
@@ -229,25 +228,25 @@ class Walk:
             buffers, arrived = {key: next(left) for key in streamed}, next(left)
             sum_memory = [next(left) for _ in of_sums]
             b, h, tile = (pl.program_id(axis) for axis in range(3))
-            count, entry = _listed(visits, 0), lambda n: _listed(visits, 1 + n)
-            kinds, num_visits = self.rectangles.kinds(fetched), pl.cdiv(count, fetched)
+            mine, after = TileList(visits, tile, fetched), TileList(later, tile + 1, fetched)
+            kinds, num_visits = self.rectangles.kinds(fetched), mine.visits
             work = begin(self.problem, outs, list(left))
 
-            def place(n: Array, p: int) -> tuple[Array, ...]:
-                return at(b, h, tile, entry(n * fetched + p) >> 2)
+            def place(n: Array, p: int, of: TileList = mine) -> tuple[Array, ...]:
+                return at(b, h, of.tile, of.entry(n, p) >> 2)
 
             def real(n: Array, p: int) -> Array:
-                return (entry(n * fetched + p) & 3) != SKIP
+                return (mine.entry(n, p) & 3) != SKIP
 
-            def copies(n: Array) -> list[Any]:
+            def copies(n: Array, of: TileList = mine) -> list[Any]:
                 moving = list(streamed.values()), list(far.values()), list(buffers.values()), arrived
-                return [copy for p in range(fetched) for copy in _copies(*moving, (n & 1, p), place(n, p))]
+                return [copy for p in range(fetched) for copy in _copies(*moving, (of.slot(n), p), place(n, p, of))]
 
             def parts(n: Array) -> dict[str, list[Array]]:
                 """What is here of a visit, [heads, ., .] each; of what belongs to keys one after the other."""
                 found = {key: [ref[0]] for key, ref in here.items()}
                 return found | {
-                    key: [buffer[n & 1, p, 0] for p in range(fetched)] for key, buffer in buffers.items() if key != "bits"
+                    key: [buffer[mine.slot(n), p, 0] for p in range(fetched)] for key, buffer in buffers.items() if key != "bits"
                 }
 
             def of_keys(n: Array, p: int) -> Place:
@@ -260,21 +259,22 @@ class Walk:
             elif sums:
                 key_sums.append(Moving(totals[0], sum_memory[0], sum_memory[1], sum_memory[2], of_keys, num_visits))
 
-            def start(n: Array) -> None:
-                for copy in copies(n):
+            def start(n: Array, of: TileList = mine) -> None:
+                for copy in copies(n, of):
                     copy.start()
 
             def wait(n: Array) -> None:
                 for copy in copies(n):
                     copy.wait()
 
-            def begin_list() -> None:
-                start(jnp.int32(0))
-                for x in key_sums:
-                    x.enter(jnp.int32(-1))
+            def start_behind(n: Array) -> None:
+                """The copies of the visit behind visit n, which may be the first of the next step of the head."""
+                more = n + 1 < num_visits
+                pl.when(more)(partial(start, n + 1))
+                pl.when(~more & (after.tile < steps) & (after.visits > 0))(lambda: start(jnp.int32(0), after))
 
             def visit(n: Array, _: None) -> None:
-                pl.when(n + 1 < num_visits)(partial(start, n + 1))
+                start_behind(n)
                 wait(n)
                 for x in key_sums:
                     x.enter(n)
@@ -283,7 +283,7 @@ class Walk:
                 def of_kinds(kinds: tuple[int, ...]) -> None:
                     found = parts(n)
                     own = [jax.lax.rem(place(n, p)[3], SUBLANES) for p in range(fetched)]
-                    bits = [buffers["bits"][n & 1, p, 0, 0, 0, pl.ds(row, 1)] for p, row in enumerate(own)]
+                    bits = [buffers["bits"][mine.slot(n), p, 0, 0, 0, pl.ds(row, 1)] for p, row in enumerate(own)]
                     if fetched > 1:  # beyond the last tile of the list
                         bits = [jnp.where(real(n, p), x, 0) for p, x in enumerate(bits)]
                     queries, keys = found["query_tokens"][0][0], [tokens[0].T for tokens in found["key_tokens"]]
@@ -298,18 +298,21 @@ class Walk:
                             to.add(n, p, x[:, at_keys] if self.problem.sums_by_key_column else x[at_keys])
 
                 others: Any = True
-                for some in kinds[1:]:
-                    these = reduce(jnp.logical_and, [entry(n * fetched + p) & 3 == kind for p, kind in enumerate(some)])
+                for some in kinds[:-1]:
+                    these = others & self.rectangles.fit(some, [mine.entry(n, p) & 3 for p in range(fetched)])
                     pl.when(these)(partial(of_kinds, some))
                     others &= ~these
-                pl.when(others)(partial(of_kinds, kinds[0]))
+                pl.when(others)(partial(of_kinds, kinds[-1]))
                 for x in key_sums:
                     x.leave(n)
 
             for x in key_sums:
                 x.begin()
+            pl.when((tile == 0) & (num_visits > 0))(lambda: start(jnp.int32(0)))
+            pl.when(num_visits == 0)(lambda: start_behind(jnp.int32(-1)))
             work.prepare(self._tile({key: [ref[0]] for key, ref in here.items()}))
-            pl.when(count > 0)(begin_list)
+            for x in key_sums:
+                pl.when(num_visits > 0)(partial(x.enter, jnp.int32(-1)))
             _each(num_visits, visit)
             for x in key_sums:
                 x.end()
@@ -317,6 +320,7 @@ class Walk:
 
         operands = (
             self.bias,
+            table,
             table,
             *(a.value for a in held.values()),
             *(a.value for a in streamed.values()),
@@ -328,12 +332,18 @@ class Walk:
             kernel,
             name=name,
             out_shape=results,
-            input_output_aliases={2 + len(held) + len(streamed): len(out_shape)} if come else {},
+            input_output_aliases={3 + len(held) + len(streamed): len(out_shape)} if come else {},
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=1,
                 grid=kinds.shape[:3],
                 in_specs=[
-                    pl.BlockSpec((1, 1, 1, *table.shape[3:]), lambda b, h, n, _: (b, h, n, 0, 0), memory_space=pltpu.SMEM),
+                    *(
+                        pl.BlockSpec((1, 1, 1, *table.shape[3:]), listed, memory_space=pltpu.SMEM)
+                        for listed in (
+                            lambda b, h, n, _: (b, h, n, 0, 0),
+                            lambda b, h, n, _: (b, h, jnp.minimum(n + 1, steps - 1), 0, 0),
+                        )
+                    ),
                     *(pl.BlockSpec(a.block, lambda b, h, n, _, a=a: a.where(*at(b, h, n, 0))) for a in held.values()),
                     *[pl.BlockSpec(memory_space=pl.ANY)] * (len(streamed) + len(come)),
                 ],
@@ -346,7 +356,7 @@ class Walk:
                 ],
             ),
             compiler_params=pltpu.CompilerParams(
-                dimension_semantics=(across, across, "arbitrary" if sums else "parallel"),
+                dimension_semantics=(across, across, "arbitrary"),
                 vmem_limit_bytes=stay or None,
             ),
             cost_estimate=cost((*operands, *results), flops=2 * self.pairs * self.columns, transcendentals=self.pairs),
@@ -380,11 +390,6 @@ def _copies(
     for i, (array, ref, buffer) in enumerate(zip(arrays, far, buffers, strict=True)):
         found.append(pltpu.make_async_copy(array.of(ref, *place), buffer.at[at], semaphores.at[(*at, i)]))
     return found
-
-
-def _listed(visits: Any, n: Any) -> Array:
-    """An entry of the list of a step."""
-    return visits[0, 0, 0, 0, n]
 
 
 def _each(count: Array, visit: Callable[[Array, None], None]) -> None:

@@ -1,6 +1,7 @@
 """What the TPU kernels of attention make of some keys and some queries: weights, sums of them and gradients, kept keys by queries [N, M]."""
 
 from collections.abc import Callable, Sequence
+from functools import partial, reduce
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -23,6 +24,9 @@ Sees = Array | bool | None
 
 Visible = Callable[[slice], Sequence[tuple[slice, Sees]]]
 """Of some keys, no more than CELL from a multiple of it on, by runs of queries: which of them a query sees."""
+
+Chosen = Sequence[Array] | None
+"""Of each of equal shares of some keys, which queries see any of them, bool [1, M]; None is all."""
 
 CHUNK = 32
 """Keys whose weights are made together."""
@@ -131,36 +135,39 @@ class Sums(NamedTuple):
                 x[...] = jnp.zeros_like(x)
 
     def weigh(
-        self, problem: Problem, bias: Any, z: Array, visible: Visible | None, at: slice, dtype: Any, chosen: Array | None = None
+        self, problem: Problem, bias: Any, z: Array, visible: Visible | None, at: slice, dtype: Any, chosen: Chosen = None
     ) -> Weighed:
-        """The weights of keys with products z [N, M] for the queries that stand `at` these columns, of which those see any that are `chosen`,
-        bool [1, M]; None is all, of `visible` too. The maximum knows of these keys then, and `collect` adds the rest.
+        """The weights of keys with products z [N, M] for the queries that stand `at` these columns, of which those see any of a share of the
+        keys that are `chosen`; None is all, of `visible` too. The maximum knows of these keys then, and `collect` adds the rest.
 
         It goes a few keys at a time, so that what is between a product and its weight stays in registers.
         """
-        chunks = cuts(0, len(z), CHUNK)
-        sights = [visible and visible(n) for n in chunks]
+        chunks, shares = cuts(0, len(z), CHUNK), 1 if chosen is None else len(chosen)
+        sights, size = [visible and visible(n) for n in chunks], len(z) // shares
+        peaks: list[Array] = []
         rise = None
         if _relative(problem):
             z = jnp.concatenate([_shown(sight, z[n], HIDDEN) for n, sight in zip(chunks, sights, strict=True)], axis=0)
             old = self.peak[:, at]
-            highest = jnp.maximum(old, jnp.max(z, axis=0, keepdims=True))
+            highest = [jnp.max(z[n], axis=0, keepdims=True) for n in cuts(0, len(z), size)]
             if chosen is not None:
-                highest = jnp.where(chosen, highest, old)
-            self.peak[:, at] = highest
-            rise = _bits_above(problem, bias, highest, old)
+                highest = [jnp.where(of, x, old) for of, x in zip(chosen, highest, strict=True)]
+            peak = reduce(jnp.maximum, highest, old)
+            self.peak[:, at] = peak
+            rise = _bits_above(problem, bias, peak, old)
+            peaks = [peak] * shares
             if chosen is not None and not problem.sigmoid:  # so far above all that their weights are 0
-                highest, chosen = jnp.where(chosen, highest, -HIDDEN), None
+                peaks, chosen = [jnp.where(of, peak, -HIDDEN) for of in chosen], None
         mass = spread = jnp.zeros((SUBLANES, z.shape[1]), jnp.float32)
         weights = []
         for n, sight in zip(chunks, sights, strict=True):
             if _relative(problem):
-                bits = _bits_above(problem, bias, z[n], highest)
+                bits = _bits_above(problem, bias, z[n], peaks[n.start // size])
                 p = _left_out(sight, jnp.exp2(bits))
             else:
                 p = _shown(sight, jax.nn.sigmoid(problem.unit * z[n] + bias), 0)
             if chosen is not None:
-                p = jnp.where(chosen, p, 0)
+                p = jnp.where(chosen[n.start // size], p, 0)
             if not problem.mass_by_product:
                 mass += _folded(p)
             if problem.stats:
@@ -189,7 +196,7 @@ class Sums(NamedTuple):
         log_mass, highest = jnp.log(mass), _log_weight(problem, bias, self.peak[...])
         values, relative = self.values[...], _relative(problem)
         if relative:
-            values = values * jnp.exp(highest + bias) if problem.sigmoid else values / mass
+            values = values * jnp.exp(highest + bias) if problem.sigmoid else values * (1 / mass)
         rows = [jnp.where(some, log_mass + highest if relative else log_mass, HIDDEN)]
         if problem.stats:
             rows.append(jnp.where(some, problem.unit * self.peak[...], HIDDEN))
@@ -245,15 +252,23 @@ def _bits_above(problem: Problem, bias: Any, z: Array, low: Array) -> Array:
 
 
 def gradients(
-    problem: Problem, bias: Any, z: Array, d_weights: Array, rows: Array, visible: Visible | None, chosen: Array | None = None
+    problem: Problem, bias: Any, z: Array, d_weights: Array, rows: Array, visible: Visible | None, chosen: Chosen = None
 ) -> tuple[Array, Array, Array]:
     """The weights, dz and the part of dz that the sigmoid's bias shares, all [N, M].
 
     z [N, M] are `products`, d_weights [N, M] the values times d_o, and the rows [R, M] fit z: see `stacked_rows`. The weights are A, of the
-    sigmoid with statistics W. Queries that are not `chosen`, bool [1, M], see nothing.
+    sigmoid with statistics W. Queries that are not `chosen` see nothing of a share of the keys.
     """
-    if chosen is not None:  # logarithms of sums so far above all that weights are 0, and nothing to give
-        rows = jnp.concatenate([jnp.where(chosen, rows[:1], -HIDDEN), jnp.where(chosen, rows[1:], 0)], axis=0)
+    if chosen is not None and len(chosen) > 1:
+        each = []
+        for n, keys in enumerate(cuts(0, len(z), len(z) // len(chosen))):
+            of_share = None if visible is None else partial(_from, visible, keys.start)
+            each.append(gradients(problem, bias, z[keys], d_weights[keys], rows, of_share, chosen[n : n + 1]))
+        weights, d_logits, shared = (jnp.concatenate(x, axis=0) for x in zip(*each, strict=True))
+        return weights, d_logits, shared
+    of = None if chosen is None else chosen[0]
+    if of is not None:  # logarithms of sums so far above all that weights are 0, and nothing to give
+        rows = jnp.concatenate([jnp.where(of, rows[:1], -HIDDEN), jnp.where(of, rows[1:], 0)], axis=0)
     if problem.sigmoid and not problem.stats:
         weights = jax.nn.sigmoid(problem.unit * z + bias)
     else:
@@ -261,8 +276,8 @@ def gradients(
         bits = e - rows[0:1]
         weights = jnp.exp2(bits)
     weights = shown(visible, weights, 0)
-    if chosen is not None and problem.sigmoid:
-        weights = jnp.where(chosen, weights, 0)
+    if of is not None and problem.sigmoid:
+        weights = jnp.where(of, weights, 0)
     d_weights = d_weights + rows[1:2]
     if problem.stats:
         d_weights -= rows[2:3] * bits
@@ -275,6 +290,11 @@ def gradients(
     if problem.soft_cap is not None:
         d_logits *= (1 - z) * (1 + z)
     return weights, d_logits, shared
+
+
+def _from(visible: Visible, first: int, some: slice) -> Sequence[tuple[slice, Sees]]:
+    """What is visible of keys counted from a first one."""
+    return visible(slice(first + some.start, first + some.stop))
 
 
 def stacked_rows(unit: float, rows: Sequence[Array]) -> Array:
