@@ -81,6 +81,7 @@ def test_selected_blocks_match_reference_on_a_wide_matrix_unit(name: str, monkey
     monkeypatch.setattr(pallas_tpu, "_wide", lambda _: True)
     monkeypatch.setattr(pallas_tpu, "SELECTED", dict.fromkeys((2, 4), (1024, 1 << 18)))
     monkeypatch.setattr(rectangles, "MOST_WIDE", (1 << 15, 128))
+    monkeypatch.setattr(rectangles, "EDGE_WIDE", (256, 128))
     monkeypatch.setattr(walk, "current", lambda: CHIPS["v6e"])
     of = CHOICES[name]
     assert_matches(of.case, inputs_of(of.case), own(segments_of(of.case)) | {"selected": _selected(of)})

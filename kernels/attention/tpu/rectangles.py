@@ -27,8 +27,11 @@ MOST_FORWARD = 1 << 16, 128
 MOST_WIDE = 1 << 18, 512
 """Likewise for a wide matrix unit, of any pass and heads."""
 
-EDGE_ROWS, EDGE_KEYS = 512, 128
-"""The most queries and keys of a rectangle of a tile on the diagonal."""
+EDGE = 512, 128
+"""The most queries and keys of a rectangle of a tile on the diagonal, from which what order hides is left out."""
+
+EDGE_WIDE = 512, 256
+"""Likewise for a wide matrix unit, in gradients; in its forward pass such a tile has rectangles like others."""
 
 
 class Rectangle(NamedTuple):
@@ -50,13 +53,15 @@ class Rectangles(NamedTuple):
     edge: Edges | None
     """Tiles on the diagonal, of which order hides a part: of heads that choose by themselves, among the queries' own keys."""
     most: tuple[int, int]
+    most_edge: tuple[int, int] | None
 
     @classmethod
     def under(cls, problem: Problem, *, forward: bool) -> "Rectangles":
         """Those of a problem, of its forward pass or another."""
         cut: Cut = problem.tiles
         most = MOST_WIDE if cut.wide else MOST_FORWARD if forward and cut.heads == 1 else MOST
-        return cls(problem, cut, _edge(problem.layout, cut), most)
+        most_edge = EDGE if not cut.wide else None if forward else EDGE_WIDE
+        return cls(problem, cut, _edge(problem.layout, cut), most, most_edge)
 
     def kinds(self, together: int) -> list[tuple[int, ...]]:
         """Of the tiles that are visited together, by `fit` the first that does; the last fit all. In a tile of several blocks the choice is
@@ -142,8 +147,9 @@ class Rectangles(NamedTuple):
         cut = self.cut
         if kind == FIRST_EDGE and self.edge:
             cells, _ = self.edge.shown(kind)
-            if not cut.wide:
-                tile = Tile(cut.queries, cut.keys, edge_q=EDGE_ROWS, edge_kv=EDGE_KEYS)
+            if self.most_edge:
+                most_queries, most_keys = self.most_edge
+                tile = Tile(cut.queries, cut.keys, edge_q=most_queries, edge_kv=most_keys)
                 parts = [(at, part) for at, parts in edge_parts(cells, False, tile) for part in parts]
                 return [(at, part.queries, part.queries, part.cells) for at, part in parts]
         pairs, most_keys = self.most
@@ -185,6 +191,6 @@ def _edge(layout: Layout, cut: Cut) -> Edges | None:
         return None
     known = banded_edges(layout, cut.queries, cut.keys)
     shown = known.cells and all(
-        any(map(any, known.cells[0][at.start : at.stop])) for at in cuts(0, cut.keys // CELL, EDGE_KEYS // CELL)
+        any(map(any, known.cells[0][at.start : at.stop])) for at in cuts(0, cut.keys // CELL, EDGE[1] // CELL)
     )
     return known if shown else None
