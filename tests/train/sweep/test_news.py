@@ -27,6 +27,21 @@ def test_each_run_that_ends_is_told_once_with_how_many_are_left(tmp_path, corpus
     assert lines[2:] == [f"{second.name} is done: 3 of 4 are over"]
 
 
+def test_last_runs_are_told_and_those_that_failed_are_not_to_come(tmp_path, corpus, caplog):
+    first, second, third = small(tmp_path, corpus, "--seed=0,1,2").runs
+    told = News(tmp_path, 3)
+    claims.write_outcome(tmp_path, first, Outcome(status="failed", error="x"))
+    claims.write_outcome(tmp_path, second, Outcome(status="done"))
+    with caplog.at_level(logging.INFO, logger="plait"):
+        told.look()
+        assert not caplog.messages, "looked too soon"
+        told.look(final=True)
+        assert [", left about" in line for line in caplog.messages] == [True, True]
+        claims.write_outcome(tmp_path, third, Outcome(status="done"))
+        told.look(final=True)
+    assert caplog.messages[2:] == [f"{third.name} is done: 2 of 3 are over"]
+
+
 def test_of_some_runs_those_are_told(tmp_path, corpus, monkeypatch, caplog):
     first, second, third = small(tmp_path, corpus, "--seed=0,1,2").runs
     monkeypatch.setattr(news, "EVERY_SECONDS", 0.0)

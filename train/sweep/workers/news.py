@@ -26,19 +26,19 @@ class News:
         self._start = self._last = time.monotonic()
         self._known: dict[Path, int] = {}
         self._over = {path.parent.name for path, status in self._new() if status in claims.OVER}
+        self._failed: set[str] = set()
         self._ended = 0
 
-    def look(self) -> None:
-        """Says what is new, where the last look is long enough ago."""
+    def look(self, *, final: bool = False) -> None:
+        """Says what is new, where the last look is long enough ago or nobody works any more."""
         now = time.monotonic()
-        if now - self._last < EVERY_SECONDS:
+        if now - self._last < EVERY_SECONDS and not final:
             return
         self._last = now
         for path, status in self._new():
             self._ended += 1
-            if status in claims.OVER:
-                self._over.add(path.parent.name)
-            left = self._planned - len(self._over)
+            (self._over if status in claims.OVER else self._failed).add(path.parent.name)
+            left = self._planned - len(self._over | self._failed)  # one that failed is for another command
             pace = f", left about {format_seconds((now - self._start) / self._ended * left)}" if left else ""
             log.info("%s is %s: %d of %d are over%s", path.parent.name, status, len(self._over), self._planned, pace)
 

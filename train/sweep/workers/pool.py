@@ -95,6 +95,8 @@ def run_workers(folder: Path, sweep: Sweep, shares: Sequence[Share], only: Colle
                         workers.append(_Worker(folder, worker.number, shares, failures, only))
                     else:
                         statuses.append(FAILED)
+            if news is not None:
+                news.look(final=True)
         finally:
             for worker in workers:
                 worker.send(signal.SIGKILL)
