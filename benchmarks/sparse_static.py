@@ -1,6 +1,6 @@
 """Static cycles of what sparse attention on TPU is made of: tiles under a mask, visits where blocks are selected, and choosing.
 
-    python benchmarks/sparse_static.py [--target v5e] [--only tiles,masks,visits,choosing] [--visits 33 65]
+    python benchmarks/sparse_static.py [--target v5e] [--only tiles,masks,visits,choosing] [--visits 33 65] [--blocks 1024 512]
 
 Needs the extra `aot`. Cycles are the compiler's estimates (`tpu_static.py`), one head dim, 128, in bfloat16; a kernel that it has none for is
 "-". Tiles are those of a row of 8 by 8, and an edge is a tile on the diagonal. Masks are those of windows and PowerAttention in the tiles that
@@ -15,7 +15,7 @@ tiles. Of choosing, XLA's estimates of all but kernels are given.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import astuple, replace
 from typing import Any
 
@@ -215,16 +215,18 @@ def visited(indices: np.ndarray, block: int, heads: int, *, wide: bool) -> tuple
     return cut, counts
 
 
-def show_visits(target: str, lists: tuple[int, int], cycles: Callable[..., int | None], *, blind: bool) -> None:
-    """Prints shares of what chosen blocks promise, and the cycles that they are made of."""
+def show_visits(
+    target: str, lists: tuple[int, int], blocks: Collection[int], cycles: Callable[..., int | None], *, blind: bool
+) -> None:
+    """Prints shares of what chosen blocks of these sizes promise, and the cycles that they are made of."""
     kernels = [Visits(target, kernel, lists, cycles, blind=blind) for kernel in ("forward", "all_gradients")]
     masked = [Masked(kernel, cycles, by_cells=blind and kernel != "forward") for kernel in tpu_static.KERNELS]
     of_pairs = [kernel.total(Mask(), target)[0] for kernel in masked]
     full = [None if x is None else x * TOKENS * (TOKENS + 1) / 2 for x in of_pairs]
     print(f"{target}, {TOKENS} tokens, full causal attention:", *("-" if x is None else f"{x:,.0f}" for x in full))
-    rng = np.random.default_rng(0)
     print("blocks, top, heads together, choose, density, tile; of the promised speed-up forward, gradients, both")
-    for heads, block, top in CHOICES:
+    for heads, block, top in (choice for choice in CHOICES if choice[1] in blocks):
+        rng = np.random.default_rng((heads, block, top))
         for run in sorted({max(block, 128), block, 1}, reverse=True):
             indices, density = drawn(block, top, run, rng)
             cut, counts = visited(indices, block, heads, wide=CHIPS[target].matrix_unit == 256)
@@ -251,6 +253,9 @@ def main() -> None:
     parser.add_argument("--target", default="v5e", choices=tpu_static.TOPOLOGY)
     parser.add_argument("--only", default="tiles,masks,visits,choosing")
     parser.add_argument("--visits", type=int, nargs=2, default=(33, 65), help="lengths of lists that estimates are of")
+    parser.add_argument(
+        "--blocks", type=int, nargs="+", default=sorted({of[1] for of in CHOICES}), help="sizes that visits are of"
+    )
     parser.add_argument("--timeout", type=int, default=600, help="seconds an estimate")
     args = parser.parse_args()
 
@@ -285,7 +290,7 @@ def main() -> None:
             ]
             print(f"{what:24} {density(mask):8.4f} {', '.join(sizes):>26}", *(f"{share:>6}" for share in shares), flush=True)
     if "visits" in only:
-        show_visits(args.target, tuple(args.visits), cycles, blind=blind)
+        show_visits(args.target, tuple(args.visits), args.blocks, cycles, blind=blind)
     if "choosing" in only:
         print(f"{args.target}, choosing of 32,768 queries of 16 heads: XLA's part")
         for name in ("chunked", "pallas_tpu"):
