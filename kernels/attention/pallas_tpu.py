@@ -41,7 +41,7 @@ MAX_HEAD_DIM = 256
 MAX_TABLE = 1 << 17
 """Entries of a list of tiles in scalar memory (4 bytes each; the core has 1 MiB)."""
 MAX_LIST = MAX_TABLE // 4
-"""Where blocks are selected: two lists of so many are there at a time."""
+"""Where blocks are selected: four lists of so many are there at a time, a step's and that of the one behind it, each beside what comes next."""
 
 
 def choose_tiles(generation: str, key_dim: int, value_dim: int, dtype: Any) -> Tiles:
