@@ -87,6 +87,17 @@ def test_selected_blocks_match_reference_on_a_wide_matrix_unit(name: str, monkey
     assert_matches(of.case, inputs_of(of.case), own(segments_of(of.case)) | {"selected": _selected(of)})
 
 
+@pytest.mark.parametrize(
+    "name", usually(("groups", "many-heads-sigmoid", "diagonal-segments"), "groups", "many-heads-sigmoid", newest=())
+)
+def test_selected_blocks_match_reference_on_two_cores(name: str):
+    """Which share rows and heads, or of one head the queries; with copies that are made as soon as they begin."""
+    of = CHOICES[name]
+    tokens = own(segments_of(of.case)) | {"selected": _selected(of)}
+    how = {"chip": "v5p", "num_cores_or_threads": 2, "dma_execution_mode": "eager"}
+    assert_matches(of.case, inputs_of(of.case), tokens, **how)
+
+
 @pytest.mark.parametrize("name", usually(MASSES, *MASSES[::2], newest=MASSES[:1]))
 def test_column_mass_of_selected_blocks_matches_reference(name: str):
     of = CHOICES[name]

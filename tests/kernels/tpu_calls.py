@@ -48,9 +48,9 @@ class Case(NamedTuple):
     """The keys' weights are tiny; outputs, which then are nothing, are left out."""
 
 
-def run_checked(function: Callable[..., Any], *args: Any) -> Any:
-    """Runs under the TPU interpreter; raises on a data race in every supported JAX."""
-    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)), target("v5e"):
+def run_checked(function: Callable[..., Any], *args: Any, chip: str = "v5e", **how: Any) -> Any:
+    """Runs under the TPU interpreter, with parameters of it; raises on a data race in every supported JAX."""
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True, **how)), target(chip):
         out = jax.block_until_ready(jax.jit(function)(*args))
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call as state  # before JAX 0.12 a race only sets this flag
 
@@ -95,9 +95,9 @@ def _run(implementation: Any, case: Case, inputs: dict[str, jax.Array], tokens: 
     return cases.with_gradients(outputs, inputs)
 
 
-def assert_matches(case: Case, inputs: dict[str, jax.Array], tokens: dict[str, Any]) -> Any:
+def assert_matches(case: Case, inputs: dict[str, jax.Array], tokens: dict[str, Any], **how: Any) -> Any:
     plain = cases.quick_jit(partial(_run, reference, case))
-    got = run_checked(partial(_run, pallas_tpu, case), inputs, tokens)
+    got = run_checked(partial(_run, pallas_tpu, case), inputs, tokens, **how)
     assert case.low or got["value"]["o"].dtype == case.dtype
     assert_tree_close(got, in_float64(plain, inputs, tokens), plain(inputs, tokens), dtype=case.dtype)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(got))

@@ -16,8 +16,8 @@ class TileList(NamedTuple):
 
     ref: Any
     """[1, 1, 1, 1, .]: how many tiles, how many visits of the head before, and of each tile 4 * tile + kind."""
-    tile: Array
-    """The number of the step among those of a head."""
+    step: Array
+    """Its number among those of a head."""
     fetched: int
     """Tiles a visit."""
 

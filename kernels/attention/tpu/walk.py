@@ -214,6 +214,7 @@ class Walk:
         tile = (sums, self.cut.keys) if self.problem.sums_by_key_column else (self.cut.keys, sums)
         chip = current()
         overlap = chip is not None and chip.cores == 1
+        in_order = bool(sums) or overlap or kinds.shape[0] * kinds.shape[1] > 1  # else two cores share the steps of the one head
         stay = resident_bytes(self.cut.heads * self.cut.queries, self.num_keys, tile, core_memory()) if sums else 0
         total = jax.ShapeDtypeStruct((self.batch, self.num_kv_heads, self.num_keys, *tile), jnp.float32)
         come = [jnp.zeros_like(total)] if sums and not stay else []
@@ -233,7 +234,7 @@ class Walk:
             work = begin(self.problem, outs, list(left))
 
             def place(n: Array, p: int, of: TileList = mine) -> tuple[Array, ...]:
-                return at(b, h, of.tile, of.entry(n, p) >> 2)
+                return at(b, h, of.step, of.entry(n, p) >> 2)
 
             def real(n: Array, p: int) -> Array:
                 return (mine.entry(n, p) & 3) != SKIP
@@ -267,14 +268,14 @@ class Walk:
                 for copy in copies(n):
                     copy.wait()
 
-            def start_behind(n: Array) -> None:
-                """The copies of the visit behind visit n, which may be the first of the next step of the head."""
-                more = n + 1 < num_visits
-                pl.when(more)(partial(start, n + 1))
-                pl.when(~more & (after.tile < steps) & (after.visits > 0))(lambda: start(jnp.int32(0), after))
+            def start_next_step() -> None:
+                if in_order:
+                    pl.when((after.step < steps) & (after.visits > 0))(lambda: start(jnp.int32(0), after))
 
             def visit(n: Array, _: None) -> None:
-                start_behind(n)
+                more = n + 1 < num_visits
+                pl.when(more)(partial(start, n + 1))
+                pl.when(~more)(start_next_step)
                 wait(n)
                 for x in key_sums:
                     x.enter(n)
@@ -308,8 +309,9 @@ class Walk:
 
             for x in key_sums:
                 x.begin()
-            pl.when((tile == 0) & (num_visits > 0))(lambda: start(jnp.int32(0)))
-            pl.when(num_visits == 0)(lambda: start_behind(jnp.int32(-1)))
+            not_yet = (tile == 0) | (not in_order)
+            pl.when(not_yet & (num_visits > 0))(lambda: start(jnp.int32(0)))
+            pl.when(num_visits == 0)(start_next_step)
             work.prepare(self._tile({key: [ref[0]] for key, ref in here.items()}))
             for x in key_sums:
                 pl.when(num_visits > 0)(partial(x.enter, jnp.int32(-1)))
@@ -356,7 +358,7 @@ class Walk:
                 ],
             ),
             compiler_params=pltpu.CompilerParams(
-                dimension_semantics=(across, across, "arbitrary"),
+                dimension_semantics=(across, across, "arbitrary" if in_order else "parallel"),
                 vmem_limit_bytes=stay or None,
             ),
             cost_estimate=cost((*operands, *results), flops=2 * self.pairs * self.columns, transcendentals=self.pairs),
