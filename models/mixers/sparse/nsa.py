@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from math import gcd
 from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
@@ -75,7 +76,8 @@ class NSAConfig(SelectingConfig):
         for name in ("span", "block_size"):
             if getattr(self, name) % self.stride:
                 raise ValueError(
-                    f"stride={self.stride} must divide span={self.span} and block_size={self.block_size}; use 16 for 32 and 64"
+                    f"stride={self.stride} must divide span={self.span} and block_size={self.block_size}; "
+                    f"use {gcd(self.span, self.block_size)} or a divisor of it"
                 )
         if self.top_k < self.num_first + self.num_local:
             raise ValueError(

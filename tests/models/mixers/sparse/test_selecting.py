@@ -204,7 +204,8 @@ def test_gradients_are_finite_differences(make):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: NSAConfig(stride=24), "stride=24 must divide span=32 and block_size=64"),
+        (lambda: NSAConfig(stride=24), "stride=24 must divide span=32 and block_size=64; use 32 or a divisor"),
+        (lambda: NSAConfig(block_size=24), "stride=16 must divide span=32 and block_size=24; use 8 or a divisor"),
         (lambda: NSAConfig(top_k=2), "top_k=2 must hold num_first=1 and num_local=2; use at least 3"),
         (lambda: NSAConfig(compression="mean", hidden_dim=8), "hidden_dim=8 is of compression='mlp'"),
         (lambda: MoBAConfig(top_k=0), "top_k=0 must be a whole number from 1"),
