@@ -279,6 +279,12 @@ class LMConfig(Config):
             raise ValueError(f"model.vocab_size={size} is smaller than the data's {tokenizer_size}; leave it None or raise it")
         return dataclasses.replace(self, vocab_size=size)
 
+    def kept(self) -> LMConfig:
+        """This model as a run keeps it: with what mixers read from files written out."""
+        return dataclasses.replace(
+            self, mixers={name: at(f"mixers.{name}", mixer.kept, self.d_model) for name, mixer in self.mixers.items()}
+        )
+
     @property
     def longest(self) -> dict[str, int]:
         """Tokens of the longest row that each part which has a limit can take, by its path from here."""

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from plait.configs import codec
+from plait.configs.components import at
 from plait.configs.experiment import ExperimentConfig
 from plait.kernels.chips import peak_flops
 from plait.train import origin as origins
@@ -82,6 +83,7 @@ def train(config: ExperimentConfig, judge: Judge | None = None) -> Result:
     observer = None if config.probe_every is None else Probes(config.probe)
     watchers_of(config, () if observer is None else observer.probes)
     config = origins.settled(config)
+    config = dataclasses.replace(config, model=at("model", config.model.kept))
     with runs.claimed(config) as (going_on, check):
         setup = runs.set_up(config)
         if observer is not None and config.event:

@@ -93,6 +93,10 @@ class MixerConfig(Component, abc.ABC):
         """Raises ValueError, in a message that begins with the field, where this config does not fit the width."""
         self.head_kinds(d_model)
 
+    def kept(self, d_model: int) -> Self:
+        """This config as a run keeps it: with what it reads from a file written out, which may be gone or another later."""
+        return self
+
     def settled(self, d_model: int) -> Self:
         """This config with what it leaves to follow from the width written out."""
         return self
@@ -192,6 +196,9 @@ class WrapperConfig(MixerConfig):
     def fit(self, d_model: int) -> None:
         at("mixer", self.mixer.fit, d_model)
         super().fit(d_model)
+
+    def kept(self, d_model: int) -> Self:
+        return dataclasses.replace(self, mixer=self.mixer.kept(d_model))
 
     def carries(self, d_model: int) -> tuple[CarryUse, ...]:
         return self.mixer.carries(d_model)

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 
 from plait.configs import codec
+from plait.models.mixers.moh import MoHConfig
+from plait.models.mixers.sparse.moa import MoAConfig
 from plait.tests.train.common import changed, tiny
+from plait.train import loop
 from plait.train import run as runs
 from plait.train.checkpoint import CheckpointError, Checkpoints
 from plait.train.loop import train
@@ -23,6 +26,26 @@ def config(corpus, tmp_path):
 def test_new_folder_is_free_and_claiming_makes_nothing(config, tmp_path):
     assert runs.claim(config) is False and runs.claim(changed(config, {"resume": True})) is False
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_keeps_the_rules_of_a_plan_and_not_its_file(config, tmp_path, monkeypatch):
+    plan = tmp_path / "plan.json"
+    plan.write_text('{"alphas": [[1, 2]], "betas": [[0.25, 0.5]]}')
+    moa = MoAConfig(num_heads=2, head_dim=16, plan=str(plan))
+    mixers = {"moa": moa, "moh+moa": MoHConfig(mixer=moa)}
+    monkeypatch.setattr(loop, "_Loop", lambda *_: _Trained())
+    train(dataclasses.replace(config, model=dataclasses.replace(config.model, pattern="moa,moh+moa", mixers=mixers)))
+    plan.unlink()
+    saved = codec.load(type(config), setup_folder(config) / contents.CONFIG).model.mixers
+    for kept in (saved["moa"], saved["moh+moa"].mixer):
+        assert (kept.plan, kept.alphas, kept.betas) == (None, (1.0, 2.0), (0.25, 0.5))
+
+
+class _Trained:
+    """In place of training."""
+
+    def run(self):
+        return None
 
 
 LOST = {

@@ -102,6 +102,9 @@ class ParallelConfig(MixerConfig):
             under(f"parts.{index}", part.fit, d_model)
         abstract(self, d_model)  # raises where the parts do not fit together
 
+    def kept(self, d_model: int) -> Self:
+        return dataclasses.replace(self, parts=tuple(part.kept(d_model) for part in self.parts))
+
     def settled(self, d_model: int) -> Self:
         return dataclasses.replace(self, parts=tuple(part.settled(d_model) for part in self.parts))
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
 from plait.configs.domains import Line, Number, SomeSpan, Span, Whole
+from plait.configs.files import parse_json
 from plait.kernels import HeadMasks, Mask
 from plait.models.layers.cache import Slots
 from plait.models.mixers.base import Direction, register
 from plait.models.mixers.sparse.masked import MaskedConfig
 
 Rules = tuple[tuple[float, ...], tuple[float, ...]]
+
+_ALPHA, _BETA = Number(least=-(2.0**30), most=2.0**30), Number(least=0, most=1)
 
 
 @register(
@@ -38,9 +40,9 @@ class MoAConfig(MaskedConfig):
     """A plan's JSON file; None takes `alphas` and `betas`."""
     layer: Annotated[int, Whole(0, 4095)] = 0
     """Of the plan."""
-    alphas: tuple[Annotated[float, Number(least=-(2.0**30), most=2.0**30)], ...] | None = None
+    alphas: tuple[Annotated[float, _ALPHA], ...] | None = None
     """Tokens of each head's span whatever the input; None for 0."""
-    betas: tuple[Annotated[float, Number(least=0, most=1)], ...] | None = None
+    betas: tuple[Annotated[float, _BETA], ...] | None = None
     """Share of the input that each head's span has besides; None for 0.5, the same for all heads."""
     length: Span = 4096
     """Tokens of the input, N, for which spans are worked out."""
@@ -62,6 +64,9 @@ class MoAConfig(MaskedConfig):
         )
 
     def settled(self, d_model: int) -> Self:
+        return self.kept(d_model)
+
+    def kept(self, d_model: int) -> Self:
         if self.plan is None:
             return self
         alphas, betas = self.rules(self.count_heads(d_model))
@@ -109,13 +114,13 @@ def read_rules(plan: str, layer: int, num_heads: int) -> Rules:
 def _read(plan: str, layer: int) -> Rules:
     form = 'it must be JSON as {"alphas": [[a number a head], a list a layer], "betas": [...]}'
     try:
-        tree: Any = json.loads(Path(plan).read_text(encoding="utf-8"))
+        tree: Any = parse_json(Path(plan).read_bytes())
     except (OSError, ValueError) as error:
         raise ValueError(f"plan={plan!r} cannot be read ({error}); {form}") from None
     found = []
-    for name in ("alphas", "betas"):
+    for name, domain in (("alphas", _ALPHA), ("betas", _BETA)):
         layers = tree.get(name) if isinstance(tree, dict) else None
-        number = lambda x: isinstance(x, int | float) and not isinstance(x, bool) and abs(x) <= 2**30
+        number = lambda x: isinstance(x, int | float) and not isinstance(x, bool)
         rows = isinstance(layers, list) and all(isinstance(row, list) and row and all(map(number, row)) for row in layers)
         if not rows or not layers:
             raise ValueError(f"plan={plan!r} has no {name!r} of layers and heads; {form}")
@@ -124,5 +129,8 @@ def _read(plan: str, layer: int) -> Rules:
                 f"layer={layer} must be one of the {len(layers)} of plan={plan!r}; "
                 "use a plan that was searched for this model, or a layer of it"
             )
+        for value in layers[layer]:
+            if value not in domain:
+                raise ValueError(f"plan={plan!r} has {value} among the {name} of layer {layer}; each must be {domain.rule}")
         found.append(tuple(float(x) for x in layers[layer]))
     return found[0], found[1]

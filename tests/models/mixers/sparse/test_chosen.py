@@ -73,6 +73,10 @@ def test_moa_has_the_spans_of_its_plan(tmp_path):
         ('{"alphas": [[1], [2]]}', {}, r"has no 'betas' of layers and heads; it must be JSON as"),
         ('{"alphas": [["a"]]}', {}, r"has no 'alphas'"),
         ("alphas", {}, r"cannot be read"),
+        ("[" * 9999, {}, r"cannot be read \(it is nested more than"),
+        ('{"alphas": [], "alphas": []}', {}, r"cannot be read"),
+        (json.dumps({**rules, "betas": [[25] * HEADS] * 2}), {}, r"has 25 among the betas of layer 1; each must be .* at most 1"),
+        (json.dumps({**rules, "alphas": [[1e10] * HEADS] * 2}), {}, r"has 1.* among the alphas of layer 1"),
     ):
         plan.write_text(text)
         wrong = MoAConfig(**{**SMALL, "head_dim": 6, "layer": 1, **options}, plan=str(plan))
