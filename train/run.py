@@ -19,6 +19,7 @@ from typing import Any
 import jax
 
 from plait.configs import codec
+from plait.configs.components import at
 from plait.configs.experiment import ExperimentConfig
 from plait.configs.files import write_atomically
 from plait.configs.mesh import MeshConfig
@@ -65,6 +66,7 @@ def claim(config: ExperimentConfig) -> bool:
     if not begun(folder):
         return False
     saved = codec.load(ExperimentConfig, folder / CONFIG)
+    saved = dataclasses.replace(saved, model=at("model", saved.model.kept))  # of a run that kept the names of files
     check_goes_on(saved, config, max(checkpoint_steps(folder), default=0), folder)
     return True
 
