@@ -168,7 +168,7 @@ def test_a_visit_brings_what_is_chosen_in_few_equal_parts():
 
     assert [visited(1, 512, top) for top in (1, 3, 5, 8)] == [1, 3, 3, 4]
     assert [visited(1, 1024, top) for top in (1, 3, 8)] == [1, 2, 2]
-    assert [visited(16, 64, top) for top in (1, 16)] == [2, 8]
+    assert [visited(16, 64, top) for top in (1, 5, 16)] == [2, 6, 8]
     assert [visited(16, 64, 16, wide=False), visited(1, 512, 8, wide=False)] == [2, 1]
 
 

@@ -53,7 +53,7 @@ class Cut:
 
         A visit brings so many tiles of keys that a product has 128, and for a wide matrix unit as many as `VISIT_PAIRS` and the others allow,
         so that products of one tile begin while those of another end: what queries that choose alike have, in the fewest visits of one size,
-        and small tiles as they fill the unit.
+        and where there are several, small tiles as they fill the unit.
 
         Args:
           heads: of queries, and of keys.
@@ -73,7 +73,10 @@ class Cut:
             most = max(visited, min(VISIT_PAIRS // (together * queries * keys), max(VISIT_TILES, VISIT_KEYS // keys)))
             chosen = -(-(blocks.indices.shape[3] * blocks.block_size + max(queries - blocks.block_size, 0)) // keys)
             chosen = max(1, min(chosen, -(-lengths[1] // keys)))
-            visited = min(most, rounded_up(-(-chosen // -(-chosen // most)), max(1, 2 * LANES // keys)))
+            num_visits = -(-chosen // most)
+            visited = max(visited, -(-chosen // num_visits))
+            if num_visits > 1:
+                visited = min(most, rounded_up(visited, max(1, 2 * LANES // keys)))
         return Cut(blocks.block_size, together, queries, keys, wide, visited)
 
     def longest_list(self, lengths: tuple[int, int]) -> int:
