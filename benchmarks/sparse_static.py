@@ -142,10 +142,8 @@ class Visits:
     def _step(self, cut: Cut) -> float | None:
         name, short = "selected" if cut.block_size < cut.keys else "chosen" if cut.visited > 1 else "one", self.lists[0]
         visit, one = self.estimate(cut, name), self._run(cut, name, short)
-        both = (
-            self._run(cut, name, short, **more) for more in ({"steps": 2}, {"batch": 2})
-        )  # not each kernel has an estimate of both
-        two = next(filter(None, both), None)
+        more = ({"steps": 2}, {"batch": 2})  # not each kernel has an estimate of both
+        two = next(filter(None, (self._run(cut, name, short, **of) for of in more)), None)
         return None if visit is None or one is None or two is None else two - one - short * visit
 
     def estimate(self, cut: Cut, name: str) -> float | None:

@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from plait.kernels.attention.tpu import carried
-from plait.tests.kernels.tpu_calls import run_checked
+from plait.tests.kernels.attention_calls import run_checked
 
 BATCH, HEADS, WIDTH, BLOCKS, SIZE = 2, 2, 8, 4, 128
 STEPS = 20

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from plait import kernels
-from plait.kernels import DistanceBias, LowRankBias, Mask, Tokens, dispatch, gpu
+from plait.kernels import DistanceBias, Mask, Tokens, dispatch, gpu
 from plait.kernels.attention import pallas_gpu, reference
 from plait.kernels.attention.call import AttentionCall
 from plait.kernels.masks import PowerMask, SelectedBlocks
 from plait.kernels.target import target
 from plait.tests.kernels import cases
+from plait.tests.kernels.attention_calls import inputs_of, segments_of
 from plait.tests.kernels.test_ring import assert_shares_add_up
 from plait.tests.tolerances import assert_tree_close, in_float64
 
@@ -69,28 +70,6 @@ needs_interpreter = pytest.mark.skipif(
 )
 
 
-def _inputs(case: Case) -> dict[str, Any]:
-    rng = np.random.default_rng(case.length)
-    (num_heads, num_kv_heads), (key_dim, value_dim) = case.heads, case.dims
-    batch = 1 if case.segments is None else cases.BATCH
-    shapes = {"q": (num_heads, key_dim), "k": (num_kv_heads, key_dim), "v": (num_kv_heads, value_dim)}
-    inputs = {name: jnp.asarray(rng.standard_normal((batch, case.length, *s)), case.dtype) for name, s in shapes.items()}
-    if case.sinks:
-        inputs["sinks"] = jnp.asarray(rng.standard_normal(num_heads) + (60 if case.low else 0), jnp.float32)
-    if case.bias:
-        sides = (jnp.asarray(rng.standard_normal((1, case.length, n, 3)), case.dtype) for n in case.heads)
-        inputs["bias"] = LowRankBias(*sides)
-    if case.sigmoid:
-        inputs["sigmoid_bias"] = jnp.asarray(rng.standard_normal(num_heads) - (150 if case.low else 3), jnp.float32)
-    return inputs
-
-
-def _segments(case: Case) -> jax.Array | None:
-    if case.segments in (None, "none"):
-        return None if case.segments is None else jnp.zeros((cases.BATCH, case.length), jnp.int32)
-    return cases.segments(case.length, case.segments)
-
-
 def _selected(case: Case, batch: int) -> SelectedBlocks | None:
     if case.selected is None:
         return None
@@ -141,7 +120,7 @@ def _own(segment_ids: jax.Array | None) -> dict[str, Any]:
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES])
 def test_kernel_matches_reference(name: str):
     case = CASES[name]
-    got = _assert_matches(case, _inputs(case), _own(_segments(case)))
+    got = _assert_matches(case, inputs_of(case), _own(segments_of(case)))
     if name == "hidden":
         assert not any(np.asarray(x).any() for key, x in got["value"].items() if key != "lse")
 
@@ -150,7 +129,7 @@ def test_kernel_matches_reference(name: str):
 def test_kernel_matches_reference_with_selected_blocks_of_other_devices():
     """The queries are a part of the row, the keys all of it."""
     case = Case(heads=(4, 2), selected=(32, 2), length=128, stats=False)
-    inputs, rng, first, length = _inputs(case), np.random.default_rng(0), 64, 192
+    inputs, rng, first, length = inputs_of(case), np.random.default_rng(0), 64, 192
     for name in ("k", "v"):
         inputs[name] = jnp.asarray(rng.standard_normal((1, length, *inputs[name].shape[2:])), case.dtype)
     row = Tokens(None, jnp.asarray(np.repeat([1, 2, 3], [40, 110, 42])[None], jnp.int32)).placed(1, length)
@@ -161,7 +140,7 @@ def test_kernel_matches_reference_with_selected_blocks_of_other_devices():
 @needs_interpreter
 def test_kernel_matches_reference_with_shuffled_keys():
     case = Case(mask=Mask(window_size=90, num_sink_tokens=2), length=64)
-    inputs, rng = _inputs(case), np.random.default_rng(0)
+    inputs, rng = inputs_of(case), np.random.default_rng(0)
     longer = {name: jnp.asarray(rng.standard_normal((1, 200, *x.shape[2:])), case.dtype) for name, x in inputs.items()}
     positions = jnp.asarray(rng.permutation(200)[None], jnp.int32)
     tokens = {
@@ -174,13 +153,13 @@ def test_kernel_matches_reference_with_shuffled_keys():
 @needs_interpreter
 def test_routed_matches_reference():
     case = Case(mask=Mask(window_size=90), heads=(2, 1), segments="several", sinks=True, length=140)
-    inputs, rng = _inputs(case), np.random.default_rng(0)
+    inputs, rng = inputs_of(case), np.random.default_rng(0)
     active = jnp.asarray(rng.random(inputs["q"].shape[:3]) < 0.4).at[0, :, 0].set(False)
 
     def run(implementation: str, inputs: dict[str, jax.Array]) -> Any:
         def outputs(inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
             q, k, v = (inputs[name] for name in "qkv")
-            options = {"mask": case.mask, "at": Tokens(None, _segments(case)), "sinks": inputs["sinks"]}
+            options = {"mask": case.mask, "at": Tokens(None, segments_of(case)), "sinks": inputs["sinks"]}
             return {"o": kernels.routed_attention(q, k, v, active, implementation=implementation, **options)}
 
         return cases.with_gradients(outputs, inputs)

@@ -25,7 +25,7 @@ from plait.kernels.attention.visits import FULL, SKIP, Layout, plan_visits
 from plait.kernels.chips import CHIPS
 from plait.kernels.target import target
 from plait.tests.kernels import cases
-from plait.tests.kernels.tpu_calls import (
+from plait.tests.kernels.attention_calls import (
     CHOSEN,
     Case,
     assert_mass_matches,

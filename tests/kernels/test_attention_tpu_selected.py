@@ -11,7 +11,15 @@ from plait.kernels.attention import pallas_tpu
 from plait.kernels.attention.tpu import key_sums, rectangles, walk
 from plait.kernels.chips import CHIPS
 from plait.tests.kernels import cases
-from plait.tests.kernels.tpu_calls import Case, assert_mass_matches, assert_matches, inputs_of, own, segments_of, small_tiles
+from plait.tests.kernels.attention_calls import (
+    Case,
+    assert_mass_matches,
+    assert_matches,
+    inputs_of,
+    own,
+    segments_of,
+    small_tiles,
+)
 from plait.tests.suites import usually
 
 

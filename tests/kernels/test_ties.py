@@ -17,7 +17,7 @@ from plait.kernels.attention.tpu.tokens import chosen_tokens
 from plait.kernels.attention.visits import layout_of
 from plait.kernels.target import target
 from plait.tests.kernels import cases
-from plait.tests.kernels.tpu_calls import run_checked
+from plait.tests.kernels.attention_calls import run_checked
 from plait.tests.tolerances import assert_close, assert_tree_close, in_float64
 
 

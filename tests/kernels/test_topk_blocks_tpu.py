@@ -14,8 +14,8 @@ from plait.kernels.target import target
 from plait.kernels.topk_blocks import chunked, pallas_tpu, reference, tokens_tpu
 from plait.kernels.topk_blocks.call import TopkCall
 from plait.tests.kernels import cases
+from plait.tests.kernels.attention_calls import run_checked
 from plait.tests.kernels.choices import Case, call_of
-from plait.tests.kernels.tpu_calls import run_checked
 from plait.tests.suites import usually
 from plait.tests.tolerances import assert_close, in_float64
 

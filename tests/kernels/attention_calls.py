@@ -1,4 +1,4 @@
-"""Calls of attention for the tests of its TPU kernels: their inputs, and how a kernel in the interpreter, with race detection, compares."""
+"""Calls of attention for the tests of its kernels: their inputs, and how a TPU kernel in the interpreter, with race detection, compares."""
 
 from collections.abc import Callable
 from functools import partial
