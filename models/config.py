@@ -143,6 +143,12 @@ class LMConfig(Config):
                     "change the pattern, or the config"
                 )
             at(f"mixers.{name}", config.fit, self.d_model)
+            for field, token in config.token_ids.items():
+                if self.vocab_size is not None and token >= self.vocab_size:
+                    raise ValueError(
+                        f"mixers.{name}.{field}={token} must be a token of the vocabulary, of which there are "
+                        f"vocab_size={self.vocab_size}; use at most {self.vocab_size - 1}"
+                    )
             if self.direction not in config.directions:
                 raise ValueError(
                     f"causal={self.causal} does not fit mixers.{name}, which can be {' or '.join(config.directions)} only; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -32,7 +33,8 @@ def whole_rows(config: ExperimentConfig) -> list[str]:
             )
         if not mixer.sees_whole(width, length):
             continue
-        having, ways = list(_limits(mixer, path, width, length)), _ways(mixer, path, width, length)
+        having = list(dict.fromkeys(name for limit in _limits(mixer, width, length) for name in limit))
+        ways = _ways(mixer, path, width, length)
         if not ways:
             having, ways = _choices(mixer, path, width, length)
         if ways:
@@ -55,26 +57,39 @@ def _mixers(config: Any, path: str) -> Iterator[tuple[str, MixerConfig]]:
 
 def _ways(mixer: MixerConfig, path: str, width: int, length: int) -> list[str]:
     """What would leave tokens out: a smaller option, a longer row."""
-    ways = [f"{name} {less} or less" for name, less in _limits(mixer, path, width, length).values()]
+    limits = _limits(mixer, width, length)
+    ways = [" with ".join(f"{flag(f'{path}.{name}')} {less} or less" for name, less in limit.items()) for limit in limits]
     return ways if mixer.sees_whole(width, _MUCH_LONGER * length) else [*ways, "a longer --data.seq-len"]
 
 
-def _limits(mixer: MixerConfig, path: str, width: int, length: int) -> dict[str, tuple[str, int]]:
-    """By option of which a smaller value by itself leaves tokens out, its flag and such a value: its own halved again and again, where it
-    has none the row's length, or a small one."""
-    settled, found = mixer.settled(width), {}
-    for name, kinds in _kinds(mixer).items():
-        value = getattr(settled, name)
-        if value is None and int in kinds:
-            value = length
-        if type(value) is not int:
-            continue
-        halved = [value >> times for times in range(1, value.bit_length())]
-        for less in (*halved, *range(min(value - 1, _SMALL), 0, -1)):
-            if _whole(settled, {name: less}, width, length) is False:
-                found[name] = flag(f"{path}.{name}"), less
-                break
+def _limits(mixer: MixerConfig, width: int, length: int) -> list[dict[str, int]]:
+    """Options of which smaller values leave tokens out, with such values: each by itself, or where none does so, two together."""
+    settled = mixer.settled(width)
+    smaller = {name: _smaller(value) for name, value in _counts(settled, length).items()}
+    whole = lambda options: _whole(settled, options, width, length)
+    fewer = lambda name, others: ({**others, name: less} for less in smaller[name] if whole({**others, name: less}) is False)
+    if alone := [limit for name in smaller for limit in itertools.islice(fewer(name, {}), 1)]:
+        return alone
+    valid = {name: [less for less in values if whole({name: less}) is not None] for name, values in smaller.items()}
+    found = []
+    for one, other in itertools.combinations([name for name, values in valid.items() if values], 2):
+        for limit in itertools.islice(fewer(one, {other: valid[other][-1]}), 1):
+            found.append(next(fewer(other, {one: limit[one]})))
     return found
+
+
+def _counts(settled: MixerConfig, length: int) -> dict[str, int]:
+    """Whole numbers among its options; where there may be one and is none, the row's length."""
+    values = {
+        name: length if (value := getattr(settled, name)) is None and int in kinds else value
+        for name, kinds in _kinds(settled).items()
+    }
+    return {name: value for name, value in values.items() if type(value) is int}
+
+
+def _smaller(value: int) -> list[int]:
+    """Of a number the halves, halves of those and so on, then small ones."""
+    return [*(value >> times for times in range(1, value.bit_length())), *range(min(value - 1, _SMALL), 0, -1)]
 
 
 def _choices(mixer: MixerConfig, path: str, width: int, length: int) -> tuple[list[str], list[str]]:

@@ -83,6 +83,11 @@ class MixerConfig(Component, abc.ABC):
         """By option, ids of tokens: in rows that have none of them every query sees all up to itself."""
         return {}
 
+    @property
+    def token_ids(self) -> Mapping[str, int]:
+        """By option, ids of tokens that it looks for in the text."""
+        return {}
+
     def decode_flops(self, d_model: int, context: int) -> float:
         """Operations besides the projections of the token after `context` others: what it adds to those of a causal sequence, unless
         decoding works otherwise."""
@@ -199,6 +204,10 @@ class WrapperConfig(MixerConfig):
 
     def kept(self, d_model: int) -> Self:
         return dataclasses.replace(self, mixer=self.mixer.kept(d_model))
+
+    @property
+    def token_ids(self) -> Mapping[str, int]:
+        return {f"mixer.{name}": token for name, token in self.mixer.token_ids.items()}
 
     def carries(self, d_model: int) -> tuple[CarryUse, ...]:
         return self.mixer.carries(d_model)

@@ -28,7 +28,15 @@ def test_a_notice_says_which_layer_and_what_would_be_less():
         "use --model.mixers.moba.block-size 64 or less, or a longer --data.seq-len"
     )
     (found,) = told("--model.pattern", "gla,nsa")
+    both = "with top_k=16, window_size=512; use --model.mixers.nsa.top-k 3 or less with --model.mixers.nsa.window-size 128 or less, or a"
+    assert both in found, "a window as long as a row sees all whatever is chosen"
+    near = "--model.mixers.nsa.window-size"
+    (found,) = told("--model.pattern", "nsa", near, "32")
     assert "use --model.mixers.nsa.top-k 3 or less, or a longer" in found
+    few = ["--model.mixers.nsa.block-size", "16", "--model.mixers.nsa.top-k", "4"]
+    (found,) = told("--model.pattern", "nsa", near, "256", *few)
+    assert f"with window_size=256; use {near} 128 or less, or a" in found
+    assert not told("--model.pattern", "nsa", near, "255", *few)
     (found,) = told("--model.pattern", "softmax,moh+softmax/near", "--model.mixers.moh+softmax/near.mixer.window-size", "256")
     assert found.startswith("softmax (model.mixers.moh+softmax/near.mixer) sees") and "mixer.window-size 128 or less" in found
 
@@ -47,8 +55,9 @@ def test_every_sparse_mixer_is_told_in_the_shortest_rows_alone(name):
 def test_what_is_said_leaves_tokens_out():
     for name in (name for name in SPARSE if name != "blockrank"):  # which asks for ids, not for less
         for notice in told("--model.pattern", name):
-            words = [word.split() for word in notice.split("; use ")[1].split(", ") if word.startswith("--")]
-            assert all(not told("--model.pattern", name, *two[:2]) for two in words), notice
+            ways = [way.split(" with ") for way in notice.split("; use ")[1].split(", ") if way.startswith("--")]
+            words = [[word for option in way for word in option.split()[:2]] for way in ways]
+            assert all(not told("--model.pattern", name, *options) for options in words), notice
 
 
 def test_layers_that_an_option_lets_see_all_are_told():

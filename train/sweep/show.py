@@ -28,6 +28,7 @@ from plait.train.sweep.workers.claims import OVER
 from plait.train.terminal.progress import format_seconds
 
 _LIVE_SECONDS = 2.0
+_NOTHING = "–"
 _COLOURS = {
     "running": "cyan",
     "done": "green",
@@ -63,7 +64,7 @@ def plan_table(runs: Sequence[Run], folder: Path, presets_run: Path, width: int 
     sizes = {run.name: _size(run) for run in runs}
     work = sum(size["FLOPs"] for size in sizes.values())
     rate, source = _rate(runs, [size["FLOPs"] for size in sizes.values()], folder, presets_run)
-    time_of = lambda flops: "–" if rate is None else format_seconds(flops / rate)
+    time_of = lambda flops: _NOTHING if rate is None else format_seconds(flops / rate)
     cells = {
         name: [*(quantity(size[key]) for key in ("parameters", "tokens", "FLOPs")), time_of(size["FLOPs"])]
         for name, size in sizes.items()
@@ -131,12 +132,15 @@ def _table(
     width: int | None,
     styles: Mapping[str, str] = MappingProxyType({}),
 ) -> Table:
-    """A line a run, by name: the keys in which runs differ, a column each or, where that is too wide, in one; then cells of `more`."""
+    """A line a run, by name: the keys in which runs differ, a column each or in one; then cells of `more`. One column where theirs are too
+    wide, and where most of what they hold would be nothing, as of a study whose rows have options of different mixers."""
     varied = varying(tuple(runs))
     keys = list(next(iter(varied.values()), ()))
-    values = {name: ["–" if value is None else str(value) for value in found.values()] for name, found in varied.items()}
+    values = {name: [_NOTHING if value is None else str(value) for value in found.values()] for name, found in varied.items()}
+    every = [value for found in values.values() for value in found]
     lines = [["run", *keys, *more], *([str(n), *values[run.name], *cells[run.name]] for n, run in enumerate(runs, start=1))]
-    if width is not None and sum(max(map(cell_len, column)) + 3 for column in zip(*lines)) + 1 > width:
+    columns = sum(max(map(cell_len, column)) + 3 for column in zip(*lines)) + 1
+    if 2 * every.count(_NOTHING) > len(every) or (width is not None and columns > width):
         told = apart(runs)
         keys = ["what differs"]
         lines[1:] = [[line[0], ", ".join(told[run.name]), *cells[run.name]] for line, run in zip(lines[1:], runs)]

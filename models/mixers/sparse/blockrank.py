@@ -57,8 +57,7 @@ class BlockRankConfig(GroupedConfig):
 
     def check(self) -> None:
         super().check()
-        ids = [one for one in (self.document_id, self.query_id, self.answer_id) if one is not None]
-        if len(set(ids)) < len(ids):
+        if len(set(self.token_ids.values())) < len(self.token_ids):
             raise ValueError(
                 f"query_id={self.query_id} must differ from document_id and answer_id; give each marker a token of its own"
             )
@@ -66,6 +65,11 @@ class BlockRankConfig(GroupedConfig):
             raise ValueError(
                 f"positions={self.positions.name} adds to the logits, which here are those of several parts; use rotary or another"
             )
+
+    @property
+    def token_ids(self):
+        ids = {"document_id": self.document_id, "query_id": self.query_id, "answer_id": self.answer_id}
+        return {name: token for name, token in ids.items() if token is not None}
 
     @property
     def whole_without(self):

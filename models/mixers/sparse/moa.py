@@ -133,4 +133,8 @@ def _read(plan: str, layer: int) -> Rules:
             if value not in domain:
                 raise ValueError(f"plan={plan!r} has {value} among the {name} of layer {layer}; each must be {domain.rule}")
         found.append(tuple(float(x) for x in layers[layer]))
+    if len(tree["alphas"]) != len(tree["betas"]):
+        raise ValueError(
+            f"plan={plan!r} has alphas of {len(tree['alphas'])} layers and betas of {len(tree['betas'])}; it must have both of each layer"
+        )
     return found[0], found[1]

@@ -99,6 +99,9 @@ class NSAConfig(SelectingConfig):
             return "a network compresses its values, which is not linear in them"
         return "its branches weigh values of their own" if self.keys == "separate" else None
 
+    def sees_whole(self, d_model: int, seq_len: int) -> bool:
+        return self.window_size >= seq_len or super().sees_whole(d_model, seq_len)
+
     def build(self, d_model: int, ctx: BuildContext) -> NSA:
         return NSA(self, d_model, ctx)
 

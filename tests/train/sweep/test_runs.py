@@ -87,6 +87,9 @@ def test_dry_run_shows_runs_and_starts_none(tmp_path, monkeypatch, capsys):
     assert "4 runs; no time: nothing was measured yet" in shown and "45.6K" in shown and list(tmp_path.iterdir()) == []
     assert main(["sweep", "lm_tiny", "--dry-run"]) == 0
     assert "1 run; " in capsys.readouterr().out
+    assert main(["sweep", "sparse_recall", "--seeds", "1", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "what differs" in shown and max(map(len, shown.splitlines())) < 160, "of few rows' options most cells would be empty"
 
 
 def test_dry_run_is_shown_where_the_usual_folder_holds_another_sweep(tmp_path, corpus, monkeypatch, capsys):

@@ -14,6 +14,7 @@ from plait.models.attention_losses import AttentionLossConfig, attention_losses
 from plait.models.build import BuildContext
 from plait.models.config import LMConfig
 from plait.models.looks.look import Everyone
+from plait.models.mixers.moh import MoHConfig
 from plait.models.mixers.sparse.blockrank import BlockRankConfig
 from plait.tests.models.common import assert_decodes_as_the_call, build, layout, quick_jit
 from plait.tests.models.mixers.sparse.test_masked import HEAD_DIM, HEADS, LENGTH, SMALL, WIDTH, softmax
@@ -102,3 +103,12 @@ def test_bad_options_are_refused():
         BlockRankConfig(query_id=1)
     with pytest.raises(ValueError, match=r"temperature=0.1 is of document_ranking, which is None"):
         AttentionLossConfig(temperature=0.1)
+    for pattern, mixer, path in (
+        ("blockrank", CONFIG, "blockrank.answer_id"),
+        ("moh+blockrank", MoHConfig(mixer=CONFIG), r"moh\+blockrank.mixer.answer_id"),
+    ):
+        config = LMConfig(d_model=WIDTH, num_layers=1, pattern=pattern, mixers={pattern: mixer})
+        wrong = rf"mixers.{path}=3 must be a token of the vocabulary, of which there are vocab_size=3; use at most 2"
+        with pytest.raises(ValueError, match=wrong):
+            dataclasses.replace(config, vocab_size=3)
+        assert dataclasses.replace(config, vocab_size=4).vocab_size == 4

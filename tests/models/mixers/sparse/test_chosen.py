@@ -68,6 +68,11 @@ def test_moa_has_the_spans_of_its_plan(tmp_path):
     check(config, masked(lambda h, i, j: j <= i and (j < 2 or i - j < (4, 6, 4, 5)[h])))
     for text, options, message in (
         (json.dumps(rules), {"num_heads": 3}, r"has 4 alphas in layer 1, and num_heads=3; use a plan that was searched for this"),
+        (
+            json.dumps({**rules, "betas": rules["betas"][:1]}),
+            {"layer": 0},
+            r"has alphas of 2 layers and betas of 1; it must have both",
+        ),
         (json.dumps(rules), {"layer": 2}, r"layer=2 must be one of the 2 of plan="),
         ('{"alphas": [[1]]}', {}, r"layer=1 must be one of the 1"),
         ('{"alphas": [[1], [2]]}', {}, r"has no 'betas' of layers and heads; it must be JSON as"),
