@@ -1,4 +1,5 @@
-"""What queries choose to see: how much of their attention it keeps, how alike choices are, how far back and how evenly they lie."""
+"""What queries choose to see: how much of their attention it keeps, how alike choices of heads and neighbours are, how far back and how
+evenly they lie."""
 
 from __future__ import annotations
 
@@ -8,17 +9,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from plait.kernels import SelectedBlocks, Tokens
 from plait.models.looks.look import Look, Selection
 from plait.train.probes.base import Probe, register
 from plait.train.probes.means import mean_of_rows, upto
 from plait.train.probes.statistic import Metric, Panel, Statistic
 
 SECTION = "Selection"
+NEIGHBOURS = 128
+"""Queries, or as many as a block has tokens where those are more."""
 
 
 @register(
     "selection",
-    source="MoBA (2502.13189), NSA (2502.11089): what block selection is to keep; overlap and entropy of choices here",
+    source="MoBA (2502.13189), NSA (2502.11089): what block selection is to keep; overlap, entropy and spread of choices here",
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SelectionProbe(Probe):
@@ -57,6 +61,15 @@ class SelectionProbe(Probe):
             metric=Metric(name="selection/entropy", reduce=np.nanmean, meaning="mean over heads and layers that choose"),
             panel=Panel(title="Entropy of what is chosen", section=SECTION, lines=True, limits=(0, 1)),
         ),
+        Statistic(
+            name="selection_spread",
+            per="head",
+            unit="times",
+            meaning=f"blocks that {NEIGHBOURS} neighbours, or as many as a block has tokens, choose together over how many one of them "
+            "chooses: what kernels compute over what was chosen; none where tokens are chosen one by one",
+            metric=Metric(name="selection/spread", reduce=np.nanmean, meaning="mean over heads and layers that choose blocks"),
+            panel=Panel(title="Blocks of neighbours over those of one", section=SECTION, lines=True),
+        ),
     )
 
     def measure(self, look, config):
@@ -75,6 +88,7 @@ class SelectionProbe(Probe):
             "selection_overlap": None if seen.shape[1] == 1 else each(mean_of_rows(_overlap(seen), rows)),
             "selection_age": each(mean_of_rows(age, rows)),
             "selection_entropy": each(_entropy(seen & rows[:, None, :, None], past & rows[:, :, None])),
+            "selection_spread": None if selection.blocks.block_size == 1 else each(_spread(selection.blocks, look.at)),
         }
 
     def summary(self, run):
@@ -125,3 +139,22 @@ def _entropy(seen: jax.Array, past: jax.Array) -> jax.Array:
     most = past.any(1).sum(-1)  # [B]
     ratio = entropy / jnp.log(jnp.maximum(most, 2).astype(jnp.float32))[:, None]
     return mean_of_rows(jnp.moveaxis(ratio, 0, -1)[None], (most > 1)[None])
+
+
+def _spread(blocks: SelectedBlocks, at: Tokens) -> jax.Array:
+    """`[Hs]`, the mean over runs of neighbours of which some leave a block out."""
+    batch, length, choices, number = blocks.indices.shape
+    size = min(length, max(NEIGHBOURS, blocks.block_size))
+    runs = lambda x: x[:, : length // size * size].reshape(batch, -1, size, *x.shape[2:])  # [B, N, size, ...]
+    own, real = at.positions // blocks.block_size, at.segment_ids > 0
+    there = (blocks.indices >= 0) & (blocks.indices <= own[..., None, None]) & real[..., None, None]
+    starts = (
+        jnp.arange(length, dtype=jnp.int32)[None] - at.positions
+    )  # of documents: their blocks are told apart by their first tokens
+    first = jnp.where(there, starts[..., None, None] + blocks.indices * blocks.block_size, length)
+    first = jnp.sort(jnp.moveaxis(runs(first), 3, 2).reshape(batch, -1, choices, size * number), axis=-1)
+    new = jnp.concatenate([first[..., :1] < length, (first[..., 1:] > first[..., :-1]) & (first[..., 1:] < length)], axis=-1)
+    count = there.sum(-1)  # [B, T, Hs]
+    one = runs(count).sum(2) / jnp.maximum(runs(real).sum(2), 1)[..., None]  # [B, N, Hs]
+    less = runs(real[..., None] & (count <= own[..., None])).any((2, 3))
+    return mean_of_rows(jnp.moveaxis(new.sum(-1) / jnp.maximum(one, 1e-30), 2, 1), less)

@@ -25,6 +25,7 @@ from plait.train.convert.reshapes.kv_heads import KVHeads
 from plait.train.convert.reshapes.mla import MLA
 from plait.train.convert.reshapes.moh import MoH
 from plait.train.convert.reshapes.rope import Rope
+from plait.train.convert.reshapes.sparse import Sparse
 from plait.train.convert.reshapes.vocab import Vocab
 from plait.train.convert.reshapes.window import Window
 from plait.train.convert.weights import ConvertError
@@ -46,6 +47,8 @@ IDENTITIES = {
     "no shared head, all used": MoH(num_shared_heads=0, top_k=6),
     "all layers": Depth(pattern="keep"),
     "window of the length": Window(window_size=LENGTH),
+    "all blocks chosen": Sparse(pattern="moba*2,softmax", block_size=4, top_k=4),
+    "near enough, and landmarks": Sparse(pattern="neighborhood,landmark,softmax", window_size=LENGTH),
     "factor 1, linear": Rope(method="linear", factor=1.0),
     "factor 1, ntk": Rope(method="ntk", factor=1.0),
     "factor 1, yarn": Rope(method="yarn", factor=1.0),
@@ -61,6 +64,8 @@ def test_what_changes_nothing_moves_no_logit(plain, name):
     assert found.moved.tokens == 2 * LENGTH
     if isinstance(reshape, KVHeads | Depth | Window):
         assert different_arrays(old.params, new.params) == [] and (found.moved.mean_kl, found.moved.largest) == (0, 0)
+    if isinstance(reshape, Sparse):
+        assert all(different_arrays(layer(old, i), layer(new, i)) == [] for i in range(3)) and found.moved.largest < 1e-4
     assert_close(logits(new)[..., :260], logits(old))
 
 
@@ -264,7 +269,7 @@ def test_several_devices_make_the_same_bits(plain, reshape, tmp_path):
 
 
 def test_every_reshape_is_shown_and_documented():
-    assert set(RESHAPES) == {"kv_heads", "moh", "mla", "depth", "window", "vocab", "rope", "linearize", "students"}
+    assert set(RESHAPES) == {"kv_heads", "moh", "mla", "depth", "window", "vocab", "rope", "linearize", "students", "sparse"}
     assert main(["list", "reshapes"]) == 0
 
 

@@ -62,7 +62,7 @@ def test_the_commands_of_the_docs_run(tmp_path, capsys):
     here = Path.cwd()
     os.chdir(tmp_path)
     try:
-        assert {words[4] for words in documented()} == {"kv_heads", "moh", "mla", "depth", "window", "vocab", "rope"}
+        assert {words[4] for words in documented()} == {"kv_heads", "moh", "mla", "depth", "window", "vocab", "rope", "sparse"}
         for words in documented():
             assert main(words) == 0, words
             assert (tmp_path / words[3] / "reshape.json").is_file()
@@ -120,6 +120,29 @@ CASES = {
     "shrunk positions": ("plain", "rope --factor 0.5", "factor=0.5 must be a finite number of at least 1"),
     "stretched already": ("yarn", "rope --factor 2", "has no layer with plain rotary embedding and no window"),
     "one pair": ("little turned", "rope --factor 2 --method ntk", "two pairs are needed"),
+    "no such mixer": (
+        "plain",
+        "sparse --pattern nsa",
+        "gives layer 0 'nsa'; it must be 'softmax', which is there, or one of softmax, bigbird",
+    ),
+    "parameters of another kind": (
+        "gla",
+        "sparse",
+        "gives layer 0 'moba', and it is gla, which has other parameters; leave it 'gla'",
+    ),
+    "nothing to be sparse": (
+        "plain",
+        "sparse --pattern softmax",
+        "pattern='softmax' changes no layer of model.pattern='softmax'; name one",
+    ),
+    "an option of none": (
+        "plain",
+        "sparse --plan x.json",
+        "plan=x.json is of no mixer that pattern='moba' puts in place; leave it out",
+    ),
+    "no block": ("plain", "sparse --top-k 0", "top_k=0 must be a whole number from 1"),
+    "no plan": ("plain", "sparse --pattern moa --plan nowhere.json", "plan='nowhere.json' cannot be read"),
+    "ALiBi among what is chosen": ("alibi", "sparse", "positions=alibi adds to the logits"),
     "no text": ("plain", "vocab --vocab-size 300 --text nowhere.txt", "text='nowhere.txt' cannot be read"),
 }
 

@@ -1,6 +1,7 @@
 """What queries choose: by hand, and of mixers that choose against dense attention in float64."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from plait.tests.models.common import layout, quick_jit
 from plait.tests.tolerances import assert_close
 from plait.tests.train.probes.test_probes import look_at, measure, on
 from plait.train.probes.base import Probes
+from plait.train.probes.selection import _spread
 
 LENGTH = 6
 
@@ -41,7 +43,7 @@ def test_by_hand():
     """Six tokens in blocks of two. One choice sees a query's own block and the first, the other its own alone; the last two rows leave
     tokens out for both, the two before for the second alone, and of even attention they keep 4, 2, 3 / 5, 4 / 6 and 1 / 3, ... of it."""
     own = np.arange(LENGTH) // 2
-    numbers = np.stack([np.stack([own, 0 * own], -1), np.stack([own, own * 0 - 1], -1)], axis=1)
+    numbers = np.stack([np.stack([own, np.where(own, 0, -1)], -1), np.stack([own, own * 0 - 1], -1)], axis=1)
     found = quick_jit(lambda: measure("selection", choosing(numbers)))()
     first = np.array([1, 1, 3 / 5, 4 / 6]).mean()
     second = np.array([1 / 3, 2 / 4, 1 / 5, 2 / 6]).mean()
@@ -51,6 +53,29 @@ def test_by_hand():
     assert_close(found["selection_age"], np.float32(np.mean(ages, 1)))
     entropy = lambda counts: -sum(c / sum(counts) * np.log(c / sum(counts)) for c in counts)
     assert_close(found["selection_entropy"], np.float32([entropy(c) / np.log(6) for c in ([4, 4, 2, 1, 2, 1], [2, 1, 2, 1])]))
+    assert_close(found["selection_spread"], np.float32([3 / (10 / 6), 3 / 1]))
+
+
+def test_spread_counts_the_blocks_that_neighbours_choose_together():
+    """Runs of 128 queries in blocks of 16, of documents and padding, drawn at random with hidden blocks among them; the run whose queries
+    see all that their documents have so far does not count, and a block of a document is no block of another."""
+    length, size, documents = 512, 16, ((48, 40, 40, 96, 200), (512,))
+    at = layout(*documents, length=length)
+    segments, positions = np.asarray(at.segment_ids), np.asarray(at.positions)
+    draw = np.random.default_rng(0)
+    indices = np.stack([[[draw.permutation(34)[:3] - 1 for _ in range(2)] for _ in range(length)] for _ in range(2)])
+    indices[0, :128] = np.arange(3)
+    blocks = SelectedBlocks(indices=jnp.asarray(indices, jnp.int32), block_size=size, num_blocks=length // size)
+    found = quick_jit(lambda: _spread(blocks, at))()
+    ratios = []
+    for b, run in itertools.product(range(2), range(4)):
+        real = [t for t in range(128 * run, 128 * run + 128) if segments[b, t]]
+        own = {t: positions[b, t] // size for t in real}
+        seen = [[{(segments[b, t], n) for n in indices[b, t, h] if 0 <= n <= own[t]} for t in real] for h in range(2)]
+        if any(len(one) <= own[t] for head in seen for t, one in zip(real, head, strict=True)):
+            ratios.append([len(set.union(*head)) / np.mean([len(one) for one in head]) for head in seen])
+    assert len(ratios) == 7
+    assert_close(found, np.float32(np.mean(ratios, 0)))
 
 
 def test_layers_by_hand():
