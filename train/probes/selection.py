@@ -148,9 +148,7 @@ def _spread(blocks: SelectedBlocks, at: Tokens) -> jax.Array:
     runs = lambda x: x[:, : length // size * size].reshape(batch, -1, size, *x.shape[2:])  # [B, N, size, ...]
     own, real = at.positions // blocks.block_size, at.segment_ids > 0
     there = (blocks.indices >= 0) & (blocks.indices <= own[..., None, None]) & real[..., None, None]
-    starts = (
-        jnp.arange(length, dtype=jnp.int32)[None] - at.positions
-    )  # of documents: their blocks are told apart by their first tokens
+    starts = jnp.arange(length, dtype=jnp.int32)[None] - at.positions  # of documents, by which their blocks are told apart
     first = jnp.where(there, starts[..., None, None] + blocks.indices * blocks.block_size, length)
     first = jnp.sort(jnp.moveaxis(runs(first), 3, 2).reshape(batch, -1, choices, size * number), axis=-1)
     new = jnp.concatenate([first[..., :1] < length, (first[..., 1:] > first[..., :-1]) & (first[..., 1:] < length)], axis=-1)

@@ -68,6 +68,19 @@ def test_options_that_both_have_stay_and_others_are_refused(tmp_path):
         reshaped(tmp_path / "new", Sparse(), "chosen")
 
 
+def test_windows_of_layers_that_stay_are_left(tmp_path):
+    near = model_of(window_size=8).mixers["softmax"]
+    model = model_of(pattern="softmax*2,softmax/near", mixers={"softmax": model_of().mixers["softmax"], "softmax/near": near})
+    run = make_run(tmp_path / "run", model)
+    _, new = reshaped(run, Sparse(pattern="moba,softmax*2", block_size=4))
+    assert [mixer.name for mixer in new.program.config.model.layer_mixers] == ["moba", "softmax", "softmax"]
+    assert new.program.config.model.layer_mixers[1:] == model.layer_mixers[1:]
+    with pytest.raises(ConvertError, match=r"pattern='softmax' changes no layer"):
+        reshaped(run, Sparse(pattern="softmax"), "none")
+    with pytest.raises(ConvertError, match=r"pattern='moba,softmax\*2' changes no layer"):
+        reshaped(tmp_path / "new", Sparse(pattern="moba,softmax*2", block_size=4), "none")
+
+
 def test_what_is_around_a_mixer_stays(tmp_path):
     softmax = model_of().mixers["softmax"]
     run = make_run(tmp_path / "run", model_of(pattern="moh+softmax", mixers={"moh+softmax": MoHConfig(mixer=softmax)}))

@@ -33,7 +33,7 @@ class Sparse(Reshape):
     """
 
     pattern: Line = "moba"
-    """The mixer of each layer, as `model.pattern` names them: "moba*3,softmax". Layers that keep their own name stay."""
+    """The mixer of each layer, as `model.pattern` names them: "moba*3,softmax". Layers that have it already stay, but for options."""
     block_size: Span | None = None
     """Tokens of a block, of mixers that have it, as what follows; None gives what each has by default."""
     top_k: Blocks | None = None
@@ -49,16 +49,17 @@ class Sparse(Reshape):
         model, found = subject.model, dict[int, MixerConfig]()
         for index, word in enumerate(expand_pattern(self.pattern, model.num_layers)):
             name, mixer = model.layers[index], model.layer_mixers[index]
-            if word != name or (word != "softmax" and self._options(word)):
+            if word not in (name, core(mixer).name) or self._options(word):
                 found[index] = with_core(mixer, self._made(subject, index, word))
         for option, value in self._options(None).items():
             if not any(option in self._options(core(mixer).name) for mixer in found.values()):
                 raise ConvertError(f"{option}={value} is of no mixer that pattern={self.pattern!r} puts in place; leave it out")
-        if not found:
+        new = with_mixers(model, found, "sparse")
+        if new == model:
             raise ConvertError(
                 f"pattern={self.pattern!r} changes no layer of model.pattern={model.pattern!r}; name one of {choices([*kinds()])}"
             )
-        return with_mixers(model, found, "sparse")
+        return new
 
     def _options(self, word: str | None) -> dict[str, Any]:
         """Those that are set, of a mixer, or of any: full attention has none."""
