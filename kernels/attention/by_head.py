@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -70,7 +71,7 @@ def _of_group(given: Mapping[str, Any], group: HeadGroup, share: int) -> dict[st
     if isinstance(selected, SelectedBlocks) and selected.indices.shape[2] > 1:
         each = share * given["k"].shape[2] // selected.indices.shape[2]
         indices = _take(selected.indices, [head // each for head in group.heads], 2)
-        cut["selected"] = SelectedBlocks(indices=indices, block_size=selected.block_size, num_blocks=selected.num_blocks)
+        cut["selected"] = dataclasses.replace(selected, indices=indices)
     return cut
 
 

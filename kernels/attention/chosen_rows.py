@@ -21,7 +21,8 @@ def chosen_rows(call: AttentionCall, *, padding: bool = True) -> Array:
     selected = call.selected
     layout, queries, keys = laid_out(call)
     index = selected.indices
-    starts = segment_starts(layout, *jax.tree.map(lambda x: x[:, None], (queries, keys)))
+    one_head = lambda tokens: jax.tree.map(lambda x: x[:, None], tokens)
+    starts = segment_starts(layout, one_head(queries), one_head(keys), selected)
     at = lambda x: x[:, :, None, None]  # of each query, [B or 1, T, 1, 1]
     rows = at(starts) + index
     seen = (index >= 0) & (index < selected.num_blocks) & (rows >= 0) & (rows < layout.num_keys)

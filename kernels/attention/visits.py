@@ -156,7 +156,7 @@ def tile_kinds(
     if keep_first:
         whole &= k.low_position > 0
     if selected is not None:
-        shown = selected.tiles(segment_starts(layout, queries, keys), block_q, block_kv, near.shape[1])
+        shown = selected.tiles(segment_starts(layout, queries, keys, selected), block_q, block_kv, near.shape[1])
         if shown.shape[1] > 1:
             shown = jnp.repeat(shown, num_heads // shown.shape[1], axis=1)
         visible, full = visible & shown, choice_alone
@@ -190,12 +190,15 @@ def _indices(length: int, block: int) -> Span:
     return Span(low, np.minimum(low + block, length) - 1)
 
 
-def segment_starts(layout: Layout, queries: Tokens, keys: Tokens) -> Array:
+def segment_starts(layout: Layout, queries: Tokens, keys: Tokens, selected: SelectedBlocks) -> Array:
     """int32 [B or 1, T]: at which key the segment of each query begins, perhaps before the first; of padding anything.
 
     Args:
       queries, keys: [B or 1, 1, T or S], the keys of a segment one after the other.
+      selected: of as many queries, which may know it.
     """
+    if selected.starts is not None:
+        return selected.starts
     if layout.own_keys:
         return jnp.arange(queries.positions.shape[2], dtype=jnp.int32)[None] - queries.positions[:, 0]
     began = jnp.arange(keys.positions.shape[2], dtype=jnp.int32)[None] - keys.positions[:, 0]

@@ -8,6 +8,7 @@ some heads (Ulysses, arXiv 2309.14509).
 Keys that are not the queries' own tokens, such as compressed ones, every device has already.
 """
 
+import dataclasses
 import logging
 from collections.abc import Callable
 from functools import cache, partial
@@ -37,7 +38,7 @@ def _run(op: Callable[[AttentionCall], Any], parts: Parts, call: AttentionCall) 
     reach = near_reach(call.mask, length, parts.count) if call.own_keys else None
     if reach is not None:
         near = lambda x: jnp.concatenate([parts.before(x, reach), x], axis=1)
-        return op(call.replace(k=near(call.k), v=near(call.v), kv_at=jax.tree.map(near, own), kv_in_order=True))
+        return op(among(reach, call, k=near(call.k), v=near(call.v), kv_at=jax.tree.map(near, own)))
     if parts.exchange == "all_to_all" and call.own_keys:
         if _dealt(call, parts.count):
             return _by_heads(op, parts, call)
@@ -51,8 +52,17 @@ def _run(op: Callable[[AttentionCall], Any], parts: Parts, call: AttentionCall) 
     if call.own_keys:
         k = parts.gather(call.k)
         v = k[..., : call.v.shape[3]] if call.values_in_keys else parts.gather(call.v)
-        call = call.replace(k=k, v=v, kv_at=jax.tree.map(parts.gather, own), kv_in_order=True)
+        call = among(parts.index * length, call, k=k, v=v, kv_at=jax.tree.map(parts.gather, own))
     return jax.tree.map(turn, op(call.on_queries(turn)))
+
+
+def among(first: Any, call: AttentionCall, **keys: Any) -> AttentionCall:
+    """The call with keys of which its own tokens are those from `first` on."""
+    selected = call.selected
+    if selected is not None:
+        index = first + jnp.arange(call.q.shape[1], dtype=jnp.int32)
+        selected = dataclasses.replace(selected, starts=index[None] - call.at.positions)
+    return call.replace(**keys, selected=selected, kv_in_order=True)
 
 
 @cache

@@ -30,6 +30,9 @@ class SelectedBlocks:
     """Tokens a block; 1 selects tokens."""
     num_blocks: int = dataclasses.field(metadata={"static": True})
     """Blocks that the longest segment may have; larger numbers select nothing."""
+    starts: Array | None = None
+    """int32 [B, T]: at which key each query's segment begins, perhaps before the first, where keys are not the queries' own tokens and that
+    is known; of padding anything. None leaves it to be found."""
 
     def shown(self, positions: Array) -> Array:
         """bool [B, Hs, T, S] for keys at `positions` [B or 1, S] of the query's own segment."""

@@ -12,7 +12,10 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from plait.kernels import DistanceBias, LowRankBias, Mask, Tokens, attention, routed_attention, short_conv
+from plait.kernels.attention.call import AttentionCall
+from plait.kernels.attention.visits import laid_out, segment_starts
 from plait.kernels.context import Exchange
+from plait.kernels.context.attention import among
 from plait.kernels.masks import ChunkMask, PowerMask, SelectedBlocks
 from plait.kernels.sharding import splitting
 from plait.tests.kernels import cases
@@ -323,3 +326,27 @@ def test_implied_attention(name: str, segments: str, count: int):
     with splitting(mesh_of(context=count), batch=("data",), heads=("tensor",), context=("context",)):
         found = cases.quick_jit(partial(outputs))(inputs)
     assert_close(found, alone)
+
+
+@pytest.mark.parametrize("segments", SEGMENTS)
+@pytest.mark.parametrize("reach", [0, 5])
+def test_parts_know_where_the_segments_of_their_queries_begin(segments, reach):
+    """As found by looking for each query's segment among all keys, of a whole row or of those within reach."""
+    at = Tokens(segment_ids=segment_ids(SEGMENTS[segments])).placed(2, LENGTH)
+    parts, indices = 4, jnp.zeros((2, LENGTH // 4, 1, 1), jnp.int32)
+    cut = lambda x, start, stop: jnp.pad(x, ((0, 0), (reach, 0)))[:, start : stop + reach]
+    q = jnp.ones((2, LENGTH // parts, 1, 8))
+    for part in range(parts):
+        start, stop = part * LENGTH // parts, (part + 1) * LENGTH // parts
+        own = jax.tree.map(lambda x, start=start, stop=stop: x[:, start:stop], at)
+        keys = jax.tree.map(lambda x, start=start, stop=stop: cut(x, start, stop), at) if reach else at
+        k = jnp.ones((2, keys.positions.shape[1], 1, 8))
+        selected = SelectedBlocks(indices=indices, block_size=4, num_blocks=16)
+        call = AttentionCall(q=q, k=q, v=q, at=own, selected=selected, mask=Mask(), scale=1.0)
+        call = among(reach or start, call, k=k, v=k, kv_at=keys)
+        layout, *sides = laid_out(call)
+        sides = [jax.tree.map(lambda x: x[:, None], side) for side in sides]
+        real = np.asarray(own.segment_ids) > 0
+        found = segment_starts(layout, *sides, selected)
+        np.testing.assert_array_equal(np.where(real, call.selected.starts, 0), np.where(real, found, 0))
+        assert segment_starts(layout, *sides, call.selected) is call.selected.starts

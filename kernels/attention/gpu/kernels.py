@@ -122,7 +122,7 @@ class Plan:
         if problem.layout.packed:
             self.inputs |= {"query_tokens": x.queries.stacked(), "key_tokens": x.keys.stacked()}
         if x.selected is not None:
-            starts = segment_starts(problem.layout, x.queries, x.keys)
+            starts = segment_starts(problem.layout, x.queries, x.keys, x.selected)
             self.inputs["bits"] = x.selected.bits(starts, block_kv, self.num_keys // block_kv)[:, :, :, None]
 
     def run(

@@ -9,7 +9,6 @@ What is summed for keys in the loop over the keys of some queries is in `key_sum
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -95,7 +94,7 @@ class Walk:
             jax.tree.map(lambda a, size=size: padded(a, 2, size), both)
             for both, size in ((x.queries, cut.queries), (x.keys, cut.keys))
         )
-        selected = replace(x.selected, indices=padded(x.selected.indices, 1, cut.queries))
+        selected = jax.tree.map(lambda a: padded(a, 1, cut.queries), x.selected)
         choices = selected.indices.shape[2]
         each = min(x.selected.indices.shape[3] * cut.block_size, x.k.shape[2])  # keys of a query, if those of a tile choose alike
         self.pairs, self.columns = self.batch * x.q.shape[1] * x.q.shape[2] * each, columns
@@ -132,7 +131,7 @@ class Walk:
             )
 
         one = lambda b: b if queries.positions.shape[0] > 1 else 0
-        bits = selected.bits(segment_starts(problem.layout, queries, keys), cut.keys, self.num_keys)  # [B, Hs, NK, T]
+        bits = selected.bits(segment_starts(problem.layout, queries, keys, selected), cut.keys, self.num_keys)  # [B, Hs, NK, T]
         bits = padded(bits, 2, SUBLANES).reshape(*bits.shape[:2], -1, SUBLANES, bits.shape[3])  # as it lies in memory
         self.of_queries = {name: of_queries(name, value) for name, value in {"q": x.q, **extra}.items()}
         self.of_queries["query_tokens"] = _Array(queries.stacked(), (1, 1, 2, cut.queries), lambda b, c, i, j: (one(b), 0, 0, i))
