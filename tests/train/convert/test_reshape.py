@@ -65,7 +65,7 @@ def test_what_changes_nothing_moves_no_logit(plain, name):
     if isinstance(reshape, KVHeads | Depth | Window):
         assert different_arrays(old.params, new.params) == [] and (found.moved.mean_kl, found.moved.largest) == (0, 0)
     if isinstance(reshape, Sparse):
-        assert all(different_arrays(layer(old, i), layer(new, i)) == [] for i in range(3)) and found.moved.largest < 1e-4
+        assert all(different_arrays(layer(old, i), layer(new, i)) == [] for i in range(3))
     assert_close(logits(new)[..., :260], logits(old))
 
 

@@ -51,7 +51,7 @@ class Sparse(Reshape):
             name, mixer = model.layers[index], model.layer_mixers[index]
             if word not in (name, core(mixer).name) or self._options(word):
                 found[index] = with_core(mixer, self._made(subject, index, word))
-        for option, value in self._options(None).items():
+        for option, value in self._given.items():
             if not any(option in self._options(core(mixer).name) for mixer in found.values()):
                 raise ConvertError(f"{option}={value} is of no mixer that pattern={self.pattern!r} puts in place; leave it out")
         new = with_mixers(model, found, "sparse")
@@ -61,13 +61,16 @@ class Sparse(Reshape):
             )
         return new
 
-    def _options(self, word: str | None) -> dict[str, Any]:
-        """Those that are set, of a mixer, or of any: full attention has none."""
-        given = {name: value for name in (*_SEEN, "block_size", "top_k", "plan") if (value := getattr(self, name)) is not None}
-        if word is None:
-            return given
+    @property
+    def _given(self) -> dict[str, Any]:
+        """Options of mixers that are set."""
+        options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "pattern"}
+        return {name: value for name, value in options.items() if value is not None}
+
+    def _options(self, word: str) -> dict[str, Any]:
+        """Those that a mixer has; full attention has none."""
         own = {field.name for field in dataclasses.fields(kinds()[word])} if word in kinds() and word != "softmax" else set()
-        return {name: value for name, value in given.items() if name in own}
+        return {name: value for name, value in self._given.items() if name in own}
 
     def _made(self, subject: Subject, index: int, word: str) -> MixerConfig:
         model = subject.model
